@@ -1,0 +1,68 @@
+"""The one exception family. Each class carries the exit code of the command line; see docs/errors.md."""
+
+from __future__ import annotations
+
+
+class BackhandError(Exception):
+    """A problem the user can act on: what happened, where, why, and what to do next.
+
+    Args:
+        what: one sentence, without a full stop, showing the user's own input.
+        where: `file:line`, a configuration key or a tensor name.
+        why: the reason, when it is not evident from `what`.
+        next_step: what to type or change.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        why: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.why = why
+        self.next_step = next_step
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.why:
+            text += f"\n  why: {self.why}"
+        if self.next_step:
+            text += f"\n  next: {self.next_step}"
+        return text
+
+
+class UsageError(BackhandError):
+    """Usage or configuration: unknown option, value out of range, target that matches nothing, output that exists."""
+
+    exit_code = 2
+
+
+class DataError(BackhandError):
+    """Data not found, unreadable, malformed, or with nothing supervised in it."""
+
+    exit_code = 3
+
+
+class ArtifactError(BackhandError):
+    """A model, adapter, checkpoint or tokenizer that is incompatible, corrupt or not to be found."""
+
+    exit_code = 4
+
+
+class ResourceError(BackhandError):
+    """Memory, disk or permissions do not suffice."""
+
+    exit_code = 5
+
+
+class CheckError(BackhandError):
+    """A check failed: guard, proof, parity, non-finite values."""
+
+    exit_code = 6

@@ -1,0 +1,62 @@
+"""The packed batch: several documents behind one another, no padding, no mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Token ids of several documents, concatenated.
+
+    Attributes:
+        input_ids: (tokens,) int64.
+        labels: (tokens,) int64; `labels[i]` is the next token after position i of the same document,
+            or `IGNORE_INDEX` where position i carries no loss (always so at a document's last position).
+        document_lengths: tokens of each document, in order; they sum to `tokens`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    document_lengths: tuple[int, ...]
+
+    @cached_property
+    def supervised_tokens(self) -> int:
+        """How many positions carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(tokens,) int64, restarting at 0 in each document."""
+        return torch.cat(
+            [torch.arange(n, device=self.input_ids.device) for n in self.document_lengths]
+            or [self.input_ids.new_zeros(0)]
+        )
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbouring documents of equal length as (start token, documents, length), for batched attention calls."""
+        return document_runs(self.document_lengths)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        return PackedBatch(self.input_ids.to(device), self.labels.to(device), self.document_lengths)
+
+
+def document_runs(document_lengths: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Group neighbouring equal lengths: (start token, number of documents, length) each; empty documents vanish."""
+    runs: list[tuple[int, int, int]] = []
+    start = 0
+    for length, group in groupby(document_lengths):
+        count = len(list(group))
+        if length:
+            runs.append((start, count, length))
+        start += count * length
+    return tuple(runs)
