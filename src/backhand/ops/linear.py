@@ -1,0 +1,59 @@
+"""Linear: a trained dense layer.
+
+    y = x Wᵀ + b
+
+Backward. Let G = ∂L/∂y. Then dL = ⟨G, dy⟩ with dy = dx Wᵀ + x dWᵀ + 1 dbᵀ, where 1 is a column of ones, one a row.
+Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩, what stands beside each differential is
+    ∂L/∂x = G W         (..., in)
+    ∂L/∂W = Gᵀ x        (out, in)
+    ∂L/∂b = Gᵀ 1        (out,), the sum of G over its rows
+with rows (all leading axes) summed in the last two.
+
+Saved: x and W; nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LinearSaved(NamedTuple):
+    """What the forward keeps: x (..., in), weight (out, in), and whether there was a bias."""
+
+    x: Tensor
+    weight: Tensor
+    has_bias: bool
+
+
+class LinearGrads(NamedTuple):
+    """d_x (..., in), d_weight (out, in), d_bias (out,) or None where there was no bias."""
+
+    d_x: Tensor
+    d_weight: Tensor
+    d_bias: Tensor | None
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, LinearSaved]:
+    """Map x (..., in) to y (..., out) with weight (out, in) and bias (out,); any floating dtype, the same for all."""
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    return y, LinearSaved(x, weight, bias is not None)
+
+
+def linear_backward(d_y: Tensor, saved: LinearSaved) -> LinearGrads:
+    """Map d_y, (..., out), to the gradients derived in the module docstring; no rows give zero gradients."""
+    x, weight, has_bias = saved
+    d_y_rows = d_y.reshape(-1, weight.shape[0])
+    d_x = d_y @ weight
+    d_weight = d_y_rows.T @ x.reshape(-1, weight.shape[1])
+    d_bias = d_y_rows.sum(0) if has_bias else None
+    return LinearGrads(d_x, d_weight, d_bias)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same y, each element as its sum over inputs: y[..., o] = Σ_i x[..., i] W[o, i] + b[o]."""
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
