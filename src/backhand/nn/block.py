@@ -1,0 +1,360 @@
+"""One decoder block, forward and backward by hand, for every family.
+
+    n₁ = norm(x₀)            [q k v] = n₁ W_qkvᵀ (+ LoRA), q and k normed where the family does, then rotated
+    o  = attention(q, k, v)  x₁ = x₀ + o W_oᵀ (+ LoRA)              (with a norm before the sum for sandwich norms)
+    n₂ = norm(x₁)            [a u] = n₂ W_guᵀ (+ LoRA)
+    p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
+
+Backward is the same list from the bottom up, each line by its op's backward; at the two sums the gradient of the stream
+goes both ways, so d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention).
+
+Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, and every rank-sized x Aᵀ. With q/k norms, q and k
+are kept as they were before the norm, plus their factors; with sandwich norms, the two normed outputs as they were before
+the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed. `recompute="mlp"` keeps
+no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the block's forward again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.block_adapter import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    BlockAdapter,
+    GroupAdapter,
+    accumulate_group,
+    accumulate_single,
+)
+from backhand.nn.decoder_weights import BlockWeights
+from backhand.nn.family import DecoderConfig
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.attention import AttentionSaved, Run, attention_backward, attention_forward
+from backhand.ops.glu import glu_backward, glu_forward
+from backhand.ops.lora_linear import LoRASaved, frozen_linear, lora_linear_backward, lora_linear_forward
+from backhand.ops.lora_linear_group import LoRAGroupSaved, lora_linear_group_backward, lora_linear_group_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
+
+RECOMPUTE_MODES = ("none", "mlp", "block")
+
+
+class BlockContext(NamedTuple):
+    """What a block needs besides tensors: the family, its window, the tokens' angles, the documents."""
+
+    config: DecoderConfig
+    window: int | None
+    rotary: RotaryTable
+    runs: tuple[Run, ...]
+
+
+class AttentionKept(NamedTuple):
+    """The attention half's kept tensors (T tokens, H heads): see the module docstring."""
+
+    factor: Tensor  # (T, 1) of the norm before
+    qkv: Tensor  # (T, q + 2k): rotated, or before the q/k norm
+    output: Tensor  # (T, H, head_dim)
+    log_sum_exp: Tensor  # (T · H,)
+    h_qkv: Tensor  # (T, Σ rank)
+    h_output: Tensor | None  # (T, rank)
+    q_factor: Tensor | None  # (T, H, 1), families with q/k norm
+    k_factor: Tensor | None
+    projected: RMSNormSaved | None  # input and factor of the norm after, families with sandwich norms
+
+
+class MLPKept(NamedTuple):
+    """The MLP half's kept tensors."""
+
+    factor: Tensor  # (T, 1) of the norm before
+    gate_up: Tensor | None  # (T, 2f); None when recomputed
+    h_gate_up: Tensor | None  # (T, Σ rank); None when recomputed
+    h_down: Tensor | None  # (T, rank)
+    projected: RMSNormSaved | None
+
+
+class BlockSaved(NamedTuple):
+    """x0 (T, hidden) always; the rest is None under recompute="block"."""
+
+    x0: Tensor
+    attention: AttentionKept | None
+    x1: Tensor | None
+    mlp: MLPKept | None
+
+
+def _project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: GroupAdapter, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A lone projection, adapted or not: residual + x Wᵀ + b (+ LoRA), and h."""
+    factors = adapter.factors[0]
+    if factors is None:
+        return frozen_linear(x, weight, bias, residual), None
+    y, saved = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual)
+    return y, saved.h
+
+
+def _project_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor | None,
+    adapter: GroupAdapter,
+    lora: LoRAParameters,
+    input_gradient: bool,
+) -> Tensor | None:
+    """d_x of a lone projection; its adapter's gradients go to the flat buffer."""
+    factors = adapter.factors[0]
+    if factors is None or h is None:
+        return d_y @ weight if input_gradient else None
+    saved = LoRASaved(x, weight, factors.lora_A, factors.lora_B, h, factors.scaling, adapter.dropout)
+    grads = lora_linear_backward(d_y, saved, input_gradient=input_gradient)
+    accumulate_single(lora, adapter, grads)
+    return grads.d_x
+
+
+def attention_half_forward(
+    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
+) -> tuple[Tensor, AttentionKept]:
+    """x₁ and what its backward needs."""
+    config = context.config
+    heads, kv_heads, head_dim = config.num_heads, config.num_key_value_heads, config.head_dim
+    n1, norm = rms_norm_forward(x0, weights.attention_norm, config.norm_eps, config.norm_offset)
+    group = adapter[QKV]
+    sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    qkv, qkv_saved = lora_linear_group_forward(n1, weights.qkv, weights.qkv_bias, sizes, group.factors, group.dropout)
+    del n1
+    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
+    output, attended = attention_forward(q, k, v, context.runs, config.attention_scaling, context.window)
+    sandwich = weights.after_attention_norm
+    x1, h_output = _project(
+        output.flatten(1), weights.output, weights.output_bias, adapter[OUTPUT], None if sandwich is not None else x0
+    )
+    projected = None
+    if sandwich is not None:
+        normed, projected = rms_norm_forward(x1, sandwich, config.norm_eps, config.norm_offset)
+        x1 = normed.add_(x0)
+    return x1, AttentionKept(
+        norm.factor, qkv, output, attended.log_sum_exp, qkv_saved.h, h_output, q_factor, k_factor, projected
+    )
+
+
+def prepare_qkv(
+    qkv: Tensor,
+    weights: BlockWeights,
+    context: BlockContext,
+    kept_factors: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), and the q/k norm factors.
+
+    Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
+    """
+    config = context.config
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    by_head = qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+    q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
+    if weights.q_norm is None or weights.k_norm is None:
+        turned = by_head[:, : heads + kv_heads]
+        rotary_forward(turned, context.rotary, out=turned)
+        return q, k, v, None, None
+    if kept_factors is None:
+        q, q_saved = rms_norm_forward(q, weights.q_norm, config.norm_eps, config.norm_offset)
+        k, k_saved = rms_norm_forward(k, weights.k_norm, config.norm_eps, config.norm_offset)
+        kept_factors = (q_saved.factor, k_saved.factor)
+    else:
+        q = rms_norm_apply(q, weights.q_norm, kept_factors[0], config.norm_offset)
+        k = rms_norm_apply(k, weights.k_norm, kept_factors[1], config.norm_offset)
+    rotary_forward(q, context.rotary, out=q)
+    rotary_forward(k, context.rotary, out=k)
+    return q, k, v, *kept_factors
+
+
+def gate_up_forward(
+    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+) -> tuple[Tensor, Tensor]:
+    """[a | u], (T, 2f), and the group's h, from the normed x₁."""
+    group, ffn = adapter[GATE_UP], config.intermediate_size
+    gate_up, saved = lora_linear_group_forward(
+        n2, weights.gate_up, weights.gate_up_bias, (ffn, ffn), group.factors, group.dropout
+    )
+    return gate_up, saved.h
+
+
+def mlp_half_forward(
+    x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, keep_gate_up: bool = True
+) -> tuple[Tensor, MLPKept]:
+    """x₂ and what its backward needs."""
+    ffn = config.intermediate_size
+    n2, norm = rms_norm_forward(x1, weights.mlp_norm, config.norm_eps, config.norm_offset)
+    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+    del n2
+    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    sandwich = weights.after_mlp_norm
+    x2, h_down = _project(p, weights.down, weights.down_bias, adapter[DOWN], None if sandwich is not None else x1)
+    projected = None
+    if sandwich is not None:
+        normed, projected = rms_norm_forward(x2, sandwich, config.norm_eps, config.norm_offset)
+        x2 = normed.add_(x1)
+    kept = MLPKept(
+        norm.factor, gate_up if keep_gate_up else None, h_gate_up if keep_gate_up else None, h_down, projected
+    )
+    return x2, kept
+
+
+def block_forward(
+    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
+) -> tuple[Tensor, BlockSaved]:
+    """x₂, (T, hidden), and what `block_backward` needs under the given recompute mode."""
+    x1, attention = attention_half_forward(x0, weights, adapter, context)
+    x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, keep_gate_up=recompute == "none")
+    if recompute == "block":
+        return x2, BlockSaved(x0, None, None, None)
+    return x2, BlockSaved(x0, attention, x1, mlp)
+
+
+def block_backward(
+    d_x2: Tensor,
+    saved: BlockSaved,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    context: BlockContext,
+    lora: LoRAParameters,
+    lowest_group: int = -1,
+) -> Tensor | None:
+    """d_x₀, (T, hidden); the adapter's gradients are added to `lora.gradients`.
+
+    Args:
+        d_x2: ∂L/∂x₂; it may be overwritten.
+        saved: from `block_forward`.
+        lora: whose gradient buffer receives.
+        lowest_group: the first of this block's groups that needs a gradient, when nothing below the block does: the pass stops
+            there and returns None. -1 when something below needs d_x₀.
+    """
+    x0, attention, x1, mlp = saved
+    if attention is None or x1 is None:
+        x1, attention = attention_half_forward(x0, weights, adapter, context)
+    if mlp is None:
+        _, mlp = mlp_half_forward(x1, weights, adapter, context.config)
+    d_x1 = _mlp_half_backward(d_x2, x1, mlp, weights, adapter, context.config, lora, lowest_group)
+    if d_x1 is None:
+        return None
+    return _attention_half_backward(d_x1, x0, attention, weights, adapter, context, lora, lowest_group)
+
+
+def _mlp_half_backward(
+    d_x2: Tensor,
+    x1: Tensor,
+    kept: MLPKept,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    lora: LoRAParameters,
+    lowest_group: int,
+) -> Tensor | None:
+    """d_x₁, or None when nothing below needs it."""
+    ffn = config.intermediate_size
+    d_down = d_x2
+    if kept.projected is not None:
+        d_down = rms_norm_backward(d_x2, kept.projected, weight_gradient=False).d_x
+    n2 = rms_norm_apply(x1, weights.mlp_norm, kept.factor, config.norm_offset)
+    gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
+    if gate_up is None or h_gate_up is None:
+        gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+
+    # p again, for the down projection's lora_A gradient.
+    p, glu_saved = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    d_p = _project_backward(d_down, p, weights.down, kept.h_down, adapter[DOWN], lora, lowest_group < DOWN)
+    del p
+    if d_p is None:
+        return None
+    d_gate_up = torch.empty_like(gate_up)
+    glu_backward(d_p, glu_saved, out=d_gate_up)
+    del d_p
+
+    gate_up_group = adapter[GATE_UP]
+    grads = lora_linear_group_backward(
+        d_gate_up,
+        LoRAGroupSaved(n2, weights.gate_up, (ffn, ffn), gate_up_group.factors, h_gate_up, gate_up_group.dropout),
+        input_gradient=lowest_group < GATE_UP,
+    )
+    accumulate_group(lora, gate_up_group, grads)
+    if grads.d_x is None:
+        return None
+    norm = RMSNormSaved(x1, weights.mlp_norm, kept.factor, config.norm_offset)
+    return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x.add_(d_x2)
+
+
+def _attention_half_backward(
+    d_x1: Tensor,
+    x0: Tensor,
+    kept: AttentionKept,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    context: BlockContext,
+    lora: LoRAParameters,
+    lowest_group: int,
+) -> Tensor | None:
+    """d_x₀, or None when nothing below needs it."""
+    config = context.config
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    d_projected = d_x1
+    if kept.projected is not None:
+        d_projected = rms_norm_backward(d_x1, kept.projected, weight_gradient=False).d_x
+    d_output = _project_backward(
+        d_projected,
+        kept.output.flatten(1),
+        weights.output,
+        kept.h_output,
+        adapter[OUTPUT],
+        lora,
+        lowest_group < OUTPUT,
+    )
+    if d_output is None:
+        return None
+
+    d_qkv = attention_input_gradient(d_output, kept, weights, context)
+    n1 = rms_norm_apply(x0, weights.attention_norm, kept.factor, config.norm_offset)
+    group = adapter[QKV]
+    sizes = (heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim)
+    grads = lora_linear_group_backward(
+        d_qkv,
+        LoRAGroupSaved(n1, weights.qkv, sizes, group.factors, kept.h_qkv, group.dropout),
+        input_gradient=lowest_group < QKV,
+    )
+    accumulate_group(lora, group, grads)
+    if grads.d_x is None:
+        return None
+    norm = RMSNormSaved(x0, weights.attention_norm, kept.factor, config.norm_offset)
+    return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x.add_(d_x1)
+
+
+def attention_input_gradient(
+    d_output: Tensor, kept: AttentionKept, weights: BlockWeights, context: BlockContext
+) -> Tensor:
+    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm."""
+    config = context.config
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    by_head = kept.qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+    raw_q, raw_k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
+    q, k = raw_q, raw_k
+    if kept.q_factor is not None and kept.k_factor is not None:
+        q, k, _, _, _ = prepare_qkv(kept.qkv, weights, context, (kept.q_factor, kept.k_factor))
+    saved = AttentionSaved(
+        q, k, v, kept.output, kept.log_sum_exp, context.runs, config.attention_scaling, context.window
+    )
+    d_qkv = torch.empty_like(kept.qkv)
+    d_by_head = d_qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+    attention_backward(d_output.unflatten(1, (heads, config.head_dim)), saved, out=d_by_head)
+    turned = d_by_head[:, : heads + kv_heads]
+    rotary_backward(turned, context.rotary, out=turned)
+    for raw, factor, weight, gradient in (
+        (raw_q, kept.q_factor, weights.q_norm, d_by_head[:, :heads]),
+        (raw_k, kept.k_factor, weights.k_norm, d_by_head[:, heads : heads + kv_heads]),
+    ):
+        if factor is not None and weight is not None:
+            norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
+            gradient.copy_(rms_norm_backward(gradient, norm, weight_gradient=False).d_x)
+    return d_qkv
