@@ -1,0 +1,65 @@
+"""Embedding: one row of a table a token, with an optional constant factor.
+
+    y_t = c · W[i_t]      t = 1 … tokens, W (vocab, hidden), i_t the token's id, c = √hidden in Gemma, 1 elsewhere
+
+Backward. Written with one-hot rows e_{i_t}, y = c E W, so dy = c E dW and, with G = ∂L/∂y,
+    ∂L/∂W = c Eᵀ G,   that is   ∂L/∂W[v] = c Σ_{t: i_t = v} G_t      (vocab, hidden)
+a sum over all places where the token occurs (rows of unseen tokens are zero). E is never formed: each G_t is added to
+its row. Ids have no gradient.
+
+The sum runs in float32 at least: a frequent token adds up hundreds of terms, too many for bfloat16's eight bits.
+Saved: the ids, the table's shape and c; nothing of the table itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class EmbeddingSaved(NamedTuple):
+    """What the forward keeps: ids (...), rows of the table, c."""
+
+    ids: Tensor
+    vocab: int
+    scaling: float
+
+
+class EmbeddingGrads(NamedTuple):
+    """d_weight, (vocab, hidden)."""
+
+    d_weight: Tensor
+
+
+def embedding_forward(ids: Tensor, weight: Tensor, scaling: float = 1.0) -> tuple[Tensor, EmbeddingSaved]:
+    """y = scaling · weight[ids].
+
+    Args:
+        ids: (...) integers in [0, vocab).
+        weight: (vocab, hidden).
+        scaling: c.
+
+    Returns:
+        y (..., hidden) in weight's dtype, and what backward needs.
+    """
+    y = weight.index_select(0, ids.reshape(-1)).view(*ids.shape, weight.shape[1])
+    if scaling != 1.0:
+        y.mul_(scaling)
+    return y, EmbeddingSaved(ids, weight.shape[0], scaling)
+
+
+def embedding_backward(d_y: Tensor, saved: EmbeddingSaved) -> EmbeddingGrads:
+    """Map d_y, (..., hidden), to the gradient derived in the module docstring, in d_y's dtype."""
+    hidden = d_y.shape[-1]
+    wide = torch.promote_types(d_y.dtype, torch.float32)
+    d_weight = torch.zeros(saved.vocab, hidden, dtype=wide, device=d_y.device)
+    d_weight.index_add_(0, saved.ids.reshape(-1), d_y.reshape(-1, hidden).to(wide), alpha=saved.scaling)
+    return EmbeddingGrads(d_weight.to(d_y.dtype))
+
+
+def embedding_reference(ids: Tensor, weight: Tensor, scaling: float = 1.0) -> Tensor:
+    """The same y as a product with one-hot rows."""
+    one_hot = torch.nn.functional.one_hot(ids, weight.shape[0]).to(weight.dtype)
+    return scaling * (one_hot @ weight)
