@@ -1,0 +1,56 @@
+"""A tiny byte-level BPE tokenizer with ChatML, so that whole-pipeline tests run offline."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_CORPUS = (
+    "the user asks the assistant and the assistant answers the user in json",
+    "a system says what the answer is for; a name, a number, a date, a list of them",
+    "user\nassistant\nsystem\n" * 3,
+)
+_VOCAB_SIZE = 300
+
+
+@cache
+def _backend_json() -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_CORPUS, trainer)
+    text: str = backend.to_str()
+    return text
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """300 tokens: three special ones first, 256 bytes, merges; bos <|im_start|>, eos <|im_end|>, as SmolLM2 has it."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend_json()),
+        bos_token=TURN_START,
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        unk_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
