@@ -1,0 +1,1 @@
+"""What is trained: configuration, target matching, injection into any module, PEFT's files."""

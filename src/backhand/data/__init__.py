@@ -1,0 +1,1 @@
+"""From rows to packed batches: readers, forms, chat templates, loss masks, order."""

@@ -1,0 +1,1 @@
+"""Sampling and chat, with or without an adapter."""

@@ -1,0 +1,1 @@
+"""Experiments to learn from: the sine experiment and the paper's analyses."""

@@ -1,0 +1,1 @@
+"""The decoder engine, the LoRA parameters, modules for any net, and loading of base models."""

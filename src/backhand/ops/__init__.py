@@ -1,0 +1,1 @@
+"""The mathematics: one file an op, with forward, backward and reference; they know tensors and nothing else."""

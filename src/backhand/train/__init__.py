@@ -1,0 +1,1 @@
+"""Configuration, loop, optimizer, evaluation, run directory, the demo."""

@@ -1,0 +1,1 @@
+"""Proofs: every op, block and model against autograd and finite differences."""

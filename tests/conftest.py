@@ -1,0 +1,22 @@
+"""What every test relies on: no network, few threads, the same random numbers."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, tokenizers or torch.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+# Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Tests that draw from torch's global generator draw the same numbers alone and in any order."""
+    torch.manual_seed(20210617)
