@@ -1,0 +1,106 @@
+"""One gradient by hand against one by autograd: exact | approximate | largest difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backhand.verify.measure import relative_error
+
+RELATIVE_TOLERANCE = 1e-5
+ABSOLUTE_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `print(comparison)` gives the line `name | exact | approximate | largest difference`.
+
+    Attributes:
+        name: what was compared.
+        exact: every element equal.
+        approximate: every element within 1e-5 relative or 1e-8 absolute (torch.allclose's own tolerances).
+        largest_difference: over all elements; NaN where one is NaN or the shapes differ.
+        relative_error: ‖by_hand - autograd‖ / ‖autograd‖, which, unlike `approximate`, means the same for gradients of
+            any size; NaN or infinite where it is undefined.
+        shape: of the gradient by hand.
+        note: what makes a comparison impossible or unusual (shapes, NaN), else empty.
+    """
+
+    name: str
+    exact: bool
+    approximate: bool
+    largest_difference: float
+    relative_error: float
+    shape: tuple[int, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        """The line that the experiment prints for each gradient."""
+        line = (
+            f"{self.name:<15} | exact: {self.exact!s:5} | approximate: {self.approximate!s:5} "
+            f"| maxdiff: {self.largest_difference:.6g}"
+        )
+        return f"{line} | {self.note}" if self.note else line
+
+
+def compare(name: str, by_hand: Tensor, autograd: Tensor) -> Comparison:
+    """Compare a gradient worked out by hand with autograd's.
+
+    Args:
+        name: for the printed line.
+        by_hand: any tensor.
+        autograd: the gradient to compare with, or the tensor that autograd differentiated for: one that requires a
+            gradient and has received it stands for its `.grad`, so that `compare("dA", dA, A)` works after
+            `loss.backward()`.
+
+    Neither device nor dtype need agree (numbers are compared by value, in float64 or complex128); shapes must, since
+    broadcasting would hide a mistake. Nothing is raised for tensors that cannot agree: the result says why in `note`.
+    """
+    truth = _values(_gradient_of(autograd))
+    measured = _values(by_hand)
+    shape = tuple(measured.shape)
+    if measured.shape != truth.shape:
+        note = f"shapes differ: by hand {shape}, autograd {tuple(truth.shape)}"
+        return Comparison(name, False, False, math.nan, math.inf, shape, note)
+    if not measured.numel():
+        return Comparison(name, True, True, 0.0, 0.0, shape, "empty")
+    equal = measured == truth
+    # Equal infinities differ by nothing, though their difference is NaN.
+    difference = torch.where(equal, 0.0, (measured - truth).abs())
+    undefined = int((measured.isnan() | truth.isnan()).sum())
+    return Comparison(
+        name,
+        exact=bool(equal.all()),
+        approximate=bool(torch.allclose(measured, truth, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)),
+        largest_difference=float(difference.max()),
+        relative_error=_relative(measured, truth),
+        shape=shape,
+        note=f"{undefined} NaN" if undefined else "",
+    )
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    """The tensor's own gradient where it has received one, else the tensor."""
+    if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad) and tensor.grad is not None:
+        return tensor.grad
+    return tensor
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The tensor's numbers on the CPU in a dtype that holds those of every narrower one."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.to(device="cpu", dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _relative(measured: Tensor, truth: Tensor) -> float:
+    if not measured.is_complex() and not truth.is_complex():
+        return relative_error(measured, truth)
+    wide = (measured.to(torch.complex128), truth.to(torch.complex128))
+    return relative_error(*(torch.view_as_real(tensor) for tensor in wide))

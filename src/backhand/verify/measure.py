@@ -1,0 +1,56 @@
+"""How far a tensor is from the truth: relative norm error, and the row where it is worst."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WorstRow(NamedTuple):
+    """index: of the row, over all axes but the last; error: the norm of its difference."""
+
+    index: tuple[int, ...]
+    error: float
+
+
+def relative_error(measured: Tensor, truth: Tensor) -> float:
+    """‖measured - truth‖ / ‖truth‖ in float64.
+
+    0 for two empty or two zero tensors; infinite where only the truth is zero, or the shapes differ; NaN as soon as
+    one element of either is NaN or infinite, so that no bound accepts it.
+    """
+    if measured.shape != truth.shape:
+        return math.inf
+    difference = norm(measured.double() - truth.double())
+    size = norm(truth)
+    if not math.isfinite(difference) or not math.isfinite(size):
+        return math.nan
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size else math.inf
+
+
+def norm(tensor: Tensor) -> float:
+    """The Euclidean norm over all elements, accumulated in float64."""
+    return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def worst_row(measured: Tensor, truth: Tensor) -> WorstRow | None:
+    """The row with the largest difference, or the first not finite one; None for empty or differently shaped tensors.
+
+    A row is what all axes but the last index; a vector has one element a row, a single number the row ().
+    """
+    if measured.shape != truth.shape or not measured.numel():
+        return None
+    difference = measured.double() - truth.double()
+    if difference.ndim < 2:
+        errors = difference.abs()
+    else:
+        errors = torch.linalg.vector_norm(difference, dim=-1)
+    flat = torch.where(errors.isfinite(), errors, math.inf).reshape(-1)
+    position = int(flat.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), errors.shape))
+    return WorstRow(index, float(flat[position]))
