@@ -8,7 +8,7 @@ gradient to one flat buffer. It stops at the lowest adapted module: below it not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.block import RECOMPUTE_MODES, BlockContext, BlockSaved, block_backward, block_forward
 from backhand.nn.block_adapter import block_adapter, lowest_adapted_group
-from backhand.nn.decoder_weights import DecoderWeights, TensorSource, load_weights, module_shapes
+from backhand.nn.decoder_weights import DecoderWeights, TensorSource, load_weights, module_shapes, named_views
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
@@ -88,6 +88,10 @@ class Decoder:
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module an adapter can target, by dotted path."""
         return module_shapes(self.config)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, view) of every base tensor; training must not move any of them."""
+        return named_views(self.weights, self.config)
 
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter; its names must be modules of this decoder.
