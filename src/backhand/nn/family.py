@@ -11,11 +11,12 @@ class RotaryConfig:
 
     Attributes:
         theta: the rotary base.
-        scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`).
+        scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`); the rules are
+            in `rotary_frequencies`.
     """
 
     theta: float
-    scaling: tuple[tuple[str, float | int | str], ...] | None = None
+    scaling: tuple[tuple[str, float | int | str | tuple[float, ...]], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Inverse frequencies equal transformers' own bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import ORIGINAL_LENGTH, tiny_model
+
+from backhand.nn.family import RotaryConfig
+from backhand.nn.rotary_frequencies import inverse_frequencies, llama3_factors
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _rotary_config(parameters: dict[str, Any]) -> RotaryConfig:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
+    theta = values.pop("rope_theta")
+    return RotaryConfig(theta, tuple(values.items()) if values["rope_type"] != "default" else None)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.7},
+        {"rope_type": "llama3", "rope_theta": 500000.0, **_LLAMA3},
+        {"rope_type": "llama3", "rope_theta": 500.0, **_LLAMA3, "original_max_position_embeddings": ORIGINAL_LENGTH},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + j / 3 for j in range(32)],
+            "long_factor": [1.0 + j / 3 for j in range(32)],
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+    ids=["default", "base-1e6", "linear", "llama3", "llama3-short", "longrope"],
+)
+def test_equal_to_transformers(parameters: dict[str, Any]) -> None:
+    model = tiny_model("llama", head_dim=64, rope_parameters=parameters)
+    expected = model.model.rotary_emb.inv_freq
+    frequencies = inverse_frequencies(_rotary_config(parameters), 64)
+    assert frequencies.dtype == torch.float32
+    assert torch.equal(frequencies, expected)
+
+
+def test_gemma_local_and_global_bases_equal_transformers() -> None:
+    model = tiny_model("gemma3_text")
+    rotary = model.model.rotary_emb
+    head_dim = model.config.head_dim
+    for layer_type, parameters in model.config.rope_parameters.items():
+        frequencies = inverse_frequencies(_rotary_config(parameters), head_dim)
+        assert torch.equal(frequencies, getattr(rotary, f"{layer_type}_inv_freq"))
+
+
+def test_llama3_rule_uses_all_three_regimes() -> None:
+    factors = llama3_factors(500000.0, 64, _LLAMA3)
+    assert factors.min() == 1.0
+    assert factors.max() == 8.0
+    assert ((factors > 1.01) & (factors < 7.99)).any()
+
+
+def test_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="yarn"):
+        inverse_frequencies(RotaryConfig(1e4, (("rope_type", "yarn"),)), 8)
