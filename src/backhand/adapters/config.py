@@ -51,7 +51,8 @@ class LoRAConfig:
     """Rank-stabilised scaling: alpha / √rank in place of alpha / rank [arXiv:2312.03732]."""
 
     layers_to_transform: tuple[int, ...] | None = None
-    """Adapt only these layers, counted from 0: the first number in the module path. Only with `target_modules` names."""
+    """Adapt only these layers, counted from 0: the first number in the module path. Not with a regular expression in
+    `target_modules`."""
 
     layers_pattern: tuple[str, ...] = ()
     """Names of the layer list that `layers_to_transform` counts in, if it is not the first numbered one."""
@@ -95,7 +96,11 @@ class LoRAConfig:
                     next_step="give layers_to_transform as well, or leave both out",
                 )
             return
-        if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+        if any(not re.fullmatch(r"[\w-]+", name) for name in self.layers_pattern):
+            raise UsageError(
+                f"{list(self.layers_pattern)!r} are not plain names of a layer list", where="layers_pattern"
+            )
+        if not layers or not all(is_layer_number(number) for number in layers):
             raise UsageError(
                 f"{list(layers)!r} is not a list of layer numbers, 0 or above", where="layers_to_transform"
             )
@@ -109,6 +114,11 @@ class LoRAConfig:
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The multiplier of the low-rank branch: alpha / rank, or alpha / √rank if rank-stabilised."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def is_layer_number(number: object) -> bool:
+    """Whether `number` can count a layer: an integer of at least 0."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def check_rank(where: str, rank: object) -> None:

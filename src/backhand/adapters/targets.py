@@ -1,0 +1,207 @@
+r"""Which modules a configuration adapts, and how: PEFT's rules for target_modules and patterns, but nothing unmatched.
+
+- a list of names: a module whose path is a name, or ends with `.name`;
+- a string: one regular expression for the whole path;
+- `all-linear`: every linear layer except the output head;
+- `exclude_modules` (same two forms) takes away;
+- `layers_to_transform` keeps the modules whose layer number, the first number in the path, is listed; a name that is a
+  whole path is not filtered;
+- `rank_pattern`, `alpha_pattern`: the first key for which `(.*\.)?(key)$` matches the path wins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from backhand.adapters.config import ALL_LINEAR, LoRAConfig
+from backhand.adapters.nearest import name_list, nearest_names
+from backhand.adapters.pattern_match import key_matches, pattern_matches
+from backhand.errors import UsageError
+from backhand.nn.lora_parameters import LoRASlot
+
+OUTPUT_HEADS = ("lm_head",)
+_LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt: its path, the rank of its factors, its alpha and the scaling these give."""
+
+    name: str
+    rank: int
+    alpha: float
+    scaling: float
+
+
+def resolve_slots(
+    config: LoRAConfig,
+    module_shapes: Mapping[str, tuple[int, int]],
+    *,
+    heads: Collection[str] = OUTPUT_HEADS,
+) -> list[LoRASlot]:
+    """The slots of `LoRAParameters` that `config` describes on a model.
+
+    Args:
+        config: what to adapt.
+        module_shapes: (out, in) of every linear module, by dotted path.
+        heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
+
+    Returns:
+        one slot a module, in the order of `module_shapes`.
+
+    Raises:
+        UsageError: a value out of range, or a name or pattern that matches nothing; shows the nearest names.
+    """
+    targets = resolve_targets(config, list(module_shapes), heads=heads)
+    return [target_slot(target, module_shapes[target.name], config.dropout) for target in targets]
+
+
+def target_slot(target: Target, shape: tuple[int, int], dropout: float) -> LoRASlot:
+    """The slot of a linear module of `shape` (out, in)."""
+    out_features, in_features = shape
+    return LoRASlot(target.name, in_features, out_features, target.rank, target.scaling, dropout)
+
+
+def resolve_targets(
+    config: LoRAConfig,
+    names: Sequence[str],
+    *,
+    linear: Collection[str] | None = None,
+    heads: Collection[str] = OUTPUT_HEADS,
+    strict: bool = True,
+) -> list[Target]:
+    """Match a configuration against module paths.
+
+    Args:
+        config: what to adapt.
+        names: paths of all modules that may be named.
+        linear: those of them that `all-linear` takes; all of them if None.
+        heads: paths that `all-linear` leaves out.
+        strict: whether a name or pattern that matches nothing is an error; that nothing at all matches always is.
+
+    Returns:
+        one target a module, in the order of `names`.
+
+    Raises:
+        UsageError: a value out of range, or something unmatched.
+    """
+    config.validate()
+    chosen = _targeted(config, names, names if linear is None else linear, heads, strict)
+    if config.layers_to_transform is not None:
+        chosen = _in_layers(config, chosen, strict)
+    if config.exclude_modules:
+        excluded = set(_named(config.exclude_modules, names, "exclude_modules", strict))
+        chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise UsageError(
+            f"{_shown(config.target_modules)} leaves no module to adapt",
+            where="target_modules",
+            why=f"the model has {name_list(_last_parts(names))}" if names else "the model has no module to adapt",
+            next_step=f"name some of these, or give {ALL_LINEAR}",
+        )
+    return module_values(config, chosen, strict=strict)
+
+
+def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) -> list[Target]:
+    """Rank, alpha and scaling of modules that are already chosen.
+
+    Raises:
+        UsageError: a pattern that is no regular expression, or that matches none of them while `strict`.
+    """
+    ranks = _first_match(config.rank_pattern, chosen, "rank_pattern", strict)
+    alphas = _first_match(config.alpha_pattern, chosen, "alpha_pattern", strict)
+    targets = []
+    for name in chosen:
+        rank, alpha = ranks.get(name, config.rank), alphas.get(name, config.alpha)
+        targets.append(Target(name, int(rank), alpha, config.scaling_of(int(rank), alpha)))
+    return targets
+
+
+def _targeted(
+    config: LoRAConfig, names: Sequence[str], linear: Collection[str], heads: Collection[str], strict: bool
+) -> list[str]:
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        left_out = set(heads)
+        return [name for name in names if name in linear and name not in left_out]
+    return _named(config.target_modules, names, "target_modules", strict)
+
+
+def _named(wanted: str | Collection[str], names: Sequence[str], where: str, strict: bool) -> list[str]:
+    """The paths that a regular expression or a list of names picks, in the order of `names`."""
+    if isinstance(wanted, str):
+        matched = pattern_matches(wanted, names, where=where)
+        if strict and not any(matched):
+            raise _unmatched(wanted, names, where, regex=True)
+        return [name for name, hit in zip(names, matched, strict=True) if hit]
+    picked: set[str] = set()
+    for suffix in sorted(wanted):
+        hits = [name for name in names if name == suffix or name.endswith(f".{suffix}")]
+        if strict and not hits:
+            raise _unmatched(suffix, names, where)
+        picked.update(hits)
+    return [name for name in names if name in picked]
+
+
+def _in_layers(config: LoRAConfig, chosen: Sequence[str], strict: bool) -> list[str]:
+    wanted = set(config.layers_to_transform or ())
+    whole_paths = set() if isinstance(config.target_modules, str) else set(config.target_modules)
+    numbers = {name: number for name in chosen if (number := _layer_number(name, config.layers_pattern)) is not None}
+    if strict and (absent := sorted(wanted - set(numbers.values()))):
+        there = sorted(set(numbers.values()))
+        raise UsageError(
+            f"no targeted module is in layer {', '.join(map(str, absent))}",
+            where="layers_to_transform",
+            why=f"the layers are {there[0]} to {there[-1]}" if there else "the targeted paths have no layer number",
+        )
+    return [name for name in chosen if name in whole_paths or numbers.get(name) in wanted]
+
+
+def _layer_number(name: str, layers_pattern: Sequence[str]) -> int | None:
+    found = None
+    if not layers_pattern:
+        found = _LAYER_NUMBER.match(name)
+    for pattern in layers_pattern:
+        found = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", name)
+        if found:
+            break
+    return int(found.group(1)) if found else None
+
+
+def _first_match(patterns: Mapping[str, float], chosen: Sequence[str], where: str, strict: bool) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for key, value in patterns.items():
+        hits = [name for name, hit in zip(chosen, key_matches(key, chosen, where=where), strict=True) if hit]
+        if strict and not hits:
+            raise _unmatched(key, chosen, where, "adapted module")
+        for name in hits:
+            values.setdefault(name, value)
+    return values
+
+
+def _unmatched(
+    wanted: str, names: Sequence[str], where: str, what: str = "module", *, regex: bool = False
+) -> UsageError:
+    parts = _last_parts(names)
+    near = nearest_names(wanted, names)
+    if regex and names:
+        hint = f"a regular expression must match the whole path, such as {names[0]}; for the end of a path give a list"
+    elif near:
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        hint = "a name matches whole parts at the end of the module path"
+    return UsageError(
+        f"{wanted!r} matches no {what}",
+        where=where,
+        why=f"there are {name_list(parts)}" if parts else "there is none",
+        next_step=hint,
+    )
+
+
+def _last_parts(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _shown(modules: str | Collection[str]) -> str:
+    return repr(modules) if isinstance(modules, str) else ", ".join(sorted(modules))
