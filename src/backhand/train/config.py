@@ -1,4 +1,4 @@
-"""Everything a training run can be told: one dataclass per concern, which is the command line, the TOML file and the docs.
+"""Everything a training run can be told: one dataclass per concern; it is the command line, the TOML file and the docs.
 
 This file imports no torch: the command line reads the fields and their docstrings for its help.
 """
@@ -30,12 +30,12 @@ class ModelOptions:
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     engine: Engine = "auto"
-    """`backhand` trains without autograd, `transformers` any causal language model through autograd; `auto` takes the first
-    where it knows the model and says so where it does not."""
+    """`backhand` trains without autograd, `transformers` any causal language model through autograd; `auto` takes the
+    first where it knows the model and says so where it does not."""
 
     dtype: DType = "auto"
-    """Compute dtype of the frozen weights and activations; `auto` is bfloat16 where the processor multiplies it natively,
-    else float32. Adapter, gradients and moments are float32 in any case."""
+    """Compute dtype of the frozen weights and activations; `auto` is bfloat16 where the processor multiplies it
+    natively, else float32. Adapter, gradients and moments are float32 in any case."""
 
     device: str = "auto"
     """Where to compute: `cpu`, `cuda`, `cuda:1`; `auto` is `cuda` where there is one, else `cpu`."""
@@ -146,10 +146,11 @@ class RunOptions:
     """The run as such: where it is kept, when it is measured and saved, how it starts and stops."""
 
     output: Path = Path("run")
-    """Run directory: adapter, checkpoints, metrics and configuration. Must not exist yet, unless resumed or overwritten."""
+    """Run directory: adapter, checkpoints, metrics. Must not exist yet, unless resumed or overwritten."""
 
     eval_every: int | None = None
-    """Held-out evaluation every so many steps; not given: ten times a run. Always before the first step and at the end."""
+    """Held-out evaluation every so many steps; not given: ten times a run. Always before the first step and at the
+    end."""
 
     save_every: int | None = None
     """Checkpoint every so many steps; not given: at each held-out evaluation. Always at the end and on interruption."""
@@ -179,7 +180,8 @@ class RunOptions:
     """Stop after this many steps in a row with a non-finite loss or gradient; each one is skipped."""
 
     max_forgetting: float | None = None
-    """Stop when the loss on neutral texts has risen by more than this many nats per token; measured at each evaluation."""
+    """Stop when the loss on neutral texts has risen by more than this many nats per token, as measured at each
+    evaluation."""
 
     prove_resume: int | None = None
     """At the end, repeat the last so many steps from a checkpoint and compare every bit."""

@@ -1,0 +1,118 @@
+"""Every option is checked by name, value and range before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from backhand.errors import UsageError
+from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        (ModelOptions, "model", ""),
+        (ModelOptions, "engine", "jax"),
+        (ModelOptions, "dtype", "float16"),
+        (ModelOptions, "device", ""),
+        (ModelOptions, "threads", 0),
+        (ModelOptions, "memory", "lots"),
+        (ModelOptions, "recompute", "all"),
+        (OptimizationOptions, "epochs", 0),
+        (OptimizationOptions, "epochs", 1.5),
+        (OptimizationOptions, "epochs", True),
+        (OptimizationOptions, "max_steps", 0),
+        (OptimizationOptions, "learning_rate", 0.0),
+        (OptimizationOptions, "learning_rate", float("nan")),
+        (OptimizationOptions, "learning_rate", -1e-4),
+        (OptimizationOptions, "learning_rate", float("inf")),
+        (OptimizationOptions, "schedule", "step"),
+        (OptimizationOptions, "warmup_steps", -1),
+        (OptimizationOptions, "weight_decay", -0.1),
+        (OptimizationOptions, "max_grad_norm", -1.0),
+        (OptimizationOptions, "adam_beta1", 1.0),
+        (OptimizationOptions, "adam_beta2", 1.5),
+        (OptimizationOptions, "adam_epsilon", 0.0),
+        (OptimizationOptions, "batch_rows", 0),
+        (OptimizationOptions, "micro_batch_rows", 0),
+        (RunOptions, "eval_every", 0),
+        (RunOptions, "save_every", 0),
+        (RunOptions, "keep", 0),
+        (RunOptions, "early_stopping", 0),
+        (RunOptions, "seed", -1),
+        (RunOptions, "seed", 2**63),
+        (RunOptions, "log_every", 0),
+        (RunOptions, "max_bad_steps", 0),
+        (RunOptions, "max_forgetting", 0.0),
+        (RunOptions, "prove_resume", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named(cls: type[Any], field: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        cls(**{field: value}).validate()
+    assert caught.value.where == field
+    assert not value or repr(value) in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        OptimizationOptions(batch_rows=4, micro_batch_rows=5),
+        RunOptions(resume=True, overwrite=True),
+        RunOptions(resume=True, from_adapter="other"),
+        ModelOptions(engine="transformers", recompute="block"),
+    ],
+)
+def test_contradictions_are_refused(part: Any) -> None:
+    with pytest.raises(UsageError):
+        part.validate()
+
+
+def test_defaults_are_valid() -> None:
+    assert TrainConfig().validate() == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("100", 100),
+        ("6GB", 6 * 2**30),
+        ("512 M", 2**29),
+        ("2.5GiB", 5 * 2**29),
+        ("1k", 1024),
+        ("3b", 3),
+        ("1TB", 2**40),
+    ],
+)
+def test_amounts_of_memory(text: str, amount: int) -> None:
+    assert parse_bytes(text, where="memory") == amount
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "6 GBB", "nan", "1e400", "infGB", "6XB"])
+def test_amounts_of_memory_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_bytes(text, where="memory")
+
+
+def test_every_option_is_documented_and_no_torch_is_imported() -> None:
+    code = (
+        "import ast, inspect, sys, dataclasses\n"
+        "import backhand.train.config as c, backhand.train.evaluate_options as e, backhand.train.config_file\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+        "for cls in (c.ModelOptions, c.OptimizationOptions, c.RunOptions, e.EvaluateRunOptions):\n"
+        "    body = ast.parse(inspect.getsource(cls)).body[0].body\n"
+        "    documented = {a.target.id for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign)\n"
+        "                  and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}\n"
+        "    assert documented == {f.name for f in dataclasses.fields(cls)}, cls\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunOptions().seed = 3  # type: ignore[misc]
