@@ -58,8 +58,8 @@ def _losses(logits: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
     logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
     """
     torch.softmax(logits, dim=-1, dtype=probabilities.dtype, out=probabilities)
-    largest, index = logits.max(dim=-1, keepdim=True)
-    lse = largest.to(probabilities.dtype) - probabilities.gather(1, index).log_()
+    largest = logits.amax(dim=-1, keepdim=True).to(probabilities.dtype)
+    lse = largest - probabilities.amax(dim=-1, keepdim=True).log_()
     return (lse - logits.gather(1, targets[:, None]).to(probabilities.dtype)).squeeze(1)
 
 

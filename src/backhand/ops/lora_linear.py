@@ -20,6 +20,7 @@ from its seed, never kept. Gᵀ x, (out, in), and W + s B A are never formed: th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class LoRAGrads(NamedTuple):
 
 def rows(x: Tensor) -> Tensor:
     """All leading axes as one: (..., n) → (rows, n)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
@@ -98,7 +99,7 @@ def lora_linear_forward(
     h = (x_rows if mask is None else x_rows * mask) @ lora_A.T
     y.addmm_(h, lora_B.T, alpha=scaling)
     y = y.view(*x.shape[:-1], weight.shape[0])
-    return y, LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], -1), scaling, dropout)
+    return y, LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

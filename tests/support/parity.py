@@ -1,0 +1,111 @@
+"""Our decoder and a transformers + PEFT model with the same weights and the same adapter, and how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder import Decoder
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+
+_PREFIX = "base_model.model."
+
+
+class InMemorySource:
+    """A model source over a transformers model's own tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config: dict[str, object] = model.config.to_dict()  # type: ignore[union-attr, operator]
+        self._tensors = model.state_dict()
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name].detach().clone()
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours - theirs‖ / ‖theirs‖ in float64; the norm itself where theirs is zero."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / (theirs.norm() if theirs.norm() > 0 else 1.0))
+
+
+def lora_from_peft(adapted: Any, scaling: float, dtype: torch.dtype = torch.float32) -> LoRAParameters:
+    """PEFT's factors in our flat buffer; the slots follow the model's order."""
+    factors = {
+        name.removeprefix(_PREFIX).replace(".default.weight", ""): parameter
+        for name, parameter in adapted.named_parameters()
+        if "lora_" in name
+    }
+    slots = []
+    for name, lora_A in factors.items():
+        if name.endswith(".lora_A"):
+            lora_B = factors[name[: -len("A")] + "B"]
+            slots.append(
+                LoRASlot(name.removesuffix(".lora_A"), lora_A.shape[1], lora_B.shape[0], lora_A.shape[0], scaling)
+            )
+    lora = LoRAParameters(slots, dtype=dtype)
+    for name, view in lora.named_tensors():
+        view.copy_(factors[name].detach())
+    return lora
+
+
+def peft_gradients(adapted: Any) -> dict[str, Tensor]:
+    """`<module>.lora_A|lora_B` → gradient."""
+    return {
+        name.removeprefix(_PREFIX).replace(".default.weight", ""): parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if "lora_" in name
+    }
+
+
+def our_gradients(lora: LoRAParameters) -> dict[str, Tensor]:
+    """The same keys, views of the flat buffer."""
+    return {f"{name}.lora_A": lora.d_lora_A(name) for name in lora.slots} | {
+        f"{name}.lora_B": lora.d_lora_B(name) for name in lora.slots
+    }
+
+
+def supervise(documents: Sequence[Tensor], *, share: float = 0.6, seed: int = 3) -> PackedBatch:
+    """Pack documents with a random part of their tokens supervised (always at least one token of a longer document)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for document in documents:
+        targets = torch.full_like(document, IGNORE_INDEX)
+        chosen = torch.rand(len(document), generator=generator) < share
+        chosen[-2:-1] = True
+        targets[:-1] = torch.where(chosen[:-1], document[1:], targets[:-1])
+        labels.append(targets)
+    return PackedBatch(torch.cat(list(documents)), torch.cat(labels), tuple(len(d) for d in documents))
+
+
+def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
+    """Σ nats over supervised positions, each document on its own, in the model's dtype with float32 cross-entropy."""
+    total = torch.zeros((), dtype=torch.float64)
+    documents = zip(
+        batch.input_ids.split(list(batch.document_lengths)), batch.labels.split(list(batch.document_lengths)), strict=True
+    )
+    for ids, labels in documents:
+        logits = adapted(input_ids=ids[None]).logits[0]
+        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        total = total + torch.nn.functional.cross_entropy(
+            wide, labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        ).double()
+    return total
+
+
+def decoder_like(adapted: Any, scaling: float, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
+    """Our decoder with the base weights and the adapter of a PEFT model."""
+    base = adapted.get_base_model()
+    clean = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in base.state_dict().items()
+        if "lora_" not in name
+    }
+    source = InMemorySource(base)
+    source._tensors = clean
+    decoder = Decoder.from_source(source, dtype=dtype, **options)
+    decoder.attach(lora_from_peft(adapted, scaling, torch.float64 if dtype == torch.float64 else torch.float32))
+    return decoder
