@@ -86,7 +86,7 @@ class BlockSaved(NamedTuple):
     mlp: MLPKept | None
 
 
-def _project(
+def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapter: GroupAdapter, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """A lone projection, adapted or not: residual + x Wᵀ + b (+ LoRA), and h."""
@@ -130,7 +130,7 @@ def attention_half_forward(
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     output, attended = attention_forward(q, k, v, context.runs, config.attention_scaling, context.window)
     sandwich = weights.after_attention_norm
-    x1, h_output = _project(
+    x1, h_output = project(
         output.flatten(1), weights.output, weights.output_bias, adapter[OUTPUT], None if sandwich is not None else x0
     )
     projected = None
@@ -193,7 +193,7 @@ def mlp_half_forward(
     del n2
     p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
     sandwich = weights.after_mlp_norm
-    x2, h_down = _project(p, weights.down, weights.down_bias, adapter[DOWN], None if sandwich is not None else x1)
+    x2, h_down = project(p, weights.down, weights.down_bias, adapter[DOWN], None if sandwich is not None else x1)
     projected = None
     if sandwich is not None:
         normed, projected = rms_norm_forward(x2, sandwich, config.norm_eps, config.norm_offset)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.parity import decoder_like, relative_error
+from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
+
+from backhand.nn import decoding
+from backhand.nn.decoder import Decoder
+from backhand.nn.decoding import IncrementalDecoder
+
+SCALING = 8.5 / 5
+TOLERANCE = 1e-5
+
+
+@cache
+def peft_model(variant: str) -> Any:
+    return attach_lora(tiny_model(variant), rank=5, alpha=8.5, seed=7)
+
+
+def adapted_decoder(variant: str) -> Decoder:
+    return decoder_like(peft_model(variant), SCALING)
+
+
+def ids(length: int, seed: int = 2) -> list[int]:
+    return tiny_documents([length], seed=seed)[0].tolist()
+
+
+def full(decoder: Decoder, tokens: Sequence[int]) -> torch.Tensor:
+    return decoder.logits(torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_row_token_by_token_equals_the_full_forward(variant: str, adapted: bool) -> None:
+    decoder = adapted_decoder(variant)
+    if not adapted:
+        decoder.detach()
+    tokens = ids(37)
+    expected = full(decoder, tokens)
+    state = IncrementalDecoder(decoder, rows=1, capacity=16)
+    state.cache.add_rows(1)
+    assert relative_error(state.extend([0], [tokens[:11]])[0], expected[10]) < TOLERANCE
+    for position in range(11, 37):
+        assert relative_error(state.step([tokens[position]])[0], expected[position]) < TOLERANCE
+    assert state.cache.lengths == [37]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_different_lengths_equal_each_alone(variant: str) -> None:
+    decoder = adapted_decoder(variant)
+    lengths = [3, 21, 9, 9, 1]
+    rows = [ids(length + 12, seed=length) for length in lengths]
+    expected = [full(decoder, row) for row in rows]
+    state = IncrementalDecoder(decoder, rows=6, capacity=8)
+    state.cache.add_rows(5)
+    logits = state.extend(range(5), [row[:length] for row, length in zip(rows, lengths, strict=True)])
+    for row, length in enumerate(lengths):
+        assert relative_error(logits[row], expected[row][length - 1]) < TOLERANCE
+    for offset in range(12):
+        logits = state.step([row[length + offset] for row, length in zip(rows, lengths, strict=True)])
+        for row, length in enumerate(lengths):
+            assert relative_error(logits[row], expected[row][length + offset]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_extending_rows_that_hold_tokens_equals_the_full_forward(variant: str) -> None:
+    decoder = adapted_decoder(variant)
+    # Rows 1 and 2 are alike, seen and new, so that they share one kernel call; row 0 is fresh in the second round.
+    seen, new = [0, 13, 13, 6], [7, 10, 10, 2]
+    rows = [ids(s + n, seed=20 + i) for i, (s, n) in enumerate(zip(seen, new, strict=True))]
+    state = IncrementalDecoder(decoder, rows=4, capacity=8)
+    state.cache.add_rows(4)
+    state.extend([3, 1, 2], [rows[3][:6], rows[1][:13], rows[2][:13]])
+    logits = state.extend(range(4), [row[s:] for row, s in zip(rows, seen, strict=True)])
+    for row, tokens in enumerate(rows):
+        assert relative_error(logits[row], full(decoder, tokens)[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
+def test_long_prompts_pass_in_chunks(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CHUNK_TOKENS", 10)
+    decoder = adapted_decoder(variant)
+    rows = [ids(length, seed=length) for length in (4, 33, 8, 10)]
+    state = IncrementalDecoder(decoder, rows=4, capacity=8)
+    state.cache.add_rows(4)
+    logits = state.extend(range(4), rows)
+    for row, tokens in enumerate(rows):
+        assert relative_error(logits[row], full(decoder, tokens)[-1]) < TOLERANCE
+
+
+def test_a_row_is_cut_only_where_it_fits_into_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "CHUNK_TOKENS", 10)
+    assert decoding._chunks([4, 8, 2, 25]) == [
+        [(0, 0, 4)],
+        [(1, 0, 8), (2, 0, 2)],
+        [(3, 0, 10)],
+        [(3, 10, 20)],
+        [(3, 20, 25)],
+    ]
+
+
+def test_a_removed_row_gives_its_number_to_the_last_one() -> None:
+    decoder = adapted_decoder("mistral")
+    rows = [ids(length, seed=length) for length in (5, 12, 17)]
+    state = IncrementalDecoder(decoder, rows=3, capacity=8)
+    state.cache.add_rows(3)
+    state.extend(range(3), rows)
+    assert state.cache.remove(0) == 2
+    assert state.cache.lengths == [17, 12]
+    logits = state.step([5, 6])
+    assert relative_error(logits[0], full(decoder, [*rows[2], 5])[-1]) < TOLERANCE
+    assert relative_error(logits[1], full(decoder, [*rows[1], 6])[-1]) < TOLERANCE
+    assert state.cache.remove(1) is None
+    assert state.cache.add_rows(2) == range(1, 3)
+    assert state.cache.lengths == [18, 0, 0]
+    with pytest.raises(ValueError, match="do not fit"):
+        state.cache.add_rows(1)
+
+
+def test_a_shared_prefix_is_computed_once_and_copied() -> None:
+    decoder = adapted_decoder("qwen3")
+    prefix, endings = ids(14), [ids(4, seed=8), ids(6, seed=9), ids(4, seed=10)]
+    state = IncrementalDecoder(decoder, rows=3, capacity=40)
+    state.cache.add_rows(3)
+    state.extend([0], [prefix])
+    state.cache.copy_row(0, [1, 2])
+    logits = state.extend(range(3), endings)
+    for row, ending in enumerate(endings):
+        assert relative_error(logits[row], full(decoder, prefix + ending)[-1]) < TOLERANCE
+
+
+def test_a_truncated_row_continues_differently() -> None:
+    decoder = adapted_decoder("llama3")
+    tokens = ids(20)
+    state = IncrementalDecoder(decoder, capacity=8)
+    state.cache.add_rows(1)
+    state.extend([0], [tokens])
+    state.cache.truncate(0, 12)
+    logits = state.extend([0], [[4, 5, 6]])
+    assert relative_error(logits[0], full(decoder, [*tokens[:12], 4, 5, 6])[-1]) < TOLERANCE
+
+
+def test_bfloat16_errs_no_more_than_the_full_forward() -> None:
+    exact = adapted_decoder("llama")
+    narrow = decoder_like(peft_model("llama"), SCALING, dtype=torch.bfloat16)
+    tokens = ids(40)
+    expected = full(exact, tokens)[30:]
+    state = IncrementalDecoder(narrow)
+    state.cache.add_rows(1)
+    state.extend([0], [tokens[:30]])
+    cached = torch.cat([state.step([token]) for token in tokens[30:]])
+    assert relative_error(cached, expected) < 1.5 * relative_error(full(narrow, tokens)[30:], expected)
+
+
+def test_wrong_calls_are_refused() -> None:
+    state = IncrementalDecoder(adapted_decoder("llama"), rows=2)
+    state.cache.add_rows(2)
+    with pytest.raises(ValueError, match="at least one new token"):
+        state.extend([0, 1], [[3], []])
+    with pytest.raises(ValueError, match="1 tokens for 2 rows"):
+        state.step([3])
