@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.parity import decoder_like, relative_error
-from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 from backhand.nn import decoding
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoding import IncrementalDecoder
+from support.parity import decoder_like, relative_error
+from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 SCALING = 8.5 / 5
 TOLERANCE = 1e-5

@@ -1,13 +1,13 @@
 """Incremental forward of the decoder engine: new tokens against a KV cache, for rows of different lengths.
 
-    K ← [K_seen; K_new],  V ← [V_seen; V_new],   o_i = softmax(c q_i K_{j ≤ i}ᵀ) V_{j ≤ i}        [arXiv:1911.02150, §2.4]
+    K ← [K_seen; K_new],  V ← [V_seen; V_new],   o_i = softmax(c q_i K_{j ≤ i}ᵀ) V_{j ≤ i}      [arXiv:1911.02150, §2.4]
 
-A causal decoder's keys and values of a token depend on what stands before it only, so they are computed once. Two ways in:
-`extend` takes several new tokens a row (prompts, packed without padding; further turns of a conversation), `step` one new
-token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward pass.
+A causal decoder's keys and values of a token depend on what stands before it only, so they are computed once. Two ways
+in: `extend` takes several new tokens a row (prompts, packed without padding; further turns of a conversation), `step`
+one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward pass.
 
-The attention of new tokens on seen ones is torch's fused kernel. In `step` the heads of a group, which share keys and values,
-stand where the kernel expects queries, so that every key is read once, and rows of other lengths are masked.
+The attention of new tokens on seen ones is torch's fused kernel. In `step` the heads of a group, which share keys and
+values, stand where the kernel expects queries, so that every key is read once, and rows of other lengths are masked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from backhand.ops.rms_norm import rms_norm_forward
 CHUNK_TOKENS = 4096
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim), having put k and v into the cache."""
+"""(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim); k and v are then in the cache."""
 
 
 class _Piece(NamedTuple):
@@ -42,7 +42,7 @@ class _Piece(NamedTuple):
 
     row: int
     start: int
-    count: int
+    new: int
     seen: int
 
 
@@ -84,14 +84,15 @@ class IncrementalDecoder:
             len(rows), self.decoder.config.hidden_size, dtype=self.decoder.dtype, device=self.decoder.device
         )
         for chunk in _chunks([len(new) for new in tokens]):
-            pieces, packed = [], []
+            pieces: list[_Piece] = []
+            packed: list[int] = []
             for index, start, stop in chunk:
                 pieces.append(_Piece(rows[index], len(packed), stop - start, self.cache.lengths[rows[index]]))
                 packed.extend(tokens[index][start:stop])
             x = self._extend_chunk(pieces, packed)
             for (index, _, _), piece in zip(chunk, pieces, strict=True):
-                self.cache.lengths[piece.row] += piece.count
-                last[index] = x[piece.start + piece.count - 1]
+                self.cache.lengths[piece.row] += piece.new
+                last[index] = x[piece.start + piece.new - 1]
         return self.decoder.head(last)
 
     @torch.no_grad()
@@ -120,7 +121,7 @@ class IncrementalDecoder:
             self.cache.write_next(layer, positions if equal_length is None else equal_length, k, v)
             first, mask = masks[self.decoder.config.layers[layer].window]
             span = (slice(len(lengths)), slice(None), slice(first, max(lengths) + 1))
-            grouped = q.unflatten(1, (k.shape[1], -1))
+            grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
             output = scaled_dot_product_attention(
                 grouped,
                 self.cache.keys[layer][span],
@@ -135,33 +136,33 @@ class IncrementalDecoder:
         return self.decoder.head(x)
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
-        """The last block's output for the packed new tokens, (tokens, hidden); the cache receives their keys and values."""
+        """The last block's output for the packed new tokens, (tokens, hidden); their keys and values are then cached."""
         config, device = self.decoder.config, self.decoder.device
-        positions = torch.cat([torch.arange(p.seen, p.seen + p.count, device=device) for p in pieces])
+        positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
         masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for piece in pieces:
-                span = slice(piece.start, piece.start + piece.count)
+                span = slice(piece.start, piece.start + piece.new)
                 self.cache.write(layer, piece.row, piece.seen, k[span], v[span])
             window, scaling = config.layers[layer].window, config.attention_scaling
             if not any(piece.seen for piece in pieces):
-                documents = document_runs(tuple(piece.count for piece in pieces))
+                documents = document_runs(tuple(piece.new for piece in pieces))
                 return attention_forward(q, k, v, documents, scaling, window)[0]
             output = torch.empty_like(q)
             for run in runs:
                 (_, piece), count = run[0], len(run)
-                key = (piece.seen, piece.count, window)
+                key = (piece.seen, piece.new, window)
                 if key not in masks:
                     masks[key] = _extend_mask(*key, device)
-                span = slice(piece.start, piece.start + count * piece.count)
+                span = slice(piece.start, piece.start + count * piece.new)
                 keys, values = (
-                    buffers[layer][piece.row : piece.row + count, :, : piece.seen + piece.count]
+                    buffers[layer][piece.row : piece.row + count, :, : piece.seen + piece.new]
                     for buffers in (self.cache.keys, self.cache.values)
                 )
                 attended = scaled_dot_product_attention(
-                    q[span].unflatten(0, (count, piece.count)).transpose(1, 2),
+                    q[span].reshape(count, piece.new, *q.shape[1:]).transpose(1, 2),
                     keys,
                     values,
                     attn_mask=masks[key],
@@ -223,9 +224,9 @@ def _chunks(counts: Sequence[int]) -> list[list[tuple[int, int, int]]]:
 
 
 def _batched_with(numbered: tuple[int, _Piece]) -> tuple[int, int, int]:
-    """Neighbours for which this is equal lie in neighbouring rows and are equally long, seen and new: one kernel call."""
+    """Neighbours for which this is equal lie in neighbouring rows and are equally long, so one kernel call does."""
     number, piece = numbered
-    return piece.row - number, piece.count, piece.seen
+    return piece.row - number, piece.new, piece.seen
 
 
 def _extend_mask(seen: int, count: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """The KV cache: keys and values of every token seen so far, one row a sequence, so that a new token costs one position.
 
-Rows have their own lengths; what lies behind a row's length is room, not content. Rows in use are always the first ones:
-a row that is done is overwritten by the last row in use (`remove`), so that every product runs over a contiguous prefix.
+Rows have their own lengths; what lies behind a row's length is room, not content. Rows in use are always the first
+ones: a row that is done is overwritten by the last row in use (`remove`), so that every product runs over a contiguous
+part.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class KVCache:
         return range(first, first + count)
 
     def remove(self, row: int) -> int | None:
-        """Drop a row; the last row in use takes its number. Returns the number that row had, None if it was this one."""
+        """Drop a row; the last row in use takes its number. Returns the number that one had, None if it was this one."""
         last = self.rows_in_use - 1
         length = self.lengths.pop()
         if row == last:
