@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops.lora_linear import rows
+
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 # Elements a chunk of rows may have: what is computed between two reads of memory then stays in the second-level cache.
@@ -88,7 +90,7 @@ def glu_backward(d_y: Tensor, saved: GLUSaved, *, out: Tensor | None = None) -> 
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
     wide = torch.float64 if d_y.dtype == torch.float64 else torch.float32
-    flat = [t.flatten(0, -2) for t in (d_y, saved.gate, saved.up, out[..., :n], out[..., n:])]
+    flat = [rows(t) for t in (d_y, saved.gate, saved.up, out[..., :n], out[..., n:])]
     step = max(1, CHUNK_ELEMENTS // max(n, 1)) if d_y.device.type == "cpu" else max(1, flat[0].shape[0])
     for g, a, u, d_a, d_u in zip(*(t.split(step) for t in flat), strict=True):
         g_wide, u_wide = g.to(wide), u.to(wide)
