@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import ORIGINAL_LENGTH, tiny_model
 
 from backhand.nn.family import RotaryConfig
 from backhand.nn.rotary_frequencies import inverse_frequencies, llama3_factors
+from support.tiny_models import ORIGINAL_LENGTH, tiny_model
 
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

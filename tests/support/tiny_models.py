@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import transformers
-from support.tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from support.tiny_tokenizer import tiny_tokenizer
 
 VOCAB_SIZE = 307
 WINDOW = 8
@@ -147,7 +148,7 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
 
 
 def save_tiny(model: PreTrainedModel, directory: Path, *, max_shard_size: str = "1GB", tokenizer: bool = True) -> Path:
-    """Write a Hugging Face directory: config.json, safetensors (several if max_shard_size is small), tokenizer files."""
+    """Write a Hugging Face directory: config.json, safetensors (sharded if max_shard_size is small), tokenizer."""
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer:
         tiny_tokenizer().save_pretrained(directory)

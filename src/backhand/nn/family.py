@@ -11,8 +11,8 @@ class RotaryConfig:
 
     Attributes:
         theta: the rotary base.
-        scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`); the rules are
-            in `rotary_frequencies`.
+        scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`); the
+            rules are in `rotary_frequencies`.
     """
 
     theta: float
@@ -24,7 +24,8 @@ class LayerConfig:
     """What may differ from layer to layer.
 
     Attributes:
-        window: sliding-window size in tokens (a query sees itself and window - 1 tokens before it), None for full attention.
+        window: sliding-window size in tokens (a query sees itself and window - 1 tokens before it), None for full
+            attention.
         rotary: index into `DecoderConfig.rotary`.
     """
 

@@ -4,14 +4,14 @@
 
 in radians a token. Scaling changes f:
 - `linear`: f / factor, as if positions were divided by it [arXiv:2306.15595].
-- `llama3`: by wavelength λ = 2π / f against the original context length L. Short waves, λ < L / high_freq_factor, stay; long ones,
-  λ > L / low_freq_factor, become f / factor; between, (1 - t) f / factor + t f with
+- `llama3`: by wavelength λ = 2π / f against the original context length L. Short waves, λ < L / high_freq_factor, stay;
+  long ones, λ > L / low_freq_factor, become f / factor; between, (1 - t) f / factor + t f with
   t = (L / λ - low_freq_factor) / (high_freq_factor - low_freq_factor).
-- `longrope` with one list of factors: f_j / factor_j, which is how a GGUF file states any rule that leaves the length of
-  cosines and sines alone.
+- `longrope` with one list of factors: f_j / factor_j, which is how a GGUF file states any rule that leaves the length
+  of cosines and sines alone.
 
-Everything is computed in float32 on the CPU and in the order of transformers' modeling_rope_utils, so that the results are
-equal bit by bit.
+Everything is computed in float32 on the CPU and in the order of transformers' modeling_rope_utils, so that the results
+are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int, device: torch.devic
         (head_dim / 2,) float32.
 
     Raises:
-        ValueError: for a scaling rule that is not one of `SCALING_RULES`; `decoder_config` never lets one through.
+        ValueError: for a scaling rule that is none of these; `decoder_config` never lets one through.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     scaling: dict[str, Any] = dict(config.scaling or ())
@@ -52,12 +52,8 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int, device: torch.devic
     elif rule == "llama3":
         frequencies = _llama3(frequencies, scaling)
     elif rule != "default":
-        raise ValueError(f"rotary scaling {rule!r} is none of {', '.join(SCALING_RULES)}")
+        raise ValueError(f"no rotary scaling rule {rule!r}")
     return frequencies.to(device)
-
-
-SCALING_RULES = ("default", "linear", "llama3", "longrope")
-"""Names of the rules above, as `rope_type` spells them."""
 
 
 def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
@@ -73,6 +69,6 @@ def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Tensor:
-    """By how much the `llama3` rule divides each frequency, (head_dim / 2,) float32: what GGUF's rope_freqs.weight holds."""
+    """By how much the `llama3` rule divides each frequency, (head_dim / 2,) float32: GGUF's rope_freqs.weight."""
     plain = inverse_frequencies(RotaryConfig(theta), head_dim)
     return plain / _llama3(plain, scaling)
