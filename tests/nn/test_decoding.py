@@ -157,6 +157,15 @@ def test_bfloat16_errs_no_more_than_the_full_forward() -> None:
     assert relative_error(cached, expected) < 1.5 * relative_error(full(narrow, tokens)[30:], expected)
 
 
+def test_room_behind_a_row_holds_no_stray_values() -> None:
+    state = IncrementalDecoder(adapted_decoder("llama"), rows=2, capacity=5)
+    state.cache.add_rows(2)
+    state.extend([0, 1], [ids(3), ids(30)])
+    assert state.cache.capacity >= 30
+    for buffer in (*state.cache.keys, *state.cache.values):
+        assert buffer[0, :, 3:].count_nonzero() == 0
+
+
 def test_wrong_calls_are_refused() -> None:
     state = IncrementalDecoder(adapted_decoder("llama"), rows=2)
     state.cache.add_rows(2)

@@ -4,7 +4,8 @@
 
 A causal decoder's keys and values of a token depend on what stands before it only, so they are computed once. Two ways
 in: `extend` takes several new tokens a row (prompts, packed without padding; further turns of a conversation), `step`
-one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward pass.
+one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward
+pass.
 
 The attention of new tokens on seen ones is torch's fused kernel. In `step` the heads of a group, which share keys and
 values, stand where the kernel expects queries, so that every key is read once, and rows of other lengths are masked.
@@ -136,7 +137,7 @@ class IncrementalDecoder:
         return self.decoder.head(x)
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
-        """The last block's output for the packed new tokens, (tokens, hidden); their keys and values are then cached."""
+        """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""
         config, device = self.decoder.config, self.decoder.device
         positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]

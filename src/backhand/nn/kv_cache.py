@@ -41,9 +41,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
+        # Zeros, since the room behind a shorter row is masked, not left out, and 0 times a stray NaN would be NaN.
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in config.layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in config.layers]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
         self.lengths: list[int] = []
 
     @property
@@ -74,7 +75,7 @@ class KVCache:
         return range(first, first + count)
 
     def remove(self, row: int) -> int | None:
-        """Drop a row; the last row in use takes its number. Returns the number that one had, None if it was this one."""
+        """Drop a row; the last row in use takes its number. Returns the number that one had, None if it was this."""
         last = self.rows_in_use - 1
         length = self.lengths.pop()
         if row == last:
@@ -101,7 +102,7 @@ class KVCache:
         used, length = self.rows_in_use, max(self.lengths, default=0)
         for buffers in (self.keys, self.values):
             for layer, old in enumerate(buffers):
-                new = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
+                new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
                 new[:used, :, :length] = old[:used, :, :length]
                 buffers[layer] = new
 
