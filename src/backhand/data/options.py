@@ -1,9 +1,11 @@
-"""Which rows to train on and how they become tokens. This file imports no torch: the command line reads it for its help."""
+"""Which rows to train on and how they become tokens.
+
+This file imports no torch: the command line reads the fields and their docstrings for its help.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +14,26 @@ from backhand.errors import UsageError
 
 LONG_ROWS = ("truncate", "drop")
 TRAIN_ON = ("completions", "all")
+RESERVED_TEMPLATE_ARGS = frozenset(
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    )
+)
+"""Names that the renderer itself fills in."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,8 @@ class DataOptions:
     Plain `text` rows are always supervised as a whole."""
 
     chat_template: str | None = None
-    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself."""
+    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
+    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
 
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
@@ -80,8 +103,11 @@ class DataOptions:
         check_choice("train_on", self.train_on, TRAIN_ON)
         check_text("chat_template", self.chat_template)
         check_text("system", self.system)
-        if not isinstance(self.template_args, Mapping) or any(not isinstance(key, str) for key in self.template_args):
-            raise UsageError(f"{self.template_args!r} is not a table of names and values", where="template_args")
+        check_table("template_args", self.template_args)
+        for name in RESERVED_TEMPLATE_ARGS.intersection(self.template_args):
+            raise UsageError(
+                f"{name!r} is given to the template by the data, not by template_args", where="template_args"
+            )
         if self.max_rows is not None:
             check_count("max_rows", self.max_rows, at_least=1)
         if not isinstance(self.skip_bad, bool):
@@ -103,8 +129,7 @@ def check_sources(where: str, sources: object) -> None:
 
 def check_fraction(where: str, fraction: object) -> None:
     """Raise UsageError unless `fraction` is a number in [0, 1)."""
-    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-    if not number or not math.isfinite(fraction) or not 0 <= fraction < 1:  # type: ignore[arg-type,operator]
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise UsageError(f"{where} {fraction!r} is not a number in [0, 1)", where=where)
 
 
@@ -119,6 +144,12 @@ def check_choice(where: str, value: object, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise UsageError(f"{where} {value!r} is not one of {', '.join(choices)}", where=where)
+
+
+def check_table(where: str, table: object) -> None:
+    """Raise UsageError unless `table` maps names to values."""
+    if not isinstance(table, Mapping) or any(not isinstance(key, str) for key in table):
+        raise UsageError(f"{table!r} is not a table of names and values", where=where)
 
 
 def check_text(where: str, text: object) -> None:

@@ -1,0 +1,201 @@
+"""Documents as token ids with the supervised ones marked, cut to length, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from backhand.data.chat import Document
+from backhand.data.options import DataOptions
+from backhand.data.text_encoder import TextEncoder, TokenIds
+from backhand.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document, ready to be packed.
+
+    Attributes:
+        input_ids: (tokens,) int32.
+        supervised: (tokens,) bool; `supervised[i]` means that token i is a target. The first token never is: nothing
+            comes before it that could predict it.
+        source: where its row stands.
+    """
+
+    input_ids: TokenIds
+    supervised: npt.NDArray[np.bool_]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def key(self) -> bytes:
+        """The same for two examples exactly if tokens and supervision are equal."""
+        return hashlib.sha256(self.input_ids.tobytes() + b"|" + self.supervised.tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class SourceForm:
+    """One file or hub data set, the form that its rows have, and how many of them were good."""
+
+    source: str
+    form: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows. Each count is of rows unless its name says otherwise.
+
+    Attributes:
+        sources: the form found in each file.
+        rows: good rows read.
+        documents: sequences made from them that are in use; more than rows where a conversation became several.
+        tokens, supervised_tokens: over all documents in use.
+        longest: tokens of the longest document in use.
+        truncated, dropped_long: documents cut to `max_length`, or left out because of it.
+        dropped_unsupervised: documents left out because nothing in them carries loss.
+        skipped_bad: malformed rows left out under `skip_bad`.
+        bad_rows: the errors of the first few of them.
+        notes: whatever else the user should know, a sentence each.
+    """
+
+    sources: tuple[SourceForm, ...] = ()
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_unsupervised: int = 0
+    skipped_bad: int = 0
+    bad_rows: tuple[DataError, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The report in words, a line a fact."""
+        lines = [f"{form.source}: {form.form}, {_count(form.rows, 'row')}" for form in self.sources]
+        lines.append(
+            f"{_count(self.documents, 'document')} with {_count(self.tokens, 'token')}, "
+            f"{self.supervised_tokens:,} of them supervised, the longest {self.longest:,}"
+        )
+        counted = (
+            (self.truncated, "truncated to max_length"),
+            (self.dropped_long, "longer than max_length, left out"),
+            (self.dropped_unsupervised, "without a supervised token, left out"),
+        )
+        lines += [f"{_count(count, 'document')} {what}" for count, what in counted if count]
+        if self.skipped_bad:
+            lines.append(f"{_count(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
+        return [*lines, *self.notes]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Examples and what became of the rows they were made from."""
+
+    examples: tuple[Example, ...]
+    report: DataReport = field(default_factory=DataReport)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(examples,) tokens of each."""
+        return np.array([len(example) for example in self.examples], dtype=np.int64)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every token, its supervision and the order of the examples, in hexadecimal."""
+        whole = hashlib.sha256()
+        for example in self.examples:
+            whole.update(example.key)
+        return whole.hexdigest()
+
+
+@dataclass
+class ExampleCounts:
+    """What `cut` counts."""
+
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_unsupervised: int = 0
+
+
+def encode_document(document: Document, encoder: TextEncoder) -> Example:
+    """Token ids of a document, with those supervised that end inside a span.
+
+    A token that would straddle the beginning or the end of a span is made to end there, as it does at generation.
+
+    Raises:
+        DataError: an end-of-sequence token is needed and the tokenizer has none.
+    """
+    places = sorted({place for span in document.spans for place in span if 0 < place < len(document.text)})
+    encoded = encoder.encode(document.text, source=document.source, mark=document.mark)
+    if (breaks := _straddled(document.text, encoded.ends, places)) != []:
+        encoded = encoder.encode(document.text, source=document.source, mark=document.mark, breaks=breaks)
+    supervised = np.zeros(len(encoded.input_ids), dtype=np.bool_)
+    for start, end in document.spans:
+        supervised |= (encoded.ends > start) & (encoded.ends <= end)
+    input_ids = encoded.input_ids
+    if document.append_eos:
+        if encoder.eos_id is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token to end this row with",
+                where=document.source,
+                next_step="name one in the model's tokenizer_config.json, or use a chat template that ends each turn",
+            )
+        loss_at_end = any(end == len(document.text) for _, end in document.spans)
+        input_ids = np.append(input_ids, np.int32(encoder.eos_id))
+        supervised = np.append(supervised, loss_at_end)
+    if document.prefix and encoder.prefix_ids:
+        input_ids = np.concatenate((np.array(encoder.prefix_ids, dtype=np.int32), input_ids))
+        supervised = np.concatenate((np.zeros(len(encoder.prefix_ids), dtype=np.bool_), supervised))
+    if len(supervised):
+        supervised[0] = False
+    return Example(input_ids, supervised, document.source)
+
+
+def cut(example: Example, options: DataOptions, counts: ExampleCounts) -> Example | None:
+    """The example at no more than `max_length` tokens, or None if it is left out; either way counted."""
+    if len(example) > options.max_length:
+        if options.long_rows == "drop":
+            counts.dropped_long += 1
+            return None
+        counts.truncated += 1
+        length = options.max_length
+        example = replace(
+            example, input_ids=example.input_ids[:length].copy(), supervised=example.supervised[:length].copy()
+        )
+    if not example.supervised.any():
+        counts.dropped_unsupervised += 1
+        return None
+    return example
+
+
+def summed(examples: Sequence[Example], report: DataReport) -> PreparedData:
+    """Examples with a report whose sums are theirs; its other counts stay."""
+    return PreparedData(
+        tuple(examples),
+        replace(
+            report,
+            documents=len(examples),
+            tokens=sum(len(example) for example in examples),
+            supervised_tokens=sum(int(example.supervised.sum()) for example in examples),
+            longest=max((len(example) for example in examples), default=0),
+        ),
+    )
+
+
+def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) -> list[int]:
+    """Those of `places` where no token ends, or where a token of white space might straddle with its place trimmed."""
+    found = set(ends.tolist())
+    return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
