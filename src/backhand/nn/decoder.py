@@ -93,6 +93,10 @@ class Decoder:
         """(Hugging Face name, view) of every base tensor; training must not move any of them."""
         return named_views(self.weights, self.config)
 
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, view) of every frozen tensor."""
+        return named_views(self.weights, self.config)
+
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter; its names must be modules of this decoder.
 
