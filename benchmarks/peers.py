@@ -1,0 +1,222 @@
+"""What is compared in the training-step benchmark: each peer holds a model and makes one optimizer step at a time.
+
+All start from the same base weights, the same adapter numbers and the same tokens. A peer is built in a process of its own
+(see `worker.py`), so that allocator settings and caches of one cannot help or hurt another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RANK, ALPHA, LEARNING_RATE = 16, 32.0, 2e-4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """rows sequences of length tokens, all supervised; the same seed gives the same tokens and adapter everywhere."""
+
+    model: str
+    rows: int
+    length: int
+    dtype: str
+    seed: int = 0
+
+    def tokens(self, vocab_size: int) -> Tensor:
+        """(rows, length) int64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(vocab_size, (self.rows, self.length), generator=generator)
+
+
+class Peer(Protocol):
+    """One way to train."""
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step; (mean loss in nats, gradient norm)."""
+        ...
+
+
+def tune_process() -> None:
+    """What a run of ours sets at its start, here for tuned peers too: the allocator, and the faster float32 route."""
+    from backhand.train.compute import keep_freed_memory, lossless_medium_precision
+
+    keep_freed_memory()
+    if lossless_medium_precision():
+        torch.set_float32_matmul_precision("medium")
+
+
+def initial_factor(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """The same starting numbers for every peer; lora_B is small but not zero, so that every gradient is at work."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + index)
+    return torch.randn(shape, generator=generator) * 0.02
+
+
+class BackhandPeer:
+    """This project's decoder engine with its own optimizer wrapper."""
+
+    def __init__(self, workload: Workload, recompute: str = "none") -> None:
+        from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+        from backhand.nn.decoder import Decoder
+        from backhand.nn.loading import open_model
+        from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+        from backhand.train.config import OptimizationOptions
+        from backhand.train.optimizer import AdapterOptimizer
+
+        tune_process()
+        self.decoder = Decoder.from_source(
+            open_model(workload.model), dtype=DTYPES[workload.dtype], recompute=recompute
+        )
+        self.lora = LoRAParameters(
+            LoRASlot(name, i, o, RANK, ALPHA / RANK)
+            for name, (o, i) in self.decoder.module_shapes().items()
+            if name != "lm_head"
+        )
+        for index, (_, view) in enumerate(self.lora.named_tensors()):
+            view.copy_(initial_factor(workload.seed, index, tuple(view.shape)))
+        self.decoder.attach(self.lora)
+        self.optimizer = AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
+        ids = workload.tokens(self.decoder.config.vocab_size)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, :-1] = ids[:, 1:]
+        self.batch = PackedBatch(ids.flatten(), labels.flatten(), (workload.length,) * workload.rows)
+
+    def step(self) -> tuple[float, float]:
+        """Forward, backward by hand, clipping, AdamW, and the cast of the factors to the compute dtype."""
+        supervised = self.batch.supervised_tokens
+        self.optimizer.clear()
+        loss = self.decoder.loss_and_gradients(self.batch, 1 / supervised)
+        norm = self.optimizer.clip()
+        self.optimizer.step(LEARNING_RATE)
+        self.lora.refresh_compute(self.decoder.dtype)
+        return float(loss) / supervised, norm
+
+
+class PeftPeer:
+    """transformers + PEFT + autograd.
+
+    Args:
+        workload: model and batch.
+        tuned: allocator settings, adapters in the base's dtype and a fused optimizer; else as PEFT's documentation has it.
+        checkpointing: gradient checkpointing as transformers turns it on.
+    """
+
+    def __init__(self, workload: Workload, *, tuned: bool = False, checkpointing: bool = False) -> None:
+        import peft
+
+        if tuned:
+            tune_process()
+        base = transformers_model(workload.model, DTYPES[workload.dtype])
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        self.model = peft.get_peft_model(base, config, autocast_adapter_dtype=not tuned)
+        self.model.train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
+            self.model.enable_input_require_grads()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    index = peft_order(name, base.config.num_hidden_layers)
+                    parameter.copy_(initial_factor(workload.seed, index, tuple(parameter.shape)))
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=LEARNING_RATE, weight_decay=0.0, **({"fused": True} if tuned else {})
+        )
+        self.ids = workload.tokens(base.config.vocab_size)
+
+    def step(self) -> tuple[float, float]:
+        """Forward, autograd's backward, clipping and AdamW."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def peft_order(name: str, layers: int) -> int:
+    """The position that our flat buffer gives to this PEFT parameter."""
+    parts = name.split(".")
+    layer = int(parts[parts.index("layers") + 1])
+    module = next(i for i, part in enumerate(_ORDER) if part in parts)
+    return (layer * len(_ORDER) + module) * 2 + ("lora_B" in parts)
+
+
+def transformers_model(name: str, dtype: torch.dtype) -> Any:
+    """The same base weights in a transformers model."""
+    import transformers
+
+    from backhand.nn.loading import open_model
+
+    source = open_model(name)
+    config = transformers.AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "architectures"})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {n: source.load(n).to(dtype) for n in source.tensor_names()}
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or [n for n in missing if n != "lm_head.weight"]:
+        raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model
+
+
+class CeilingPeer:
+    """The step's large matrix products alone, forward and input gradients, rank-sized ones included; nothing else."""
+
+    def __init__(self, workload: Workload) -> None:
+        from backhand.nn.family_parsing import decoder_config
+        from backhand.nn.loading import open_model
+
+        tune_process()
+        config = decoder_config(open_model(workload.model).config)
+        dtype, self.layers = DTYPES[workload.dtype], len(config.layers)
+        tokens = workload.rows * workload.length
+        d, f = config.hidden_size, config.intermediate_size
+        q, k = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        shapes = [(d, q + 2 * k, 3), (q, d, 1), (d, 2 * f, 2), (f, d, 1)]
+
+        def operands(rows: int, n_in: int, n_out: int, members: int) -> tuple[Tensor, ...]:
+            new = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
+            rank = RANK * members
+            return new(rows, n_in), new(n_out, n_in), new(rows, n_out), new(rank, n_in), new(n_out, rank)
+
+        # Weights of their own for each layer: the real step reads each from memory once forward and once backward.
+        self.products = [operands(tokens, i, o, m) for _ in range(self.layers) for i, o, m in shapes]
+        self.head = operands(256, d, config.vocab_size, 1)
+        self.head_chunks = (tokens + 255) // 256
+
+    @torch.no_grad()
+    def step(self) -> tuple[float, float]:
+        """Every product of one step once."""
+        for x, weight, g, lora_A, lora_B in self.products:
+            h = x @ lora_A.T
+            (x @ weight.T).addmm_(h, lora_B.T)
+            d_h = g @ lora_B
+            (g @ weight).addmm_(d_h, lora_A)
+            d_h.T @ x
+            g.T @ h
+        x, weight, g, _, _ = self.head
+        for _ in range(self.head_chunks):
+            x @ weight.T
+            g @ weight
+        return float("nan"), float("nan")
+
+
+PEERS = {
+    "backhand": lambda w: BackhandPeer(w),
+    "backhand-recompute-mlp": lambda w: BackhandPeer(w, "mlp"),
+    "backhand-recompute-block": lambda w: BackhandPeer(w, "block"),
+    "peft": lambda w: PeftPeer(w),
+    "peft-tuned": lambda w: PeftPeer(w, tuned=True),
+    "peft-checkpointing": lambda w: PeftPeer(w, checkpointing=True),
+    "products-alone": CeilingPeer,
+}

@@ -1,0 +1,163 @@
+"""One training step on the same batch: this project against PEFT, and against its matrix products alone.
+
+    python benchmarks/train_step.py [--dtype bfloat16 float32] [--rows 4] [--length 256] [--steps 7]
+
+Every peer runs in its own process; the processes take turns step by step, so that drift of the machine hits all alike. Before a
+time is believed, all peers must agree on the first loss and have a gradient norm above zero. The medians, spreads and ratios,
+with machine and versions, go to benchmarks/results/train_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+HERE = Path(__file__).parent
+PEERS = (
+    "backhand",
+    "peft",
+    "peft-tuned",
+    "peft-checkpointing",
+    "backhand-recompute-mlp",
+    "backhand-recompute-block",
+    "products-alone",
+)
+# Relative difference of the first step's loss that two dtypes' roundings allow.
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+class Worker:
+    """A peer's process."""
+
+    def __init__(self, peer: str, workload: dict[str, Any], threads: int) -> None:
+        self.peer = peer
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), peer, json.dumps(workload), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.loaded_bytes = self._answer()["loaded_bytes"]
+        self.steps: list[dict[str, float]] = []
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.peer} ended with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def step(self) -> None:
+        """One step, recorded."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_parity(workers: list[Worker], dtype: str) -> None:
+    """All trainers agree on the first loss, and have a gradient."""
+    trainers = [w for w in workers if w.peer != "products-alone"]
+    expected = trainers[0].steps[0]["loss"]
+    for worker in trainers:
+        first = worker.steps[0]
+        if not first["grad_norm"] > 0:
+            raise SystemExit(f"{worker.peer}: gradient norm {first['grad_norm']} in the first step")
+        if abs(first["loss"] / expected - 1) > LOSS_TOLERANCE[dtype]:
+            raise SystemExit(f"{worker.peer}: first loss {first['loss']}, {trainers[0].peer} has {expected}")
+
+
+def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Interleaved steps of all peers in one dtype."""
+    workload = {"model": arguments.model, "rows": arguments.rows, "length": arguments.length, "dtype": dtype}
+    workers = [Worker(peer, workload, arguments.threads) for peer in arguments.peers]
+    for _ in range(arguments.warmup + arguments.steps):
+        for worker in workers:
+            worker.step()
+    check_parity(workers, dtype)
+    tokens = arguments.rows * arguments.length
+    results = {}
+    for worker in workers:
+        times = sorted(step["step_s"] for step in worker.steps[arguments.warmup :])
+        results[worker.peer] = {
+            "step_s": {"min": times[0], "median": statistics.median(times), "max": times[-1]},
+            "tokens_per_s": tokens / statistics.median(times),
+            "memory_above_model_bytes": int(worker.steps[-1]["peak_bytes"]) - worker.loaded_bytes,
+            "first_loss": worker.steps[0]["loss"],
+            "last_loss": worker.steps[-1]["loss"],
+            "first_grad_norm": worker.steps[0]["grad_norm"],
+        }
+        worker.close()
+    return {"workload": workload, "peers": results, "ratios": ratios(results)}
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """What the bars speak of: tokens per second and memory against the documented and the best peer, and the ceiling."""
+    ours, peft = results["backhand"], results["peft"]
+    best = max(results[name]["tokens_per_s"] for name in ("peft", "peft-tuned") if name in results)
+    found = {
+        "speed_over_peft": ours["tokens_per_s"] / peft["tokens_per_s"],
+        "speed_over_best_peft": ours["tokens_per_s"] / best,
+        "memory_over_peft": ours["memory_above_model_bytes"] / peft["memory_above_model_bytes"],
+    }
+    if "products-alone" in results:
+        found["share_of_products_alone"] = ours["tokens_per_s"] / results["products-alone"]["tokens_per_s"]
+    if "peft-checkpointing" in results:
+        checkpointed = results["peft-checkpointing"]
+        found["speed_over_peft_checkpointing"] = ours["tokens_per_s"] / checkpointed["tokens_per_s"]
+        found["memory_over_peft_checkpointing"] = (
+            ours["memory_above_model_bytes"] / checkpointed["memory_above_model_bytes"]
+        )
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    """A plain table."""
+    print(f"\n{result['workload']}")
+    print(f"{'peer':26} {'tokens/s':>9} {'step s: min':>12} {'median':>8} {'max':>8} {'MiB above model':>16}")
+    for peer, row in result["peers"].items():
+        step = row["step_s"]
+        print(
+            f"{peer:26} {row['tokens_per_s']:9.0f} {step['min']:12.3f} {step['median']:8.3f} {step['max']:8.3f}"
+            f" {row['memory_above_model_bytes'] / 2**20:16.0f}"
+        )
+    for name, value in result["ratios"].items():
+        print(f"  {name:34} {value:6.2f}")
+
+
+def main() -> None:
+    """Parse, measure, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", nargs="+", default=list(PEERS))
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "train_step.json")
+    arguments = parser.parse_args()
+    results = {"machine": describe_machine(), "runs": [measure(dtype, arguments) for dtype in arguments.dtype]}
+    for run in results["runs"]:
+        show(run)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
