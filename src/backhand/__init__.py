@@ -1,0 +1,73 @@
+"""LoRA fine-tuning in which every gradient is derived and written by hand, and proved.
+
+    import backhand
+
+    backhand.train(backhand.TrainConfig(data=backhand.DataOptions(data=("rows.jsonl",))))
+    backhand.inject(module, backhand.LoRAConfig(rank=8))     # any torch.nn.Module, your own training loop
+    backhand.compare("d_lora_A", by_hand, autograd)          # exact | approximate | largest difference
+
+Importing the package imports nothing else; each name below is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backhand.adapters.config import LoRAConfig
+    from backhand.adapters.inject import inject
+    from backhand.data.options import DataOptions
+    from backhand.errors import BackhandError
+    from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.train.evaluation import evaluate
+    from backhand.train.run import train
+    from backhand.verify.compare import compare
+
+    __version__: str
+
+_HOMES = {
+    "BackhandError": "backhand.errors",
+    "DataOptions": "backhand.data.options",
+    "LoRAConfig": "backhand.adapters.config",
+    "ModelOptions": "backhand.train.config",
+    "OptimizationOptions": "backhand.train.config",
+    "RunOptions": "backhand.train.config",
+    "TrainConfig": "backhand.train.config",
+    "compare": "backhand.verify.compare",
+    "evaluate": "backhand.train.evaluation",
+    "inject": "backhand.adapters.inject",
+    "train": "backhand.train.run",
+}
+
+__all__ = [
+    "BackhandError",
+    "DataOptions",
+    "LoRAConfig",
+    "ModelOptions",
+    "OptimizationOptions",
+    "RunOptions",
+    "TrainConfig",
+    "__version__",
+    "compare",
+    "evaluate",
+    "inject",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("backhand")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'backhand' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

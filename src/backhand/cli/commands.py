@@ -1,0 +1,38 @@
+"""Every command: name, one sentence, an example that works, and its function. The README lists them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        name: as typed.
+        summary: what it does, in one sentence.
+        example: a complete command line that works as it stands (with the user's own rows in rows.jsonl).
+        target: `module:function` that cyclopts parses the command line for; imported when the command is named.
+    """
+
+    name: str
+    summary: str
+    example: str
+    target: str
+
+
+COMMANDS = (
+    Command(
+        "train",
+        "Fine-tune a language model on rows of text or chat, and leave an adapter that PEFT loads.",
+        "backhand train --data rows.jsonl --output runs/mine",
+        "backhand.cli.train:train",
+    ),
+    Command(
+        "evaluate",
+        "Measure loss, perplexity and exact match on rows, for the base model and with an adapter.",
+        "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
+        "backhand.cli.evaluate:evaluate",
+    ),
+)

@@ -1,0 +1,126 @@
+"""What an exception means for the shell: its exit code, and what to print on standard error (docs/errors.md)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from cyclopts import CycloptsError
+
+from backhand.errors import BackhandError
+
+BUG = 1
+USAGE = 2
+RESOURCES = 5
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TERMINATED = 143
+
+_RESOURCE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+}
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of the contract for an exception that ended a command."""
+    match error:
+        case BackhandError():
+            return error.exit_code
+        case CycloptsError():
+            return USAGE
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():
+            return BROKEN_PIPE
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case OSError() if error.errno in _RESOURCE_ERRNOS:
+            return RESOURCES
+        case _ if _is_out_of_memory(error):
+            return RESOURCES
+    return BUG
+
+
+def explanation(error: BaseException, arguments: Sequence[str]) -> str:
+    """What to print for an exception: what happened, where, why, what to do next; "" where there is nothing to say."""
+    match error:
+        case BackhandError():
+            return f"error: {error}"
+        case CycloptsError():
+            return f"error: {str(error).strip()}\n  next: {_help_command(error)}"
+        case KeyboardInterrupt():
+            return "interrupted"
+        case BrokenPipeError() | SystemExit():
+            return ""
+        case OSError() if error.errno in _RESOURCE_ERRNOS:
+            return _explain_os_error(error)
+        case _ if _is_out_of_memory(error):
+            return (
+                "error: not enough memory\n"
+                f"  why: {str(error).splitlines()[0] if str(error) else 'the system refused an allocation'}\n"
+                "  next: give --memory what may be used, or a smaller --micro-batch-rows or --max-length"
+            )
+    return _explain_bug(error, arguments)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    # torch raises RuntimeError from its CPU allocator; its own class for devices is named here without importing torch.
+    named = any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
+    return named or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS)
+    )
+
+
+def _help_command(error: CycloptsError) -> str:
+    return " ".join(("backhand", *(error.command_chain or ()), "--help"))
+
+
+def _explain_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = {
+        errno.ENOSPC: "free some space, or write to another disk with --output",
+        errno.EDQUOT: "free some space, or write to another disk with --output",
+        errno.EFBIG: "raise the file-size limit (ulimit -f), or write to another disk with --output",
+        errno.ENOMEM: "close other programs, or give a smaller --micro-batch-rows",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "close other programs",
+    }.get(error.errno or 0, "choose a place you may write to, for example with --output")
+    return f"error: {where}{error.strerror or os.strerror(error.errno or 0)}\n  next: {remedy}"
+
+
+def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
+    place = f" ({ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name})" if ours else ""
+    return (
+        f"error: unexpected {type(error).__name__}: {error}{place}\n"
+        "  why: this is a bug in Backhand, not in what you typed\n"
+        "  next: run the command again with --debug and report what it prints, with this line:\n"
+        f"        {_versions()}; backhand {' '.join(arguments)}"
+    )
+
+
+def _versions() -> str:
+    versions = [f"Python {platform.python_version()} on {sys.platform}"]
+    for package in ("backhand", "torch", "transformers"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return ", ".join(versions)

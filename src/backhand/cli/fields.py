@@ -1,0 +1,115 @@
+"""The fields of an options dataclass as one flat list, and the dataclass again from flat values.
+
+A field whose type is itself a dataclass is a section: its fields stand beside those of the others on the command line,
+under its name in the help, and in a table of its name in a TOML file. Field names are unique over all sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+from backhand.cli.field_docs import field_docs
+
+T = TypeVar("T")
+
+Parse = Callable[[Sequence[str]], Any]
+"""Turns the words that follow an option into the value of a field whose type no command line knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """One field of an options dataclass.
+
+    Attributes:
+        name: the field's name, unique over all sections; `--` and dashes make it an option.
+        section: names of the dataclass fields that lead to it, () at the top.
+        hint: its resolved type.
+        default: its default value, `dataclasses.MISSING` where it has none.
+        help: the docstring under the field.
+    """
+
+    name: str
+    section: tuple[str, ...]
+    hint: Any
+    default: Any
+    help: str
+
+    @property
+    def option(self) -> str:
+        """The field as an option of the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionField, ...]:
+    """All fields of `options` and of the dataclasses in it, in order.
+
+    Raises:
+        TypeError: two fields of the same name, or a field without a docstring.
+    """
+    hints = typing.get_type_hints(options)
+    docs = field_docs(options)
+    found: list[OptionField] = []
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            found += option_fields(hint, (*section, field.name))
+            continue
+        if field.name not in docs:
+            raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        found.append(OptionField(field.name, section, hint, default, docs[field.name]))
+    names = [field.name for field in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")
+    return tuple(found)
+
+
+def build(options: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
+    """Make `options`, and the dataclasses in it, of flat `values`; other fields are those of `base`, else defaults."""
+    hints = typing.get_type_hints(options)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        base_value = getattr(base, field.name, None)
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            arguments[field.name] = build(hint, values, base_value)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+        elif base is not None:
+            arguments[field.name] = base_value
+    return options(**arguments)
+
+
+def value_of(options: Any, field: OptionField) -> Any:
+    """The value of one field in an instance of the outermost dataclass."""
+    for section in field.section:
+        options = getattr(options, section)
+    return getattr(options, field.name)
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The types that `hint` allows, None left out: (int,) for `int` and for `int | None`."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        return tuple(member for member in get_args(hint) if member is not type(None))
+    return (hint,)
+
+
+def takes_several(hint: Any) -> bool:
+    """Whether an option of this type takes any number of words: tuples and mappings do."""
+    return any(_is_kind(member, (tuple, list, Mapping)) for member in union_members(hint))
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether the type is a mapping, written as NAME=VALUE words on a command line and as a table in a TOML file."""
+    return any(_is_kind(member, (Mapping,)) for member in union_members(hint))
+
+
+def _is_kind(hint: Any, kinds: tuple[Any, ...]) -> bool:
+    kind = get_origin(hint) or hint
+    return isinstance(kind, type) and any(issubclass(kind, wanted) for wanted in kinds)

@@ -1,0 +1,101 @@
+"""The `backhand` command: finds the subcommand, runs it, and turns whatever ends it into an exit code.
+
+Nothing here imports torch; a subcommand's module is imported when it is the one to run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import cyclopts
+
+from backhand.cli.commands import COMMANDS
+from backhand.cli.exit_codes import TERMINATED, exit_code, explanation
+
+_SUMMARY = "LoRA fine-tuning in which every gradient is derived and written by hand, and proved."
+_EPILOGUE = (
+    "Example: `backhand train --data rows.jsonl --output runs/mine`\n\n"
+    "Each command explains itself: `backhand train --help`. `--debug` shows a traceback with an error."
+)
+
+
+def make_app() -> cyclopts.App:
+    """The command line as cyclopts sees it; commands are imported when they are named."""
+    app = cyclopts.App(
+        name="backhand",
+        help=_SUMMARY,
+        help_epilogue=_EPILOGUE,
+        help_format="markdown",
+        version=_version,
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for command in COMMANDS:
+        app.command(
+            command.target, name=command.name, help=command.summary, help_epilogue=f"Example: `{command.example}`"
+        )
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    Args:
+        arguments: the words after `backhand`; those of this process if None.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        with _terminated_as_exit():
+            result = make_app()([word for word in words[:1] if word != "--debug"] + words[1:])
+            sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BaseException as error:  # noqa: BLE001 - this is where every exception ends
+        return _report(error, words, debug)
+
+
+def _report(error: BaseException, words: Sequence[str], debug: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # The reader has left; what is still buffered must not raise again when Python closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif debug and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    if text := explanation(error, words):
+        print(text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr)
+    return exit_code(error)
+
+
+def _stderr_in_colour() -> bool:
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed; training installs its own handler."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: the caller's own handlers stay
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("backhand")

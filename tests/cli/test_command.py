@@ -1,0 +1,112 @@
+"""An options dataclass becomes a command: names, types, help, TOML under the command line, origins in errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from support import cli_commands
+from support.cli_commands import Files, Inner, Outer, end, files
+
+import cyclopts
+from backhand.cli.command import command
+from backhand.errors import UsageError
+
+
+def run(function: object, *words: str) -> object:
+    app = cyclopts.App(name="try", result_action="return_value", exit_on_error=False, print_error=False)
+    app.default(function)
+    return app(list(words))
+
+
+def options(*words: str) -> Outer:
+    run(end, *words)
+    (parsed,) = cli_commands.last_options
+    return parsed
+
+
+def test_nothing_typed_gives_the_defaults() -> None:
+    assert options() == Outer()
+
+
+def test_options_of_every_type_reach_their_section() -> None:
+    parsed = options(
+        *("--rate", "2", "--mode", "how", "--careful", "--no-thorough", "--where", "there"),
+        *("--size", "8", "--names", "a,b", "c", "--numbers", "x=1", "y=2"),
+    )
+    inner = Inner(size=8, names=("a", "b", "c"), numbers={"x": 1, "y": 2})
+    assert parsed == Outer(rate=2.0, mode="how", careful=True, thorough=False, where=Path("there"), inner=inner)
+
+
+def test_options_that_take_several_may_be_repeated() -> None:
+    assert options("--names", "a", "--names", "b").inner.names == ("a", "b")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('rate = 0.25\ncareful = true\n[inner]\nsize = 5\nnames = "a,b"\nnumbers = { x = 1 }\n')
+    assert options(str(file)) == Outer(rate=0.25, careful=True, inner=Inner(5, ("a", "b"), {"x": 1}))
+    typed = options(str(file), "--size", "6", "--careful=false", "--names", "c")
+    assert typed == Outer(rate=0.25, careful=False, inner=Inner(6, ("c",), {"x": 1}))
+
+
+def test_an_option_typed_at_its_default_still_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("rate = 0.25\n")
+    assert options(str(file), "--rate", "0.5").rate == 0.5
+
+
+def test_a_refused_value_is_named_as_the_user_wrote_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as typed:
+        options("--rate", "-1")
+    assert typed.value.where == "--rate"
+    file = tmp_path / "run.toml"
+    file.write_text("rate = -1.0\n")
+    with pytest.raises(UsageError) as in_file:
+        options(str(file))
+    assert in_file.value.where == f"{file}: rate"
+    file.write_text("[inner]\nnumbers = { bad = 1 }\n")
+    with pytest.raises(UsageError) as nested:
+        options(str(file))
+    assert nested.value.where == f"{file}: inner.numbers['bad']"
+
+
+def test_positional_fields() -> None:
+    cli_commands.last_files.clear()
+    run(files, "join", "a.txt", "b.txt", "--weight", "3")
+    assert cli_commands.last_files == [Files("join", (Path("a.txt"), Path("b.txt")), 3.0)]
+
+
+def test_a_missing_required_field_is_a_usage_error() -> None:
+    with pytest.raises(cyclopts.CycloptsError, match="VERB"):
+        run(files)
+
+
+def test_help_shows_each_docstring_and_other_fields_as_options(capsys: pytest.CaptureFixture[str]) -> None:
+    run(end, "--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Size of the inner thing, in things. [default: 3]" in text
+    assert "Rate of ending; see --how and --size." in text
+    assert "Either how or fast." in text  # values keep their name, even where a field is called the same
+    assert "Whether to take care." in text
+    assert "--no-thorough" in text
+    assert "--no-careful" not in text
+
+
+def test_a_field_without_docstring_and_a_doubled_name_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Silent:
+        size: int = 1
+
+    with pytest.raises(TypeError, match="size has no docstring"):
+        command(Silent, lambda _: None)
+
+    @dataclass(frozen=True)
+    class Twice:
+        size: int = 1
+        """Outer size."""
+        inner: Inner = field(default_factory=Inner)
+
+    with pytest.raises(TypeError, match="two fields named size"):
+        command(Twice, lambda _: None)

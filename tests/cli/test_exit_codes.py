@@ -1,0 +1,161 @@
+"""Whatever ends a command becomes the contract's exit code and a text that says what to do; a traceback only with --debug."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backhand.cli import main as cli
+from backhand.cli.commands import Command
+from backhand.cli.exit_codes import exit_code, explanation
+
+END = (Command("end", "End in some way.", "backhand end", "support.cli_commands:end"),)
+SCRIPT = (
+    "import sys, backhand.cli.main as cli; from backhand.cli.commands import Command; "
+    "cli.COMMANDS = (Command('end', 'End.', 'backhand end', 'support.cli_commands:end'),); "
+    "sys.exit(cli.main(sys.argv[1:]))"
+)
+
+
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `backhand end …` in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(cli, "COMMANDS", END)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = cli.main(["end", *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def start(*words: str, **options: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, "end", *words], env=environment, text=True, **pipes)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text"),
+    [
+        ("well", 0, ""),
+        ("usage", 2, "error: somewhere: wrong\n  why: because\n  next: do better\n"),
+        ("data", 3, "error: rows.jsonl:3: bad row\n"),
+        ("artifact", 4, "error: torn file\n"),
+        ("resource", 5, "error: too large\n"),
+        ("check", 6, "error: not equal\n"),
+        ("interrupt", 130, "interrupted\n"),
+        ("exit", 7, ""),
+    ],
+)
+def test_each_kind_of_end(end, how: str, code: int, text: str) -> None:
+    assert end("--how", how) == (code, "", text)
+
+
+def test_the_command_itself_may_give_the_exit_code(end) -> None:
+    assert end("--how", "code", "--size", "6")[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("memory", "not enough memory"),
+        ("torch-memory", "can't allocate memory"),
+        ("disk-full", "/data/adapter.safetensors: No space left on device"),
+        ("too-big", "ulimit -f"),
+        ("not-writable", "/data: Permission denied"),
+    ],
+)
+def test_missing_resources_are_no_bug(end, how: str, text: str) -> None:
+    code, _, printed = end("--how", how)
+    assert code == 5
+    assert text in printed
+    assert "next:" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_bug_says_how_to_report_it_and_shows_a_traceback_only_with_debug(end) -> None:
+    code, _, printed = end("--how", "bug")
+    assert code == 1
+    assert "unexpected IndexError: list index out of range" in printed
+    assert "--debug" in printed
+    assert "backhand end --how bug" in printed
+    assert "torch 2." in printed
+    assert "Traceback" not in printed
+    code, _, printed = end("--how", "bug", "--debug")
+    assert code == 1
+    assert "Traceback (most recent call last)" in printed
+
+
+def test_debug_may_stand_before_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "COMMANDS", END)
+    assert cli.main(["--debug", "end", "--how", "data"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--rte", "2"], "Unknown option: --rte. Did you mean --rate?"),
+        (["--rate", "fast"], 'unable to convert "fast" into float'),
+        (["--rate"], "--rate requires an argument"),
+        (["--mode", "fst"], 'Did you mean "fast"?'),
+        (["file.toml", "more"], "more"),
+    ],
+)
+def test_usage_errors_name_the_nearest_option(end, words: list[str], text: str) -> None:
+    code, _, printed = end(*words)
+    assert code == 2
+    assert printed.startswith("error: ")
+    assert text in printed
+    assert "next: backhand end --help" in printed
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert 'Did you mean "train"?' in capsys.readouterr().err
+
+
+def test_terminated_is_143_and_interrupted_130() -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start("--how", "sleep")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asleep\n"
+        process.send_signal(number)
+        _, printed = process.communicate(timeout=20)
+        assert process.returncode == code
+        assert "Traceback" not in printed
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = start("--how", "print")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr is not None
+    printed = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=20), printed) == (141, "")
+
+
+def test_a_device_out_of_memory_is_known_by_name() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch names it."""
+
+    error = OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert exit_code(error) == 5
+    assert "Tried to allocate" in explanation(error, [])
+
+
+def test_other_os_errors_are_bugs() -> None:
+    assert exit_code(OSError(errno.EIO, "Input/output error")) == 1
+    assert exit_code(FileNotFoundError(errno.ENOENT, "No such file")) == 1

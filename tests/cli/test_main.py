@@ -1,0 +1,100 @@
+"""The real command line: fast help without torch, every command explained by an example that parses, `python -m`."""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import backhand
+from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.main import main, make_app
+
+PROJECT = Path(__file__).parents[2]
+names = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+
+
+def test_help_takes_less_than_two_fifths_of_a_second() -> None:
+    run("-m", "backhand", "--help")  # leaves compiled files behind, as any first use does
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = run("-m", "backhand", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert finished.returncode == 0
+    # Processor time, so that a busy machine does not decide.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
+
+
+def test_no_help_imports_torch_or_other_heavy_packages() -> None:
+    script = (
+        "import sys; from backhand.cli.main import main\n"
+        f"for words in {[['--help'], ['--version'], *([command.name, '--help'] for command in COMMANDS)]!r}:\n"
+        "    assert main(words) == 0, words\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow', 'matplotlib', 'gguf', 'peft'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)\n"
+    )
+    finished = run("-c", script)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    finished = run("-c", "import sys, backhand; sys.exit('torch' in sys.modules or 'cyclopts' in sys.modules)")
+    assert finished.returncode == 0
+
+
+def test_python_dash_m_is_the_command() -> None:
+    finished = run("-m", "backhand", "--version")
+    assert (finished.returncode, finished.stdout.strip()) == (0, backhand.__version__)
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert backhand.__version__ == project["version"]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"│ {command.name} " in text
+
+
+@names
+def test_help_of_a_command_ends_with_its_example(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command.name, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith(f"Example: {command.example}")
+    assert " ".join(command.summary.split()) in text
+
+
+@names
+def test_the_example_of_a_command_parses(command: Command) -> None:
+    program, *words = shlex.split(command.example)
+    assert program == "backhand"
+    assert words[0] == command.name
+    make_app().parse_args(words)
+
+
+@names
+def test_an_unknown_option_names_the_nearest(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command.name, "--debgu"]) == 2
+    assert "Did you mean --debug?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", backhand.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert name == "__version__" or callable(getattr(backhand, name))
+    assert name in dir(backhand)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        backhand.trian  # noqa: B018 - the access is the test

@@ -1,0 +1,136 @@
+"""Commands that fail in every way a command can, to try the command line's own handling."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from backhand.cli.command import command
+from backhand.errors import ArtifactError, CheckError, DataError, ResourceError, UsageError
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A section."""
+
+    size: int = 3
+    """Size of the inner thing, in things."""
+
+    names: str | tuple[str, ...] = "all"
+    """Names, or `all`."""
+
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Numbers by name."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Options with a section."""
+
+    how: str = "well"
+    """How to end."""
+
+    rate: float = 0.5
+    """Rate of ending; see `how` and `size`."""
+
+    mode: Literal["how", "fast"] = "fast"
+    """Either `how` or `fast`."""
+
+    careful: bool = False
+    """Whether to take care."""
+
+    thorough: bool = True
+    """Whether to be thorough."""
+
+    where: Path = Path("here")
+    """Place to end at."""
+
+    inner: Inner = field(default_factory=Inner)
+
+
+last_options: list[Outer] = []
+
+
+def _end(options: Outer) -> int | None:
+    last_options[:] = [options]
+    if options.rate < 0:
+        raise UsageError(f"rate {options.rate} is below 0", where="rate")
+    if options.inner.numbers.get("bad"):
+        raise UsageError("bad is not allowed", where="numbers['bad']")
+    match options.how:
+        case "code":
+            return options.inner.size
+        case "usage":
+            raise UsageError("wrong", where="somewhere", why="because", next_step="do better")
+        case "data":
+            raise DataError("bad row", where="rows.jsonl:3")
+        case "artifact":
+            raise ArtifactError("torn file")
+        case "resource":
+            raise ResourceError("too large")
+        case "check":
+            raise CheckError("not equal")
+        case "bug":
+            return [][options.inner.size]
+        case "memory":
+            raise MemoryError
+        case "torch-memory":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes")
+        case "disk-full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/adapter.safetensors")
+        case "too-big":
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/data/adapter.safetensors")
+        case "not-writable":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data")
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "exit":
+            raise SystemExit(7)
+        case "sleep":
+            print("asleep", flush=True)
+            time.sleep(60)
+        case "print":
+            for number in range(100_000):
+                print(number)
+    return None
+
+
+def _parse_names(words: tuple[str, ...]) -> str | tuple[str, ...]:
+    return words[0] if tuple(words) == ("all",) else tuple(name for word in words for name in word.split(","))
+
+
+def _parse_numbers(words: tuple[str, ...]) -> dict[str, int]:
+    return {name: int(number) for name, number in (word.split("=") for word in words)}
+
+
+def _load(path: Path) -> Outer:
+    import tomllib
+
+    table = tomllib.loads(path.read_text())
+    return Outer(**{**table, "inner": Inner(**table.get("inner", {}))})
+
+
+end = command(Outer, _end, parse={"names": _parse_names, "numbers": _parse_numbers}, load=_load)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Options given by position."""
+
+    verb: Literal["join", "split"]
+    """What to do."""
+
+    files: tuple[Path, ...] = ()
+    """Which files."""
+
+    weight: float = 1.0
+    """How much."""
+
+
+last_files: list[Files] = []
+files = command(Files, last_files.append, positional=("verb", "files"))
