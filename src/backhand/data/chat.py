@@ -82,6 +82,10 @@ class ChatRenderer:
         from_option: the template comes from `--chat-template`, so its errors are the user's.
         template_args: variables for the template.
         system: put before conversations without a system message.
+
+    Attributes:
+        leading_replies: replies that carry no loss because nothing stands before them, so far.
+        split_conversations: conversations that became several documents, so far.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class ChatRenderer:
         self._encoder = encoder
         self._template = template
         self._from_option = from_option
-        self._template_args = dict(template_args or {})
+        self.template_args = dict(template_args or {})
         self._system = system
         self.leading_replies = 0
         self.split_conversations = 0
@@ -154,7 +158,7 @@ class ChatRenderer:
                 messages=({"role": "system", "content": self._system}, *conversation.messages),
                 supervised=(False, *conversation.supervised),
             )
-        mark = self._encoder.mark_for(list(conversation.messages), conversation.tools, self._template_args)
+        mark = self._encoder.mark_for(list(conversation.messages), conversation.tools, self.template_args)
         if mark is None:
             return conversation, None
         protect = self._encoder.protect
@@ -209,7 +213,7 @@ class ChatRenderer:
                 chat_template=self._template_for(tools),
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
-                **self._template_args,
+                **self.template_args,
             )
         except Exception as error:  # noqa: BLE001 - a template raises whatever its expressions raise
             raise self._template_error(error, conversation.source) from None

@@ -19,7 +19,8 @@ class PackedBatch:
     Attributes:
         input_ids: (tokens,) int64.
         labels: (tokens,) int64; `labels[i]` is the next token after position i of the same document,
-            or `IGNORE_INDEX` where position i carries no loss (always so at a document's last position).
+            or `IGNORE_INDEX` where position i carries no loss. At a document's last position it is a token that
+            was left out because nothing could be predicted from it, or `IGNORE_INDEX`.
         document_lengths: tokens of each document, in order; they sum to `tokens`.
     """
 

@@ -1,0 +1,191 @@
+"""Any row to the documents it becomes for one model: through its chat template, or joined as it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
+from backhand.data.forms import Completion, PlainText, Row
+from backhand.data.messages import Conversation, Message
+from backhand.data.options import DataOptions
+from backhand.data.text_encoder import TextEncoder
+from backhand.errors import DataError, UsageError
+
+
+@dataclass
+class RenderCounts:
+    """What was seen while rendering, for the notes of the report."""
+
+    protected: int = 0
+    control_in_text: int = 0
+    joined: int = 0
+    eos_added_to_chat: int = 0
+    system_unused: int = 0
+
+
+class RowRenderer:
+    """Makes documents of rows, as one model and one set of options want them.
+
+    Conversations need a chat template. A prompt with its completion, or an instruction with its output, is rendered as
+    a user turn and its reply where there is a template, and joined where there is none: prompt and completion as they
+    stand, instruction, input and output with blank lines between them, then the end-of-sequence token. A text row is a
+    document of its own: control tokens that are written in it count as such, since there is no other way to write them.
+
+    Args:
+        tokenizer: the model's transformers tokenizer.
+        options: chat template and its arguments, system message, what carries loss.
+
+    Attributes:
+        encoder: turns the documents into token ids.
+
+    Raises:
+        UsageError: the chat template cannot be read, or a system message is given where no template could take it.
+    """
+
+    def __init__(self, tokenizer: Any, options: DataOptions) -> None:
+        template = read_template(options.chat_template, tokenizer)
+        self._template = template
+        self._rendered_already = (options.chat_template or "").strip().lower() == NO_TEMPLATE
+        self._train_on_all = options.train_on == "all"
+        self._system = options.system
+        self.counts = RenderCounts()
+        self.encoder = TextEncoder(tokenizer, template)
+        self._chat: ChatRenderer | None = None
+        if template is not None:
+            self._chat = ChatRenderer(
+                tokenizer,
+                self.encoder,
+                template,
+                from_option=options.chat_template is not None,
+                template_args=options.template_args,
+                system=options.system,
+            )
+        elif options.template_args or options.system is not None:
+            field = "template_args" if options.template_args else "system"
+            raise UsageError(
+                f"{field} is given, but there is no chat template to use it",
+                where=field,
+                next_step="give --chat-template, or a model whose tokenizer has one",
+            )
+
+    def documents(self, row: Row) -> list[Document]:
+        """The documents that a row is trained on as; none if nothing in it could carry loss.
+
+        Raises:
+            DataError: the chat template is missing or refuses the row.
+        """
+        if isinstance(row, PlainText):
+            return [self._plain(row)]
+        if isinstance(row, Completion) and self._chat is None:
+            return [self._joined(row)]
+        documents = self._renderer(row).documents(_as_conversation(row), train_on_all=self._train_on_all)
+        self.counts.protected += any(
+            document.mark is not None and document.mark in document.text for document in documents
+        )
+        self.counts.eos_added_to_chat += any(document.append_eos for document in documents)
+        return documents
+
+    def prompt(self, row: Row) -> tuple[Document, str | None]:
+        """What a model sees of the row before its last reply, and that reply; for a text row the text and None.
+
+        Raises:
+            DataError: the chat template is missing or refuses the row.
+        """
+        if isinstance(row, PlainText):
+            document = self._plain(row)
+            return Document(document.text, (), None, False, document.prefix, row.source), None
+        if isinstance(row, Completion) and self._chat is None:
+            prompt, _, mark = self._parts(row)
+            return Document(prompt, (), mark, False, not self._begun(prompt), row.source), row.completion
+        conversation = _as_conversation(row)
+        last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
+        reply: str | None = None
+        if last == len(conversation.messages) - 1 and last > 0:
+            reply = str(conversation.messages[last]["content"])
+            conversation = Conversation(
+                conversation.messages[:last], conversation.supervised[:last], conversation.tools, conversation.source
+            )
+        return self._renderer(row).prompt(conversation), reply
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the rendering, a sentence each."""
+        counts, chat = self.counts, self._chat
+        template = self._template or ""
+        facts = (
+            (counts.joined, "{} rows are joined as they stand, because there is no chat template"),
+            (counts.protected, "{} rows hold control tokens of the model; they are read as plain text"),
+            (counts.control_in_text, "{} text rows hold control tokens of the model; they count as such"),
+            (
+                counts.eos_added_to_chat,
+                "{} rows end in a reply without an end-of-turn token; the end-of-sequence token is added",
+            ),
+            (counts.system_unused, "{} text rows do not take the system message"),
+            (
+                chat.split_conversations if chat else 0,
+                "{} conversations became several documents, because the chat template rewrites earlier turns",
+            ),
+            (chat.leading_replies if chat else 0, "{} replies at the very beginning of a conversation carry no loss"),
+        )
+        notes = [sentence.format(f"{count:,}") for count, sentence in facts if count]
+        if self._rendered_already and counts.joined:
+            notes[0] = (
+                f"{counts.joined:,} rows are joined as they stand, control tokens included (--chat-template none)"
+            )
+        if chat and "strftime_now" in template and "date_string" not in chat.template_args:
+            notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
+        return tuple(notes)
+
+    def _renderer(self, row: Row) -> ChatRenderer:
+        if self._chat is not None:
+            return self._chat
+        raise DataError(
+            "this row is a conversation, but there is no chat template",
+            where=row.source,
+            why="--chat-template none" if self._rendered_already else "the model's tokenizer has none",
+            next_step="take the Instruct variant of the model, give --chat-template FILE, or write the rows as "
+            "prompt and completion",
+        )
+
+    def _plain(self, row: PlainText) -> Document:
+        self.counts.control_in_text += self.encoder.special.search(row.text) is not None
+        self.counts.system_unused += self._system is not None
+        return Document(
+            row.text, ((0, len(row.text)),), None, not self._ended(row.text), not self._begun(row.text), row.source
+        )
+
+    def _joined(self, row: Completion) -> Document:
+        self.counts.joined += 1
+        prompt, completion, mark = self._parts(row)
+        self.counts.protected += mark is not None
+        text = prompt + completion
+        span = (0 if self._train_on_all else len(prompt), len(text))
+        return Document(text, (span,), mark, not self._ended(text), not self._begun(text), row.source)
+
+    def _parts(self, row: Completion) -> tuple[str, str, str | None]:
+        """Prompt and completion as they are joined, and the mark that breaks the control tokens in them, if any."""
+        prompt = row.prompt + row.separator if not row.system else f"{row.system}\n\n{row.prompt}{row.separator}"
+        completion = row.completion or ""
+        mark = None if self._rendered_already else self.encoder.mark_for(prompt, completion)
+        protect = self.encoder.protect
+        return protect(prompt, mark, written=False), protect(completion, mark, written=False), mark
+
+    def _ended(self, text: str) -> bool:
+        eos = self.encoder.eos
+        return eos is not None and text.rstrip().endswith(eos)
+
+    def _begun(self, text: str) -> bool:
+        bos = self.encoder.bos
+        return bos is not None and text.startswith(bos)
+
+
+def _as_conversation(row: Conversation | Completion) -> Conversation:
+    if isinstance(row, Conversation):
+        return row
+    messages: list[Message] = [{"role": "user", "content": row.prompt}]
+    if row.system:
+        messages.insert(0, {"role": "system", "content": row.system})
+    if row.completion is not None:
+        messages.append({"role": "assistant", "content": row.completion})
+    supervised = tuple(message["role"] == "assistant" for message in messages)
+    return Conversation(tuple(messages), supervised, None, row.source)

@@ -1,0 +1,78 @@
+"""Examples packed into one batch without padding, and rows divided into micro-batches that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from backhand.data.examples import Example
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+
+
+def pack(examples: Iterable[Example], *, device: torch.device | str = "cpu") -> PackedBatch:
+    """Documents behind one another, shortest first, so that equal lengths are neighbours.
+
+    labels[i] is token i + 1 of the same document where that token is supervised. Nothing behind the last such i can
+    change the loss, since attention is causal, so a document enters only up to there: its last token, and whatever the
+    template puts behind the last reply, are labels at most and never inputs. A document without a supervised token has
+    no positions at all.
+
+    Args:
+        examples: any number, in any order; documents of equal length keep theirs.
+        device: where the tensors go.
+
+    Returns:
+        input_ids and labels (tokens,) int64, and the length of each document.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for example in sorted(examples, key=trained_length):
+        length = trained_length(example)
+        if length:
+            targets = example.input_ids[1 : length + 1].astype(np.int64)
+            ids.append(example.input_ids[:length].astype(np.int64))
+            labels.append(np.where(example.supervised[1 : length + 1], targets, IGNORE_INDEX))
+    empty = np.zeros(0, dtype=np.int64)
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(ids or [empty])).to(device),
+        labels=torch.from_numpy(np.concatenate(labels or [empty])).to(device),
+        document_lengths=tuple(len(document) for document in ids),
+    )
+
+
+def trained_length(example: Example) -> int:
+    """Tokens of the example that enter the model: those before its last supervised token."""
+    places = np.flatnonzero(example.supervised)
+    return int(places[-1]) if len(places) else 0
+
+
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], *, max_rows: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Divide the rows of one optimizer step, longest first.
+
+    So the largest micro-batch, the one that may not fit in memory, comes at once, and the lengths in each are alike.
+
+    Args:
+        rows: indices into `lengths`.
+        lengths: tokens of every example.
+        max_rows: no more rows in one micro-batch than this.
+        max_tokens: no more tokens in one than this, unless a single row has more.
+
+    Returns:
+        Indices, each of `rows` once, in groups.
+    """
+    groups: list[list[int]] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        full = (
+            not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens + lengths[row] > max_tokens)
+        )
+        if full:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(row)
+        tokens += lengths[row]
+    return groups

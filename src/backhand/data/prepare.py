@@ -1,0 +1,200 @@
+"""From the options to examples: `prepare` for training and evaluation, `prepare_prompts` for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import (
+    DataReport,
+    Example,
+    ExampleCounts,
+    PreparedData,
+    SourceForm,
+    cut,
+    encode_document,
+    summed,
+)
+from backhand.data.forms import FormReader, Row
+from backhand.data.options import DataOptions
+from backhand.data.rows import BadRows
+from backhand.data.sources import expand, held_out_beside, read_rows
+from backhand.data.split import overlap, split
+from backhand.data.text_encoder import TokenIds
+from backhand.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked, and what it should say.
+
+    Attributes:
+        input_ids: (tokens,) int32, up to where the reply begins.
+        text: the same, as it was rendered, with control tokens.
+        reply: the last reply of the row; None if the row only asks, or is plain text.
+        source: where the row stands.
+    """
+
+    input_ids: TokenIds
+    text: str
+    reply: str | None
+    source: str
+
+
+def prepare(options: DataOptions, tokenizer: Any, *, seed: int = 0) -> tuple[PreparedData, PreparedData | None]:
+    """Training examples, and held-out ones if there are any.
+
+    Held out are, in this order: `eval_data`; a share `eval_fraction` of `data`; the `valid.*` beside a `train.*` when
+    `data` names their folder.
+
+    Args:
+        options: which rows, and how they become tokens.
+        tokenizer: the model's transformers tokenizer.
+        seed: draws the held-out rows.
+
+    Raises:
+        UsageError: an option is out of range, or a package is missing.
+        DataError: a file or a row is not as it should be, or nothing in them carries loss.
+    """
+    options.validate()
+    if not options.data:
+        raise UsageError("there is no data", where="data", next_step="give --data FILE")
+    train = read_examples(options, options.data, tokenizer)
+    held_out: PreparedData | None = None
+    if options.eval_data:
+        held_out = read_examples(options, options.eval_data, tokenizer, held_out=True)
+    elif options.eval_fraction:
+        train, held_out = split(train, options.eval_fraction, seed)
+    elif beside := held_out_beside(options.data):
+        held_out = read_examples(options, beside, tokenizer, held_out=True)
+    if held_out is not None:
+        shared = overlap(train.examples, held_out.examples)
+        if shared:
+            note = (
+                f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also stand in the training "
+                f"data, for example {shared[0].source}; the held-out loss will look too good"
+            )
+            held_out = replace(held_out, report=replace(held_out.report, notes=(*held_out.report.notes, note)))
+    return train, held_out
+
+
+def read_examples(
+    options: DataOptions, names: Sequence[str], tokenizer: Any, *, held_out: bool = False
+) -> PreparedData:
+    """Examples from the files and hub data sets in `names`.
+
+    Args:
+        held_out: a hub name without a split means its validation split.
+
+    Raises:
+        UsageError, DataError: as `prepare`.
+    """
+    renderer = RowRenderer(tokenizer, options)
+    examples: list[Example] = []
+    counts = ExampleCounts()
+
+    def add(row: Row) -> None:
+        made = [encode_document(document, renderer.encoder) for document in renderer.documents(row)]
+        counts.dropped_unsupervised += not made
+        kept = (cut(example, options, counts) for example in made)
+        examples.extend(example for example in kept if example is not None)
+
+    report = _read_into(add, names, options, BadRows(options.skip_bad), held_out=held_out)
+    report = replace(
+        report,
+        truncated=counts.truncated,
+        dropped_long=counts.dropped_long,
+        dropped_unsupervised=counts.dropped_unsupervised,
+        notes=renderer.notes(),
+    )
+    if not examples:
+        raise _nothing_left(report, names, options)
+    return summed(examples, report)
+
+
+def prepare_prompts(options: DataOptions, tokenizer: Any) -> tuple[tuple[Prompt, ...], DataReport]:
+    """The rows of `data` as prompts with the replies they should get; rows without an answer are welcome.
+
+    Raises:
+        UsageError, DataError: as `prepare`.
+    """
+    options.validate()
+    renderer = RowRenderer(tokenizer, options)
+    prompts: list[Prompt] = []
+
+    def add(row: Row) -> None:
+        document, reply = renderer.prompt(row)
+        text = document.text if document.mark is None else document.text.replace(document.mark, "")
+        prompts.append(Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source))
+
+    report = _read_into(add, options.data, options, BadRows(options.skip_bad), may_ask=True)
+    return tuple(prompts), replace(report, notes=renderer.notes())
+
+
+def _read_into(
+    add: Callable[[Row], None],
+    names: Sequence[str],
+    options: DataOptions,
+    bad: BadRows,
+    *,
+    held_out: bool = False,
+    may_ask: bool = False,
+) -> DataReport:
+    """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way."""
+    forms: list[SourceForm] = []
+    total = 0
+
+    def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
+        for row in reader.read_all(read_rows(name, bad, held_out=held_out), bad):
+            try:
+                add(row)
+            except DataError as error:
+                bad.add(error)
+                continue
+            yield row
+
+    for name in expand(names):
+        left = None if options.max_rows is None else options.max_rows - total
+        if left == 0:
+            break
+        reader, bad_before = FormReader(may_ask=may_ask), bad.count
+        rows = sum(1 for _ in islice(good_rows(name, reader), left))
+        if reader.form is None:
+            raise _no_rows(name, bad, bad.count - bad_before)
+        forms.append(SourceForm(name, reader.form.name, rows))
+        total += rows
+    return DataReport(tuple(forms), rows=total, skipped_bad=bad.count, bad_rows=tuple(bad.errors))
+
+
+def _no_rows(name: str, bad: BadRows, count: int) -> DataError:
+    if not count:
+        return DataError("there is no row in the file", where=name)
+    return DataError(
+        f"no row can be used: {count:,} malformed",
+        where=name,
+        why=f"the first: {bad.errors[0].where}: {bad.errors[0].what}",
+        next_step="correct the file; --skip-bad is for a few bad rows among good ones",
+    )
+
+
+def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions) -> DataError:
+    facts = (
+        (report.skipped_bad, "{} malformed rows"),
+        (report.dropped_long, "{} documents longer than max_length"),
+        (report.dropped_unsupervised, "{} without a supervised token"),
+        (report.truncated, f"{{}} truncated to {options.max_length} tokens"),
+    )
+    reasons = [sentence.format(f"{count:,}") for count, sentence in facts if count]
+    reasons += [f"the first malformed: {error.where}: {error.what}" for error in report.bad_rows[:1]]
+    too_short = report.truncated or report.dropped_long
+    return DataError(
+        "nothing in the data carries loss",
+        where=", ".join(names),
+        why=", ".join(reasons) or None,
+        next_step="raise --max-length: the replies begin behind it"
+        if too_short
+        else "the rows need assistant turns (with a weight other than 0), completions, outputs or text",
+    )
