@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-from support import cli_commands
-from support.cli_commands import Files, Inner, Outer, end, files
-
 import cyclopts
+import pytest
+
 from backhand.cli.command import command
 from backhand.errors import UsageError
+from support import cli_commands
+from support.cli_commands import Files, Inner, Outer, end, files
 
 
 def run(function: object, *words: str) -> object:

@@ -1,4 +1,4 @@
-"""Whatever ends a command becomes the contract's exit code and a text that says what to do; a traceback only with --debug."""
+"""Whatever ends a command becomes an exit code of the contract and a text that says what to do."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from backhand.cli.exit_codes import exit_code, explanation
 
 END = (Command("end", "End in some way.", "backhand end", "support.cli_commands:end"),)
 SCRIPT = (
+    # A test run in the background of a shell has Ctrl-C ignored, and hands that down.
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "import sys, backhand.cli.main as cli; from backhand.cli.commands import Command; "
     "cli.COMMANDS = (Command('end', 'End.', 'backhand end', 'support.cli_commands:end'),); "
     "sys.exit(cli.main(sys.argv[1:]))"
@@ -127,24 +129,23 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 
 def test_terminated_is_143_and_interrupted_130() -> None:
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = start("--how", "sleep")
-        assert process.stdout is not None
-        assert process.stdout.readline() == "asleep\n"
-        process.send_signal(number)
-        _, printed = process.communicate(timeout=20)
+        with start("--how", "sleep") as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "asleep\n"
+            process.send_signal(number)
+            _, printed = process.communicate(timeout=30)
         assert process.returncode == code
         assert "Traceback" not in printed
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    process = start("--how", "print")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "0\n"
-    process.stdout.close()
-    assert process.stderr is not None
-    printed = process.stderr.read()
-    process.stderr.close()
-    assert (process.wait(timeout=20), printed) == (141, "")
+    with start("--how", "print") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        printed = process.stderr.read()
+    assert (process.returncode, printed) == (141, "")
 
 
 def test_a_device_out_of_memory_is_known_by_name() -> None:

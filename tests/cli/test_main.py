@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True, timeout=60)
 
 
 def test_help_takes_less_than_two_fifths_of_a_second() -> None:
@@ -38,7 +38,8 @@ def test_no_help_imports_torch_or_other_heavy_packages() -> None:
         "import sys; from backhand.cli.main import main\n"
         f"for words in {[['--help'], ['--version'], *([command.name, '--help'] for command in COMMANDS)]!r}:\n"
         "    assert main(words) == 0, words\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow', 'matplotlib', 'gguf', 'peft'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow', 'matplotlib', 'gguf', 'peft'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
     finished = run("-c", script)
