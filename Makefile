@@ -22,11 +22,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo sine verify test test-smollm2 test-slow check lint format-check types imports docstrings format bench clean
+.PHONY: help demo sine verify test test-smollm2 test-slow check lint format-check types imports docstrings readme format bench clean
 
 help:
 	@sed -n '3,5s/^#   /  /p' Makefile
-	@echo '  make verify | test-smollm2 | test-slow | bench | format | clean'
+	@echo '  make verify | test-smollm2 | test-slow | bench | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -105,6 +105,9 @@ imports: $(VENV)/.dev
 
 docstrings: $(VENV)/.dev
 	$(BIN)/ruff check --select D src tools
+
+readme: $(VENV)/.dev
+	$(BIN)/python tools/readme.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
