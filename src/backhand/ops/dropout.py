@@ -5,9 +5,9 @@
 Backward. m does not depend on x, so dy = m ⊙ dx and, the product being elementwise,
     ∂L/∂x = m ⊙ ∂L/∂y      (shape of x)
 
-Saved: p, the seed and the shape. The mask is drawn again in backward from the same seed, which costs about a nanosecond
-an element and saves a tensor as large as x. The seed makes a generator of its own, so that neither torch's global random
-state nor the order of calls plays a part.
+Saved: p, the seed and the shape. The mask is drawn again in backward from the same seed, which costs about a
+nanosecond an element and saves a tensor as large as x. The seed makes a generator of its own, so that neither torch's
+global random state nor the order of calls plays a part.
 
 Drawing: sixteen bits an element out of 64-bit words, compared with a threshold; four times faster than
 `Tensor.bernoulli_`, at the price that p is met to within 2⁻¹⁷ ≈ 8e-6.
@@ -40,9 +40,7 @@ class DropoutGrads(NamedTuple):
     d_x: Tensor
 
 
-def dropout_mask(
-    shape: Sequence[int], probability: float, seed: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def dropout_mask(shape: Sequence[int], probability: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Which elements stay: bool, of the given shape, each False with the given probability.
 
     The same arguments give the same mask (on the same kind of device).

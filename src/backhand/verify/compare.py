@@ -102,5 +102,6 @@ def _values(tensor: Tensor) -> Tensor:
 def _relative(measured: Tensor, truth: Tensor) -> float:
     if not measured.is_complex() and not truth.is_complex():
         return relative_error(measured, truth)
-    wide = (measured.to(torch.complex128), truth.to(torch.complex128))
-    return relative_error(*(torch.view_as_real(tensor) for tensor in wide))
+    return relative_error(
+        torch.view_as_real(measured.to(torch.complex128)), torch.view_as_real(truth.to(torch.complex128))
+    )

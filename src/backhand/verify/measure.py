@@ -10,22 +10,28 @@ from torch import Tensor
 
 
 class WorstRow(NamedTuple):
-    """index: of the row, over all axes but the last; error: the norm of its difference."""
+    """position: of the row, over all axes but the last; error: the norm of its difference."""
 
-    index: tuple[int, ...]
+    position: tuple[int, ...]
     error: float
 
 
-def relative_error(measured: Tensor, truth: Tensor) -> float:
+def relative_error(measured: Tensor, truth: Tensor, zero_scale: float = 0.0) -> float:
     """‖measured - truth‖ / ‖truth‖ in float64.
 
     0 for two empty or two zero tensors; infinite where only the truth is zero, or the shapes differ; NaN as soon as
     one element of either is NaN or infinite, so that no bound accepts it.
+
+    Args:
+        measured: on trial.
+        truth: to compare with.
+        zero_scale: what stands for ‖truth‖ where that is exactly zero. A gradient that is zero by nature (of the query
+            of a one-token document, say) comes out as a sum that cancels to rounding, which is small against this only.
     """
     if measured.shape != truth.shape:
         return math.inf
     difference = norm(measured.double() - truth.double())
-    size = norm(truth)
+    size = norm(truth) or zero_scale
     if not math.isfinite(difference) or not math.isfinite(size):
         return math.nan
     if difference == 0.0:
@@ -51,6 +57,6 @@ def worst_row(measured: Tensor, truth: Tensor) -> WorstRow | None:
     else:
         errors = torch.linalg.vector_norm(difference, dim=-1)
     flat = torch.where(errors.isfinite(), errors, math.inf).reshape(-1)
-    position = int(flat.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), errors.shape))
-    return WorstRow(index, float(flat[position]))
+    largest = flat.argmax()
+    position = tuple(int(i) for i in torch.unravel_index(largest, errors.shape))
+    return WorstRow(position, float(flat[largest]))

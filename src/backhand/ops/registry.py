@@ -1,0 +1,35 @@
+"""Every op by name. A line here, a file of cases and mutants in `verify/cases`, and `backhand verify` proves it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# Op name → the file of `backhand.ops` that holds `<name>_forward`, `<name>_backward` and `<name>_reference`.
+OPS: dict[str, str] = {
+    "linear": "linear",
+    "lora_linear": "lora_linear",
+    "lora_linear_group": "lora_linear_group",
+    "embedding": "embedding",
+    "rms_norm": "rms_norm",
+    "rotary": "rotary",
+    "attention": "attention",
+    "glu": "glu",
+    "dropout": "dropout",
+    "relu": "elementwise",
+    "tanh": "elementwise",
+    "gelu": "elementwise",
+    "gelu_tanh": "elementwise",
+    "silu": "elementwise",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "mse": "mse",
+}
+
+
+def op_module(name: str) -> ModuleType:
+    """The module of an op.
+
+    Raises:
+        KeyError: for a name that is not registered.
+    """
+    return importlib.import_module(f"backhand.ops.{OPS[name]}")

@@ -1,0 +1,143 @@
+"""What is proved about an op: inputs on which its gradients must be right, and wrong backwards that must fail there.
+
+A case is built so that a mistake shows (see "A test that can fail" in docs/verify.md): no two sizes alike, scaling not
+1, no factor zero, a random upstream gradient.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+# A backward pass as the ops write it: (d_y, saved, …) → NamedTuple of gradients.
+Backward = Callable[..., Any]
+
+FACTOR = 1 + 1e-6
+
+
+class ByHand(NamedTuple):
+    """The op's own output, and its gradients by the name of the input they belong to."""
+
+    y: Tensor
+    gradients: Tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input set.
+
+    Attributes:
+        name: what is special about it.
+        tensors: inputs by name, float64 (other dtypes pass unchanged), `d_y` among them; the loss is Σ d_y ⊙ y.
+        by_hand: the op's forward and the given backward on such tensors in any dtype.
+        reference: y by the op's reference, for autograd to differentiate.
+        usual: y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference.
+    """
+
+    name: str
+    tensors: Tensors
+    by_hand: Callable[[Tensors, Backward], ByHand]
+    reference: Callable[[Tensors], Tensor]
+    usual: Callable[[Tensors], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A deliberately wrong backward: the right one, except that one gradient is worked out wrongly.
+
+    Attributes:
+        name: the mistake.
+        gradient: the field of the backward's result that it spoils, e.g. `d_lora_A`.
+        value: (d_y, saved, right gradients) → the wrong value of that field.
+    """
+
+    name: str
+    gradient: str
+    value: Callable[[Tensor, Any, Any], Any]
+
+    def spoil(self, backward: Backward) -> Backward:
+        """The backward with this mistake in it."""
+
+        def wrong(d_y: Tensor, saved: Any, *args: Any, **kwargs: Any) -> Any:
+            right = backward(d_y, saved, *args, **kwargs)
+            if getattr(right, self.gradient) is None:
+                return right
+            return right._replace(**{self.gradient: self.value(d_y, saved, right)})
+
+        return wrong
+
+
+@dataclass(frozen=True)
+class OpProof:
+    """Everything that is proved about one op.
+
+    Attributes:
+        op: its name.
+        backward: the backward pass on trial.
+        cases: the input sets.
+        mutants: the wrong backwards, each of which must be rejected by value in some case.
+    """
+
+    op: str
+    backward: Backward
+    cases: tuple[Case, ...]
+    mutants: tuple[Mutant, ...]
+
+
+class Draw:
+    """Random inputs from a generator of their own, seeded by a text, so that adding a case changes no other."""
+
+    def __init__(self, seed: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+    def normal(self, *shape: int, size: float = 1.0) -> Tensor:
+        """Standard normal float64 numbers times `size`."""
+        return size * torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 in [0, high)."""
+        return torch.randint(high, shape, generator=self.generator)
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A gradient, or a tuple of gradients some of which may be None, changed tensor by tensor."""
+    if isinstance(value, tuple):
+        return tuple(None if part is None else change(part) for part in value)
+    return change(value)
+
+
+def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
+    """The mistakes that any gradient can have: a wrong sign, and a factor of 1 + 1e-6."""
+
+    def mutants(gradient: str) -> tuple[Mutant, ...]:
+        return (
+            Mutant("sign", gradient, lambda _d_y, _saved, right: changed(getattr(right, gradient), torch.neg)),
+            Mutant(
+                "factor 1 + 1e-6",
+                gradient,
+                lambda _d_y, _saved, right: changed(getattr(right, gradient), lambda tensor: tensor * FACTOR),
+            ),
+        )
+
+    return tuple(mutant for gradient in gradients for mutant in mutants(gradient))
+
+
+def rows_reversed(tensor: Tensor) -> Tensor:
+    """The rows (all leading axes) in reverse order: a gradient paired with the wrong rows."""
+    return tensor.reshape(-1, tensor.shape[-1]).flip(0)
+
+
+def flat_rows(tensor: Tensor) -> Tensor:
+    """(..., n) → (rows, n)."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def transposed_if_square(tensor: Tensor) -> Tensor:
+    """A transposed where the shape does not give it away."""
+    return tensor.mT if tensor.shape[-1] == tensor.shape[-2] else tensor

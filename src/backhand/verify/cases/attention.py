@@ -1,0 +1,181 @@
+"""Attention: cases and mutants. The mutants are written on dense matrices over the whole pack, with one mask."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backhand.nn.batch import document_runs
+from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, attention_reference
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+
+SCALING = 0.37
+
+
+def _case(
+    name: str,
+    documents: tuple[int, ...],
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 5,
+    *,
+    window: int | None = None,
+    size: float = 1.0,
+    side_by_side: bool = False,
+) -> Case:
+    draw = Draw(f"attention: {name}")
+    tokens = sum(documents)
+    runs = document_runs(documents)
+    tensors = {
+        "q": draw.normal(tokens, heads, head_dim, size=size),
+        "k": draw.normal(tokens, kv_heads, head_dim, size=size),
+        "v": draw.normal(tokens, kv_heads, head_dim),
+        "d_y": draw.normal(tokens, heads, head_dim),
+    }
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        q, k, v = t["q"], t["k"], t["v"]
+        if not side_by_side:
+            y, saved = attention_forward(q, k, v, runs, SCALING, window)
+            return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
+        # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
+        qkv = torch.cat([q, k, v], dim=1)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        y, saved = attention_forward(q, k, v, runs, SCALING, window)
+        grads = backward(t["d_y"], saved, out=torch.empty_like(qkv))
+        return ByHand(y, dict(zip(("q", "k", "v"), grads, strict=True)))
+
+    def reference(t: Tensors) -> Tensor:
+        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window)
+
+    def usual(t: Tensors) -> Tensor:
+        outputs = []
+        for end, length in zip(accumulate(documents), documents, strict=True):
+            q, k, v = (t[part][end - length : end].transpose(0, 1)[None] for part in ("q", "k", "v"))
+            mask = _visible(length, window, q.device)
+            attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
+            outputs.append(attended[0].transpose(0, 1))
+        return torch.cat(outputs) if outputs else t["q"] * 0
+
+    return Case(name, tensors, by_hand, reference, usual)
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, (length, length)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < (length if window is None else window))
+
+
+CASES = (
+    _case("one document", (9,)),
+    _case("packed documents", (4, 4, 7, 1, 2, 2, 2)),
+    _case("one key/value head", (4, 7), heads=3, kv_heads=1),
+    _case("a key/value head for each", (4, 7), heads=3, kv_heads=3),
+    _case("window inside the documents", (9, 3, 6, 6), window=4),
+    _case("window of one token", (5, 3), window=1),
+    _case("window as long as the document", (6, 2), window=6),
+    _case("side by side in one buffer", (4, 4, 3), side_by_side=True, window=3),
+    _case("sharp softmax", (7, 5), size=6.0),
+    _case("one token", (1,)),
+    _case("one-token documents", (1, 1, 1)),
+    _case("no tokens", ()),
+    _case("empty documents between", (3, 0, 2)),
+    _case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
+    _case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
+)
+
+
+class _Dense(NamedTuple):
+    """The worked form over the whole pack: everything (heads, tokens, tokens) or (heads, tokens, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    p: Tensor
+    d_p: Tensor
+    delta: Tensor
+
+    def d_s(self) -> Tensor:
+        return self.p * (self.d_p - self.delta)
+
+
+def _dense(
+    g: Tensor, s: AttentionSaved, *, documents_apart: bool = True, window: bool = True, causal: bool = True
+) -> _Dense:
+    """P and the gradients around it, where asked with a mask that leaves something out."""
+    group = s.q.shape[1] // s.k.shape[1]
+    q, out, d_y = (x.transpose(0, 1) for x in (s.q, s.output, g))
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (s.k, s.v))
+    tokens = s.q.shape[0]
+    lengths = torch.tensor([length for _, count, length in s.runs for _ in range(count)], dtype=torch.int64)
+    document = torch.repeat_interleave(lengths).to(g.device)
+    visible = _visible(tokens, s.window if window else None, g.device)
+    if not causal:
+        visible = torch.ones_like(visible)
+    if documents_apart:
+        visible = visible & (document[:, None] == document[None, :])
+    scores = (s.scaling * q @ k.mT).masked_fill(~visible, float("-inf"))
+    p = torch.softmax(scores, dim=-1)
+    return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True))
+
+
+def _grouped(per_head: Tensor, s: AttentionSaved, how: str = "sum") -> Tensor:
+    """(heads, tokens, head_dim) → (tokens, key/value heads, head_dim), over each group of heads."""
+    by_group: Tensor = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
+    if how == "first":
+        return by_group[:, :, 0]
+    return by_group.mean(2) if how == "mean" else by_group.sum(2)
+
+
+def _d_q(d: _Dense, s: AttentionSaved) -> Tensor:
+    return (s.scaling * d.d_s() @ d.k).transpose(0, 1)
+
+
+def _d_k(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
+    return _grouped(s.scaling * d.d_s().mT @ d.q, s, how)
+
+
+def _d_v(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
+    return _grouped(d.p.mT @ d.g, s, how)
+
+
+def _no_delta(d: _Dense) -> _Dense:
+    return d._replace(delta=torch.zeros_like(d.delta))
+
+
+def _neighbour_delta(d: _Dense) -> _Dense:
+    return d._replace(delta=d.delta.flip(1))
+
+
+MUTANTS = (
+    *standard_mutants("d_q", "d_k", "d_v"),
+    Mutant("scaling forgotten", "d_q", lambda _g, s, right: right.d_q / s.scaling),
+    Mutant("scaling forgotten", "d_k", lambda _g, s, right: right.d_k / s.scaling),
+    Mutant("scaling too much", "d_v", lambda _g, s, right: right.d_v * s.scaling),
+    Mutant("δ missing", "d_q", lambda g, s, _right: _d_q(_no_delta(_dense(g, s)), s)),
+    Mutant("δ missing", "d_k", lambda g, s, _right: _d_k(_no_delta(_dense(g, s)), s)),
+    Mutant("δ of another row", "d_q", lambda g, s, _right: _d_q(_neighbour_delta(_dense(g, s)), s)),
+    Mutant("documents see each other", "d_q", lambda g, s, _right: _d_q(_dense(g, s, documents_apart=False), s)),
+    Mutant("documents see each other", "d_v", lambda g, s, _right: _d_v(_dense(g, s, documents_apart=False), s)),
+    Mutant("window ignored", "d_k", lambda g, s, _right: _d_k(_dense(g, s, window=False), s)),
+    Mutant("window ignored", "d_v", lambda g, s, _right: _d_v(_dense(g, s, window=False), s)),
+    Mutant("causal mask ignored", "d_q", lambda g, s, _right: _d_q(_dense(g, s, causal=False, window=False), s)),
+    Mutant("causal mask ignored", "d_v", lambda g, s, _right: _d_v(_dense(g, s, causal=False, window=False), s)),
+    Mutant(
+        "∂L/∂S transposed",
+        "d_q",
+        lambda g, s, _right: (s.scaling * _dense(g, s).d_s().mT @ _dense(g, s).k).transpose(0, 1),
+    ),
+    Mutant("P transposed", "d_v", lambda g, s, _right: _grouped(_dense(g, s).p @ _dense(g, s).g, s)),
+    Mutant("first head of the group only", "d_k", lambda g, s, _right: _d_k(_dense(g, s), s, "first")),
+    Mutant("first head of the group only", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "first")),
+    Mutant("mean over the group", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "mean")),
+    Mutant("documents reversed", "d_v", lambda _g, _s, right: right.d_v.flip(0)),
+)
+
+PROOFS = (OpProof("attention", attention_backward, CASES, MUTANTS),)

@@ -1,0 +1,159 @@
+"""The fused head: cases and mutants."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backhand.nn.batch import IGNORE_INDEX
+from backhand.ops.linear_cross_entropy import (
+    CHUNK_ROWS,
+    HeadFactors,
+    LinearCrossEntropyGrads,
+    linear_cross_entropy_backward,
+    linear_cross_entropy_forward,
+    linear_cross_entropy_reference,
+)
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+
+SCALING = 1.7
+
+
+class _Inputs(NamedTuple):
+    """What the op saves nothing of: it is given to the backward itself."""
+
+    x: Tensor
+    weight: Tensor
+    targets: Tensor
+    head: HeadFactors | None
+    multiplier: float
+
+
+def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
+    """The fused pass as a backward like any other; the losses' gradient is the multiplier in every row."""
+    _, grads = linear_cross_entropy_backward(*inputs)
+    return grads
+
+
+def _case(
+    name: str,
+    rows: int,
+    hidden: int = 5,
+    vocab: int = 7,
+    rank: int | None = None,
+    *,
+    multiplier: float = 0.13,
+    size: float = 1.0,
+    masked: bool = False,
+) -> Case:
+    draw = Draw(f"linear_cross_entropy: {name}")
+    labels = draw.integers(vocab, rows)
+    if masked:
+        labels[::2] = IGNORE_INDEX
+    tensors = {
+        "x": draw.normal(rows, hidden, size=size),
+        "weight": draw.normal(vocab, hidden),
+        "d_y": torch.tensor(multiplier, dtype=torch.float64),
+    }
+    if rank is not None:
+        tensors |= {"lora_A": draw.normal(rank, hidden), "lora_B": draw.normal(vocab, rank)}
+    supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+
+    def head(t: Tensors) -> HeadFactors | None:
+        return None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING)
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
+        inputs = _Inputs(t["x"][places], t["weight"], targets, head(t), float(t["d_y"]))
+        losses = linear_cross_entropy_forward(*inputs[:4])
+        grads = backward(t["d_y"], inputs)
+        gradients = {"x": torch.zeros_like(t["x"]).index_copy_(0, places, grads.d_x)}
+        if rank is not None:
+            gradients |= {"lora_A": grads.d_lora_A, "lora_B": grads.d_lora_B}
+        return ByHand(losses, gradients)
+
+    def reference(t: Tensors) -> Tensor:
+        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
+        return linear_cross_entropy_reference(t["x"][places], t["weight"], targets, head(t))
+
+    def usual(t: Tensors) -> Tensor:
+        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
+        logits = functional.linear(t["x"][places], t["weight"])
+        if rank is not None:
+            h = functional.linear(t["x"][places], t["lora_A"])
+            logits = logits + functional.linear(h, t["lora_B"]) * SCALING
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    return Case(name, tensors, by_hand, reference, usual)
+
+
+CASES = (
+    _case("rows", 6),
+    _case("adapted head", 6, rank=3),
+    _case("masked labels", 9, masked=True),
+    _case("masked labels, adapted head", 9, rank=2, masked=True),
+    _case("several chunks", CHUNK_ROWS + 3, rank=3),
+    _case("exactly one chunk", CHUNK_ROWS),
+    _case("large logits", 6, size=300.0, rank=2),
+    _case("square head", 6, 7, 7, 7),
+    _case("one row", 1, rank=3),
+    _case("one class", 4, vocab=1),
+    _case("no rows", 0, rank=3),
+    _case("training size", 67, 48, 353, 8),
+)
+
+
+def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0) -> Tensor:
+    """D, (rows, vocab), from full logits."""
+    full = s.weight if s.head is None else s.weight + s.head.scaling * s.head.lora_B @ s.head.lora_A
+    d = torch.softmax(s.x @ full.T, dim=-1)
+    if one_hot:
+        d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
+    return s.multiplier * d
+
+
+def _d_h(s: _Inputs) -> Tensor:
+    assert s.head is not None
+    return s.head.scaling * _d_logits(s) @ s.head.lora_B
+
+
+def _unscaled(s: _Inputs) -> Any:
+    """The right gradients for an input without the multiplier."""
+    return _backward(s.x, s._replace(multiplier=1.0))
+
+
+def _last_chunk(s: _Inputs) -> Any:
+    """The factors' gradients overwritten by each chunk instead of added up."""
+    start = (max(s.x.shape[0] - 1, 0) // CHUNK_ROWS) * CHUNK_ROWS
+    return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:]))
+
+
+def _head_scaling(s: _Inputs) -> float:
+    return 1.0 if s.head is None else s.head.scaling
+
+
+MUTANTS = (
+    *standard_mutants("d_x", "d_lora_A", "d_lora_B"),
+    Mutant("target not subtracted", "d_x", lambda _g, s, _right: _d_logits(s, one_hot=False) @ s.weight),
+    Mutant("targets shifted by one", "d_x", lambda _g, s, _right: _d_logits(s, shift=1) @ s.weight),
+    Mutant("low-rank term missing", "d_x", lambda _g, s, _right: _d_logits(s) @ s.weight),
+    Mutant("multiplier forgotten", "d_x", lambda _g, s, _right: _unscaled(s).d_x),
+    Mutant("multiplier forgotten", "d_lora_A", lambda _g, s, _right: _unscaled(s).d_lora_A),
+    Mutant("multiplier forgotten", "d_lora_B", lambda _g, s, _right: _unscaled(s).d_lora_B),
+    Mutant("mean for sum", "d_x", lambda _g, s, right: right.d_x / max(s.x.shape[0], 1)),
+    Mutant("scaling forgotten", "d_lora_A", lambda _g, s, right: right.d_lora_A / _head_scaling(s)),
+    Mutant("scaling forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / _head_scaling(s)),
+    Mutant("last chunk only", "d_lora_A", lambda _g, s, _right: _last_chunk(s).d_lora_A),
+    Mutant("last chunk only", "d_lora_B", lambda _g, s, _right: _last_chunk(s).d_lora_B),
+    Mutant("rows reversed", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ s.x.flip(0)),
+    Mutant(
+        "rows reversed",
+        "d_lora_B",
+        lambda _g, s, _right: _head_scaling(s) * _d_logits(s).T @ (s.x.flip(0) @ s.head.lora_A.T),
+    ),
+)
+
+PROOFS = (OpProof("linear_cross_entropy", _backward, CASES, MUTANTS),)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import backhand.ops
+from backhand.ops.registry import OPS, op_module
+from backhand.verify.runner import load_proofs
+
+FILES = sorted(
+    path.stem for path in Path(backhand.ops.__file__).parent.glob("*.py") if path.stem not in {"__init__", "registry"}
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_op_file_is_registered(file):
+    assert file in OPS.values()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_its_four_parts(op):
+    module = op_module(op)
+    assert module.__doc__, "the derivation is the module's docstring"
+    for part in ("forward", "backward", "reference"):
+        assert callable(getattr(module, f"{op}_{part}"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_cases_and_mutants_for_each_gradient(op):
+    (proof,) = load_proofs(op)
+    assert len(proof.cases) >= 6
+    assert len({case.name for case in proof.cases}) == len(proof.cases)
+    names = {
+        name.partition(" ")[0] for case in proof.cases for name in case.by_hand(case.tensors, proof.backward).gradients
+    }
+    spoiled = {mutant.gradient for mutant in proof.mutants}
+    assert spoiled == {f"d_{name}" for name in names}
+    for gradient in spoiled:
+        mutants = {mutant.name for mutant in proof.mutants if mutant.gradient == gradient}
+        assert "factor 1 + 1e-6" in mutants
+        assert len(mutants) > 2, "a mistake of its own beside the standard ones"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_tried_without_rows_and_with_one(op):
+    (proof,) = load_proofs(op)
+    sizes = {
+        case.tensors["d_y"].numel() == 0 or any(x.numel() == 0 for x in case.tensors.values()) for case in proof.cases
+    }
+    assert sizes == {True, False}
+    assert any("one row" in case.name or "one token" in case.name for case in proof.cases)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_two_sizes_are_alike_in_the_first_case(op):
+    (proof,) = load_proofs(op)
+    case = proof.cases[0]
+    for name, tensor in case.tensors.items():
+        assert len(set(tensor.shape)) == tensor.ndim, (name, tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_reference_calls_no_forward_or_backward_of_ours(op):
+    module = op_module(op)
+    names = getattr(module, f"{op}_reference").__code__.co_names
+    assert not [name for name in names if name.endswith(("_forward", "_backward", "_apply"))]
