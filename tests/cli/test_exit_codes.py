@@ -53,6 +53,7 @@ def start(*words: str, **options: object) -> subprocess.Popen[str]:
         ("artifact", 4, "error: torn file\n"),
         ("resource", 5, "error: too large\n"),
         ("check", 6, "error: not equal\n"),
+        ("stopped", 143, "terminated after step 3\n  next: go on with --resume\n"),
         ("interrupt", 130, "interrupted\n"),
         ("exit", 7, ""),
     ],

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from backhand.cli.command import command
-from backhand.errors import ArtifactError, CheckError, DataError, ResourceError, UsageError
+from backhand.errors import ArtifactError, BackhandError, CheckError, DataError, ResourceError, UsageError
+
+
+class Stopped(BackhandError):
+    """A command that was asked to stop and did."""
+
+    exit_code = 143
+
+    def __init__(self) -> None:
+        super().__init__("terminated after step 3", next_step="go on with --resume")
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ def _end(options: Outer) -> int | None:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/data/adapter.safetensors")
         case "not-writable":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data")
+        case "stopped":
+            raise Stopped
         case "interrupt":
             raise KeyboardInterrupt
         case "exit":

@@ -17,6 +17,7 @@ from backhand.errors import BackhandError
 BUG = 1
 USAGE = 2
 RESOURCES = 5
+SIGNAL = 128
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
@@ -59,7 +60,8 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
     """What to print for an exception: what happened, where, why, what to do next; "" where there is nothing to say."""
     match error:
         case BackhandError():
-            return f"error: {error}"
+            # Stopping when asked to is no error, although the shell gets a code for it.
+            return str(error) if error.exit_code > SIGNAL else f"error: {error}"
         case CycloptsError():
             return f"error: {str(error).strip()}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():

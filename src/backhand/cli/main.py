@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,11 +85,11 @@ def _terminated_as_exit() -> Iterator[None]:
     def terminate(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: the caller's own handlers stay
-        yield
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield  # what was asked to ignore it goes on ignoring it; other threads may not set handlers
         return
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
