@@ -1,0 +1,203 @@
+"""The files of one adapter, read and checked as far as that goes without a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.adapter_record import AdapterRecord, changed_files, read_record
+from backhand.adapters.nearest import name_list
+from backhand.adapters.peft_config import PEFTConfig, read_peft_config
+from backhand.adapters.peft_keys import factor_problems
+from backhand.adapters.safetensors_file import read_tensors
+from backhand.adapters.strict_json import read_json_object
+from backhand.errors import ArtifactError, UsageError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+RECORD_FILE = "backhand.json"
+CARD_FILE = "README.md"
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_SHOWN_PROBLEMS = 40
+
+
+class UnusableAdapterError(ArtifactError):
+    """An adapter that cannot be used, with everything that is wrong with it.
+
+    Attributes:
+        problems: one sentence each; the message shows the first forty.
+    """
+
+    def __init__(self, directory: Path, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        shown = list(self.problems[:_SHOWN_PROBLEMS])
+        if count > len(shown):
+            shown.append(f"and {count - len(shown)} more")
+        super().__init__(
+            f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
+            where=str(directory),
+            why="".join(f"\n    - {problem}" for problem in shown),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """What a directory holds.
+
+    Attributes:
+        directory: the one with the files, a sub-folder perhaps of the one that was asked for.
+        described: from adapter_config.json.
+        config_usable: whether `described` can be relied on.
+        tensors: by their names in the file, on the CPU.
+        record: from backhand.json, if there is one.
+        problems: everything found wrong so far.
+    """
+
+    directory: Path
+    described: PEFTConfig
+    config_usable: bool
+    tensors: dict[str, Tensor]
+    record: AdapterRecord | None
+    problems: tuple[str, ...]
+
+
+def check_adapter_name(name: str) -> str:
+    """An adapter's name, if it can be a directory's name anywhere.
+
+    Raises:
+        UsageError: anything but a letter or digit followed by up to 63 letters, digits, `_` and `-`.
+    """
+    if not _ADAPTER_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r} cannot be an adapter's name",
+            where="name",
+            next_step="use letters, digits, _ and -, at most 64, the first a letter or digit",
+        )
+    return name
+
+
+def find_adapter(path: Path | str) -> Path:
+    """The directory that holds the adapter: `path` itself, or its only sub-folder that does.
+
+    Raises:
+        ArtifactError: there is none, or several to choose from.
+    """
+    path = Path(path)
+    try:
+        if path.is_file() and path.name in (CONFIG_FILE, TENSOR_FILE):
+            path = path.parent
+        if not path.is_dir():
+            what = "this is a file, not the directory of an adapter" if path.exists() else "there is no such directory"
+            raise ArtifactError(what, where=str(path), next_step="give the directory that holds adapter_config.json")
+        if (path / CONFIG_FILE).exists():
+            return path
+        named = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists())
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise ArtifactError(f"cannot be read: {error}", where=str(path)) from None
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise ArtifactError(
+            f"holds several adapters: {name_list(folder.name for folder in named)}",
+            where=str(path),
+            next_step=f"give one of them, such as {named[0]}",
+        )
+    raise ArtifactError(
+        f"holds no adapter: there is no {CONFIG_FILE}",
+        where=str(path),
+        next_step="give the directory that training or PEFT wrote",
+    )
+
+
+def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> AdapterContents:
+    """Read configuration, tensors and record of the adapter in `path`.
+
+    Nothing that the files name is imported, and no pickle is opened unless allowed.
+
+    Raises:
+        ArtifactError: there is no adapter, or its configuration is not even JSON.
+    """
+    directory = find_adapter(path)
+    raw = read_json_object(directory / CONFIG_FILE)
+    described, problems = read_peft_config(raw)
+    problems = [f"{CONFIG_FILE}: {problem}" for problem in problems]
+    config_usable = not problems
+    tensors: dict[str, Tensor] = {}
+    record = None
+    try:
+        tensors, wrong = _read_factors(directory, allow_pickle)
+        problems += wrong + factor_problems(tensors)
+    except ArtifactError as error:
+        problems.append(_one_line(error))
+    try:
+        record, changed = _read_record(directory)
+        problems += changed
+    except ArtifactError as error:
+        problems.append(_one_line(error))
+    return AdapterContents(directory, described, config_usable, tensors, record, tuple(problems))
+
+
+def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors, and a sentence for each that is not usable."""
+    if (directory / TENSOR_FILE).exists():
+        return read_tensors(directory / TENSOR_FILE)
+    pickle_file = directory / PICKLE_FILE
+    if not pickle_file.exists():
+        raise ArtifactError("there is no such file", where=TENSOR_FILE)
+    if not allow_pickle:
+        raise ArtifactError(
+            "a pickle is not opened",
+            where=PICKLE_FILE,
+            why="it can run code",
+            next_step=f"save it with PEFT as {TENSOR_FILE}, or give --allow-pickle",
+        )
+    return _unpickle(pickle_file)
+
+
+def _unpickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - a hostile file may make the unpickler raise anything
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError("is not a pickle of plain tensors", where=PICKLE_FILE, why=why[:200]) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise ArtifactError("does not hold a map of names to tensors", where=PICKLE_FILE)
+    usable = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and tensor.numel()}
+    wrong = [
+        f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} is not usable"
+        for name, tensor in found.items()
+        if name not in usable
+    ]
+    return usable, wrong
+
+
+def _read_record(directory: Path) -> tuple[AdapterRecord | None, list[str]]:
+    """backhand.json, if it is there, and which files are not those it was written for."""
+    path = directory / RECORD_FILE
+    if not path.exists():
+        return None, []
+    record = read_record(read_json_object(path), RECORD_FILE)
+    contents = {name: _bytes(directory / name) for name in (CONFIG_FILE, TENSOR_FILE)}
+    return record, changed_files(record, contents)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # what is not there has been said already
+
+
+def _one_line(error: ArtifactError) -> str:
+    parts = [f"{error.where}: {error.what}", error.why, error.next_step]
+    return "; ".join(part for part in parts if part)

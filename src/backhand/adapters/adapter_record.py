@@ -1,0 +1,155 @@
+"""backhand.json beside an adapter: what it was made from, by what, and the digests of the files next to it.
+
+Other tools ignore the file. Where it is present, a file that has changed since, a wrong base, tokenizer or chat
+template is an error that names the difference.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from backhand.adapters.digests import bytes_digest
+from backhand.errors import ArtifactError
+
+RECORD_VERSION = 1
+_PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The contents of backhand.json.
+
+    Attributes:
+        origin: where the base weights came from: a path, a hub id or a package.
+        base_digest: of the adapted base tensors, see `digests.base_digest`.
+        tokenizer_digest, chat_template_digest: of what turned text into tokens.
+        data_digest, run_digest: of the training rows and the resolved configuration.
+        packages: versions that wrote the adapter.
+        files: digest of each file beside the record.
+    """
+
+    origin: str | None = None
+    base_digest: str | None = None
+    tokenizer_digest: str | None = None
+    chat_template_digest: str | None = None
+    data_digest: str | None = None
+    run_digest: str | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what an adapter is."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def record_bytes(record: AdapterRecord) -> bytes:
+    """backhand.json; the same record gives the same bytes."""
+    contents = {"format_version": RECORD_VERSION, **asdict(record)}
+    return (json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
+    """The record that the object in backhand.json holds.
+
+    Raises:
+        ArtifactError: a field is missing, unknown or of another type, or the file is of a newer format.
+    """
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise ArtifactError(
+            f"is of format {version}; this version of Backhand reads up to {RECORD_VERSION}",
+            where=where,
+            next_step="upgrade Backhand",
+        )
+    known = {one.name for one in fields(AdapterRecord)}
+    wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
+    if version != RECORD_VERSION or wrong:
+        raise ArtifactError(
+            f"is damaged: {', '.join(wrong) or 'format_version'}",
+            where=where,
+            next_step="restore the file; without it the adapter loads, but nothing can be compared",
+        )
+    return AdapterRecord(**{name: raw[name] for name in known})
+
+
+def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
+    value = raw.get(name)
+    if name in ("packages", "files"):
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    return value is None or isinstance(value, str)
+
+
+def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[str]:
+    """A sentence for each file whose bytes are not those the record was written for."""
+    return [
+        f"{name}: not the bytes that backhand.json describes; restore the file, or, if it was changed on purpose, "
+        "remove backhand.json"
+        for name, data in contents.items()
+        if record.files.get(name) != bytes_digest(data)
+    ]
+
+
+def base_differences(
+    record: AdapterRecord,
+    *,
+    base_digest: str | None = None,
+    tokenizer_digest: str | None = None,
+    chat_template_digest: str | None = None,
+) -> list[str]:
+    """A sentence for each thing that is not what the adapter was trained with.
+
+    The digests are those of the model at hand, see `digests`; what either side does not know is skipped.
+    """
+    compared = (
+        ("base model: its adapted weights are", record.base_digest, base_digest),
+        ("tokenizer: its tokens or merges are", record.tokenizer_digest, tokenizer_digest),
+        ("chat template: it is", record.chat_template_digest, chat_template_digest),
+    )
+    origin = f" (trained on {record.origin})" if record.origin else ""
+    return [
+        f"{what} not what the adapter was trained with{origin}"
+        for what, recorded, present in compared
+        if recorded is not None and present is not None and recorded != present
+    ]
+
+
+def check_base(
+    record: AdapterRecord | None,
+    where: str,
+    *,
+    base_digest: str | None = None,
+    tokenizer_digest: str | None = None,
+    chat_template_digest: str | None = None,
+) -> None:
+    """Refuse a base model, tokenizer or chat template other than the recorded one.
+
+    Raises:
+        ArtifactError: names everything that differs. A caller that was told to force the base skips this call.
+    """
+    if record is None:
+        return
+    different = base_differences(
+        record,
+        base_digest=base_digest,
+        tokenizer_digest=tokenizer_digest,
+        chat_template_digest=chat_template_digest,
+    )
+    if different:
+        raise ArtifactError(
+            "the adapter does not belong to this model",
+            where=where,
+            why="; ".join(different),
+            next_step="give the model it was trained on, or --force-base to use it all the same",
+        )

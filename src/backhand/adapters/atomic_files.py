@@ -1,0 +1,91 @@
+"""Writing a file so that a crash leaves the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from backhand.errors import ResourceError, UsageError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file-size limit is reached",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "the directory is not writable",
+    errno.EPERM: "the directory is not writable",
+}
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents; an existing one is fine.
+
+    Raises:
+        UsageError: the path, or a parent, is a file.
+        ResourceError: it cannot be created.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError("this is a file, not a directory", where=str(directory)) from None
+    except OSError as error:
+        raise _resource_error("cannot be created", directory, error) from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, flush it to the disk, and put it in place in one step.
+
+    The mode follows the umask, or, where a file is replaced, that of the old file.
+
+    Raises:
+        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
+        ResourceError: disk full, not writable, file-size limit; the old file is as it was, nothing is left beside it.
+    """
+    mode = None
+    with suppress(FileNotFoundError):
+        before = path.lstat()
+        if not stat.S_ISREG(before.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(before.st_mode) else "not a plain file"
+            raise UsageError(f"this is {kind} and will not be replaced", where=str(path))
+        mode = stat.S_IMODE(before.st_mode)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_and_sync(temporary, data, mode)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _resource_error("cannot be written", path, error, needed_bytes=len(data)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_and_sync(path: Path, data: bytes, mode: int | None) -> None:
+    with suppress(FileNotFoundError):  # left by a process of the same number that was killed
+        path.unlink()
+    with path.open("xb") as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
+    needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
+    why = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return ResourceError(what, where=str(path), why=why + needed, next_step="free space, or choose another directory")

@@ -1,0 +1,266 @@
+"""Saving and loading an adapter as PEFT's files: lossless both ways, and strict on the way in.
+
+A directory holds adapter_config.json, adapter_model.safetensors, README.md and backhand.json. Loading gives exactly
+what was saved or raises one error that lists everything that is wrong; there is no loading in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.adapter_directory import (
+    CARD_FILE,
+    CONFIG_FILE,
+    RECORD_FILE,
+    TENSOR_FILE,
+    AdapterContents,
+    UnusableAdapterError,
+    read_adapter_directory,
+)
+from backhand.adapters.adapter_record import AdapterRecord, installed_packages, record_bytes
+from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.digests import bytes_digest
+from backhand.adapters.model_card import model_card
+from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
+from backhand.adapters.peft_keys import FactorShapes, linear_shapes, match_tensors
+from backhand.adapters.safetensors_file import tensor_bytes
+from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot
+from backhand.errors import CheckError, UsageError
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter from files, checked completely against a model's modules.
+
+    Attributes:
+        directory: where the files lie.
+        described: configuration, base model and task as adapter_config.json has them.
+        targets: the adapted modules.
+        shapes: what each of them has in the file.
+        factors: `<module>.lora_A` and `<module>.lora_B` on the CPU, in the dtype of the file.
+        base_copies: whole base weights found beside factors of embeddings and heads, by module; to be compared with the
+            base model by who has it.
+        record: backhand.json, if there is one.
+        slots: for linear modules, what `LoRAParameters` takes.
+    """
+
+    directory: Path
+    described: PEFTConfig
+    targets: tuple[Target, ...]
+    shapes: tuple[FactorShapes, ...]
+    factors: Mapping[str, Tensor]
+    base_copies: Mapping[str, Tensor]
+    record: AdapterRecord | None
+    slots: tuple[LoRASlot, ...] = ()
+
+    @property
+    def config(self) -> LoRAConfig:
+        """What the adapter looks like."""
+        return self.described.config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read over and may interest a person."""
+        wide = [
+            f"{shape.name}: rank {shape.lora_A[0]} is above the smaller side of its weight {shape.weight}"
+            for shape in self.shapes
+            if not shape.embedding and shape.lora_A[0] > min(shape.weight[:2])
+        ]
+        copies = [f"{name}: the file also holds the whole base weight" for name in self.base_copies]
+        return (*self.described.notes, *wide, *copies, *self._overlapping())
+
+    def _overlapping(self) -> list[str]:
+        """Modules whose alpha depends on the order of alpha_pattern's keys, which PEFT loses when it writes."""
+        reordered = replace(self.config, alpha_pattern=dict(reversed(list(self.config.alpha_pattern.items()))))
+        others = module_values(reordered, [target.name for target in self.targets], strict=False)
+        return [
+            f"{target.name}: keys of alpha_pattern overlap; alpha {target.alpha:g} is read, as in PEFT, but "
+            f"{other.alpha:g} may have been trained"
+            for target, other in zip(self.targets, others, strict=True)
+            if target.alpha != other.alpha
+        ]
+
+    def fill(self, parameters: LoRAParameters) -> None:
+        """Copy every factor into `parameters`, which must have been built from `slots`."""
+        if tuple(parameters.slots.values()) != self.slots:
+            raise ValueError("the parameters were built from other slots than the adapter's")
+        with torch.no_grad():
+            for name, view in parameters.named_tensors():
+                view.copy_(self.factors[name])
+
+    def parameters(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoRAParameters:
+        """New `LoRAParameters` that hold the adapter."""
+        parameters = LoRAParameters(self.slots, device=device, dtype=dtype)
+        self.fill(parameters)
+        return parameters
+
+
+def save_adapter(
+    directory: Path | str,
+    config: LoRAConfig,
+    parameters: LoRAParameters,
+    *,
+    base_model: str | None,
+    task_type: str | None = "CAUSAL_LM",
+    revision: str | None = None,
+    record: AdapterRecord | None = None,
+    card: Mapping[str, object] | None = None,
+    module_names: Collection[str] | None = None,
+) -> Path:
+    """Write an adapter of linear modules; the same adapter gives the same bytes.
+
+    Args:
+        directory: created if need be; files of an adapter that is there are replaced, each in one step.
+        config: what `parameters` was built from.
+        parameters: the trained factors; written in fp32.
+        base_model: hub id or path that PEFT can open.
+        task_type: as PEFT names it.
+        revision: of the base model on the hub.
+        record: origin and digests for backhand.json; package versions and file digests are added here.
+        card: further rows for the table in README.md.
+        module_names: all linear modules of the model, see `peft_config.written_targets`.
+
+    Returns:
+        the directory.
+
+    Raises:
+        UsageError: the directory is a file, or a file in it is a link or a device.
+        ResourceError: disk full or not writable; no file is left half written.
+        CheckError: a value is not finite.
+    """
+    targets = module_values(config, list(parameters.slots), strict=False)
+    for target, slot in zip(targets, parameters.slots.values(), strict=True):
+        if (target.rank, target.scaling) != (slot.rank, slot.scaling):
+            raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
+    return write_adapter(
+        directory,
+        PEFTConfig(config, base_model, task_type, revision),
+        targets,
+        [linear_shapes(slot) for slot in parameters.slots.values()],
+        dict(parameters.named_tensors()),
+        record=record,
+        card=card,
+        module_names=module_names,
+    )
+
+
+def write_adapter(
+    directory: Path | str,
+    described: PEFTConfig,
+    targets: Sequence[Target],
+    shapes: Sequence[FactorShapes],
+    factors: Mapping[str, Tensor],
+    *,
+    record: AdapterRecord | None = None,
+    card: Mapping[str, object] | None = None,
+    module_names: Collection[str] | None = None,
+) -> Path:
+    """Write an adapter of any modules, see `save_adapter`; `factors` has `<module>.lora_A` and `.lora_B` of each."""
+    if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise CheckError(
+            f"{len(bad)} of {len(factors)} factors hold values that are not finite, first {bad[0]}",
+            where=str(directory),
+            next_step="lower the learning rate; nothing was written",
+        )
+    tensors = {}
+    for shape in shapes:
+        for letter, key in zip("AB", shape.keys(), strict=True):
+            tensors[key] = factors[f"{shape.name}.lora_{letter}"]
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    contents = {
+        CARD_FILE: model_card(described, targets, elements, card or {}).encode("utf-8"),
+        TENSOR_FILE: tensor_bytes(tensors),
+        CONFIG_FILE: peft_config_bytes(described, targets, module_names),
+    }
+    described_files = {name: bytes_digest(contents[name]) for name in (CONFIG_FILE, TENSOR_FILE)}
+    record = replace(record or AdapterRecord(), files=described_files)
+    if not record.packages:
+        record = replace(record, packages=installed_packages())
+    # Last, since it vouches for the others: after a crash in between, loading says that they do not fit.
+    contents[RECORD_FILE] = record_bytes(record)
+    directory = Path(directory)
+    make_directory(directory)
+    for name, data in contents.items():
+        write_atomically(directory / name, data)
+    return directory
+
+
+def load_adapter(
+    directory: Path | str,
+    module_shapes: Mapping[str, tuple[int, int]],
+    *,
+    heads: Collection[str] = OUTPUT_HEADS,
+    allow_pickle: bool = False,
+) -> LoadedAdapter:
+    """Read an adapter of linear modules, and check it completely.
+
+    Args:
+        directory: of the adapter, or one that holds a single adapter in a sub-folder.
+        module_shapes: (out, in) of every linear module of the model, by dotted path.
+        heads: what `all-linear` leaves out, should the file say that.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
+
+    Raises:
+        UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
+    """
+    contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
+
+    def shapes(targets: Sequence[Target]) -> list[FactorShapes]:
+        dropout = contents.described.config.dropout
+        return [linear_shapes(target_slot(target, module_shapes[target.name], dropout)) for target in targets]
+
+    loaded = match_adapter(contents, list(module_shapes), shapes, heads=heads)
+    dropout = loaded.config.dropout
+    slots = tuple(target_slot(target, module_shapes[target.name], dropout) for target in loaded.targets)
+    return replace(loaded, slots=slots)
+
+
+def match_adapter(
+    contents: AdapterContents,
+    module_names: Sequence[str],
+    shapes: Callable[[Sequence[Target]], list[FactorShapes]],
+    *,
+    linear: Collection[str] | None = None,
+    heads: Collection[str] = (),
+) -> LoadedAdapter:
+    """Hold what was read against a model.
+
+    Args:
+        contents: of the directory, with the problems found so far.
+        module_names: every module that may be adapted.
+        shapes: what targets must have in the file.
+        linear, heads: for `all-linear`, see `targets.resolve_targets`.
+
+    Raises:
+        UnusableAdapterError: lists these problems and those found here.
+    """
+    problems = list(contents.problems)
+    targets: list[Target] = []
+    if contents.config_usable:
+        try:
+            # What matches nothing is no problem in itself here: the tensors say what was adapted.
+            targets = resolve_targets(contents.described.config, module_names, linear=linear, heads=heads, strict=False)
+        except UsageError as error:
+            problems.append(str(error))
+    expected = shapes(targets) if targets else []
+    matched = match_tensors(expected, contents.tensors, module_names)
+    if targets:
+        problems.extend(matched.problems)
+    if problems:
+        raise UnusableAdapterError(contents.directory, problems)
+    return LoadedAdapter(
+        contents.directory,
+        contents.described,
+        tuple(targets),
+        tuple(expected),
+        matched.factors,
+        matched.base_copies,
+        contents.record,
+    )
