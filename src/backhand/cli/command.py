@@ -88,11 +88,8 @@ def _words_in_file(base: Any, by_name: Mapping[str, OptionField], parsers: Mappi
 
 
 def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
-    sections = dict.fromkeys(field.section for field in options)
-    return {
-        section: Group(section[-1].replace("_", " ").capitalize() if section else "Options", sort_key=number)
-        for number, section in enumerate(sections)
-    }
+    titles = {field.section: field.title for field in options}
+    return {section: Group(title, sort_key=number) for number, (section, title) in enumerate(titles.items())}
 
 
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:

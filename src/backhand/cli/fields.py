@@ -7,6 +7,8 @@ under its name in the help, and in a table of its name in a TOML file. Field nam
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ class OptionField:
     Attributes:
         name: the field's name, unique over all sections; `--` and dashes make it an option.
         section: names of the dataclass fields that lead to it, () at the top.
+        title: heading of its section in the help: how the docstring of the section's dataclass begins.
         hint: its resolved type.
         default: its default value, `dataclasses.MISSING` where it has none.
         help: the docstring under the field.
@@ -34,6 +37,7 @@ class OptionField:
 
     name: str
     section: tuple[str, ...]
+    title: str
     hint: Any
     default: Any
     help: str
@@ -52,6 +56,7 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
     """
     hints = typing.get_type_hints(options)
     docs = field_docs(options)
+    title = re.split(r"[.,:;]", inspect.cleandoc(options.__doc__ or ""), maxsplit=1)[0] if section else "Options"
     found: list[OptionField] = []
     for field in dataclasses.fields(options):
         hint = hints[field.name]
@@ -62,7 +67,7 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
         if field.name not in docs:
             raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
         default = field.default_factory() if callable(field.default_factory) else field.default
-        found.append(OptionField(field.name, section, hint, default, docs[field.name]))
+        found.append(OptionField(field.name, section, title, hint, default, docs[field.name]))
     names = [field.name for field in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")
