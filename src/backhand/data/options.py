@@ -37,16 +37,60 @@ RESERVED_TEMPLATE_ARGS = frozenset(
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class RowSources:
+    """Which rows to read."""
+
+    data: tuple[str, ...] = ()
+    """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
+    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[hub-data]'`)."""
+
+    max_rows: int | None = None
+    """Read no more than this many rows, the first ones; at least 1."""
+
+    skip_bad: bool = False
+    """Leave malformed rows out and count them, instead of stopping at the first one."""
+
+    def check_rows(self) -> None:
+        """Raise UsageError for a field that is out of range."""
+        check_sources("data", self.data)
+        if self.max_rows is not None:
+            check_count("max_rows", self.max_rows, at_least=1)
+        if not isinstance(self.skip_bad, bool):
+            raise UsageError(f"skip_bad {self.skip_bad!r} is neither true nor false", where="skip_bad")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How a conversation becomes text."""
+
+    chat_template: str | None = None
+    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
+    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
+
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
+
+    system: str | None = None
+    """A system message put before every conversation that does not begin with one of its own."""
+
+    def check_template(self) -> None:
+        """Raise UsageError for a field of the wrong type; the template itself is checked when it is read."""
+        check_text("chat_template", self.chat_template)
+        check_text("system", self.system)
+        check_table("template_args", self.template_args)
+        for name in RESERVED_TEMPLATE_ARGS.intersection(self.template_args):
+            raise UsageError(
+                f"{name!r} is given to the template by the data, not by template_args", where="template_args"
+            )
+
+
+@dataclass(frozen=True)
+class DataOptions(TemplateOptions, RowSources):
     """The rows, and how they become token ids with some of them supervised.
 
     Raises:
         UsageError: from `validate`, never from the constructor, so that every value can be shown before it is judged.
     """
-
-    data: tuple[str, ...] = ()
-    """Training rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
-    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`)."""
 
     eval_data: tuple[str, ...] = ()
     """Held-out rows, named as in `data`. They are never trained on."""
@@ -64,22 +108,6 @@ class DataOptions:
     """What carries loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the row).
     Plain `text` rows are always supervised as a whole."""
 
-    chat_template: str | None = None
-    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
-    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
-
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
-
-    system: str | None = None
-    """A system message put before every conversation that does not begin with one of its own."""
-
-    max_rows: int | None = None
-    """Read no more than this many rows of each of `data` and `eval_data`, the first ones; at least 1."""
-
-    skip_bad: bool = False
-    """Leave malformed rows out and count them, instead of stopping at the first one."""
-
     def validate(self) -> DataOptions:
         """Check every field by itself and against the others; files are checked when they are read.
 
@@ -89,7 +117,8 @@ class DataOptions:
         Raises:
             UsageError: names the field, its value and the range it must lie in.
         """
-        check_sources("data", self.data)
+        self.check_rows()
+        self.check_template()
         check_sources("eval_data", self.eval_data)
         check_fraction("eval_fraction", self.eval_fraction)
         if self.eval_data and self.eval_fraction:
@@ -101,17 +130,6 @@ class DataOptions:
         check_count("max_length", self.max_length, at_least=2)
         check_choice("long_rows", self.long_rows, LONG_ROWS)
         check_choice("train_on", self.train_on, TRAIN_ON)
-        check_text("chat_template", self.chat_template)
-        check_text("system", self.system)
-        check_table("template_args", self.template_args)
-        for name in RESERVED_TEMPLATE_ARGS.intersection(self.template_args):
-            raise UsageError(
-                f"{name!r} is given to the template by the data, not by template_args", where="template_args"
-            )
-        if self.max_rows is not None:
-            check_count("max_rows", self.max_rows, at_least=1)
-        if not isinstance(self.skip_bad, bool):
-            raise UsageError(f"skip_bad {self.skip_bad!r} is neither true nor false", where="skip_bad")
         return self
 
 
