@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from backhand.train.sampler import Sampler, derived_seed
+from backhand.train.sampler import Sampler
+from backhand.train.seeds import derived_seed
 
 
 def test_every_epoch_visits_every_row_once() -> None:
@@ -20,9 +21,10 @@ def test_the_order_follows_from_the_seed_alone() -> None:
     assert first.rows_of(0) != other.rows_of(0)
 
 
-def test_epochs_are_counted_from_zero() -> None:
-    sampler = Sampler(rows=10, batch_rows=5, seed=0)
-    assert [sampler.epoch_of(step) for step in range(5)] == [0, 0, 1, 1, 2]
+def test_the_place_in_the_data_follows_from_the_step() -> None:
+    sampler = Sampler(rows=10, batch_rows=4, seed=7)
+    assert [sampler.epochs_done(steps) for steps in range(5)] == [0.0, 0.4, 0.8, 1.0, 1.4]
+    assert sampler.position(4) == {"epoch": 1, "row": 4, "rows": 10, "batch_rows": 4, "seed": 7}
 
 
 def test_derived_seeds_differ_by_purpose_and_number() -> None:

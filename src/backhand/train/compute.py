@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from backhand.errors import UsageError
+from backhand.nn.loading.compute_dtype import default_dtype
 from backhand.train.config import ModelOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,29 +46,7 @@ def resolve_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
     """The compute dtype: as asked, or bfloat16 where it is multiplied natively."""
     if options.dtype != "auto":
         return DTYPES[options.dtype]
-    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on instructions of their own: AVX512-BF16 or AMX, or CUDA from Ampere on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    return any(flag in processor_flags() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def processor_flags() -> frozenset[str]:
-    """Instruction sets of the processor as Linux names them; empty where that is not to be had."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    return default_dtype(device)
 
 
 def resolve_threads(options: ModelOptions) -> int:
@@ -106,7 +85,7 @@ def lossless_medium_precision() -> bool:
     It sends them to oneDNN, which is 4 to 25 % faster on x86, and is exact to float32 rounding except where the
     processor has a reduced-precision route (AMX). The flags are asked first, then one product is measured.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or any(flag.startswith("amx") for flag in processor_flags()):
+    if platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_amx_tile_supported():
         return False
     before = torch.get_float32_matmul_precision()
     generator = torch.Generator().manual_seed(0)

@@ -149,11 +149,12 @@ class RunOptions:
     """Run directory: adapter, checkpoints, metrics. Must not exist yet, unless resumed or overwritten."""
 
     eval_every: int | None = None
-    """Held-out evaluation every so many steps; not given: ten times a run. Always before the first step and at the
+    """Held-out evaluation every so many steps; not given: five times a run. Always before the first step and at the
     end."""
 
     save_every: int | None = None
-    """Checkpoint every so many steps; not given: at each held-out evaluation. Always at the end and on interruption."""
+    """Checkpoint every so many steps; not given: five times a run. Always after a better held-out loss, at the end and on
+    interruption."""
 
     keep: int = 2
     """Checkpoints to keep, besides the best one. At least 1."""

@@ -1,12 +1,11 @@
-"""Which rows a step trains on. The order follows from (seed, epoch) alone, so a position is one number: the step."""
+"""Which rows a step trains on. The order follows from seed and epoch alone, so a place in the data is one number."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+from backhand.data.random_order import random_order
 
 
 @dataclass(frozen=True)
@@ -14,8 +13,8 @@ class Sampler:
     """Every epoch is a new permutation of all rows, cut into steps; the last step of an epoch may be smaller.
 
     Attributes:
-        rows: how many rows there are.
-        batch_rows: rows per step.
+        rows: how many rows there are, at least 1.
+        batch_rows: rows per step, at least 1.
         seed: of the order.
     """
 
@@ -28,25 +27,29 @@ class Sampler:
         """Steps in one pass over all rows."""
         return -(-self.rows // self.batch_rows)
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch, counted from 0, that this step (counted from 0) lies in."""
-        return step // self.steps_per_epoch
-
     def rows_of(self, step: int) -> list[int]:
         """Row numbers of this step, counted from 0."""
-        order = epoch_order(self.seed, self.epoch_of(step), self.rows)
+        order = _epoch_order(self.seed, step // self.steps_per_epoch, self.rows)
         start = step % self.steps_per_epoch * self.batch_rows
         return list(order[start : start + self.batch_rows])
 
+    def epochs_done(self, steps: int) -> float:
+        """Passes over the rows after so many steps, with the fraction of the present one."""
+        whole, rest = divmod(steps, self.steps_per_epoch)
+        return whole + rest * self.batch_rows / self.rows
+
+    def position(self, steps: int) -> dict[str, int]:
+        """The place in the data after so many steps, for a checkpoint's manifest."""
+        epoch, rest = divmod(steps, self.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "row": rest * self.batch_rows,
+            "rows": self.rows,
+            "batch_rows": self.batch_rows,
+            "seed": self.seed,
+        }
+
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
-    """The permutation of one epoch."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
-    return tuple(torch.randperm(rows, generator=generator).tolist())
-
-
-def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """An independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step."""
-    text = "/".join(str(part) for part in (seed, purpose, *numbers))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+def _epoch_order(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
+    return tuple(random_order(rows, seed, "epoch order", epoch).tolist())

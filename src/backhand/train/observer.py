@@ -1,0 +1,84 @@
+"""Who wants to know how a run goes: the terminal, the metrics file, a logger, a callback of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backhand.train.summary import RunSummary
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What is known before the first step.
+
+    Attributes:
+        total_steps: of the run.
+        step: steps done before, in a run that is continued.
+        facts: lines for a reader: model, engine, data, adapter, plan.
+    """
+
+    total_steps: int
+    step: int
+    facts: tuple[str, ...]
+
+
+class Observer:
+    """Base of all observers; each method does nothing. Records have the keys of metrics.jsonl."""
+
+    def started(self, start: RunStart) -> None:
+        """The run is about to make its first step."""
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """A step is done: step, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, tokens_per_s, …."""
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation is done: step, eval_loss."""
+
+    def noted(self, text: str) -> None:
+        """Something worth a line: a warning, a checkpoint that is skipped."""
+
+    def ended(self, summary: RunSummary) -> None:
+        """The run is over."""
+
+    def closed(self) -> None:
+        """Nothing will come after this, whatever happened."""
+
+
+class Observers(Observer):
+    """Several observers as one, told in the order given."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self.observers = tuple(observers)
+
+    def started(self, start: RunStart) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.started(start)
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.stepped(record)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.evaluated(record)
+
+    def noted(self, text: str) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.noted(text)
+
+    def ended(self, summary: RunSummary) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.ended(summary)
+
+    def closed(self) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.closed()

@@ -1,0 +1,221 @@
+"""The run directory: which files it holds, who may write to it, and what happens to a run that is there already."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import UsageError
+from backhand.train.files import FileLayer, remove_tree, replace_file, saving, write_all, write_file
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+PROOFS = "proofs.jsonl"
+REPORT = "report.html"
+LOCK = ".lock"
+_OWNED = (ADAPTER, CHECKPOINTS, CONFIG, METRICS, SUMMARY, PROOFS, REPORT)
+
+
+class RunDirectory:
+    """One run's place on the disk. Use `opened`, which holds the lock.
+
+    Attributes:
+        path: the directory itself; a link to it has been followed.
+        files: the file layer that every change goes through.
+    """
+
+    def __init__(self, path: Path, files: FileLayer) -> None:
+        self.path = path
+        self.files = files
+
+    @property
+    def adapter(self) -> Path:
+        """`adapter/`."""
+        return self.path / ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/`."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run has been here."""
+        return any((self.path / name).exists() for name in _OWNED)
+
+    def clear(self) -> None:
+        """Remove the files of the run that is here, and no others. Raises ResourceError."""
+        with saving("the run directory", self.path, 0):
+            for name in _OWNED:
+                remove_tree(self.files, self.path / name)
+            for path in sorted(self.path.glob(".tmp-*")):
+                remove_tree(self.files, path)
+
+    def write(self, name: str, text: str) -> None:
+        """Replace one file in one step. Raises ResourceError."""
+        data = text.encode("utf-8")
+        with saving(name, self.path, len(data)):
+            replace_file(self.files, self.path / name, data)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one JSON line. Raises ResourceError."""
+        data = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode("utf-8")
+        with saving(name, self.path, len(data)):
+            descriptor = self.files.open_to_append(self.path / name)
+            try:
+                write_all(self.files, descriptor, data)
+            finally:
+                self.files.close(descriptor)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file; a last line that was cut off by a crash is left out."""
+        records = []
+        try:
+            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps after this one, which are about to be done again. Raises ResourceError."""
+        kept = [record for record in self.lines(METRICS) if record.get("step", 0) <= step]
+        self.write(METRICS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
+        """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""
+        temporary, old = self.path / f".tmp-adapter-{os.getpid()}", self.path / f".tmp-old-adapter-{os.getpid()}"
+        with saving("the adapter", self.path, sum(map(len, contents.values()))):
+            try:
+                remove_tree(self.files, temporary)
+                remove_tree(self.files, old)
+                self.files.make_directory(temporary)
+                for name, data in contents.items():
+                    write_file(self.files, temporary / name, data)
+                self.files.sync_directory(temporary)
+                if self.adapter.exists():
+                    self.files.rename(self.adapter, old)
+                self.files.rename(temporary, self.adapter)
+                self.files.sync_directory(self.path)
+                remove_tree(self.files, old)
+            except OSError:
+                with suppress(OSError):
+                    if old.exists() and not self.adapter.exists():
+                        self.files.rename(old, self.adapter)
+                    remove_tree(self.files, temporary)
+                raise
+
+    def make_checkpoints(self) -> None:
+        """Create `checkpoints/` unless it is there. Raises ResourceError."""
+        with saving("the list of checkpoints", self.path, 0):
+            if not self.checkpoints.exists():
+                self.files.make_directory(self.checkpoints)
+                self.files.sync_directory(self.path)
+
+
+@contextmanager
+def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | None = None) -> Iterator[RunDirectory]:
+    """Check and lock the run directory, creating it if need be; nothing that is there is changed yet.
+
+    Raises:
+        UsageError: it is a file, a dangling link, holds links, holds a run or other files (without `resume` or
+            `overwrite`), holds no run to resume, or another process is writing to it.
+        ResourceError: it cannot be created or is not writable.
+    """
+    path = _real_directory(output)
+    existed = path.exists()
+    if existed:
+        _check_contents(path, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
+    with saving("the run directory", path, 0):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    try:
+        directory = RunDirectory(path, files or FileLayer())
+        yield directory
+    finally:
+        with suppress(OSError):
+            if not existed and not any(child.name != LOCK for child in path.iterdir()):
+                (path / LOCK).unlink()
+                path.rmdir()
+        os.close(lock)
+
+
+def _real_directory(output: Path) -> Path:
+    try:
+        if output.is_symlink() and not output.exists():
+            raise UsageError("output is a link that leads nowhere", where="output", why=str(output.readlink()))
+        path = output.resolve()
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return output.resolve()
+    except (NotADirectoryError, RuntimeError) as error:
+        raise UsageError(f"{output} lies below a file or a loop of links", where="output", why=str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{output} cannot be opened", where="output", why=error.strerror) from None
+    if not stat.S_ISDIR(mode):
+        raise UsageError(f"{output} is a file", where="output", next_step="give a directory")
+    return path
+
+
+def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
+    with saving("the run directory", path, 0):
+        children = sorted(child.name for child in path.iterdir() if child.name != LOCK)
+    links = [name for name in (*_OWNED, LOCK) if (path / name).is_symlink()]
+    if links:
+        raise UsageError(
+            f"{', '.join(links)} in {path} is a link, and writing through it could change files elsewhere",
+            where="output",
+            next_step="remove the link, or give another directory",
+        )
+    if resume and not (path / CONFIG).exists():
+        raise UsageError(f"there is no run in {path}", where="output", next_step="leave out --resume")
+    if children and not resume and not overwrite:
+        run = any(name in _OWNED for name in children)
+        raise UsageError(
+            f"{path} holds {'a run' if run else 'files'} already",
+            where="output",
+            next_step="continue it with --resume, replace it with --overwrite, or give another directory"
+            if run
+            else "give another directory, or --overwrite to write beside them",
+        )
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of the lock file, locked. The system drops the lock when its process ends, however it ends."""
+    while True:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+            raise UsageError(
+                f"another process is writing to {path}",
+                where="output",
+                why=f"process {holder or 'unknown'} holds its lock",
+                next_step="wait for it or stop it, or give another directory",
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == (path / LOCK).stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        os.close(descriptor)  # its holder removed the file in between: take the new one

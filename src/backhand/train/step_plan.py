@@ -1,0 +1,57 @@
+"""The resolved numbers that a run goes by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backhand.train.config import TrainConfig
+from backhand.train.schedule import LearningRate
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The resolved numbers that the loop goes by.
+
+    Attributes:
+        total_steps: of the run.
+        eval_every, save_every: in steps.
+        micro_batch_rows: rows per forward and backward pass.
+        rate: the learning rate of every step.
+        seed: of dropout.
+        early_stopping: evaluations in a row without improvement; None to go on.
+        max_bad_steps: skipped steps in a row.
+        max_forgetting: nats per token; None for no limit.
+        log_every: steps between two records.
+    """
+
+    total_steps: int
+    eval_every: int
+    save_every: int
+    micro_batch_rows: int
+    rate: LearningRate
+    seed: int
+    early_stopping: int | None
+    max_bad_steps: int
+    max_forgetting: float | None
+    log_every: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, total_steps: int) -> Plan:
+        """From a resolved configuration, in which nothing is left to choose."""
+        options, run = config.optimization, config.run
+        chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
+        if any(value is None for value in chosen):
+            raise ValueError(f"the configuration is not resolved: {chosen}")
+        eval_every, save_every, micro_batch_rows, warmup_steps = (int(value or 0) for value in chosen)
+        return cls(
+            total_steps=total_steps,
+            eval_every=eval_every,
+            save_every=save_every,
+            micro_batch_rows=micro_batch_rows,
+            rate=LearningRate(options.learning_rate, options.schedule, warmup_steps, total_steps),
+            seed=run.seed,
+            early_stopping=run.early_stopping,
+            max_bad_steps=run.max_bad_steps,
+            max_forgetting=run.max_forgetting,
+            log_every=run.log_every,
+        )
