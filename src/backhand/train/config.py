@@ -13,9 +13,8 @@ from typing import Literal
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
+from backhand.nn.model_options import BaseModelOptions
 
-Engine = Literal["auto", "backhand", "transformers"]
-DType = Literal["auto", "float32", "bfloat16"]
 Recompute = Literal["auto", "none", "mlp", "block"]
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -23,25 +22,8 @@ _BYTE_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """The base model and how it is computed."""
-
-    model: str = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
-
-    engine: Engine = "auto"
-    """`backhand` trains without autograd, `transformers` any causal language model through autograd; `auto` takes the
-    first where it knows the model and says so where it does not."""
-
-    dtype: DType = "auto"
-    """Compute dtype of the frozen weights and activations; `auto` is bfloat16 where the processor multiplies it
-    natively, else float32. Adapter, gradients and moments are float32 in any case."""
-
-    device: str = "auto"
-    """Where to compute: `cpu`, `cuda`, `cuda:1`; `auto` is `cuda` where there is one, else `cpu`."""
-
-    threads: int | None = None
-    """Threads for matrix products on the processor; not given: the cores this process may use."""
+class ModelOptions(BaseModelOptions):
+    """The base model and how it is computed, and in how much memory."""
 
     memory: str | None = None
     """Memory the run may use in all, such as `6GB`; not given: what is free. Decides micro-batch and recomputation."""
@@ -50,22 +32,10 @@ class ModelOptions:
     """What is computed again in the backward pass instead of being kept: `none`, `mlp` or `block`; less memory, more
     time. `auto` chooses the first that fits the memory."""
 
-    tune_allocator: bool = True
-    """Keep large freed buffers for the next step instead of giving them back to the system (glibc mallopt)."""
-
-    force_base: bool = False
-    """Continue an adapter on a base model other than the one it was trained on."""
-
     def validate(self) -> ModelOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
-        if not self.model:
-            raise UsageError("no base model is given", where="model", next_step="give a directory, a file or a hub id")
-        _check_choice("engine", self.engine, ("auto", "backhand", "transformers"))
-        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        self.check_base_model()
         _check_choice("recompute", self.recompute, ("auto", "none", "mlp", "block"))
-        _check_count("threads", self.threads, optional=True)
-        if not self.device:
-            raise UsageError("device is empty", where="device", next_step="give auto, cpu or cuda")
         if self.memory is not None:
             parse_bytes(self.memory, where="memory")
         if self.engine == "transformers" and self.recompute in ("mlp", "block"):

@@ -1,9 +1,9 @@
 """Does the run train anything? Looked at before the first step, and judged after the third.
 
 A fresh adapter has lora_B = 0, so the first step's gradient of every lora_A is zero, as it should be; from the second
-step on, each factor of each module must have had a finite gradient that is not zero, and must have moved. What goes wrong
-in practice: an adapter that the optimizer does not hold, a graph cut by checkpointing, targets that the forward pass does
-not use, a rate that rounds to nothing.
+step on, each factor of each module must have had a finite gradient that is not zero, and must have moved. What goes
+wrong in practice: an adapter that the optimizer does not hold, a graph cut by checkpointing, targets that the forward
+pass does not use, a rate that rounds to nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, until the last step, early stopping, an interruption or a guard.
 
-After every step, in this order: the evaluation if it is due, the checkpoint if it is due or the evaluation was the best
-so far, the stop if one was asked for. A signal ends an evaluation early; it is then marked as pending in the checkpoint,
-and made first thing by the resumed run.
+After every step, in this order: the evaluation if it is due, the checkpoint if it is due or the evaluation was the
+best so far, the stop if one was asked for. A signal ends an evaluation early; it is then marked as pending in the
+checkpoint, and made first thing by the resumed run.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TrainingLoop:
         base_guard: BaseGuard | None = None,
         learning_guard: LearningGuard | None = None,
         observer: Observer | None = None,
-        save: Callable[[bool], None] = lambda better: None,
+        save: Callable[[bool], None] = lambda _better: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
@@ -106,8 +106,7 @@ class TrainingLoop:
             if self._evaluation_due():
                 progress.pending_evaluation = True
                 better = self._evaluate()
-            self._finish_if_done()
-            if progress.finished or better or progress.step % self.plan.save_every == 0:
+            if self._finish_if_done() or better or progress.step % self.plan.save_every == 0:
                 self.save(better)
         return True
 
@@ -251,18 +250,20 @@ class TrainingLoop:
             next_step="use the adapter saved before, or start again with a lower --learning-rate or fewer steps",
         )
 
-    def _finish_if_done(self) -> None:
+    def _finish_if_done(self) -> bool:
+        """Whether the run is over; the base is looked at once more before it is."""
         progress, patience = self.state.progress, self.plan.early_stopping
         if progress.finished or progress.pending_evaluation:
-            return
+            return progress.finished
         if patience is not None and progress.evaluations_without_improvement >= patience:
             count = progress.evaluations_without_improvement
             progress.stopped_because = f"no better held-out loss in {count} evaluation{'s' if count > 1 else ''}"
         elif progress.step < self.plan.total_steps:
-            return
+            return False
         if self.base_guard is not None:
             self.base_guard.check()
         progress.finished = True
+        return True
 
 
 def finite_or_none(value: float) -> float | None:

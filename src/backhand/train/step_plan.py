@@ -36,7 +36,7 @@ class StepPlan:
     log_every: int
 
     @classmethod
-    def of(cls, config: TrainConfig, total_steps: int) -> Plan:
+    def of(cls, config: TrainConfig, total_steps: int) -> StepPlan:
         """From a resolved configuration, in which nothing is left to choose."""
         options, run = config.optimization, config.run
         chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
