@@ -8,7 +8,8 @@ from typing import Any
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.forms import Completion, PlainText, Row
 from backhand.data.messages import Conversation, Message
-from backhand.data.options import DataOptions
+from backhand.data.options import TemplateOptions
+from backhand.data.rows import count_of
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 
@@ -34,7 +35,8 @@ class RowRenderer:
 
     Args:
         tokenizer: the model's transformers tokenizer.
-        options: chat template and its arguments, system message, what carries loss.
+        options: chat template and its arguments, system message.
+        train_on_all: every token of a row carries loss, not only those of replies and completions.
 
     Attributes:
         encoder: turns the documents into token ids.
@@ -43,11 +45,11 @@ class RowRenderer:
         UsageError: the chat template cannot be read, or a system message is given where no template could take it.
     """
 
-    def __init__(self, tokenizer: Any, options: DataOptions) -> None:
+    def __init__(self, tokenizer: Any, options: TemplateOptions, *, train_on_all: bool = False) -> None:
         template = read_template(options.chat_template, tokenizer)
         self._template = template
         self._rendered_already = (options.chat_template or "").strip().lower() == NO_TEMPLATE
-        self._train_on_all = options.train_on == "all"
+        self._train_on_all = train_on_all
         self._system = options.system
         self.counts = RenderCounts()
         self.encoder = TextEncoder(tokenizer, template)
@@ -111,28 +113,21 @@ class RowRenderer:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the rendering, a sentence each."""
         counts, chat = self.counts, self._chat
-        template = self._template or ""
+        why_joined = "control tokens included" if self._rendered_already else "for want of a chat template"
         facts = (
-            (counts.joined, "{} rows are joined as they stand, because there is no chat template"),
-            (counts.protected, "{} rows hold control tokens of the model; they are read as plain text"),
-            (counts.control_in_text, "{} text rows hold control tokens of the model; they count as such"),
-            (
-                counts.eos_added_to_chat,
-                "{} rows end in a reply without an end-of-turn token; the end-of-sequence token is added",
-            ),
-            (counts.system_unused, "{} text rows do not take the system message"),
+            (counts.joined, f"joined as they stand, {why_joined}"),
+            (counts.protected, "with control tokens of the model in their text, read as plain text"),
+            (counts.control_in_text, "of plain text with control tokens of the model in it, which count as such"),
+            (counts.eos_added_to_chat, "whose last reply has no end-of-turn token: the end-of-sequence token is added"),
+            (counts.system_unused, "of plain text, which do not take the system message"),
             (
                 chat.split_conversations if chat else 0,
-                "{} conversations became several documents, because the chat template rewrites earlier turns",
+                "made into several documents, because the chat template rewrites earlier turns",
             ),
-            (chat.leading_replies if chat else 0, "{} replies at the very beginning of a conversation carry no loss"),
+            (chat.leading_replies if chat else 0, "that begin with a reply; it carries no loss"),
         )
-        notes = [sentence.format(f"{count:,}") for count, sentence in facts if count]
-        if self._rendered_already and counts.joined:
-            notes[0] = (
-                f"{counts.joined:,} rows are joined as they stand, control tokens included (--chat-template none)"
-            )
-        if chat and "strftime_now" in template and "date_string" not in chat.template_args:
+        notes = [f"{count_of(count, 'row')} {what}" for count, what in facts if count]
+        if chat and "strftime_now" in (self._template or "") and "date_string" not in chat.template_args:
             notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
         return tuple(notes)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from backhand.data.chat import Document
 from backhand.data.options import DataOptions
+from backhand.data.rows import count_of
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 
@@ -80,9 +81,9 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report in words, a line a fact."""
-        lines = [f"{form.source}: {form.form}, {_count(form.rows, 'row')}" for form in self.sources]
+        lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
         lines.append(
-            f"{_count(self.documents, 'document')} with {_count(self.tokens, 'token')}, "
+            f"{count_of(self.documents, 'document')} with {count_of(self.tokens, 'token')}, "
             f"{self.supervised_tokens:,} of them supervised, the longest {self.longest:,}"
         )
         counted = (
@@ -90,9 +91,9 @@ class DataReport:
             (self.dropped_long, "longer than max_length, left out"),
             (self.dropped_unsupervised, "without a supervised token, left out"),
         )
-        lines += [f"{_count(count, 'document')} {what}" for count, what in counted if count]
+        lines += [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
         if self.skipped_bad:
-            lines.append(f"{_count(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
+            lines.append(f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
         return [*lines, *self.notes]
 
 
@@ -195,7 +196,3 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
     """Those of `places` where no token ends, or where a token of white space might straddle with its place trimmed."""
     found = set(ends.tolist())
     return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

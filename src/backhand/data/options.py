@@ -42,7 +42,7 @@ class RowSources:
 
     data: tuple[str, ...] = ()
     """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
-    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[hub-data]'`)."""
+    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`)."""
 
     max_rows: int | None = None
     """Read no more than this many rows, the first ones; at least 1."""

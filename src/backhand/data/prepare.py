@@ -19,7 +19,7 @@ from backhand.data.examples import (
     summed,
 )
 from backhand.data.forms import FormReader, Row
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split
@@ -92,7 +92,7 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    renderer = RowRenderer(tokenizer, options)
+    renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
     counts = ExampleCounts()
 
@@ -115,14 +115,22 @@ def read_examples(
     return summed(examples, report)
 
 
-def prepare_prompts(options: DataOptions, tokenizer: Any) -> tuple[tuple[Prompt, ...], DataReport]:
+def prepare_prompts(
+    rows: RowSources, template: TemplateOptions, tokenizer: Any
+) -> tuple[tuple[Prompt, ...], DataReport]:
     """The rows of `data` as prompts with the replies they should get; rows without an answer are welcome.
+
+    Args:
+        rows: which rows; a `DataOptions` is one.
+        template: how conversations become text; a `DataOptions` is one.
+        tokenizer: the model's transformers tokenizer.
 
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    options.validate()
-    renderer = RowRenderer(tokenizer, options)
+    rows.check_rows()
+    template.check_template()
+    renderer = RowRenderer(tokenizer, template)
     prompts: list[Prompt] = []
 
     def add(row: Row) -> None:
@@ -130,14 +138,14 @@ def prepare_prompts(options: DataOptions, tokenizer: Any) -> tuple[tuple[Prompt,
         text = document.text if document.mark is None else document.text.replace(document.mark, "")
         prompts.append(Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source))
 
-    report = _read_into(add, options.data, options, BadRows(options.skip_bad), may_ask=True)
+    report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
     return tuple(prompts), replace(report, notes=renderer.notes())
 
 
 def _read_into(
     add: Callable[[Row], None],
     names: Sequence[str],
-    options: DataOptions,
+    options: RowSources,
     bad: BadRows,
     *,
     held_out: bool = False,

@@ -122,3 +122,8 @@ def describe(value: object) -> str:
 def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     """At most `characters` of `text`, with an ellipsis where it was cut."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def count_of(count: int, what: str) -> str:
+    """The number with its noun, in the plural unless it is one."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

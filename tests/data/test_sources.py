@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from backhand.data.rows import BadRows
+from backhand.data.sources import expand, held_out_beside, read_rows
+from backhand.errors import DataError, UsageError
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text('{"text": "a"}\n')
+
+
+def test_a_folder_with_a_training_file_stands_for_that_file(tmp_path: Path) -> None:
+    make(tmp_path, "test.jsonl", "train.jsonl", "valid.jsonl", "notes.md")
+    assert expand([str(tmp_path)]) == (str(tmp_path / "train.jsonl"),)
+    assert held_out_beside([str(tmp_path)]) == (str(tmp_path / "valid.jsonl"),)
+
+
+def test_any_other_folder_stands_for_all_its_data_files(tmp_path: Path) -> None:
+    make(tmp_path, "b.jsonl", "a.csv.gz", "valid.jsonl", "notes.md")
+    assert expand([str(tmp_path)]) == tuple(str(tmp_path / name) for name in ("a.csv.gz", "b.jsonl", "valid.jsonl"))
+    assert held_out_beside([str(tmp_path)]) == ()
+
+
+def test_missing_names_and_empty_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data file"):
+        expand([str(tmp_path)])
+    with pytest.raises(DataError, match="no such file"):
+        expand(["folder/rows.jsonl"])
+    with pytest.raises(DataError, match="no such file"):
+        expand(["nowhere"])
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    table = {
+        "messages": [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]] * 3000,
+        "n": list(range(3000)),
+    }
+    parquet.write_table(pa.table(table), path)
+    rows = list(read_rows(str(path), BadRows()))
+    assert len(rows) == 3000
+    assert rows[2999].values["n"] == 2999
+    assert rows[2999].values["messages"][1] == {"role": "assistant", "content": "yo"}
+    assert rows[2999].source == f"{path} row 3000"
+
+
+def test_a_cut_parquet_file_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["a" * 100, "b"]}), path)
+    whole = path.read_bytes()
+    for length in range(4, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="Parquet"):
+            list(read_rows(str(path), BadRows(skip_bad=True)))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "held_out", "source"),
+    [
+        ("owner/name", ("owner/name", None, None), False, "owner/name:train row 1"),
+        ("owner/name", ("owner/name", None, None), True, "owner/name:validation row 1"),
+        ("owner/name@fr:test", ("owner/name", "fr", "test"), False, "owner/name:test row 1"),
+        ("owner/name:train[:10]", ("owner/name", None, "train[:10]"), False, "owner/name:train[:10] row 1"),
+    ],
+)
+def test_hub_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str | None, ...], held_out: bool, source: str
+) -> None:
+    import datasets
+
+    calls = []
+    rows = datasets.Dataset.from_list([{"text": "a"}])
+
+    def load_dataset(path: str, config: str | None, split: str | None) -> object:
+        calls.append((path, config, split))
+        return rows if split else datasets.DatasetDict(test=rows, train=rows, validation=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert expand([name]) == (name,)
+    (row,) = read_rows(name, BadRows(), held_out=held_out)
+    assert calls == [asked]
+    assert (row.values, row.source) == ({"text": "a"}, source)
+
+
+def test_a_hub_data_set_without_the_split_lists_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    only = datasets.DatasetDict(extra=datasets.Dataset.from_list([{"text": "a"}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: only)
+    with pytest.raises(DataError) as raised:
+        list(read_rows("owner/name", BadRows()))
+    assert "owner/name:extra" in str(raised.value.next_step)
+
+
+def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError) as raised:
+        list(read_rows("owner/name", BadRows()))
+    assert raised.value.why == "ConnectionError: no network"
+
+
+@pytest.mark.parametrize(("module", "name"), [("datasets", "owner/name"), ("pyarrow.parquet", "rows.parquet")])
+def test_a_missing_package_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, name: str
+) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1PAR1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError) as raised:
+        list(read_rows(name, BadRows()))
+    assert "pip install" in str(raised.value.next_step)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from backhand.data.rows import BadRows, RawRow
+from backhand.data.sources import read_rows
+from backhand.errors import DataError
+
+
+def read(path: Path, *, skip_bad: bool = False) -> list[RawRow]:
+    return list(read_rows(str(path), BadRows(skip_bad)))
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def failure(path: Path, *, skip_bad: bool = False) -> DataError:
+    with pytest.raises(DataError) as raised:
+        read(path, skip_bad=skip_bad)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a"}\n{"text": "b"}\n',
+        b'{"text": "a"}\r\n{"text": "b"}',
+        b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
+        b'  {"text": "a"}  \n\n\r\n{"text": "b"}\n\n',
+    ],
+)
+def test_json_lines_with_marks_carriage_returns_and_blank_lines(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "rows.jsonl", content)
+    rows = read(path)
+    assert [row.values for row in rows] == [{"text": "a"}, {"text": "b"}]
+    line = content[: content.index(b'{"text": "b"}')].count(b"\n") + 1
+    assert rows[1].source == f"{path}:{line}"
+
+
+def test_line_separators_inside_text_end_no_row(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\x0bfour"
+    path = write(tmp_path / "rows.jsonl", json.dumps({"text": text}, ensure_ascii=False))
+    assert [row.values["text"] for row in read(path)] == [text]
+
+
+def test_a_row_of_ten_megabytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", json.dumps({"text": "x" * 10_000_000}) + '\n{"text": "y"}\n')
+    assert [len(row.values["text"]) for row in read(path)] == [10_000_000, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a"', "not valid JSON"),
+        (b"{'text': 'a'}", "not valid JSON"),
+        (b'{"text": "a"} {"text": "b"}', "not valid JSON"),
+        (b'["a", "b"]', "a list of 2"),
+        (b'"a"', "the text 'a'"),
+        (b"3", "the number 3"),
+        (b"null", "null"),
+        ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8 (byte 0xe9)"),
+        (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+        (b'{"te\\udc00xt": "a"}', "half of a surrogate pair"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "cannot be read"),
+        (b"[" * 100_000, "JSON"),
+    ],
+)
+def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, said: str) -> None:
+    path = write(tmp_path / "rows.jsonl", b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
+    error = failure(path)
+    assert error.where == f"{path}:3"
+    assert said in error.what
+    assert error.next_step is not None
+    bad = BadRows(skip_bad=True)
+    assert [row.values["text"] for row in read_rows(str(path), bad)] == ["a", "b"]
+    assert bad.count == 1
+    assert bad.errors[0].where == f"{path}:3"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+        ('{"text": "a"}\n'.encode("utf-16"), "UTF-16"),
+        ('{"text": "a"}\n'.encode("utf-16-le"), "UTF-16LE"),
+        ('{"text": "a"}\n'.encode("utf-16-be"), "UTF-16BE"),
+        ('{"text": "a"}\n'.encode("utf-32"), "UTF-32"),
+        (b"PK\x03\x04rest", "zip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"\x7fELF\x02\x01\x01\0\0\0", "binary"),
+        (b"\x1f\x8b not gzip at all", "cannot be read"),
+        (gzip.compress(b'{"text": "a"}\n' * 100)[:40], "cannot be read"),
+        (b"PAR1 but nothing more", "Parquet"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+def test_what_is_no_text_is_told_apart_even_with_skip_bad(
+    tmp_path: Path, content: bytes, said: str, suffix: str
+) -> None:
+    path = write(tmp_path / f"rows{suffix}", content)
+    for skip_bad in (False, True):
+        error = failure(path, skip_bad=skip_bad)
+        assert said in error.what
+        assert str(path) in str(error.where)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    assert "no such file" in failure(tmp_path / "absent.jsonl").what
+    assert "folder" in failure(tmp_path).what
+    locked = write(tmp_path / "locked.jsonl", b'{"text": "a"}')
+    locked.chmod(0)
+    if not os.access(locked, os.R_OK):
+        assert "cannot be read" in failure(locked).what
+
+
+def test_gzip_is_unpacked_whatever_it_is_called(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"text": "a"}\n' * 2000)
+    for name in ("rows.jsonl.gz", "rows.jsonl"):
+        path = write(tmp_path / name, packed)
+        assert len(read(path)) == 2000
+
+
+def test_a_pipe_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(b'{"text": "a"}\n' * 10_000))
+    writer.start()
+    assert len(read(pipe)) == 10_000
+    writer.join()
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
+def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, '\n[\n {"text":\n  "a"},\n\n {"text": "b"}\n]\n')
+    rows = read(path)
+    assert [row.values["text"] for row in rows] == ["a", "b"]
+    assert [row.source for row in rows] == [f"{path}:3", f"{path}:6"]
+
+
+def test_json_files_may_also_hold_objects_one_after_the_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", '{"text": "a"}\n{\n"text": "b"\n}\n')
+    assert [(row.values["text"], row.source) for row in read(path)] == [("a", f"{path}:1"), ("b", f"{path}:2")]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "said"),
+    [
+        ('[{"text": "a"},\n{"text": }]', 2, "not valid JSON"),
+        ('[{"text": "a"},\n{"text": "b"}\n', 3, "closed"),
+        ('[{"text": "a"},\n', 2, "closed"),
+        ('[{"text": "a"}\n{"text": "b"}]', 2, "comma"),
+        ('[{"text": "a"},\n]', 2, "not valid JSON"),
+        ('[{"text": "a"}]\n{"text": "b"}', 2, "follows the end"),
+        ('[\n{"text": "a"},\n3]', 3, "the number 3"),
+        ('{"text": "a"}\n{"text": "\xe9"}'.encode("latin-1"), 2, "not UTF-8"),
+    ],
+)
+def test_a_broken_json_list_names_its_line(tmp_path: Path, content: str | bytes, line: int, said: str) -> None:
+    path = write(tmp_path / "rows.json", content)
+    error = failure(path)
+    assert said in error.what
+    assert error.where == f"{path}:{line}"
+
+
+def test_an_empty_json_list_has_no_rows(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "rows.json", " [ ] ")) == []
+
+
+def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.csv",
+        b'\xef\xbb\xbfprompt, completion\r\n"a, ""b""","two\nlines"\r\n\r\nplain,\xc3\xa9\r\n',
+    )
+    rows = read(path)
+    assert rows[0].values == {"prompt": 'a, "b"', "completion": "two\nlines"}
+    assert rows[1].values == {"prompt": "plain", "completion": "é"}
+    assert [row.source for row in rows] == [f"{path}:2", f"{path}:5"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_seen_in_the_header(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path / "rows.csv", f"prompt{delimiter}completion\na{delimiter}b\n")
+    assert read(path)[0].values == {"prompt": "a", "completion": "b"}
+
+
+def test_tab_separated_and_single_column_files(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.tsv", "prompt\tcompletion\na, b\tc\n"))[0].values["prompt"] == "a, b"
+    assert [row.values for row in read(write(tmp_path / "b.csv", "text\nhello\n"))] == [{"text": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("bad_line", "said"),
+    [
+        (b"a,b,c", "3 cells"),
+        (b"a", "1 cells"),
+        (b'"a"b,c', "not valid CSV"),
+        (b"caf\xe9,b", "not UTF-8"),
+    ],
+)
+def test_a_bad_csv_row_is_named_or_counted(tmp_path: Path, bad_line: bytes, said: str) -> None:
+    path = write(tmp_path / "rows.csv", b"prompt,completion\n1,2\n" + bad_line + b"\n3,4\n")
+    error = failure(path)
+    assert error.where == f"{path}:3"
+    assert said in error.what
+    bad = BadRows(skip_bad=True)
+    assert [row.values["prompt"] for row in read_rows(str(path), bad)] == ["1", "3"]
+    assert bad.count == 1
+
+
+def test_an_unclosed_quote_and_a_repeated_header_are_named(tmp_path: Path) -> None:
+    assert "CSV" in failure(write(tmp_path / "a.csv", 'prompt,completion\n"a,b\nc,d\n')).what
+    error = failure(write(tmp_path / "b.csv", "text,text\na,b\n"), skip_bad=True)
+    assert "'text' twice" in error.what
+    assert error.where == f"{tmp_path / 'b.csv'}:1"
+
+
+def test_a_file_of_unknown_kind_asks_for_an_ending(tmp_path: Path) -> None:
+    error = failure(write(tmp_path / "rows.txt", "hello\n"))
+    assert ".jsonl" in str(error.next_step)
