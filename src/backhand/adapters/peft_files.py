@@ -118,14 +118,7 @@ def save_adapter(
 
     Args:
         directory: created if need be; files of an adapter that is there are replaced, each in one step.
-        config: what `parameters` was built from.
-        parameters: the trained factors; written in fp32.
-        base_model: hub id or path that PEFT can open.
-        task_type: as PEFT names it.
-        revision: of the base model on the hub.
-        record: origin and digests for backhand.json; package versions and file digests are added here.
-        card: further rows for the table in README.md.
-        module_names: all linear modules of the model, see `peft_config.written_targets`.
+        config, parameters, base_model, task_type, revision, record, card, module_names: see `adapter_files`.
 
     Returns:
         the directory.
@@ -135,19 +128,57 @@ def save_adapter(
         ResourceError: disk full or not writable; no file is left half written.
         CheckError: a value is not finite.
     """
+    contents = adapter_files(
+        config,
+        parameters,
+        base_model=base_model,
+        task_type=task_type,
+        revision=revision,
+        record=record,
+        card=card,
+        module_names=module_names,
+    )
+    return _write_files(Path(directory), contents)
+
+
+def adapter_files(
+    config: LoRAConfig,
+    parameters: LoRAParameters,
+    *,
+    base_model: str | None,
+    task_type: str | None = "CAUSAL_LM",
+    revision: str | None = None,
+    record: AdapterRecord | None = None,
+    card: Mapping[str, object] | None = None,
+    module_names: Collection[str] | None = None,
+) -> dict[str, bytes]:
+    """The files of an adapter of linear modules, by name, in the order to write them.
+
+    Args:
+        config: what `parameters` was built from.
+        parameters: the trained factors; written in fp32.
+        base_model: hub id or path that PEFT can open.
+        task_type: as PEFT names it.
+        revision: of the base model on the hub.
+        record: origin and digests for backhand.json; package versions and file digests are added here.
+        card: further rows for the table in README.md.
+        module_names: all linear modules of the model, see `peft_config.written_targets`.
+
+    Raises:
+        CheckError: a value is not finite.
+    """
     targets = module_values(config, list(parameters.slots), strict=False)
     for target, slot in zip(targets, parameters.slots.values(), strict=True):
         if (target.rank, target.scaling) != (slot.rank, slot.scaling):
             raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-    return write_adapter(
-        directory,
+    return _files(
         PEFTConfig(config, base_model, task_type, revision),
         targets,
         [linear_shapes(slot) for slot in parameters.slots.values()],
         dict(parameters.named_tensors()),
-        record=record,
-        card=card,
-        module_names=module_names,
+        record,
+        card,
+        module_names,
     )
 
 
@@ -163,10 +194,23 @@ def write_adapter(
     module_names: Collection[str] | None = None,
 ) -> Path:
     """Write an adapter of any modules, see `save_adapter`; `factors` has `<module>.lora_A` and `.lora_B` of each."""
+    contents = _files(described, targets, shapes, factors, record, card, module_names)
+    return _write_files(Path(directory), contents)
+
+
+def _files(
+    described: PEFTConfig,
+    targets: Sequence[Target],
+    shapes: Sequence[FactorShapes],
+    factors: Mapping[str, Tensor],
+    record: AdapterRecord | None,
+    card: Mapping[str, object] | None,
+    module_names: Collection[str] | None,
+) -> dict[str, bytes]:
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
-            f"{len(bad)} of {len(factors)} factors hold values that are not finite, first {bad[0]}",
-            where=str(directory),
+            f"{len(bad)} of {len(factors)} factors hold values that are not finite",
+            where=bad[0],
             next_step="lower the learning rate; nothing was written",
         )
     tensors = {}
@@ -185,7 +229,10 @@ def write_adapter(
         record = replace(record, packages=installed_packages())
     # Last, since it vouches for the others: after a crash in between, loading says that they do not fit.
     contents[RECORD_FILE] = record_bytes(record)
-    directory = Path(directory)
+    return contents
+
+
+def _write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
     make_directory(directory)
     for name, data in contents.items():
         write_atomically(directory / name, data)
