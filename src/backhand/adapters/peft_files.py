@@ -276,6 +276,7 @@ def match_adapter(
     *,
     linear: Collection[str] | None = None,
     heads: Collection[str] = (),
+    differences: Callable[[Sequence[Target]], list[str]] | None = None,
 ) -> LoadedAdapter:
     """Hold what was read against a model.
 
@@ -284,6 +285,7 @@ def match_adapter(
         module_names: every module that may be adapted.
         shapes: what targets must have in the file.
         linear, heads: for `all-linear`, see `targets.resolve_targets`.
+        differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
 
     Raises:
         UnusableAdapterError: lists these problems and those found here.
@@ -296,10 +298,10 @@ def match_adapter(
             targets = resolve_targets(contents.described.config, module_names, linear=linear, heads=heads, strict=False)
         except UsageError as error:
             problems.append(str(error))
-    expected = shapes(targets) if targets else []
+    further = differences(targets) if differences is not None and targets else []
+    expected = shapes(targets) if targets and not further else []
     matched = match_tensors(expected, contents.tensors, module_names)
-    if targets:
-        problems.extend(matched.problems)
+    problems.extend(matched.problems if expected else further)
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
     return LoadedAdapter(

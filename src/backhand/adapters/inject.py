@@ -1,0 +1,301 @@
+"""LoRA put into any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
+
+    adapter = backhand.inject(model, backhand.LoRAConfig(rank=8))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-4)
+    …train as always…
+    adapter.save("out")
+
+`model` stays the object it was; the adapted modules in it compute base and update, forward and backward by hand. Every
+other parameter is frozen. The factors are plain parameters, one tensor each: views of one flat buffer would come apart
+as soon as the model is moved, copied or wrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.injection_plan import Injection, plan_injection
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_files import LoadedAdapter, match_adapter, write_adapter
+from backhand.adapters.targets import Target
+from backhand.errors import UsageError
+from backhand.nn.lora_module import LoRAModule, base_weight
+
+
+def inject(
+    module: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    seed: int = 0,
+    heads: Sequence[str] | None = None,
+) -> InjectedAdapter:
+    """Adapt the modules of `module` that `config` names, in place, and freeze everything else.
+
+    Args:
+        module: any model; it must not be adapted already.
+        config: what to adapt; `LoRAConfig()` if None. `all-linear` takes every nn.Linear and transformers' Conv1D.
+        seed: of the factors' first values.
+        heads: paths that `all-linear` leaves out; if None, what `get_output_embeddings` gives, or `lm_head`.
+
+    Returns:
+        the adapter: its parameters, and how to merge, save, load and remove it.
+
+    Raises:
+        UsageError: a value out of range, a name that matches nothing, or modules that cannot be adapted, all of them
+            listed; the model is then as it was.
+    """
+    plan = plan_injection(module, config or LoRAConfig(), heads)
+    adapter = InjectedAdapter(module, plan)
+    adapter.initialise(torch.Generator().manual_seed(seed))
+    return adapter
+
+
+def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool = False) -> InjectedAdapter:
+    """Adapt `module` as the adapter in `directory` says, and load that.
+
+    Args:
+        module: the base model.
+        directory: in PEFT's format, by us or by PEFT.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
+
+    Raises:
+        UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
+        UsageError: the modules cannot be adapted.
+    """
+    contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
+    if not contents.config_usable:
+        raise UnusableAdapterError(contents.directory, contents.problems)
+    try:
+        plan = plan_injection(module, contents.described.config, None, strict=False)
+    except UsageError as error:
+        raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
+    loaded = match_adapter(
+        contents, plan.module_names, lambda _: list(plan.shapes), linear=plan.linear, heads=plan.heads
+    )
+    _check_base_copies(loaded, plan.modules)
+    adapter = InjectedAdapter(module, plan)
+    adapter.fill(loaded.factors)
+    return adapter
+
+
+class InjectedAdapter:
+    """An adapter inside a model.
+
+    Attributes:
+        module: the model.
+        config: what was injected.
+        targets: the adapted modules with their rank, alpha and scaling.
+        modules: the adapted modules themselves, by dotted path.
+    """
+
+    def __init__(self, module: nn.Module, plan: Injection) -> None:
+        self.module = module
+        self.config = plan.config
+        self.targets: tuple[Target, ...] = plan.targets
+        self._plan = plan
+        self._required_grad = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        module.requires_grad_(False)
+        self.modules: dict[str, LoRAModule] = {
+            target.name: plan.kinds[target.name].adapt(
+                plan.modules[target.name], rank=target.rank, scaling=target.scaling, dropout=plan.config.dropout
+            )
+            for target in plan.targets
+        }
+        self._fast_paths = _close_fast_paths(module)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`<module>.lora_A` and `<module>.lora_B` with their parameters."""
+        for name, adapted in self.modules.items():
+            yield f"{name}.lora_A", adapted.lora_A
+            yield f"{name}.lora_B", adapted.lora_B
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, for an optimizer."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained elements in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may interest a person: adapted weights that are tied to others."""
+        return self._plan.notes
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw the factors anew; the model then computes what its base does."""
+        for adapted in self.modules.values():
+            adapted.initialise(generator)
+
+    @torch.no_grad()
+    def fill(self, factors: Mapping[str, Tensor]) -> None:
+        """Copy factors, by the names of `named_parameters`, into the model."""
+        merged = self.merged
+        self.unmerge()
+        for name, parameter in self.named_parameters():
+            parameter.copy_(factors[name])
+        if merged:
+            self.merge()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights hold the update at the moment."""
+        return any(adapted.merged for adapted in self.modules.values())
+
+    def merge(self) -> None:
+        """Put the update into the weights, so that the model runs at the base model's speed.
+
+        Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged.
+
+        Raises:
+            UsageError: grouped convolutions, whose update no weight can hold; nothing is merged then.
+        """
+        if grouped := [name for name, adapted in self.modules.items() if getattr(adapted, "groups", 1) > 1]:
+            raise UsageError(
+                f"{', '.join(grouped)} cannot be merged",
+                why="the update of a grouped convolution reads channels that its weight does not",
+                next_step="leave the adapter unmerged",
+            )
+        for adapted in self.modules.values():
+            adapted.merge()
+
+    def unmerge(self) -> None:
+        """Put the base weights back, bit by bit."""
+        for adapted in self.modules.values():
+            adapted.unmerge()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what its base does."""
+        merged = self.merged
+        self.unmerge()
+        for adapted in self.modules.values():
+            adapted.enabled = False
+        try:
+            yield
+        finally:
+            for adapted in self.modules.values():
+                adapted.enabled = True
+            if merged:
+                self.merge()
+
+    def remove(self) -> nn.Module:
+        """Take the adapter out: the model is what it was before `inject`, and this object is spent."""
+        for adapted in self.modules.values():
+            adapted.restore()
+        for layer, value in self._fast_paths:
+            layer.activation_relu_or_gelu = value
+        for parameter in self._required_grad:
+            parameter.requires_grad_(True)
+        self.modules = {}
+        return self.module
+
+    def save(
+        self,
+        directory: Path | str,
+        *,
+        base_model: str | None = None,
+        record: AdapterRecord | None = None,
+        card: Mapping[str, object] | None = None,
+    ) -> Path:
+        """Write the adapter in PEFT's format, see `peft_files.save_adapter`.
+
+        Args:
+            directory: created if need be.
+            base_model: hub id or path of the base; if None, what a transformers model knows of itself.
+            record: origin and digests for backhand.json.
+            card: further rows for the table in README.md.
+        """
+        own_config = getattr(self.module, "config", None)
+        base_model = base_model or getattr(own_config, "name_or_path", None) or None
+        is_causal = type(self.module).__name__.endswith("ForCausalLM")
+        return write_adapter(
+            directory,
+            PEFTConfig(
+                self.config,
+                base_model,
+                "CAUSAL_LM" if is_causal else None,
+                fan_in_fan_out=any(kind.__name__ == "LoRAConv1D" for kind in self._plan.kinds.values()),
+            ),
+            self.targets,
+            self._plan.shapes,
+            {name: parameter.detach() for name, parameter in self.named_parameters()},
+            record=record,
+            card=card,
+            module_names=self._plan.module_names,
+        )
+
+    def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
+        """Replace the factors by those of an adapter of the same modules, ranks and scaling.
+
+        Raises:
+            UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
+        """
+        loaded = match_adapter(
+            read_adapter_directory(directory, allow_pickle=allow_pickle),
+            self._plan.module_names,
+            lambda _: list(self._plan.shapes),
+            linear=self._plan.linear,
+            heads=self._plan.heads,
+            differences=lambda targets: _differences(targets, self.targets),
+        )
+        _check_base_copies(loaded, self.modules)
+        self.fill(loaded.factors)
+        return loaded
+
+
+def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
+    """A sentence for each module that the file adapts in another way than the model."""
+    here = {target.name: target for target in ours}
+    there = {target.name: target for target in theirs}
+    problems = [f"{name}: adapted in the file, not in the model" for name in there if name not in here]
+    problems += [f"{name}: adapted in the model, not in the file" for name in here if name not in there]
+    for name, ours_ in here.items():
+        file = there.get(name, ours_)
+        if (file.rank, file.scaling) != (ours_.rank, ours_.scaling):
+            problems.append(
+                f"{name}: rank {file.rank} and scaling {file.scaling:g} in the file, "
+                f"{ours_.rank} and {ours_.scaling:g} in the model"
+            )
+    return problems
+
+
+def _check_base_copies(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
+    """Whole base weights that PEFT stored beside factors must be those of this model."""
+    problems = []
+    for name, stored in loaded.base_copies.items():
+        weight = base_weight(modules[name])
+        if not torch.equal(stored.to(weight), weight):
+            problems.append(
+                f"{name}: the file holds a base weight of its own, and it is not the model's; the adapter was trained "
+                "on another base, or with resized embeddings"
+            )
+    if problems:
+        raise UnusableAdapterError(loaded.directory, problems)
+
+
+def _close_fast_paths(module: nn.Module) -> list[tuple[nn.TransformerEncoderLayer, int]]:
+    """Make torch's own transformer layers call their linear layers.
+
+    In evaluation nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel and never calls
+    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and this attribute says
+    whether it is one of these.
+
+    Returns:
+        the layers that were changed, with the attribute's value.
+    """
+    changed = []
+    for layer in module.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and any(isinstance(m, LoRAModule) for m in layer.modules()):
+            changed.append((layer, layer.activation_relu_or_gelu))
+            layer.activation_relu_or_gelu = 0
+    return changed

@@ -1,0 +1,164 @@
+"""Which modules of a model take the adapter, and everything that stands in the way, before anything is touched."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.nearest import name_list
+from backhand.adapters.peft_keys import FactorShapes
+from backhand.adapters.targets import Target, resolve_targets
+from backhand.errors import UsageError
+from backhand.nn.lora_module import LoRAModule, base_weight
+from backhand.nn.lora_modules import LoRAConv1D, lora_class
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What `inject` is going to do.
+
+    Attributes:
+        config: as validated.
+        targets: the modules to adapt, in the order of the model.
+        modules: the modules themselves.
+        kinds: the class that adapts each.
+        shapes: what each has in an adapter's file.
+        module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.
+        notes: what may interest a person.
+    """
+
+    config: LoRAConfig
+    targets: tuple[Target, ...]
+    modules: dict[str, nn.Module]
+    kinds: dict[str, type[LoRAModule]]
+    shapes: tuple[FactorShapes, ...]
+    module_names: tuple[str, ...]
+    linear: frozenset[str]
+    heads: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_injection(
+    model: nn.Module, config: LoRAConfig, heads: Sequence[str] | None, *, strict: bool = True
+) -> Injection:
+    """Resolve `config` on `model` and check that every module it names can be adapted.
+
+    Args:
+        model: not adapted yet.
+        config: what to adapt.
+        heads: what `all-linear` leaves out, or None to ask the model.
+        strict: whether names that match nothing are errors.
+
+    Raises:
+        UsageError: see `inject`.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if any(isinstance(module, LoRAModule) for module in model.modules()):
+        raise UsageError(
+            "the model is adapted already",
+            next_step="call remove() on the adapter that inject returned, or inject into a fresh model",
+        )
+    linear = frozenset(name for name, module in modules.items() if _is_linear(module))
+    heads = tuple(_output_heads(model, modules) if heads is None else heads)
+    targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
+    places = _places(model)
+    in_attention = _inside_torch_attention(modules)
+    kinds: dict[str, type[LoRAModule]] = {}
+    problems = []
+    for target in targets:
+        module = modules[target.name]
+        kind = lora_class(module)
+        if target.name in in_attention:
+            problems.append(f"{target.name}: nn.MultiheadAttention reads its weight and never calls it")
+        elif kind is None:
+            problems.append(f"{target.name}: a {type(module).__qualname__} cannot be adapted")
+        elif (reason := kind.obstacle(module, target.rank)) is not None:
+            problems.append(f"{target.name}: {reason}")
+        elif len(places[id(module)]) > 1:
+            problems.append(
+                f"{target.name}: the same module also stands at {name_list(places[id(module)][1:])}; PEFT would adapt "
+                "the first place only"
+            )
+        else:
+            kinds[target.name] = kind
+    if problems:
+        raise UsageError(
+            f"{len(problems)} of {len(targets)} targeted modules cannot be adapted",
+            where="target_modules",
+            why="".join(f"\n    - {problem}" for problem in problems),
+            next_step="leave them out with exclude_modules, or name others",
+        )
+    chosen = {target.name: modules[target.name] for target in targets}
+    shapes = tuple(_factor_shapes(target, chosen[target.name], kinds[target.name]) for target in targets)
+    return Injection(
+        config,
+        tuple(targets),
+        chosen,
+        kinds,
+        shapes,
+        tuple(modules),
+        linear,
+        heads,
+        tuple(_tied_notes(model, chosen)),
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or LoRAConv1D.fits(module)
+
+
+def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule]) -> FactorShapes:
+    lora_A, lora_B = kind.factor_shapes(module, target.rank)
+    return FactorShapes(target.name, lora_A, lora_B, tuple(base_weight(module).shape), kind.embedding)
+
+
+def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """Paths of the layer that makes logits out of hidden states."""
+    ask = getattr(model, "get_output_embeddings", None)
+    if callable(ask):
+        try:
+            head = ask()
+        except (NotImplementedError, AttributeError):  # transformers models without any
+            head = None
+        return [name for name, module in modules.items() if module is head]
+    return ["lm_head"] if "lm_head" in modules else []
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Under which paths each module object hangs in different parents; one that is shared whole counts once."""
+    seen: set[tuple[int, str]] = set()
+    places: dict[int, list[str]] = defaultdict(list)
+    for parent_name, parent in model.named_modules(remove_duplicate=False):
+        for name, child in parent._modules.items():
+            if child is not None and (id(parent), name) not in seen:
+                seen.add((id(parent), name))
+                places[id(child)].append(f"{parent_name}.{name}" if parent_name else name)
+    return places
+
+
+def _inside_torch_attention(modules: dict[str, nn.Module]) -> set[str]:
+    return {
+        f"{name}.{child}"
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module._modules
+    }
+
+
+def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+    """A sentence for each adapted weight that another module holds as well."""
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)].append(f"{name}.{parameter_name}" if name else parameter_name)
+    notes = []
+    for name, module in chosen.items():
+        others = [holder for holder in holders[id(base_weight(module))] if holder != f"{name}.weight"]
+        if others:
+            notes.append(f"{name}: its weight is tied to {name_list(others)}; the update applies to {name} alone")
+    return notes

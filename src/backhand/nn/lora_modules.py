@@ -1,0 +1,222 @@
+"""The kinds of module that take an adapter: linear, GPT-2's Conv1D, embedding, and convolutions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backhand.nn.lora_functions import LoRAConvFunction, LoRAEmbeddingFunction, LoRALinearFunction
+from backhand.nn.lora_module import LoRAModule, Shape, base_weight
+from backhand.ops.lora_conv import ConvGeometry
+
+
+class LoRALinear(LoRAModule):
+    """An adapted nn.Linear: y = x Wᵀ + b + scaling · dropout(x) lora_Aᵀ lora_Bᵀ, see `ops.lora_linear`."""
+
+    base_type = nn.Linear
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in) and (out, rank)."""
+        out_features, in_features = base_weight(module).shape
+        return (rank, in_features), (out_features, rank)
+
+    def delta_weight(self) -> Tensor:
+        """(out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if not self._adapts:
+            return self._base_forward(x)
+        x, weight, bias = self._cast(x)
+        y: Tensor = cast("Any", LoRALinearFunction).apply(
+            x, weight, bias, self.lora_A, self.lora_B, self.scaling, self._drawn_dropout()
+        )
+        return y
+
+
+class LoRAConv1D(LoRAModule):
+    """An adapted Conv1D of transformers (GPT-2): a linear layer whose weight lies the other way round, (in, out)."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Told by its name, so that transformers need not be imported."""
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in) and (out, rank), as for a linear layer."""
+        in_features, out_features = base_weight(module).shape
+        return (rank, in_features), (out_features, rank)
+
+    def delta_weight(self) -> Tensor:
+        """(in, out)."""
+        return self.scaling * (self.lora_B @ self.lora_A).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if not self._adapts:
+            return self._base_forward(x)
+        x, weight, bias = self._cast(x)
+        y: Tensor = cast("Any", LoRALinearFunction).apply(
+            x, weight.T, bias, self.lora_A, self.lora_B, self.scaling, self._drawn_dropout()
+        )
+        return y
+
+
+class LoRAEmbedding(LoRAModule):
+    """An adapted nn.Embedding: y = W[ids] + scaling · lora_A[:, ids]ᵀ lora_Bᵀ, see `ops.lora_embedding`.
+
+    As in PEFT there is no dropout here, and lora_A starts at zero and lora_B random.
+    """
+
+    base_type = nn.Embedding
+    embedding = True
+
+    padding_idx: int | None
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, rank: int) -> str | None:
+        """Also: a table that changes itself when it is read, or that scales gradients by frequency."""
+        table = cast("nn.Embedding", module)
+        if table.max_norm is not None:
+            return "max_norm rewrites the table while it is read"
+        if table.scale_grad_by_freq:
+            return "scale_grad_by_freq is not supported"
+        return super().obstacle(module, rank)
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, vocab) and (hidden, rank)."""
+        vocab, hidden = base_weight(module).shape
+        return (rank, vocab), (hidden, rank)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """As PEFT does for embeddings: lora_A zero and lora_B standard normal."""
+        self.lora_A.zero_()
+        self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
+
+    def delta_weight(self) -> Tensor:
+        """(vocab, hidden)."""
+        return self.scaling * (self.lora_B @ self.lora_A).T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) ids → (..., hidden)."""
+        if not self._adapts:
+            return self._base_forward(ids)
+        y: Tensor = cast("Any", LoRAEmbeddingFunction).apply(
+            ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx
+        )
+        return y
+
+
+class _LoRAConv(LoRAModule):
+    """Adapted convolutions: y = x ∗ W + b + scaling · (dropout(x) ∗ lora_A) ∗ lora_B, see `ops.lora_conv`."""
+
+    dimensions: ClassVar[int]
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, rank: int) -> str | None:
+        """Also: settings that the factors' own convolutions cannot have, here or in PEFT."""
+        conv = cast("nn.Conv2d", module)
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r} is not supported, only zeros"
+        if rank % conv.groups:
+            return f"its {conv.groups} groups do not divide the rank {rank}"
+        if conv.padding == "same" and max(conv.dilation) > 1:
+            # PEFT leaves the dilation out of lora_A: other paddings fail there, "same" computes something else.
+            return "it is dilated with padding 'same', for which PEFT's files mean another function"
+        return super().obstacle(module, rank)
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in, *kernel), not grouped, and (out, rank / groups, 1 …)."""
+        groups = cast("nn.Conv2d", module).groups
+        out_channels, in_per_group, *kernel = base_weight(module).shape
+        return (rank, in_per_group * groups, *kernel), (out_channels, rank // groups, *(1 for _ in kernel))
+
+    def delta_weight(self) -> Tensor:
+        """(out, in, *kernel).
+
+        Raises:
+            ValueError: a grouped convolution, whose update reads channels that its weight does not.
+        """
+        if self.groups > 1:
+            raise ValueError("the update of a grouped convolution reads all channels; its weight cannot hold that")
+        delta = torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A)
+        return self.scaling * delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, *L) or (in, *L) → (batch, out, *L') or (out, *L')."""
+        if not self._adapts:
+            y: Tensor = cast("Any", self._base_class)._conv_forward(self, x, self.weight, self.bias)
+            return y
+        x, weight, bias = self._cast(x)
+        batched = x.dim() == self.dimensions + 2
+        padding = self.padding
+        if isinstance(padding, str):
+            # "same" may need one place more on one side than on the other, which only padding beforehand can do.
+            if padding == "same":
+                x = functional.pad(x, self._reversed_padding_repeated_twice)
+            padding = (0,) * self.dimensions
+        y = cast("Any", LoRAConvFunction).apply(
+            x if batched else x.unsqueeze(0),
+            weight,
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            ConvGeometry(self.stride, padding, self.dilation, self.groups),
+            self._drawn_dropout(),
+        )
+        return y if batched else y.squeeze(0)
+
+
+class LoRAConv1d(_LoRAConv):
+    """An adapted nn.Conv1d."""
+
+    base_type = nn.Conv1d
+    dimensions = 1
+
+
+class LoRAConv2d(_LoRAConv):
+    """An adapted nn.Conv2d."""
+
+    base_type = nn.Conv2d
+    dimensions = 2
+
+
+class LoRAConv3d(_LoRAConv):
+    """An adapted nn.Conv3d."""
+
+    base_type = nn.Conv3d
+    dimensions = 3
+
+
+LORA_MODULES: tuple[type[LoRAModule], ...] = (
+    LoRALinear,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+)
+"""Every kind there is."""
+
+
+def lora_class(module: nn.Module) -> type[LoRAModule] | None:
+    """The class that adapts modules of this type, or None if none does."""
+    return next((kind for kind in LORA_MODULES if kind.fits(module)), None)
