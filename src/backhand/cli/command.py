@@ -100,7 +100,7 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
         # A flag that is off by default is turned off again, over a TOML file, with --flag=false.
         negative=None if field.default is True else (),
         consume_multiple=fields.takes_several(field.hint) or None,
-        show_default=False if silent else None,
+        show_default=False if silent else _as_typed(field.default),
         metavar="NAME=VALUE" if fields.is_mapping(field.hint) else None,
     )
     return inspect.Parameter(
@@ -109,6 +109,11 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
         default=inspect.Parameter.empty if field.default is MISSING else field.default,
         annotation=Annotated[_typed_on_command_line(field), parameter],
     )
+
+
+def _as_typed(default: Any) -> str:
+    """A default as one would type it: the words of a tuple side by side."""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _help(field: OptionField, names: Set[str]) -> str:
@@ -143,7 +148,8 @@ def _config_file() -> inspect.Parameter:
 
 
 def _flag(name: str, text: str) -> inspect.Parameter:
-    annotation = Annotated[bool, Parameter(help=text, negative=(), show_default=False)]
+    group = Group("Errors", sort_key=1000)
+    annotation = Annotated[bool, Parameter(help=text, group=group, negative=(), show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 

@@ -35,4 +35,10 @@ COMMANDS = (
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
         "backhand.cli.evaluate:evaluate",
     ),
+    Command(
+        "sine",
+        "The experiment this project comes from: a small net learns a sine, an adapter goes on from there, all by hand.",
+        "backhand sine --check --output runs/sine",
+        "backhand.cli.sine:sine",
+    ),
 )
