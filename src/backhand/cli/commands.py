@@ -37,7 +37,7 @@ COMMANDS = (
     ),
     Command(
         "sine",
-        "The experiment this project comes from: a small net learns a sine, an adapter goes on from there, all by hand.",
+        "The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand.",
         "backhand sine --check --output runs/sine",
         "backhand.cli.sine:sine",
     ),
