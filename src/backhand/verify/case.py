@@ -38,6 +38,8 @@ class Case:
         by_hand: the op's forward and the given backward on such tensors in any dtype.
         reference: y by the op's reference, for autograd to differentiate.
         usual: y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference.
+        pooled: judge all gradients of one kind (every lora_A) as one vector in low precision and by finite differences,
+            as suits what has dozens of them; in float64 each is still compared with autograd on its own.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Case:
     by_hand: Callable[[Tensors, Backward], ByHand]
     reference: Callable[[Tensors], Tensor]
     usual: Callable[[Tensors], Tensor] | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class Draw:
     def integers(self, high: int, *shape: int) -> Tensor:
         """int64 in [0, high)."""
         return torch.randint(high, shape, generator=self.generator)
+
+
+def kind(name: str) -> str:
+    """What an input is, without which of several: `lora_A` for `lora_A`, `lora_A 1` and `mlp.up_proj.lora_A`."""
+    return name.partition(" ")[0].rpartition(".")[2]
 
 
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -15,6 +15,11 @@ class WorstRow(NamedTuple):
     position: tuple[int, ...]
     error: float
 
+    def __str__(self) -> str:
+        """E.g. `row 2, 1: off by 3.1e-07`."""
+        where = ", ".join(str(i) for i in self.position)
+        return f"row {where}: off by {self.error:.1e}" if where else f"off by {self.error:.1e}"
+
 
 def relative_error(measured: Tensor, truth: Tensor, zero_scale: float = 0.0) -> float:
     """‖measured - truth‖ / ‖truth‖ in float64.

@@ -1,0 +1,210 @@
+"""A tiny decoder of every family: the loss and every adapter gradient of the engine's own training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder import Decoder
+from backhand.nn.family import DecoderConfig
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.verify.cases.block import DROPOUT_SEED, lora_parameters, rotated_where_alike
+from backhand.verify.families import (
+    FAMILIES,
+    adapter_slots,
+    engine_weights,
+    random_batch,
+    random_factors,
+    random_weights,
+)
+from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
+
+DOCUMENTS = (9, 5, 5, 1, 11)
+LOSS_SCALING = 0.043
+ALL_LINEAR_AND_HEAD = ("_proj", "lm_head")
+
+
+class DecoderInputs(NamedTuple):
+    """What one training step is given."""
+
+    decoder: Decoder
+    lora: LoRAParameters
+    batch: PackedBatch
+    loss_scaling: float
+    dropout_seed: int | None
+
+
+class DecoderGrads(NamedTuple):
+    """d_lora_A and d_lora_B of every adapted module, in the order of the slots, and the step's loss."""
+
+    loss: Tensor
+    d_lora_A: tuple[Tensor, ...]
+    d_lora_B: tuple[Tensor, ...]
+
+
+def _backward(_d_y: Tensor, inputs: DecoderInputs) -> DecoderGrads:
+    """The engine's training step; the loss's gradient is the loss scaling."""
+    decoder, lora, batch, loss_scaling, dropout_seed = inputs
+    lora.gradients.zero_()
+    loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
+    return DecoderGrads(
+        loss,
+        tuple(lora.d_lora_A(name).clone() for name in lora.slots),
+        tuple(lora.d_lora_B(name).clone() for name in lora.slots),
+    )
+
+
+def _case(
+    name: str,
+    family: str,
+    *,
+    documents: tuple[int, ...] = DOCUMENTS,
+    targets: tuple[str, ...] | None = None,
+    dropout: float = 0.0,
+    recompute: str = "none",
+    supervised: bool = True,
+) -> Case:
+    draw = Draw(f"decoder: {name}")
+    config = FAMILIES[family]
+    slots = adapter_slots(config, targets, dropout)
+    batch = random_batch(config, documents, draw)
+    if not supervised:
+        batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
+    tensors = {
+        **random_weights(config, draw),
+        **random_factors(slots, draw),
+        "d_y": torch.tensor(LOSS_SCALING, dtype=torch.float64),
+    }
+    seed = DROPOUT_SEED if dropout else None
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        table = t["model.embed_tokens.weight"]
+        decoder = Decoder(config, engine_weights(config, t), recompute=recompute)
+        lora = lora_parameters(slots, t, table.dtype)
+        decoder.attach(lora)
+        on_device = batch.to(table.device)
+        grads = backward(t["d_y"], DecoderInputs(decoder, lora, on_device, float(t["d_y"]), seed))
+        gradients: Tensors = {}
+        for key, d_lora_A, d_lora_B in zip(slots, grads.d_lora_A, grads.d_lora_B, strict=True):
+            gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
+        return ByHand(grads.loss, gradients)
+
+    def reference(t: Tensors) -> Tensor:
+        on_device = batch.to(t["model.embed_tokens.weight"].device)
+        return reference_loss(t, config, on_device, ReferenceAdapter(slots, t, seed))
+
+    return Case(name, tensors, by_hand, reference, pooled=True)
+
+
+CASES = (
+    *(_case(family, family) for family in FAMILIES),
+    *(
+        _case(f"{family}; dropout, recompute {recompute}", family, dropout=0.2, recompute=recompute)
+        for family, recompute in zip(FAMILIES, ("mlp", "block") * len(FAMILIES), strict=False)
+    ),
+    _case("llama; head adapted", "llama", targets=ALL_LINEAR_AND_HEAD),
+    _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
+    _case("head alone", "llama 3, tied head", targets=("lm_head",)),
+    _case("q and v, dropout", "qwen2, qkv bias, tied head", targets=("q_proj", "v_proj"), dropout=0.2),
+    _case("top block's down alone", "gemma3", targets=("2.mlp.down_proj",)),
+    _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
+    _case("one document", "gemma3", documents=(13,)),
+    _case("one-token documents", "llama", documents=(1, 1)),
+    _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
+    _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
+)
+
+
+def _redo(inputs: DecoderInputs, **changes: Any) -> DecoderGrads:
+    """The right training step in a changed setting."""
+    return _backward(torch.empty(0), inputs._replace(**changes))
+
+
+def _as_family(inputs: DecoderInputs, change: Callable[[DecoderConfig], DecoderConfig]) -> DecoderGrads:
+    """The step of a decoder with the same weights that takes itself for something else."""
+    decoder = Decoder(change(inputs.decoder.config), inputs.decoder.weights, recompute=inputs.decoder.recompute)
+    decoder.attach(inputs.lora)
+    grads = _redo(inputs, decoder=decoder)
+    inputs.decoder.attach(inputs.lora)
+    return grads
+
+
+def _batch(inputs: DecoderInputs, **changes: Any) -> PackedBatch:
+    return replace(inputs.batch, **changes)
+
+
+def _one_document(inputs: DecoderInputs) -> PackedBatch:
+    return _batch(inputs, document_lengths=(len(inputs.batch.input_ids),))
+
+
+def _all_supervised(inputs: DecoderInputs) -> PackedBatch:
+    """Masked positions given the next token of the pack as their target."""
+    labels = inputs.batch.labels
+    return _batch(inputs, labels=torch.where(labels == IGNORE_INDEX, inputs.batch.input_ids.roll(-1), labels))
+
+
+def _next_seed(inputs: DecoderInputs) -> int | None:
+    return None if inputs.dropout_seed is None else inputs.dropout_seed + 1
+
+
+def _wider(config: DecoderConfig) -> DecoderConfig:
+    """Every window one token wider."""
+    layers = tuple(replace(layer, window=layer.window and layer.window + 1) for layer in config.layers)
+    return replace(config, layers=layers)
+
+
+def _bases_swapped(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, rotary=config.rotary[::-1])
+
+
+def _unscaled_rotary(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, rotary=tuple(replace(rotary, scaling=None) for rotary in config.rotary))
+
+
+def _per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Tensor, ...]:
+    return tuple(gradient / max(inputs.batch.supervised_tokens, 1) for gradient in gradients)
+
+
+MUTANTS = (
+    *standard_mutants("d_lora_A", "d_lora_B"),
+    Mutant("loss scaling forgotten", "d_lora_A", lambda _g, s, _right: _redo(s, loss_scaling=1.0).d_lora_A),
+    Mutant("mean for sum", "d_lora_B", lambda _g, s, right: _per_token(right.d_lora_B, s)),
+    Mutant("documents see each other", "d_lora_A", lambda _g, s, _right: _redo(s, batch=_one_document(s)).d_lora_A),
+    Mutant("documents see each other", "d_lora_B", lambda _g, s, _right: _redo(s, batch=_one_document(s)).d_lora_B),
+    Mutant("mask of the labels ignored", "d_lora_A", lambda _g, s, _right: _redo(s, batch=_all_supervised(s)).d_lora_A),
+    Mutant(
+        "labels shifted by one",
+        "d_lora_B",
+        lambda _g, s, _right: _redo(s, batch=_batch(s, labels=s.batch.labels.roll(1))).d_lora_B,
+    ),
+    Mutant("dropout ignored", "d_lora_A", lambda _g, s, _right: _redo(s, dropout_seed=None).d_lora_A),
+    Mutant("dropout of another seed", "d_lora_B", lambda _g, s, _right: _redo(s, dropout_seed=_next_seed(s)).d_lora_B),
+    Mutant("window off by one", "d_lora_A", lambda _g, s, _right: _as_family(s, _wider).d_lora_A),
+    Mutant("rotary bases swapped", "d_lora_A", lambda _g, s, _right: _as_family(s, _bases_swapped).d_lora_A),
+    Mutant("rotary scaling ignored", "d_lora_B", lambda _g, s, _right: _as_family(s, _unscaled_rotary).d_lora_B),
+    Mutant(
+        "embedding scaling ignored",
+        "d_lora_A",
+        lambda _g, s, _right: _as_family(s, lambda config: replace(config, embedding_scaling=1.0)).d_lora_A,
+    ),
+    Mutant(
+        "1 + weight read as weight",
+        "d_lora_B",
+        lambda _g, s, _right: _as_family(s, lambda config: replace(config, norm_offset=0.0)).d_lora_B,
+    ),
+    Mutant(
+        "eps of the norms forgotten",
+        "d_lora_A",
+        lambda _g, s, _right: _as_family(s, lambda config: replace(config, norm_eps=0.0)).d_lora_A,
+    ),
+    Mutant("gradients of the next module", "d_lora_A", lambda _g, _s, right: rotated_where_alike(right.d_lora_A)),
+    Mutant("gradients of the next module", "d_lora_B", lambda _g, _s, right: rotated_where_alike(right.d_lora_B)),
+)
+
+PROOFS = (OpProof("decoder", _backward, CASES, MUTANTS),)

@@ -1,0 +1,176 @@
+"""The decoder in plain torch, for autograd to differentiate: the engine's function by another route.
+
+It calls no forward or backward of ours and shares only what is constant: the frozen weights by their Hugging Face
+names, the family as data, the rotary frequencies (equal to transformers' bit by bit) and the dropout masks. Adapters
+act as W + s B A where there is no dropout, each document is attended on its own with an explicit softmax, and the loss
+comes from full logits.
+
+In low precision it computes as transformers does: norms, rotation angles, softmax and loss in float32, the rest in the
+weights' dtype. Its error there is the yardstick for the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.block_adapter import GROUPS, group_seed
+from backhand.nn.family import DecoderConfig
+from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.ops.dropout import dropout_multiplier
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ReferenceAdapter:
+    """An adapter for the reference.
+
+    Attributes:
+        slots: the adapted modules by name.
+        factors: `<module>.lora_A` and `<module>.lora_B`, the tensors that autograd differentiates for.
+        dropout_seed: of the step, or None for no dropout.
+    """
+
+    slots: Mapping[str, LoRASlot]
+    factors: Tensors
+    dropout_seed: int | None = None
+
+    def linear(self, x: Tensor, name: str, weights: Tensors) -> Tensor:
+        """The module `name` on x (tokens, in): frozen weight, bias and low-rank update."""
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        slot = self.slots.get(name)
+        if slot is None:
+            return functional.linear(x, weight, bias)
+        lora_A, lora_B = self.factors[f"{name}.lora_A"], self.factors[f"{name}.lora_B"]
+        mask = self._mask(x, name, slot)
+        if mask is None and x.dtype == torch.float64:
+            return functional.linear(x, weight + slot.scaling * (lora_B @ lora_A), bias)
+        # In low precision the sum W + s B A would be rounded to W's grid, which is not how adapters are trained.
+        low_rank = functional.linear(functional.linear(x if mask is None else x * mask, lora_A), lora_B)
+        return functional.linear(x, weight, bias) + slot.scaling * low_rank
+
+    def _mask(self, x: Tensor, name: str, slot: LoRASlot) -> Tensor | None:
+        if self.dropout_seed is None or slot.dropout == 0.0 or not name.startswith("model.layers."):
+            return None
+        _, _, layer, part = name.split(".", 3)
+        group = next(index for index, parts in enumerate(GROUPS) if part in parts)
+        seed = group_seed(self.dropout_seed, int(layer), group)
+        return dropout_multiplier(x.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
+
+
+def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
+    """Σ nats over the supervised positions, 0-d.
+
+    Args:
+        weights: every frozen tensor by its Hugging Face name, all in one dtype.
+        config: the family.
+        batch: the packed documents.
+        adapter: its factors in the dtype of the weights.
+    """
+    x = reference_embedding(weights, config, batch.input_ids)
+    for layer in range(len(config.layers)):
+        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter)
+    return reference_head(x, weights, config, batch.labels, adapter)
+
+
+def reference_embedding(weights: Tensors, config: DecoderConfig, input_ids: Tensor) -> Tensor:
+    """(tokens, hidden)."""
+    table = weights["model.embed_tokens.weight"]
+    return table[input_ids] * torch.tensor(config.embedding_scaling, dtype=table.dtype, device=table.device)
+
+
+def reference_head(
+    x: Tensor, weights: Tensors, config: DecoderConfig, labels: Tensor, adapter: ReferenceAdapter
+) -> Tensor:
+    """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
+    name = "model.embed_tokens.weight" if config.tied_head else "lm_head.weight"
+    normed = _norm(x, weights["model.norm.weight"], config)
+    logits = adapter.linear(normed, "lm_head", {"lm_head.weight": weights[name]})
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def reference_block(
+    x: Tensor,
+    layer: int,
+    weights: Tensors,
+    config: DecoderConfig,
+    document_lengths: Sequence[int],
+    adapter: ReferenceAdapter,
+) -> Tensor:
+    """One block on x (tokens, hidden)."""
+    block = f"model.layers.{layer}"
+    branch = _norm(x, weights[f"{block}.input_layernorm.weight"], config)
+    branch = _attention(branch, layer, weights, config, document_lengths, adapter)
+    if config.sandwich_norms:
+        branch = _norm(branch, weights[f"{block}.post_attention_layernorm.weight"], config)
+    x = x + branch
+    before_mlp = "pre_feedforward_layernorm" if config.sandwich_norms else "post_attention_layernorm"
+    branch = _norm(x, weights[f"{block}.{before_mlp}.weight"], config)
+    gate = adapter.linear(branch, f"{block}.mlp.gate_proj", weights)
+    up = adapter.linear(branch, f"{block}.mlp.up_proj", weights)
+    activated = functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
+    branch = adapter.linear(activated * up, f"{block}.mlp.down_proj", weights)
+    if config.sandwich_norms:
+        branch = _norm(branch, weights[f"{block}.post_feedforward_layernorm.weight"], config)
+    return x + branch
+
+
+def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
+    """RMSNorm over the last axis; the gain is 1 + weight in some families."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
+    return (normed * (config.norm_offset + weight.to(wide.dtype))).to(x.dtype)
+
+
+def _attention(
+    x: Tensor,
+    layer: int,
+    weights: Tensors,
+    config: DecoderConfig,
+    document_lengths: Sequence[int],
+    adapter: ReferenceAdapter,
+) -> Tensor:
+    """The attention branch, (tokens, hidden), from the normed x, document by document."""
+    name = f"model.layers.{layer}.self_attn"
+    q, k, v = (adapter.linear(x, f"{name}.{part}_proj", weights).unflatten(-1, (-1, config.head_dim)) for part in "qkv")
+    if config.qk_norm:
+        q = _norm(q, weights[f"{name}.q_norm.weight"], config)
+        k = _norm(k, weights[f"{name}.k_norm.weight"], config)
+    rotary = config.rotary[config.layers[layer].rotary]
+    frequencies = inverse_frequencies(rotary, config.head_dim, x.device)
+    group = config.num_heads // config.num_key_value_heads
+    outputs = []
+    lengths = list(document_lengths)
+    for q_one, k_one, v_one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        q_turned, k_turned = _turn(q_one, frequencies), _turn(k_one, frequencies)
+        k_each, v_each = (part.repeat_interleave(group, dim=1) for part in (k_turned, v_one))
+        scores = torch.einsum("qhd,khd->hqk", q_turned, k_each) * config.attention_scaling
+        scores = scores.masked_fill(~_visible(len(q_one), config.layers[layer].window, x.device), float("-inf"))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(x.dtype)
+        outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1))
+    return adapter.linear(torch.cat(outputs), f"{name}.o_proj", weights)
+
+
+def _turn(x: Tensor, frequencies: Tensor) -> Tensor:
+    """x (length, heads, head_dim) turned by position · frequency, the pairs lying across the halves."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    positions = torch.arange(x.shape[0], device=x.device, dtype=wide)
+    angles = torch.outer(positions, frequencies.to(wide))
+    cos, sin = (torch.cat([part, part], dim=-1)[:, None, :].to(x.dtype) for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) a query (row) sees: itself and those before it, as many as the window allows."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < (length if window is None else window))
