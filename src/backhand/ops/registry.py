@@ -10,6 +10,8 @@ OPS: dict[str, str] = {
     "linear": "linear",
     "lora_linear": "lora_linear",
     "lora_linear_group": "lora_linear_group",
+    "lora_embedding": "lora_embedding",
+    "lora_conv": "lora_conv",
     "embedding": "embedding",
     "rms_norm": "rms_norm",
     "rotary": "rotary",

@@ -40,6 +40,7 @@ class Case:
         usual: y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference.
         pooled: judge all gradients of one kind (every lora_A) as one vector in low precision and by finite differences,
             as suits what has dozens of them; in float64 each is still compared with autograd on its own.
+        exempt: inputs that finite differences skip, because part of their gradient is zero by definition.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     reference: Callable[[Tensors], Tensor]
     usual: Callable[[Tensors], Tensor] | None = None
     pooled: bool = False
+    exempt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
