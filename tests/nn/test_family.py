@@ -72,7 +72,6 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
 )
 def test_no_field_of_transformers_is_ignored_unless_neutral(variant: str, overrides: dict[str, Any]) -> None:
     config = {**tiny_config(variant, **overrides).to_dict(), **overrides}
-    private = "_sliding_window_pattern"
     # layer_types would win over the fields from which they follow.
     silent_on_types = {
         key: value for key, value in config.items() if key not in ("layer_types", "_sliding_window_pattern")

@@ -1,0 +1,247 @@
+"""A GGUF file: its header read at once, its arrays and tensors only when asked for.
+
+    "GGUF", version u32, tensors u64, entries u64
+    entries:  key string, type u32, value               string: length u64, bytes; array: type u32, count u64, items
+    tensors:  name string, dimensions u32, sizes u64 …, type u32, offset u64
+    padding to general.alignment (32), then the data; offsets count from there
+
+Little-endian, versions 2 and 3 [ggml docs/gguf.md]. The gguf package's own reader makes Python objects of every token
+and merge, seconds for a usual vocabulary; here string arrays are walked over and decoded on demand. Every length is
+checked against the file, so that a damaged one is an error and neither a crash nor a large allocation.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backhand.errors import ArtifactError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS: dict[int, struct.Struct] = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_FLOAT32 = 6
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_MAX_DIMENSIONS = 4
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where one tensor lies.
+
+    Attributes:
+        name: as the file has it, e.g. `blk.0.attn_q.weight`.
+        shape: slowest dimension first, as torch has it; the file has the reverse.
+        type_id: ggml's number of the storage type.
+        offset: of the first byte in the file.
+        byte_count: bytes of data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class _Array:
+    item_type: int
+    count: int
+    offset: int
+
+
+class GGUFFile:
+    """An open, memory-mapped GGUF file.
+
+    Attributes:
+        path: of the file.
+        tensors: by name, in the order of the file.
+
+    Raises:
+        ArtifactError: for a file that cannot be read, is no GGUF file, or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = _mapped(path)
+        self._size = len(self._data)
+        self._position = 0
+        self._values: dict[str, Any] = {}
+        self.tensors: dict[str, GGUFTensor] = {}
+        try:
+            self._read_header()
+        except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
+            raise self._damaged(f"its header ends early or is garbled ({error})") from None
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        """Keys of the metadata, in the order of the file."""
+        return iter(self._values)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A number, truth value, string or list; a float32 number is the shortest decimal that rounds to it."""
+        value = self._values.get(key, default)
+        return self._items(value) if isinstance(value, _Array) else value
+
+    def bytes_of(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
+        return np.frombuffer(self._data, np.uint8, count=tensor.byte_count, offset=tensor.offset)
+
+    def _read_header(self) -> None:
+        if self._size < 24 or self._data[:4] != _MAGIC:
+            raise ArtifactError(
+                f"{self.path} is not a GGUF file",
+                why="it does not begin with the letters GGUF",
+                next_step="give a .gguf file, or a Hugging Face directory with config.json",
+            )
+        self._position = 4
+        version = self._unpack(_U32)
+        if version not in _VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            why = "it was made for a big-endian machine" if swapped in _VERSIONS else f"its version is {version}"
+            raise ArtifactError(f"{self.path} cannot be read", why=f"{why}; little-endian versions 2 and 3 can")
+        tensor_count, entry_count = self._unpack(_U64), self._unpack(_U64)
+        for _ in range(entry_count):
+            key = self._string()
+            if key in self._values:
+                raise self._damaged(f"the key {key!r} is there twice")
+            self._values[key] = self._value(self._unpack(_U32))
+        entries = [self._tensor_entry() for _ in range(tensor_count)]
+        alignment = self._values.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment = {alignment!r} is not a power of two")
+        start = -(-self._position // alignment) * alignment
+        for name, shape, type_id, offset in entries:
+            self._add_tensor(name, shape, type_id, start + offset)
+
+    def _add_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> None:
+        if name in self.tensors:
+            raise self._damaged(f"the tensor {name} is there twice")
+        byte_count = _byte_count(shape, type_id)
+        if byte_count is None:
+            raise ArtifactError(
+                f"the tensor {name} is stored in a way that cannot be read",
+                where=str(self.path),
+                why=f"ggml type {type_id} with rows of {shape[-1]}",
+                next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
+            )
+        if offset + byte_count > self._size:
+            raise self._damaged(f"the tensor {name} ends at byte {offset + byte_count} of {self._size}")
+        self.tensors[name] = GGUFTensor(name, shape, type_id, offset, byte_count)
+
+    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        dimensions = self._unpack(_U32)
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self._damaged(f"the tensor {name} has {dimensions} dimensions")
+        shape = tuple(self._unpack(_U64) for _ in range(dimensions))[::-1]
+        if not all(shape):
+            raise self._damaged(f"the tensor {name} of shape {shape} is empty")
+        return name, shape, self._unpack(_U32), self._unpack(_U64)
+
+    def _value(self, type_id: int) -> Any:
+        if type_id == _STRING:
+            return self._string()
+        if type_id == _ARRAY:
+            return self._skip_array()
+        if type_id not in _SCALARS:
+            raise self._damaged(f"a value has the unknown type {type_id}")
+        value = self._unpack(_SCALARS[type_id])
+        return _shortest(value) if type_id == _FLOAT32 else value
+
+    def _skip_array(self) -> _Array:
+        item_type, count = self._unpack(_U32), self._unpack(_U64)
+        array = _Array(item_type, count, self._position)
+        if item_type == _STRING:
+            data, position, unpack = self._data, self._position, _U64.unpack_from
+            for _ in range(count):
+                position += 8 + unpack(data, position)[0]
+            self._position = position
+        elif item_type in _SCALARS:
+            self._position += count * _SCALARS[item_type].size
+        else:
+            raise self._damaged(f"an array has items of type {item_type}")
+        if self._position > self._size:
+            raise self._damaged("an array ends behind the end of the file")
+        return array
+
+    def _items(self, array: _Array) -> list[Any]:
+        if array.item_type != _STRING:
+            code = _SCALARS[array.item_type].format[1]
+            values = struct.unpack_from(f"<{array.count}{code}", self._data, array.offset)
+            return [_shortest(value) for value in values] if array.item_type == _FLOAT32 else list(values)
+        data, position, items = self._data, array.offset, []
+        for _ in range(array.count):
+            begin = position + 8
+            position = begin + _U64.unpack_from(data, position)[0]
+            items.append(data[begin:position].decode("utf-8", "replace"))
+        return items
+
+    def _string(self) -> str:
+        length = self._unpack(_U64)
+        begin, self._position = self._position, self._position + length
+        if self._position > self._size:
+            raise self._damaged("a string ends behind the end of the file")
+        return self._data[begin : self._position].decode("utf-8")
+
+    def _unpack(self, kind: struct.Struct) -> Any:
+        (value,) = kind.unpack_from(self._data, self._position)
+        self._position += kind.size
+        return value
+
+    def _damaged(self, why: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path} is damaged or incomplete", why=why, next_step="fetch the file again, and compare its size"
+        )
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file in memory, private and copy-on-write: nothing written to it reaches the file."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except ValueError:
+        raise ArtifactError(f"{path} is empty", next_step="fetch the file again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
+    """Bytes of a tensor, None if the type is unknown or the rows are no whole number of its blocks."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
+    except (ValueError, KeyError):
+        return None
+    return None if shape[-1] % block_size else prod(shape) // block_size * block_bytes
+
+
+def _shortest(value: float) -> float:
+    """1e-05 rather than 9.999999747378752e-06, when what is stored is the float32 number nearest to both."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,203 @@
+"""A base model in a Hugging Face directory: config.json, one or several safetensors files, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from backhand.errors import ArtifactError
+from backhand.nn.loading.source import ModelSource, floating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"
+_FETCH_AGAIN = "fetch the model again"
+
+
+class HuggingFaceDirectory(ModelSource):
+    """An opened directory; the tensors stay mapped until they are read.
+
+    Args:
+        path: of the directory.
+        hub_id: the id it was fetched under.
+        origin: how to name it to people; the path if not given.
+
+    Raises:
+        ArtifactError: naming the file that is missing, damaged or inconsistent.
+    """
+
+    def __init__(self, path: Path, *, hub_id: str | None = None, origin: str | None = None) -> None:
+        self.path = path
+        self.hub_id = hub_id
+        self.origin = origin or str(path)
+        self.config = read_json(path / CONFIG_FILE)
+        self._files: dict[str, _SafetensorsFile] = {}
+        self._places = self._tensor_places()
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header of its file."""
+        file, stored = self._place(name)
+        return file.shape(stored)
+
+    def load(self, name: str) -> Tensor:
+        """The tensor as it is stored, mapped."""
+        file, stored = self._place(name)
+        return file.load(stored)
+
+    def _place(self, name: str) -> tuple[_SafetensorsFile, str]:
+        if name not in self._places:
+            raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step=_FETCH_AGAIN)
+        return self._places[name]
+
+    def _tensor_places(self) -> dict[str, tuple[_SafetensorsFile, str]]:
+        index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE
+        if index.exists():
+            stored = self._indexed(index)
+        elif single.exists():
+            file = self._file(WEIGHTS_FILE)
+            stored = dict.fromkeys(file.names, file)
+        else:
+            raise self._no_weights()
+        # A model saved without its head, as transformers' bare models are, has no `model.` in front.
+        bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
+        places = {}
+        for name, file in stored.items():
+            places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
+        if self.config.get("tie_word_embeddings") is True:
+            places.pop("lm_head.weight", None)
+        return places
+
+    def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+            raise ArtifactError("it has no weight_map of tensor names to file names", where=str(index))
+        absent = sorted(file for file in set(weight_map.values()) if not (self.path / file).exists())
+        if absent:
+            raise ArtifactError(
+                f"{len(absent)} of {len(set(weight_map.values()))} weight files are missing: {', '.join(absent)}",
+                where=str(self.path),
+                next_step=_FETCH_AGAIN,
+            )
+        stored = {name: self._file(file) for name, file in weight_map.items()}
+        for name, file in stored.items():
+            if name not in file.names:
+                raise ArtifactError(
+                    f"{INDEX_FILE} says that {name} is here, and it is not",
+                    where=str(file.path),
+                    next_step=_FETCH_AGAIN,
+                )
+        return stored
+
+    def _file(self, name: str) -> _SafetensorsFile:
+        if name not in self._files:
+            self._files[name] = _SafetensorsFile(self.path / name)
+        return self._files[name]
+
+    def _no_weights(self) -> ArtifactError:
+        pickles = sorted(file.name for file in self.path.glob("*.bin"))
+        if pickles:
+            return ArtifactError(
+                f"{self.path} has its weights as pickle ({', '.join(pickles[:3])}), which can run code when it is read",
+                next_step="load it with transformers and save_pretrained it, which writes safetensors",
+            )
+        return ArtifactError(
+            f"{self.path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}", next_step=f"{_FETCH_AGAIN}, with its weights"
+        )
+
+    def _read_generation_config(self) -> dict[str, Any]:
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.exists() else {}
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # tokenizers raises bare Exception, transformers a dozen kinds
+            raise ArtifactError(
+                "the tokenizer cannot be read",
+                where=str(self.path),
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                next_step="tokenizer.json and tokenizer_config.json must be there, as save_pretrained writes them",
+            ) from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ArtifactError(
+                f"the tokenizer is a {type(tokenizer).__name__}; only fast ones say where in the text their tokens lie",
+                where=str(self.path),
+                next_step="save a fast version of it, with tokenizer.json",
+            )
+        return tokenizer
+
+
+class _SafetensorsFile:
+    """One mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _handle(self) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._handle.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(name).get_shape())
+
+    def load(self, name: str) -> Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            tensor: Tensor = self._handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+        return floating(tensor, name, str(self.path))
+
+    def _damaged(self, error: Exception) -> ArtifactError:
+        with self.path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if is_pointer:
+            return ArtifactError(
+                f"{self.path} is a git-lfs pointer, not the weights", next_step="run git lfs pull in its directory"
+            )
+        return ArtifactError(f"{self.path} is damaged or incomplete", why=str(error), next_step=_FETCH_AGAIN)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ArtifactError: if it cannot be read, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON", why=str(error), next_step=_FETCH_AGAIN) from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} is not a JSON object", next_step=_FETCH_AGAIN)
+    return value
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value

