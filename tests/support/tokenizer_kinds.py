@@ -82,7 +82,7 @@ def _sentence_pieces() -> str:
     backend.train_from_iterator(_CORPUS, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     state = json.loads(backend.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["special"]]
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     return json.dumps(state)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 from backhand.data.examples import Example, PreparedData, summed
@@ -15,7 +14,7 @@ _STREAM = "held-out split"
 def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
     """Training and held-out examples, each in the order of the file.
 
-    All documents of a row, and all rows with the same tokens, go to the same side.
+    All documents of a row, and all rows that share a document, go to the same side.
 
     Args:
         fraction: share of the distinct rows to hold out, in (0, 1); at least one row stays on either side.
@@ -24,11 +23,8 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     Raises:
         DataError: there are fewer than two distinct rows.
     """
-    rows: dict[str, hashlib._Hash] = {}
-    for example in data.examples:
-        rows.setdefault(example.source, hashlib.sha256()).update(example.key)
-    row_keys = {source: key.digest() for source, key in rows.items()}
-    distinct = list(dict.fromkeys(row_keys.values()))
+    groups = _groups(data.examples)
+    distinct = list(dict.fromkeys(groups))
     if len(distinct) < 2:
         raise DataError(
             f"{len(distinct)} distinct row is too few to hold some of them out",
@@ -38,12 +34,29 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
     held = {distinct[i] for i in random_order(len(distinct), seed, _STREAM)[:count]}
     sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in data.examples:
-        sides[row_keys[example.source] in held].append(example)
+    for example, group in zip(data.examples, groups, strict=True):
+        sides[group in held].append(example)
     return summed(sides[0], data.report), summed(sides[1], data.report)
 
 
 def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> list[Example]:
     """The held-out examples whose tokens also stand in the training data, whatever carries loss in them."""
-    seen = {hashlib.sha256(example.input_ids.tobytes()).digest() for example in train}
-    return [example for example in held_out if hashlib.sha256(example.input_ids.tobytes()).digest() in seen]
+    seen = {example.token_key for example in train}
+    return [example for example in held_out if example.token_key in seen]
+
+
+def _groups(examples: Sequence[Example]) -> list[int]:
+    """The index of the first example in each one's group; equal rows and equal tokens join groups (union-find)."""
+    parents = list(range(len(examples)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = i = parents[parents[i]]
+        return i
+
+    first: dict[str | bytes, int] = {}
+    for i, example in enumerate(examples):
+        for name in (example.source, example.token_key):
+            one, other = sorted((root(first.setdefault(name, i)), root(i)))
+            parents[other] = one
+    return [root(i) for i in range(len(examples))]

@@ -82,7 +82,10 @@ class TextEncoder:
         self.special = _any_of(special)
         self._breaks_special = _starts_of(special)
         self._breaks_written = _starts_of(written | special.keys())
-        self._special_ids = np.array(sorted(special.values()), dtype=np.int32)
+        unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
+        # A tokenizer with a token for unknown characters may write that one for any text.
+        guarded = sorted(index for token, index in special.items() if token != unknown)
+        self._guarded_ids = np.array(guarded, dtype=np.int32)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
@@ -127,7 +130,7 @@ class TextEncoder:
         else:
             input_ids, ends = self._encode_marked(text, mark, breaks)
         expected = sum(1 for _ in self.special.finditer(text))
-        if np.isin(input_ids, self._special_ids).sum() > expected:
+        if np.isin(input_ids, self._guarded_ids).sum() > expected:
             raise DataError(
                 "a control token comes about that is not written in the row",
                 where=source,

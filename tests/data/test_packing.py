@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backhand.data.examples import Example
+from backhand.data.packing import micro_batches, pack, trained_length
+from backhand.nn.batch import IGNORE_INDEX
+
+
+def example(ids: list[int], supervised: list[int]) -> Example:
+    mask = np.zeros(len(ids), dtype=np.bool_)
+    mask[supervised] = True
+    return Example(np.array(ids, dtype=np.int32), mask, "f:1")
+
+
+def test_labels_are_the_next_tokens_of_the_same_document() -> None:
+    batch = pack([example([10, 11, 12, 13], [2, 3]), example([20, 21, 22, 23, 24], [1, 3])])
+    assert batch.document_lengths == (3, 3)
+    assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 22]
+    assert batch.labels.tolist() == [IGNORE_INDEX, 12, 13, 21, IGNORE_INDEX, 23]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_what_cannot_change_the_loss_is_left_out() -> None:
+    assert trained_length(example([1, 2, 3, 4], [1])) == 1
+    assert trained_length(example([1, 2], [])) == 0
+    assert pack([example([1, 2], [])]).document_lengths == ()
+    assert pack([]).input_ids.shape == (0,)
+
+
+supervised_examples = st.integers(1, 12).flatmap(
+    lambda n: st.builds(
+        example,
+        st.lists(st.integers(0, 99), min_size=n, max_size=n),
+        st.lists(st.integers(1, n - 1)) if n > 1 else st.just([]),
+    )
+)
+
+
+@given(st.lists(supervised_examples, max_size=8))
+def test_every_supervised_token_is_a_label_behind_its_own_past(examples: list[Example]) -> None:
+    batch = pack(examples)
+    assert batch.supervised_tokens == sum(int(e.supervised.sum()) for e in examples)
+    assert list(batch.document_lengths) == sorted(batch.document_lengths)
+    pasts = []
+    start = 0
+    for length in batch.document_lengths:
+        ids, labels = batch.input_ids[start : start + length], batch.labels[start : start + length]
+        pasts += [(*ids[: i + 1].tolist(), int(labels[i])) for i in range(length) if labels[i] != IGNORE_INDEX]
+        start += length
+    expected = [tuple(e.input_ids[: i + 1].tolist()) for e in examples for i in np.flatnonzero(e.supervised)]
+    assert sorted(pasts) == sorted(expected)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.none() | st.integers(1, 5),
+    st.none() | st.integers(1, 80),
+)
+def test_micro_batches_hold_every_row_once_within_the_limits(
+    lengths: list[int], max_rows: int | None, max_tokens: int | None
+) -> None:
+    rows = list(range(0, len(lengths), 2))
+    groups = micro_batches(rows, lengths, max_rows=max_rows, max_tokens=max_tokens)
+    assert sorted(row for group in groups for row in group) == rows
+    for group in groups:
+        assert max_rows is None or len(group) <= max_rows
+        assert max_tokens is None or len(group) == 1 or sum(lengths[row] for row in group) <= max_tokens
+    order = [lengths[row] for group in groups for row in group]
+    assert order == sorted(order, reverse=True)
+
+
+def test_without_limits_there_is_one_micro_batch() -> None:
+    assert micro_batches([2, 0, 1], [5, 5, 9]) == [[2, 0, 1]]

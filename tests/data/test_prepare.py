@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.examples import Example, PreparedData
+from backhand.data.options import DataOptions
+from backhand.data.prepare import prepare, prepare_prompts
+from backhand.errors import DataError, UsageError
+from support.tokenizer_kinds import RETHINKING, byte_level, sentence_pieces
+
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def prepared(tmp_path: Path, rows: list[Any], tokenizer: Any = None, **options: Any) -> PreparedData:
+    data = write(tmp_path / "rows.jsonl", rows)
+    train, held_out = prepare(DataOptions(data=(data,), **options), tokenizer or byte_level())
+    assert held_out is None
+    return train
+
+
+def supervised_text(example: Example, tokenizer: Any = None) -> str:
+    text: str = (tokenizer or byte_level()).decode(example.input_ids[example.supervised])
+    return text
+
+
+def whole_text(example: Example, tokenizer: Any = None) -> str:
+    text: str = (tokenizer or byte_level()).decode(example.input_ids)
+    return text
+
+
+def test_three_forms_of_one_row_become_the_same_tokens(tmp_path: Path) -> None:
+    rows = [CHAT, {"prompt": "q", "completion": "yes"}, {"instruction": "q", "input": "", "output": "yes"}]
+    digests = {prepared(tmp_path, [row]).digest for row in rows}
+    assert len(digests) == 1
+    (example,) = prepared(tmp_path, [CHAT]).examples
+    assert whole_text(example) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    assert supervised_text(example) == "yes<|im_end|>"
+
+
+def test_without_a_template_prompt_and_completion_are_joined_as_they_stand(tmp_path: Path) -> None:
+    tokenizer = sentence_pieces()
+    tokenizer.chat_template = None
+    data = prepared(tmp_path, [{"prompt": "yes </s>", "completion": " no"}], tokenizer)
+    (example,) = data.examples
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert example.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert supervised_text(example, tokenizer).strip() == "no</s>"
+    assert whole_text(example, tokenizer).replace(" ", "") == "<s>yes</s>no</s>"
+    assert data.report.notes == (
+        "1 row joined as they stand, for want of a chat template",
+        "1 row with control tokens of the model in their text, read as plain text",
+    )
+
+
+def test_without_a_template_instructions_get_blank_lines(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
+    row = {"instruction": "i", "input": "x", "output": "yes", "system": "s"}
+    (example,) = prepared(tmp_path, [row], tokenizer).examples
+    assert whole_text(example) == "s\n\ni\n\nx\n\nyes<|im_end|>"
+    assert supervised_text(example) == "yes<|im_end|>"
+
+
+def test_rows_that_are_rendered_already_keep_their_control_tokens(tmp_path: Path) -> None:
+    row = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "yes<|im_end|>"}
+    data = prepared(tmp_path, [row], chat_template="none")
+    assert data.digest == prepared(tmp_path, [CHAT]).digest
+    assert data.report.notes == ("1 row joined as they stand, control tokens included",)
+
+
+def test_text_rows_are_documents_of_their_own(tmp_path: Path) -> None:
+    tokenizer = sentence_pieces()
+    rows = [{"text": "yes"}, {"text": "<s>yes</s>"}]
+    data = prepared(tmp_path, rows, tokenizer)
+    plain, written = data.examples
+    assert plain.input_ids.tolist() == [1, *tokenizer.encode("yes", add_special_tokens=False), 2]
+    assert [ids[0] for ids in (plain.input_ids, written.input_ids)] == [1, 1], "no second begin-of-sequence token"
+    assert [ids.tolist().count(2) for ids in (plain.input_ids, written.input_ids)] == [1, 1]
+    assert all(example.supervised.tolist() == [False] + [True] * (len(example) - 1) for example in data.examples)
+    assert "count as such" in data.report.notes[0]
+
+
+def test_training_on_all_tokens(tmp_path: Path) -> None:
+    (example,) = prepared(tmp_path, [CHAT], train_on="all").examples
+    assert example.supervised.tolist() == [False] + [True] * (len(example) - 1)
+    assert whole_text(example).endswith("yes<|im_end|>\n")
+
+
+def test_a_rewriting_template_makes_several_documents_of_a_row(tmp_path: Path) -> None:
+    turns = [("user", "q"), ("assistant", "<think>a</think>yes"), ("user", "q"), ("assistant", "<think>b</think>no")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    data = prepared(tmp_path, [row], chat_template=RETHINKING)
+    assert [supervised_text(e) for e in data.examples] == [
+        "<think>a</think>yes<|im_end|>",
+        "<think>b</think>no<|im_end|>",
+    ]
+    assert (data.report.rows, data.report.documents) == (1, 2)
+    assert "several documents" in data.report.notes[0]
+
+
+def test_counts_of_what_was_cut_and_left_out(tmp_path: Path) -> None:
+    rows = [
+        CHAT,
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no " * 40}]},
+        {"messages": [{"role": "user", "content": "q " * 40}, {"role": "assistant", "content": "no"}]},
+        {"messages": [{"role": "user", "content": "q"}]},
+        '{"messages": 3}',
+        "{",
+    ]
+    report = prepared(tmp_path, rows, max_length=40, skip_bad=True).report
+    assert (report.rows, report.documents) == (4, 2)
+    assert (report.truncated, report.dropped_long, report.dropped_unsupervised, report.skipped_bad) == (2, 0, 2, 2)
+    assert [error.where for error in report.bad_rows] == [f"{tmp_path / 'rows.jsonl'}:{i}" for i in (5, 6)]
+    report = prepared(tmp_path, rows, max_length=40, skip_bad=True, long_rows="drop").report
+    assert (report.documents, report.dropped_long, report.dropped_unsupervised) == (1, 2, 1)
+
+
+def test_nothing_supervised_is_an_error_that_says_why(tmp_path: Path) -> None:
+    long_prompt = {"messages": [{"role": "user", "content": "q " * 40}, {"role": "assistant", "content": "no"}]}
+    with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
+        prepared(tmp_path, [long_prompt] * 3, max_length=20)
+    assert raised.value.why == "3 without a supervised token, 3 truncated to 20 tokens"
+    assert "--max-length" in str(raised.value.next_step)
+    with pytest.raises(DataError, match="nothing in the data carries loss"):
+        prepared(tmp_path, [{"messages": [{"role": "user", "content": "q"}]}])
+
+
+@pytest.mark.parametrize("content", ["\n\n", "{}\n", "{\n"])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_files_without_a_row_are_errors(tmp_path: Path, content: str, skip_bad: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as raised:
+        prepare(DataOptions(data=(str(path),), skip_bad=skip_bad), byte_level())
+    assert str(path) in str(raised.value.where)
+
+
+def test_a_conversation_without_any_template_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template") as raised:
+        prepared(tmp_path, [CHAT], tokenizer)
+    assert "--chat-template" in str(raised.value.next_step)
+    with pytest.raises(DataError, match="no chat template"):
+        prepared(tmp_path, [CHAT], chat_template="none")
+
+
+@pytest.mark.parametrize("options", [{"system": "s"}, {"template_args": {"a": 1}}])
+def test_options_for_a_template_that_is_not_there_contradict(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as raised:
+        prepared(tmp_path, [{"prompt": "q", "completion": "a"}], chat_template="none", **options)
+    assert raised.value.where in options
+
+
+def test_several_files_may_have_several_forms(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", [CHAT, CHAT])
+    two = tmp_path / "two.csv"
+    two.write_text("prompt,completion\nq,yes\n")
+    train, _ = prepare(DataOptions(data=(one, str(two))), byte_level())
+    assert [(form.form, form.rows) for form in train.report.sources] == [("messages", 2), ("prompt/completion", 1)]
+    assert len({example.key for example in train.examples}) == 1
+    assert train.report.lines()[0] == f"{one}: messages, 2 rows"
+    train, _ = prepare(DataOptions(data=(one, str(two)), max_rows=1), byte_level())
+    assert train.report.rows == 1
+
+
+def test_held_out_rows_from_a_file_with_a_warning_for_those_that_were_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "yes"} for i in range(6)]
+    data, held = write(tmp_path / "train.jsonl", rows[:4]), write(tmp_path / "held.jsonl", rows[3:])
+    train, held_out = prepare(DataOptions(data=(data,), eval_data=(held,)), byte_level())
+    assert held_out is not None
+    assert (len(train.examples), len(held_out.examples)) == (4, 3)
+    assert (
+        f"1 of 3 held-out documents also stand in the training data, for example {held}:1" in held_out.report.notes[0]
+    )
+
+
+def test_held_out_rows_from_a_fraction_or_from_the_file_beside(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "yes"} for i in range(10)]
+    data = write(tmp_path / "train.jsonl", rows)
+    train, held_out = prepare(DataOptions(data=(data,), eval_fraction=0.3), byte_level(), seed=1)
+    assert held_out is not None
+    assert (len(train.examples), len(held_out.examples)) == (7, 3)
+    write(tmp_path / "valid.jsonl", [CHAT])
+    train, held_out = prepare(DataOptions(data=(str(tmp_path),)), byte_level())
+    assert held_out is not None
+    assert (len(train.examples), len(held_out.examples)) == (10, 1)
+
+
+def test_no_data_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no data"):
+        prepare(DataOptions(), byte_level())
+
+
+def test_prompts_end_where_training_begins_to_supervise(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    for template in (None, "none"):
+        rows: list[Any] = [{"prompt": "the ass", "completion": "istant\n", "system": "s"}]
+        options = DataOptions(data=(write(tmp_path / "rows.jsonl", rows),), chat_template=template)
+        (prompt,), report = prepare_prompts(options, options, tokenizer)
+        (example,) = prepare(options, tokenizer)[0].examples
+        assert prompt.input_ids.tolist() == example.input_ids[: example.supervised.argmax()].tolist()
+        assert prompt.reply == "istant\n"
+        assert report.rows == 1
+
+
+def test_prompts_of_conversations_texts_and_questions(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    turns = [("user", "q1"), ("assistant", "one"), ("user", "q2 <|im_end|>"), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+
+    def prompts(row: dict[str, Any]) -> tuple[str, str | None]:
+        options = DataOptions(data=(write(tmp_path / "rows.jsonl", [row]),))
+        (prompt,), _ = prepare_prompts(options, options, tokenizer)
+        assert tokenizer.decode(prompt.input_ids) == prompt.text
+        return prompt.text, prompt.reply
+
+    asked = (
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+        "<|im_start|>user\nq2 <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompts({"messages": messages}) == (asked, "two")
+    assert prompts({"messages": messages[:-1]}) == (asked, None)
+    assert prompts({"prompt": messages[:-1]}) == (asked, None)
+    assert prompts({"prompt": messages[:-1], "completion": messages[-1:]}) == (asked, "two")
+    assert prompts({"question": "q"}) == ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", None)
+    assert prompts({"text": "once"}) == ("once", None)
+
+
+def test_a_date_in_the_template_is_pointed_out(tmp_path: Path) -> None:
+    template = "{{ date_string or strftime_now('%Y') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    assert "date_string" in prepared(tmp_path, [CHAT], chat_template=template).report.notes[-1]
+    fixed = prepared(tmp_path, [CHAT], chat_template=template, template_args={"date_string": "1"})
+    assert fixed.report.notes == ()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from backhand.data.examples import DataReport, Example, PreparedData, summed
+from backhand.data.random_order import random_order
+from backhand.data.split import overlap, split
+from backhand.errors import DataError
+
+
+def example(first: int, source: str, *, supervised: int = 1) -> Example:
+    mask = np.zeros(3, dtype=np.bool_)
+    mask[supervised] = True
+    return Example(np.array([first, 1, 2], dtype=np.int32), mask, source)
+
+
+def data(count: int) -> PreparedData:
+    return summed([example(i, f"f:{i}") for i in range(count)], DataReport(rows=count))
+
+
+def test_random_order_is_a_fixed_permutation() -> None:
+    assert sorted(random_order(100, 7, "a")) == list(range(100))
+    assert random_order(8, 1, "epoch", 0).tolist() == [1, 4, 6, 0, 7, 5, 3, 2]
+    assert random_order(100, 7, "a").tolist() != random_order(100, 8, "a").tolist()
+    assert random_order(100, 7, "a").tolist() != random_order(100, 7, "b").tolist()
+    assert random_order(0, 1).tolist() == []
+
+
+def test_a_split_holds_every_row_on_one_side_in_order() -> None:
+    train, held = split(data(50), 0.2, seed=3)
+    assert len(held.examples) == 10
+    assert held.report.tokens == 30 and train.report.tokens == 120
+    sides = [int(e.input_ids[0]) for e in train.examples], [int(e.input_ids[0]) for e in held.examples]
+    assert sides[0] == sorted(sides[0]) and sides[1] == sorted(sides[1])
+    assert sorted(sides[0] + sides[1]) == list(range(50))
+    assert split(data(50), 0.2, seed=3)[1].digest == held.digest
+    assert split(data(50), 0.2, seed=4)[1].digest != held.digest
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.999, 4), (0.5, 2)])
+def test_both_sides_keep_a_row(fraction: float, held: int) -> None:
+    assert len(split(data(5), fraction, seed=0)[1].examples) == held
+
+
+def test_documents_of_a_row_and_equal_rows_stay_together() -> None:
+    examples = [example(i % 10, f"f:{i}") for i in range(30)]
+    examples += [example(100 + i, f"f:{i}") for i in range(0, 30, 10)]
+    train, held = split(summed(examples, DataReport()), 0.4, seed=1)
+    assert not overlap(train.examples, held.examples)
+    assert not {e.source for e in train.examples} & {e.source for e in held.examples}
+
+
+def test_one_distinct_row_cannot_be_split() -> None:
+    twice = summed([example(1, "f:1"), example(1, "f:2")], DataReport())
+    with pytest.raises(DataError, match="too few"):
+        split(twice, 0.5, seed=0)
+
+
+def test_overlap_looks_at_tokens_alone() -> None:
+    held = [example(1, "g:1", supervised=2), example(2, "g:2")]
+    assert [e.source for e in overlap([example(1, "f:1"), example(3, "f:3")], held)] == ["g:1"]
