@@ -5,7 +5,8 @@ his own turn. `protect` therefore breaks them apart in everything that comes fro
 character: a private-use character that the text does not hold. A second copy of the tokenizer knows the mark as a
 token of its own; it splits there, as it does at every such token, and the mark's id is taken out again. What is left
 decodes to the user's own text and holds no control token. Text without such characters, which is nearly all text, goes
-through the tokenizer itself.
+through the tokenizer itself. (A tokenizer that puts a space before every piece, as some sentencepiece ones do, puts
+one at the break too.)
 
 The same mark, put between a prompt and its answer, keeps a token from straddling the two: at generation the prompt ends
 there too.
