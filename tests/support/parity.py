@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder import Decoder
+from backhand.nn.loading.in_memory import InMemoryModel
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 
 _PREFIX = "base_model.model."
-
-
-class InMemorySource:
-    """A model source over a transformers model's own tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.config: dict[str, object] = model.config.to_dict()  # type: ignore[union-attr, operator]
-        self._tensors = model.state_dict()
-
-    def load(self, name: str) -> Tensor:
-        return self._tensors[name].detach().clone()
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -104,8 +94,7 @@ def decoder_like(adapted: Any, scaling: float, *, dtype: torch.dtype = torch.flo
         for name, tensor in base.state_dict().items()
         if "lora_" not in name
     }
-    source = InMemorySource(base)
-    source._tensors = clean
+    source = InMemoryModel(base.config.to_dict(), clean)
     decoder = Decoder.from_source(source, dtype=dtype, **options)
     decoder.attach(lora_from_peft(adapted, scaling, torch.float64 if dtype == torch.float64 else torch.float32))
     return decoder

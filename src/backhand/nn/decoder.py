@@ -9,17 +9,17 @@ gradient to one flat buffer. It stops at the lowest adapted module: below it not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.block import RECOMPUTE_MODES, BlockContext, BlockSaved, block_backward, block_forward
 from backhand.nn.block_adapter import block_adapter, lowest_adapted_group
-from backhand.nn.decoder_weights import DecoderWeights, TensorSource, load_weights, module_shapes, named_views
+from backhand.nn.decoder_weights import DecoderWeights, load_weights, module_shapes, named_views
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
+from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.rotary_frequencies import inverse_frequencies
 from backhand.ops.linear_cross_entropy import (
@@ -32,15 +32,6 @@ from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_table
 
 HEAD = "lm_head"
-
-
-class ConfiguredSource(TensorSource, Protocol):
-    """A model source: tensors by name and the Hugging Face configuration."""
-
-    @property
-    def config(self) -> dict[str, object]:
-        """Hugging Face configuration keys."""
-        ...
 
 
 class Decoder:
@@ -64,7 +55,7 @@ class Decoder:
 
     @classmethod
     def from_source(
-        cls, source: ConfiguredSource, *, dtype: torch.dtype, device: torch.device | str = "cpu", recompute: str = "none"
+        cls, source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu", recompute: str = "none"
     ) -> Decoder:
         """Read the configuration and every tensor of a model source into the compute dtype.
 
@@ -91,10 +82,6 @@ class Decoder:
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, view) of every base tensor; training must not move any of them."""
-        return named_views(self.weights, self.config)
-
-    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, view) of every frozen tensor."""
         return named_views(self.weights, self.config)
 
     def attach(self, lora: LoRAParameters) -> None:

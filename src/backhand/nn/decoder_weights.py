@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from backhand.nn.family import DecoderConfig
-
-
-class TensorSource(Protocol):
-    """What loading needs of a model source: tensors by Hugging Face name."""
-
-    def load(self, name: str) -> Tensor:
-        """The tensor in Hugging Face layout, in its native dtype or float32."""
-        ...
+from backhand.nn.loading.source import ModelSource, fill
 
 
 @dataclass
@@ -127,16 +119,15 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
 
 
 def load_weights(
-    source: TensorSource, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    source: ModelSource, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> DecoderWeights:
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Raises:
-        ArtifactError: from the source, for a tensor that is missing or of another shape.
+        ArtifactError: listing every tensor that is missing or of another shape.
     """
     weights = empty_weights(config, dtype, device)
-    for name, view in named_views(weights, config):
-        view.copy_(source.load(name))
+    fill(source, named_views(weights, config))
     return weights
 
 

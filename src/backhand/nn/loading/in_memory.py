@@ -1,0 +1,62 @@
+"""A model that is already in memory, as a source: a transformers model's tensors, or any others with a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from backhand.errors import ArtifactError
+from backhand.nn.loading.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class InMemoryModel(ModelSource):
+    """A source over tensors in memory, which it neither copies nor changes.
+
+    Args:
+        config: Hugging Face configuration keys.
+        tensors: by Hugging Face name, in Hugging Face layout; a head that is tied may be among them or not.
+        tokenizer: what `tokenizer()` returns.
+        origin: how to name it to people.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        origin: str = "memory",
+    ) -> None:
+        self.config = dict(config)
+        self.path = Path(origin)
+        self.hub_id = None
+        self.origin = origin
+        self._tensors = dict(tensors)
+        self._given_tokenizer = tokenizer
+        if self.config.get("tie_word_embeddings") is True:
+            self._tensors.pop("lm_head.weight", None)
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self.load(name).shape)
+
+    def load(self, name: str) -> Tensor:
+        """The tensor itself."""
+        if name not in self._tensors:
+            raise ArtifactError(f"there is no tensor {name}", where=self.origin)
+        return self._tensors[name].detach()
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
+        if self._given_tokenizer is None:
+            raise ArtifactError("this model came without a tokenizer", where=self.origin)
+        return self._given_tokenizer
