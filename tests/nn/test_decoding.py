@@ -125,11 +125,15 @@ def test_a_removed_row_gives_its_number_to_the_last_one() -> None:
 def test_a_shared_prefix_is_computed_once_and_copied() -> None:
     decoder = adapted_decoder("qwen3")
     prefix, endings = ids(14), [ids(4, seed=8), ids(6, seed=9), ids(4, seed=10)]
-    state = IncrementalDecoder(decoder, rows=3, capacity=40)
-    state.cache.add_rows(3)
-    state.extend([0], [prefix])
-    state.cache.copy_row(0, [1, 2])
-    logits = state.extend(range(3), endings)
+    shared = IncrementalDecoder(decoder, capacity=14)
+    shared.cache.add_rows(1)
+    shared.extend([0], [prefix])
+    state = IncrementalDecoder(decoder, rows=4, capacity=2)
+    state.cache.add_rows(1)
+    state.extend([0], [[7, 8]])
+    state.cache.copy_row(shared.cache, 0, state.cache.add_rows(3))
+    assert state.cache.lengths == [2, 14, 14, 14]
+    logits = state.extend(range(1, 4), endings)
     for row, ending in enumerate(endings):
         assert relative_error(logits[row], full(decoder, prefix + ending)[-1]) < TOLERANCE
 

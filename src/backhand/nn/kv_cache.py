@@ -7,8 +7,6 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -80,7 +78,9 @@ class KVCache:
         length = self.lengths.pop()
         if row == last:
             return None
-        self._copy(last, row, length)
+        for buffers in (self.keys, self.values):
+            for buffer in buffers:
+                buffer[row, :, :length] = buffer[last, :, :length]
         self.lengths[row] = length
         return last
 
@@ -88,11 +88,15 @@ class KVCache:
         """Forget what the row holds behind its first `length` tokens."""
         self.lengths[row] = min(length, self.lengths[row])
 
-    def copy_row(self, source: int, targets: Sequence[int]) -> None:
-        """Give every target row the content of the source row, as a prefix that they share has been computed once."""
-        for target in targets:
-            self._copy(source, target, self.lengths[source])
-            self.lengths[target] = self.lengths[source]
+    def copy_row(self, origin: KVCache, row: int, targets: range) -> None:
+        """Give neighbouring rows the content of a row of another cache: a prefix that they share is computed once."""
+        length = origin.lengths[row]
+        self.reserve(length)
+        span = slice(targets.start, targets.stop)
+        for mine, theirs in ((self.keys, origin.keys), (self.values, origin.values)):
+            for target, source in zip(mine, theirs, strict=True):
+                target[span, :, :length] = source[row, :, :length]
+        self.lengths[span] = [length] * len(targets)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in every row; what is in the rows in use is kept."""
@@ -128,7 +132,7 @@ class KVCache:
         self.keys[layer][rows, :, positions] = keys
         self.values[layer][rows, :, positions] = values
 
-    def _copy(self, source: int, target: int, length: int) -> None:
-        for buffers in (self.keys, self.values):
-            for buffer in buffers:
-                buffer[target, :, :length] = buffer[source, :, :length]
+
+def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """What one token of one row takes, keys and values of all layers together."""
+    return 2 * len(config.layers) * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,174 @@
+"""What `backhand generate` and `backhand chat` can be told.
+
+This file imports no torch: the command line reads the fields and their docstrings for its help.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backhand.data.options import RowSources, TemplateOptions, check_count, check_text
+from backhand.errors import UsageError
+from backhand.nn.model_options import BaseModelOptions
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen, and where the answer ends."""
+
+    greedy: bool = False
+    """Always take the likeliest token; nothing is drawn."""
+
+    temperature: float = 0.7
+    """Divides the logits before drawing: below 1 likely tokens become likelier, 0 is the same as `greedy`."""
+
+    top_p: float = 0.95
+    """Draw only from the likeliest tokens that together reach this probability. In (0, 1]; 1 draws from all."""
+
+    top_k: int | None = None
+    """Draw only from so many likeliest tokens. At least 1; not given: from all."""
+
+    seed: int = 0
+    """Of the draws. The same seed, model and prompt give the same answer."""
+
+    max_new_tokens: int = 512
+    """Longest answer, in tokens. At least 1."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer, besides the model's own end-of-turn tokens; they are not part of it."""
+
+    def check_sampling(self) -> None:
+        """Raise UsageError naming field, value and range for the first field that is out of range."""
+        if not isinstance(self.greedy, bool):
+            raise UsageError(f"greedy {self.greedy!r} is neither true nor false", where="greedy")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise UsageError(f"temperature {self.temperature!r} is not a number of at least 0", where="temperature")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p {self.top_p!r} is not a number in (0, 1]", where="top_p")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, at_least=1)
+        check_count("seed", self.seed, at_least=0)
+        if self.seed >= 2**63:
+            raise UsageError(f"seed {self.seed} is not below 2**63", where="seed")
+        check_count("max_new_tokens", self.max_new_tokens, at_least=1)
+        for text in self.stop:
+            check_text("stop", text)
+            if not text:
+                raise UsageError("a stop string is empty", where="stop")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Who answers."""
+
+    adapter: Path | None = None
+    """Adapter on the base model: the directory that training or PEFT wrote."""
+
+
+@dataclass(frozen=True)
+class AnswerOptions(AdapterOptions):
+    """What is asked, and where the answers go."""
+
+    prompt: str | None = None
+    """What to answer; `-` reads it from standard input. A model without a chat template continues it as it stands."""
+
+    output: Path | None = None
+    """With `data`: JSON Lines file for the answers, one line a row in the order of the rows; not given: standard
+    output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+    compare: bool = False
+    """Answer with the base model and with the adapter, both labelled."""
+
+    batch_rows: int = 64
+    """With `data`: rows answered at once, fewer where their keys and values would take over a gigabyte."""
+
+    quiet: bool = False
+    """Print answers and errors only."""
+
+    def check_answer(self) -> None:
+        """Raise UsageError naming field, value and range for the first field that is out of range."""
+        check_text("prompt", self.prompt)
+        check_count("batch_rows", self.batch_rows, at_least=1)
+        if self.compare and self.adapter is None:
+            raise UsageError(
+                "there is nothing to compare the base model with", where="compare", next_step="give --adapter as well"
+            )
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """One answer, or a file of them.
+
+    Attributes:
+        model: the base model and how it is computed.
+        answer: adapter, prompt, where answers go.
+        rows: a whole file of prompts.
+        template: how a prompt becomes a conversation.
+        sampling: how tokens are chosen.
+    """
+
+    answer: AnswerOptions = field(default_factory=AnswerOptions)
+    rows: RowSources = field(default_factory=RowSources)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def validate(self) -> GenerateOptions:
+        """Check every field by itself and against the others; return self.
+
+        Raises:
+            UsageError: names the field, its value and the range it must lie in.
+        """
+        self.answer.check_answer()
+        self.rows.check_rows()
+        self.sampling.check_sampling()
+        self.template.check_template()
+        self.model.check_base_model()
+        prompt, data = self.answer.prompt, self.rows.data
+        if (prompt is None) == (not data):
+            what = "there is nothing to answer" if prompt is None else "prompt and data are both given"
+            raise UsageError(
+                what, where="prompt", next_step="give --prompt TEXT (or - for standard input) or --data FILE"
+            )
+        if data and self.answer.output is None and self.answer.overwrite:
+            raise UsageError("overwrite is given without output", where="overwrite", next_step="give --output FILE")
+        if not data and self.answer.output is not None:
+            raise UsageError(
+                "output is for the answers to the rows of data",
+                where="output",
+                next_step="give --data FILE, or redirect standard output",
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """A conversation.
+
+    Attributes:
+        model: the base model and how it is computed.
+        chat: the adapter.
+        template: chat template and system message.
+        sampling: how tokens are chosen.
+    """
+
+    chat: AdapterOptions = field(default_factory=AdapterOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def validate(self) -> ChatOptions:
+        """Check every field; return self. Raises UsageError naming field, value and range."""
+        self.sampling.check_sampling()
+        self.template.check_template()
+        self.model.check_base_model()
+        return self
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

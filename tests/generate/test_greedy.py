@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from backhand.generate import batch
+from backhand.generate.batch import shared_length
+from backhand.generate.engine_model import EngineModel
+from backhand.generate.greedy import complete_greedily
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading.in_memory import InMemoryModel
+from support.parity import decoder_like
+from support.tiny_models import FAMILIES, attach_lora, tiny_documents, tiny_model
+
+NEW_TOKENS = 12
+
+
+@cache
+def base_model(family: str) -> Any:
+    # A tied head with random weights repeats the last token, which any cache would get right.
+    return tiny_model(family, tie_word_embeddings=False)
+
+
+def base_decoder(family: str = "llama") -> Decoder:
+    model = base_model(family)
+    return Decoder.from_source(InMemoryModel(model.config.to_dict(), model.state_dict()), dtype=torch.float32)
+
+
+def prompts(*lengths: int, prefix: int = 0) -> list[list[int]]:
+    shared = tiny_documents([prefix], seed=5)[0].tolist()
+    return [shared + tiny_documents([n], seed=50 + i)[0].tolist() for i, n in enumerate(lengths)]
+
+
+def transformers_greedy(model: Any, prompt: list[int], stop_ids: list[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=stop_ids,
+        pad_token_id=0,
+    )
+    completion: list[int] = output[0, len(prompt) :].tolist()
+    return completion[:-1] if completion and completion[-1] in stop_ids else completion
+
+
+def stops_for(decoder: Decoder, asked: list[list[int]]) -> list[int]:
+    """A token that some answers hold early and others do not, so that rows leave the batch at different times."""
+    answers = complete_greedily(decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=())
+    return [answers[0][3], answers[1][6]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers_generate(family: str) -> None:
+    decoder = base_decoder(family)
+    asked = prompts(3, 21, 9, 9, 1)
+    stop_ids = stops_for(decoder, asked)
+    expected = [transformers_greedy(base_model(family), prompt, stop_ids) for prompt in asked]
+    assert len({len(answer) for answer in expected}) > 1
+    assert complete_greedily(decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids) == expected
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3_text"])
+def test_adapted_answers_are_those_of_peft(family: str) -> None:
+    adapted = attach_lora(tiny_model(family, tie_word_embeddings=False), rank=5, alpha=8.5)
+    decoder = decoder_like(adapted, 8.5 / 5)
+    asked = prompts(5, 12)
+    expected = [transformers_greedy(adapted, prompt, []) for prompt in asked]
+    assert complete_greedily(decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=()) == expected
+    decoder.detach()
+    assert complete_greedily(decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=()) != expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
+def test_the_batch_changes_nothing(batch_size: int) -> None:
+    decoder = base_decoder("mistral")
+    asked = prompts(3, 21, 9, 9, 1, 14, 2, 30)
+    stop_ids = stops_for(decoder, asked)
+    alone = [
+        complete_greedily(EngineModel(decoder), [prompt], max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)[0]
+        for prompt in asked
+    ]
+    told: list[int] = []
+    together = complete_greedily(
+        decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, batch_size=batch_size, on_done=told.append
+    )
+    assert together == alone
+    assert sorted(told) == list(range(len(asked)))
+
+
+def test_a_shared_beginning_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = base_decoder("gemma3_text")
+    asked = prompts(3, 7, 7, 2, prefix=20)
+    tokens_seen: list[int] = []
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda ids: tokens_seen.append(len(ids)) or embed(ids))
+    shared = complete_greedily(decoder, asked, max_new_tokens=4, stop_ids=(), batch_size=4)
+    assert tokens_seen[:2] == [20, 19]
+    monkeypatch.setattr(batch, "SHORTEST_SHARED_PREFIX", 1000)
+    assert complete_greedily(decoder, asked, max_new_tokens=4, stop_ids=(), batch_size=4) == shared
+    assert tokens_seen[5] == 4 * 20 + 19
+
+
+@pytest.mark.parametrize(
+    ("asked", "length"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 1), ([[5, 6]], 1), ([[1], [2]], 0), ([[7, 7], [7, 7]], 1)],
+)
+def test_length_of_the_shared_beginning(asked: list[list[int]], length: int) -> None:
+    assert shared_length(asked) == length
+
+
+def test_few_rows_at_once_where_keys_and_values_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = base_decoder()
+    asked = prompts(3, 9, 4)
+    expected = complete_greedily(decoder, asked, max_new_tokens=5, stop_ids=())
+    monkeypatch.setattr(batch, "CACHE_BYTES", 1)
+    rows: list[int] = []
+    head = decoder.head
+    monkeypatch.setattr(decoder, "head", lambda x: rows.append(len(x)) or head(x))
+    assert complete_greedily(decoder, asked, max_new_tokens=5, stop_ids=()) == expected
+    assert set(rows) == {1}
+
+
+def test_nothing_asked_nothing_answered() -> None:
+    assert complete_greedily(base_decoder(), [], max_new_tokens=5, stop_ids=()) == []
+    assert complete_greedily(base_decoder(), [[3]], max_new_tokens=0, stop_ids=()) == [[]]
