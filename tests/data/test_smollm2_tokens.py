@@ -16,7 +16,27 @@ from backhand.nn.loading.opening import open_model
 
 pytestmark = pytest.mark.smollm2
 
-_WORDS = ["a", "The", "don't", "3.14", "é", "日本", "😀", "\n", "\n\n", "  ", "\t", "x=1;", "{", "}", "<", "|", "▁", "'s", "…"]
+_WORDS = [
+    "a",
+    "The",
+    "don't",
+    "3.14",
+    "é",
+    "日本",
+    "😀",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "x=1;",
+    "{",
+    "}",
+    "<",
+    "|",
+    "▁",
+    "'s",
+    "…",
+]
 
 
 @cache

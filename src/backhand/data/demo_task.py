@@ -1,0 +1,96 @@
+"""The demo task: an order in a sentence becomes one line of strict JSON, always with the same keys in the same order.
+
+    Ada Berg from Oslo ordered 12 blue lamps.
+    {"name": "Ada Berg", "item": "blue lamps", "quantity": 12, "city": "Oslo"}
+
+Everything is drawn from a seed. Held-out rows are made of other sentence patterns and other words: neither a pattern
+nor a name, an item, a number or a city of theirs, nor any word of those, occurs in training. What has to be learned is
+the form of the answer and which part of a sentence is which, not the words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from backhand.data.demo_words import HELD_OUT, TRAINING, DemoWords
+from backhand.errors import ResourceError
+
+SYSTEM = "JSON: name, item, quantity, city"
+TRAIN_ROWS = 960
+HELD_OUT_ROWS = 200
+SHOTS = 3
+
+ChatRow = dict[str, list[dict[str, str]]]
+"""One row in the form `messages`: system, user, assistant."""
+
+
+def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]:
+    """Rows with distinct sentences; the same seed gives the same rows.
+
+    Args:
+        count: how many, up to a few hundred thousand.
+        seed: of the draw.
+        held_out: from the patterns and words that training never sees.
+    """
+    words = HELD_OUT if held_out else TRAINING
+    random = Random(f"backhand demo {'held out' if held_out else 'training'} {seed}")
+    rows: dict[str, ChatRow] = {}
+    while len(rows) < count:
+        # Patterns take turns, so that each has its share of rows.
+        pattern = words.patterns[len(rows) % len(words.patterns)]
+        values = _draw(words, random)
+        sentence = pattern.format(**values)
+        rows[sentence] = _row(sentence, json.dumps(values))
+    shuffled = list(rows.values())
+    random.shuffle(shuffled)
+    return shuffled
+
+
+def few_shot(row: ChatRow, examples: Sequence[ChatRow]) -> ChatRow:
+    """The row with the sentences and answers of `examples` as turns before its own."""
+    system, *turns = row["messages"]
+    shown = [message for example in examples for message in example["messages"][1:]]
+    return {"messages": [system, *shown, *turns]}
+
+
+def write_demo_data(
+    folder: str | Path, *, seed: int = 0, train_rows: int = TRAIN_ROWS, held_out_rows: int = HELD_OUT_ROWS
+) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `valid.jsonl` into `folder`, which is made if it is not there.
+
+    Raises:
+        ResourceError: they cannot be written.
+    """
+    folder = Path(folder)
+    paths = folder / "train.jsonl", folder / "valid.jsonl"
+    sides = demo_rows(train_rows, seed), demo_rows(held_out_rows, seed, held_out=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, rows in zip(paths, sides, strict=True):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError("the demo's rows cannot be written", where=str(folder), why=str(error)) from None
+    return paths
+
+
+def _draw(words: DemoWords, random: Random) -> dict[str, Any]:
+    return {
+        "name": f"{random.choice(words.first_names)} {random.choice(words.last_names)}",
+        "item": f"{random.choice(words.adjectives)} {random.choice(words.nouns)}",
+        "quantity": random.choice(words.quantities),
+        "city": random.choice(words.cities),
+    }
+
+
+def _row(sentence: str, answer: str) -> ChatRow:
+    return {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": sentence},
+            {"role": "assistant", "content": answer},
+        ]
+    }
