@@ -1,0 +1,170 @@
+"""Every intermediate gradient that the original script names, by hand and by autograd.
+
+What is compared is what the loop holds in its own arrays. Four names that the loop folds into d_outputs = 2 diff / n
+are formed here, link by link (dL, do_seven, dsquared_diff, ddiff), and so is dlora_w, which no loop needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from backhand.lab.sine_autograd import adapter_gradients, base_gradients
+from backhand.lab.sine_head import Head
+from backhand.lab.sine_network import Network
+from backhand.lab.sine_points import FloatArray, Points
+from backhand.lab.sine_training import AdapterTraining, BaseTraining
+from backhand.verify.compare import compare
+from backhand.verify.measure import relative_error
+
+BOUNDS = {"float32": 1e-4, "float64": 1e-9}
+"""Largest relative error; in float32 also up to 8 times autograd's own error against float64, whichever is larger."""
+
+
+@dataclass(frozen=True)
+class NamedGradient:
+    """One gradient by hand.
+
+    Attributes:
+        name: as in the original script, such as `do3` or `dl2w`.
+        formula: how it follows from the ones before.
+        value: the numbers; weights as (out, in).
+    """
+
+    name: str
+    formula: str
+    value: FloatArray
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One comparison with autograd.
+
+    Attributes:
+        part: `base` or `lora`.
+        epoch: counted from 0; before its update.
+        name, formula, shape: of the gradient.
+        exact: every element equal.
+        approximate: every element within torch.allclose's tolerances.
+        largest_difference: over all elements.
+        relative_error: ‖by hand − autograd‖ / ‖autograd‖.
+        passed: whether that is within the bound.
+    """
+
+    part: str
+    epoch: int
+    name: str
+    formula: str
+    shape: tuple[int, ...]
+    exact: bool
+    approximate: bool
+    largest_difference: float
+    relative_error: float
+    passed: bool
+
+    def as_json(self) -> dict[str, object]:
+        """The row as JSON takes it: a difference that is not finite is null."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def base_by_hand(training: BaseTraining, points: Points) -> list[NamedGradient]:
+    """Part 1's gradients, in the order of the backward pass, after `training.backward()`."""
+    gradients = training.gradients
+    return [
+        *_head_by_hand(training.head, points, gradients.weights),
+        NamedGradient("dl0bias", "do2.sum(0)", gradients.bias),
+        NamedGradient("do1", "do2", training.head.d_pre[0]),
+        NamedGradient("dl0w", "do1ᵀ @ X", gradients.weights[0]),
+    ]
+
+
+def adapter_by_hand(training: AdapterTraining, points: Points) -> list[NamedGradient]:
+    """Part 2's gradients; A = lora_Bᵀ and B = lora_Aᵀ."""
+    d_h = training.head.d_pre[0]
+    return [
+        *_head_by_hand(training.head, points, None),
+        NamedGradient("dh", "do2", d_h),
+        NamedGradient("do1", "dh", d_h),
+        NamedGradient("dlora_o1", "dh", d_h),
+        NamedGradient("dlora_w", "Xᵀ @ dlora_o1", training.x.T @ d_h),
+        NamedGradient("dA", "(s X B)ᵀ @ dlora_o1", training.d_lora_B.T),
+        NamedGradient("dB", "s Xᵀ @ (dlora_o1 @ Aᵀ)", training.d_lora_A.T),
+    ]
+
+
+def _head_by_hand(head: Head, points: Points, d_weights: Sequence[FloatArray] | None) -> Iterator[NamedGradient]:
+    """From dL down to do2; the weights' gradients only where they are trained."""
+    count = len(points.y)
+    d_loss = np.ones(1, points.y.dtype)
+    d_o_seven = d_loss * 1 / count
+    d_squared_diff = d_o_seven * np.ones_like(points.y)
+    yield NamedGradient("dL", "1", d_loss)
+    yield NamedGradient("do_seven", "dL / n", d_o_seven)
+    yield NamedGradient("dsquared_diff", "do_seven · ones(n, 1)", d_squared_diff)
+    yield NamedGradient("ddiff", "dsquared_diff · 2 diff", d_squared_diff * 2 * head.diff)
+    yield NamedGradient("doutputs", "ddiff", head.d_outputs)
+    above = "doutputs"
+    for layer in range(len(head.pre) - 1, -1, -1):
+        post, pre, weight = f"o{2 * layer + 3}", f"o{2 * layer + 2}", f"l{2 * layer + 2}w"
+        yield NamedGradient(f"d{post}", f"{above} @ {weight}", head.d_post[layer])
+        if d_weights is not None:
+            yield NamedGradient(f"d{weight}", f"{above}ᵀ @ {post}", d_weights[layer + 1])
+        yield NamedGradient(f"d{pre}", f"d{post} · ({pre} > 0)", head.d_pre[layer])
+        above = f"d{pre}"
+
+
+def check_base(training: BaseTraining, points: Points, epoch: int) -> list[CheckRow]:
+    """Compare part 1's gradients with autograd's at the same numbers."""
+    network = training.network
+
+    def autograd(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return base_gradients(network, points, dtype)
+
+    return _check("base", epoch, base_by_hand(training, points), autograd)
+
+
+def check_adapter(training: AdapterTraining, network: Network, points: Points, epoch: int) -> list[CheckRow]:
+    """Compare part 2's gradients with autograd's at the same numbers."""
+
+    def autograd(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return adapter_gradients(network, points, training.lora_A, training.lora_B, training.scaling, dtype)
+
+    return _check("lora", epoch, adapter_by_hand(training, points), autograd)
+
+
+def _check(
+    part: str,
+    epoch: int,
+    by_hand: Sequence[NamedGradient],
+    autograd: Callable[[torch.dtype], dict[str, torch.Tensor]],
+) -> list[CheckRow]:
+    dtype = torch.from_numpy(by_hand[0].value).dtype
+    theirs = autograd(dtype)
+    truth = theirs if dtype == torch.float64 else autograd(torch.float64)
+    rows = []
+    for gradient in by_hand:
+        key = "loss" if gradient.name == "dL" else gradient.name[1:]
+        found = compare(gradient.name, torch.tensor(gradient.value), theirs[key])
+        bound = max(BOUNDS[gradient.value.dtype.name], 8 * relative_error(theirs[key], truth[key]))
+        rows.append(
+            CheckRow(
+                part,
+                epoch,
+                gradient.name,
+                gradient.formula,
+                found.shape,
+                found.exact,
+                found.approximate,
+                found.largest_difference,
+                found.relative_error,
+                found.relative_error <= bound,
+            )
+        )
+    return rows

@@ -1,0 +1,193 @@
+"""What the sine experiment can be told: everything that the original script fixes, and what to leave behind.
+
+This file imports no torch: the command line reads the fields and their docstrings for its help.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from backhand.data.options import check_choice, check_count
+from backhand.errors import UsageError
+
+SineDType = Literal["float32", "float64"]
+
+
+@dataclass(frozen=True)
+class ShiftedTargetOptions:
+    """The second experiment: an adapter on a square hidden layer, for a target that the base was not trained on."""
+
+    shifted: bool = True
+    """Also run the second experiment: a base with two hidden layers learns `target`, then adapters of several ranks on
+    its square layer, and that whole layer, learn `shifted_target`."""
+
+    shifted_target: str = "sin4"
+    """What the adapters learn, named as in `target`."""
+
+    shifted_widths: tuple[int, ...] = (64, 64)
+    """Hidden units of each layer, two layers or more; the adapter is on the weight between the first two."""
+
+    shifted_ranks: tuple[int, ...] = (1, 2, 4, 8)
+    """Ranks to compare; a full update of the same layer is always run beside them."""
+
+    shifted_scaling: float = 2.0
+    """Scaling of the low-rank product, the same for every rank, as in the first experiment."""
+
+    shifted_seeds: int = 5
+    """How many times everything is repeated, each with another base; the table shows mean and spread. At least 2."""
+
+    shifted_base_epochs: int = 2000
+    """Epochs of Adam for the base, learning rate falling linearly to 0."""
+
+    shifted_epochs: int = 2000
+    """Epochs of Adam for each adapter and for the full update, learning rate falling linearly to 0."""
+
+    shifted_base_learning_rate: float = 0.005
+    """First learning rate of the base."""
+
+    shifted_learning_rate: float = 0.0005
+    """First learning rate of every adapter, whatever its rank."""
+
+    shifted_full_learning_rate: float = 0.005
+    """First learning rate of the full update."""
+
+    def validate(self) -> ShiftedTargetOptions:
+        """Check every field; return self. Raises UsageError naming field, value and range."""
+        _check_counts("shifted_widths", self.shifted_widths, fewest=2)
+        _check_counts("shifted_ranks", self.shifted_ranks, fewest=1)
+        check_positive("shifted_scaling", self.shifted_scaling)
+        check_count("shifted_seeds", self.shifted_seeds, at_least=2)
+        check_count("shifted_base_epochs", self.shifted_base_epochs, at_least=1)
+        check_count("shifted_epochs", self.shifted_epochs, at_least=1)
+        check_positive("shifted_base_learning_rate", self.shifted_base_learning_rate)
+        check_positive("shifted_learning_rate", self.shifted_learning_rate)
+        check_positive("shifted_full_learning_rate", self.shifted_full_learning_rate)
+        _check_ranks("shifted_ranks", self.shifted_ranks)
+        return self
+
+
+@dataclass(frozen=True)
+class SineOptions:
+    """A small network learns sin x by plain gradient descent; then an adapter on its first layer goes on, all by hand.
+
+    Raises:
+        UsageError: from `validate`, never from the constructor.
+    """
+
+    output: Path | None = None
+    """Directory for losses.csv, summary.json and the pictures; not given: only print."""
+
+    start: Path | None = None
+    """Initial numbers to begin from instead of drawing them: an .npz file with w0 (width, 1), b0 (width,),
+    w2 (1, width), B (1, rank) and A (rank, width), B and A as in X·W + scaling·X·B·A."""
+
+    check: bool = False
+    """Compare every intermediate gradient with autograd at `check_epochs`, and fail where one differs."""
+
+    check_epochs: tuple[int, ...] = (0, 1, 100, -1)
+    """Epochs at which `check` compares, in each part; negative ones count from the end."""
+
+    step: bool = False
+    """Walk through one epoch of each part, formula by formula with the numbers, as on paper."""
+
+    step_epoch: int = 1
+    """Which epoch `step` walks through, from 0. (At 0 the product B·A is still zero, and with it the gradient of A.)"""
+
+    json: bool = False
+    """Print one JSON object, the summary (with `check` its table as well), instead of tables."""
+
+    dtype: SineDType = "float64"
+    """Numbers to compute with: float64, in which a comparison with autograd says most, or float32, as in the original
+    script."""
+
+    seed: int = 0
+    """Seed of the initial weights: the original script draws the same ones after torch.manual_seed(seed)."""
+
+    target: str = "sin"
+    """What to learn: `sin`, `cos` or `square`, with a number for the frequency (`sin5` is sin 5x), on [0, 2π]; or a
+    .csv file with two columns, x and y."""
+
+    points: int = 100
+    """Points on [0, 2π], ends included, at least 2; a .csv file brings its own."""
+
+    widths: tuple[int, ...] = (20,)
+    """Hidden units of each layer. The first layer has a bias, the others none."""
+
+    base_epochs: int = 5000
+    """Epochs of part 1, the base."""
+
+    base_learning_rate: float = 0.01
+    """Learning rate of part 1."""
+
+    rank: int = 8
+    """Rank of the adapter on the first layer, part 2."""
+
+    scaling: float = 2.0
+    """Multiplier of the low-rank product."""
+
+    lora_epochs: int = 100_000
+    """Epochs of part 2, the adapter; everything else is frozen."""
+
+    lora_learning_rate: float = 0.001
+    """Learning rate of part 2."""
+
+    log_every: int = 100
+    """Epochs between two lines of losses.csv; the first and the last epoch of a part are always there."""
+
+    second: ShiftedTargetOptions = field(default_factory=ShiftedTargetOptions)
+
+    def validate(self) -> SineOptions:
+        """Check every field; files are checked when they are read.
+
+        Returns:
+            self, so that calls chain.
+
+        Raises:
+            UsageError: names the field, its value and the range it must lie in.
+        """
+        check_choice("dtype", self.dtype, ("float32", "float64"))
+        check_count("seed", self.seed, at_least=0)
+        if self.seed >= 2**63:
+            raise UsageError(f"seed {self.seed} is not below 2^63", where="seed")
+        check_count("points", self.points, at_least=2)
+        _check_counts("widths", self.widths, fewest=1)
+        check_count("base_epochs", self.base_epochs, at_least=1)
+        check_count("lora_epochs", self.lora_epochs, at_least=1)
+        check_positive("base_learning_rate", self.base_learning_rate)
+        check_positive("lora_learning_rate", self.lora_learning_rate)
+        check_count("rank", self.rank, at_least=1)
+        _check_ranks("rank", (self.rank,))
+        check_positive("scaling", self.scaling)
+        check_count("log_every", self.log_every, at_least=1)
+        check_count("step_epoch", self.step_epoch, at_least=0)
+        if self.step and self.step_epoch >= min(self.base_epochs, self.lora_epochs):
+            raise UsageError(
+                f"step_epoch {self.step_epoch} is past the last epoch of a part",
+                where="step_epoch",
+                why=f"part 1 has {self.base_epochs} epochs and part 2 {self.lora_epochs}, counted from 0",
+            )
+        self.second.validate()
+        return self
+
+
+def check_positive(where: str, value: object) -> None:
+    """Raise UsageError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{where} {value!r} is not a number above 0", where=where)
+
+
+def _check_counts(where: str, counts: object, *, fewest: int) -> None:
+    if not isinstance(counts, tuple | list) or len(counts) < fewest:
+        raise UsageError(f"{counts!r} is not a list of {fewest} or more numbers", where=where)
+    for count in counts:
+        check_count(where, count, at_least=1)
+
+
+def _check_ranks(where: str, ranks: tuple[int, ...]) -> None:
+    """A rank above any layer's size is a slip; the arrays it would make could be larger than the memory."""
+    for rank in ranks:
+        if rank > 4096:
+            raise UsageError(f"{where} {rank} is above 4096", where=where)
