@@ -1,0 +1,138 @@
+"""A transformers model as one that completes prompts, for what the decoder engine does not compute.
+
+transformers' own `generate` runs the model, with whatever cache its architecture needs; which token comes next, and
+when an answer is complete, is decided here as everywhere: by a logits processor that leaves the chosen token alone, and
+a stopping criterion. Prompts of equal length share a batch, so that nothing is padded and no architecture needs a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from backhand.generate.completing import Choose, Finished
+
+if TYPE_CHECKING:
+    from backhand.adapters.inject import InjectedAdapter
+
+_UNLIMITED = 1 << 30
+
+
+class TransformersModel:
+    """A `CompletingModel` over a causal language model of transformers.
+
+    Args:
+        model: in evaluation mode; its generation settings are replaced, so that nothing but the caller's choice counts.
+        adapter: injected into it, or None.
+    """
+
+    def __init__(self, model: Any, adapter: InjectedAdapter | None = None) -> None:
+        from transformers import GenerationConfig
+
+        self.model = model
+        self._adapter = adapter
+        self._use_adapter = adapter is not None
+        model.generation_config = GenerationConfig()
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that prompt and answer may have together; practically unlimited where the model states no limit."""
+        config = self.model.config.get_text_config()
+        stated = getattr(config, "max_position_embeddings", None)
+        return stated if isinstance(stated, int) and stated > 0 else _UNLIMITED
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a prompt may hold: ids below this."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def use_adapter(self, wanted: bool) -> None:
+        """Answer with the adapter or as the base model. Raises ValueError if there is none to use."""
+        if wanted and self._adapter is None:
+            raise ValueError("there is no adapter")
+        self._use_adapter = wanted
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        choose: Choose,
+        finished: Finished,
+        *,
+        max_new_tokens: int,
+        batch_rows: int = 64,
+    ) -> None:
+        """Continue every prompt; see `completing.CompletingModel`."""
+        if self._adapter is not None and not self._use_adapter:
+            with self._adapter.disabled():
+                self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
+        else:
+            self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        choose: Choose,
+        finished: Finished,
+        max_new_tokens: int,
+        batch_rows: int,
+    ) -> None:
+        if max_new_tokens < 1:
+            return
+        by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for _, group in groupby(by_length, key=lambda number: len(prompts[number])):
+            numbers = list(group)
+            for start in range(0, len(numbers), batch_rows):
+                self._complete_equally_long(
+                    prompts, numbers[start : start + batch_rows], choose, finished, max_new_tokens
+                )
+
+    @torch.no_grad()
+    def _complete_equally_long(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        choose: Choose,
+        finished: Finished,
+        max_new_tokens: int,
+    ) -> None:
+        from transformers import GenerationConfig
+
+        input_ids = torch.tensor([list(prompts[number]) for number in numbers], device=self.model.device)
+        caller = _Caller(numbers, choose, finished)
+        self.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0),
+            logits_processor=[caller.leave_chosen],
+            stopping_criteria=[caller.complete],
+        )
+
+
+class _Caller:
+    """The caller's choice and end of answers, as transformers' generate asks for them."""
+
+    def __init__(self, numbers: Sequence[int], choose: Choose, finished: Finished) -> None:
+        self._numbers, self._choose, self._finished = numbers, choose, finished
+        self._done = [False] * len(numbers)
+
+    def leave_chosen(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocab) scores that are -∞ but for the chosen token of each row still going on, 0 for the others."""
+        going_on = [row for row, done in enumerate(self._done) if not done]
+        tokens = self._choose([self._numbers[row] for row in going_on], scores[going_on])
+        result = torch.full_like(scores, float("-inf"))
+        result[:, 0] = 0
+        for row, token in zip(going_on, tokens, strict=True):
+            result[row, 0] = float("-inf")
+            result[row, token] = 0
+        return result
+
+    def complete(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+        """(rows,) booleans: whose answer is complete with its newest token."""
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self._done[row]:
+                self._done[row] = self._finished(self._numbers[row], token)
+        return torch.tensor(self._done, device=input_ids.device)

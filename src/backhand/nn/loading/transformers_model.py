@@ -1,0 +1,87 @@
+"""Any causal language model of transformers from an opened source, for what the decoder engine does not compute.
+
+No code from the model itself is run (`trust_remote_code` stays off), and no weight is made up at random in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from backhand.errors import ArtifactError, BackhandError
+from backhand.nn.loading.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHOWN = 5
+
+
+def load_transformers_model(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model in evaluation mode, frozen, in the compute dtype.
+
+    Args:
+        source: a Hugging Face directory, or anything else whose tensors have Hugging Face names.
+        dtype: of weights and activations.
+        device: where to.
+
+    Raises:
+        ArtifactError: transformers does not know the model, its code cannot be had without running code of the model's
+            own, or weights are missing or of another shape.
+    """
+    with _as_artifact_error(source):
+        model = _from_directory(source, dtype) if source.path.is_dir() else _from_tensors(source, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _from_directory(source: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    _refuse(source, [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    return model
+
+
+def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**source.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    tensors = {name: source.load(name) for name in source.tensor_names()}
+    missing, _ = model.load_state_dict(tensors, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    _refuse(source, [name for name in missing if name not in tied])
+    return model
+
+
+def _refuse(source: ModelSource, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(sorted(names)[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+        raise ArtifactError(
+            f"{len(names)} weights of the model are missing or of another shape: {shown}",
+            where=str(source.path),
+            next_step="fetch the model again",
+        )
+
+
+@contextmanager
+def _as_artifact_error(source: ModelSource) -> Iterator[None]:
+    """Turn whatever transformers raises while it loads into one error."""
+    try:
+        yield
+    except (BackhandError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises a dozen kinds
+        raise ArtifactError(
+            f"transformers cannot load this {source.config.get('model_type')} model",
+            where=str(source.path),
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            next_step="install the version of transformers that the model asks for, or take another model",
+        ) from error
