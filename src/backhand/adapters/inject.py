@@ -24,7 +24,7 @@ from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.injection_plan import Injection, plan_injection
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_files import LoadedAdapter, match_adapter, write_adapter
+from backhand.adapters.peft_files import LoadedAdapter, match_adapter, module_adapter_files, write_files
 from backhand.adapters.targets import Target
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
@@ -215,11 +215,20 @@ class InjectedAdapter:
             record: origin and digests for backhand.json.
             card: further rows for the table in README.md.
         """
+        return write_files(Path(directory), self.files(base_model=base_model, record=record, card=card))
+
+    def files(
+        self,
+        *,
+        base_model: str | None = None,
+        record: AdapterRecord | None = None,
+        card: Mapping[str, object] | None = None,
+    ) -> dict[str, bytes]:
+        """The files that `save` writes, by name, in the order to write them."""
         own_config = getattr(self.module, "config", None)
         base_model = base_model or getattr(own_config, "name_or_path", None) or None
         is_causal = type(self.module).__name__.endswith("ForCausalLM")
-        return write_adapter(
-            directory,
+        return module_adapter_files(
             PEFTConfig(
                 self.config,
                 base_model,
@@ -229,9 +238,9 @@ class InjectedAdapter:
             self.targets,
             self._plan.shapes,
             {name: parameter.detach() for name, parameter in self.named_parameters()},
-            record=record,
-            card=card,
-            module_names=self._plan.module_names,
+            record,
+            card,
+            self._plan.module_names,
         )
 
     def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:

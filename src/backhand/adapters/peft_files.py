@@ -138,7 +138,7 @@ def save_adapter(
         card=card,
         module_names=module_names,
     )
-    return _write_files(Path(directory), contents)
+    return write_files(Path(directory), contents)
 
 
 def adapter_files(
@@ -171,7 +171,7 @@ def adapter_files(
     for target, slot in zip(targets, parameters.slots.values(), strict=True):
         if (target.rank, target.scaling) != (slot.rank, slot.scaling):
             raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-    return _files(
+    return module_adapter_files(
         PEFTConfig(config, base_model, task_type, revision),
         targets,
         [linear_shapes(slot) for slot in parameters.slots.values()],
@@ -182,23 +182,7 @@ def adapter_files(
     )
 
 
-def write_adapter(
-    directory: Path | str,
-    described: PEFTConfig,
-    targets: Sequence[Target],
-    shapes: Sequence[FactorShapes],
-    factors: Mapping[str, Tensor],
-    *,
-    record: AdapterRecord | None = None,
-    card: Mapping[str, object] | None = None,
-    module_names: Collection[str] | None = None,
-) -> Path:
-    """Write an adapter of any modules, see `save_adapter`; `factors` has `<module>.lora_A` and `.lora_B` of each."""
-    contents = _files(described, targets, shapes, factors, record, card, module_names)
-    return _write_files(Path(directory), contents)
-
-
-def _files(
+def module_adapter_files(
     described: PEFTConfig,
     targets: Sequence[Target],
     shapes: Sequence[FactorShapes],
@@ -207,6 +191,7 @@ def _files(
     card: Mapping[str, object] | None,
     module_names: Collection[str] | None,
 ) -> dict[str, bytes]:
+    """The files of an adapter of any modules, see `adapter_files`."""
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
             f"{len(bad)} of {len(factors)} factors hold values that are not finite",
@@ -232,7 +217,8 @@ def _files(
     return contents
 
 
-def _write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
+def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
+    """Write an adapter's files in their order, each in one step; see `save_adapter` for what may go wrong."""
     make_directory(directory)
     for name, data in contents.items():
         write_atomically(directory / name, data)
