@@ -123,8 +123,8 @@ class RunOptions:
     end."""
 
     save_every: int | None = None
-    """Checkpoint every so many steps; not given: five times a run. Always after a better held-out loss, at the end and on
-    interruption."""
+    """Checkpoint every so many steps; not given: five times a run. Always after a better held-out loss, at the end and
+    on interruption."""
 
     keep: int = 2
     """Checkpoints to keep, besides the best one. At least 1."""
