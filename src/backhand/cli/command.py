@@ -93,7 +93,7 @@ def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
 
 
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
-    silent = field.default in (None, (), {}) or field.default is MISSING or field.default is False
+    silent = field.default in (None, (), {}, "") or field.default is MISSING or field.default is False
     parameter = Parameter(
         help=_help(field, names),
         group=group,

@@ -36,6 +36,12 @@ COMMANDS = (
         "backhand.cli.evaluate:evaluate",
     ),
     Command(
+        "verify",
+        "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
+        "backhand verify --op lora_linear",
+        "backhand.cli.verify:verify",
+    ),
+    Command(
         "sine",
         "The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand.",
         "backhand sine --check --output runs/sine",
