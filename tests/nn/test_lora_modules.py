@@ -122,7 +122,6 @@ def test_output_and_gradients_equal_pefts(name: str) -> None:
             assert mine.grad is not None and float(mine.grad.abs().max()) > 0
     if x.numel():
         assert float(factors[0].grad.abs().max()) > 0 and float(factors[1].grad.abs().max()) > 0
-    assert (ours.weight.grad is None and (ours.bias if hasattr(ours, "bias") else None) is None) or True
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -192,8 +192,8 @@ class InjectedAdapter:
         """Take the adapter out: the model is what it was before `inject`, and this object is spent."""
         for adapted in self.modules.values():
             adapted.restore()
-        for layer, value in self._fast_paths:
-            layer.activation_relu_or_gelu = value
+        for layer, attribute, value in self._fast_paths:
+            setattr(layer, attribute, value)
         for parameter in self._required_grad:
             parameter.requires_grad_(True)
         self.modules = {}
@@ -292,19 +292,23 @@ def _check_base_copies(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) 
         raise UnusableAdapterError(loaded.directory, problems)
 
 
-def _close_fast_paths(module: nn.Module) -> list[tuple[nn.TransformerEncoderLayer, int]]:
+def _close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
     """Make torch's own transformer layers call their linear layers.
 
     In evaluation nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel and never calls
-    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and this attribute says
-    whether it is one of these.
+    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and an attribute says
+    whether it is one of these. The encoder around it may pass nested tensors, which only that kernel takes.
 
     Returns:
-        the layers that were changed, with the attribute's value.
+        what was changed: module, attribute and its value before.
     """
-    changed = []
+    changed: list[tuple[nn.Module, str, object]] = []
     for layer in module.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and any(isinstance(m, LoRAModule) for m in layer.modules()):
-            changed.append((layer, layer.activation_relu_or_gelu))
-            layer.activation_relu_or_gelu = 0
+        for kind, attribute, closed in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
+            if isinstance(layer, kind) and any(isinstance(inner, LoRAModule) for inner in layer.modules()):
+                changed.append((layer, attribute, getattr(layer, attribute)))
+                setattr(layer, attribute, closed)
     return changed
