@@ -1,0 +1,80 @@
+"""llama.cpp, through xllamacpp, as the other side of a comparison: token ids and log-probabilities of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+from torch import Tensor
+
+
+class LlamaCpp:
+    """A loaded GGUF file; one thread, everything in float32 where the file is.
+
+    Args:
+        path: of the file.
+        context: most tokens of one prompt.
+    """
+
+    def __init__(self, path: Path, *, context: int = 256) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = context
+        params.n_batch = params.n_ubatch = context
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.verbosity = -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server = xllamacpp.Server(params)
+
+    def token_ids(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Ids of a text in which special tokens are recognised; `add_special` puts bos and eos where the file says."""
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        ids: list[int] = self._post("/tokenize", body)["tokens"]
+        return ids
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        text: str = self._post("/detokenize", {"tokens": list(ids)})["content"]
+        return text
+
+    def log_probabilities(self, ids: Sequence[int], vocab_size: int, *, forced: int = 65) -> Tensor:
+        """(vocab,) float64: of every token after this prompt.
+
+        Args:
+            ids: the prompt.
+            vocab_size: tokens in the vocabulary.
+            forced: a token of plain text that the server is made to answer with: after half a character, or after an end, it
+                would report nothing. What it reports is from before this takes effect.
+        """
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": list(ids),
+                "n_predict": 1,
+                "n_probs": vocab_size,
+                "temperature": 0.0,
+                "cache_prompt": False,
+                "logit_bias": [[forced, 10_000.0]],
+            },
+        )
+        (step,) = answer["completion_probabilities"]
+        found = {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
+        if sorted(found) != list(range(vocab_size)):
+            raise AssertionError(f"llama.cpp gave {len(found)} of {vocab_size} log-probabilities")
+        return torch.tensor([found[index] for index in range(vocab_size)], dtype=torch.float64)
+
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self._server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
