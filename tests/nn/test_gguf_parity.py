@@ -21,7 +21,7 @@ from support.tiny_models import VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
 _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 """Prompts shorter and longer than the sliding window (8) and the original rope length (16)."""
 
-# llama.cpp reads no sliding window for mistral, no head_dim of its own for qwen2, and derives Gemma's scale from head_dim.
+# llama.cpp reads no sliding window for mistral and no head_dim for qwen2, and derives Gemma's scale from head_dim.
 _CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {},

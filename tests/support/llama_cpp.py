@@ -52,8 +52,8 @@ class LlamaCpp:
         Args:
             ids: the prompt.
             vocab_size: tokens in the vocabulary.
-            forced: a token of plain text that the server is made to answer with: after half a character, or after an end, it
-                would report nothing. What it reports is from before this takes effect.
+            forced: a token of plain text that the server is made to answer with: after half a character, or after an
+                end, it would report nothing. What it reports is from before this takes effect.
         """
         answer = self._post(
             "/completion",
