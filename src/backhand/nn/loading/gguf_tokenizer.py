@@ -37,8 +37,8 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokens = file.value(_KEY + "tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = _strings(file, "tokens")
+    if not tokens:
         raise ArtifactError("it holds no tokenizer", where=str(file.path), next_step="use a complete GGUF file")
     kind = file.value(_KEY + "model")
     if kind == "gpt2":
@@ -60,9 +60,10 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     has_bos = file.value(_KEY + "add_bos_token", adds_bos) and names["bos"] is not None
     has_eos = file.value(_KEY + "add_eos_token", False) and names["eos"] is not None
     _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
+    template = file.value("tokenizer.chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=file.value("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": name for role, name in names.items() if name is not None},
     )
@@ -80,9 +81,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
             why=f"known are {', '.join(PRE_TOKENIZERS)}",
             next_step="use the model's Hugging Face directory",
         )
-    merges = file.value(_KEY + "merges", [])
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    model = models.BPE(_vocabulary(tokens), _known_merges(pairs, file), ignore_merges=cut.whole_words)
+    vocabulary = _vocabulary(tokens)
+    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=cut.whole_words)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -94,17 +94,23 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     return backend, cut.adds_bos
 
 
-def _known_merges(pairs: list[tuple[str, ...]], file: GGUFFile) -> list[tuple[str, str]]:
-    if any(len(pair) != 2 for pair in pairs):
-        raise ArtifactError("tokenizer.ggml.merges holds an entry that is no pair", where=str(file.path))
-    return [(left, right) for left, right in pairs]
+def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for entry in _strings(file, "merges"):
+        left, _, right = entry.partition(" ")
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise ArtifactError(
+                f"the tokenizer joins {entry!r}, which are no tokens or make none", where=str(file.path)
+            )
+        merges.append((left, right))
+    return merges
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.value(_KEY + "scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or isinstance(scores[0], str):
         raise ArtifactError("tokenizer.ggml.scores does not give every token a score", where=str(file.path))
     unknown = _token(file, tokens, "unknown")
     vocabulary = _vocabulary(tokens)
@@ -145,6 +151,8 @@ def _add_marked_tokens(backend: Tokenizer, file: GGUFFile, tokens: list[str]) ->
     from tokenizers import AddedToken
 
     types = file.value(_KEY + "token_type", [])
+    if not isinstance(types, list):
+        raise ArtifactError(f"{_KEY}token_type is no list", where=str(file.path))
     control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
     user_defined = [token for token, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
@@ -155,10 +163,19 @@ def _token(file: GGUFFile, tokens: list[str], role: str) -> str | None:
     index = file.value(f"{_KEY}{role}_token_id")
     if index is None:
         return None
-    if not 0 <= index < len(tokens):
-        raise ArtifactError(f"{role}_token_id {index} is not in the vocabulary of {len(tokens)}", where=str(file.path))
-    token: str = tokens[index]
-    return token
+    if not isinstance(index, int) or not 0 <= index < len(tokens):
+        raise ArtifactError(
+            f"{role}_token_id {index!r} is not in the vocabulary of {len(tokens)}", where=str(file.path)
+        )
+    return tokens[index]
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    """A list of strings, empty if absent."""
+    items = file.value(_KEY + key, [])
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ArtifactError(f"{_KEY}{key} is no list of strings", where=str(file.path))
+    return items
 
 
 def _add_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:

@@ -1,0 +1,36 @@
+"""Texts on which tokenizers disagree when one of them cuts, normalises or falls back otherwise than the other."""
+
+from __future__ import annotations
+
+ODD_TEXTS: tuple[str, ...] = (
+    "Hello world",
+    "  two  spaces   three",
+    "\n\n\nnew\r\nlines\t\ttabs \n x",
+    "1234567890 12 345 3.14 12,345.67",
+    "½ ٣٤ Ⅷ ² digits of other kinds १२३४",
+    "don't I'll WE'RE it'S they've 'tis",
+    "naïve café über Straße ÀÉÎ",
+    "日本語のテキスト 中文。한국어",
+    "😀👍🏽 emoji🎉 family 👨‍👩‍👧",
+    "   ",
+    " \n ",
+    "\n",
+    " a",
+    "a ",
+    " ",
+    "x=1;y==2 && z||(w) {}[] <> ^~|`$+",
+    "http://a.b/c?d=e&f#g user@host.org",
+    "Ünïcödé ẞ ǅ ﬁ",
+    "e\u0301 combining a\u0308\u0308",
+    "\u00a0nbsp\u2003em\u3000ideographic",
+    "tab\tend\t",
+    "def f(x):\n    return x**2\n\n\n# done/\n",
+    "CamelCaseWords andHTMLParser iPhone McDonald ABC",
+    "!!!???... --- ___ ***",
+    "\u200bzero\u200dwidth\ufeff",
+    "مرحبا بالعالم שלום",
+    "नमस्ते दुनिया ไทย",
+    "The 3rd of 10,000 items cost $4.50 (about 20% off)!",
+    "ʰ modifier ˈstress ª º",
+    "a\u2028line\u2029paragraph\u0085next",
+)
