@@ -1,0 +1,168 @@
+"""`backhand verify`: proves every op, block and family, or a user's own model on their rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from backhand.adapters.nearest import nearest_names
+from backhand.data.packing import pack
+from backhand.errors import CheckError, UsageError
+from backhand.nn.compute import compute_settings, resolve_threads
+from backhand.train.config_file import load_config
+from backhand.train.proofs import proof_log
+from backhand.train.run_directory import ADAPTER, CONFIG, opened
+from backhand.verify.invariances import prove_invariances
+from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_setup import load_setup
+from backhand.verify.options import VerifiedModelOptions, VerifyOptions
+from backhand.verify.report import VerifyReport
+from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
+from backhand.verify.tables import print_report
+
+_WIDTH_WITHOUT_TERMINAL = 140
+Say = Callable[[str], None]
+
+
+def verify_command(options: VerifyOptions) -> VerifyReport:
+    """Prove what is asked; print tables, or one JSON object with `json`; append to `run`.
+
+    Raises:
+        UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
+        CheckError: something does not hold; what was found is printed, and written to `run`, first.
+    """
+    report, options = _proved(options)
+    if options.verify.json:
+        sys.stdout.write(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
+    else:
+        print_report(_console(), report, every_mutant=options.verify.op is not None)
+    _raise_failures(report)
+    return report
+
+
+def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
+    """Prove what is asked, silently.
+
+    Args:
+        options: what to prove.
+        say: told what is being worked on.
+
+    Raises:
+        UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
+    """
+    options.validate()
+    start = time.perf_counter()
+    report = _verify_model(options, say) if options.model.model else _verify_ops(options, say)
+    report.time_s = time.perf_counter() - start
+    return report
+
+
+def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
+    """The report, with a status line on the terminal meanwhile, and the options with what the run filled in."""
+    with Console(stderr=True).status("") as status:
+
+        def say(what: str) -> None:
+            status.update(f"proving {what}")
+
+        options.validate()
+        if options.verify.run is None:
+            return verify(options, say), options
+        if not (options.verify.run / CONFIG).exists():
+            raise UsageError(f"there is no run in {options.verify.run}", where="run")
+        if options.verify.op is None and not options.model.model:
+            options = _of_run(options, options.verify.run)
+        with opened(options.verify.run, resume=True, overwrite=False) as directory:
+            report = verify(options, say)
+            log = proof_log(directory)
+            for proof in report.proofs():
+                log(proof)
+    return report, options
+
+
+def _of_run(options: VerifyOptions, run: Path) -> VerifyOptions:
+    """The run's own model, rows and adapter."""
+    config = load_config(run / CONFIG)
+    shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
+    adapter = options.verify.adapter or run / ADAPTER
+    return replace(
+        options,
+        model=VerifiedModelOptions(**shared),
+        data=config.data if not options.data.data else options.data,
+        verify=replace(options.verify, adapter=adapter),
+    )
+
+
+def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
+    op = options.verify.op
+    if op is not None and op not in PROOF_FILES:
+        near = nearest_names(op, PROOF_FILES)
+        raise UsageError(
+            f"there is no op {op!r}",
+            where="op",
+            next_step=f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(PROOF_FILES)}",
+        )
+    device = options.model.device if options.model.device != "auto" else "cpu"
+    report = VerifyReport()
+    for proof in load_proofs(op):
+        for case in proof.cases:
+            say(f"{proof.op}: {case.name}")
+            report.rows.extend(prove_case(proof, case, device))
+        say(f"{proof.op}: mutants")
+        report.rejections.extend(reject_mutants(proof, device))
+    return report
+
+
+def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
+    say(f"{options.model.model}: loading")
+    setup = load_setup(options.model, options.data, options.verify.adapter, options.verify.max_tokens)
+    decoder = setup.decoder
+    report = VerifyReport(notes=setup.notes)
+    threads = resolve_threads(options.model)
+    with compute_settings(options.model, threads, decoder.dtype, decoder.device):
+        batch = pack(setup.examples, device=decoder.device)
+        gradients = GradientProofs(decoder, batch, setup.dropout_seed)
+        say(f"{options.model.model}: block by block in float64")
+        report.model.extend(gradients.by_block())
+        say(f"{options.model.model}: a training step")
+        report.model.append(gradients.training_step())
+        say(f"{options.model.model}: invariances")
+        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
+    return report
+
+
+def _console() -> Console:
+    """Tables keep their columns in a pipe or a file, too."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def _raise_failures(report: VerifyReport) -> None:
+    if report.failed_rows:
+        worst = max(report.failed_rows, key=lambda row: row.error / row.bound if row.bound else 0.0)
+        raise CheckError(
+            f"{len(report.failed_rows)} of {len(report.rows)} proofs fail, first of all {worst.tensor} of {worst.op}",
+            where=f"{worst.op}: {worst.case}, {worst.dtype}",
+            why=f"relative error {worst.error:.1e}, bound {worst.bound:.1e}; {worst.worst or 'no single row'}",
+            next_step=f"backhand verify --op {worst.op}",
+        )
+    if report.survivors:
+        one = report.survivors[0]
+        raise CheckError(
+            f"{len(report.survivors)} deliberately wrong versions went unnoticed, first of all {one.mutant!r}",
+            where=f"{one.op}: {one.gradient}",
+            next_step="add a case in which the mistake shows",
+        )
+    if report.failed_model:
+        failed = max(report.failed_model, key=lambda proof: proof.measured / proof.bound if proof.bound else 0.0)
+        raise CheckError(
+            f"does not hold: {failed.proof}",
+            why=f"measured {failed.measured:.1e}, bound {failed.bound:.1e}; {failed.detail}",
+        )
+    if not report.passed:
+        raise CheckError("nothing was proved")

@@ -1,0 +1,106 @@
+"""What must not change the result, measured on a model and its rows in the dtype that training uses.
+
+- packed = unpacked: documents in one batch, or each in its own;
+- accumulated = one batch: the same documents in several micro-batches;
+- recomputed = kept: `recompute` none, mlp and block;
+- merged = unmerged: W + s B A in place of W and an adapter.
+
+All but the last compare the whole adapter gradient. Both sides carry the rounding of the compute dtype, so they may
+differ by what that costs, which `GradientProofs.training_step` has measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from backhand.data.examples import Example
+from backhand.data.packing import pack
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder import HEAD, Decoder
+from backhand.nn.decoder_weights import named_views
+from backhand.verify.measure import norm, relative_error
+from backhand.verify.model_gradients import UNITS_OF_ROUNDING, ModelProof
+
+MICRO_BATCHES = 3
+
+
+def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: float) -> Iterator[ModelProof]:
+    """One proof a line; the last one leaves the decoder merged, so that it is of no further use.
+
+    Args:
+        decoder: with its adapter attached.
+        examples: documents, each with a supervised token.
+        bound: the largest relative difference of gradients.
+    """
+    whole = pack(examples, device=decoder.device)
+    together = _gradient(decoder, [whole])
+    if len(examples) > 1:
+        alone = _gradient(decoder, [pack([example], device=decoder.device) for example in examples])
+        yield ModelProof(
+            "packed = unpacked, whole adapter gradient",
+            relative_error(alone, together),
+            bound,
+            f"{len(examples)} documents in one batch, and one by one",
+        )
+        parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
+        accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
+        yield ModelProof(
+            "accumulated = one batch, whole adapter gradient",
+            relative_error(accumulated, together),
+            bound,
+            f"{len(parts)} micro-batches",
+        )
+    yield from _recomputation(decoder, whole, bound)
+    yield from _merging(decoder, whole)
+
+
+def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
+    """The whole adapter gradient of one step over these micro-batches, without dropout: masks depend on the packing."""
+    lora = decoder.lora
+    assert lora is not None
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    lora.gradients.zero_()
+    for batch in batches:
+        decoder.loss_and_gradients(batch, 1.0 / supervised)
+    return lora.gradients.clone()
+
+
+def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterator[ModelProof]:
+    before = decoder.recompute
+    try:
+        decoder.recompute = "none"
+        kept = _gradient(decoder, [batch])
+        for mode in ("mlp", "block"):
+            decoder.recompute = mode
+            measured = relative_error(_gradient(decoder, [batch]), kept)
+            yield ModelProof(f"recomputed ({mode}) = kept, whole adapter gradient", measured, bound)
+    finally:
+        decoder.recompute = before
+
+
+@torch.no_grad()
+def _merging(decoder: Decoder, batch: PackedBatch) -> Iterator[ModelProof]:
+    lora, config = decoder.lora, decoder.config
+    assert lora is not None
+    if HEAD in lora and config.tied_head:
+        return  # the head's weight is the embedding's as well: a merged head needs a weight of its own
+    adapted = decoder.logits(batch.input_ids, batch.document_lengths)
+    decoder.detach()
+    base = decoder.logits(batch.input_ids, batch.document_lengths)
+    weights = dict(named_views(decoder.weights, config))
+    for name, slot in lora.slots.items():
+        weight = weights[f"{name}.weight"]
+        delta_weight = slot.scaling * (lora.lora_B(name) @ lora.lora_A(name))
+        weight.copy_(weight.to(delta_weight.dtype) + delta_weight)
+    merged = decoder.logits(batch.input_ids, batch.document_lengths)
+    effect = norm(adapted.double() - base.double())
+    lost = norm(merged.double() - adapted.double()) / effect if effect else 0.0
+    yield ModelProof(
+        "merged = unmerged, logits",
+        relative_error(merged, adapted),
+        max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, 1e-5),
+        f"{lost:.1e} of what the adapter changes",
+    )

@@ -1,0 +1,152 @@
+"""What a model proof runs on: the user's decoder, an adapter with lora_B not zero, a few documents of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from backhand.adapters.adapter_record import check_base
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
+from backhand.adapters.peft_files import load_adapter
+from backhand.adapters.targets import resolve_slots
+from backhand.data.examples import Example
+from backhand.data.options import DataOptions
+from backhand.data.prepare import read_examples
+from backhand.errors import DataError
+from backhand.nn.compute import resolve_device, resolve_dtype
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.model_options import BaseModelOptions
+from backhand.train.forgetting import neutral_texts
+
+ADAPTER_SEED = 0
+DROPOUT_SEED = 1
+RANDOM_ADAPTER = LoRAConfig(dropout=0.1)
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """A decoder with its adapter attached, and documents to prove it on.
+
+    Attributes:
+        decoder: in the compute dtype.
+        examples: documents with supervised tokens, long ones cut.
+        dropout_seed: of the masks, None where the adapter has no dropout.
+        notes: what was chosen, a sentence each.
+    """
+
+    decoder: Decoder
+    examples: tuple[Example, ...]
+    dropout_seed: int | None
+    notes: tuple[str, ...]
+
+
+def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int) -> ModelSetup:
+    """Load the model, the adapter or a random one, and the first rows.
+
+    Raises:
+        UnsupportedModel: for a model that the decoder engine does not compute: it has no gradients by hand.
+        ArtifactError: model, adapter or tokenizer cannot be read, or do not belong together.
+        DataError: the rows cannot be read, or nothing in them carries loss.
+        UsageError: the device cannot be used.
+    """
+    device = resolve_device(model)
+    dtype = resolve_dtype(model, device)
+    source = open_model(model.model)
+    examples, rows = _documents(data, source.tokenizer(), max_tokens)
+    decoder = Decoder.from_source(source, dtype=dtype, device=device)
+    if adapter is None:
+        lora = random_adapter(decoder)
+        described = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
+    else:
+        lora = _load_adapter(adapter, decoder, source, force=model.force_base)
+        described = f"adapter {adapter}"
+    decoder.attach(lora)
+    dropout = any(slot.dropout > 0 for slot in lora.slots.values())
+    notes = (
+        f"model {model.model} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
+        f"{described}: {len(lora.slots)} modules, {lora.element_count:,} elements",
+        rows,
+    )
+    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes)
+
+
+def random_adapter(decoder: Decoder) -> LoRAParameters:
+    """Every factor normal, lora_B as large as lora_A: a gradient is nowhere zero by nature."""
+    lora = LoRAParameters(resolve_slots(RANDOM_ADAPTER, decoder.module_shapes()), device=decoder.device)
+    generator = torch.Generator().manual_seed(ADAPTER_SEED)
+    for name, slot in lora.slots.items():
+        for view in (lora.lora_A(name), lora.lora_B(name)):
+            drawn = torch.randn(view.shape, generator=generator)
+            view.copy_(drawn * (0.3 / slot.in_features**0.5))
+    return lora
+
+
+def _load_adapter(directory: Path, decoder: Decoder, source: ModelSource, *, force: bool) -> LoRAParameters:
+    loaded = load_adapter(directory, decoder.module_shapes())
+    if loaded.record is not None and not force:
+        names = set(source.tensor_names())
+        tokenizer: Any = source.tokenizer()
+        check_base(
+            loaded.record,
+            str(loaded.directory),
+            base_digest=base_digest(
+                (name for target in loaded.targets if (name := f"{target.name}.weight") in names), source.load
+            ),
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            chat_template_digest=text_digest(tokenizer.chat_template),
+        )
+    return loaded.parameters(device=decoder.device)
+
+
+def _documents(data: DataOptions, tokenizer: Any, max_tokens: int) -> tuple[tuple[Example, ...], str]:
+    """The first documents of the rows, or of the neutral texts, and a sentence about them."""
+    if data.data:
+        found: Sequence[Example] = read_examples(data, data.data, tokenizer).examples
+        where = ", ".join(data.data)
+    else:
+        found = [_text_example(text, tokenizer) for text in neutral_texts()]
+        where = "neutral texts of the package"
+    chosen = choose_documents(found, max_tokens)
+    if not chosen:
+        raise DataError("no document has a supervised token", where=where)
+    tokens = sum(len(example) for example in chosen)
+    return tuple(chosen), f"{len(chosen)} of {len(found)} documents of {where}: {tokens} tokens"
+
+
+def _text_example(text: str, tokenizer: Any) -> Example:
+    ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+    supervised = np.ones(len(ids), dtype=bool)
+    supervised[:1] = False
+    return Example(ids, supervised, "neutral_texts.txt")
+
+
+def choose_documents(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Documents in order until about max_tokens are reached, at least two where there are two.
+
+    A document of more than half of max_tokens is cut to the tokens before its last supervised one.
+    """
+    chosen: list[Example] = []
+    tokens = 0
+    for example in examples:
+        places = np.flatnonzero(example.supervised)
+        if not len(places):
+            continue
+        end = int(places[-1]) + 1
+        start = max(0, end - max(max_tokens // 2, 2))
+        supervised = example.supervised[start:end].copy()
+        supervised[0] = False
+        part = replace(example, input_ids=example.input_ids[start:end], supervised=supervised)
+        if len(chosen) >= 2 and tokens + len(part) > max_tokens:
+            break
+        chosen.append(part)
+        tokens += len(part)
+    return chosen

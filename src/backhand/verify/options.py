@@ -1,0 +1,86 @@
+"""What `backhand verify` can be told. This file imports no torch: the command line reads it for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backhand.data.options import DataOptions, check_count
+from backhand.errors import UsageError
+from backhand.nn.model_options import BaseModelOptions
+
+
+@dataclass(frozen=True)
+class VerifiedModelOptions(BaseModelOptions):
+    """The model to prove, if any, and how it is computed."""
+
+    model: str = ""
+    """Prove the gradients of this base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. Not
+    given: prove every op, a block and a decoder of every family."""
+
+
+@dataclass(frozen=True)
+class VerifyRunOptions:
+    """What to prove, and where to write it down."""
+
+    op: str | None = None
+    """Prove only this op, or `block` or `decoder`, and list each of its mutants."""
+
+    adapter: Path | None = None
+    """With `model`: prove the gradients of this adapter; not given: of a random one, lora_B not zero."""
+
+    max_tokens: int = 256
+    """With `model`: use about this many tokens of the rows; at least 8. The first rows are taken, long ones cut."""
+
+    run: Path | None = None
+    """Append every proof to proofs.jsonl of this run directory. Without `op` and `model`, the run's own model, rows and
+    adapter are proved."""
+
+    json: bool = False
+    """Print one JSON object in place of the tables."""
+
+    def check_run(self) -> None:
+        """Raise UsageError naming field, value and range for the first field that is out of range."""
+        check_count("max_tokens", self.max_tokens, at_least=8)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """One verification.
+
+    Attributes:
+        verify: what to prove, and where to write it down.
+        model: the base model and how it is computed.
+        data: rows to prove a model on; a few neutral texts of the package if there are none.
+    """
+
+    verify: VerifyRunOptions = field(default_factory=VerifyRunOptions)
+    model: VerifiedModelOptions = field(default_factory=VerifiedModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def validate(self) -> VerifyOptions:
+        """Check every field before anything is loaded; return self.
+
+        Raises:
+            UsageError: a field is out of range, or two contradict each other.
+        """
+        self.verify.check_run()
+        self.data.validate()
+        if self.model.model:
+            self.model.check_base_model()
+            if self.verify.op is not None:
+                raise UsageError(
+                    f"op {self.verify.op!r} and model {self.model.model!r} are both given",
+                    where="op",
+                    next_step="give --op for one op on its own cases, or --model for a model on its rows",
+                )
+            if self.model.engine == "transformers":
+                raise UsageError(
+                    "engine 'transformers' leaves the gradients to autograd: there is nothing by hand to prove",
+                    where="engine",
+                )
+        elif self.verify.run is None:
+            for name, value in (("data", self.data.data), ("adapter", self.verify.adapter)):
+                if value:
+                    raise UsageError(f"{name} is given, but no model", where=name, next_step="give --model as well")
+        return self
