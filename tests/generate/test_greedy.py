@@ -8,7 +8,7 @@ import torch
 
 from backhand.generate import batch
 from backhand.generate.batch import shared_length
-from backhand.generate.engine_model import EngineModel
+from backhand.generate.engine_completer import EngineCompleter
 from backhand.generate.greedy import complete_greedily
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading.in_memory import InMemoryModel
@@ -80,7 +80,7 @@ def test_the_batch_changes_nothing(batch_size: int) -> None:
     asked = prompts(3, 21, 9, 9, 1, 14, 2, 30)
     stop_ids = stops_for(decoder, asked)
     alone = [
-        complete_greedily(EngineModel(decoder), [prompt], max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)[0]
+        complete_greedily(EngineCompleter(decoder), [prompt], max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)[0]
         for prompt in asked
     ]
     told: list[int] = []

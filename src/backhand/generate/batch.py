@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from backhand.generate.completing import Choose, Finished
+from backhand.generate.completer import Choose, Finished
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoding import IncrementalDecoder
 from backhand.nn.kv_cache import bytes_per_token
@@ -27,7 +27,7 @@ def complete_batch(
     max_new_tokens: int,
     batch_rows: int = 64,
 ) -> None:
-    """Continue every prompt; see `completing.CompletingModel.complete`.
+    """Continue every prompt; see `completer.Completer.complete`.
 
     A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows.
     """

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor
 
 from backhand.generate.batch import complete_batch
-from backhand.generate.completing import CompletingModel
+from backhand.generate.completer import Completer
 from backhand.nn.decoder import Decoder
 
 
 def complete_greedily(
-    model: Decoder | CompletingModel,
+    model: Decoder | Completer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

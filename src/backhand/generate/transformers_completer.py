@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from backhand.generate.completing import Choose, Finished
+from backhand.generate.completer import Choose, Finished
 
 if TYPE_CHECKING:
     from backhand.adapters.inject import InjectedAdapter
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _UNLIMITED = 1 << 30
 
 
-class TransformersModel:
-    """A `CompletingModel` over a causal language model of transformers.
+class TransformersCompleter:
+    """A `Completer` over a causal language model of transformers.
 
     Args:
         model: in evaluation mode; its generation settings are replaced, so that nothing but the caller's choice counts.
@@ -65,7 +65,7 @@ class TransformersModel:
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt; see `completing.CompletingModel`."""
+        """Continue every prompt; see `completer.Completer`."""
         if self._adapter is not None and not self._use_adapter:
             with self._adapter.disabled():
                 self._complete(prompts, choose, finished, max_new_tokens, batch_rows)

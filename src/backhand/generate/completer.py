@@ -14,7 +14,7 @@ Finished = Callable[[int, int], bool]
 """(number of a prompt, its new token) → whether its answer is complete; called once a token, in order."""
 
 
-class CompletingModel(Protocol):
+class Completer(Protocol):
     """A language model that continues prompts. The decoder engine and the transformers fallback both are one."""
 
     @property

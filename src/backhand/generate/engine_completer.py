@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backhand.generate.batch import complete_batch
-from backhand.generate.completing import Choose, Finished
+from backhand.generate.completer import Choose, Finished
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoding import IncrementalDecoder
 
 
-class EngineModel:
-    """A `CompletingModel` over a decoder.
+class EngineCompleter:
+    """A `Completer` over a decoder.
 
     A single prompt that begins like the one before, as every turn of a conversation does, is computed from where the
     two part.
@@ -56,7 +56,7 @@ class EngineModel:
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt; see `completing.CompletingModel`."""
+        """Continue every prompt; see `completer.Completer`."""
         if len(prompts) == 1:
             self._complete_one(prompts[0], choose, finished, max_new_tokens)
         else:

@@ -11,7 +11,7 @@ import transformers
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.generate.greedy import complete_greedily
-from backhand.generate.transformers_model import TransformersModel
+from backhand.generate.transformers_completer import TransformersCompleter
 from support.tiny_models import tiny_documents, tiny_model
 
 
@@ -58,7 +58,7 @@ def test_answers_are_those_of_full_forwards_whatever_the_cache(kind: str) -> Non
     expected = [greedy_by_full_forward(model(kind), prompt, 8, stop_ids) for prompt in asked]
     for batch_size in (2, 64):
         answers = complete_greedily(
-            TransformersModel(model(kind)), asked, max_new_tokens=8, stop_ids=stop_ids, batch_size=batch_size
+            TransformersCompleter(model(kind)), asked, max_new_tokens=8, stop_ids=stop_ids, batch_size=batch_size
         )
         assert answers == expected
 
@@ -70,7 +70,7 @@ def test_the_models_own_generation_settings_do_not_count() -> None:
     )
     asked = prompts(6)
     expected = [greedy_by_full_forward(model("gpt2"), asked[0], 6, [])]
-    assert complete_greedily(TransformersModel(ours), asked, max_new_tokens=6, stop_ids=()) == expected
+    assert complete_greedily(TransformersCompleter(ours), asked, max_new_tokens=6, stop_ids=()) == expected
 
 
 def test_the_adapter_can_be_left_out() -> None:
@@ -79,7 +79,7 @@ def test_the_adapter_can_be_left_out() -> None:
     for _, parameter in adapter.named_parameters():
         torch.nn.init.normal_(parameter)
     asked = prompts(6)
-    answers = TransformersModel(adapted, adapter)
+    answers = TransformersCompleter(adapted, adapter)
     with_adapter = complete_greedily(answers, asked, max_new_tokens=6, stop_ids=())
     answers.use_adapter(False)
     base = complete_greedily(answers, asked, max_new_tokens=6, stop_ids=())
@@ -87,14 +87,14 @@ def test_the_adapter_can_be_left_out() -> None:
     assert complete_greedily(answers, asked, max_new_tokens=6, stop_ids=()) == with_adapter
     assert base == [greedy_by_full_forward(model("gpt2"), asked[0], 6, [])] != with_adapter
     with pytest.raises(ValueError, match="no adapter"):
-        TransformersModel(model("gpt2")).use_adapter(True)
+        TransformersCompleter(model("gpt2")).use_adapter(True)
 
 
 def test_context_and_vocabulary() -> None:
-    assert TransformersModel(model("gpt2")).context_tokens == 64
-    assert TransformersModel(model("mamba")).context_tokens > 1_000_000
-    assert TransformersModel(model("gpt2")).vocab_size == 101
-    assert TransformersModel(tiny_model("gemma3_text")).context_tokens == 128
+    assert TransformersCompleter(model("gpt2")).context_tokens == 64
+    assert TransformersCompleter(model("mamba")).context_tokens > 1_000_000
+    assert TransformersCompleter(model("gpt2")).vocab_size == 101
+    assert TransformersCompleter(tiny_model("gemma3_text")).context_tokens == 128
 
 
 def test_interruption_passes_through(tmp_path: Path) -> None:
@@ -102,4 +102,4 @@ def test_interruption_passes_through(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        TransformersModel(model("gpt2")).complete([[5]], lambda _, logits: [0], interrupt, max_new_tokens=3)
+        TransformersCompleter(model("gpt2")).complete([[5]], lambda _, logits: [0], interrupt, max_new_tokens=3)

@@ -1,0 +1,170 @@
+"""`backhand chat`: a conversation with a model, with or without an adapter."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from backhand.data.messages import Message
+from backhand.errors import BackhandError, UsageError
+from backhand.generate.loading import loaded_model
+from backhand.generate.notes import show_notes
+from backhand.generate.options import ChatOptions, SamplingOptions
+from backhand.generate.session import GenerationSession
+
+ASK = ">>> "
+HELP = """\
+/reset          forget the conversation
+/system TEXT    set the system message, and forget the conversation; without TEXT, show it
+/help           this list
+/exit           leave, as Ctrl-D does
+Ctrl-C          stop the answer
+//TEXT          say /TEXT"""
+
+
+def chat_command(options: ChatOptions) -> None:
+    """Talk until Ctrl-D, /exit or the end of what is piped in.
+
+    Raises:
+        UsageError: an option is out of range, or the model has no chat template.
+        ArtifactError: model and adapter cannot be read, or do not belong together.
+    """
+    options.validate()
+    with loaded_model(options.model, options.chat.adapter, chat_template=options.template.chat_template) as loaded:
+        show_notes(loaded.notes)
+        session = GenerationSession(loaded, options.template)
+        if not session.has_template:
+            raise UsageError(
+                f"{options.model.model} has no chat template, so it cannot hold a conversation",
+                where="chat_template",
+                next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
+            )
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print(f"{options.model.model}; /help lists what can be typed, Ctrl-D leaves", file=sys.stderr)
+            with suppress(ImportError):
+                import readline  # noqa: F401 - gives input() its line editing and history
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        conversation = Conversation(session, options.sampling, system=options.template.system)
+        _talk(conversation, interactive)
+
+
+def _talk(conversation: Conversation, interactive: bool) -> None:
+    while True:
+        try:
+            line = input(ASK if interactive else "")
+        except EOFError:
+            if interactive:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\n(Ctrl-D leaves)", file=sys.stderr)
+            continue
+        if not conversation.take(line):
+            return
+
+
+class Conversation:
+    """The messages so far, and what a typed line does to them.
+
+    Args:
+        session: the model, with a chat template.
+        sampling: how tokens are chosen; every turn goes on with the next seed.
+        system: the system message, None for the template's own.
+        write: given the answers' text; standard output if None.
+        tell: given everything else; standard error if None.
+
+    Attributes:
+        messages: system, user and assistant turns so far.
+    """
+
+    def __init__(
+        self,
+        session: GenerationSession,
+        sampling: SamplingOptions,
+        *,
+        system: str | None = None,
+        write: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._session = session
+        self._sampling = sampling
+        self._system = system
+        self._write = write or _print_text
+        self._tell = tell or _print_note
+        self._turns = 0
+        self.messages: list[Message] = []
+        self._reset()
+
+    def take(self, line: str) -> bool:
+        """Do what a typed line says; False when it says to leave."""
+        word, _, rest = line.strip().partition(" ")
+        if not line.strip():
+            return True
+        if not word.startswith("/") or word.startswith("//"):
+            self._ask(line.replace("//", "/", 1) if word.startswith("//") else line)
+        elif word in ("/exit", "/quit", "/bye"):
+            return False
+        elif word == "/reset":
+            self._reset()
+            self._tell("the conversation is forgotten")
+        elif word == "/system" and not rest.strip():
+            self._tell(f"system message: {self._system}" if self._system else "there is no system message of yours")
+        elif word == "/system":
+            self._system = rest.strip()
+            self._reset()
+            self._tell("the system message is set, the conversation is forgotten")
+        else:
+            self._tell(HELP if word == "/help" else f"there is no {word}; to say it, type /{line.strip()}\n{HELP}")
+        return True
+
+    def _reset(self) -> None:
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def _ask(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+        said: list[str] = []
+
+        def on_text(piece: str) -> None:
+            said.append(piece)
+            self._write(piece)
+
+        try:
+            prompt_ids = self._session.conversation_ids(self.messages)
+            sampling = self._next_sampling()
+            answer = self._session.answer(prompt_ids, sampling, on_text=on_text)
+        except KeyboardInterrupt:
+            self._write("\n")
+            self._tell("stopped")
+        except BackhandError as error:
+            self.messages.pop()
+            self._tell(f"error: {error}\n  (/reset begins anew)")
+            return
+        else:
+            self._write("\n")
+            if answer.finish_reason == "length":
+                self._tell(f"cut off after {answer.tokens} tokens")
+        if said:
+            self.messages.append({"role": "assistant", "content": "".join(said)})
+        else:
+            # An answer of nothing: two user turns in a row are what some templates refuse.
+            self.messages.pop()
+
+    def _next_sampling(self) -> SamplingOptions:
+        self._turns += 1
+        return replace(self._sampling, seed=(self._sampling.seed + self._turns - 1) % 2**63)
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print_note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,118 @@
+"""A base model, perhaps with an adapter, ready to complete prompts: by the decoder engine, or by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backhand.adapters.adapter_directory import read_adapter_directory
+from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.data.chat import read_template
+from backhand.generate.completer import Completer
+from backhand.generate.engine_completer import EngineCompleter
+from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
+from backhand.nn.config_fields import UnsupportedModel
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.model_options import BaseModelOptions
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that completes prompts, and what turns text into prompts and back.
+
+    Attributes:
+        model: with the adapter, if one was asked for.
+        tokenizer: the model's transformers tokenizer.
+        stop_ids: tokens that end an answer.
+        notes: what a person should know, a sentence each: which way the model is computed, what the adapter's files
+            say.
+    """
+
+    model: Completer
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def loaded_model(
+    options: BaseModelOptions, adapter: Path | str | None = None, *, chat_template: str | None = None
+) -> Iterator[LoadedModel]:
+    """Load a model, and compute with the options' threads as long as it is used.
+
+    Args:
+        options: which model, and how it is computed.
+        adapter: directory of an adapter to put on it.
+        chat_template: the option of that name; the adapter's record is held against the template in use.
+
+    Raises:
+        ArtifactError: model, tokenizer or adapter cannot be read, or do not belong together.
+        UsageError: the device or the template cannot be used.
+    """
+    device = resolve_device(options)
+    dtype = resolve_dtype(options, device)
+    with compute_settings(options, resolve_threads(options), dtype, device):
+        source = open_model(options.model)
+        tokenizer = source.tokenizer()
+        template = read_template(chat_template, tokenizer)
+        try:
+            if options.engine == "transformers":
+                model, notes = _by_transformers(source, options, adapter, template, dtype, device)
+            else:
+                model, notes = _by_engine(source, options, adapter, template, dtype, device)
+        except UnsupportedModel as error:
+            if options.engine == "backhand":
+                raise
+            model, notes = _by_transformers(source, options, adapter, template, dtype, device)
+            reason = error.problems[0] if error.problems else error.what
+            notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
+        yield LoadedModel(model, tokenizer, source.stop_token_ids(), notes)
+
+
+def _by_engine(
+    source: ModelSource,
+    options: BaseModelOptions,
+    adapter: Path | str | None,
+    template: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Completer, tuple[str, ...]]:
+    decoder = Decoder.from_source(source, dtype=dtype, device=device)
+    notes: tuple[str, ...] = ()
+    if adapter is not None:
+        loaded = load_adapter_for(
+            source, adapter, decoder.module_shapes(), chat_template=template, force_base=options.force_base
+        )
+        decoder.attach(loaded.parameters(device=device))
+        notes = loaded.notes
+    return EngineCompleter(decoder), notes
+
+
+def _by_transformers(
+    source: ModelSource,
+    options: BaseModelOptions,
+    adapter: Path | str | None,
+    template: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Completer, tuple[str, ...]]:
+    from backhand.adapters.inject import inject_from
+    from backhand.generate.transformers_completer import TransformersCompleter
+    from backhand.nn.loading.transformers_model import load_transformers_model
+
+    model = load_transformers_model(source, dtype=dtype, device=device)
+    if adapter is None:
+        return TransformersCompleter(model), ()
+    injected = inject_from(model, adapter)
+    if not options.force_base:
+        record = read_adapter_directory(adapter).record
+        names = (target.name for target in injected.targets)
+        check_source(record, str(adapter), source, names, chat_template=template)
+    return TransformersCompleter(model, injected), injected.notes

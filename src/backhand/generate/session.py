@@ -1,0 +1,197 @@
+"""One model with its tokenizer, template and stop tokens: prompts from text, answers as text, streamed or in bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from backhand.data.chat import read_template
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import encode_document
+from backhand.data.forms import Completion, Row
+from backhand.data.messages import Conversation, Message
+from backhand.data.options import TemplateOptions
+from backhand.errors import DataError
+from backhand.generate.completer import Completer
+from backhand.generate.loading import LoadedModel
+from backhand.generate.options import SamplingOptions
+from backhand.generate.sampling import next_token
+from backhand.generate.text_stream import TextStream
+
+PROMPT = "prompt"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without control tokens, stop tokens and stop strings.
+        tokens: how many were generated, the stop token among them.
+        finish_reason: `stop` where the model or a stop string ended it, `length` where it ran out of tokens.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class GenerationSession:
+    """Asks one model.
+
+    Args:
+        loaded: the model, its tokenizer, and the tokens that end an answer.
+        template: chat template and system message.
+
+    Raises:
+        UsageError: the chat template cannot be read, or a system message is given where no template could take it.
+    """
+
+    def __init__(self, loaded: LoadedModel, template: TemplateOptions | None = None) -> None:
+        template = template or TemplateOptions()
+        self.model: Completer = loaded.model
+        self.tokenizer: Any = loaded.tokenizer
+        self.stop_ids = frozenset(loaded.stop_ids)
+        self.has_template = read_template(template.chat_template, loaded.tokenizer) is not None
+        self._renderer = RowRenderer(loaded.tokenizer, template)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of one user turn and the beginning of its reply; without a chat template, of the text as it stands.
+
+        Raises:
+            DataError: the template refuses it, or nothing of it is left.
+        """
+        return self._encode(Completion(prompt, None, "", None, PROMPT))
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that ends with a user turn, and of the beginning of the reply.
+
+        Raises:
+            DataError: there is no chat template, or it refuses the conversation.
+        """
+        return self._encode(Conversation(tuple(messages), (False,) * len(messages), None, "conversation"))
+
+    def answer(
+        self, prompt_ids: Sequence[int], options: SamplingOptions, on_text: Callable[[str], None] | None = None
+    ) -> Answer:
+        """Answer one prompt.
+
+        Args:
+            prompt_ids: at least one token.
+            options: how tokens are chosen, and where the answer ends.
+            on_text: given every piece of the answer as soon as it is certain.
+
+        Raises:
+            DataError: the prompt leaves no room for an answer.
+        """
+        return self.answer_all(
+            [prompt_ids], options, on_text=None if on_text is None else lambda _, text: on_text(text)
+        )[0]
+
+    def answer_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        *,
+        sources: Sequence[str] | None = None,
+        batch_rows: int = 64,
+        on_text: Callable[[int, str], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts, many at once; each is drawn from its own generator, so that the others change nothing.
+
+        Args:
+            prompts: at least one token each.
+            options: how tokens are chosen, and where answers end.
+            sources: where each prompt stands, for errors.
+            batch_rows: prompts that are answered at once.
+            on_text: given (number of the prompt, piece of its answer) as soon as a piece is certain.
+            on_done: given the number of each prompt when its answer is complete.
+
+        Returns:
+            Answers in the order of the prompts.
+
+        Raises:
+            DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
+        """
+        for number, prompt in enumerate(prompts):
+            self._check(prompt, PROMPT if sources is None else sources[number])
+        replies = [
+            _Reply(TextStream(self.tokenizer, options.stop), self._room(prompt, options.max_new_tokens))
+            for prompt in prompts
+        ]
+        generators = [torch.Generator().manual_seed((options.seed + number) % 2**63) for number in range(len(prompts))]
+
+        def choose(numbers: Sequence[int], logits: Tensor) -> list[int]:
+            if options.greedy or options.temperature == 0:
+                likeliest: list[int] = logits.argmax(-1).tolist()
+                return likeliest
+            rows = zip(numbers, logits, strict=True)
+            return [next_token(row_logits, options, generators[number]) for number, row_logits in rows]
+
+        def finished(number: int, token: int) -> bool:
+            reply = replies[number]
+            text = reply.take(token, self.stop_ids)
+            if text and on_text is not None:
+                on_text(number, text)
+            if reply.finish_reason is not None and on_done is not None:
+                on_done(number)
+            return reply.finish_reason is not None
+
+        self.model.complete(prompts, choose, finished, max_new_tokens=options.max_new_tokens, batch_rows=batch_rows)
+        return [Answer(reply.stream.text, reply.tokens, reply.finish_reason or "length") for reply in replies]
+
+    def _encode(self, row: Row) -> list[int]:
+        document, _ = self._renderer.prompt(row)
+        ids: list[int] = encode_document(document, self._renderer.encoder).input_ids.tolist()
+        if not ids:
+            raise DataError("the prompt is empty", where=row.source)
+        return ids
+
+    def _check(self, prompt: Sequence[int], source: str) -> None:
+        if not len(prompt):
+            raise DataError("the prompt is empty", where=source)
+        if max(prompt) >= self.model.vocab_size:
+            raise DataError(
+                f"the prompt holds token {max(prompt)}, and the model knows {self.model.vocab_size}",
+                where=source,
+                why="the tokenizer is not the one of this model",
+            )
+        if not self._room(prompt, 1):
+            raise DataError(
+                f"the prompt has {len(prompt):,} tokens, and the model takes {self.model.context_tokens:,}",
+                where=source,
+                next_step="shorten it; a reply needs room as well",
+            )
+
+    def _room(self, prompt: Sequence[int], max_new_tokens: int) -> int:
+        """Tokens that the answer to a prompt may have."""
+        return max(0, min(max_new_tokens, self.model.context_tokens - len(prompt)))
+
+
+class _Reply:
+    """One answer as it comes."""
+
+    def __init__(self, stream: TextStream, room: int) -> None:
+        self.stream = stream
+        self.tokens = 0
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._room = room
+
+    def take(self, token: int, stop_ids: frozenset[int]) -> str:
+        """Take a token; return the text that has become certain, and set finish_reason when it was the last one."""
+        self.tokens += 1
+        if token in stop_ids:
+            self.finish_reason = "stop"
+            return self.stream.finish()
+        text = self.stream.push(token)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        elif self.tokens >= self._room:
+            self.finish_reason = "length"
+            text += self.stream.finish()
+        return text
