@@ -1,0 +1,117 @@
+"""The README's benchmark section from the stored results: `python benchmarks/table.py` rewrites it in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
+_NAMES = {
+    "backhand": "**Backhand**",
+    "backhand-recompute-mlp": "Backhand, `--recompute mlp`",
+    "backhand-recompute-block": "Backhand, `--recompute block`",
+    "peft": "PEFT as documented",
+    "peft-tuned": "PEFT tuned (allocator, bf16 adapters, fused AdamW)",
+    "peft-checkpointing": "PEFT with gradient checkpointing",
+    "products-alone": "the matrix products alone (ceiling)",
+    "trl": "TRL as users run it",
+    "trl-no-checkpointing": "TRL, checkpointing off",
+    "trl-no-checkpointing-tuned": "TRL, checkpointing off, allocator tuned",
+    "trl-packing-tuned": "TRL, the same with packing",
+}
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown, numbers right-aligned."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def step_section(results: dict[str, Any]) -> list[str]:
+    """One table for each dtype of `train_step.json`."""
+    lines: list[str] = []
+    for run in results["runs"]:
+        workload, peers = run["workload"], run["peers"]
+        ours = peers["backhand"]["tokens_per_s"]
+        lines += [
+            "",
+            f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, {workload['dtype']}:",
+            "",
+        ]
+        lines += table(
+            ["", "tokens/s", "step, median (min to max)", "Backhand is faster by", "memory above the model"],
+            [
+                [
+                    _NAMES[name],
+                    f"{row['tokens_per_s']:.0f}",
+                    "{median:.2f} s ({min:.2f} to {max:.2f})".format(**row["step_s"]),
+                    "" if name.startswith("backhand") else f"{ours / row['tokens_per_s']:.2f} ×",
+                    "" if name == "products-alone" else f"{row['memory_above_model_bytes'] / 2**20:.0f} MiB",
+                ]
+                for name, row in peers.items()
+            ],
+        )
+    return lines
+
+
+def finetune_section(results: dict[str, Any]) -> list[str]:
+    """The table of `finetune.json`."""
+    workload, peers = results["workload"], results["peers"]
+    ours = peers["backhand"]["tokens_per_s"]
+    per_row = workload["tokens"] / workload["rows"]
+    supervised = workload["supervised_tokens"] / workload["rows"]
+    return [
+        "",
+        f"Fine-tuning on {workload['rows']} short rows ({per_row:.0f} tokens, {supervised:.0f} of them supervised), "
+        f"{workload['epochs']} epoch, {workload['batch_rows']} rows a step, {workload['dtype']}; held-out loss of the base "
+        f"{results['base_held_out_loss']:.2f}:",
+        "",
+        *table(
+            ["", "real tokens/s", "training, median (min to max)", "Backhand is faster by", "held-out loss"],
+            [
+                [
+                    _NAMES[name],
+                    f"{row['tokens_per_s']:.0f}",
+                    "{median:.1f} s ({min:.1f} to {max:.1f})".format(**row["train_s"]),
+                    "" if name == "backhand" else f"{ours / row['tokens_per_s']:.2f} ×",
+                    f"{sum(row['held_out_loss']) / len(row['held_out_loss']):.3f}",
+                ]
+                for name, row in peers.items()
+            ],
+        ),
+    ]
+
+
+def section() -> str:
+    """Everything between the markers."""
+    step = json.loads((HERE / "results" / "train_step.json").read_text())
+    finetune = json.loads((HERE / "results" / "finetune.json").read_text())
+    machine = step["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        BEGIN,
+        "",
+        f"SmolLM2-135M, rank 16 on all linear layers, {machine['cores']} cores ({machine['processor']}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}. Each peer in its own process, in turns; losses and gradients are "
+        "compared before a time is believed. `python benchmarks/train_step.py` and `python benchmarks/finetune.py` repeat it.",
+        *step_section(step),
+        *finetune_section(finetune),
+        "",
+        END,
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the section in README.md."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(before + section() + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
