@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import backhand
+from backhand.cli import main as cli
 from backhand.cli.commands import COMMANDS, Command
 from backhand.cli.main import main, make_app
+from support import cli_commands
 
 PROJECT = Path(__file__).parents[2]
 names = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -99,3 +101,13 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         backhand.trian  # noqa: B018 - the access is the test
+
+
+@pytest.mark.parametrize("value", ["-", "- a list", "-5 + 3 = ?", "--- title ---"])
+def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "COMMANDS", (Command("end", "End.", "backhand end", "support.cli_commands:end"),))
+    assert main(["end", "--how", value, "--size", "4"]) == 0
+    (options,) = cli_commands.last_options
+    assert (options.how, options.inner.size) == (value, 4)

@@ -36,6 +36,18 @@ COMMANDS = (
         "backhand.cli.evaluate:evaluate",
     ),
     Command(
+        "generate",
+        "Answer a prompt, or a whole file of them, by the base model or with an adapter.",
+        'backhand generate --adapter runs/mine/adapter --prompt "What is the capital of France?"',
+        "backhand.cli.generate:generate",
+    ),
+    Command(
+        "chat",
+        "Talk with the base model or with an adapter.",
+        "backhand chat --adapter runs/mine/adapter",
+        "backhand.cli.generate:chat",
+    ),
+    Command(
         "verify",
         "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
         "backhand verify --op lora_linear",

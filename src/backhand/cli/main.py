@@ -56,11 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         with _terminated_as_exit():
-            result = make_app()([word for word in words[:1] if word != "--debug"] + words[1:])
+            result = make_app()(_values_joined(words[1:] if words[:1] == ["--debug"] else words))
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
         return _report(error, words, debug)
+
+
+def _values_joined(words: Sequence[str]) -> list[str]:
+    """Join `--prompt -` and `--prompt "- a list"` with an equals sign: the parser would take such values for options.
+
+    Only what cannot be an option is joined: a lone hyphen, and words that begin with one and hold white space.
+    """
+    joined: list[str] = []
+    for word in words:
+        value = word == "-" or (word.startswith("-") and len(word.split(maxsplit=1)) > 1)
+        if value and joined and joined[-1].startswith("--") and "=" not in joined[-1] and len(joined[-1]) > 2:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _report(error: BaseException, words: Sequence[str], debug: bool) -> int:
