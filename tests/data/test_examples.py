@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backhand.data.chat import Document
-from backhand.data.examples import DataReport, Example, ExampleCounts, cut, encode_document, summed
+from backhand.data.examples import CutRows, DataReport, Example, cut, encode_document, summed
 from backhand.data.options import DataOptions
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
@@ -81,17 +81,18 @@ def test_an_end_of_sequence_token_that_does_not_exist_is_named() -> None:
 
 
 def test_long_documents_keep_their_head_or_are_left_out() -> None:
-    counts = ExampleCounts()
+    cut_rows = CutRows()
     long = example(10, 3, 9)
-    kept = cut(long, DataOptions(max_length=5), counts)
+    kept = cut(long, DataOptions(max_length=5), cut_rows)
     assert kept is not None
     assert kept.input_ids.tolist() == long.input_ids[:5].tolist()
     assert kept.supervised.tolist() == [False, False, False, True, False]
-    assert cut(long, DataOptions(max_length=3), counts) is None
-    assert cut(long, DataOptions(max_length=9, long_rows="drop"), counts) is None
-    assert cut(long, DataOptions(max_length=10, long_rows="drop"), counts) is long
-    assert cut(example(4), DataOptions(), counts) is None
-    assert (counts.truncated, counts.dropped_long, counts.dropped_unsupervised) == (2, 1, 2)
+    assert cut(long, DataOptions(max_length=3), cut_rows) is None
+    assert cut(long, DataOptions(max_length=9, long_rows="drop"), cut_rows) is None
+    assert cut(long, DataOptions(max_length=10, long_rows="drop"), cut_rows) is long
+    assert cut(example(4), DataOptions(), cut_rows) is None
+    assert (cut_rows.truncated, cut_rows.dropped_long) == (["f:1"] * 2, ["f:1"])
+    assert cut_rows.dropped_unsupervised == ["f:1"] * 2
 
 
 def test_sums_and_digest() -> None:

@@ -124,12 +124,18 @@ class PreparedData:
 
 
 @dataclass
-class ExampleCounts:
-    """What `cut` counts."""
+class CutRows:
+    """Where the rows stand whose documents `cut` truncated or left out, once for each document."""
 
-    truncated: int = 0
-    dropped_long: int = 0
-    dropped_unsupervised: int = 0
+    truncated: list[str] = field(default_factory=list)
+    dropped_long: list[str] = field(default_factory=list)
+    dropped_unsupervised: list[str] = field(default_factory=list)
+
+    def add(self, other: CutRows) -> None:
+        """Take over what stands in `other`."""
+        self.truncated += other.truncated
+        self.dropped_long += other.dropped_long
+        self.dropped_unsupervised += other.dropped_unsupervised
 
 
 def encode_document(document: Document, encoder: TextEncoder) -> Example:
@@ -166,19 +172,19 @@ def encode_document(document: Document, encoder: TextEncoder) -> Example:
     return Example(input_ids, supervised, document.source)
 
 
-def cut(example: Example, options: DataOptions, counts: ExampleCounts) -> Example | None:
-    """The example at no more than `max_length` tokens, or None if it is left out; either way counted."""
+def cut(example: Example, options: DataOptions, cut_rows: CutRows) -> Example | None:
+    """The example at no more than `max_length` tokens, or None if it is left out; either way noted."""
     if len(example) > options.max_length:
         if options.long_rows == "drop":
-            counts.dropped_long += 1
+            cut_rows.dropped_long.append(example.source)
             return None
-        counts.truncated += 1
+        cut_rows.truncated.append(example.source)
         length = options.max_length
         example = replace(
             example, input_ids=example.input_ids[:length].copy(), supervised=example.supervised[:length].copy()
         )
     if not example.supervised.any():
-        counts.dropped_unsupervised += 1
+        cut_rows.dropped_unsupervised.append(example.source)
         return None
     return example
 

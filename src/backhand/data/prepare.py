@@ -9,9 +9,9 @@ from typing import Any
 
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import (
+    CutRows,
     DataReport,
     Example,
-    ExampleCounts,
     PreparedData,
     SourceForm,
     cut,
@@ -44,7 +44,14 @@ class Prompt:
     source: str
 
 
-def prepare(options: DataOptions, tokenizer: Any, *, seed: int = 0) -> tuple[PreparedData, PreparedData | None]:
+def prepare(
+    options: DataOptions,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    bad: BadRows | None = None,
+    cut_rows: CutRows | None = None,
+) -> tuple[PreparedData, PreparedData | None]:
     """Training examples, and held-out ones if there are any.
 
     Held out are, in this order: `eval_data`; a share `eval_fraction` of `data`; the `valid.*` beside a `train.*` when
@@ -54,6 +61,8 @@ def prepare(options: DataOptions, tokenizer: Any, *, seed: int = 0) -> tuple[Pre
         options: which rows, and how they become tokens.
         tokenizer: the model's transformers tokenizer.
         seed: draws the held-out rows.
+        bad: gets the malformed rows; made from `skip_bad` if not given.
+        cut_rows: gets the rows that were truncated or left out.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -62,14 +71,14 @@ def prepare(options: DataOptions, tokenizer: Any, *, seed: int = 0) -> tuple[Pre
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    train = read_examples(options, options.data, tokenizer)
+    train = read_examples(options, options.data, tokenizer, bad=bad, cut_rows=cut_rows)
     held_out: PreparedData | None = None
     if options.eval_data:
-        held_out = read_examples(options, options.eval_data, tokenizer, held_out=True)
+        held_out = read_examples(options, options.eval_data, tokenizer, held_out=True, bad=bad, cut_rows=cut_rows)
     elif options.eval_fraction:
         train, held_out = split(train, options.eval_fraction, seed)
     elif beside := held_out_beside(options.data):
-        held_out = read_examples(options, beside, tokenizer, held_out=True)
+        held_out = read_examples(options, beside, tokenizer, held_out=True, bad=bad, cut_rows=cut_rows)
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:
@@ -82,34 +91,46 @@ def prepare(options: DataOptions, tokenizer: Any, *, seed: int = 0) -> tuple[Pre
 
 
 def read_examples(
-    options: DataOptions, names: Sequence[str], tokenizer: Any, *, held_out: bool = False
+    options: DataOptions,
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    held_out: bool = False,
+    bad: BadRows | None = None,
+    cut_rows: CutRows | None = None,
 ) -> PreparedData:
     """Examples from the files and hub data sets in `names`.
 
     Args:
         held_out: a hub name without a split means its validation split.
+        bad: gets the malformed rows; made from `skip_bad` if not given.
+        cut_rows: gets the rows that were truncated or left out.
 
     Raises:
         UsageError, DataError: as `prepare`.
     """
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
-    counts = ExampleCounts()
+    bad = BadRows(options.skip_bad) if bad is None else bad
+    cut_here = CutRows()
 
     def add(row: Row) -> None:
         made = [encode_document(document, renderer.encoder) for document in renderer.documents(row)]
-        counts.dropped_unsupervised += not made
-        kept = (cut(example, options, counts) for example in made)
+        if not made:
+            cut_here.dropped_unsupervised.append(row.source)
+        kept = (cut(example, options, cut_here) for example in made)
         examples.extend(example for example in kept if example is not None)
 
-    report = _read_into(add, names, options, BadRows(options.skip_bad), held_out=held_out)
+    report = _read_into(add, names, options, bad, held_out=held_out)
     report = replace(
         report,
-        truncated=counts.truncated,
-        dropped_long=counts.dropped_long,
-        dropped_unsupervised=counts.dropped_unsupervised,
+        truncated=len(cut_here.truncated),
+        dropped_long=len(cut_here.dropped_long),
+        dropped_unsupervised=len(cut_here.dropped_unsupervised),
         notes=renderer.notes(),
     )
+    if cut_rows is not None:
+        cut_rows.add(cut_here)
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)
@@ -154,6 +175,7 @@ def _read_into(
     """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way."""
     forms: list[SourceForm] = []
     total = 0
+    skipped_before, kept_before = bad.count, len(bad.errors)
 
     def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
         for row in reader.read_all(read_rows(name, bad, held_out=held_out), bad):
@@ -174,7 +196,9 @@ def _read_into(
             raise _no_rows(name, bad, bad.count - bad_before)
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
-    return DataReport(tuple(forms), rows=total, skipped_bad=bad.count, bad_rows=tuple(bad.errors))
+    return DataReport(
+        tuple(forms), rows=total, skipped_bad=bad.count - skipped_before, bad_rows=tuple(bad.errors[kept_before:])
+    )
 
 
 def _no_rows(name: str, bad: BadRows, count: int) -> DataError:

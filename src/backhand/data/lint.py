@@ -1,0 +1,240 @@
+"""What is wrong, or may be wrong, with rows before they are trained on; each finding has a place and a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from backhand.data.examples import CutRows, DataReport, Example, PreparedData
+from backhand.data.mojibake import find_mojibake
+from backhand.data.options import DataOptions
+from backhand.data.prepare import prepare
+from backhand.data.rows import BadRows
+from backhand.data.split import overlap
+from backhand.data.template_probe import probe_template
+
+SHOWN_PLACES = 5
+SHOWN_BAD_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem.
+
+    Attributes:
+        kind: its name, stable for scripts.
+        severity: `error` stops training (unless `--skip-bad`), `warning` does not.
+        count: rows or documents concerned.
+        what: the problem in words.
+        where: the first few places, `file:line`.
+        remedy: what to do.
+    """
+
+    kind: str
+    severity: Literal["error", "warning"]
+    count: int
+    what: str
+    where: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """Everything that `lint` found.
+
+    Attributes:
+        train, held_out: what became of the rows.
+        lengths: quantiles of the training documents' tokens, and of their supervised tokens.
+        template: habits of the chat template, a sentence each.
+        findings: problems, errors first.
+    """
+
+    train: DataReport
+    held_out: DataReport | None
+    lengths: dict[str, dict[str, int]]
+    template: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> int:
+        """Rows that training would stop at."""
+        return sum(finding.count for finding in self.findings if finding.severity == "error")
+
+    def lines(self) -> list[str]:
+        """The report in words, a line a fact."""
+        lines = self.train.lines()
+        for name, quantiles in self.lengths.items():
+            lines.append(f"{name} a document: " + ", ".join(f"{key} {value:,}" for key, value in quantiles.items()))
+        if self.held_out is not None:
+            lines += [f"held out: {line}" for line in self.held_out.lines()]
+        lines += self.template
+        for finding in self.findings:
+            more = "" if finding.count <= len(finding.where) else f" and {finding.count - len(finding.where):,} more"
+            lines.append(f"{finding.severity}: {finding.what} ({', '.join(finding.where)}{more})")
+            lines.append(f"  next: {finding.remedy}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "train": _report_json(self.train),
+            "held_out": None if self.held_out is None else _report_json(self.held_out),
+            "lengths": self.lengths,
+            "template": list(self.template),
+            "findings": [asdict(finding) | {"where": list(finding.where)} for finding in self.findings],
+        }
+
+
+def lint(
+    options: DataOptions, tokenizer: Any, *, seed: int = 0, context_length: int | None = None
+) -> tuple[LintReport, PreparedData]:
+    """Prepare the rows as training would, leaving malformed ones out, and look at what comes of it.
+
+    Args:
+        options: as for training.
+        tokenizer: the model's transformers tokenizer.
+        seed: draws the held-out rows.
+        context_length: most tokens the model was made for.
+
+    Returns:
+        The report, and the training examples (`token_view` shows them).
+
+    Raises:
+        UsageError, DataError: as `prepare`; a single malformed row is a finding instead.
+    """
+    bad, cut_rows = BadRows(skip_bad=True, keep=SHOWN_BAD_ROWS), CutRows()
+    train, held_out = prepare(replace(options, skip_bad=True), tokenizer, seed=seed, bad=bad, cut_rows=cut_rows)
+    findings = [*_malformed(bad), *_cut(cut_rows, options), *_in_examples(train, tokenizer, cut_rows)]
+    if held_out is not None:
+        shared = [example.source for example in overlap(train.examples, held_out.examples)]
+        findings += _finding("overlap", shared, "also stand in the training data", "take them out of one of the two")
+    if context_length is not None:
+        long = [example.source for example in train.examples if len(example) > context_length]
+        findings += _finding(
+            "context", long, f"longer than the model's {context_length:,} tokens", f"--max-length {context_length}"
+        )
+    report = LintReport(
+        train=train.report,
+        held_out=None if held_out is None else held_out.report,
+        lengths={
+            "tokens": _quantiles(train, len),
+            "supervised tokens": _quantiles(train, lambda example: int(example.supervised.sum())),
+        },
+        template=tuple(probe_template(tokenizer, options)),
+        findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
+    )
+    return report, train
+
+
+def _malformed(bad: BadRows) -> list[Finding]:
+    findings = [
+        Finding(
+            "malformed",
+            "error",
+            1,
+            error.what + (f": {error.why}" if error.why else ""),
+            (str(error.where),),
+            error.next_step or "correct the row, or leave bad rows out with --skip-bad",
+        )
+        for error in bad.errors
+    ]
+    unseen = bad.count - len(findings)
+    if unseen:
+        where = findings[-1].where
+        findings.append(
+            Finding("malformed", "error", unseen, f"{unseen:,} more malformed rows after this one", where, "as above")
+        )
+    return findings
+
+
+def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
+    return [
+        *_finding(
+            "truncated",
+            cut_rows.truncated,
+            f"truncated to {options.max_length:,} tokens",
+            "raise --max-length, shorten the rows, or leave them out with --long-rows drop",
+        ),
+        *_finding("too_long", cut_rows.dropped_long, "left out as too long", "raise --max-length or shorten the rows"),
+        *_finding(
+            "unsupervised",
+            cut_rows.dropped_unsupervised,
+            "left out because nothing in them carries loss",
+            "raise --max-length if their replies were cut off; else give them a reply with a weight other than 0",
+        ),
+    ]
+
+
+def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
+    ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends.add(tokenizer.eos_token_id)
+    bos = tokenizer.bos_token_id
+    truncated = set(cut_rows.truncated)
+
+    def last_target(example: Example) -> int:
+        return int(example.input_ids[np.flatnonzero(example.supervised)[-1]])
+
+    def where(wrong: Callable[[Example], bool]) -> list[str]:
+        return [example.source for example in train.examples if wrong(example)]
+
+    garbled = [(example.source, find_mojibake(tokenizer.decode(example.input_ids))) for example in train.examples]
+    shown = next((piece for _, piece in garbled if piece), None)
+    return [
+        *_finding(
+            "no_end",
+            where(lambda example: example.source not in truncated and last_target(example) not in ends),
+            "do not teach the model to stop: no end token carries loss",
+            "use a chat template that ends replies (--chat-template)",
+        ),
+        *_finding(
+            "empty_reply",
+            where(lambda example: example.supervised.sum() == 1 and last_target(example) in ends),
+            "have an empty reply",
+            "fill it in or take the rows out",
+        ),
+        *_finding(
+            "doubled_bos",
+            where(lambda example: bos is not None and example.input_ids[:2].tolist() == [bos, bos]),
+            "begin with two begin-of-sequence tokens",
+            "take the one that is written in the rows or in the chat template out",
+        ),
+        *_finding("duplicate", _repeated(train.examples), "repeat an earlier document", "remove the repetitions"),
+        *_finding(
+            "mojibake",
+            [source for source, piece in garbled if piece],
+            f"look wrongly decoded, for example {shown!r}",
+            "decode the original again, as UTF-8",
+        ),
+    ]
+
+
+def _repeated(examples: Iterable[Example]) -> list[str]:
+    first: dict[bytes, str] = {}
+    places = []
+    for example in examples:
+        before = first.setdefault(example.token_key, example.source)
+        if before is not example.source:
+            places.append(f"{example.source} = {before}")
+    return places
+
+
+def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Finding]:
+    if not places:
+        return []
+    count = len(places)
+    return [Finding(kind, "warning", count, f"{count:,} documents {what}", tuple(places[:SHOWN_PLACES]), remedy)]
+
+
+def _quantiles(train: PreparedData, measure: Callable[[Example], int]) -> dict[str, int]:
+    values = np.sort([measure(example) for example in train.examples])
+    at = {"least": 0.0, "half": 0.5, "9 in 10": 0.9, "most": 1.0}
+    return {name: int(values[round(share * (len(values) - 1))]) for name, share in at.items()}
+
+
+def _report_json(report: DataReport) -> dict[str, Any]:
+    plain = asdict(replace(report, bad_rows=()))
+    del plain["bad_rows"]
+    return plain | {"sources": [asdict(source) for source in report.sources], "notes": list(report.notes)}

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.lint import LintReport, lint
+from backhand.data.mojibake import find_mojibake
+from backhand.data.options import DataOptions
+from backhand.data.prepare import prepare
+from backhand.data.template_probe import probe_template
+from backhand.data.token_view import token_lines, view_tokens
+from backhand.errors import DataError
+from support.tiny_tokenizer import CHAT_TEMPLATE
+from support.tokenizer_kinds import (
+    ALTERNATING,
+    INSTRUCTION_BRACKETS,
+    RETHINKING,
+    WITHOUT_END,
+    byte_level,
+    sentence_pieces,
+)
+
+
+def row(prompt: str, completion: str) -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def linted(tmp_path: Path, rows: list[Any], tokenizer: Any = None, **options: Any) -> LintReport:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((text if isinstance(text, str) else json.dumps(text)) + "\n" for text in rows))
+    context_length = options.pop("context_length", None)
+    made = DataOptions(data=(str(path),), **options)
+    report, _ = lint(made, tokenizer or byte_level(), context_length=context_length)
+    assert json.loads(json.dumps(report.to_json()))["train"]["rows"] == report.train.rows
+    return report
+
+
+def places(report: LintReport) -> dict[str, list[str]]:
+    """Lines of each kind of finding, without the file."""
+    found: dict[str, list[str]] = {}
+    for finding in report.findings:
+        found.setdefault(finding.kind, []).extend(place.rpartition("rows.jsonl:")[2] for place in finding.where)
+    return found
+
+
+def test_good_rows_have_no_findings(tmp_path: Path) -> None:
+    report = linted(tmp_path, [row(f"q{i}", "yes é") for i in range(4)])
+    assert report.findings == ()
+    assert report.errors == 0
+    assert report.lengths["supervised tokens"]["least"] == report.lengths["supervised tokens"]["most"] > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "kind", "lines"),
+    [
+        ([row("q", "a"), "{", row("p", "a"), '{"prompt": 3, "completion": "x"}'], {}, "malformed", ["2", "4"]),
+        ([row("q", "a"), row("p", "no " * 60)], {"max_length": 40}, "truncated", ["2"]),
+        ([row("q", "a"), row("p " * 60, "no")], {"max_length": 40}, "unsupervised", ["2"]),
+        ([row("q", "a"), row("p", "no " * 60)], {"max_length": 40, "long_rows": "drop"}, "too_long", ["2"]),
+        ([row("q", "a"), row("p", "b"), row("p", "")], {}, "empty_reply", ["3"]),
+        ([row("q", "cafÃ©"), row("p", "a")], {}, "mojibake", ["1"]),
+        ([row("q", "a"), row("p", "no " * 60)], {"context_length": 40}, "context", ["2"]),
+    ],
+)
+def test_each_finding_names_the_line_and_a_remedy(
+    tmp_path: Path, rows: list[Any], options: dict[str, Any], kind: str, lines: list[str]
+) -> None:
+    report = linted(tmp_path, rows, **options)
+    assert places(report)[kind] == lines
+    assert all(finding.remedy for finding in report.findings)
+    assert (report.errors > 0) == (kind == "malformed")
+
+
+def test_bad_rows_are_each_a_finding_up_to_a_number(tmp_path: Path) -> None:
+    report = linted(tmp_path, [row("q", "a"), *["{"] * 30])
+    assert report.errors == 30
+    assert len([finding for finding in report.findings if finding.kind == "malformed"]) == 21
+    assert report.findings[0].severity == "error"
+
+
+def test_repetitions_name_both_places(tmp_path: Path) -> None:
+    report = linted(tmp_path, [row("q", "a"), row("p", "b"), row("q", "a"), row("q", "a")])
+    (finding,) = report.findings
+    path = tmp_path / "rows.jsonl"
+    assert finding.where == (f"{path}:3 = {path}:1", f"{path}:4 = {path}:1")
+
+
+def test_overlap_with_held_out_rows(tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(row("other", "x")) + "\n" + json.dumps(row("q", "a")) + "\n{\n")
+    report = linted(tmp_path, [row("q", "a"), row("p", "no " * 60)], eval_data=(str(held),), max_length=40)
+    kinds = {finding.kind: finding.where for finding in report.findings}
+    assert kinds["overlap"] == (f"{held}:2",)
+    assert kinds["malformed"] == (f"{held}:3",)
+    assert report.held_out is not None
+    assert (report.train.truncated, report.held_out.truncated) == (1, 0)
+    assert (report.train.skipped_bad, report.held_out.skipped_bad) == (0, 1)
+
+
+def test_replies_that_never_end_and_doubled_begin_tokens(tmp_path: Path) -> None:
+    tokenizer = sentence_pieces()
+    doubling = "{{ bos_token }}" + INSTRUCTION_BRACKETS
+    assert places(linted(tmp_path, [row("q", "a")], tokenizer, chat_template=doubling))["doubled_bos"] == ["1"]
+    trailing = INSTRUCTION_BRACKETS.replace("{{ eos_token }}", "{{ eos_token }}!")
+    assert places(linted(tmp_path, [row("q", "a")], tokenizer, chat_template=trailing)) == {}
+
+
+def test_what_stops_everything_is_still_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        linted(tmp_path, ["{"])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHAT_TEMPLATE, []),
+        (RETHINKING, ["rewrites earlier replies"]),
+        (ALTERNATING, ["trims white space", "refuses a system message"]),
+        (WITHOUT_END, ["does not end replies"]),
+        ("none", ["no chat template"]),
+        ("{{ raise_exception('never') }}", ["refuses a single question"]),
+        (CHAT_TEMPLATE.partition("{% if add_generation_prompt")[0], ["'<|im_start|>assistant\\n' carries loss"]),
+        ("<|im_start|>system\nBe brief, please<|im_end|>\n" + CHAT_TEMPLATE, ["its own words"]),
+        (CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>"), ["not the end of sequence"]),
+        (
+            CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>' }}"),
+            [],
+        ),
+        (
+            CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\nOK: ' }}"),
+            ["does not render this reply as it asks for one"],
+        ),
+    ],
+)
+def test_habits_of_templates(template: str, said: list[str]) -> None:
+    habits = probe_template(byte_level(), DataOptions(chat_template=template))
+    assert len(habits) == len(said)
+    assert all(words in habit for words, habit in zip(said, habits, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("plain", False),
+        ("café, naïve, Übung, ¿qué?, 日本語, “quoted” — yes… 😀 Ελλάδα", False),
+        ("cafÃ©", True),
+        ("donâ€™t", True),
+        ("ä½ å¥½".replace(" ", "\xa0"), True),
+        ("a\ufffdb", True),
+    ],
+)
+def test_mojibake(text: str, found: bool) -> None:
+    assert (find_mojibake(text) is not None) == found
+
+
+def test_every_damaged_accent_is_found() -> None:
+    for character in "éàèùâêîôûçëïüöäßñ’“…–€":
+        try:
+            damaged = character.encode().decode("cp1252")
+        except UnicodeDecodeError:
+            continue
+        assert find_mojibake(f"x{damaged}y") == damaged
+
+
+def test_tokens_for_eyes(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row("é", "yes\n")))
+    (example,) = prepare(DataOptions(data=(str(path),)), tokenizer)[0].examples
+    viewed = view_tokens(example, tokenizer)
+    assert [token.input_id for token in viewed] == example.input_ids.tolist()
+    assert "".join(token.text for token in viewed if token.supervised) == "yes\n<|im_end|>"
+    lines = token_lines(example, tokenizer)
+    assert lines[0] == f"{path}:1"
+    assert lines[-1].startswith("*") and lines[-1].endswith("'<|im_end|>'")
+    assert lines[1].startswith(" ")
+    assert "'Ã'" in "".join(lines), "part of a character is shown as the tokenizer spells it"
