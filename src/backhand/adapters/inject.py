@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.fast_paths import close_fast_paths
 from backhand.adapters.injection_plan import Injection, plan_injection
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_files import LoadedAdapter, match_adapter, module_adapter_files, write_files
@@ -80,7 +82,7 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
     loaded = match_adapter(
         contents, plan.module_names, lambda _: list(plan.shapes), linear=plan.linear, heads=plan.heads
     )
-    _check_base_copies(loaded, plan.modules)
+    check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
     adapter.fill(loaded.factors)
     return adapter
@@ -109,7 +111,7 @@ class InjectedAdapter:
             )
             for target in plan.targets
         }
-        self._fast_paths = _close_fast_paths(module)
+        self._fast_paths = close_fast_paths(module)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`<module>.lora_A` and `<module>.lora_B` with their parameters."""
@@ -257,7 +259,7 @@ class InjectedAdapter:
             heads=self._plan.heads,
             differences=lambda targets: _differences(targets, self.targets),
         )
-        _check_base_copies(loaded, self.modules)
+        check_base_copies(loaded, lambda name: self.modules[name].weight)
         self.fill(loaded.factors)
         return loaded
 
@@ -276,39 +278,3 @@ def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
                 f"{ours_.rank} and {ours_.scaling:g} in the model"
             )
     return problems
-
-
-def _check_base_copies(loaded: LoadedAdapter, modules: Mapping[str, nn.Module]) -> None:
-    """Whole base weights that PEFT stored beside factors must be those of this model."""
-    problems = []
-    for name, stored in loaded.base_copies.items():
-        weight = base_weight(modules[name])
-        if not torch.equal(stored.to(weight), weight):
-            problems.append(
-                f"{name}: the file holds a base weight of its own, and it is not the model's; the adapter was trained "
-                "on another base, or with resized embeddings"
-            )
-    if problems:
-        raise UnusableAdapterError(loaded.directory, problems)
-
-
-def _close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
-    """Make torch's own transformer layers call their linear layers.
-
-    In evaluation nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel and never calls
-    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and an attribute says
-    whether it is one of these. The encoder around it may pass nested tensors, which only that kernel takes.
-
-    Returns:
-        what was changed: module, attribute and its value before.
-    """
-    changed: list[tuple[nn.Module, str, object]] = []
-    for layer in module.modules():
-        for kind, attribute, closed in (
-            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-            (nn.TransformerEncoder, "use_nested_tensor", False),
-        ):
-            if isinstance(layer, kind) and any(isinstance(inner, LoRAModule) for inner in layer.modules()):
-                changed.append((layer, attribute, getattr(layer, attribute)))
-                setattr(layer, attribute, closed)
-    return changed

@@ -1,0 +1,146 @@
+"""Adapters in models of any kind: outputs, gradients and files against PEFT, and merging."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from backhand.adapters.adapter_directory import UnusableAdapterError
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.inject import inject, inject_from
+from support.any_models import (
+    KINDS,
+    PREFIX,
+    distance,
+    gpt2,
+    our_config,
+    ours_and_theirs,
+    outputs,
+    randomise,
+    state,
+    their_factors,
+    word_ids,
+)
+from support.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_and_gradients_equal_pefts(name: str, tmp_path: Path) -> None:
+    adapter, theirs, x = ours_and_theirs(name, tmp_path)
+    bound = KINDS[name][4]
+    y, expected = outputs(adapter.module, x), outputs(theirs, x)
+    assert distance(y, expected) <= bound
+    d_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    y.backward(d_y)
+    expected.backward(d_y)
+    factors = their_factors(theirs)
+    mine = dict(adapter.named_parameters())
+    assert set(factors) == set(mine)
+    for factor, parameter in mine.items():
+        got, wanted = parameter.grad, factors[factor].grad
+        assert got is not None and wanted is not None and float(wanted.abs().max()) > 0
+        assert distance(got, wanted) <= bound, factor
+    trained = {key for key, parameter in adapter.module.named_parameters() if parameter.grad is not None}
+    assert trained == set(mine)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_all_linear_adapts_what_peft_adapts(name: str) -> None:
+    build = KINDS[name][0]
+    adapter = inject(build(), LoRAConfig())
+    theirs = peft.get_peft_model(
+        build(),  # type: ignore[arg-type]
+        peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=name == "gpt2"),
+    )
+    assert set(adapter.modules) == {
+        key.removeprefix(PREFIX)
+        for key, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_we_read_what_peft_writes(name: str, tmp_path: Path) -> None:
+    build, _, _, dtype, bound = KINDS[name]
+    _, theirs, x = ours_and_theirs(name, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # embedding layers are saved whole beside their factors
+        theirs.save_pretrained(str(tmp_path / "theirs"))  # type: ignore[operator]
+    torch.manual_seed(0)
+    adapter = inject_from(build().to(dtype).eval(), tmp_path / "theirs")
+    with torch.no_grad():
+        assert distance(outputs(adapter.module, x), outputs(theirs, x)) <= bound
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_saved_loaded_and_saved_again_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    build, _, fields, dtype, _ = KINDS[name]
+    adapter = inject(build().to(dtype), our_config(fields))
+    randomise(adapter)
+    adapter.save(tmp_path / "first", base_model="b")
+    again = inject_from(build().to(dtype), tmp_path / "first")
+    again.save(tmp_path / "second", base_model="b")
+    for file in sorted((tmp_path / "first").iterdir()):
+        assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "gpt2, embedding", "words"])
+def test_merging_keeps_the_function_and_unmerging_the_bits(name: str) -> None:
+    build, draw, fields, dtype, _ = KINDS[name]
+    model = build().to(dtype).eval()
+    adapter = inject(model, our_config(fields))
+    randomise(adapter)
+    x = draw()
+    with torch.no_grad():
+        expected = outputs(model, x)
+        bits = {key: value.clone() for key, value in model.state_dict().items()}
+        adapter.merge()
+        assert adapter.merged
+        assert distance(outputs(model, x), expected) <= (1e-5 if dtype == torch.float32 else 1e-12)
+        adapter.unmerge()
+        assert torch.equal(outputs(model, x), expected)
+    assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
+
+
+def test_merging_a_tied_weight_leaves_the_other_alone() -> None:
+    model = gpt2().double().eval()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    assert table.weight is head.weight
+    adapter = inject(model, LoRAConfig(rank=2, target_modules=("lm_head",)))
+    randomise(adapter)
+    assert any("tied to transformer.wte.weight" in note and "lm_head alone" in note for note in adapter.notes)
+    x = word_ids()
+    with torch.no_grad():
+        expected, bits = outputs(model, x), table.weight.clone()
+        adapter.merge()
+        assert head.weight is not table.weight and torch.equal(table.weight, bits)
+        assert distance(outputs(model, x), expected) <= 1e-12
+        adapter.unmerge()
+        assert head.weight is table.weight
+
+
+def test_a_base_weight_in_the_file_must_be_the_models(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(target_modules=["embed_tokens", "q_proj"]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(str(tmp_path))
+    assert f"{PREFIX}model.embed_tokens.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    adapter = inject_from(copy.deepcopy(model), tmp_path)
+    assert "model.embed_tokens" in adapter.modules
+    rounded = inject_from(copy.deepcopy(model).bfloat16(), tmp_path)  # compared in the narrower dtype
+    assert "model.embed_tokens" in rounded.modules
+    model.get_input_embeddings().weight.data[5, 7] += 1
+    before = state(model)
+    with pytest.raises(UnusableAdapterError, match="base weight of its own"):
+        inject_from(model, tmp_path)
+    assert state(model) == before
