@@ -33,12 +33,12 @@ class WalkLine:
 
 
 class _Walk:
-    """Collects lines, and finds a point and a unit at which there is something to see."""
+    """Collects lines, all at the point and unit where most happens: where x, output and gradient are large."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, points: Points) -> None:
         self.lines: list[WalkLine] = []
-        self.point = len(head.y) // 4
-        self.unit = int(np.argmax(np.abs(head.post[0][self.point])))
+        busy = np.abs(points.x * head.post[0] * head.d_pre[0])
+        self.point, self.unit = (int(place) for place in np.unravel_index(np.argmax(busy), busy.shape))
         self.section = "forward"
 
     def add(self, name: str, formula: str, value: FloatArray, worked: str) -> None:
@@ -48,7 +48,7 @@ class _Walk:
 def walk_base(training: BaseTraining, points: Points, learning_rate: float) -> list[WalkLine]:
     """Part 1's epoch: call after forward and backward, before the update."""
     network, gradients, head = training.network, training.gradients, training.head
-    walk = _Walk(head)
+    walk = _Walk(head, points)
     i, j = walk.point, walk.unit
     weight, bias = network.weights[0], network.bias
     x = points.x
@@ -78,7 +78,7 @@ def walk_base(training: BaseTraining, points: Points, learning_rate: float) -> l
 def walk_adapter(training: AdapterTraining, network: Network, points: Points, learning_rate: float) -> list[WalkLine]:
     """Part 2's epoch, in the original's A = lora_Bᵀ and B = lora_Aᵀ: call after forward and backward."""
     head = training.head
-    walk = _Walk(head)
+    walk = _Walk(head, points)
     i, j = walk.point, walk.unit
     x, scaling = points.x, training.scaling
     A, B = training.lora_B.T, training.lora_A.T
@@ -196,7 +196,7 @@ def _add_update(
 
 def number(value: float | np.floating[Any]) -> str:
     """Six significant digits; negative ones in brackets, so that they can stand in a sum or product."""
-    text = f"{float(value):.6g}".replace("e-0", "e-").replace("e+0", "e+")
+    text = f"{float(value) + 0.0:.6g}".replace("e-0", "e-").replace("e+0", "e+")
     return f"({text.replace('-', '−', 1)})" if text.startswith("-") else text
 
 
