@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import adapter_files
+from backhand.adapters.peft_files import adapter_files, load_adapter
 from backhand.adapters.targets import resolve_slots
 from backhand.errors import UsageError
 from backhand.nn.config_fields import UnsupportedModel
@@ -17,7 +18,6 @@ from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
-from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.train.config import ModelOptions
@@ -37,7 +37,7 @@ class EngineChoice:
         note: why not the decoder engine, and what that costs; None where it is taken.
     """
 
-    name: str
+    name: Literal["backhand", "transformers"]
     decoder: DecoderConfig | None
     note: str | None = None
 
@@ -46,21 +46,15 @@ def choose_engine(options: ModelOptions, source: ModelSource) -> EngineChoice:
     """As asked, or the decoder engine where it computes the model exactly.
 
     Raises:
-        UnsupportedModel: the decoder engine is asked for, or alone can read the file, and does not know the model.
-        UsageError: transformers is asked for with a file that only the decoder engine reads.
+        UnsupportedModel: the decoder engine is asked for and does not know the model.
+        UsageError: recomputation is asked for, which the decoder engine alone can do, and it does not know the model.
     """
     if options.engine == "transformers":
-        if isinstance(source, GGUFModel):
-            raise UsageError(
-                "a GGUF file is read by the backhand engine only",
-                where="engine",
-                next_step="give a Hugging Face directory or hub id, or --engine backhand",
-            )
-        return EngineChoice("transformers", None, None)
+        return EngineChoice("transformers", None)
     try:
         return EngineChoice("backhand", decoder_config(source.config))
     except UnsupportedModel as error:
-        if options.engine == "backhand" or isinstance(source, GGUFModel):
+        if options.engine == "backhand":
             raise
         if options.recompute in ("mlp", "block"):
             raise UsageError(
@@ -86,15 +80,32 @@ class BoundModel:
         config: the adapter's configuration.
     """
 
-    def __init__(self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, files: AdapterFiles) -> None:
+    def __init__(
+        self,
+        model: Trainable,
+        lora: LoRAParameters,
+        config: LoRAConfig,
+        files: AdapterFiles,
+        fill: Callable[[str], None],
+    ) -> None:
         self.model = model
         self.lora = lora
         self.config = config
         self._files = files
+        self._fill = fill
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         """The adapter as PEFT reads it: files by name."""
         return self._files(record, card)
+
+    def fill(self, directory: str) -> None:
+        """Copy the values of an adapter of the same modules and ranks.
+
+        Raises:
+            UnusableAdapterError: an ArtifactError that lists every problem.
+        """
+        self._fill(directory)
+        self.lora.refresh_compute(self.model.dtype)
 
 
 def planned_slots(choice: EngineChoice, config: LoRAConfig) -> list[LoRASlot] | None:
@@ -132,11 +143,17 @@ def load_bound_model(
         def files(record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
             return adapter_files(config, lora, base_model=base_model, record=record, card=card, module_names=names)
 
-        return BoundModel(decoder, lora, config, files)
+        def fill(directory: str) -> None:
+            factors = load_adapter(directory, decoder.module_shapes()).factors
+            for name, view in lora.named_tensors():
+                view.copy_(factors[name])
 
-    from backhand.train.transformers_engine import load_transformers_model
+        return BoundModel(decoder, lora, config, files, fill)
 
-    model = load_transformers_model(source, dtype, device)
+    from backhand.nn.loading.transformers_model import load_transformers_model
+    from backhand.train.transformers_engine import TransformersModel
+
+    model = TransformersModel(load_transformers_model(source, dtype=dtype, device=device))
     lora = LoRAParameters(model.inject(config), device=device)
     model.attach(lora)
     injected = model.injected
@@ -145,7 +162,10 @@ def load_bound_model(
     def injected_files(record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         return injected.files(base_model=base_model, record=record, card=card)
 
-    return BoundModel(model, lora, config, injected_files)
+    def fill_injected(directory: str) -> None:
+        injected.load(directory)
+
+    return BoundModel(model, lora, config, injected_files, fill_injected)
 
 
 def model_size(choice: EngineChoice, source: ModelSource, slots: list[LoRASlot], dtype: torch.dtype) -> ModelSize:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from backhand.data.examples import Example
-from backhand.data.packing import micro_batches, pack, trained_length
+from backhand.data.packing import micro_batches, trained_length
 from backhand.nn.batch import PackedBatch
+from backhand.train.batches import packed
 from backhand.train.interface import Trainable
 
 
@@ -21,7 +22,7 @@ class HeldOut:
     def __init__(self, examples: Sequence[Example], micro_batch_rows: int) -> None:
         lengths = [trained_length(example) for example in examples]
         groups = micro_batches(range(len(examples)), lengths, max_rows=micro_batch_rows)
-        self.batches: list[PackedBatch] = [pack(examples[row] for row in group) for group in groups]
+        self.batches: list[PackedBatch] = [packed((examples[row] for row in group), "cpu") for group in groups]
         self.supervised_tokens = sum(batch.supervised_tokens for batch in self.batches)
 
     def loss(self, model: Trainable, stop: Callable[[], bool] = lambda: False) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run is made of, as digests: base, tokenizer, template, rows, configuration. Each is computed when first asked for.
+"""What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
 
 They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
-from backhand.data.documents import read_template
+from backhand.data.chat import read_template
 from backhand.data.examples import PreparedData
 from backhand.nn.loading.source import ModelSource
 from backhand.train.config import TrainConfig
@@ -133,7 +133,7 @@ def settings_digest(config: TrainConfig) -> str:
 
 
 def tensor_names(modules: Iterable[str], available: Iterable[str]) -> Iterable[str]:
-    """Names of the modules' weights in a model's files; a file may leave out the beginning of a path, as GPT-2's does."""
+    """Names of the modules' weights in a model's files, which may leave out the beginning of a path, as GPT-2's do."""
     stored = set(available)
     for module in modules:
         name = f"{module}.weight"

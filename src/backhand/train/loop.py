@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from backhand.data.examples import Example
-from backhand.data.packing import micro_batches, pack, trained_length
+from backhand.data.packing import micro_batches, trained_length
 from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
 from backhand.train.base_guard import BaseGuard, named_unusable
+from backhand.train.batches import packed, real_tokens
 from backhand.train.forgetting import ForgettingMeter
 from backhand.train.guards import LearningGuard, SpikeGuard
 from backhand.train.held_out import HeldOut
@@ -114,30 +115,32 @@ class TrainingLoop:
         progress = self.state.progress
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
-        batches = self._micro_batches(self.sampler.rows_of(progress.step))
+        rows = self.sampler.rows_of(progress.step)
+        tokens = real_tokens(self._lengths, rows)
+        batches = self._micro_batches(rows)
         observe = None if self.learning_guard is None else self.learning_guard.observe
         result = training_step(
             self.model, self.state.optimizer, batches, rate, self._dropout_seeds(len(batches)), observe
         )
         seconds = time.perf_counter() - began
-        self._count(result, seconds)
+        self._count(result, tokens, seconds)
         if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
-            self.observer.stepped(self._record(result, rate, seconds))
+            self.observer.stepped(self._record(result, rate, tokens, seconds))
         self._judge(result)
 
     def _micro_batches(self, rows: Sequence[int]) -> list[PackedBatch]:
         groups = micro_batches(rows, self._lengths, max_rows=self.plan.micro_batch_rows)
-        return [pack((self.examples[row] for row in group), device=self.model.device) for group in groups]
+        return [packed((self.examples[row] for row in group), self.model.device) for group in groups]
 
     def _dropout_seeds(self, count: int) -> list[int | None]:
         if not self._drops:
             return [None] * count
         return [derived_seed(self.plan.seed, "dropout", self.state.progress.step, number) for number in range(count)]
 
-    def _count(self, result: StepResult, seconds: float) -> None:
+    def _count(self, result: StepResult, tokens: int, seconds: float) -> None:
         progress = self.state.progress
         progress.step += 1
-        progress.tokens += result.tokens
+        progress.tokens += tokens
         progress.supervised_tokens += result.supervised_tokens
         progress.train_s += seconds
         if result.taken:
@@ -148,16 +151,16 @@ class TrainingLoop:
             progress.bad_steps_in_a_row += 1
             progress.skipped_steps += 1
 
-    def _record(self, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+    def _record(self, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
         return {
             "step": self.state.progress.step,
             "epoch": round(self.sampler.epochs_done(self.state.progress.step), 4),
             "loss": finite_or_none(result.loss),
             "learning_rate": rate,
             "grad_norm": finite_or_none(result.grad_norm),
-            "tokens": result.tokens,
+            "tokens": tokens,
             "supervised_tokens": result.supervised_tokens,
-            "tokens_per_s": round(result.tokens / seconds, 1),
+            "tokens_per_s": round(tokens / seconds, 1),
             "rss_bytes": rss_bytes(),
             "time_s": round(self.state.progress.train_s, 3),
         }

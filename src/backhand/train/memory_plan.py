@@ -18,10 +18,11 @@ from backhand.errors import ResourceError
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+from backhand.train.config import Recompute
 
 FLOAT32_BYTES = 4
 PREFERRED_TOKENS = 4096
-_RECOMPUTE_COST = {"none": 1.0, "mlp": 1.21, "block": 1.36}
+_RECOMPUTE_COST: Mapping[Recompute, float] = {"none": 1.0, "mlp": 1.21, "block": 1.36}
 _TOKENS_LOST_PER_PASS = 128
 _MARGIN = 0.95
 
@@ -52,8 +53,8 @@ class ModelSize:
     dtype_bytes: int
     weight_bytes: int
     adapter_elements: int
-    kept_bytes: Mapping[str, int]
-    block_bytes: Mapping[str, int]
+    kept_bytes: Mapping[Recompute, int]
+    block_bytes: Mapping[Recompute, int]
     stream_bytes: int
     head_row_bytes: int
     head_chunk_bytes: int
@@ -70,7 +71,7 @@ class MemoryPlan:
     """
 
     micro_batch_rows: int
-    recompute: str
+    recompute: Recompute
     parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -141,7 +142,7 @@ def transformers_size(
     )
 
 
-def parts_of(size: ModelSize, shape: StepShape, recompute: str, process_bytes: int) -> dict[str, int]:
+def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_bytes: int) -> dict[str, int]:
     """Bytes by part at the moment of a step when most is held."""
     adapter = size.adapter_elements * (4 * FLOAT32_BYTES + (size.dtype_bytes if size.dtype_bytes != 4 else 0))
     return {
@@ -162,7 +163,7 @@ def choose(
     budget_bytes: int | None,
     process_bytes: int,
     micro_batch_rows: int | None,
-    recompute: str,
+    recompute: Recompute,
     mean_tokens: float,
 ) -> MemoryPlan:
     """The fastest way to cut a step that fits.

@@ -25,6 +25,7 @@ class AdapterOptimizer:
 
     def __init__(self, lora: LoRAParameters, options: OptimizationOptions) -> None:
         self.lora = lora
+        self.options = options
         self.max_grad_norm = options.max_grad_norm
         self.parameter = torch.nn.Parameter(lora.values)
         self.parameter.grad = lora.gradients

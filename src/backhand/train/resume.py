@@ -60,6 +60,7 @@ def resumed_config(given: TrainConfig, directory: Path) -> TrainConfig:
         output=given.run.output,
         resume=True,
         overwrite=False,
+        from_adapter=None,  # its values are in the checkpoint
         quiet=given.run.quiet,
         debug=given.run.debug,
         prove_resume=given.run.prove_resume,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from backhand.errors import ArtifactError
 from backhand.train.checkpoint import CheckpointStore
 from backhand.train.run_directory import RunDirectory
 from backhand.train.run_state import PROGRESS_FILE, STATE_FILE, RunState
@@ -81,7 +82,11 @@ class Saver:
             if progress.best_step is None:
                 return
             if progress.best_step != progress.step:
-                wanted = self._store.load(progress.best_step).contents
+                try:
+                    wanted = self._store.load(progress.best_step).contents
+                except ArtifactError as error:
+                    self._store.warn(f"adapter/ is left as it is: {error.what}")
+                    return
         files = adapter_part(wanted)
         if any(not _same(self._directory, name, data) for name, data in files.items()):
             self._directory.publish_adapter(files)

@@ -23,13 +23,12 @@ class StepResult:
     Attributes:
         loss: mean nats per supervised token.
         grad_norm: of the whole adapter's gradient, before clipping.
-        tokens, supervised_tokens: in all micro-batches.
+        supervised_tokens: in all micro-batches.
         taken: whether the optimizer moved the adapter; a non-finite loss or gradient is skipped.
     """
 
     loss: float
     grad_norm: float
-    tokens: int
     supervised_tokens: int
     taken: bool
 
@@ -67,7 +66,6 @@ def training_step(
     return StepResult(
         loss=nats / supervised_tokens,
         grad_norm=norm,
-        tokens=sum(int(batch.input_ids.shape[0]) for batch in batches),
         supervised_tokens=supervised_tokens,
         taken=taken,
     )

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backhand.train.job import Job
+from backhand.train.memory import peak_rss_bytes
+from backhand.train.run_directory import RunDirectory
+from backhand.train.run_state import RunState
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -61,6 +66,37 @@ class RunSummary:
     def to_json(self) -> str:
         """The text of summary.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def summarise(job: Job, state: RunState, directory: RunDirectory) -> RunSummary:
+    """The summary of a run that is over."""
+    progress = state.progress
+    return RunSummary(
+        output=str(directory.path),
+        adapter=str(directory.adapter),
+        model=job.config.model.model,
+        engine=job.choice.name,
+        dtype=job.config.model.dtype,
+        train_s=round(progress.train_s, 3),
+        steps=progress.step,
+        skipped_steps=progress.skipped_steps,
+        tokens=progress.tokens,
+        supervised_tokens=progress.supervised_tokens,
+        tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
+        peak_rss_bytes=peak_rss_bytes(),
+        predicted_rss_bytes=job.memory.peak_bytes,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        base_eval_loss=progress.base_eval_loss,
+        best_eval_loss=progress.best_eval_loss,
+        best_step=progress.best_step,
+        trained_parameters=state.lora.element_count,
+        adapted_modules=len(state.lora.slots),
+        rows=len(job.train.examples),
+        held_out_rows=0 if job.held_out is None else len(job.held_out.examples),
+        malformed_rows=job.train.report.skipped_bad,
+        stopped_because=progress.stopped_because,
+    )
 
 
 def add_to_summary(path: Path, values: dict[str, Any]) -> dict[str, Any]:

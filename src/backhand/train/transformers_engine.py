@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
-from backhand.errors import ArtifactError
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
-from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 
 
@@ -173,32 +171,6 @@ class TransformersModel:
                 for start, count, length in document_runs(lengths)
             ]
         )
-
-
-def load_transformers_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> TransformersModel:
-    """Load the model of a Hugging Face directory through transformers' own code.
-
-    Raises:
-        ArtifactError: transformers cannot load it as a causal language model either.
-    """
-    from transformers import AutoModelForCausalLM
-
-    errors: list[str] = []
-    for attention in ("sdpa", "eager"):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # noqa: BLE001 - transformers raises many types, and each means the same to the user
-            errors.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-            continue
-        return TransformersModel(model.to(device))
-    raise ArtifactError(
-        "transformers cannot load this model as a causal language model",
-        where=str(source.path),
-        why=errors[-1],
-        next_step="give a model that generates text, or one of the families that --engine backhand knows",
-    )
 
 
 def _groups(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:

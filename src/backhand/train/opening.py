@@ -1,0 +1,38 @@
+"""What a run says before its first step: model, rows, adapter, plan, a line each."""
+
+from __future__ import annotations
+
+from backhand.train.job import Job
+from backhand.train.memory_plan import in_words
+
+
+def opening_facts(job: Job, continued: bool) -> tuple[str, ...]:
+    """The lines.
+
+    Args:
+        job: ready for its first step.
+        continued: whether it goes on from a checkpoint.
+    """
+    model, options = job.config.model, job.config.optimization
+    lora, report = job.bound.lora, job.train.report
+    threads = f"{model.threads} thread{'s' if model.threads != 1 else ''} on {model.device}"
+    ranks = sorted({slot.rank for slot in lora.slots.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    cut = f"{job.memory.micro_batch_rows} at a time, recompute {job.memory.recompute}"
+    facts = [f"model: {model.model} ({job.source.origin}), {model.dtype}, {job.choice.name} engine, {threads}"]
+    if job.choice.note:
+        facts.append(f"note: {job.choice.note}")
+    facts += [f"data: {line}" for line in report.lines()]
+    if job.held_out is not None:
+        facts += [f"held out: {line}" for line in job.held_out.report.lines()]
+    facts.append(
+        f"adapter: {lora.element_count:,} parameters in {len(lora.slots)} modules, rank {rank}; "
+        f"{report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
+    )
+    facts.append(
+        f"plan: {job.total_steps:,} steps of {options.batch_rows} rows, {cut}; "
+        f"peak memory about {in_words(job.memory.peak_bytes)}"
+    )
+    if continued:
+        facts.append("continuing from a checkpoint")
+    return tuple(facts)

@@ -1,0 +1,83 @@
+"""`--prove-resume K`: the last K steps once more, from a checkpoint, and every bit compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from backhand.errors import CheckError
+from backhand.train.checkpoint import Checkpoint
+from backhand.train.loop import TrainingLoop
+from backhand.train.optimizer import AdapterOptimizer
+from backhand.train.progress import Progress
+from backhand.train.proofs import Proof, ProofLog
+from backhand.train.run_state import RunState
+
+
+def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> None:
+    """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
+
+    Args:
+        finished: a loop at its last step.
+        checkpoint: of an earlier step of the same run.
+        log: told the outcome.
+
+    Raises:
+        CheckError: the repetition ends in other bits.
+    """
+    wanted = state_digests(finished.state)
+    steps = finished.state.progress.step - checkpoint.step
+    lora = finished.state.lora
+    values, gradients = lora.values.clone(), lora.gradients.clone()
+    again = RunState(lora, _like(finished.state.optimizer), Progress())
+    again.restore(checkpoint.contents, finished.model.dtype)
+    loop = TrainingLoop(
+        finished.model,
+        again,
+        finished.examples,
+        finished.sampler,
+        finished.plan,
+        held_out=finished.held_out,
+        stop_requested=finished.stop_requested,
+    )
+    try:
+        completed = loop.run()
+        found = state_digests(again)
+    finally:
+        lora.values.copy_(values)
+        lora.gradients.copy_(gradients)
+        lora.refresh_compute(finished.model.dtype)
+    if not completed:
+        return
+    different = [name for name, digest in wanted.items() if found[name] != digest]
+    log(
+        Proof(
+            f"the last {steps} steps, repeated from a checkpoint, end in the same bits",
+            not different,
+            len(different),
+            0,
+        )
+    )
+    if different:
+        raise CheckError(
+            f"the last {steps} steps, repeated from the checkpoint of step {checkpoint.step}, end in other bits",
+            where=", ".join(different),
+            why="a kernel on this machine does not repeat its results",
+            next_step="try --threads 1; the adapter is saved, only its repetition differs",
+        )
+
+
+def state_digests(state: RunState) -> dict[str, str]:
+    """SHA-256 of adapter, moments and counters; times are left out."""
+    tensors = {"adapter": state.lora.values, **state.optimizer.moments()}
+    digests = {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).numpy().data).hexdigest()
+        for name, tensor in tensors.items()
+    }
+    digests["progress"] = hashlib.sha256(dataclasses.replace(state.progress, train_s=0.0).to_json()).hexdigest()
+    return digests
+
+
+def _like(optimizer: AdapterOptimizer) -> AdapterOptimizer:
+    """A fresh optimizer of the same adapter with the same options."""
+    return AdapterOptimizer(optimizer.lora, optimizer.options)

@@ -1,0 +1,205 @@
+"""`backhand train`: one run from its configuration to its summary, or from where it was stopped.
+
+run directory locked → configuration → job (rows, model, adapter) → loop → summary
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from backhand.errors import UsageError
+from backhand.nn.compute import compute_settings
+from backhand.train.base_guard import BaseGuard
+from backhand.train.checkpoint import Checkpoint, CheckpointStore
+from backhand.train.config import TrainConfig
+from backhand.train.config_file import dump_config
+from backhand.train.console import TerminalObserver
+from backhand.train.files import FileLayer
+from backhand.train.forgetting import ForgettingMeter
+from backhand.train.guards import LearningGuard
+from backhand.train.held_out import HeldOut
+from backhand.train.interruption import Interrupted, Interruption
+from backhand.train.job import Job, build_job, resolve_machine
+from backhand.train.loop import TrainingLoop
+from backhand.train.metrics_file import MetricsFile
+from backhand.train.observer import Observer, Observers, RunStart
+from backhand.train.opening import opening_facts
+from backhand.train.optimizer import AdapterOptimizer
+from backhand.train.progress import Progress
+from backhand.train.proofs import ProofLog, proof_log
+from backhand.train.resume import check_same_run, resumed_config
+from backhand.train.resume_proof import prove_resume
+from backhand.train.run_directory import CONFIG, SUMMARY, RunDirectory, opened
+from backhand.train.run_state import RunState
+from backhand.train.saver import Saver
+from backhand.train.step_plan import StepPlan
+from backhand.train.summary import RunSummary, summarise
+
+
+def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: FileLayer | None = None) -> RunSummary:
+    """Train as `config` says; what is left behind stands in the run directory, see docs.
+
+    Args:
+        config: every option. What is None or `auto` in it is chosen, and written to config.toml.
+        observers: told of every step and evaluation, besides the terminal and metrics.jsonl.
+        files: the file layer, for tests.
+
+    Returns:
+        what the run came to, as summary.json has it.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
+        CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
+        Interrupted: after a signal and a checkpoint.
+    """
+    config.validate()
+    terminal = TerminalObserver(quiet=config.run.quiet)
+    everyone: list[Observer] = [terminal, *observers]
+    run = config.run
+    try:
+        with (
+            Interruption(terminal.noted) as interruption,
+            opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory,
+        ):
+            if run.resume:
+                config = resumed_config(config, directory.path).validate()
+            machine = resolve_machine(config)
+            with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
+                job = build_job(config, machine)
+                return _Run(job, directory, Observers([*everyone, MetricsFile(directory)]), interruption).train()
+    finally:
+        for observer in everyone:
+            observer.closed()
+
+
+@dataclass
+class _Run:
+    """A job in its directory."""
+
+    job: Job
+    directory: RunDirectory
+    observer: Observers
+    interruption: Interruption
+
+    def train(self) -> RunSummary:
+        job, config = self.job, self.job.config
+        optimizer = AdapterOptimizer(job.bound.lora, config.optimization)
+        state = RunState(job.bound.lora, optimizer, Progress())
+        plan = StepPlan.of(config, job.total_steps)
+        proof_steps = config.run.prove_resume
+        proof_begin = None if proof_steps is None else self._proof_begin(proof_steps)
+        with self.interruption.graceful():
+            store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
+            saver = Saver(
+                self.directory,
+                store,
+                state,
+                lambda: job.bound.adapter_files(job.identity.record(), self._card(state.progress)),
+                self._facts,
+                keep=config.run.keep,
+                best_only=job.held_out is not None,
+                protected=frozenset(() if proof_begin is None else {proof_begin}),
+            )
+            checkpoint = self._begin(store, state, saver)
+            log = proof_log(self.directory)
+            base_guard = BaseGuard(job.bound.model, log)
+            loop = TrainingLoop(
+                job.bound.model,
+                state,
+                job.train.examples,
+                job.sampler,
+                plan,
+                held_out=self._held_out(),
+                meter=self._meter(),
+                base_guard=base_guard,
+                learning_guard=LearningGuard(job.bound.lora, optimizer, log),
+                observer=self.observer,
+                save=saver.save,
+                stop_requested=lambda: self.interruption.requested is not None,
+            )
+            if state.progress.finished:
+                self.observer.noted(f"the run in {self.directory.path} is finished; there is nothing left to do")
+            self.observer.started(
+                RunStart(job.total_steps, state.progress.step, opening_facts(job, checkpoint is not None))
+            )
+            if not self._run_loop(loop, saver, proof_begin):
+                raise Interrupted(
+                    self.interruption.requested or 0, state.progress.step, f"continue with {self._resume_command()}"
+                )
+            summary = summarise(job, state, self.directory)
+            self.directory.write(SUMMARY, summary.to_json())
+            if proof_begin is not None:
+                self._prove(loop, store, proof_begin, log)
+        self.observer.ended(summary)
+        return summary
+
+    def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> Checkpoint | None:
+        """Make the directory ready, and the state what it was where the run is continued."""
+        job, config = self.job, self.job.config
+        if not config.run.resume:
+            if config.run.overwrite:
+                self.directory.clear()
+            self.directory.make_checkpoints()
+            self.directory.write(CONFIG, dump_config(config))
+            return None
+        self.directory.make_checkpoints()
+        store.clean()
+        checkpoint = store.newest_valid()
+        if checkpoint is None:
+            self.observer.noted("there is no checkpoint yet; the run begins at its first step")
+            self.directory.forget_after(-1)
+            return None
+        check_same_run(checkpoint.facts, job.identity, self.directory.path)
+        state.restore(checkpoint.contents, job.bound.model.dtype)
+        saver.restored(checkpoint.contents)
+        self.directory.forget_after(checkpoint.step)
+        return checkpoint
+
+    def _run_loop(self, loop: TrainingLoop, saver: Saver, proof_begin: int | None) -> bool:
+        """Run to the end, with a checkpoint where the proof of resuming is to begin."""
+        if proof_begin is not None and loop.state.progress.step < proof_begin:
+            if not loop.run(until_step=proof_begin):
+                return False
+            saver.save(False)
+        return loop.run()
+
+    def _proof_begin(self, steps: int) -> int:
+        begin = self.job.total_steps - steps
+        if begin < 0:
+            raise UsageError(
+                f"prove_resume {steps} is more than the {self.job.total_steps} steps of the run", where="prove_resume"
+            )
+        return begin
+
+    def _prove(self, loop: TrainingLoop, store: CheckpointStore, begin: int, log: ProofLog) -> None:
+        if loop.state.progress.step < self.job.total_steps:
+            self.observer.noted("the run ended early; the proof of resuming is left out")
+            return
+        prove_resume(loop, store.load(begin), log)
+        self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
+
+    def _held_out(self) -> HeldOut | None:
+        job = self.job
+        if job.held_out is None:
+            return None
+        return HeldOut(job.held_out.examples, job.memory.micro_batch_rows)
+
+    def _meter(self) -> ForgettingMeter | None:
+        if self.job.held_out is None and self.job.config.run.max_forgetting is None:
+            return None
+        return ForgettingMeter.for_tokenizer(self.job.source.tokenizer())
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        return {**self.job.identity.facts(), "sampler": self.job.sampler.position(step)}
+
+    def _card(self, progress: Progress) -> dict[str, object]:
+        card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
+        if progress.eval_loss is not None and progress.base_eval_loss is not None:
+            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} nats per token"
+        return card
+
+    def _resume_command(self) -> str:
+        return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
