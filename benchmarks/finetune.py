@@ -2,9 +2,9 @@
 
     python benchmarks/finetune.py [--dtype bfloat16] [--rows 320] [--repeats 3]
 
-Rows, epochs, rate, schedule, rank, batch, dtype and the end are the same for all; each run is a process of its own, and the
-peers take turns. What is compared is real tokens (padding not counted) per second of training, and the loss on held-out rows,
-which one evaluator measures for every adapter. Results go to benchmarks/results/finetune.json.
+Rows, epochs, rate, schedule, rank, batch, dtype and the end are the same for all; each run is a process of its own,
+and the peers take turns. What is compared is real tokens (padding not counted) per second of training, and the loss on
+held-out rows, which one evaluator measures for every adapter. Results go to benchmarks/results/finetune.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PEERS = ("backhand", "trl", "trl-no-checkpointing", "trl-no-checkpointing-tuned"
 def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dict[str, Any]:
     """One run in its own process; its result, the last line of its output."""
     command = [sys.executable, str(HERE / "finetune_worker.py"), peer, json.dumps(task), str(output), str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -37,10 +37,11 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
 
 def held_out_loss(model: str, adapter: str | None, data: str, dtype: str) -> float:
     """Mean nats per supervised token, by this project's evaluation for every peer's adapter."""
+    from backhand.train.evaluation import evaluate
+
     from backhand.data.options import DataOptions
     from backhand.train.config import ModelOptions
     from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
-    from backhand.train.evaluation import evaluate
 
     result = evaluate(
         EvaluateOptions(

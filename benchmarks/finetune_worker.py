@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import ALPHA, DTYPES, LEARNING_RATE, RANK, transformers_model, tune_process  # noqa: E402
+from peers import ALPHA, DTYPES, LEARNING_RATE, RANK, transformers_model, tune_process
 
 
 @dataclass(frozen=True)

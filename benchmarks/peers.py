@@ -1,7 +1,7 @@
 """What is compared in the training-step benchmark: each peer holds a model and makes one optimizer step at a time.
 
-All start from the same base weights, the same adapter numbers and the same tokens. A peer is built in a process of its own
-(see `worker.py`), so that allocator settings and caches of one cannot help or hurt another.
+All start from the same base weights, the same adapter numbers and the same tokens. A peer is built in a process of
+its own (see `worker.py`), so that allocator settings and caches of one cannot help or hurt another.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class PeftPeer:
 
     Args:
         workload: model and batch.
-        tuned: allocator settings, adapters in the base's dtype and a fused optimizer; else as PEFT's documentation has it.
-        checkpointing: gradient checkpointing as transformers turns it on.
+        tuned: allocator settings, adapters in the base's dtype and a fused optimizer; else as PEFT's documentation
+        has it. checkpointing: gradient checkpointing as transformers turns it on.
     """
 
     def __init__(self, workload: Workload, *, tuned: bool = False, checkpointing: bool = False) -> None:
@@ -122,7 +122,7 @@ class PeftPeer:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    index = peft_order(name, base.config.num_hidden_layers)
+                    index = peft_order(name)
                     parameter.copy_(initial_factor(workload.seed, index, tuple(parameter.shape)))
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=LEARNING_RATE, weight_decay=0.0, **({"fused": True} if tuned else {})
@@ -142,7 +142,7 @@ class PeftPeer:
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def peft_order(name: str, layers: int) -> int:
+def peft_order(name: str) -> int:
     """The position that our flat buffer gives to this PEFT parameter."""
     parts = name.split(".")
     layer = int(parts[parts.index("layers") + 1])
@@ -212,10 +212,10 @@ class CeilingPeer:
 
 
 PEERS = {
-    "backhand": lambda w: BackhandPeer(w),
+    "backhand": BackhandPeer,
     "backhand-recompute-mlp": lambda w: BackhandPeer(w, "mlp"),
     "backhand-recompute-block": lambda w: BackhandPeer(w, "block"),
-    "peft": lambda w: PeftPeer(w),
+    "peft": PeftPeer,
     "peft-tuned": lambda w: PeftPeer(w, tuned=True),
     "peft-checkpointing": lambda w: PeftPeer(w, checkpointing=True),
     "products-alone": CeilingPeer,

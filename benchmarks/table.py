@@ -38,7 +38,8 @@ def step_section(results: dict[str, Any]) -> list[str]:
         ours = peers["backhand"]["tokens_per_s"]
         lines += [
             "",
-            f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, {workload['dtype']}:",
+            f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, "
+            f"{workload['dtype']}:",
             "",
         ]
         lines += table(
@@ -63,11 +64,14 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
     ours = peers["backhand"]["tokens_per_s"]
     per_row = workload["tokens"] / workload["rows"]
     supervised = workload["supervised_tokens"] / workload["rows"]
+    described = (
+        f"Fine-tuning on {workload['rows']} short rows ({per_row:.0f} tokens, {supervised:.0f} of them supervised), "
+        f"{workload['epochs']} epoch, {workload['batch_rows']} rows a step, {workload['dtype']}; held-out loss of the "
+        f"base {results['base_held_out_loss']:.2f}:"
+    )
     return [
         "",
-        f"Fine-tuning on {workload['rows']} short rows ({per_row:.0f} tokens, {supervised:.0f} of them supervised), "
-        f"{workload['epochs']} epoch, {workload['batch_rows']} rows a step, {workload['dtype']}; held-out loss of the base "
-        f"{results['base_held_out_loss']:.2f}:",
+        described,
         "",
         *table(
             ["", "real tokens/s", "training, median (min to max)", "Backhand is faster by", "held-out loss"],
@@ -91,12 +95,16 @@ def section() -> str:
     finetune = json.loads((HERE / "results" / "finetune.json").read_text())
     machine = step["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    setting = (
+        f"SmolLM2-135M, rank 16 on all linear layers, {machine['cores']} cores ({machine['processor']}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}. Each peer in its own process, in turns; losses and "
+        "gradients are compared before a time is believed. `python benchmarks/train_step.py` and "
+        "`python benchmarks/finetune.py` repeat it."
+    )
     lines = [
         BEGIN,
         "",
-        f"SmolLM2-135M, rank 16 on all linear layers, {machine['cores']} cores ({machine['processor']}), "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}. Each peer in its own process, in turns; losses and gradients are "
-        "compared before a time is believed. `python benchmarks/train_step.py` and `python benchmarks/finetune.py` repeat it.",
+        setting,
         *step_section(step),
         *finetune_section(finetune),
         "",

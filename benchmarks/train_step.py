@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--dtype bfloat16 float32] [--rows 4] [--length 256] [--steps 7]
 
-Every peer runs in its own process; the processes take turns step by step, so that drift of the machine hits all alike. Before a
-time is believed, all peers must agree on the first loss and have a gradient norm above zero. The medians, spreads and ratios,
-with machine and versions, go to benchmarks/results/train_step.json.
+Every peer runs in its own process; the processes take turns step by step, so that drift of the machine hits all
+alike. Before a time is believed, all peers must agree on the first loss and have a gradient norm above zero. The
+medians, spreads and ratios, with machine and versions, go to benchmarks/results/train_step.json.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """What the bars speak of: tokens per second and memory against the documented and the best peer, and the ceiling."""
+    """Tokens per second and memory against the documented and the best peer, and the share of the ceiling."""
     ours, peft = results["backhand"], results["peft"]
     best = max(results[name]["tokens_per_s"] for name in ("peft", "peft-tuned") if name in results)
     found = {

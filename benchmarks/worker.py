@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import PEERS, Workload  # noqa: E402
+from peers import PEERS, Workload
 
 
 def resident_bytes(field: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.no_autograd import autograd_raises
-from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from support.no_autograd import autograd_raises
+from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
 # Longer than the sliding window (8) and the original rope length (16), two of equal length, one of a single token.
 LENGTHS = (23, 9, 9, 1, 18)
@@ -93,9 +93,7 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     start, separate = 0, torch.zeros((), dtype=torch.float64)
     for length in batch.document_lengths:
         part = slice(start, start + length)
-        separate += decoder.loss_and_gradients(
-            PackedBatch(batch.input_ids[part], batch.labels[part], (length,)), 0.1
-        )
+        separate += decoder.loss_and_gradients(PackedBatch(batch.input_ids[part], batch.labels[part], (length,)), 0.1)
         start += length
     assert abs(total - separate).item() <= 1e-5 * total.item()
     assert relative_error(decoder.lora.gradients, packed) <= 1e-5

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.parity import decoder_like, supervise
-from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 from backhand.nn.block import BlockSaved, block_forward
 from backhand.nn.block_adapter import block_adapter
+from support.parity import decoder_like, supervise
+from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK = 5
 
@@ -39,13 +39,16 @@ def kept_bytes_per_token(variant: str, recompute: str, dtype: torch.dtype) -> fl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("variant", "extra", "extra_factors"), [
-    ("llama", 0, 0),
-    # q and k are kept before their norm instead of after it; one factor a head comes on top.
-    ("qwen3", 0, 6 + 2),
-    # Sandwich norms keep the two normed outputs as they were before the norm, and their factors.
-    ("gemma3_text", 2 * 60, 6 + 2 + 2),
-])
+@pytest.mark.parametrize(
+    ("variant", "extra", "extra_factors"),
+    [
+        ("llama", 0, 0),
+        # q and k are kept before their norm instead of after it; one factor a head comes on top.
+        ("qwen3", 0, 6 + 2),
+        # Sandwich norms keep the two normed outputs as they were before the norm, and their factors.
+        ("gemma3_text", 2 * 60, 6 + 2 + 2),
+    ],
+)
 def test_kept_bytes_follow_the_formula(variant, extra, extra_factors, dtype):
     d, q, k, f, heads = 60, 6 * 14, 2 * 14, 76, 6
     elements = 2 * d + 2 * q + 2 * k + 2 * f + 7 * RANK + extra

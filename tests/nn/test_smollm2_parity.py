@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.no_autograd import autograd_raises
-from support.parity import our_gradients, peft_gradients, peft_loss, relative_error, supervise
-from support.smollm2 import smollm2_decoder, smollm2_peft, text_documents
 
 from backhand.train.config import OptimizationOptions
 from backhand.train.optimizer import AdapterOptimizer
+from support.no_autograd import autograd_raises
+from support.parity import our_gradients, peft_gradients, peft_loss, relative_error, supervise
+from support.smollm2 import smollm2_decoder, smollm2_peft, text_documents
 
 pytestmark = pytest.mark.smollm2
 BATCHES = 4

@@ -1,4 +1,4 @@
-"""Our decoder and a transformers + PEFT model with the same weights and the same adapter, and how far they are apart."""
+"""Our decoder and a transformers + PEFT model with the same weights and adapter, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -75,14 +75,16 @@ def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
     """Σ nats over supervised positions, each document on its own, in the model's dtype with float32 cross-entropy."""
     total = torch.zeros((), dtype=torch.float64)
     documents = zip(
-        batch.input_ids.split(list(batch.document_lengths)), batch.labels.split(list(batch.document_lengths)), strict=True
+        batch.input_ids.split(list(batch.document_lengths)),
+        batch.labels.split(list(batch.document_lengths)),
+        strict=True,
     )
     for ids, labels in documents:
         logits = adapted(input_ids=ids[None]).logits[0]
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        total = total + torch.nn.functional.cross_entropy(
-            wide, labels, ignore_index=IGNORE_INDEX, reduction="sum"
-        ).double()
+        total = (
+            total + torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum").double()
+        )
     return total
 
 
@@ -90,9 +92,7 @@ def decoder_like(adapted: Any, scaling: float, *, dtype: torch.dtype = torch.flo
     """Our decoder with the base weights and the adapter of a PEFT model."""
     base = adapted.get_base_model()
     clean = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in base.state_dict().items()
-        if "lora_" not in name
+        name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items() if "lora_" not in name
     }
     source = InMemoryModel(base.config.to_dict(), clean)
     decoder = Decoder.from_source(source, dtype=dtype, **options)

@@ -7,17 +7,17 @@ from typing import Any
 import peft
 import torch
 import transformers
-from support.parity import decoder_like
 
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading import open_model
+from support.parity import decoder_like
 
 NAME = "smollm2-135m"
 RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK
 
 TEXTS = (
-    "The harbour of Lisbon was full of small boats when the morning fog lifted, and the fishermen were already selling.",
+    "Lisbon harbour was full of small boats when the morning fog lifted, and the fishermen were already selling.",
     "To change a tyre, loosen the nuts while the wheel still stands on the ground, then raise the car with the jack.",
     "In 1905 a clerk at the patent office published four papers; one of them explained why pollen dances in water.",
     "Water boils at a lower temperature on a mountain.",
@@ -53,7 +53,7 @@ def smollm2_decoder(adapted: Any, dtype: torch.dtype) -> Decoder:
 
 
 def text_documents(rotate: int = 0) -> list[torch.Tensor]:
-    """Token ids of a few real sentences; `rotate` gives other batches of the same sentences run together differently."""
+    """Token ids of a few real sentences; `rotate` pairs them differently."""
     tokenizer = open_model(NAME).tokenizer()
     texts = [TEXTS[(index + rotate) % len(TEXTS)] + " " + TEXTS[index] for index in range(len(TEXTS))]
     return [torch.tensor(tokenizer(text).input_ids) for text in texts]

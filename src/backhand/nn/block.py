@@ -8,10 +8,10 @@
 Backward is the same list from the bottom up, each line by its op's backward; at the two sums the gradient of the stream
 goes both ways, so d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention).
 
-Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, and every rank-sized x Aᵀ. With q/k norms, q and k
-are kept as they were before the norm, plus their factors; with sandwich norms, the two normed outputs as they were before
-the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed. `recompute="mlp"` keeps
-no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the block's forward again.
+Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, and every rank-sized x Aᵀ. With q/k norms, q
+and k are kept as they were before the norm, plus their factors; with sandwich norms, the two normed outputs as they
+were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
+`recompute="mlp"` keeps no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the forward again.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def block_backward(
         d_x2: ∂L/∂x₂; it may be overwritten.
         saved: from `block_forward`.
         lora: whose gradient buffer receives.
-        lowest_group: the first of this block's groups that needs a gradient, when nothing below the block does: the pass stops
+        lowest_group: the first of this block's groups that needs a gradient, when nothing below the block does: the
+        pass stops
             there and returns None. -1 when something below needs d_x₀.
     """
     x0, attention, x1, mlp = saved

@@ -2,8 +2,9 @@
 
     x = embedding(ids);  x = block(x) for each block;  L = Σ cross-entropy(head(norm(x))) over supervised positions
 
-The forward pass keeps per block what `nn.block` lists; the backward pass walks the blocks from the top and adds every adapter
-gradient to one flat buffer. It stops at the lowest adapted module: below it nothing is kept and nothing is computed.
+The forward pass keeps per block what `nn.block` lists; the backward pass walks the blocks from the top and adds every
+adapter gradient to one flat buffer. It stops at the lowest adapted module: below it nothing is kept and nothing is
+computed.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class Decoder:
         shapes = self.module_shapes()
         for name, slot in lora.slots.items():
             if shapes.get(name) != (slot.out_features, slot.in_features):
-                raise ValueError(f"{name}: adapter is for {(slot.out_features, slot.in_features)}, model has {shapes.get(name)}")
+                raise ValueError(
+                    f"{name}: adapter is for {(slot.out_features, slot.in_features)}, model has {shapes.get(name)}"
+                )
         lora.refresh_compute(self.dtype)
         self.lora = lora
 
@@ -168,9 +171,7 @@ class Decoder:
         return self.token_losses(batch).sum(dtype=torch.float64)
 
     @torch.no_grad()
-    def loss_and_gradients(
-        self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None
-    ) -> Tensor:
+    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
         """One forward and backward pass: adds ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`.
 
         Args:

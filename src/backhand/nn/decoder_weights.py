@@ -1,7 +1,7 @@
 """The decoder's frozen weights, stacked for few large products, and their Hugging Face names.
 
-Projections that share an input lie in one matrix: qkv (q + 2k, hidden) and gate_up (2f, hidden). `named_views` gives every
-tensor its Hugging Face name as a view into these, for loading, digests and merging alike.
+Projections that share an input lie in one matrix: qkv (q + 2k, hidden) and gate_up (2f, hidden). `named_views` gives
+every tensor its Hugging Face name as a view into these, for loading, digests and merging alike.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from backhand.nn.loading.source import ModelSource, fill
 class BlockWeights:
     """One decoder block; biases and the extra norms are None where the family has none.
 
-    Shapes: qkv (q + 2k, hidden), output (hidden, q), gate_up (2f, hidden), down (hidden, f); norms (hidden,), q_norm and
-    k_norm (head_dim,); q = heads · head_dim, k = key/value heads · head_dim, f = intermediate size.
+    Shapes: qkv (q + 2k, hidden), output (hidden, q), gate_up (2f, hidden), down (hidden, f); norms (hidden,), q_norm
+    and k_norm (head_dim,); q = heads · head_dim, k = key/value heads · head_dim, f = intermediate size.
     """
 
     qkv: Tensor
@@ -42,7 +42,10 @@ class BlockWeights:
 
 @dataclass
 class DecoderWeights:
-    """All frozen weights: embedding (vocab, hidden), blocks, final_norm (hidden,), head (vocab, hidden), perhaps the embedding."""
+    """All frozen weights: embedding (vocab, hidden), blocks, final_norm (hidden,), head (vocab, hidden).
+
+    A tied head is the embedding itself.
+    """
 
     embedding: Tensor
     blocks: list[BlockWeights]
@@ -83,7 +86,11 @@ def empty_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
 
 def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, view) of every tensor; a tied head appears once, as the embedding."""
-    q, k, ffn = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.intermediate_size
+    q, k, ffn = (
+        config.num_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+        config.intermediate_size,
+    )
     yield "model.embed_tokens.weight", weights.embedding
     for index, block in enumerate(weights.blocks):
         prefix = f"model.layers.{index}."
@@ -105,7 +112,8 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
             "self_attn.q_norm.weight": block.q_norm,
             "self_attn.k_norm.weight": block.k_norm,
             "input_layernorm.weight": block.attention_norm,
-            # With sandwich norms the name post_attention_layernorm means what it says; without, the norm before the MLP.
+            # With sandwich norms the name post_attention_layernorm means what it says; without, the norm before the
+            # MLP.
             "post_attention_layernorm.weight": block.after_attention_norm if config.sandwich_norms else block.mlp_norm,
             "pre_feedforward_layernorm.weight": block.mlp_norm if config.sandwich_norms else None,
             "post_feedforward_layernorm.weight": block.after_mlp_norm,

@@ -2,8 +2,8 @@
 
 For one document of n tokens and one query head (which shares its key/value head with its group):
     S = c Q Kᵀ + M,   P = softmax_rows(S) = exp(S - ℓ),   O = P V      [arXiv:1706.03762, eq. 1; 2305.13245 for groups]
-with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞ elsewhere,
-and ℓ = logsumexp_rows(S). Documents are separate problems: no matrix, mask or loop spans two of them.
+with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
+elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no matrix, mask or loop spans two of them.
 
 Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P ⊙ dS)):
     ∂L/∂V = Pᵀ G                                     (n, head_dim), summed over the group
@@ -16,8 +16,8 @@ Saved: Q, K, V, O and ℓ (one float32 a token and head). P is recomputed as exp
 On the CPU the sums above are carried out by torch's flash kernels, one call for neighbouring documents of equal
 length; elsewhere, and as the worked form of the formulas, by `_document_forward` and `_document_backward`.
 
-Measured on a processor with AVX512-BF16: below about 300 tokens the float32 kernels are faster than the bfloat16 ones (backward of
-50-token documents 3.7 times) and more exact, so short bfloat16 documents are attended in float32.
+Measured on a processor with AVX512-BF16: below about 300 tokens the float32 kernels are faster than the bfloat16 ones
+(backward of 50-token documents 3.7 times) and more exact, so short bfloat16 documents are attended in float32.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
 def _documents(x: Tensor, run: Run, cast: bool = True) -> Tensor:
     """The run's part of x as (documents, heads, length, head_dim), a view; short bfloat16 documents are widened."""
     start, count, length = run
-    part = x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+    part: Tensor = x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
     narrow_and_short = x.dtype == torch.bfloat16 and x.device.type == "cpu" and length <= WIDE_BELOW_TOKENS
     return part.float() if cast and narrow_and_short else part
 
@@ -143,9 +143,7 @@ def _run_backward(
     """∂L/∂Q, ∂L/∂K, ∂L/∂V of one run."""
     if q.device.type != "cpu":
         return _document_backward(g, q, k, v, output, lse, scaling, mask)
-    d_q, d_k, d_v = _backward_kernel(
-        g, q, k, v, output, lse, 0.0, mask is None, attn_mask=mask, scale=scaling
-    )
+    d_q, d_k, d_v = _backward_kernel(g, q, k, v, output, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
     return d_q, d_k, d_v
 
 
@@ -153,7 +151,7 @@ def _scores(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None) -> Tensor
     """S by group: (documents, key/value heads, group, length, length), float32 or wider."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = (grouped @ k.unsqueeze(2).mT).to(wide) * scaling
+    scores: Tensor = (grouped @ k.unsqueeze(2).mT).to(wide) * scaling
     if mask is None:
         length = q.shape[2]
         hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)

@@ -2,18 +2,19 @@
 
     Z = X Wᵀ + s (X Aᵀ) Bᵀ,   ℓ_i = logsumexp(Z_i) - Z_{i, t_i},   L = Σ_i ℓ_i
 
-over supervised rows only (a caller selects them: a row without a target has no loss and no gradient). The low-rank part is
-there when the head itself is adapted. Some families cap logits softly, Z' = κ tanh(Z / κ); those are not handled here.
+over supervised rows only (a caller selects them: a row without a target has no loss and no gradient). The low-rank
+part is there when the head itself is adapted. Some families cap logits softly, Z' = κ tanh(Z / κ); those are not
+handled here.
 
 Backward. dℓ = ⟨softmax(Z) - onehot(t), dZ⟩, so with D = w (softmax(Z) - onehot(t)) for the loss multiplied by w,
     ∂L/∂X = D W + (∂L/∂h) A       (rows, hidden),    ∂L/∂h = s D B      (rows, rank)
     ∂L/∂A = (∂L/∂h)ᵀ X            (rank, hidden)
     ∂L/∂B = s Dᵀ h                (vocab, rank),     h = X Aᵀ
 
-D needs nothing but the chunk's own logits, and the loss is the root of the graph, so its gradient is computed in the same
-chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk, vocab),
-in the compute dtype and once in float32; both are reused from chunk to chunk. Chunks below 256 rows re-read W too
-often (64 rows: 1.4 to 1.8 times slower).
+D needs nothing but the chunk's own logits, and the loss is the root of the graph, so its gradient is computed in the
+same chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk,
+vocab), in the compute dtype and once in float32; both are reused from chunk to chunk. Chunks below 256 rows re-read W
+too often (64 rows: 1.4 to 1.8 times slower).
 """
 
 from __future__ import annotations
@@ -72,9 +73,7 @@ def _buffers(rows: int, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     return logits, probabilities, torch.empty(rows, dtype=wide, device=x.device)
 
 
-def linear_cross_entropy_forward(
-    x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None
-) -> Tensor:
+def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None) -> Tensor:
     """ℓ of every row, without gradients.
 
     Args:
@@ -122,9 +121,7 @@ def linear_cross_entropy_backward(
         losses[part] = _losses(chunk, targets[part], probabilities[:n])
         # D takes the logits' place: softmax, minus one at the target, times the multiplier.
         minus_one = probabilities.new_full((1, 1), -1.0).expand(n, 1)
-        d_logits = chunk.copy_(
-            probabilities[:n].scatter_add_(1, targets[part, None], minus_one).mul_(multiplier)
-        )
+        d_logits = chunk.copy_(probabilities[:n].scatter_add_(1, targets[part, None], minus_one).mul_(multiplier))
         torch.mm(d_logits, weight, out=d_x[part])
         if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
             d_h = (d_logits @ head.lora_B).mul_(head.scaling)

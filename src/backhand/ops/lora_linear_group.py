@@ -48,7 +48,7 @@ class LoRAGroupSaved(NamedTuple):
 
 
 class LoRAGroupGrads(NamedTuple):
-    """d_x (..., in) or None; d_lora_A[i] (rank_i, in) and d_lora_B[i] (out_i, rank_i), None for members without adapter."""
+    """d_x (..., in) or None; d_lora_A[i] (rank_i, in), d_lora_B[i] (out_i, rank_i), None without an adapter."""
 
     d_x: Tensor | None
     d_lora_A: tuple[Tensor | None, ...]

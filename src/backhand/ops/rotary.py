@@ -3,8 +3,8 @@
     y₁ = x₁ cos θ - x₂ sin θ
     y₂ = x₂ cos θ + x₁ sin θ,      θ_{t,j} = position_t · f_j      [arXiv:2104.09864, eq. 34]
 
-where x₁ is the first half of a head's features and x₂ the second (the half-split pairing of Hugging Face weights), so that
-queries and keys meet at an angle that depends on the difference of their positions only.
+where x₁ is the first half of a head's features and x₂ the second (the half-split pairing of Hugging Face weights), so
+that queries and keys meet at an angle that depends on the difference of their positions only.
 
 Backward. A rotation R is orthogonal, y = R x gives ∂L/∂x = Rᵀ ∂L/∂y, the rotation by -θ:
     ∂L/∂x₁ =  G₁ cos θ + G₂ sin θ
