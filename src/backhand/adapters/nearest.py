@@ -15,7 +15,7 @@ def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3) -> li
     """
     known = list(dict.fromkeys(candidates))[:_MAX_COMPARED]
     if "." not in name:
-        known = list(dict.fromkeys(candidate.rpartition(".")[2] for candidate in known)) + known
+        known = list(dict.fromkeys([*(candidate.rpartition(".")[2] for candidate in known), *known]))
     return difflib.get_close_matches(name[:300], known, n=count, cutoff=0.5)
 
 
