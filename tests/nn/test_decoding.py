@@ -10,6 +10,7 @@ import torch
 from backhand.nn import decoding
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoding import IncrementalDecoder
+from backhand.ops.rms_norm import rms_norm_forward
 from support.parity import decoder_like, relative_error
 from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
 
@@ -159,6 +160,29 @@ def test_bfloat16_errs_no_more_than_the_full_forward() -> None:
     state.extend([0], [tokens[:30]])
     cached = torch.cat([state.step([token]) for token in tokens[30:]])
     assert relative_error(cached, expected) < 1.5 * relative_error(full(narrow, tokens)[30:], expected)
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted-head", "base"])
+def test_the_likeliest_logits_are_not_rounded(adapted: bool) -> None:
+    targets = [*(f"{part}_proj" for part in "qkv"), "lm_head"]
+    model = attach_lora(tiny_model("llama"), rank=5, alpha=8.5, target_modules=targets)
+    decoder = decoder_like(model, SCALING, dtype=torch.bfloat16)
+    if not adapted:
+        decoder.detach()
+    x = torch.randn(3, decoder.config.hidden_size).bfloat16()
+    # Large, as trained models' are, so that rounding is plain to see.
+    decoder.weights.final_norm.mul_(20)
+    logits = decoding.head_logits(decoder, x)
+    normed, _ = rms_norm_forward(x, decoder.weights.final_norm, decoder.config.norm_eps)
+    weight = decoder.weights.head.double()
+    factors = decoder.head_factors()
+    if factors is not None:
+        weight = weight + factors.scaling * (factors.lora_B.double() @ factors.lora_A.double())
+    expected = normed.double() @ weight.T
+    likeliest = expected.topk(decoding.EXACT_CANDIDATES - 6).indices
+    assert relative_error(logits.gather(1, likeliest), expected.gather(1, likeliest)) < 1e-6
+    assert relative_error(decoder.head(x).gather(1, likeliest), expected.gather(1, likeliest)) > 1e-4
+    assert relative_error(logits, expected) < 1e-2
 
 
 def test_room_behind_a_row_holds_no_stray_values() -> None:
