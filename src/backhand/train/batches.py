@@ -1,9 +1,9 @@
 """Micro-batches of examples, filled up to few different sizes.
 
-oneDNN compiles its matrix products for every number of rows anew: about 35 kernels, 20 MB and 0.05 to 0.1 s for each size
-of micro-batch that comes up, and rows of text make a new size in nearly every step. So a filler document of up to 31
-tokens (63 from 1,024 tokens on, 127 from 4,096 on) rounds each micro-batch up. It carries no loss, no other document sees
-it, and not one bit of the gradient changes.
+oneDNN compiles its matrix products for every number of rows anew: about 35 kernels, 20 MB and 0.05 to 0.1 s for each
+size of micro-batch that comes up, and rows of text make a new size in nearly every step. So a filler document of up to
+31 tokens (63 from 1,024 tokens on, 127 from 4,096 on) rounds each micro-batch up. It carries no loss and no other
+document sees it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ key/value width, f feed-forward width, H heads, K key/value heads, R the ranks o
     mlp     2d + 2q + 2k + R'         and in float32 H + 2            R' without gate's and up's ranks
     block   d                         and one block's `none` at a time while it is computed again
 families with q/k norms H + K float32 more, with sandwich norms 2d and 2 float32 more. On top of what is kept come the
-buffers of the block at work, and one chunk of the head's logits and probabilities.
+buffers of the block at work, one chunk of the head's logits and probabilities, and on the CPU the matrix kernels that
+oneDNN compiles for each size of micro-batch (`batches.round_size` keeps these few).
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from backhand.errors import ResourceError
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+from backhand.train.batches import round_size
 from backhand.train.config import Recompute
 
 FLOAT32_BYTES = 4
 PREFERRED_TOKENS = 4096
+# Measured with oneDNN 3.x on AVX512-BF16: 18 to 29 MB for the 35 products of a block, 930 MB once its cache is full.
+KERNEL_BYTES = 24 << 20
+ALL_KERNELS_BYTES = 930 << 20
 _RECOMPUTE_COST: Mapping[Recompute, float] = {"none": 1.0, "mlp": 1.21, "block": 1.36}
 _TOKENS_LOST_PER_PASS = 128
 _MARGIN = 0.95
@@ -29,10 +34,16 @@ _MARGIN = 0.95
 
 @dataclass(frozen=True)
 class StepShape:
-    """The largest micro-batch of a run under some number of rows: its tokens and its supervised tokens."""
+    """The micro-batches of a run under some number of rows.
+
+    Attributes:
+        tokens, supervised_tokens: of the largest one.
+        sizes: how many different sizes there are.
+    """
 
     tokens: int
     supervised_tokens: int
+    sizes: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class ModelSize:
         stream_bytes: per token, of the residual stream and its gradient outside the blocks.
         head_row_bytes: per supervised token, of the head's input rows and their gradient.
         head_chunk_bytes: per row of a chunk of logits.
+        kernel_bytes: compiled for each size of micro-batch.
     """
 
     dtype_bytes: int
@@ -58,6 +70,7 @@ class ModelSize:
     stream_bytes: int
     head_row_bytes: int
     head_chunk_bytes: int
+    kernel_bytes: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,7 @@ def decoder_size(config: DecoderConfig, slots: Iterable[LoRASlot], dtype_bytes: 
         stream_bytes=2 * d * dtype_bytes,
         head_row_bytes=3 * d * dtype_bytes,
         head_chunk_bytes=config.vocab_size * (dtype_bytes + FLOAT32_BYTES),
+        kernel_bytes=KERNEL_BYTES,
     )
 
 
@@ -139,6 +153,7 @@ def transformers_size(
         stream_bytes=2 * d * dtype_bytes,
         head_row_bytes=vocabulary * (dtype_bytes + 3 * FLOAT32_BYTES),
         head_chunk_bytes=0,
+        kernel_bytes=KERNEL_BYTES,
     )
 
 
@@ -153,6 +168,7 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
         "block at work": shape.tokens * (size.block_bytes[recompute] + size.stream_bytes),
         "head": shape.supervised_tokens * size.head_row_bytes
         + min(shape.supervised_tokens, CHUNK_ROWS) * size.head_chunk_bytes,
+        "compiled kernels": min(ALL_KERNELS_BYTES, shape.sizes * size.kernel_bytes),
     }
 
 
@@ -221,7 +237,7 @@ def _does_not_fit(
 def largest_shapes(
     steps: Sequence[Sequence[int]], lengths: Sequence[int], supervised: Sequence[int], rows_options: Iterable[int]
 ) -> dict[int, StepShape]:
-    """For each number of rows per micro-batch, the largest micro-batch that these steps will make.
+    """For each number of rows per micro-batch, what micro-batches these steps will make.
 
     Args:
         steps: row numbers of each step.
@@ -232,10 +248,9 @@ def largest_shapes(
     ordered = [sorted(rows, key=lambda row: (-lengths[row], row)) for rows in steps]
     for count in rows_options:
         groups = [rows[start : start + count] for rows in ordered for start in range(0, len(rows), count)]
-        shapes[count] = StepShape(
-            max(sum(lengths[row] for row in group) for group in groups),
-            max(sum(supervised[row] for row in group) for group in groups),
-        )
+        sizes = {round_size(sum(lengths[row] for row in group)) for group in groups}
+        largest_supervised = max(sum(supervised[row] for row in group) for group in groups)
+        shapes[count] = StepShape(max(sizes), largest_supervised, len(sizes))
     return shapes
 
 

@@ -33,10 +33,10 @@ from backhand.train.proofs import ProofLog, proof_log
 from backhand.train.resume import check_same_run, resumed_config
 from backhand.train.resume_proof import prove_resume
 from backhand.train.run_directory import CONFIG, SUMMARY, RunDirectory, opened
-from backhand.train.run_state import RunState
+from backhand.train.run_state import PROGRESS_FILE, RunState
 from backhand.train.saver import Saver
 from backhand.train.step_plan import StepPlan
-from backhand.train.summary import RunSummary, summarise
+from backhand.train.summary import RunSummary, read_summary, summarise
 
 
 def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: FileLayer | None = None) -> RunSummary:
@@ -64,25 +64,48 @@ def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: Fil
             Interruption(terminal.noted) as interruption,
             opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory,
         ):
+            checkpoint = None
             if run.resume:
                 config = resumed_config(config, directory.path).validate()
+                checkpoint = _newest_checkpoint(directory, terminal)
+                if checkpoint is not None and (done := _finished(checkpoint, config, directory)) is not None:
+                    terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
+                    terminal.ended(done)
+                    return done
             machine = resolve_machine(config)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine)
-                return _Run(job, directory, Observers([*everyone, MetricsFile(directory)]), interruption).train()
+                observer = Observers([*everyone, MetricsFile(directory)])
+                return _Run(job, directory, observer, interruption, checkpoint).train()
     finally:
         for observer in everyone:
             observer.closed()
 
 
+def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoint | None:
+    if not directory.checkpoints.is_dir():
+        return None
+    return CheckpointStore(directory.checkpoints, directory.files, observer.noted).newest_valid()
+
+
+def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:
+    """The summary of a run that needs nothing more; None if there is something to do."""
+    if config.run.prove_resume is not None:
+        return None
+    if not Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b"")).finished:
+        return None
+    return read_summary(directory.path / SUMMARY)
+
+
 @dataclass
 class _Run:
-    """A job in its directory."""
+    """A job in its directory, and the checkpoint it goes on from."""
 
     job: Job
     directory: RunDirectory
     observer: Observers
     interruption: Interruption
+    checkpoint: Checkpoint | None
 
     def train(self) -> RunSummary:
         job, config = self.job, self.job.config
@@ -103,7 +126,7 @@ class _Run:
                 best_only=job.held_out is not None,
                 protected=frozenset(() if proof_begin is None else {proof_begin}),
             )
-            checkpoint = self._begin(store, state, saver)
+            self._begin(store, state, saver)
             log = proof_log(self.directory)
             base_guard = BaseGuard(job.bound.model, log)
             loop = TrainingLoop(
@@ -120,11 +143,8 @@ class _Run:
                 save=saver.save,
                 stop_requested=lambda: self.interruption.requested is not None,
             )
-            if state.progress.finished:
-                self.observer.noted(f"the run in {self.directory.path} is finished; there is nothing left to do")
-            self.observer.started(
-                RunStart(job.total_steps, state.progress.step, opening_facts(job, checkpoint is not None))
-            )
+            facts = opening_facts(job, continued=self.checkpoint is not None)
+            self.observer.started(RunStart(job.total_steps, state.progress.step, facts))
             if not self._run_loop(loop, saver, proof_begin):
                 raise Interrupted(
                     self.interruption.requested or 0, state.progress.step, f"continue with {self._resume_command()}"
@@ -136,7 +156,7 @@ class _Run:
         self.observer.ended(summary)
         return summary
 
-    def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> Checkpoint | None:
+    def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
         job, config = self.job, self.job.config
         if not config.run.resume:
@@ -144,19 +164,17 @@ class _Run:
                 self.directory.clear()
             self.directory.make_checkpoints()
             self.directory.write(CONFIG, dump_config(config))
-            return None
+            return
         self.directory.make_checkpoints()
         store.clean()
-        checkpoint = store.newest_valid()
-        if checkpoint is None:
+        if self.checkpoint is None:
             self.observer.noted("there is no checkpoint yet; the run begins at its first step")
             self.directory.forget_after(-1)
-            return None
-        check_same_run(checkpoint.facts, job.identity, self.directory.path)
-        state.restore(checkpoint.contents, job.bound.model.dtype)
-        saver.restored(checkpoint.contents)
-        self.directory.forget_after(checkpoint.step)
-        return checkpoint
+            return
+        check_same_run(self.checkpoint.facts, job.identity, self.directory.path)
+        state.restore(self.checkpoint.contents, job.bound.model.dtype)
+        saver.restored(self.checkpoint.contents)
+        self.directory.forget_after(self.checkpoint.step)
 
     def _run_loop(self, loop: TrainingLoop, saver: Saver, proof_begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""

@@ -99,6 +99,15 @@ def summarise(job: Job, state: RunState, directory: RunDirectory) -> RunSummary:
     )
 
 
+def read_summary(path: Path) -> RunSummary | None:
+    """The summary in a file, without what others added to it; None where there is none to read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return RunSummary(**{field.name: values[field.name] for field in dataclasses.fields(RunSummary)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def add_to_summary(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The fields of an existing summary.json with more of them, as the demo adds its exact matches."""
     return {**json.loads(path.read_text(encoding="utf-8")), **values}
