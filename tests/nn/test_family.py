@@ -283,6 +283,7 @@ def test_longrope_is_taken_only_with_one_list_and_no_attention_factor() -> None:
     [
         ({"hidden_size": "60"}, "hidden_size = '60'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers = 1099511627776"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"num_key_value_heads": 4}, "6 heads cannot share 4"),
         ({"eos_token_id": "2"}, "eos_token_id"),

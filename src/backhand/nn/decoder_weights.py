@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.family import DecoderConfig
-from backhand.nn.loading.source import ModelSource, fill
+from backhand.nn.loading.source import ModelSource, check_shapes, fill
 
 
 @dataclass
@@ -134,6 +134,9 @@ def load_weights(
     Raises:
         ArtifactError: listing every tensor that is missing or of another shape.
     """
+    # Before memory is asked for: a garbled size should be an error about a tensor, not about memory.
+    wanted = named_views(empty_weights(config, dtype, "meta"), config)
+    check_shapes(source, {name: tuple(view.shape) for name, view in wanted})
     weights = empty_weights(config, dtype, device)
     fill(source, named_views(weights, config))
     return weights

@@ -32,6 +32,10 @@ from backhand.nn.neutral_fields import FIXED, NEUTRAL
 from backhand.nn.rotary_parsing import FULL, SLIDING, gemma_rotary, rotary
 
 
+_MOST_LAYERS = 100_000
+"""A garbled number must not fill the memory with layers."""
+
+
 @dataclass(frozen=True)
 class _Defaults:
     """What transformers takes where a family's config is silent; None: the field must be there."""
@@ -204,7 +208,10 @@ def _decoder(
         raise ArtifactError(f"{heads} heads cannot share {key_value_heads} key/value heads", where="config.json")
     if head_dim % 2:
         fields.problem("head_dim", f"{head_dim} is odd, and the rotary embedding turns pairs")
-    sliding = [is_sliding(i) for i in range(fields.integer("num_hidden_layers", defaults.num_hidden_layers))]
+    layers = fields.integer("num_hidden_layers", defaults.num_hidden_layers)
+    if layers > _MOST_LAYERS:
+        raise ArtifactError(f"num_hidden_layers = {layers} is no number of layers", where="config.json")
+    sliding = [is_sliding(index) for index in range(layers)]
     if reads_layer_types:
         sliding = _layer_types(fields, sliding)
     if any(sliding) and window is None:

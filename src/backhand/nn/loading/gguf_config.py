@@ -38,7 +38,7 @@ _NEUTRAL_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal"
 
 
 class _Metadata:
-    """Keys of the architecture, without its name in front, noting which were read."""
+    """Keys of the architecture, without its name in front, noting which were read; wrong values are ArtifactErrors."""
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
         self._file = file
@@ -62,6 +62,12 @@ class _Metadata:
                 why="models whose layers differ in size are not supported" if isinstance(value, list) else None,
             )
         return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ArtifactError(f"{self._prefix}{key} = {value!r} is not a positive number", where=str(self._file.path))
+        return float(value)
 
     def unread(self) -> dict[str, Any]:
         """What nobody asked for and is not known to be neutral, under its full name."""
@@ -93,12 +99,15 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Tensor |
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ArtifactError("the tensor token_embd.weight is missing", where=str(file.path))
+    layers = metadata.integer("block_count")
+    if layers > len(file.tensors):
+        raise ArtifactError(f"{layers} blocks cannot lie in {len(file.tensors)} tensors", where=str(file.path))
     config: dict[str, Any] = {
         "model_type": architecture,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -121,11 +130,12 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Tensor |
 
 
 def _rotary(metadata: _Metadata, head_dim: int, context_length: int, factors: Tensor | None) -> dict[str, Any]:
-    theta = float(metadata.get("rope.freq_base", 10000.0))
+    theta = metadata.number("rope.freq_base", 10000.0)
     kind = metadata.get("rope.scaling.type", "none")
     # Files of 2023 have a key of its own for linear scaling.
-    scale = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)))
-    if kind == "none" and metadata.get("rope.scale_linear") is not None:
+    old = metadata.number("rope.scale_linear", 1.0)
+    scale = metadata.number("rope.scaling.factor", old)
+    if kind == "none" and old != 1.0:
         kind = "linear"
     if kind not in ("none", "linear"):
         return {"rope_type": kind, "rope_theta": theta, "factor": scale}
@@ -168,10 +178,13 @@ def _gemma3(config: dict[str, Any], metadata: _Metadata, rotary: dict[str, Any],
     window = metadata.get("attention.sliding_window")
     pattern = metadata.get("attention.sliding_window_pattern", 6)
     if isinstance(pattern, bool):
-        pattern = [pattern] * layers
-    if isinstance(pattern, int):
-        pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
-    local = {"rope_type": "default", "rope_theta": float(metadata.get("rope.freq_base_swa", 10000.0))}
+        slides = [pattern] * layers
+    elif isinstance(pattern, list):
+        slides = [bool(item) for item in pattern]
+    else:
+        period = metadata.integer("attention.sliding_window_pattern", 6)
+        slides = [bool((layer + 1) % period) for layer in range(layers)]
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
     is_largest = layers == _GEMMA_27B_LAYERS
     del config["hidden_act"]
     config |= {
@@ -179,7 +192,7 @@ def _gemma3(config: dict[str, Any], metadata: _Metadata, rotary: dict[str, Any],
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if window and slides else "full_attention" for slides in pattern],
+        "layer_types": ["sliding_attention" if window and here else "full_attention" for here in slides],
         "query_pre_attn_scalar": (
             config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
         ),
