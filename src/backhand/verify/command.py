@@ -71,13 +71,14 @@ def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
             status.update(f"proving {what}")
 
         options.validate()
-        if options.verify.run is None:
+        run = options.verify.run
+        if run is None:
             return verify(options, say), options
-        if not (options.verify.run / CONFIG).exists():
-            raise UsageError(f"there is no run in {options.verify.run}", where="run")
+        if not (run / CONFIG).exists():
+            raise UsageError(f"there is no run in {run}", where="run")
         if options.verify.op is None and not options.model.model:
-            options = _of_run(options, options.verify.run)
-        with opened(options.verify.run, resume=True, overwrite=False) as directory:
+            options = _of_run(options, run)
+        with opened(run, resume=True, overwrite=False) as directory:
             report = verify(options, say)
             log = proof_log(directory)
             for proof in report.proofs():

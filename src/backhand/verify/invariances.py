@@ -40,7 +40,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: floa
     if len(examples) > 1:
         alone = _gradient(decoder, [pack([example], device=decoder.device) for example in examples])
         yield ModelProof(
-            "packed = unpacked, whole adapter gradient",
+            "packed = unpacked, gradient",
             relative_error(alone, together),
             bound,
             f"{len(examples)} documents in one batch, and one by one",
@@ -48,7 +48,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: floa
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
         accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
         yield ModelProof(
-            "accumulated = one batch, whole adapter gradient",
+            "accumulated = one batch, gradient",
             relative_error(accumulated, together),
             bound,
             f"{len(parts)} micro-batches",
@@ -76,7 +76,7 @@ def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterat
         for mode in ("mlp", "block"):
             decoder.recompute = mode
             measured = relative_error(_gradient(decoder, [batch]), kept)
-            yield ModelProof(f"recomputed ({mode}) = kept, whole adapter gradient", measured, bound)
+            yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound)
     finally:
         decoder.recompute = before
 

@@ -95,7 +95,7 @@ class GradientProofs:
         self.exact.gradients.zero_()
         inputs = self._forward()
         d_x, loss_error = self._prove_head(inputs.pop())
-        yield ModelProof("loss, by hand = reference, float64", loss_error, FLOAT64_BOUND)
+        yield ModelProof("loss = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(range(len(self.decoder.config.layers))):
             d_x = self._prove_block(layer, inputs.pop(), d_x)
         yield from self._summary()
@@ -109,7 +109,7 @@ class GradientProofs:
         own = relative_error(self._by_autograd(), truth)
         self.rounding_bound = max(TIMES_AUTOGRAD * own, UNITS_OF_ROUNDING * torch.finfo(dtype).eps)
         return ModelProof(
-            f"whole adapter gradient of a training step, {str(dtype).removeprefix('torch.')}, against float64",
+            f"a training step's gradient in {str(dtype).removeprefix('torch.')} = float64's",
             relative_error(lora.gradients, truth),
             self.rounding_bound,
             f"autograd's own error: {own:.1e}",
@@ -228,14 +228,8 @@ class GradientProofs:
             kinds["d_x" if name.startswith("d_x") else name.split(".")[-2]].append(name)
         for kind, names in kinds.items():
             worst = max(names, key=lambda name: (math.isnan(self._errors[name]), self._errors[name]))
-            what = (
-                f"d_x passed on by {len(names)} parts"
-                if kind == "d_x"
-                else f"d_lora_A, d_lora_B of {len(names) // 2} {kind}"
-            )
-            yield ModelProof(
-                f"{what}, by hand = autograd, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}"
-            )
+            what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
+            yield ModelProof(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
 
     def _block_weights(self, layer: int) -> BlockWeights:
         """The block's weights in float64."""

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from backhand.adapters.adapter_record import check_base
+from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
-from backhand.adapters.peft_files import load_adapter
 from backhand.adapters.targets import resolve_slots
+from backhand.data.chat import read_template
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
@@ -22,7 +21,6 @@ from backhand.errors import DataError
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading.opening import open_model
-from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
 from backhand.train.forgetting import neutral_texts
@@ -67,7 +65,11 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
         lora = random_adapter(decoder)
         described = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
     else:
-        lora = _load_adapter(adapter, decoder, source, force=model.force_base)
+        template = read_template(data.chat_template, source.tokenizer())
+        loaded = load_adapter_for(
+            source, adapter, decoder.module_shapes(), chat_template=template, force_base=model.force_base
+        )
+        lora = loaded.parameters(device=device)
         described = f"adapter {adapter}"
     decoder.attach(lora)
     dropout = any(slot.dropout > 0 for slot in lora.slots.values())
@@ -88,23 +90,6 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
             drawn = torch.randn(view.shape, generator=generator)
             view.copy_(drawn * (0.3 / slot.in_features**0.5))
     return lora
-
-
-def _load_adapter(directory: Path, decoder: Decoder, source: ModelSource, *, force: bool) -> LoRAParameters:
-    loaded = load_adapter(directory, decoder.module_shapes())
-    if loaded.record is not None and not force:
-        names = set(source.tensor_names())
-        tokenizer: Any = source.tokenizer()
-        check_base(
-            loaded.record,
-            str(loaded.directory),
-            base_digest=base_digest(
-                (name for target in loaded.targets if (name := f"{target.name}.weight") in names), source.load
-            ),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template_digest=text_digest(tokenizer.chat_template),
-        )
-    return loaded.parameters(device=decoder.device)
 
 
 def _documents(data: DataOptions, tokenizer: Any, max_tokens: int) -> tuple[tuple[Example, ...], str]:

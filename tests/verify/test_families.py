@@ -1,0 +1,72 @@
+"""A block and a tiny decoder of every family: the same proofs and mutants as `backhand verify`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from backhand.nn.block import RECOMPUTE_MODES
+from backhand.nn.decoder_weights import empty_weights, named_views
+from backhand.nn.family import DecoderConfig
+from backhand.verify.case import Draw
+from backhand.verify.families import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
+from backhand.verify.runner import load_proofs, prove_case, reject_mutants
+
+PROOFS = [proof for name in ("block", "decoder") for proof in load_proofs(name)]
+CASES = [pytest.param(proof, case, id=f"{proof.op}-{case.name}") for proof in PROOFS for case in proof.cases]
+
+
+@pytest.mark.parametrize(("proof", "case"), CASES)
+def test_every_gradient_is_right(proof, case):
+    assert not [row for row in prove_case(proof, case) if not row.passed]
+
+
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.op)
+def test_every_mutant_is_rejected_by_value(proof):
+    rejections = list(reject_mutants(proof))
+    assert len(rejections) == len(proof.mutants)
+    assert not [one for one in rejections if not one.error > 1e-7]
+    spoiled = {one.gradient for one in rejections if one.mutant == "factor 1 + 1e-6"}
+    assert {"d_lora_A", "d_lora_B"} <= spoiled
+
+
+def test_the_families_use_every_feature_that_a_decoder_config_has():
+    values = {
+        field.name: {repr(getattr(config, field.name)) for config in FAMILIES.values()}
+        for field in fields(DecoderConfig)
+    }
+    for flag in (
+        "tied_head", "norm_offset", "sandwich_norms", "qk_norm", "activation", "qkv_bias", "output_bias", "mlp_bias",
+        "embedding_scaling", "layers", "rotary",
+    ):  # fmt: skip
+        assert len(values[flag]) > 1, flag
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=list(FAMILIES))
+def test_a_family_hides_nothing(config):
+    assert config.num_heads * config.head_dim != config.hidden_size
+    assert config.num_key_value_heads < config.num_heads
+    assert len({config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim}) == 4
+    assert config.attention_scaling not in (1.0, config.head_dim**-0.5)
+    draw = Draw("test")
+    for name, weight in random_weights(config, draw).items():
+        assert weight.std() > 0.05, name
+    for name, factor in random_factors(adapter_slots(config, None), draw).items():
+        assert (factor != 0).all(), name
+    batch = random_batch(config, (9, 5, 1), draw)
+    assert max(batch.document_lengths) > WINDOW
+    assert 0 < batch.supervised_tokens < len(batch.labels)
+
+
+def test_every_recompute_mode_is_tried():
+    names = " ".join(case.name for proof in PROOFS for case in proof.cases)
+    for mode in RECOMPUTE_MODES[1:]:
+        assert f"recompute {mode}" in names
+
+
+def test_random_weights_have_every_tensor_of_the_engine():
+    for config in FAMILIES.values():
+        shapes = {name: view.shape for name, view in named_views(empty_weights(config, torch.float64), config)}
+        assert {name: weight.shape for name, weight in random_weights(config, Draw("x")).items()} == shapes

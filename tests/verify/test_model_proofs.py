@@ -1,0 +1,192 @@
+"""`backhand verify --model`: on tiny models of the families, and what it says about a broken engine."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from backhand.data.examples import Example
+from backhand.data.options import DataOptions
+from backhand.errors import ArtifactError, CheckError
+from backhand.nn import block as block_module
+from backhand.nn import decoder as decoder_module
+from backhand.verify.command import verify, verify_command
+from backhand.verify.model_setup import choose_documents
+from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
+from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directory of a tiny model of each family, made when asked for."""
+    made = {}
+
+    def directory(variant):
+        if variant not in made:
+            path = tmp_path_factory.mktemp(variant)
+            made[variant] = save_tiny(tiny_model(variant), path)
+        return made[variant]
+
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [
+        {"prompt": "the sky is", "completion": " blue today"},
+        {"prompt": "two and two", "completion": " make four, they say"},
+        {"prompt": "a", "completion": " b"},
+        {"prompt": "what comes after", "completion": " is what was before " * 3},
+    ]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
+
+
+def options(model, rows=None, *, dtype="float32", **fields):
+    return VerifyOptions(
+        verify=VerifyRunOptions(max_tokens=64, **fields),
+        model=VerifiedModelOptions(model=str(model), dtype=dtype, device="cpu"),
+        data=DataOptions(data=(str(rows),) if rows else (), chat_template="none"),
+    )
+
+
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_every_family_is_proved(variant, models, rows):
+    report = verify(options(models(variant), rows))
+    assert not report.failed_model
+    exact = [proof for proof in report.model if proof.proof.endswith("float64")]
+    assert len(exact) == 9, "loss, seven kinds of modules, d_x"
+    assert max(proof.measured for proof in exact) < 1e-12
+    statements = " ".join(proof.proof for proof in report.model)
+    for words in ("packed = unpacked", "accumulated = one batch", "recomputed (mlp)", "recomputed (block)", "merged"):
+        assert words in statements
+    step = next(proof for proof in report.model if "training step" in proof.proof)
+    assert 0 < step.measured < 1e-4
+
+
+def test_bfloat16_and_the_neutral_texts(models):
+    report = verify(options(models("llama"), dtype="bfloat16"))
+    assert not report.failed_model
+    assert "neutral texts" in " ".join(report.notes)
+
+
+def test_an_adapter_of_peft(models, rows, tmp_path):
+    adapted = attach_lora(tiny_model("qwen3"), rank=3, target_modules=["q_proj", "down_proj"])
+    adapted.save_pretrained(tmp_path)
+    report = verify(options(models("qwen3"), rows, adapter=tmp_path))
+    assert report.passed
+    statements = " ".join(proof.proof for proof in report.model)
+    assert "3 × q_proj" in statements
+    assert "3 × down_proj" in statements
+    assert "v_proj" not in statements
+
+
+def test_an_adapter_of_another_model_is_refused(models, rows, tmp_path):
+    attach_lora(tiny_model("llama", hidden_size=66), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError):
+        verify(options(models("llama"), rows, adapter=tmp_path))
+
+
+def _failed(report):
+    return {proof.proof for proof in report.failed_model}
+
+
+def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeypatch):
+    right = block_module.lora_linear_backward
+
+    def wrong(*args, **kwargs):
+        grads = right(*args, **kwargs)
+        return grads._replace(d_lora_B=grads.d_lora_B * (1 + 1e-6))
+
+    monkeypatch.setattr(block_module, "lora_linear_backward", wrong)
+    failed = _failed(verify(options(models("llama"), rows)))
+    assert any("o_proj" in proof for proof in failed)
+    assert any("down_proj" in proof for proof in failed)
+    assert not any("q_proj" in proof for proof in failed)
+
+
+def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
+    right = block_module.rms_norm_backward
+    monkeypatch.setattr(
+        block_module,
+        "rms_norm_backward",
+        lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
+    )
+    assert any("d_x" in proof for proof in _failed(verify(options(models("mistral"), rows))))
+
+
+def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):
+    """Each block is right, but the step forgets the top one's gradient."""
+    right = decoder_module.block_backward
+    calls = []
+
+    def forgetful(d_x, *args, **kwargs):
+        calls.append(1)
+        return d_x if len(calls) % 3 == 1 else right(d_x, *args, **kwargs)
+
+    monkeypatch.setattr(decoder_module, "block_backward", forgetful)
+    failed = _failed(verify(options(models("llama"), rows)))
+    assert any("training step" in proof for proof in failed)
+    assert not any("float64" in proof and "×" in proof for proof in failed)
+
+
+def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
+    right = decoder_module.Decoder.contexts
+
+    def leaking(self, batch):
+        return [
+            context._replace(runs=((0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
+            for context in right(self, batch)
+        ]
+
+    monkeypatch.setattr(decoder_module.Decoder, "contexts", leaking)
+    with pytest.raises(CheckError):
+        verify_command(options(models("llama"), rows))
+    assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))
+
+
+def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):
+    from backhand.train.config import ModelOptions, TrainConfig
+    from backhand.train.config_file import dump_config
+
+    config = TrainConfig(
+        model=ModelOptions(model=str(models("llama")), dtype="float32", device="cpu"),
+        data=DataOptions(data=(str(rows),), chat_template="none"),
+    )
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    attach_lora(tiny_model("llama"), target_modules=["v_proj"]).save_pretrained(tmp_path / "adapter")
+    report = verify_command(VerifyOptions(verify=VerifyRunOptions(run=tmp_path, max_tokens=64)))
+    lines = [json.loads(line) for line in (tmp_path / "proofs.jsonl").read_text().splitlines()]
+    assert [line["proof"] for line in lines] == [proof.proof for proof in report.model]
+    assert any("v_proj" in line["proof"] for line in lines)
+
+
+def example(length, supervised):
+    flags = np.zeros(length, dtype=bool)
+    flags[list(supervised)] = True
+    return Example(np.arange(length, dtype=np.int32), flags, f"row of {length}")
+
+
+def test_long_documents_are_cut_to_what_leads_to_their_last_supervised_token():
+    (first, second) = choose_documents([example(100, [40, 90]), example(50, [3])], 20)
+    assert first.input_ids.tolist() == list(range(81, 91))
+    assert first.supervised.tolist() == [False] * 9 + [True]
+    assert second.input_ids.tolist() == [0, 1, 2, 3]
+
+
+def test_documents_are_taken_until_there_are_enough():
+    short = [example(6, [5]) for _ in range(10)]
+    assert len(choose_documents(short, 20)) == 3
+    assert len(choose_documents(short[:1], 20)) == 1
+    assert choose_documents([example(6, [])], 20) == []
+
+
+def test_a_measured_nan_does_not_pass():
+    from backhand.verify.model_gradients import ModelProof
+
+    assert not ModelProof("x", math.nan, 1.0).passed
+    assert ModelProof("x", 0.5, 1.0).passed
