@@ -1,0 +1,116 @@
+"""Subspace similarity: how far the directions of two adapters coincide [arXiv:2106.09685, §7.2, figures 3 and 4].
+
+    φ(i, j) = ‖U_iᵀ V_j‖_F² / min(i, j)  in [0, 1]
+
+U_i are the first i singular vectors of one factor as columns, V_j the first j of the other adapter's. Of lora_A, (rank,
+in), these are the right singular vectors, of lora_B, (out, rank), the left ones: directions in the spaces that the
+adapted weight maps from and to. (The other two sets are square matrices of a full basis, for which φ is always 1.) φ is
+1 where the smaller subspace lies in the larger, 0 where they are at right angles.
+
+Two random subspaces of a d-dimensional space have E‖U_iᵀ V_j‖_F² = i·j/d: each of the i·j squared cosines is 1/d on
+average. So E φ = max(i, j)/d, which is what a measured φ has to be held against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backhand.lab.paper_adapter import AdapterFactors
+
+
+def input_directions(lora_A: Tensor) -> Tensor:
+    """Right singular vectors of lora_A (rank, in) as columns, leading first: (in, min(rank, in)) float64."""
+    _, _, right = torch.linalg.svd(lora_A.double(), full_matrices=False)
+    return right.T
+
+
+def output_directions(lora_B: Tensor) -> Tensor:
+    """Left singular vectors of lora_B (out, rank) as columns, leading first: (out, min(rank, out)) float64."""
+    left, _, _ = torch.linalg.svd(lora_B.double(), full_matrices=False)
+    return left
+
+
+def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """φ(i, j) for all i and j at once.
+
+    Args:
+        first: orthonormal columns (d, r).
+        second: orthonormal columns (d, r′).
+
+    Returns:
+        (r, r′) float64; element [i − 1, j − 1] is φ(i, j). ‖U_iᵀ V_j‖_F² is the sum of the first i rows and j columns
+        of the squared cosines, so all of them are two cumulative sums.
+    """
+    squared_cosines = (first.T @ second) ** 2
+    overlap = squared_cosines.cumsum(0).cumsum(1)
+    i = torch.arange(1, overlap.shape[0] + 1, dtype=overlap.dtype)
+    j = torch.arange(1, overlap.shape[1] + 1, dtype=overlap.dtype)
+    return overlap / torch.minimum(i[:, None], j[None, :])
+
+
+def expected_random_similarity(dimension: int, first_rank: int, second_rank: int) -> Tensor:
+    """E φ(i, j) = max(i, j)/d of two random subspaces, (first_rank, second_rank) float64."""
+    i = torch.arange(1, first_rank + 1, dtype=torch.float64)
+    j = torch.arange(1, second_rank + 1, dtype=torch.float64)
+    return torch.maximum(i[:, None], j[None, :]) / dimension
+
+
+def random_similarity(dimension: int, first_rank: int, second_rank: int, generator: torch.Generator) -> Tensor:
+    """φ of the directions of two Gaussian matrices: the control that the paper draws."""
+    first, second = (
+        input_directions(torch.randn(rank, dimension, generator=generator, dtype=torch.float64))
+        for rank in (first_rank, second_rank)
+    )
+    return subspace_similarity(first, second)
+
+
+@dataclass(frozen=True)
+class ModuleSimilarity:
+    """φ between two adapters on one module, for one factor.
+
+    Attributes:
+        module: dotted path.
+        factor: `lora_A` or `lora_B`.
+        similarity: (r, r′).
+        random: the same for random subspaces of the same sizes.
+        dimension: of the space they lie in.
+    """
+
+    module: str
+    factor: str
+    similarity: Tensor
+    random: Tensor
+    dimension: int
+
+
+def compare_adapters(first: AdapterFactors, second: AdapterFactors, seed: int = 0) -> list[ModuleSimilarity]:
+    """φ for both factors of every module that both adapt, in the order of the first adapter.
+
+    A factor that is zero, as lora_B before training, has no directions; it is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for name, ours in first.modules.items():
+        theirs = second.modules.get(name)
+        if theirs is None:
+            continue
+        for factor, directions in (("lora_A", input_directions), ("lora_B", output_directions)):
+            one, other = getattr(ours, factor), getattr(theirs, factor)
+            if not bool(one.any()) or not bool(other.any()):
+                continue
+            u, v = directions(one), directions(other)
+            if u.shape[0] != v.shape[0]:
+                continue
+            found.append(
+                ModuleSimilarity(
+                    name,
+                    factor,
+                    subspace_similarity(u, v),
+                    random_similarity(u.shape[0], u.shape[1], v.shape[1], generator),
+                    u.shape[0],
+                )
+            )
+    return found
