@@ -59,4 +59,10 @@ COMMANDS = (
         "backhand sine --check --output runs/sine",
         "backhand.cli.sine:sine",
     ),
+    Command(
+        "demo",
+        "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
+        "backhand demo --output runs/demo",
+        "backhand.cli.demo:demo",
+    ),
 )

@@ -34,7 +34,7 @@ class TransformersCompleter:
         from transformers import GenerationConfig
 
         self.model = model
-        self._adapter = adapter
+        self.injected = adapter
         self._use_adapter = adapter is not None
         model.generation_config = GenerationConfig()
 
@@ -52,7 +52,7 @@ class TransformersCompleter:
 
     def use_adapter(self, wanted: bool) -> None:
         """Answer with the adapter or as the base model. Raises ValueError if there is none to use."""
-        if wanted and self._adapter is None:
+        if wanted and self.injected is None:
             raise ValueError("there is no adapter")
         self._use_adapter = wanted
 
@@ -66,8 +66,8 @@ class TransformersCompleter:
         batch_rows: int = 64,
     ) -> None:
         """Continue every prompt; see `completer.Completer`."""
-        if self._adapter is not None and not self._use_adapter:
-            with self._adapter.disabled():
+        if self.injected is not None and not self._use_adapter:
+            with self.injected.disabled():
                 self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
         else:
             self._complete(prompts, choose, finished, max_new_tokens, batch_rows)

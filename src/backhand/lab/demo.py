@@ -1,0 +1,219 @@
+"""`backhand demo`: the sine experiment, then a real language model learns a task before your eyes.
+
+rows from a seed → answers of the base → training → answers of the adapted model → the same adapter in PEFT
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand.adapters.config import LoRAConfig
+from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
+from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.prepare import prepare_prompts
+from backhand.errors import CheckError, UsageError
+from backhand.generate.greedy import complete_greedily
+from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.lab.demo_options import DemoOptions
+from backhand.lab.demo_picture import save_loss_picture
+from backhand.lab.peft_check import BOUND, PeftParity, peft_parity
+from backhand.lab.sine import sine_command
+from backhand.lab.sine_options import SineOptions
+from backhand.nn.model_options import BaseModelOptions
+from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.train.evaluate_options import EvaluateRunOptions
+from backhand.train.evaluation import Score, evaluation_rows, score
+from backhand.train.proofs import Proof, proof_log
+from backhand.train.run import train
+from backhand.train.run_directory import opened
+from backhand.train.summary import RunSummary, add_to_summary
+
+RANK, ALPHA = 16, 32.0
+LEARNING_RATE, BATCH_ROWS = 1e-3, 8
+# The longest answer has about 40 tokens; a base model that does not stop is cut off soon after.
+MAX_NEW_TOKENS = 56
+SHOWN_ANSWERS = 4
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo came to: one score for each way of answering, the run, and PEFT's agreement if it was asked for."""
+
+    base: Score
+    few_shot: Score
+    adapted: Score
+    run: RunSummary
+    peft: PeftParity | None
+    demo_s: float
+
+
+def demo_command(options: DemoOptions) -> DemoResult:
+    """Run the demo; everything it leaves stands under `output`.
+
+    Raises:
+        UsageError: an option out of range, or `output` exists and is not to be overwritten.
+        CheckError: the adapter does not mean the same in PEFT.
+        BackhandError: whatever training and evaluation raise.
+    """
+    options.validate()
+    run_directory = options.output / "run"
+    if run_directory.exists() and not options.overwrite:
+        raise UsageError(f"{run_directory} exists", where="output", next_step="give --overwrite or another --output")
+    start = time.perf_counter()
+    make_directory(options.output)
+    console = Console()
+    if options.sine:
+        console.rule("The sine experiment")
+        sine_command(SineOptions(output=options.output / "sine"))
+    console.rule("A language model learns a task")
+    folder = options.output / "data"
+    train_file, held_out_file = write_demo_data(
+        folder, seed=options.seed, train_rows=options.train_rows, held_out_rows=options.held_out_rows
+    )
+    few_shot_file = _write_few_shot(folder / "few_shot.jsonl", options)
+    console.print(
+        f"{options.train_rows} sentences to learn from, {options.held_out_rows} to be asked, of patterns and values "
+        "that never occur in training. The base model first:"
+    )
+    model = BaseModelOptions(model=options.model)
+    with loaded_model(model) as loaded:
+        before = _answers(loaded, held_out_file)
+        base = _score(loaded, held_out_file, adapter=False)
+        shown = _score(loaded, few_shot_file, adapter=False)
+    run = train(_config(options, train_file, held_out_file))
+    adapter = Path(run.adapter)
+    with loaded_model(model, adapter) as loaded:
+        adapted = _score(loaded, held_out_file, adapter=True)
+        _print_answers(console, held_out_file, before, _answers(loaded, held_out_file))
+    parity = None
+    if options.peft:
+        parity = peft_parity(options.model, adapter, _probes(options, held_out_file))
+        with opened(run_directory, resume=True, overwrite=False) as directory:
+            proof_log(directory)(
+                Proof("logits equal PEFT's with the same files", parity.passed, parity.relative, BOUND, "demo")
+            )
+    save_loss_picture(run_directory / "metrics.jsonl", options.output / "loss.png")
+    result = DemoResult(base, shown, adapted, run, parity, time.perf_counter() - start)
+    _write_summary(run_directory, result)
+    _print_result(console, options, result)
+    if parity is not None and not parity.passed:
+        raise CheckError(
+            f"the adapter's logits in PEFT differ by {parity.relative:.1e} of their size",
+            where=str(adapter),
+            why=f"the bound is {BOUND:.0e}, the adapter's own effect {parity.effect:.1e}",
+        )
+    return result
+
+
+def _config(options: DemoOptions, train_file: Path, held_out_file: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelOptions(model=options.model, engine="backhand"),
+        data=DataOptions(data=(str(train_file),), eval_data=(str(held_out_file),)),
+        adapter=LoRAConfig(rank=RANK, alpha=ALPHA),
+        optimization=OptimizationOptions(
+            epochs=1, learning_rate=LEARNING_RATE, schedule="cosine", batch_rows=BATCH_ROWS
+        ),
+        run=RunOptions(output=options.output / "run", seed=options.seed, overwrite=options.overwrite),
+    )
+
+
+def _write_few_shot(path: Path, options: DemoOptions) -> Path:
+    """The held-out rows, each behind the same three worked examples from training."""
+    examples = demo_rows(max(SHOTS, options.train_rows), options.seed)[:SHOTS]
+    rows = demo_rows(options.held_out_rows, options.seed, held_out=True)
+    text = "".join(json.dumps(few_shot(row, examples)) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+    return path
+
+
+def _score(loaded: LoadedModel, data: Path, *, adapter: bool) -> Score:
+    """Loss and exact match on a file."""
+    run = EvaluateRunOptions(max_new_tokens=MAX_NEW_TOKENS)
+    rows = evaluation_rows(DataOptions(data=(str(data),)), loaded, run)
+    return score(loaded, rows, run, adapter=adapter)
+
+
+def _answers(loaded: LoadedModel, data: Path) -> list[str]:
+    """Greedy answers to the first few rows."""
+    prompts, _ = prepare_prompts(
+        RowSources(data=(str(data),), max_rows=SHOWN_ANSWERS), TemplateOptions(), loaded.tokenizer
+    )
+    completions = complete_greedily(
+        loaded.model,
+        [prompt.input_ids.tolist() for prompt in prompts],
+        max_new_tokens=MAX_NEW_TOKENS,
+        stop_ids=loaded.stop_ids,
+    )
+    return [str(loaded.tokenizer.decode(ids)).strip() for ids in completions]
+
+
+def _probes(options: DemoOptions, data: Path) -> list[Sequence[int]]:
+    """Token ids of a few held-out prompts."""
+    from backhand.nn.loading import open_model
+
+    prompts, _ = prepare_prompts(
+        RowSources(data=(str(data),), max_rows=PROBES), TemplateOptions(), open_model(options.model).tokenizer()
+    )
+    return [prompt.input_ids.tolist() for prompt in prompts]
+
+
+def _write_summary(run_directory: Path, result: DemoResult) -> None:
+    """The run's summary.json with what the demo adds."""
+    path = run_directory / "summary.json"
+    added: dict[str, Any] = {
+        "base_exact_match": result.base.exact_match,
+        "few_shot_exact_match": result.few_shot.exact_match,
+        "adapted_exact_match": result.adapted.exact_match,
+        "few_shot_eval_loss": result.few_shot.loss,
+        "demo_s": round(result.demo_s, 1),
+    }
+    if result.peft is not None:
+        added["peft_relative_difference"] = result.peft.relative
+    text = json.dumps(add_to_summary(path, added), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def _print_answers(console: Console, data: Path, before: Sequence[str], after: Sequence[str]) -> None:
+    rows = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()[: len(before)]]
+    for messages, base, adapted in zip(rows, before, after, strict=True):
+        console.print()
+        for label, text in (("asked", messages[1]["content"]), ("before", base), ("after", adapted)):
+            console.print(f"{label:>8}  {text}", markup=False, highlight=False)
+        right = adapted == messages[2]["content"]
+        console.print(f"{'':>8}  " + ("[green]exactly right[/]" if right else f"right: {messages[2]['content']}"))
+
+
+def _print_result(console: Console, options: DemoOptions, result: DemoResult) -> None:
+    table = Table(title=f"{options.held_out_rows} held-out sentences")
+    table.add_column("model")
+    table.add_column("exact match", justify="right")
+    table.add_column("loss (nats per token)", justify="right")
+    for name, found in (
+        ("base", result.base),
+        (f"base, {SHOTS} examples in the prompt", result.few_shot),
+        ("adapted", result.adapted),
+    ):
+        match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
+        table.add_row(name, match, f"{found.loss:.4f}")
+    console.print()
+    console.print(table)
+    if result.peft is not None:
+        console.print(
+            f"The adapter in PEFT: logits differ by {result.peft.relative:.1e} of their size "
+            f"(largest {result.peft.largest:.1e}); the adapter itself changes them by {result.peft.effect:.2f}."
+        )
+    console.print(f"Picture of the loss: {options.output / 'loss.png'}")
+    console.print(f"The demo took {result.demo_s / 60:.1f} minutes. Try the adapter yourself:")
+    console.print(
+        f"  backhand chat --adapter {result.run.adapter} --greedy", markup=False, highlight=False, soft_wrap=True
+    )

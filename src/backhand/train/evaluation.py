@@ -1,0 +1,167 @@
+"""`backhand evaluate`: loss, perplexity and exact match on rows, of the base model and of the adapted one.
+
+loss        = Σ nats / supervised tokens,   perplexity = e^loss
+exact match = share of rows whose greedy completion, stripped, equals the row's last completion
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from backhand.data.options import DataOptions
+from backhand.data.prepare import Prompt, prepare, prepare_prompts
+from backhand.generate.completer import Completer
+from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.greedy import complete_greedily
+from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generate.transformers_completer import TransformersCompleter
+from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.train.held_out import HeldOut
+from backhand.train.interface import Trainable
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does on the rows.
+
+    Attributes:
+        loss: mean nats per supervised token.
+        perplexity: e^loss.
+        exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
+        supervised_tokens: over which the loss is the mean.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows that were measured, and the scores of the base and, if an adapter was given, of the adapted model."""
+
+    rows: int
+    base: Score
+    adapted: Score | None
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get."""
+
+    held_out: HeldOut
+    documents: int
+    prompts: tuple[Prompt, ...]
+
+
+def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
+    """Read the rows once for everything that is measured on them.
+
+    Raises:
+        UsageError, DataError: as `data.prepare`.
+    """
+    # Every row that is named is evaluated: what would hold rows out of training does not apply here.
+    data = replace(data, eval_data=(), eval_fraction=0.0)
+    examples, _ = prepare(data, loaded.tokenizer)
+    prompts: tuple[Prompt, ...] = ()
+    if run.completions:
+        found, _ = prepare_prompts(data, data, loaded.tokenizer)
+        prompts = tuple(prompt for prompt in found if prompt.reply is not None)
+    return EvaluationRows(HeldOut(examples.examples, run.micro_batch_rows), len(examples.examples), prompts)
+
+
+def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
+    """Measure one model on the rows.
+
+    Args:
+        loaded: the base model, perhaps with an adapter.
+        rows: from `evaluation_rows` of the same model.
+        run: how long completions may be.
+        adapter: with the adapter, or without it.
+    """
+    with _answering(loaded.model, adapter=adapter) as trainable:
+        nats = rows.held_out.loss(trainable)
+        assert nats is not None
+        exact_match = _exact_match(loaded, rows.prompts, run.max_new_tokens) if rows.prompts else None
+    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens)
+
+
+def _perplexity(loss: float) -> float:
+    """e^loss; infinite where a float64 cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@contextmanager
+def _answering(model: Completer, *, adapter: bool) -> Iterator[Trainable]:
+    """The completing model as one that has a loss, with or without its adapter in both."""
+    model.use_adapter(adapter)
+    if isinstance(model, EngineCompleter):
+        yield model.decoder
+        return
+    from backhand.train.transformers_engine import TransformersModel
+
+    assert isinstance(model, TransformersCompleter)
+    injected = model.injected
+    with nullcontext() if adapter or injected is None else injected.disabled():
+        yield TransformersModel(model.model)
+
+
+def _exact_match(loaded: LoadedModel, prompts: tuple[Prompt, ...], max_new_tokens: int) -> float:
+    """Share of the prompts whose greedy completion is the reply."""
+    completions = complete_greedily(
+        loaded.model,
+        [prompt.input_ids.tolist() for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        stop_ids=loaded.stop_ids,
+    )
+    right = 0
+    for prompt, ids in zip(prompts, completions, strict=True):
+        assert prompt.reply is not None
+        right += str(loaded.tokenizer.decode(ids, skip_special_tokens=True)).strip() == prompt.reply.strip()
+    return right / len(prompts)
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Measure the base model, and the adapted one if there is an adapter.
+
+    Raises:
+        UsageError, DataError, ArtifactError: each says what to do.
+    """
+    options.validate()
+    run = options.run
+    with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:
+        rows = evaluation_rows(options.data, loaded, run)
+        base = score(loaded, rows, run, adapter=False)
+        adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
+    return Evaluation(rows.documents, base, adapted)
+
+
+def evaluate_command(options: EvaluateOptions) -> Evaluation:
+    """`evaluate`, printed as a table, or as one JSON object with `json`."""
+    if options.run.json:
+        result = evaluate(options)
+        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+        return result
+    with Console(stderr=True).status("evaluating"):
+        result = evaluate(options)
+    table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
+    for column in ("model", "loss (nats per token)", "perplexity", "exact match"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, found in (("base", result.base), ("adapted", result.adapted)):
+        if found is not None:
+            match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
+            table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match)
+    Console().print(table)
+    return result
