@@ -104,6 +104,8 @@ def section() -> str:
     lines = [
         BEGIN,
         "",
+        "## How fast",
+        "",
         setting,
         *step_section(step),
         *finetune_section(finetune),
