@@ -20,7 +20,7 @@ from backhand.data.demo_words import HELD_OUT, TRAINING, DemoWords
 from backhand.errors import ResourceError
 
 SYSTEM = "JSON: name, item, quantity, city"
-TRAIN_ROWS = 960
+TRAIN_ROWS = 640
 HELD_OUT_ROWS = 200
 SHOTS = 3
 

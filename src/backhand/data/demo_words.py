@@ -1,8 +1,10 @@
 """The words and sentence patterns of the demo task: one set to train on, another, sharing nothing with it, held out.
 
-The lists to train on are long, and half of their names and places are built from halves of names, so that hardly any
-comes twice: a model that meets the same eighty cities over and over learns their spelling instead of learning to copy,
-and then misspells other cities.
+The names and places to train on are many, and half of them made up, so that hardly any comes twice: a model that meets
+the same eighty cities over and over learns their spelling instead of learning to copy. And all words are such that
+SmolLM2's tokenizer cuts them alike behind a space, as they stand in a sentence, and behind a quotation mark, as they
+stand in the answer: ` Bristol` is one token and `Bristol` are three, so that copying it is an exercise in spelling,
+which is not what the demo is about.
 """
 
 from __future__ import annotations
@@ -24,19 +26,11 @@ class DemoWords:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.replace("_", " ") for word in text.split())
+    return tuple(text.split())
 
 
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
-
-
-def _with_built(known: str, starts: str, ends: str) -> tuple[str, ...]:
-    """The known names, and about as many that are built from halves, spread evenly over all that can be built."""
-    names = known.split()
-    built = [start + end for start in starts.split() for end in ends.split()]
-    step = len(built) / len(names)
-    return tuple(dict.fromkeys((*names, *(built[int(i * step)] for i in range(len(names))))))
 
 
 _HELD_OUT_LAST_DIGITS = (3, 8)
@@ -86,107 +80,101 @@ TRAINING = DemoWords(
         It was {name} who ordered {quantity} {item} to {city}.
         """
     ),
-    first_names=_with_built(
-        "Ada Adam Adrian Alan Alice Amanda Amir Amy Andrea Andrew Angela Anita Anna Anthony Anton Aria Arthur "
-        "Ashley Audrey Barbara Basil Bella Benjamin Bernard Beth Betty Bianca Boris Brandon Brian Bridget Caleb "
-        "Carla Carlos Carmen Caroline Catherine Charles Charlotte Christian Christina Christopher Claire Clara "
-        "Claudia Colin Craig Crystal Cynthia Cyril Daniel Danielle Darius David Deborah Derek Diana Dominic "
-        "Donald Dora Doris Dorothy Dylan Edgar Edmund Eduardo Edward Eleanor Elena Eli Elizabeth Ellen Emily Emma "
-        "Eric Ernest Ethan Eugene Eva Evelyn Fatima Felix Fiona Frances Francis Frank Frederick Gabriel Gavin "
-        "Geoffrey Gerald Gilbert Gordon Grace Graham Greta Gregory Hana Hannah Harriet Harvey Hector Heather "
-        "Helen Henry Herbert Howard Hugo Ian Ida Igor Irene Isabel Ivan Jack Jacob James Jane Janet Jasper "
-        "Jeffrey Jennifer Jeremy Jessica Joan John Jonas Jonathan Joseph Joshua Joyce Judith Julia Julian Karen "
-        "Karl Kate Keith Kenneth Kevin Kimberly Larry Laura Lauren Lawrence Leo Leonard Leslie Lena Lewis Linda "
-        "Linus Lisa Louis Louise Lucas Lucy Luke Madeleine Marco Margaret Maria Marian Mark Marshall Martha "
-        "Martin Mary Matthew Maurice Max Maya Megan Mei Melissa Michael Michelle Monica Morgan Nadia Nancy "
-        "Natalie Neil Nicholas Nicole Nina Noah Nora Norman Olga Oliver Oscar Pamela Patricia Paul Pauline Pedro "
-        "Penelope Peter Petra Philip Phoebe Quentin Rachel Raymond Richard Robert Roger Ronald Rosa Rosemary Roy "
-        "Rupert Russell Ruth Sally Sandra Sara Sebastian Sharon Sheila Simon Sofia Spencer Stanley Stefan Stella "
-        "Stephanie Stephen Steven Stuart Susan Sylvia Tara Teresa Theo Theodore Thomas Timothy Todd Tom Tracy Uma "
-        "Valerie Vanessa Vera Veronica Victor Victoria Viola Virginia Walter Wanda Warren Wayne Wesley William "
-        "Xenia Yara Yvonne Zachary Zara Zoe",
-        "Ad Al Am An Ar Bel Ber Bri Cal Car Cel Cor Dal Dar Del Dor El Em Er Fer Flor Gar Ger Gil Hel Her Il Jan "
-        "Jor Jul Kar Kel Lan Lar Leon Lin Lor Mal Mar Mel Mir Nad Nel Nor Ol Or Per Ral Ren Rol Rom Ros Sal San "
-        "Ser Sil Tal Tam Ter Tor Val Ver Vin Wal Wil Yol Zel",
-        "a an ana ard as ea eena el ena er ette ian ias ic ie ina ine io is ita o on or us ya",
+    first_names=_words(
+        "Amir Andrew Anita Audrey Brandon Christian Danielle David Donald Edward Elizabeth Emily Fatima Frank "
+        "Henry Igor Jacob James Jane Joseph Lewis Louis Maria Mark Martin Mary Max Megan Michael Neil Olga Paul "
+        "Penelope Peter Petra Phoebe Quentin Richard Robert Rosemary Sheila Simon Stella Theo Thomas Tom Valerie "
+        "Vanessa Agatha Alexander Angus April Archie Bill Bob Chloe Chris Clark Dan Earl Ed Esme Fred George "
+        "Grant Heidi Jean Josh Ken Leah Lee Lily Margot Marie Marisa Matt Maureen Nick Norma Paige Pat Phil Rob "
+        "Rod Roman Ross Sam Scott Shane Stacy Stan Tim Will Elliot Ingrid Magnus Samuel Coreena Noris Herio Janel "
+        "Floror Sanan Heron Julio Delina Norina Malor Carard Perita Leonita Darina Silic Salard Renas Salina "
+        "Florio Romis Melina Gerio Floric Terita Berana Walana Malel Helian Melo Garana Serine Tamard Salus Teran "
+        "Wilan Rosea Berard Toris Silana Berus Wilor Roson Silian Janeena Tamena Verine Noron Belina Torina Valas "
+        "Salena Walio Valita Leonus Serus Leoner Julo Carus Florine Belon Teror Peris Marana Geror Malan Janis "
+        "Renel Celel Deler Berio Delan Coro Marya Feris Julias Belias Rosie Darie Herette Geris Herena Valine "
+        "Peric Perian Maline Caror Belus Ferine Valan Serina Malard Helie Wilie Berian Sanie Romard Sanana Toron "
+        "Norard Beris Juline Terana Belian Sanio Torita Linan Gerard Salias Maris Malon Janor Janer Carel Gerus "
+        "Helana Rosita Marus Walina Norita Calette Caline Marard Torias Linio Melias Terine Delis Rosette Careena "
+        "Renita Ferina Delas Berias Roleena Tamie Valon Serio Romina Terian Terio Garie Linena Julon Sanon Delio "
+        "Julis Belor Corena Malio Terina Siline Renette Renio Melian Seror Perana Terias Melor Salan Wilard Silan "
+        "Rosina Janio Malias Helor Silina Floran Verard Romor Gerana Romias Delon Belo Valel Valic Delus Saline "
+        "Berie Belic"
     ),
-    last_names=_with_built(
-        "Abbott Adams Adler Ahmed Alexander Allen Almeida Anderson Armstrong Arnold Atkinson Austin Bailey Baker "
-        "Baldwin Ball Banks Barker Barrett Bates Bauer Beck Becker Bell Bennett Benson Berg Bishop Blair Blake "
-        "Bowman Boyd Bradley Brandt Brennan Brewer Brooks Bryant Buchanan Burgess Burke Burns Burton Butler "
-        "Caldwell Cameron Carlson Carpenter Carroll Carter Castro Chambers Chandler Chapman Chen Christensen "
-        "Clark Clarke Cohen Coleman Collins Cook Cooper Costa Cox Crawford Cross Cruz Cunningham Curtis Dalton "
-        "Daniels Davidson Davies Davis Dawson Delgado Diaz Dixon Donnelly Doyle Drake Dubois Duncan Dunn Elliott "
-        "Ellis Eriksen Evans Falk Farrell Ferguson Fields Fischer Fisher Fitzgerald Fletcher Flynn Foster Fowler "
-        "Fox Franklin Fraser Freeman Fuller Garcia Gardner Garrett Gibson Goldberg Gomez Gonzalez Goodman Graves "
-        "Greene Gregory Gupta Guzman Haas Hall Hamilton Hammond Hansen Hardy Harper Harris Harrison Hawkins Hayes "
-        "Henderson Hernandez Herrera Hicks Higgins Hoffman Holland Holmes Hopkins Howell Hudson Hunter Ito Ivanov "
-        "Jefferson Jenkins Jensen Jimenez Johnson Jones Jordan Kaiser Kaya Keller Kelly Kennedy Khan Kim Klein "
-        "Knight Kowalski Lang Larsen Larson Leblanc Lee Leonard Lindsay Logan Lopez Lucas Lynch Macdonald Maier "
-        "Marino Marsh Martinez Mason Maxwell Mcdonald Mendoza Meyer Miller Mills Montgomery Moore Moreno Morgan "
-        "Morris Morrison Murphy Murray Myers Nakamura Nelson Newman Newton Nguyen Norris Norton Novak Okafor "
-        "Oliver Olsen Owens Palmer Park Parker Parsons Patel Patterson Payne Pearson Perez Perkins Peters "
-        "Peterson Petrov Pierce Porter Powell Price Quinn Ramirez Ramos Reed Reyes Reynolds Ricci Richardson "
-        "Rivera Roberts Robertson Robinson Rodriguez Rogers Romero Ross Rossi Russell Ryan Salazar Sato Saunders "
-        "Schmidt Schultz Scott Sharma Shaw Shepherd Silva Simmons Simpson Sinclair Singh Smith Snyder Sousa "
-        "Spencer Stanley Stevens Stewart Stone Sullivan Sutton Tanaka Taylor Todd Torres Townsend Tucker Turner "
-        "Valdez Vargas Vasquez Vaughn Vogel Wagner Walker Wallace Walsh Walters Ward Warner Watkins Watson Weaver "
-        "Webb Weber Webster Weiss Wells West Wheeler Wilkinson Williams Williamson Willis Wolf Wong Woods Wright "
-        "Young Zimmer",
-        "Ab Ack Al Arm Ash Ban Bar Beck Bell Ber Bol Bran Brod Bur Cal Cam Car Chat Col Cor Cran Dal Dan Dor Dun "
-        "El Em Far Fen Fer Gar Gol Gran Hal Ham Har Hen Hol Hor Jan Kar Kel Kol Kor Lam Lan Lin Lor Mal Man Mar "
-        "Mel Mor Nor Or Pal Par Pel Pol Ram Ras Ros San Sel Sol Stan Tal Tor Tur Val Van Ver Wal War Wen Win Zel",
-        "aro berg by den dez don er ero es ett ford gate gren ham ing ini ko ler ley lin man mann mer nard nell "
-        "off one oso ov quist ridge rick sen ski son stad stein ston strom ton vich well wick wood worth",
+    last_names=_words(
+        "Almeida Anderson Atkinson Brandt Carlson Collins Davis Delgado Farrell Fields Garrett Guzman Haas Hall "
+        "Herrera Howell Jimenez Johnson Jones Leblanc Macdonald Maier Marino Mcdonald Newton Petrov Price Romero "
+        "Salazar Smith Stone Valdez Walters Webster West Williams Young Archer Ashe Bird Byrd Decker Finley "
+        "French Garland Grimes Hill House Hubbard Irwin Landry Lawson Leach Long Love Lowery May Moon Olson Orr "
+        "Osborn Page Peck Pollard Rich Robbins Rose Rowe Short Silver Small Snow Strong Swanson Sweet Underwood "
+        "Wall Wilder Wood Woodward Morales Osman Richter Tremblay Wilson Carstad Vermer Selmer Holero Bellberg "
+        "Bellman Hamstein Parko Vanworth Armdon Winley Selton Solini Winini Burdez Ashini Janstrom Horstad "
+        "Turstein Halton Colworth Harford Danmann Verstrom Holoso Solko Haroso Stanham Henini Armton Manwell "
+        "Warone Armwell Chatwood Harworth Berwood Ferford Melwell Stanby Walham Colko Solaro Malham Valwell "
+        "Selworth Boloff Halmann Ferrick Horberg Halford Ashden Berwell Danwick Armov Banberg Sanden Bellini "
+        "Farwell Halworth Henmann Emer Marston Norwood Camton Norberg Beraro Pollin Ashson Palwell Norstrom "
+        "Ashski Calnell Solwick Sanquist Carby Turlin Calnard Selgate Bellwood Calworth Linwell Selone Torridge "
+        "Chatlin Selwood Bellko Verov Verham Moroso Camstein Stanvich Banero Bolski Ferquist Colero Solworth "
+        "Rammer Hamstrom Polford Daner Corwick Armvich Malone Barnard Carden Janridge Goldon Melwood Broddon "
+        "Wallin Henoso Caldez Sanlin Valstrom Henley Holstad Chatridge Solson Sanero Haller Corvich Broder Calmer "
+        "Stanberg Ramnard Cararo Maldez Garberg Danwell Haldez Waloff Burrick Danberg Verrick Malwick Meler "
+        "Calton Sanrick Parstein Berston Parov Chatnell Torley Horquist Holford Maloso Valby Ashrick Stanstein "
+        "Colmann Paroso Landez Malman Vanwick Bolley Stanler Haroff Hamquist Verdon Hammann Parford Calgate "
+        "Parham Vanone Corley Carley Walwood Carquist Stanmer Selston Corwood Vanquist Morstein Harwood Valer "
+        "Banoff Turvich Walini Harwell Berley Rosler Armone Holquist Marski Danman Banstad Ferone Bolwell Daning "
+        "Pararo Linley Valworth Selaro Armwick Harstein Manham Ashman Malnell Torquist Colvich Manridge Selwell "
+        "Camvich Torwood Selrick Selstein Colone Melnell Polston Hamett Marby Calquist Ramquist Burby Malov "
+        "Rosgate Parberg Faroff Valgate Torwick Winridge Valham Morby Henov Burham Armford Maloff Barstrom Boloso "
+        "Banston Melworth Bolero Hamman Corrick Bolworth Chatquist Camwick Melero Garrick Ramdez Valrick Colov "
+        "Sanman Bellson Polmann Solby Polworth Solman Danvich Polridge Ashgate Palero Stanoff Verwick Calero "
+        "Vanrick Walmann Ramone Carworth Horvich"
     ),
     adjectives=_words(
-        "blue red green black white yellow grey golden small large round square wooden plastic paper old new cheap "
-        "heavy light soft hard warm cold thin thick long short bright dark plain striped clean dry folding portable "
-        "rusty shiny smooth spare woolen copper iron steel silk linen rubber ceramic crystal velvet marble bamboo "
-        "antique rustic elegant delicate fragile durable flexible compact slim tall deep shallow flat hollow polished "
-        "painted printed woven knitted carved frozen fresh organic natural vintage classic scented waterproof "
-        "reusable padded quilted checkered spotted glossy matte transparent colourful pink turquoise crimson beige "
-        "ivory scarlet violet maroon cheerful funny strange gentle rough crooked oval triangular miniature giant"
+        "blue green white yellow grey large square plastic paper heavy light hard cold thin thick bright plain "
+        "dry rusty smooth iron tall deep printed woven knitted frozen fresh organic natural classic matte beige "
+        "maroon brown purple orange tiny wide metal modern simple broken sharp empty basic complex dense digital "
+        "elastic electric electronic firm glass grand greasy hidden magnetic mini open original plush pure rare "
+        "safe secure slow smart solid solar tight traditional unique wet"
     ),
     nouns=_words(
-        "lamps chairs tables cups plates bowls spoons forks knives pans pots bottles boxes bags books pens pencils "
-        "notebooks clocks mirrors pillows blankets towels curtains carpets shelves drawers doors windows keys locks "
-        "hammers nails screws ropes ladders buckets brushes shirts jackets socks gloves hats scarves belts boots "
-        "umbrellas candles vases baskets marbles puzzles balloons kites whistles flutes drums violins guitars "
-        "trumpets cameras printers keyboards monitors speakers batteries cables chargers adapters routers tablets "
-        "telescopes compasses lanterns hooks hinges handles buttons zippers ribbons needles scissors aprons napkins "
-        "coasters platters ladles whisks graters peelers toasters blenders freezers heaters radiators faucets sinks "
-        "bathtubs sponges mops brooms shovels rakes seeds bulbs shrubs fences gates benchtops cushions mattresses "
-        "hammocks cradles strollers scooters bicycles helmets skates paddles anchors sails rafts trophies medals "
-        "badges stamps calendars folders binders staplers markers crayons canvases frames statues figurines "
-        "bracelets earrings necklaces brooches"
+        "tables pans pots boxes bags books drawers doors windows keys brushes shirts scarves umbrellas whistles "
+        "flutes chargers adapters compasses buttons coasters ladles graters toasters blenders freezers rakes "
+        "seeds gates staplers frames sofas backpacks torches sweaters sandals apples axles bagels beacons beans "
+        "blocks blouses boards bonnets bookcases bookmarks bows bridles buckles burners canisters cans caps cases "
+        "chains chips clamps clips coins combs computers controllers coolers couches covers daggers diapers "
+        "earphones felts filters flags flowers footballs globes grills handbags hoods houses insulators kits "
+        "labels leaves letters lights maps masks medallions melons mixers modems modules nets nuts papers pedals "
+        "pegs phones photos pies poles projectors racks raincoats razors rubies servers sheets skirts spinners "
+        "strings syringes tarps teapots timers tokens tools trees typewriters wings"
     ),
-    cities=_with_built(
-        "Oslo Paris London Berlin Madrid Rome Vienna Prague Dublin Athens Lisbon Warsaw Budapest Helsinki "
-        "Stockholm Copenhagen Brussels Amsterdam Zurich Geneva Hamburg Munich Cologne Lyon Naples Turin Porto "
-        "Seville Valencia Krakow Bucharest Belgrade Zagreb Kyiv Istanbul Ankara Cairo Tunis Lagos Accra Nairobi "
-        "Delhi Mumbai Chennai Dhaka Lahore Baghdad Bangkok Hanoi Manila Jakarta Singapore Seoul Tokyo Osaka Kyoto "
-        "Beijing Shanghai Sydney Perth Auckland Toronto Montreal Ottawa Boston Chicago Denver Dallas Houston "
-        "Seattle Portland Miami Atlanta Detroit Havana Lima Bogota Quito Santiago Adelaide Albany Alexandria "
-        "Algiers Anchorage Austin Baltimore Bangalore Barcelona Beirut Birmingham Boulder Bradford Brighton "
-        "Brooklyn Buffalo Calcutta Cambridge Canberra Canterbury Charleston Charlotte Cincinnati Cleveland "
-        "Columbia Columbus Coventry Damascus Darwin Derby Dresden Dubai Durban Durham Edinburgh Edmonton Essex "
-        "Exeter Frankfurt Genoa Guangzhou Halifax Hampton Hannover Harare Hartford Heidelberg Honolulu Hyderabad "
-        "Indianapolis Islamabad Jacksonville Jerusalem Johannesburg Kabul Kansas Karachi Kingston Kiev Kolkata "
-        "Kuwait Lancaster Lausanne Leeds Leicester Lexington Lincoln Louisville Luxembourg Madison Malta "
-        "Manchester Medina Memphis Mexico Milan Milwaukee Minneapolis Monaco Monterey Moscow Newark Newcastle "
-        "Newport Norfolk Norwich Nottingham Oakland Oklahoma Omaha Orlando Oxford Palermo Panama Philadelphia "
-        "Pittsburgh Plymouth Portsmouth Preston Princeton Quebec Raleigh Reading Richmond Rochester Sacramento "
-        "Salem Savannah Sheffield Southampton Springfield Stanford Strasbourg Sunderland Syracuse Taiwan Tampa "
-        "Tehran Tucson Tulsa Utrecht Venice Virginia Washington Wellington Wichita Wimbledon Winchester Windsor "
-        "Winnipeg Worcester Yale York",
-        "Alder Amber Apple Ash Barn Birch Black Bram Bright Brook Castle Chester Clear Cold Crow Dal Deer East "
-        "Edge Elm Fair Falken Fox Glen Grand Green Grim Hart Hazel Heather High Horn Kings Lang Lake Linden Lock "
-        "Long Maple Marl Mill Moss Nether New North Oak Old Otter Pine Queens Raven Red Rock Rose Rowan Salt Sand "
-        "Shell Silver South Spring Stan Stone Summer Swan Thorn Upper Wal West White Wil Winter Wolf",
-        "borough bridge brunn burg bury by cliff dale dorf fell field ford gate grad hall ham haven heim hill "
-        "holm hurst land mere minster mouth ness over pool port shire side stad stead thorpe ton vale view ville "
-        "wick wood worth",
+    cities=_words(
+        "Paris London Turin Porto Accra Osaka Boston Algiers Beirut Darwin Genoa Harare Islamabad Jacksonville "
+        "Lausanne Lincoln Monaco Newark Norwich Oxford Palermo Strasbourg Utrecht Washington Almaty Amman Angers "
+        "Antalya Asheville Avignon Brno Campinas Chiba Curitiba Haifa Leon Lucerne Macau Maputo Modena Mosul "
+        "Multan Padua Patras Penang Perm Rabat Reims Skopje Stavanger Stockton Surat Tripoli Trondheim Gothenburg "
+        "Stuttgart Marseille Casablanca Busan Longburg Southhall Rowanton Coldland Walpool Fairville Upperworth "
+        "Clearshire Whitestead Oldvale Springford Horndale Winterstad Greenholm Fairbrunn Barnness Lakeborough "
+        "Clearminster Silverhill Springhurst Upperhurst Rockhall Wilport Highwick Lockwood Oldhall Southstead "
+        "Faircliff Stanminster Applehaven Millwick Highmere Lockmere Northwick Ashover Westbrunn Saltshire "
+        "Wilgrad Shellwood Fairwood Redside Summerburg Grandhurst Oldfell Springcliff Rockland Grandwood Rockbury "
+        "Ashhaven Walvale Blackheim Stonegrad Oldworth Summerbrunn Saltover Grandmouth Eastwood Northby "
+        "Summergate Grandbridge Shellport Silverland Whiteham Eastburg Summervale Marlland Summerhaven "
+        "Highborough Lakeby Grandbrunn Walbrunn Winterby Newheim Highhill Ashwood Lakeburg Eastland Greenham "
+        "Eastshire Maplegrad Winterfell Newstad Southfell Appledorf Wintervale Roseholm Oldmere Stanborough "
+        "Weststead Winterdorf Coldheim Millbury Summerford Eastminster Barnbury Oldshire Weststad Northcliff "
+        "Fairshire Coldthorpe Silverburg Coldport Edgebrunn Appleby Whiteford Reddale Saltgate Summerhill "
+        "Highfell Coldford Fairthorpe Eastbury Saltdorf Oldwick Whiteworth Summershire Lakevale Ashby Castledale "
+        "Fairfell Summergrad Rosebrunn Highshire Summermouth Springburg Redheim Grandpool Silverfell Whitehill "
+        "Longstead Rockstead Rowanness Castlegate Blackhurst Coldhurst Lakehaven Northgrad Millhall Stoneville "
+        "Southness Highham Rockfell Sandminster Newby Coldstad Saltstead Walhall Rowanshire Wilminster Wilside "
+        "Upperfield Rowanside Sandham Shellville Rowanview Springholm Pinestead Walhurst Sandfell Whitebrunn "
+        "Silverpool Stanstad Edgeworth Blackmouth Newbury Sandhill Northworth Edgeminster Castleton Southhaven "
+        "Fairminster Redholm Barnfield Upperstad Millview Walminster Pineland Stancliff Wilford Shellmere "
+        "Edgepool Highville Clearton Lockburg Blackbury Lakeville Eastford Winterholm Lakebridge Springgate "
+        "Coldworth Rockness Whitethorpe Fairfield Mapleton Stanness Fairhurst Silverstad Stanbury Redton Sandview "
+        "Highworth Greenover Lakewick Summerheim Southford Barnshire Lockland Sandworth Northdorf Ashcliff "
+        "Redpool Queensthorpe Shellborough Lakeport Grandside Rowanbury Rockville Whiteholm Newhaven Barnford "
+        "Southby Rosegrad Rockworth Springham Clearham Redmere Stonebridge Northfell Oldheim Eastport Westside "
+        "Stoneby Roseview Clearford Stanhurst Applebridge Longville Upperpool Ashpool"
     ),
     quantities=tuple(n for n in range(2, 100) if n % 10 not in _HELD_OUT_LAST_DIGITS),
 )
@@ -212,28 +200,23 @@ HELD_OUT = DemoWords(
         """
     ),
     first_names=_words(
-        "Agnes Albert Beatrice Bruno Cecilia Conrad Dennis Edith Elliot Esther George Gloria Harold Ingrid "
-        "Isaac Jasmine Joel Katarina Kenji Lydia Magnus Miriam Nathan Olivia Patrick Priya Ralph Rebecca Samuel Selma "
-        "Tobias Ursula Vincent Wendy"
+        "Adam Alice Anna Arthur Carla Charles Daniel Jack John Jonas Luke Madeleine Matthew Maya Pauline Stephen "
+        "Victor Virginia William Alex Ben Camille Carl Hope Jamie Jim Johan June Kim Ray Kenji Selma"
     ),
     last_names=_words(
-        "Andersen Barnes Bianchi Campbell Chavez Douglas Edwards Fernandez Fontaine Griffin Hoffmann Hughes Jackson "
-        "Kapoor Kruger Lambert Lindgren Mancini Mitchell Morales Nielsen Osman Phillips Richter Sanders Schneider "
-        "Suzuki Thompson Tremblay Watanabe Werner Wilson Yamada Ziegler"
+        "Adams Ball Bell Christensen Cook Cross Daniels Donnelly Marsh Miller Moreno Park Ramirez Rossi Schultz "
+        "Simmons Taylor Black Camp Church Day English Field King Lowe Penn Prince Summers Travis Jackson"
     ),
     adjectives=_words(
-        "brown purple orange silver tiny huge narrow wide metal leather cotton modern simple sturdy quiet fancy broken "
-        "sharp curved empty"
+        "red round old new soft warm dark clean flat checkered rough oval quiet blank custom double icy upper"
     ),
     nouns=_words(
-        "desks sofas benches stools glasses mugs trays jars kettles backpacks suitcases envelopes magazines posters "
-        "rulers erasers tents torches saws drills wires pipes tiles bricks coats sweaters sandals wallets"
+        "chairs belts violins binders brooches batons boats cards cartons chests easels inks lockets patches "
+        "plants rails stones ties"
     ),
     cities=_words(
-        "Bergen Malmo Gothenburg Tallinn Riga Vilnius Leipzig Stuttgart Bremen Salzburg Graz Basel Florence Bologna "
-        "Verona Bilbao Granada Bordeaux Marseille Nantes Antwerp Rotterdam Glasgow Liverpool Bristol Cardiff Belfast "
-        "Casablanca Dakar Kampala Pune Jaipur Kathmandu Busan Taipei Brisbane Melbourne Vancouver Calgary Phoenix "
-        "Nashville Caracas"
+        "Rome Valencia Belgrade Chicago Cambridge Coventry Madison Assen Catania Galway Linz Malaga Medellin Metz "
+        "Nicosia Samara Sendai Tampere Salzburg Graz Verona Antwerp Rotterdam Caracas"
     ),
     quantities=tuple(n for n in range(2, 100) if n % 10 in _HELD_OUT_LAST_DIGITS),
 )
