@@ -85,8 +85,7 @@ class TextEncoder:
         self._breaks_written = _starts_of(written | special.keys())
         unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
         # A tokenizer with a token for unknown characters may write that one for any text.
-        guarded = sorted(index for token, index in special.items() if token != unknown)
-        self._guarded_ids = np.array(guarded, dtype=np.int32)
+        self._guarded_ids = frozenset(index for token, index in special.items() if token != unknown)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
@@ -131,7 +130,7 @@ class TextEncoder:
         else:
             input_ids, ends = self._encode_marked(text, mark, breaks)
         expected = sum(1 for _ in self.special.finditer(text))
-        if np.isin(input_ids, self._guarded_ids).sum() > expected:
+        if sum(map(self._guarded_ids.__contains__, input_ids.tolist())) > expected:
             raise DataError(
                 "a control token comes about that is not written in the row",
                 where=source,
