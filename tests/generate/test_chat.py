@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.cli.main import main
+from backhand.errors import DataError
+from backhand.generate.chat import Conversation
+from backhand.generate.options import SamplingOptions
+from backhand.generate.session import Answer
+
+SAMPLING = SamplingOptions(seed=7)
+
+
+class Parrot:
+    """A session that answers with a canned text, piece by piece, and remembers what it was asked."""
+
+    def __init__(self, pieces: Sequence[str | BaseException] = ("al", "so"), finish_reason: Any = "stop") -> None:
+        self.pieces = list(pieces)
+        self.finish_reason = finish_reason
+        self.asked: list[list[dict[str, Any]]] = []
+        self.seeds: list[int] = []
+
+    def conversation_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        self.asked.append([dict(message) for message in messages])
+        return [1]
+
+    def answer(self, _ids: Sequence[int], sampling: SamplingOptions, on_text: Any) -> Answer:
+        self.seeds.append(sampling.seed)
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            on_text(piece)
+        return Answer("".join(map(str, self.pieces)), len(self.pieces), self.finish_reason)
+
+
+class Talk:
+    def __init__(self, session: Parrot, system: str | None = None) -> None:
+        self.session = session
+        self.written: list[str] = []
+        self.told: list[str] = []
+        self.conversation = Conversation(
+            session, SAMPLING, system=system, write=self.written.append, tell=self.told.append  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def take(self, *lines: str) -> bool:
+        return [self.conversation.take(line) for line in lines][-1]
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        return [(message["role"], message["content"]) for message in self.conversation.messages]
+
+
+def test_turns_follow_one_another() -> None:
+    talk = Talk(Parrot())
+    assert talk.take("hi", "", "  ", "again")
+    assert talk.written == ["al", "so", "\n", "al", "so", "\n"]
+    assert talk.session.asked[1] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "also"},
+        {"role": "user", "content": "again"},
+    ]
+    assert talk.session.seeds == [7, 8]
+    assert talk.told == []
+
+
+def test_the_system_message_stands_first_and_can_be_changed() -> None:
+    talk = Talk(Parrot(), system="be brief")
+    talk.take("hi", "/system", "/system  be kind ", "/system", "hi")
+    assert talk.said == [("system", "be kind"), ("user", "hi"), ("assistant", "also")]
+    assert talk.told[0] == "system message: be brief"
+    assert talk.told[2] == "system message: be kind"
+    plain = Talk(Parrot())
+    plain.take("/system")
+    assert plain.told == ["there is no system message of yours"]
+
+
+def test_reset_keeps_the_system_message_only() -> None:
+    talk = Talk(Parrot(), system="be brief")
+    talk.take("hi", "/reset")
+    assert talk.said == [("system", "be brief")]
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye", " /exit "])
+def test_leaving(word: str) -> None:
+    assert not Talk(Parrot()).take(word)
+
+
+def test_unknown_commands_are_not_said_and_slashes_can_be() -> None:
+    talk = Talk(Parrot())
+    talk.take("/help", "/restart now", "//home/me is a path")
+    assert "/reset" in talk.told[0]
+    assert "there is no /restart; to say it, type //restart now" in talk.told[1]
+    assert talk.said[0] == ("user", "/home/me is a path")
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_got() -> None:
+    talk = Talk(Parrot(["al", KeyboardInterrupt()]))
+    assert talk.take("hi")
+    assert talk.said == [("user", "hi"), ("assistant", "al")]
+    assert talk.told == ["stopped"]
+    at_once = Talk(Parrot([KeyboardInterrupt()]))
+    assert at_once.take("hi")
+    assert at_once.said == []
+
+
+def test_an_error_takes_the_question_back() -> None:
+    talk = Talk(Parrot([DataError("the prompt has 9 tokens", next_step="shorten it")]))
+    assert talk.take("hi")
+    assert talk.said == []
+    assert "the prompt has 9 tokens" in talk.told[0]
+    assert "/reset" in talk.told[0]
+
+
+def test_a_cut_off_answer_says_so() -> None:
+    talk = Talk(Parrot(finish_reason="length"))
+    talk.take("hi")
+    assert talk.told == ["cut off after 2 tokens"]
+
+
+@pytest.fixture
+def base(model_directory: Path) -> list[str]:
+    return ["chat", "--model", str(model_directory), "--dtype", "float32", "--max-new-tokens", "6", "--greedy"]
+
+
+def test_a_conversation_piped_in(
+    base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("name a list\nanother\n/reset\nname a list\n"))
+    assert main(base) == 0
+    out, err = capsys.readouterr()
+    assert ">>>" not in out + err
+    assert "the conversation is forgotten" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("name a list\n/exit\nnever said\n"))
+    assert main(base) == 0
+    once = capsys.readouterr().out
+    assert out.startswith(once)
+    assert out.endswith(once)
+    assert len(out) > 2 * len(once)
+
+
+def test_a_model_without_a_template_cannot_talk(
+    base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main([*base, "--chat-template", "none"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_bad_option_is_named(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*base, "--top-k", "0"]) == 2
+    assert "--top-k" in capsys.readouterr().err

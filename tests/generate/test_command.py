@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.cli.main import main
+
+QUESTION = "name a list"
+
+
+@pytest.fixture
+def base(model_directory: Path) -> list[str]:
+    return ["generate", "--model", str(model_directory), "--dtype", "float32", "--max-new-tokens", "8"]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "one"},
+        {"prompt": "the user asks for a longer list", "completion": "two"},
+        {"prompt": "name", "completion": "three"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def answered(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_only_the_answer_is_on_standard_output(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*base, "--prompt", QUESTION, "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert len(out) > 3
+    assert err == "note: cut off after 8 tokens; --max-new-tokens allows for more\n"
+    assert main([*base, "--prompt", QUESTION, "--greedy", "--quiet"]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_the_prompt_from_standard_input(
+    base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answered(capsys, [*base, "--prompt", QUESTION, "--seed", "4"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION + "\n"))
+    assert answered(capsys, [*base, "--prompt", "-", "--seed", "4"]) == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main([*base, "--prompt", "-"]) == 3
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_seeds_and_adapters_change_the_answer(
+    base: list[str], adapter_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = [*base, "--prompt", QUESTION]
+    answers = {answered(capsys, [*ask, "--seed", str(seed)]) for seed in (1, 2)}
+    answers.add(answered(capsys, [*ask, "--seed", "1", "--adapter", str(adapter_directory)]))
+    assert len(answers) == 3
+    assert answered(capsys, [*ask, "--seed", "1"]) in answers
+
+
+def test_comparison_labels_both(base: list[str], adapter_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = [*base, "--prompt", QUESTION, "--greedy", "--quiet"]
+    base_answer = answered(capsys, ask)
+    adapted_answer = answered(capsys, [*ask, "--adapter", str(adapter_directory)])
+    both = answered(capsys, [*ask, "--adapter", str(adapter_directory), "--compare"])
+    assert both == f"base model:\n{base_answer}\nwith {adapter_directory}:\n{adapted_answer}"
+
+
+def test_a_file_of_rows_in_their_order(
+    base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "answers.jsonl"
+    for batch_rows in ("2", "64"):
+        ask = [*base, "--data", str(rows_file), "--output", str(output), "--greedy", "--overwrite"]
+        assert main([*ask, "--batch-rows", batch_rows]) == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "3 rows answered in" in err
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line["reference"] for line in lines] == ["one", "two", "three"]
+        assert lines[2]["prompt"] == "<|im_start|>user\nname<|im_end|>\n<|im_start|>assistant\n"
+        for line, prompt in zip(lines, ("a", "the user asks for a longer list", "name"), strict=True):
+            alone = answered(capsys, [*base, "--prompt", prompt, "--greedy", "--quiet"])
+            assert alone.rstrip("\n") == line["completion"].rstrip("\n")
+            assert line["finish_reason"] in ("stop", "length")
+
+
+def test_rows_compared_on_standard_output(
+    base: list[str], rows_file: Path, adapter_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = [*base, "--data", str(rows_file), "--quiet"]
+    plain = [json.loads(line) for line in answered(capsys, ask).splitlines()]
+    adapted = [json.loads(line) for line in answered(capsys, [*ask, "--adapter", str(adapter_directory)]).splitlines()]
+    both = answered(capsys, [*ask, "--adapter", str(adapter_directory), "--compare"]).splitlines()
+    for line, one, other in zip(map(json.loads, both), plain, adapted, strict=True):
+        assert set(line) == {"prompt", "reference", "base", "adapted"}
+        assert line["base"]["completion"] == one["completion"] != other["completion"] == line["adapted"]["completion"]
+
+
+def test_an_output_that_exists_is_not_replaced(
+    base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    output.write_text("precious")
+    ask = [*base, "--data", str(rows_file), "--output"]
+    assert main([*ask, str(output)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+    assert main([*ask, str(tmp_path)]) == 2
+    assert main([*ask, str(output), "--overwrite", "--quiet"]) == 0
+    assert output.read_text().count("\n") == 3
+
+
+def test_bad_rows_are_named_or_left_out(
+    base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_file.write_text(rows_file.read_text() + '{"prompt": 3}\n')
+    assert main([*base, "--data", str(rows_file)]) == 3
+    assert "rows.jsonl:4" in capsys.readouterr().err
+    assert main([*base, "--data", str(rows_file), "--skip-bad", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3
+    assert "1 malformed rows are left out" in err
+    long_row = {"prompt": "x" * 200, "completion": "y"}
+    rows_file.write_text(json.dumps(long_row) + "\n")
+    assert main([*base, "--data", str(rows_file)]) == 3
+    assert "rows.jsonl:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--prompt", "a", "--top-p", "0"], 2),
+        (["--prompt", "a", "--adapter", "nowhere"], 4),
+        (["--prompt", "a", "--chat-template", "none", "--system", "s"], 2),
+        ([], 2),
+        (["--data", "nowhere.jsonl"], 3),
+    ],
+)
+def test_exit_codes(base: list[str], arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*base, *arguments]) == code
+    assert capsys.readouterr().out == ""
