@@ -52,7 +52,7 @@ class PathComparison:
     Attributes:
         p, q: the factors.
         difference: largest ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F over the steps.
-        control: the same when the learning rate of lora_B is left as it was: it must not agree.
+        control: the same when the learning rate of lora_B is left as it was: it must not agree, unless q is 1.
     """
 
     p: float
@@ -63,7 +63,12 @@ class PathComparison:
     @property
     def passed(self) -> bool:
         """Whether the rescaled path is the plain one, and the control is not."""
-        return self.difference <= LARGEST_DIFFERENCE < self.control
+        return self.difference <= LARGEST_DIFFERENCE and (not self.has_control or self.control > LARGEST_DIFFERENCE)
+
+    @property
+    def has_control(self) -> bool:
+        """Whether leaving lora_B's learning rate as it was changes anything."""
+        return self.q != 1.0
 
 
 def adam_path(layer: OneLayer, steps: int, p: float = 1.0, q: float = 1.0, q_of_rate: float | None = None) -> AdamPath:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import TENSOR_FILE, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.targets import module_values
 from backhand.errors import ArtifactError
@@ -56,6 +57,7 @@ class AdapterFactors:
         base_model: as adapter_config.json names it, if it does.
         modules: by dotted path, in the order of the file.
         stored_bytes: size of the file of factors.
+        record: what backhand.json says of its base, if there is one.
     """
 
     label: str
@@ -63,6 +65,7 @@ class AdapterFactors:
     base_model: str | None
     modules: Mapping[str, ModuleFactors]
     stored_bytes: int
+    record: AdapterRecord | None = None
 
     @property
     def element_count(self) -> int:
@@ -104,7 +107,7 @@ def read_adapter(path: Path) -> AdapterFactors:
     ranks = sorted({module.rank for module in modules.values()})
     label = f"{_name(contents.directory)}, rank {'/'.join(map(str, ranks))}"
     stored = (contents.directory / TENSOR_FILE).stat().st_size
-    return AdapterFactors(label, contents.directory, contents.described.base_model, modules, stored)
+    return AdapterFactors(label, contents.directory, contents.described.base_model, modules, stored, contents.record)
 
 
 def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Tensor:

@@ -23,13 +23,13 @@ from backhand.lab.paper_adapter import AdapterFactors
 
 def input_directions(lora_A: Tensor) -> Tensor:
     """Right singular vectors of lora_A (rank, in) as columns, leading first: (in, min(rank, in)) float64."""
-    _, _, right = torch.linalg.svd(lora_A.double(), full_matrices=False)
+    right: Tensor = torch.linalg.svd(lora_A.double(), full_matrices=False)[2]
     return right.T
 
 
 def output_directions(lora_B: Tensor) -> Tensor:
     """Left singular vectors of lora_B (out, rank) as columns, leading first: (out, min(rank, out)) float64."""
-    left, _, _ = torch.linalg.svd(lora_B.double(), full_matrices=False)
+    left: Tensor = torch.linalg.svd(lora_B.double(), full_matrices=False)[0]
     return left
 
 

@@ -13,9 +13,7 @@ from backhand.errors import CheckError
 from backhand.lab.sine_files import summary, write_files
 from backhand.lab.sine_options import SineOptions
 from backhand.lab.sine_run import SineResult, run_sine
-from backhand.lab.sine_tables import print_files, print_result
-
-_WIDTH_WITHOUT_TERMINAL = 120
+from backhand.lab.sine_tables import experiment_console, print_files, print_result
 
 
 def sine_command(options: SineOptions) -> SineResult:
@@ -31,7 +29,7 @@ def sine_command(options: SineOptions) -> SineResult:
     options.validate()
     if options.output is not None:
         make_directory(options.output)  # a name that cannot be written is found out before the work, not after it
-    console = _console()
+    console = experiment_console()
     if options.json:
         result = run_sine(options)
     else:
@@ -49,12 +47,6 @@ def sine_command(options: SineOptions) -> SineResult:
             print_files(console, options.output, names)
     _raise_failures(options, result)
     return result
-
-
-def _console() -> Console:
-    """Tables keep their columns in a pipe or a file, too."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def _raise_failures(options: SineOptions, result: SineResult) -> None:

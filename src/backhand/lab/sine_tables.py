@@ -18,7 +18,14 @@ from backhand.lab.sine_options import SineOptions
 from backhand.lab.sine_run import PartResult, SineResult
 from backhand.lab.sine_walk import WalkLine
 
+_WIDTH_WITHOUT_TERMINAL = 120
 _TITLES = {"base": "Part 1, base", "lora": "Part 2, LoRA on layer 0"}
+
+
+def experiment_console() -> Console:
+    """Tables keep their columns in a pipe or a file, too."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def print_result(console: Console, options: SineOptions, result: SineResult) -> None:

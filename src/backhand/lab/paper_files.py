@@ -1,0 +1,189 @@
+"""What `backhand paper --output DIR` leaves: pictures, every number as .csv, and summary.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand.lab.paper_adapter import kind_of
+from backhand.lab.paper_amplification import Amplification
+from backhand.lab.paper_first_update import LARGEST_STANDARD_ERRORS, largest_disagreement
+from backhand.lab.paper_plots import (
+    draw_amplification,
+    draw_first_updates,
+    draw_merging,
+    draw_similarity,
+    draw_similarity_by_layer,
+    draw_sweep,
+)
+from backhand.lab.paper_run import PaperResult
+from backhand.lab.paper_similarity import ModuleSimilarity, expected_random_similarity
+from backhand.lab.paper_sweep import SweepRow
+
+
+def write_paper(directory: Path, result: PaperResult) -> list[str]:
+    """Write every file, each in one step over an older one of its name; returns the names.
+
+    Raises:
+        UsageError: `directory` is a file.
+        ResourceError: it cannot be written.
+    """
+    make_directory(directory)
+    files: dict[str, bytes] = {}
+    if result.similarity is not None:
+        first, second = (adapter.label for adapter in result.adapters)
+        header = ("module", "factor", "i", "j", "similarity", "random", "expected_random")
+        files["similarity.csv"] = _csv(header, _similarity_lines(result.similarity))
+        files["similarity.png"] = draw_similarity(result.similarity, first, second)
+        files["similarity_layers.png"] = draw_similarity_by_layer(result.similarity, first, second)
+    for number, (adapter, rows) in enumerate(zip(result.adapters, result.amplification or [], strict=False), 1):
+        suffix = "" if number == 1 else f"_{number}"
+        fields = [*asdict(rows[0]), "factor", "random_factor"]
+        files[f"amplification{suffix}.csv"] = _csv(fields, ([getattr(row, name) for name in fields] for row in rows))
+        files[f"amplification{suffix}.png"] = draw_amplification(rows, adapter.label)
+    if result.merging is not None:
+        files["merging.png"] = draw_merging(result.merging)
+    if result.updates is not None:
+        files["first_updates.png"] = draw_first_updates(result.updates)
+        lines = ((u.rank, seed, value) for u in result.updates for seed, value in enumerate(u.along_descent))
+        files["first_updates.csv"] = _csv(("rank", "seed", "along_descent"), lines)
+    if result.sweep is not None:
+        files["sweep.png"] = draw_sweep(result.sweep)
+        header = ("targets", "rank", "trained_parameters", "base_eval_loss", "eval_loss", "exact_match", "train_s")
+        files["sweep.csv"] = _csv(header, ([*_point(r), *_measured(r)] for r in result.sweep.rows))
+    names = [*files, "summary.json"]
+    files["summary.json"] = _json(paper_summary(result) | {"files": names})
+    for name, data in files.items():
+        write_atomically(directory / name, data)
+    return names
+
+
+def paper_summary(result: PaperResult) -> dict[str, Any]:
+    """The findings in numbers, as summary.json and `--json` give them."""
+    return {
+        "adapters": [
+            {
+                "label": adapter.label,
+                "directory": str(adapter.directory),
+                "modules": len(adapter.modules),
+                "trained_parameters": adapter.element_count,
+                "stored_bytes": adapter.stored_bytes,
+            }
+            for adapter in result.adapters
+        ],
+        "similarity": None if result.similarity is None else similarity_by_kind(result.similarity),
+        "amplification": None
+        if result.amplification is None
+        else [amplification_by_kind(rows) for rows in result.amplification],
+        "merging": None if result.merging is None else asdict(result.merging),
+        "memory": None
+        if result.memory is None
+        else asdict(result.memory)
+        | {"memory_ratio": result.memory.memory_ratio, "stored_ratio": result.memory.stored_ratio},
+        "updates": None if result.updates is None else _updates(result),
+        "sweep": None if result.sweep is None else [asdict(row) for row in result.sweep.rows],
+    }
+
+
+def similarity_by_kind(rows: Sequence[ModuleSimilarity]) -> list[dict[str, Any]]:
+    """For each kind of module and factor, mean over the layers: φ(1, 1), φ at the full ranks, and what chance gives."""
+    found = []
+    for kind, factor in dict.fromkeys((kind_of(row.module), row.factor) for row in rows):
+        chosen = [row for row in rows if (kind_of(row.module), row.factor) == (kind, factor)]
+        expected = [float(max(row.similarity.shape)) / row.dimension for row in chosen]
+        found.append(
+            {
+                "kind": kind,
+                "factor": factor,
+                "modules": len(chosen),
+                "first_direction": _mean(float(row.similarity[0, 0]) for row in chosen),
+                "all_directions": _mean(float(row.similarity[-1, -1]) for row in chosen),
+                "random_first_direction": _mean(1 / row.dimension for row in chosen),
+                "random_all_directions": _mean(expected),
+            }
+        )
+    return found
+
+
+def amplification_by_kind(rows: Sequence[Amplification]) -> list[dict[str, Any]]:
+    """For each kind of module, mean over the layers; the factor is that of the means, as they stand in a table."""
+    found = []
+    for kind in dict.fromkeys(kind_of(row.module) for row in rows):
+        chosen = [row for row in rows if kind_of(row.module) == kind]
+        factors = [row.factor for row in chosen if math.isfinite(row.factor)]
+        controls = [row.random_factor for row in chosen if math.isfinite(row.random_factor)]
+        found.append(
+            {
+                "kind": kind,
+                "modules": len(chosen),
+                "update_norm": _mean(row.update_norm for row in chosen),
+                "weight_norm": _mean(row.weight_norm for row in chosen),
+                "along_update": _mean(row.along_update for row in chosen),
+                "along_weight": _mean(row.along_weight for row in chosen),
+                "along_random": _mean(row.along_random for row in chosen),
+                "factor": _mean(factors),
+                "random_factor": _mean(controls),
+            }
+        )
+    return found
+
+
+def _updates(result: PaperResult) -> dict[str, Any]:
+    assert result.updates is not None and result.paths is not None
+    apart = largest_disagreement(result.updates)
+    return {
+        "ranks": [
+            {
+                "rank": update.rank,
+                "mean": update.mean,
+                "standard_error": update.standard_error,
+                "standard_deviation": update.deviation,
+            }
+            for update in result.updates
+        ],
+        "seeds": len(result.updates[0].along_descent),
+        "largest_disagreement_in_standard_errors": apart,
+        "means_agree": apart <= LARGEST_STANDARD_ERRORS,
+        "paths": [asdict(path) | {"passed": path.passed} for path in result.paths],
+    }
+
+
+def _point(row: SweepRow) -> tuple[object, ...]:
+    return row.point.targets, row.point.rank, row.point.trained_parameters
+
+
+def _measured(row: SweepRow) -> tuple[object, ...]:
+    return row.base_eval_loss, row.eval_loss, row.exact_match, row.train_s
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _similarity_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object, ...]]:
+    for row in rows:
+        expected = expected_random_similarity(row.dimension, *row.similarity.shape).tolist()
+        measured, random = row.similarity.tolist(), row.random.tolist()
+        for i, line in enumerate(measured):
+            for j, value in enumerate(line):
+                yield row.module, row.factor, i + 1, j + 1, value, random[i][j], expected[i][j]
+
+
+def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return file.getvalue().encode()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

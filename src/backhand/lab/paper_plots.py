@@ -1,0 +1,234 @@
+"""The pictures of the paper's analyses.
+
+Heat maps are grey, lines differ in style and bars in hatching: a picture says the same in print.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backhand.lab.paper_adapter import kind_of, layer_of
+from backhand.lab.paper_amplification import Amplification
+from backhand.lab.paper_first_update import FirstUpdates
+from backhand.lab.paper_merging import MergeResult
+from backhand.lab.paper_similarity import ModuleSimilarity
+from backhand.lab.paper_sweep import SweepResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 110
+_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
+
+
+def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
+    """similarity.png: φ(i, j) for each kind of module, mean over the layers: each factor above its random control."""
+    kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
+    lines = [(factor, control) for factor in ("lora_A", "lora_B") for control in (False, True)]
+    figure = _figure(1.9 * len(kinds) + 1.6, 1.9 * len(lines) + 1.0)
+    panels = figure.subplots(len(lines), len(kinds), squeeze=False)
+    image = None
+    for line, (factor, control) in zip(panels, lines, strict=True):
+        for axes, kind in zip(line, kinds, strict=True):
+            of_kind = [row for row in rows if kind_of(row.module) == kind and row.factor == factor]
+            if not of_kind:
+                axes.set_axis_off()
+                continue
+            grid = _mean_of_common_shape([(row.random if control else row.similarity).numpy() for row in of_kind])
+            image = axes.imshow(
+                grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=_extent(grid)
+            )
+            axes.set_title(f"{kind}\n{'random' if control else factor}", fontsize="small")
+            axes.tick_params(labelsize="x-small")
+    figure.supxlabel(f"j: leading directions of {second}", fontsize="medium")
+    figure.supylabel(f"i: leading directions of {first}", fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="φ(i, j), mean over layers", shrink=0.6)
+    return _png(figure)
+
+
+def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
+    """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module."""
+    figure = _figure(12, 4.6)
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
+        of_factor = [row for row in rows if row.factor == factor]
+        values = {row.module: _at_smaller_rank(row) for row in of_factor}
+        image = _draw_layers(axes, values, vmin=0, vmax=1)
+        axes.set_title(f"{factor}: φ at the smaller rank, {first} against {second}", fontsize="small")
+        if image is not None:
+            figure.colorbar(image, ax=axes, label="φ")
+    return _png(figure)
+
+
+def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
+    """amplification.png: the factor of every module, and what the weight does along three sets of directions."""
+    figure = _figure(13, 4.8)
+    layers, bars = figure.subplots(1, 2)
+    values = {row.module: math.log10(row.factor) for row in rows if row.factor > 0}
+    image = _draw_layers(layers, values, vmin=None, vmax=None)
+    layers.set_title(f"Amplification ‖ΔW‖ / ‖UᵀWV‖: {label}", fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=layers, label="log₁₀ of the amplification factor")
+    kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
+    places = np.arange(len(kinds))
+    sets = (
+        ("directions of W", "along_weight", "#ffffff", ""),
+        ("directions of ΔW", "along_update", "#9a9a9a", "//"),
+        ("random directions", "along_random", "#2b2b2b", ""),
+    )
+    for number, (name, attribute, color, hatch) in enumerate(sets):
+        means = [np.mean([getattr(row, attribute) for row in rows if kind_of(row.module) == kind]) for kind in kinds]
+        bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, color=color, edgecolor="black", hatch=hatch)
+    bars.set_yscale("log")
+    bars.set_xticks(places, kinds, rotation=30, ha="right")
+    bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers")
+    bars.set_title("What the weight does along the leading directions", fontsize="medium")
+    bars.legend(fontsize="small")
+    return _png(figure)
+
+
+def draw_merging(result: MergeResult) -> bytes:
+    """merging.png: time of a forward pass over the base's, with the adapter beside it and merged."""
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    places = np.arange(len(result.times))
+    for number, (name, color, hatch) in enumerate((("adapter", "#9a9a9a", "//"), ("merged", "#ffffff", ""))):
+        ratios = [getattr(times, name) for times in result.times]
+        medians = np.array([ratio.median for ratio in ratios])
+        spread = [medians - [ratio.lower for ratio in ratios], [ratio.upper for ratio in ratios] - medians]
+        label = "adapter beside the weights" if name == "adapter" else "merged into the weights"
+        axes.bar(
+            places + 0.36 * (number - 0.5),
+            medians,
+            0.34,
+            yerr=spread,
+            capsize=4,
+            label=label,
+            color=color,
+            edgecolor="black",
+            hatch=hatch,
+        )
+    axes.axhline(1, color="black", linestyle=":", label="base")
+    axes.set_xticks(places, [f"{times.documents} × {times.tokens} tokens" for times in result.times])
+    axes.set_ylabel("time over the base's (median, quartiles)")
+    axes.set_ylim(0, 1.35 * max(times.adapter.upper for times in result.times))
+    axes.set_title("Latency of a forward pass", fontsize="medium")
+    axes.legend(fontsize="small", loc="upper right", ncols=3)
+    return _png(figure)
+
+
+def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
+    """first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    places = np.arange(len(updates))
+    for number, update in enumerate(updates):
+        spread = np.linspace(-0.2, 0.2, len(update.along_descent))
+        label = "one fresh adapter" if number == 0 else None
+        axes.plot(number + spread, update.along_descent, "x", color="#9a9a9a", markersize=4, label=label)
+    axes.errorbar(
+        places,
+        [update.mean for update in updates],
+        yerr=[2 * update.standard_error for update in updates],
+        fmt="o",
+        color="black",
+        capsize=6,
+        label="mean ± 2 standard errors",
+    )
+    axes.set_xticks(places, [str(update.rank) for update in updates])
+    axes.set_xlabel("rank (alpha fixed, scaling alpha / rank)")
+    axes.set_ylabel("⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
+    axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
+    axes.legend(fontsize="small")
+    axes.grid(visible=True, linewidth=0.3)
+    return _png(figure)
+
+
+def draw_sweep(result: SweepResult) -> bytes:
+    """sweep.png: held-out loss against rank for every target set, and at a fixed budget."""
+    figure = _figure(12.5, 4.6)
+    ranks, budget = figure.subplots(1, 2)
+    targets = list(dict.fromkeys(row.point.targets for row in result.rows))
+    for name, style in zip(targets, _STYLES * len(targets), strict=False):
+        of_target = sorted((r for r in result.rows if r.point.targets == name and r.point.ranks), key=_rank_of)
+        xs = [row.point.rank for row in of_target]
+        ranks.plot(xs, [row.eval_loss for row in of_target], style, color="black", label=name)
+    base = next((row.base_eval_loss for row in result.rows if row.base_eval_loss is not None), None)
+    ranks.set_xscale("log", base=2)
+    shown = sorted({row.point.rank for row in result.rows if row.point.ranks})
+    ranks.set_xticks(shown, [str(rank) for rank in shown])
+    ranks.set_xlabel("rank")
+    ranks.set_ylabel("held-out loss (nats per token)")
+    ranks.set_title("How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), fontsize="medium")
+    ranks.grid(visible=True, linewidth=0.3)
+    ranks.legend(fontsize="small", title="target modules", title_fontsize="small")
+    at_budget = [row for row in result.rows if row.point.budget]
+    places = np.arange(len(at_budget))
+    budget.barh(places, [row.eval_loss for row in at_budget], color="#c8c8c8", edgecolor="black")
+    for place, row in zip(places, at_budget, strict=True):
+        match = "" if row.exact_match is None else f", {row.exact_match:.0%} exact"
+        budget.text(row.eval_loss, place, f" {row.eval_loss:.3f}{match}", va="center", fontsize="small")
+    budget.set_yticks(places, [f"{row.point.targets}\nrank {row.point.rank}" for row in at_budget], fontsize="small")
+    budget.set_xlim(0, 1.4 * max((row.eval_loss for row in at_budget), default=1))
+    budget.set_xlabel("held-out loss (nats per token)")
+    budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
+    return _png(figure)
+
+
+def _rank_of(row: Any) -> int:
+    rank: int = row.point.rank
+    return rank
+
+
+def _at_smaller_rank(row: ModuleSimilarity) -> float:
+    smaller = min(row.similarity.shape)
+    return float(row.similarity[smaller - 1, smaller - 1])
+
+
+def _draw_layers(axes: Axes, values: dict[str, float], *, vmin: float | None, vmax: float | None) -> Any:
+    """A heat map, layers across and kinds of module down; what has no layer number stands in column 0."""
+    if not values:
+        axes.set_axis_off()
+        return None
+    kinds = list(dict.fromkeys(kind_of(module) for module in values))
+    layers = sorted({layer_of(module) or 0 for module in values})
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for module, value in values.items():
+        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
+    image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+    step = max(1, len(layers) // 10)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize="small")
+    axes.set_xlabel("layer")
+    return image
+
+
+def _mean_of_common_shape(grids: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """The mean; where ranks differ between layers, over what all of them have."""
+    rows, columns = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
+    mean: np.ndarray[Any, Any] = np.mean([grid[:rows, :columns] for grid in grids], axis=0)
+    return mean
+
+
+def _extent(grid: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
+    """Cells centred on i and j, which count from 1."""
+    return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
