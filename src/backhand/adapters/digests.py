@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,18 +21,23 @@ def base_digest(names: Iterable[str], load: Callable[[str], Tensor]) -> str:
     """Digest of base tensors: of their names, shapes and values.
 
     The values are taken as fp32, which holds bf16, fp16 and dequantised numbers exactly, so that the same weights agree
-    whatever file they come from; give them as the source has them, before any cast to the compute dtype.
+    whatever file they come from; give them as the source has them, before any cast to the compute dtype. Every tensor
+    is hashed on its own, by as many threads as torch has, and the digest is of these hashes in the order of the names.
 
     Args:
         names: Hugging Face tensor names, in any order; usually the weights of the adapted modules.
-        load: gives a tensor by its name, one at a time.
+        load: gives a tensor by its name; called from several threads.
     """
-    digest = hashlib.sha256()
-    for name in sorted(names):
+    ordered = sorted(names)
+
+    def tensor_hash(name: str) -> bytes:
         tensor = load(name).detach().to("cpu", torch.float32).contiguous()
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.view(-1).numpy().data)
-    return "sha256:" + digest.hexdigest()
+        described = hashlib.sha256(json.dumps([name, list(tensor.shape)]).encode())
+        described.update(tensor.view(-1).numpy().data)
+        return described.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return bytes_digest(b"".join(threads.map(tensor_hash, ordered)))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

