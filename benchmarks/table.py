@@ -36,10 +36,11 @@ def step_section(results: dict[str, Any]) -> list[str]:
     for run in results["runs"]:
         workload, peers = run["workload"], run["peers"]
         ours = peers["backhand"]["tokens_per_s"]
+        title = f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, "
+        title += f"{workload['dtype']}:"
         lines += [
             "",
-            f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, "
-            f"{workload['dtype']}:",
+            title,
             "",
         ]
         lines += table(

@@ -11,7 +11,7 @@ the form of the answer and which part of a sentence is which, not the words.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +24,7 @@ TRAIN_ROWS = 640
 HELD_OUT_ROWS = 200
 SHOTS = 3
 
-ChatRow = dict[str, list[dict[str, str]]]
+ChatRow = dict[str, list[dict[str, Any]]]
 """One row in the form `messages`: system, user, assistant."""
 
 
@@ -53,8 +53,14 @@ def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]
 def few_shot(row: ChatRow, examples: Sequence[ChatRow]) -> ChatRow:
     """The row with the sentences and answers of `examples` as turns before its own."""
     system, *turns = row["messages"]
-    shown = [message for example in examples for message in example["messages"][1:]]
+    shown = [{**message, **weight} for example in examples for message, weight in _as_context(example)]
     return {"messages": [system, *shown, *turns]}
+
+
+def _as_context(row: ChatRow) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """The row's turns behind the system's; its answer is only shown, and carries no loss."""
+    for message in row["messages"][1:]:
+        yield message, {"weight": 0} if message["role"] == "assistant" else {}
 
 
 def write_demo_data(

@@ -1,8 +1,8 @@
 """The hand-written ops as nodes of torch's autograd graph, for modules inside somebody else's training loop.
 
-Each Function calls an op's forward and backward and adds nothing to the mathematics. The factors come in their own dtype,
-usually fp32, are cast to the compute dtype inside, and their gradients leave in their own dtype again. Tensors go through
-`save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them.
+Each Function calls an op's forward and backward and adds nothing to the mathematics. The factors come in their own
+dtype, usually fp32, are cast to the compute dtype inside, and their gradients leave in their own dtype again. Tensors
+go through `save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them.
 """
 
 from __future__ import annotations

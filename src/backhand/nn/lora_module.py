@@ -1,12 +1,13 @@
 """What every adapted module has in common; the kinds stand in `lora_modules`.
 
-An adapted module is the module it was: the same object with the same `weight` and `bias`, hooks and places in the model,
-to which `adapt` has added `lora_A` and `lora_B` and whose class it has changed to one with another `forward` (as
+An adapted module is the module it was: the same object with the same `weight` and `bias`, hooks and places in the
+model, to which `adapt` has added `lora_A` and `lora_B` and whose class it has changed to one with another `forward` (as
 torch.nn.utils.parametrize does). So names in the base model's state dict stay, whoever holds the module holds the
 adapted one, and `restore` leaves no trace.
 
 Dropout seeds are drawn from torch's global generator, one a call: that is what gradient checkpointing rewinds before it
-runs a forward pass again, so that both passes drop the same elements. The mask itself comes from a generator of its own.
+runs a forward pass again, so that both passes drop the same elements. The mask itself comes from a generator of its
+own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class LoRAModule(nn.Module):
         return type(module) is cls.base_type
 
     @classmethod
-    def obstacle(cls, module: nn.Module, rank: int) -> str | None:
+    def obstacle(cls, module: nn.Module, rank: int) -> str | None:  # noqa: ARG003 - subclasses ask for it
         """Why a module that fits cannot be adapted all the same, or None."""
         weight = module._parameters.get("weight")
         if weight is None:
@@ -97,7 +98,7 @@ class LoRAModule(nn.Module):
         shapes = cls.factor_shapes(module, rank)
         base_class = type(module)
         module.__class__ = cls
-        adapted = cast(Self, module)
+        adapted = cast("Self", module)
         # In half precision a step of the optimizer would vanish in rounding.
         dtype = torch.promote_types(adapted.weight.dtype, torch.float32)
         adapted.lora_A, adapted.lora_B = (
@@ -179,7 +180,7 @@ class LoRAModule(nn.Module):
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """What the module computed before it was adapted, by the very same code."""
-        y: Tensor = cast(Any, self._base_class).forward(self, x)
+        y: Tensor = cast("Any", self._base_class).forward(self, x)
         return y
 
     def _drawn_dropout(self) -> Dropout | None:
