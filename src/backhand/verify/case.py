@@ -38,8 +38,9 @@ class Case:
         by_hand: the op's forward and the given backward on such tensors in any dtype.
         reference: y by the op's reference, for autograd to differentiate.
         usual: y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference.
-        pooled: judge all gradients of one kind (every lora_A) as one vector in low precision and by finite differences,
-            as suits what has dozens of them; in float64 each is still compared with autograd on its own.
+        pooled: judge gradients together, as suits what has dozens of them: in low precision all of one kind (every
+            lora_A) as one vector, by finite differences all as one; in float64 each is still compared with autograd on
+            its own.
         exempt: inputs that finite differences skip, because part of their gradient is zero by definition.
     """
 

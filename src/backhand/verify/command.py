@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from backhand.adapters.nearest import nearest_names
@@ -110,12 +111,18 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
         )
     device = options.model.device if options.model.device != "auto" else "cpu"
     report = VerifyReport()
-    for proof in load_proofs(op):
-        for case in proof.cases:
-            say(f"{proof.op}: {case.name}")
-            report.rows.extend(prove_case(proof, case, device))
-        say(f"{proof.op}: mutants")
-        report.rejections.extend(reject_mutants(proof, device))
+    threads = torch.get_num_threads()
+    # The cases are tiny: a second thread costs more than it brings, and very much more on a busy machine.
+    torch.set_num_threads(options.model.threads or 1)
+    try:
+        for proof in load_proofs(op):
+            for case in proof.cases:
+                say(f"{proof.op}: {case.name}")
+                report.rows.extend(prove_case(proof, case, device))
+            say(f"{proof.op}: mutants")
+            report.rejections.extend(reject_mutants(proof, device))
+    finally:
+        torch.set_num_threads(threads)
     return report
 
 

@@ -133,9 +133,10 @@ def _exact_rows(proof: OpProof, case: Case, tensors: Tensors) -> Iterator[Row]:
         return case.by_hand(t, proof.backward).y
 
     varied = {name: gradient for name, gradient in gradients.items() if name not in case.exempt}
-    for name, group in grouped(varied, case).items():
+    groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
+    for name, group in groups.items():
         error = difference_error(forward, tensors, group)
-        yield Row(proof.op, case.name, "float64", DIFFERENCES, f"d_{name}", error, DIFFERENCES_BOUND)
+        yield Row(proof.op, case.name, "float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
 
 
 def _low_precision_rows(proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype) -> Iterator[Row]:

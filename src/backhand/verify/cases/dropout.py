@@ -47,7 +47,7 @@ def _kept(s: DropoutSaved, g: Tensor) -> Tensor:
 MUTANTS = (
     *standard_mutants("d_x"),
     Mutant("mask ignored", "d_x", lambda g, _s, _right: g.clone()),
-    Mutant("mask ignored, scaled", "d_x", lambda g, s, _right: g / (1 - s.probability)),
+    Mutant("mask ignored but scaled", "d_x", lambda g, s, _right: g / (1 - s.probability)),
     Mutant("not scaled up", "d_x", lambda g, s, _right: g * _kept(s, g)),
     Mutant("scaled by the wrong share", "d_x", lambda g, s, _right: g * _kept(s, g) / max(s.probability, 1e-3)),
     Mutant("mask of another seed", "d_x", lambda g, s, _right: dropout_backward(g, s._replace(seed=s.seed + 1)).d_x),

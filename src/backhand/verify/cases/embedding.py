@@ -59,7 +59,7 @@ def _counts(s: EmbeddingSaved) -> Tensor:
 MUTANTS = (
     *standard_mutants("d_weight"),
     Mutant("scaling forgotten", "d_weight", lambda _g, s, right: right.d_weight / s.scaling),
-    Mutant("overwritten, not summed", "d_weight", lambda g, s, _right: _overwritten(g, s)),
+    Mutant("overwritten instead of summed", "d_weight", lambda g, s, _right: _overwritten(g, s)),
     Mutant("mean for sum", "d_weight", lambda _g, s, right: right.d_weight / _counts(s)),
     Mutant(
         "tokens reversed",

@@ -106,7 +106,7 @@ MUTANTS = (
     *standard_mutants("d_lora_A", "d_lora_B"),
     Mutant("scaling forgotten", "d_lora_A", lambda g, s, _right: _redo(g, s, scaling=1.0).d_lora_A),
     Mutant("scaling forgotten", "d_lora_B", lambda g, s, _right: _redo(g, s, scaling=1.0).d_lora_B),
-    Mutant("overwritten, not summed", "d_lora_A", lambda g, s, _right: _overwritten(g, s)),
+    Mutant("overwritten instead of summed", "d_lora_A", lambda g, s, _right: _overwritten(g, s)),
     Mutant("mean for sum", "d_lora_A", lambda _g, s, right: right.d_lora_A / _counts(s)),
     Mutant("padding token learns", "d_lora_A", lambda g, s, _right: _redo(g, s, padding_id=None).d_lora_A),
     Mutant("tokens reversed", "d_lora_A", lambda g, s, _right: _redo(g, s, ids=s.ids.flip(0)).d_lora_A),
