@@ -106,7 +106,8 @@ def test_every_option_is_documented_and_no_torch_is_imported() -> None:
         "assert 'torch' not in sys.modules, 'torch'\n"
         "for cls in (c.ModelOptions, c.OptimizationOptions, c.RunOptions, e.EvaluateRunOptions):\n"
         "    bodies = [ast.parse(inspect.getsource(base)).body[0].body for base in cls.__mro__[:-1]]\n"
-        "    documented = {a.target.id for body in bodies for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign)\n"
+        "    documented = {a.target.id for body in bodies for a, b in zip(body, body[1:])\n"
+        "                  if isinstance(a, ast.AnnAssign)\n"
         "                  and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}\n"
         "    assert documented == {f.name for f in dataclasses.fields(cls)}, cls\n"
     )

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.checked_base import weight_names
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
 from backhand.data.chat import read_template
 from backhand.data.examples import PreparedData
 from backhand.nn.loading.source import ModelSource
 from backhand.train.config import TrainConfig
-from backhand.train.config_file import config_table
+from backhand.train.config_file import config_from_table, config_table
 
 # Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
 FREE_OPTIONS = frozenset(
@@ -70,7 +71,7 @@ class Identity:
     @cached_property
     def base(self) -> str | None:
         """Of the adapted base tensors, see `digests.base_digest`; None where their names in the files are not known."""
-        names = list(tensor_names(self._modules, self._source.tensor_names()))
+        names = list(weight_names(self._modules, self._source.tensor_names()))
         return base_digest(names, self._source.load) if names else None
 
     @cached_property
@@ -123,21 +124,12 @@ class Identity:
 
 def settings_digest(config: TrainConfig) -> str:
     """SHA-256 over all options but `FREE_OPTIONS`."""
+    # Once through the types of the fields, so that an alpha of 5 and one of 5.0, as a file has it, are the same.
+    table = config_table(config_from_table(config_table(config), "configuration"))
     decisive = {
         f"{part}.{name}": value
-        for part, options in config_table(config).items()
+        for part, options in table.items()
         for name, value in options.items()
         if f"{part}.{name}" not in FREE_OPTIONS
     }
     return "sha256:" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def tensor_names(modules: Iterable[str], available: Iterable[str]) -> Iterable[str]:
-    """Names of the modules' weights in a model's files, which may leave out the beginning of a path, as GPT-2's do."""
-    stored = set(available)
-    for module in modules:
-        name = f"{module}.weight"
-        while name not in stored and "." in name.removesuffix(".weight"):
-            name = name.partition(".")[2]
-        if name in stored:
-            yield name

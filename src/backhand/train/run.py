@@ -75,8 +75,8 @@ def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: Fil
             machine = resolve_machine(config)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine)
-                observer = Observers([*everyone, MetricsFile(directory)])
-                return _Run(job, directory, observer, interruption, checkpoint).train()
+                told = Observers([*everyone, MetricsFile(directory)])
+                return _Run(job, directory, told, interruption, checkpoint).train()
     finally:
         for observer in everyone:
             observer.closed()

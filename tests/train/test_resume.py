@@ -1,0 +1,213 @@
+"""Ten straight steps end in the same bits as four, a stop, and six more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from backhand.errors import ArtifactError, UsageError
+from backhand.train.config import TrainConfig
+from backhand.train.config_file import load_config
+from backhand.train.observer import Observer
+from backhand.train.run import train
+from support.tiny_run import TinyRun, final_bits, with_options, write_rows
+
+
+class StopAfter(Observer):
+    """Ends a run like a crash: an exception out of nowhere once a step is done."""
+
+    class Stopped(Exception):
+        """Not one of ours."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def stepped(self, record: Any) -> None:
+        if record["step"] == self.step:
+            raise self.Stopped
+
+
+def stopped(config: TrainConfig, step: int) -> None:
+    with pytest.raises(StopAfter.Stopped):
+        train(config, observers=[StopAfter(step)])
+
+
+def resumed(output: Path, **options: Any) -> Any:
+    return train(with_options(TrainConfig(), output=output, resume=True, quiet=True, **options))
+
+
+# Eleven rows and six a step make two steps an epoch: step 1 lies in the middle of the first, step 3 of the second.
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("micro_batch_rows", [6, 2], ids=["accumulation-1", "accumulation-3"])
+def test_resumed_equals_uninterrupted(dropout: float, micro_batch_rows: int, tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(
+        tmp_path / "straight", max_steps=10, batch_rows=6, micro_batch_rows=micro_batch_rows, dropout=dropout,
+        eval_every=3, save_every=1, early_stopping=9,
+    )  # fmt: skip
+    train(config)
+    for stop in (2, 4):  # the checkpoints before are of steps 1 and 3
+        output = tmp_path / f"stopped-{stop}"
+        stopped(with_options(config, output=output), stop)
+        resumed(output)
+        assert final_bits(output) == final_bits(tmp_path / "straight")
+
+
+def test_stopped_again_and_again(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "straight", dropout=0.1, eval_every=2, save_every=1)
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 1)
+    for step in (2, 4, 5):
+        stopped(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True), step)
+    resumed(tmp_path / "run")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_early_stopping_counts_on_after_resuming(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(
+        tmp_path / "straight", epochs=9, learning_rate=0.3, schedule="constant", eval_every=1, early_stopping=3
+    )
+    summary = train(config)
+    assert summary.stopped_because and summary.best_step is not None
+    stopped(with_options(config, output=tmp_path / "run"), summary.best_step + 2)
+    again = resumed(tmp_path / "run")
+    assert (again.steps, again.stopped_because) == (summary.steps, summary.stopped_because)
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "straight")
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 1)
+    resumed(tmp_path / "run")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_a_run_from_an_adapter_resumes_without_it(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "first", rank=2))
+    config = tiny.config(tmp_path / "straight", from_adapter=str(tmp_path / "first" / "adapter"), eval_every=2)
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 3)
+    shutil.rmtree(tmp_path / "first")
+    resumed(tmp_path / "run")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny.config(tmp_path / "run"))
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    again = train(with_options(TrainConfig(), output=tmp_path / "run", resume=True))
+    assert "nothing left to do" in capsys.readouterr().err
+    assert again == first
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_proving_that_a_run_resumes(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "run", dropout=0.2, prove_resume=4, keep=1))
+    proofs = [json.loads(line) for line in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()]
+    assert proofs[-1]["passed"] and "last 4 steps" in proofs[-1]["proof"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"seed": 4}, ["seed"]),
+        ({"batch_rows": 2}, ["batch_rows"]),
+        ({"rank": 2, "dtype": "bfloat16"}, ["rank", "dtype"]),
+        ({"target_modules": ("q_proj",)}, ["target_modules"]),
+        ({"learning_rate": 1.0, "max_steps": 50, "threads": 2}, ["learning_rate", "max_steps", "threads"]),
+    ],
+)
+def test_other_settings_are_refused_with_a_list(
+    options: dict[str, Any], named: list[str], tiny: TinyRun, tmp_path: Path
+) -> None:
+    stopped(tiny.config(tmp_path / "run", save_every=1), 3)
+    with pytest.raises(UsageError) as caught:
+        resumed(tmp_path / "run", **options)
+    assert all(name in caught.value.what for name in named)
+    assert "--keep" in str(caught.value) and "--from-adapter" in str(caught.value)
+
+
+def test_changed_rows_and_a_changed_base_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    from support.tiny_models import save_tiny, tiny_model
+
+    rows = write_rows(tmp_path / "rows.jsonl", 9, seed=3)
+    model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "model")
+    stopped(tiny.config(tmp_path / "run", save_every=1, data=(str(rows),), model=str(model)), 3)
+    write_rows(rows, 9, seed=4)
+    save_tiny(tiny_model("llama-tied", num_hidden_layers=2, seed=1), model)
+    with pytest.raises(UsageError, match=r"base model: .*; data: the rows"):
+        resumed(tmp_path / "run")
+
+
+def test_what_may_change_on_resuming(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "straight", eval_every=2)
+    train(config)
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(tiny.rows, moved)
+    stopped(with_options(config, output=tmp_path / "before"), 3)
+    (tmp_path / "before").rename(tmp_path / "run")
+    resumed(tmp_path / "run", data=(str(moved),), keep=1, save_every=1, log_every=1, memory="8GB")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_resuming_what_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UsageError, match="no run"):
+            resumed(path)
+
+
+def test_no_valid_checkpoint_is_never_a_silent_restart(tiny: TinyRun, tmp_path: Path) -> None:
+    stopped(tiny.config(tmp_path / "run", save_every=1), 3)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"):
+        manifest.write_text("{}")
+    with pytest.raises(ArtifactError, match="none of the 2 checkpoints is whole"):
+        resumed(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path / "straight", save_every=1, eval_every=6)
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 5)
+    torn = tmp_path / "run" / "checkpoints" / "step-4" / "state.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-7])
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True))
+    assert "step-4 is skipped: state.safetensors is not as it was written" in capsys.readouterr().err
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+def test_a_newer_format_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    stopped(tiny.config(tmp_path / "run", save_every=1), 3)
+    manifest = tmp_path / "run" / "checkpoints" / "step-2" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    with pytest.raises(ArtifactError, match="format 99"):
+        resumed(tmp_path / "run")
+
+
+def test_the_stored_choices_are_kept_whatever_would_be_chosen_today(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def today(dtype: torch.dtype, threads: int, free: int) -> None:
+        monkeypatch.setattr("backhand.nn.compute.default_dtype", lambda _: dtype)
+        monkeypatch.setattr("backhand.train.job.resolve_threads", lambda options: options.threads or threads)
+        monkeypatch.setattr("backhand.train.job.available_bytes", lambda: free)
+
+    config = tiny.config(tmp_path / "straight", dtype="auto", threads=None, eval_every=2)
+    today(torch.float32, 1, 1 << 40)
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 3)
+    today(torch.bfloat16, 2, 1 << 29)
+    resumed(tmp_path / "run")
+    stored = load_config(tmp_path / "run" / "config.toml")
+    assert (stored.model.dtype, stored.model.threads, stored.model.recompute) == ("float32", 1, "none")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
