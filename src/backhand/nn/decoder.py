@@ -16,7 +16,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.block import RECOMPUTE_MODES, BlockContext, BlockSaved, block_backward, block_forward
-from backhand.nn.block_adapter import block_adapter, lowest_adapted_group
+from backhand.nn.block_adapter import block_adapter, group_seed, lowest_adapted_group
 from backhand.nn.decoder_weights import DecoderWeights, load_weights, module_shapes, named_views
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
@@ -28,7 +28,7 @@ from backhand.ops.linear_cross_entropy import (
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
 )
-from backhand.ops.lora_linear import frozen_linear
+from backhand.ops.lora_linear import Dropout, frozen_linear
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_table
 
@@ -124,11 +124,14 @@ class Decoder:
             BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs) for layer in self.config.layers
         ]
 
-    def head_factors(self) -> HeadFactors | None:
-        """The head's adapter in the compute dtype, if it has one."""
+    def head_factors(self, dropout_seed: int | None = None) -> HeadFactors | None:
+        """The head's adapter in the compute dtype, if it has one; no dropout without a seed."""
         if self.lora is None or HEAD not in self.lora:
             return None
-        return HeadFactors(self.lora.compute_A(HEAD), self.lora.compute_B(HEAD), self.lora.slots[HEAD].scaling)
+        slot, dropout = self.lora.slots[HEAD], None
+        if dropout_seed is not None and slot.dropout > 0:
+            dropout = Dropout(slot.dropout, group_seed(dropout_seed, len(self.config.layers), 0))
+        return HeadFactors(self.lora.compute_A(HEAD), self.lora.compute_B(HEAD), slot.scaling, dropout)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last block's output before the final norm, (tokens, hidden), keeping nothing."""
@@ -201,7 +204,7 @@ class Decoder:
             )
             kept.append(None if below else saved)
 
-        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling)
+        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
             saved_block = kept.pop()
@@ -218,7 +221,7 @@ class Decoder:
         return loss
 
     def _head_loss_and_gradient(
-        self, x: Tensor, batch: PackedBatch, loss_scaling: float
+        self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None
     ) -> tuple[Tensor | None, Tensor]:
         """∂L/∂x of the last block's output, (tokens, hidden), zero off the supervised rows, and Σ nats."""
         lora = self.lora
@@ -227,7 +230,7 @@ class Decoder:
             x[supervised], self.weights.final_norm, self.config.norm_eps, self.config.norm_offset
         )
         losses, grads = linear_cross_entropy_backward(
-            normed, self.weights.head, batch.labels[supervised], self.head_factors(), loss_scaling
+            normed, self.weights.head, batch.labels[supervised], self.head_factors(dropout_seed), loss_scaling
         )
         if lora is not None and grads.d_lora_A is not None and grads.d_lora_B is not None:
             lora.d_lora_A(HEAD).add_(grads.d_lora_A)

@@ -3,8 +3,8 @@
     Z = X Wᵀ + s (X Aᵀ) Bᵀ,   ℓ_i = logsumexp(Z_i) - Z_{i, t_i},   L = Σ_i ℓ_i
 
 over supervised rows only (a caller selects them: a row without a target has no loss and no gradient). The low-rank
-part is there when the head itself is adapted. Some families cap logits softly, Z' = κ tanh(Z / κ); those are not
-handled here.
+part is there when the head itself is adapted; under dropout it sees m ⊙ X in place of X, and its share of ∂L/∂X passes
+through m again, as in `lora_linear`. Some families cap logits softly, Z' = κ tanh(Z / κ); those are not handled here.
 
 Backward. dℓ = ⟨softmax(Z) - onehot(t), dZ⟩, so with D = w (softmax(Z) - onehot(t)) for the loss multiplied by w,
     ∂L/∂X = D W + (∂L/∂h) A       (rows, hidden),    ∂L/∂h = s D B      (rows, rank)
@@ -24,15 +24,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops import lora_linear
+from backhand.ops.lora_linear import Dropout
+
 CHUNK_ROWS = 256
 
 
 class HeadFactors(NamedTuple):
-    """The head's adapter: lora_A (rank, hidden), lora_B (vocab, rank), scaling."""
+    """The head's adapter: lora_A (rank, hidden), lora_B (vocab, rank), scaling, and its dropout in training."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    dropout: Dropout | None = None
 
 
 class LinearCrossEntropyGrads(NamedTuple):
@@ -43,12 +47,14 @@ class LinearCrossEntropyGrads(NamedTuple):
     d_lora_B: Tensor | None
 
 
-def _logits(x: Tensor, weight: Tensor, head: HeadFactors | None, out: Tensor) -> tuple[Tensor, Tensor | None]:
+def _logits(
+    x: Tensor, weight: Tensor, head: HeadFactors | None, out: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Z of one chunk, (rows, vocab), written into `out`, and h (rows, rank) when the head is adapted."""
     torch.mm(x, weight.T, out=out)
     if head is None:
         return out, None
-    h = x @ head.lora_A.T
+    h = (x if mask is None else x * mask) @ head.lora_A.T
     out.addmm_(h, head.lora_B.T, alpha=head.scaling)
     return out, h
 
@@ -114,10 +120,12 @@ def linear_cross_entropy_backward(
     d_x = torch.empty_like(x)
     d_lora_A = None if head is None else torch.zeros_like(head.lora_A)
     d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
+    mask = None if head is None else lora_linear.multiplier(x, head.dropout)
     for start in range(0, x.shape[0], CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
         n = part.stop - part.start
-        chunk, h = _logits(x[part], weight, head, logits[:n])
+        chunk_mask = None if mask is None else mask[part]
+        chunk, h = _logits(x[part], weight, head, logits[:n], chunk_mask)
         losses[part] = _losses(chunk, targets[part], probabilities[:n])
         # D takes the logits' place: softmax, minus one at the target, times the multiplier.
         minus_one = probabilities.new_full((1, 1), -1.0).expand(n, 1)
@@ -125,8 +133,12 @@ def linear_cross_entropy_backward(
         torch.mm(d_logits, weight, out=d_x[part])
         if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
             d_h = (d_logits @ head.lora_B).mul_(head.scaling)
-            d_x[part].addmm_(d_h, head.lora_A)
-            d_lora_A.addmm_(d_h.T, x[part])
+            if chunk_mask is None:
+                d_x[part].addmm_(d_h, head.lora_A)
+                d_lora_A.addmm_(d_h.T, x[part])
+            else:
+                d_x[part].addcmul_(chunk_mask, d_h @ head.lora_A)
+                d_lora_A.addmm_(d_h.T, x[part] * chunk_mask)
             d_lora_B.addmm_(d_logits.T, h, alpha=head.scaling)
     return losses, LinearCrossEntropyGrads(d_x, d_lora_A, d_lora_B)
 
