@@ -142,7 +142,7 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂L/∂Q, ∂L/∂K, ∂L/∂V of one run."""
     if q.device.type != "cpu":
-        return _document_backward(g, q, k, v, output, lse, scaling, mask)
+        return _document_backward(g, q, k, v, output, scaling, mask)
     d_q, d_k, d_v = _backward_kernel(g, q, k, v, output, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
     return d_q, d_k, d_v
 
@@ -163,17 +163,20 @@ def _document_forward(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Ten
     """O = P V and ℓ, formula by formula."""
     scores = _scores(q, k, scaling, mask)
     lse = torch.logsumexp(scores, dim=-1)
-    probabilities = torch.exp(scores - lse.unsqueeze(-1))
+    probabilities = torch.softmax(scores, dim=-1)
     output = probabilities.to(v.dtype) @ v.unsqueeze(2)
     return output.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _document_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scaling: float, mask: Tensor | None
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the module docstring, formula by formula; the group's sum is the sum over its axis."""
+    """The gradients of the module docstring, formula by formula; the group's sum is the sum over its axis.
+
+    P is normalised afresh: with all of S at hand that costs nothing, and exp(S - ℓ) would carry the rounding of ℓ.
+    """
     groups = (k.shape[1], -1)
-    probabilities = torch.exp(_scores(q, k, scaling, mask) - lse.unflatten(1, groups).unsqueeze(-1))
+    probabilities = torch.softmax(_scores(q, k, scaling, mask), dim=-1)
     g_grouped, q_grouped = g.unflatten(1, groups), q.unflatten(1, groups)
     d_v = (probabilities.to(g.dtype).mT @ g_grouped).sum(2)
     d_probabilities = (g_grouped @ v.unsqueeze(2).mT).to(probabilities.dtype)
