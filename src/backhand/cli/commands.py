@@ -60,6 +60,12 @@ COMMANDS = (
         "backhand.cli.sine:sine",
     ),
     Command(
+        "paper",
+        "The LoRA paper's own findings on your adapters: subspaces, amplification, merging, memory, ranks.",
+        "backhand paper --adapter runs/mine/adapter --output runs/paper",
+        "backhand.cli.paper:paper",
+    ),
+    Command(
         "demo",
         "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",
