@@ -37,11 +37,10 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
 
 def held_out_loss(model: str, adapter: str | None, data: str, dtype: str) -> float:
     """Mean nats per supervised token, by this project's evaluation for every peer's adapter."""
-    from backhand.train.evaluation import evaluate
-
     from backhand.data.options import DataOptions
     from backhand.train.config import ModelOptions
     from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.train.evaluation import evaluate
 
     result = evaluate(
         EvaluateOptions(
