@@ -104,7 +104,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo --no-cache
 
 docstrings: $(VENV)/.dev
-	$(BIN)/ruff check --select D src tools
+	$(BIN)/ruff check --extend-select D src tools
 
 readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
