@@ -52,7 +52,7 @@ class AdapterFactors:
     """An adapter.
 
     Attributes:
-        label: for titles and tables: the directory's name and the rank.
+        label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's.
         directory: where its files lie.
         base_model: as adapter_config.json names it, if it does.
         modules: by dotted path, in the order of the file.
@@ -145,4 +145,4 @@ def layer_of(module: str) -> int | None:
 def _name(directory: Path) -> str:
     """`adapter` is what every run calls it: the run's name says more."""
     directory = directory.resolve()
-    return directory.parent.name if directory.name == "adapter" else directory.name
+    return (directory.parent.name or directory.name) if directory.name == "adapter" else directory.name

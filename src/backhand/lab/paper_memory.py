@@ -19,6 +19,8 @@ from backhand.train.memory import available_bytes
 
 RUNS = 3
 BYTES_PER_TRAINED = 16
+SMALLEST_MEASURABLE = 8 * 2**20
+"""Below this a process that grows says little: it lives on what it had, several hundred KiB of it."""
 _MARGIN = 1.15
 
 
@@ -37,8 +39,15 @@ class StepMemory:
     measured_bytes: tuple[int, ...]
 
     @property
-    def bytes(self) -> float:
-        """Median of what was measured, else what is computed."""
+    def too_small(self) -> bool:
+        """Whether the growth of a process says nothing about so little."""
+        return self.computed_bytes < SMALLEST_MEASURABLE
+
+    @property
+    def bytes(self) -> float | None:
+        """Median of what was measured, or what is computed where it was not; None if it is too small to measure."""
+        if self.too_small:
+            return None
         return statistics.median(self.measured_bytes) if self.measured_bytes else float(self.computed_bytes)
 
 
@@ -58,8 +67,10 @@ class MemoryResult:
     full_stored_bytes: int
 
     @property
-    def memory_ratio(self) -> float:
-        """Full over adapter."""
+    def memory_ratio(self) -> float | None:
+        """Full over adapter; None if one of them is too small to measure."""
+        if self.full.bytes is None or self.adapter.bytes is None:
+            return None
         return self.full.bytes / self.adapter.bytes
 
     @property

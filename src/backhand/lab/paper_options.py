@@ -21,7 +21,7 @@ class PaperRunOptions:
     """What to analyse, and where to leave it."""
 
     adapter: tuple[Path, ...] = ()
-    """One adapter, or two whose subspaces are compared: run directories' `adapter`, or anybody's from PEFT."""
+    """One adapter, or two whose subspaces are compared: those that runs leave, or anybody's from PEFT."""
 
     output: Path | None = None
     """Directory for the pictures, tables as .csv and summary.json; not given: only print. `sweep` needs one."""
@@ -79,7 +79,7 @@ class PaperRunOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """`sweep`: which weights to adapt, and how small a rank suffices."""
+    """A sweep over targets and ranks: which weights to adapt, and how small a rank suffices."""
 
     sweep_ranks: tuple[int, ...] = (1, 2, 4, 8)
     """Ranks to train, each on every one of `sweep_targets`."""

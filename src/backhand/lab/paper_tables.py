@@ -112,18 +112,22 @@ def _print_merging(console: Console, result: MergeResult) -> None:
 
 
 def _print_memory(console: Console, result: MemoryResult) -> None:
+    ratio = result.memory_ratio
     rows = [
         ("adapter", *_memory_cells(result.adapter), f"{result.adapter_stored_bytes / _MEGABYTE:,.1f} MiB"),
         ("every weight", *_memory_cells(result.full), f"{result.full_stored_bytes / _MEGABYTE:,.1f} MiB"),
-        ("ratio", "", "", f"{result.memory_ratio:.1f}", f"{result.stored_ratio:.1f}"),
+        ("ratio", "", "", "" if ratio is None else f"{ratio:.1f}", f"{result.stored_ratio:.1f}"),
     ]
     columns = ("trained", "numbers", "computed", "measured [range]", "stored, float32")
     _table(console, "Memory of an optimizer step without activations, and what is stored", columns, rows)
 
 
 def _memory_cells(memory: StepMemory) -> tuple[str, str, str]:
-    measured = "does not fit here"
-    if memory.measured_bytes:
+    if memory.bytes is None:
+        measured = "too small to measure"
+    elif not memory.measured_bytes:
+        measured = "does not fit here"
+    else:
         low, high = (value / _MEGABYTE for value in (min(memory.measured_bytes), max(memory.measured_bytes)))
         measured = f"{memory.bytes / _MEGABYTE:,.1f} MiB [{low:,.1f}, {high:,.1f}]"
     return f"{memory.trained:,}", f"{memory.computed_bytes / _MEGABYTE:,.1f} MiB", measured

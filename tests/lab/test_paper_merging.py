@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_slots
+from backhand.lab.paper_merging import Ratio, measure_merging, merge_into
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading import open_model
+from backhand.nn.lora_parameters import LoRAParameters
+from support.tiny_run import TinyRun
+
+
+def decoder(tiny: TinyRun) -> Decoder:
+    return Decoder.from_source(open_model(tiny.model), dtype=torch.float32)
+
+
+def random_adapter(model: Decoder, targets: tuple[str, ...]) -> LoRAParameters:
+    config = LoRAConfig(rank=3, alpha=5.0, target_modules=targets)
+    lora = LoRAParameters(resolve_slots(config, model.module_shapes()))
+    lora.values.copy_(torch.randn(lora.element_count, generator=torch.Generator().manual_seed(0)) / 4)
+    return lora
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("targets", [ALL, ("lm_head",), (*ALL, "lm_head")])
+def test_merged_logits_are_those_of_base_and_adapter(tiny: TinyRun, targets: tuple[str, ...]) -> None:
+    base, merged = decoder(tiny), decoder(tiny)
+    lora = random_adapter(base, targets)
+    ids = torch.arange(11)
+    untouched = base.logits(ids)
+    base.attach(lora)
+    beside = base.logits(ids)
+    merge_into(merged, lora)
+    assert float((merged.logits(ids) - beside).norm() / beside.norm()) < 1e-5
+    assert float((untouched - beside).norm() / beside.norm()) > 0.01
+    base.detach()
+    assert torch.equal(base.logits(ids), untouched)
+
+
+def test_a_tied_head_leaves_the_embedding_alone(tiny: TinyRun) -> None:
+    merged = decoder(tiny)
+    embedding = merged.weights.embedding.clone()
+    merge_into(merged, random_adapter(merged, ("lm_head",)))
+    assert torch.equal(merged.weights.embedding, embedding)
+    assert not torch.equal(merged.weights.head, embedding)
+
+
+def test_measurement_has_every_size_and_sees_the_adapter(tiny: TinyRun) -> None:
+    base, merged = decoder(tiny), decoder(tiny)
+    result = measure_merging(base, merged, random_adapter(base, ALL), sizes=((1, 1), (3, 8)), rounds=4)
+    assert [(times.documents, times.tokens) for times in result.times] == [(1, 1), (3, 8)]
+    assert result.difference < 1e-5
+    assert base.lora is None
+    for times in result.times:
+        for ratio in (times.adapter, times.merged):
+            assert 0 < ratio.lower <= ratio.median <= ratio.upper
+        assert times.base_s > 0
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    ratio = Ratio.of([2.0, 40.0, 6.0], [1.0, 20.0, 2.0])
+    assert ratio.median == 2.0 and ratio.lower == 2.0 and ratio.upper == 3.0
