@@ -118,7 +118,10 @@ def _as_typed(default: Any) -> str:
 
 def _help(field: OptionField, names: Set[str]) -> str:
     """The field's docstring, other fields named as the options they are here; words that are values stay."""
-    values = {str(value) for member in fields.union_members(field.hint) for value in get_args(member)}
+    members = fields.union_members(field.hint)
+    # Literals may also stand within a tuple.
+    literals = (*members, *(inner for member in members for inner in get_args(member)))
+    values = {str(value) for literal in literals for value in get_args(literal)}
 
     def named(match: re.Match[str]) -> str:
         word = match[1]
