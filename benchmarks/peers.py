@@ -158,8 +158,6 @@ def transformers_model(name: str, dtype: torch.dtype) -> Any:
 
     source = open_model(name)
     config = transformers.AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "architectures"})
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     state = {n: source.load(n).to(dtype) for n in source.tensor_names()}
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)

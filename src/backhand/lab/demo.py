@@ -74,7 +74,7 @@ def demo_command(options: DemoOptions) -> DemoResult:
     console = Console()
     if options.sine:
         console.rule("The sine experiment")
-        sine_command(SineOptions(output=options.output / "sine"))
+        sine_command(SineOptions(output=options.output / "sine", check=True))
     console.rule("A language model learns a task")
     folder = options.output / "data"
     train_file, held_out_file = write_demo_data(
