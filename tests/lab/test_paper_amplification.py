@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from backhand.lab.paper_adapter import ModuleFactors
+from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.arithmetic.low_rank import update_directions
 from backhand.lab.paper_amplification import (
     Amplification,
     amplification,
     largest_norm_along,
     norm_along,
     random_norm_along,
-    update_directions,
 )
 
 

@@ -10,14 +10,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from backhand.lab.paper_adapter import AdapterFactors, ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+from backhand.arithmetic.subspaces import input_directions, output_directions, subspace_similarity
 from backhand.lab.paper_similarity import (
     compare_adapters,
     expected_random_similarity,
-    input_directions,
-    output_directions,
     random_similarity,
-    subspace_similarity,
 )
 
 

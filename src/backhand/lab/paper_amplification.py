@@ -9,8 +9,7 @@ Beside it stand two controls for the same r: the leading singular vectors of W i
 its r largest squared singular values, and random directions, where the mean of ‖Uᵀ W V‖_F² is ‖W‖_F² r²/(out · in).
 The paper has, for the query weight of layer 48 of GPT-3, 6.91 / 0.32 = 21.5 at r = 4 and 3.57 / 1.90 = 1.9 at r = 64.
 
-ΔW, (out, in), is not formed: with lora_B = Q_B R_B and lora_Aᵀ = Q_A R_A its singular values are those of the small
-s R_B R_Aᵀ, and its singular vectors those of that, multiplied by Q_B and Q_A.
+ΔW, (out, in), is not formed: see `arithmetic.low_rank`.
 """
 
 from __future__ import annotations
@@ -21,19 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backhand.lab.paper_adapter import ModuleFactors
+from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.arithmetic.low_rank import update_directions
 
 RANDOM_DRAWS = 8
 _NEGLIGIBLE = 1e-12
-
-
-@dataclass(frozen=True)
-class UpdateDirections:
-    """Singular values and vectors of an update, leading first: left (out, k), values (k,), right (in, k), float64."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,14 +58,6 @@ class Amplification:
     def random_factor(self) -> float:
         """The same for random directions."""
         return self.update_norm / self.along_random if self.update_norm and self.along_random else math.nan
-
-
-def update_directions(factors: ModuleFactors) -> UpdateDirections:
-    """The singular value decomposition of ΔW, from the factors; k is the smallest of rank, in and out."""
-    q_B, r_B = torch.linalg.qr(factors.lora_B.double())
-    q_A, r_A = torch.linalg.qr(factors.lora_A.double().T)
-    left, values, right = torch.linalg.svd(factors.scaling * (r_B @ r_A.T), full_matrices=False)
-    return UpdateDirections(q_B @ left, values, q_A @ right.T)
 
 
 def norm_along(weight: Tensor, left: Tensor, right: Tensor) -> float:

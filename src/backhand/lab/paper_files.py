@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.adapters.atomic_files import make_directory, write_atomically
-from backhand.lab.paper_adapter import kind_of
+from backhand.arithmetic.module_paths import kind_of
 from backhand.lab.paper_amplification import Amplification
 from backhand.lab.paper_first_update import LARGEST_STANDARD_ERRORS, largest_disagreement
 from backhand.lab.paper_plots import (

@@ -5,25 +5,20 @@ Heat maps are grey, lines differ in style and bars in hatching: a picture says t
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from backhand.lab.paper_adapter import kind_of, layer_of
+from backhand.arithmetic.layer_map import draw_layer_map, new_figure, png_bytes
+from backhand.arithmetic.module_paths import kind_of
 from backhand.lab.paper_amplification import Amplification
 from backhand.lab.paper_first_update import FirstUpdates
 from backhand.lab.paper_merging import MergeResult
 from backhand.lab.paper_similarity import ModuleSimilarity
 from backhand.lab.paper_sweep import SweepResult
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_DPI = 110
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
@@ -31,7 +26,7 @@ def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -
     """similarity.png: φ(i, j) for each kind of module, mean over the layers: each factor above its random control."""
     kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
     lines = [(factor, control) for factor in ("lora_A", "lora_B") for control in (False, True)]
-    figure = _figure(1.9 * len(kinds) + 1.6, 1.9 * len(lines) + 1.0)
+    figure = new_figure(1.9 * len(kinds) + 1.6, 1.9 * len(lines) + 1.0)
     panels = figure.subplots(len(lines), len(kinds), squeeze=False)
     image = None
     for line, (factor, control) in zip(panels, lines, strict=True):
@@ -50,29 +45,29 @@ def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -
     figure.supylabel(f"i: leading directions of {first}", fontsize="medium")
     if image is not None:
         figure.colorbar(image, ax=panels, label="φ(i, j), mean over layers", shrink=0.6)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
     """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module."""
-    figure = _figure(12, 4.6)
+    figure = new_figure(12, 4.6)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
         of_factor = [row for row in rows if row.factor == factor]
         values = {row.module: _at_smaller_rank(row) for row in of_factor}
-        image = _draw_layers(axes, values, vmin=0, vmax=1)
+        image = draw_layer_map(axes, values, vmin=0, vmax=1)
         axes.set_title(f"{factor}: φ at the smaller rank, {first} against {second}", fontsize="small")
         if image is not None:
             figure.colorbar(image, ax=axes, label="φ")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     """amplification.png: the factor of every module, and what the weight does along three sets of directions."""
-    figure = _figure(13, 4.8)
+    figure = new_figure(13, 4.8)
     layers, bars = figure.subplots(1, 2)
     values = {row.module: math.log10(row.factor) for row in rows if row.factor > 0}
-    image = _draw_layers(layers, values, vmin=None, vmax=None)
+    image = draw_layer_map(layers, values, vmin=None, vmax=None)
     layers.set_title(f"Amplification ‖ΔW‖ / ‖UᵀWV‖: {label}", fontsize="medium")
     if image is not None:
         figure.colorbar(image, ax=layers, label="log₁₀ of the amplification factor")
@@ -91,12 +86,12 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers")
     bars.set_title("What the weight does along the leading directions", fontsize="medium")
     bars.legend(fontsize="small")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_merging(result: MergeResult) -> bytes:
     """merging.png: time of a forward pass over the base's, with the adapter beside it and merged."""
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     places = np.arange(len(result.times))
     for number, (name, color, hatch) in enumerate((("adapter", "#9a9a9a", "//"), ("merged", "#ffffff", ""))):
@@ -121,12 +116,12 @@ def draw_merging(result: MergeResult) -> bytes:
     axes.set_ylim(0, 1.35 * max(times.adapter.upper for times in result.times))
     axes.set_title("Latency of a forward pass", fontsize="medium")
     axes.legend(fontsize="small", loc="upper right", ncols=3)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
     """first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     places = np.arange(len(updates))
     for number, update in enumerate(updates):
@@ -148,12 +143,12 @@ def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
     axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
     axes.legend(fontsize="small")
     axes.grid(visible=True, linewidth=0.3)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_sweep(result: SweepResult) -> bytes:
     """sweep.png: held-out loss against rank for every target set, and at a fixed budget."""
-    figure = _figure(12.5, 4.6)
+    figure = new_figure(12.5, 4.6)
     ranks, budget = figure.subplots(1, 2)
     targets = list(dict.fromkeys(row.point.targets for row in result.rows))
     for name, style in zip(targets, _STYLES * len(targets), strict=False):
@@ -179,7 +174,7 @@ def draw_sweep(result: SweepResult) -> bytes:
     budget.set_xlim(0, 1.4 * max((row.eval_loss for row in at_budget), default=1))
     budget.set_xlabel("held-out loss (nats per token)")
     budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _rank_of(row: Any) -> int:
@@ -192,24 +187,6 @@ def _at_smaller_rank(row: ModuleSimilarity) -> float:
     return float(row.similarity[smaller - 1, smaller - 1])
 
 
-def _draw_layers(axes: Axes, values: dict[str, float], *, vmin: float | None, vmax: float | None) -> Any:
-    """A heat map, layers across and kinds of module down; what has no layer number stands in column 0."""
-    if not values:
-        axes.set_axis_off()
-        return None
-    kinds = list(dict.fromkeys(kind_of(module) for module in values))
-    layers = sorted({layer_of(module) or 0 for module in values})
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for module, value in values.items():
-        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
-    image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
-    step = max(1, len(layers) // 10)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize="small")
-    axes.set_xlabel("layer")
-    return image
-
-
 def _mean_of_common_shape(grids: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """The mean; where ranks differ between layers, over what all of them have."""
     rows, columns = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
@@ -220,15 +197,3 @@ def _mean_of_common_shape(grids: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[A
 def _extent(grid: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
     """Cells centred on i and j, which count from 1."""
     return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_adapter
 from backhand.errors import ArtifactError, UsageError
 from backhand.lab.paper_adam_path import PathComparison, compare_paths
-from backhand.lab.paper_adapter import AdapterFactors, base_weight, read_adapter
 from backhand.lab.paper_amplification import Amplification, amplification
 from backhand.lab.paper_first_update import FirstUpdates, first_updates
 from backhand.lab.paper_memory import MemoryResult, measure_memory

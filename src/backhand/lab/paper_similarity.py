@@ -18,37 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backhand.lab.paper_adapter import AdapterFactors
-
-
-def input_directions(lora_A: Tensor) -> Tensor:
-    """Right singular vectors of lora_A (rank, in) as columns, leading first: (in, min(rank, in)) float64."""
-    right: Tensor = torch.linalg.svd(lora_A.double(), full_matrices=False)[2]
-    return right.T
-
-
-def output_directions(lora_B: Tensor) -> Tensor:
-    """Left singular vectors of lora_B (out, rank) as columns, leading first: (out, min(rank, out)) float64."""
-    left: Tensor = torch.linalg.svd(lora_B.double(), full_matrices=False)[0]
-    return left
-
-
-def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """φ(i, j) for all i and j at once.
-
-    Args:
-        first: orthonormal columns (d, r).
-        second: orthonormal columns (d, r′).
-
-    Returns:
-        (r, r′) float64; element [i − 1, j − 1] is φ(i, j). ‖U_iᵀ V_j‖_F² is the sum of the first i rows and j columns
-        of the squared cosines, so all of them are two cumulative sums.
-    """
-    squared_cosines = (first.T @ second) ** 2
-    overlap = squared_cosines.cumsum(0).cumsum(1)
-    i = torch.arange(1, overlap.shape[0] + 1, dtype=overlap.dtype)
-    j = torch.arange(1, overlap.shape[1] + 1, dtype=overlap.dtype)
-    return overlap / torch.minimum(i[:, None], j[None, :])
+from backhand.arithmetic.adapter_factors import AdapterFactors
+from backhand.arithmetic.subspaces import input_directions, output_directions, subspace_similarity
 
 
 def expected_random_similarity(dimension: int, first_rank: int, second_rank: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ _SUFFIXES = {
     ".lora_embedding_A": "lora_A",
     ".lora_embedding_B": "lora_B",
 }
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -129,17 +127,6 @@ def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Ten
             next_step="give the base that the adapter was trained on as --model",
         )
     return weight
-
-
-def kind_of(module: str) -> str:
-    """What the module is in every layer: its last part, such as `q_proj`."""
-    return module.rsplit(".", 1)[-1]
-
-
-def layer_of(module: str) -> int | None:
-    """The first number in the path, if there is one."""
-    match = _LAYER.search(module)
-    return int(match[1]) if match else None
 
 
 def _name(directory: Path) -> str:

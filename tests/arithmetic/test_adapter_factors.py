@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from backhand.arithmetic.adapter_factors import base_weight, read_adapter
+from backhand.arithmetic.module_paths import kind_of, layer_of
 from backhand.errors import ArtifactError
-from backhand.lab.paper_adapter import base_weight, kind_of, layer_of, read_adapter
 from backhand.nn.loading import open_model
 from support.tiny_models import save_tiny, tiny_model
 

@@ -1,0 +1,1 @@
+"""Adapters on their own: combined, inspected, compared and compressed, from their factors."""
