@@ -30,6 +30,12 @@ COMMANDS = (
         "backhand.cli.train:train",
     ),
     Command(
+        "lint",
+        "Look at rows as a model's tokenizer and chat template read them, and name every problem with its remedy.",
+        "backhand lint --data rows.jsonl",
+        "backhand.cli.lint:lint",
+    ),
+    Command(
         "evaluate",
         "Measure loss, perplexity and exact match on rows, for the base model and with an adapter.",
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",

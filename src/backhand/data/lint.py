@@ -12,12 +12,28 @@ from backhand.data.examples import CutRows, DataReport, Example, PreparedData
 from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
-from backhand.data.rows import BadRows
+from backhand.data.rows import BadRows, count_of
 from backhand.data.split import overlap
 from backhand.data.template_probe import probe_template
 
 SHOWN_PLACES = 5
 SHOWN_BAD_ROWS = 20
+CHECKS = {
+    "malformed": "malformed rows",
+    "truncated": "truncated to max_length",
+    "too_long": "left out as longer than max_length",
+    "unsupervised": "left out without a supervised token",
+    "context": "longer than the model was made for",
+    "no_end": "no end token carries loss",
+    "empty_reply": "empty replies",
+    "doubled_bos": "begin of sequence doubled",
+    "duplicate": "exact repetitions",
+    "overlap": "held-out documents that are trained on",
+    "mojibake": "text that looks wrongly decoded",
+}
+"""Every kind of finding, in the words of a table."""
+
+Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Finding:
     """
 
     kind: str
-    severity: Literal["error", "warning"]
+    severity: Severity
     count: int
     what: str
     where: tuple[str, ...]
@@ -50,6 +66,7 @@ class LintReport:
         lengths: quantiles of the training documents' tokens, and of their supervised tokens.
         template: habits of the chat template, a sentence each.
         findings: problems, errors first.
+        not_checked: kinds of finding that could not be looked for, and why.
     """
 
     train: DataReport
@@ -57,25 +74,12 @@ class LintReport:
     lengths: dict[str, dict[str, int]]
     template: tuple[str, ...]
     findings: tuple[Finding, ...]
+    not_checked: dict[str, str]
 
     @property
     def errors(self) -> int:
         """Rows that training would stop at."""
         return sum(finding.count for finding in self.findings if finding.severity == "error")
-
-    def lines(self) -> list[str]:
-        """The report in words, a line a fact."""
-        lines = self.train.lines()
-        for name, quantiles in self.lengths.items():
-            lines.append(f"{name} a document: " + ", ".join(f"{key} {value:,}" for key, value in quantiles.items()))
-        if self.held_out is not None:
-            lines += [f"held out: {line}" for line in self.held_out.lines()]
-        lines += self.template
-        for finding in self.findings:
-            more = "" if finding.count <= len(finding.where) else f" and {finding.count - len(finding.where):,} more"
-            lines.append(f"{finding.severity}: {finding.what} ({', '.join(finding.where)}{more})")
-            lines.append(f"  next: {finding.remedy}")
-        return lines
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -84,6 +88,8 @@ class LintReport:
             "held_out": None if self.held_out is None else _report_json(self.held_out),
             "lengths": self.lengths,
             "template": list(self.template),
+            "not_checked": self.not_checked,
+            "errors": self.errors,
             "findings": [asdict(finding) | {"where": list(finding.where)} for finding in self.findings],
         }
 
@@ -107,11 +113,20 @@ def lint(
     """
     bad, cut_rows = BadRows(skip_bad=True, keep=SHOWN_BAD_ROWS), CutRows()
     train, held_out = prepare(replace(options, skip_bad=True), tokenizer, seed=seed, bad=bad, cut_rows=cut_rows)
-    findings = [*_malformed(bad), *_cut(cut_rows, options), *_in_examples(train, tokenizer, cut_rows)]
-    if held_out is not None:
+    findings = [
+        *_malformed(bad, "warning" if options.skip_bad else "error"),
+        *_cut(cut_rows, options),
+        *_in_examples(train, tokenizer, cut_rows),
+    ]
+    not_checked = {}
+    if held_out is None:
+        not_checked["overlap"] = "no held-out rows"
+    else:
         shared = [example.source for example in overlap(train.examples, held_out.examples)]
-        findings += _finding("overlap", shared, "also stand in the training data", "take them out of one of the two")
-    if context_length is not None:
+        findings += _finding("overlap", shared, "also trained on", "take them out of one of the two")
+    if context_length is None:
+        not_checked["context"] = "the model does not say"
+    else:
         long = [example.source for example in train.examples if len(example) > context_length]
         findings += _finding(
             "context", long, f"longer than the model's {context_length:,} tokens", f"--max-length {context_length}"
@@ -125,15 +140,16 @@ def lint(
         },
         template=tuple(probe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
+        not_checked=not_checked,
     )
     return report, train
 
 
-def _malformed(bad: BadRows) -> list[Finding]:
+def _malformed(bad: BadRows, severity: Severity) -> list[Finding]:
     findings = [
         Finding(
             "malformed",
-            "error",
+            severity,
             1,
             error.what + (f": {error.why}" if error.why else ""),
             (str(error.where),),
@@ -145,7 +161,7 @@ def _malformed(bad: BadRows) -> list[Finding]:
     if unseen:
         where = findings[-1].where
         findings.append(
-            Finding("malformed", "error", unseen, f"{unseen:,} more malformed rows after this one", where, "as above")
+            Finding("malformed", severity, unseen, f"{unseen:,} more malformed rows after this one", where, "as above")
         )
     return findings
 
@@ -162,7 +178,7 @@ def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
         *_finding(
             "unsupervised",
             cut_rows.dropped_unsupervised,
-            "left out because nothing in them carries loss",
+            "left out for want of a token that carries loss",
             "raise --max-length if their replies were cut off; else give them a reply with a weight other than 0",
         ),
     ]
@@ -186,26 +202,26 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
         *_finding(
             "no_end",
             where(lambda example: example.source not in truncated and last_target(example) not in ends),
-            "do not teach the model to stop: no end token carries loss",
+            "in which no end token carries loss, so that the model is not taught to stop",
             "use a chat template that ends replies (--chat-template)",
         ),
         *_finding(
             "empty_reply",
             where(lambda example: example.supervised.sum() == 1 and last_target(example) in ends),
-            "have an empty reply",
+            "with an empty reply",
             "fill it in or take the rows out",
         ),
         *_finding(
             "doubled_bos",
             where(lambda example: bos is not None and example.input_ids[:2].tolist() == [bos, bos]),
-            "begin with two begin-of-sequence tokens",
+            "with two begin-of-sequence tokens in front",
             "take the one that is written in the rows or in the chat template out",
         ),
-        *_finding("duplicate", _repeated(train.examples), "repeat an earlier document", "remove the repetitions"),
+        *_finding("duplicate", _repeated(train.examples), "equal to an earlier one", "remove the repetitions"),
         *_finding(
             "mojibake",
             [source for source, piece in garbled if piece],
-            f"look wrongly decoded, for example {shown!r}",
+            f"with text that looks wrongly decoded, such as {shown!r}",
             "decode the original again, as UTF-8",
         ),
     ]
@@ -225,7 +241,9 @@ def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Findi
     if not places:
         return []
     count = len(places)
-    return [Finding(kind, "warning", count, f"{count:,} documents {what}", tuple(places[:SHOWN_PLACES]), remedy)]
+    return [
+        Finding(kind, "warning", count, f"{count_of(count, 'document')} {what}", tuple(places[:SHOWN_PLACES]), remedy)
+    ]
 
 
 def _quantiles(train: PreparedData, measure: Callable[[Example], int]) -> dict[str, int]:
