@@ -85,6 +85,33 @@ def test_an_adapter_of_peft(models, rows, tmp_path):
     assert "v_proj" not in statements
 
 
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")  # PEFT about adapting a tied head
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+def test_a_head_with_dropout_is_proved_and_its_merging_too(variant, models, rows, tmp_path):
+    adapted = attach_lora(tiny_model(variant), target_modules=["lm_head", "v_proj"], dropout=0.3)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    report = verify(options(models(variant), rows, adapter=tmp_path))
+    assert not report.failed_model
+    statements = {proof.proof: proof for proof in report.model}
+    assert statements["1 × lm_head: d_lora_A, d_lora_B = autograd's, float64"].measured < 1e-12
+    assert "merged = unmerged, logits" in statements
+
+
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monkeypatch):
+    """The step without dropout on the head: each part alone is right, the step's gradient is not."""
+    adapted = attach_lora(tiny_model("llama"), target_modules=["lm_head"], dropout=0.3)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    right = decoder_module.linear_cross_entropy_backward
+
+    def without(x, weight, targets, head=None, multiplier=1.0):
+        return right(x, weight, targets, head and head._replace(dropout=None), multiplier)
+
+    monkeypatch.setattr(decoder_module, "linear_cross_entropy_backward", without)
+    failed = _failed(verify(options(models("llama"), rows, adapter=tmp_path)))
+    assert failed == {"a training step's gradient in float32 = float64's"}
+
+
 def test_an_adapter_of_another_model_is_refused(models, rows, tmp_path):
     attach_lora(tiny_model("llama", hidden_size=66), target_modules=["q_proj"]).save_pretrained(tmp_path)
     with pytest.raises(ArtifactError):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder import HEAD, Decoder
+from backhand.nn.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.merging import merge_into
 
 SIZES = ((1, 1), (1, 64), (4, 64))
 """(documents, tokens each) of a forward pass; one token is what each step of a generation computes beside its cache."""
@@ -65,18 +66,6 @@ class MergeResult:
 
     times: tuple[ForwardTimes, ...]
     difference: float
-
-
-def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
-    """Add every module's update to its weight, in float32, rounded once. A tied head becomes a matrix of its own."""
-    weights = dict(decoder.frozen_tensors())
-    for name, slot in lora.slots.items():
-        update = slot.scaling * (lora.lora_B(name).float() @ lora.lora_A(name).float())
-        if name == HEAD and decoder.config.tied_head:
-            decoder.weights.head = (decoder.weights.head.float() + update).to(decoder.dtype)
-        else:
-            weight = weights[f"{name}.weight"]
-            weight.copy_((weight.float() + update).to(weight.dtype))
 
 
 @torch.no_grad()

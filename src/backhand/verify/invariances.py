@@ -19,8 +19,8 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import pack
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import HEAD, Decoder
-from backhand.nn.decoder_weights import named_views
+from backhand.nn.decoder import Decoder
+from backhand.nn.merging import merge_into
 from backhand.verify.measure import norm, relative_error
 from backhand.verify.model_gradients import UNITS_OF_ROUNDING, ModelProof
 
@@ -83,18 +83,12 @@ def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterat
 
 @torch.no_grad()
 def _merging(decoder: Decoder, batch: PackedBatch) -> Iterator[ModelProof]:
-    lora, config = decoder.lora, decoder.config
+    lora = decoder.lora
     assert lora is not None
-    if HEAD in lora and config.tied_head:
-        return  # the head's weight is the embedding's as well: a merged head needs a weight of its own
     adapted = decoder.logits(batch.input_ids, batch.document_lengths)
     decoder.detach()
     base = decoder.logits(batch.input_ids, batch.document_lengths)
-    weights = dict(named_views(decoder.weights, config))
-    for name, slot in lora.slots.items():
-        weight = weights[f"{name}.weight"]
-        delta_weight = slot.scaling * (lora.lora_B(name) @ lora.lora_A(name))
-        weight.copy_(weight.to(delta_weight.dtype) + delta_weight)
+    merge_into(decoder, lora)
     merged = decoder.logits(batch.input_ids, batch.document_lengths)
     effect = norm(adapted.double() - base.double())
     lost = norm(merged.double() - adapted.double()) / effect if effect else 0.0

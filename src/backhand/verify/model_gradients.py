@@ -27,7 +27,7 @@ from backhand.nn.decoder import HEAD, Decoder
 from backhand.nn.decoder_weights import BlockWeights, DecoderWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.rotary_frequencies import inverse_frequencies
-from backhand.ops.linear_cross_entropy import HeadFactors, linear_cross_entropy_backward
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import rotary_table
 from backhand.verify.case import Tensors
@@ -145,10 +145,9 @@ class GradientProofs:
         supervised = (self.batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         labels, rows = self.batch.labels[supervised], x[supervised]
         norm_weight, head = weights.final_norm.double(), weights.head.double()
-        factors = None
-        if HEAD in self.exact:
-            scaling = self.exact.slots[HEAD].scaling
-            factors = HeadFactors(self.exact.lora_A(HEAD), self.exact.lora_B(HEAD), scaling)
+        factors = self.decoder.head_factors(self.dropout_seed)
+        if factors is not None:
+            factors = factors._replace(lora_A=self.exact.lora_A(HEAD), lora_B=self.exact.lora_B(HEAD))
         with torch.no_grad():
             normed, norm = rms_norm_forward(rows, norm_weight, config.norm_eps, config.norm_offset)
             losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, self.loss_scaling)

@@ -26,6 +26,7 @@ from backhand.nn.rotary_frequencies import inverse_frequencies
 from backhand.ops.dropout import dropout_multiplier
 
 Tensors = Mapping[str, Tensor]
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,39 @@ class ReferenceAdapter:
     dropout_seed: int | None = None
 
     def linear(self, x: Tensor, name: str, weights: Tensors) -> Tensor:
-        """The module `name` on x (tokens, in): frozen weight, bias and low-rank update."""
+        """The module `name` of a block on x (tokens, in): frozen weight, bias and low-rank update."""
+        if self.dropout_seed is None or name not in self.slots:
+            return self._linear(x, name, weights, None)
+        _, _, layer, part = name.split(".", 3)
+        group = next(index for index, parts in enumerate(GROUPS) if part in parts)
+        mask = self._mask(x, name, group_seed(self.dropout_seed, int(layer), group))
+        return self._linear(x, name, weights, mask)
+
+    def head(self, x: Tensor, weights: Tensors, labels: Tensor, layers: int) -> Tensor:
+        """The head on x (tokens, hidden); it stands above `layers` blocks. Masks are drawn for supervised rows only."""
+        if self.dropout_seed is None or HEAD not in self.slots:
+            return self._linear(x, HEAD, weights, None)
+        supervised = labels != IGNORE_INDEX
+        drawn = self._mask(x[supervised], HEAD, group_seed(self.dropout_seed, layers, 0))
+        mask = None if drawn is None else torch.zeros_like(x).masked_scatter(supervised[:, None], drawn)
+        return self._linear(x, HEAD, weights, mask)
+
+    def _linear(self, x: Tensor, name: str, weights: Tensors, mask: Tensor | None) -> Tensor:
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
         slot = self.slots.get(name)
         if slot is None:
             return functional.linear(x, weight, bias)
         lora_A, lora_B = self.factors[f"{name}.lora_A"], self.factors[f"{name}.lora_B"]
-        mask = self._mask(x, name, slot)
         if mask is None and x.dtype == torch.float64:
             return functional.linear(x, weight + slot.scaling * (lora_B @ lora_A), bias)
         # In low precision the sum W + s B A would be rounded to W's grid, which is not how adapters are trained.
         low_rank = functional.linear(functional.linear(x if mask is None else x * mask, lora_A), lora_B)
         return functional.linear(x, weight, bias) + slot.scaling * low_rank
 
-    def _mask(self, x: Tensor, name: str, slot: LoRASlot) -> Tensor | None:
-        if self.dropout_seed is None or slot.dropout == 0.0 or not name.startswith("model.layers."):
-            return None
-        _, _, layer, part = name.split(".", 3)
-        group = next(index for index, parts in enumerate(GROUPS) if part in parts)
-        seed = group_seed(self.dropout_seed, int(layer), group)
-        return dropout_multiplier(x.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
+    def _mask(self, x: Tensor, name: str, seed: int) -> Tensor | None:
+        """The dropout multiplier of x's shape, None where the module has no dropout."""
+        probability = self.slots[name].dropout
+        return dropout_multiplier(x.shape, probability, seed, dtype=x.dtype, device=x.device) if probability else None
 
 
 def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
@@ -92,7 +106,7 @@ def reference_head(
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
     name = "model.embed_tokens.weight" if config.tied_head else "lm_head.weight"
     normed = _norm(x, weights["model.norm.weight"], config)
-    logits = adapter.linear(normed, "lm_head", {"lm_head.weight": weights[name]})
+    logits = adapter.head(normed, {"lm_head.weight": weights[name]}, labels, len(config.layers))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 

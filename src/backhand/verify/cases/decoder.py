@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder import HEAD, Decoder
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
@@ -27,7 +27,7 @@ from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
 
 DOCUMENTS = (9, 5, 5, 1, 11)
 LOSS_SCALING = 0.043
-ALL_LINEAR_AND_HEAD = ("_proj", "lm_head")
+ALL_LINEAR_AND_HEAD = ("_proj", HEAD)
 
 
 class DecoderInputs(NamedTuple):
@@ -110,7 +110,9 @@ CASES = (
     ),
     _case("llama; head adapted", "llama", targets=ALL_LINEAR_AND_HEAD),
     _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
-    _case("head alone", "llama 3, tied head", targets=("lm_head",)),
+    _case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
+    _case("tied head alone, dropout", "gemma3", targets=(HEAD,), dropout=0.3),
+    _case("head alone", "llama 3, tied head", targets=(HEAD,)),
     _case("q and v, dropout", "qwen2, qkv bias, tied head", targets=("q_proj", "v_proj"), dropout=0.2),
     _case("top block's down alone", "gemma3", targets=("2.mlp.down_proj",)),
     _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
@@ -153,6 +155,17 @@ def _next_seed(inputs: DecoderInputs) -> int | None:
     return None if inputs.dropout_seed is None else inputs.dropout_seed + 1
 
 
+def _head_without_dropout(inputs: DecoderInputs) -> DecoderGrads:
+    """The step with dropout everywhere but on the head's adapter."""
+    slots = [replace(slot, dropout=0.0) if name == HEAD else slot for name, slot in inputs.lora.slots.items()]
+    lora = LoRAParameters(slots, device=inputs.lora.values.device, dtype=inputs.lora.values.dtype)
+    lora.values.copy_(inputs.lora.values)
+    inputs.decoder.attach(lora)
+    grads = _redo(inputs, lora=lora)
+    inputs.decoder.attach(inputs.lora)
+    return grads
+
+
 def _wider(config: DecoderConfig) -> DecoderConfig:
     """Every window one token wider."""
     layers = tuple(replace(layer, window=layer.window and layer.window + 1) for layer in config.layers)
@@ -185,6 +198,8 @@ MUTANTS = (
     ),
     Mutant("dropout ignored", "d_lora_A", lambda _g, s, _right: _redo(s, dropout_seed=None).d_lora_A),
     Mutant("dropout of another seed", "d_lora_B", lambda _g, s, _right: _redo(s, dropout_seed=_next_seed(s)).d_lora_B),
+    Mutant("head's dropout ignored", "d_lora_A", lambda _g, s, _right: _head_without_dropout(s).d_lora_A),
+    Mutant("head's dropout ignored", "d_lora_B", lambda _g, s, _right: _head_without_dropout(s).d_lora_B),
     Mutant("window off by one", "d_lora_A", lambda _g, s, _right: _as_family(s, _wider).d_lora_A),
     Mutant("rotary bases swapped", "d_lora_A", lambda _g, s, _right: _as_family(s, _bases_swapped).d_lora_A),
     Mutant("rotary scaling ignored", "d_lora_B", lambda _g, s, _right: _as_family(s, _unscaled_rotary).d_lora_B),

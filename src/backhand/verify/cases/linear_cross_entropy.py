@@ -17,6 +17,8 @@ from backhand.ops.linear_cross_entropy import (
     linear_cross_entropy_forward,
     linear_cross_entropy_reference,
 )
+from backhand.ops.lora_linear import Dropout
+from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 SCALING = 1.7
@@ -30,6 +32,12 @@ class _Inputs(NamedTuple):
     targets: Tensor
     head: HeadFactors | None
     multiplier: float
+
+    @property
+    def mask(self) -> Tensor:
+        """The dropout multiplier of the low-rank branch's input, (rows, hidden); ones without dropout."""
+        mask = None if self.head is None else dropout_multiplier(self.x, self.head.dropout)
+        return torch.ones_like(self.x) if mask is None else mask
 
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
@@ -48,6 +56,7 @@ def _case(
     multiplier: float = 0.13,
     size: float = 1.0,
     masked: bool = False,
+    dropout: Dropout | None = None,
 ) -> Case:
     draw = Draw(f"linear_cross_entropy: {name}")
     labels = draw.integers(vocab, rows)
@@ -62,32 +71,45 @@ def _case(
         tensors |= {"lora_A": draw.normal(rank, hidden), "lora_B": draw.normal(vocab, rank)}
     supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
-    def head(t: Tensors) -> HeadFactors | None:
-        return None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING)
+    def inputs(t: Tensors) -> _Inputs:
+        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
+        head = None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING, dropout)
+        return _Inputs(t["x"][places], t["weight"], targets, head, float(t["d_y"]))
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
-        inputs = _Inputs(t["x"][places], t["weight"], targets, head(t), float(t["d_y"]))
-        losses = linear_cross_entropy_forward(*inputs[:4])
-        grads = backward(t["d_y"], inputs)
-        gradients = {"x": torch.zeros_like(t["x"]).index_copy_(0, places, grads.d_x)}
+        given = inputs(t)
+        if dropout is None:
+            losses = linear_cross_entropy_forward(*given[:4])
+        else:  # the forward alone is the evaluation, which has no dropout
+            losses, _ = linear_cross_entropy_backward(*given)
+        grads = backward(t["d_y"], given)
+        gradients = {"x": torch.zeros_like(t["x"]).index_copy_(0, supervised.to(t["x"].device), grads.d_x)}
         if rank is not None:
             gradients |= {"lora_A": grads.d_lora_A, "lora_B": grads.d_lora_B}
         return ByHand(losses, gradients)
 
     def reference(t: Tensors) -> Tensor:
-        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
-        return linear_cross_entropy_reference(t["x"][places], t["weight"], targets, head(t))
+        given = inputs(t)
+        if dropout is None:
+            return linear_cross_entropy_reference(*given[:4])
+        return functional.cross_entropy(_reference_logits(given), given.targets, reduction="none")
 
     def usual(t: Tensors) -> Tensor:
-        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
-        logits = functional.linear(t["x"][places], t["weight"])
-        if rank is not None:
-            h = functional.linear(t["x"][places], t["lora_A"])
-            logits = logits + functional.linear(h, t["lora_B"]) * SCALING
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
+        given = inputs(t)
+        logits = functional.linear(given.x, given.weight)
+        if given.head is not None:
+            h = functional.linear(given.x if dropout is None else given.x * given.mask, given.head.lora_A)
+            logits = logits + functional.linear(h, given.head.lora_B) * SCALING
+        return functional.cross_entropy(logits.float(), given.targets, reduction="none")
 
     return Case(name, tensors, by_hand, reference, usual)
+
+
+def _reference_logits(given: _Inputs) -> Tensor:
+    """Z under dropout, with a low-rank update of its own for each row: W + s B A diag(m)."""
+    assert given.head is not None
+    delta = given.head.scaling * torch.einsum("vr,rh,nh->nvh", given.head.lora_B, given.head.lora_A, given.mask)
+    return torch.einsum("nh,nvh->nv", given.x, given.weight + delta)
 
 
 CASES = (
@@ -101,6 +123,11 @@ CASES = (
     _case("square head", 6, 7, 7, 7),
     _case("one row", 1, rank=3),
     _case("one class", 4, vocab=1),
+    _case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
+    _case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
+    _case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
+    _case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
+    _case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
     _case("no rows", 0, rank=3),
     _case("training size", 67, 48, 353, 8),
 )
@@ -108,8 +135,10 @@ CASES = (
 
 def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0) -> Tensor:
     """D, (rows, vocab), from full logits."""
-    full = s.weight if s.head is None else s.weight + s.head.scaling * s.head.lora_B @ s.head.lora_A
-    d = torch.softmax(s.x @ full.T, dim=-1)
+    logits = s.x @ s.weight.T
+    if s.head is not None:
+        logits = logits + s.head.scaling * (s.x * s.mask) @ s.head.lora_A.T @ s.head.lora_B.T
+    d = torch.softmax(logits, dim=-1)
     if one_hot:
         d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
     return s.multiplier * d
@@ -118,6 +147,28 @@ def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0) -> Tensor:
 def _d_h(s: _Inputs) -> Tensor:
     assert s.head is not None
     return s.head.scaling * _d_logits(s) @ s.head.lora_B
+
+
+def _low_rank_d_x(s: _Inputs) -> Tensor:
+    """The low-rank branch's share of d_x before its mask; none where the head is not adapted."""
+    return torch.zeros_like(s.x) if s.head is None else _d_h(s) @ s.head.lora_A
+
+
+def _d_lora_B(s: _Inputs, mask: Tensor) -> Tensor:
+    """s Dᵀ h with another mask in h than in the logits."""
+    assert s.head is not None
+    return s.head.scaling * _d_logits(s).T @ ((s.x * mask) @ s.head.lora_A.T)
+
+
+def _first_chunks_mask(s: _Inputs) -> Tensor:
+    """Every chunk masked as the first one."""
+    return s.mask[torch.arange(len(s.x)) % CHUNK_ROWS]
+
+
+def _next_seed(s: _Inputs) -> _Inputs:
+    if s.head is None or s.head.dropout is None:
+        return s
+    return s._replace(head=s.head._replace(dropout=s.head.dropout._replace(seed=s.head.dropout.seed + 1)))
 
 
 def _unscaled(s: _Inputs) -> Any:
@@ -148,12 +199,21 @@ MUTANTS = (
     Mutant("scaling forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / _head_scaling(s)),
     Mutant("last chunk only", "d_lora_A", lambda _g, s, _right: _last_chunk(s).d_lora_A),
     Mutant("last chunk only", "d_lora_B", lambda _g, s, _right: _last_chunk(s).d_lora_B),
-    Mutant("rows reversed", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ s.x.flip(0)),
+    Mutant("rows reversed", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * s.mask).flip(0)),
     Mutant(
         "rows reversed",
         "d_lora_B",
-        lambda _g, s, _right: _head_scaling(s) * _d_logits(s).T @ (s.x.flip(0) @ s.head.lora_A.T),
+        lambda _g, s, _right: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
     ),
+    # The mask is right in the logits, and forgotten or wrong in one gradient.
+    Mutant("mask ignored", "d_x", lambda _g, s, right: right.d_x + (1 - s.mask) * _low_rank_d_x(s)),
+    Mutant("mask twice", "d_x", lambda _g, s, right: right.d_x + (s.mask - 1) * s.mask * _low_rank_d_x(s)),
+    Mutant("mask ignored", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ s.x),
+    Mutant("mask not scaled up", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * (s.mask != 0))),
+    Mutant("mask of the first chunk", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * _first_chunks_mask(s))),
+    Mutant("mask ignored", "d_lora_B", lambda _g, s, _right: _d_lora_B(s, torch.ones_like(s.x))),
+    Mutant("mask of the first chunk", "d_lora_B", lambda _g, s, _right: _d_lora_B(s, _first_chunks_mask(s))),
+    Mutant("mask of another seed", "d_lora_B", lambda _g, s, _right: _backward(s.x, _next_seed(s)).d_lora_B),
 )
 
 PROOFS = (OpProof("linear_cross_entropy", _backward, CASES, MUTANTS),)

@@ -1,0 +1,62 @@
+"""Weights with an adapter merged in compute what base and adapter compute side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_slots
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading.in_memory import InMemoryModel
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.merging import merge_into
+from support.tiny_models import tiny_model
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def decoder(variant: str) -> Decoder:
+    model = tiny_model(variant)
+    return Decoder.from_source(InMemoryModel(model.config.to_dict(), model.state_dict()), dtype=torch.float32)
+
+
+def random_adapter(model: Decoder, targets: tuple[str, ...]) -> LoRAParameters:
+    config = LoRAConfig(rank=3, alpha=5.0, target_modules=targets)
+    lora = LoRAParameters(resolve_slots(config, model.module_shapes()))
+    lora.values.copy_(torch.randn(lora.element_count, generator=torch.Generator().manual_seed(0)) / 4)
+    return lora
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "gemma3_text"])
+@pytest.mark.parametrize("targets", [LINEAR, ("lm_head",), (*LINEAR, "lm_head")])
+def test_merged_logits_are_those_of_base_and_adapter(variant: str, targets: tuple[str, ...]) -> None:
+    base, merged = decoder(variant), decoder(variant)
+    lora = random_adapter(base, targets)
+    ids = torch.arange(11)
+    untouched = base.logits(ids)
+    base.attach(lora)
+    beside = base.logits(ids)
+    merge_into(merged, lora)
+    assert float((merged.logits(ids) - beside).norm() / beside.norm()) < 1e-5
+    assert float((untouched - beside).norm() / beside.norm()) > 0.01
+    base.detach()
+    assert torch.equal(base.logits(ids), untouched)
+
+
+def test_the_update_is_added_once_as_formed_by_hand() -> None:
+    merged = decoder("llama-tied")
+    name = "model.layers.1.mlp.down_proj"
+    before = dict(merged.frozen_tensors())[f"{name}.weight"].clone()
+    lora = random_adapter(merged, ("down_proj",))
+    merge_into(merged, lora)
+    expected = before + 5.0 / 3 * torch.einsum("or,ri->oi", lora.lora_B(name), lora.lora_A(name))
+    assert torch.allclose(dict(merged.frozen_tensors())[f"{name}.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tied_head_leaves_the_embedding_alone() -> None:
+    merged = decoder("llama-tied")
+    embedding = merged.weights.embedding.clone()
+    merge_into(merged, random_adapter(merged, ("lm_head",)))
+    assert torch.equal(merged.weights.embedding, embedding)
+    assert not torch.equal(merged.weights.head, embedding)
