@@ -1,0 +1,117 @@
+"""DoRA's magnitude: an adapted layer's output rescaled channel by channel, its weight of a trained length in each.
+
+    y = (m / c) ⊙ z + b,   z = V x,   V = W + s B A,   c_o = ‖V_o‖      [arXiv:2402.09353, eq. 5]
+
+m (out,) is trained and starts at ‖W_o‖, so that y is then what it was. z is the output of any adapted layer (linear,
+embedding, convolution) without its bias; V_o is the part of the adapted weight that makes channel o.
+
+Backward. The paper (§4.3) and PEFT take c as a constant: its own gradient, which would need all of V, is left out. With
+g = m / c and G = ∂L/∂y, and c and b fixed, dy = g ⊙ dz + dm ⊙ z / c, hence
+    ∂L/∂z = g ⊙ G                          (…, out, …)
+    ∂L/∂m = (1 / c) ⊙ Σ G ⊙ z              (out,), summed over everything but the channel
+
+c is not read off V, which is never formed (`dora_norm`): with M = W Aᵀ (out, rank) and K = A Aᵀ (rank, rank),
+    ‖W_o + s B_o A‖² = ‖W_o‖² + 2 s ⟨B_o, M_o⟩ + s² B_o K B_oᵀ
+in float32 at least. ‖W_o‖² does not change in training and may be given.
+
+The sum over G ⊙ z runs in float32 at least. Saved: z, m and c; a caller that can compute z again may put it back.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DoRASaved(NamedTuple):
+    """What the forward keeps: z (…, out, …), magnitude and norm (out,), the axis of the channels."""
+
+    z: Tensor
+    magnitude: Tensor
+    norm: Tensor
+    axis: int
+
+
+class DoRAGrads(NamedTuple):
+    """d_z of z's shape, d_magnitude (out,) in float32 at least."""
+
+    d_z: Tensor
+    d_magnitude: Tensor
+
+
+def dora_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_squares: Tensor | None = None
+) -> Tensor:
+    """c, (out,): the lengths of the rows of W + s B A, in float32 at least.
+
+    Args:
+        weight: (out, in).
+        lora_A: (rank, in).
+        lora_B: (out, rank).
+        scaling: s.
+        weight_squares: (out,) from `row_squares`, if known.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    squares = row_squares(weight) if weight_squares is None else weight_squares.to(wide)
+    crossed = weight.to(wide) @ lora_A.T
+    squares = squares + torch.linalg.vecdot(lora_B, 2 * scaling * crossed + scaling**2 * (lora_B @ (lora_A @ lora_A.T)))
+    return squares.clamp_(min=0).sqrt_()
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """‖W_o‖², (out,), in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+
+
+def dora_forward(
+    z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, axis: int = -1
+) -> tuple[Tensor, DoRASaved]:
+    """y = (m / c) ⊙ z + b.
+
+    Args:
+        z: (…, out, …), an adapted layer's output without bias.
+        magnitude: m, (out,).
+        norm: c, (out,), a constant.
+        bias: (out,) or None, frozen.
+        axis: where the channels lie in z.
+
+    Returns:
+        y of z's shape and dtype, and what backward needs.
+    """
+    y = z * along(gain(magnitude, norm, z.dtype), z, axis)
+    if bias is not None:
+        y = y.add_(along(bias.to(y.dtype), z, axis))
+    return y, DoRASaved(z, magnitude, norm, axis)
+
+
+def dora_backward(d_y: Tensor, saved: DoRASaved) -> DoRAGrads:
+    """Map d_y, of z's shape, to the gradients derived in the module docstring."""
+    z, magnitude, norm, axis = saved
+    wide = torch.promote_types(d_y.dtype, torch.float32)
+    axis %= z.dim()
+    others = [dim for dim in range(z.dim()) if dim != axis]
+    along_z = (d_y.to(wide) * z.to(wide)).sum(others)
+    return DoRAGrads(d_y * along(gain(magnitude, norm, d_y.dtype), z, axis), along_z / norm.to(wide))
+
+
+def gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """m / c, (out,), divided in the wider dtype and then cast."""
+    return (magnitude / norm).to(dtype)
+
+
+def along(channels: Tensor, z: Tensor, axis: int) -> Tensor:
+    """(out,) shaped so that it broadcasts over everything in z but its channel axis."""
+    shape = [1] * z.dim()
+    shape[axis] = channels.shape[0]
+    return channels.view(shape)
+
+
+def dora_reference(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, axis: int = -1) -> Tensor:
+    """The same y by a product with a diagonal matrix."""
+    channels_last = z.movedim(axis, -1)
+    y = channels_last @ torch.diag(magnitude / norm).to(z.dtype)
+    return (y if bias is None else y + bias).movedim(-1, axis)

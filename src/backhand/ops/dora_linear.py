@@ -1,0 +1,144 @@
+"""DoRA linear: a frozen dense layer, a trainable low-rank update, and a trained length for every row of their sum.
+
+    y = (m / c) ⊙ (x Vᵀ) + b,   V = W + s B A,   c_o = ‖V_o‖      [arXiv:2402.09353, eq. 5]
+
+With dropout PEFT drops in the rescaled part and leaves the frozen one whole: with x̃ = μ ⊙ x (μ the multiplier),
+    y = x Wᵀ + b + (m / c - 1) ⊙ (x̃ Wᵀ) + (m / c) ⊙ s (x̃ Aᵀ) Bᵀ
+      = (m / c) ⊙ z + b + (x - x̃) Wᵀ,   z = x̃ Vᵀ
+which is the first line where x̃ = x.
+
+Backward, with c fixed as in the paper. z is `lora_linear` of x̃, so ∂L/∂z = (m / c) ⊙ G and ∂L/∂m by `dora`, and from
+∂L/∂z by `lora_linear`: ∂L/∂A (rank, in), ∂L/∂B (out, rank) and ∂L/∂x̃ (..., in). x reaches y through x̃ and directly:
+    ∂L/∂x = G W + μ ⊙ (∂L/∂x̃ - G W)      (..., in)
+or just ∂L/∂x̃ where there is no dropout.
+
+Saved: x, h = x̃ Aᵀ and references to the parameters. z, as large as y, is computed again for ∂L/∂m rather than kept: one
+more product of the frozen layer's size, for memory that plain LoRA does not take either. The mask is drawn again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.ops.dora import DoRASaved, dora_backward, gain
+from backhand.ops.lora_linear import Dropout, LoRASaved, frozen_linear, lora_linear_backward, multiplier, rows
+
+
+class DoRALinearSaved(NamedTuple):
+    """What the forward keeps: x (..., in), the parameters, h (..., rank)."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    norm: Tensor
+    h: Tensor
+    scaling: float
+    dropout: Dropout | None
+
+
+class DoRALinearGrads(NamedTuple):
+    """d_x (..., in) or None when not asked for, d_lora_A (rank, in), d_lora_B (out, rank), d_magnitude (out,)."""
+
+    d_x: Tensor | None
+    d_lora_A: Tensor
+    d_lora_B: Tensor
+    d_magnitude: Tensor
+
+
+def dora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    dropout: Dropout | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, DoRALinearSaved]:
+    """y = residual + (m / c) ⊙ (x̃ Vᵀ) + b + (x - x̃) Wᵀ.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,) or None, frozen.
+        lora_A: (rank, in).
+        lora_B: (out, rank).
+        magnitude: m, (out,).
+        norm: c, (out,), from `dora.dora_norm`; a constant here.
+        scaling: s.
+        dropout: None, or probability and seed of the mask.
+        residual: (..., out) added to the result, or None; its gradient is d_y itself.
+
+    Returns:
+        y (..., out) in x's dtype, and what backward needs.
+    """
+    x_rows, mask = rows(x), multiplier(x, dropout)
+    dropped = x_rows if mask is None else x_rows * mask
+    h = dropped @ lora_A.T
+    y = _rescaled(dropped, weight, lora_B, h, scaling).mul_(gain(magnitude, norm, x.dtype))
+    if bias is not None:
+        y.add_(bias)
+    if mask is not None:
+        y.addmm_(x_rows - dropped, weight.T)
+    if residual is not None:
+        y.add_(rows(residual))
+    lead = x.shape[:-1]
+    saved = DoRALinearSaved(x, weight, lora_A, lora_B, magnitude, norm, h.view(*lead, h.shape[1]), scaling, dropout)
+    return y.view(*lead, weight.shape[0]), saved
+
+
+def _rescaled(x: Tensor, weight: Tensor, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
+    """z = x Wᵀ + s h Bᵀ on rows: what the magnitude multiplies."""
+    return frozen_linear(x, weight, None, None).addmm_(h, lora_B.T, alpha=scaling)
+
+
+def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient: bool = True) -> DoRALinearGrads:
+    """Map d_y, (..., out), to the gradients derived in the module docstring.
+
+    Args:
+        d_y: ∂L/∂y, (..., out).
+        saved: from the forward pass.
+        input_gradient: False skips ∂L/∂x, for the lowest adapted layer.
+    """
+    x, weight, lora_A, lora_B, magnitude, norm, h, scaling, dropout = saved
+    g, x_rows, mask = rows(d_y), rows(x), multiplier(x, dropout)
+    dropped = x_rows if mask is None else x_rows * mask
+    z = _rescaled(dropped, weight, lora_B, rows(h), scaling)
+    d_z, d_magnitude = dora_backward(g, DoRASaved(z, magnitude, norm, -1))
+    del z
+    branch = LoRASaved(dropped, weight, lora_A, lora_B, rows(h), scaling, None)
+    grads = lora_linear_backward(d_z, branch, input_gradient=input_gradient)
+    d_x = grads.d_x
+    if d_x is not None and mask is not None:
+        direct = g @ weight
+        d_x = direct.addcmul_(mask, d_x - direct)
+    return DoRALinearGrads(None if d_x is None else d_x.view(x.shape), grads.d_lora_A, grads.d_lora_B, d_magnitude)
+
+
+def dora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same y from the whole rescaled weight m V / c, with the dropout multiplier given explicitly."""
+    adapted = (magnitude / norm).to(weight.dtype)[:, None] * (weight + scaling * (lora_B @ lora_A))
+    if mask is None:
+        y = torch.nn.functional.linear(x, adapted, bias)
+    else:
+        dropped = x * mask.view(x.shape)
+        y = torch.nn.functional.linear(x, weight, bias) + torch.nn.functional.linear(dropped, adapted - weight)
+    return y if residual is None else y + residual
