@@ -157,7 +157,7 @@ def test_pruning_spares_the_newest_and_the_protected(tmp_path: Path) -> None:
     store = store_in(tmp_path / "c")
     for step in range(1, 8):
         store.save(step, OLD, FACTS)
-    store.prune(2, {3})
+    store.prune(7, 2, {3})
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["latest", "step-3", "step-6", "step-7"]
 
 
@@ -170,11 +170,11 @@ def test_killed_at_every_call_of_pruning(tmp_path: Path) -> None:
 
     files = InterceptedFiles()
     full(tmp_path / "counted")
-    store_in(tmp_path / "counted", files).prune(1, {1})
+    store_in(tmp_path / "counted", files).prune(3, 1, {1})
     for number in range(1, files.count + 1):
         full(tmp_path / f"{number}")
         killed = store_in(tmp_path / f"{number}", killing(number))
-        assert in_child(partial(killed.prune, 1, {1})) == -9
+        assert in_child(partial(killed.prune, 3, 1, {1})) == -9
         assert newest(tmp_path / f"{number}") == (3, NEW)
         assert store_in(tmp_path / f"{number}").load(1).contents == OLD
         with pytest.raises(ArtifactError):

@@ -24,11 +24,12 @@ _DEBUG_HELP = "Show a traceback with an error."
 
 def command(
     options: type[Options],
-    call: Callable[[Options], int | None],
+    call: Callable[..., int | None],
     *,
     parse: Mapping[str, Parse] | None = None,
     positional: Sequence[str] = (),
     load: Callable[[Path], Options] | None = None,
+    tell_typed: bool = False,
 ) -> Callable[..., int | None]:
     """Make the function that cyclopts parses the command line for.
 
@@ -38,6 +39,7 @@ def command(
         parse: for fields whose type no command line knows, what makes a value of the words given.
         positional: fields that are given by position, in this order.
         load: reads a TOML file that may be named first; the command line wins over what it says.
+        tell_typed: give `call` also the set of field names that were typed, as `typed`.
     """
     parsers = parse or {}
     by_name = {field.name: field for field in fields.option_fields(options)}
@@ -49,7 +51,8 @@ def command(
         typed = {name: value for name, value in given.items() if name in by_name}
         try:
             values = {name: _parsed(value, parsers.get(name)) for name, value in typed.items()}
-            return call(fields.build(options, _words_in_file(base, by_name, parsers) | values, base))
+            built = fields.build(options, _words_in_file(base, by_name, parsers) | values, base)
+            return call(built, typed=frozenset(typed)) if tell_typed else call(built)
         except UsageError as error:
             _name_origin(error, by_name, typed, base, file)
             raise

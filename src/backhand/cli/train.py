@@ -25,10 +25,10 @@ def _load(path: Path) -> TrainConfig:
     return load_config(path)
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, *, typed: frozenset[str]) -> None:
     from backhand.train.run import train
 
-    train(config)
+    train(config, typed=typed)
 
 
-train = command(TrainConfig, _train, parse=DATA_PARSERS | ADAPTER_PARSERS, load=_load)
+train = command(TrainConfig, _train, parse=DATA_PARSERS | ADAPTER_PARSERS, load=_load, tell_typed=True)

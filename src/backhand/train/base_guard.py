@@ -31,6 +31,7 @@ class BaseGuard:
         self._model = model
         self._log = log
         self._digests: dict[str, bytes] = {}
+        self._next_sample = 0
         unusable: list[str] = []
         for name, tensor in model.frozen_tensors():
             self._digests[name] = tensor_digest(tensor)
@@ -40,7 +41,7 @@ class BaseGuard:
         if unusable:
             raise CheckError(
                 f"{len(unusable)} of {len(self._digests)} base weights hold NaN or infinity",
-                where=_named(unusable),
+                where=first_names(unusable),
                 next_step="load the model again from its source: the file is damaged, or overflows in this dtype",
             )
 
@@ -52,10 +53,11 @@ class BaseGuard:
             whole.update(name.encode() + b"\0" + self._digests[name])
         return whole.hexdigest()
 
-    def sample(self, step: int) -> None:
-        """Look at one tensor, another one each time. Raises CheckError if it has moved."""
+    def sample(self) -> None:
+        """Look at one tensor, the next one each time. Raises CheckError if it has moved."""
         tensors = list(self._model.frozen_tensors())
-        self._compare([tensors[step % len(tensors)]], "a sample")
+        self._compare([tensors[self._next_sample % len(tensors)]], "a sample")
+        self._next_sample += 1
 
     def check(self) -> None:
         """Look at every tensor, and log the proof. Raises CheckError naming those that have moved."""
@@ -68,7 +70,7 @@ class BaseGuard:
             self._log(Proof(f"the frozen base has not moved by one bit (SHA-256, {which})", False, len(moved), 0))
             raise CheckError(
                 f"{len(moved)} frozen base weights have changed during training",
-                where=_named(moved),
+                where=first_names(moved),
                 why="something else than the adapter was written to",
                 next_step="if code of your own runs in this process, keep it from the model; else report it",
             )
@@ -98,6 +100,7 @@ def named_unusable(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     return (name for name, tensor in tensors if not is_finite(tensor))
 
 
-def _named(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,23 +80,29 @@ class CheckpointStore:
                 self.files.sync_directory(temporary)
                 self._put_in_place(temporary, step)
                 replace_file(self.files, self.directory / LATEST, f"step-{step}\n".encode())
-            except OSError:
+            except BaseException:  # a second Ctrl-C among them
                 with suppress(OSError):
                     remove_tree(self.files, temporary)
                 raise
 
     def _put_in_place(self, temporary: Path, step: int) -> None:
         final, old = self.directory / f"step-{step}", self.directory / f"step-{step}.old"
-        if final.exists():
+        if os.path.lexists(final):
             remove_tree(self.files, old)
             self.files.rename(final, old)
         self.files.rename(temporary, final)
         self.files.sync_directory(self.directory)
         remove_tree(self.files, old)
 
-    def prune(self, keep: int, protected: set[int]) -> None:
-        """Remove all but the newest `keep` checkpoints and the protected steps. Raises ResourceError."""
-        steps = sorted({step for step, _ in self._found()}, reverse=True)
+    def prune(self, newest: int, keep: int, protected: set[int]) -> None:
+        """Remove all but `keep` checkpoints, counted down from step `newest`, and the protected steps.
+
+        Later ones can only be damaged ones that the run went back from: they do not count as kept.
+
+        Raises:
+            ResourceError: something cannot be removed.
+        """
+        steps = sorted({step for step, _ in self._found() if step <= newest}, reverse=True)
         for step in steps[keep:]:
             if step not in protected:
                 with saving("the list of checkpoints", self.directory, 0):
@@ -105,7 +112,7 @@ class CheckpointStore:
     def _remove(self, name: str) -> None:
         """Out of sight in one step first, so that no half of it is ever met under its name."""
         path = self.directory / name
-        if path.exists():
+        if os.path.lexists(path):
             doomed = self.directory / f".tmp-removed-{name}-{os.getpid()}"
             remove_tree(self.files, doomed)
             self.files.rename(path, doomed)
@@ -133,7 +140,8 @@ class CheckpointStore:
                     raise
                 self.warn(f"{path.name} is skipped: {error.what}")
                 continue
-            self._compare_pointer(step)
+            if before is None:
+                self._compare_pointer(step)
             return checkpoint
         if candidates:
             raise ArtifactError(
@@ -142,6 +150,10 @@ class CheckpointStore:
                 next_step="start again with --overwrite, or restore the directory from a copy",
             )
         return None
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, whole or not, in order."""
+        return sorted({step for step, _ in self._found()})
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of one step. Raises ArtifactError where it is not there or not whole."""
@@ -197,18 +209,27 @@ def load_checkpoint(directory: Path, step: int) -> Checkpoint:
     for name, described in manifest["files"].items():
         path = directory / name
         try:
-            with path.open("rb") as file:
-                data = file.read(described["bytes"] + 1)
+            data = _file_of_size(path, described["bytes"])
         except OSError as error:
             raise ArtifactError(f"{name} cannot be read: {error.strerror}", where=str(path)) from None
-        if len(data) != described["bytes"] or _sha256(data) != described["sha256"]:
+        if data is None or _sha256(data) != described["sha256"]:
             raise ArtifactError(f"{name} is not as it was written", where=str(path))
         contents[name] = data
     return Checkpoint(step, contents, manifest["facts"])
 
 
+def _file_of_size(path: Path, expected: int) -> bytes | None:
+    """The bytes of a regular file of this size; None for anything else, which is not even opened. Raises OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
+        return None
+    return path.read_bytes()
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ArtifactError("its manifest is not a file", where=str(path))
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError("it has no manifest", where=str(path)) from None
@@ -226,9 +247,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             next_step="upgrade Backhand",
         )
     recorded = manifest.pop("manifest_sha256", None)
-    if recorded != _body_digest(manifest) or any(not _FILE_NAME.fullmatch(name) for name in manifest["files"]):
+    if recorded != _body_digest(manifest) or not _has_our_form(manifest):
         raise ArtifactError("its manifest is damaged", where=str(path))
     return manifest
+
+
+def _has_our_form(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest with a right digest is one that `manifest_bytes` could have made."""
+    files = manifest.get("files")
+    return (
+        set(manifest) == {"format_version", "step", "files", "facts"}
+        and isinstance(manifest["facts"], dict)
+        and isinstance(files, dict)
+        and all(_FILE_NAME.fullmatch(name) for name in files)
+        and all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in files.values())
+    )
 
 
 def _body_digest(body: Mapping[str, Any]) -> str:

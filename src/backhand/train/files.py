@@ -97,6 +97,17 @@ def write_all(files: FileLayer, descriptor: int, data: bytes) -> None:
         rest = rest[written:]
 
 
+def sync_file(files: FileLayer, path: Path) -> None:
+    """Wait until what has been appended to a file is on the disk; nothing there is fine. Raises OSError."""
+    if not path.exists():
+        return
+    descriptor = files.open_to_append(path)
+    try:
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+
+
 def replace_file(files: FileLayer, path: Path, data: bytes) -> None:
     """Put a file in place of another in one step: after a crash there is the old one or the new one. Raises OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -104,7 +115,7 @@ def replace_file(files: FileLayer, path: Path, data: bytes) -> None:
     try:
         write_file(files, temporary, data)
         files.rename(temporary, path)
-    except OSError:
+    except BaseException:  # a second Ctrl-C among them
         with suppress(OSError):
             remove_tree(files, temporary)
         raise

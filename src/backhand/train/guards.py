@@ -1,4 +1,4 @@
-"""Does the run train anything? Looked at before the first step, and judged after the third.
+"""Does the run train anything? Looked at before the first step, and judged after the third that was taken.
 
 A fresh adapter has lora_B = 0, so the first step's gradient of every lora_A is zero, as it should be; from the second
 step on, each factor of each module must have had a finite gradient that is not zero, and must have moved. What goes
@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
@@ -28,7 +27,7 @@ _QUERY_OR_KEY = re.compile(r"(.*\.)?(q_proj|k_proj|query|key)")
 
 
 class LearningGuard:
-    """Watches the first three steps of a run (or of its continuation).
+    """Watches the first three steps of a run, or of its continuation; skipped ones do not count.
 
     Args:
         lora: the adapter.
@@ -41,7 +40,7 @@ class LearningGuard:
         self._log = log
         self._start = lora.values.clone()
         self._had_gradient = {name: False for name, _ in lora.named_tensors()}
-        self._not_finite: set[str] = set()
+        self._observed: tuple[frozenset[str], bool] = frozenset(), False
         self._steps_with_pairs = 0
         self._pairs_beside_lora_B = False
         self._steps = 0
@@ -68,19 +67,15 @@ class LearningGuard:
         """Look at the gradients of a step, before they are clipped."""
         if self._judged:
             return
-        self._steps += 1
-        for name, gradient in named_gradients(self._lora):
-            largest = float(torch.linalg.vector_norm(gradient, ord=float("inf")))
-            if largest != largest or largest == float("inf"):
-                self._not_finite.add(name)
-            elif largest > 0:
-                self._had_gradient[name] = True
-        pairs = any(attends_to_others(batch) for batch in batches)
-        self._steps_with_pairs += pairs
-        self._pairs_beside_lora_B |= pairs and self._steps > 1  # in the first step lora_B may be zero
+        reached = {name for name, gradient in named_gradients(self._lora) if bool(gradient.any())}
+        self._observed = frozenset(reached), any(attends_to_others(batch) for batch in batches)
 
-    def judge_if_due(self, *, last: bool = False) -> list[str]:
+    def judge_if_due(self, *, taken: bool, last: bool = False) -> list[str]:
         """After the third step, or the last one of a shorter run: raise if the run does not train everything.
+
+        Args:
+            taken: whether the step that was observed was; a skipped one, not being finite, says nothing.
+            last: whether no step will follow.
 
         Returns:
             Sentences about modules whose gradient is zero by nature; empty if there are none or it is not time yet.
@@ -88,11 +83,13 @@ class LearningGuard:
         Raises:
             CheckError: names the modules and the likely cause.
         """
-        if self._judged or (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
+        if self._judged:
+            return []
+        if taken:
+            self._count()
+        if (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
             return []
         self._judged = True
-        if self._not_finite:
-            return []  # such steps were skipped and are counted; the loop stops when they go on
         silent = [name for name, had in self._had_gradient.items() if not had]
         if self._steps == 1:  # while lora_B is zero, lora_A has no gradient
             silent = [name for name in silent if name.endswith(".lora_B")]
@@ -128,6 +125,13 @@ class LearningGuard:
             return [f"{_modules(natural)}: no gradient so far, since {reason}"]
         return []
 
+    def _count(self) -> None:
+        reached, pairs = self._observed
+        self._steps += 1
+        self._had_gradient |= dict.fromkeys(reached, True)
+        self._steps_with_pairs += pairs
+        self._pairs_beside_lora_B |= pairs and self._steps > 1  # in the first step lora_B may be zero
+
     def _zero_by_nature(self, name: str) -> bool:
         module, _, factor = name.rpartition(".")
         seen = self._pairs_beside_lora_B if factor == "lora_A" else self._steps_with_pairs > 0
@@ -143,7 +147,7 @@ class SpikeGuard:
             return loss, None
         warning = None
         if loss > SPIKE_FACTOR * smooth_loss and loss - smooth_loss > 1.0:
-            warning = f"the loss jumped to {loss:.3g}, {loss / smooth_loss:.1f} times its running mean"
+            warning = f"the loss jumped to {loss:.3g} from a running mean of {smooth_loss:.3g}"
         return _SMOOTHING * smooth_loss + (1 - _SMOOTHING) * loss, warning
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -97,7 +97,12 @@ class Identity:
     @cached_property
     def settings(self) -> str:
         """Of all options that decide the trained bits."""
-        return settings_digest(self._config)
+        return settings_digest(self.decisive_settings)
+
+    @cached_property
+    def decisive_settings(self) -> dict[str, Any]:
+        """All options that decide the trained bits, `table.name` to a value that JSON holds."""
+        return decisive_settings(self._config)
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
@@ -108,6 +113,7 @@ class Identity:
             "data_digest": self.data,
             "held_out_digest": self.held_out,
             "settings_digest": self.settings,
+            "settings": self.decisive_settings,
         }
 
     def record(self) -> AdapterRecord:
@@ -122,14 +128,18 @@ class Identity:
         )
 
 
-def settings_digest(config: TrainConfig) -> str:
-    """SHA-256 over all options but `FREE_OPTIONS`."""
+def decisive_settings(config: TrainConfig) -> dict[str, Any]:
+    """All options but `FREE_OPTIONS`, `table.name` to a value that JSON holds; those that are None are left out."""
     # Once through the types of the fields, so that an alpha of 5 and one of 5.0, as a file has it, are the same.
     table = config_table(config_from_table(config_table(config), "configuration"))
-    decisive = {
+    return {
         f"{part}.{name}": value
         for part, options in table.items()
         for name, value in options.items()
         if f"{part}.{name}" not in FREE_OPTIONS
     }
+
+
+def settings_digest(decisive: Mapping[str, Any]) -> str:
+    """SHA-256 over `decisive_settings`."""
     return "sha256:" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ class Interrupted(BackhandError):
     def __init__(self, number: int, step: int, next_step: str) -> None:
         name = _NAMES.get(signal.Signals(number).name, "stopped")
         super().__init__(f"{name} after step {step}; everything up to it is saved", next_step=next_step)
+        self.step = step
         self.exit_code = 128 + number
 
 
@@ -72,7 +73,8 @@ class Interruption:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._graceful and self.requested is None:
             self.requested = number
-            self._announce("stopping after this step and saving; once more stops at once, at the checkpoint before")
+            with suppress(RuntimeError):  # Python forbids to print while the print it interrupted is under way
+                self._announce("stopping after this step and saving; once more stops at once, at the checkpoint before")
             return
         # Not an Exception: a library's `except Exception` must not swallow it.
         if number == signal.SIGINT:

@@ -18,10 +18,10 @@ from backhand.data.examples import Example
 from backhand.data.packing import micro_batches, trained_length
 from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
-from backhand.train.base_guard import BaseGuard, named_unusable
+from backhand.train.base_guard import BaseGuard, first_names, is_finite, named_unusable
 from backhand.train.batches import packed, real_tokens
 from backhand.train.forgetting import ForgettingMeter
-from backhand.train.guards import LearningGuard, SpikeGuard
+from backhand.train.guards import JUDGED_AFTER_STEPS, LearningGuard, SpikeGuard
 from backhand.train.held_out import HeldOut
 from backhand.train.interface import Trainable
 from backhand.train.memory import rss_bytes
@@ -82,6 +82,8 @@ class TrainingLoop:
         self._lengths = [trained_length(example) for example in examples]
         self._drops = any(slot.dropout > 0 for slot in state.lora.slots.values())
         self._spike_guard = SpikeGuard()
+        begin = state.progress.step
+        self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
     def run(self, until_step: int | None = None) -> bool:
         """Train to the end, or until this step is done.
@@ -108,6 +110,8 @@ class TrainingLoop:
                 progress.pending_evaluation = True
                 better = self._evaluate()
             if self._finish_if_done() or better or progress.step % self.plan.save_every == 0:
+                if self.base_guard is not None and not progress.finished:
+                    self.base_guard.sample()  # at the end all of it was looked at
                 self.save(better)
         return True
 
@@ -180,17 +184,22 @@ class TrainingLoop:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
-            for note in self.learning_guard.judge_if_due(last=last):
+            for note in self.learning_guard.judge_if_due(taken=result.taken, last=last):
                 self.observer.noted(note)
+        if self.base_guard is not None and progress.step in self._sampled_steps:
+            self.base_guard.sample()
 
     def _give_up(self) -> None:
-        progress = self.state.progress
-        self.save(False)
-        unusable = list(named_unusable(self.model.frozen_tensors()))
+        progress, lora = self.state.progress, self.state.lora
+        unusable = [f"base weight {name}" for name in named_unusable(self.model.frozen_tensors())]
+        if is_finite(lora.values):
+            self.save(False)  # the values before the first of these steps, which has moved nothing
+        else:
+            unusable += named_unusable(lora.named_tensors())
         raise CheckError(
             f"{progress.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite; "
             f"stopped after step {progress.step}",
-            why=f"base weights that are not finite: {', '.join(unusable[:5])}" if unusable else None,
+            why=f"NaN or infinity in {first_names(unusable)}" if unusable else None,
             next_step="use the adapter saved before, or start again with a lower --learning-rate or --dtype float32",
         )
 
@@ -211,10 +220,11 @@ class TrainingLoop:
             record["eval_loss"] = finite_or_none(loss)
         if self.meter is not None:
             measured = self.meter.measure(self.model, self.state.lora)
-            record |= {"forgetting_nats": measured.rise_nats, "forgetting_kl_nats": measured.kl_nats}
+            record |= {
+                "forgetting_nats": finite_or_none(measured.rise_nats),
+                "forgetting_kl_nats": finite_or_none(measured.kl_nats),
+            }
         self.observer.evaluated(record)
-        if self.base_guard is not None:
-            self.base_guard.sample(progress.step)
         progress.pending_evaluation = False
         self._refuse_forgetting(record)
         if loss is None:
@@ -244,11 +254,12 @@ class TrainingLoop:
 
     def _refuse_forgetting(self, record: dict[str, Any]) -> None:
         limit, rise = self.plan.max_forgetting, record.get("forgetting_nats")
-        if limit is None or rise is None or rise <= limit:
+        if limit is None or (rise is not None and rise <= limit):
             return
         self.save(False)
+        risen = "is no longer finite" if rise is None else f"has risen by {rise:.3f} nats per token"
         raise CheckError(
-            f"the loss on neutral texts has risen by {rise:.3f} nats per token, above the limit of {limit}",
+            f"the loss on neutral texts {risen}, above the limit of {limit}",
             where="max_forgetting",
             next_step="use the adapter saved before, or start again with a lower --learning-rate or fewer steps",
         )

@@ -72,6 +72,8 @@ class Progress:
             allowed = typing.get_args(hints[name]) or (hints[name],)
             if not (type(value) in allowed or (type(value) is int and float in allowed)):
                 raise ArtifactError(f"{name} is {value!r}", where="progress.json")
+            if type(value) is int and value < 0:
+                raise ArtifactError(f"{name} is {value}, which cannot be", where="progress.json")
         return cls(**values)
 
     def record_evaluation(self, loss: float) -> bool:

@@ -14,13 +14,16 @@ from backhand.train.proofs import Proof, ProofLog
 from backhand.train.run_state import RunState
 
 
-def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> None:
+def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:
     """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
 
     Args:
         finished: a loop at its last step.
         checkpoint: of an earlier step of the same run.
         log: told the outcome.
+
+    Returns:
+        False if the repetition was asked to stop, and nothing is proved.
 
     Raises:
         CheckError: the repetition ends in other bits.
@@ -30,7 +33,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     lora = finished.state.lora
     values, gradients = lora.values.clone(), lora.gradients.clone()
     again = RunState(lora, _like(finished.state.optimizer), Progress())
-    again.restore(checkpoint.contents, finished.model.dtype)
+    again.restore(checkpoint, finished.model.dtype)
     loop = TrainingLoop(
         finished.model,
         again,
@@ -48,7 +51,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         lora.gradients.copy_(gradients)
         lora.refresh_compute(finished.model.dtype)
     if not completed:
-        return
+        return False
     different = [name for name, digest in wanted.items() if found[name] != digest]
     log(
         Proof(
@@ -65,6 +68,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
             why="a kernel on this machine does not repeat its results",
             next_step="try --threads 1; the adapter is saved, only its repetition differs",
         )
+    return True
 
 
 def state_digests(state: RunState) -> dict[str, str]:

@@ -30,7 +30,7 @@ from backhand.train.opening import opening_facts
 from backhand.train.optimizer import AdapterOptimizer
 from backhand.train.progress import Progress
 from backhand.train.proofs import ProofLog, proof_log
-from backhand.train.resume import check_same_run, resumed_config
+from backhand.train.resume import BaseCheck, check_same_frozen, check_same_run, resumed_config
 from backhand.train.resume_proof import prove_resume
 from backhand.train.run_directory import CONFIG, SUMMARY, RunDirectory, opened
 from backhand.train.run_state import PROGRESS_FILE, RunState
@@ -39,13 +39,20 @@ from backhand.train.step_plan import StepPlan
 from backhand.train.summary import RunSummary, read_summary, summarise
 
 
-def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: FileLayer | None = None) -> RunSummary:
+def train(
+    config: TrainConfig,
+    *,
+    observers: Iterable[Observer] = (),
+    files: FileLayer | None = None,
+    typed: frozenset[str] = frozenset(),
+) -> RunSummary:
     """Train as `config` says; what is left behind stands in the run directory, see docs.
 
     Args:
         config: every option. What is None or `auto` in it is chosen, and written to config.toml.
         observers: told of every step and evaluation, besides the terminal and metrics.jsonl.
         files: the file layer, for tests.
+        typed: names of options that were given even where they have their default value; matters when resuming.
 
     Returns:
         what the run came to, as summary.json has it.
@@ -66,7 +73,7 @@ def train(config: TrainConfig, *, observers: Iterable[Observer] = (), files: Fil
         ):
             checkpoint = None
             if run.resume:
-                config = resumed_config(config, directory.path).validate()
+                config = resumed_config(config, directory.path, typed).validate()
                 checkpoint = _newest_checkpoint(directory, terminal)
                 if checkpoint is not None and (done := _finished(checkpoint, config, directory)) is not None:
                     terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
@@ -106,16 +113,16 @@ class _Run:
     observer: Observers
     interruption: Interruption
     checkpoint: Checkpoint | None
+    _frozen_digest: str | None = None
 
     def train(self) -> RunSummary:
         job, config = self.job, self.job.config
         optimizer = AdapterOptimizer(job.bound.lora, config.optimization)
         state = RunState(job.bound.lora, optimizer, Progress())
         plan = StepPlan.of(config, job.total_steps)
-        proof_steps = config.run.prove_resume
-        proof_begin = None if proof_steps is None else self._proof_begin(proof_steps)
         with self.interruption.graceful():
             store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
+            proof_begin = self._proof_begin(store)
             saver = Saver(
                 self.directory,
                 store,
@@ -127,8 +134,9 @@ class _Run:
                 protected=frozenset(() if proof_begin is None else {proof_begin}),
             )
             self._begin(store, state, saver)
+            finished_before = state.progress.finished
             log = proof_log(self.directory)
-            base_guard = BaseGuard(job.bound.model, log)
+            base_guard = self._guard_base(log)
             loop = TrainingLoop(
                 job.bound.model,
                 state,
@@ -146,11 +154,8 @@ class _Run:
             facts = opening_facts(job, continued=self.checkpoint is not None)
             self.observer.started(RunStart(job.total_steps, state.progress.step, facts))
             if not self._run_loop(loop, saver, proof_begin):
-                raise Interrupted(
-                    self.interruption.requested or 0, state.progress.step, f"continue with {self._resume_command()}"
-                )
-            summary = summarise(job, state, self.directory)
-            self.directory.write(SUMMARY, summary.to_json())
+                raise self._interrupted(state, f"continue with {self._resume_command()}")
+            summary = self._summary(state, keep=finished_before)
             if proof_begin is not None:
                 self._prove(loop, store, proof_begin, log)
         self.observer.ended(summary)
@@ -162,41 +167,83 @@ class _Run:
         if not config.run.resume:
             if config.run.overwrite:
                 self.directory.clear()
-            self.directory.make_checkpoints()
             self.directory.write(CONFIG, dump_config(config))
+            self.directory.make_checkpoints()
             return
+        if self.checkpoint is not None:
+            check_same_run(self.checkpoint.facts, job.identity, self._base_check())
+        self.directory.mend()
         self.directory.make_checkpoints()
         store.clean()
         if self.checkpoint is None:
             self.observer.noted("there is no checkpoint yet; the run begins at its first step")
             self.directory.forget_after(-1)
             return
-        check_same_run(self.checkpoint.facts, job.identity, self.directory.path)
-        state.restore(self.checkpoint.contents, job.bound.model.dtype)
+        state.restore(self.checkpoint, job.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step)
 
     def _run_loop(self, loop: TrainingLoop, saver: Saver, proof_begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""
-        if proof_begin is not None and loop.state.progress.step < proof_begin:
+        if proof_begin is not None and loop.state.progress.step <= proof_begin:
             if not loop.run(until_step=proof_begin):
                 return False
             saver.save(False)
         return loop.run()
 
-    def _proof_begin(self, steps: int) -> int:
-        begin = self.job.total_steps - steps
+    def _guard_base(self, log: ProofLog) -> BaseGuard:
+        """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
+        guard = BaseGuard(self.job.bound.model, log)
+        self._frozen_digest = guard.digest
+        if self.checkpoint is not None:
+            check_same_frozen(self.checkpoint.facts, guard.digest, self._base_check())
+        return guard
+
+    def _base_check(self) -> BaseCheck:
+        return BaseCheck(self.directory.path, self.job.config.model.force_base, self.observer.noted)
+
+    def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
+        return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
+
+    def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
+        """Written now; of a run that was finished before, as it stands."""
+        path = self.directory.path / SUMMARY
+        if keep and (there := read_summary(path)) is not None:
+            return there
+        summary = summarise(self.job, state, self.directory)
+        self.directory.write(SUMMARY, summary.to_json())
+        return summary
+
+    def _proof_begin(self, store: CheckpointStore) -> int | None:
+        """The step that the proof of resuming begins at: K before the end, or the newest kept one before that.
+
+        Raises:
+            UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
+        """
+        steps, total = self.job.config.run.prove_resume, self.job.total_steps
+        if steps is None:
+            return None
+        begin = total - steps
         if begin < 0:
+            raise UsageError(f"prove_resume {steps} is more than the {total} steps of the run", where="prove_resume")
+        if self.checkpoint is None or self.checkpoint.step <= begin:
+            return begin
+        earlier = store.newest_valid(before=begin)
+        if earlier is None:
             raise UsageError(
-                f"prove_resume {steps} is more than the {self.job.total_steps} steps of the run", where="prove_resume"
+                f"the run is past step {begin}, and no checkpoint from before is kept",
+                where="prove_resume",
+                next_step=f"give --prove-resume {total - store.steps()[0]}, which begins at the oldest that is kept",
             )
-        return begin
+        return earlier.step
 
     def _prove(self, loop: TrainingLoop, store: CheckpointStore, begin: int, log: ProofLog) -> None:
         if loop.state.progress.step < self.job.total_steps:
             self.observer.noted("the run ended early; the proof of resuming is left out")
             return
-        prove_resume(loop, store.load(begin), log)
+        if not prove_resume(loop, store.load(begin), log):
+            again = f"{self._resume_command()} --prove-resume {self.job.config.run.prove_resume}"
+            raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
         self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
 
     def _held_out(self) -> HeldOut | None:
@@ -211,7 +258,8 @@ class _Run:
         return ForgettingMeter.for_tokenizer(self.job.source.tokenizer())
 
     def _facts(self, step: int) -> dict[str, Any]:
-        return {**self.job.identity.facts(), "sampler": self.job.sampler.position(step)}
+        identity = self.job.identity.facts()
+        return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
 
     def _card(self, progress: Progress) -> dict[str, object]:
         card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}

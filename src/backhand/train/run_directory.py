@@ -7,13 +7,13 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from backhand.errors import UsageError
-from backhand.train.files import FileLayer, remove_tree, replace_file, saving, write_all, write_file
+from backhand.train.files import FileLayer, remove_tree, replace_file, saving, sync_file, write_all, write_file
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -23,7 +23,9 @@ SUMMARY = "summary.json"
 PROOFS = "proofs.jsonl"
 REPORT = "report.html"
 LOCK = ".lock"
-_OWNED = (ADAPTER, CHECKPOINTS, CONFIG, METRICS, SUMMARY, PROOFS, REPORT)
+TEMPORARY = ".tmp-"
+# config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
+_OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, REPORT)
 
 
 class RunDirectory:
@@ -58,7 +60,23 @@ class RunDirectory:
         with saving("the run directory", self.path, 0):
             for name in _OWNED:
                 remove_tree(self.files, self.path / name)
-            for path in sorted(self.path.glob(".tmp-*")):
+            self._remove_temporary()
+
+    def mend(self) -> None:
+        """Remove what an interrupted write left over, and the torn line at the end of proofs.jsonl.
+
+        Raises:
+            ResourceError: something cannot be removed or written.
+        """
+        with saving("the run directory", self.path, 0):
+            self._remove_temporary()
+        proofs = self.path / PROOFS
+        if proofs.exists() and not proofs.read_bytes().endswith(b"\n"):
+            self.write(PROOFS, _as_lines(self.lines(PROOFS)))
+
+    def _remove_temporary(self) -> None:
+        for path in sorted(self.path.iterdir()):
+            if path.name.startswith(TEMPORARY):
                 remove_tree(self.files, path)
 
     def write(self, name: str, text: str) -> None:
@@ -84,7 +102,7 @@ class RunDirectory:
             text = (self.path / name).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        for line in text.splitlines():
+        for line in text.split("\n"):
             with suppress(ValueError):
                 record = json.loads(line)
                 if isinstance(record, dict):
@@ -94,7 +112,17 @@ class RunDirectory:
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps after this one, which are about to be done again. Raises ResourceError."""
         kept = [record for record in self.lines(METRICS) if record.get("step", 0) <= step]
-        self.write(METRICS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        self.write(METRICS, _as_lines(kept))
+
+    def sync_lines(self) -> None:
+        """Wait until metrics and proofs are on the disk: a checkpoint never knows more than they do.
+
+        Raises:
+            ResourceError: the disk fails.
+        """
+        for name in (METRICS, PROOFS):
+            with saving(name, self.path, 0):
+                sync_file(self.files, self.path / name)
 
     def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
         """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""
@@ -112,7 +140,7 @@ class RunDirectory:
                 self.files.rename(temporary, self.adapter)
                 self.files.sync_directory(self.path)
                 remove_tree(self.files, old)
-            except OSError:
+            except BaseException:  # a second Ctrl-C among them
                 with suppress(OSError):
                     if old.exists() and not self.adapter.exists():
                         self.files.rename(old, self.adapter)
@@ -146,6 +174,7 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     try:
+        _check_contents(path, resume=resume, overwrite=overwrite)  # again: another process may have come and gone
         directory = RunDirectory(path, files or FileLayer())
         yield directory
     finally:
@@ -154,6 +183,10 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
                 (path / LOCK).unlink()
                 path.rmdir()
         os.close(lock)
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _real_directory(output: Path) -> Path:
@@ -175,7 +208,8 @@ def _real_directory(output: Path) -> Path:
 
 def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
     with saving("the run directory", path, 0):
-        children = sorted(child.name for child in path.iterdir() if child.name != LOCK)
+        names = sorted(child.name for child in path.iterdir())
+    children = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
     links = [name for name in (*_OWNED, LOCK) if (path / name).is_symlink()]
     if links:
         raise UsageError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.train.checkpoint import Checkpoint
 from backhand.train.optimizer import AdapterOptimizer
 from backhand.train.progress import Progress
 
@@ -41,21 +42,28 @@ class RunState:
         tensors["values"] = self.lora.values.cpu()
         return {**adapter_files(), STATE_FILE: save(tensors), PROGRESS_FILE: self.progress.to_json()}
 
-    def restore(self, contents: Mapping[str, bytes], dtype: torch.dtype) -> None:
-        """Continue from the files of a checkpoint.
+    def restore(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        """Continue from a checkpoint.
 
         Args:
-            contents: what `contents` returned.
+            checkpoint: of what `contents` returned.
             dtype: the compute dtype, for the copy of the factors that the model uses.
 
         Raises:
             ArtifactError: a file is missing, or is not of this adapter and optimizer.
         """
+        contents = checkpoint.contents
         tensors = _tensors(contents)
         values = tensors.get("values")
         if values is None or values.shape != self.lora.values.shape or values.dtype != self.lora.values.dtype:
             raise ArtifactError("the checkpoint holds the values of another adapter", where=STATE_FILE)
-        self.progress = Progress.from_json(_file(contents, PROGRESS_FILE))
+        progress = Progress.from_json(_file(contents, PROGRESS_FILE))
+        if progress.step != checkpoint.step:
+            raise ArtifactError(
+                f"the checkpoint of step {checkpoint.step} says that {progress.step} steps are done",
+                where=PROGRESS_FILE,
+            )
+        self.progress = progress
         self.optimizer.load_moments(tensors)
         self.lora.values.copy_(values)
         self.lora.gradients.zero_()

@@ -1,11 +1,15 @@
-"""Saving a run as it stands: the checkpoint, the published adapter, and the checkpoints that are no longer needed."""
+"""Saving a run as it stands: the checkpoint, the published adapter, and the checkpoints that are no longer needed.
+
+An adapter that holds NaN or infinity is never saved: whatever is on the disk can be used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, CheckError
+from backhand.train.base_guard import first_names, is_finite, named_unusable
 from backhand.train.checkpoint import CheckpointStore
 from backhand.train.run_directory import RunDirectory
 from backhand.train.run_state import PROGRESS_FILE, STATE_FILE, RunState
@@ -52,23 +56,39 @@ class Saver:
     def save(self, better: bool) -> None:
         """Save the state, unless it is saved already; publish the adapter if it is the one to publish.
 
+        Until some held-out loss is the best so far, the newest adapter is published.
+
         Args:
             better: whether the newest held-out loss is the best so far.
 
         Raises:
             ResourceError: with the bytes needed and free; what was saved before is intact.
+            CheckError: the adapter is not finite; nothing is saved.
         """
         progress = self._state.progress
         if self._saved == progress.to_json():
             return
+        self._require_finite()
+        self._directory.sync_lines()
         contents = self._state.contents(self._adapter_files)
         self._store.save(progress.step, contents, self._facts(progress.step))
         self._saved = contents[PROGRESS_FILE]
-        none_better = progress.finished and progress.best_step is None
-        if better or not self._best_only or none_better:
+        if better or not self._best_only or progress.best_step is None:
             self._directory.publish_adapter(adapter_part(contents))
         best = set() if progress.best_step is None else {progress.best_step}
-        self._store.prune(self._keep, {progress.step} | best | self._protected)
+        self._store.prune(progress.step, self._keep, {progress.step} | best | self._protected)
+
+    def _require_finite(self) -> None:
+        """Look at the tensors themselves: a loss can be finite while they are not."""
+        if not is_finite(self._state.lora.values):
+            unusable = list(named_unusable(self._state.lora.named_tensors()))
+            raise CheckError(
+                f"{len(unusable)} adapter factors hold NaN or infinity after step {self._state.progress.step}; "
+                "they are not saved",
+                where=first_names(unusable),
+                next_step="use the adapter or the checkpoint saved before; start again with a lower --learning-rate, "
+                "or --dtype float32",
+            )
 
     def restored(self, contents: Mapping[str, bytes]) -> None:
         """Take note of the checkpoint that the state was restored from, and put `adapter/` in order.
@@ -77,16 +97,13 @@ class Saver:
         """
         progress = self._state.progress
         self._saved = contents[PROGRESS_FILE]
-        wanted = contents
-        if self._best_only:
-            if progress.best_step is None:
+        wanted, best_step = contents, progress.best_step
+        if self._best_only and best_step is not None and best_step != progress.step:
+            try:
+                wanted = self._store.load(best_step).contents
+            except ArtifactError as error:
+                self._store.warn(f"adapter/ is left as it is: {error.what}")
                 return
-            if progress.best_step != progress.step:
-                try:
-                    wanted = self._store.load(progress.best_step).contents
-                except ArtifactError as error:
-                    self._store.warn(f"adapter/ is left as it is: {error.what}")
-                    return
         files = adapter_part(wanted)
         if any(not _same(self._directory, name, data) for name, data in files.items()):
             self._directory.publish_adapter(files)
