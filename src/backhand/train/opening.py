@@ -26,7 +26,7 @@ def opening_facts(job: Job, continued: bool) -> tuple[str, ...]:
     if job.held_out is not None:
         facts += [f"held out: {line}" for line in job.held_out.report.lines()]
     facts.append(
-        f"adapter: {lora.element_count:,} parameters in {len(lora.named_tensors())} tensors of {len(lora.slots)} "
+        f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}; "
         f"{report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
     )
