@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from backhand.adapters import safetensors_file
 from backhand.adapters.adapter_directory import check_adapter_name
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_config import read_peft_config
@@ -86,13 +88,16 @@ def test_a_flipped_bit_is_our_error_where_there_is_a_digest(saved: Path) -> None
         assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_a_flipped_bit_in_the_header_is_our_error_or_changes_nothing(saved: Path) -> None:
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_without_digest_a_flipped_bit_is_our_error_or_leaves_the_tensors_alone(saved: Path, name: str) -> None:
+    """In what describes the tensors; one in their values is a valid file of other values."""
     (saved / "backhand.json").unlink()
     before = tensors_of(saved)
-    path = saved / "adapter_model.safetensors"
+    path = saved / name
     data = path.read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    for position in range(8 * header):
+    described = 8 + int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else len(data)
+    read = 0
+    for position in range(8 * described):
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)
@@ -100,9 +105,10 @@ def test_a_flipped_bit_in_the_header_is_our_error_or_changes_nothing(saved: Path
             after = tensors_of(saved)
         except ArtifactError:
             continue
-        # Swapping one dtype for another of the same size is not visible in a file without digest.
-        same_names = set(after) == set(before)
-        assert same_names and all(after[key].shape == before[key].shape for key in before)
+        read += 1
+        assert list(after) == list(before)
+        assert all(after[key].dtype == before[key].dtype and torch.equal(after[key], before[key]) for key in before)
+    assert 0 < read < 8 * described  # white space and metadata may change
 
 
 IMPOSTORS: dict[str, bytes] = {
@@ -122,6 +128,59 @@ def test_another_kind_of_file_is_called_by_its_name(saved: Path, name: str, kind
     (saved / name).write_bytes(IMPOSTORS[kind])
     with pytest.raises(ArtifactError, match=kind):
         load_adapter(saved, SHAPES)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 0x8B1F])
+def test_a_header_length_that_spells_another_kind_of_file_is_a_length(tmp_path: Path, length: int) -> None:
+    """640 is 80 02, as a pickle begins; 0x8B1F is 1F 8B, as gzip does."""
+    header = json.dumps({"__metadata__": {"pad": ""}, "a": F32})
+    header = header.replace('""', '"' + "x" * (length - len(header)) + '"')
+    (tmp_path / "x.safetensors").write_bytes(header_file(header.encode(), struct.pack("<2f", 1.5, -2.0)))
+    tensors, problems = read_tensors(tmp_path / "x.safetensors")
+    assert not problems and tensors["a"].tolist() == [1.5, -2.0]
+
+
+def test_a_header_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`[[[[…` takes sixty times its length once it is a list of lists."""
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(safetensors_file, "parse_json_object", lambda *_: pytest.fail("the header was parsed"))
+    (tmp_path / "x.safetensors").write_bytes(header_file(b'{"a": ' + b"[" * 2000))
+    with pytest.raises(ArtifactError, match="too long"):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+def test_numbers_that_float32_does_not_hold_are_not_finite(saved: Path) -> None:
+    (saved / "backhand.json").unlink()
+    path = saved / "adapter_model.safetensors"
+    tensors = {name: tensor.double() for name, tensor in load(path.read_bytes()).items()}
+    next(iter(tensors.values()))[0, 1] = 1e300
+    path.write_bytes(save(tensors))
+    with pytest.raises(ArtifactError, match="1 of"):
+        load_adapter(saved, SHAPES)
+
+
+def pickled(saved: Path, content: object) -> None:
+    for name in ("backhand.json", "adapter_model.safetensors"):
+        (saved / name).unlink()
+    torch.save(content, saved / "adapter_model.bin")
+
+
+def test_a_view_in_a_pickle_that_claims_terabytes_is_not_unfolded(saved: Path) -> None:
+    pickled(saved, {"a": torch.ones(1).expand(2**20, 2**20), "b": torch.ones(3)})
+    with pytest.raises(ArtifactError, match=r"a: torch\.float32"):
+        load_adapter(saved, SHAPES, allow_pickle=True)
+
+
+def test_a_compressed_archive_is_not_unpacked(saved: Path) -> None:
+    pickled(saved, {"a": torch.zeros(2**20)})
+    packed = saved / "adapter_model.bin"
+    with zipfile.ZipFile(packed) as archive:
+        contents = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    with pytest.raises(ArtifactError, match="would unpack to 4,19"):
+        load_adapter(saved, SHAPES, allow_pickle=True)
 
 
 @pytest.mark.parametrize(

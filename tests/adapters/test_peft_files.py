@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backhand.adapters.adapter_directory import UnusableAdapterError
-from backhand.adapters.adapter_record import AdapterRecord, check_base
+from backhand.adapters.adapter_record import AdapterRecord, base_differences, wrong_base
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_files import load_adapter, save_adapter
 from backhand.adapters.targets import resolve_slots
@@ -333,13 +333,13 @@ def test_a_damaged_record_is_refused(saved: Path, shapes: dict[str, tuple[int, i
 
 def test_the_record_knows_its_base() -> None:
     record = AdapterRecord(origin="x.gguf", base_digest="a", tokenizer_digest="b", chat_template_digest="c")
-    check_base(record, "here", base_digest="a", tokenizer_digest="b", chat_template_digest="c")
-    check_base(record, "here")
-    check_base(None, "here", base_digest="z")
-    with pytest.raises(ArtifactError) as caught:
-        check_base(record, "here", base_digest="z", tokenizer_digest="b", chat_template_digest="z")
-    text = str(caught.value)
-    assert "base model" in text and "chat template" in text and "tokenizer" not in text and "--force-base" in text
+    assert not base_differences(record, base_digest="a", tokenizer_digest="b", chat_template_digest="c")
+    assert not base_differences(record)
+    different = base_differences(record, base_digest="z", tokenizer_digest="b", chat_template_digest="z")
+    assert [sentence.split(":")[0] for sentence in different] == ["base model", "chat template"]
+    assert all("trained on x.gguf" in sentence for sentence in different)
+    text = str(wrong_base(different, "here"))
+    assert all(sentence in text for sentence in different) and "here" in text and "--force-base" in text
 
 
 def test_an_adapter_in_a_named_sub_folder_is_found(

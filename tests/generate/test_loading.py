@@ -142,8 +142,8 @@ def test_the_adapter_must_belong_to_model_tokenizer_and_template(
         ):
             pass
         assert "base model" in (caught.value.why or "")
-        with loaded_model(options(other, engine=engine, force_base=True), recorded_adapter):
-            pass
+        with loaded_model(options(other, engine=engine, force_base=True), recorded_adapter) as forced:
+            assert any(note.startswith("used by force: base model") for note in forced.notes)
 
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])

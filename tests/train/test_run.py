@@ -17,6 +17,7 @@ from backhand.train.forgetting import Forgetting, ForgettingMeter
 from backhand.train.observer import Observer
 from backhand.train.run import train
 from support.no_autograd import autograd_raises
+from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
 
 
@@ -106,16 +107,23 @@ def test_continuing_from_an_adapter(tiny: TinyRun, tmp_path: Path) -> None:
     assert load_config(tmp_path / "second" / "config.toml").adapter.rank_pattern["q_proj"] == 5
 
 
-def test_an_adapter_of_another_base_is_refused_unless_forced(tiny: TinyRun, tmp_path: Path) -> None:
-    from support.tiny_models import save_tiny, tiny_model
-
+@pytest.mark.parametrize("engine", ["backhand", "transformers"])
+def test_an_adapter_of_another_base_is_refused_unless_forced(
+    engine: str, tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tiny.config(tmp_path / "first", max_steps=1))
     other = save_tiny(tiny_model("llama-tied", num_hidden_layers=2, seed=9), tmp_path / "other")
-    options = {"model": str(other), "from_adapter": str(tmp_path / "first" / "adapter"), "max_steps": 1}
+    options = {
+        "model": str(other),
+        "from_adapter": str(tmp_path / "first" / "adapter"),
+        "max_steps": 1,
+        "engine": engine,
+    }
     with pytest.raises(backhand.BackhandError) as caught:
         train(tiny.config(tmp_path / "second", **options))
     assert caught.value.exit_code == 4 and "base model" in str(caught.value)
-    train(tiny.config(tmp_path / "second", force_base=True, **options))
+    train(tiny.config(tmp_path / "second", force_base=True, quiet=False, **options))
+    assert "note: used by force: base model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,12 @@ def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor
 
 def _unpickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _refuse_compressed(sum(entry.file_size for entry in archive.infolist()), path.stat().st_size)
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except ArtifactError:
+        raise
     except Exception as error:  # noqa: BLE001 - a hostile file may make the unpickler raise anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError("is not a pickle of plain tensors", where=PICKLE_FILE, why=why[:200]) from None
@@ -172,13 +178,30 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
         raise ArtifactError("does not hold a map of names to tensors", where=PICKLE_FILE)
-    usable = {name: tensor for name, tensor in found.items() if tensor.is_floating_point() and tensor.numel()}
+    usable = {name: tensor for name, tensor in found.items() if _is_plain(tensor)}
     wrong = [
         f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} is not usable"
         for name, tensor in found.items()
         if name not in usable
     ]
     return usable, wrong
+
+
+def _refuse_compressed(content_bytes: int, file_bytes: int) -> None:
+    """torch.save compresses nothing: an archive that holds more than its size is none of its files."""
+    if content_bytes > file_bytes:
+        raise ArtifactError(
+            f"would unpack to {content_bytes:,} bytes, from {file_bytes:,}",
+            where=PICKLE_FILE,
+            next_step=f"save it with PEFT as {TENSOR_FILE}",
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is floating and holds its elements, each once: a view may claim any shape of one number."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_record(directory: Path) -> tuple[AdapterRecord | None, list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -125,31 +125,11 @@ def base_differences(
     ]
 
 
-def check_base(
-    record: AdapterRecord | None,
-    where: str,
-    *,
-    base_digest: str | None = None,
-    tokenizer_digest: str | None = None,
-    chat_template_digest: str | None = None,
-) -> None:
-    """Refuse a base model, tokenizer or chat template other than the recorded one.
-
-    Raises:
-        ArtifactError: names everything that differs. A caller that was told to force the base skips this call.
-    """
-    if record is None:
-        return
-    different = base_differences(
-        record,
-        base_digest=base_digest,
-        tokenizer_digest=tokenizer_digest,
-        chat_template_digest=chat_template_digest,
+def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
+    """The error of an adapter on another model than its own, with everything that differs."""
+    return ArtifactError(
+        "the adapter does not belong to this model",
+        where=where,
+        why="; ".join(different),
+        next_step="give the model it was trained on, or --force-base to use it all the same",
     )
-    if different:
-        raise ArtifactError(
-            "the adapter does not belong to this model",
-            where=where,
-            why="; ".join(different),
-            next_step="give the model it was trained on, or --force-base to use it all the same",
-        )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from backhand.adapters.adapter_record import AdapterRecord, check_base
+from torch import Tensor
+
+from backhand.adapters.adapter_record import AdapterRecord, base_differences, wrong_base
+from backhand.adapters.base_copies import copy_differences
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
 from backhand.adapters.peft_files import LoadedAdapter, load_adapter
+from backhand.adapters.targets import OUTPUT_HEADS
+from backhand.errors import ArtifactError
 from backhand.nn.loading.source import ModelSource
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 def load_adapter_for(
@@ -26,17 +34,23 @@ def load_adapter_for(
         directory: of the adapter.
         module_shapes: (out, in) of every linear module of the model, by dotted path.
         chat_template: the template in use; None where there is none, or it does not matter.
-        force_base: use the adapter whatever its record says of its base.
+        force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem of the files.
         ArtifactError: the adapter was trained with another base model, tokenizer or chat template.
     """
     loaded = load_adapter(directory, module_shapes)
-    if not force_base:
-        names = (target.name for target in loaded.targets)
-        check_source(loaded.record, str(loaded.directory), source, names, chat_template=chat_template)
-    return loaded
+    forced = check_source(
+        loaded.record,
+        str(loaded.directory),
+        source,
+        [target.name for target in loaded.targets],
+        chat_template=chat_template,
+        base_copies=loaded.base_copies,
+        force_base=force_base,
+    )
+    return replace(loaded, forced=forced)
 
 
 def check_source(
@@ -46,23 +60,34 @@ def check_source(
     module_names: Iterable[str],
     *,
     chat_template: str | None = None,
-) -> None:
-    """Refuse a base model, tokenizer or chat template other than those of an adapter's record.
+    base_copies: Mapping[str, Tensor] | None = None,
+    force_base: bool = False,
+) -> tuple[str, ...]:
+    """Refuse a base model, tokenizer or chat template other than those an adapter was trained with.
 
     Args:
-        record: from backhand.json; None, as PEFT's own adapters have it, passes.
+        record: from backhand.json; None, as PEFT's own adapters have it, says nothing.
         where: the adapter's directory, for the error.
         source: the base model at hand.
         module_names: the adapted modules.
         chat_template: the template in use; None is not compared.
+        base_copies: whole base weights that the adapter's file holds, by module.
+        force_base: return what differs in place of raising.
+
+    Returns:
+        a sentence for each thing that differs, for people to see; none unless `force_base`.
 
     Raises:
         ArtifactError: names everything that differs.
     """
-    if record is None:
-        return
-    digests = source_digests(source, module_names, chat_template=chat_template)
-    check_base(record, where, **digests)
+    different = []
+    if record is not None:
+        digests = source_digests(source, module_names, chat_template=chat_template)
+        different += base_differences(record, **digests)
+    different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
+    if different and not force_base:
+        raise wrong_base(different, where)
+    return tuple(f"used by force: {sentence}" for sentence in different)
 
 
 def source_digests(
@@ -77,12 +102,35 @@ def source_digests(
     }
 
 
+def base_weight_name(source: ModelSource, module: str) -> str:
+    """The name in a model's files of a module's weight.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    for name in weight_names([module], source.tensor_names()):
+        return name
+    raise ArtifactError(f"the base model has no weight of {module}", where=str(source.path))
+
+
 def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> Iterator[str]:
-    """Names of the modules' weights in a model's files, which may leave out the beginning of a path, as GPT-2's do."""
+    """Names of the modules' weights in a model's files; what is not found there is left out.
+
+    Files may leave out the beginning of a path, as GPT-2's do, and of a tied output head they hold only the embedding.
+    """
     there = set(tensor_names)
     for module in module_names:
-        name = f"{module}.weight"
-        while name not in there and "." in name.removesuffix(".weight"):
-            name = name.partition(".")[2]
-        if name in there:
+        name = _named(f"{module}.weight", there)
+        if name is None and module in OUTPUT_HEADS:
+            name = next((name for name in sorted(there) if name.endswith(_EMBEDDINGS)), None)
+        if name is not None:
             yield name
+
+
+def _named(name: str, there: Collection[str]) -> str | None:
+    """The longest end of a dotted name that is there; its last two parts at least."""
+    while name not in there:
+        if name.count(".") < 2:
+            return None
+        name = name.partition(".")[2]
+    return name

@@ -49,6 +49,7 @@ class LoadedAdapter:
             base model by who has it.
         record: backhand.json, if there is one.
         slots: for linear modules, what `LoRAParameters` takes.
+        forced: a sentence for each thing that is not as in training, where the user said to use the adapter anyway.
     """
 
     directory: Path
@@ -59,6 +60,7 @@ class LoadedAdapter:
     base_copies: Mapping[str, Tensor]
     record: AdapterRecord | None
     slots: tuple[LoRASlot, ...] = ()
+    forced: tuple[str, ...] = ()
 
     @property
     def config(self) -> LoRAConfig:
@@ -74,7 +76,7 @@ class LoadedAdapter:
             if not shape.embedding and shape.lora_A[0] > min(shape.weight[:2])
         ]
         copies = [f"{name}: the file also holds the whole base weight" for name in self.base_copies]
-        return (*self.described.notes, *wide, *copies, *self._overlapping())
+        return (*self.forced, *self.described.notes, *wide, *copies, *self._overlapping())
 
     def _overlapping(self) -> list[str]:
         """Modules whose alpha depends on the order of alpha_pattern's keys, which PEFT loses when it writes."""

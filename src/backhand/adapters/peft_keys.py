@@ -122,11 +122,11 @@ def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Seque
 
 def factor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the tensors whatever the model is: values that are not finite, and factors without partner."""
-    problems = [
-        f"{key}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are not finite"
-        for key, tensor in tensors.items()
-        if not bool(torch.isfinite(tensor).all())
-    ]
+    problems = []
+    for key, tensor in tensors.items():
+        finite = torch.isfinite(tensor.float())  # everything is computed in float32, where 1e300 is infinite
+        if not bool(finite.all()):
+            problems.append(f"{key}: {int((~finite).sum())} of {tensor.numel()} values are not finite")
     for ours, partner in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         problems.extend(_unpaired(tensors, ours, partner))
         problems.extend(_unpaired(tensors, partner, ours))

@@ -22,6 +22,9 @@ from backhand.adapters.file_kind import kind_of
 from backhand.adapters.strict_json import parse_json_object
 from backhand.errors import ArtifactError
 
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors package: parsed, a header takes many times its length."""
+
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,10 +83,14 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _header(data: bytearray, where: str) -> tuple[dict[str, Any], int]:
-    if kind := kind_of(bytes(data[:512])):
-        raise ArtifactError(f"this is {kind}, not a safetensors file", where=where)
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
+    complete = 0 < length <= len(data) - 8
+    # A length may spell the mark of another kind of file (640 is 80 02, as a pickle begins), but none has a brace next.
+    if not (complete and data[8:9] == b"{") and (kind := kind_of(bytes(data[:512]))):
+        raise ArtifactError(f"this is {kind}, not a safetensors file", where=where)
+    if length > MAX_HEADER_BYTES and complete:
+        raise ArtifactError(f"a header of {length:,} bytes is too long", where=where, next_step=_AGAIN)
+    if not complete:
         short = "it is only {} bytes long" if len(data) < 8 else "its header is cut off after {} bytes"
         raise ArtifactError(
             "this is not a complete safetensors file", where=where, why=short.format(len(data)), next_step=_AGAIN

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backhand.adapters.adapter_directory import TENSOR_FILE, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.checked_base import base_weight_name
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.targets import module_values
 from backhand.errors import ArtifactError
@@ -71,7 +72,7 @@ class AdapterFactors:
         return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
 
 
-def read_adapter(path: Path) -> AdapterFactors:
+def read_factors(path: Path) -> AdapterFactors:
     """Read an adapter as far as it goes without its model.
 
     Raises:
@@ -114,9 +115,7 @@ def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Ten
     Raises:
         ArtifactError: the base model has no such weight, or one of another shape.
     """
-    name = f"{module}.weight"
-    if name not in source.tensor_names() and module == "lm_head":
-        name = "model.embed_tokens.weight"  # a tied head
+    name = base_weight_name(source, module)
     weight = source.load(name)
     weight = weight.T if factors.embedding else weight.flatten(1)
     expected = (factors.lora_B.shape[0], factors.lora_A.shape[1])

@@ -111,8 +111,12 @@ def _by_transformers(
     if adapter is None:
         return TransformersCompleter(model), ()
     injected = inject_from(model, adapter)
-    if not options.force_base:
-        record = read_adapter_directory(adapter).record
-        names = (target.name for target in injected.targets)
-        check_source(record, str(adapter), source, names, chat_template=template)
-    return TransformersCompleter(model, injected), injected.notes
+    forced = check_source(
+        read_adapter_directory(adapter).record,
+        str(adapter),
+        source,
+        [target.name for target in injected.targets],
+        chat_template=template,
+        force_base=options.force_base,
+    )
+    return TransformersCompleter(model, injected), (*forced, *injected.notes)

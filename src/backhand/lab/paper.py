@@ -9,6 +9,7 @@ from rich.console import Console
 
 from backhand.adapters.atomic_files import make_directory
 from backhand.errors import CheckError
+from backhand.generate.notes import show_notes
 from backhand.lab.paper_files import paper_summary, write_paper
 from backhand.lab.paper_first_update import LARGEST_STANDARD_ERRORS, largest_disagreement
 from backhand.lab.paper_options import PaperOptions
@@ -34,6 +35,7 @@ def paper_command(options: PaperOptions) -> PaperResult:
     else:
         with Console(stderr=True).status("") as status:
             result = run_paper(options, status.update)
+    show_notes(result.notes)
     names = write_paper(options.run.output, result) if options.run.output is not None else []
     if options.run.json:
         sys.stdout.write(json.dumps(paper_summary(result) | {"files": names}, indent=2, allow_nan=False) + "\n")

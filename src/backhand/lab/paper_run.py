@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for
-from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_adapter
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
 from backhand.errors import ArtifactError, UsageError
 from backhand.lab.paper_adam_path import PathComparison, compare_paths
 from backhand.lab.paper_amplification import Amplification, amplification
@@ -41,6 +41,7 @@ class PaperResult:
         merging, memory: of the first adapter.
         updates, paths: the two claims about the optimizer.
         sweep: the runs.
+        notes: what a person should know: where an adapter does not belong to the base, and was used by force.
     """
 
     adapters: tuple[AdapterFactors, ...]
@@ -51,6 +52,7 @@ class PaperResult:
     updates: list[FirstUpdates] | None = None
     paths: list[PathComparison] | None = None
     sweep: SweepResult | None = None
+    notes: tuple[str, ...] = ()
 
 
 def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _: None) -> PaperResult:
@@ -67,16 +69,18 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     """
     options.validate()
     chosen = options.run.chosen()
-    result = PaperResult(tuple(read_adapter(path) for path in options.run.adapter))
+    result = PaperResult(tuple(read_factors(path) for path in options.run.adapter))
     if "similarity" in chosen:
         progress("subspace similarity")
         result.similarity = _similarity(result.adapters, options.run.seed)
     if chosen == ("similarity",):
         return result
     source = open_model(options.model.model)
-    if set(chosen) & {"amplification", "merging", "memory"} and not options.model.force_base:
+    if set(chosen) & {"amplification", "merging", "memory"}:
         for adapter in result.adapters:
-            check_source(adapter.record, str(adapter.directory), source, adapter.modules)
+            result.notes += check_source(
+                adapter.record, str(adapter.directory), source, adapter.modules, force_base=options.model.force_base
+            )
     if "amplification" in chosen:
         result.amplification = [_amplification(options, adapter, source, progress) for adapter in result.adapters]
     if "merging" in chosen:

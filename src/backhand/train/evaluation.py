@@ -22,6 +22,7 @@ from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import EngineCompleter
 from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generate.notes import show_notes
 from backhand.generate.transformers_completer import TransformersCompleter
 from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.train.held_out import HeldOut
@@ -142,6 +143,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     options.validate()
     run = options.run
     with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:
+        show_notes(loaded.notes)
         rows = evaluation_rows(options.data, loaded, run)
         base = score(loaded, rows, run, adapter=False)
         adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)

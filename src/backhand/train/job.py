@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from backhand.adapters.adapter_directory import read_adapter_directory
-from backhand.adapters.adapter_record import check_base
+from backhand.adapters.checked_base import check_source, load_adapter_for
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import load_adapter
+from backhand.data.chat import read_template
 from backhand.data.examples import Example, PreparedData
 from backhand.data.packing import trained_length
 from backhand.data.prepare import prepare
@@ -49,6 +49,7 @@ class Job:
         memory: what it will take.
         bound: model and adapter, its values set.
         identity: the digests.
+        notes: what the files of the adapter to start from say, and a person should know.
     """
 
     config: TrainConfig
@@ -61,6 +62,7 @@ class Job:
     memory: MemoryPlan
     bound: BoundModel
     identity: Identity
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,8 +99,9 @@ def build_job(config: TrainConfig, machine: Machine) -> Job:
     choice = choose_engine(config.model, source)
     config = replace(config, adapter=_adapter_config(config))
     slots = planned_slots(choice, config.adapter)
-    if slots is not None and config.run.from_adapter is not None:
-        _check_adapter(config, source, choice, config.run.from_adapter)
+    notes: tuple[str, ...] = ()
+    if slots is not None:
+        notes = _check_start(config, source, choice, [slot.name for slot in slots])
     train, held_out = prepare(config.data, source.tokenizer(), seed=config.run.seed)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
@@ -106,13 +109,14 @@ def build_job(config: TrainConfig, machine: Machine) -> Job:
     if slots is None:  # under transformers the targets are known once the model is there
         bound = _load(config, source, choice, machine, "none")
         slots = list(bound.lora.slots.values())
+        notes = _check_start(config, source, choice, list(bound.lora.slots))
     memory = _plan_memory(config, choice, source, slots, machine, train.examples, sampler, total_steps)
     if bound is None:
         bound = _load(config, source, choice, machine, memory.recompute)
     resolved = _resolved(config, choice, machine, memory, total_steps)
     _set_values(resolved, bound)
     identity = Identity(resolved, source, list(bound.lora.slots), train, held_out)
-    return Job(resolved, source, choice, train, held_out, sampler, total_steps, memory, bound, identity)
+    return Job(resolved, source, choice, train, held_out, sampler, total_steps, memory, bound, identity, notes)
 
 
 def _adapter_config(config: TrainConfig) -> LoRAConfig:
@@ -123,18 +127,19 @@ def _adapter_config(config: TrainConfig) -> LoRAConfig:
     return replace(described, dropout=config.adapter.dropout)
 
 
-def _check_adapter(config: TrainConfig, source: ModelSource, choice: EngineChoice, directory: str) -> None:
-    assert choice.decoder is not None
-    loaded = load_adapter(directory, module_shapes(choice.decoder))
-    if not config.model.force_base:
-        identity = Identity(config, source, [slot.name for slot in loaded.slots], PreparedData(()), None)
-        check_base(
-            loaded.record,
-            directory,
-            base_digest=identity.base,
-            tokenizer_digest=identity.tokenizer,
-            chat_template_digest=identity.chat_template,
-        )
+def _check_start(
+    config: TrainConfig, source: ModelSource, choice: EngineChoice, modules: Sequence[str]
+) -> tuple[str, ...]:
+    """Hold the adapter to start from, if there is one, against the base model; what a person should know of it."""
+    directory, force = config.run.from_adapter, config.model.force_base
+    if directory is None:
+        return ()
+    template = read_template(config.data.chat_template, source.tokenizer())
+    if choice.decoder is not None:
+        shapes = module_shapes(choice.decoder)
+        return load_adapter_for(source, directory, shapes, chat_template=template, force_base=force).notes
+    record = read_adapter_directory(directory).record
+    return check_source(record, directory, source, modules, chat_template=template, force_base=force)
 
 
 def _load(

@@ -61,6 +61,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     source = open_model(model.model)
     examples, rows = _documents(data, source.tokenizer(), max_tokens)
     decoder = Decoder.from_source(source, dtype=dtype, device=device)
+    said: tuple[str, ...] = ()
     if adapter is None:
         lora = random_adapter(decoder)
         described = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
@@ -70,6 +71,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
             source, adapter, decoder.module_shapes(), chat_template=template, force_base=model.force_base
         )
         lora = loaded.parameters(device=device)
+        said = loaded.notes
         described = f"adapter {adapter}"
     decoder.attach(lora)
     dropout = any(slot.dropout > 0 for slot in lora.slots.values())
@@ -77,6 +79,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
         f"model {model.model} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
         f"{described}: {len(lora.slots)} modules, {lora.element_count:,} elements",
         rows,
+        *said,
     )
     return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes)
 
