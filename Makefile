@@ -3,6 +3,7 @@
 #   make demo         the sine experiment, then SmolLM2-135M learns a task; everything under runs/
 #   make test         prove every gradient, then run the tests
 #   make check        lint, format, strict types, import direction, docstrings
+#   make docs         the documentation as a site: build/site/html/index.html
 #
 # PYTHON=... picks the interpreter, VENV=... the virtual environment, PYTEST_ARGS=... goes to pytest.
 
@@ -22,11 +23,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo sine verify test test-smollm2 test-slow check lint format-check types imports docstrings readme format bench clean
+.PHONY: help demo sine verify test test-smollm2 test-slow check lint format-check types imports docstrings readme docs format bench clean
 
 help:
-	@sed -n '3,5s/^#   /  /p' Makefile
-	@echo '  make verify | test-smollm2 | test-slow | bench | format | readme | clean'
+	@sed -n '3,4s/^#   /  /p' Makefile
+	@echo '  make verify | test-smollm2 | test-slow | bench | check | docs | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -54,6 +55,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its checks'
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo 'Installing Backhand with the packages of its documentation'
+	@$(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
@@ -108,6 +114,10 @@ docstrings: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
+
+docs: $(VENV)/.docs
+	PYTHONPATH=tools $(BIN)/python -m docsite.build
+	$(BIN)/zensical build --strict --clean -f build/site/zensical.toml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

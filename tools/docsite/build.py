@@ -1,0 +1,154 @@
+"""Put the site together: `python -m docsite.build` fills build/site/pages and build/site/zensical.toml.
+
+Every docs/*.md is a page; where the navigation below does not know one, it stands under "Guides". Links that leave
+docs/ are turned to the page of the same thing: an op's file to its derivation, other files to their bare name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+from docsite.command_pages import command_pages, toml_page
+from docsite.error_page import error_page
+from docsite.op_pages import op_pages
+from docsite.python_page import python_page
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = PROJECT / "src" / "backhand"
+DOCS = PROJECT / "docs"
+HERE = Path(__file__).parent
+
+# Hand-written pages with a place of their own; every other one is a guide.
+START = ("start.md",)
+BY_HAND = ("by_hand.md",)
+TUTORIALS = ("sine.md",)
+PROJECT_PAGES = ("architecture.md", "contributing.md", "log.md", "changelog.md")
+REFERENCE = ("errors.md", "error_messages.md", "toml.md", "python.md")
+# Files outside docs/ that are pages too.
+ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
+_FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
+
+Nav = list[dict[str, object]]
+
+
+def assemble(target: Path) -> None:
+    """Write `pages/` and `zensical.toml` into the folder, replacing what is there."""
+    shutil.rmtree(target, ignore_errors=True)
+    pages = target / "pages"
+    shutil.copytree(DOCS, pages)
+    for source, name in ROOT_PAGES.items():
+        (pages / name).write_text((PROJECT / source).read_text(encoding="utf-8"), encoding="utf-8")
+    ops = op_pages(PACKAGE)
+    for page in pages.rglob("*.md"):
+        page.write_text(relink(page.read_text(encoding="utf-8"), page.relative_to(pages), set(ops)), encoding="utf-8")
+    commands = command_pages()
+    made = {f"ops/{name}.md": text for name, text in ops.items()}
+    made |= {f"commands/{name}.md": text for name, text in commands.items()}
+    made |= {"toml.md": toml_page(), "error_messages.md": error_page(PACKAGE), "python.md": python_page()}
+    if (benchmarks := benchmark_page()) is not None:
+        made["benchmarks.md"] = benchmarks
+    for name, text in made.items():
+        (pages / name).parent.mkdir(exist_ok=True)
+        (pages / name).write_text(text, encoding="utf-8")
+    shutil.copy(HERE / "formulas.css", pages)
+    settings = (HERE / "zensical.toml").read_text(encoding="utf-8")
+    nav = navigation(pages, list(ops), list(commands))
+    # An array of inline tables, on one line before the first table of its own.
+    settings = settings.replace("[project]\n", f"[project]\nnav = {_toml(nav)}\n", 1)
+    (target / "zensical.toml").write_text(settings, encoding="utf-8")
+
+
+def navigation(pages: Path, ops: list[str], commands: list[str]) -> Nav:
+    """Every page of the folder, each once."""
+    recipes = [f"recipes/{path.name}" for path in sorted((pages / "recipes").glob("*.md"))]
+    placed = {"index.md", *START, *BY_HAND, *TUTORIALS, *PROJECT_PAGES, *REFERENCE}
+    guides = [path.name for path in sorted(pages.glob("*.md")) if path.name not in placed]
+
+    def listed(names: list[str] | tuple[str, ...]) -> Nav:
+        return [{_title(pages / name): name} for name in names if (pages / name).exists()]
+
+    # An op's heading says more than a navigation has room for.
+    derivations: Nav = [{re.split("[:,]", _title(pages / name))[0]: name} for name in (f"ops/{op}.md" for op in ops)]
+
+    return [
+        {"Home": "index.md"},
+        *listed(START),
+        {"Recipes": listed(recipes)},
+        {"LoRA by hand": [*listed([*BY_HAND, *TUTORIALS]), *derivations]},
+        {"Guides": listed(guides)},
+        {"Commands": listed([f"commands/{name}.md" for name in commands])},
+        {"Reference": listed(REFERENCE)},
+        {"Project": listed(PROJECT_PAGES)},
+    ]
+
+
+def relink(text: str, page: Path, ops: set[str]) -> str:
+    """The page with its links turned to pages of the site; code blocks stay as they are."""
+
+    def turned(match: re.Match[str]) -> str:
+        label, target, anchor = match[1], match[2], match[3] or ""
+        # What the link means from the project's root: pages of docs/ lie there, root pages above.
+        base = PROJECT if page.name in ROOT_PAGES.values() else DOCS / page.parent
+        path = (base / target).resolve()
+        if not path.exists():
+            return match[0]  # the build names it
+        up = "../" * len(page.parent.parts)
+        if path.is_relative_to(DOCS) and path.suffix != "":
+            return f"[{label}]({up}{path.relative_to(DOCS)}{anchor})"
+        if path.parent in (PACKAGE / "ops", PACKAGE / "nn") and path.stem in ops:
+            return f"[{label}]({up}ops/{path.stem}.md)"
+        if path.parent == PROJECT and path.name in ROOT_PAGES:
+            return f"[{label}]({up}{ROOT_PAGES[path.name]}{anchor})"
+        return label if label.startswith("`") else f"`{label}`"
+
+    parts: list[str] = []
+    end = 0
+    for fence in _FENCE.finditer(text):
+        parts += [_LINK.sub(turned, text[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*parts, _LINK.sub(turned, text[end:])])
+
+
+def benchmark_page() -> str | None:
+    """The README's benchmark section as a page; None as long as a result it needs has not been measured."""
+    path = PROJECT / "benchmarks" / "table.py"
+    spec = importlib.util.spec_from_file_location("table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    try:
+        section: str = table.section()
+    except FileNotFoundError:
+        return None
+    return re.sub(r"<!--.*?-->", "", section).strip().replace("## How fast", "# How fast", 1) + "\n"
+
+
+def _title(page: Path) -> str:
+    """The page's first heading, without markup."""
+    heading = re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert heading, f"{page.name} has no heading"
+    return heading[1].replace("`", "")
+
+
+def _toml(value: object) -> str:
+    """Strings, lists and tables in TOML's inline form."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return (
+            "{ "
+            + ", ".join(f"{json.dumps(key, ensure_ascii=False)} = {_toml(item)}" for key, item in value.items())
+            + " }"
+        )
+    return json.dumps(value, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    assemble(PROJECT / "build" / "site")

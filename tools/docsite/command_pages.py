@@ -1,0 +1,106 @@
+"""One page a command, from what the command line itself is made of: its signature, which comes from its dataclass."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, get_args, get_origin
+
+from cyclopts import Group, Parameter
+
+from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.fields import option_fields
+from backhand.train.config import TrainConfig
+
+
+def command_pages() -> dict[str, str]:
+    """Command name → Markdown."""
+    return {command.name: _page(command) for command in COMMANDS}
+
+
+def toml_page() -> str:
+    """Every key of a TOML file of options, table by table, with its default and the same sentence as in the help."""
+    parts = [
+        "# Every key of a run's TOML file",
+        (
+            "`backhand train run.toml` reads what each run leaves as `config.toml`: these tables, with what was chosen "
+            "automatically filled in. The command line wins over the file. An unknown key is an error."
+        ),
+    ]
+    table = None
+    rows: list[str] = []
+    for field in [*option_fields(TrainConfig), None]:
+        section = ".".join(field.section) if field else None
+        if section != table and rows:
+            parts += [f"## `[{table}]`", "\n".join(["| key | type | default | |", "|---|---|---|---|", *rows])]
+            rows = []
+        table = section
+        if field:
+            rows.append(f"| `{field.name}` | {_kind(field.hint)} | {_default(field.default)} | {_cell(field.help)} |")
+    return "\n\n".join([*parts, ""])
+
+
+def _page(command: Command) -> str:
+    module, _, function = command.target.partition(":")
+    called: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    groups: dict[str, list[str]] = {}
+    for parameter in inspect.signature(called).parameters.values():
+        hint, said = _annotated(parameter)
+        title = next((group.name for group in _several(said.group) if isinstance(group, Group)), "Arguments")
+        groups.setdefault(title, []).append(_row(parameter, hint, said))
+    parts = [f"# `backhand {command.name}`", command.summary, f"```sh\n{command.example}\n```"]
+    for title, rows in groups.items():
+        parts += [f"## {title}", "\n".join(["| | default | |", "|---|---|---|", *rows])]
+    return "\n\n".join([*parts, ""])
+
+
+def _annotated(parameter: inspect.Parameter) -> tuple[Any, Parameter]:
+    hint, *annotations = get_args(parameter.annotation)
+    (said,) = (annotation for annotation in annotations if isinstance(annotation, Parameter))
+    return hint, said
+
+
+def _several(value: Any) -> list[Any]:
+    """Cyclopts' "one, several or none" as a list."""
+    return list(value) if isinstance(value, tuple | list) else [value] if value else []
+
+
+def _row(parameter: inspect.Parameter, hint: Any, said: Parameter) -> str:
+    positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    names = _several(said.name) or [parameter.name.upper()]
+    name = names[0] if positional else "--" + parameter.name.replace("_", "-")
+    default = "" if parameter.default is inspect.Parameter.empty else _default(parameter.default)
+    shown = f"`{name}`" if _kind(hint) in ("", "flag") else f"`{name}` {_kind(hint)}"
+    return f"| {shown} | {default} | {_cell(said.help or '')} |"
+
+
+def _kind(hint: Any) -> str:
+    """What may be given, for a reader: `int`, `text`, the choices, … several."""
+    members = [hint]
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        members = [member for member in get_args(hint) if member is not type(None)]
+    return " or ".join(dict.fromkeys(_one_kind(member) for member in members))
+
+
+def _one_kind(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in get_args(hint))
+    if origin is not None and issubclass(origin, tuple | list):
+        return f"{_kind(get_args(hint)[0])} …"
+    if origin is not None:
+        return "name = value …"
+    return {bool: "flag", int: "int", float: "number", str: "text"}.get(hint, "path")
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False or value in ((), {}, ""):
+        return ""
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
