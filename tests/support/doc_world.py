@@ -1,0 +1,126 @@
+"""A directory in which what the documentation says can be typed: rows, the project's docs/, `backhand` on the path.
+
+An adapter that a command line reads (`runs/NAME`), and that nothing before has made, is trained on the spot: one step
+on SmolLM2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from support.doc_blocks import PROJECT, Block
+
+ROWS = [
+    {"prompt": f"How many {thing} are in the box?", "completion": f"There are {number} {thing} in the box."}
+    for number, thing in enumerate(("pens", "nails", "cups", "keys", "maps", "coins", "shells", "stamps"), start=3)
+]
+_RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
+_RUN_MADE = re.compile(r"--output[ =]runs/(\w+)")
+_TIME_LIMIT_S = 900
+
+
+def _words(line: str) -> str:
+    """A printed line without what another machine prints otherwise: numbers, verdicts on single bits, rules, widths."""
+    return " ".join(re.findall(r"[^\W\d_]+", re.sub(r"\b(\d[\d.,]*e[-+]\d+|yes|no)\b", "", line)))
+
+
+def _check_output(expected: list[str], printed: str) -> None:
+    """Each line that the documentation shows is printed, in this order."""
+    lines = iter([_words(line) for line in printed.splitlines()])
+    for line in expected:
+        if (words := _words(line)) and words not in lines:
+            raise AssertionError(f"this is not printed, or not in this place: {line}\n{printed}")
+
+
+class World:
+    """A directory to type in.
+
+    Args:
+        directory: an empty one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.names: dict[str, Any] = {}
+        (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        (directory / "docs").symlink_to(PROJECT / "docs")
+        programs = directory / ".bin"
+        programs.mkdir()
+        program = programs / "backhand"
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m backhand "$@"\n')
+        program.chmod(0o755)
+        self.environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+
+    def type(self, script: str, given: str = "") -> str:
+        """Run shell lines as they stand, and return what they print; the first that fails fails the test."""
+        made: set[str] = set()
+        for line in script.splitlines():
+            for run in set(_RUN_READ.findall(line)) - set(_RUN_MADE.findall(line)) - made:
+                self._train(run)
+            made |= set(_RUN_MADE.findall(line))
+        return self._shell(script, given)
+
+    def run(self, block: Block) -> None:
+        """Run a block of the documentation, or save it as the file that it says it is."""
+        try:
+            match block.language:
+                case "sh":
+                    self.type(block.text)
+                case "console":
+                    _check_output(block.output, self.type(block.commands))
+                case "python":
+                    self._python(block)
+                case "json" | "jsonl" | "toml":
+                    self._file(block)
+                case _:
+                    raise AssertionError(f"nothing runs a block of the language {block.language!r}")
+        except Exception as error:
+            raise AssertionError(f"{block.place}: {error}") from error
+
+    def _train(self, run: str) -> None:
+        if not (self.directory / "runs" / run).exists():
+            seed = sum(run.encode())
+            self._shell(f"backhand train --data rows.jsonl --epochs 1 --seed {seed} --output runs/{run} --quiet", "")
+
+    def _shell(self, script: str, given: str) -> str:
+        finished = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.directory,
+            env=self.environment,
+            input=given,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_TIME_LIMIT_S,
+        )
+        if finished.returncode != 0:
+            raise AssertionError(f"exit code {finished.returncode}\n{script}\n{finished.stdout}\n{finished.stderr}")
+        return finished.stdout
+
+    def _python(self, block: Block) -> None:
+        code = compile("\n" * (block.line) + block.text, str(PROJECT / block.page), "exec")
+        before = Path.cwd()
+        os.chdir(self.directory)
+        try:
+            exec(code, self.names)
+        finally:
+            os.chdir(before)
+
+    def _file(self, block: Block) -> None:
+        match block.language:
+            case "toml":
+                tomllib.loads(block.text)
+            case "json":
+                json.loads(block.text)
+            case _:
+                for line in block.text.splitlines():
+                    json.loads(line)
+        if block.title:
+            (self.directory / block.title).write_text(block.text, encoding="utf-8")
