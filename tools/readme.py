@@ -16,7 +16,7 @@ from backhand.cli.commands import COMMANDS
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "src" / "backhand"
 # Top to bottom, as imports point.
-ROOMS = ("cli", "lab", "report", "verify", "train", "generate", "arithmetic", "adapters", "data", "nn", "ops")
+ROOMS = ("cli", "lab", "report", "verify", "train", "arithmetic", "generate", "adapters", "data", "nn", "ops")
 
 
 def commands_section() -> str:

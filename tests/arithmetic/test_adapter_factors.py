@@ -8,8 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.arithmetic.adapter_factors import base_weight, read_factors
 from backhand.arithmetic.module_paths import kind_of, layer_of
 from backhand.errors import ArtifactError
@@ -101,3 +103,39 @@ def test_names_of_runs_and_of_modules(base: nn.Module, tmp_path: Path) -> None:
 def test_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         read_factors(tmp_path)
+
+
+def test_what_file_and_configuration_disagree_on_is_said_without_a_model(base: nn.Module, tmp_path: Path) -> None:
+    saved(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    layer = "base_model.model.model.layers.{}.{}"
+    wide = layer.format(0, "self_attn.q_proj")
+    tensors[f"{wide}.lora_A.weight"] = torch.ones(4, 60)
+    tensors[f"{wide}.lora_B.weight"] = torch.ones(84, 4)
+    odd = layer.format(1, "self_attn.q_proj")
+    tensors[f"{odd}.lora_B.weight"] = torch.ones(84, 2)
+    flat = layer.format(2, "self_attn.q_proj")
+    tensors[f"{flat}.lora_A.weight"] = torch.ones(60)
+    extra = layer.format(0, "self_attn.v_proj")
+    tensors[f"{extra}.lora_A.weight"] = torch.ones(3, 60)
+    tensors[f"{extra}.lora_B.weight"] = torch.ones(28, 3)
+    save_file(tensors, file)
+    with pytest.raises(UnusableAdapterError) as caught:
+        read_factors(tmp_path / "adapter")
+    problems = sorted(problem.removeprefix("model.layers.") for problem in caught.value.problems)
+    assert problems == [
+        "0.self_attn.q_proj: rank 4 in the file, 3 by the configuration",
+        "0.self_attn.v_proj: the configuration does not adapt this module",
+        "1.self_attn.q_proj: lora_A (3, 60) and lora_B (84, 2) do not belong together",
+        "2.self_attn.q_proj: lora_A (60,) and lora_B (84, 3) do not belong together",
+    ]
+
+
+def test_everything_in_the_file_is_accounted_for(base: nn.Module, tmp_path: Path) -> None:
+    saved(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    read = read_factors(tmp_path / "adapter")
+    assert list(read.others) == ["base_model.model.lm_head.base_layer.weight"]
+    assert sum(read.part_bytes.values()) == 4 * (read.element_count + read.others[next(iter(read.others))].numel())
+    header = 8 + int.from_bytes((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()[:8], "little")
+    assert read.stored_bytes == header + sum(read.part_bytes.values())

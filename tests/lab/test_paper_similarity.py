@@ -10,6 +10,8 @@ import pytest
 import scipy.linalg
 import torch
 
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
 from backhand.arithmetic.subspaces import input_directions, output_directions, subspace_similarity
 from backhand.lab.paper_similarity import (
@@ -96,7 +98,7 @@ def adapter(seed: int, rank: int, modules: tuple[str, ...]) -> AdapterFactors:
         name: ModuleFactors(torch.randn(rank, 12, generator=source), torch.randn(9, rank, generator=source), 2.0)
         for name in modules
     }
-    return AdapterFactors(f"adapter {seed}", Path(), None, factors, 0)
+    return AdapterFactors(f"adapter {seed}", Path(), PEFTConfig(LoRAConfig()), factors, (), 0)
 
 
 def test_adapters_are_compared_on_the_modules_of_both() -> None:

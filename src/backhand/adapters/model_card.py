@@ -45,7 +45,7 @@ def model_card(described: PEFTConfig, targets: Sequence[Target], parameters: int
             "",
             "# LoRA adapter",
             "",
-            "Trained with Backhand; the files are in PEFT's format.",
+            "Written by Backhand; the files are in PEFT's format.",
             "",
             "| | |",
             "|---|---|",

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import TENSOR_FILE, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.adapter_directory import (
+    PICKLE_FILE,
+    TENSOR_FILE,
+    AdapterContents,
+    UnusableAdapterError,
+    read_adapter_directory,
+)
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import base_weight_name
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.targets import module_values
-from backhand.errors import ArtifactError
+from backhand.adapters.targets import Target, module_values, resolve_targets
+from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.source import ModelSource
 
 _SUFFIXES = {
@@ -33,17 +41,32 @@ class ModuleFactors:
         lora_B: (out, rank) float32.
         scaling: alpha / rank, or as the configuration says.
         embedding: whether the weight is stored as (in, out), as an embedding's is.
+        kernel: sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     embedding: bool = False
+    kernel: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
         """Rows of lora_A."""
         return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the frozen weight as the model has it."""
+        out_features, in_features = self.shape
+        if self.embedding:
+            return in_features, out_features
+        return (out_features, in_features // prod(self.kernel), *self.kernel)
 
 
 @dataclass(frozen=True)
@@ -53,17 +76,23 @@ class AdapterFactors:
     Attributes:
         label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's.
         directory: where its files lie.
-        base_model: as adapter_config.json names it, if it does.
+        described: what adapter_config.json says.
         modules: by dotted path, in the order of the file.
+        targets: rank, alpha and scaling of the same modules, as the configuration gives them.
+        others: what the file holds besides factors, by its name there: base weights, magnitudes, whole modules.
+        part_bytes: size of each tensor in the file, by its name there.
         stored_bytes: size of the file of factors.
         record: what backhand.json says of its base, if there is one.
     """
 
     label: str
     directory: Path
-    base_model: str | None
+    described: PEFTConfig
     modules: Mapping[str, ModuleFactors]
+    targets: Sequence[Target]
     stored_bytes: int
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
     record: AdapterRecord | None = None
 
     @property
@@ -73,7 +102,7 @@ class AdapterFactors:
 
 
 def read_factors(path: Path) -> AdapterFactors:
-    """Read an adapter as far as it goes without its model.
+    """Read an adapter, and check it as completely as that goes without its model.
 
     Raises:
         ArtifactError: there is none, or it cannot be used; lists what is wrong.
@@ -81,32 +110,80 @@ def read_factors(path: Path) -> AdapterFactors:
     contents = read_adapter_directory(path)
     if contents.problems:
         raise UnusableAdapterError(contents.directory, contents.problems)
+    found, embeddings, others = _sorted_out(contents.tensors)
+    if not found:
+        raise ArtifactError("holds no factors", where=str(contents.directory))
+    targets, problems = _adapted(contents, list(found))
+    modules = {}
+    for target in targets:
+        lora_A, lora_B = found[target.name]["lora_A"], found[target.name]["lora_B"]
+        if problem := _factor_problem(lora_A, lora_B, target.rank):
+            problems.append(f"{target.name}: {problem}")
+            continue
+        modules[target.name] = ModuleFactors(
+            lora_A.float().flatten(1),
+            lora_B.float().flatten(1),
+            target.scaling,
+            target.name in embeddings,
+            tuple(lora_A.shape[2:]),
+        )
+    if problems:
+        raise UnusableAdapterError(contents.directory, problems)
+    ranks = sorted({module.rank for module in modules.values()})
+    return AdapterFactors(
+        f"{_name(contents.directory)}, rank {'/'.join(map(str, ranks))}",
+        contents.directory,
+        contents.described,
+        modules,
+        targets,
+        _stored_bytes(contents.directory),
+        others,
+        {key: tensor.nbytes for key, tensor in contents.tensors.items()},
+        contents.record,
+    )
+
+
+def _factor_problem(lora_A: Tensor, lora_B: Tensor, rank: int) -> str | None:
+    """What is wrong with the shapes of a module's factors, if anything is."""
+    kernel = lora_B.shape[2:]
+    if lora_A.dim() < 2 or lora_B.dim() < 2 or prod(kernel) != 1 or lora_A.shape[0] != lora_B.shape[1]:
+        return f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not belong together"
+    if lora_A.shape[0] != rank:
+        return f"rank {lora_A.shape[0]} in the file, {rank} by the configuration"
+    return None
+
+
+def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str], dict[str, Tensor]]:
+    """Factors by module, which modules are embeddings, and everything else."""
     found: dict[str, dict[str, Tensor]] = {}
-    embeddings = set()
-    for key, tensor in contents.tensors.items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        if suffix is None:
-            continue  # a copy of a base weight beside the factors of an embedding or head
+    embeddings, others = set(), {}
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
         name = key.removesuffix(suffix).removeprefix(PREFIX)
+        factors = found.get(name, {})
+        if not suffix or not key.startswith(PREFIX) or _SUFFIXES[suffix] in factors:
+            others[key] = tensor
+            continue
         if "embedding" in suffix:
             embeddings.add(name)
-        found.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
+        found[name] = factors | {_SUFFIXES[suffix]: tensor}
+    return found, embeddings, others
+
+
+def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target], list[str]]:
+    """The modules of the file as the configuration has them, and a sentence for each that it does not adapt."""
     config = contents.described.config
-    modules = {}
-    for target in module_values(config, list(found), strict=False):
-        lora_A, lora_B = (found[target.name][factor].float().flatten(1) for factor in ("lora_A", "lora_B"))
-        if lora_A.shape[0] != lora_B.shape[1]:
-            raise ArtifactError(
-                f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not belong together",
-                where=f"{contents.directory}: {target.name}",
-            )
-        modules[target.name] = ModuleFactors(lora_A, lora_B, target.scaling, target.name in embeddings)
-    if not modules:
-        raise ArtifactError("holds no factors", where=str(contents.directory))
-    ranks = sorted({module.rank for module in modules.values()})
-    label = f"{_name(contents.directory)}, rank {'/'.join(map(str, ranks))}"
-    stored = (contents.directory / TENSOR_FILE).stat().st_size
-    return AdapterFactors(label, contents.directory, contents.described.base_model, modules, stored, contents.record)
+    try:
+        chosen = {target.name for target in resolve_targets(config, names, heads=(), strict=False)}
+    except UsageError as error:
+        return [], [str(error)]
+    problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
+    return module_values(config, [name for name in names if name in chosen], strict=False), problems
+
+
+def _stored_bytes(directory: Path) -> int:
+    file = directory / TENSOR_FILE
+    return (file if file.exists() else directory / PICKLE_FILE).stat().st_size
 
 
 def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Tensor:
@@ -118,10 +195,9 @@ def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Ten
     name = base_weight_name(source, module)
     weight = source.load(name)
     weight = weight.T if factors.embedding else weight.flatten(1)
-    expected = (factors.lora_B.shape[0], factors.lora_A.shape[1])
-    if tuple(weight.shape) != expected:
+    if tuple(weight.shape) != factors.shape:
         raise ArtifactError(
-            f"the adapter is for a weight of {expected}, the base model has {tuple(weight.shape)}",
+            f"the adapter is for a weight of {factors.shape}, the base model has {tuple(weight.shape)}",
             where=name,
             next_step="give the base that the adapter was trained on as --model",
         )

@@ -72,6 +72,12 @@ COMMANDS = (
         "backhand.cli.paper:paper",
     ),
     Command(
+        "combine",
+        "Add, average, subtract, concatenate, merge or reduce adapters, exactly, or saying what is lost.",
+        "backhand combine add runs/one/adapter runs/two/adapter --output runs/both",
+        "backhand.cli.combine:combine",
+    ),
+    Command(
         "demo",
         "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",

@@ -1,0 +1,111 @@
+"""What `backhand combine` can be told. This file imports no torch: the command line reads it for its help."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from backhand.adapters.config import check_rank
+from backhand.errors import UsageError
+
+Operation = Literal["add", "scale", "average", "subtract", "concatenate", "ties", "dare", "svd"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+DEFAULT_DENSITY = {"ties": 0.2, "dare": 0.1}
+"""TIES keeps the largest fifth [arXiv:2306.01708, §4], DARE drops nine of ten [arXiv:2311.03099, §4]."""
+
+
+@dataclass(frozen=True)
+class CombineOptions:
+    """What to make of which adapters; everything is said of ΔW = scaling · lora_B @ lora_A."""
+
+    operation: Operation
+    """`add`: Σ w ΔW. `subtract`: the first less the others. `average`: Σ w ΔW / Σ w. `scale`: one adapter times its
+    weight. `concatenate`: as `add`, the factors side by side as they are. `svd`: as `add`, at the smallest rank that
+    loses nothing, or at `rank`. `ties`, `dare`: entries chosen before they are added, see docs/adapters.md."""
+
+    adapters: tuple[Path, ...] = ()
+    """Directories of the adapters, as training or PEFT wrote them."""
+
+    output: Path | None = None
+    """Directory for the new adapter, in PEFT's format."""
+
+    weights: tuple[float, ...] = ()
+    """One number an adapter; not given: 1 each. `scale` needs its one."""
+
+    rank: int | None = None
+    """Largest rank of the new adapter. Not given: the rank of the result, so that nothing is lost; for `ties` and
+    `dare`, whose results have full rank, the largest rank among the adapters. What is lost is said."""
+
+    density: float | None = None
+    """Share of the entries of ΔW that `ties` and `dare` keep, in (0, 1]; not given: 0.2 for `ties`, 0.1 for `dare`."""
+
+    seed: int = 0
+    """Which entries `dare` keeps."""
+
+    model: str | None = None
+    """Base model to hold the adapters against, and to record in the new one; not given: the adapters against each
+    other."""
+
+    force_base: bool = False
+    """Combine adapters that were trained on different base models, tokenizers or chat templates."""
+
+    overwrite: bool = False
+    """Replace an adapter that is already in `output`."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def validate(self) -> CombineOptions:
+        """Check every field before anything is read; return self.
+
+        Raises:
+            UsageError: a field is out of range, or two contradict each other.
+        """
+        if self.operation not in OPERATIONS:
+            raise UsageError(f"{self.operation!r} is not one of {', '.join(OPERATIONS)}", where="operation")
+        count = len(self.adapters)
+        needed = 2 if self.operation not in ("scale", "svd") else 1
+        if count < needed or (self.operation == "scale" and count > 1):
+            wanted = "one adapter" if self.operation == "scale" else f"{needed} adapters or more"
+            raise UsageError(f"{self.operation} takes {wanted}, {count} given", where="adapters")
+        self._check_weights(count)
+        if self.output is None:
+            raise UsageError("there is no place for the new adapter", where="output", next_step="name a directory")
+        if self.rank is not None:
+            check_rank("rank", self.rank)
+            if self.operation == "concatenate":
+                raise UsageError(
+                    "concatenate keeps the factors as they are", where="rank", next_step="take add, which reduces them"
+                )
+        if self.density is not None:
+            if self.operation not in DEFAULT_DENSITY:
+                raise UsageError(f"{self.operation} keeps every entry", where="density")
+            if not 0 < self.density <= 1:
+                raise UsageError(f"density {self.density!r} is not a number in (0, 1]", where="density")
+        return self
+
+    def _check_weights(self, count: int) -> None:
+        if self.operation == "scale" and not self.weights:
+            raise UsageError("scale needs the number to multiply by", where="weights", next_step="give --weights 0.5")
+        if self.weights and len(self.weights) != count:
+            raise UsageError(f"{len(self.weights)} weights for {count} adapters", where="weights")
+        for weight in self.weights:
+            if not math.isfinite(weight) or weight == 0:
+                raise UsageError(f"weight {weight!r} is not a finite number other than 0", where="weights")
+        if self.operation == "average" and self.weights and abs(sum(self.weights)) < 1e-9 * max(map(abs, self.weights)):
+            raise UsageError("the weights of an average add up to 0", where="weights")
+
+    def coefficients(self) -> tuple[float, ...]:
+        """What each adapter's ΔW is multiplied by."""
+        weights = self.weights or (1.0,) * len(self.adapters)
+        if self.operation == "average":
+            return tuple(weight / sum(weights) for weight in weights)
+        if self.operation == "subtract":
+            return (weights[0], *(-weight for weight in weights[1:]))
+        return weights
+
+    def kept_density(self) -> float:
+        """The density in force."""
+        return self.density if self.density is not None else DEFAULT_DENSITY[self.operation]

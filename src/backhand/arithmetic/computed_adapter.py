@@ -1,0 +1,138 @@
+"""An adapter that was computed and not trained: its factors, what they lose, and its files.
+
+Its scaling is 1 everywhere, alpha = rank: a reader that knows neither patterns nor rank-stabilised scaling computes
+the right thing all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.config import ALL_LINEAR, LoRAConfig
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_files import module_adapter_files
+from backhand.adapters.peft_keys import FactorShapes
+from backhand.adapters.targets import Target
+from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+
+
+@dataclass(frozen=True)
+class ComputedModule:
+    """One module.
+
+    Attributes:
+        factors: float32, or the narrower dtype they are written in; scaling 1.
+        norm: ‖ΔW‖_F of what was to be written.
+        lost: ‖ΔW − what is written‖_F, rounding included.
+    """
+
+    factors: ModuleFactors
+    norm: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        """`lost` / `norm`; 0 for an update that is zero."""
+        return self.lost / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class ComputedAdapter:
+    """A computed adapter: its modules by dotted path."""
+
+    modules: Mapping[str, ComputedModule]
+
+    @property
+    def error(self) -> float:
+        """What is lost of all updates together, relative to their norm."""
+        norm = math.hypot(*(module.norm for module in self.modules.values()))
+        return math.hypot(*(module.lost for module in self.modules.values())) / norm if norm else 0.0
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that occur, ascending."""
+        return sorted({module.factors.rank for module in self.modules.values()})
+
+
+def rounded_factors(
+    lora_A: Tensor, lora_B: Tensor, like: ModuleFactors, dtype: torch.dtype = torch.float32
+) -> ModuleFactors:
+    """Factors at scaling 1 in the dtype of a file, for a module of the same kind as `like`."""
+    return ModuleFactors(lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous(), 1.0, like.embedding, like.kernel)
+
+
+def computed_files(
+    computed: ComputedAdapter,
+    sources: Sequence[AdapterFactors],
+    record: AdapterRecord,
+    facts: Mapping[str, object],
+) -> dict[str, bytes]:
+    """The adapter's files by name, in the order to write them.
+
+    Args:
+        computed: what to write.
+        sources: the adapters that it was made of: base model, task and the names of modules are theirs.
+        record: what is known of the base.
+        facts: further rows of the table in README.md.
+
+    Raises:
+        CheckError: a value is not finite.
+    """
+    modules = computed.modules
+    targets = [Target(name, module.factors.rank, float(module.factors.rank), 1.0) for name, module in modules.items()]
+    counts = Counter(target.rank for target in targets)
+    rank = max(counts, key=lambda rank: (counts[rank], rank))
+    first = sources[0].described
+    config = replace(LoRAConfig(rank=rank, alpha=float(rank)), **_target_fields(sources, list(modules)))
+    described = PEFTConfig(
+        config,
+        first.base_model,
+        first.task_type,
+        first.revision,
+        any(source.described.fan_in_fan_out for source in sources),
+    )
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = _in_file(module.factors)
+    shapes = [
+        FactorShapes(
+            name,
+            tuple(tensors[f"{name}.lora_A"].shape),
+            tuple(tensors[f"{name}.lora_B"].shape),
+            module.factors.weight_shape,
+            module.factors.embedding,
+        )
+        for name, module in modules.items()
+    ]
+    return module_adapter_files(described, targets, shapes, tensors, record, facts, None)
+
+
+def _in_file(factors: ModuleFactors) -> tuple[Tensor, Tensor]:
+    """The factors with the axes of a convolution's kernel."""
+    kernel = factors.kernel
+    lora_A = factors.lora_A.reshape(factors.rank, -1, *kernel)
+    return lora_A, factors.lora_B.reshape(*factors.lora_B.shape, *(1 for _ in kernel))
+
+
+def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:
+    """Fields of `LoRAConfig` that adapt exactly `names` on the sources' base model.
+
+    Where all sources say the same, that; where they differ by plain lists of names, the names of all; else whole paths.
+    """
+    configs = [source.described.config for source in sources]
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    said = [tuple(getattr(config, field) for field in fields) for config in configs]
+    plain = all(isinstance(targets, tuple) and not exclude and layers is None for targets, exclude, layers, _ in said)
+    if all(one == said[0] for one in said) and str(said[0][0]).lower() != ALL_LINEAR:
+        return dict(zip(fields, said[0], strict=True))
+    if plain:
+        return {"target_modules": tuple(sorted({name for targets, *_ in said for name in targets}))}
+    return {"target_modules": tuple(names)}
