@@ -79,7 +79,8 @@ def test_every_command_line_parses(page: str) -> None:
 
 
 def test_fenced_and_indented_blocks_are_found_with_their_lines() -> None:
-    text = 'a\n\n```sh\nbackhand train \\\n  --rank 4  # four\n```\n\n- b\n\n      x = 1\n\n```jsonl title="r.jsonl"\n{}\n```\n'
+    text = "a\n\n```sh\nbackhand train \\\n  --rank 4  # four\n```\n\n- b\n\n      x = 1\n\n"
+    text += '```jsonl title="r.jsonl"\n{}\n```\n'
     shell, indented, rows = parse("p.md", text)
     assert (shell.line, shell.language, shell.command_lines) == (3, "sh", [["train", "--rank", "4"]])
     assert (indented.line, indented.language, indented.text) == (10, "", "x = 1\n")
@@ -98,7 +99,7 @@ def test_what_a_console_shows_must_be_printed(tmp_path: Path) -> None:
 def test_a_block_that_fails_says_where(tmp_path: Path) -> None:
     world = World(tmp_path)
     for language, text in (("sh", "false\ntrue\n"), ("python", "1 / 0\n"), ("jsonl", "{}\n{\n"), ("perl", "1;\n")):
-        with pytest.raises(AssertionError, match="page.md:7"):
+        with pytest.raises(AssertionError, match=r"page\.md:7"):
             world.run(Block("page.md", 7, language, "", text))
 
 
