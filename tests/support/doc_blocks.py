@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Block:
         """The words of each line that runs backhand, comments and continuations undone."""
         lines = self.commands.replace("\\\n", " ").splitlines()
         words = [shlex.split(line, comments=True) for line in lines if line.startswith("backhand ")]
-        return [line[1 : line.index("|")] if "|" in line else line[1:] for line in words]
+        return [list(itertools.takewhile(lambda word: word not in _SHELL_SIGNS, line[1:])) for line in words]
 
 
 def blocks(page: str) -> list[Block]:

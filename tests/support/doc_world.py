@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ class World:
         before = Path.cwd()
         os.chdir(self.directory)
         try:
-            exec(code, self.names)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other libraries warn about each other
+                exec(code, self.names)
         finally:
             os.chdir(before)
 

@@ -1,0 +1,43 @@
+"""The example in every command's help works as it stands, on a few rows and SmolLM2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.cli.commands import COMMANDS, Command
+from support.doc_world import World
+
+# No model: these take seconds.
+QUICK = {"verify"}
+# Whole experiments of minutes.
+SLOW = {"demo"}
+# What is typed into a command that asks.
+GIVEN = {"chat": "Hello\n"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """One directory for all examples, as for a reader who tries one after the other."""
+    return World(tmp_path_factory.mktemp("examples"))
+
+
+def commands() -> list[Any]:
+    marks = {**dict.fromkeys(QUICK, ()), **dict.fromkeys(SLOW, (pytest.mark.slow,))}
+    return [
+        pytest.param(command, id=command.name, marks=marks.get(command.name, (pytest.mark.smollm2,)))
+        for command in COMMANDS
+    ]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_an_example_works(command: Command, world: World) -> None:
+    printed = world.type(command.example, GIVEN.get(command.name, ""))
+    assert printed.strip() or command.name == "train", "an example that shows nothing explains nothing"
+
+
+def test_an_example_that_does_not_work_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit code 2"):
+        World(tmp_path).type("backhand verify --op lora_liner")
