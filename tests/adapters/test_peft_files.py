@@ -211,7 +211,7 @@ def rename_all(tensors: dict[str, Tensor]) -> None:
         (lambda t: t.update({"extra": torch.ones(2)}), ["unexpected: extra, (2,)", "names begin with"]),
         (
             lambda t: t.update({f"{PREFIX}{Q0}.lora_magnitude_vector": torch.ones(84)}),
-            ["lora_magnitude_vector, (84,)", "DoRA"],
+            ["lora_magnitude_vector, (84,)", "use_dora"],
         ),
         (
             lambda t: t.update({f"{PREFIX}model.layers.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 60)}),

@@ -112,28 +112,108 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "pictures": (Pictures, pixels, {"target_modules": ["first", "grouped", "out"]}, torch.float64, 1e-10),
     "words": (Words, word_ids, {"target_modules": ["table", "conv", "mix"]}, torch.float64, 1e-10),
     "llama": (lambda: tiny_model("llama"), word_ids, {}, torch.float32, 1e-5),
+    "bert, DoRA": (
+        bert,
+        lambda: word_ids() + 1000,
+        {"target_modules": ["query", "word_embeddings"], "use_dora": True, "alpha_pattern": {"query": 3}},
+        torch.float64,
+        1e-9,
+    ),
+    "gpt2, DoRA": (gpt2, word_ids, {"target_modules": ["wte", "c_attn"], "use_dora": True}, torch.float64, 1e-10),
+    "pictures, DoRA": (Pictures, pixels, {"target_modules": ["first", "out"], "use_dora": True}, torch.float64, 1e-10),
+    "words, DoRA": (
+        Words,
+        word_ids,
+        {"target_modules": ["table", "conv", "mix"], "use_dora": True},
+        torch.float64,
+        1e-10,
+    ),
+    "llama, DoRA": (lambda: tiny_model("llama"), word_ids, {"use_dora": True, "use_rslora": True}, torch.float32, 1e-5),
+    "bert, lora_bias": (
+        bert,
+        lambda: word_ids() + 1000,
+        # A bias of the keys cancels in softmax, so that its gradient is nothing but rounding.
+        {"target_modules": ["query", "value", "dense"], "lora_bias": True},
+        torch.float64,
+        1e-9,
+    ),
+    "gpt2, lora_bias": (gpt2, word_ids, {"target_modules": ["c_attn"], "lora_bias": True}, torch.float64, 1e-10),
+    "pictures, lora_bias": (
+        Pictures,
+        pixels,
+        {"target_modules": ["first", "grouped", "out"], "lora_bias": True},
+        torch.float64,
+        1e-10,
+    ),
+    "bert, pooler trained": (
+        bert,
+        lambda: word_ids() + 1000,
+        {"target_modules": ["query"], "modules_to_save": ["pooler"]},
+        torch.float32,
+        1e-5,
+    ),
+    "llama, head, table and norm trained": (
+        lambda: tiny_model("llama"),
+        word_ids,
+        {"modules_to_save": ["lm_head", "embed_tokens", "model.norm"]},
+        torch.float32,
+        1e-5,
+    ),
+    "llama, tied table trained": (
+        lambda: tiny_model("llama-tied"),
+        word_ids,
+        {"modules_to_save": ["embed_tokens"]},
+        torch.float32,
+        1e-5,
+    ),
+    "llama, tied head trained, DoRA": (
+        lambda: tiny_model("llama-tied"),
+        word_ids,
+        {"modules_to_save": ["lm_head"], "use_dora": True, "target_modules": ["v_proj", "down_proj"]},
+        torch.float32,
+        1e-5,
+    ),
+    "llama, tokens": (
+        lambda: tiny_model("llama"),
+        word_ids,
+        {"trainable_token_indices": [5, 3, 11]},
+        torch.float32,
+        1e-5,
+    ),
+    "llama, tied tokens": (
+        lambda: tiny_model("llama-tied"),
+        word_ids,
+        {"trainable_token_indices": [9, 2], "modules_to_save": ["model.norm"]},
+        torch.float32,
+        1e-5,
+    ),
+    "gpt2, tied tokens": (
+        gpt2,
+        word_ids,
+        {"target_modules": ["c_attn"], "trainable_token_indices": [7, 30, 1]},
+        torch.float64,
+        1e-10,
+    ),
 }
 
 
 def our_config(fields: dict[str, Any], **more: Any) -> LoRAConfig:
     names = fields.get("target_modules", "all-linear")
     targets = names if isinstance(names, str) else tuple(names)
-    exclude = fields.get("exclude_modules") or ()
-    return LoRAConfig(
-        rank=4,
-        alpha=6.8,
-        **{**fields, "target_modules": targets, "exclude_modules": exclude},
-        **more,
-    )
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return LoRAConfig(rank=4, alpha=6.8, **{**fields, **lists, "target_modules": targets}, **more)
 
 
 def randomise(adapter: InjectedAdapter) -> None:
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for _, parameter in adapter.named_parameters():
+        for name, parameter in adapter.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            # Small enough that fp32 noise is not amplified from layer to layer, large enough to change every output.
-            parameter.copy_(0.5 * drawn / parameter[0].numel() ** 0.5)
+            if name.endswith((".lora_A", ".lora_B", ".lora_bias")):
+                # Small enough that fp32 noise does not grow from layer to layer, large enough to change every output.
+                parameter.copy_(0.5 * drawn / parameter[0].numel() ** 0.5)
+            else:
+                parameter.mul_(1 + 0.3 * drawn)
 
 
 def ours_and_theirs(name: str, tmp_path: Path) -> tuple[InjectedAdapter, nn.Module, Tensor]:
@@ -165,8 +245,11 @@ def their_factors(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's trained parameters under our names."""
     found = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            plain = name.removeprefix(PREFIX).replace(".default", "").removesuffix(".weight")
+        if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
+            plain = name.removeprefix(PREFIX).replace(".modules_to_save", "").replace(".default", "")
+            plain = plain.replace("lora_B.bias", "lora_bias").replace("lora_magnitude_vector", "lora_magnitude")
+            plain = plain.replace("token_adapter.trainable_tokens_delta", "trainable_tokens")
+            plain = plain.removesuffix(".weight") if "lora_" in plain else plain
             found[plain.replace("lora_embedding_", "lora_")] = parameter
     return found
 

@@ -50,6 +50,21 @@ class LoRAConfig:
     use_rslora: bool = False
     """Rank-stabilised scaling: alpha / √rank in place of alpha / rank [arXiv:2312.03732]."""
 
+    use_dora: bool = False
+    """Train the length of every row of an adapted weight besides the low-rank update of its direction
+    [arXiv:2402.09353]. Takes more time: the weight is multiplied once more in the backward pass."""
+
+    lora_bias: bool = False
+    """Give lora_B a trained bias. Not with `use_dora`, and not for embeddings."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train in full beside the adapter, such as `lm_head`, `embed_tokens` or `model.norm`: names matched
+    against the end of the module path. A weight that is tied to another module's is untied from it."""
+
+    trainable_token_indices: tuple[int, ...] = ()
+    """Ids of tokens whose input embedding is trained as it is, such as those of new special tokens. With tied weights
+    their rows of the output head are the same, and trained along."""
+
     layers_to_transform: tuple[int, ...] | None = None
     """Adapt only these layers, counted from 0: the first number in the module path. Not with a regular expression in
     `target_modules`."""
@@ -81,8 +96,18 @@ class LoRAConfig:
             check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             check_alpha(f"alpha_pattern[{key!r}]", alpha)
-        if not isinstance(self.use_rslora, bool):
-            raise UsageError(f"{self.use_rslora!r} is neither true nor false", where="use_rslora")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{getattr(self, name)!r} is neither true nor false", where=name)
+        if self.use_dora and self.lora_bias:
+            raise UsageError(
+                "lora_bias and use_dora do not go together",
+                where="lora_bias",
+                why="PEFT has no such adapter, so nothing could read it",
+                next_step="give one of them",
+            )
+        check_modules("modules_to_save", self.modules_to_save)
+        check_tokens("trainable_token_indices", self.trainable_token_indices)
         self._validate_layers()
         return self
 
@@ -149,6 +174,20 @@ def check_modules(where: str, modules: object) -> None:
         raise UsageError(f"{modules!r} is neither a string nor a list of names", where=where)
 
 
+def check_tokens(where: str, tokens: object) -> None:
+    """Raise UsageError unless `tokens` is a list of token ids, none of them twice."""
+    if not isinstance(tokens, tuple | list) or not all(is_layer_number(token) for token in tokens):
+        raise UsageError(f"{tokens!r} is not a list of token ids, 0 or above", where=where)
+    if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
+        raise UsageError(f"token {twice[0]} is given twice", where=where)
+
+
+def parse_names(values: str | Iterable[str]) -> tuple[str, ...]:
+    """Names from words that may hold several, separated by commas."""
+    given = [values] if isinstance(values, str) else values
+    return tuple(name.strip() for value in given for name in value.split(",") if name.strip())
+
+
 def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:
     """What a command line or a TOML file gives for `target_modules` or `exclude_modules`, as the field wants it.
 
@@ -162,7 +201,7 @@ def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:
             return ALL_LINEAR
         if not _PLAIN_NAMES.fullmatch(only):
             return only
-    return tuple(name.strip() for value in given for name in value.split(",") if name.strip())
+    return parse_names(given)
 
 
 def parse_pattern(values: Iterable[str], where: str) -> dict[str, float]:

@@ -25,11 +25,15 @@ from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.fast_paths import close_fast_paths
 from backhand.adapters.injection_plan import Injection, plan_injection
+from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_files import LoadedAdapter, match_adapter, module_adapter_files, write_files
+from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
+from backhand.nn.lora_parameters import TOKENS
+from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
 
 
 def inject(
@@ -80,7 +84,12 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
     except UsageError as error:
         raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
     loaded = match_adapter(
-        contents, plan.module_names, lambda _: list(plan.shapes), linear=plan.linear, heads=plan.heads
+        contents,
+        plan.module_names,
+        lambda _: list(plan.shapes),
+        linear=plan.linear,
+        heads=plan.heads,
+        trained=lambda _: plan.trained,
     )
     check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
@@ -107,17 +116,27 @@ class InjectedAdapter:
         module.requires_grad_(False)
         self.modules: dict[str, LoRAModule] = {
             target.name: plan.kinds[target.name].adapt(
-                plan.modules[target.name], rank=target.rank, scaling=target.scaling, dropout=plan.config.dropout
+                plan.modules[target.name],
+                rank=target.rank,
+                scaling=target.scaling,
+                dropout=plan.config.dropout,
+                use_dora=plan.config.use_dora,
+                lora_bias=plan.config.lora_bias,
             )
             for target in plan.targets
         }
+        self._saved = SavedModules(module, plan.trained)
+        self._tokens = _train_rows(plan)
         self._fast_paths = close_fast_paths(module)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<module>.lora_A` and `<module>.lora_B` with their parameters."""
+        """Everything trained by name: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows."""
         for name, adapted in self.modules.items():
-            yield f"{name}.lora_A", adapted.lora_A
-            yield f"{name}.lora_B", adapted.lora_B
+            for part, parameter in adapted.trained():
+                yield f"{name}.{part}", parameter
+        yield from self._saved.named_parameters()
+        for name, rows in list(self._tokens.items())[:1]:  # modules that share a weight share the rows
+            yield f"{name}.{TOKENS}", rows.trainable_tokens
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, for an optimizer."""
@@ -134,9 +153,13 @@ class InjectedAdapter:
         return self._plan.notes
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the factors anew; the model then computes what its base does."""
+        """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
         for adapted in self.modules.values():
             adapted.initialise(generator)
+        self._saved.reset()
+        with torch.no_grad():
+            for rows in self._tokens.values():
+                rows.trainable_tokens.copy_(rows.weight[rows.token_ids])
 
     @torch.no_grad()
     def fill(self, factors: Mapping[str, Tensor]) -> None:
@@ -151,7 +174,20 @@ class InjectedAdapter:
     @property
     def merged(self) -> bool:
         """Whether the weights hold the update at the moment."""
-        return any(adapted.merged for adapted in self.modules.values())
+        return any(adapted.merged for adapted in self._all_modules())
+
+    def _all_modules(self) -> list[LoRAModule | TokenModule]:
+        return [*self.modules.values(), *self._tokens.values()]
+
+    def enable(self, wanted: bool = True) -> None:
+        """Compute with the adapter, or as the base model does; a merged one is unmerged first."""
+        self.unmerge()
+        for adapted in self._all_modules():
+            adapted.enabled = wanted
+        if wanted:
+            self._saved.enable()
+        else:
+            self._saved.disable()
 
     def merge(self) -> None:
         """Put the update into the weights, so that the model runs at the base model's speed.
@@ -159,46 +195,51 @@ class InjectedAdapter:
         Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged.
 
         Raises:
-            UsageError: grouped convolutions, whose update no weight can hold; nothing is merged then.
+            UsageError: grouped convolutions, whose update no weight can hold, or `lora_bias` where the base has no
+                bias; nothing is merged then.
         """
+        if self.config.lora_bias and (without := [n for n, adapted in self.modules.items() if adapted.bias is None]):
+            raise UsageError(
+                f"{name_list(without)} cannot be merged",
+                why="the adapter has a bias there, and the base model has none that could hold it",
+                next_step="leave the adapter unmerged",
+            )
         if grouped := [name for name, adapted in self.modules.items() if getattr(adapted, "groups", 1) > 1]:
             raise UsageError(
                 f"{', '.join(grouped)} cannot be merged",
                 why="the update of a grouped convolution reads channels that its weight does not",
                 next_step="leave the adapter unmerged",
             )
-        for adapted in self.modules.values():
+        for adapted in self._all_modules():
             adapted.merge()
 
     def unmerge(self) -> None:
         """Put the base weights back, bit by bit."""
-        for adapted in self.modules.values():
+        for adapted in self._all_modules():
             adapted.unmerge()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes what its base does."""
         merged = self.merged
-        self.unmerge()
-        for adapted in self.modules.values():
-            adapted.enabled = False
+        self.enable(False)
         try:
             yield
         finally:
-            for adapted in self.modules.values():
-                adapted.enabled = True
+            self.enable()
             if merged:
                 self.merge()
 
     def remove(self) -> nn.Module:
         """Take the adapter out: the model is what it was before `inject`, and this object is spent."""
-        for adapted in self.modules.values():
+        for adapted in self._all_modules():
             adapted.restore()
+        self._saved.disable()
         for layer, attribute, value in self._fast_paths:
             setattr(layer, attribute, value)
         for parameter in self._required_grad:
             parameter.requires_grad_(True)
-        self.modules = {}
+        self.modules, self._tokens, self._saved = {}, {}, SavedModules(self.module, ())
         return self.module
 
     def save(
@@ -243,6 +284,7 @@ class InjectedAdapter:
             record,
             card,
             self._plan.module_names,
+            self._plan.trained,
         )
 
     def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
@@ -258,10 +300,23 @@ class InjectedAdapter:
             linear=self._plan.linear,
             heads=self._plan.heads,
             differences=lambda targets: _differences(targets, self.targets),
+            trained=lambda _: self._plan.trained,
         )
         check_base_copies(loaded, lambda name: self.modules[name].weight)
         self.fill(loaded.factors)
         return loaded
+
+
+def _train_rows(plan: Injection) -> dict[str, TokenModule]:
+    """The modules with trained embedding rows, the embedding first."""
+    found: dict[str, TokenModule] = {}
+    token_ids = torch.tensor(plan.config.trainable_token_indices, dtype=torch.int64)
+    for name, module in plan.token_modules.items():
+        if not found:
+            found[name] = TokenEmbedding.adapt(module, token_ids)
+        else:
+            found[name] = TokenLinear.adapt(module, token_ids, next(iter(found.values())).trainable_tokens)
+    return found
 
 
 def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:

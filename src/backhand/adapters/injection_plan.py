@@ -11,10 +11,14 @@ from torch import nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_keys import FactorShapes
-from backhand.adapters.targets import Target, resolve_targets
+from backhand.adapters.saved_modules import tied_notes
+from backhand.adapters.targets import Target, no_embedding_bias, resolve_targets
+from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
 from backhand.nn.lora_modules import LoRAConv1D, lora_class
+from backhand.nn.lora_parameters import TrainedTensor
+from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Injection:
         kinds: the class that adapts each.
         shapes: what each has in an adapter's file.
         module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.
+        trained: the tensors trained as they are.
+        token_modules: the input embedding and modules that share its weight, by path, where rows of it are trained.
         notes: what may interest a person.
     """
 
@@ -39,6 +45,8 @@ class Injection:
     module_names: tuple[str, ...]
     linear: frozenset[str]
     heads: tuple[str, ...]
+    trained: tuple[TrainedTensor, ...]
+    token_modules: dict[str, nn.Module]
     notes: tuple[str, ...]
 
 
@@ -57,7 +65,7 @@ def plan_injection(
         UsageError: see `inject`.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    if any(isinstance(module, LoRAModule) for module in model.modules()):
+    if any(isinstance(module, LoRAModule | TokenModule) for module in model.modules()):
         raise UsageError(
             "the model is adapted already",
             next_step="call remove() on the adapter that inject returned, or inject into a fresh model",
@@ -78,6 +86,10 @@ def plan_injection(
             problems.append(f"{target.name}: a {type(module).__qualname__} cannot be adapted")
         elif (reason := kind.obstacle(module, target.rank)) is not None:
             problems.append(f"{target.name}: {reason}")
+        elif config.use_dora and getattr(module, "groups", 1) > 1:
+            problems.append(f"{target.name}: DoRA of a grouped convolution does not exist in PEFT")
+        elif config.lora_bias and not kind.takes_lora_bias:
+            problems.append(str(no_embedding_bias(target.name)))
         elif len(places[id(module)]) > 1:
             problems.append(
                 f"{target.name}: the same module also stands at {name_list(places[id(module)][1:])}; PEFT would adapt "
@@ -92,8 +104,13 @@ def plan_injection(
             why="".join(f"\n    - {problem}" for problem in problems),
             next_step="leave them out with exclude_modules, or name others",
         )
+    parameters, tied, embedding = _parameters(model, modules)
+    trained = resolve_trained(
+        config, parameters, embedding, tied=tied, targets=[target.name for target in targets], strict=strict
+    )
+    rows_of = _token_modules(modules, tied, embedding) if config.trainable_token_indices else {}
     chosen = {target.name: modules[target.name] for target in targets}
-    shapes = tuple(_factor_shapes(target, chosen[target.name], kinds[target.name]) for target in targets)
+    shapes = tuple(_factor_shapes(target, chosen[target.name], kinds[target.name], config) for target in targets)
     return Injection(
         config,
         tuple(targets),
@@ -103,7 +120,9 @@ def plan_injection(
         tuple(modules),
         linear,
         heads,
-        tuple(_tied_notes(model, chosen)),
+        tuple(trained),
+        rows_of,
+        (*_tied_notes(model, chosen), *tied_notes(trained, tied)),
     )
 
 
@@ -111,9 +130,62 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or LoRAConv1D.fits(module)
 
 
-def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule]) -> FactorShapes:
+def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule], config: LoRAConfig) -> FactorShapes:
     lora_A, lora_B = kind.factor_shapes(module, target.rank)
-    return FactorShapes(target.name, lora_A, lora_B, tuple(base_weight(module).shape), kind.embedding)
+    return FactorShapes(
+        target.name,
+        lora_A,
+        lora_B,
+        tuple(base_weight(module).shape),
+        kind.embedding,
+        lora_B[:1] if config.lora_bias else None,
+        kind.channel_shape(module) if config.use_dora else None,
+    )
+
+
+def _parameters(
+    model: nn.Module, modules: dict[str, nn.Module]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str], str | None]:
+    """Shapes of all parameters by name, which of them are another one, and the path of the input embedding."""
+    first: dict[int, str] = {}
+    shapes, tied = {}, {}
+    embedding = _input_embedding(model, modules)
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in sorted(named, key=lambda item: item[0] != f"{embedding}.weight"):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    for name, parameter in named:
+        shapes[name] = tuple(parameter.shape)
+    return shapes, tied, embedding
+
+
+def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Path of the layer that makes hidden states out of tokens."""
+    ask = getattr(model, "get_input_embeddings", None)
+    if callable(ask):
+        try:
+            found = ask()
+        except (NotImplementedError, AttributeError):  # transformers models without any
+            found = None
+        return next((name for name, module in modules.items() if module is found), None)
+    return next((name for name in modules if name == "embed_tokens" or name.endswith(".embed_tokens")), None)
+
+
+def _token_modules(modules: dict[str, nn.Module], tied: dict[str, str], embedding: str | None) -> dict[str, nn.Module]:
+    """The input embedding and the modules that share its weight, all of which must allow for trained rows.
+
+    Raises:
+        UsageError: one does not.
+    """
+    names = [
+        str(embedding),
+        *(name.removesuffix(".weight") for name, of in tied.items() if of == f"{embedding}.weight"),
+    ]
+    for name in names:
+        kind = TokenEmbedding if name == embedding else TokenLinear
+        if (reason := kind.obstacle(modules[name])) is not None:
+            raise UsageError(f"{name}: {reason}", where="trainable_token_indices")
+    return {name: modules[name] for name in names}
 
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

@@ -15,6 +15,7 @@ from backhand.adapters.config import (
     check_dropout,
     check_modules,
     check_rank,
+    check_tokens,
 )
 from backhand.adapters.peft_fields import FORMAT_VERSION, HARMLESS_INITS, PEFT_FIELDS
 from backhand.adapters.targets import Target, resolve_targets
@@ -70,6 +71,10 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
         rank_pattern=read.pattern("rank_pattern", check_rank),
         alpha_pattern=read.pattern("alpha_pattern", check_alpha),
         use_rslora=read.boolean("use_rslora"),
+        use_dora=read.boolean("use_dora"),
+        lora_bias=read.boolean("lora_bias"),
+        modules_to_save=read.names("modules_to_save"),
+        trainable_token_indices=read.tokens("trainable_token_indices"),
         layers_to_transform=read.layers(),
         layers_pattern=read.layers_pattern(),
     )
@@ -156,6 +161,27 @@ class _Reader:
             return None
         return value
 
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.raw.get(name)
+        if not value:
+            return ()
+        if isinstance(value, str):
+            self.problems.append(f"{name}: {_short(value)} is not a list of names")
+            return ()
+        return tuple(value) if self._holds(name, value, check_modules) else ()
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        value = self.raw.get(name)
+        if isinstance(value, dict) and len(value) == 1:
+            # By the name of the embedding; that it is the input one, the tensors' names show.
+            (value,) = value.values()
+        if not value:
+            return ()
+        if isinstance(value, dict):
+            self.problems.append(f"{name}: rows of {len(value)} modules are trained, only the input embedding's can be")
+            return ()
+        return tuple(value) if self._holds(name, value, check_tokens) else ()
+
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")
         if value is None or value == []:
@@ -207,6 +233,10 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
         "target_modules": modules,
         "exclude_modules": exclude,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": list(config.trainable_token_indices) or None,
         "rank_pattern": written_pattern({t.name: t.rank for t in targets}, config.rank),
         "alpha_pattern": written_pattern({t.name: _number(t.alpha) for t in targets}, _number(config.alpha)),
         "layers_to_transform": layers,
@@ -217,8 +247,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
         "loftq_config": {},
         "qalora_group_size": 16,
         "bias": "none",
-        "use_dora": False,
-        "lora_bias": False,
         "use_qalora": False,
         "ensure_weight_tying": False,
     }
@@ -244,7 +272,8 @@ def written_targets(
         )
     ends = sorted({name.rpartition(".")[2] for name in names})
     if module_names is not None:
-        picked = resolve_targets(LoRAConfig(target_modules=tuple(ends)), list(module_names))
+        shortest = LoRAConfig(target_modules=tuple(ends), modules_to_save=config.modules_to_save)
+        picked = resolve_targets(shortest, list(module_names))
         exact = {target.name for target in picked} == set(names)
     else:
         exact = not config.exclude_modules and config.layers_to_transform is None

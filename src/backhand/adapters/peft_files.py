@@ -28,11 +28,19 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.digests import bytes_digest
 from backhand.adapters.model_card import model_card
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
-from backhand.adapters.peft_keys import FactorShapes, linear_shapes, match_tensors
+from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes, trained_key
 from backhand.adapters.safetensors_file import tensor_bytes
-from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot
+from backhand.adapters.targets import (
+    OUTPUT_HEADS,
+    Target,
+    module_values,
+    resolve_targets,
+    target_slot,
+    trained_beside,
+)
 from backhand.errors import CheckError, UsageError
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import embeddings_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,12 @@ class LoadedAdapter:
         described: configuration, base model and task as adapter_config.json has them.
         targets: the adapted modules.
         shapes: what each of them has in the file.
-        factors: `<module>.lora_A` and `<module>.lora_B` on the CPU, in the dtype of the file.
+        factors: everything that was trained, by its name in `LoRAParameters`, on the CPU, in the dtype of the file.
         base_copies: whole base weights found beside factors of embeddings and heads, by module; to be compared with the
             base model by who has it.
         record: backhand.json, if there is one.
-        slots: for linear modules, what `LoRAParameters` takes.
+        slots: for linear modules and embeddings, what `LoRAParameters` takes.
+        trained: the tensors trained as they are.
         forced: a sentence for each thing that is not as in training, where the user said to use the adapter anyway.
     """
 
@@ -61,6 +70,7 @@ class LoadedAdapter:
     record: AdapterRecord | None
     slots: tuple[LoRASlot, ...] = ()
     forced: tuple[str, ...] = ()
+    trained: tuple[TrainedTensor, ...] = ()
 
     @property
     def config(self) -> LoRAConfig:
@@ -90,8 +100,8 @@ class LoadedAdapter:
         ]
 
     def fill(self, parameters: LoRAParameters) -> None:
-        """Copy every factor into `parameters`, which must have been built from `slots`."""
-        if tuple(parameters.slots.values()) != self.slots:
+        """Copy everything into `parameters`, which must have been built from `slots` and `trained`."""
+        if (tuple(parameters.slots.values()), tuple(parameters.trained.values())) != (self.slots, self.trained):
             raise ValueError("the parameters were built from other slots than the adapter's")
         with torch.no_grad():
             for name, view in parameters.named_tensors():
@@ -99,7 +109,7 @@ class LoadedAdapter:
 
     def parameters(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoRAParameters:
         """New `LoRAParameters` that hold the adapter."""
-        parameters = LoRAParameters(self.slots, device=device, dtype=dtype)
+        parameters = LoRAParameters(self.slots, trained=self.trained, device=device, dtype=dtype)
         self.fill(parameters)
         return parameters
 
@@ -176,11 +186,12 @@ def adapter_files(
     return module_adapter_files(
         PEFTConfig(config, base_model, task_type, revision),
         targets,
-        [linear_shapes(slot) for slot in parameters.slots.values()],
+        [slot_shapes(slot) for slot in parameters.slots.values()],
         dict(parameters.named_tensors()),
         record,
         card,
         module_names,
+        list(parameters.trained.values()),
     )
 
 
@@ -192,6 +203,7 @@ def module_adapter_files(
     record: AdapterRecord | None,
     card: Mapping[str, object] | None,
     module_names: Collection[str] | None,
+    trained: Sequence[TrainedTensor] = (),
 ) -> dict[str, bytes]:
     """The files of an adapter of any modules, see `adapter_files`."""
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -200,10 +212,8 @@ def module_adapter_files(
             where=bad[0],
             next_step="lower the learning rate; nothing was written",
         )
-    tensors = {}
-    for shape in shapes:
-        for letter, key in zip("AB", shape.keys(), strict=True):
-            tensors[key] = factors[f"{shape.name}.lora_{letter}"]
+    tensors = {key: factors[name] for module in shapes for name, key, _ in module.tensors()}
+    tensors |= {trained_key(tensor): factors[tensor.name] for tensor in trained}
     elements = sum(tensor.numel() for tensor in tensors.values())
     contents = {
         CARD_FILE: model_card(described, targets, elements, card or {}).encode("utf-8"),
@@ -234,11 +244,12 @@ def load_adapter(
     heads: Collection[str] = OUTPUT_HEADS,
     allow_pickle: bool = False,
 ) -> LoadedAdapter:
-    """Read an adapter of linear modules, and check it completely.
+    """Read an adapter of linear modules and embeddings, and check it completely.
 
     Args:
         directory: of the adapter, or one that holds a single adapter in a sub-folder.
-        module_shapes: (out, in) of every linear module of the model, by dotted path.
+        module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also knows
+            embeddings and what else can be trained.
         heads: what `all-linear` leaves out, should the file say that.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -246,15 +257,20 @@ def load_adapter(
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
     contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
+    config = contents.described.config
 
-    def shapes(targets: Sequence[Target]) -> list[FactorShapes]:
-        dropout = contents.described.config.dropout
-        return [linear_shapes(target_slot(target, module_shapes[target.name], dropout)) for target in targets]
+    def slots(targets: Sequence[Target]) -> list[LoRASlot]:
+        return [target_slot(target, module_shapes, config) for target in targets]
 
-    loaded = match_adapter(contents, list(module_shapes), shapes, heads=heads)
-    dropout = loaded.config.dropout
-    slots = tuple(target_slot(target, module_shapes[target.name], dropout) for target in loaded.targets)
-    return replace(loaded, slots=slots)
+    loaded = match_adapter(
+        contents,
+        [*module_shapes, *embeddings_of(module_shapes)],
+        lambda targets: [slot_shapes(slot) for slot in slots(targets)],
+        linear=module_shapes.keys(),
+        heads=heads,
+        trained=lambda targets: trained_beside(config, module_shapes, [t.name for t in targets], strict=False),
+    )
+    return replace(loaded, slots=tuple(slots(loaded.targets)))
 
 
 def match_adapter(
@@ -265,6 +281,7 @@ def match_adapter(
     linear: Collection[str] | None = None,
     heads: Collection[str] = (),
     differences: Callable[[Sequence[Target]], list[str]] | None = None,
+    trained: Callable[[Sequence[Target]], Sequence[TrainedTensor]] = lambda _: (),
 ) -> LoadedAdapter:
     """Hold what was read against a model.
 
@@ -274,21 +291,26 @@ def match_adapter(
         shapes: what targets must have in the file.
         linear, heads: for `all-linear`, see `targets.resolve_targets`.
         differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
+        trained: the tensors trained as they are, beside these targets.
 
     Raises:
         UnusableAdapterError: lists these problems and those found here.
     """
     problems = list(contents.problems)
     targets: list[Target] = []
+    further: list[str] = []
+    expected: list[FactorShapes] = []
+    beside: Sequence[TrainedTensor] = ()
     if contents.config_usable:
         try:
             # What matches nothing is no problem in itself here: the tensors say what was adapted.
             targets = resolve_targets(contents.described.config, module_names, linear=linear, heads=heads, strict=False)
+            further = differences(targets) if differences is not None else []
+            if not further:
+                expected, beside = shapes(targets), trained(targets)
         except UsageError as error:
             problems.append(str(error))
-    further = differences(targets) if differences is not None and targets else []
-    expected = shapes(targets) if targets and not further else []
-    matched = match_tensors(expected, contents.tensors, module_names)
+    matched = match_tensors(expected, contents.tensors, module_names, beside)
     problems.extend(matched.problems if expected else further)
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
@@ -300,4 +322,5 @@ def match_adapter(
         matched.factors,
         matched.base_copies,
         contents.record,
+        trained=tuple(beside),
     )

@@ -1,22 +1,28 @@
 """Names of an adapter's tensors in PEFT's file, and what must be there for each adapted module.
 
 `base_model.model.` + module path + `.lora_A.weight`, `.lora_B.weight`; for an embedding `.lora_embedding_A`,
-`.lora_embedding_B`. Inside Backhand a factor is `<module path>.lora_A` or `.lora_B`, whatever the module is.
+`.lora_embedding_B`; with `lora_bias` `.lora_B.bias`; with DoRA `.lora_magnitude_vector`, which has no `.weight`.
+A module trained in full has its parameters under their own names, embedding rows are
+`.token_adapter.trainable_tokens_delta`. Inside Backhand these are `<module path>.lora_A`, `.lora_B`, `.lora_bias`,
+`.lora_magnitude`, the parameter's name, and `<module path>.trainable_tokens`, whatever the module is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from backhand.adapters.nearest import nearest_names
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import TOKENS, LoRASlot, TrainedTensor
 
 PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_BIAS = ".lora_B.bias"
+_MAGNITUDE = ".lora_magnitude_vector"
+_TOKENS = "token_adapter.trainable_tokens_delta"
 _BASE_COPY = ".base_layer.weight"
 
 
@@ -29,6 +35,7 @@ class FactorShapes:
         lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module.
         weight: shape of the frozen weight.
         embedding: whether the module is an embedding, whose factors have names of their own.
+        lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none.
     """
 
     name: str
@@ -36,21 +43,43 @@ class FactorShapes:
     lora_B: tuple[int, ...]
     weight: tuple[int, ...]
     embedding: bool = False
+    lora_bias: tuple[int, ...] | None = None
+    magnitude: tuple[int, ...] | None = None
 
     def keys(self) -> tuple[str, str]:
         """Names of lora_A and lora_B in the file."""
         first, second = _SUFFIXES[2:] if self.embedding else _SUFFIXES[:2]
         return PREFIX + self.name + first, PREFIX + self.name + second
 
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(name inside Backhand, name in the file, shape) of everything this module has there."""
+        for letter, key, shape in zip("AB", self.keys(), (self.lora_A, self.lora_B), strict=True):
+            yield f"{self.name}.lora_{letter}", key, shape
+        if self.lora_bias is not None:
+            yield f"{self.name}.lora_bias", PREFIX + self.name + _BIAS, self.lora_bias
+        if self.magnitude is not None:
+            yield f"{self.name}.lora_magnitude", PREFIX + self.name + _MAGNITUDE, self.magnitude
 
-def linear_shapes(slot: LoRASlot) -> FactorShapes:
-    """What a linear module's slot must have in the file."""
+
+def slot_shapes(slot: LoRASlot) -> FactorShapes:
+    """What the slot of a linear module or of an embedding must have in the file."""
+    parts = slot.shapes()
+    weight = (slot.out_features, slot.in_features)
     return FactorShapes(
         slot.name,
-        (slot.rank, slot.in_features),
-        (slot.out_features, slot.rank),
-        (slot.out_features, slot.in_features),
+        parts["lora_A"],
+        parts["lora_B"],
+        weight[::-1] if slot.embedding else weight,
+        slot.embedding,
+        parts.get("lora_bias"),
+        parts.get("lora_magnitude"),
     )
+
+
+def trained_key(tensor: TrainedTensor) -> str:
+    """Name in the file of a tensor that is trained as it is."""
+    name = tensor.name
+    return PREFIX + (name if tensor.token_ids is None else name.removesuffix(TOKENS) + _TOKENS)
 
 
 @dataclass(frozen=True)
@@ -58,7 +87,7 @@ class Matched:
     """Tensors of a file, told apart.
 
     Attributes:
-        factors: `<module>.lora_A` and `<module>.lora_B`, in the order of the modules.
+        factors: `<module>.lora_A`, `<module>.lora_B` and what else is trained, in the order of the modules.
         base_copies: whole base weights that PEFT stores beside the factors of embeddings and output heads, by module.
         problems: a sentence for everything that is missing, unexpected or of another shape.
     """
@@ -69,7 +98,10 @@ class Matched:
 
 
 def match_tensors(
-    expected: Sequence[FactorShapes], tensors: Mapping[str, Tensor], module_names: Sequence[str]
+    expected: Sequence[FactorShapes],
+    tensors: Mapping[str, Tensor],
+    module_names: Sequence[str],
+    trained: Sequence[TrainedTensor] = (),
 ) -> Matched:
     """Hold the tensors of a file against what the configuration asks for on this model.
 
@@ -77,15 +109,18 @@ def match_tensors(
         expected: the adapted modules.
         tensors: the file's tensors by their names there.
         module_names: all modules of the model, to say what an unexpected name may have meant.
+        trained: tensors trained as they are.
     """
     matched = Matched({}, {}, [])
     left = dict(tensors)
     for module in expected:
-        for letter, key, shape in zip("AB", module.keys(), (module.lora_A, module.lora_B), strict=True):
-            _take_factor(matched, left, f"{module.name}.lora_{letter}", key, shape)
+        for name, key, shape in module.tensors():
+            _take_factor(matched, left, name, key, shape)
         copy_key = PREFIX + module.name + _BASE_COPY
         if copy_key in left and tuple(left[copy_key].shape) == module.weight:
             matched.base_copies[module.name] = left.pop(copy_key)
+    for tensor in trained:
+        _take_factor(matched, left, tensor.name, trained_key(tensor), tensor.shape)
     adapted = {module.name for module in expected}
     matched.problems.extend(_unexpected(key, left[key], adapted, module_names) for key in left)
     return matched
@@ -108,9 +143,11 @@ def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Seque
     path = key.removeprefix(PREFIX)
     suffix = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), None)
     if suffix is None:
-        if path.endswith("lora_magnitude_vector"):
-            return f"{text}; magnitudes belong to DoRA, which is not supported"
-        return f"{text}; only factors ({', '.join(_SUFFIXES)}) are understood"
+        options = ((_MAGNITUDE, "use_dora"), (_BIAS, "lora_bias"), (f".{_TOKENS}", "trainable_token_indices"))
+        for end, option in options:
+            if path.endswith(end):
+                return f"{text}; by the configuration's {option} this module has none"
+        return f"{text}; neither a factor ({', '.join(_SUFFIXES)}) nor of a module in modules_to_save"
     module = path.removesuffix(suffix)
     if module in adapted:
         return f"{text}; this kind of module has its factors under other names"

@@ -4,6 +4,7 @@ r"""Which modules a configuration adapts, and how: PEFT's rules for target_modul
 - a string: one regular expression for the whole path;
 - `all-linear`: every linear layer except the output head;
 - `exclude_modules` (same two forms) takes away;
+- `modules_to_save` takes away what is trained in full: these modules and all within them;
 - `layers_to_transform` keeps the modules whose layer number, the first number in the path, is listed; a name that is a
   whole path is not filtered;
 - `rank_pattern`, `alpha_pattern`: the first key for which `(.*\.)?(key)$` matches the path wins.
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.nearest import name_list, nearest_names
 from backhand.adapters.pattern_match import key_matches, pattern_matches
+from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import ModuleShapes, embeddings_of, parameters_of
 
 OUTPUT_HEADS = ("lm_head",)
 _LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -45,23 +48,79 @@ def resolve_slots(
 
     Args:
         config: what to adapt.
-        module_shapes: (out, in) of every linear module, by dotted path.
+        module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
 
     Returns:
-        one slot a module, in the order of `module_shapes`.
+        one slot a module, in the order of `module_shapes`, embeddings last.
 
     Raises:
         UsageError: a value out of range, or a name or pattern that matches nothing; shows the nearest names.
     """
-    targets = resolve_targets(config, list(module_shapes), heads=heads)
-    return [target_slot(target, module_shapes[target.name], config.dropout) for target in targets]
+    names = [*module_shapes, *embeddings_of(module_shapes)]
+    targets = resolve_targets(config, names, linear=module_shapes.keys(), heads=heads)
+    return [target_slot(target, module_shapes, config) for target in targets]
 
 
-def target_slot(target: Target, shape: tuple[int, int], dropout: float) -> LoRASlot:
-    """The slot of a linear module of `shape` (out, in)."""
-    out_features, in_features = shape
-    return LoRASlot(target.name, in_features, out_features, target.rank, target.scaling, dropout)
+def resolve_adapter(
+    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
+) -> tuple[list[LoRASlot], list[TrainedTensor]]:
+    """Everything that `config` trains on a model: the slots, and the tensors trained as they are.
+
+    Raises:
+        UsageError: as `resolve_slots` and `trained_tensors.resolve_trained`.
+    """
+    slots = resolve_slots(config, module_shapes, heads=heads)
+    return slots, trained_beside(config, module_shapes, [slot.name for slot in slots])
+
+
+def trained_beside(
+    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], targets: Collection[str], *, strict: bool = True
+) -> list[TrainedTensor]:
+    """The tensors trained as they are, see `trained_tensors.resolve_trained`."""
+    return resolve_trained(
+        config,
+        parameters_of(module_shapes),
+        next(iter(embeddings_of(module_shapes)), None),
+        tied=module_shapes.tied if isinstance(module_shapes, ModuleShapes) else None,
+        targets=targets,
+        strict=strict,
+    )
+
+
+def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> LoRASlot:
+    """The slot of a module: linear, or an embedding where the shapes have those.
+
+    Raises:
+        UsageError: an embedding with `lora_bias`.
+    """
+    embedding = embeddings_of(module_shapes).get(target.name)
+    if embedding is not None:
+        if config.lora_bias:
+            raise no_embedding_bias(target.name)
+        in_features, out_features = embedding
+    else:
+        out_features, in_features = module_shapes[target.name]
+    return LoRASlot(
+        target.name,
+        in_features,
+        out_features,
+        target.rank,
+        target.scaling,
+        config.dropout if embedding is None else 0.0,
+        config.use_dora,
+        config.lora_bias,
+        embedding is not None,
+    )
+
+
+def no_embedding_bias(name: str) -> UsageError:
+    """PEFT has no such adapter, so nothing could read it."""
+    return UsageError(
+        f"{name} is an embedding, and lora_bias is not for embeddings",
+        where="lora_bias",
+        next_step="leave the embedding out of target_modules, or leave out lora_bias",
+    )
 
 
 def resolve_targets(
@@ -94,6 +153,7 @@ def resolve_targets(
     if config.exclude_modules:
         excluded = set(_named(config.exclude_modules, names, "exclude_modules", strict))
         chosen = [name for name in chosen if name not in excluded]
+    chosen = [name for name in chosen if not within(name, config.modules_to_save)]
     if not chosen:
         raise UsageError(
             f"{_shown(config.target_modules)} leaves no module to adapt",
@@ -117,6 +177,11 @@ def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) ->
         rank, alpha = ranks.get(name, config.rank), alphas.get(name, config.alpha)
         targets.append(Target(name, int(rank), alpha, config.scaling_of(int(rank), alpha)))
     return targets
+
+
+def within(name: str, modules: Collection[str]) -> bool:
+    """Whether the path `name` is, or lies inside, a module whose path ends in one of `modules`, on whole parts."""
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _targeted(

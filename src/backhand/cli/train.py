@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backhand.adapters.config import parse_modules, parse_pattern
+from backhand.adapters.config import parse_modules, parse_names, parse_pattern
 from backhand.cli.command import command
 from backhand.cli.fields import Parse
 from backhand.data.options import parse_template_args
@@ -14,6 +14,7 @@ DATA_PARSERS: dict[str, Parse] = {"template_args": parse_template_args}
 ADAPTER_PARSERS: dict[str, Parse] = {
     "target_modules": parse_modules,
     "exclude_modules": parse_modules,
+    "modules_to_save": parse_names,
     "rank_pattern": lambda words: parse_pattern(words, "rank_pattern"),
     "alpha_pattern": lambda words: parse_pattern(words, "alpha_pattern"),
 }

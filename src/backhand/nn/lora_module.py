@@ -13,14 +13,17 @@ own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout
 
 _SEEDS = 2**62
+_TRAINED = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
 _OWN_ATTRIBUTES = ("rank", "scaling", "dropout", "enabled", "_unmerged", "_base_class")
 
 Shape = tuple[int, ...]
@@ -32,22 +35,26 @@ class LoRAModule(nn.Module):
     Attributes:
         weight, bias: the frozen base parameters.
         lora_A, lora_B: the trained factors in PEFT's shapes.
+        lora_bias, lora_magnitude: the bias of lora_B and DoRA's magnitude in PEFT's shapes, or None.
         rank, scaling, dropout: as in `LoRASlot`.
         enabled: False makes the module compute what it did before it was adapted.
     """
 
     base_type: ClassVar[type[nn.Module] | None] = None
     embedding: ClassVar[bool] = False
+    takes_lora_bias: ClassVar[bool] = True
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
     rank: int
     scaling: float
     dropout: float
     enabled: bool
-    _unmerged: tuple[nn.Parameter] | None
+    _unmerged: tuple[nn.Parameter, nn.Parameter | None] | None
     _base_class: type[nn.Module]
 
     @classmethod
@@ -75,7 +82,21 @@ class LoRAModule(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def adapt(cls, module: nn.Module, *, rank: int, scaling: float, dropout: float = 0.0) -> Self:
+    def channel_shape(cls, module: nn.Module) -> Shape:
+        """Shape of DoRA's magnitude: one number an output channel."""
+        return (cls.factor_shapes(module, 1)[1][0],)
+
+    @classmethod
+    def adapt(
+        cls,
+        module: nn.Module,
+        *,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+    ) -> Self:
         """Turn `module` into an adapted one, in place. The factors are zero until `initialise` or a file fills them.
 
         Args:
@@ -83,6 +104,8 @@ class LoRAModule(nn.Module):
             rank: of the factors.
             scaling: multiplier of the low-rank branch.
             dropout: probability, active in training mode only.
+            use_dora: train a magnitude as well, which starts at the lengths of the weight's rows.
+            lora_bias: train a bias of lora_B as well.
 
         Returns:
             the same object.
@@ -95,7 +118,7 @@ class LoRAModule(nn.Module):
             raise TypeError(f"{cls.__name__} does not adapt {type(module).__name__}")
         if (reason := cls.obstacle(module, rank)) is not None:
             raise ValueError(reason)
-        shapes = cls.factor_shapes(module, rank)
+        shapes, channels = cls.factor_shapes(module, rank), cls.channel_shape(module)
         base_class = type(module)
         module.__class__ = cls
         adapted = cast("Self", module)
@@ -104,9 +127,40 @@ class LoRAModule(nn.Module):
         adapted.lora_A, adapted.lora_B = (
             nn.Parameter(torch.zeros(shape, dtype=dtype, device=adapted.weight.device)) for shape in shapes
         )
+        factor = adapted.lora_A
+        adapted.register_parameter(
+            "lora_bias", nn.Parameter(factor.new_zeros(shapes[1][0], dtype=dtype)) if lora_bias else None
+        )
+        adapted.register_parameter(
+            "lora_magnitude", nn.Parameter(factor.new_zeros(channels, dtype=dtype)) if use_dora else None
+        )
         adapted.rank, adapted.scaling, adapted.dropout = rank, scaling, dropout
         adapted.enabled, adapted._unmerged, adapted._base_class = True, None, base_class
+        adapted.reset_magnitude()
         return adapted
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained here, by the last part of its name."""
+        for name in _TRAINED:
+            parameter = self._parameters[name]
+            if parameter is not None:
+                yield name, parameter
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Set the magnitude to the lengths of the adapted weight's rows, so that it changes nothing."""
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(self.dora_norm().view(self.lora_magnitude.shape))
+
+    @torch.no_grad()
+    def dora_norm(self) -> Tensor:
+        """(out,) lengths of the rows of the adapted weight, in float32 at least."""
+        weight = self.weight_rows()
+        return dora_norm(weight, self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling)
+
+    def weight_rows(self) -> Tensor:
+        """The base weight as one row an output channel, (out, …)."""
+        return self.weight.flatten(1)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -115,6 +169,14 @@ class LoRAModule(nn.Module):
         drawn = torch.rand(self.lora_A.shape, generator=generator, device=generator.device)
         self.lora_A.copy_((2 * drawn - 1) * bound)
         self.lora_B.zero_()
+        self.reset_beside()
+
+    @torch.no_grad()
+    def reset_beside(self) -> None:
+        """Bias and magnitude as they are where the factors change nothing."""
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
+        self.reset_magnitude()
 
     def delta_weight(self) -> Tensor:
         """The update in the shape of `weight`, in the dtype of the factors.
@@ -137,31 +199,47 @@ class LoRAModule(nn.Module):
         base weight. The base weight is kept for `unmerge`.
 
         Raises:
-            ValueError: the update cannot be written as a weight of this module.
+            ValueError: the update cannot be written as weight and bias of this module.
         """
         if self._unmerged is not None:
             return
+        bias = self._parameters.get("bias")
+        if self.lora_bias is not None and bias is None:
+            raise ValueError("the bias of lora_B has no bias of the base module to go into")
         delta = self.delta_weight()
-        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
-        self._unmerged = (self.weight,)  # in a tuple, else it would be registered as a parameter
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        merged = self.weight.to(delta.dtype) + delta
+        if self.lora_magnitude is not None:
+            gain = (self.lora_magnitude.flatten() / self.dora_norm()).to(merged.dtype)
+            merged = self.rows_times(merged, gain)
+        self._unmerged = (self.weight, bias)  # in a tuple, else they would be registered as parameters
+        self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
+        if self.lora_bias is not None and bias is not None:
+            moved = bias.to(delta.dtype) + self.scaling * self.lora_bias
+            self.bias = nn.Parameter(moved.to(bias.dtype), requires_grad=False)
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """A weight of this module's shape, its output channels multiplied by gain (out,)."""
+        return weight * gain.view(-1, *(1 for _ in weight.shape[1:]))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back: the same parameter, bit by bit, tied to what it was tied to."""
         if self._unmerged is None:
             return
-        (base,) = self._unmerged
-        if (base.device, base.dtype) != (self.weight.device, self.weight.dtype):  # the model was moved while merged
-            base.data = base.data.to(self.weight)
-        self.weight = base
+        weight, bias = self._unmerged
+        for base in (weight, bias):
+            if base is not None and (base.device, base.dtype) != (self.weight.device, self.weight.dtype):
+                base.data = base.data.to(self.weight)  # the model was moved while merged
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
         self._unmerged = None
 
     def restore(self) -> nn.Module:
         """Take the adapter away: the module is of its old class again, with its base weight, and has no factors."""
         self.unmerge()
         base_class = self._base_class
-        for name in ("lora_A", "lora_B"):
+        for name in _TRAINED:
             del self._parameters[name]
         for name in _OWN_ATTRIBUTES:
             del self.__dict__[name]
@@ -172,7 +250,8 @@ class LoRAModule(nn.Module):
     def extra_repr(self) -> str:
         """The base module's description and the adapter's."""
         base = self._base_class.extra_repr(self) or f"weight={tuple(self.weight.shape)}"
-        return f"{base}, rank={self.rank}, scaling={self.scaling:g}"
+        more = "".join(f", {name}" for name, _ in self.trained() if name not in ("lora_A", "lora_B"))
+        return f"{base}, rank={self.rank}, scaling={self.scaling:g}{more}"
 
     @property
     def _adapts(self) -> bool:

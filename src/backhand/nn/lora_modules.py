@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backhand.nn.lora_functions import LoRAConvFunction, LoRAEmbeddingFunction, LoRALinearFunction
+from backhand.nn.lora_functions import (
+    DoRAFunction,
+    DoRALinearFunction,
+    LoRABiasFunction,
+    LoRAConvFunction,
+    LoRAEmbeddingFunction,
+    LoRALinearFunction,
+)
 from backhand.nn.lora_module import LoRAModule, Shape, base_weight
-from backhand.ops.lora_conv import ConvGeometry
+from backhand.ops.dropout import dropout_multiplier
+from backhand.ops.lora_conv import ConvGeometry, convolution
+from backhand.ops.lora_linear import Dropout
 
 
 class LoRALinear(LoRAModule):
@@ -33,10 +42,7 @@ class LoRALinear(LoRAModule):
         if not self._adapts:
             return self._base_forward(x)
         x, weight, bias = self._cast(x)
-        y: Tensor = cast("Any", LoRALinearFunction).apply(
-            x, weight, bias, self.lora_A, self.lora_B, self.scaling, self._drawn_dropout()
-        )
-        return y
+        return _linear(self, x, weight, bias)
 
 
 class LoRAConv1D(LoRAModule):
@@ -63,10 +69,29 @@ class LoRAConv1D(LoRAModule):
         if not self._adapts:
             return self._base_forward(x)
         x, weight, bias = self._cast(x)
-        y: Tensor = cast("Any", LoRALinearFunction).apply(
-            x, weight.T, bias, self.lora_A, self.lora_B, self.scaling, self._drawn_dropout()
-        )
+        return _linear(self, x, weight.T, bias)
+
+    def weight_rows(self) -> Tensor:
+        """(out, in)."""
+        return self.weight.T
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """(in, out) with every column multiplied."""
+        return weight * gain
+
+
+def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The adapted linear layer, (..., in) → (..., out), with weight (out, in), and with what is trained beside A, B."""
+    factors, dropout = (module.lora_A, module.lora_B), module._drawn_dropout()
+    y: Tensor
+    if module.lora_magnitude is not None:
+        magnitude, norm = module.lora_magnitude, module.dora_norm()
+        y = cast("Any", DoRALinearFunction).apply(x, weight, bias, *factors, magnitude, norm, module.scaling, dropout)
         return y
+    y = cast("Any", LoRALinearFunction).apply(x, weight, bias, *factors, module.scaling, dropout)
+    if module.lora_bias is not None:
+        y = cast("Any", LoRABiasFunction).apply(y, module.lora_bias, module.scaling, -1)
+    return y
 
 
 class LoRAEmbedding(LoRAModule):
@@ -77,6 +102,7 @@ class LoRAEmbedding(LoRAModule):
 
     base_type = nn.Embedding
     embedding = True
+    takes_lora_bias = False
 
     padding_idx: int | None
 
@@ -101,6 +127,15 @@ class LoRAEmbedding(LoRAModule):
         """As PEFT does for embeddings: lora_A zero and lora_B standard normal."""
         self.lora_A.zero_()
         self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
+        self.reset_beside()
+
+    def weight_rows(self) -> Tensor:
+        """(hidden, vocab): a channel is a column of the table."""
+        return self.weight.T
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """(vocab, hidden) with every column multiplied."""
+        return weight * gain
 
     def delta_weight(self) -> Tensor:
         """(vocab, hidden)."""
@@ -113,6 +148,8 @@ class LoRAEmbedding(LoRAModule):
         y: Tensor = cast("Any", LoRAEmbeddingFunction).apply(
             ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx
         )
+        if self.lora_magnitude is not None:
+            y = cast("Any", DoRAFunction).apply(y, self.lora_magnitude, self.dora_norm(), None, -1)
         return y
 
 
@@ -148,6 +185,12 @@ class _LoRAConv(LoRAModule):
         out_channels, in_per_group, *kernel = base_weight(module).shape
         return (rank, in_per_group * groups, *kernel), (out_channels, rank // groups, *(1 for _ in kernel))
 
+    @classmethod
+    def channel_shape(cls, module: nn.Module) -> Shape:
+        """(1, out, 1 …), as PEFT has it."""
+        out_channels, *rest = base_weight(module).shape
+        return (1, out_channels, *(1 for _ in rest[1:]))
+
     def delta_weight(self) -> Tensor:
         """(out, in, *kernel).
 
@@ -166,23 +209,38 @@ class _LoRAConv(LoRAModule):
             return y
         x, weight, bias = self._cast(x)
         batched = x.dim() == self.dimensions + 2
+        x = x if batched else x.unsqueeze(0)
         padding = self.padding
         if isinstance(padding, str):
             # "same" may need one place more on one side than on the other, which only padding beforehand can do.
             if padding == "same":
                 x = functional.pad(x, self._reversed_padding_repeated_twice)
             padding = (0,) * self.dimensions
-        y = cast("Any", LoRAConvFunction).apply(
-            x if batched else x.unsqueeze(0),
-            weight,
-            bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            ConvGeometry(self.stride, padding, self.dilation, self.groups),
-            self._drawn_dropout(),
-        )
+        geometry = ConvGeometry(self.stride, padding, self.dilation, self.groups)
+        if self.lora_magnitude is None:
+            y = self._branch(x, weight, bias, geometry, self._drawn_dropout())
+            if self.lora_bias is not None:
+                y = cast("Any", LoRABiasFunction).apply(y, self.lora_bias, self.scaling, 1)
+        else:
+            y = self._rescaled(x, weight, bias, geometry)
         return y if batched else y.squeeze(0)
+
+    def _branch(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, dropout: Dropout | None
+    ) -> Tensor:
+        y: Tensor = cast("Any", LoRAConvFunction).apply(
+            x, weight, bias, self.lora_A, self.lora_B, self.scaling, geometry, dropout
+        )
+        return y
+
+    def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+        """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
+        assert self.lora_magnitude is not None
+        dropout = self._drawn_dropout()
+        dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
+        z = self._branch(dropped, weight, None, geometry, None)
+        y: Tensor = cast("Any", DoRAFunction).apply(z, self.lora_magnitude.flatten(), self.dora_norm(), bias, 1)
+        return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
 
 
 class LoRAConv1d(_LoRAConv):

@@ -1,4 +1,4 @@
-"""All trained factors of one adapter in one flat buffer, their gradients in a second.
+"""All trained tensors of one adapter in one flat buffer, their gradients in a second.
 
 One buffer means one fused optimizer call, one norm, one cast to the compute dtype, one all-reduce.
 """
@@ -6,23 +6,34 @@ One buffer means one fused optimizer call, one norm, one cast to the compute dty
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from backhand.ops.dora import row_squares
+
+Shape = tuple[int, ...]
+
+TOKENS = "trainable_tokens"
+"""Last part of the name of trained embedding rows."""
+
 
 @dataclass(frozen=True)
 class LoRASlot:
-    """One adapted module: where it is and how large its factors are.
+    """One adapted module: where it is, how large its factors are, and what is trained beside them.
 
     Attributes:
         name: dotted module path, e.g. `model.layers.0.self_attn.q_proj`.
-        in_features, out_features: the frozen weight is (out_features, in_features).
+        in_features, out_features: the frozen weight is (out_features, in_features), an embedding's (in, out).
         rank: rows of lora_A, columns of lora_B.
         scaling: the multiplier of the low-rank branch, alpha / rank or alpha / √rank.
-        dropout: probability that an input element of the low-rank branch is dropped.
+        dropout: probability that an input element of the low-rank branch is dropped; an embedding has none.
+        use_dora: whether a magnitude of the adapted weight's rows is trained, see `ops.dora`.
+        lora_bias: whether lora_B has a bias, see `ops.lora_bias`.
+        embedding: whether the module is an embedding, of in_features tokens.
     """
 
     name: str
@@ -31,15 +42,57 @@ class LoRASlot:
     rank: int
     scaling: float
     dropout: float = 0.0
+    use_dora: bool = False
+    lora_bias: bool = False
+    embedding: bool = False
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of everything that is trained in this module, by the last part of its name."""
+        shapes: dict[str, Shape] = {
+            "lora_A": (self.rank, self.in_features),
+            "lora_B": (self.out_features, self.rank),
+        }
+        if self.lora_bias:
+            shapes["lora_bias"] = (self.out_features,)
+        if self.use_dora:
+            shapes["lora_magnitude"] = (self.out_features,)
+        return shapes
+
+    @property
+    def element_count(self) -> int:
+        """Trained elements of this module."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A tensor trained as it is beside the factors: a parameter of a module in `modules_to_save`, or embedding rows.
+
+    Attributes:
+        name: of the parameter, e.g. `lm_head.weight`; of embedding rows, the embedding's path and `trainable_tokens`.
+        shape: of the tensor.
+        token_ids: of embedding rows, the tokens they belong to, in their order; None for a parameter.
+    """
+
+    name: str
+    shape: Shape
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def base_name(self) -> str:
+        """The base model's tensor that it starts from."""
+        return self.name if self.token_ids is None else self.name.removesuffix(TOKENS) + "weight"
 
 
 class LoRAParameters:
-    """lora_A (rank, in) and lora_B (out, rank) of every slot as views of one flat fp32 buffer.
+    """Everything an adapter trains, as views of one flat fp32 buffer.
 
-    The order in the buffer is that of the slots, lora_A before lora_B.
+    The order in the buffer is that of the slots, in each lora_A, lora_B and what else it has, and then that of the
+    tensors trained as they are.
 
     Args:
         slots: the adapted modules; names must be unique.
+        trained: tensors trained as they are.
         device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
     """
@@ -48,19 +101,24 @@ class LoRAParameters:
         self,
         slots: Iterable[LoRASlot],
         *,
+        trained: Iterable[TrainedTensor] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.slots: dict[str, LoRASlot] = {}
-        self._offsets: dict[str, tuple[int, int, int]] = {}
-        offset = 0
         for slot in slots:
             if slot.name in self.slots:
                 raise ValueError(f"two slots are named {slot.name}")
-            middle = offset + slot.rank * slot.in_features
-            end = middle + slot.out_features * slot.rank
             self.slots[slot.name] = slot
-            self._offsets[slot.name] = (offset, middle, end)
+        self.trained = {tensor.name: tensor for tensor in trained}
+        self._places: dict[str, tuple[int, int, Shape]] = {}
+        offset = 0
+        for name, shape in chain(
+            ((f"{slot.name}.{part}", shape) for slot in self.slots.values() for part, shape in slot.shapes().items()),
+            ((tensor.name, tensor.shape) for tensor in self.trained.values()),
+        ):
+            end = offset + math.prod(shape)
+            self._places[name] = (offset, end, shape)
             offset = end
         self.values = torch.zeros(offset, device=device, dtype=dtype)
         self.gradients = torch.zeros(offset, device=device, dtype=dtype)
@@ -74,17 +132,47 @@ class LoRAParameters:
         """Trained elements in all."""
         return self.values.numel()
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but lora_A and lora_B of linear modules."""
+        return not self.trained and not any(
+            slot.use_dora or slot.lora_bias or slot.embedding for slot in self.slots.values()
+        )
+
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill as PEFT does: lora_A Kaiming-uniform with a = √5, i.e. U(-1/√in, 1/√in), and lora_B zero."""
+        """Fill the factors as PEFT does, so that they change nothing yet; everything else is zero until `start_at`.
+
+        lora_A is Kaiming-uniform with a = √5, i.e. U(-1/√in, 1/√in), and lora_B zero; in an embedding lora_A is zero
+        and lora_B standard normal.
+        """
         self.values.zero_()
         for name, slot in self.slots.items():
-            bound = 1 / math.sqrt(slot.in_features)
-            drawn = torch.rand(slot.rank, slot.in_features, generator=generator, device=generator.device)
-            self.lora_A(name).copy_((2 * drawn - 1) * bound)
+            if slot.embedding:
+                drawn = torch.randn(slot.out_features, slot.rank, generator=generator, device=generator.device)
+                self.lora_B(name).copy_(drawn)
+            else:
+                bound = 1 / math.sqrt(slot.in_features)
+                drawn = torch.rand(slot.rank, slot.in_features, generator=generator, device=generator.device)
+                self.lora_A(name).copy_((2 * drawn - 1) * bound)
+        self.refresh_compute(self._compute.dtype)
+
+    def start_at(self, base_tensor: Callable[[str], Tensor]) -> None:
+        """Set what starts from the base model: magnitudes to its weights' lengths, trained tensors to its own.
+
+        Args:
+            base_tensor: gives a tensor of the base model by its name, such as `lm_head.weight`.
+        """
+        for name, slot in self.slots.items():
+            if slot.use_dora:
+                weight = base_tensor(f"{name}.weight")
+                self.tensor(f"{name}.lora_magnitude").copy_(row_squares(weight.T if slot.embedding else weight).sqrt())
+        for name, tensor in self.trained.items():
+            base = base_tensor(tensor.base_name)
+            self.tensor(name).copy_(base if tensor.token_ids is None else base[list(tensor.token_ids)])
         self.refresh_compute(self._compute.dtype)
 
     def refresh_compute(self, dtype: torch.dtype) -> None:
-        """Cast the factors to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
+        """Cast everything to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
         if dtype == self.values.dtype:
             self._compute = self.values
         elif self._compute.dtype == dtype and self._compute is not self.values:
@@ -92,40 +180,47 @@ class LoRAParameters:
         else:
             self._compute = self.values.to(dtype)
 
-    def _factor_A(self, buffer: Tensor, name: str) -> Tensor:
-        start, middle, _ = self._offsets[name]
-        return buffer[start:middle].view(self.slots[name].rank, self.slots[name].in_features)
+    def _view(self, buffer: Tensor, name: str) -> Tensor:
+        start, end, shape = self._places[name]
+        return buffer[start:end].view(shape)
 
-    def _factor_B(self, buffer: Tensor, name: str) -> Tensor:
-        _, middle, end = self._offsets[name]
-        return buffer[middle:end].view(self.slots[name].out_features, self.slots[name].rank)
+    def tensor(self, name: str) -> Tensor:
+        """View of the trained values of one tensor, such as `<module>.lora_magnitude`."""
+        return self._view(self.values, name)
+
+    def compute(self, name: str) -> Tensor:
+        """View of one tensor in the compute dtype, as of the last `refresh_compute`."""
+        return self._view(self._compute, name)
+
+    def gradient(self, name: str) -> Tensor:
+        """View of the gradient buffer for one tensor."""
+        return self._view(self.gradients, name)
 
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""
-        return self._factor_A(self.values, name)
+        return self._view(self.values, f"{name}.lora_A")
 
     def lora_B(self, name: str) -> Tensor:
         """(out, rank) view of the trained values."""
-        return self._factor_B(self.values, name)
+        return self._view(self.values, f"{name}.lora_B")
 
     def compute_A(self, name: str) -> Tensor:
         """(rank, in) view in the compute dtype, as of the last `refresh_compute`."""
-        return self._factor_A(self._compute, name)
+        return self._view(self._compute, f"{name}.lora_A")
 
     def compute_B(self, name: str) -> Tensor:
         """(out, rank) view in the compute dtype, as of the last `refresh_compute`."""
-        return self._factor_B(self._compute, name)
+        return self._view(self._compute, f"{name}.lora_B")
 
     def d_lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the gradient buffer."""
-        return self._factor_A(self.gradients, name)
+        return self._view(self.gradients, f"{name}.lora_A")
 
     def d_lora_B(self, name: str) -> Tensor:
         """(out, rank) view of the gradient buffer."""
-        return self._factor_B(self.gradients, name)
+        return self._view(self.gradients, f"{name}.lora_B")
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """(`<module>.lora_A` or `<module>.lora_B`, view) of every factor, in buffer order."""
-        for name in self.slots:
-            yield f"{name}.lora_A", self.lora_A(name)
-            yield f"{name}.lora_B", self.lora_B(name)
+        """(name, view) of everything that is trained, in buffer order, such as `<module>.lora_A`."""
+        for name in self._places:
+            yield name, self.tensor(name)

@@ -57,14 +57,16 @@ def dora_norm(
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
     squares = row_squares(weight) if weight_squares is None else weight_squares.to(wide)
     crossed = weight.to(wide) @ lora_A.T
-    squares = squares + torch.linalg.vecdot(lora_B, 2 * scaling * crossed + scaling**2 * (lora_B @ (lora_A @ lora_A.T)))
+    crossed = 2 * scaling * crossed + scaling**2 * (lora_B @ (lora_A @ lora_A.T))
+    squares = squares + (lora_B * crossed).sum(1)
     return squares.clamp_(min=0).sqrt_()
 
 
 def row_squares(weight: Tensor) -> Tensor:
     """‖W_o‖², (out,), in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+    return norm.square_()
 
 
 def dora_forward(

@@ -9,7 +9,8 @@ Backward, with G = ∂L/∂y and p(v) the place of token v among the trained one
     embedding   ∂L/∂R_j = Σ_{t: p(i_t) = j} G_t           (n, hidden), zero where the token does not occur
     head        ∂L/∂R   = (G restricted to the trained columns)ᵀ x      (n, hidden)
                 ∂L/∂x   = G W'  =  G₀ W + G_p R           (..., hidden), G₀ = G with the trained columns at zero
-The sum of the embedding runs in float32 at least.
+The sum of the embedding runs in float32 at least. A caller whose embedding has a padding token, which torch reads but
+does not train, puts -1 into that token's places between forward and backward (`without_padding`).
 
 Saved: for the embedding, each token's place in R; for the head, x and references to the parameters.
 """
@@ -27,7 +28,7 @@ class TokenEmbeddingSaved(NamedTuple):
     """What the forward keeps: the place in R of each token, (tokens,), -1 where it is not trained; rows of R."""
 
     places: Tensor
-    count: int
+    trained: int
 
 
 class TokenEmbeddingGrads(NamedTuple):
@@ -59,6 +60,13 @@ def token_places(ids: Tensor, token_ids: Tensor) -> Tensor:
     return torch.where(ordered[found] == ids.reshape(-1), order[found], -1)
 
 
+def without_padding(saved: TokenEmbeddingSaved, ids: Tensor, padding_id: int | None) -> TokenEmbeddingSaved:
+    """What backward needs so that the padding token's row learns nothing here."""
+    if padding_id is None:
+        return saved
+    return saved._replace(places=saved.places.masked_fill(ids.reshape(-1) == padding_id, -1))
+
+
 def token_embedding_forward(
     ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, TokenEmbeddingSaved]:
@@ -85,7 +93,7 @@ def token_embedding_backward(d_y: Tensor, saved: TokenEmbeddingSaved) -> TokenEm
     """Map d_y, (..., hidden), to the gradient derived in the module docstring."""
     wide = torch.promote_types(d_y.dtype, torch.float32)
     hit = saved.places >= 0
-    d_token_rows = torch.zeros(saved.count, d_y.shape[-1], dtype=wide, device=d_y.device)
+    d_token_rows = torch.zeros(saved.trained, d_y.shape[-1], dtype=wide, device=d_y.device)
     d_token_rows.index_add_(0, saved.places[hit], d_y.reshape(-1, d_y.shape[-1])[hit].to(wide))
     return TokenEmbeddingGrads(d_token_rows)
 

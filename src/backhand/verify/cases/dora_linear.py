@@ -61,17 +61,18 @@ def _case(
     if residual:
         tensors["residual"] = draw.normal(*lead, outputs)
 
-    def parts(t: Tensors) -> tuple[Any, ...]:
-        return t["x"], t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], t["magnitude"], t["norm"], SCALING
+    def parts(t: Tensors) -> dict[str, Any]:
+        names = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude", "norm", "residual")
+        return {name: t.get(name) for name in names} | {"scaling": SCALING}
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = dora_linear_forward(*parts(t), dropout, t.get("residual"))
+        y, saved = dora_linear_forward(**parts(t), dropout=dropout)
         grads = backward(t["d_y"], saved, input_gradient=input_gradient)
         gradients = {"lora_A": grads.d_lora_A, "lora_B": grads.d_lora_B, "magnitude": grads.d_magnitude}
         return ByHand(y, gradients | {"x": grads.d_x} if input_gradient else gradients)
 
     def reference(t: Tensors) -> Tensor:
-        return dora_linear_reference(*parts(t), multiplier(t["x"], dropout), t.get("residual"))
+        return dora_linear_reference(**parts(t), mask=multiplier(t["x"], dropout))
 
     def usual(t: Tensors) -> Tensor:
         """As PEFT writes it."""

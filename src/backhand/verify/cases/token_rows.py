@@ -86,7 +86,7 @@ EMBEDDING_CASES = (
 
 def _overwritten(g: Tensor, s: Any) -> Tensor:
     """Each place of a token overwrites the last instead of adding to it."""
-    d_token_rows = g.new_zeros(s.count, g.shape[-1])
+    d_token_rows = g.new_zeros(s.trained, g.shape[-1])
     for row, place in zip(flat_rows(g), s.places.tolist(), strict=True):
         if place >= 0:
             d_token_rows[place] = row
@@ -95,8 +95,8 @@ def _overwritten(g: Tensor, s: Any) -> Tensor:
 
 def _untrained_too(g: Tensor, s: Any) -> Tensor:
     """Tokens that are not trained taken for the last trained one, as an index of -1 reads."""
-    d_token_rows = g.new_zeros(s.count, g.shape[-1])
-    return d_token_rows.index_add_(0, s.places % s.count, flat_rows(g))
+    d_token_rows = g.new_zeros(s.trained, g.shape[-1])
+    return d_token_rows.index_add_(0, s.places % s.trained, flat_rows(g))
 
 
 EMBEDDING_MUTANTS = (
