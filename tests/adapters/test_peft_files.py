@@ -243,10 +243,10 @@ def test_tensors_that_do_not_fit_are_all_listed(
 
 
 def test_one_error_lists_problems_of_every_kind(saved: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    change_config(saved, lora_alpha=-1, use_dora=True, future=7)
+    change_config(saved, lora_alpha=-1, layer_replication=[[0, 1]], future=7)
     change_tensors(saved, lambda t: t.update({A0: torch.full((3, 60), torch.nan)}))
     problems = problems_of(saved, shapes)
-    for part in ("lora_alpha", "use_dora", "future", "not finite"):
+    for part in ("lora_alpha", "layer_replication", "future", "not finite"):
         assert sum(part in problem for problem in problems) == 1
 
 
