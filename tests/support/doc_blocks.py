@@ -10,6 +10,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 PROJECT = Path(__file__).parents[2]
+_SHELL_SIGNS = {"|", "<", "<<<", ">", ">>", "&&", "&"}
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
