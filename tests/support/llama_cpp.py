@@ -19,9 +19,10 @@ class LlamaCpp:
     Args:
         path: of the file.
         context: most tokens of one prompt.
+        adapter: a GGUF file of an adapter to put on it.
     """
 
-    def __init__(self, path: Path, *, context: int = 256) -> None:
+    def __init__(self, path: Path, *, context: int = 256, adapter: Path | None = None) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx = context
@@ -33,6 +34,8 @@ class LlamaCpp:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
 
     def token_ids(self, text: str, *, add_special: bool = False) -> list[int]:

@@ -32,7 +32,7 @@ def make_directory(directory: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise UsageError("this is a file, not a directory", where=str(directory)) from None
     except OSError as error:
-        raise _resource_error("cannot be created", directory, error) from None
+        raise resource_error("cannot be created", directory, error) from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -55,9 +55,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         _write_and_sync(temporary, data, mode)
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
-        raise _resource_error("cannot be written", path, error, needed_bytes=len(data)) from None
+        raise resource_error("cannot be written", path, error, needed_bytes=len(data)) from None
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -74,7 +74,8 @@ def _write_and_sync(path: Path, data: bytes, mode: int | None) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +86,8 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
+def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
+    """Our error for what the system said about writing to `path`."""
     needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
     why = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return ResourceError(what, where=str(path), why=why + needed, next_step="free space, or choose another directory")

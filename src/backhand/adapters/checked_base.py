@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from backhand.adapters.adapter_directory import AdapterContents, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord, base_differences, wrong_base
 from backhand.adapters.base_copies import copy_differences
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
-from backhand.adapters.peft_files import LoadedAdapter, load_adapter
+from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
+from backhand.adapters.peft_files import LoadedAdapter, match_linear_adapter
 from backhand.adapters.targets import OUTPUT_HEADS
 from backhand.errors import ArtifactError
 from backhand.nn.loading.source import ModelSource
@@ -31,7 +33,7 @@ def load_adapter_for(
 
     Args:
         source: the base model at hand.
-        directory: of the adapter.
+        directory: of the adapter, or a GGUF file.
         module_shapes: (out, in) of every linear module of the model, by dotted path.
         chat_template: the template in use; None where there is none, or it does not matter.
         force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
@@ -40,7 +42,7 @@ def load_adapter_for(
         UnusableAdapterError: an ArtifactError that lists every problem of the files.
         ArtifactError: the adapter was trained with another base model, tokenizer or chat template.
     """
-    loaded = load_adapter(directory, module_shapes)
+    loaded = match_linear_adapter(read_adapter(directory, source), module_shapes)
     forced = check_source(
         loaded.record,
         str(loaded.directory),
@@ -51,6 +53,17 @@ def load_adapter_for(
         force_base=force_base,
     )
     return replace(loaded, forced=forced)
+
+
+def read_adapter(path: Path | str, source: ModelSource) -> AdapterContents:
+    """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
+
+    Raises:
+        ArtifactError: there is no adapter, or its configuration cannot be read.
+    """
+    if is_gguf_file(path):
+        return read_gguf_adapter(path, source.config)
+    return read_adapter_directory(path)
 
 
 def check_source(

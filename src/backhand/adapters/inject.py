@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.adapter_directory import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.config import LoRAConfig
@@ -76,7 +76,11 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
         UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
         UsageError: the modules cannot be adapted.
     """
-    contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
+    return inject_contents(module, read_adapter_directory(directory, allow_pickle=allow_pickle))
+
+
+def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAdapter:
+    """Adapt `module` by an adapter that has been read; errors as `inject_from`."""
     if not contents.config_usable:
         raise UnusableAdapterError(contents.directory, contents.problems)
     try:

@@ -257,6 +257,13 @@ def load_adapter(
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
     contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
+    return match_linear_adapter(contents, module_shapes, heads=heads)
+
+
+def match_linear_adapter(
+    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
+) -> LoadedAdapter:
+    """Hold an adapter of linear modules that has been read against a model; arguments and errors as `load_adapter`."""
     config = contents.described.config
 
     def slots(targets: Sequence[Target]) -> list[LoRASlot]:

@@ -60,6 +60,18 @@ COMMANDS = (
         "backhand.cli.verify:verify",
     ),
     Command(
+        "merge",
+        "Fold an adapter into its base: a model of its own, proved against base and adapter.",
+        "backhand merge --adapter runs/mine/adapter --output runs/mine/merged",
+        "backhand.cli.export:merge",
+    ),
+    Command(
+        "export",
+        "Convert an adapter, or the merged model, for PEFT, vLLM, llama.cpp, Ollama, MLX, or diffusion programs.",
+        "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf",
+        "backhand.cli.export:export",
+    ),
+    Command(
         "sine",
         "The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand.",
         "backhand sine --check --output runs/sine",

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from backhand.adapters.adapter_directory import read_adapter_directory
-from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.data.chat import read_template
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import EngineCompleter
@@ -49,7 +48,7 @@ def loaded_model(
 
     Args:
         options: which model, and how it is computed.
-        adapter: directory of an adapter to put on it.
+        adapter: directory of an adapter to put on it, or a GGUF file.
         chat_template: the option of that name; the adapter's record is held against the template in use.
 
     Raises:
@@ -103,16 +102,17 @@ def _by_transformers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Completer, tuple[str, ...]]:
-    from backhand.adapters.inject import inject_from
+    from backhand.adapters.inject import inject_contents
     from backhand.generate.transformers_completer import TransformersCompleter
     from backhand.nn.loading.transformers_model import load_transformers_model
 
     model = load_transformers_model(source, dtype=dtype, device=device)
     if adapter is None:
         return TransformersCompleter(model), ()
-    injected = inject_from(model, adapter)
+    contents = read_adapter(adapter, source)
+    injected = inject_contents(model, contents)
     forced = check_source(
-        read_adapter_directory(adapter).record,
+        contents.record,
         str(adapter),
         source,
         [target.name for target in injected.targets],

@@ -64,7 +64,7 @@ class AdapterOptions:
     """Who answers."""
 
     adapter: Path | None = None
-    """Adapter on the base model: the directory that training or PEFT wrote."""
+    """Adapter on the base model: the directory that training or PEFT wrote, or a GGUF file."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ class EvaluateRunOptions:
     """What to evaluate, and how."""
 
     adapter: Path | None = None
-    """Adapter to put beside the base model; not given: the base model alone."""
+    """Adapter to put beside the base model: the directory that training or PEFT wrote, or a GGUF file; not given: the
+    base model alone."""
 
     max_new_tokens: int = 256
     """Longest greedy completion that is compared with the row's last one. At least 1."""

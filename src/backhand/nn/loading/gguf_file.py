@@ -90,6 +90,7 @@ class GGUFFile:
         self._size = len(self._data)
         self._position = 0
         self._values: dict[str, Any] = {}
+        self._types: dict[str, int] = {}
         self.tensors: dict[str, GGUFTensor] = {}
         try:
             self._read_header()
@@ -107,6 +108,12 @@ class GGUFFile:
         """A number, truth value, string or list; a float32 number is the shortest decimal that rounds to it."""
         value = self._values.get(key, default)
         return self._items(value) if isinstance(value, _Array) else value
+
+    def type_of(self, key: str) -> tuple[int, int | None]:
+        """ggml's number of the type of a value that is there, and of the items of an array."""
+        type_id = self._types[key]
+        value = self._values[key]
+        return type_id, value.item_type if isinstance(value, _Array) else None
 
     def bytes_of(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
@@ -130,7 +137,8 @@ class GGUFFile:
             key = self._string()
             if key in self._values:
                 raise self._damaged(f"the key {key!r} is there twice")
-            self._values[key] = self._value(self._unpack(_U32))
+            self._types[key] = self._unpack(_U32)
+            self._values[key] = self._value(self._types[key])
         entries = [self._tensor_entry() for _ in range(tensor_count)]
         alignment = self._values.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):

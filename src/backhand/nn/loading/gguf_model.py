@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from backhand.errors import ArtifactError
@@ -66,8 +67,26 @@ class GGUFModel(ModelSource):
     def load(self, name: str) -> Tensor:
         """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
         tensor = self._tensor(name)
-        values = dequantized(self._place_of[tensor.name].bytes_of(tensor), tensor.type_id)
+        values = dequantized(self.bytes_of(tensor.name), tensor.type_id)
         return layout(self.architecture, name, self._head_dim).restored(values.view(tensor.shape))
+
+    @property
+    def metadata(self) -> GGUFFile:
+        """The file with the metadata; its `tensors` are those of all parts."""
+        return self._main
+
+    def stored_tensor(self, name: str) -> tuple[GGUFTensor, np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Where the tensor of this Hugging Face name lies, and its stored bytes, mapped.
+
+        Raises:
+            ArtifactError: if there is no such tensor.
+        """
+        tensor = self._tensor(name)
+        return tensor, self.bytes_of(tensor.name)
+
+    def bytes_of(self, stored_name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Stored bytes of the tensor that the file calls `stored_name`, mapped."""
+        return self._place_of[stored_name].bytes_of(self._main.tensors[stored_name])
 
     def load_into(self, name: str, destination: Tensor) -> None:
         """Dequantise straight into the destination."""
@@ -75,7 +94,7 @@ class GGUFModel(ModelSource):
         if tensor.shape != tuple(destination.shape):
             raise ArtifactError(mismatch(name, tensor.shape, tuple(destination.shape)), where=str(self.path))
         if layout(self.architecture, name, self._head_dim).is_plain:
-            dequantize_into(self._place_of[tensor.name].bytes_of(tensor), tensor.type_id, destination)
+            dequantize_into(self.bytes_of(tensor.name), tensor.type_id, destination)
         else:
             destination.copy_(self.load(name))
 
@@ -88,7 +107,7 @@ class GGUFModel(ModelSource):
         tensor = self._main.tensors.get(ROPE_FACTORS)
         if tensor is None:
             return None
-        return dequantized(self._place_of[ROPE_FACTORS].bytes_of(tensor), tensor.type_id).float()
+        return dequantized(self.bytes_of(ROPE_FACTORS), tensor.type_id).float()
 
     def _known_architecture(self) -> str:
         architecture = self._main.value("general.architecture")

@@ -9,9 +9,13 @@ already added.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from backhand.errors import ArtifactError
 
 _WHOLE = {
     "token_embd": "model.embed_tokens",
@@ -47,6 +51,14 @@ _BLOCK_OF: dict[str, dict[str, str]] = {
 ARCHITECTURES = tuple(_BLOCK_OF)
 """Values of general.architecture that can be read."""
 
+_ARCHITECTURE_OF = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+
 ROPE_FACTORS = "rope_freqs.weight"
 
 _SKIPPED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight")
@@ -76,6 +88,51 @@ class Layout:
             rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
         return values - self.offset if self.offset else values
+
+    def stored(self, values: Tensor) -> Tensor:
+        """The way back: Hugging Face's values in the order and with the offset of a file; perhaps a view."""
+        if self.pairs_per_head is not None:
+            rows = values.view(-1, 2, self.pairs_per_head, *values.shape[1:])
+            values = rows.transpose(1, 2).reshape(values.shape)
+        return values + self.offset if self.offset else values
+
+
+def gguf_architecture(config: Mapping[str, Any]) -> str | None:
+    """general.architecture of files of a model with this Hugging Face config; None if no file of it can be read."""
+    return _ARCHITECTURE_OF.get(str(config.get("model_type")))
+
+
+def head_dimension(config: Mapping[str, Any]) -> int:
+    """Features of one attention head, which a Hugging Face config may leave to be divided.
+
+    Raises:
+        ArtifactError: the config has no whole number of them.
+    """
+    stated = config.get("head_dim")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if stated is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        stated = hidden // heads
+    if not isinstance(stated, int) or stated < 1:
+        raise ArtifactError("the configuration does not say how large an attention head is", where="head_dim")
+    return stated
+
+
+def gguf_name(architecture: str, name: str) -> str | None:
+    """The name in a file of the tensor that Hugging Face calls `name`, None if the architecture has no such tensor.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        name: such as `model.layers.0.self_attn.q_proj.weight`.
+    """
+    module, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    block, names = "", _WHOLE
+    if match is not None:
+        layer, module = match.groups()
+        block, names = f"blk.{layer}.", _BLOCK_OF[architecture]
+    stored = next((stored for stored, ours in names.items() if ours == module), None)
+    found = f"{block}{stored}.{kind}"
+    return found if stored is not None and huggingface_name(architecture, found) == name else None
 
 
 def huggingface_name(architecture: str, name: str) -> str | None:

@@ -1,0 +1,134 @@
+"""`backhand export`: an adapter in another program's format, written beside its place, proved, and put there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.atomic_files import write_atomically
+from backhand.adapters.checked_base import load_adapter_for
+from backhand.errors import UsageError
+from backhand.export.gguf_adapter_writer import write_gguf_adapter
+from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
+from backhand.export.merging import merge_adapter
+from backhand.export.mlx_files import mlx_files, read_mlx_files
+from backhand.export.module_factors import Factors, factors_of
+from backhand.export.ollama import ADAPTER_FILE, MODEL_FILE, write_modelfile
+from backhand.export.opened_adapter import OpenedAdapter, open_adapter
+from backhand.export.options import ExportOptions, MergeOptions
+from backhand.export.parity import prove_factors, prove_logits
+from backhand.export.peft_directory import peft_directory_files
+from backhand.export.proving import Prover
+from backhand.export.staging import staged
+from backhand.nn.loading.gguf_tensors import gguf_architecture, head_dimension
+
+
+def export_command(options: ExportOptions) -> Path:
+    """Export, and print what was proved.
+
+    Returns:
+        the output.
+
+    Raises:
+        UsageError: an option out of range, or `output` exists.
+        ArtifactError: model and adapter cannot be read, do not belong together, or the format cannot express them.
+        ResourceError: the output cannot be written.
+        CheckError: what was written does not compute what the adapter does; it is removed.
+    """
+    options.validate()
+    console = None if options.quiet else Console()
+    prover = Prover("export", options.adapter, console)
+    if options.merge:
+        _export_merged(options, prover)
+    elif options.to == "kohya":
+        _export_kohya(options, prover)
+    else:
+        _export_adapter(options, prover)
+    prover.write()
+    prover.say(f"written: {options.output}")
+    return options.output
+
+
+def _export_adapter(options: ExportOptions, prover: Prover) -> None:
+    opened = open_adapter(options.model, options.adapter, force_base=options.force_base)
+    for note in opened.loaded.notes:
+        prover.say(f"note: {note}")
+    with staged(options.output) as path:
+        read = _write(options, opened, path)
+        prove_factors(prover, opened.factors, read)
+        prove_logits(prover, opened, read)
+
+
+def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:
+    """Write the output at `path`, and read it again."""
+    if options.to == "gguf":
+        _write_gguf(opened, path)
+        return _read(opened, path)
+    path.mkdir()
+    if options.to == "ollama":
+        _write_gguf(opened, path / ADAPTER_FILE)
+        write_modelfile(path, opened.base_name, adapter=ADAPTER_FILE)
+        return _read(opened, path / ADAPTER_FILE)
+    tied = opened.config.tied_head
+    if options.to == "mlx":
+        files = mlx_files(opened.factors, opened.shapes, tied_head=tied, base_model=opened.base_name)
+    else:
+        files = peft_directory_files(opened, uniform=options.uniform)
+    for name, data in files.items():
+        write_atomically(path / name, data)
+    return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
+
+
+def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
+    architecture = gguf_architecture(opened.source.config)
+    if architecture is None:
+        raise UsageError(f"there are no GGUF files of {opened.config.family} models that we know", where="to")
+    write_gguf_adapter(
+        path,
+        opened.factors,
+        architecture=architecture,
+        head_dim=head_dimension(opened.source.config),
+        tied_head=opened.config.tied_head,
+        record=opened.loaded.record or AdapterRecord(),
+        name=opened.loaded.directory.resolve().stem,
+    )
+
+
+def _read(opened: OpenedAdapter, path: Path) -> Factors:
+    # The base has been compared already, or was forced.
+    return factors_of(load_adapter_for(opened.source, path, opened.shapes, force_base=True))
+
+
+def _export_kohya(options: ExportOptions, prover: Prover) -> None:
+    contents = read_adapter_directory(options.adapter)
+    if contents.problems:
+        raise UnusableAdapterError(contents.directory, contents.problems)
+    factors = factors_without_model(contents)
+    data = kohya_bytes(factors)
+    with staged(options.output) as path:
+        write_atomically(path, data)
+        prove_factors(prover, factors, read_kohya_file(path, factors))
+
+
+def _export_merged(options: ExportOptions, prover: Prover) -> None:
+    if options.to == "kohya":
+        raise UsageError("kohya's format holds adapters only", where="merge", next_step="leave out --merge")
+    merging = MergeOptions(
+        adapter=options.adapter,
+        output=options.output,
+        model=options.model,
+        dtype=options.dtype,
+        tolerance=options.tolerance,
+        max_shard_bytes=options.max_shard_bytes,
+        force_base=options.force_base,
+    )
+    with staged(options.output) as path:
+        if options.to == "ollama":
+            path.mkdir()
+            merge_adapter(merging, path / MODEL_FILE, prover, gguf=True)
+            write_modelfile(path, f"./{MODEL_FILE}")
+        else:
+            merge_adapter(merging, path, prover, gguf=options.to == "gguf")

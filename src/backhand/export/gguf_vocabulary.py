@@ -1,0 +1,111 @@
+"""A byte-level BPE tokenizer as a GGUF file's vocabulary.
+
+The name under tokenizer.ggml.pre stands for the patterns by which text is cut; it is found by comparing the
+tokenizer's own patterns with those of the names that are known. Anything else is refused, since a wrong name gives
+other token ids without a word. Sentencepiece vocabularies have scores, which a fast tokenizer's file does not.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import gguf
+
+from backhand.errors import ArtifactError
+from backhand.nn.loading.gguf_pre_tokenizers import PRE_TOKENIZERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NORMALIZERS = (None, {"type": "NFC"})
+_DIGITS = r"\p{N}"
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """Tokens and their types, merges, special ids, what is put around a text, and the chat template.
+
+    Args:
+        writer: of the file.
+        tokenizer: a fast one.
+        vocab_size: rows of the embedding; rows without a token get one that is marked unused.
+        where: the model, for errors.
+
+    Raises:
+        ArtifactError: another kind of tokenizer, or one that cuts text in a way that has no name.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre = _pre_tokenizer_name(described)
+    if pre is None:
+        raise ArtifactError(
+            "its tokenizer cannot be written into a GGUF file here",
+            where=where,
+            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name",
+            next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
+        )
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = dict(tokenizer.added_tokens_decoder)
+    tokens, types = [], []
+    for index in range(max(vocab_size, max(by_id) + 1)):
+        tokens.append(by_id.get(index, f"[PAD{index}]"))
+        types.append(_token_type(index, by_id, added))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = described["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for add, index in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if index is not None:
+            add(index)
+    around = list(tokenizer("a")["input_ids"])
+    writer.add_add_bos_token(bool(around) and around[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(around) and around[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any]) -> gguf.TokenType:
+    if index not in by_id:
+        return gguf.TokenType.UNUSED
+    if index not in added:
+        return gguf.TokenType.NORMAL
+    return gguf.TokenType.CONTROL if added[index].special else gguf.TokenType.USER_DEFINED
+
+
+def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or described.get("normalizer") not in _NORMALIZERS:
+        return None
+    patterns = _patterns(described.get("pre_tokenizer"))
+    if patterns is None:
+        return None
+    for name, known in PRE_TOKENIZERS.items():
+        if known.patterns == patterns and known.whole_words == bool(model.get("ignore_merges")):
+            return name
+    return None
+
+
+def _patterns(step: Any) -> tuple[str, ...] | None:
+    """The patterns that a pre-tokenizer cuts by, one after another; None if it is none of the usual steps."""
+    steps = step["pretokenizers"] if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
+    patterns: list[str] = []
+    byte_level = False
+    for part in steps:
+        match part:
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(_DIGITS)
+            case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
+                patterns.append(regex)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                byte_level = True
+                if part.get("use_regex"):
+                    patterns.extend(PRE_TOKENIZERS["gpt-2"].patterns)
+            case _:
+                return None
+    return tuple(patterns) if byte_level else None

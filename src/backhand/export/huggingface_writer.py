@@ -1,0 +1,164 @@
+"""A merged model as a Hugging Face directory, written tensor by tensor: nothing larger than one is in memory.
+
+    8 bytes length of the header, JSON header, tensors one behind the other        [safetensors, docs of its format]
+
+The header is known before any tensor is made, so that a shard needs no memory of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.atomic_files import write_atomically
+from backhand.errors import CheckError
+from backhand.export.merged_weights import MergedWeights, Rounding
+from backhand.nn.loading.huggingface_directory import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
+from backhand.nn.loading.source import ModelSource
+
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Beside the weights of a Hugging Face directory; they hold no code, and a merged model needs them as they are."""
+
+
+def write_huggingface(
+    directory: Path, weights: MergedWeights, *, dtype: torch.dtype | None, max_shard_bytes: int, card: str
+) -> None:
+    """Write config.json, weights, tokenizer files and README.md into a new directory.
+
+    Args:
+        directory: made here.
+        weights: the merged model's tensors.
+        dtype: of all of them; None for each tensor's own, float32 if it is quantized in the base.
+        max_shard_bytes: a file is closed before it grows beyond this, unless one tensor alone does.
+        card: README.md.
+
+    Raises:
+        CheckError: a merged weight does not fit the dtype's range.
+        OSError: from the disk.
+    """
+    directory.mkdir()
+    quantized = not isinstance(weights.source, HuggingFaceDirectory)
+    dtypes = {name: dtype or (torch.float32 if quantized else weights.stored_dtype(name)) for name in weights.names()}
+    shards = _shards(weights, dtypes, max_shard_bytes)
+    for file, names in shards.items():
+        with (directory / file).open("xb") as out:
+            _write_shard(out, names, weights, dtypes)
+    if len(shards) > 1:
+        _write_json(directory / INDEX_FILE, _index(shards, weights, dtypes))
+    _write_json(directory / CONFIG_FILE, _config(weights, dtypes))
+    _write_tokenizer(directory, weights.source)
+    write_atomically(directory / "README.md", card.encode("utf-8"))
+
+
+def _shards(weights: MergedWeights, dtypes: Mapping[str, torch.dtype], most: int) -> dict[str, list[str]]:
+    """File names, and the tensors of each."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in weights.names():
+        needed = _byte_count(weights, name, dtypes)
+        if groups[-1] and size + needed > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += needed
+    if len(groups) == 1:
+        return {WEIGHTS_FILE: groups[0]}
+    count = len(groups)
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _byte_count(weights: MergedWeights, name: str, dtypes: Mapping[str, torch.dtype]) -> int:
+    return math.prod(weights.shape(name)) * dtypes[name].itemsize
+
+
+def _write_shard(
+    out: BinaryIO, names: Sequence[str], weights: MergedWeights, dtypes: Mapping[str, torch.dtype]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + _byte_count(weights, name, dtypes)
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtypes[name]],
+            "shape": list(weights.shape(name)),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    out.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        dtype = dtypes[name]
+        stored = weights.make(name, _rounding(dtype)).to(dtype).contiguous()
+        if not bool(torch.isfinite(stored).all()):
+            raise CheckError(
+                f"a merged value is not finite in {str(dtype).removeprefix('torch.')}",
+                where=name,
+                next_step="give --dtype float32",
+            )
+        out.write(_bytes(stored))
+
+
+def _rounding(dtype: torch.dtype) -> Rounding:
+    return lambda tensor: tensor.to(dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _index(
+    shards: Mapping[str, Sequence[str]], weights: MergedWeights, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(_byte_count(weights, name, dtypes) for name in dtypes)},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+
+
+def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """The base's config.json, with the dtype of most elements and the head as it is now."""
+    config = dict(weights.source.config)
+    elements: dict[torch.dtype, int] = {}
+    for name, dtype in dtypes.items():
+        elements[dtype] = elements.get(dtype, 0) + math.prod(weights.shape(name))
+    dtype = max(elements, key=lambda dtype: elements[dtype])
+    config.pop("torch_dtype", None)  # its name before transformers 5
+    config.pop("quantization_config", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if weights.unties_head:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _write_tokenizer(directory: Path, source: ModelSource) -> None:
+    if isinstance(source, HuggingFaceDirectory):
+        for name in _COPIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, directory / name)
+        return
+    source.tokenizer().save_pretrained(directory)
+    if source.generation_config:
+        _write_json(directory / "generation_config.json", source.generation_config)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,0 +1,144 @@
+"""W' = W + scaling · lora_B lora_A, one tensor at a time, and what rounding W' to its stored type loses of the update.
+
+    stored = type(W'),   share lost = ‖stored − W'‖ / ‖scaling · lora_B lora_A‖
+
+The sum is computed in float64 a few rows at a time, rounded to float32, and then to the stored type. Where W is a
+number of the stored type, the nearest one to W' is at least as near as W, so that the share is at most 1: all of the
+update is gone. Where W is not, as after dequantising, the rounding of W counts too, and the share may be above 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.digests import base_digest
+from backhand.export.module_factors import Factors, ModuleFactors
+from backhand.nn.loading.source import ModelSource
+
+HEAD = "lm_head"
+HEAD_WEIGHT = "lm_head.weight"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+_ROWS = 512
+
+Rounding = Callable[[Tensor], Tensor]
+"""A tensor in Hugging Face's layout, of any floating dtype, as it will be read back: rounded to the stored type."""
+
+
+@dataclass(frozen=True)
+class ModuleLoss:
+    """What one merged module's stored weight lost.
+
+    Attributes:
+        name: dotted module path.
+        lost: ‖stored − W'‖ / ‖update‖.
+        update: ‖update‖ / ‖W‖.
+    """
+
+    name: str
+    lost: float
+    update: float
+
+
+@dataclass
+class MergedWeights:
+    """The tensors of the merged model, made one by one from base and adapter.
+
+    Attributes:
+        source: the base model.
+        factors: the adapter.
+        digests: of what each tensor must read back as, by name, for tensors made so far.
+        losses: of the merged modules so far.
+    """
+
+    source: ModelSource
+    factors: Factors
+    digests: dict[str, str] = field(default_factory=dict)
+    losses: list[ModuleLoss] = field(default_factory=list)
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the head is the embedding in the base and a matrix of its own in the merged model."""
+        return HEAD in self.factors and HEAD_WEIGHT not in self.source.tensor_names()
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all tensors, in the order of the base."""
+        return [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape in Hugging Face layout."""
+        return self.source.shape(self._base_name(name))
+
+    def is_merged(self, name: str) -> bool:
+        """Whether the adapter changes this tensor."""
+        return name.removesuffix(".weight") in self.factors and name.endswith(".weight")
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the tensor in the base; float32 if it is quantized there."""
+        return self.source.load(self._base_name(name)).dtype
+
+    def make(self, name: str, rounded: Rounding) -> Tensor:
+        """The merged tensor in Hugging Face layout: float32 (float64 if the base is), or the base's own if unchanged.
+
+        What it must read back as, and what rounding it loses, is noted.
+
+        Args:
+            name: one of `names`.
+            rounded: what the file will give back for the tensor.
+        """
+        weight = self.source.load(self._base_name(name))
+        if not self.is_merged(name):
+            self._note_digest(name, rounded(weight))
+            return weight
+        factors = self.factors[name.removesuffix(".weight")]
+        merged = merged_weight(weight, factors)
+        stored = rounded(merged)
+        self._note_digest(name, stored)
+        self.losses.append(_module_loss(name.removesuffix(".weight"), weight, factors, stored))
+        return merged
+
+    def _base_name(self, name: str) -> str:
+        return EMBEDDING_WEIGHT if name == HEAD_WEIGHT and self.unties_head else name
+
+    def _note_digest(self, name: str, stored: Tensor) -> None:
+        self.digests[name] = base_digest([name], lambda _: stored)
+
+    def wrong_tensors(self, written: ModelSource) -> list[str]:
+        """Names of tensors that are missing in `written`, too many, or do not read back bit by bit."""
+        there = set(written.tensor_names())
+        wrong = sorted(there ^ set(self.digests))
+        both = [name for name in self.digests if name in there]
+        return wrong + [name for name in both if base_digest([name], written.load) != self.digests[name]]
+
+
+def merged_weight(weight: Tensor, factors: ModuleFactors) -> Tensor:
+    """(out, in): the sum in float64, rounded to float32, or kept if the weight is float64 itself."""
+    merged = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for rows, exact, _ in _exact_rows(weight, factors):
+        merged[rows] = exact.to(merged.dtype)
+    return merged
+
+
+def _module_loss(name: str, weight: Tensor, factors: ModuleFactors, stored: Tensor) -> ModuleLoss:
+    lost = update = base = 0.0
+    for rows, exact, delta in _exact_rows(weight, factors):
+        lost += float((stored[rows].double() - exact).square().sum())
+        update += float(delta.square().sum())
+        base += float(weight[rows].double().square().sum())
+    return ModuleLoss(
+        name,
+        (lost / update) ** 0.5 if update > 0 else 0.0,
+        (update / base) ** 0.5 if base > 0 else float("inf"),
+    )
+
+
+def _exact_rows(weight: Tensor, factors: ModuleFactors) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, W' of these rows, update of these rows) in float64, a few hundred rows at a time."""
+    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        delta = factors.scaling * (lora_B[rows] @ lora_A)
+        yield rows, weight[rows].double() + delta, delta

@@ -1,0 +1,56 @@
+"""The base model and the adapter of one command, checked against each other, without a weight in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backhand.adapters.checked_base import load_adapter_for
+from backhand.adapters.peft_files import LoadedAdapter
+from backhand.export.module_factors import ModuleFactors, factors_of
+from backhand.export.probes import probe_documents
+from backhand.nn.decoder_weights import module_shapes
+from backhand.nn.family import DecoderConfig
+from backhand.nn.family_parsing import decoder_config
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """What a command starts from.
+
+    Attributes:
+        source: the base model.
+        config: its family as data.
+        shapes: (out, in) of every linear module.
+        loaded: the adapter.
+        factors: its modules.
+        documents: token ids to compare logits on.
+    """
+
+    source: ModelSource
+    config: DecoderConfig
+    shapes: dict[str, tuple[int, int]]
+    loaded: LoadedAdapter
+    factors: dict[str, ModuleFactors]
+    documents: list[list[int]]
+
+    @property
+    def base_name(self) -> str:
+        """An id or path by which other programs find the base."""
+        return self.source.hub_id or str(self.source.path.resolve())
+
+
+def open_adapter(model: str, adapter: Path, *, force_base: bool) -> OpenedAdapter:
+    """Open both and hold them against each other.
+
+    Raises:
+        UnsupportedModel: a base that the engine does not compute.
+        ArtifactError: base or adapter cannot be read, or do not belong together.
+    """
+    source = open_model(model)
+    config = decoder_config(source.config)
+    shapes = module_shapes(config)
+    loaded = load_adapter_for(source, adapter, shapes, force_base=force_base)
+    return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))

@@ -1,0 +1,74 @@
+"""Proofs of one export: printed, written to the run that the adapter belongs to, and failing the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from backhand.errors import BackhandError, CheckError, ResourceError, UsageError
+from backhand.train.proofs import Proof, proof_log
+from backhand.train.run_directory import ADAPTER, CONFIG, opened
+
+
+class Prover:
+    """Collects what was checked about one output.
+
+    Args:
+        command: `merge` or `export`.
+        adapter: the adapter's directory or file.
+        console: for people; None prints nothing.
+    """
+
+    def __init__(self, command: str, adapter: Path, console: Console | None) -> None:
+        self.command = command
+        self.proofs: list[Proof] = []
+        self._run = run_of(adapter)
+        self._console = console
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def check(self, statement: str, value: float, bound: float, next_step: str, *, holds: bool | None = None) -> None:
+        """Note a proof: that `value` is at most `bound`, or what `holds` says of it.
+
+        Raises:
+            CheckError: it does not hold. All proofs so far have been written to the run then.
+        """
+        passed = value <= bound if holds is None else holds
+        self.proofs.append(Proof(statement, passed, value, bound, self.command))
+        self.say(f"{'proved' if passed else 'FAILED'}: {statement} ({value:.2g}, bound {bound:.2g})")
+        if not passed:
+            self.write()
+            raise CheckError(
+                f"does not hold: {statement}",
+                why=f"{value:.3g}, where at most {bound:.3g} is allowed; nothing was left at the output",
+                next_step=next_step,
+            )
+
+    def write(self) -> None:
+        """Append the proofs to the run's proofs.jsonl, if the adapter belongs to one that can be written to."""
+        if self._run is None:
+            return
+        try:
+            with opened(self._run, resume=True, overwrite=False) as directory:
+                log = proof_log(directory)
+                for proof in self.proofs:
+                    log(proof)
+        except (UsageError, ResourceError) as error:
+            self.say(f"note: not written to {self._run}: {_one_line(error)}")
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run directory that holds this adapter, or None."""
+    path = adapter.resolve()
+    for parent in (path, *path.parents)[:4]:
+        if (parent / CONFIG).is_file() and (parent / ADAPTER).is_dir():
+            return parent
+    return None
+
+
+def _one_line(error: BackhandError) -> str:
+    return "; ".join(part for part in (error.what, error.why) if part)

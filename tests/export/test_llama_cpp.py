@@ -1,0 +1,122 @@
+"""What leaves Backhand as GGUF means in llama.cpp what it means here; an adapter with unpermuted q and k does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backhand.export.command import export_command
+from backhand.export.gguf_adapter_writer import write_gguf_adapter
+from backhand.export.merging import merge_command
+from backhand.export.module_factors import parameters_of
+from backhand.export.opened_adapter import open_adapter
+from backhand.export.options import ExportOptions, MergeOptions
+from backhand.nn.decoder import Decoder
+from backhand.nn.loading import open_model
+from support.llama_cpp import LlamaCpp
+from support.tiny_adapters import SCALINGS, save_tiny_adapter
+from support.tiny_gguf import write_tiny_gguf
+from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_documents, tiny_model
+
+_LENGTHS = (1, 9, 20, 33)
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biases": {},
+    "llama3": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"head_dim": 10},
+    "qwen3": {},
+}
+
+
+def _prompt() -> Tensor:
+    return tiny_documents([max(_LENGTHS)], vocab_size=300)[0]
+
+
+def _ours(model: Path, adapter: Path | None) -> Tensor:
+    """(tokens, vocab) log-probabilities, float64."""
+    decoder = Decoder.from_source(open_model(model), dtype=torch.float32)
+    if adapter is not None:
+        decoder.attach(parameters_of(open_adapter(str(model), adapter, force_base=False).factors))
+    return decoder.logits(_prompt()).double().log_softmax(-1)
+
+
+def _largest_difference(ours: Tensor, peer: LlamaCpp) -> float:
+    ids = _prompt().tolist()
+    return max(
+        float((ours[length - 1] - peer.log_probabilities(ids[:length], VOCAB_SIZE)).abs().max()) for length in _LENGTHS
+    )
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_gguf_adapter_means_the_same_in_llama_cpp(scaling: str, tiny: Any, tmp_path: Path) -> None:
+    adapter = tiny.adapters[scaling]
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter, "gguf", output, model=str(tiny.directory), quiet=True))
+    ours = _ours(tiny.directory, adapter)
+    assert _largest_difference(ours, LlamaCpp(tiny.gguf, adapter=output)) < 1e-4
+    assert float((ours - _ours(tiny.directory, None)).abs().max()) > 1  # the adapter does something
+
+
+@pytest.mark.parametrize("family", [*_FAMILIES, "gemma3_text"])
+def test_so_does_that_of_every_family(family: str, tmp_path: Path) -> None:
+    overrides = {"query_pre_attn_scalar": 14} if family == "gemma3_text" else _FAMILIES[family]
+    model = tiny_model(family, **overrides)
+    base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", **SCALINGS["every-pattern"])
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter, "gguf", output, model=str(base), quiet=True))
+    bound = 2e-2 if family == "gemma3_text" else 1e-4  # ggml's GELU is a table of float16
+    assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < bound
+
+
+def test_a_head_of_its_own_is_adapted_there_too(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter, "gguf", output, model=str(base), quiet=True))
+    assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < 1e-4
+
+
+def test_without_the_permutation_of_q_and_k_it_answers_otherwise(tiny: Any, tmp_path: Path) -> None:
+    adapter = tiny.adapters["plain"]
+    opened = open_adapter(str(tiny.directory), adapter, force_base=False)
+    path = tmp_path / "unpermuted.gguf"
+    write_gguf_adapter(path, opened.factors, architecture="llama", head_dim=2, tied_head=True)  # pairs of one: as it is
+    assert _largest_difference(_ours(tiny.directory, adapter), LlamaCpp(tiny.gguf, adapter=path)) > 0.05
+
+
+@pytest.mark.parametrize("base", ["directory", "gguf"])
+def test_a_merged_gguf_answers_in_llama_cpp_as_base_and_adapter_do_here(base: str, tiny: Any, tmp_path: Path) -> None:
+    model, adapter = getattr(tiny, base), tiny.adapters["every-pattern"]
+    output = tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter, output, model=str(model), quiet=True))
+    assert _largest_difference(_ours(model, adapter), LlamaCpp(output)) < 1e-4
+
+
+def test_so_does_one_whose_head_was_the_embedding(tiny: Any, tmp_path: Path) -> None:
+    adapter = save_tiny_adapter(tiny.model, tmp_path / "adapter", target_modules=["lm_head", "up_proj"])
+    output = tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter, output, model=str(tiny.gguf), quiet=True))
+    assert _largest_difference(_ours(tiny.gguf, adapter), LlamaCpp(output)) < 1e-4
+
+
+@pytest.mark.parametrize("family", [*_FAMILIES, "gemma3_text"])
+def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alike(family: str, tmp_path: Path) -> None:
+    overrides = {"query_pre_attn_scalar": 14} if family == "gemma3_text" else _FAMILIES[family]
+    model = tiny_model(family, **overrides)
+    base = save_tiny(model, tmp_path / "base")
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    output = tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter, output, model=str(base), quiet=True))
+    bound = 2e-2 if family == "gemma3_text" else 1e-4
+    peer = LlamaCpp(output)
+    assert _largest_difference(_ours(base, adapter), peer) < bound
+    tokenizer = open_model(base).tokenizer()
+    for text in ("the user asks", "1234 names\n\n", "don't"):
+        assert peer.token_ids(text) == list(tokenizer(text)["input_ids"])
