@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from backhand.adapters.targets import resolve_slots
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading.in_memory import InMemoryModel
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.nn.merging import merge_into
+from backhand.nn.merging import MergedAdapter, merge_into
 from support.tiny_models import tiny_model
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,3 +62,47 @@ def test_a_tied_head_leaves_the_embedding_alone() -> None:
     merge_into(merged, random_adapter(merged, ("lm_head",)))
     assert torch.equal(merged.weights.embedding, embedding)
     assert not torch.equal(merged.weights.head, embedding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "gemma3_text"])
+def test_unmerging_restores_the_exact_bits(variant: str, dtype: torch.dtype) -> None:
+    model = tiny_model(variant)
+    base = Decoder.from_source(InMemoryModel(model.config.to_dict(), model.state_dict()), dtype=dtype)
+    before = {name: weight.clone() for name, weight in base.frozen_tensors()}
+    head = base.weights.head
+    lora = random_adapter(base, (*LINEAR, "lm_head"))
+    base.attach(lora)
+    inside = MergedAdapter(base, lora)
+    assert base.lora is None
+    changed = [name for name, weight in base.frozen_tensors() if not torch.equal(weight, before[name])]
+    assert len(changed) == 7 * len(base.config.layers) + (not base.config.tied_head)
+    assert not torch.equal(base.weights.head, head) or not base.config.tied_head
+    inside.unmerge()
+    for name, weight in base.frozen_tensors():
+        assert torch.equal(weight.view(torch.uint8), before[name].view(torch.uint8)), name
+    assert base.weights.head is head
+    assert base.lora is lora
+
+
+def test_taking_the_update_away_again_would_not_restore_them() -> None:
+    model = tiny_model("llama")
+    base = Decoder.from_source(InMemoryModel(model.config.to_dict(), model.state_dict()), dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in base.frozen_tensors()}
+    lora = random_adapter(base, LINEAR)
+    merge_into(base, lora)
+    lora.values.mul_(-1)
+    for name in lora.slots:  # lora_B was negated with lora_A: once more, so that the product is negative
+        lora.lora_A(name).mul_(-1)
+    merge_into(base, lora)
+    assert any(not torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
+    base, other = decoder("llama"), decoder("qwen2")
+    before = {name: weight.clone() for name, weight in base.frozen_tensors()}
+    wrong = random_adapter(other, ("lm_head",))
+    wrong = LoRAParameters([replace(slot, out_features=3) for slot in wrong.slots.values()])
+    with pytest.raises(ValueError, match="lm_head"):
+        MergedAdapter(base, wrong)
+    assert all(torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())
