@@ -56,7 +56,7 @@ def _largest_difference(ours: Tensor, peer: LlamaCpp) -> float:
 def test_a_gguf_adapter_means_the_same_in_llama_cpp(scaling: str, tiny: Any, tmp_path: Path) -> None:
     adapter = tiny.adapters[scaling]
     output = tmp_path / "adapter.gguf"
-    export_command(ExportOptions(adapter, "gguf", output, model=str(tiny.directory), quiet=True))
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(tiny.directory), quiet=True))
     ours = _ours(tiny.directory, adapter)
     assert _largest_difference(ours, LlamaCpp(tiny.gguf, adapter=output)) < 1e-4
     assert float((ours - _ours(tiny.directory, None)).abs().max()) > 1  # the adapter does something
@@ -69,7 +69,7 @@ def test_so_does_that_of_every_family(family: str, tmp_path: Path) -> None:
     base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", **SCALINGS["every-pattern"])
     output = tmp_path / "adapter.gguf"
-    export_command(ExportOptions(adapter, "gguf", output, model=str(base), quiet=True))
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
     bound = 2e-2 if family == "gemma3_text" else 1e-4  # ggml's GELU is a table of float16
     assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < bound
 
@@ -79,7 +79,7 @@ def test_a_head_of_its_own_is_adapted_there_too(tmp_path: Path) -> None:
     base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
     output = tmp_path / "adapter.gguf"
-    export_command(ExportOptions(adapter, "gguf", output, model=str(base), quiet=True))
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
     assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < 1e-4
 
 
@@ -95,14 +95,14 @@ def test_without_the_permutation_of_q_and_k_it_answers_otherwise(tiny: Any, tmp_
 def test_a_merged_gguf_answers_in_llama_cpp_as_base_and_adapter_do_here(base: str, tiny: Any, tmp_path: Path) -> None:
     model, adapter = getattr(tiny, base), tiny.adapters["every-pattern"]
     output = tmp_path / "merged.gguf"
-    merge_command(MergeOptions(adapter, output, model=str(model), quiet=True))
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(model), quiet=True))
     assert _largest_difference(_ours(model, adapter), LlamaCpp(output)) < 1e-4
 
 
 def test_so_does_one_whose_head_was_the_embedding(tiny: Any, tmp_path: Path) -> None:
     adapter = save_tiny_adapter(tiny.model, tmp_path / "adapter", target_modules=["lm_head", "up_proj"])
     output = tmp_path / "merged.gguf"
-    merge_command(MergeOptions(adapter, output, model=str(tiny.gguf), quiet=True))
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(tiny.gguf), quiet=True))
     assert _largest_difference(_ours(tiny.gguf, adapter), LlamaCpp(output)) < 1e-4
 
 
@@ -113,7 +113,7 @@ def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alik
     base = save_tiny(model, tmp_path / "base")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = tmp_path / "merged.gguf"
-    merge_command(MergeOptions(adapter, output, model=str(base), quiet=True))
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
     bound = 2e-2 if family == "gemma3_text" else 1e-4
     peer = LlamaCpp(output)
     assert _largest_difference(_ours(base, adapter), peer) < bound

@@ -18,7 +18,7 @@ from backhand.export.mlx_files import mlx_files, read_mlx_files
 from backhand.export.module_factors import Factors, factors_of
 from backhand.export.ollama import ADAPTER_FILE, MODEL_FILE, write_modelfile
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter
-from backhand.export.options import ExportOptions, MergeOptions
+from backhand.export.options import ExportOptions, MergeOptions, given
 from backhand.export.parity import prove_factors, prove_logits
 from backhand.export.peft_directory import peft_directory_files
 from backhand.export.proving import Prover
@@ -39,24 +39,24 @@ def export_command(options: ExportOptions) -> Path:
         CheckError: what was written does not compute what the adapter does; it is removed.
     """
     options.validate()
-    console = None if options.quiet else Console()
-    prover = Prover("export", options.adapter, console)
+    adapter, output = given("adapter", options.adapter), given("output", options.output)
+    prover = Prover("export", adapter, None if options.quiet else Console())
     if options.merge:
-        _export_merged(options, prover)
+        _export_merged(options, output, prover)
     elif options.to == "kohya":
-        _export_kohya(options, prover)
+        _export_kohya(adapter, output, prover)
     else:
-        _export_adapter(options, prover)
+        opened = open_adapter(options.model, adapter, force_base=options.force_base)
+        _export_adapter(options, opened, output, prover)
     prover.write()
-    prover.say(f"written: {options.output}")
-    return options.output
+    prover.say(f"written: {output}")
+    return output
 
 
-def _export_adapter(options: ExportOptions, prover: Prover) -> None:
-    opened = open_adapter(options.model, options.adapter, force_base=options.force_base)
+def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     for note in opened.loaded.notes:
         prover.say(f"note: {note}")
-    with staged(options.output) as path:
+    with staged(output) as path:
         read = _write(options, opened, path)
         prove_factors(prover, opened.factors, read)
         prove_logits(prover, opened, read)
@@ -102,30 +102,29 @@ def _read(opened: OpenedAdapter, path: Path) -> Factors:
     return factors_of(load_adapter_for(opened.source, path, opened.shapes, force_base=True))
 
 
-def _export_kohya(options: ExportOptions, prover: Prover) -> None:
-    contents = read_adapter_directory(options.adapter)
+def _export_kohya(adapter: Path, output: Path, prover: Prover) -> None:
+    contents = read_adapter_directory(adapter)
     if contents.problems:
         raise UnusableAdapterError(contents.directory, contents.problems)
     factors = factors_without_model(contents)
     data = kohya_bytes(factors)
-    with staged(options.output) as path:
+    with staged(output) as path:
         write_atomically(path, data)
         prove_factors(prover, factors, read_kohya_file(path, factors))
 
 
-def _export_merged(options: ExportOptions, prover: Prover) -> None:
+def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:
     if options.to == "kohya":
         raise UsageError("kohya's format holds adapters only", where="merge", next_step="leave out --merge")
     merging = MergeOptions(
         adapter=options.adapter,
-        output=options.output,
         model=options.model,
         dtype=options.dtype,
         tolerance=options.tolerance,
         max_shard_bytes=options.max_shard_bytes,
         force_base=options.force_base,
     )
-    with staged(options.output) as path:
+    with staged(output) as path:
         if options.to == "ollama":
             path.mkdir()
             merge_adapter(merging, path / MODEL_FILE, prover, gguf=True)

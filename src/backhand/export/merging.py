@@ -14,7 +14,7 @@ from backhand.export.merge_report import describe_base, merge_card, print_losses
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
 from backhand.export.module_factors import parameters_of
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter
-from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions
+from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions, given
 from backhand.export.probes import difference, probe_logits
 from backhand.export.proving import Prover
 from backhand.export.same_model import check_same_model
@@ -39,12 +39,13 @@ def merge_command(options: MergeOptions) -> Path:
         CheckError: what was written is not base plus adapter within the tolerance; it is removed.
     """
     options.validate()
-    prover = Prover("merge", options.adapter, None if options.quiet else Console())
-    with staged(options.output) as path:
-        merge_adapter(options, path, prover, gguf=options.output.suffix == ".gguf")
+    adapter, output = given("adapter", options.adapter), given("output", options.output)
+    prover = Prover("merge", adapter, None if options.quiet else Console())
+    with staged(output) as path:
+        merge_adapter(options, path, prover, gguf=output.suffix == ".gguf")
     prover.write()
-    prover.say(f"written: {options.output}")
-    return options.output
+    prover.say(f"written: {output}")
+    return output
 
 
 def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
@@ -62,7 +63,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     Raises:
         ArtifactError, CheckError: see `merge_command`.
     """
-    opened = open_adapter(options.model, options.adapter, force_base=options.force_base)
+    opened = open_adapter(options.model, given("adapter", options.adapter), force_base=options.force_base)
     for note in opened.loaded.notes:
         prover.say(f"note: {note}")
     base = describe_base(opened.source)

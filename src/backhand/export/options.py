@@ -24,10 +24,10 @@ ROUNDED_TOLERANCE = 0.1
 class MergeOptions:
     """A merged model."""
 
-    adapter: Path
+    adapter: Path | None = None
     """Adapter to merge: the directory that training or PEFT wrote, or a GGUF file."""
 
-    output: Path
+    output: Path | None = None
     """Where the model goes: a directory in Hugging Face's format, or a GGUF file if the name ends in .gguf. It must not
     exist."""
 
@@ -54,13 +54,14 @@ class MergeOptions:
 
     def validate(self) -> MergeOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_common(self.model, self.output)
+        given("adapter", self.adapter)
+        output = check_common(self.model, self.output)
         check_merging(self.dtype, self.tolerance, self.max_shard_bytes)
-        if self.dtype not in ("auto", *FLOATING) and self.output.suffix != ".gguf":
+        if self.dtype not in ("auto", *FLOATING) and output.suffix != ".gguf":
             raise UsageError(
                 f"dtype {self.dtype} is a type of GGUF files",
                 where="dtype",
-                next_step=f"give --output {self.output}.gguf, or one of {', '.join(FLOATING)}",
+                next_step=f"give --output {output}.gguf, or one of {', '.join(FLOATING)}",
             )
         return self
 
@@ -69,13 +70,13 @@ class MergeOptions:
 class ExportOptions:
     """An adapter, or a model with the adapter merged into it, in another program's format."""
 
-    adapter: Path
+    adapter: Path | None = None
     """Adapter to export: the directory that training or PEFT wrote, or a GGUF file."""
 
-    to: Format
+    to: Format | None = None
     """For which program: `peft` (and vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
 
-    output: Path
+    output: Path | None = None
     """Where it goes: a directory, or a file for `gguf` and `kohya`. It must not exist."""
 
     model: str = "smollm2-135m"
@@ -106,7 +107,10 @@ class ExportOptions:
 
     def validate(self) -> ExportOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
+        given("adapter", self.adapter)
         check_common(self.model, self.output)
+        if self.to is None:
+            raise UsageError("no format is given", where="to", next_step=f"give one of {', '.join(FORMATS)}")
         if self.to not in FORMATS:
             raise UsageError(f"{self.to!r} is not one of {', '.join(FORMATS)}", where="to")
         check_merging(self.dtype, self.tolerance, self.max_shard_bytes)
@@ -119,12 +123,21 @@ class ExportOptions:
         return self
 
 
-def check_common(model: str, output: Path) -> None:
-    """Raise UsageError for a base without a name, or an output that is there already."""
+def given(name: str, path: Path | None) -> Path:
+    """The path. Raises UsageError if there is none."""
+    if path is None:
+        raise UsageError(f"no {name} is given", where=name)
+    return path
+
+
+def check_common(model: str, output: Path | None) -> Path:
+    """The output. Raises UsageError for a base without a name, or an output that is there already."""
+    output = given("output", output)
     if not model:
         raise UsageError("no base model is given", where="model", next_step="give a directory, a file or a hub id")
     if output.is_symlink() or output.exists():
         raise UsageError(f"{output} exists", where="output", next_step="give another name, or remove it first")
+    return output
 
 
 def check_merging(dtype: str, tolerance: float | None, max_shard_bytes: int) -> None:
