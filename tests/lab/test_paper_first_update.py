@@ -3,7 +3,9 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from backhand.lab.paper_first_update import (
@@ -66,3 +68,14 @@ def test_gradients_are_those_of_autograd() -> None:
     weight = problem.weight.clone().requires_grad_()
     (((problem.x @ weight.T - problem.target) ** 2).sum() / len(problem.x)).backward()
     assert weight.grad is not None and torch.allclose(problem.weight_gradient(), weight.grad, rtol=1e-10)
+
+
+def test_mean_deviation_and_standard_errors() -> None:
+    one, other = FirstUpdates(1, (1.0, 2.0, 4.0, 5.0)), FirstUpdates(4, (2.0, 2.5, 3.5))
+    assert one.mean == 3 and one.deviation == pytest.approx(math.sqrt(10 / 3))
+    assert one.standard_error == pytest.approx(math.sqrt(10 / 12))
+    welch = scipy.stats.ttest_ind(one.along_descent, other.along_descent, equal_var=False).statistic
+    assert one.standard_errors_apart(other) == pytest.approx(abs(welch))
+    assert other.standard_error == pytest.approx(scipy.stats.sem(np.array(other.along_descent)))
+    far = FirstUpdates(2, (9.0, 9.5, 10.0))
+    assert largest_disagreement([one, other, far]) == pytest.approx(far.standard_errors_apart(other))

@@ -77,8 +77,15 @@ def test_more_layers_add_their_names() -> None:
     assert all(row.passed for row in rows)
 
 
-@pytest.mark.parametrize("wrong", ["factor", "sign", "rows"])
-@pytest.mark.parametrize("name", BASE_NAMES + [f"lora {name}" for name in LORA_NAMES])
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        (name, wrong)
+        for name in BASE_NAMES + [f"lora {name}" for name in LORA_NAMES]
+        for wrong in ("factor", "sign", "rows")
+        if not (name.endswith("dsquared_diff") and wrong == "rows")  # the same number in every row
+    ],
+)
 def test_a_wrong_gradient_is_found(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part, _, name = name.rpartition(" ")
     by_hand = "adapter_by_hand" if part else "base_by_hand"
@@ -94,8 +101,6 @@ def test_a_wrong_gradient_is_found(name: str, wrong: str, monkeypatch: pytest.Mo
             for gradient in original(*arguments)
         ]
 
-    if (name, wrong) == ("dsquared_diff", "rows"):
-        return  # the same number in every row
     monkeypatch.setattr(sine_check, by_hand, mutant)
     if part:
         training, network = adapter_training()

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ from backhand.lab.paper_plots import (
 from backhand.lab.paper_run import PaperResult
 from backhand.lab.paper_similarity import ModuleSimilarity, expected_random_similarity
 from backhand.lab.paper_sweep import SweepRow
+
+_NORMS = ("update_norm", "weight_norm", "along_update", "along_weight", "along_random")
 
 
 def write_paper(directory: Path, result: PaperResult) -> list[str]:
@@ -103,34 +106,32 @@ def similarity_by_kind(rows: Sequence[ModuleSimilarity]) -> list[dict[str, Any]]
                 "kind": kind,
                 "factor": factor,
                 "modules": len(chosen),
-                "first_direction": _mean(float(row.similarity[0, 0]) for row in chosen),
-                "all_directions": _mean(float(row.similarity[-1, -1]) for row in chosen),
-                "random_first_direction": _mean(1 / row.dimension for row in chosen),
-                "random_all_directions": _mean(expected),
+                "first_direction": statistics.fmean(float(row.similarity[0, 0]) for row in chosen),
+                "all_directions": statistics.fmean(float(row.similarity[-1, -1]) for row in chosen),
+                "random_first_direction": statistics.fmean(1 / row.dimension for row in chosen),
+                "random_all_directions": statistics.fmean(expected),
             }
         )
     return found
 
 
 def amplification_by_kind(rows: Sequence[Amplification]) -> list[dict[str, Any]]:
-    """For each kind of module, mean over the layers; the factor is that of the means, as they stand in a table."""
+    """For each kind of module, mean over the layers; the factors are quotients of these means, as in a table.
+
+    (A mean of quotients would follow the layers whose ‖UᵀWV‖ is next to nothing.)
+    """
     found = []
     for kind in dict.fromkeys(kind_of(row.module) for row in rows):
         chosen = [row for row in rows if kind_of(row.module) == kind]
-        factors = [row.factor for row in chosen if math.isfinite(row.factor)]
-        controls = [row.random_factor for row in chosen if math.isfinite(row.random_factor)]
+        mean = Amplification(
+            kind,
+            max(row.directions for row in chosen),
+            **{name: statistics.fmean(getattr(row, name) for row in chosen) for name in _NORMS},
+        )
         found.append(
-            {
-                "kind": kind,
-                "modules": len(chosen),
-                "update_norm": _mean(row.update_norm for row in chosen),
-                "weight_norm": _mean(row.weight_norm for row in chosen),
-                "along_update": _mean(row.along_update for row in chosen),
-                "along_weight": _mean(row.along_weight for row in chosen),
-                "along_random": _mean(row.along_random for row in chosen),
-                "factor": _mean(factors),
-                "random_factor": _mean(controls),
-            }
+            {"kind": kind, "modules": len(chosen)}
+            | {name: getattr(mean, name) for name in _NORMS}
+            | {"factor": _finite(mean.factor), "random_factor": _finite(mean.random_factor)}
         )
     return found
 
@@ -163,9 +164,8 @@ def _measured(row: SweepRow) -> tuple[object, ...]:
     return row.base_eval_loss, row.eval_loss, row.exact_match, row.train_s
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _similarity_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object, ...]]:

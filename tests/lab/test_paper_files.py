@@ -1,0 +1,36 @@
+"""What stands in a line of a table: means over the layers of one kind of module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.lab.paper_amplification import Amplification
+from backhand.lab.paper_files import amplification_by_kind, similarity_by_kind
+from backhand.lab.paper_similarity import ModuleSimilarity
+
+
+def test_amplification_of_a_kind_is_the_quotient_of_the_means_beside_it() -> None:
+    def row(name: str, **norms: float) -> Amplification:
+        return Amplification(f"layers.{name}", 4, norms.pop("update"), norms.pop("weight"), **norms)
+
+    rows = [
+        row("0.q_proj", update=2, weight=9, along_update=1, along_weight=8, along_random=3),
+        row("0.v_proj", update=0, weight=7, along_update=0, along_weight=0, along_random=0),
+        row("1.q_proj", update=4, weight=5, along_update=0.5, along_weight=6, along_random=1),
+    ]
+    q, v = amplification_by_kind(rows)
+    assert (q["kind"], q["modules"], q["update_norm"], q["weight_norm"]) == ("q_proj", 2, 3, 7)
+    assert (q["along_update"], q["along_weight"], q["along_random"]) == (0.75, 7, 2)
+    assert (q["factor"], q["random_factor"]) == (4, 1.5)
+    assert (v["kind"], v["factor"], v["random_factor"]) == ("v_proj", None, None)
+
+
+def test_similarity_of_a_kind_is_the_mean_over_its_layers_beside_what_chance_gives() -> None:
+    one = ModuleSimilarity("0.q_proj", "lora_A", torch.tensor([[0.2, 0.3, 0.4]]), torch.zeros(1, 3), dimension=10)
+    other = ModuleSimilarity("1.q_proj", "lora_A", torch.tensor([[0.4, 0.5, 0.8]]), torch.zeros(1, 3), dimension=30)
+    (row,) = similarity_by_kind([one, other])
+    assert row["modules"] == 2
+    assert row["first_direction"] == pytest.approx(0.3) and row["all_directions"] == pytest.approx(0.6)
+    assert row["random_first_direction"] == pytest.approx((1 / 10 + 1 / 30) / 2)
+    assert row["random_all_directions"] == pytest.approx((3 / 10 + 3 / 30) / 2)
