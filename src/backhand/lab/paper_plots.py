@@ -49,16 +49,17 @@ def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -
 
 
 def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
-    """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module."""
-    figure = new_figure(12, 4.6)
+    """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module, and what chance gives."""
+    figure = new_figure(12, 4.8)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
         of_factor = [row for row in rows if row.factor == factor]
         values = {row.module: _at_smaller_rank(row) for row in of_factor}
         image = draw_layer_map(axes, values, vmin=0, vmax=1)
-        axes.set_title(f"{factor}: φ at the smaller rank, {first} against {second}", fontsize="small")
+        axes.set_title(f"{factor}: {_chance(of_factor)}", fontsize="small")
         if image is not None:
-            figure.colorbar(image, ax=axes, label="φ")
+            figure.colorbar(image, ax=axes, label="φ(r, r) at the smaller rank r")
+    figure.suptitle(f"Subspace similarity, {first} against {second}", fontsize="medium")
     return png_bytes(figure)
 
 
@@ -180,6 +181,15 @@ def draw_sweep(result: SweepResult) -> bytes:
 def _rank_of(row: Any) -> int:
     rank: int = row.point.rank
     return rank
+
+
+def _chance(rows: Sequence[ModuleSimilarity]) -> str:
+    """E φ(r, r) = r / d of random subspaces at the smaller rank r: one number, or the range over the modules."""
+    expected = sorted({min(row.similarity.shape) / row.dimension for row in rows})
+    if not expected:
+        return "zero in one of the adapters"
+    low, high = f"{expected[0]:.2g}", f"{expected[-1]:.2g}"
+    return f"chance gives {low}" if low == high else f"chance gives {low} to {high}"
 
 
 def _at_smaller_rank(row: ModuleSimilarity) -> float:
