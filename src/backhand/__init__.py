@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from backhand.adapters.inject import inject
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
+    from backhand.report.train import train
     from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.train.evaluation import evaluate
-    from backhand.train.run import train
+    from backhand.train.observer import Observer
     from backhand.verify.compare import compare
 
     __version__: str
@@ -31,13 +32,14 @@ _HOMES = {
     "DataOptions": "backhand.data.options",
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.train.config",
+    "Observer": "backhand.train.observer",
     "OptimizationOptions": "backhand.train.config",
     "RunOptions": "backhand.train.config",
     "TrainConfig": "backhand.train.config",
     "compare": "backhand.verify.compare",
     "evaluate": "backhand.train.evaluation",
     "inject": "backhand.adapters.inject",
-    "train": "backhand.train.run",
+    "train": "backhand.report.train",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "DataOptions",
     "LoRAConfig",
     "ModelOptions",
+    "Observer",
     "OptimizationOptions",
     "RunOptions",
     "TrainConfig",

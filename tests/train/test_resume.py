@@ -34,7 +34,7 @@ class StopAfter(Observer):
 
 def stopped(config: TrainConfig, step: int) -> None:
     with pytest.raises(StopAfter.Stopped):
-        train(config, observers=[StopAfter(step)])
+        train(config, callbacks=[StopAfter(step)])
 
 
 def resumed(output: Path, **options: Any) -> Any:

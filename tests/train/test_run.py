@@ -52,7 +52,7 @@ def test_what_a_run_leaves_behind(tiny: TinyRun, tmp_path: Path) -> None:
     assert latest == "step-18" and (run / "checkpoints" / latest).is_dir()
     proofs = [json.loads(line) for line in (run / "proofs.jsonl").read_text().splitlines()]
     assert all(proof["passed"] for proof in proofs) and len(proofs) == 5
-    assert set(proofs[0]) == {"proof", "passed", "value", "bound", "command", "time"}
+    assert set(proofs[0]) == {"proof", "passed", "value", "bound", "command", "kind", "detail", "time"}
     assert not list(run.glob("**/.tmp*"))
 
 
@@ -176,7 +176,7 @@ def test_observers_are_told_everything(tiny: TinyRun, tmp_path: Path) -> None:
         def closed(self) -> None:
             told.append("closed")
 
-    train(tiny.config(tmp_path / "run", max_steps=2, eval_every=2), observers=[Listening()])
+    train(tiny.config(tmp_path / "run", max_steps=2, eval_every=2), callbacks=[Listening()])
     assert told == ["started 2", "evaluated 0", "stepped 1", "stepped 2", "evaluated 2", "ended 2", "closed"]
 
 

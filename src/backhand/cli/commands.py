@@ -90,6 +90,12 @@ COMMANDS = (
         "backhand.cli.combine:combine",
     ),
     Command(
+        "report",
+        "One self-contained page about a run, or about several side by side.",
+        "backhand report runs/mine",
+        "backhand.cli.report:report",
+    ),
+    Command(
         "demo",
         "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",

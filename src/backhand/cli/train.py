@@ -27,7 +27,7 @@ def _load(path: Path) -> TrainConfig:
 
 
 def _train(config: TrainConfig, *, typed: frozenset[str]) -> None:
-    from backhand.train.run import train
+    from backhand.report.train import train
 
     train(config, typed=typed)
 

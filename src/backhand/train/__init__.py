@@ -1,6 +1,6 @@
 """Configuration, loop, optimizer, evaluation, run directory.
 
-The package is callable: `backhand.train(config)` is `backhand.train.run.train(config)`, although `backhand.train` is
+The package is callable: `backhand.train(config)` is `backhand.report.train.train(config)`, although `backhand.train` is
 also the name of this package. Importing it imports nothing heavy.
 """
 
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from backhand.train.callbacks import Callback
     from backhand.train.config import TrainConfig
     from backhand.train.summary import RunSummary
 
 
 class _CallablePackage(types.ModuleType):
-    def __call__(self, config: TrainConfig) -> RunSummary:
-        """Train as `config` says; see `backhand.train.run.train`."""
-        from backhand.train.run import train
-
-        return train(config)
+    def __call__(self, config: TrainConfig, *, callbacks: Iterable[Callback] = ()) -> RunSummary:
+        """Train as `config` says, and leave a report; see `backhand.report.train.train`."""
+        # By its name: the room of the report stands above this one, which does not need it.
+        train = import_module("backhand.report.train").train
+        summary: RunSummary = train(config, callbacks=callbacks)
+        return summary
 
 
 sys.modules[__name__].__class__ = _CallablePackage

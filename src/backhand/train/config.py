@@ -18,6 +18,8 @@ from backhand.nn.model_options import BaseModelOptions
 Recompute = Literal["auto", "none", "mlp", "block"]
 Schedule = Literal["linear", "cosine", "constant"]
 
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
 _BYTE_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -157,6 +159,13 @@ class RunOptions:
     prove_resume: int | None = None
     """At the end, repeat the last so many steps from a checkpoint and compare every bit."""
 
+    answers: int = 4
+    """Held-out rows that base and adapter answer at the end, for the report to show side by side; 0 for none."""
+
+    report_to: tuple[str, ...] = ()
+    """Also log to `tensorboard`, `wandb` (offline unless WANDB_MODE is set), `mlflow` or `trackio`, each an extra to
+    install; names are those of metrics.jsonl."""
+
     quiet: bool = False
     """Print errors only."""
 
@@ -173,6 +182,9 @@ class RunOptions:
         _check_count("log_every", self.log_every)
         _check_count("max_bad_steps", self.max_bad_steps)
         _check_count("prove_resume", self.prove_resume, optional=True)
+        _check_count("answers", self.answers, lowest=0)
+        for name in self.report_to:
+            _check_choice("report_to", name, LOGGERS)
         if self.max_forgetting is not None:
             _check_above_zero("max_forgetting", self.max_forgetting)
         if self.seed >= 2**63:

@@ -38,6 +38,8 @@ FREE_OPTIONS = frozenset(
         "run.log_every",
         "run.max_bad_steps",
         "run.prove_resume",
+        "run.answers",
+        "run.report_to",
         "run.quiet",
         "run.debug",
     }

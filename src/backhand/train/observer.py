@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,11 +19,15 @@ class RunStart:
         total_steps: of the run.
         step: steps done before, in a run that is continued.
         facts: lines for a reader: model, engine, data, adapter, plan.
+        directory: of the run.
+        config: every option by the name of its part and its own, such as `optimization.learning_rate`.
     """
 
     total_steps: int
     step: int
     facts: tuple[str, ...]
+    directory: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Observer:

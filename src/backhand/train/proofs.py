@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from backhand.train.run_directory import PROOFS, RunDirectory
+
+ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Proof:
         value: the measured figure.
         bound: what the figure was held against; None where it only informs.
         command: which command checked it.
+        kind: what the statement is about; the report has a table for each.
+        detail: where the figure is largest, or what it compares with.
     """
 
     proof: str
@@ -26,6 +31,8 @@ class Proof:
     value: float | str | None
     bound: float | str | None = None
     command: str = "train"
+    kind: ProofKind = "guards"
+    detail: str = ""
 
 
 ProofLog = Callable[[Proof], None]

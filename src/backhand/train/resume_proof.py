@@ -59,6 +59,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
             not different,
             len(different),
             0,
+            kind="resume",
         )
     )
     if different:

@@ -5,24 +5,29 @@ run directory locked → configuration → job (rows, model, adapter) → loop �
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from backhand.errors import UsageError
 from backhand.nn.compute import compute_settings
+from backhand.train.answers import held_out_answers
 from backhand.train.base_guard import BaseGuard
+from backhand.train.callbacks import Callback, as_observers
 from backhand.train.checkpoint import Checkpoint, CheckpointStore
 from backhand.train.config import TrainConfig
-from backhand.train.config_file import dump_config
+from backhand.train.config_file import config_table, dump_config
 from backhand.train.console import TerminalObserver
+from backhand.train.facts import run_facts
 from backhand.train.files import FileLayer
 from backhand.train.forgetting import ForgettingMeter
 from backhand.train.guards import LearningGuard
 from backhand.train.held_out import HeldOut
 from backhand.train.interruption import Interrupted, Interruption
 from backhand.train.job import Job, build_job, resolve_machine
+from backhand.train.loggers.choice import chosen_loggers
 from backhand.train.loop import TrainingLoop
 from backhand.train.metrics_file import MetricsFile
 from backhand.train.observer import Observer, Observers, RunStart
@@ -32,9 +37,10 @@ from backhand.train.progress import Progress
 from backhand.train.proofs import ProofLog, proof_log
 from backhand.train.resume import BaseCheck, check_same_frozen, check_same_run, resumed_config
 from backhand.train.resume_proof import prove_resume
-from backhand.train.run_directory import CONFIG, SUMMARY, RunDirectory, opened
+from backhand.train.run_directory import ANSWERS, CONFIG, FACTS, SUMMARY, RunDirectory, opened
 from backhand.train.run_state import PROGRESS_FILE, RunState
 from backhand.train.saver import Saver
+from backhand.train.status import status_kept
 from backhand.train.step_plan import StepPlan
 from backhand.train.summary import RunSummary, read_summary, summarise
 
@@ -42,7 +48,7 @@ from backhand.train.summary import RunSummary, read_summary, summarise
 def train(
     config: TrainConfig,
     *,
-    observers: Iterable[Observer] = (),
+    callbacks: Iterable[Callback] = (),
     files: FileLayer | None = None,
     typed: frozenset[str] = frozenset(),
 ) -> RunSummary:
@@ -50,7 +56,7 @@ def train(
 
     Args:
         config: every option. What is None or `auto` in it is chosen, and written to config.toml.
-        observers: told of every step and evaluation, besides the terminal and metrics.jsonl.
+        callbacks: told of every step and evaluation, besides the terminal, metrics.jsonl and loggers.
         files: the file layer, for tests.
         typed: names of options that were given even where they have their default value; matters when resuming.
 
@@ -64,7 +70,11 @@ def train(
     """
     config.validate()
     terminal = TerminalObserver(quiet=config.run.quiet)
-    everyone: list[Observer] = [terminal, *observers]
+    everyone: list[Observer] = [
+        terminal,
+        *chosen_loggers(config.run.report_to, terminal.noted),
+        *as_observers(callbacks),
+    ]
     run = config.run
     try:
         with (
@@ -151,15 +161,41 @@ class _Run:
                 save=saver.save,
                 stop_requested=lambda: self.interruption.requested is not None,
             )
-            facts = opening_facts(job, continued=self.checkpoint is not None)
-            self.observer.started(RunStart(job.total_steps, state.progress.step, facts))
-            if not self._run_loop(loop, saver, proof_begin):
-                raise self._interrupted(state, f"continue with {self._resume_command()}")
-            summary = self._summary(state, keep=finished_before)
-            if proof_begin is not None:
-                self._prove(loop, store, proof_begin, log)
+            with status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step):
+                self.observer.started(self._start(state.progress.step))
+                if not self._run_loop(loop, saver, proof_begin):
+                    raise self._interrupted(state, f"continue with {self._resume_command()}")
+                summary = self._summary(state, keep=finished_before)
+                if proof_begin is not None:
+                    self._prove(loop, store, proof_begin, log)
+                self._answer()
         self.observer.ended(summary)
         return summary
+
+    def _start(self, step: int) -> RunStart:
+        table = config_table(self.job.config)
+        options = {f"{part}.{name}": value for part, values in table.items() for name, value in values.items()}
+        facts = opening_facts(self.job, continued=self.checkpoint is not None)
+        return RunStart(self.job.total_steps, step, facts, self.directory.path, options)
+
+    def _answer(self) -> None:
+        """Let base and adapter answer a few held-out rows; what is attached afterwards is the adapter in `adapter/`."""
+        job = self.job
+        if job.held_out is None or not job.config.run.answers:
+            return
+        if self.interruption.requested is not None:
+            self.observer.noted("asked to stop: no held-out rows are answered for the report")
+            return
+        job.bound.fill(str(self.directory.adapter))
+        answers = held_out_answers(
+            job.bound,
+            job.held_out.examples,
+            job.source.tokenizer(),
+            job.source.stop_token_ids(),
+            job.config.run.answers,
+        )
+        text = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+        self.directory.write(ANSWERS, text)
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
@@ -169,11 +205,13 @@ class _Run:
                 self.directory.clear()
             self.directory.write(CONFIG, dump_config(config))
             self.directory.make_checkpoints()
+            self._write_facts()
             return
         if self.checkpoint is not None:
             check_same_run(self.checkpoint.facts, job.identity, self._base_check())
         self.directory.mend()
         self.directory.make_checkpoints()
+        self._write_facts()
         store.clean()
         if self.checkpoint is None:
             self.observer.noted("there is no checkpoint yet; the run begins at its first step")
@@ -182,6 +220,9 @@ class _Run:
         state.restore(self.checkpoint, job.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step)
+
+    def _write_facts(self) -> None:
+        self.directory.write(FACTS, json.dumps(run_facts(self.job), indent=1) + "\n")
 
     def _run_loop(self, loop: TrainingLoop, saver: Saver, proof_begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""

@@ -21,11 +21,15 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PROOFS = "proofs.jsonl"
+FACTS = "facts.json"
+STATUS = "status.json"
+ANSWERS = "answers.jsonl"
 REPORT = "report.html"
+LOGS = "logs"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
 # config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
-_OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, REPORT)
+_OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS)
 
 
 class RunDirectory:

@@ -44,6 +44,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: floa
             relative_error(alone, together),
             bound,
             f"{len(examples)} documents in one batch, and one by one",
+            "invariances",
         )
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
         accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
@@ -52,6 +53,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: floa
             relative_error(accumulated, together),
             bound,
             f"{len(parts)} micro-batches",
+            "invariances",
         )
     yield from _recomputation(decoder, whole, bound)
     yield from _merging(decoder, whole)
@@ -76,7 +78,7 @@ def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterat
         for mode in ("mlp", "block"):
             decoder.recompute = mode
             measured = relative_error(_gradient(decoder, [batch]), kept)
-            yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound)
+            yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound, kind="invariances")
     finally:
         decoder.recompute = before
 
@@ -97,4 +99,5 @@ def _merging(decoder: Decoder, batch: PackedBatch) -> Iterator[ModelProof]:
         relative_error(merged, adapted),
         max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, 1e-5),
         f"{lost:.1e} of what the adapter changes",
+        "merge",
     )

@@ -30,6 +30,7 @@ from backhand.nn.rotary_frequencies import inverse_frequencies
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import rotary_table
+from backhand.train.proofs import ProofKind
 from backhand.verify.case import Tensors
 from backhand.verify.measure import relative_error
 from backhand.verify.reference_decoder import ReferenceAdapter, reference_block, reference_head, reference_loss
@@ -49,12 +50,14 @@ class ModelProof:
         measured: the relative error, or relative difference, that was found.
         bound: what it may be.
         detail: where it is largest, or what it compares with.
+        kind: what it is about.
     """
 
     proof: str
     measured: float
     bound: float
     detail: str = ""
+    kind: ProofKind = "gradients"
 
     @property
     def passed(self) -> bool:

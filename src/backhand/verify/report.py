@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from backhand.train.proofs import Proof
@@ -79,11 +79,13 @@ class VerifyReport:
             everything = f"{len(self.rejections)} wrong backward passes are rejected by value"
             yield _proof(everything, not self.survivors, float(rejected), float(len(self.rejections)))
         for proof in self.model:
-            yield _proof(proof.proof, proof.passed, proof.measured, proof.bound)
+            yield replace(
+                _proof(proof.proof, proof.passed, proof.measured, proof.bound), kind=proof.kind, detail=proof.detail
+            )
 
 
 def _proof(statement: str, passed: bool, value: float, bound: float) -> Proof:
-    return Proof(statement, passed, value if math.isfinite(value) else str(value), bound, COMMAND)
+    return Proof(statement, passed, value if math.isfinite(value) else str(value), bound, COMMAND, "gradients")
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,277 @@
+"""The report's charts as Vega-Lite specifications: data and what is drawn of it, no drawing of our own.
+
+Every text in a specification that is not written here is a value in its data, never part of an expression. Colours of
+text and axes are the page's own (`currentColor`), so that light, dark and print need no second chart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from backhand.report.module_changes import ModuleChange
+from backhand.report.run_record import RunRecord, is_number
+
+Spec = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+# The source of each chart's data carries this name, under which a live page replaces it.
+DATA = "rows"
+# More points than a screen is wide only cost time: neighbours are averaged.
+MAX_POINTS = 1200
+# Told apart in grey and by the usual colour blindnesses, and readable on white and on near-black.
+COLOURS = ("#4c8dd6", "#e08a1e", "#2f9e6e", "#b45fc0", "#c9503f", "#8a8f98")
+_LOG_FROM_RATIO = 20.0
+
+CONFIG: Spec = {
+    "background": None,
+    "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "domainColor": "currentColor",
+        "tickColor": "currentColor",
+        "gridColor": "currentColor",
+        "gridOpacity": 0.12,
+        "domainOpacity": 0.4,
+        "tickOpacity": 0.4,
+        "titleFontWeight": "normal",
+        "labelFontSize": 11,
+        "titleFontSize": 12,
+    },
+    "legend": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "orient": "top",
+        "title": None,
+        "labelFontSize": 12,
+        "labelLimit": 0,
+        "titleFontWeight": "normal",
+    },
+}
+
+
+def run_charts(run: RunRecord) -> dict[str, Spec]:
+    """The curves of a run, by the end of their id; a chart without data is left out."""
+    predicted = run.facts.get("memory", {}).get("predicted_bytes")
+    memory = _series(run.steps, "rss_bytes", "used", factor=2**-20)
+    if memory and is_number(predicted):
+        ends = (memory[0]["step"], memory[-1]["step"])
+        memory += [{"step": step, "value": predicted * 2**-20, "series": "predicted peak"} for step in ends]
+    losses = _series(run.steps, "loss", "training rows") + _series(run.evaluations, "eval_loss", "held-out rows")
+    forgetting = _series(run.evaluations, "forgetting_nats", "rise of the loss") + _series(
+        run.evaluations, "forgetting_kl_nats", "KL divergence from the base"
+    )
+    charts = {
+        "loss": curve(losses, "nats per supervised token", height=280, log="auto", dots="held-out rows"),
+        "learning-rate": curve(_series(run.steps, "learning_rate", "rate"), "learning rate", numbers=".1~e"),
+        "grad-norm": curve(_series(run.steps, "grad_norm", "norm"), "norm before clipping"),
+        "tokens-per-s": curve(_series(run.steps, "tokens_per_s", "speed"), "tokens/s", zero=True, numbers=",.0f"),
+        "memory": curve(memory, "MB", zero=True, numbers=",.0f"),
+        "forgetting": curve(forgetting, "nats per neutral token", dots="all"),
+    }
+    return {name: spec for name, spec in charts.items() if spec["data"]["values"]}
+
+
+def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
+    """One curve for each run: of training rows (`loss`) or held-out rows (`eval_loss`)."""
+    rows: Rows = []
+    for name, run in runs:
+        rows += _series(run.steps if key == "loss" else run.evaluations, key, name)
+    return curve(rows, "nats per supervised token", height=260, log="auto", dots="all" if key == "eval_loss" else "")
+
+
+def curve(
+    rows: Rows,
+    title: str,
+    *,
+    height: int = 170,
+    log: str = "",
+    zero: bool = False,
+    dots: str = "",
+    numbers: str = "~g",
+) -> Spec:
+    """Values over steps, a line for each series, with the nearest step's value under the pointer.
+
+    Args:
+        rows: {"step", "value", "series"}.
+        title: of the value axis, with its unit.
+        height: in pixels.
+        log: `auto` for a logarithmic axis where the values span more than a factor of 20.
+        zero: whether the value axis begins at zero.
+        dots: the series, or `all`, whose values are few and marked.
+        numbers: format of the value axis.
+    """
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    y: Spec = {"field": "value", "type": "quantitative", "title": title, "axis": {"format": numbers, "tickCount": 5}}
+    if log and _spans(rows):
+        y |= {"scale": {"type": "log", "nice": False}, "axis": {"format": "~g", "tickCount": 3}}
+    else:
+        y["scale"] = {"zero": zero}
+    colour: Spec = {
+        "field": "series",
+        "type": "nominal",
+        "scale": {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]},
+        "legend": {} if len(series) > 1 else None,
+    }
+    x = _whole("step", "optimizer step")
+    hover = {"name": "hover", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
+    tooltip = [
+        {"field": "step", "type": "quantitative", "format": ",d"},
+        {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"},
+        *([{"field": "series", "type": "nominal", "title": "of"}] if len(series) > 1 else []),
+    ]
+    layers: list[Spec] = [{"mark": {"type": "line", "strokeWidth": 1.6, "clip": True}}]
+    if dots:
+        marked = {} if dots == "all" else {"transform": [{"filter": {"field": "series", "equal": dots}}]}
+        layers.append({**marked, "mark": {"type": "point", "filled": True, "size": 36}})
+    layers.append(
+        {
+            "params": [hover],
+            "mark": {"type": "point", "filled": True, "size": 70},
+            "encoding": {
+                "opacity": {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0},
+                "tooltip": tooltip,
+            },
+        }
+    )
+    return {
+        **_base(rows, height),
+        "encoding": {"x": x, "y": y, "color": colour},
+        "layer": layers,
+    }
+
+
+def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, numbers: str) -> Spec:
+    """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
+    rows = [_change_row(change) for change in changes]
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    return {
+        **_base([row | {"layer": "–" if row["layer"] is None else str(row["layer"])} for row in rows], None),
+        "height": {"step": 22},
+        "mark": {"type": "rect", "stroke": None},
+        "encoding": {
+            "x": {
+                "field": "layer",
+                "type": "ordinal",
+                "title": "layer",
+                "sort": [*map(str, layers), "–"],
+                "axis": {"labelAngle": 0, "labelOverlap": True},
+            },
+            "y": {
+                "field": "kind",
+                "type": "nominal",
+                "title": None,
+                "sort": list(dict.fromkeys(r["kind"] for r in rows)),
+            },
+            "color": {
+                "field": field,
+                "type": "quantitative",
+                "scale": {"scheme": "viridis"},
+                "legend": {"title": title, "format": numbers, "gradientLength": 160},
+            },
+            "tooltip": [
+                {"field": "name", "type": "nominal", "title": "module"},
+                {"field": "relative", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖", "format": ".3%"},
+                {"field": "update_norm", "type": "quantitative", "title": "‖ΔW‖", "format": ".4~g"},
+                {"field": "effective_rank", "type": "quantitative", "title": "effective rank", "format": ".2f"},
+                {"field": "rank", "type": "quantitative", "title": "rank"},
+            ],
+        },
+    }
+
+
+def spectra(changes: Iterable[ModuleChange]) -> Spec:
+    """The singular values of every module's ΔW, largest first, a line a module."""
+    rows = [
+        {"name": change.name, "kind": change.kind, "index": index + 1, "value": float(f"{value:.5g}")}
+        for change in changes
+        for index, value in enumerate(change.singular_values)
+        if value > 0
+    ]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    return {
+        **_base(rows, 260),
+        "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.55, "point": {"size": 14, "opacity": 0.55}},
+        "encoding": {
+            "x": _whole("index", "number of the singular value") | {"scale": {"zero": False, "nice": False}},
+            "y": {
+                "field": "value",
+                "type": "quantitative",
+                "title": "singular value of ΔW",
+                "scale": {"type": "log", "nice": False},
+                "axis": {"format": "~g", "tickCount": 3},
+            },
+            "detail": {"field": "name"},
+            "color": {
+                "field": "kind",
+                "type": "nominal",
+                "scale": {"domain": kinds, "scheme": "tableau10"},
+                "legend": {"columns": 4},
+            },
+            "tooltip": [
+                {"field": "name", "type": "nominal", "title": "module"},
+                {"field": "index", "type": "quantitative", "title": "number"},
+                {"field": "value", "type": "quantitative", "format": ".4~g"},
+            ],
+        },
+    }
+
+
+def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
+    """How many documents have how many tokens; `bins` as facts.json has them."""
+    rows = [
+        {"from": one["from"], "to": one["to"], "last": one["to"] - 1, "documents": one["documents"]} for one in bins
+    ]
+    return {
+        **_base(rows, 170),
+        "mark": {"type": "bar", "color": COLOURS[0], "stroke": None},
+        "encoding": {
+            "x": _whole("from", title) | {"bin": "binned"},
+            "x2": {"field": "to"},
+            "y": _whole("documents", "documents"),
+            "tooltip": [
+                {"field": "from", "type": "quantitative", "title": "tokens from"},
+                {"field": "last", "type": "quantitative", "title": "to"},
+                {"field": "documents", "type": "quantitative"},
+            ],
+        },
+    }
+
+
+def _whole(field: str, title: str) -> Spec:
+    """An axis of whole numbers."""
+    return {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1, "format": ",d"}}
+
+
+def _base(rows: Rows, height: int | None) -> Spec:
+    spec: Spec = {
+        "data": {"name": DATA, "values": rows},
+        "width": "container",
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "config": CONFIG,
+    }
+    return spec if height is None else spec | {"height": height}
+
+
+def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: float = 1.0) -> Rows:
+    """Finite values of a key over steps, averaged over neighbours where there are too many."""
+    points = [(line["step"], line[key] * factor) for line in lines if is_number(line.get(key))]
+    width = -(-len(points) // MAX_POINTS)
+    groups = [points[start : start + width] for start in range(0, len(points), max(1, width))]
+    return [
+        {"step": group[-1][0], "value": sum(value for _, value in group) / len(group), "series": name}
+        for group in groups
+    ]
+
+
+def _spans(rows: Rows) -> bool:
+    """Whether all values are positive and far apart."""
+    values = [row["value"] for row in rows]
+    return bool(values) and min(values) > 0 and max(values) > _LOG_FROM_RATIO * min(values)
+
+
+def _change_row(change: ModuleChange) -> dict[str, Any]:
+    fields = ("name", "layer", "kind", "rank", "update_norm", "relative", "effective_rank")
+    return {field: getattr(change, field) for field in fields}

@@ -1,0 +1,125 @@
+"""Several runs on one page: their figures, where their configurations differ, their curves, their answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from backhand.report import charts
+from backhand.report.differences import differences
+from backhand.report.headline import base_and_best, headline
+from backhand.report.proof_tables import proof_tables
+from backhand.report.rendering import render
+from backhand.report.run_record import RunRecord, is_number
+from backhand.report.words import NOT_KNOWN, duration, figure
+from backhand.train.memory_plan import in_words
+
+# Where these differ, the runs do not: where files lie, and what was shown meanwhile.
+_OF_NO_INTEREST = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
+
+
+def comparison_page(runs: Sequence[RunRecord]) -> bytes:
+    """The page as one HTML file; the runs keep their order."""
+    names = short_names([run.path for run in runs])
+    named = list(zip(names, runs, strict=True))
+    drawn = {
+        "held-out": charts.loss_comparison(named, "eval_loss"),
+        "training": charts.loss_comparison(named, "loss"),
+    }
+    values = {
+        "title": f"{len(runs)} runs compared",
+        "names": names,
+        "headlines": [(name, headline(run)) for name, run in named],
+        "best": _best(named),
+        "figures": [(label, [value(run) for run in runs]) for label, value in _FIGURES.items()],
+        "options": _differing_options(runs),
+        "answers": _answers(named),
+        "charts": {name: spec for name, spec in drawn.items() if spec["data"]["values"]},
+    }
+    return render("comparison.html.j2", values)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without what all of them begin with."""
+    absolute = [str(path.resolve()) for path in paths]
+    common = os.path.commonpath(absolute)
+    return [os.path.relpath(path, common) for path in absolute]
+
+
+def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
+    """A sentence about the lowest held-out loss, if runs held out the same rows."""
+    losses = [(loss, name) for name, run in named if is_number(loss := base_and_best(run)[1])]
+    digests = {(run.facts.get("digests") or {}).get("held_out_digest") for _, run in named}
+    if not losses:
+        return "No run has held-out rows, so which one is better is not known."
+    if len(digests) > 1:
+        return "The runs held out different rows: their held-out losses cannot be compared."
+    loss, name = min(losses)
+    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} nats per token."
+
+
+def _loss(run: RunRecord) -> str:
+    base, best = base_and_best(run)
+    return f"{figure(base)} → {figure(best)}"
+
+
+def _proofs(run: RunRecord) -> str:
+    tables = proof_tables(run.proofs, run="", adapter="")
+    lines, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
+    missing = [table.kind for table in tables if not table.lines]
+    return f"{lines - failed} of {lines}" + (f"; not run: {', '.join(missing)}" if missing else "")
+
+
+def _bytes(run: RunRecord) -> str:
+    peak = run.summary.get("peak_rss_bytes")
+    return in_words(int(peak)) if is_number(peak) else NOT_KNOWN
+
+
+_FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
+    "state": lambda run: run.status.state if run.status else NOT_KNOWN,
+    "held-out loss, base → best": _loss,
+    "best step": lambda run: figure(run.summary.get("best_step")),
+    "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
+    "tokens": lambda run: figure(run.summary.get("tokens")),
+    "trained parameters": lambda run: figure(run.summary.get("trained_parameters")),
+    "time in steps": lambda run: duration(run.summary.get("train_s")),
+    "tokens/s": lambda run: figure(run.summary.get("tokens_per_s")),
+    "peak memory": _bytes,
+    "checks held": _proofs,
+}
+
+
+def _differing_options(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    tables = [
+        {f"{part}.{name}": value for part, options in run.config.items() for name, value in options.items()}
+        for run in runs
+    ]
+    names = dict.fromkeys(name for table in tables for name in table if name not in _OF_NO_INTEREST)
+    rows = [(name, [str(table.get(name, NOT_KNOWN)) for table in tables]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
+    """Rows that every run was asked, each answer marked where it differs from the first run's."""
+    by_run = [{(line.get("source"), line.get("prompt")): line for line in run.answers} for _, run in named]
+    found = []
+    for key in by_run[0]:
+        lines = [answers.get(key) for answers in by_run]
+        if any(line is None for line in lines):
+            continue
+        texts = [str(line.get("adapted", "")) for line in lines if line is not None]
+        marked = [differences(texts[0], text)[1] for text in texts]
+        first = lines[0] or {}
+        found.append(
+            {
+                "source": key[0],
+                "prompt": key[1],
+                "reference": first.get("reference", ""),
+                "base": first.get("base", ""),
+                "by_run": list(zip_longest((name for name, _ in named), marked)),
+            }
+        )
+    return found

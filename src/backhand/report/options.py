@@ -1,0 +1,35 @@
+"""What `backhand report` can be told. This file imports no torch: the command line reads it for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backhand.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which runs, and where the page goes."""
+
+    runs: tuple[Path, ...] = ()
+    """Run directories. One makes the report of that run, several a page that compares them."""
+
+    output: Path | None = None
+    """HTML file to write, in place of one that is there; not given: `report.html` in the run directory, or
+    `comparison.html` here when several runs are compared."""
+
+    def validate(self) -> ReportOptions:
+        """Check every field; return self.
+
+        Raises:
+            UsageError: no run, the same one twice, or an output that is a directory.
+        """
+        if not self.runs:
+            raise UsageError("no run is given", where="runs", next_step="give a run directory, such as runs/mine")
+        resolved = [run.resolve() for run in self.runs]
+        if len(set(resolved)) < len(resolved):
+            raise UsageError("the same run is given twice", where="runs")
+        if self.output is not None and self.output.is_dir():
+            raise UsageError(f"{self.output} is a directory", where="output", next_step="name a file in it")
+        return self

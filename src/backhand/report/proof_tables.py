@@ -1,0 +1,93 @@
+"""proofs.jsonl as tables: what was proved about a run, by kind, each statement as it was last checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from backhand.train.proofs import ProofKind
+
+KINDS: Mapping[str, tuple[str, str]] = {
+    "gradients": ("Gradients by hand against autograd", "backhand verify --run {run}"),
+    "guards": ("Guards during training", "backhand train, at every start and end"),
+    "invariances": ("What must not change the result", "backhand verify --run {run}"),
+    "resume": ("Interrupted and resumed, the same bits", "backhand train … --prove-resume 5"),
+    "merge": ("Merged into the base, the same model", "backhand verify --run {run}"),
+    "export": ("The adapter in other programs", "backhand export --adapter {adapter} --to gguf --output …"),
+}
+"""Title of each table, and what would fill it."""
+
+_BY_COMMAND = {"export": "export", "merge": "merge", "verify": "gradients"}
+
+
+@dataclass(frozen=True)
+class ProofLine:
+    """One line of proofs.jsonl, whatever is missing in it empty."""
+
+    proof: str
+    passed: bool
+    value: Any
+    bound: Any
+    command: str
+    detail: str
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> ProofLine:
+        """From a record."""
+        texts = {name: str(record.get(name) or "") for name in ("proof", "command", "detail")}
+        passed = record.get("passed") is True
+        return cls(passed=passed, value=record.get("value"), bound=record.get("bound"), **texts)
+
+
+@dataclass(frozen=True)
+class ProofTable:
+    """The statements of one kind.
+
+    Attributes:
+        kind: key in KINDS.
+        title: in words.
+        command: what proves it.
+        lines: empty where it was not run.
+    """
+
+    kind: str
+    title: str
+    command: str
+    lines: tuple[ProofLine, ...]
+
+    @property
+    def failed(self) -> int:
+        """Statements that do not hold."""
+        return sum(not line.passed for line in self.lines)
+
+
+def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str) -> list[ProofTable]:
+    """A table for every kind, those without a line among them.
+
+    Args:
+        proofs: lines of proofs.jsonl, oldest first.
+        run, adapter: as they are typed on a command line.
+    """
+    newest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for line in proofs:
+        key = (_kind(line), str(line.get("proof")))
+        newest.pop(key, None)
+        newest[key] = line
+    return [
+        ProofTable(
+            kind,
+            title,
+            command.format(run=run, adapter=adapter),
+            tuple(ProofLine.of(line) for (of_kind, _), line in newest.items() if of_kind == kind),
+        )
+        for kind, (title, command) in KINDS.items()
+    ]
+
+
+def _kind(line: Mapping[str, Any]) -> str:
+    """As the line says; by its command where it is of an older version or somebody else's."""
+    kind = line.get("kind")
+    if kind in get_args(ProofKind):
+        return str(kind)
+    return _BY_COMMAND.get(str(line.get("command")), "guards")

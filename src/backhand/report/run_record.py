@@ -1,0 +1,106 @@
+"""What a run left in its directory, read for the report: nothing is loaded, nothing is written, no lock is taken.
+
+Files that are missing, as an interrupted run or one of an older version leaves them, are empty here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from backhand.errors import ArtifactError, UsageError
+from backhand.train.files import FileLayer
+from backhand.train.run_directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
+from backhand.train.status import RunStatus, read_status
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its files tell it.
+
+    Attributes:
+        path: the run directory.
+        config: tables of config.toml.
+        config_text: config.toml itself.
+        metrics, proofs, answers: lines of the files of these names.
+        facts: facts.json, empty where there is none.
+        summary: summary.json, empty until the run is over.
+        status: status.json, None where there is none.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    config_text: str
+    metrics: Sequence[dict[str, Any]]
+    proofs: Sequence[dict[str, Any]]
+    answers: Sequence[dict[str, Any]]
+    facts: dict[str, Any]
+    summary: dict[str, Any]
+    status: RunStatus | None
+
+    @property
+    def adapter(self) -> Path:
+        """The published adapter, or where it will be."""
+        return self.path / ADAPTER
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl about training steps."""
+        return [line for line in self.metrics if "loss" in line]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl about evaluations."""
+        return [line for line in self.metrics if "loss" not in line]
+
+    def held_out_losses(self) -> list[tuple[int, float]]:
+        """(step, held-out loss) of each evaluation with a finite one, the one before the first step included."""
+        return [(line["step"], line["eval_loss"]) for line in self.evaluations if is_number(line.get("eval_loss"))]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        UsageError: there is no run.
+        ArtifactError: its config.toml cannot be read.
+    """
+    try:
+        text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
+        config = tomllib.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"there is no run in {path}", where="runs", next_step="give a directory that `backhand train` made"
+        ) from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None
+    lines = RunDirectory(path, FileLayer()).lines
+    return RunRecord(
+        path=path,
+        config=config,
+        config_text=text,
+        metrics=[line for line in lines(METRICS) if isinstance(line.get("step"), int)],
+        proofs=lines(PROOFS),
+        answers=lines(ANSWERS),
+        facts=_object(path / FACTS),
+        summary=_object(path / SUMMARY),
+        status=read_status(path),
+    )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value from a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

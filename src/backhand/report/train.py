@@ -1,0 +1,62 @@
+"""Training that leaves a report: what `backhand train` and `backhand.train` call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from backhand.errors import BackhandError
+from backhand.train.callbacks import Callback
+from backhand.train.config import TrainConfig
+from backhand.train.observer import Observer, RunStart
+from backhand.train.run import train as train_without_report
+from backhand.train.summary import RunSummary
+
+
+class _ReportWriter(Observer):
+    """Writes report.html when a run that began is over, however it ended."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._directory: Path | None = None
+
+    def started(self, start: RunStart) -> None:
+        """Remember where."""
+        self._directory = start.directory
+
+    def closed(self) -> None:
+        """Write; a page that cannot be written takes nothing from the run, which is saved."""
+        if self._directory is None:
+            return
+        from backhand.report.writing import write_report
+
+        try:
+            target = write_report(self._directory)
+        except (BackhandError, OSError) as error:
+            print(f"the report could not be written: {error}", file=sys.stderr)
+        else:
+            if not self._quiet:
+                print(f"Report: {target}", flush=True)
+
+
+def train(
+    config: TrainConfig, *, callbacks: Iterable[Callback] = (), typed: frozenset[str] = frozenset()
+) -> RunSummary:
+    """Train as `config` says, and leave report.html in the run directory, also after an interruption.
+
+    Args:
+        config: every option. What is None or `auto` in it is chosen, and written to config.toml.
+        callbacks: told how the run goes: an `Observer`, or a function that is called with every record of
+            metrics.jsonl. What one raises ends the run.
+        typed: names of options that were given even where they have their default value; matters when resuming.
+
+    Returns:
+        what the run came to, as summary.json has it.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
+        CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
+        Interrupted: after a signal and a checkpoint.
+    """
+    return train_without_report(config, callbacks=(*callbacks, _ReportWriter(config.run.quiet)), typed=typed)

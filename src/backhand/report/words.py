@@ -1,0 +1,43 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+from backhand.report.run_record import is_number
+
+NOT_KNOWN = "–"
+
+
+def count_in_words(count: float, what: str) -> str:
+    """`1 row`, `1,200 rows`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def figure(value: object) -> str:
+    """A number with four significant digits; other values as they are, None as a dash."""
+    if value is None:
+        return NOT_KNOWN
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.4g}"
+
+
+def percent(value: object) -> str:
+    """A share as a percentage."""
+    return f"{value:.1%}" if is_number(value) else NOT_KNOWN
+
+
+def duration(seconds: object) -> str:
+    """`48 s`, `12 min 5 s`, `3 h 20 min`."""
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return NOT_KNOWN
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,109 @@
+"""answers.jsonl: a few held-out rows, answered by the base model and with the adapter, for people to compare.
+
+A row is asked up to where its last supervised stretch begins, and that stretch is what it should say. Of plain text,
+where everything is supervised, the first half is given and the second half is what comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from backhand.data.examples import Example
+from backhand.generate.completer import Completer
+from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.greedy import complete_greedily
+from backhand.nn.decoder import Decoder
+from backhand.train.engine import BoundModel
+from backhand.train.interface import Trainable
+
+MAX_NEW_TOKENS = 64
+_LONGEST_PROMPT = 1024
+
+
+@dataclass(frozen=True)
+class HeldOutAnswer:
+    """One row of answers.jsonl.
+
+    Attributes:
+        source: where the row stands.
+        prompt: what was asked, as the model sees it, with control tokens.
+        reference: what the row says, cut to as many tokens as answers may have.
+        base, adapted: greedy answers, without control tokens.
+    """
+
+    source: str
+    prompt: str
+    reference: str
+    base: str
+    adapted: str
+
+
+def held_out_answers(
+    bound: BoundModel, examples: Sequence[Example], tokenizer: Any, stop_ids: Collection[int], count: int
+) -> Iterator[HeldOutAnswer]:
+    """Answer some rows, evenly spread over those there are; the adapter is attached before and after.
+
+    Args:
+        bound: the model with its adapter, its values those to answer with.
+        examples: the held-out rows.
+        tokenizer: the model's.
+        stop_ids: tokens that end an answer.
+        count: how many rows.
+    """
+    model = _completing(bound.model)
+    new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
+    longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
+    chosen = [examples[place] for place in spread(len(examples), count)]
+    parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
+    prompts = [prompt.tolist() for _, prompt, _ in parts]
+    try:
+        adapted, base = (_answers(model, prompts, new_tokens, stop_ids, adapter=adapter) for adapter in (True, False))
+    finally:
+        bound.model.attach(bound.lora)
+    for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=True):
+        said = (reference[:new_tokens].tolist(), of_base, of_adapted)
+        yield HeldOutAnswer(
+            example.source,
+            str(tokenizer.decode(prompt.tolist())),
+            *(str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said),
+        )
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """Up to `count` different places among so many rows, the first one among them."""
+    count = min(rows, count)
+    return [number * rows // count for number in range(count)]
+
+
+def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Token ids of what is asked, its last `longest` ones, and of what should be answered."""
+    ids, supervised = example.input_ids, example.supervised
+    places = np.flatnonzero(supervised)
+    end = int(places[-1]) + 1
+    gaps = np.flatnonzero(~supervised[:end])
+    begin = int(gaps[-1]) + 1 if len(gaps) else 0
+    if begin <= 1:  # at most the first token, which never is supervised: plain text
+        begin = end // 2
+    return ids[max(0, begin - longest) : begin], ids[begin:end]
+
+
+def _answers(
+    model: Completer, prompts: list[list[int]], new_tokens: int, stop_ids: Collection[int], *, adapter: bool
+) -> list[list[int]]:
+    model.use_adapter(adapter)
+    return complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids)
+
+
+def _completing(model: Trainable) -> Completer:
+    """The trained model as one that completes prompts."""
+    if isinstance(model, Decoder):
+        return EngineCompleter(model)
+    from backhand.generate.transformers_completer import TransformersCompleter
+    from backhand.train.transformers_engine import TransformersModel
+
+    assert isinstance(model, TransformersModel)
+    return TransformersCompleter(model.model, model.injected)

@@ -1,0 +1,83 @@
+"""Several runs on one page, and the command."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from backhand.cli.main import main
+from backhand.report.comparison import short_names
+from backhand.report.train import train
+from support.page import Page
+from support.tiny_run import TinyRun
+
+
+@pytest.fixture
+def two(finished: Path, tiny: TinyRun, tmp_path: Path) -> tuple[Path, Path]:
+    train(tiny.config(tmp_path / "other", max_steps=2, learning_rate=1e-6))
+    return finished, tmp_path / "other"
+
+
+def test_two_runs_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "pages" / "both.html"
+    assert main(["report", *map(str, two), "--output", str(output)]) == 0
+    page = Page(output.read_bytes())
+    assert page.one("p", class_="lead").text.startswith("run has the lowest loss on the same held-out rows")
+    options = page.one("section", id="configuration").text
+    assert "optimization.learning_rate" in options and "1e-06" in options and "run.output" not in options
+    series = {row["series"] for row in page.charts["held-out"]["data"]["values"]}
+    assert series == {"run", "other"}
+    assert len(page.every("div", class_="answer")) == 4
+
+
+def test_other_held_out_rows_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
+    facts = two[1] / "facts.json"
+    facts.write_text(facts.read_text().replace('"held_out_digest": "', '"held_out_digest": "0'))
+    assert main(["report", *map(str, two), "--output", str(tmp_path / "x.html")]) == 0
+    assert "cannot be compared" in Page((tmp_path / "x.html").read_bytes()).one("p", class_="lead").text
+
+
+def test_one_run_without_an_output_goes_into_its_directory(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "report.html").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (finished / "report.html").exists() and str(finished / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "no run is given"),
+        (["absent"], 2, "no run in absent"),
+        (["run", "run"], 2, "twice"),
+        (["run", "--output", "."], 2, "is a directory"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    code: int,
+    message: str,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished.parent)
+    assert main(["report", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_configuration_is_an_artifact(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / "config.toml").write_text("= nothing")
+    assert main(["report", str(finished)]) == 4
+
+
+def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
+    assert short_names([tmp_path / "a" / "x", tmp_path / "b"]) == ["a/x", "b"]
+
+
+def test_a_run_moved_elsewhere_still_has_its_page(finished: Path, tmp_path: Path) -> None:
+    shutil.move(finished, tmp_path / "moved")
+    assert main(["report", str(tmp_path / "moved")]) == 0
+    lead = Page((tmp_path / "moved" / "report.html").read_bytes()).one("p", class_="lead").text
+    assert str(tmp_path / "moved" / "adapter") in lead

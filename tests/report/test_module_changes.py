@@ -1,0 +1,73 @@
+"""The figures about an adapter, against the same from the matrix that is never formed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from backhand.report.module_changes import changes_of, effective_rank, module_changes, singular_values
+from backhand.report.run_record import read_run
+from support.tiny_run import TinyRun
+
+
+def test_singular_values_are_those_of_the_whole_matrix() -> None:
+    lora_A, lora_B = torch.randn(3, 7, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
+    wanted = torch.linalg.svdvals(1.7 * lora_B @ lora_A)[:3]
+    torch.testing.assert_close(torch.tensor(singular_values(lora_A, lora_B, 1.7)), wanted.float(), rtol=1e-6, atol=0)
+
+
+def test_changes_of_each_module() -> None:
+    shapes = {"model.layers.4.self_attn.q_proj": (11, 7), "model.layers.12.mlp.up_proj": (5, 7), "lm_head": (9, 7)}
+    factors, norms = {}, {}
+    for number, (name, (out_features, in_features)) in enumerate(shapes.items()):
+        factors[f"{name}.lora_A"] = torch.randn(2, in_features, dtype=torch.float64)
+        factors[f"{name}.lora_B"] = torch.randn(out_features, 2, dtype=torch.float64)
+        norms[name] = 10.0 + number
+    norms["lm_head"] = None
+    changes = list(module_changes(factors, dict.fromkeys(shapes, 0.6), norms))
+    assert [(change.layer, change.kind) for change in changes] == [(4, "q_proj"), (12, "up_proj"), (None, "lm_head")]
+    for change in changes:
+        delta = 0.6 * factors[f"{change.name}.lora_B"] @ factors[f"{change.name}.lora_A"]
+        norm = float(torch.linalg.matrix_norm(delta))
+        assert change.update_norm == pytest.approx(norm, rel=1e-12)
+        weight_norm = norms[change.name]
+        assert change.relative == (None if weight_norm is None else pytest.approx(norm / weight_norm, rel=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"), [((2.0, 2.0, 2.0), 3.0), ((5.0, 0.0), 1.0), ((0.0, 0.0), 0.0), ((3.0, 1.0), 1.7547)]
+)
+def test_effective_rank(values: tuple[float, ...], wanted: float) -> None:
+    assert effective_rank(values) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    changes, source = changes_of(read_run(finished))
+    assert source == "adapter" and len(changes) == 14
+    for change in changes:
+        weight = model.get_submodule(change.name).weight.detach().double()
+        assert change.relative is not None and math.isfinite(change.relative)
+        assert change.update_norm / change.relative == pytest.approx(float(torch.linalg.matrix_norm(weight)), rel=1e-5)
+
+
+def test_before_the_adapter_is_published_the_newest_checkpoint_counts(finished: Path) -> None:
+    wanted, _ = changes_of(read_run(finished))
+    shutil.rmtree(finished / "adapter")
+    changes, source = changes_of(read_run(finished))
+    assert source == "checkpoints/step-12"
+    assert [change.name for change in changes] == [change.name for change in wanted]
+    shutil.rmtree(finished / "checkpoints")
+    assert changes_of(read_run(finished)) == ([], "there is no adapter yet")
+
+
+def test_a_damaged_adapter_is_named(finished: Path) -> None:
+    (finished / "adapter" / "adapter_model.safetensors").write_bytes(b"nonsense")
+    changes, source = changes_of(read_run(finished))
+    assert changes == [] and source.startswith("the adapter cannot be read")

@@ -1,0 +1,210 @@
+"""The report of a run: every section, what it says, and that it is one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.errors import ArtifactError, CheckError, UsageError
+from backhand.report.page import SECTIONS, run_page
+from backhand.report.run_record import read_run
+from backhand.report.train import train
+from backhand.train.interruption import Interrupted
+from backhand.train.observer import Observer
+from support.page import Page
+from support.tiny_run import TinyRun
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_training_leaves_a_page_with_every_section(finished: Path) -> None:
+    data = (finished / "report.html").read_bytes()
+    assert len(data) < 1_500_000
+    page = Page(data)
+    assert [section.attributes["id"] for section in page.every("section")] == list(SECTIONS)
+    for link in page.every("a"):
+        target = link.attributes["href"]
+        assert target is not None
+        if target.startswith("#"):
+            assert page.every("section", id=target[1:])
+    assert set(page.charts) == {
+        "loss", "learning-rate", "grad-norm", "tokens-per-s", "memory", "forgetting",
+        "moved", "effective-rank", "spectra", "lengths", "supervised",
+    }  # fmt: skip
+    for name in page.charts:
+        assert page.one("div", id=f"chart-{name}").attributes["class"] == "chart"
+
+
+def test_the_page_is_one_file_that_its_policy_keeps_shut(finished: Path) -> None:
+    page = Page((finished / "report.html").read_bytes())
+    assert not [e for e in page.root.all() if "src" in e.attributes or e.tag in ("iframe", "object", "embed", "form")]
+    assert [link.attributes["href"] for link in page.every("link")] == ["data:,"]
+    policy = next(m for m in page.every("meta") if m.attributes.get("http-equiv") == "Content-Security-Policy")
+    text = policy.attributes["content"]
+    assert text is not None and text.startswith("default-src 'none';") and "connect-src 'none'" in text
+    assert "unsafe-eval" not in text
+    allowed = re.findall(r"'sha256-([^']+)'", text)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts]
+    assert digests == allowed and len(digests) == 2
+
+
+def test_the_sentence_at_the_top(finished: Path, tiny: TinyRun) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    lead = Page(run_page(read_run(finished))).one("p", class_="lead").text
+    base, best = summary["base_eval_loss"], summary["best_eval_loss"]
+    assert f"on 11 rows of {tiny.rows.name}" in lead and "for 12 steps" in lead
+    assert f"from {base:.3f} to {best:.3f} nats per token" in lead and "so it helped" in lead
+    assert str(finished / "adapter") in lead
+
+
+def test_a_run_that_did_not_help_says_so(finished: Path) -> None:
+    base = lines(finished / "metrics.jsonl")[0]["eval_loss"]
+    worse = [
+        line | ({"eval_loss": base + line["step"] / 100} if "eval_loss" in line else {})
+        for line in lines(finished / "metrics.jsonl")
+    ]
+    (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worse))
+    assert "so it did not help" in Page(run_page(read_run(finished))).one("p", class_="lead").text
+
+
+def test_commands_for_other_programs_name_adapter_and_base(finished: Path, tiny: TinyRun) -> None:
+    text = Page(run_page(read_run(finished))).one("section", id="result").text
+    for program in ("PEFT", "llama.cpp", "vLLM", "Ollama"):
+        assert program in text
+    assert f"PeftModel.from_pretrained(base, '{finished / 'adapter'}')" in text
+    assert f"AutoModelForCausalLM.from_pretrained('{tiny.model}')" in text
+
+
+def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun) -> None:
+    recorded = lines(finished / "answers.jsonl")
+    assert [line["source"] for line in recorded] == [f"{tiny.held_out}:{number}" for number in (1, 2, 3, 4)]
+    wanted = [row["completion"] for row in lines(tiny.held_out)]
+    assert [line["reference"] for line in recorded] == wanted
+    assert any(line["base"] != line["adapted"] for line in recorded)
+    # Written afresh, with answers that can be told apart.
+    answer = recorded[0] | {"base": "red green blue", "adapted": "red grey blue", "reference": "red grey blue"}
+    (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+    section = Page(run_page(read_run(finished))).one("section", id="answers")
+    assert [mark.text for mark in (e for e in section.all() if e.tag == "mark")] == ["green", "grey"]
+    assert "= what the row says" in section.text and answer["prompt"] in section.text
+
+
+def test_curves_hold_the_figures_of_metrics(finished: Path) -> None:
+    recorded = lines(finished / "metrics.jsonl")
+    charts = Page(run_page(read_run(finished))).charts
+    loss = charts["loss"]["data"]["values"]
+    assert [(row["step"], row["value"]) for row in loss if row["series"] == "training rows"] == [
+        (line["step"], line["loss"]) for line in recorded if "loss" in line
+    ]
+    assert [(row["step"], row["value"]) for row in loss if row["series"] == "held-out rows"] == [
+        (line["step"], line["eval_loss"]) for line in recorded if "eval_loss" in line
+    ]
+    facts = json.loads((finished / "facts.json").read_text())
+    predicted = [row["value"] for row in charts["memory"]["data"]["values"] if row["series"] == "predicted peak"]
+    assert predicted == [facts["memory"]["predicted_bytes"] / 2**20] * 2
+    tooltip = charts["loss"]["layer"][-1]["encoding"]["tooltip"]
+    assert {entry["field"] for entry in tooltip} == {"step", "value", "series"}
+
+
+def test_the_rows_token_by_token(finished: Path, tiny: TinyRun) -> None:
+    section = Page(run_page(read_run(finished))).one("section", id="data")
+    shown = [element for element in section.all() if element.attributes.get("class") == "tokens"]
+    row = lines(tiny.rows)[0]
+    marked = "".join(span.text for span in shown[0].children if span.attributes.get("class") == "on")
+    assert row["prompt"] in shown[0].text and row["prompt"] not in marked
+    assert row["completion"] in marked
+    recorded = json.loads((finished / "facts.json").read_text())["data"]["train"]
+    assert sum(one["documents"] for one in recorded["lengths"]) == 11
+
+
+def test_what_is_needed_to_repeat_it(finished: Path) -> None:
+    section = Page(run_page(read_run(finished))).one("section", id="repeat")
+    facts = json.loads((finished / "facts.json").read_text())
+    assert (finished / "config.toml").read_text() in section.text
+    for value in (facts["digests"]["data_digest"], facts["packages"]["torch"], facts["machine"]["processor"]):
+        assert value in section.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_has_its_page(number: signal.Signals, tiny: TinyRun, tmp_path: Path) -> None:
+    class Stop(Observer):
+        def stepped(self, record: Any) -> None:
+            if record["step"] == 3:
+                signal.raise_signal(number)
+
+    with pytest.raises(Interrupted):
+        train(tiny.config(tmp_path / "run"), callbacks=[Stop()])
+    page = Page((tmp_path / "run" / "report.html").read_bytes())
+    assert "3 of 6 steps until it was interrupted" in page.one("p", class_="lead").text
+    assert page.one("p", class_="state").text.startswith("Interrupted:")
+    assert len(page.charts["loss"]["data"]["values"]) > 3 and "moved" in page.charts
+    # Continued, the page is that of the whole run.
+    train(tiny.config(tmp_path / "run", resume=True))
+    page = Page((tmp_path / "run" / "report.html").read_bytes())
+    assert "for 6 steps" in page.one("p", class_="lead").text and not page.every("p", class_="state")
+
+
+def test_a_run_stopped_by_a_check_says_why(tiny: TinyRun, tmp_path: Path) -> None:
+    class Check(Observer):
+        def stepped(self, record: Any) -> None:
+            if record["step"] == 2:
+                raise CheckError("the loss is above what I allow")
+
+    with pytest.raises(CheckError):
+        train(tiny.config(tmp_path / "run"), callbacks=[Check()])
+    page = Page((tmp_path / "run" / "report.html").read_bytes())
+    assert page.one("p", class_="state bad").text == "Stopped by an error: the loss is above what I allow."
+    assert "2 of 6 steps until a check or an error stopped it" in page.one("p", class_="lead").text
+
+
+def test_a_run_without_held_out_rows(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "run", eval_data=(), max_steps=2))
+    page = Page((tmp_path / "run" / "report.html").read_bytes())
+    assert "nothing was held out" in page.one("p", class_="lead").text
+    assert "Not recorded" in page.one("section", id="answers").text and "forgetting" not in page.charts
+
+
+def test_a_run_of_an_older_version_without_the_new_files(finished: Path) -> None:
+    for name in ("facts.json", "answers.jsonl", "status.json", "summary.json", "proofs.jsonl"):
+        (finished / name).unlink()
+    page = Page(run_page(read_run(finished)))
+    assert [section.attributes["id"] for section in page.every("section")] == list(SECTIONS)
+    assert "loss" in page.charts
+
+
+def test_a_page_that_cannot_be_written_takes_nothing_from_the_run(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Block(Observer):
+        def ended(self, summary: Any) -> None:
+            (tmp_path / "run" / "report.html").mkdir()
+
+    summary = train(tiny.config(tmp_path / "run", max_steps=1), callbacks=[Block()])
+    assert summary.steps == 1
+    assert "the report could not be written" in capsys.readouterr().err
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run in"):
+        read_run(tmp_path)
+    (tmp_path / "config.toml").write_text("[[")
+    with pytest.raises(ArtifactError, match=r"config\.toml"):
+        read_run(tmp_path)
+
+
+def test_many_steps_are_thinned_by_averaging(finished: Path) -> None:
+    step = lines(finished / "metrics.jsonl")[-2]
+    with (finished / "metrics.jsonl").open("w") as file:
+        for number in range(1, 5001):
+            file.write(json.dumps(step | {"step": number, "loss": float(number)}) + "\n")
+    values = Page(run_page(read_run(finished))).charts["loss"]["data"]["values"]
+    assert len(values) == 1000 and values[0] == {"step": 5, "value": 3.0, "series": "training rows"}
