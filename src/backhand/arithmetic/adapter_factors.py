@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import (
@@ -83,6 +84,7 @@ class AdapterFactors:
         part_bytes: size of each tensor in the file, by its name there.
         stored_bytes: size of the file of factors.
         record: what backhand.json says of its base, if there is one.
+        dtype: that all factors have in the file; float32 where they differ.
     """
 
     label: str
@@ -94,6 +96,7 @@ class AdapterFactors:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     part_bytes: Mapping[str, int] = field(default_factory=dict)
     record: AdapterRecord | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def element_count(self) -> int:
@@ -140,6 +143,7 @@ def read_factors(path: Path) -> AdapterFactors:
         others,
         {key: tensor.nbytes for key, tensor in contents.tensors.items()},
         contents.record,
+        _common_dtype(tensor for factors in found.values() for tensor in factors.values()),
     )
 
 
@@ -179,6 +183,11 @@ def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target],
         return [], [str(error)]
     problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
     return module_values(config, [name for name in names if name in chosen], strict=False), problems
+
+
+def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _stored_bytes(directory: Path) -> int:

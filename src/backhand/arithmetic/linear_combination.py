@@ -12,7 +12,7 @@ import torch
 
 from backhand.arithmetic.adapter_factors import ModuleFactors
 from backhand.arithmetic.computed_adapter import ComputedModule, rounded_factors
-from backhand.arithmetic.low_rank import balanced_factors, product_directions, terms
+from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
 
 Weighted = Sequence[tuple[float, ModuleFactors]]
 
@@ -27,9 +27,7 @@ def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
     """Σ w ΔW at its own rank, or at `rank` if that is smaller."""
     directions = product_directions(*terms(weighted))
     kept = directions.rank if rank is None else min(rank, directions.rank)
-    lora_A, lora_B = balanced_factors(directions, max(1, kept))
-    if kept == 0:  # rank 0 cannot be written: a zero update is a pair of zero factors
-        lora_A, lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    lora_A, lora_B = writable_factors(directions, kept)
     return measured(weighted, rounded_factors(lora_A, lora_B, weighted[0][1]))
 
 

