@@ -103,6 +103,14 @@ def test_a_block_that_fails_says_where(tmp_path: Path) -> None:
             world.run(Block("page.md", 7, language, "", text))
 
 
+def test_an_adapter_is_trained_only_where_nothing_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(World, "_train", lambda _world, run: trained.append(run))
+    script = "true --output runs/own\ntrue runs/own/adapter --output runs/both\n"
+    World(tmp_path).type(script + "true runs/one/adapter --output runs/one/merged\n")
+    assert trained == ["one"]
+
+
 def test_blocks_see_what_those_before_them_left(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.run(Block("page.md", 1, "jsonl", "own.jsonl", '{"text": "a"}\n'))

@@ -23,7 +23,7 @@ ROWS = [
     for number, thing in enumerate(("pens", "nails", "cups", "keys", "maps", "coins", "shells", "stamps"), start=3)
 ]
 _RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
-_RUN_MADE = re.compile(r"--output[ =]runs/(\w+)")
+_RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
 _TIME_LIMIT_S = 900
 
 
