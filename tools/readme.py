@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from backhand.cli.commands import COMMANDS
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "src" / "backhand"
-# Top to bottom, as imports point.
-ROOMS = ("cli", "lab", "report", "verify", "train", "arithmetic", "generate", "adapters", "data", "nn", "ops")
 
 
 def commands_section() -> str:
@@ -28,12 +27,20 @@ def commands_section() -> str:
 def files_section() -> str:
     """Every module of the package with the first line of its docstring, room by room."""
     parts = [_file_rows("`src/backhand/`", PACKAGE, (PACKAGE / "__main__.py", PACKAGE / "errors.py"))]
-    for room in ROOMS:
+    for room in rooms():
         folder = PACKAGE / room
         files = [path for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py"]
         if files:
             parts.append(_file_rows(f"`{room}/`", folder, files))
     return "\n\n".join(parts)
+
+
+def rooms() -> list[str]:
+    """The rooms that hold files, top to bottom, as the import contract has them."""
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = next(rule["layers"] for rule in project["tool"]["importlinter"]["contracts"] if rule["type"] == "layers")
+    names = [name.strip().removeprefix("backhand.") for layer in layers for name in layer.split("|")]
+    return [name for name in names if (PACKAGE / name).is_dir()]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {"commands": commands_section, "files": files_section}
