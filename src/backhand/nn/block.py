@@ -35,7 +35,7 @@ from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.attention import AttentionSaved, Run, attention_backward, attention_forward
-from backhand.ops.glu import glu_backward, glu_forward
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.lora_linear import LoRASaved, frozen_linear, lora_linear_backward, lora_linear_forward
 from backhand.ops.lora_linear_group import LoRAGroupSaved, lora_linear_group_backward, lora_linear_group_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
@@ -266,14 +266,15 @@ def _mlp_half_backward(
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
 
     # p again, for the down projection's lora_A gradient.
-    p, glu_saved = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    p, ready = glu_recompute(glu_saved)
     d_p = _project_backward(d_down, p, weights.down, kept.h_down, adapter[DOWN], lora, lowest_group < DOWN)
     del p
     if d_p is None:
         return None
     d_gate_up = torch.empty_like(gate_up)
-    glu_backward(d_p, glu_saved, out=d_gate_up)
-    del d_p
+    glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
+    del d_p, ready
 
     gate_up_group = adapter[GATE_UP]
     grads = lora_linear_group_backward(

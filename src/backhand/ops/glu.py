@@ -10,7 +10,8 @@ SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line 
 GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
       φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
 
-Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. In bfloat16 the slopes are computed in float32.
+Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. A backward pass that needs y again gets it from
+`glu_recompute`, together with φ and φ', so that the exponentials, the dearest part, are evaluated once for both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from backhand.ops.lora_linear import rows
 
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
-# Elements a chunk of rows may have: what is computed between two reads of memory then stays in the second-level cache.
+# GELU's many steps run on chunks of rows: what lies between two reads of memory then stays in the second-level cache.
 CHUNK_ELEMENTS = 1 << 16
 
 
@@ -35,6 +36,13 @@ class GLUSaved(NamedTuple):
     gate: Tensor
     up: Tensor
     activation: str
+
+
+class Activated(NamedTuple):
+    """φ(a) and φ'(a), (..., n) each."""
+
+    value: Tensor
+    slope: Tensor
 
 
 class GLUGrads(NamedTuple):
@@ -64,40 +72,52 @@ def _activate(a: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
 
 
-def _value_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activated(a: Tensor, activation: str) -> Activated:
     """φ(a) and φ'(a), both fresh tensors, by the formulas of the module docstring."""
     if activation == "silu":
         sigmoid = torch.sigmoid(a)
         value = a * sigmoid
-        slope = torch.addcmul(value, sigmoid, 1 - value)
-        return value, slope
-    square = a * a
-    t = torch.tanh((square * CUBIC + 1) * a * KAPPA)
-    half = (1 + t) * 0.5
-    slope = half + 0.5 * KAPPA * a * (1 - t * t) * (1 + 3 * CUBIC * square)
-    return a * half, slope
+        # In bfloat16 lerp rounds once, where sum and product would round three times.
+        return Activated(value, torch.lerp(value, value.new_ones(()), sigmoid))
+    if activation != "gelu_tanh":
+        raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
+    result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
+    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, rows(a).shape[0])
+    for part, value, slope in zip(*(rows(t).split(step) for t in (a, *result)), strict=True):
+        wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+        square = wide * wide
+        t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)
+        half = (1 + t) * 0.5
+        value.copy_(wide * half)
+        slope.copy_(half + 0.5 * KAPPA * wide * (1 - t * t) * (1 + 3 * CUBIC * square))
+    return result
 
 
-def glu_backward(d_y: Tensor, saved: GLUSaved, *, out: Tensor | None = None) -> GLUGrads:
+def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated]:
+    """y again, (..., n), and φ and φ' for the backward that follows."""
+    ready = activated(saved.gate, saved.activation)
+    return ready.value * saved.up, ready
+
+
+def glu_backward(
+    d_y: Tensor, saved: GLUSaved, *, ready: Activated | None = None, out: Tensor | None = None
+) -> GLUGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂y.
         saved: from the forward pass.
+        ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
         out: (..., 2n) to receive [d_gate | d_up] side by side, or None.
     """
     n = d_y.shape[-1]
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
-    wide = torch.float64 if d_y.dtype == torch.float64 else torch.float32
-    flat = [rows(t) for t in (d_y, saved.gate, saved.up, out[..., :n], out[..., n:])]
-    step = max(1, CHUNK_ELEMENTS // max(n, 1)) if d_y.device.type == "cpu" else max(1, flat[0].shape[0])
-    for g, a, u, d_a, d_u in zip(*(t.split(step) for t in flat), strict=True):
-        g_wide, u_wide = g.to(wide), u.to(wide)
-        value, slope = _value_and_slope(a.to(wide), saved.activation)
-        d_u.copy_(value.mul_(g_wide))
-        d_a.copy_(slope.mul_(g_wide).mul_(u_wide))
-    return GLUGrads(out[..., :n], out[..., n:])
+    value, slope = activated(saved.gate, saved.activation) if ready is None else ready
+    d_gate, d_up = out[..., :n], out[..., n:]
+    torch.mul(d_y, value, out=d_up)
+    torch.mul(slope.mul_(d_y), saved.up, out=d_gate)
+    return GLUGrads(d_gate, d_up)
 
 
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:

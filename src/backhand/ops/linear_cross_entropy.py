@@ -13,8 +13,8 @@ Backward. dℓ = ⟨softmax(Z) - onehot(t), dZ⟩, so with D = w (softmax(Z) - o
 
 D needs nothing but the chunk's own logits, and the loss is the root of the graph, so its gradient is computed in the
 same chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk,
-vocab), in the compute dtype and once in float32; both are reused from chunk to chunk. Chunks below 256 rows re-read W
-too often (64 rows: 1.4 to 1.8 times slower).
+vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
+re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from backhand.ops import lora_linear
 from backhand.ops.lora_linear import Dropout
 
 CHUNK_ROWS = 256
+# Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
+SOFTMAX_ELEMENTS = 3 << 19
 
 
 class HeadFactors(NamedTuple):
@@ -59,24 +61,29 @@ def _logits(
     return out, h
 
 
-def _losses(logits: Tensor, targets: Tensor, probabilities: Tensor) -> Tensor:
-    """ℓ of one chunk, (rows,), from logits and their softmax, which is written into `probabilities`.
+def _softmax_losses(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient: bool) -> None:
+    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, softmax - onehot takes the logits' place.
 
     logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
     """
-    torch.softmax(logits, dim=-1, dtype=probabilities.dtype, out=probabilities)
-    largest = logits.amax(dim=-1, keepdim=True).to(probabilities.dtype)
-    lse = largest - probabilities.amax(dim=-1, keepdim=True).log_()
-    return (lse - logits.gather(1, targets[:, None]).to(probabilities.dtype)).squeeze(1)
+    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    wide = losses.dtype
+    probabilities = torch.empty(min(step, logits.shape[0]), logits.shape[1], dtype=wide, device=logits.device)
+    minus_one = torch.full((1, 1), -1.0, dtype=wide, device=logits.device)
+    for z, target, loss in zip(logits.split(step), targets[:, None].split(step), losses.split(step), strict=True):
+        p = probabilities[: z.shape[0]]
+        torch.softmax(z, dim=-1, dtype=wide, out=p)
+        lse = z.amax(dim=-1, keepdim=True).to(wide) - p.amax(dim=-1, keepdim=True).log_()
+        loss.copy_((lse - z.gather(1, target).to(wide)).squeeze(1))
+        if gradient:
+            z.copy_(p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1)))
 
 
-def _buffers(rows: int, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk's logits, its probabilities in float32 or wider, and the losses of all rows."""
+def _buffers(rows: int, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk's logits, and the losses of all rows in float32 or wider."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    chunk = min(rows, CHUNK_ROWS)
-    logits = torch.empty(chunk, weight.shape[0], dtype=x.dtype, device=x.device)
-    probabilities = torch.empty(chunk, weight.shape[0], dtype=wide, device=x.device)
-    return logits, probabilities, torch.empty(rows, dtype=wide, device=x.device)
+    logits = torch.empty(min(rows, CHUNK_ROWS), weight.shape[0], dtype=x.dtype, device=x.device)
+    return logits, torch.empty(rows, dtype=wide, device=x.device)
 
 
 def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None) -> Tensor:
@@ -91,12 +98,12 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, hea
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
-    logits, probabilities, losses = _buffers(x.shape[0], x, weight)
+    logits, losses = _buffers(x.shape[0], x, weight)
     for start in range(0, x.shape[0], CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
         n = part.stop - part.start
         chunk, _ = _logits(x[part], weight, head, logits[:n])
-        losses[part] = _losses(chunk, targets[part], probabilities[:n])
+        _softmax_losses(chunk, targets[part], losses[part], gradient=False)
     return losses
 
 
@@ -116,7 +123,7 @@ def linear_cross_entropy_backward(
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
     """
-    logits, probabilities, losses = _buffers(x.shape[0], x, weight)
+    logits, losses = _buffers(x.shape[0], x, weight)
     d_x = torch.empty_like(x)
     d_lora_A = None if head is None else torch.zeros_like(head.lora_A)
     d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
@@ -126,20 +133,19 @@ def linear_cross_entropy_backward(
         n = part.stop - part.start
         chunk_mask = None if mask is None else mask[part]
         chunk, h = _logits(x[part], weight, head, logits[:n], chunk_mask)
-        losses[part] = _losses(chunk, targets[part], probabilities[:n])
-        # D takes the logits' place: softmax, minus one at the target, times the multiplier.
-        minus_one = probabilities.new_full((1, 1), -1.0).expand(n, 1)
-        d_logits = chunk.copy_(probabilities[:n].scatter_add_(1, targets[part, None], minus_one).mul_(multiplier))
-        torch.mm(d_logits, weight, out=d_x[part])
+        _softmax_losses(chunk, targets[part], losses[part], gradient=True)
+        # D / w has taken the logits' place; w multiplies what is made from it, which has far fewer columns.
+        d_logits = chunk
+        torch.mm(d_logits, weight, out=d_x[part]).mul_(multiplier)
         if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
-            d_h = (d_logits @ head.lora_B).mul_(head.scaling)
+            d_h = (d_logits @ head.lora_B).mul_(head.scaling * multiplier)
             if chunk_mask is None:
                 d_x[part].addmm_(d_h, head.lora_A)
                 d_lora_A.addmm_(d_h.T, x[part])
             else:
                 d_x[part].addcmul_(chunk_mask, d_h @ head.lora_A)
                 d_lora_A.addmm_(d_h.T, x[part] * chunk_mask)
-            d_lora_B.addmm_(d_logits.T, h, alpha=head.scaling)
+            d_lora_B.addmm_(d_logits.T, h, alpha=head.scaling * multiplier)
     return losses, LinearCrossEntropyGrads(d_x, d_lora_A, d_lora_B)
 
 
