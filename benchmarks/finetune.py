@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from environment import peer_environment
 from machine import describe_machine
 from short_rows import write_rows
 
@@ -28,7 +29,7 @@ PEERS = ("backhand", "trl", "trl-no-checkpointing", "trl-no-checkpointing-tuned"
 def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dict[str, Any]:
     """One run in its own process; its result, the last line of its output."""
     command = [sys.executable, str(HERE / "finetune_worker.py"), peer, json.dumps(task), str(output), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=peer_environment(peer))
     if done.returncode:
         raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

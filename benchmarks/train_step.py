@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from environment import peer_environment
 from machine import describe_machine
 
 HERE = Path(__file__).parent
@@ -43,6 +44,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=peer_environment(peer),
         )
         self.loaded_bytes = self._answer()["loaded_bytes"]
         self.steps: list[dict[str, float]] = []
@@ -90,38 +92,42 @@ def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
             worker.step()
     check_parity(workers, dtype)
     tokens = arguments.rows * arguments.length
-    results = {}
+    results, times = {}, {}
     for worker in workers:
-        times = sorted(step["step_s"] for step in worker.steps[arguments.warmup :])
+        times[worker.peer] = [step["step_s"] for step in worker.steps[arguments.warmup :]]
+        median = statistics.median(times[worker.peer])
         results[worker.peer] = {
-            "step_s": {"min": times[0], "median": statistics.median(times), "max": times[-1]},
-            "tokens_per_s": tokens / statistics.median(times),
+            "step_s": {"min": min(times[worker.peer]), "median": median, "max": max(times[worker.peer])},
+            "tokens_per_s": tokens / median,
             "memory_above_model_bytes": int(worker.steps[-1]["peak_bytes"]) - worker.loaded_bytes,
             "first_loss": worker.steps[0]["loss"],
             "last_loss": worker.steps[-1]["loss"],
             "first_grad_norm": worker.steps[0]["grad_norm"],
         }
         worker.close()
-    return {"workload": workload, "peers": results, "ratios": ratios(results)}
+    return {"workload": workload, "peers": results, "ratios": ratios(results, times)}
 
 
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """Tokens per second and memory against the documented and the best peer, and the share of the ceiling."""
-    ours, peft = results["backhand"], results["peft"]
-    best = max(results[name]["tokens_per_s"] for name in ("peft", "peft-tuned") if name in results)
-    found = {
-        "speed_over_peft": ours["tokens_per_s"] / peft["tokens_per_s"],
-        "speed_over_best_peft": ours["tokens_per_s"] / best,
-        "memory_over_peft": ours["memory_above_model_bytes"] / peft["memory_above_model_bytes"],
-    }
+def ratios(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str, float]:
+    """Speed and memory against each peer that was measured, and the share of the ceiling.
+
+    A speed ratio is the median over the rounds of that round's ratio: what slows the machine for a while slows all
+    peers of a round.
+    """
+
+    def speed_over(peer: str) -> float:
+        return statistics.median(theirs / ours for ours, theirs in zip(times["backhand"], times[peer], strict=True))
+
+    found = {}
+    for peer in ("peft", "peft-tuned", "peft-checkpointing"):
+        if peer in results:
+            name = peer.replace("-", "_")
+            found[f"speed_over_{name}"] = speed_over(peer)
+            found[f"memory_over_{name}"] = (
+                results["backhand"]["memory_above_model_bytes"] / results[peer]["memory_above_model_bytes"]
+            )
     if "products-alone" in results:
-        found["share_of_products_alone"] = ours["tokens_per_s"] / results["products-alone"]["tokens_per_s"]
-    if "peft-checkpointing" in results:
-        checkpointed = results["peft-checkpointing"]
-        found["speed_over_peft_checkpointing"] = ours["tokens_per_s"] / checkpointed["tokens_per_s"]
-        found["memory_over_peft_checkpointing"] = (
-            ours["memory_above_model_bytes"] / checkpointed["memory_above_model_bytes"]
-        )
+        found["share_of_products_alone"] = speed_over("products-alone")
     return found
 
 

@@ -12,12 +12,13 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
     ∂L/∂S = P ⊙ (∂L/∂P - δ)
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K = c (∂L/∂S)ᵀ Q      (n, head_dim); the latter summed over the group
 
-Saved: Q, K, V, O and ℓ (one float32 a token and head). P is recomputed as exp(S - ℓ), which is why ℓ is kept.
-On the CPU the sums above are carried out by torch's flash kernels, one call for neighbouring documents of equal
-length; elsewhere, and as the worked form of the formulas, by `_document_forward` and `_document_backward`.
+Two ways to carry this out, run by run (neighbouring documents of equal length):
+- torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ);
+- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ: on any other device, and on the
+  CPU in bfloat16 except for the shortest runs, whose many small products cost more than they save. Those are attended
+  by the float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times).
 
-Measured on a processor with AVX512-BF16: below about 300 tokens the float32 kernels are faster than the bfloat16 ones
-(backward of 50-token documents 3.7 times) and more exact, so short bfloat16 documents are attended in float32.
+Saved: Q, K, V, O, and ℓ (one float32 a token and head) of the runs that the kernels attended.
 """
 
 from __future__ import annotations
@@ -27,18 +28,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops.attention_blocks import (
+    AttentionBlocksGrads,
+    AttentionBlocksSaved,
+    attention_blocks_backward,
+    attention_blocks_forward,
+)
+
 # (start token, number of documents, tokens of each): neighbouring documents of equal length.
 Run = tuple[int, int, int]
 
-WIDE_BELOW_TOKENS = 300
+# bfloat16 runs of fewer tokens go to the float32 kernels.
+FEW_TOKENS = 128
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class AttentionSaved(NamedTuple):
-    """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (tokens · heads,).
+    """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (≤ tokens · heads,).
 
-    log_sum_exp is float32 or wider, run by run, in the kernels' order (documents, heads, tokens).
+    log_sum_exp is float32 or wider, for the runs that the kernels attended, in their order (documents, heads, tokens).
     """
 
     q: Tensor
@@ -76,14 +85,21 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    log_sum_exp = torch.empty(q.shape[0] * q.shape[1], dtype=wide, device=q.device)
+    kept = sum(count * length for _, count, length in runs if not _blockwise(q, count * length))
+    log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
+    filled = 0
     for run in runs:
-        start, count, length = run
-        q_run, k_run, v_run = (_documents(x, run) for x in (q, k, v))
-        o_run, lse_run = _run_forward(q_run, k_run, v_run, scaling, _window_mask(length, window, q_run))
-        _documents(output, run, cast=False).copy_(o_run)
-        span = slice(start * q.shape[1], (start + count * length) * q.shape[1])
-        log_sum_exp[span].view(lse_run.shape).copy_(lse_run)
+        q_run, k_run, v_run, out = (_documents(x, run) for x in (q, k, v, output))
+        if _blockwise(q, run[1] * run[2]):
+            attention_blocks_forward(q_run, k_run, v_run, scaling, window, out=out)
+            continue
+        mask = _window_mask(run[2], window, wide, q.device)
+        o_run, lse_run = _forward_kernel(
+            *_for_kernel(q_run, k_run, v_run), 0.0, mask is None, attn_mask=mask, scale=scaling
+        )
+        out.copy_(o_run.transpose(1, 2))
+        log_sum_exp[filled : filled + lse_run.numel()].view(lse_run.shape).copy_(lse_run)
+        filled += lse_run.numel()
     return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window)
 
 
@@ -100,91 +116,52 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
+    filled = 0
     for run in runs:
-        start, count, length = run
+        _, count, length = run
         q_run, k_run, v_run, o_run, g_run = (_documents(x, run) for x in (q, k, v, output, d_y))
-        lse_run = log_sum_exp[start * heads : (start + count * length) * heads].view(count, heads, length)
-        mask = _window_mask(length, window, q_run)
-        results = _run_backward(g_run, q_run, k_run, v_run, o_run, lse_run, scaling, mask)
-        for gradient, result in zip(grads, results, strict=True):
-            _documents(gradient, run, cast=False).copy_(result)
+        d_q, d_k, d_v = (_documents(gradient, run) for gradient in grads)
+        if _blockwise(q, count * length):
+            in_blocks = AttentionBlocksSaved(q_run, k_run, v_run, scaling, window)
+            attention_blocks_backward(g_run, in_blocks, out=AttentionBlocksGrads(d_q, d_k, d_v))
+            continue
+        lse_run = log_sum_exp[filled : filled + count * heads * length].view(count, heads, length)
+        filled += lse_run.numel()
+        mask = _window_mask(length, window, lse_run.dtype, q.device)
+        operands = _for_kernel(g_run, q_run, k_run, v_run, o_run)
+        results = _backward_kernel(*operands, lse_run, 0.0, mask is None, attn_mask=mask, scale=scaling)
+        for gradient, result in zip((d_q, d_k, d_v), results, strict=True):
+            gradient.copy_(result.transpose(1, 2))
     return grads
 
 
-def _documents(x: Tensor, run: Run, cast: bool = True) -> Tensor:
-    """The run's part of x as (documents, heads, length, head_dim), a view; short bfloat16 documents are widened."""
+def _blockwise(q: Tensor, tokens: int) -> bool:
+    """Whether a run of so many tokens is attended by blocks of queries (see the module docstring)."""
+    return q.device.type != "cpu" or (q.dtype == torch.bfloat16 and tokens >= FEW_TOKENS)
+
+
+def _documents(x: Tensor, run: Run) -> Tensor:
+    """The run's part of x, (documents, length, heads, head_dim), a view."""
     start, count, length = run
-    part: Tensor = x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
-    narrow_and_short = x.dtype == torch.bfloat16 and x.device.type == "cpu" and length <= WIDE_BELOW_TOKENS
-    return part.float() if cast and narrow_and_short else part
+    documents: Tensor = x[start : start + count * length].unflatten(0, (count, length))
+    return documents
 
 
-def _window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
+def _for_kernel(*documents: Tensor) -> list[Tensor]:
+    """As torch's kernels take them: float32 or wider, (documents, heads, length, head_dim)."""
+    wide = torch.float64 if documents[0].dtype == torch.float64 else torch.float32
+    # Cast before the axes are swapped: the copy then runs along memory.
+    return [x.to(wide).transpose(1, 2) for x in documents]
+
+
+def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """M of one document, (length, length), where the window cuts something off; None where causality is all."""
     if window is None or length <= window:
         return None
-    positions = torch.arange(length, device=like.device)
+    positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions[None, :]
-    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    mask = torch.zeros(length, length, dtype=dtype, device=device)
     return mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
-
-
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """O and ℓ of one run; all tensors (documents, heads, length, head_dim)."""
-    if q.device.type != "cpu":
-        return _document_forward(q, k, v, scaling, mask)
-    output, lse = _forward_kernel(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling)
-    return output, lse
-
-
-def _run_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scaling: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂Q, ∂L/∂K, ∂L/∂V of one run."""
-    if q.device.type != "cpu":
-        return _document_backward(g, q, k, v, output, scaling, mask)
-    d_q, d_k, d_v = _backward_kernel(g, q, k, v, output, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
-    return d_q, d_k, d_v
-
-
-def _scores(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """S by group: (documents, key/value heads, group, length, length), float32 or wider."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.unflatten(1, (k.shape[1], -1))
-    scores: Tensor = (grouped @ k.unsqueeze(2).mT).to(wide) * scaling
-    if mask is None:
-        length = q.shape[2]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        return scores.masked_fill_(hidden, float("-inf"))
-    return scores + mask.to(wide)
-
-
-def _document_forward(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """O = P V and ℓ, formula by formula."""
-    scores = _scores(q, k, scaling, mask)
-    lse = torch.logsumexp(scores, dim=-1)
-    probabilities = torch.softmax(scores, dim=-1)
-    output = probabilities.to(v.dtype) @ v.unsqueeze(2)
-    return output.flatten(1, 2), lse.flatten(1, 2)
-
-
-def _document_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, scaling: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the module docstring, formula by formula; the group's sum is the sum over its axis.
-
-    P is normalised afresh: with all of S at hand that costs nothing, and exp(S - ℓ) would carry the rounding of ℓ.
-    """
-    groups = (k.shape[1], -1)
-    probabilities = torch.softmax(_scores(q, k, scaling, mask), dim=-1)
-    g_grouped, q_grouped = g.unflatten(1, groups), q.unflatten(1, groups)
-    d_v = (probabilities.to(g.dtype).mT @ g_grouped).sum(2)
-    d_probabilities = (g_grouped @ v.unsqueeze(2).mT).to(probabilities.dtype)
-    delta = (g_grouped.to(probabilities.dtype) * output.unflatten(1, groups)).sum(-1, keepdim=True)
-    d_scores = (probabilities * (d_probabilities - delta) * scaling).to(q.dtype)
-    d_q = (d_scores @ k.unsqueeze(2)).flatten(1, 2)
-    d_k = (d_scores.mT @ q_grouped).sum(2)
-    return d_q, d_k, d_v
 
 
 def attention_reference(

@@ -21,6 +21,7 @@ OPS: dict[str, str] = {
     "rms_norm": "rms_norm",
     "rotary": "rotary",
     "attention": "attention",
+    "attention_blocks": "attention_blocks",
     "glu": "glu",
     "dropout": "dropout",
     "relu": "elementwise",

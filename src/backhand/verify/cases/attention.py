@@ -56,7 +56,7 @@ def _case(
         outputs = []
         for end, length in zip(accumulate(documents), documents, strict=True):
             q, k, v = (t[part][end - length : end].transpose(0, 1)[None] for part in ("q", "k", "v"))
-            mask = _visible(length, window, q.device)
+            mask = visible(length, window, q.device)
             attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
             outputs.append(attended[0].transpose(0, 1))
         return torch.cat(outputs) if outputs else t["q"] * 0
@@ -64,7 +64,7 @@ def _case(
     return Case(name, tensors, by_hand, reference, usual)
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys a query sees, (length, length)."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < (length if window is None else window))
@@ -114,12 +114,12 @@ def _dense(
     tokens = s.q.shape[0]
     lengths = torch.tensor([length for _, count, length in s.runs for _ in range(count)], dtype=torch.int64)
     document = torch.repeat_interleave(lengths).to(g.device)
-    visible = _visible(tokens, s.window if window else None, g.device)
+    seen = visible(tokens, s.window if window else None, g.device)
     if not causal:
-        visible = torch.ones_like(visible)
+        seen = torch.ones_like(seen)
     if documents_apart:
-        visible = visible & (document[:, None] == document[None, :])
-    scores = (s.scaling * q @ k.mT).masked_fill(~visible, float("-inf"))
+        seen = seen & (document[:, None] == document[None, :])
+    scores = (s.scaling * q @ k.mT).masked_fill(~seen, float("-inf"))
     p = torch.softmax(scores, dim=-1)
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True))
 

@@ -1,0 +1,18 @@
+"""The environment of a peer's process."""
+
+from __future__ import annotations
+
+import os
+
+
+def peer_environment(peer: str) -> dict[str, str]:
+    """This process's environment as the peer is meant to have it, whatever the shell of the benchmark had set.
+
+    Nothing of OpenMP's waiting or of the allocator is set for peers as documented. The command line of this project
+    makes OpenMP's threads wait briefly (see `cli.main`); tuned peers and the ceiling get the same setting.
+    """
+    dropped = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    if peer.startswith("backhand") or peer.endswith("-tuned") or peer == "products-alone":
+        environment["GOMP_SPINCOUNT"] = "1000"
+    return {**environment, "HF_HUB_OFFLINE": "1"}
