@@ -13,10 +13,11 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K = c (∂L/∂S)ᵀ Q      (n, head_dim); the latter summed over the group
 
 Two ways to carry this out, run by run (neighbouring documents of equal length):
-- torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ);
-- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ: on any other device, and on the
-  CPU in bfloat16 except for the shortest runs, whose many small products cost more than they save. Those are attended
-  by the float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times).
+- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
+- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for the shortest runs, whose many
+  small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are faster there than the bfloat16
+  ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN (`set_float32_matmul_precision`)
+  make these kernels up to three times slower, so then blocks take the short runs too.
 
 Saved: Q, K, V, O, and ℓ (one float32 a token and head) of the runs that the kernels attended.
 """
@@ -38,7 +39,7 @@ from backhand.ops.attention_blocks import (
 # (start token, number of documents, tokens of each): neighbouring documents of equal length.
 Run = tuple[int, int, int]
 
-# bfloat16 runs of fewer tokens go to the float32 kernels.
+# Runs of fewer tokens go to torch's kernels.
 FEW_TOKENS = 128
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -137,7 +138,12 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
 
 def _blockwise(q: Tensor, tokens: int) -> bool:
     """Whether a run of so many tokens is attended by blocks of queries (see the module docstring)."""
-    return q.device.type != "cpu" or (q.dtype == torch.bfloat16 and tokens >= FEW_TOKENS)
+    if q.device.type != "cpu":
+        return True
+    if q.dtype == torch.float64:
+        return False
+    kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return tokens >= FEW_TOKENS or kernels_are_slow
 
 
 def _documents(x: Tensor, run: Run) -> Tensor:

@@ -15,6 +15,7 @@ against float64 of the same size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -47,12 +48,13 @@ class AttentionBlocksGrads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries start … stop, keys first … stop, and their M, (queries · group, keys): 0 where visible, -∞ elsewhere."""
+    """Queries start … stop see keys first … stop, those from `masked` on under `mask`, M: 0 where visible, else -∞."""
 
     start: int
     stop: int
     first: int
-    mask: Tensor
+    masked: int
+    mask: Tensor  # (queries · group, keys from `masked` to `stop`)
 
 
 def _bounds(length: int) -> list[int]:
@@ -64,16 +66,23 @@ def _bounds(length: int) -> list[int]:
 def _blocks(length: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
     """The blocks of one document of `length` tokens."""
     for start, stop in itertools.pairwise(_bounds(length)):
-        first = 0 if window is None else max(0, start - window + 1)
-        distance = torch.arange(start, stop, device=like.device)[:, None] - torch.arange(
-            first, stop, device=like.device
-        )
-        invisible = distance < 0
-        if window is not None:
-            invisible |= distance >= window
+        if window is None or window >= stop:
+            # Only the block's own keys can come after a query.
+            yield Block(start, stop, 0, start, _causal_mask(stop - start, group, like.dtype, like.device))
+            continue
+        first = max(0, start - window + 1)
+        positions = torch.arange(first, stop, device=like.device)
+        distance = positions[start - first :, None] - positions
         mask = torch.zeros(distance.shape, dtype=like.dtype, device=like.device)
-        mask.masked_fill_(invisible, float("-inf"))
-        yield Block(start, stop, first, mask.repeat_interleave(group, 0))
+        mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+        yield Block(start, stop, first, first, mask.repeat_interleave(group, 0))
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_mask(size: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """M of a block's own keys, (size · group, size); every layer asks for the same ones."""
+    triangle = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
+    return triangle.repeat_interleave(group, 0)
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:
@@ -90,7 +99,9 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
 
 def _probabilities(q: Tensor, k: Tensor, scaling: float, block: Block) -> Tensor:
     """P of one block, (documents · kv_heads, queries · group, keys)."""
-    return torch.softmax(_scaled(q, k.mT, scaling).add_(block.mask), dim=-1)
+    scores = _scaled(q, k.mT, scaling)
+    scores[:, :, block.masked - block.first :] += block.mask
+    return torch.softmax(scores, dim=-1)
 
 
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.lora_linear import Dropout, frozen_linear, multiplier, rows, scaled
+from backhand.ops.lora_linear import Dropout, frozen_linear, lora_B_gradient, multiplier, rows, scaled
 
 
 class Factors(NamedTuple):
@@ -122,7 +122,7 @@ def lora_linear_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_grad
             rank = member.lora_A.shape[0]
             g_i, ranks = g[:, column : column + size], slice(rank_column, rank_column + rank)
             d_h[:, ranks] = scaled(g_i @ member.lora_B, member.scaling)
-            d_lora_B.append(scaled(g_i.T @ h[:, ranks], member.scaling))
+            d_lora_B.append(lora_B_gradient(g_i, h[:, ranks], member.scaling))
             rank_column += rank
         column += size
 

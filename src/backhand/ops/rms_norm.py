@@ -54,16 +54,22 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0)
     Returns:
         y (..., n) in x's dtype, and what backward needs.
     """
-    wide = statistics_dtype(x.dtype)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    wide = x.to(statistics_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return rms_norm_apply(x, weight, factor, offset), RMSNormSaved(x, weight, factor, offset)
+    normed = wide * factor if wide is x else wide.mul_(factor)
+    y = normed.mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
+    return y, RMSNormSaved(x, weight, factor, offset)
 
 
 def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
     """y again from x and the saved factor: what the backward pass of a following layer needs."""
-    y = x.to(factor.dtype) * factor
-    return y.mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
+    return _times(x, factor).mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
+
+
+def _times(x: Tensor, multiplier: Tensor) -> Tensor:
+    """x · multiplier in the multiplier's dtype; a copy made by the cast is multiplied in place."""
+    return x * multiplier if x.dtype == multiplier.dtype else x.to(multiplier.dtype).mul_(multiplier)
 
 
 def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
@@ -81,12 +87,11 @@ def rms_norm_backward(d_y: Tensor, saved: RMSNormSaved, *, weight_gradient: bool
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
     """
     x, weight, factor, offset = saved
-    x_hat = x.to(factor.dtype) * factor
-    wide_d_y = d_y.to(factor.dtype)
+    x_hat = _times(x, factor)
     d_weight = None
     if weight_gradient:
-        d_weight = (wide_d_y * x_hat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    g = wide_d_y * gain(weight, offset, factor.dtype)
+        d_weight = (d_y * x_hat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    g = _times(d_y, gain(weight, offset, factor.dtype))
     along = torch.linalg.vecdot(g, x_hat).unsqueeze(-1).div_(x.shape[-1])
     d_x = g.addcmul_(x_hat, along, value=-1).mul_(factor)
     return RMSNormGrads(d_x.to(x.dtype), d_weight)

@@ -66,14 +66,14 @@ def rotary_backward(d_y: Tensor, saved: RotaryTable, *, out: Tensor | None = Non
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None) -> Tensor:
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].to(cos.dtype), x[..., half:].to(cos.dtype)
-    # Both halves are complete before either is written, so that `out` may be x.
-    turned = ((first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    y[..., :half], y[..., half:] = turned
-    return y
+    halves = (2, x.shape[-1] // 2)
+    wide = x.to(cos.dtype).unflatten(-1, halves)  # (tokens, heads, 2, head_dim / 2)
+    turned = wide * cos[:, None, None, :]
+    turned[:, :, 0].addcmul_(wide[:, :, 1], sin[:, None, :], value=-1)
+    turned[:, :, 1].addcmul_(wide[:, :, 0], sin[:, None, :])
+    # Complete before anything is written, so that `out` may be x.
+    y = turned.flatten(-2)
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def rotary_reference(x: Tensor, table: RotaryTable) -> Tensor:
