@@ -56,9 +56,11 @@ def test_two_adapters_give_every_picture_and_table(
     assert sorted(summary["files"]) == sorted(path.name for path in tmp_path.iterdir())
     pictures = [name for name in summary["files"] if name.endswith(".png")]
     assert sorted(pictures) == [
+        "adam_path.png",
         "amplification.png",
         "amplification_2.png",
         "first_updates.png",
+        "memory.png",
         "merging.png",
         "similarity.png",
         "similarity_layers.png",
@@ -76,6 +78,12 @@ def test_two_adapters_give_every_picture_and_table(
     for line in lines:
         assert float(line["factor"]) == pytest.approx(float(line["update_norm"]) / float(line["along_update"]))
         assert float(line["along_weight"]) >= float(line["along_update"])
+    with (tmp_path / "adam_path.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    for path in summary["updates"]["paths"]:
+        of_path = [step for step in steps if (float(step["p"]), float(step["q"])) == (path["p"], path["q"])]
+        assert [int(step["step"]) for step in of_path] == list(range(1, 21))
+        assert max(float(step["difference"]) for step in of_path) == path["difference"]
     assert summary["updates"]["means_agree"] and all(path["passed"] for path in summary["updates"]["paths"])
     assert summary["memory"]["stored_ratio"] > 1 and summary["memory"]["memory_ratio"] is None
     assert summary["merging"]["difference"] < 1e-5
@@ -86,6 +94,8 @@ def test_two_adapters_give_every_picture_and_table(
         "q_proj lora_A",
         "amplification",
         "merged / base",
+        "(median [quartiles])",
+        "measured [range]",
         "too small to measure",
         "same path",
     ):

@@ -9,9 +9,10 @@ from backhand.lab.paper_adam_path import (
     LEARNING_RATE,
     RANK,
     AdamPath,
+    PathComparison,
     adam_path,
     compare_paths,
-    largest_difference,
+    path_differences,
 )
 from backhand.lab.paper_one_layer import NAME, OneLayer
 
@@ -38,7 +39,7 @@ def test_it_is_a_path_that_goes_somewhere() -> None:
 @pytest.mark.parametrize(("p", "q", "q_of_rate"), [(3.0, 1.0, 2.0), (1.0, 3.0, 1.0), (2.0, 2.0, 1.0)])
 def test_another_rate_of_one_factor_is_another_path(p: float, q: float, q_of_rate: float) -> None:
     plain, other = adam_path(layer(), 30), adam_path(layer(), 30, p, q, q_of_rate)
-    assert largest_difference(plain, other) > 1000 * LARGEST_DIFFERENCE
+    assert max(path_differences(plain, other)) > 1000 * LARGEST_DIFFERENCE
 
 
 @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (3.0, 0.5)])
@@ -64,7 +65,12 @@ def test_the_path_is_that_of_adams_own_formulas_on_autograds_gradients(p: float,
         assert torch.allclose(measured.updates[step - 1], expected, rtol=1e-8, atol=1e-12)
 
 
-def test_the_largest_difference_is_relative_and_over_all_steps() -> None:
+def test_differences_are_relative_and_step_by_step() -> None:
     plain = AdamPath((), (torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 10.0]])))
     other = AdamPath((), (torch.tensor([[3.0, 5.0]]), torch.tensor([[0.0, 11.0]])))
-    assert largest_difference(plain, other) == pytest.approx(1 / 5)  # 1 of 5 in the first step, 1 of 10 in the second
+    assert path_differences(plain, other) == pytest.approx((1 / 5, 1 / 10))
+    comparison = PathComparison(2.0, 3.0, (0.0, 1e-9, 1e-12), (0.2, 0.5, 0.3))
+    assert (comparison.difference, comparison.control, comparison.passed) == (1e-9, 0.5, True)
+    assert not PathComparison(2.0, 3.0, (0.0, 1e-3), (0.2, 0.5)).passed
+    assert not PathComparison(2.0, 3.0, (0.0, 0.0), (0.0, 0.0)).passed  # the control would have to differ
+    assert PathComparison(2.0, 1.0, (0.0, 0.0), (0.0, 0.0)).passed

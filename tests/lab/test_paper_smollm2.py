@@ -22,7 +22,9 @@ PICTURES = (
     "amplification.png",
     "amplification_2.png",
     "merging.png",
+    "memory.png",
     "first_updates.png",
+    "adam_path.png",
     "sweep.png",
 )
 

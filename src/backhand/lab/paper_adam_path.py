@@ -51,14 +51,24 @@ class PathComparison:
 
     Attributes:
         p, q: the factors.
-        difference: largest ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F over the steps.
-        control: the same when the learning rate of lora_B is left as it was: it must not agree, unless q is 1.
+        differences: ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F after each step.
+        control_differences: the same when the learning rate of lora_B is left as it was.
     """
 
     p: float
     q: float
-    difference: float
-    control: float
+    differences: tuple[float, ...]
+    control_differences: tuple[float, ...]
+
+    @property
+    def difference(self) -> float:
+        """The largest over the steps."""
+        return max(self.differences)
+
+    @property
+    def control(self) -> float:
+        """The largest of the control: it must not agree, unless q is 1."""
+        return max(self.control_differences)
 
     @property
     def passed(self) -> bool:
@@ -107,12 +117,12 @@ def compare_paths(layer: OneLayer, steps: int, p: float, q: float) -> PathCompar
     plain = adam_path(layer, steps)
     rescaled = adam_path(layer, steps, p, q)
     control = adam_path(layer, steps, p, q, q_of_rate=1.0)
-    return PathComparison(p, q, largest_difference(plain, rescaled), largest_difference(plain, control))
+    return PathComparison(p, q, path_differences(plain, rescaled), path_differences(plain, control))
 
 
-def largest_difference(plain: AdamPath, other: AdamPath) -> float:
-    """max over the steps of ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F."""
-    return max(
+def path_differences(plain: AdamPath, other: AdamPath) -> tuple[float, ...]:
+    """‖ΔW′ − ΔW‖_F / ‖ΔW‖_F after each step."""
+    return tuple(
         float(torch.linalg.matrix_norm(theirs - ours) / torch.linalg.matrix_norm(ours))
         for ours, theirs in zip(plain.updates, other.updates, strict=True)
     )

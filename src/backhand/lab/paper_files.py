@@ -14,11 +14,12 @@ from typing import Any
 
 from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.arithmetic.module_paths import kind_of
+from backhand.lab.paper_adam_path import PathComparison
 from backhand.lab.paper_amplification import Amplification
 from backhand.lab.paper_first_update import LARGEST_STANDARD_ERRORS, largest_disagreement
 from backhand.lab.paper_plots import (
     draw_amplification,
-    draw_first_updates,
+    draw_memory,
     draw_merging,
     draw_similarity,
     draw_similarity_by_layer,
@@ -27,6 +28,7 @@ from backhand.lab.paper_plots import (
 from backhand.lab.paper_run import PaperResult
 from backhand.lab.paper_similarity import ModuleSimilarity, expected_random_similarity
 from backhand.lab.paper_sweep import SweepRow
+from backhand.lab.paper_update_plots import draw_adam_paths, draw_first_updates
 
 _NORMS = ("update_norm", "weight_norm", "along_update", "along_weight", "along_random")
 
@@ -53,10 +55,14 @@ def write_paper(directory: Path, result: PaperResult) -> list[str]:
         files[f"amplification{suffix}.png"] = draw_amplification(rows, adapter.label)
     if result.merging is not None:
         files["merging.png"] = draw_merging(result.merging)
-    if result.updates is not None:
+    if result.memory is not None:
+        files["memory.png"] = draw_memory(result.memory)
+    if result.updates is not None and result.paths is not None:
         files["first_updates.png"] = draw_first_updates(result.updates)
         lines = ((u.rank, seed, value) for u in result.updates for seed, value in enumerate(u.along_descent))
         files["first_updates.csv"] = _csv(("rank", "seed", "along_descent"), lines)
+        files["adam_path.png"] = draw_adam_paths(result.paths)
+        files["adam_path.csv"] = _csv(("p", "q", "step", "difference", "control"), _path_lines(result.paths))
     if result.sweep is not None:
         files["sweep.png"] = draw_sweep(result.sweep)
         header = ("targets", "rank", "trained_parameters", "base_eval_loss", "eval_loss", "exact_match", "train_s")
@@ -152,7 +158,10 @@ def _updates(result: PaperResult) -> dict[str, Any]:
         "seeds": len(result.updates[0].along_descent),
         "largest_disagreement_in_standard_errors": apart,
         "means_agree": apart <= LARGEST_STANDARD_ERRORS,
-        "paths": [asdict(path) | {"passed": path.passed} for path in result.paths],
+        "paths": [
+            {"p": path.p, "q": path.q, "difference": path.difference, "control": path.control, "passed": path.passed}
+            for path in result.paths
+        ],
     }
 
 
@@ -175,6 +184,12 @@ def _similarity_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object
         for i, line in enumerate(measured):
             for j, value in enumerate(line):
                 yield row.module, row.factor, i + 1, j + 1, value, random[i][j], expected[i][j]
+
+
+def _path_lines(paths: Sequence[PathComparison]) -> Iterable[tuple[object, ...]]:
+    for path in paths:
+        for step, pair in enumerate(zip(path.differences, path.control_differences, strict=True), 1):
+            yield path.p, path.q, step, *pair
 
 
 def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:

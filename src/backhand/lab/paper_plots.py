@@ -14,11 +14,12 @@ import numpy as np
 from backhand.arithmetic.layer_map import draw_layer_map, new_figure, png_bytes
 from backhand.arithmetic.module_paths import kind_of
 from backhand.lab.paper_amplification import Amplification
-from backhand.lab.paper_first_update import FirstUpdates
+from backhand.lab.paper_memory import MemoryResult
 from backhand.lab.paper_merging import MergeResult
 from backhand.lab.paper_similarity import ModuleSimilarity
 from backhand.lab.paper_sweep import SweepResult
 
+_MEBIBYTE = 2**20
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
@@ -83,10 +84,12 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
         means = [np.mean([getattr(row, attribute) for row in rows if kind_of(row.module) == kind]) for kind in kinds]
         bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, color=color, edgecolor="black", hatch=hatch)
     bars.set_yscale("log")
+    low, high = bars.get_ylim()
+    bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
     bars.set_xticks(places, kinds, rotation=30, ha="right")
-    bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers")
+    bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers, logarithmic")
     bars.set_title("What the weight does along the leading directions", fontsize="medium")
-    bars.legend(fontsize="small")
+    bars.legend(fontsize="small", loc="upper center", ncols=3)
     return png_bytes(figure)
 
 
@@ -120,30 +123,44 @@ def draw_merging(result: MergeResult) -> bytes:
     return png_bytes(figure)
 
 
-def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
-    """first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
-    figure = new_figure(6.4, 4.2)
-    axes = figure.subplots()
-    places = np.arange(len(updates))
-    for number, update in enumerate(updates):
-        spread = np.linspace(-0.2, 0.2, len(update.along_descent))
-        label = "one fresh adapter" if number == 0 else None
-        axes.plot(number + spread, update.along_descent, "x", color="#9a9a9a", markersize=4, label=label)
-    axes.errorbar(
-        places,
-        [update.mean for update in updates],
-        yerr=[2 * update.standard_error for update in updates],
-        fmt="o",
-        color="black",
-        capsize=6,
-        label="mean ± 2 standard errors",
+def draw_memory(result: MemoryResult) -> bytes:
+    """memory.png: what an optimizer step holds and what is stored, for the adapter and for every weight."""
+    figure = new_figure(9.6, 4.2)
+    step, stored = figure.subplots(1, 2)
+    ways = (result.adapter, result.full)
+    places, names = np.arange(2), ["adapter", "every weight"]
+    computed = np.array([way.computed_bytes for way in ways]) / _MEBIBYTE
+    step.bar(places - 0.18, computed, 0.34, label="what the tensors hold", color="#ffffff", edgecolor="black")
+    measured = [(place, way) for place, way in zip(places, ways, strict=True) if way.measured_bytes and way.bytes]
+    heights = np.array([way.bytes for _, way in measured]) / _MEBIBYTE
+    lows, highs = (np.array([bound(way.measured_bytes) for _, way in measured]) / _MEBIBYTE for bound in (min, max))
+    step.bar(
+        [place + 0.18 for place, _ in measured],
+        heights,
+        0.34,
+        yerr=[heights - lows, highs - heights],
+        capsize=4,
+        label="measured (median, range)",
+        color="#9a9a9a",
+        edgecolor="black",
+        hatch="//",
     )
-    axes.set_xticks(places, [str(update.rank) for update in updates])
-    axes.set_xlabel("rank (alpha fixed, scaling alpha / rank)")
-    axes.set_ylabel("⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
-    axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
-    axes.legend(fontsize="small")
-    axes.grid(visible=True, linewidth=0.3)
+    step.set_ylabel("MiB")
+    step.set_ylim(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max())
+    ratio = "" if result.memory_ratio is None else f": {result.memory_ratio:.1f} times"
+    step.set_title(f"Memory of an optimizer step, no activations{ratio}", fontsize="medium")
+    step.legend(fontsize="small", loc="upper left")
+    sizes = np.array([result.adapter_stored_bytes, result.full_stored_bytes]) / _MEBIBYTE
+    stored.bar(places, sizes, 0.5, color="#c8c8c8", edgecolor="black")
+    stored.set_yscale("log")
+    stored.set_ylim(sizes.min() / 4, sizes.max() * 4)
+    for place, size in zip(places, sizes, strict=True):
+        stored.text(place, 1.1 * size, f"{size:,.1f} MiB", ha="center", va="bottom", fontsize="small")
+    stored.set_ylabel("MiB, logarithmic")
+    stored.set_title(f"Stored in float32: {result.stored_ratio:.0f} times", fontsize="medium")
+    for axes in (step, stored):
+        axes.set_xticks(places, names)
+        axes.set_xlabel("what is trained")
     return png_bytes(figure)
 
 

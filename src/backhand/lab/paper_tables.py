@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backhand.lab.paper_adam_path import LARGEST_DIFFERENCE
 from backhand.lab.paper_files import amplification_by_kind, similarity_by_kind
@@ -36,12 +37,12 @@ def print_paper(console: Console, result: PaperResult) -> None:
         _print_updates(console, result)
 
 
-def _table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def _table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(Text(name), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console.print()
     console.print(table)
 
@@ -148,18 +149,18 @@ def _print_updates(console: Console, result: PaperResult) -> None:
         f"The means {verdict}: the two furthest apart differ by {apart:.1f} standard errors of their difference "
         f"(bound {LARGEST_STANDARD_ERRORS:g})."
     )
-    rows = [
+    compared: list[tuple[str | Text, ...]] = [
         (
             f"{path.p:g}, {path.q:g}",
             f"{path.difference:.2g}",
             f"{path.control:.2g}" if path.has_control else "",
-            "same path" if path.passed else "[bold red]ANOTHER PATH[/bold red]",
+            "same path" if path.passed else Text("ANOTHER PATH", style="bold red"),
         )
         for path in result.paths
     ]
     columns = ("p, q", "largest difference of ΔW", "lora_B's rate left as it was", f"bound {LARGEST_DIFFERENCE:g}")
     title = "Adam's path under alpha/(pq), p · lora_A, rates p and q times as large"
-    _table(console, title, columns, rows)
+    _table(console, title, columns, compared)
 
 
 def _ratio(ratio: Ratio) -> str:
