@@ -21,23 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.block_adapter import (
-    DOWN,
-    GATE_UP,
-    OUTPUT,
-    QKV,
-    BlockAdapter,
-    GroupAdapter,
-    accumulate_group,
-    accumulate_single,
-)
+from backhand.nn.adapted_group import group_backward, group_forward
+from backhand.nn.block_adapter import DOWN, GATE_UP, OUTPUT, QKV, BlockAdapter
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.attention import AttentionSaved, Run, attention_backward, attention_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
-from backhand.ops.lora_linear import LoRASaved, frozen_linear, lora_linear_backward, lora_linear_forward
-from backhand.ops.lora_linear_group import LoRAGroupSaved, lora_linear_group_backward, lora_linear_group_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
@@ -61,7 +51,7 @@ class AttentionKept(NamedTuple):
     output: Tensor  # (T, H, head_dim)
     log_sum_exp: Tensor  # (T · H,)
     h_qkv: Tensor  # (T, Σ rank)
-    h_output: Tensor | None  # (T, rank)
+    h_output: Tensor  # (T, rank)
     q_factor: Tensor | None  # (T, H, 1), families with q/k norm
     k_factor: Tensor | None
     projected: RMSNormSaved | None  # input and factor of the norm after, families with sandwich norms
@@ -73,7 +63,7 @@ class MLPKept(NamedTuple):
     factor: Tensor  # (T, 1) of the norm before
     gate_up: Tensor | None  # (T, 2f); None when recomputed
     h_gate_up: Tensor | None  # (T, Σ rank); None when recomputed
-    h_down: Tensor | None  # (T, rank)
+    h_down: Tensor  # (T, rank)
     projected: RMSNormSaved | None
 
 
@@ -86,36 +76,6 @@ class BlockSaved(NamedTuple):
     mlp: MLPKept | None
 
 
-def project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: GroupAdapter, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """A lone projection, adapted or not: residual + x Wᵀ + b (+ LoRA), and h."""
-    factors = adapter.factors[0]
-    if factors is None:
-        return frozen_linear(x, weight, bias, residual), None
-    y, saved = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual)
-    return y, saved.h
-
-
-def _project_backward(
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    h: Tensor | None,
-    adapter: GroupAdapter,
-    lora: LoRAParameters,
-    input_gradient: bool,
-) -> Tensor | None:
-    """d_x of a lone projection; its adapter's gradients go to the flat buffer."""
-    factors = adapter.factors[0]
-    if factors is None or h is None:
-        return d_y @ weight if input_gradient else None
-    saved = LoRASaved(x, weight, factors.lora_A, factors.lora_B, h, factors.scaling, adapter.dropout)
-    grads = lora_linear_backward(d_y, saved, input_gradient=input_gradient)
-    accumulate_single(lora, adapter, grads)
-    return grads.d_x
-
-
 def attention_half_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, AttentionKept]:
@@ -123,22 +83,22 @@ def attention_half_forward(
     config = context.config
     heads, kv_heads, head_dim = config.num_heads, config.num_key_value_heads, config.head_dim
     n1, norm = rms_norm_forward(x0, weights.attention_norm, config.norm_eps, config.norm_offset)
-    group = adapter[QKV]
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    qkv, qkv_saved = lora_linear_group_forward(n1, weights.qkv, weights.qkv_bias, sizes, group.factors, group.dropout)
+    qkv, h_qkv = group_forward(n1, weights.qkv, weights.qkv_bias, sizes, adapter.qkv)
     del n1
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     output, attended = attention_forward(q, k, v, context.runs, config.attention_scaling, context.window)
     sandwich = weights.after_attention_norm
-    x1, h_output = project(
-        output.flatten(1), weights.output, weights.output_bias, adapter[OUTPUT], None if sandwich is not None else x0
+    residual = None if sandwich is not None else x0
+    x1, h_output = group_forward(
+        output.flatten(1), weights.output, weights.output_bias, (config.hidden_size,), adapter.output, residual
     )
     projected = None
     if sandwich is not None:
         normed, projected = rms_norm_forward(x1, sandwich, config.norm_eps, config.norm_offset)
         x1 = normed.add_(x0)
     return x1, AttentionKept(
-        norm.factor, qkv, output, attended.log_sum_exp, qkv_saved.h, h_output, q_factor, k_factor, projected
+        norm.factor, qkv, output, attended.log_sum_exp, h_qkv, h_output, q_factor, k_factor, projected
     )
 
 
@@ -176,11 +136,8 @@ def gate_up_forward(
     n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
     """[a | u], (T, 2f), and the group's h, from the normed x₁."""
-    group, ffn = adapter[GATE_UP], config.intermediate_size
-    gate_up, saved = lora_linear_group_forward(
-        n2, weights.gate_up, weights.gate_up_bias, (ffn, ffn), group.factors, group.dropout
-    )
-    return gate_up, saved.h
+    ffn = config.intermediate_size
+    return group_forward(n2, weights.gate_up, weights.gate_up_bias, (ffn, ffn), adapter.gate_up)
 
 
 def mlp_half_forward(
@@ -193,7 +150,8 @@ def mlp_half_forward(
     del n2
     p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
     sandwich = weights.after_mlp_norm
-    x2, h_down = project(p, weights.down, weights.down_bias, adapter[DOWN], None if sandwich is not None else x1)
+    residual = None if sandwich is not None else x1
+    x2, h_down = group_forward(p, weights.down, weights.down_bias, (config.hidden_size,), adapter.down, residual)
     projected = None
     if sandwich is not None:
         normed, projected = rms_norm_forward(x2, sandwich, config.norm_eps, config.norm_offset)
@@ -259,7 +217,7 @@ def _mlp_half_backward(
     ffn = config.intermediate_size
     d_down = d_x2
     if kept.projected is not None:
-        d_down = rms_norm_backward(d_x2, kept.projected, weight_gradient=False).d_x
+        d_down = _norm_backward(d_x2, kept.projected, adapter, "post_feedforward_layernorm")
     n2 = rms_norm_apply(x1, weights.mlp_norm, kept.factor, config.norm_offset)
     gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
     if gate_up is None or h_gate_up is None:
@@ -268,7 +226,10 @@ def _mlp_half_backward(
     # p again, for the down projection's lora_A gradient.
     glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
     p, ready = glu_recompute(glu_saved)
-    d_p = _project_backward(d_down, p, weights.down, kept.h_down, adapter[DOWN], lora, lowest_group < DOWN)
+    hidden = (config.hidden_size,)
+    d_p = group_backward(
+        d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=lowest_group < DOWN
+    )
     del p
     if d_p is None:
         return None
@@ -276,17 +237,21 @@ def _mlp_half_backward(
     glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
     del d_p, ready
 
-    gate_up_group = adapter[GATE_UP]
-    grads = lora_linear_group_backward(
+    d_n2 = group_backward(
         d_gate_up,
-        LoRAGroupSaved(n2, weights.gate_up, (ffn, ffn), gate_up_group.factors, h_gate_up, gate_up_group.dropout),
+        n2,
+        weights.gate_up,
+        (ffn, ffn),
+        adapter.gate_up,
+        h_gate_up,
+        lora,
         input_gradient=lowest_group < GATE_UP,
     )
-    accumulate_group(lora, gate_up_group, grads)
-    if grads.d_x is None:
+    if d_n2 is None:
         return None
     norm = RMSNormSaved(x1, weights.mlp_norm, kept.factor, config.norm_offset)
-    return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x.add_(d_x2)
+    name = "post_attention_layernorm" if weights.after_attention_norm is None else "pre_feedforward_layernorm"
+    return _norm_backward(d_n2, norm, adapter, name).add_(d_x2)
 
 
 def _attention_half_backward(
@@ -304,37 +269,43 @@ def _attention_half_backward(
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     d_projected = d_x1
     if kept.projected is not None:
-        d_projected = rms_norm_backward(d_x1, kept.projected, weight_gradient=False).d_x
-    d_output = _project_backward(
+        d_projected = _norm_backward(d_x1, kept.projected, adapter, "post_attention_layernorm")
+    d_output = group_backward(
         d_projected,
         kept.output.flatten(1),
         weights.output,
+        (config.hidden_size,),
+        adapter.output,
         kept.h_output,
-        adapter[OUTPUT],
         lora,
-        lowest_group < OUTPUT,
+        input_gradient=lowest_group < OUTPUT,
     )
     if d_output is None:
         return None
 
-    d_qkv = attention_input_gradient(d_output, kept, weights, context)
+    d_qkv = attention_input_gradient(d_output, kept, weights, context, adapter)
     n1 = rms_norm_apply(x0, weights.attention_norm, kept.factor, config.norm_offset)
-    group = adapter[QKV]
     sizes = (heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim)
-    grads = lora_linear_group_backward(
-        d_qkv,
-        LoRAGroupSaved(n1, weights.qkv, sizes, group.factors, kept.h_qkv, group.dropout),
-        input_gradient=lowest_group < QKV,
+    d_n1 = group_backward(
+        d_qkv, n1, weights.qkv, sizes, adapter.qkv, kept.h_qkv, lora, input_gradient=lowest_group < QKV
     )
-    accumulate_group(lora, group, grads)
-    if grads.d_x is None:
+    if d_n1 is None:
         return None
     norm = RMSNormSaved(x0, weights.attention_norm, kept.factor, config.norm_offset)
-    return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x.add_(d_x1)
+    return _norm_backward(d_n1, norm, adapter, "input_layernorm").add_(d_x1)
+
+
+def _norm_backward(d_y: Tensor, saved: RMSNormSaved, adapter: BlockAdapter, name: str) -> Tensor:
+    """d_x of a norm; where the norm is trained, the gradient of its weight is added to the flat buffer."""
+    receiver = adapter.norms.get(name)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None)
+    if receiver is not None and grads.d_weight is not None:
+        receiver.add_(grads.d_weight)
+    return grads.d_x
 
 
 def attention_input_gradient(
-    d_output: Tensor, kept: AttentionKept, weights: BlockWeights, context: BlockContext
+    d_output: Tensor, kept: AttentionKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
 ) -> Tensor:
     """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm."""
     config = context.config
@@ -352,11 +323,11 @@ def attention_input_gradient(
     attention_backward(d_output.unflatten(1, (heads, config.head_dim)), saved, out=d_by_head)
     turned = d_by_head[:, : heads + kv_heads]
     rotary_backward(turned, context.rotary, out=turned)
-    for raw, factor, weight, gradient in (
-        (raw_q, kept.q_factor, weights.q_norm, d_by_head[:, :heads]),
-        (raw_k, kept.k_factor, weights.k_norm, d_by_head[:, heads : heads + kv_heads]),
+    for name, raw, factor, weight, gradient in (
+        ("self_attn.q_norm", raw_q, kept.q_factor, weights.q_norm, d_by_head[:, :heads]),
+        ("self_attn.k_norm", raw_k, kept.k_factor, weights.k_norm, d_by_head[:, heads : heads + kv_heads]),
     ):
         if factor is not None and weight is not None:
             norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
-            gradient.copy_(rms_norm_backward(gradient, norm, weight_gradient=False).d_x)
+            gradient.copy_(_norm_backward(gradient, norm, adapter, name))
     return d_qkv

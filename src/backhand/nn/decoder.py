@@ -14,25 +14,38 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from backhand.nn.adapted_group import group_forward
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.block import RECOMPUTE_MODES, BlockContext, BlockSaved, block_backward, block_forward
-from backhand.nn.block_adapter import block_adapter, group_seed, lowest_adapted_group
-from backhand.nn.decoder_weights import DecoderWeights, load_weights, module_shapes, named_views
+from backhand.nn.block_adapter import (
+    EMBEDDING,
+    BlockAdapter,
+    GroupAdapter,
+    block_adapter,
+    group_adapter,
+    group_seed,
+    lowest_trained_group,
+)
+from backhand.nn.decoder_weights import DecoderWeights, linear_parts, load_weights, module_shapes, named_views
+from backhand.nn.embedding_layer import embed, embed_backward
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.lora_parameters import TOKENS, LoRAParameters
+from backhand.nn.module_shapes import ModuleShapes, check_fits
 from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.nn.trained_head import head_loss_and_gradients, head_losses
+from backhand.nn.trained_weights import TrainedWeights
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
 )
-from backhand.ops.lora_linear import Dropout, frozen_linear
-from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_table
 
 HEAD = "lm_head"
+FINAL_NORM = "model.norm.weight"
 
 
 class Decoder:
@@ -41,6 +54,8 @@ class Decoder:
     Attributes:
         config: the family as data.
         weights: the frozen weights in the compute dtype.
+        active: the weights that are computed with: the frozen ones, or those tensors of the adapter that are trained as
+            they are in their place.
         lora: the attached adapter, or None.
         recompute: `none`, `mlp` or `block`: what the backward pass computes again instead of keeping it.
     """
@@ -50,8 +65,11 @@ class Decoder:
             raise ValueError(f"recompute is one of {', '.join(RECOMPUTE_MODES)}, not {recompute!r}")
         self.config = config
         self.weights = weights
+        self.active = weights
         self.recompute = recompute
         self.lora: LoRAParameters | None = None
+        self._trained: TrainedWeights | None = None
+        self._head: GroupAdapter | None = None
         self._frequencies = [inverse_frequencies(rotary, config.head_dim, self.device) for rotary in config.rotary]
 
     @classmethod
@@ -77,8 +95,8 @@ class Decoder:
         """Where the weights live."""
         return self.weights.embedding.device
 
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every module an adapter can target, by dotted path."""
+    def module_shapes(self) -> ModuleShapes:
+        """(out, in) of every linear module an adapter can target, by dotted path, and what else it can train."""
         return module_shapes(self.config)
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -89,28 +107,33 @@ class Decoder:
         """Use and train this adapter; its names must be modules of this decoder.
 
         Raises:
-            ValueError: for a slot that is no module here or has another shape.
+            ValueError: for a slot or a trained tensor that is none here or has another shape.
         """
-        shapes = self.module_shapes()
-        for name, slot in lora.slots.items():
-            if shapes.get(name) != (slot.out_features, slot.in_features):
-                raise ValueError(
-                    f"{name}: adapter is for {(slot.out_features, slot.in_features)}, model has {shapes.get(name)}"
-                )
+        check_fits(lora, self.module_shapes())
         lora.refresh_compute(self.dtype)
         self.lora = lora
+        self._trained = TrainedWeights(self.weights, self.config, lora) if lora.trained else None
+        self.refresh()
 
     def detach(self) -> None:
         """Back to the base model."""
-        self.lora = None
+        self.lora, self._trained, self._head, self.active = None, None, None, self.weights
+
+    def refresh(self) -> None:
+        """Take over the adapter's tensors that are trained as they are; each pass begins with it."""
+        self._head = None
+        if self._trained is not None:
+            self.active = self._trained.current()
+
+    def start_values(self, lora: LoRAParameters) -> None:
+        """Set what in a fresh adapter starts from the base model, see `LoRAParameters.start_at`."""
+        if not lora.plain:
+            base = dict(named_views(self.weights, self.config)) | {f"{HEAD}.weight": self.weights.head}
+            lora.start_at(base.__getitem__)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """x₀ of the first block, (tokens, hidden)."""
-        x = torch.nn.functional.embedding(input_ids, self.weights.embedding)
-        if self.config.embedding_scaling != 1.0:
-            # The factor is rounded to the compute dtype, as transformers does it.
-            x = x * torch.tensor(self.config.embedding_scaling, dtype=x.dtype, device=x.device)
-        return x
+        return embed(input_ids, self.active.embedding, self.config, self.lora)
 
     def rotary_tables(self, positions: Tensor) -> list[RotaryTable]:
         """The angles of these positions, one table for each rotary configuration."""
@@ -124,20 +147,45 @@ class Decoder:
             BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs) for layer in self.config.layers
         ]
 
+    def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
+        """The adapter of every block in the compute dtype; no dropout without a seed."""
+        dora = self.lora is not None and any(slot.use_dora for slot in self.lora.slots.values())
+        return [
+            block_adapter(self.lora, layer, dropout_seed, linear_parts(block, self.config) if dora else None)
+            for layer, block in enumerate(self.active.blocks)
+        ]
+
+    def head_adapter(self, dropout_seed: int | None = None, chunk: int = 0) -> GroupAdapter:
+        """The head's adapter in the compute dtype; no dropout without a seed, one of its own for each chunk."""
+        seed = None if dropout_seed is None else group_seed(dropout_seed, len(self.config.layers), chunk)
+        if self._head is not None and seed is None:
+            return self._head
+        adapter = group_adapter(self.lora, (HEAD,), seed, (self.active.head,))
+        if seed is None and adapter.extras is not None:
+            self._head = adapter  # DoRA's norm goes over the whole table: not once a generated token
+        return adapter
+
     def head_factors(self, dropout_seed: int | None = None) -> HeadFactors | None:
-        """The head's adapter in the compute dtype, if it has one; no dropout without a seed."""
-        if self.lora is None or HEAD not in self.lora:
-            return None
-        slot, dropout = self.lora.slots[HEAD], None
-        if dropout_seed is not None and slot.dropout > 0:
-            dropout = Dropout(slot.dropout, group_seed(dropout_seed, len(self.config.layers), 0))
-        return HeadFactors(self.lora.compute_A(HEAD), self.lora.compute_B(HEAD), slot.scaling, dropout)
+        """The factors of a head with nothing else, if it has any; no dropout without a seed."""
+        (factors,), dropout, _ = self.head_adapter(dropout_seed)[1:]
+        return None if factors is None else HeadFactors(*factors, dropout)
+
+    def _head_is_plain(self) -> bool:
+        """Whether nothing but factors is trained in the head."""
+        return self.lora is None or (self.head_adapter().extras is None and self._head_rows() is None)
+
+    def _head_rows(self) -> str | None:
+        """Name of the trained rows of the head's table, where it is tied to an embedding with some."""
+        name = f"{EMBEDDING}.{TOKENS}"
+        return name if self.config.tied_head and self.lora is not None and name in self.lora.trained else None
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """The last block's output before the final norm, (tokens, hidden), keeping nothing."""
+        self.refresh()
         x = self.embed(batch.input_ids)
+        adapters = self.block_adapters(None)
         for layer, context in enumerate(self.contexts(batch)):
-            x, _ = block_forward(x, self.weights.blocks[layer], block_adapter(self.lora, layer, None), context, "block")
+            x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], context, "block")
         return x
 
     @torch.no_grad()
@@ -154,20 +202,21 @@ class Decoder:
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output projection: (rows, hidden) to (rows, vocab)."""
-        normed, _ = rms_norm_forward(x, self.weights.final_norm, self.config.norm_eps, self.config.norm_offset)
-        logits = frozen_linear(normed, self.weights.head, None, None)
-        factors = self.head_factors()
-        if factors is not None:
-            logits.addmm_(normed @ factors.lora_A.T, factors.lora_B.T, alpha=factors.scaling)
-        return logits
+        normed, _ = self._final_norm(x)
+        return group_forward(normed, self.active.head, None, (self.config.vocab_size,), self.head_adapter())[0]
+
+    def _final_norm(self, x: Tensor) -> tuple[Tensor, RMSNormSaved]:
+        return rms_norm_forward(x, self.active.final_norm, self.config.norm_eps, self.config.norm_offset)
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, in the order of the positions, without gradients and without dropout."""
         supervised = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
         x = self.hidden_states(batch)[supervised]
-        normed, _ = rms_norm_forward(x, self.weights.final_norm, self.config.norm_eps, self.config.norm_offset)
-        return linear_cross_entropy_forward(normed, self.weights.head, batch.labels[supervised], self.head_factors())
+        (normed, _), targets = self._final_norm(x), batch.labels[supervised]
+        if self._head_is_plain():
+            return linear_cross_entropy_forward(normed, self.active.head, targets, self.head_factors())
+        return head_losses(normed, self.active.head, targets, self.head_adapter())
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised positions, 0-d float64, without gradients and without dropout."""
@@ -175,7 +224,7 @@ class Decoder:
 
     @torch.no_grad()
     def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """One forward and backward pass: adds ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`.
+        """One forward and backward pass: adds ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`.
 
         Args:
             batch: the packed documents.
@@ -192,15 +241,16 @@ class Decoder:
         if lora is None:
             raise ValueError("there is no adapter to train: attach one first")
         contexts = self.contexts(batch)
-        lowest_layer, lowest_group = lowest_adapted_group(lora, len(contexts))
+        lowest_layer, lowest_group = lowest_trained_group(lora, len(contexts))
 
-        adapters = [block_adapter(lora, layer, dropout_seed) for layer in range(len(contexts))]
+        self.refresh()
+        adapters = self.block_adapters(dropout_seed)
         kept: list[BlockSaved | None] = []
         x = self.embed(batch.input_ids)
         for layer, context in enumerate(contexts):
             below = layer < lowest_layer
             x, saved = block_forward(
-                x, self.weights.blocks[layer], adapters[layer], context, "block" if below else self.recompute
+                x, self.active.blocks[layer], adapters[layer], context, "block" if below else self.recompute
             )
             kept.append(None if below else saved)
 
@@ -212,12 +262,14 @@ class Decoder:
             d_x = block_backward(
                 d_x,
                 saved_block,
-                self.weights.blocks[layer],
+                self.active.blocks[layer],
                 adapters[layer],
                 contexts[layer],
                 lora,
                 lowest_group if layer == lowest_layer else -1,
             )
+        if (lowest_layer, lowest_group) == (0, -1) and d_x is not None:
+            embed_backward(d_x, batch.input_ids, self.active.embedding, self.config, lora)
         return loss
 
     def _head_loss_and_gradient(
@@ -225,16 +277,30 @@ class Decoder:
     ) -> tuple[Tensor | None, Tensor]:
         """∂L/∂x of the last block's output, (tokens, hidden), zero off the supervised rows, and Σ nats."""
         lora = self.lora
+        assert lora is not None
         supervised = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        normed, norm = rms_norm_forward(
-            x[supervised], self.weights.final_norm, self.config.norm_eps, self.config.norm_offset
-        )
-        losses, grads = linear_cross_entropy_backward(
-            normed, self.weights.head, batch.labels[supervised], self.head_factors(dropout_seed), loss_scaling
-        )
-        if lora is not None and grads.d_lora_A is not None and grads.d_lora_B is not None:
-            lora.d_lora_A(HEAD).add_(grads.d_lora_A)
-            lora.d_lora_B(HEAD).add_(grads.d_lora_B)
-        d_rows = rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x
+        (normed, norm), targets = self._final_norm(x[supervised]), batch.labels[supervised]
+        if self._head_is_plain():
+            losses, grads = linear_cross_entropy_backward(
+                normed, self.active.head, targets, self.head_factors(dropout_seed), loss_scaling
+            )
+            if grads.d_lora_A is not None and grads.d_lora_B is not None:
+                lora.d_lora_A(HEAD).add_(grads.d_lora_A)
+                lora.d_lora_B(HEAD).add_(grads.d_lora_B)
+            d_normed = grads.d_x
+        else:
+            losses, d_normed = head_loss_and_gradients(
+                normed,
+                self.active.head,
+                targets,
+                lambda chunk: self.head_adapter(dropout_seed, chunk),
+                lora,
+                loss_scaling,
+                self._head_rows(),
+            )
+        trained = FINAL_NORM in lora.trained
+        d_rows, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
+        if d_weight is not None:
+            lora.gradient(FINAL_NORM).add_(d_weight)
         d_x = torch.zeros_like(x).index_copy_(0, supervised, d_rows)
         return d_x, losses.sum(dtype=torch.float64)

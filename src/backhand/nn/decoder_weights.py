@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backhand.nn.family import DecoderConfig
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
+from backhand.nn.module_shapes import ModuleShapes
 
 
 @dataclass
@@ -142,8 +143,21 @@ def load_weights(
     return weights
 
 
-def module_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear module by dotted path, in forward order; what an adapter can target."""
+def linear_parts(block: BlockWeights, config: DecoderConfig) -> dict[str, Tensor]:
+    """(out, in) of a block's linear modules by the ends of their names, such as `self_attn.q_proj`."""
+    q, k, ffn = (
+        config.num_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+        config.intermediate_size,
+    )
+    parts = {f"self_attn.{part}_proj": view for part, view in zip("qkv", block.qkv.split([q, k, k]), strict=True)}
+    gate_up = zip(("gate", "up"), block.gate_up.split([ffn, ffn]), strict=True)
+    parts |= {f"mlp.{part}_proj": view for part, view in gate_up}
+    return parts | {"self_attn.o_proj": block.output, "mlp.down_proj": block.down}
+
+
+def module_shapes(config: DecoderConfig) -> ModuleShapes:
+    """(out, in) of every linear module by dotted path, in forward order, and what else an adapter can train."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     q, k = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, int]] = {}
@@ -157,4 +171,12 @@ def module_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         shapes[prefix + "mlp.up_proj"] = (ffn, hidden)
         shapes[prefix + "mlp.down_proj"] = (hidden, ffn)
     shapes["lm_head"] = (config.vocab_size, hidden)
-    return shapes
+    views = named_views(empty_weights(config, torch.float32, "meta"), config)
+    parameters = {name: tuple(view.shape) for name, view in views}
+    parameters.setdefault("lm_head.weight", shapes["lm_head"])
+    return ModuleShapes(
+        shapes,
+        embeddings={"model.embed_tokens": (config.vocab_size, hidden)},
+        parameters=parameters,
+        tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tied_head else {},
+    )

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from backhand.nn.adapted_group import group_forward
 from backhand.nn.batch import document_runs
-from backhand.nn.block import BlockContext, mlp_half_forward, prepare_qkv, project
-from backhand.nn.block_adapter import OUTPUT, QKV, BlockAdapter, block_adapter
+from backhand.nn.block import BlockContext, mlp_half_forward, prepare_qkv
+from backhand.nn.block_adapter import BlockAdapter
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.kv_cache import KVCache
 from backhand.ops.attention import attention_forward
-from backhand.ops.lora_linear_group import lora_linear_group_forward
 from backhand.ops.rms_norm import rms_norm_forward
 
 # New tokens that one pass of `extend` computes at most: bounds its memory, costs nothing in speed.
@@ -65,7 +65,8 @@ class IncrementalDecoder:
     def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256) -> None:
         self.decoder = decoder
         self.cache = KVCache(decoder.config, rows, capacity, dtype=decoder.dtype, device=decoder.device)
-        self._adapters = [block_adapter(decoder.lora, layer, None) for layer in range(len(decoder.config.layers))]
+        decoder.refresh()
+        self._adapters = decoder.block_adapters(None)
 
     @torch.no_grad()
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -185,7 +186,7 @@ class IncrementalDecoder:
         tables = decoder.rotary_tables(positions)
         for index, layer in enumerate(decoder.config.layers):
             context = BlockContext(decoder.config, layer.window, tables[layer.rotary], ())
-            x = _block(x, decoder.weights.blocks[index], self._adapters[index], context, index, attend)
+            x = _block(x, decoder.active.blocks[index], self._adapters[index], context, index, attend)
         return x
 
 
@@ -194,15 +195,15 @@ def _block(
 ) -> Tensor:
     """x₂ of one block, (tokens, hidden), with its attention left to `attend`: see `nn.block`."""
     config = context.config
-    group = adapter[QKV]
     q_width, k_width = config.num_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     n1, _ = rms_norm_forward(x0, weights.attention_norm, config.norm_eps, config.norm_offset)
-    qkv, _ = lora_linear_group_forward(n1, weights.qkv, weights.qkv_bias, (q_width, k_width, k_width), group.factors)
+    qkv, _ = group_forward(n1, weights.qkv, weights.qkv_bias, (q_width, k_width, k_width), adapter.qkv)
     q, k, v, _, _ = prepare_qkv(qkv, weights, context)
     output = attend(index, q, k, v)
     sandwich = weights.after_attention_norm
-    x1, _ = project(
-        output.flatten(1), weights.output, weights.output_bias, adapter[OUTPUT], None if sandwich is not None else x0
+    residual = None if sandwich is not None else x0
+    x1, _ = group_forward(
+        output.flatten(1), weights.output, weights.output_bias, (config.hidden_size,), adapter.output, residual
     )
     if sandwich is not None:
         x1 = rms_norm_forward(x1, sandwich, config.norm_eps, config.norm_offset)[0].add_(x0)
@@ -220,13 +221,18 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
     if narrow.dtype in (torch.float32, torch.float64):
         return narrow
     candidates = narrow.topk(min(EXACT_CANDIDATES, narrow.shape[1]), sorted=False).indices
-    normed, _ = rms_norm_forward(x, decoder.weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
+    weights, adapter = decoder.active, decoder.head_adapter()
+    normed, _ = rms_norm_forward(x, weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
     columns = normed.float().unsqueeze(2)
-    exact = (decoder.weights.head[candidates].float() @ columns).squeeze(2)
-    factors = decoder.head_factors()
+    exact = (weights.head[candidates].float() @ columns).squeeze(2)
+    (factors,), extras = adapter.factors, adapter.extras
     if factors is not None:
         h = factors.lora_A.float() @ columns
         exact += factors.scaling * (factors.lora_B[candidates].float() @ h).squeeze(2)
+        if extras is not None and (magnitude := extras.magnitudes[0]) is not None:
+            exact *= (magnitude.magnitude / magnitude.norm)[candidates]
+        if extras is not None and (lora_bias := extras.lora_biases[0]) is not None:
+            exact += factors.scaling * lora_bias.float()[candidates]
     return narrow.float().scatter_(1, candidates, exact)
 
 

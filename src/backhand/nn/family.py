@@ -45,6 +45,7 @@ class DecoderConfig:
         attention_scaling: multiplier of query-key products.
         embedding_scaling: multiplier of the embedding's output (Gemma: √hidden), 1.0 else.
         tied_head: the head's weight is the embedding's.
+        padding_id: the token whose embedding row torch, and so PEFT, never trains; None where there is none.
     """
 
     family: str
@@ -69,3 +70,4 @@ class DecoderConfig:
     mlp_bias: bool = False
     embedding_scaling: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
+    padding_id: int | None = None

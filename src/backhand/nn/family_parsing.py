@@ -73,7 +73,13 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
     fields.close()
     if fields.problems:
         raise UnsupportedModel(str(model_type), fields.problems)
-    return result
+    return replace(result, padding_id=_padding_id(config, result.vocab_size))
+
+
+def _padding_id(config: Mapping[str, object], vocab_size: int) -> int | None:
+    """pad_token_id, by which transformers' embedding is made."""
+    token = config.get("pad_token_id")
+    return token if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size else None
 
 
 def _unknown_family(config: Mapping[str, object], model_type: object) -> UnsupportedModel:

@@ -196,6 +196,12 @@ class LoRAParameters:
         """View of the gradient buffer for one tensor."""
         return self._view(self.gradients, name)
 
+    def token_ids(self, name: str) -> Tensor:
+        """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
+        tokens = self.trained[name].token_ids
+        assert tokens is not None
+        return torch.tensor(tokens, device=self.values.device)
+
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""
         return self._view(self.values, f"{name}.lora_A")

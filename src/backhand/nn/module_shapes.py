@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from backhand.nn.lora_parameters import LoRAParameters
+
 
 class ModuleShapes(dict[str, tuple[int, int]]):
     """(out, in) of every linear module by dotted path.
@@ -41,6 +43,20 @@ def parameters_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[i
     if isinstance(shapes, ModuleShapes):
         return shapes.parameters
     return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
+    """Raise ValueError for a slot or a trained tensor that the model has not, or has in another shape."""
+    for name, slot in lora.slots.items():
+        known = shapes.embeddings if slot.embedding else shapes
+        wanted = (slot.in_features, slot.out_features) if slot.embedding else (slot.out_features, slot.in_features)
+        if known.get(name) != wanted:
+            raise ValueError(f"{name}: adapter is for {wanted}, model has {known.get(name)}")
+    for tensor in lora.trained.values():
+        base = shapes.parameters.get(tensor.base_name, ())
+        there = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])
+        if there != tensor.shape:
+            raise ValueError(f"{tensor.name}: adapter has {tensor.shape}, model has {there}")
 
 
 def module_paths(parameters: Iterable[str]) -> list[str]:

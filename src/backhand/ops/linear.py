@@ -28,9 +28,9 @@ class LinearSaved(NamedTuple):
 
 
 class LinearGrads(NamedTuple):
-    """d_x (..., in), d_weight (out, in), d_bias (out,) or None where there was no bias."""
+    """d_x (..., in) or None when not asked for, d_weight (out, in), d_bias (out,) or None where there was no bias."""
 
-    d_x: Tensor
+    d_x: Tensor | None
     d_weight: Tensor
     d_bias: Tensor | None
 
@@ -43,11 +43,17 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
     return y, LinearSaved(x, weight, bias is not None)
 
 
-def linear_backward(d_y: Tensor, saved: LinearSaved) -> LinearGrads:
-    """Map d_y, (..., out), to the gradients derived in the module docstring; no rows give zero gradients."""
+def linear_backward(d_y: Tensor, saved: LinearSaved, *, input_gradient: bool = True) -> LinearGrads:
+    """Map d_y, (..., out), to the gradients derived in the module docstring; no rows give zero gradients.
+
+    Args:
+        d_y: ∂L/∂y.
+        saved: from the forward pass.
+        input_gradient: False skips ∂L/∂x.
+    """
     x, weight, has_bias = saved
     d_y_rows = d_y.reshape(-1, weight.shape[0])
-    d_x = d_y @ weight
+    d_x = d_y @ weight if input_gradient else None
     d_weight = d_y_rows.T @ x.reshape(-1, weight.shape[1])
     d_bias = d_y_rows.sum(0) if has_bias else None
     return LinearGrads(d_x, d_weight, d_bias)

@@ -29,6 +29,7 @@ OPS: dict[str, str] = {
     "gelu": "elementwise",
     "gelu_tanh": "elementwise",
     "silu": "elementwise",
+    "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "mse": "mse",
 }

@@ -116,18 +116,7 @@ def planned_slots(choice: EngineChoice, config: LoRAConfig) -> list[LoRASlot] | 
     """
     if choice.decoder is None:
         return None
-    _refuse_unknown_kinds(config)
-    return resolve_slots(config, module_shapes(choice.decoder))
-
-
-def _refuse_unknown_kinds(config: LoRAConfig) -> None:
-    for name in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"):
-        if getattr(config, name):
-            raise UsageError(
-                f"the backhand engine does not train {name} yet",
-                where=name,
-                next_step="put the adapter into the model with backhand.inject",
-            )
+    return LoRAParameters.planned(*resolve_adapter(config, module_shapes(choice.decoder)))
 
 
 def load_bound_model(

@@ -154,12 +154,14 @@ def _of_family(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
     return _in_context(d_y, inputs, config=replace(inputs.context.config, **changes))
 
 
-def _unscaled(inputs: BlockInputs) -> tuple[GroupAdapter, ...]:
+def _unscaled(inputs: BlockInputs) -> BlockAdapter:
     """The block's adapters with scaling 1."""
-    return tuple(
-        group._replace(factors=tuple(member and member._replace(scaling=1.0) for member in group.factors))
-        for group in inputs.adapter
-    )
+
+    def unscaled(group: GroupAdapter) -> GroupAdapter:
+        return group._replace(factors=tuple(member and member._replace(scaling=1.0) for member in group.factors))
+
+    qkv, output, gate_up, down, norms = inputs.adapter
+    return BlockAdapter(unscaled(qkv), unscaled(output), unscaled(gate_up), unscaled(down), norms)
 
 
 def _with_seed(inputs: BlockInputs, seed: int | None) -> BlockAdapter:
