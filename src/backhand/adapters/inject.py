@@ -32,7 +32,7 @@ from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
-from backhand.nn.lora_parameters import TOKENS
+from backhand.nn.lora_parameters import TOKENS, TrainedTensor
 from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
 
 
@@ -160,6 +160,17 @@ class InjectedAdapter:
         """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
         for adapted in self.modules.values():
             adapted.initialise(generator)
+        self.reset_beside()
+
+    @property
+    def trained(self) -> tuple[TrainedTensor, ...]:
+        """The tensors trained as they are, beside the adapted modules."""
+        return self._plan.trained
+
+    def reset_beside(self) -> None:
+        """Set what is trained beside the factors to where it changes nothing, given that they change nothing."""
+        for adapted in self.modules.values():
+            adapted.reset_beside()
         self._saved.reset()
         with torch.no_grad():
             for rows in self._tokens.values():

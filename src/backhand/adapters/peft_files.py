@@ -101,7 +101,7 @@ class LoadedAdapter:
 
     def fill(self, parameters: LoRAParameters) -> None:
         """Copy everything into `parameters`, which must have been built from `slots` and `trained`."""
-        if (tuple(parameters.slots.values()), tuple(parameters.trained.values())) != (self.slots, self.trained):
+        if parameters.layout != (self.slots, self.trained):
             raise ValueError("the parameters were built from other slots than the adapter's")
         with torch.no_grad():
             for name, view in parameters.named_tensors():

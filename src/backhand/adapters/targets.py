@@ -21,7 +21,7 @@ from backhand.adapters.nearest import name_list, nearest_names
 from backhand.adapters.pattern_match import key_matches, pattern_matches
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import ModuleShapes, embeddings_of, parameters_of
 
 OUTPUT_HEADS = ("lm_head",)
@@ -64,14 +64,15 @@ def resolve_slots(
 
 def resolve_adapter(
     config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
-) -> tuple[list[LoRASlot], list[TrainedTensor]]:
-    """Everything that `config` trains on a model: the slots, and the tensors trained as they are.
+) -> AdapterLayout:
+    """Everything that `config` trains on a model.
 
     Raises:
         UsageError: as `resolve_slots` and `trained_tensors.resolve_trained`.
     """
     slots = resolve_slots(config, module_shapes, heads=heads)
-    return slots, trained_beside(config, module_shapes, [slot.name for slot in slots])
+    trained = trained_beside(config, module_shapes, [slot.name for slot in slots])
+    return AdapterLayout(tuple(slots), tuple(trained))
 
 
 def trained_beside(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,19 @@ class TrainedTensor:
         return self.name if self.token_ids is None else self.name.removesuffix(TOKENS) + "weight"
 
 
+class AdapterLayout(NamedTuple):
+    """What an adapter consists of: the adapted modules, and the tensors trained as they are."""
+
+    slots: tuple[LoRASlot, ...]
+    trained: tuple[TrainedTensor, ...] = ()
+
+    @property
+    def element_count(self) -> int:
+        """Trained elements in all."""
+        beside = sum(math.prod(tensor.shape) for tensor in self.trained)
+        return beside + sum(slot.element_count for slot in self.slots)
+
+
 class LoRAParameters:
     """Everything an adapter trains, as views of one flat fp32 buffer.
 
@@ -123,6 +137,11 @@ class LoRAParameters:
         self.values = torch.zeros(offset, device=device, dtype=dtype)
         self.gradients = torch.zeros(offset, device=device, dtype=dtype)
         self._compute = self.values
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """What the buffers hold."""
+        return AdapterLayout(tuple(self.slots.values()), tuple(self.trained.values()))
 
     def __contains__(self, name: str) -> bool:
         return name in self.slots

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,8 @@ import torch
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_files import adapter_files, load_adapter
-from backhand.adapters.targets import resolve_slots
+from backhand.adapters.saved_modules import tied_notes
+from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
 from backhand.nn.config_fields import UnsupportedModel
 from backhand.nn.decoder import Decoder
@@ -19,7 +20,7 @@ from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.train.config import ModelOptions
 from backhand.train.interface import Trainable
 from backhand.train.memory_plan import ModelSize, decoder_size, transformers_size
@@ -78,6 +79,7 @@ class BoundModel:
         model: what the loop trains.
         lora: the adapter's buffers, attached.
         config: the adapter's configuration.
+        notes: what may interest a person, such as weights that training unties.
     """
 
     def __init__(
@@ -87,16 +89,26 @@ class BoundModel:
         config: LoRAConfig,
         files: AdapterFiles,
         fill: Callable[[str], None],
+        start_beside: Callable[[], None],
+        notes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.lora = lora
         self.config = config
         self._files = files
         self._fill = fill
+        self._start_beside = start_beside
+        self.notes = tuple(notes)
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         """The adapter as PEFT reads it: files by name."""
         return self._files(record, card)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw fresh factors; whatever else is trained starts from the base model, which nothing changes yet."""
+        self.lora.initialise(generator)
+        self._start_beside()
+        self.lora.refresh_compute(self.model.dtype)
 
     def fill(self, directory: str) -> None:
         """Copy the values of an adapter of the same modules and ranks.
@@ -108,15 +120,13 @@ class BoundModel:
         self.lora.refresh_compute(self.model.dtype)
 
 
-def planned_slots(choice: EngineChoice, config: LoRAConfig) -> list[LoRASlot] | None:
+def planned_layout(choice: EngineChoice, config: LoRAConfig) -> AdapterLayout | None:
     """What the adapter will consist of, before any weight is read; None under transformers.
 
     Raises:
-        UsageError: a target matches nothing.
+        UsageError: a target matches nothing, or what is trained does not go together.
     """
-    if choice.decoder is None:
-        return None
-    return LoRAParameters.planned(*resolve_adapter(config, module_shapes(choice.decoder)))
+    return None if choice.decoder is None else resolve_adapter(config, module_shapes(choice.decoder))
 
 
 def load_bound_model(
@@ -136,9 +146,9 @@ def load_bound_model(
         ArtifactError: the weights do not fit the configuration, or cannot be read.
     """
     if choice.decoder is not None:
-        slots = resolve_slots(config, module_shapes(choice.decoder))
+        slots, trained = resolve_adapter(config, module_shapes(choice.decoder))
         decoder = Decoder.from_source(source, dtype=dtype, device=device, recompute=recompute)
-        lora = LoRAParameters(slots, device=device)
+        lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
         names = list(decoder.module_shapes())
 
@@ -150,13 +160,15 @@ def load_bound_model(
             for name, view in lora.named_tensors():
                 view.copy_(factors[name])
 
-        return BoundModel(decoder, lora, config, files, fill)
+        notes = tied_notes(trained, decoder.module_shapes().tied)
+        return BoundModel(decoder, lora, config, files, fill, lambda: decoder.start_values(lora), notes)
 
     from backhand.nn.loading.transformers_model import load_transformers_model
     from backhand.train.transformers_engine import TransformersModel
 
     model = TransformersModel(load_transformers_model(source, dtype=dtype, device=device))
-    lora = LoRAParameters(model.inject(config), device=device)
+    slots, trained = model.inject(config)
+    lora = LoRAParameters(slots, trained=trained, device=device)
     model.attach(lora)
     injected = model.injected
     assert injected is not None
@@ -167,15 +179,15 @@ def load_bound_model(
     def fill_injected(directory: str) -> None:
         injected.load(directory)
 
-    return BoundModel(model, lora, config, injected_files, fill_injected)
+    return BoundModel(model, lora, config, injected_files, fill_injected, injected.reset_beside, injected.notes)
 
 
-def model_size(choice: EngineChoice, source: ModelSource, slots: list[LoRASlot], dtype: torch.dtype) -> ModelSize:
+def model_size(choice: EngineChoice, source: ModelSource, layout: AdapterLayout, dtype: torch.dtype) -> ModelSize:
     """What the memory plan needs to know."""
     if choice.decoder is not None:
-        return decoder_size(choice.decoder, slots, dtype.itemsize)
+        return decoder_size(choice.decoder, layout, dtype.itemsize)
     elements = sum(_elements(source.shape(name)) for name in source.tensor_names())
-    return transformers_size(source.config, elements, slots, dtype.itemsize)
+    return transformers_size(source.config, elements, layout, dtype.itemsize)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

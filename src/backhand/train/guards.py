@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backhand.errors import CheckError
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.train.optimizer import AdapterOptimizer
 from backhand.train.proofs import Proof, ProofLog
 
@@ -39,6 +39,9 @@ class LearningGuard:
         self._lora = lora
         self._log = log
         self._start = lora.values.clone()
+        self._reached_later = {
+            f"{name}.{'lora_B' if slot.embedding else 'lora_A'}" for name, slot in lora.slots.items()
+        }
         self._had_gradient = {name: False for name, _ in lora.named_tensors()}
         self._observed: tuple[frozenset[str], bool] = frozenset(), False
         self._steps_with_pairs = 0
@@ -91,15 +94,17 @@ class LearningGuard:
             return []
         self._judged = True
         silent = [name for name, had in self._had_gradient.items() if not had]
-        if self._steps == 1:  # while lora_B is zero, lora_A has no gradient
-            silent = [name for name in silent if name.endswith(".lora_B")]
+        # Embedding rows of tokens that have not come up yet have none.
+        silent = [name for name in silent if not name.endswith(f".{TOKENS}")]
+        if self._steps == 1:  # while one factor is zero, the other has no gradient
+            silent = [name for name in silent if name not in self._reached_later]
         natural = [name for name in silent if self._zero_by_nature(name)]
         silent = [name for name in silent if name not in natural]
         moved = self._lora.values != self._start
         still = [
             name
             for name, changed in _named_views(self._lora, moved)
-            if self._had_gradient[name] and not (self._steps == 1 and name.endswith(".lora_A")) and not changed.any()
+            if self._had_gradient[name] and not (self._steps == 1 and name in self._reached_later) and not changed.any()
         ]
         total = len(self._had_gradient)
         self._log(Proof("every adapter factor has had a finite, non-zero gradient", not silent, len(silent), 0))

@@ -21,9 +21,9 @@ from backhand.nn.compute import resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout
 from backhand.train.config import TrainConfig, parse_bytes
-from backhand.train.engine import BoundModel, EngineChoice, choose_engine, load_bound_model, model_size, planned_slots
+from backhand.train.engine import BoundModel, EngineChoice, choose_engine, load_bound_model, model_size, planned_layout
 from backhand.train.identity import Identity
 from backhand.train.memory import available_bytes, rss_bytes
 from backhand.train.memory_plan import MemoryPlan, choose, largest_shapes
@@ -98,24 +98,25 @@ def build_job(config: TrainConfig, machine: Machine) -> Job:
     source = open_model(config.model.model)
     choice = choose_engine(config.model, source)
     config = replace(config, adapter=_adapter_config(config))
-    slots = planned_slots(choice, config.adapter)
+    layout = planned_layout(choice, config.adapter)
     notes: tuple[str, ...] = ()
-    if slots is not None:
-        notes = _check_start(config, source, choice, [slot.name for slot in slots])
+    if layout is not None:
+        notes = _check_start(config, source, choice, [slot.name for slot in layout.slots])
     train, held_out = prepare(config.data, source.tokenizer(), seed=config.run.seed)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     bound = None
-    if slots is None:  # under transformers the targets are known once the model is there
+    if layout is None:  # under transformers the targets are known once the model is there
         bound = _load(config, source, choice, machine, "none")
-        slots = list(bound.lora.slots.values())
+        layout = bound.lora.layout
         notes = _check_start(config, source, choice, list(bound.lora.slots))
-    memory = _plan_memory(config, choice, source, slots, machine, train.examples, sampler, total_steps)
+    memory = _plan_memory(config, choice, source, layout, machine, train.examples, sampler, total_steps)
     if bound is None:
         bound = _load(config, source, choice, machine, memory.recompute)
     resolved = _resolved(config, choice, machine, memory, total_steps)
     _set_values(resolved, bound)
     identity = Identity(resolved, source, list(bound.lora.slots), train, held_out)
+    notes = (*notes, *bound.notes)
     return Job(resolved, source, choice, train, held_out, sampler, total_steps, memory, bound, identity, notes)
 
 
@@ -160,7 +161,7 @@ def _plan_memory(
     config: TrainConfig,
     choice: EngineChoice,
     source: ModelSource,
-    slots: list[LoRASlot],
+    layout: AdapterLayout,
     machine: Machine,
     examples: Sequence[Example],
     sampler: Sampler,
@@ -179,7 +180,7 @@ def _plan_memory(
     if machine.device.type == "cpu":
         budget = parse_bytes(model.memory, where="memory") if model.memory else _all_that_is_free(process)
     return choose(
-        model_size(choice, source, slots, machine.dtype),
+        model_size(choice, source, layout, machine.dtype),
         largest_shapes([sampler.rows_of(step) for step in range(looked_at)], lengths, supervised, rows_options),
         budget_bytes=budget,
         process_bytes=process,
@@ -222,7 +223,6 @@ def _resolved(
 def _set_values(config: TrainConfig, bound: BoundModel) -> None:
     """Draw fresh values from the seed, or take those of the adapter to start from."""
     if config.run.from_adapter is None:
-        bound.lora.initialise(torch.Generator().manual_seed(derived_seed(config.run.seed, "adapter")))
+        bound.initialise(torch.Generator().manual_seed(derived_seed(config.run.seed, "adapter")))
     else:
         bound.fill(config.run.from_adapter)
-    bound.lora.refresh_compute(bound.model.dtype)

@@ -286,5 +286,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def _is_fresh(state: RunState) -> bool:
-    """Whether the adapter changes nothing yet, every lora_B being zero."""
-    return not any(bool(torch.any(tensor)) for name, tensor in state.lora.named_tensors() if name.endswith(".lora_B"))
+    """Whether the adapter is known to change nothing yet: plain factors, every lora_B zero."""
+    return state.lora.plain and not any(
+        bool(torch.any(tensor)) for name, tensor in state.lora.named_tensors() if name.endswith(".lora_B")
+    )

@@ -12,12 +12,13 @@ oneDNN compiles for each size of micro-batch (`batches.round_size` keeps these f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backhand.errors import ResourceError
 from backhand.nn.family import DecoderConfig
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.train.batches import round_size
 from backhand.train.config import Recompute
@@ -98,13 +99,12 @@ class MemoryPlan:
         return [f"{name}: {in_words(size)}" for name, size in ordered if size]
 
 
-def decoder_size(config: DecoderConfig, slots: Iterable[LoRASlot], dtype_bytes: int) -> ModelSize:
+def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int) -> ModelSize:
     """The decoder engine's memory by its formula."""
-    slots = tuple(slots)
     d, f = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     q, k, layers = heads * config.head_dim, kv_heads * config.head_dim, len(config.layers)
-    in_blocks = [slot for slot in slots if slot.name.startswith("model.layers.")]
+    in_blocks = [slot for slot in layout.slots if slot.name.startswith("model.layers.")]
     ranks = sum(slot.rank for slot in in_blocks)
     gate_up_ranks = sum(slot.rank for slot in in_blocks if slot.name.endswith((".gate_proj", ".up_proj")))
     wide = heads + 2 + (heads + kv_heads if config.qk_norm else 0) + (2 if config.sandwich_norms else 0)
@@ -113,11 +113,14 @@ def decoder_size(config: DecoderConfig, slots: Iterable[LoRASlot], dtype_bytes: 
     none = mlp + (layers * 2 * f + gate_up_ranks) * dtype_bytes
     at_work = (4 * f + 4 * d + q + 2 * k) * dtype_bytes + 2 * d * FLOAT32_BYTES
     block_weights = 2 * d * q + 2 * d * k + 3 * d * f
+    # A table with trained rows is a copy of its own; a tensor trained in full has its gradient once beside the buffer.
+    beside = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
+    beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
     vocabulary = config.vocab_size * d * (1 if config.tied_head else 2)
     return ModelSize(
         dtype_bytes=dtype_bytes,
-        weight_bytes=(layers * block_weights + vocabulary) * dtype_bytes,
-        adapter_elements=sum(slot.rank * (slot.in_features + slot.out_features) for slot in slots),
+        weight_bytes=(layers * block_weights + vocabulary + beside) * dtype_bytes,
+        adapter_elements=layout.element_count,
         kept_bytes={"none": none, "mlp": mlp, "block": layers * d * dtype_bytes},
         block_bytes={
             "none": at_work,
@@ -132,7 +135,7 @@ def decoder_size(config: DecoderConfig, slots: Iterable[LoRASlot], dtype_bytes: 
 
 
 def transformers_size(
-    config: Mapping[str, object], weight_elements: int, slots: Iterable[LoRASlot], dtype_bytes: int
+    config: Mapping[str, object], weight_elements: int, layout: AdapterLayout, dtype_bytes: int
 ) -> ModelSize:
     """A rough size under autograd: per token and block about 18 hidden widths, and whole rows of logits three times."""
 
@@ -147,7 +150,7 @@ def transformers_size(
     return ModelSize(
         dtype_bytes=dtype_bytes,
         weight_bytes=weight_elements * dtype_bytes,
-        adapter_elements=sum(slot.rank * (slot.in_features + slot.out_features) for slot in slots),
+        adapter_elements=layout.element_count,
         kept_bytes={"none": kept},
         block_bytes={"none": 12 * d * dtype_bytes},
         stream_bytes=2 * d * dtype_bytes,

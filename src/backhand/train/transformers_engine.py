@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
+from backhand.errors import UsageError
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot
 
 
 class TransformersModel:
@@ -66,14 +67,22 @@ class TransformersModel:
             if isinstance(module, nn.Linear)
         }
 
-    def inject(self, config: LoRAConfig) -> list[LoRASlot]:
-        """Put the adapter's modules into the model; `attach` then ties them to flat buffers of these slots.
+    def inject(self, config: LoRAConfig) -> AdapterLayout:
+        """Put the adapter's modules into the model; `attach` then ties them to flat buffers of this layout.
 
         Raises:
-            UsageError: a value out of range, or modules that match nothing or cannot be adapted.
+            UsageError: a value out of range, modules that match nothing or cannot be adapted, or whole modules to train
+                in a model whose dtype is not the buffers'.
         """
+        if config.modules_to_save and self.dtype != torch.float32:
+            raise UsageError(
+                f"modules_to_save cannot be trained by transformers in {self.dtype}",
+                where="modules_to_save",
+                why="the trained values are float32, and the modules compute with them as they are",
+                next_step="give --dtype float32",
+            )
         self.injected = inject(self.model, config)
-        return [
+        slots = [
             LoRASlot(
                 target.name,
                 in_features=int(adapted.lora_A[0].numel()),
@@ -81,9 +90,13 @@ class TransformersModel:
                 rank=target.rank,
                 scaling=target.scaling,
                 dropout=config.dropout,
+                use_dora=config.use_dora,
+                lora_bias=config.lora_bias,
+                embedding=adapted.embedding,
             )
             for target, adapted in zip(self.injected.targets, self.injected.modules.values(), strict=True)
         ]
+        return AdapterLayout(tuple(slots), self.injected.trained)
 
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter: the modules' parameters become views of its buffers.
@@ -95,22 +108,16 @@ class TransformersModel:
         if list(lora.slots) != list(injected.modules):
             raise ValueError("the adapter is for other modules than those injected")
         if lora is not self.lora:
-            for name, module in injected.modules.items():
-                for parameter, value, gradient in (
-                    (module.lora_A, lora.lora_A(name), lora.d_lora_A(name)),
-                    (module.lora_B, lora.lora_B(name), lora.d_lora_B(name)),
-                ):
-                    parameter.data = value.view(parameter.shape)
-                    parameter.grad = gradient.view(parameter.shape)
+            for name, parameter in injected.named_parameters():
+                parameter.data = lora.tensor(name).view(parameter.shape)
+                parameter.grad = lora.gradient(name).view(parameter.shape)
         self.lora = lora
-        for module in injected.modules.values():
-            module.enabled = True
+        injected.enable()
 
     def detach(self) -> None:
         """Back to the base model; the modules stay, and do nothing."""
         self.lora = None
-        for module in self._injected().modules.values():
-            module.enabled = False
+        self._injected().enable(False)
 
     def _injected(self) -> InjectedAdapter:
         if self.injected is None:
@@ -118,7 +125,7 @@ class TransformersModel:
         return self.injected
 
     def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """Add ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`; return Σ nats, 0-d float64.
+        """Add ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`; return Σ nats, 0-d float64.
 
         Raises:
             ValueError: without an attached adapter.
