@@ -11,6 +11,7 @@ import pytest
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.errors import ArtifactError, CheckError
+from backhand.nn import adapted_group
 from backhand.nn import block as block_module
 from backhand.nn import decoder as decoder_module
 from backhand.verify.command import verify, verify_command
@@ -123,13 +124,13 @@ def _failed(report):
 
 
 def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeypatch):
-    right = block_module.lora_linear_backward
+    right = adapted_group.lora_linear_backward
 
     def wrong(*args, **kwargs):
         grads = right(*args, **kwargs)
         return grads._replace(d_lora_B=grads.d_lora_B * (1 + 1e-6))
 
-    monkeypatch.setattr(block_module, "lora_linear_backward", wrong)
+    monkeypatch.setattr(adapted_group, "lora_linear_backward", wrong)
     failed = _failed(verify(options(models("llama"), rows)))
     assert any("o_proj" in proof for proof in failed)
     assert any("down_proj" in proof for proof in failed)

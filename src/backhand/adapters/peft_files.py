@@ -88,6 +88,19 @@ class LoadedAdapter:
         copies = [f"{name}: the file also holds the whole base weight" for name in self.base_copies]
         return (*self.forced, *self.described.notes, *wide, *copies, *self._overlapping())
 
+    @property
+    def beside(self) -> dict[str, str]:
+        """By module, what it has that is no plain factors of a linear module; who knows only those must refuse it."""
+        kinds = {tensor.name.rpartition(".")[0]: "it is trained in full, or in single rows" for tensor in self.trained}
+        for shape in self.shapes:
+            if shape.magnitude is not None:
+                kinds[shape.name] = "DoRA rescales the sum of base weight and update"
+            elif shape.lora_bias is not None:
+                kinds[shape.name] = "lora_B has a bias"
+            elif shape.embedding:
+                kinds[shape.name] = "it is an embedding"
+        return kinds
+
     def _overlapping(self) -> list[str]:
         """Modules whose alpha depends on the order of alpha_pattern's keys, which PEFT loses when it writes."""
         reordered = replace(self.config, alpha_pattern=dict(reversed(list(self.config.alpha_pattern.items()))))

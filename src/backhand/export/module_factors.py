@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.peft_files import LoadedAdapter
+from backhand.export.refusal import refuse
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 
 
@@ -59,7 +60,12 @@ Factors = Mapping[str, ModuleFactors]
 
 
 def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
-    """What a loaded adapter holds, in float32 at least."""
+    """What a loaded adapter holds, in float32 at least.
+
+    Raises:
+        ArtifactError: it trains more than factors of linear modules; names the modules, and what they have.
+    """
+    refuse("another format", loaded.beside, merge=False)
 
     def factor(name: str) -> Tensor:
         tensor = loaded.factors[name]

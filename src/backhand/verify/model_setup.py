@@ -17,7 +17,7 @@ from backhand.data.chat import read_template
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
-from backhand.errors import DataError
+from backhand.errors import DataError, UsageError
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading.opening import open_model
@@ -70,6 +70,13 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
         loaded = load_adapter_for(
             source, adapter, decoder.module_shapes(), chat_template=template, force_base=model.force_base
         )
+        if loaded.beside:
+            raise UsageError(
+                f"--model proves plain LoRA, and this adapter trains more: {next(iter(loaded.beside.items()))[0]}: "
+                f"{next(iter(loaded.beside.values()))}",
+                where="adapter",
+                next_step="backhand verify without --model proves these gradients op by op, and in whole decoders",
+            )
         lora = loaded.parameters(device=device)
         said = loaded.notes
         described = f"adapter {adapter}"
