@@ -14,6 +14,8 @@ from support.doc_world import World
 QUICK = {"verify"}
 # Whole experiments of minutes.
 SLOW = {"demo"}
+# These serve until they are interrupted, once they have said where.
+SERVERS = {"watch": "http://127.0.0.1:"}
 # What is typed into a command that asks.
 GIVEN = {"chat": "Hello\n"}
 
@@ -34,6 +36,10 @@ def commands() -> list[Any]:
 
 @pytest.mark.parametrize("command", commands())
 def test_an_example_works(command: Command, world: World) -> None:
+    if command.name in SERVERS:
+        _line, code = world.serve(command.example, SERVERS[command.name])
+        assert code in (0, 130)
+        return
     printed = world.type(command.example, GIVEN.get(command.name, ""))
     assert printed.strip() or command.name == "train", "an example that shows nothing explains nothing"
 
@@ -41,3 +47,14 @@ def test_an_example_works(command: Command, world: World) -> None:
 def test_an_example_that_does_not_work_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="exit code 2"):
         World(tmp_path).type("backhand verify --op lora_liner")
+
+
+def test_a_server_is_interrupted_once_it_has_said_where(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    program = "import time; print('at http://127.0.0.1:1/x', flush=True); time.sleep(600)\n"
+    (world.directory / "serve.py").write_text(program)
+    line, code = world.serve("python3 serve.py", "http://")
+    assert line == "at http://127.0.0.1:1/x\n"
+    assert code != 0
+    with pytest.raises(AssertionError, match="was not printed"):
+        world.serve("echo nowhere", "http://")

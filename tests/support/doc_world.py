@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
 import warnings
 from pathlib import Path
@@ -61,12 +63,35 @@ class World:
 
     def type(self, script: str, given: str = "") -> str:
         """Run shell lines as they stand, and return what they print; the first that fails fails the test."""
-        made: set[str] = set()
-        for line in script.splitlines():
-            for run in set(_RUN_READ.findall(line)) - set(_RUN_MADE.findall(line)) - made:
-                self._train(run)
-            made |= set(_RUN_MADE.findall(line))
+        self._train_what_is_read(script)
         return self._shell(script, given)
+
+    def serve(self, command: str, sign: str) -> tuple[str, int]:
+        """Start what serves until it is interrupted, interrupt it when it has printed `sign`: that line, exit code."""
+        self._train_what_is_read(command)
+        with subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=self.directory,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            too_long = threading.Timer(_TIME_LIMIT_S, process.kill)
+            too_long.start()
+            printed = []
+            for line in process.stdout:
+                printed.append(line)
+                if sign in line:
+                    process.send_signal(signal.SIGINT)
+                    break
+            process.stdout.read()
+            too_long.cancel()
+            code = process.wait()
+        if not any(sign in line for line in printed):
+            raise AssertionError(f"exit code {code}, and {sign} was not printed\n{''.join(printed)}")
+        return printed[-1], code
 
     def run(self, block: Block) -> None:
         """Run a block of the documentation, or save it as the file that it says it is."""
@@ -84,6 +109,13 @@ class World:
                     raise AssertionError(f"nothing runs a block of the language {block.language!r}")
         except Exception as error:
             raise AssertionError(f"{block.place}: {error}") from error
+
+    def _train_what_is_read(self, script: str) -> None:
+        made: set[str] = set()
+        for line in script.splitlines():
+            for run in set(_RUN_READ.findall(line)) - set(_RUN_MADE.findall(line)) - made:
+                self._train(run)
+            made |= set(_RUN_MADE.findall(line))
 
     def _train(self, run: str) -> None:
         if not (self.directory / "runs" / run).exists():

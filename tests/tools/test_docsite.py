@@ -160,3 +160,15 @@ def test_a_derivation_page_shows_the_code_and_the_mutants(site: Path) -> None:
 )
 def test_links_lead_to_pages(text: str, page: str, expected: str) -> None:
     assert build.relink(text, Path(page), {"mse"}) == expected
+
+
+def test_the_benchmarks_are_a_page_as_soon_as_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PROJECT", tmp_path)
+    table = tmp_path / "benchmarks" / "table.py"
+    table.parent.mkdir()
+    table.write_text("def section():\n    open('/nowhere/finetune.json')\n")
+    assert build.benchmark_page() is None
+    table.write_text("def section():\n    return '<!-- benchmarks -->\\n## How fast\\n\\n| a |\\n<!-- end -->'\n")
+    assert build.benchmark_page() == "# How fast\n\n| a |\n"
