@@ -189,8 +189,7 @@ def block_backward(
         saved: from `block_forward`.
         lora: whose gradient buffer receives.
         lowest_group: the first of this block's groups that needs a gradient, when nothing below the block does: the
-        pass stops
-            there and returns None. -1 when something below needs d_x₀.
+            pass stops there and returns None. -1 when something below needs d_x₀.
     """
     x0, attention, x1, mlp = saved
     if attention is None or x1 is None:

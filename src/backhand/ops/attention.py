@@ -76,7 +76,8 @@ def attention_forward(
 
     Args:
         q: (tokens, heads, head_dim).
-        k, v: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
+        k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
+        v: of k's shape.
         runs: neighbouring documents of equal length, covering all tokens.
         scaling: c, the multiplier of query-key products.
         window: a query sees itself and window - 1 tokens before it; None for all before it.

@@ -116,7 +116,8 @@ def attention_blocks_forward(
 
     Args:
         q: (documents, n, heads, head_dim), documents of equal length.
-        k, v: (documents, n, key/value heads, head_dim).
+        k: (documents, n, key/value heads, head_dim).
+        v: of k's shape.
         scaling: c.
         window: as in `attention_forward`.
         out: the shape of q, to receive O; a view is fine; or None.

@@ -117,7 +117,10 @@ def linear_cross_entropy_backward(
     """ℓ of every row and the gradients of multiplier · Σ ℓ, forward and backward in one pass over the chunks.
 
     Args:
-        x, weight, targets, head: as in the forward.
+        x: as in the forward, like weight, targets and head.
+        weight: (vocab, hidden).
+        targets: (rows,).
+        head: the head's adapter, if it has one.
         multiplier: w, e.g. 1 / supervised tokens of the whole step.
 
     Returns:
