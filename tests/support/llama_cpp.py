@@ -75,6 +75,13 @@ class LlamaCpp:
             raise AssertionError(f"llama.cpp gave {len(found)} of {vocab_size} log-probabilities")
         return torch.tensor([found[index] for index in range(vocab_size)], dtype=torch.float64)
 
+    def answer(self, ids: Sequence[int], *, max_new_tokens: int) -> list[tuple[int, float]]:
+        """The greedy answer to a prompt: each token with its log-probability, the one that ends it left out."""
+        body = {"prompt": list(ids), "n_predict": max_new_tokens, "n_probs": 1, "temperature": 0.0}
+        answer = self._post("/completion", body | {"cache_prompt": False, "return_tokens": True})
+        steps = answer["completion_probabilities"][: len(answer["tokens"])]
+        return [(step["id"], step["logprob"]) for step in steps]
+
     def _post(self, route: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             self._server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}

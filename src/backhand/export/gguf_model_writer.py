@@ -8,6 +8,7 @@ the type's blocks is float16, as llama.cpp's converter has it.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,14 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
     if architecture is None:
         raise ArtifactError(f"there are no GGUF files of {source.config.get('model_type')} models that we know")
     planned = _plan(weights, architecture, TYPES.get(dtype))
-    writer = gguf.GGUFWriter(path, architecture)
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        _write(writer, weights, planned, description)
+    wanted = TYPES.get(dtype, StorageType.F16)
+    return [one.name for one in planned if one.storage == StorageType.F16 != wanted]
+
+
+def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> None:
+    source = weights.source
     if isinstance(source, GGUFModel):
         _copy_metadata(writer, source.metadata)
     else:
@@ -120,9 +128,6 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
         writer.write_tensor_data(tensor)
     for one in planned:
         writer.write_tensor_data(_stored(weights, one))
-    writer.close()
-    wanted = TYPES.get(dtype, StorageType.F16)
-    return [one.name for one in planned if one.storage == StorageType.F16 != wanted]
 
 
 def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None) -> list[_Planned]:

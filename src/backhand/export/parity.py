@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,9 @@ def _module_error(wanted: ModuleFactors, found: ModuleFactors) -> float:
         return float("inf")
     ours, theirs = _scaled(wanted), _scaled(found)
     distance, size = float((ours - theirs).norm()), float(ours.norm())
-    return 0.0 if distance == 0 else distance / size if size > 0 else float("inf")
+    if distance == 0:
+        return 0.0
+    return distance / size if size > 0 and math.isfinite(distance) else float("inf")
 
 
 def _scaled(one: ModuleFactors) -> Tensor:
