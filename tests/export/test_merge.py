@@ -25,9 +25,9 @@ from backhand.export.options import ExportOptions, MergedType, MergeOptions
 from backhand.export.proving import Prover, run_of
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
-from support.tiny_adapters import SCALINGS, save_tiny_adapter
+from support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_documents, tiny_model
+from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 
 
 def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Path:
@@ -51,7 +51,7 @@ def test_transformers_computes_from_the_merged_directory_what_peft_does(
     base: str, scaling: str, tiny: Any, tmp_path: Path
 ) -> None:
     output = merge(getattr(tiny, base), tiny.adapters[scaling], tmp_path / "merged")
-    wanted = full_logits(attach_lora(tiny_model("llama-tied"), **SCALINGS[scaling]), tiny_documents([19])[0])
+    wanted = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS[scaling]), tiny_documents([19])[0])
     assert distance(logits_in_transformers(output), wanted) < 1e-5
     assert distance(full_logits(tiny.model, tiny_documents([19])[0]), wanted) > 0.1
     assert transformers.AutoTokenizer.from_pretrained(output)("the user")["input_ids"]
@@ -62,7 +62,7 @@ def test_so_it_does_for_every_family(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant)
     base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
     output = merge(base, adapter, tmp_path / "merged")
-    wanted = full_logits(attach_lora(model), tiny_documents([19])[0])
+    wanted = full_logits(adapted(model), tiny_documents([19])[0])
     assert distance(logits_in_transformers(output), wanted) < 1e-5
 
 
@@ -74,7 +74,7 @@ def test_a_tied_head_becomes_a_matrix_of_its_own_and_the_embedding_stays(tiny: A
     embedding = tiny.model.state_dict()["model.embed_tokens.weight"]
     assert torch.equal(written.load("model.embed_tokens.weight"), embedding)
     assert not torch.equal(written.load("lm_head.weight"), embedding)
-    wanted = full_logits(attach_lora(tiny_model("llama-tied"), target_modules=["lm_head"]), tiny_documents([19])[0])
+    wanted = full_logits(adapted(tiny_model("llama-tied"), target_modules=["lm_head"]), tiny_documents([19])[0])
     assert distance(logits_in_transformers(output), wanted) < 1e-5
 
 
@@ -113,12 +113,12 @@ def test_one_tensor_at_a_time_is_in_memory(tiny: Any, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_every_type_of_a_gguf_file_is_what_the_file_says(dtype: MergedType, tmp_path: Path) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
     base = write_tiny_gguf(model, tmp_path / "base.gguf")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = merge(base, adapter, tmp_path / "merged.gguf", dtype=dtype, tolerance=1.0)
     kinds = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16}
-    wanted = kinds.get(dtype) or StorageType[dtype.upper()]
+    wanted = kinds[dtype] if dtype in kinds else StorageType[dtype.upper()]
     for name, tensor in GGUFFile(output).tensors.items():
         assert tensor.type_id == (StorageType.F32 if len(tensor.shape) == 1 else wanted), name
     merged = open_model(output).load("model.layers.0.mlp.up_proj.weight").float()
@@ -131,7 +131,7 @@ def test_every_type_of_a_gguf_file_is_what_the_file_says(dtype: MergedType, tmp_
 
 
 def test_of_a_quantized_base_what_the_adapter_leaves_alone_keeps_its_bytes(tmp_path: Path) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
     base = write_tiny_gguf(model, tmp_path / "base.gguf", storage=StorageType.Q4_1)
     adapter = save_tiny_adapter(model, tmp_path / "adapter", target_modules=["v_proj"])
     output = merge(base, adapter, tmp_path / "merged.gguf")
@@ -150,7 +150,7 @@ def test_of_a_quantized_base_what_the_adapter_leaves_alone_keeps_its_bytes(tmp_p
 def test_a_quantized_base_is_named_and_its_directory_is_float32(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
     base = write_tiny_gguf(model, tmp_path / "base.gguf", storage=StorageType.Q8_0)
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     words = ["merge", "--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
@@ -297,7 +297,7 @@ def test_export_with_merge_is_the_same_merge(to: Any, tiny: Any, tmp_path: Path)
         adapter=tiny.adapters["plain"], to=to, output=tmp_path / name, model=str(tiny.gguf), merge=True, quiet=True
     )
     output = export_command(options)
-    wanted = full_logits(attach_lora(tiny_model("llama-tied"), **SCALINGS["plain"]), tiny_documents([19])[0])
+    wanted = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS["plain"]), tiny_documents([19])[0])
     file = output / "model.gguf" if to == "ollama" else output
     if to == "ollama":
         assert (output / "Modelfile").read_text() == "FROM ./model.gguf\n"

@@ -25,9 +25,16 @@ SCALINGS: dict[str, dict[str, Any]] = {
 """By name: what `attach_lora` takes."""
 
 
-def save_tiny_adapter(model: Any, directory: Path, **lora: Any) -> Path:
-    """PEFT's files of a random adapter on a copy of the model, which stays as it is."""
+def adapted(model: Any, **lora: Any) -> Any:
+    """PEFT around a copy of the model, which stays as it is, with a random adapter."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PEFT: the base has no name on the hub
-        attach_lora(copy.deepcopy(model), **lora).save_pretrained(str(directory))
+        warnings.simplefilter("ignore", UserWarning)  # PEFT: a tied head is adapted, the base has no name on the hub
+        return attach_lora(copy.deepcopy(model), **lora)
+
+
+def save_tiny_adapter(model: Any, directory: Path, **lora: Any) -> Path:
+    """PEFT's own files of what `adapted` makes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        adapted(model, **lora).save_pretrained(str(directory))
     return directory

@@ -7,7 +7,9 @@ modules) is folded: lora_B · scaling · rank / alpha. Folded files state a whol
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -60,7 +62,17 @@ def write_gguf_adapter(
         tensors[f"{stored}.lora_b"] = (ours.stored(lora_B) if not ours.offset else lora_B).contiguous().numpy()
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
         raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])
-    writer = gguf.GGUFWriter(path, architecture)
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        _write(writer, tensors, alpha, record, name)
+
+
+def _write(
+    writer: gguf.GGUFWriter,
+    tensors: dict[str, np.ndarray[Any, Any]],
+    alpha: float,
+    record: AdapterRecord | None,
+    name: str | None,
+) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(ALPHA_KEY, alpha)
@@ -75,7 +87,6 @@ def write_gguf_adapter(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
-    writer.close()
 
 
 def file_alpha(factors: Factors) -> float:

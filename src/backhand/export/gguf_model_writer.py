@@ -200,9 +200,9 @@ def _quantized(values: Tensor, storage: StorageType) -> _Bytes:
     rows = values.float().contiguous().numpy()
     if rows.ndim == 1:
         rows = rows[None]
-    pieces = [
-        gguf.quants.quantize(rows[start : start + _BLOCK_ROWS], storage) for start in range(0, len(rows), _BLOCK_ROWS)
-    ]
+    starts = range(0, len(rows), _BLOCK_ROWS)
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and found by `_stored`
+        pieces = [gguf.quants.quantize(rows[start : start + _BLOCK_ROWS], storage) for start in starts]
     return np.concatenate([piece.view(np.uint8).reshape(-1) for piece in pieces])
 
 
