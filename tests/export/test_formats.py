@@ -133,6 +133,31 @@ def test_an_adapted_tied_head_is_refused_by_name_and_merging_offered(to: Format,
     export_command(replace(options, merge=True))
 
 
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"use_dora": True, "target_modules": ["up_proj"]}, ("model.layers.2.mlp.up_proj", "DoRA")),
+        ({"lora_bias": True, "target_modules": ["up_proj"]}, ("model.layers.2.mlp.up_proj", "bias")),
+        ({"target_modules": ["embed_tokens", "up_proj"]}, ("embed_tokens",)),
+        ({"target_modules": ["up_proj"], "modules_to_save": ["norm"]}, ("model.norm.weight",)),
+        ({"target_modules": ["up_proj"], "trainable_token_indices": [3, 5]}, ("token",)),
+    ],
+    ids=["dora", "lora-bias", "embedding", "saved", "tokens"],
+)
+def test_what_else_may_be_trained_is_refused_by_name(
+    lora: dict[str, Any], words: tuple[str, ...], merge: bool, tiny: Any, tmp_path: Path
+) -> None:
+    adapter = save_tiny_adapter(tiny.model, tmp_path / "a", **lora)
+    options = ExportOptions(
+        adapter=adapter, to="gguf", output=tmp_path / "out", model=str(tiny.directory), merge=merge, quiet=True
+    )
+    with pytest.raises(ArtifactError) as caught:
+        export_command(options)
+    assert all(word in str(caught.value) for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def save_unet_adapter(directory: Path, **changes: Any) -> Path:
     """PEFT's files of a U-Net's adapter: an attention, a convolution, a text encoder's projection."""
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,34 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
     """
     if not reasons:
         return
+    raise ArtifactError(
+        f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
+        where=f"to {target}",
+        why=_by_reason(reasons),
+        next_step="give --merge: a merged model holds any update" if merge else "export to another format",
+    )
+
+
+def refuse_kinds(reasons: Mapping[str, str], where: str) -> None:
+    """Do nothing if there is no reason.
+
+    Args:
+        reasons: by module or tensor, why neither export nor merge knows what was trained there.
+        where: the adapter.
+
+    Raises:
+        ArtifactError: names them all.
+    """
+    if reasons:
+        raise ArtifactError(
+            "only lora_A and lora_B of linear modules can be exported and merged here",
+            where=where,
+            why=_by_reason(reasons),
+            next_step="the adapter is in PEFT's format already; PEFT's merge_and_unload() merges it",
+        )
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for module, reason in reasons.items():
         by_reason.setdefault(reason, []).append(module)
@@ -29,10 +57,4 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
     for reason, modules in by_reason.items():
         more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
         lines.append(f"\n    - {', '.join(modules[:_SHOWN])}{more}: {reason}")
-    count = len(reasons)
-    raise ArtifactError(
-        f"{count} adapted module{'s' if count > 1 else ''} cannot be expressed in this format",
-        where=f"to {target}",
-        why="".join(lines),
-        next_step="give --merge: a merged model holds any adapter" if merge else "export to another format",
-    )
+    return "".join(lines)
