@@ -12,18 +12,21 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
     ∂L/∂S = P ⊙ (∂L/∂P - δ)
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K = c (∂L/∂S)ᵀ Q      (n, head_dim); the latter summed over the group
 
-Two ways to carry this out, run by run (neighbouring documents of equal length):
-- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
-- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for the shortest runs, whose many
+Two ways to carry this out, group by group (neighbouring documents of one length, or short ones of about one length):
+- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ. Documents of about one length
+  become of one length by zeros behind their end: causality hides these from every real query, and since their own ∂L/∂O
+  is zero they add nothing to any gradient;
+- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, whose many
   small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are faster there than the bfloat16
   ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN (`set_float32_matmul_precision`)
-  make these kernels up to three times slower, so then blocks take the short runs too.
+  make these kernels up to three times slower, so then blocks take the short ones too.
 
-Saved: Q, K, V, O, and ℓ (one float32 a token and head) of the runs that the kernels attended.
+Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what the kernels attended.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,8 +42,11 @@ from backhand.ops.attention_blocks import (
 # (start token, number of documents, tokens of each): neighbouring documents of equal length.
 Run = tuple[int, int, int]
 
-# Runs of fewer tokens go to torch's kernels.
+# Groups of fewer tokens go to torch's kernels.
 FEW_TOKENS = 128
+# Documents up to this length may share a group, if at most this share of its tokens is added behind their ends.
+SHARED_UP_TO_TOKENS = 160
+ADDED_SHARE = 0.35
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -48,7 +54,7 @@ _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 class AttentionSaved(NamedTuple):
     """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (≤ tokens · heads,).
 
-    log_sum_exp is float32 or wider, for the runs that the kernels attended, in their order (documents, heads, tokens).
+    log_sum_exp is float32 or wider, for what the kernels attended, in their order (documents, heads, tokens).
     """
 
     q: Tensor
@@ -87,21 +93,25 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kept = sum(count * length for _, count, length in runs if not _blockwise(q, count * length))
+    groups = _groups(runs, q)
+    kept = sum(group.tokens for group in groups if not _blockwise(q, group.tokens))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
-    for run in runs:
-        q_run, k_run, v_run, out = (_documents(x, run) for x in (q, k, v, output))
-        if _blockwise(q, run[1] * run[2]):
-            attention_blocks_forward(q_run, k_run, v_run, scaling, window, out=out)
+    for group in groups:
+        q_group, k_group, v_group = (_together(x, group) for x in (q, k, v))
+        if _blockwise(q, group.tokens):
+            in_place = _together(output, group) if group.places is None else None
+            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, out=in_place)
+            if in_place is None:
+                _apart(attended, group, output)
             continue
-        mask = _window_mask(run[2], window, wide, q.device)
-        o_run, lse_run = _forward_kernel(
-            *_for_kernel(q_run, k_run, v_run), 0.0, mask is None, attn_mask=mask, scale=scaling
+        mask = _window_mask(group.length, window, wide, q.device)
+        attended, lse = _forward_kernel(
+            *_for_kernel(q_group, k_group, v_group), 0.0, mask is None, attn_mask=mask, scale=scaling
         )
-        out.copy_(o_run.transpose(1, 2))
-        log_sum_exp[filled : filled + lse_run.numel()].view(lse_run.shape).copy_(lse_run)
-        filled += lse_run.numel()
+        _apart(attended.transpose(1, 2), group, output)
+        log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
+        filled += lse.numel()
     return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window)
 
 
@@ -119,39 +129,101 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
     filled = 0
-    for run in runs:
-        _, count, length = run
-        q_run, k_run, v_run, o_run, g_run = (_documents(x, run) for x in (q, k, v, output, d_y))
-        d_q, d_k, d_v = (_documents(gradient, run) for gradient in grads)
-        if _blockwise(q, count * length):
-            in_blocks = AttentionBlocksSaved(q_run, k_run, v_run, scaling, window)
-            attention_blocks_backward(g_run, in_blocks, out=AttentionBlocksGrads(d_q, d_k, d_v))
+    for group in _groups(runs, q):
+        q_group, k_group, v_group, g_group = (_together(x, group) for x in (q, k, v, d_y))
+        if _blockwise(q, group.tokens):
+            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window)
+            in_place = None
+            if group.places is None:
+                in_place = AttentionBlocksGrads(*(_together(gradient, group) for gradient in grads))
+            results = attention_blocks_backward(g_group, in_blocks, out=in_place)
+            if in_place is None:
+                for gradient, result in zip(grads, results, strict=True):
+                    _apart(result, group, gradient)
             continue
-        lse_run = log_sum_exp[filled : filled + count * heads * length].view(count, heads, length)
-        filled += lse_run.numel()
-        mask = _window_mask(length, window, lse_run.dtype, q.device)
-        operands = _for_kernel(g_run, q_run, k_run, v_run, o_run)
-        results = _backward_kernel(*operands, lse_run, 0.0, mask is None, attn_mask=mask, scale=scaling)
-        for gradient, result in zip((d_q, d_k, d_v), results, strict=True):
-            gradient.copy_(result.transpose(1, 2))
+        lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
+        filled += lse.numel()
+        mask = _window_mask(group.length, window, lse.dtype, q.device)
+        operands = _for_kernel(g_group, q_group, k_group, v_group, _together(output, group))
+        from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
+        for gradient, result in zip(grads, from_kernel, strict=True):
+            _apart(result.transpose(1, 2), group, gradient)
     return grads
 
 
+class Group(NamedTuple):
+    """Neighbouring documents attended together as (documents, length); what they hold is `tokens` from `start` on.
+
+    places: (tokens,) where each token lies among documents · length places; None where documents fill them all.
+    """
+
+    start: int
+    tokens: int
+    documents: int
+    length: int
+    places: Tensor | None
+
+
+def _groups(runs: tuple[Run, ...], like: Tensor) -> list[Group]:
+    """The runs, with short ones of about one length together where blocks attend them."""
+    joined: list[list[Run]] = []
+    for run in runs:
+        if joined and _may_join(joined[-1], run):
+            joined[-1].append(run)
+        else:
+            joined.append([run])
+    return [
+        _group(part, like.device)
+        for group in joined
+        for part in ([tuple(group)] if _blockwise(like, _tokens(group)) else [(run,) for run in group])
+    ]
+
+
+def _tokens(runs: list[Run]) -> int:
+    return sum(count * length for _, count, length in runs)
+
+
+def _may_join(group: list[Run], run: Run) -> bool:
+    together = [*group, run]
+    longest, documents = max(run[2] for run in together), sum(run[1] for run in together)
+    return longest <= SHARED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(together)
+
+
+@functools.lru_cache(maxsize=64)
+def _group(runs: tuple[Run, ...], device: torch.device) -> Group:
+    """One group; every layer asks for the same ones."""
+    start, documents, length = runs[0][0], sum(count for _, count, _ in runs), max(length for _, _, length in runs)
+    if len(runs) == 1:
+        return Group(start, documents * length, documents, length, None)
+    lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
+    inside = torch.arange(length, device=device) < lengths[:, None]
+    places = inside.flatten().nonzero().squeeze(1)
+    return Group(start, places.numel(), documents, length, places)
+
+
 def _blockwise(q: Tensor, tokens: int) -> bool:
-    """Whether a run of so many tokens is attended by blocks of queries (see the module docstring)."""
-    if q.device.type != "cpu":
-        return True
-    if q.dtype == torch.float64:
-        return False
+    """Whether a group of so many tokens is attended by blocks of queries (see the module docstring)."""
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return tokens >= FEW_TOKENS or kernels_are_slow
+    return tokens >= FEW_TOKENS or kernels_are_slow or q.device.type != "cpu"
 
 
-def _documents(x: Tensor, run: Run) -> Tensor:
-    """The run's part of x, (documents, length, heads, head_dim), a view."""
-    start, count, length = run
-    documents: Tensor = x[start : start + count * length].unflatten(0, (count, length))
+def _together(x: Tensor, group: Group) -> Tensor:
+    """The group's part of x, (documents, length, heads, head_dim): a view, or a copy with zeros behind the ends."""
+    part = x[group.start : group.start + group.tokens]
+    if group.places is not None:
+        filled = part.new_zeros(group.documents * group.length, *part.shape[1:])
+        part = filled.index_copy_(0, group.places, part)
+    documents: Tensor = part.unflatten(0, (group.documents, group.length))
     return documents
+
+
+def _apart(x: Tensor, group: Group, out: Tensor) -> None:
+    """Write (documents, length, heads, head_dim) into the group's part of `out`, without what lies behind the ends."""
+    part = out[group.start : group.start + group.tokens]
+    if group.places is None:
+        part.unflatten(0, (group.documents, group.length)).copy_(x)
+    else:
+        part.copy_(x.flatten(0, 1)[group.places])
 
 
 def _for_kernel(*documents: Tensor) -> list[Tensor]:

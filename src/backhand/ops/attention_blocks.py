@@ -152,22 +152,31 @@ def attention_blocks_backward(
     if out is None:
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    d_keys, d_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-    for block in _blocks(q.shape[1], window, q.shape[2] // kv_heads, q):
+    blocks = list(_blocks(q.shape[1], window, q.shape[2] // kv_heads, q))
+    d_keys, d_values = _zero_sums(keys, len(blocks)), _zero_sums(values, len(blocks))
+    for block in blocks:
         part, seen = slice(block.start, block.stop), slice(block.first, block.stop)
         queries, d_out = _rows(q[:, part], kv_heads), _rows(d_y[:, part], kv_heads)
         p = _probabilities(queries, keys[:, seen], scaling, block)
-        d_values[:, seen] += p.mT @ d_out
         # P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)) in one pass over memory.
         d_s = torch._softmax_backward_data(d_out @ values[:, seen].mT, p, -1, p.dtype)
-        d_keys[:, seen] += _scaled(d_s.mT, queries, scaling)
+        if len(blocks) == 1:
+            d_values, d_keys = p.mT @ d_out, _scaled(d_s.mT, queries, scaling)
+        else:
+            d_values[:, seen] += p.mT @ d_out
+            d_keys[:, seen] += _scaled(d_s.mT, queries, scaling)
         target = _by_group(out.d_q[:, part], kv_heads)
         target.copy_(_scaled(d_s, keys[:, seen], scaling).view(target.shape))
     for gradient, summed in ((out.d_k, d_keys), (out.d_v, d_values)):
         target = _by_group(gradient, kv_heads)
         target.copy_(summed.view(target.shape))
     return out
+
+
+def _zero_sums(like: Tensor, blocks: int) -> Tensor:
+    """Where the blocks' shares of ∂L/∂K or ∂L/∂V add up, float32 or wider; a lone block's share is the whole."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(like, dtype=wide) if blocks != 1 else like
 
 
 def attention_blocks_reference(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None = None) -> Tensor:

@@ -85,6 +85,8 @@ CASES = (
     _case("no tokens", ()),
     _case("empty documents between", (3, 0, 2)),
     _case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
+    _case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
+    _case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
     _case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
 )
 
