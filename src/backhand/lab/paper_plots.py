@@ -42,6 +42,7 @@ def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -
             )
             axes.set_title(f"{kind}\n{'random' if control else factor}", fontsize="small")
             axes.tick_params(labelsize="x-small")
+            axes.locator_params(integer=True, nbins=5)
     figure.supxlabel(f"j: leading directions of {second}", fontsize="medium")
     figure.supylabel(f"i: leading directions of {first}", fontsize="medium")
     if image is not None:
@@ -181,7 +182,9 @@ def draw_sweep(result: SweepResult) -> bytes:
     ranks.set_ylabel("held-out loss (nats per token)")
     ranks.set_title("How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), fontsize="medium")
     ranks.grid(visible=True, linewidth=0.3)
-    ranks.legend(fontsize="small", title="target modules", title_fontsize="small")
+    low, high = ranks.get_ylim()
+    ranks.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the lines
+    ranks.legend(fontsize="small", title="target modules", title_fontsize="small", loc="upper center", ncols=2)
     at_budget = [row for row in result.rows if row.point.budget]
     places = np.arange(len(at_budget))
     budget.barh(places, [row.eval_loss for row in at_budget], color="#c8c8c8", edgecolor="black")
