@@ -10,12 +10,16 @@ import pytest
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
+from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn import adapted_group
 from backhand.nn import block as block_module
 from backhand.nn import decoder as decoder_module
+from backhand.nn.merging import merge_into
+from backhand.verify import invariances
 from backhand.verify.command import verify, verify_command
-from backhand.verify.model_setup import choose_documents
+from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_model
 
@@ -175,6 +179,28 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     with pytest.raises(CheckError):
         verify_command(options(models("llama"), rows))
     assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_forgets_the_scaling_is_found(dtype, models, rows, monkeypatch):
+    def wrong(decoder, lora):
+        for name, slot in lora.slots.items():
+            lora.lora_B(name).div_(slot.scaling)
+        merge_into(decoder, lora)
+
+    monkeypatch.setattr(invariances, "merge_into", wrong)
+    assert _failed(verify(options(models("llama"), rows, dtype=dtype))) == {"merged = unmerged, logits"}
+
+
+def test_the_logits_error_is_measured_against_float64(models, rows):
+    """A few units of rounding, in each dtype its own."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        setup = load_setup(options(models("llama"), dtype=dtype).model, options(models("llama"), rows).data, None, 64)
+        batch = pack(setup.examples, device=setup.decoder.device)
+        found[dtype] = GradientProofs(setup.decoder, batch, None).logits_rounding()
+    assert 1e-8 < found["float32"] < 1e-5
+    assert 1e-3 < found["bfloat16"] < 5e-2
 
 
 def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):

@@ -140,7 +140,8 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
         say(f"{options.model.model}: a training step")
         report.model.append(gradients.training_step())
         say(f"{options.model.model}: invariances")
-        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
+        rounding = gradients.logits_rounding()
+        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound, rounding))
     return report
 
 

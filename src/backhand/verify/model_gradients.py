@@ -96,7 +96,7 @@ class GradientProofs:
     def by_block(self) -> Iterator[ModelProof]:
         """float64: the loss, then one proof for each kind of module over all layers, and for what blocks pass down."""
         self.exact.gradients.zero_()
-        inputs = self._forward()
+        inputs = self._forward(self.dropout_seed)
         d_x, loss_error = self._prove_head(inputs.pop())
         yield ModelProof("loss = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(range(len(self.decoder.config.layers))):
@@ -132,12 +132,24 @@ class GradientProofs:
         return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
 
     @torch.no_grad()
-    def _forward(self) -> list[Tensor]:
+    def logits_rounding(self) -> float:
+        """How far the engine's logits in the compute dtype are from float64's, relative norm, without dropout."""
+        config, weights = self.decoder.config, self.decoder.weights
+        x = self._forward(None)[-1]
+        normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+        logits = normed @ weights.head.double().T
+        if HEAD in self.exact:
+            h = normed @ self.exact.lora_A(HEAD).T
+            logits.addmm_(h, self.exact.lora_B(HEAD).T, alpha=self.exact.slots[HEAD].scaling)
+        return relative_error(self.decoder.logits(self.batch.input_ids, self.batch.document_lengths), logits)
+
+    @torch.no_grad()
+    def _forward(self, dropout_seed: int | None) -> list[Tensor]:
         """x₀ of every block and the last block's output, float64."""
         # Whatever embedding does in the compute dtype is part of the function.
         inputs = [self.decoder.embed(self.batch.input_ids).double()]
         for layer in range(len(self.decoder.config.layers)):
-            adapter = block_adapter(self.exact, layer, self.dropout_seed)
+            adapter = block_adapter(self.exact, layer, dropout_seed)
             x, _ = block_forward(inputs[-1], self._block_weights(layer), adapter, self._context(layer), "block")
             inputs.append(x)
         return inputs
