@@ -144,6 +144,20 @@ def test_another_base_is_refused(tiny: TinyRun, adapters: tuple[Path, Path], tmp
     assert paper_command(forced).amplification is not None
 
 
+def test_more_than_factors_is_refused_where_it_would_count(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A magnitude (DoRA) is no part of lora_B lora_A: what it does to the weight would be left out."""
+    for name in ("one", "other"):
+        train(tiny.config(tmp_path / name, target_modules=("q_proj",), max_steps=1, use_dora=True))
+    both = tmp_path / "one" / "adapter", tmp_path / "other" / "adapter"
+    for analysis in ("amplification", "merging", "memory"):
+        with pytest.raises(ArtifactError, match="DoRA"):
+            paper_command(options(tiny, *both, analyses=(analysis,)))
+    paper_command(options(tiny, *both, analyses=("similarity",)))
+    assert "q_proj lora_A" in capsys.readouterr().out
+
+
 def test_a_claim_that_fails_is_a_failed_check(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backhand.lab.paper.LARGEST_STANDARD_ERRORS", 0.0)
     with pytest.raises(CheckError, match="depends on the rank"):

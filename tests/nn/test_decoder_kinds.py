@@ -1,4 +1,4 @@
-"""What the engine trains besides plain LoRA, against transformers + PEFT on tiny random models: logits and gradients."""
+"""What the engine trains besides plain LoRA, against transformers + PEFT on tiny models: logits and gradients."""
 
 from __future__ import annotations
 

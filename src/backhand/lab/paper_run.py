@@ -10,6 +10,7 @@ import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
+from backhand.arithmetic.compatible import refuse_more_than_factors
 from backhand.errors import ArtifactError, UsageError
 from backhand.lab.paper_adam_path import PathComparison, compare_paths
 from backhand.lab.paper_amplification import Amplification, amplification
@@ -64,7 +65,7 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
 
     Raises:
         UsageError: an option out of range, or adapters with no module in common.
-        ArtifactError: model or adapter cannot be read, or do not belong together.
+        ArtifactError: model or adapter cannot be read, do not belong together, or the adapter trains more than factors.
         BackhandError: whatever the training runs of a sweep raise.
     """
     options.validate()
@@ -78,6 +79,7 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     source = open_model(options.model.model)
     if set(chosen) & {"amplification", "merging", "memory"}:
         for adapter in result.adapters:
+            refuse_more_than_factors(adapter)
             result.notes += check_source(
                 adapter.record, str(adapter.directory), source, adapter.modules, force_base=options.model.force_base
             )
