@@ -14,7 +14,7 @@ from backhand.verify.case import Draw
 from backhand.verify.families import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 
-PROOFS = [proof for name in ("block", "decoder") for proof in load_proofs(name)]
+PROOFS = [proof for name in ("block", "decoder", "decoder_kinds") for proof in load_proofs(name)]
 CASES = [pytest.param(proof, case, id=f"{proof.op}-{case.name}") for proof in PROOFS for case in proof.cases]
 
 

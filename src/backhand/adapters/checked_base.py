@@ -28,6 +28,7 @@ def load_adapter_for(
     *,
     chat_template: str | None = None,
     force_base: bool = False,
+    allow_pickle: bool = False,
 ) -> LoadedAdapter:
     """Read an adapter of linear modules, check it completely, and hold the model at hand against its record.
 
@@ -37,12 +38,13 @@ def load_adapter_for(
         module_shapes: (out, in) of every linear module of the model, by dotted path.
         chat_template: the template in use; None where there is none, or it does not matter.
         force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem of the files.
         ArtifactError: the adapter was trained with another base model, tokenizer or chat template.
     """
-    loaded = match_linear_adapter(read_adapter(directory, source), module_shapes)
+    loaded = match_linear_adapter(read_adapter(directory, source, allow_pickle=allow_pickle), module_shapes)
     forced = check_source(
         loaded.record,
         str(loaded.directory),
@@ -55,15 +57,20 @@ def load_adapter_for(
     return replace(loaded, forced=forced)
 
 
-def read_adapter(path: Path | str, source: ModelSource) -> AdapterContents:
+def read_adapter(path: Path | str, source: ModelSource, *, allow_pickle: bool = False) -> AdapterContents:
     """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
+
+    Args:
+        path: of the adapter.
+        source: the base model.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         ArtifactError: there is no adapter, or its configuration cannot be read.
     """
     if is_gguf_file(path):
         return read_gguf_adapter(path, source.config)
-    return read_adapter_directory(path)
+    return read_adapter_directory(path, allow_pickle=allow_pickle)
 
 
 def check_source(

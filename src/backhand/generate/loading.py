@@ -87,7 +87,12 @@ def _by_engine(
     notes: tuple[str, ...] = ()
     if adapter is not None:
         loaded = load_adapter_for(
-            source, adapter, decoder.module_shapes(), chat_template=template, force_base=options.force_base
+            source,
+            adapter,
+            decoder.module_shapes(),
+            chat_template=template,
+            force_base=options.force_base,
+            allow_pickle=options.allow_pickle,
         )
         decoder.attach(loaded.parameters(device=device))
         notes = loaded.notes
@@ -109,7 +114,7 @@ def _by_transformers(
     model = load_transformers_model(source, dtype=dtype, device=device)
     if adapter is None:
         return TransformersCompleter(model), ()
-    contents = read_adapter(adapter, source)
+    contents = read_adapter(adapter, source, allow_pickle=options.allow_pickle)
     injected = inject_contents(model, contents)
     forced = check_source(
         contents.record,

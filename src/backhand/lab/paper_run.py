@@ -131,6 +131,9 @@ def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
         base, merged = (Decoder.from_source(source, dtype=dtype, device=device) for _ in range(2))
         path = options.run.adapter[0]
         loaded = load_adapter_for(source, path, base.module_shapes(), force_base=options.model.force_base)
+        if loaded.beside:
+            name, what = next(iter(loaded.beside.items()))
+            raise ArtifactError(f"the analysis is of plain LoRA; of {name}: {what}", where=str(path))
         return measure_merging(base, merged, loaded.parameters(device=device), seed=options.run.seed)
 
 

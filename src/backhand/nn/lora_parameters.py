@@ -109,6 +109,11 @@ class LoRAParameters:
         trained: tensors trained as they are.
         device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
+
+    Attributes:
+        slots, trained: as given, by name.
+        plain: whether there is nothing but lora_A and lora_B of linear modules.
+        values, gradients: the buffers.
     """
 
     def __init__(
@@ -125,6 +130,9 @@ class LoRAParameters:
                 raise ValueError(f"two slots are named {slot.name}")
             self.slots[slot.name] = slot
         self.trained = {tensor.name: tensor for tensor in trained}
+        self.plain = not self.trained and not any(
+            slot.use_dora or slot.lora_bias or slot.embedding for slot in self.slots.values()
+        )
         self._places: dict[str, tuple[int, int, Shape]] = {}
         offset = 0
         for name, shape in chain(
@@ -150,13 +158,6 @@ class LoRAParameters:
     def element_count(self) -> int:
         """Trained elements in all."""
         return self.values.numel()
-
-    @property
-    def plain(self) -> bool:
-        """Whether there is nothing but lora_A and lora_B of linear modules."""
-        return not self.trained and not any(
-            slot.use_dora or slot.lora_bias or slot.embedding for slot in self.slots.values()
-        )
 
     def initialise(self, generator: torch.Generator) -> None:
         """Fill the factors as PEFT does, so that they change nothing yet; everything else is zero until `start_at`.

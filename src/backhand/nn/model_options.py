@@ -41,6 +41,9 @@ class BaseModelOptions:
     force_base: bool = False
     """Use an adapter on a base model other than the one it was trained on."""
 
+    allow_pickle: bool = False
+    """Also read an adapter that is a pickle, adapter_model.bin, with torch's restricted unpickler."""
+
     def check_base_model(self) -> None:
         """Raise UsageError naming field, value and range for the first field that is out of range."""
         if not self.model:

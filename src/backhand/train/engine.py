@@ -88,7 +88,7 @@ class BoundModel:
         lora: LoRAParameters,
         config: LoRAConfig,
         files: AdapterFiles,
-        fill: Callable[[str], None],
+        fill: Callable[[str, bool], None],
         start_beside: Callable[[], None],
         notes: Sequence[str] = (),
     ) -> None:
@@ -110,13 +110,17 @@ class BoundModel:
         self._start_beside()
         self.lora.refresh_compute(self.model.dtype)
 
-    def fill(self, directory: str) -> None:
+    def fill(self, directory: str, allow_pickle: bool = False) -> None:
         """Copy the values of an adapter of the same modules and ranks.
+
+        Args:
+            directory: of the adapter.
+            allow_pickle: whether it may be a pickle.
 
         Raises:
             UnusableAdapterError: an ArtifactError that lists every problem.
         """
-        self._fill(directory)
+        self._fill(directory, allow_pickle)
         self.lora.refresh_compute(self.model.dtype)
 
 
@@ -155,8 +159,8 @@ def load_bound_model(
         def files(record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
             return adapter_files(config, lora, base_model=base_model, record=record, card=card, module_names=names)
 
-        def fill(directory: str) -> None:
-            factors = load_adapter(directory, decoder.module_shapes()).factors
+        def fill(directory: str, allow_pickle: bool) -> None:
+            factors = load_adapter(directory, decoder.module_shapes(), allow_pickle=allow_pickle).factors
             for name, view in lora.named_tensors():
                 view.copy_(factors[name])
 
@@ -176,8 +180,8 @@ def load_bound_model(
     def injected_files(record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         return injected.files(base_model=base_model, record=record, card=card)
 
-    def fill_injected(directory: str) -> None:
-        injected.load(directory)
+    def fill_injected(directory: str, allow_pickle: bool) -> None:
+        injected.load(directory, allow_pickle=allow_pickle)
 
     return BoundModel(model, lora, config, injected_files, fill_injected, injected.reset_beside, injected.notes)
 

@@ -27,6 +27,7 @@ FREE_OPTIONS = frozenset(
         "model.memory",
         "model.tune_allocator",
         "model.force_base",
+        "model.allow_pickle",
         "data.data",
         "data.eval_data",
         "run.output",

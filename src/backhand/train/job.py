@@ -124,7 +124,8 @@ def _adapter_config(config: TrainConfig) -> LoRAConfig:
     """The adapter as asked for, or as the one it starts from has it; dropout is this run's own."""
     if config.run.from_adapter is None:
         return config.adapter
-    described = read_adapter_directory(config.run.from_adapter).described.config
+    allow_pickle = config.model.allow_pickle
+    described = read_adapter_directory(config.run.from_adapter, allow_pickle=allow_pickle).described.config
     return replace(described, dropout=config.adapter.dropout)
 
 
@@ -138,8 +139,10 @@ def _check_start(
     template = read_template(config.data.chat_template, source.tokenizer())
     if choice.decoder is not None:
         shapes = module_shapes(choice.decoder)
-        return load_adapter_for(source, directory, shapes, chat_template=template, force_base=force).notes
-    record = read_adapter_directory(directory).record
+        return load_adapter_for(
+            source, directory, shapes, chat_template=template, force_base=force, allow_pickle=config.model.allow_pickle
+        ).notes
+    record = read_adapter_directory(directory, allow_pickle=config.model.allow_pickle).record
     return check_source(record, directory, source, modules, chat_template=template, force_base=force)
 
 
@@ -225,4 +228,4 @@ def _set_values(config: TrainConfig, bound: BoundModel) -> None:
     if config.run.from_adapter is None:
         bound.initialise(torch.Generator().manual_seed(derived_seed(config.run.seed, "adapter")))
     else:
-        bound.fill(config.run.from_adapter)
+        bound.fill(config.run.from_adapter, config.model.allow_pickle)

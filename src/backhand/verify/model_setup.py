@@ -68,12 +68,17 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     else:
         template = read_template(data.chat_template, source.tokenizer())
         loaded = load_adapter_for(
-            source, adapter, decoder.module_shapes(), chat_template=template, force_base=model.force_base
+            source,
+            adapter,
+            decoder.module_shapes(),
+            chat_template=template,
+            force_base=model.force_base,
+            allow_pickle=model.allow_pickle,
         )
         if loaded.beside:
+            name, what = next(iter(loaded.beside.items()))
             raise UsageError(
-                f"--model proves plain LoRA, and this adapter trains more: {next(iter(loaded.beside.items()))[0]}: "
-                f"{next(iter(loaded.beside.values()))}",
+                f"--model proves plain LoRA, and this adapter trains more: {name}: {what}",
                 where="adapter",
                 next_step="backhand verify without --model proves these gradients op by op, and in whole decoders",
             )

@@ -12,16 +12,16 @@ weights' dtype. Its error there is the yardstick for the engine's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.block_adapter import GROUPS, group_seed
+from backhand.nn.block_adapter import EMBEDDING, GROUPS, group_seed
 from backhand.nn.family import DecoderConfig
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.nn.rotary_frequencies import inverse_frequencies
 from backhand.ops.dropout import dropout_multiplier
 
@@ -35,13 +35,47 @@ class ReferenceAdapter:
 
     Attributes:
         slots: the adapted modules by name.
-        factors: `<module>.lora_A` and `<module>.lora_B`, the tensors that autograd differentiates for.
+        factors: everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for.
         dropout_seed: of the step, or None for no dropout.
+        trained: the tensors trained as they are, by name.
     """
 
     slots: Mapping[str, LoRASlot]
     factors: Tensors
     dropout_seed: int | None = None
+    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)
+
+    def weights(self, base: Tensors, tied: bool) -> Tensors:
+        """The base's tensors with those trained as they are in their places; a head that is tied no longer by name."""
+        found = dict(base)
+        if tied:
+            found[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
+        for name, tensor in self.trained.items():
+            value = self.factors[name]
+            if tensor.token_ids is None:
+                found[name] = value
+                continue
+            token_ids = torch.tensor(tensor.token_ids, device=value.device)
+            found[tensor.base_name] = base[tensor.base_name].index_copy(0, token_ids, value)
+            if tied:
+                found[f"{HEAD}.weight"] = found[tensor.base_name]
+        return found
+
+    def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of the table, (tokens, hidden), with the low-rank update and DoRA's magnitude where there are any."""
+        slot = self.slots.get(EMBEDDING)
+        if slot is None:
+            return table[ids]
+        lora_A, lora_B = self.factors[f"{EMBEDDING}.lora_A"], self.factors[f"{EMBEDDING}.lora_B"]
+        rows = table[ids] + slot.scaling * (lora_A.T[ids] @ lora_B.T)
+        return rows * self._gain(slot, table.T, lora_A, lora_B) if slot.use_dora else rows
+
+    def _gain(self, slot: LoRASlot, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """DoRA's m / c, (out,), with c held constant."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        adapted = weight.to(wide) + slot.scaling * (lora_B.to(wide) @ lora_A.to(wide))
+        norm = adapted.detach().square().sum(1).sqrt()
+        return (self.factors[f"{slot.name}.lora_magnitude"] / norm).to(weight.dtype)
 
     def linear(self, x: Tensor, name: str, weights: Tensors) -> Tensor:
         """The module `name` of a block on x (tokens, in): frozen weight, bias and low-rank update."""
@@ -67,6 +101,16 @@ class ReferenceAdapter:
         if slot is None:
             return functional.linear(x, weight, bias)
         lora_A, lora_B = self.factors[f"{name}.lora_A"], self.factors[f"{name}.lora_B"]
+        if slot.use_dora:
+            gain = self._gain(slot, weight, lora_A, lora_B)
+            dropped = x if mask is None else x * mask
+            low_rank = slot.scaling * functional.linear(functional.linear(dropped, lora_A), lora_B)
+            # As PEFT writes it: what dropout takes out of x still passes through the frozen weight.
+            frozen = functional.linear(x, weight, bias)
+            return frozen + (gain - 1) * functional.linear(dropped, weight) + gain * low_rank
+        if slot.lora_bias:
+            offset = slot.scaling * self.factors[f"{name}.lora_bias"]
+            bias = offset if bias is None else bias + offset
         if mask is None and x.dtype == torch.float64:
             return functional.linear(x, weight + slot.scaling * (lora_B @ lora_A), bias)
         # In low precision the sum W + s B A would be rounded to W's grid, which is not how adapters are trained.
@@ -88,23 +132,24 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
         batch: the packed documents.
         adapter: its factors in the dtype of the weights.
     """
-    x = reference_embedding(weights, config, batch.input_ids)
+    weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
+    x = reference_embedding(weights, config, batch.input_ids, adapter)
     for layer in range(len(config.layers)):
         x = reference_block(x, layer, weights, config, batch.document_lengths, adapter)
     return reference_head(x, weights, config, batch.labels, adapter)
 
 
-def reference_embedding(weights: Tensors, config: DecoderConfig, input_ids: Tensor) -> Tensor:
+def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:
     """(tokens, hidden)."""
-    table = weights["model.embed_tokens.weight"]
-    return table[input_ids] * torch.tensor(config.embedding_scaling, dtype=table.dtype, device=table.device)
+    rows = adapter.embedding(ids, weights[f"{EMBEDDING}.weight"])
+    return rows * torch.tensor(config.embedding_scaling, dtype=rows.dtype, device=rows.device)
 
 
 def reference_head(
     x: Tensor, weights: Tensors, config: DecoderConfig, labels: Tensor, adapter: ReferenceAdapter
 ) -> Tensor:
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
-    name = "model.embed_tokens.weight" if config.tied_head else "lm_head.weight"
+    name = f"{HEAD}.weight" if f"{HEAD}.weight" in weights else f"{EMBEDDING}.weight"
     normed = _norm(x, weights["model.norm.weight"], config)
     logits = adapter.head(normed, {"lm_head.weight": weights[name]}, labels, len(config.layers))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

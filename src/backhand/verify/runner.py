@@ -22,7 +22,7 @@ from backhand.verify.differentiate import autograd_gradients, difference_error
 from backhand.verify.measure import norm, relative_error, worst_row
 
 # Beside the ops: what is built of them.
-COMPOSITES = {"block": "block", "decoder": "decoder"}
+COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
 PROOF_FILES = {**OPS, **COMPOSITES}
 
 FLOAT64_BOUND = 1e-12
