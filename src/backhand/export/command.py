@@ -70,7 +70,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     path.mkdir()
     if options.to == "ollama":
         _write_gguf(opened, path / ADAPTER_FILE)
-        write_modelfile(path, opened.base_name, adapter=ADAPTER_FILE)
+        write_modelfile(path, str(opened.source.path.resolve()), adapter=ADAPTER_FILE)
         return _read(opened, path / ADAPTER_FILE)
     tied = opened.config.tied_head
     if options.to == "mlx":
