@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backhand.adapters.adapter_directory import UnusableAdapterError
-from backhand.adapters.adapter_record import AdapterRecord, base_differences, wrong_base
+from backhand.adapters.adapter_record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_files import load_adapter, save_adapter
 from backhand.adapters.targets import resolve_slots
@@ -329,6 +329,12 @@ def test_a_damaged_record_is_refused(saved: Path, shapes: dict[str, tuple[int, i
     for broken in ({**raw, "files": 3}, {k: v for k, v in raw.items() if k != "files"}, {**raw, "format_version": 99}):
         path.write_text(json.dumps(broken))
         assert any("backhand.json" in problem for problem in problems_of(saved, shapes))
+
+
+def test_a_record_without_options_is_one_of_the_first() -> None:
+    raw = json.loads(record_bytes(AdapterRecord(origin="here")))
+    del raw["config"]
+    assert read_record(raw, "backhand.json") == AdapterRecord(origin="here")
 
 
 def test_the_record_knows_its_base() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import backhand
+from backhand.adapters.adapter_directory import read_adapter_directory
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.train.config_file import load_config
 from backhand.train.forgetting import Forgetting, ForgettingMeter
+from backhand.train.identity import settings_digest
 from backhand.train.observer import Observer
 from backhand.train.run import train
 from support.no_autograd import autograd_raises
@@ -82,6 +84,15 @@ def test_early_stopping(tiny: TinyRun, tmp_path: Path) -> None:
     assert summary.best_step is not None
     assert summary.steps == summary.best_step + 2
     assert summary.stopped_because == "no better held-out loss in 2 evaluations"
+
+
+def test_the_adapter_tells_which_options_made_it(tiny: TinyRun, tmp_path: Path) -> None:
+    train(tiny.config(tmp_path / "run", max_steps=1, learning_rate=2e-4))
+    record = read_adapter_directory(tmp_path / "run" / "adapter").record
+    assert record is not None
+    assert record.config["optimization.learning_rate"] == 2e-4 and record.config["adapter.rank"] == 3
+    assert "run.output" not in record.config  # where things lie decides nothing
+    assert settings_digest(record.config) == record.run_digest
 
 
 def test_max_steps_and_no_held_out_rows(tiny: TinyRun, tmp_path: Path) -> None:

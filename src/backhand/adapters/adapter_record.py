@@ -29,6 +29,7 @@ class AdapterRecord:
         base_digest: of the adapted base tensors, see `digests.base_digest`.
         tokenizer_digest, chat_template_digest: of what turned text into tokens.
         data_digest, run_digest: of the training rows and the resolved configuration.
+        config: every option of the run that decided the trained numbers, by `table.name`.
         packages: versions that wrote the adapter.
         files: digest of each file beside the record.
     """
@@ -39,6 +40,7 @@ class AdapterRecord:
     chat_template_digest: str | None = None
     data_digest: str | None = None
     run_digest: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,6 +75,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
             where=where,
             next_step="upgrade Backhand",
         )
+    raw = {"config": {}, **raw}  # the first files of this format had none
     known = {one.name for one in fields(AdapterRecord)}
     wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
     if version != RECORD_VERSION or wrong:
@@ -86,6 +89,8 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
 
 def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
+    if name == "config":
+        return isinstance(value, dict)
     if name in ("packages", "files"):
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return value is None or isinstance(value, str)

@@ -128,6 +128,7 @@ class Identity:
             chat_template_digest=self.chat_template,
             data_digest=f"sha256:{self.data}",
             run_digest=self.settings,
+            config=self.decisive_settings,
         )
 
 
