@@ -117,7 +117,8 @@ readme: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	PYTHONPATH=tools $(BIN)/python -m docsite.build
-	$(BIN)/zensical build --strict --clean -f build/site/zensical.toml
+	$(BIN)/zensical build --strict --clean -f build/site/zensical.toml 2>&1 | tee build/site/log
+	@! grep --quiet '^griffe:' build/site/log   # docstrings that mkdocstrings cannot read are no warning to --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
