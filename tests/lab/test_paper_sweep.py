@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from backhand.errors import ArtifactError, UsageError
 from backhand.lab import paper_sweep
 from backhand.lab.paper_options import PaperOptions, PaperRunOptions, SweepOptions
 from backhand.lab.paper_sweep import plan_sweep, run_sweep
 from backhand.nn.loading import open_model
+from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.train.evaluation import evaluate
 from backhand.train.interruption import Interrupted
 from support.tiny_run import TinyRun
 
@@ -87,6 +90,26 @@ def test_sweep_is_stopped_continued_and_not_repeated(
         assert adapter["r"] == row.point.rank
     by_name = {row.point.name: row for row in result.rows}
     assert by_name["q_proj-rank-1"].eval_loss != by_name["q_proj+v_proj-rank-1"].eval_loss
+
+
+def test_a_row_is_what_evaluate_says_of_its_adapter_alone(tiny: TinyRun, tmp_path: Path) -> None:
+    chosen, source = options(tiny, tmp_path), open_model(tiny.model)
+    chosen = replace(chosen, sweep=replace(chosen.sweep, sweep_ranks=(2,), sweep_targets=("q_proj,v_proj",)))
+    (row,) = run_sweep(chosen, source, tmp_path / "sweep").rows
+    adapter = tmp_path / "sweep" / row.point.name / "run" / "adapter"
+    found = evaluate(
+        EvaluateOptions(
+            model=chosen.model,
+            data=replace(chosen.data, data=chosen.data.eval_data, eval_data=()),
+            run=EvaluateRunOptions(adapter=adapter, max_new_tokens=4),
+        )
+    )
+    assert found.adapted is not None
+    assert row.base_eval_loss == pytest.approx(found.base.loss, rel=1e-6)
+    assert row.eval_loss == pytest.approx(found.adapted.loss, rel=1e-6)
+    assert row.exact_match == found.adapted.exact_match
+    trained = load_file(adapter / "adapter_model.safetensors")
+    assert row.point.trained_parameters == sum(tensor.numel() for tensor in trained.values())
 
 
 def test_a_run_that_was_cut_off_is_resumed(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
