@@ -185,7 +185,9 @@ def draw_sweep(result: SweepResult) -> bytes:
     low, high = ranks.get_ylim()
     ranks.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the lines
     ranks.legend(fontsize="small", title="target modules", title_fontsize="small", loc="upper center", ncols=2)
-    at_budget = [row for row in result.rows if row.point.budget]
+    at_budget = sorted(
+        (row for row in result.rows if row.point.budget), key=lambda row: targets.index(row.point.targets)
+    )
     places = np.arange(len(at_budget))
     budget.barh(places, [row.eval_loss for row in at_budget], color="#c8c8c8", edgecolor="black")
     for place, row in zip(places, at_budget, strict=True):
