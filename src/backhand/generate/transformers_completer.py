@@ -17,7 +17,7 @@ from torch import Tensor
 from backhand.generate.completer import Choose, Finished
 
 if TYPE_CHECKING:
-    from backhand.adapters.inject import InjectedAdapter
+    from backhand.adapters.injected import InjectedAdapter
 
 _UNLIMITED = 1 << 30
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.inject import InjectedAdapter, inject
+from backhand.adapters.inject import inject
+from backhand.adapters.injected import InjectedAdapter
 from backhand.errors import UsageError
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot
