@@ -34,8 +34,7 @@ def step_section(results: dict[str, Any]) -> list[str]:
     """One table for each dtype of `train_step.json`."""
     lines: list[str] = []
     for run in results["runs"]:
-        workload, peers = run["workload"], run["peers"]
-        ours = peers["backhand"]["tokens_per_s"]
+        workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
         title = f"One training step, {workload['rows']} × {workload['length']} tokens, all supervised, "
         title += f"{workload['dtype']}:"
         lines += [
@@ -50,13 +49,21 @@ def step_section(results: dict[str, Any]) -> list[str]:
                     _NAMES[name],
                     f"{row['tokens_per_s']:.0f}",
                     "{median:.2f} s ({min:.2f} to {max:.2f})".format(**row["step_s"]),
-                    "" if name.startswith("backhand") else f"{ours / row['tokens_per_s']:.2f} ×",
+                    _ratio(ratios, name),
                     "" if name == "products-alone" else f"{row['memory_above_model_bytes'] / 2**20:.0f} MiB",
                 ]
                 for name, row in peers.items()
             ],
         )
     return lines
+
+
+def _ratio(ratios: dict[str, float], peer: str) -> str:
+    """How many times faster the engine is than a peer, by the rounds both took part in."""
+    found = ratios.get(f"speed_over_{peer.replace('-', '_')}")
+    if peer == "products-alone":
+        found = ratios["share_of_products_alone"]
+    return "" if found is None else f"{found:.2f} ×"
 
 
 def finetune_section(results: dict[str, Any]) -> list[str]:
