@@ -23,7 +23,14 @@ from machine import describe_machine
 from short_rows import write_rows
 
 HERE = Path(__file__).parent
-PEERS = ("backhand", "trl", "trl-no-checkpointing", "trl-no-checkpointing-tuned", "trl-packing-tuned")
+PEERS = (
+    "backhand",
+    "trl",
+    "trl-no-checkpointing",
+    "trl-no-checkpointing-tuned",
+    "trl-no-checkpointing-tuned-openmp",
+    "trl-packing-tuned",
+)
 # Without a variable-length kernel packing attends over whole packs, several times slower than the rest: once is enough.
 MEASURED_ONCE = ("trl-packing-tuned",)
 

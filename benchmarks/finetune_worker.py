@@ -107,6 +107,7 @@ PEERS = {
     "trl": lambda task, output: run_trl(task, output, checkpointing=True),
     "trl-no-checkpointing": lambda task, output: run_trl(task, output, checkpointing=False),
     "trl-no-checkpointing-tuned": lambda task, output: run_trl(task, output, checkpointing=False, tuned=True),
+    "trl-no-checkpointing-tuned-openmp": lambda task, output: run_trl(task, output, checkpointing=False, tuned=True),
     "trl-packing-tuned": lambda task, output: run_trl(task, output, checkpointing=False, tuned=True, packing=True),
 }
 

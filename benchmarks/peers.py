@@ -215,6 +215,7 @@ PEERS = {
     "backhand-recompute-block": lambda w: BackhandPeer(w, "block"),
     "peft": PeftPeer,
     "peft-tuned": lambda w: PeftPeer(w, tuned=True),
+    "peft-tuned-openmp": lambda w: PeftPeer(w, tuned=True),
     "peft-checkpointing": lambda w: PeftPeer(w, checkpointing=True),
     "products-alone": CeilingPeer,
 }

@@ -15,12 +15,14 @@ _NAMES = {
     "backhand-recompute-block": "Backhand, `--recompute block`",
     "peft": "PEFT as documented",
     "peft-tuned": "PEFT tuned (allocator, bf16 adapters, fused AdamW)",
+    "peft-tuned-openmp": "the same with this project's OpenMP setting",
     "peft-checkpointing": "PEFT with gradient checkpointing",
     "products-alone": "the matrix products alone (ceiling)",
     "trl": "TRL as users run it",
     "trl-no-checkpointing": "TRL, checkpointing off",
     "trl-no-checkpointing-tuned": "TRL, checkpointing off, allocator tuned",
-    "trl-packing-tuned": "TRL, the same with packing",
+    "trl-no-checkpointing-tuned-openmp": "TRL, the same with this project's OpenMP setting",
+    "trl-packing-tuned": "TRL, allocator tuned, with packing",
 }
 
 

@@ -25,6 +25,7 @@ PEERS = (
     "backhand",
     "peft",
     "peft-tuned",
+    "peft-tuned-openmp",
     "peft-checkpointing",
     "backhand-recompute-mlp",
     "backhand-recompute-block",
@@ -119,7 +120,7 @@ def ratios(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str, 
         return statistics.median(theirs / ours for ours, theirs in zip(times["backhand"], times[peer], strict=True))
 
     found = {}
-    for peer in ("peft", "peft-tuned", "peft-checkpointing"):
+    for peer in ("peft", "peft-tuned", "peft-tuned-openmp", "peft-checkpointing"):
         if peer in results:
             name = peer.replace("-", "_")
             found[f"speed_over_{name}"] = speed_over(peer)
