@@ -127,3 +127,20 @@ def test_few_rows_at_once_where_keys_and_values_would_not_fit(monkeypatch: pytes
 def test_nothing_asked_nothing_answered() -> None:
     assert complete_greedily(base_decoder(), [], max_new_tokens=5, stop_ids=()) == []
     assert complete_greedily(base_decoder(), [[3]], max_new_tokens=0, stop_ids=()) == [[]]
+
+
+def test_a_row_that_is_given_up_ends_there_and_the_others_go_on() -> None:
+    decoder = base_decoder()
+    asked = prompts(3, 9, 4)
+    whole = complete_greedily(decoder, asked, max_new_tokens=6, stop_ids=())
+    told: list[int] = []
+    completions = complete_greedily(
+        decoder,
+        asked,
+        max_new_tokens=6,
+        stop_ids=(),
+        on_done=told.append,
+        give_up=lambda number, ids: number == 1 and len(ids) == 2,
+    )
+    assert completions == [whole[0], whole[1][:2], whole[2]]
+    assert sorted(told) == [0, 1, 2]

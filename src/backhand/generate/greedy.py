@@ -19,6 +19,7 @@ def complete_greedily(
     stop_ids: Collection[int],
     batch_size: int = 64,
     on_done: Callable[[int], None] | None = None,
+    give_up: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The likeliest continuation of every prompt, token by token, up to a stop token, which is left out.
 
@@ -29,6 +30,7 @@ def complete_greedily(
         stop_ids: tokens that end a completion.
         batch_size: prompts that are continued at once.
         on_done: told the number of each prompt when its completion is there.
+        give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
 
     Returns:
         Token ids for each prompt, in the order of the prompts.
@@ -44,6 +46,7 @@ def complete_greedily(
         done = token in stops
         if not done:
             completions[number].append(token)
+            done = give_up is not None and give_up(number, completions[number])
         if on_done is not None and (done or len(completions[number]) == max_new_tokens):
             on_done(number)
         return done

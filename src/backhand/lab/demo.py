@@ -41,6 +41,7 @@ RANK, ALPHA = 16, 32.0
 LEARNING_RATE, BATCH_ROWS = 1e-3, 8
 # The longest answer has about 40 tokens; a base model that does not stop is cut off soon after.
 MAX_NEW_TOKENS = 56
+EVALUATE_EVERY = 40
 SHOWN_ANSWERS = 4
 PROBES = 8
 
@@ -123,7 +124,12 @@ def _config(options: DemoOptions, train_file: Path, held_out_file: Path) -> Trai
         optimization=OptimizationOptions(
             epochs=1, learning_rate=LEARNING_RATE, schedule="cosine", batch_rows=BATCH_ROWS
         ),
-        run=RunOptions(output=options.output / "run", seed=options.seed, overwrite=options.overwrite),
+        run=RunOptions(
+            output=options.output / "run",
+            seed=options.seed,
+            eval_every=EVALUATE_EVERY,
+            overwrite=options.overwrite,
+        ),
     )
 
 
