@@ -133,28 +133,24 @@ def test_an_adapted_tied_head_is_refused_by_name_and_merging_offered(to: Format,
     export_command(replace(options, merge=True))
 
 
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize(
-    ("lora", "words"),
-    [
-        ({"use_dora": True, "target_modules": ["up_proj"]}, ("model.layers.2.mlp.up_proj", "DoRA")),
-        ({"lora_bias": True, "target_modules": ["up_proj"]}, ("model.layers.2.mlp.up_proj", "bias")),
-        ({"target_modules": ["embed_tokens", "up_proj"]}, ("embed_tokens",)),
-        ({"target_modules": ["up_proj"], "modules_to_save": ["norm"]}, ("model.norm.weight",)),
-        ({"target_modules": ["up_proj"], "trainable_token_indices": [3, 5]}, ("token",)),
-    ],
-    ids=["dora", "lora-bias", "embedding", "saved", "tokens"],
-)
-def test_what_else_may_be_trained_is_refused_by_name(
-    lora: dict[str, Any], words: tuple[str, ...], merge: bool, tiny: Any, tmp_path: Path
-) -> None:
+OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True, "target_modules": ["up_proj", "q_proj"]}, "model.layers.2.mlp.up_proj"),
+    "lora-bias": ({"lora_bias": True, "target_modules": ["up_proj"]}, "model.layers.2.mlp.up_proj"),
+    "embedding": ({"target_modules": ["embed_tokens", "up_proj"]}, "model.embed_tokens"),
+    "saved": ({"target_modules": ["up_proj"], "modules_to_save": ["norm", "lm_head"]}, "model.norm"),
+    "tokens": ({"target_modules": ["up_proj"], "trainable_token_indices": [3, 5]}, "model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_what_else_may_be_trained_is_refused_by_name(kind: str, tiny: Any, tmp_path: Path) -> None:
+    lora, module = OTHER_KINDS[kind]
     adapter = save_tiny_adapter(tiny.model, tmp_path / "a", **lora)
-    options = ExportOptions(
-        adapter=adapter, to="gguf", output=tmp_path / "out", model=str(tiny.directory), merge=merge, quiet=True
-    )
-    with pytest.raises(ArtifactError) as caught:
-        export_command(options)
-    assert all(word in str(caught.value) for word in words)
+    for to in ("gguf", "mlx", "ollama"):
+        options = ExportOptions(adapter=adapter, to=to, output=tmp_path / "out", model=str(tiny.directory), quiet=True)  # type: ignore[arg-type]
+        with pytest.raises(ArtifactError) as caught:
+            export_command(options)
+        assert module in str(caught.value) and "--merge" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

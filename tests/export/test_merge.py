@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,55 @@ def test_export_with_merge_is_the_same_merge(to: Any, tiny: Any, tmp_path: Path)
 
     found = Decoder.from_source(open_model(file), dtype=torch.float32).logits(tiny_documents([19])[0])
     assert distance(found, wanted) < 1e-5
+
+
+def changed(model: Any, **lora: Any) -> Any:
+    """`adapted`, with everything else that it trains moved away from where the base has it."""
+    wrapped = adapted(model, **lora)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if any(part in name for part in ("magnitude", "modules_to_save", "trainable_tokens")):
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "up_proj"]},
+        {"target_modules": ["up_proj"], "modules_to_save": ["norm", "lm_head"]},
+        {"target_modules": ["up_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["up_proj"], "trainable_token_indices": [3, 5, 40]},
+    ],
+    ids=["dora", "embedding", "saved", "saved-embedding", "tokens"],
+)
+def test_whatever_else_was_trained_is_merged_as_peft_computes_it(
+    lora: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("llama-tied" if tied else "llama")
+    base = save_tiny(model, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs = changed(model, **lora)
+        theirs.save_pretrained(str(tmp_path / "adapter"))
+    document = torch.tensor([3, 5, 17, 40, 3, *tiny_documents([15])[0].tolist()])
+    wanted = full_logits(theirs.eval(), document)
+    output = merge(base, tmp_path / "adapter", tmp_path / "merged")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    found = full_logits(load(output, dtype=torch.float32, attn_implementation="eager").eval(), document)
+    assert distance(found, wanted) < 1e-5
+    gguf = merge(base, tmp_path / "adapter", tmp_path / "merged.gguf")
+    from backhand.nn.decoder import Decoder
+
+    again = Decoder.from_source(open_model(gguf), dtype=torch.float32).logits(document)
+    assert distance(again, wanted) < 1e-5
+
+
+def test_the_bias_of_lora_b_has_no_place_in_a_weight(tiny: Any, tmp_path: Path) -> None:
+    adapter = save_tiny_adapter(tiny.model, tmp_path / "adapter", lora_bias=True, target_modules=["up_proj"])
+    with pytest.raises(ArtifactError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        merge(tiny.directory, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -98,6 +98,16 @@ def test_taking_the_update_away_again_would_not_restore_them() -> None:
     assert any(not torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())
 
 
+def test_what_is_more_than_factors_is_refused() -> None:
+    base = decoder("llama")
+    before = {name: weight.clone() for name, weight in base.frozen_tensors()}
+    plain = random_adapter(base, ("up_proj",))
+    dora = LoRAParameters([replace(slot, use_dora=True) for slot in plain.slots.values()])
+    with pytest.raises(ValueError, match="factors"):
+        MergedAdapter(base, dora)
+    assert all(torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())
+
+
 def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
     base, other = decoder("llama"), decoder("qwen2")
     before = {name: weight.clone() for name, weight in base.frozen_tensors()}

@@ -22,6 +22,7 @@ from backhand.export.options import ExportOptions, MergeOptions, given
 from backhand.export.parity import prove_factors, prove_logits
 from backhand.export.peft_directory import peft_directory_files
 from backhand.export.proving import Prover
+from backhand.export.refusal import refuse
 from backhand.export.staging import staged
 from backhand.nn.loading.gguf_tensors import gguf_architecture, head_dimension
 
@@ -56,6 +57,8 @@ def export_command(options: ExportOptions) -> Path:
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     for note in opened.loaded.notes:
         prover.say(f"note: {note}")
+    # PEFT's files hold anything, and are proved here for nothing but factors.
+    refuse(str(options.to), opened.loaded.beside)
     with staged(output) as path:
         read = _write(options, opened, path)
         prove_factors(prover, opened.factors, read)

@@ -1,6 +1,8 @@
 """W' = W + scaling · lora_B lora_A, one tensor at a time, and what rounding W' to its stored type loses of the update.
 
-    stored = type(W'),   share lost = ‖stored − W'‖ / ‖scaling · lora_B lora_A‖
+    stored = type(W'),   share lost = ‖stored − W'‖ / ‖W' − W‖
+
+With DoRA every row of the sum is brought to its trained length m; a tensor trained in full takes the place of W.
 
 The sum is computed in float64 a few rows at a time, rounded to float32, and then to the stored type. Where W is a
 number of the stored type, the nearest one to W' is at least as near as W, so that the share is at most 1: all of the
@@ -9,7 +11,7 @@ update is gone. Where W is not, as after dequantising, the rounding of W counts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -49,20 +51,26 @@ class MergedWeights:
 
     Attributes:
         source: the base model.
-        factors: the adapter.
+        factors: the adapter's modules.
+        trained: tensors that take the place of the base's, by name.
+        keeps_head_tied: whether a head that is the embedding's matrix goes along with what becomes of that.
         digests: of what each tensor must read back as, by name, for tensors made so far.
         losses: of the merged modules so far.
     """
 
     source: ModelSource
     factors: Factors
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    keeps_head_tied: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     losses: list[ModuleLoss] = field(default_factory=list)
 
     @property
     def unties_head(self) -> bool:
         """Whether the head is the embedding in the base and a matrix of its own in the merged model."""
-        return HEAD in self.factors and HEAD_WEIGHT not in self.source.tensor_names()
+        if HEAD_WEIGHT in self.source.tensor_names():
+            return False
+        return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
 
     def names(self) -> list[str]:
         """Hugging Face names of all tensors, in the order of the base."""
@@ -74,7 +82,7 @@ class MergedWeights:
 
     def is_merged(self, name: str) -> bool:
         """Whether the adapter changes this tensor."""
-        return name.removesuffix(".weight") in self.factors and name.endswith(".weight")
+        return name in self.trained or (name.removesuffix(".weight") in self.factors and name.endswith(".weight"))
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of the tensor in the base; float32 if it is quantized there."""
@@ -93,11 +101,11 @@ class MergedWeights:
         if not self.is_merged(name):
             self._note_digest(name, rounded(weight))
             return weight
-        factors = self.factors[name.removesuffix(".weight")]
-        merged = merged_weight(weight, factors)
+        change = self.trained[name] if name in self.trained else self.factors[name.removesuffix(".weight")]
+        merged = merged_weight(weight, change)
         stored = rounded(merged)
         self._note_digest(name, stored)
-        self.losses.append(_module_loss(name.removesuffix(".weight"), weight, factors, stored))
+        self.losses.append(_module_loss(name.removesuffix(".weight"), weight, change, stored))
         return merged
 
     def _base_name(self, name: str) -> str:
@@ -114,19 +122,19 @@ class MergedWeights:
         return wrong + [name for name in both if base_digest([name], written.load) != self.digests[name]]
 
 
-def merged_weight(weight: Tensor, factors: ModuleFactors) -> Tensor:
-    """(out, in): the sum in float64, rounded to float32, or kept if the weight is float64 itself."""
+def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:
+    """The weight with its update, or what takes its place: in float64, then float32 unless the weight is wider."""
     merged = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-    for rows, exact, _ in _exact_rows(weight, factors):
+    for rows, exact in _exact_rows(weight, change):
         merged[rows] = exact.to(merged.dtype)
     return merged
 
 
-def _module_loss(name: str, weight: Tensor, factors: ModuleFactors, stored: Tensor) -> ModuleLoss:
+def _module_loss(name: str, weight: Tensor, change: ModuleFactors | Tensor, stored: Tensor) -> ModuleLoss:
     lost = update = base = 0.0
-    for rows, exact, delta in _exact_rows(weight, factors):
+    for rows, exact in _exact_rows(weight, change):
         lost += float((stored[rows].double() - exact).square().sum())
-        update += float(delta.square().sum())
+        update += float((exact - weight[rows].double()).square().sum())
         base += float(weight[rows].double().square().sum())
     return ModuleLoss(
         name,
@@ -135,10 +143,16 @@ def _module_loss(name: str, weight: Tensor, factors: ModuleFactors, stored: Tens
     )
 
 
-def _exact_rows(weight: Tensor, factors: ModuleFactors) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, W' of these rows, update of these rows) in float64, a few hundred rows at a time."""
-    lora_A, lora_B = factors.lora_A.double(), factors.lora_B.double()
+def _exact_rows(weight: Tensor, change: ModuleFactors | Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, W' of these rows) in float64, a few hundred rows at a time."""
     for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        delta = factors.scaling * (lora_B[rows] @ lora_A)
-        yield rows, weight[rows].double() + delta, delta
+        if isinstance(change, Tensor):
+            yield rows, change[rows].double()
+            continue
+        lora_A, lora_B = change.lora_A.double(), change.lora_B.double()
+        product = (lora_B @ lora_A[:, rows]).T if change.embedding else lora_B[rows] @ lora_A
+        exact = weight[rows].double() + change.scaling * product
+        if change.magnitude is not None:
+            exact *= (change.magnitude[rows].double() / exact.norm(dim=1)).unsqueeze(1)
+        yield rows, exact

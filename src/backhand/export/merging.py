@@ -12,11 +12,11 @@ from backhand.export.gguf_model_writer import write_gguf_model
 from backhand.export.huggingface_writer import write_huggingface
 from backhand.export.merge_report import describe_base, merge_card, print_losses
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
-from backhand.export.module_factors import parameters_of
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter
 from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions, given
 from backhand.export.probes import difference, probe_logits
 from backhand.export.proving import Prover
+from backhand.export.refusal import refuse
 from backhand.export.same_model import check_same_model
 from backhand.export.staging import staged
 from backhand.nn.loading.opening import open_model
@@ -68,7 +68,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
         prover.say(f"note: {note}")
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
-    weights = MergedWeights(opened.source, opened.factors)
+    weights = merged_weights(opened)
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
@@ -92,6 +92,29 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     return weights.losses
 
 
+def merged_weights(opened: OpenedAdapter) -> MergedWeights:
+    """The tensors of the merged model.
+
+    Raises:
+        ArtifactError: modules whose update no weight can hold, by name.
+    """
+    loaded = opened.loaded
+    reasons = {}
+    for shape in loaded.shapes:
+        if shape.lora_bias is not None:
+            reasons[shape.name] = "lora_B has a bias, for which the module has no parameter"
+        elif shape.embedding and shape.magnitude is not None:
+            reasons[shape.name] = "DoRA of an embedding is not merged here"
+    refuse("a merged model", reasons, merge=False)
+    trained = {tensor.name: loaded.factors[tensor.name] for tensor in loaded.trained if tensor.token_ids is None}
+    rows = [tensor for tensor in loaded.trained if tensor.token_ids is not None]
+    for tensor in rows:
+        table = trained.get(tensor.base_name, opened.source.load(tensor.base_name)).float().clone()
+        table[list(tensor.token_ids or ())] = loaded.factors[tensor.name].float()
+        trained[tensor.base_name] = table
+    return MergedWeights(opened.source, opened.factors, trained, keeps_head_tied=bool(rows))
+
+
 def _prove(options: MergeOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover) -> None:
     written = open_model(path)
     check_same_model(opened.source, written, untied=weights.unties_head)
@@ -102,7 +125,7 @@ def _prove(options: MergeOptions, opened: OpenedAdapter, weights: MergedWeights,
         0,
         "write it again; the disk may be faulty",
     )
-    base, wanted = probe_logits(opened.source, opened.documents, [None, parameters_of(opened.factors)])
+    base, wanted = probe_logits(opened.source, opened.documents, [None, opened.loaded.parameters()])
     (found,) = probe_logits(written, opened.documents)
     measured = difference(found, wanted, base)
     exact = options.dtype == "float32" or (options.dtype == "auto" and _is_exact(weights))

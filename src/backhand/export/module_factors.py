@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.peft_files import LoadedAdapter
-from backhand.export.refusal import refuse
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 
 
@@ -21,11 +20,15 @@ class ModuleFactors:
         lora_A: (rank, in), or as PEFT has it for the kind of module.
         lora_B: (out, rank).
         scaling: what multiplies the product.
+        magnitude: DoRA's m, (out,): the length that each row of weight + delta_weight is brought to; None without.
+        embedding: whether the weight lies the other way round, (vocab, hidden) with lora_A (rank, vocab).
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -60,20 +63,21 @@ Factors = Mapping[str, ModuleFactors]
 
 
 def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
-    """What a loaded adapter holds, in float32 at least.
-
-    Raises:
-        ArtifactError: it trains more than factors of linear modules; names the modules, and what they have.
-    """
-    refuse("another format", loaded.beside, merge=False)
+    """The modules of a loaded adapter, in float32 at least; what is trained beside them is not among them."""
 
     def factor(name: str) -> Tensor:
         tensor = loaded.factors[name]
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     return {
-        target.name: ModuleFactors(factor(f"{target.name}.lora_A"), factor(f"{target.name}.lora_B"), target.scaling)
-        for target in loaded.targets
+        target.name: ModuleFactors(
+            factor(f"{target.name}.lora_A"),
+            factor(f"{target.name}.lora_B"),
+            target.scaling,
+            factor(f"{target.name}.lora_magnitude") if shape.magnitude is not None else None,
+            shape.embedding,
+        )
+        for target, shape in zip(loaded.targets, loaded.shapes, strict=True)
     }
 
 

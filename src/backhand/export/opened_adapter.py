@@ -9,7 +9,6 @@ from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.peft_files import LoadedAdapter
 from backhand.export.module_factors import ModuleFactors, factors_of
 from backhand.export.probes import probe_documents
-from backhand.export.refusal import refuse_kinds
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
@@ -48,33 +47,10 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool) -> OpenedAdapte
 
     Raises:
         UnsupportedModel: a base that the engine does not compute.
-        ArtifactError: base or adapter cannot be read, or do not belong together; or something else than lora_A and
-            lora_B of linear modules was trained, by module.
+        ArtifactError: base or adapter cannot be read, or do not belong together.
     """
     source = open_model(model)
     config = decoder_config(source.config)
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base)
-    _check_plain(loaded)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
-
-
-def _check_plain(loaded: LoadedAdapter) -> None:
-    """Refuse what neither the formats nor the merge here can say, module by module.
-
-    Raises:
-        ArtifactError: names the modules and what is trained there.
-    """
-    reasons = {}
-    for slot in loaded.slots:
-        if slot.use_dora:
-            reasons[slot.name] = "DoRA's magnitude multiplies the whole weight"
-        elif slot.lora_bias:
-            reasons[slot.name] = "lora_B has a bias"
-        elif slot.embedding:
-            reasons[slot.name] = "the module is an embedding"
-    reasons |= {
-        tensor.name: "single rows are trained" if tensor.token_ids is not None else "it is trained in full"
-        for tensor in loaded.trained
-    }
-    refuse_kinds(reasons, str(loaded.directory))

@@ -30,25 +30,6 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
     )
 
 
-def refuse_kinds(reasons: Mapping[str, str], where: str) -> None:
-    """Do nothing if there is no reason.
-
-    Args:
-        reasons: by module or tensor, why neither export nor merge knows what was trained there.
-        where: the adapter.
-
-    Raises:
-        ArtifactError: names them all.
-    """
-    if reasons:
-        raise ArtifactError(
-            "only lora_A and lora_B of linear modules can be exported and merged here",
-            where=where,
-            why=_by_reason(reasons),
-            next_step="the adapter is in PEFT's format already; PEFT's merge_and_unload() merges it",
-        )
-
-
 def _by_reason(reasons: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for module, reason in reasons.items():

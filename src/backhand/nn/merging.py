@@ -56,7 +56,12 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
     """Add every module's update to the decoder's weight, in place and for good.
 
     A tied head becomes a matrix of its own: the embedding is not adapted.
+
+    Raises:
+        ValueError: more is trained than factors of linear modules; nothing is changed then.
     """
+    if not lora.plain:
+        raise ValueError("only factors of linear modules can be folded into the weights in memory")
     weights = dict(decoder.frozen_tensors())
     for name in lora.slots:
         if _has_tied_weight(decoder, name):

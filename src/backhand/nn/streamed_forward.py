@@ -16,11 +16,12 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.block import block_forward
 from backhand.nn.block_adapter import block_adapter
 from backhand.nn.decoder import Decoder
-from backhand.nn.decoder_weights import BlockWeights, DecoderWeights, empty_weights, named_views
+from backhand.nn.decoder_weights import BlockWeights, DecoderWeights, empty_weights, linear_parts, named_views
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource, fill
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.trained_weights import TrainedWeights
 
 
 @torch.no_grad()
@@ -47,22 +48,21 @@ def streamed_logits(
         ArtifactError: for tensors that are missing or of another shape.
     """
     config = decoder_config(source.config)
-    decoder = Decoder(config, _outer_weights(source, config, dtype))
-    for lora in adapters:
+    outer = _outer_weights(source, config, dtype)
+    decoders = [Decoder(config, outer) for _ in adapters]
+    for decoder, lora in zip(decoders, adapters, strict=True):
         if lora is not None:
             decoder.attach(lora)  # checks the shapes, and casts the factors
     ids = torch.tensor([token for document in documents for token in document])
     batch = PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), tuple(len(document) for document in documents))
-    states = [decoder.embed(ids) for _ in adapters]
-    for layer, context in enumerate(decoder.contexts(batch)):
+    states = [decoder.embed(ids) for decoder in decoders]
+    for layer, context in enumerate(decoders[0].contexts(batch)):
         block = _block_weights(source, config, layer, dtype)
         for index, lora in enumerate(adapters):
-            states[index], _ = block_forward(states[index], block, block_adapter(lora, layer, None), context, "block")
-    logits = []
-    for x, lora in zip(states, adapters, strict=True):
-        decoder.lora = lora
-        logits.append(decoder.head(x))
-    return logits
+            own = block if lora is None else TrainedWeights(outer, config, lora).block(layer, block)
+            adapter = block_adapter(lora, layer, None, linear_parts(own, config))
+            states[index], _ = block_forward(states[index], own, adapter, context, "block")
+    return [decoder.head(x) for decoder, x in zip(decoders, states, strict=True)]
 
 
 def _outer_weights(source: ModelSource, config: DecoderConfig, dtype: torch.dtype) -> DecoderWeights:

@@ -54,15 +54,7 @@ class TrainedWeights:
         lora, base = self._lora, self._base
         if not lora.trained:
             return base
-        by_layer: dict[int, dict[str, Tensor]] = {}
-        for name in lora.trained:
-            if name.startswith("model.layers."):
-                _, _, layer, part = name.split(".", 3)
-                by_layer.setdefault(int(layer), {})[part] = lora.compute(name)
-        blocks = [
-            self._block(block, by_layer[layer]) if layer in by_layer else block
-            for layer, block in enumerate(base.blocks)
-        ]
+        blocks = [self.block(layer, block) for layer, block in enumerate(base.blocks)]
 
         def own(name: str, weight: Tensor) -> Tensor:
             return lora.compute(name) if name in lora.trained else weight
@@ -72,6 +64,14 @@ class TrainedWeights:
             embedding = self._with_rows()
             head = embedding if self._config.tied_head else head
         return DecoderWeights(embedding, blocks, own("model.norm.weight", base.final_norm), head)
+
+    def block(self, layer: int, block: BlockWeights) -> BlockWeights:
+        """One block's weights with the adapter's own in their place; `block` itself where it trains none of them."""
+        prefix = f"model.layers.{layer}."
+        own = [name for name in self._lora.trained if name.startswith(prefix)]
+        if not own:
+            return block
+        return self._block(block, {name.removeprefix(prefix): self._lora.compute(name) for name in own})
 
     def _block(self, block: BlockWeights, trained: Mapping[str, Tensor]) -> BlockWeights:
         config = self._config
