@@ -232,8 +232,9 @@ def test_merging_the_wrong_update_fails_by_its_logits(
 ) -> None:
     right = merging.MergedWeights
 
-    def slightly_wrong(source: Any, factors: dict[str, ModuleFactors]) -> MergedWeights:
-        return right(source, {name: replace(one, scaling=one.scaling * 1.01) for name, one in factors.items()})
+    def slightly_wrong(source: Any, factors: dict[str, ModuleFactors], *rest: Any, **more: Any) -> MergedWeights:
+        wrong = {name: replace(one, scaling=one.scaling * 1.01) for name, one in factors.items()}
+        return right(source, wrong, *rest, **more)
 
     monkeypatch.setattr(merging, "MergedWeights", slightly_wrong)
     with pytest.raises(CheckError, match="probe tokens"):
