@@ -101,8 +101,10 @@ def _print(result: Comparison) -> None:
                 _degrees(angle for module in modules for angle in module.input_angles),
             )
         )
-    columns = ("module", "modules", "‖ΔW‖", "‖ΔW′‖", "‖ΔW − ΔW′‖ / larger", "cosine", "output angles", "input angles")
-    title = f"ΔW of {result.first.label}, ΔW′ of {result.second.label}, least … greatest"
+    columns = ("module", "modules", "‖ΔW‖", "‖ΔW′‖", "difference", "cosine", "output angles", "input angles")
+    title = (
+        f"ΔW of {result.first.label}, ΔW′ of {result.second.label}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
+    )
     print_table(console, title, columns, rows)
     for label, alone in (
         (result.first.label, result.found.only_first),
