@@ -15,7 +15,7 @@ from backhand.data.demo_task import write_demo_data
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 RANKS = (2, 6)
 LAYERS, MODULES = 30, 60
-TRAINING = ("--batch-rows", "2", "--max-steps", "3", "--learning-rate", "2e-3")
+TRAINING = ("--batch-rows", "2", "--max-steps", "3", "--learning-rate", "3e-4")
 PICTURES = (
     "similarity.png",
     "similarity_layers.png",
