@@ -40,6 +40,15 @@ for _name in CALLS:
     setattr(InterceptedFiles, _name, _intercepted(_name))
 
 
+def half_written(name: str, arguments: tuple[Any, ...]) -> None:
+    """Do to the disk what a call that is cut off may do: a write leaves half of its bytes, a close closes."""
+    if name == "write":
+        descriptor, data = arguments
+        os.write(descriptor, data[: len(data) // 2])
+    if name == "close":
+        os.close(arguments[0])
+
+
 def failing(number: int, code: int, *, forever: bool = False) -> InterceptedFiles:
     """The call of this number fails with this errno, and with `forever` every later one but closing and removing too.
 
@@ -50,11 +59,7 @@ def failing(number: int, code: int, *, forever: bool = False) -> InterceptedFile
         later = forever and count > number and name not in ("close", "remove_file", "remove_directory")
         if count != number and not later:
             return
-        if name == "write":
-            descriptor, data = arguments
-            os.write(descriptor, data[: len(data) // 2])
-        if name == "close":
-            os.close(arguments[0])
+        half_written(name, arguments)
         raise OSError(code, os.strerror(code))
 
     return InterceptedFiles(before)
@@ -65,9 +70,7 @@ def killing(number: int) -> InterceptedFiles:
 
     def before(count: int, name: str, arguments: tuple[Any, ...]) -> None:
         if count == number:
-            if name == "write":
-                descriptor, data = arguments
-                os.write(descriptor, data[: len(data) // 2])
+            half_written(name, arguments)
             os.kill(os.getpid(), signal.SIGKILL)
 
     return InterceptedFiles(before)
@@ -97,14 +100,16 @@ class _Write:
 class LosingFiles(FileLayer):
     """Does everything, and remembers it, so that `states_after_power_loss` can tell what might be left.
 
-    The model: bytes of a file that were not synced may be missing; a name that was created, changed or removed in a
+    The model: bytes of a file that were not synced are missing; a name that was created, changed or removed in a
     directory that was not synced since may be as before or as after, each name by itself, so that renames reorder.
+    While `losing` is false nothing is kept, as outside of the save that a test looks at.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.open: dict[int, _Write] = {}
         self.files: dict[Path, _Write] = {}
+        self.losing = True
         # Names changed since their directory was synced: (directory, step of the change, undo).
         self.pending: list[tuple[Path, Callable[[Path], None]]] = []
         self.count = 0
@@ -116,7 +121,7 @@ class LosingFiles(FileLayer):
         self.store = store
 
     def _snapshot(self) -> None:
-        if self.store is None:
+        if self.store is None or not self.losing:
             return
         self.count += 1
         # Nothing of what is pending happened; all of it; only the newest; all but the newest: reordered.
@@ -156,6 +161,18 @@ class LosingFiles(FileLayer):
         self._snapshot()
         return descriptor
 
+    def open_to_append(self, path: Path) -> int:
+        existed = path.exists()
+        descriptor = super().open_to_append(path)
+        if path not in self.files:
+            data = path.read_bytes()
+            self.files[path] = _Write(path, bytearray(data), len(data))
+        self.open[descriptor] = self.files[path]
+        if not existed:
+            self.pending.append((path.parent, lambda copy: self._here(path, copy).unlink(missing_ok=True)))
+            self._snapshot()
+        return descriptor
+
     def write(self, descriptor: int, data: memoryview) -> int:
         written = super().write(descriptor, data)
         self.open[descriptor].data += data[:written]
@@ -188,19 +205,32 @@ class LosingFiles(FileLayer):
 
         def undo(copy: Path) -> None:
             there, back = self._here(target, copy), self._here(source, copy)
-            if there.exists() and not back.exists():
+            if there.exists() and not back.exists() and back.parent.is_dir():
                 there.rename(back)
-            if before is not None:
+            if before is not None and there.parent.is_dir():
                 there.write_bytes(before)
 
         self.pending.append((target.parent, undo))
         self._snapshot()
 
     def remove_file(self, path: Path) -> None:
+        data = path.read_bytes()
         super().remove_file(path)
         self.files.pop(path, None)
+
+        def undo(copy: Path) -> None:
+            if self._here(path, copy).parent.is_dir():
+                self._here(path, copy).write_bytes(data)
+
+        self.pending.append((path.parent, undo))
         self._snapshot()
 
     def remove_directory(self, path: Path) -> None:
         super().remove_directory(path)
+
+        def undo(copy: Path) -> None:
+            if self._here(path, copy).parent.is_dir():
+                self._here(path, copy).mkdir(exist_ok=True)
+
+        self.pending.append((path.parent, undo))
         self._snapshot()

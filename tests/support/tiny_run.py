@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.train.checkpoint import load_checkpoint
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.train.observer import Observer
+from backhand.train.run import train
 from backhand.train.run_state import PROGRESS_FILE, STATE_FILE
 from support.tiny_models import save_tiny, tiny_model
 
@@ -49,6 +53,35 @@ def with_options(config: TrainConfig, **options: Any) -> TrainConfig:
         part = next(part for part in parts if hasattr(getattr(config, part), name))
         config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
     return config
+
+
+class StopAfter(Observer):
+    """Ends a run like a crash: an exception out of nowhere once a step is done."""
+
+    class Stopped(Exception):
+        """Not one of ours."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def stepped(self, record: Any) -> None:
+        if record["step"] == self.step:
+            self.stop()
+
+    def stop(self) -> None:
+        raise self.Stopped
+
+
+class KillAfter(StopAfter):
+    """Ends the process by SIGKILL once a step is done."""
+
+    def stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(config: TrainConfig, step: int) -> None:
+    """In a process of its own: train, and be killed once this step is done, before anything is saved of it."""
+    train(config, observers=[KillAfter(step)])
 
 
 def write_rows(path: Path, count: int, *, seed: int) -> Path:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from backhand.adapters.config import LoRAConfig
+from backhand.data.options import DataOptions
 from backhand.errors import ArtifactError, UsageError
-from backhand.train.config import TrainConfig
+from backhand.train.config import OptimizationOptions, RunOptions, TrainConfig
 from backhand.train.config_file import load_config
-from backhand.train.observer import Observer
 from backhand.train.run import train
-from support.tiny_run import TinyRun, final_bits, with_options, write_rows
-
-
-class StopAfter(Observer):
-    """Ends a run like a crash: an exception out of nowhere once a step is done."""
-
-    class Stopped(Exception):
-        """Not one of ours."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def stepped(self, record: Any) -> None:
-        if record["step"] == self.step:
-            raise self.Stopped
+from support.fault_table import documented
+from support.processes import run
+from support.tiny_models import save_tiny, tiny_model
+from support.tiny_run import StopAfter, TinyRun, final_bits, train_until_killed, with_options, write_rows
 
 
 def stopped(config: TrainConfig, step: int) -> None:
@@ -41,20 +33,75 @@ def resumed(output: Path, **options: Any) -> Any:
     return train(with_options(TrainConfig(), output=output, resume=True, quiet=True, **options))
 
 
-# Eleven rows and six a step make two steps an epoch: step 1 lies in the middle of the first, step 3 of the second.
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("micro_batch_rows", [6, 2], ids=["accumulation-1", "accumulation-3"])
-def test_resumed_equals_uninterrupted(dropout: float, micro_batch_rows: int, tiny: TinyRun, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class KilledAt:
+    """Where step 4, the last one saved before the kill, lies; and how a step is divided."""
+
+    rows: int
+    batch_rows: int
+    micro_batch_rows: int
+    dropout: float
+
+
+def killed_cases() -> dict[str, KilledAt]:
+    """The whole product of place, dropout, accumulation and packing."""
+    cases = {}
+    for place, steps_per_epoch in (("mid-epoch-1", 7), ("mid-epoch-2", 3)):
+        for dropout in (0.0, 0.3):
+            for accumulation in (1, 3):
+                for packed in (1, 2):  # rows behind one another in a micro-batch
+                    batch_rows = accumulation * packed
+                    name = f"{place}-dropout-{dropout}-accumulation-{accumulation}-packed-{packed}"
+                    cases[name] = KilledAt(steps_per_epoch * batch_rows, batch_rows, packed, dropout)
+    return cases
+
+
+@pytest.mark.parametrize("case", killed_cases().values(), ids=killed_cases().keys())
+def test_ten_steps_equal_four_a_kill_and_six(case: KilledAt, tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", case.rows, seed=5)
     config = tiny.config(
-        tmp_path / "straight", max_steps=10, batch_rows=6, micro_batch_rows=micro_batch_rows, dropout=dropout,
-        eval_every=3, save_every=1, early_stopping=9,
+        tmp_path / "straight", data=(str(rows),), max_steps=10, batch_rows=case.batch_rows, dropout=case.dropout,
+        micro_batch_rows=case.micro_batch_rows, eval_every=3, save_every=4, early_stopping=9,
     )  # fmt: skip
     train(config)
-    for stop in (2, 4):  # the checkpoints before are of steps 1 and 3
-        output = tmp_path / f"stopped-{stop}"
-        stopped(with_options(config, output=output), stop)
-        resumed(output)
-        assert final_bits(output) == final_bits(tmp_path / "straight")
+    output = tmp_path / "killed"
+    assert run(train_until_killed, with_options(config, output=output), 5) == -signal.SIGKILL
+    assert (output / "checkpoints" / "latest").read_text() == "step-4\n"
+    resumed(output)
+    assert final_bits(output) == final_bits(tmp_path / "straight")
+
+
+def test_the_page_counts_the_kills() -> None:
+    assert documented("SIGKILL in a step: ten steps against four, the kill, and six") == len(killed_cases())
+
+
+@pytest.mark.parametrize("model", ["llama-tied", "gemma3_text"])
+@pytest.mark.parametrize("engine", ["backhand", "transformers"])
+def test_either_engine_resumes(engine: str, model: str, tiny: TinyRun, tmp_path: Path) -> None:
+    base = save_tiny(tiny_model(model), tmp_path / "model")
+    config = tiny.config(
+        tmp_path / "straight", model=str(base), engine=engine, dropout=0.2, micro_batch_rows=2, eval_every=2
+    )
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 3)
+    resumed(tmp_path / "run")
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
+@pytest.mark.smollm2
+def test_smollm2_ten_steps_equal_four_a_kill_and_six(tmp_path: Path) -> None:
+    rows, held_out = write_rows(tmp_path / "rows.jsonl", 9, seed=0), write_rows(tmp_path / "held.jsonl", 2, seed=1)
+    config = TrainConfig(
+        data=DataOptions(data=(str(rows),), eval_data=(str(held_out),)),
+        adapter=LoRAConfig(rank=2, dropout=0.1),
+        optimization=OptimizationOptions(max_steps=10, batch_rows=3, micro_batch_rows=1, learning_rate=1e-3),
+        run=RunOptions(output=tmp_path / "straight", save_every=4, eval_every=5, quiet=True),
+    )
+    train(config)
+    output = tmp_path / "killed"
+    assert run(train_until_killed, with_options(config, output=output), 5) == -signal.SIGKILL
+    resumed(output)
+    assert final_bits(output) == final_bits(tmp_path / "straight")
 
 
 def test_stopped_again_and_again(tiny: TinyRun, tmp_path: Path) -> None:
@@ -137,8 +184,6 @@ def test_other_settings_are_refused_with_a_list(
 
 
 def test_changed_rows_and_a_changed_base_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
-    from support.tiny_models import save_tiny, tiny_model
-
     rows = write_rows(tmp_path / "rows.jsonl", 9, seed=3)
     model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "model")
     stopped(tiny.config(tmp_path / "run", save_every=1, data=(str(rows),), model=str(model)), 3)

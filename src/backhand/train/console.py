@@ -70,7 +70,8 @@ class TerminalObserver(Observer):
         parts = [f"held-out loss {_number(record['eval_loss'])}"] if "eval_loss" in record else []
         if "forgetting_nats" in record:
             rise, divergence = record["forgetting_nats"], record["forgetting_kl_nats"]
-            parts.append(f"neutral texts {rise:+.3f} nats, KL {divergence:.3f}")
+            change = "not finite" if rise is None else f"{rise:+.3f} nats"
+            parts.append(f"neutral texts {change}, KL {_number(divergence)}")
         self._console.print(f"step {record['step']}/{self._total}  {'  '.join(parts)}")
 
     def noted(self, text: str) -> None:

@@ -127,6 +127,8 @@ class RunDirectory:
         for name in (METRICS, PROOFS):
             with saving(name, self.path, 0):
                 sync_file(self.files, self.path / name)
+        with saving("the run directory", self.path, 0):
+            self.files.sync_directory(self.path)
 
     def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
         """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""

@@ -1,0 +1,43 @@
+"""Real processes that start in a moment: forked from one that has imported everything, and computes on one thread.
+
+Forking the test process itself would copy the threads that it computes with, and its locks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_PRELOADED = ["pytest", "torch", "transformers", "safetensors.torch", "backhand.cli.main", "backhand.train.run"]
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Call a function of a module in a process of its own, which the caller joins."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run(function: Callable[..., None], *arguments: Any) -> int:
+    """Call a function in a process of its own; its exit code, negative for a signal."""
+    process = start(function, *arguments)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
