@@ -16,8 +16,8 @@ from backhand.train.console import TerminalObserver
 from backhand.train.files import FileLayer
 
 PLACES = ("load", "step", "save", "publish", "evaluation")
-"""Reading the model; step 3; the checkpoint of step 2, all written and not in place; `adapter/` of step 2, the former one
-moved away; the evaluation after step 2, between two batches."""
+"""Reading the model; step 3; the checkpoint of step 2, all written and not in place; `adapter/` of step 2, the former
+one moved away; the evaluation after step 2, between two batches."""
 
 
 def held_train(words: list[str], place: str, connection: Connection) -> None:
