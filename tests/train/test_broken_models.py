@@ -104,8 +104,9 @@ def no_tokenizer(directory: Path) -> Path:
 
 
 def no_chat_template(directory: Path) -> Path:
+    whole(directory)
     for name in ("chat_template.jinja", "chat_template.json"):
-        (whole(directory) / name).unlink(missing_ok=True)
+        (directory / name).unlink(missing_ok=True)
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
     return directory
