@@ -122,7 +122,8 @@ class CheckpointStore:
         """Remove what an interrupted save or removal left over. Raises ResourceError."""
         with saving("the list of checkpoints", self.directory, 0):
             for path in sorted(self.directory.iterdir()):
-                if path.name.startswith(".tmp-"):
+                # A directory in place of the pointer could not be replaced by a file in one step.
+                if path.name.startswith(".tmp-") or (path.name == LATEST and path.is_dir()):
                     remove_tree(self.files, path)
 
     def newest_valid(self, before: int | None = None) -> Checkpoint | None:
