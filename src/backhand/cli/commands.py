@@ -114,6 +114,12 @@ COMMANDS = (
         "backhand.cli.report:report",
     ),
     Command(
+        "watch",
+        "The report of a run while it trains, on this machine only, with a box to try a prompt on base and adapter.",
+        "backhand watch runs/mine",
+        "backhand.cli.watch:watch",
+    ),
+    Command(
         "demo",
         "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",

@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from backhand.adapters.adapter_directory import TENSOR_FILE
 from backhand.adapters.peft_files import load_adapter
 from backhand.errors import BackhandError
 from backhand.report.run_record import RunRecord, is_number
@@ -61,14 +63,27 @@ def changes_of(run: RunRecord) -> tuple[list[ModuleChange], str]:
     for directory in (run.adapter, _newest_checkpoint(run.path)):
         if directory is None or not directory.is_dir():
             continue
+        norms = {module["name"]: module.get("weight_norm") for module in modules}
         try:
-            adapter = load_adapter(directory, shapes)
+            written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
+            changes = _read(directory, written_ns, tuple(shapes.items()), tuple(norms.items()))
         except (BackhandError, OSError) as error:
             return [], f"the adapter cannot be read: {error}"
-        scalings = {slot.name: slot.scaling for slot in adapter.slots}
-        norms = {module["name"]: module.get("weight_norm") for module in modules}
-        return list(module_changes(adapter.factors, scalings, norms)), str(directory.relative_to(run.path))
+        return list(changes), str(directory.relative_to(run.path))
     return [], "there is no adapter yet"
+
+
+@lru_cache(maxsize=4)
+def _read(
+    directory: Path,
+    _written_ns: int,
+    shapes: tuple[tuple[str, tuple[int, int]], ...],
+    norms: tuple[tuple[str, float | None], ...],
+) -> tuple[ModuleChange, ...]:
+    """The changes of the adapter in a directory; a page that is watched asks every few seconds for the same files."""
+    adapter = load_adapter(directory, dict(shapes))
+    scalings = {slot.name: slot.scaling for slot in adapter.slots}
+    return tuple(module_changes(adapter.factors, scalings, dict(norms)))
 
 
 def module_changes(

@@ -22,7 +22,7 @@ from backhand.train.run_directory import ADAPTER, CONFIG, opened
 from backhand.verify.invariances import prove_invariances
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
-from backhand.verify.options import VerifiedModelOptions, VerifyOptions
+from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.report import VerifyReport
 from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
 from backhand.verify.tables import print_report
@@ -61,6 +61,20 @@ def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
     start = time.perf_counter()
     report = _verify_model(options, say) if options.model.model else _verify_ops(options, say)
     report.time_s = time.perf_counter() - start
+    return report
+
+
+def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
+    """Prove the gradients and invariances of a run's own adapter on about so many tokens of its rows, silently.
+
+    Every line goes to the run's proofs.jsonl.
+
+    Raises:
+        UsageError, DataError, ArtifactError: run, rows, model or adapter are not there, or not usable.
+        CheckError: something does not hold.
+    """
+    report, _ = _proved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens)))
+    _raise_failures(report)
     return report
 
 

@@ -1,0 +1,152 @@
+"""A prompt, answered by the base model and with the newest checkpoint's adapter; nothing is loaded before it is asked.
+
+All work on the model is done by one thread: it is loaded there, and answers one prompt after the other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generate.memory import answering_bytes
+from backhand.generate.options import SamplingOptions
+from backhand.generate.session import GenerationSession
+from backhand.nn.compute import DTYPES
+from backhand.nn.loading import open_model
+from backhand.train.checkpoint import Checkpoint, CheckpointStore
+from backhand.train.config_file import load_config
+from backhand.train.files import FileLayer
+from backhand.train.memory import available_bytes
+from backhand.train.memory_plan import in_words
+from backhand.train.run_directory import CHECKPOINTS, CONFIG
+from backhand.train.saver import adapter_part
+
+
+@dataclass(frozen=True)
+class BoxAnswer:
+    """Both answers, and the step whose adapter gave the second."""
+
+    base: str
+    adapted: str
+    step: int
+    seconds: float
+
+
+class PromptBox:
+    """Answers prompts about one run.
+
+    Args:
+        run: its directory.
+        threads: to compute with.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, run: Path, *, threads: int, max_new_tokens: int) -> None:
+        self._run = run
+        self._config = load_config(run / CONFIG)
+        self._options = replace(self._config.model, threads=threads, tune_allocator=False)
+        self._sampling = SamplingOptions(greedy=True, max_new_tokens=max_new_tokens)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="answers")
+        self._held = ExitStack()
+        self._loaded: LoadedModel | None = None
+        self._step = -1
+        self._needs: Future[int] = self._worker.submit(self._weigh)
+
+    def close(self) -> None:
+        """Wait for the answer that is being given, and let the model go."""
+        self._worker.submit(self._held.close).result()
+        self._worker.shutdown()
+
+    def state(self) -> dict[str, Any]:
+        """What the box says of itself: whether it can be asked, and a sentence."""
+        if not self._newest_name():
+            every = self._config.run.save_every
+            due = f": the first is due after step {every}" if every else ""
+            return {"ready": False, "text": f"There is no checkpoint yet, so nothing to compare with the base{due}."}
+        if self._loaded is not None:
+            return {"ready": True, "text": f"The model is loaded, with the adapter of step {self._step}."}
+        if not self._needs.done():
+            return {"ready": True, "text": "The model is loaded when you first ask."}
+        try:
+            needed = in_words(self._needs.result())
+        except BackhandError as error:
+            return {"ready": False, "text": f"The base model cannot be opened: {error}"}
+        return {
+            "ready": True,
+            "text": f"The model is loaded when you first ask: about {needed} of memory, beside the training.",
+        }
+
+    def answer(self, prompt: str) -> BoxAnswer:
+        """Answer by the base and with the newest adapter.
+
+        Raises:
+            UsageError: there is no checkpoint yet, or no prompt.
+            ResourceError: the model does not fit the memory that is free.
+            BackhandError: whatever loading and answering raise.
+        """
+        if not prompt.strip():
+            raise UsageError("the prompt is empty")
+        return self._worker.submit(self._answer, prompt).result()
+
+    def _answer(self, prompt: str) -> BoxAnswer:
+        began = time.perf_counter()
+        loaded = self._with_newest_adapter()
+        session = GenerationSession(loaded, self._config.data)
+        ids = session.prompt_ids(prompt)
+        loaded.model.use_adapter(False)
+        base = session.answer(ids, self._sampling).text
+        loaded.model.use_adapter(True)
+        adapted = session.answer(ids, self._sampling).text
+        return BoxAnswer(base, adapted, self._step, round(time.perf_counter() - began, 2))
+
+    def _with_newest_adapter(self) -> LoadedModel:
+        """The model with the adapter of the newest checkpoint, loaded again only where that is another one."""
+        checkpoint = self._newest()
+        if checkpoint is None:
+            raise UsageError("there is no checkpoint yet", next_step="wait for the first one")
+        if self._loaded is not None and checkpoint.step == self._step:
+            return self._loaded
+        self._held.close()
+        self._loaded = None
+        self._refuse_too_large()
+        # A copy: training removes old checkpoints while they are read.
+        directory = Path(tempfile.mkdtemp(prefix="backhand-watch-"))
+        try:
+            for name, data in adapter_part(checkpoint.contents).items():
+                (directory / name).write_bytes(data)
+            self._loaded = self._held.enter_context(
+                loaded_model(self._options, directory, chat_template=self._config.data.chat_template)
+            )
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        self._step = checkpoint.step
+        return self._loaded
+
+    def _refuse_too_large(self) -> None:
+        free, needed = available_bytes(), self._weigh()
+        if free is not None and needed > free:
+            raise ResourceError(
+                f"the model needs {in_words(needed)}, and {in_words(free)} are free",
+                next_step="wait until training is over, or ask `backhand generate` on another machine",
+            )
+
+    def _newest(self) -> Checkpoint | None:
+        directory = self._run / CHECKPOINTS
+        return CheckpointStore(directory, FileLayer(), lambda _: None).newest_valid() if directory.is_dir() else None
+
+    def _newest_name(self) -> str:
+        try:
+            return (self._run / CHECKPOINTS / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    def _weigh(self) -> int:
+        return answering_bytes(open_model(self._options.model), DTYPES.get(self._options.dtype, DTYPES["float32"]))
