@@ -23,11 +23,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo sine verify test test-smollm2 test-slow check lint format-check types imports docstrings readme docs format bench clean
+.PHONY: help demo sine verify test test-smollm2 test-slow test-browser check lint format-check types imports docstrings readme docs format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make verify | test-smollm2 | test-slow | bench | check | docs | format | readme | clean'
+	@echo '  make verify | test-smollm2 | test-slow | test-browser | bench | check | docs | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -50,6 +50,11 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests'
 	@$(PIP) install --editable '.[test]'
+	@touch $@
+
+# Playwright drives the system's Chromium; it downloads none of its own.
+$(VENV)/.browser: pyproject.toml | $(BIN)/python
+	@$(PIP) install --editable '.[test,browser]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
@@ -81,14 +86,19 @@ verify: $(VENV)/.demo
 
 test: $(VENV)/.test $(VENV)/.model
 	$(BIN)/backhand verify
-	$(PYTEST) -m 'not smollm2 and not slow and not bench' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One test at a time: each holds the whole model and may use every core.
 test-smollm2: $(VENV)/.test $(VENV)/.model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'smollm2 and not slow and not bench' $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'smollm2 and not slow and not bench and not browser' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench' $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.browser $(VENV)/.model
+	@[ -n "$$CHROMIUM" ] || command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ echo 'make: no Chromium found: apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 2; }
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m bench $(PYTEST_ARGS)

@@ -82,7 +82,9 @@ def test_without_the_token_nothing_is_told(server: WatchServer, path: str, metho
     connection.close()
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", "[::1]:{port}"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "", "[::1]:{port}"]
+)
 def test_another_host_name_is_refused(server: WatchServer, host: str) -> None:
     status, text, _ = ask(server, f"/{server.token}/", Host=host.format(port=server.server_port))
     assert status == 403 and "own name" in text
@@ -172,7 +174,9 @@ def test_before_the_first_checkpoint_the_box_says_so(server: WatchServer, finish
     shutil.rmtree(finished / "checkpoints")
     said = json.loads(ask(server, f"/{server.token}/state")[1])["box"]
     assert not said["ready"] and said["text"].startswith("There is no checkpoint yet")
-    assert Page(ask(server, f"/{server.token}/")[1].encode()).one("button", id="try-ask").attributes.keys() >= {"disabled"}
+    assert Page(ask(server, f"/{server.token}/")[1].encode()).one("button", id="try-ask").attributes.keys() >= {
+        "disabled"
+    }
     status, text, _ = prompt(server, "hello")
     assert status == 409 and "no checkpoint yet" in json.loads(text)["error"]
 

@@ -61,7 +61,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         memory += [{"step": step, "value": predicted * 2**-20, "series": "predicted peak"} for step in ends]
     losses = _series(run.steps, "loss", "training rows") + _series(run.evaluations, "eval_loss", "held-out rows")
     forgetting = _series(run.evaluations, "forgetting_nats", "rise of the loss") + _series(
-        run.evaluations, "forgetting_kl_nats", "KL divergence from the base"
+        run.evaluations, "forgetting_kl_nats", "KL from the base"
     )
     charts = {
         "loss": curve(losses, "nats per supervised token", height=280, log="auto", dots="held-out rows"),

@@ -1,0 +1,96 @@
+"""`watch` in a browser while a run goes on: the curve grows, base and adapter answer, a killed run is shown as such."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from backhand.report.watch import serving
+from backhand.report.watch_options import WatchOptions
+from support.tiny_run import TinyRun
+
+if TYPE_CHECKING:
+    from browser.conftest import OpenPage
+
+pytestmark = pytest.mark.browser
+
+# A step of the tiny model takes milliseconds: each one waits a little, so that there is something to watch.
+_SLOW_RUN = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from backhand.report.train import train
+from backhand.train.config_file import load_config
+train(load_config(Path(sys.argv[2])), callbacks=[lambda record: time.sleep(0.3)])
+"""
+
+
+def points(page: object, chart: str) -> int:
+    count: int = page.evaluate(f"views.get('{chart}')?.data('rows').length ?? 0")  # type: ignore[attr-defined]
+    return count
+
+
+def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_page: OpenPage) -> None:
+    from backhand.train.config_file import dump_config
+
+    run = tmp_path / "run"
+    config = tiny.config(run, epochs=500, save_every=10, eval_every=10)
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    source = str(Path(__file__).parents[2] / "src")
+    process = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, source, str(tmp_path / "run.toml")])
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "status.json").exists(), process)
+        with serving(WatchOptions(run=run, max_new_tokens=8)) as server, open_page(server.address) as page:
+            assert "Running: process" in page.locator(".state").inner_text()
+            if not (run / "checkpoints" / "latest").exists():
+                assert "There is no checkpoint yet" in page.locator("#try-state").inner_text()
+                assert page.locator("#try-ask").is_disabled()
+            before = points(page, "loss")
+            page.wait_for_function(f"(views.get('loss')?.data('rows').length ?? 0) > {before + 3}")
+            page.wait_for_selector("#try-ask:enabled")
+            assert "loaded when you first ask" in page.locator("#try-state").inner_text()
+            page.fill("#try-prompt", "<b>the user</b> asks <script>window.hurt=1</script>")
+            page.click("#try-ask")
+            page.wait_for_selector("#try-answers:not([hidden])")
+            assert "with the adapter of step" in page.locator("#try-step").inner_text()
+            assert page.evaluate("window.hurt") is None
+            page.wait_for_function(
+                "document.getElementById('try-state').textContent.startsWith('The model is loaded,')"
+            )
+            process.kill()
+            process.wait()
+            page.wait_for_selector(".state.bad")
+            assert page.locator(".state").inner_text().startswith("Killed: process")
+            # What was typed and answered is still there after all the updates.
+            assert page.input_value("#try-prompt").startswith("<b>") and page.locator("#try-answers").is_visible()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_another_page_in_the_same_browser_learns_nothing(finished: Path, open_page: OpenPage) -> None:
+    with serving(WatchOptions(run=finished)) as server, open_page(server.address) as page:
+        context = page.context
+        other = context.new_page()
+        other.goto("data:text/html,<title>other</title>")
+        fetched = other.evaluate(
+            "address => fetch(address + 'answer', {method: 'POST', body: '{\"prompt\": \"x\"}'})"
+            ".then(reply => reply.text(), error => 'refused')",
+            server.address,
+        )
+        assert fetched == "refused"
+        wrong = other.goto(f"http://127.0.0.1:{server.server_port}/wrong-token/")
+        assert wrong is not None and wrong.status == 403
+        other.close()
+
+
+def wait_for(there: object, process: subprocess.Popen[bytes]) -> None:
+    import time
+
+    while not there():  # type: ignore[operator]
+        assert process.poll() is None, "the run ended before it began"
+        time.sleep(0.1)
