@@ -57,7 +57,8 @@ def test_the_page_is_the_report_with_a_box(server: WatchServer) -> None:
     status, text, headers = ask(server, f"/{server.token}/")
     page = Page(text.encode())
     assert status == 200 and "loss" in page.charts and page.one("section", id="try")
-    assert len(page.scripts) == 3 and "connect-src 'self'" in text
+    policy = next(m for m in page.every("meta") if m.attributes.get("http-equiv") == "Content-Security-Policy")
+    assert len(page.scripts) == 3 and "connect-src 'self'" in (policy.attributes["content"] or "")
     assert headers["Cache-Control"] == "no-store" and headers["X-Frame-Options"] == "DENY"
     assert headers["Referrer-Policy"] == "no-referrer" and "Access-Control-Allow-Origin" not in headers
 

@@ -22,8 +22,8 @@ def watch_command(options: WatchOptions) -> None:
         ArtifactError: the run's configuration cannot be read.
     """
     with serving(options) as server:
-        print(f"Watching {options.run}: {server.address}\nCtrl-C ends it.", flush=True)
         try:
+            print(f"Watching {options.run}: {server.address}\nCtrl-C ends it.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print()
