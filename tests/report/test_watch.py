@@ -270,4 +270,4 @@ def test_ctrl_c_ends_it_well(finished: Path) -> None:
         assert process.wait(120) == 0
     finally:
         process.kill()
-        process.wait()
+        process.communicate()

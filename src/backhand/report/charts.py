@@ -146,10 +146,10 @@ def curve(
 def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, numbers: str) -> Spec:
     """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
     rows = [_change_row(change) for change in changes]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     return {
-        **_base([row | {"layer": "–" if row["layer"] is None else str(row["layer"])} for row in rows], None),
-        "height": {"step": 22},
+        **_base([row | {"layer": "–" if row["layer"] is None else str(row["layer"])} for row in rows], 22 * len(kinds)),
         "mark": {"type": "rect", "stroke": None},
         "encoding": {
             "x": {
@@ -163,7 +163,7 @@ def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, num
                 "field": "kind",
                 "type": "nominal",
                 "title": None,
-                "sort": list(dict.fromkeys(r["kind"] for r in rows)),
+                "sort": kinds,
             },
             "color": {
                 "field": field,
@@ -245,14 +245,14 @@ def _whole(field: str, title: str) -> Spec:
     return {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1, "format": ",d"}}
 
 
-def _base(rows: Rows, height: int | None) -> Spec:
-    spec: Spec = {
+def _base(rows: Rows, height: int) -> Spec:
+    return {
         "data": {"name": DATA, "values": rows},
         "width": "container",
+        "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "config": CONFIG,
     }
-    return spec if height is None else spec | {"height": height}
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: float = 1.0) -> Rows:
