@@ -1,4 +1,4 @@
-"""The report in a browser: nothing logged, nothing fetched, charts drawn and alive, at every width and in every light."""
+"""The report in a browser: nothing logged, nothing fetched, charts drawn and alive, at every width, dark and light."""
 
 from __future__ import annotations
 
