@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ from backhand.report.watch_options import WatchOptions
 from support.tiny_run import TinyRun
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
     from browser.conftest import OpenPage
 
 pytestmark = pytest.mark.browser
@@ -29,9 +33,17 @@ train(load_config(Path(sys.argv[2])), callbacks=[lambda record: time.sleep(0.3)]
 """
 
 
-def points(page: object, chart: str) -> int:
-    count: int = page.evaluate(f"views.get('{chart}')?.data('rows').length ?? 0")  # type: ignore[attr-defined]
-    return count
+def points(page: Page, chart: str) -> int:
+    return int(page.evaluate(f"views.get('{chart}')?.data('rows').length ?? 0"))
+
+
+def until(page: Page, true: Callable[[], bool], tries: int = 1200) -> None:
+    """Wait in the browser's own time; its `wait_for_function` is what the page's policy forbids."""
+    for _ in range(tries):
+        if true():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it never came true")
 
 
 def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_page: OpenPage) -> None:
@@ -50,7 +62,7 @@ def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_pa
                 assert "There is no checkpoint yet" in page.locator("#try-state").inner_text()
                 assert page.locator("#try-ask").is_disabled()
             before = points(page, "loss")
-            page.wait_for_function(f"(views.get('loss')?.data('rows').length ?? 0) > {before + 3}")
+            until(page, lambda: points(page, "loss") > before + 3)
             page.wait_for_selector("#try-ask:enabled")
             assert "loaded when you first ask" in page.locator("#try-state").inner_text()
             page.fill("#try-prompt", "<b>the user</b> asks <script>window.hurt=1</script>")
@@ -88,9 +100,7 @@ def test_another_page_in_the_same_browser_learns_nothing(finished: Path, open_pa
         other.close()
 
 
-def wait_for(there: object, process: subprocess.Popen[bytes]) -> None:
-    import time
-
-    while not there():  # type: ignore[operator]
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    while not there():
         assert process.poll() is None, "the run ended before it began"
         time.sleep(0.1)
