@@ -70,9 +70,7 @@ def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_pa
             page.wait_for_selector("#try-answers:not([hidden])")
             assert "with the adapter of step" in page.locator("#try-step").inner_text()
             assert page.evaluate("window.hurt") is None
-            page.wait_for_function(
-                "document.getElementById('try-state').textContent.startsWith('The model is loaded,')"
-            )
+            until(page, lambda: page.locator("#try-state").inner_text().startswith("The model is loaded,"))
             process.kill()
             process.wait()
             page.wait_for_selector(".state.bad")
