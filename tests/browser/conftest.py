@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,9 @@ from backhand.report.train import train
 from support.tiny_run import TinyRun
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from playwright.sync_api import Browser, Page
 
-    OpenPage = Callable[..., AbstractContextManager[Page]]
+    from support.open_page import OpenPage
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 

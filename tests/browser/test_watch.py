@@ -18,7 +18,7 @@ from support.tiny_run import TinyRun
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from browser.conftest import OpenPage
+    from support.open_page import OpenPage
 
 pytestmark = pytest.mark.browser
 
