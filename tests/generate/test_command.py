@@ -127,11 +127,18 @@ def test_bad_rows_are_named_or_left_out(
     assert main([*base, "--data", str(rows_file), "--skip-bad", "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 3
-    assert "1 malformed rows are left out" in err
+    assert "1 bad row left out, the first: " in err and "rows.jsonl:4" in err
     long_row = {"prompt": "x" * 200, "completion": "y"}
+    good = rows_file.read_text()
+    rows_file.write_text(good + json.dumps(long_row) + "\n")
+    assert main([*base, "--data", str(rows_file), "--skip-bad", "--greedy"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3, "a prompt that leaves no room for an answer is a bad row as well"
+    assert "2 bad rows left out, the first: " in err
     rows_file.write_text(json.dumps(long_row) + "\n")
-    assert main([*base, "--data", str(rows_file)]) == 3
-    assert "rows.jsonl:1" in capsys.readouterr().err
+    for words in ([], ["--skip-bad"]):
+        assert main([*base, "--data", str(rows_file), *words]) == 3
+        assert "rows.jsonl:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,13 +84,16 @@ def train_until_killed(config: TrainConfig, step: int) -> None:
     train(config, observers=[KillAfter(step)])
 
 
-def write_rows(path: Path, count: int, *, seed: int) -> Path:
-    """Prompts and completions of a few random words."""
+def write_rows(path: Path, count: int, *, seed: int, words: tuple[int, int] = (2, 8), completion: int = 3) -> Path:
+    """Prompts of so many random words (the second number excluded), and completions."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            prompt = " ".join(draw.choices(_WORDS.split(), k=draw.randrange(2, 8)))
-            file.write(json.dumps({"prompt": prompt, "completion": " ".join(draw.choices(_WORDS.split(), k=3))}) + "\n")
+            prompt = " ".join(draw.choices(_WORDS.split(), k=draw.randrange(*words)))
+            file.write(
+                json.dumps({"prompt": prompt, "completion": " ".join(draw.choices(_WORDS.split(), k=completion))})
+                + "\n"
+            )
     return path
 
 

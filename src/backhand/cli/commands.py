@@ -30,6 +30,12 @@ COMMANDS = (
         "backhand.cli.train:train",
     ),
     Command(
+        "plan",
+        "Tell what a run will take in memory and time, and how it will be cut to fit, before it is made.",
+        "backhand plan --data rows.jsonl",
+        "backhand.cli.plan:plan",
+    ),
+    Command(
         "lint",
         "Look at rows as a model's tokenizer and chat template read them, and name every problem with its remedy.",
         "backhand lint --data rows.jsonl",

@@ -11,7 +11,8 @@ from typing import Any
 
 from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.data.prepare import Prompt, prepare_prompts
-from backhand.errors import UsageError
+from backhand.data.rows import BadRows, count_of
+from backhand.errors import DataError, UsageError
 from backhand.generate.loading import LoadedModel
 from backhand.generate.notes import show_notes
 from backhand.generate.options import AnswerOptions, GenerateOptions
@@ -47,14 +48,21 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
         ResourceError: the file cannot be written.
     """
-    prompts, report = prepare_prompts(options.rows, options.template, loaded.tokenizer)
+    read, report = prepare_prompts(options.rows, options.template, loaded.tokenizer)
+    session = GenerationSession(loaded, options.template)
+    # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
+    bad = BadRows(options.rows.skip_bad)
+    prompts = [prompt for prompt in read if _can_be_answered(prompt, session, bad)]
+    if not prompts and bad.errors:
+        raise bad.errors[0]
     if not options.answer.quiet:
         notes = list(report.notes)
-        if report.skipped_bad:
-            notes.append(f"{report.skipped_bad} malformed rows are left out, the first: {report.bad_rows[0]}")
+        if left_out := report.skipped_bad + bad.count:
+            first = (*report.bad_rows, *bad.errors)[0]
+            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first}")
         show_notes(notes)
     started = time.perf_counter()
-    lines = _lines(options, loaded, prompts)
+    lines = _lines(options, loaded, session, prompts)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.answer.output is None:
         sys.stdout.write(text)
@@ -65,8 +73,18 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         print(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}", file=sys.stderr)
 
 
-def _lines(options: GenerateOptions, loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    session = GenerationSession(loaded, options.template)
+def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:
+    try:
+        session.check(prompt.input_ids.tolist(), prompt.source)
+    except DataError as error:
+        bad.add(error)
+        return False
+    return True
+
+
+def _lines(
+    options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt]
+) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
     if not options.answer.compare:
         for line, answer in zip(lines, _answers(session, prompts, options, "answers"), strict=True):

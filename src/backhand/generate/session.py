@@ -119,7 +119,7 @@ class GenerationSession:
             DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
         """
         for number, prompt in enumerate(prompts):
-            self._check(prompt, PROMPT if sources is None else sources[number])
+            self.check(prompt, PROMPT if sources is None else sources[number])
         replies = [
             _Reply(TextStream(self.tokenizer, options.stop), self._room(prompt, options.max_new_tokens))
             for prompt in prompts
@@ -152,7 +152,16 @@ class GenerationSession:
             raise DataError("the prompt is empty", where=row.source)
         return ids
 
-    def _check(self, prompt: Sequence[int], source: str) -> None:
+    def check(self, prompt: Sequence[int], source: str) -> None:
+        """Whether a prompt can be answered.
+
+        Args:
+            prompt: token ids.
+            source: where it stands.
+
+        Raises:
+            DataError: it is empty, leaves no room for an answer, or holds tokens that the model does not know.
+        """
         if not len(prompt):
             raise DataError("the prompt is empty", where=source)
         if max(prompt) >= self.model.vocab_size:

@@ -79,6 +79,13 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
+def release_freed_memory() -> bool:
+    """Give what `keep_freed_memory` has kept back to the system for once; return whether there was a way to."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(0))
+
+
 def lossless_medium_precision() -> bool:
     """Whether `set_float32_matmul_precision("medium")` changes only the route of float32 products, not their precision.
 

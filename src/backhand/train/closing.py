@@ -14,7 +14,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {summary.rows:,} rows: {summary.steps:,} steps, {summary.tokens:,} tokens "
-        f"({summary.supervised_tokens:,} supervised) in {_duration(summary.train_s)}, "
+        f"({summary.supervised_tokens:,} supervised) in {duration(summary.train_s)}, "
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, _improvement(summary), _memory(summary)]
@@ -60,7 +60,8 @@ def _exp(loss: float) -> str:
     return f"{math.exp(min(loss, 700.0)):,.2f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -23,7 +23,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.train.config import ModelOptions
 from backhand.train.interface import Trainable
-from backhand.train.memory_plan import ModelSize, decoder_size, transformers_size
+from backhand.train.memory_model import ModelSize, decoder_size, transformers_size
 
 AdapterFiles = Callable[[AdapterRecord, Mapping[str, object]], dict[str, bytes]]
 

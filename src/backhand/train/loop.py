@@ -25,6 +25,7 @@ from backhand.train.guards import JUDGED_AFTER_STEPS, LearningGuard, SpikeGuard
 from backhand.train.held_out import HeldOut
 from backhand.train.interface import Trainable
 from backhand.train.memory import rss_bytes
+from backhand.train.memory_keeper import MemoryKeeper
 from backhand.train.observer import Observer
 from backhand.train.run_state import RunState
 from backhand.train.sampler import Sampler
@@ -47,6 +48,7 @@ class TrainingLoop:
         base_guard: None in repetitions of steps that were guarded before.
         learning_guard: likewise.
         observer: is told of steps and evaluations.
+        memory: holds the process to its plan; None where the allocator is left alone.
         save: makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far.
         stop_requested: whether somebody asked to stop after this step.
     """
@@ -64,6 +66,7 @@ class TrainingLoop:
         base_guard: BaseGuard | None = None,
         learning_guard: LearningGuard | None = None,
         observer: Observer | None = None,
+        memory: MemoryKeeper | None = None,
         save: Callable[[bool], None] = lambda _better: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -77,6 +80,7 @@ class TrainingLoop:
         self.base_guard = base_guard
         self.learning_guard = learning_guard
         self.observer = Observer() if observer is None else observer
+        self.memory = memory
         self.save = save
         self.stop_requested = stop_requested
         self._lengths = [trained_length(example) for example in examples]
@@ -131,6 +135,8 @@ class TrainingLoop:
         if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
             self.observer.stepped(self._record(result, rate, tokens, seconds))
         self._judge(result)
+        if self.memory is not None:
+            self.memory.after_step()
 
     def _micro_batches(self, rows: Sequence[int]) -> list[PackedBatch]:
         groups = micro_batches(rows, self._lengths, max_rows=self.plan.micro_batch_rows)

@@ -26,9 +26,11 @@ from backhand.train.forgetting import ForgettingMeter
 from backhand.train.guards import LearningGuard
 from backhand.train.held_out import HeldOut
 from backhand.train.interruption import Interrupted, Interruption
-from backhand.train.job import Job, build_job, resolve_machine
+from backhand.train.job import Job, build_job
 from backhand.train.loggers.choice import chosen_loggers
 from backhand.train.loop import TrainingLoop
+from backhand.train.machine import resolve_machine
+from backhand.train.memory_keeper import MemoryKeeper
 from backhand.train.metrics_file import MetricsFile
 from backhand.train.observer import Observer, Observers, RunStart
 from backhand.train.opening import opening_facts
@@ -158,6 +160,7 @@ class _Run:
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
                 observer=self.observer,
+                memory=MemoryKeeper(job.memory.peak_bytes) if job.config.model.tune_allocator else None,
                 save=saver.save,
                 stop_requested=lambda: self.interruption.requested is not None,
             )

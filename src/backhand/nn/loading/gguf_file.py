@@ -119,6 +119,12 @@ class GGUFFile:
         """The tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
         return np.frombuffer(self._data, np.uint8, count=tensor.byte_count, offset=tensor.offset)
 
+    def forget(self, tensor: GGUFTensor) -> None:
+        """Give the memory of the tensor's mapped pages back; they are read again when they are needed again."""
+        if hasattr(self._data, "madvise"):
+            begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._data.madvise(mmap.MADV_DONTNEED, begin, tensor.offset + tensor.byte_count - begin)
+
     def _read_header(self) -> None:
         if self._size < 24 or self._data[:4] != _MAGIC:
             raise ArtifactError(

@@ -68,6 +68,7 @@ class GGUFModel(ModelSource):
         """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
         tensor = self._tensor(name)
         values = dequantized(self.bytes_of(tensor.name), tensor.type_id)
+        self._place_of[tensor.name].forget(tensor)
         return layout(self.architecture, name, self._head_dim).restored(values.view(tensor.shape))
 
     @property
@@ -97,6 +98,7 @@ class GGUFModel(ModelSource):
             dequantize_into(self.bytes_of(tensor.name), tensor.type_id, destination)
         else:
             destination.copy_(self.load(name))
+        self._place_of[tensor.name].forget(tensor)
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._stored:

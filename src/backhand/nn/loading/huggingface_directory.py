@@ -142,13 +142,20 @@ class HuggingFaceDirectory(ModelSource):
 
 
 class _SafetensorsFile:
-    """One mapped safetensors file."""
+    """One safetensors file: its header stays open, its data is mapped anew for each tensor.
+
+    What was read of a mapping counts as memory of the process until the mapping ends; that of the header's handle
+    would keep the whole file in it beside the weights.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @cached_property
-    def _handle(self) -> Any:
+    def _header(self) -> Any:
+        return self._opened()
+
+    def _opened(self) -> Any:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -158,16 +165,16 @@ class _SafetensorsFile:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        return frozenset(self._handle.keys())
+        return frozenset(self._header.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(name).get_shape())
+        return tuple(self._header.get_slice(name).get_shape())
 
     def load(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
         try:
-            tensor: Tensor = self._handle.get_tensor(name)
+            tensor: Tensor = self._opened().get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
         return floating(tensor, name, str(self.path))

@@ -1,0 +1,195 @@
+"""A run as far as it is known before a weight is read: model, adapter, rows, steps, and the memory it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from backhand.adapters.adapter_directory import read_adapter_directory
+from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.adapters.config import LoRAConfig
+from backhand.data.chat import read_template
+from backhand.data.examples import Example, PreparedData, summed
+from backhand.data.packing import trained_length
+from backhand.data.prepare import prepare
+from backhand.nn.decoder_weights import module_shapes
+from backhand.nn.loading import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout
+from backhand.train.config import TrainConfig, parse_bytes
+from backhand.train.engine import BoundModel, EngineChoice, choose_engine, load_bound_model, model_size, planned_layout
+from backhand.train.machine import Machine
+from backhand.train.memory import available_bytes
+from backhand.train.memory_model import ModelSize
+from backhand.train.memory_plan import MemoryPlan, choose, largest_shapes
+from backhand.train.process_memory import settled_rss_bytes
+from backhand.train.sampler import Sampler
+
+_STEPS_LOOKED_AT = 2000
+
+
+@dataclass
+class Outline:
+    """A run before its weights are read.
+
+    Attributes:
+        config: the adapter in it is as it will be; what else is left to choose stays.
+        source: the opened base model.
+        choice: which engine, and why.
+        layout: what the adapter consists of.
+        train, held_out: the rows.
+        sampler: which rows a step trains on.
+        total_steps: of the run.
+        size: what the memory's formulas need of the model.
+        budget_bytes: what the process may take; None for no limit.
+        memory: what it will take.
+        bound: the loaded model, where the adapter's modules could not be told without it.
+        notes: what the files of the adapter to start from say, and a person should know.
+    """
+
+    config: TrainConfig
+    source: ModelSource
+    choice: EngineChoice
+    layout: AdapterLayout
+    train: PreparedData
+    held_out: PreparedData | None
+    sampler: Sampler
+    total_steps: int
+    size: ModelSize
+    budget_bytes: int | None
+    memory: MemoryPlan
+    bound: BoundModel | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every training row that enter the model."""
+        return [trained_length(example) for example in self.train.examples]
+
+
+def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = False, watched: bool = False) -> Outline:
+    """Everything about a run that is known before its weights are read; nothing is written.
+
+    Args:
+        config: validated; of a resumed run, as it is stored.
+        machine: where it computes.
+        assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
+        watched: count a second model beside it, which answers while this one trains.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: each says what to do.
+    """
+    source = open_model(config.model.model)
+    choice = choose_engine(config.model, source)
+    config = replace(config, adapter=_adapter_config(config))
+    layout = planned_layout(choice, config.adapter)
+    notes: tuple[str, ...] = ()
+    if layout is not None:
+        notes = _check_start(config, source, choice, [slot.name for slot in layout.slots])
+    tokenizer = source.tokenizer()
+    if assumed_rows and not config.data.data:
+        train, held_out = _assumed_rows(config), None
+    else:
+        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed)
+    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
+    total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
+    bound = None
+    if layout is None:  # under transformers the targets are known once the model is there
+        bound = load_bound_model(
+            choice,
+            source,
+            config.adapter,
+            base_model=source.hub_id or str(source.path.resolve()),
+            dtype=machine.dtype,
+            device=machine.device,
+        )
+        layout = bound.lora.layout
+        notes = _check_start(config, source, choice, list(bound.lora.slots))
+    size = model_size(choice, source, layout, machine.dtype)
+    process = settled_rss_bytes(machine.dtype)
+    if bound is not None:
+        process = max(0, process - size.weight_bytes)
+    budget = _budget(config, machine, process)
+    memory = _plan(config, size, train.examples, sampler, total_steps, process, budget, watched=watched)
+    return Outline(
+        config, source, choice, layout, train, held_out, sampler, total_steps, size, budget, memory, bound, notes
+    )
+
+
+def _adapter_config(config: TrainConfig) -> LoRAConfig:
+    """The adapter as asked for, or as the one it starts from has it; dropout is this run's own."""
+    if config.run.from_adapter is None:
+        return config.adapter
+    allow_pickle = config.model.allow_pickle
+    described = read_adapter_directory(config.run.from_adapter, allow_pickle=allow_pickle).described.config
+    return replace(described, dropout=config.adapter.dropout)
+
+
+def _check_start(
+    config: TrainConfig, source: ModelSource, choice: EngineChoice, modules: Sequence[str]
+) -> tuple[str, ...]:
+    """Hold the adapter to start from, if there is one, against the base model; what a person should know of it."""
+    directory, force = config.run.from_adapter, config.model.force_base
+    if directory is None:
+        return ()
+    template = read_template(config.data.chat_template, source.tokenizer())
+    if choice.decoder is not None:
+        shapes = module_shapes(choice.decoder)
+        return load_adapter_for(
+            source, directory, shapes, chat_template=template, force_base=force, allow_pickle=config.model.allow_pickle
+        ).notes
+    record = read_adapter_directory(directory, allow_pickle=config.model.allow_pickle).record
+    return check_source(record, directory, source, modules, chat_template=template, force_base=force)
+
+
+def _assumed_rows(config: TrainConfig) -> PreparedData:
+    """One step's rows of the greatest length, every token a target: more memory than any real rows take."""
+    length, count = config.data.max_length, config.optimization.batch_rows
+    supervised = np.ones(length, dtype=np.bool_)
+    supervised[0] = False
+    ids = np.ones(length, dtype=np.int32)
+    return summed([Example(ids, supervised, "assumed") for _ in range(count)], PreparedData(()).report)
+
+
+def _budget(config: TrainConfig, machine: Machine, process_bytes: int) -> int | None:
+    """What the process may take in all: as asked for, else what is free."""
+    if machine.device.type != "cpu":
+        return None
+    if config.model.memory:
+        return parse_bytes(config.model.memory, where="memory")
+    free = available_bytes()
+    return None if free is None else free + process_bytes
+
+
+def _plan(
+    config: TrainConfig,
+    size: ModelSize,
+    examples: Sequence[Example],
+    sampler: Sampler,
+    total_steps: int,
+    process_bytes: int,
+    budget_bytes: int | None,
+    *,
+    watched: bool,
+) -> MemoryPlan:
+    lengths = [trained_length(example) for example in examples]
+    supervised = [int(example.supervised.sum()) for example in examples]
+    options = config.optimization
+    batch_rows = min(options.batch_rows, len(examples))
+    rows_options = {1 << power for power in range(batch_rows.bit_length()) if 1 << power <= batch_rows} | {batch_rows}
+    if options.micro_batch_rows is not None:
+        rows_options = {1, options.micro_batch_rows}
+    looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
+    steps = [sampler.rows_of(step) for step in range(looked_at)]
+    return choose(
+        size,
+        largest_shapes(steps, lengths, supervised, rows_options),
+        budget_bytes=budget_bytes,
+        process_bytes=process_bytes,
+        micro_batch_rows=options.micro_batch_rows,
+        recompute=config.model.recompute,
+        mean_tokens=sum(lengths) / len(lengths),
+        watched=watched,
+    )

@@ -1,0 +1,131 @@
+"""`backhand plan`: what a run will take in memory and time, before it is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from backhand.nn.compute import compute_settings
+from backhand.train.calibration import Speed, calibrate
+from backhand.train.closing import duration
+from backhand.train.machine import Machine, resolve_machine
+from backhand.train.memory_plan import LIVE_VIEW, in_words
+from backhand.train.outline import Outline, outline_run
+from backhand.train.plan_options import PlanOptions
+
+_ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that was looked at.
+
+    Attributes:
+        outline: model, adapter, rows, steps and memory.
+        machine: where it computes.
+        speed: None where it was not measured.
+        notes: what a person should know, a sentence each.
+    """
+
+    outline: Outline
+    machine: Machine
+    speed: Speed | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values; sizes in bytes, times in seconds."""
+        outline, memory = self.outline, self.outline.memory
+        return {
+            "model": outline.config.model.model,
+            "engine": outline.choice.name,
+            "dtype": str(self.machine.dtype).removeprefix("torch."),
+            "threads": self.machine.threads,
+            "rows": len(outline.train.examples),
+            "held_out_rows": 0 if outline.held_out is None else len(outline.held_out.examples),
+            "steps": outline.total_steps,
+            "trained_parameters": outline.size.adapter_elements,
+            "micro_batch_rows": memory.micro_batch_rows,
+            "recompute": memory.recompute,
+            "parts": dict(memory.parts),
+            "peak_bytes": memory.peak_bytes,
+            "live_view_bytes": memory.beside_bytes,
+            "budget_bytes": outline.budget_bytes,
+            **(asdict(self.speed) if self.speed else dict.fromkeys(Speed.__dataclass_fields__)),
+            "notes": list(self.notes),
+        }
+
+
+def plan(options: PlanOptions) -> RunPlan:
+    """Look at a run: nothing is written, and no weight is read.
+
+    Raises:
+        UsageError, DataError, ArtifactError: as `train` would.
+        ResourceError: it does not fit; says what would.
+    """
+    config = options.config.validate()
+    machine = resolve_machine(config)
+    with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
+        outline = outline_run(config, machine, assumed_rows=True, watched=options.plan.watch)
+        speed = calibrate(outline, machine) if options.plan.calibrate else None
+    notes = [outline.choice.note] if outline.choice.note else []
+    if not config.data.data:
+        notes.append(_ASSUMED.format(length=config.data.max_length))
+    else:
+        notes += outline.train.report.lines()
+    return RunPlan(outline, machine, speed, (*notes, *outline.notes))
+
+
+def plan_command(options: PlanOptions) -> RunPlan:
+    """`plan`, printed as tables, or as one JSON object with `json`."""
+    if options.plan.json:
+        found = plan(options)
+        sys.stdout.write(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
+        return found
+    with Console(stderr=True).status("planning"):
+        found = plan(options)
+    _print(Console(highlight=False, markup=False), found)
+    return found
+
+
+def _print(console: Console, found: RunPlan) -> None:
+    outline, memory, machine = found.outline, found.outline.memory, found.machine
+    dtype = str(machine.dtype).removeprefix("torch.")
+    threads = f"{machine.threads} thread{'s' if machine.threads != 1 else ''}"
+    cut = f"{memory.micro_batch_rows} at a time, recompute {memory.recompute}"
+    facts = (
+        f"model: {outline.config.model.model}, {dtype}, {outline.choice.name} engine, {threads} on {machine.device}",
+        *(f"data: {note}" for note in found.notes),
+        f"adapter: {outline.size.adapter_elements:,} parameters in {len(outline.layout.slots)} modules",
+        f"step: {outline.config.optimization.batch_rows} rows, {cut}",
+    )
+    for fact in facts:
+        console.print(fact, soft_wrap=True)
+    table = Table()
+    table.add_column("memory")
+    table.add_column("size", justify="right")
+    for name, size in memory.parts.items():
+        table.add_row(name, in_words(size))
+    table.add_section()
+    table.add_row("predicted peak", in_words(memory.peak_bytes), style="bold")
+    if memory.beside_bytes:
+        table.add_row(f"{LIVE_VIEW}, a second model", in_words(memory.beside_bytes))
+    if outline.budget_bytes is not None:
+        table.add_row("may be used", in_words(outline.budget_bytes))
+    console.print(table)
+    if found.speed is not None:
+        _print_speed(console, outline, found.speed)
+
+
+def _print_speed(console: Console, outline: Outline, speed: Speed) -> None:
+    text = (
+        f"{speed.tokens_per_s:,.0f} tokens/s (measured for {speed.measured_s:.0f} s): "
+        f"{outline.total_steps:,} steps take about {duration(speed.train_s)}"
+    )
+    if speed.evaluate_s:
+        text += f", evaluations {duration(speed.evaluate_s)} more"
+    console.print(text, soft_wrap=True)

@@ -1,0 +1,192 @@
+"""Micro-batch and recomputation chosen for a budget, and what is proposed where nothing fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backhand.errors import ResourceError
+from backhand.train.memory import available_bytes
+from backhand.train.memory_keeper import MemoryKeeper
+from backhand.train.memory_model import ModelSize, StepShape, cached_kernels, parts_of, second_model_bytes
+from backhand.train.memory_plan import MemoryPlan, choose, largest_shapes
+
+MB = 1 << 20
+SIZE = ModelSize(
+    dtype_bytes=2,
+    weight_bytes=200 * MB,
+    adapter_elements=MB,
+    kept_bytes={"none": 100_000, "mlp": 50_000, "block": 10_000},
+    block_bytes=20_000,
+    attending_bytes=5_000,
+    again_bytes={"none": 0, "mlp": 8_000, "block": 9_000},
+    run_token_bytes=1_000,
+    run_product_bytes=50,
+    stream_bytes=2_000,
+    head_row_bytes=3_000,
+    head_chunk_bytes=30_000,
+    softmax_rows=32,
+    softmax_row_bytes=60_000,
+    head_adapter_bytes=0,
+    between_steps_bytes=10 * MB,
+    cache_bytes=4_000,
+    kernels_per_size=28,
+    kernels_per_length=8,
+)
+SHAPES = {rows: StepShape(512 * rows, 100 * rows, 1, 1, 512, 512 * 160) for rows in (1, 2, 4, 8, 16)}
+PROCESS = 300 * MB
+
+
+def chosen(
+    budget_mb: int | None, *, rows: int | None = None, recompute: str = "auto", watched: bool = False
+) -> MemoryPlan:
+    return choose(
+        SIZE,
+        SHAPES,
+        budget_bytes=None if budget_mb is None else budget_mb * MB,
+        process_bytes=PROCESS,
+        micro_batch_rows=rows,
+        recompute=recompute,  # type: ignore[arg-type]
+        mean_tokens=512,
+        watched=watched,
+    )
+
+
+def test_without_a_limit_the_fastest_way_is_taken() -> None:
+    plan = chosen(None)
+    assert (plan.micro_batch_rows, plan.recompute) == (8, "none"), "more than 4,096 tokens gain nothing"
+    assert plan.peak_bytes == sum(plan.parts.values())
+
+
+def test_less_memory_means_smaller_cuts_and_then_recomputation() -> None:
+    order = {"none": 0, "mlp": 1, "block": 2}
+    plans = [chosen(budget) for budget in range(1200, 592, -20)]
+    for plan, budget in zip(plans, range(1200, 592, -20), strict=True):
+        assert plan.total_bytes <= 0.95 * budget * MB
+    assert {plan.recompute for plan in plans} == {"none", "mlp", "block"}
+    peaks = [plan.peak_bytes for plan in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert max(order[plan.recompute] for plan in plans[-3:]) > 0
+
+
+def test_what_was_asked_for_is_not_changed() -> None:
+    plan = chosen(4000, rows=4, recompute="block")
+    assert (plan.micro_batch_rows, plan.recompute) == (4, "block")
+
+
+def test_a_refusal_names_the_parts_and_a_proposal_that_fits() -> None:
+    with pytest.raises(ResourceError) as refused:
+        chosen(700, rows=8, recompute="none")
+    error = refused.value
+    assert error.exit_code == 5
+    for part in ("base weights: 200 MB", "process: 300 MB", "kept activations: 391 MB"):
+        assert part in str(error.why)
+    found = re.search(r"--micro-batch-rows (\d+)(?: --recompute (\w+))?", str(error.next_step))
+    assert found is not None
+    proposed = chosen(700, rows=int(found[1]), recompute=found[2] or "none")
+    assert proposed.total_bytes <= 0.95 * 700 * MB
+
+
+def test_where_nothing_fits_shorter_rows_are_proposed_if_they_do() -> None:
+    with pytest.raises(ResourceError) as refused:
+        chosen(590)
+    found = re.search(r"--micro-batch-rows 1 --max-length (\d+) --recompute block", str(refused.value.next_step))
+    assert found is not None
+    shape = replace(SHAPES[1], tokens=int(found[1]), run_tokens=int(found[1]), run_products=int(found[1]) * 160)
+    assert sum(parts_of(SIZE, shape, "block", PROCESS).values()) <= 0.95 * 590 * MB
+    with pytest.raises(ResourceError, match="take a smaller model"):
+        chosen(400)
+
+
+def test_a_second_model_counts() -> None:
+    alone, watched = chosen(None), chosen(None, watched=True)
+    assert alone.beside_bytes == 0
+    assert watched.beside_bytes == second_model_bytes(SIZE, PROCESS, 1024) > PROCESS + SIZE.weight_bytes
+    assert watched.total_bytes == watched.peak_bytes + watched.beside_bytes
+    with pytest.raises(ResourceError, match="live view"):
+        chosen(1000, watched=True)
+
+
+def test_shapes_of_the_micro_batches_that_steps_make() -> None:
+    shapes = largest_shapes([[0, 1], [2, 3]], lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8], rows_options=[1, 2])
+    assert shapes[1] == StepShape(224, 8, 2, 3, run_tokens=200, run_products=200 * 160)
+    assert shapes[2] == StepShape(416, 15, 2, 3, run_tokens=400, run_products=400 * 160)
+
+
+def test_the_kernels_that_are_kept_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+    assert cached_kernels() == 100
+    many = replace(SHAPES[1], sizes=50, lengths=500)
+    few = parts_of(SIZE, many, "none", PROCESS)["compiled kernels"]
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert parts_of(SIZE, many, "none", PROCESS)["compiled kernels"] == pytest.approx(10.24 * few)
+
+
+def test_the_keeper_releases_before_the_plan_is_exceeded_and_not_before() -> None:
+    now, released = [0], []
+    keeper = MemoryKeeper(1000, measure=lambda: now[0], release=lambda: released.append(now[0]))
+    for value in (600, 800, 890):
+        now[0] = value
+        keeper.after_step()
+    assert released == []
+    now[0] = 960  # another step like this one would reach 1,030
+    keeper.after_step()
+    assert released == [960]
+    for value in (650, 700):
+        now[0] = value
+        keeper.after_step()
+    assert released == [960]
+
+
+def test_a_plan_that_is_too_low_does_not_release_at_every_step() -> None:
+    now, released = [900], []
+    keeper = MemoryKeeper(1000, measure=lambda: now[0], release=lambda: released.append(now[0]))
+    for value in [900, *[1500] * 10]:
+        now[0] = value
+        keeper.after_step()
+    assert len(released) == 1
+    assert keeper.limit_bytes == 1650
+
+
+def file_system(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+FREE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4000000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 4_096_000_000),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max"}, 4_096_000_000),
+        (
+            {
+                "proc/self/cgroup": "0::/jobs/mine\n",
+                "sys/fs/cgroup/jobs/memory.max": "3000000000",
+                "sys/fs/cgroup/jobs/memory.current": "1500000000",
+                "sys/fs/cgroup/jobs/memory.stat": "anon 5\ninactive_file 500000000\n",
+                "sys/fs/cgroup/jobs/mine/memory.max": "max",
+            },
+            2_000_000_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,memory:/old\n0::/\n",
+                "sys/fs/cgroup/memory/old/memory.limit_in_bytes": "1000000000",
+                "sys/fs/cgroup/memory/old/memory.usage_in_bytes": "1200000000",
+            },
+            0,
+        ),
+    ],
+    ids=["no group", "no limit", "the group around", "version 1, used up"],
+)
+def test_limits_of_control_groups(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    assert available_bytes(file_system(tmp_path, FREE | files)) == expected

@@ -1,0 +1,85 @@
+"""`backhand plan` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.cli.main import main
+from support.tiny_run import TinyRun
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plan(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> Plan:
+    def run(*words: str) -> tuple[int, str, str]:
+        model = ("--model", str(tiny.model), "--dtype", "float32", "--threads", "1", "--rank", "3")
+        code = main(["plan", *model, *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_the_parts_add_up_and_nothing_is_written(
+    plan: Plan, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = plan("--data", str(tiny.rows), "--batch-rows", "4", "--epochs", "2", "--no-calibrate", "--json")
+    found: dict[str, Any] = json.loads(out)
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    assert found["peak_bytes"] == sum(found["parts"].values())
+    assert {"process", "base weights", "adapter and gradients", "moments", "kept activations"} < set(found["parts"])
+    assert found["steps"] == 6
+    assert found["rows"] == 11
+    assert found["tokens_per_s"] is None
+
+
+def test_the_tables_say_what_the_run_will_be(plan: Plan, tiny: TinyRun) -> None:
+    code, out, _ = plan("--data", str(tiny.rows), "--eval-data", str(tiny.held_out), "--no-calibrate", "--watch")
+    assert code == 0
+    for words in ("predicted peak", "base weights", "may be used", "live view, a second model", "11 rows"):
+        assert words in out
+
+
+def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
+    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
+    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
+    assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
+    assert long["parts"]["kept activations"] == 2 * short["parts"]["kept activations"] > 0
+
+
+def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.train.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    once = json.loads(plan("--data", str(tiny.rows), "--epochs", "1", "--eval-data", str(tiny.held_out), "--json")[1])
+    assert once["tokens_per_s"] > 0
+    tokens = once["tokens_per_s"] * once["train_s"]
+    stated = next(note for note in once["notes"] if "documents with" in note)
+    of_documents = int(stated.split("with ")[1].split(" token")[0].replace(",", ""))
+    assert 0.5 * of_documents < tokens < of_documents, "what stands behind the last target is not trained on"
+    assert once["evaluate_s"] > 0
+
+
+def test_what_does_not_fit_is_refused_with_a_proposal(plan: Plan, tiny: TinyRun) -> None:
+    code, out, err = plan("--data", str(tiny.rows), "--memory", "100MB", "--no-calibrate")
+    assert (code, out) == (5, "")
+    assert "memory: training needs about" in err
+    assert "process:" in err and "next:" in err
+
+
+def test_a_wrong_target_is_an_error_before_anything_is_planned(plan: Plan) -> None:
+    code, _, err = plan("--target-modules", "q_prj")
+    assert code == 2
+    assert "did you mean" in err and "q_proj" in err
+
+
+def test_a_runs_configuration_can_be_planned(plan: Plan, tiny: TinyRun, tmp_path: Path) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(f'[data]\ndata = ["{tiny.rows}"]\n[optimization]\nmax_steps = 5\n')
+    found = json.loads(plan(str(settings), "--no-calibrate", "--json")[1])
+    assert (found["steps"], found["rows"]) == (5, 11)
