@@ -45,14 +45,13 @@ def _hold(place: str, wait: Callable[[], None]) -> None:
         case "load":
             _before(job, "load_bound_model", lambda *_: wait())
         case "step":
-            _before(Decoder, "loss_and_gradients", _on_call(3, wait))
+            _before(Decoder, "loss_and_gradients", _on_call(5, wait))  # a step has two micro-batches
         case "save":
             _before(FileLayer, "sync_directory", lambda _, path: path.name.startswith(".tmp-step-2-") and wait())
         case "publish":
             _before(FileLayer, "rename", lambda _, source, target: _is_second_adapter(source, target) and wait())
         case "evaluation":
-            # Call 1 is the base's; each evaluation packs its rows into two batches.
-            _before(Decoder, "loss", _on_call(4, wait))
+            _before(Decoder, "loss", _on_call(3, wait))  # an evaluation has two batches, and the base had one
 
 
 def _is_second_adapter(source: Path, target: Path) -> bool:

@@ -69,6 +69,7 @@ def held(config: TrainConfig, place: str) -> Iterator[Held]:
     toml.write_text(dump_config(config))
     ours, theirs = multiprocessing.Pipe()
     process = start(held_train, [str(toml)], place, theirs)
+    theirs.close()  # so that a run that ends without coming to the place is noticed
     try:
         waiting = Held(process, ours)
         assert waiting.told() == "here"
@@ -81,7 +82,7 @@ def held(config: TrainConfig, place: str) -> Iterator[Held]:
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     output = tmp_path_factory.mktemp("straight") / "run"
-    config = tiny.config(output, max_steps=4, save_every=1, eval_every=2, dropout=0.2, micro_batch_rows=4)
+    config = tiny.config(output, max_steps=4, save_every=1, eval_every=2, dropout=0.2, micro_batch_rows=2)
     train(with_options(config, quiet=True))
     return config
 
