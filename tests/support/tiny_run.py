@@ -81,7 +81,7 @@ class KillAfter(StopAfter):
 
 def train_until_killed(config: TrainConfig, step: int) -> None:
     """In a process of its own: train, and be killed once this step is done, before anything is saved of it."""
-    train(config, observers=[KillAfter(step)])
+    train(config, callbacks=[KillAfter(step)])
 
 
 def write_rows(path: Path, count: int, *, seed: int, words: tuple[int, int] = (2, 8), completion: int = 3) -> Path:

@@ -134,7 +134,7 @@ def stopped(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     config = tiny.config(place / "straight", max_steps=4, save_every=1, eval_every=4)
     train(config)
     with pytest.raises(StopAfter.Stopped):
-        train(with_options(config, output=place / "run"), observers=[StopAfter(4)])
+        train(with_options(config, output=place / "run"), callbacks=[StopAfter(4)])
     return Stopped(place / "run", final_bits(place / "straight"))
 
 

@@ -276,7 +276,7 @@ def test_one_bad_step_is_skipped_counted_and_not_judged(
 ) -> None:
     before_steps(monkeypatch, lambda _model, step, nats: nats * float("nan") if step in (1, 2) else None)
     notes = Notes()
-    summary = train(tiny.config(tmp_path / "run", max_steps=6), observers=[notes])
+    summary = train(tiny.config(tmp_path / "run", max_steps=6), callbacks=[notes])
     assert (summary.steps, summary.skipped_steps) == (6, 2)
     proofs = [json.loads(line) for line in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()]
     assert any(proof["proof"] == "every adapter factor has moved" and proof["passed"] for proof in proofs)

@@ -136,7 +136,7 @@ def test_the_file_size_limit_of_the_system(tiny: TinyRun, tmp_path: Path) -> Non
     largest = (tmp_path / "straight" / "checkpoints" / state / "state.safetensors").stat().st_size
     output = tmp_path / "run"
     with pytest.raises(StopAfter.Stopped):
-        train(with_options(config, output=output), observers=[StopAfter(3)])
+        train(with_options(config, output=output), callbacks=[StopAfter(3)])
     resumed = with_options(TrainConfig(), output=output, resume=True, quiet=True)
     assert run(train_under_a_limit, resumed, largest - 100) == 0
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-2"]
@@ -181,7 +181,7 @@ def test_a_link_for_a_checkpoint_is_never_written_through(tiny: TinyRun, tmp_pat
     output = tmp_path / "run"
     config = tiny.config(output, max_steps=3, save_every=1)
     with pytest.raises(StopAfter.Stopped):
-        train(config, observers=[StopAfter(2)])
+        train(config, callbacks=[StopAfter(2)])
     (tmp_path / "elsewhere").mkdir()
     (output / "checkpoints" / "step-2").symlink_to(tmp_path / "elsewhere")
     (output / "checkpoints" / "step-3").symlink_to(tmp_path / "nowhere")
