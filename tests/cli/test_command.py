@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,3 +111,11 @@ def test_a_field_without_docstring_and_a_doubled_name_are_refused() -> None:
 
     with pytest.raises(TypeError, match="two fields named size"):
         command(Twice, lambda _: None)
+
+
+def test_defaults_pass_where_pydantic_is_loaded_as_loggers_load_it(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("pydantic")  # cyclopts looks whether somebody has imported it
+    from backhand.cli.main import main
+
+    assert main(["train", "--data", "absent.jsonl", "--output", "run"]) == 3
+    assert "absent.jsonl" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if field.default is MISSING else field.default,
+        default=_default_on_command_line(field),
         annotation=Annotated[_typed_on_command_line(field), parameter],
     )
 
@@ -131,6 +131,15 @@ def _help(field: OptionField, names: Set[str]) -> str:
         return f"`--{word.replace('_', '-')}`" if word in names and word not in values else match[0]
 
     return re.sub(r"`(\w+)`", named, field.help)
+
+
+def _default_on_command_line(field: OptionField) -> Any:
+    """The field's default, of the type that is typed: cyclopts holds one against the other if pydantic is loaded."""
+    if field.default is MISSING:
+        return inspect.Parameter.empty
+    if _typed_on_command_line(field) == tuple[str, ...] and not isinstance(field.default, tuple):
+        return (str(field.default),) if field.default else ()
+    return field.default
 
 
 def _typed_on_command_line(field: OptionField) -> Any:
