@@ -74,8 +74,9 @@ class RunDirectory:
         """
         with saving("the run directory", self.path, 0):
             self._remove_temporary()
-        proofs = self.path / PROOFS
-        if proofs.exists() and not proofs.read_bytes().endswith(b"\n"):
+            proofs = self.path / PROOFS
+            torn = proofs.exists() and not proofs.read_bytes().endswith(b"\n")
+        if torn:
             self.write(PROOFS, _as_lines(self.lines(PROOFS)))
 
     def _remove_temporary(self) -> None:
