@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import urllib.request
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ class LlamaCpp:
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
+        # Taking a server down now and then waits for its own listening thread for ever: none is taken down, here or
+        # when the process ends. A tiny one that idles costs nothing.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._server))
 
     def token_ids(self, text: str, *, add_special: bool = False) -> list[int]:
         """Ids of a text in which special tokens are recognised; `add_special` puts bos and eos where the file says."""
