@@ -45,7 +45,7 @@ def test_links_and_devices_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == b"mine" and (tmp_path / "link").is_symlink()
 
 
-STEPS = ("_write_and_sync", "_sync_directory")
+STEPS = ("_write_and_sync", "sync_directory")
 
 
 @pytest.mark.parametrize("step", STEPS)

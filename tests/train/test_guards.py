@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
+from backhand.generate.greedy import complete_greedily
 from backhand.nn.decoder import Decoder
+from backhand.nn.loading import open_model
 from backhand.train.base_guard import is_finite
 from backhand.train.checkpoint import load_checkpoint
 from backhand.train.config import TrainConfig
+from backhand.train.forgetting import ForgettingMeter
 from backhand.train.guards import SpikeGuard
 from backhand.train.observer import Observer
 from backhand.train.optimizer import AdapterOptimizer
@@ -188,6 +191,12 @@ def gradient_not_finite(patch: pytest.MonkeyPatch, config: TrainConfig) -> Train
 
 
 def forgets(patch: pytest.MonkeyPatch, config: TrainConfig) -> TrainConfig:
+    # A random base has little to forget but its own greedy words: these are its neutral text here.
+    decoder = Decoder.from_source(open_model(config.model.model), dtype=torch.float32)
+    begun = [5, 9]
+    words = complete_greedily(decoder, [begun], max_new_tokens=40, stop_ids=())[0]
+    document = torch.tensor(begun + words)
+    patch.setattr(ForgettingMeter, "for_tokenizer", classmethod(lambda meter, _tokenizer: meter([document])))
     after_updates(patch, lambda optimizer, _: optimizer.lora.values.mul_(5.0))
     return with_options(config, eval_every=1, max_forgetting=0.5)
 
@@ -261,6 +270,8 @@ def test_bad_steps_leave_the_last_good_adapter(tiny: TinyRun, tmp_path: Path, mo
     config = loss_not_finite(monkeypatch, tiny.config(tmp_path / "run"))
     with pytest.raises(CheckError):
         train(with_options(config, eval_data=()))
+    # The memory plan's warm-up updates a small optimizer of its own before the run's.
+    good = [values for values in good if values.shape == good[-1].shape]
     assert len(good) == 3
     from safetensors.torch import load
 

@@ -108,9 +108,10 @@ def test_proofs_are_appended_to_the_run(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "proofs.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 5, "four checks and the mutants, twice"
     for line in lines:
-        assert set(line) == {"proof", "passed", "value", "bound", "command", "time"}
+        assert set(line) == {"proof", "passed", "value", "bound", "command", "time", "kind", "detail"}
         assert line["passed"] is True
         assert line["command"] == "verify"
+        assert line["kind"] == "gradients"
 
 
 def test_every_name_can_be_verified_alone():
