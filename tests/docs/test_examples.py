@@ -12,8 +12,8 @@ from support.doc_world import World
 
 # No model: these take seconds.
 QUICK = {"verify"}
-# Whole experiments of minutes.
-SLOW = {"demo"}
+# Experiments of half a minute and more.
+SLOW = {"demo", "paper", "sine"}
 # These serve until they are interrupted, once they have said where.
 SERVERS = {"watch": "http://127.0.0.1:"}
 # What is typed into a command that asks.
