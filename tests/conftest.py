@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports huggingface_hub, tokenizers or torch.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+
+# Started in the background of a shell this process ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))

@@ -244,8 +244,8 @@ def test_the_stored_choices_are_kept_whatever_would_be_chosen_today(
 ) -> None:
     def today(dtype: torch.dtype, threads: int, free: int) -> None:
         monkeypatch.setattr("backhand.nn.compute.default_dtype", lambda _: dtype)
-        monkeypatch.setattr("backhand.train.job.resolve_threads", lambda options: options.threads or threads)
-        monkeypatch.setattr("backhand.train.job.available_bytes", lambda: free)
+        monkeypatch.setattr("backhand.train.machine.resolve_threads", lambda options: options.threads or threads)
+        monkeypatch.setattr("backhand.train.outline.available_bytes", lambda: free)
 
     config = tiny.config(tmp_path / "straight", dtype="auto", threads=None, eval_every=2)
     today(torch.float32, 1, 1 << 40)
