@@ -12,8 +12,8 @@ from support.doc_world import World
 
 # No model: these take seconds.
 QUICK = {"verify"}
-# Experiments of half a minute and more.
-SLOW = {"demo", "paper", "sine"}
+# Minutes of them all together: what the quick run of every change leaves to `make test-slow`.
+SLOW = {"demo", "paper", "sine", "chat", "merge", "export", "plan", "combine", "diff", "compress", "report", "watch"}
 # These serve until they are interrupted, once they have said where.
 SERVERS = {"watch": "http://127.0.0.1:"}
 # What is typed into a command that asks.
