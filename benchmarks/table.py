@@ -15,7 +15,7 @@ _NAMES = {
     "backhand-recompute-block": "Backhand, `--recompute block`",
     "peft": "PEFT as documented",
     "peft-tuned": "PEFT tuned (allocator, bf16 adapters, fused AdamW)",
-    "peft-tuned-openmp": "the same with this project's OpenMP setting",
+    "peft-tuned-openmp": "PEFT tuned, with this project's OpenMP setting as well",
     "peft-checkpointing": "PEFT with gradient checkpointing",
     "products-alone": "the matrix products alone (ceiling)",
     "trl": "TRL as users run it",

@@ -92,8 +92,8 @@ def test_either_engine_resumes(engine: str, model: str, tiny: TinyRun, tmp_path:
 def test_smollm2_ten_steps_equal_four_a_kill_and_six(tmp_path: Path) -> None:
     rows, held_out = write_rows(tmp_path / "rows.jsonl", 9, seed=0), write_rows(tmp_path / "held.jsonl", 2, seed=1)
     config = TrainConfig(
-        # One thread: with two, runs in two processes were seen to differ in their last bits (docs/log.md).
-        model=ModelOptions(threads=1),
+        # Said aloud, since the process that is killed would take one thread and this one all it has.
+        model=ModelOptions(threads=2),
         data=DataOptions(data=(str(rows),), eval_data=(str(held_out),)),
         adapter=LoRAConfig(rank=2, dropout=0.1),
         optimization=OptimizationOptions(max_steps=10, batch_rows=3, micro_batch_rows=1, learning_rate=1e-3),

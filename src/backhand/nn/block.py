@@ -49,7 +49,7 @@ class AttentionKept(NamedTuple):
     factor: Tensor  # (T, 1) of the norm before
     qkv: Tensor  # (T, q + 2k): rotated, or before the q/k norm
     output: Tensor  # (T, H, head_dim)
-    log_sum_exp: Tensor  # (T · H,)
+    log_sum_exp: Tensor  # (≤ T · H,): of what torch's kernels attended, see `ops.attention`
     h_qkv: Tensor  # (T, Σ rank)
     h_output: Tensor  # (T, rank)
     q_factor: Tensor | None  # (T, H, 1), families with q/k norm
