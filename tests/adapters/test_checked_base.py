@@ -15,7 +15,7 @@ from torch import nn
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import save_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError
 from backhand.nn.decoder_weights import module_shapes

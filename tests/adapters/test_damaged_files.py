@@ -22,7 +22,8 @@ from backhand.adapters import safetensors_file
 from backhand.adapters.adapter_directory import check_adapter_name
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_config import read_peft_config
-from backhand.adapters.peft_files import load_adapter, save_adapter
+from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.safetensors_file import read_tensors
 from backhand.adapters.strict_json import parse_json_object
 from backhand.adapters.targets import resolve_slots

@@ -22,8 +22,9 @@ from safetensors.torch import save
 from backhand.adapters.adapter_directory import check_adapter_name, read_adapter_directory
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.gguf_adapter import read_gguf_adapter
-from backhand.adapters.peft_files import load_adapter, save_adapter
 from backhand.adapters.peft_keys import PREFIX
+from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.safetensors_file import read_tensors
 from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.adapter_factors import read_factors

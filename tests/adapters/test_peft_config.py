@@ -11,7 +11,8 @@ import peft
 import pytest
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes, read_peft_config, written_pattern
+from backhand.adapters.peft_config import PEFTConfig, read_peft_config
+from backhand.adapters.peft_config_writer import peft_config_bytes, written_pattern
 from backhand.adapters.peft_fields import FORMAT_VERSION, PEFT_FIELDS
 from backhand.adapters.targets import resolve_targets
 

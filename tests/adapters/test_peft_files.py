@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.adapter_record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import load_adapter, save_adapter
+from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters

@@ -11,7 +11,7 @@ from backhand.adapters.adapter_directory import read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import load_adapter_for, source_digests
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import save_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.combine import combine
 from backhand.arithmetic.combine_options import CombineOptions

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import save_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.adapters.targets import resolve_slots
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family_parsing import decoder_config

@@ -12,7 +12,8 @@ from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
-from backhand.adapters.peft_files import load_adapter, save_adapter
+from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_saving import save_adapter
 from backhand.errors import ArtifactError
 from backhand.generate.engine_completer import EngineCompleter
 from backhand.generate.greedy import complete_greedily

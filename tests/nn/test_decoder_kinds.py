@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.adapters.peft_files import load_adapter
+from backhand.adapters.peft_loading import load_adapter
 from backhand.nn import adapted_group
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoding import IncrementalDecoder

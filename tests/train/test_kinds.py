@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.inject import inject_from
-from backhand.adapters.peft_files import load_adapter
+from backhand.adapters.peft_loading import load_adapter
 from backhand.errors import UsageError
 from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import loaded_model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import UnusableAdapterError
-from backhand.adapters.peft_files import LoadedAdapter
+from backhand.adapters.loaded_adapter import LoadedAdapter
 
 
 def check_base_copies(loaded: LoadedAdapter, base_weight: Callable[[str], Tensor]) -> None:

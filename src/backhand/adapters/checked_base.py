@@ -13,7 +13,8 @@ from backhand.adapters.adapter_record import AdapterRecord, base_differences, wr
 from backhand.adapters.base_copies import copy_differences
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
-from backhand.adapters.peft_files import LoadedAdapter, match_linear_adapter
+from backhand.adapters.loaded_adapter import LoadedAdapter
+from backhand.adapters.peft_loading import match_linear_adapter
 from backhand.adapters.targets import OUTPUT_HEADS
 from backhand.errors import ArtifactError
 from backhand.nn.loading.source import ModelSource

@@ -22,7 +22,8 @@ from torch import Tensor
 from backhand.adapters.adapter_directory import AdapterContents
 from backhand.adapters.adapter_record import AdapterRecord, read_record
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_config import PEFTConfig, written_pattern
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_config_writer import written_pattern
 from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.strict_json import parse_json_object
 from backhand.errors import ArtifactError

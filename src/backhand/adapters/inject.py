@@ -24,7 +24,7 @@ from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.injected import InjectedAdapter
 from backhand.adapters.injection_plan import plan_injection
-from backhand.adapters.peft_files import match_adapter
+from backhand.adapters.peft_loading import match_adapter
 from backhand.errors import UsageError
 from backhand.nn.lora_module import base_weight
 

@@ -14,9 +14,11 @@ from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.fast_paths import close_fast_paths
 from backhand.adapters.injection_plan import Injection
+from backhand.adapters.loaded_adapter import LoadedAdapter
 from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_files import LoadedAdapter, match_adapter, module_adapter_files, write_files
+from backhand.adapters.peft_loading import match_adapter
+from backhand.adapters.peft_saving import module_adapter_files, write_files
 from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target
 from backhand.errors import UsageError
@@ -189,7 +191,7 @@ class InjectedAdapter:
         record: AdapterRecord | None = None,
         card: Mapping[str, object] | None = None,
     ) -> Path:
-        """Write the adapter in PEFT's format, see `peft_files.save_adapter`.
+        """Write the adapter in PEFT's format, see `peft_saving.save_adapter`.
 
         Args:
             directory: created if need be.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from backhand.adapters.peft_files import write_files
+from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine_options import CombineOptions
 from backhand.arithmetic.compatible import check_shapes, common_record, refuse_more_than_factors

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backhand.adapters.adapter_directory import TENSOR_FILE
-from backhand.adapters.peft_files import write_files
+from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
 from backhand.arithmetic.compression import compressed

@@ -18,8 +18,8 @@ from torch import Tensor
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_files import module_adapter_files
 from backhand.adapters.peft_keys import FactorShapes
+from backhand.adapters.peft_saving import module_adapter_files
 from backhand.adapters.targets import Target
 from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backhand.adapters.peft_files import LoadedAdapter
+from backhand.adapters.loaded_adapter import LoadedAdapter
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backhand.adapters.checked_base import load_adapter_for
-from backhand.adapters.peft_files import LoadedAdapter
+from backhand.adapters.loaded_adapter import LoadedAdapter
 from backhand.export.module_factors import ModuleFactors, factors_of
 from backhand.export.probes import probe_documents
 from backhand.nn.decoder_weights import module_shapes

@@ -12,15 +12,15 @@ from dataclasses import replace
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_files import module_adapter_files
 from backhand.adapters.peft_keys import slot_shapes
+from backhand.adapters.peft_saving import module_adapter_files
 from backhand.adapters.targets import Target
 from backhand.export.opened_adapter import OpenedAdapter
 from backhand.nn.lora_parameters import LoRASlot
 
 
 def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False) -> dict[str, bytes]:
-    """The files, by name, in the order to write them; see `peft_files.adapter_files`.
+    """The files, by name, in the order to write them; see `peft_saving.adapter_files`.
 
     Args:
         opened: base and adapter.

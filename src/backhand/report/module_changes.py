@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import TENSOR_FILE
-from backhand.adapters.peft_files import load_adapter
+from backhand.adapters.peft_loading import load_adapter
 from backhand.errors import BackhandError
 from backhand.report.run_record import RunRecord, is_number
 from backhand.train.run_directory import CHECKPOINTS

@@ -10,7 +10,8 @@ import torch
 
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_files import adapter_files, load_adapter
+from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_saving import adapter_files
 from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
