@@ -22,6 +22,7 @@ from safetensors.torch import save
 from backhand.adapters.adapter_directory import check_adapter_name, read_adapter_directory
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.gguf_adapter import read_gguf_adapter
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.peft_loading import load_adapter
 from backhand.adapters.peft_saving import save_adapter
@@ -33,7 +34,6 @@ from backhand.arithmetic.combine_options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError, UsageError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
-from backhand.export.module_factors import ModuleFactors
 from backhand.nn.lora_parameters import LoRAParameters
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic import combine as combine_module
-from backhand.arithmetic.adapter_factors import ModuleFactors
 from backhand.arithmetic.combine import Combination, combine
 from backhand.arithmetic.combine_options import CombineOptions
 from backhand.arithmetic.linear_combination import reduced, side_by_side

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.low_rank import (
     balanced_factors,
     difference_norm,

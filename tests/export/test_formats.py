@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError, CheckError, UsageError
 from backhand.export import command as exporting
 from backhand.export.command import export_command
 from backhand.export.kohya_file import kohya_name
-from backhand.export.module_factors import ModuleFactors
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, Format
 from backhand.export.parity import factor_error

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from backhand.adapters.module_factors import parameters_of
 from backhand.export.command import export_command
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.export.merging import merge_command
-from backhand.export.module_factors import parameters_of
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
 from backhand.nn.decoder import Decoder

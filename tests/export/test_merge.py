@@ -14,13 +14,13 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError
 from backhand.export import huggingface_writer, merging
 from backhand.export.command import export_command
 from backhand.export.merged_weights import MergedWeights, merged_weight
 from backhand.export.merging import merge_command
-from backhand.export.module_factors import ModuleFactors
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergedType, MergeOptions
 from backhand.export.proving import Prover, run_of

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.low_rank import update_directions
 from backhand.lab.paper_amplification import (
     Amplification,

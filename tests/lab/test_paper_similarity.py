@@ -11,8 +11,9 @@ import scipy.linalg
 import torch
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.arithmetic.subspaces import input_directions, output_directions, subspace_similarity
 from backhand.lab.paper_similarity import (
     compare_adapters,

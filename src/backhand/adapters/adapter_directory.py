@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ class AdapterContents:
         tensors: by their names in the file, on the CPU.
         record: from backhand.json, if there is one.
         problems: everything found wrong so far.
+        stored_bytes: size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own.
     """
 
     directory: Path
@@ -68,6 +69,7 @@ class AdapterContents:
     tensors: dict[str, Tensor]
     record: AdapterRecord | None
     problems: tuple[str, ...]
+    stored_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_adapter_name(name: str) -> str:
@@ -93,7 +95,7 @@ def find_adapter(path: Path | str) -> Path:
     """
     path = Path(path)
     try:
-        if path.is_file() and path.name in (CONFIG_FILE, TENSOR_FILE):
+        if path.is_file() and path.name in (CONFIG_FILE, TENSOR_FILE, PICKLE_FILE):
             path = path.parent
         if not path.is_dir():
             what = "this is a file, not the directory of an adapter" if path.exists() else "there is no such directory"

@@ -16,7 +16,7 @@ from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.loaded_adapter import LoadedAdapter
 from backhand.adapters.peft_loading import match_linear_adapter
 from backhand.adapters.targets import OUTPUT_HEADS
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.source import ModelSource
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -58,18 +58,26 @@ def load_adapter_for(
     return replace(loaded, forced=forced)
 
 
-def read_adapter(path: Path | str, source: ModelSource, *, allow_pickle: bool = False) -> AdapterContents:
+def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: bool = False) -> AdapterContents:
     """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
 
     Args:
         path: of the adapter.
-        source: the base model.
+        source: the base model; PEFT's files are read without it.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
+        UsageError: a GGUF file, and no base model.
         ArtifactError: there is no adapter, or its configuration cannot be read.
     """
     if is_gguf_file(path):
+        if source is None:
+            raise UsageError(
+                "an adapter in a GGUF file is read beside its base model, and none is given",
+                where=str(path),
+                why="the names of its modules and the order of their rows are the base model's",
+                next_step="give --model",
+            )
         return read_gguf_adapter(path, source.config)
     return read_adapter_directory(path, allow_pickle=allow_pickle)
 

@@ -67,7 +67,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     path = Path(path)
     file = GGUFFile(path)
     architecture = _check_kind(file, config)
-    tensors, problems = _tensors(file, architecture, head_dimension(config))
+    tensors, stored_bytes, problems = _tensors(file, architecture, head_dimension(config))
     described = _described(_alpha(file), tensors)
     record = None
     try:
@@ -75,7 +75,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     except ArtifactError as error:
         problems.append(f"{error.where}: {error.what}")
     problems += factor_problems(tensors)
-    return AdapterContents(path, described, bool(tensors), tensors, record, tuple(problems))
+    return AdapterContents(path, described, bool(tensors), tensors, record, tuple(problems), stored_bytes)
 
 
 def factors_digest(alpha: float, tensors: Mapping[str, bytes]) -> str:
@@ -115,9 +115,10 @@ def _alpha(file: GGUFFile) -> float | None:
     return float(alpha) or None
 
 
-def _tensors(file: GGUFFile, architecture: str, head_dim: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Factors under PEFT's names and in Hugging Face's row order, and a sentence for each tensor that is none."""
+def _tensors(file: GGUFFile, architecture: str, head_dim: int) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
+    """Factors under PEFT's names and in Hugging Face's row order, their sizes in the file, and what is wrong."""
     found: dict[str, Tensor] = {}
+    stored_bytes: dict[str, int] = {}
     problems = []
     for name, stored in file.tensors.items():
         base, _, factor = name.rpartition(".lora_")
@@ -135,8 +136,10 @@ def _tensors(file: GGUFFile, architecture: str, head_dim: int) -> tuple[dict[str
                 continue
             values = how.restored(values) if not how.offset else values
         suffixes = _EMBEDDING_SUFFIXES if base == EMBEDDING else _LINEAR_SUFFIXES
-        found[PREFIX + ours.removesuffix(".weight") + suffixes[factor]] = values.contiguous()
-    return found, problems
+        key = PREFIX + ours.removesuffix(".weight") + suffixes[factor]
+        found[key] = values.contiguous()
+        stored_bytes[key] = file.bytes_of(stored).nbytes
+    return found, stored_bytes, problems
 
 
 def _described(alpha: float | None, tensors: Mapping[str, Tensor]) -> PEFTConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backhand.adapters.adapter_directory import read_adapter_directory
+from backhand.adapters.adapter_directory import AdapterContents, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.fast_paths import close_fast_paths
@@ -234,8 +234,12 @@ class InjectedAdapter:
         Raises:
             UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
         """
+        return self.load_contents(read_adapter_directory(directory, allow_pickle=allow_pickle))
+
+    def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
+        """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
         loaded = match_adapter(
-            read_adapter_directory(directory, allow_pickle=allow_pickle),
+            contents,
             self._plan.module_names,
             lambda _: list(self._plan.shapes),
             linear=self._plan.linear,

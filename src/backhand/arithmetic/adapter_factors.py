@@ -15,10 +15,10 @@ from backhand.adapters.adapter_directory import (
     TENSOR_FILE,
     AdapterContents,
     UnusableAdapterError,
-    read_adapter_directory,
 )
 from backhand.adapters.adapter_record import AdapterRecord
-from backhand.adapters.checked_base import base_weight_name
+from backhand.adapters.checked_base import base_weight_name, read_adapter
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.targets import Target, module_values, resolve_targets
@@ -34,49 +34,12 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class ModuleFactors:
-    """One adapted module: delta_weight = scaling · lora_B @ lora_A.
-
-    Attributes:
-        lora_A: (rank, in) float32; of a convolution with the kernel's axes in `in`, of an embedding (rank, vocabulary).
-        lora_B: (out, rank) float32.
-        scaling: alpha / rank, or as the configuration says.
-        embedding: whether the weight is stored as (in, out), as an embedding's is.
-        kernel: sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    embedding: bool = False
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """Rows of lora_A."""
-        return self.lora_A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the update."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the frozen weight as the model has it."""
-        out_features, in_features = self.shape
-        if self.embedding:
-            return in_features, out_features
-        return (out_features, in_features // prod(self.kernel), *self.kernel)
-
-
-@dataclass(frozen=True)
 class AdapterFactors:
     """An adapter.
 
     Attributes:
         label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's.
-        directory: where its files lie.
+        directory: where its files lie; a GGUF file itself.
         described: what adapter_config.json says.
         modules: by dotted path, in the order of the file.
         targets: rank, alpha and scaling of the same modules, as the configuration gives them.
@@ -104,13 +67,19 @@ class AdapterFactors:
         return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
 
 
-def read_factors(path: Path) -> AdapterFactors:
+def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle: bool = False) -> AdapterFactors:
     """Read an adapter, and check it as completely as that goes without its model.
 
+    Args:
+        path: of the adapter: a directory, or, where the model is at hand, a GGUF file.
+        source: the base model, by which GGUF files are read.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
+
     Raises:
+        UsageError: a GGUF file without the model.
         ArtifactError: there is none, or it cannot be used; lists what is wrong.
     """
-    contents = read_adapter_directory(path)
+    contents = read_adapter(path, source, allow_pickle=allow_pickle)
     if contents.problems:
         raise UnusableAdapterError(contents.directory, contents.problems)
     found, embeddings, others = _sorted_out(contents.tensors)
@@ -123,12 +92,8 @@ def read_factors(path: Path) -> AdapterFactors:
         if problem := _factor_problem(lora_A, lora_B, target.rank):
             problems.append(f"{target.name}: {problem}")
             continue
-        modules[target.name] = ModuleFactors(
-            lora_A.float().flatten(1),
-            lora_B.float().flatten(1),
-            target.scaling,
-            target.name in embeddings,
-            tuple(lora_A.shape[2:]),
+        modules[target.name] = ModuleFactors.from_file(
+            lora_A.float(), lora_B.float(), target.scaling, embedding=target.name in embeddings
         )
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
@@ -141,7 +106,7 @@ def read_factors(path: Path) -> AdapterFactors:
         targets,
         _stored_bytes(contents.directory),
         others,
-        {key: tensor.nbytes for key, tensor in contents.tensors.items()},
+        {key: tensor.nbytes for key, tensor in contents.tensors.items()} | dict(contents.stored_bytes),
         contents.record,
         _common_dtype(tensor for factors in found.values() for tensor in factors.values()),
     )
@@ -190,9 +155,11 @@ def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _stored_bytes(directory: Path) -> int:
-    file = directory / TENSOR_FILE
-    return (file if file.exists() else directory / PICKLE_FILE).stat().st_size
+def _stored_bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    file = path / TENSOR_FILE
+    return (file if file.exists() else path / PICKLE_FILE).stat().st_size
 
 
 def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Tensor:
@@ -213,7 +180,8 @@ def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Ten
     return weight
 
 
-def _name(directory: Path) -> str:
+def _name(path: Path) -> str:
     """`adapter` is what every run calls it: the run's name says more."""
-    directory = directory.resolve()
-    return (directory.parent.name or directory.name) if directory.name == "adapter" else directory.name
+    path = path.resolve()
+    name = path.stem if path.is_file() else path.name
+    return (path.parent.name or name) if name == "adapter" else name

@@ -57,11 +57,12 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
     options.validate()
     assert options.output is not None
     check_new_directory(options.output, overwrite=options.overwrite)
-    sources = tuple(read_factors(path) for path in options.adapters)
+    model = None if options.model is None else open_model(options.model)
+    allow_pickle = options.reading.allow_pickle
+    sources = tuple(read_factors(path, model, allow_pickle=allow_pickle) for path in options.adapters)
     for source in sources:
         refuse_more_than_factors(source)
     check_shapes(sources)
-    model = None if options.model is None else open_model(options.model)
     record, notes = common_record(sources, model, force_base=options.force_base)
     names = list(dict.fromkeys(name for source in sources for name in source.modules))
     modules = {}

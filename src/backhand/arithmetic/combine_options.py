@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from backhand.adapters.config import check_rank
 from backhand.errors import UsageError
+from backhand.nn.model_options import AdapterReading
 
 Operation = Literal["add", "scale", "average", "subtract", "concatenate", "ties", "dare", "svd"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
@@ -26,7 +27,7 @@ class CombineOptions:
     loses nothing, or at `rank`. `ties`, `dare`: entries chosen before they are added, see docs/adapters.md."""
 
     adapters: tuple[Path, ...] = ()
-    """Directories of the adapters, as training or PEFT wrote them."""
+    """The adapters: directories that training or PEFT wrote, or, with `model`, GGUF files."""
 
     output: Path | None = None
     """Directory for the new adapter, in PEFT's format."""
@@ -56,6 +57,8 @@ class CombineOptions:
 
     json: bool = False
     """Print one JSON object in place of the table."""
+
+    reading: AdapterReading = field(default_factory=AdapterReading)
 
     def validate(self) -> CombineOptions:
         """Check every field before anything is read; return self.

@@ -15,6 +15,7 @@ from backhand.arithmetic.findings import leave_findings
 from backhand.arithmetic.look_options import CompressOptions
 from backhand.arithmetic.new_directory import check_new_directory
 from backhand.arithmetic.tables import by_kind, console_for_tables, print_table, spread
+from backhand.nn.loading.opening import open_model
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def compress_adapter(options: CompressOptions) -> Compression:
     options.validate()
     if options.output is not None:
         check_new_directory(options.output, overwrite=options.overwrite)
-    source = read_factors(options.adapter)
+    model = None if options.model is None else open_model(options.model)
+    source = read_factors(options.adapter, model, allow_pickle=options.reading.allow_pickle)
     refuse_more_than_factors(source)
     adapter = compressed(source, options.error)
     record, _ = common_record([source], None, force_base=False)

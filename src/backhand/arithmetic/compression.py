@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.arithmetic.computed_adapter import ComputedAdapter, ComputedModule, rounded_factors
 from backhand.arithmetic.linear_combination import measured
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.peft_saving import module_adapter_files
 from backhand.adapters.targets import Target
-from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def rounded_factors(
     lora_A: Tensor, lora_B: Tensor, like: ModuleFactors, dtype: torch.dtype = torch.float32
 ) -> ModuleFactors:
     """Factors at scaling 1 in the dtype of a file, for a module of the same kind as `like`."""
-    return ModuleFactors(lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous(), 1.0, like.embedding, like.kernel)
+    return replace(like, lora_A=lora_A.to(dtype).contiguous(), lora_B=lora_B.to(dtype).contiguous(), scaling=1.0)
 
 
 def computed_files(
@@ -101,7 +102,7 @@ def computed_files(
     )
     tensors = {}
     for name, module in modules.items():
-        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = _in_file(module.factors)
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = module.factors.in_file()
     shapes = [
         FactorShapes(
             name,
@@ -113,13 +114,6 @@ def computed_files(
         for name, module in modules.items()
     ]
     return module_adapter_files(described, targets, shapes, tensors, record, facts, None)
-
-
-def _in_file(factors: ModuleFactors) -> tuple[Tensor, Tensor]:
-    """The factors with the axes of a convolution's kernel."""
-    kernel = factors.kernel
-    lora_A = factors.lora_A.reshape(factors.rank, -1, *kernel)
-    return lora_A, factors.lora_B.reshape(*factors.lora_B.shape, *(1 for _ in kernel))
 
 
 def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from backhand.arithmetic.findings import leave_findings
 from backhand.arithmetic.look_options import DiffOptions
 from backhand.arithmetic.tables import by_kind, console_for_tables, print_table, spread
 from backhand.errors import CheckError
+from backhand.nn.loading.opening import open_model
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ def diff_adapters(options: DiffOptions) -> Comparison:
         ArtifactError: an adapter cannot be read, is more than a ΔW for each module, or does not fit the other.
     """
     options.validate()
-    first, second = read_factors(options.first), read_factors(options.second)
+    model = None if options.model is None else open_model(options.model)
+    first, second = (
+        read_factors(path, model, allow_pickle=options.reading.allow_pickle) for path in (options.first, options.second)
+    )
     for adapter in (first, second):
         refuse_more_than_factors(adapter)
     check_shapes((first, second))

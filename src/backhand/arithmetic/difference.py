@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.arithmetic.low_rank import UpdateDirections, difference_norm, inner_product, update_directions
 from backhand.arithmetic.subspaces import principal_angles
 

@@ -46,11 +46,10 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
         ArtifactError: the adapter cannot be read, or it does not belong to `model`.
     """
     options.validate()
-    adapter = read_factors(options.adapter)
+    base = None if options.model is None else open_model(options.model)
+    adapter = read_factors(options.adapter, base, allow_pickle=options.reading.allow_pickle)
     notes = list(adapter.described.notes)
-    base = None
-    if options.model is not None:
-        base = open_model(options.model)
+    if base is not None:
         notes += _hold_against(base, adapter, force=options.force_base)
         modules = inspect_modules(adapter, options.error, base)
     else:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backhand.arithmetic.adapter_factors import AdapterFactors, ModuleFactors, base_weight
+from backhand.adapters.module_factors import ModuleFactors
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight
 from backhand.arithmetic.compatible import BASE_COPY
 from backhand.arithmetic.low_rank import update_directions
 from backhand.nn.loading.source import ModelSource

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.computed_adapter import ComputedModule, rounded_factors
 from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
 

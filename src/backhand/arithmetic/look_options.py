@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backhand.errors import UsageError
+from backhand.nn.model_options import AdapterReading
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class InspectOptions:
     """What to look at, and what to leave."""
 
     adapter: Path
-    """Directory of the adapter, as training or PEFT wrote it."""
+    """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
     error: float = 0.01
     """How far ΔW may be off, relative to ‖ΔW‖, for a rank to count as enough; the rest of the rank is wasted."""
@@ -34,6 +35,8 @@ class InspectOptions:
     output: Path | None = None
     """Directory for inspect.json and the picture."""
 
+    reading: AdapterReading = field(default_factory=AdapterReading)
+
     def validate(self) -> InspectOptions:
         """Raise UsageError for the first field that is out of range; return self."""
         check_relative_error(self.error)
@@ -45,14 +48,17 @@ class DiffOptions:
     """What to compare, and what to leave."""
 
     first: Path
-    """Directory of one adapter."""
+    """One adapter: a directory, or, with `model`, a GGUF file."""
 
     second: Path
-    """Directory of the other."""
+    """The other."""
 
     error: float | None = None
     """Largest difference allowed in any module, relative to the larger ‖ΔW‖ of the two; above it the command fails
     with exit code 6. Not given: any."""
+
+    model: str | None = None
+    """Base model, which adapters in GGUF files are read beside."""
 
     json: bool = False
     """Print one JSON object in place of the table."""
@@ -62,6 +68,8 @@ class DiffOptions:
 
     output: Path | None = None
     """Directory for diff.json and the picture."""
+
+    reading: AdapterReading = field(default_factory=AdapterReading)
 
     def validate(self) -> DiffOptions:
         """Raise UsageError for the first field that is out of range; return self."""
@@ -75,13 +83,16 @@ class CompressOptions:
     """What to make smaller, and how far it may be off."""
 
     adapter: Path
-    """Directory of the adapter, as training or PEFT wrote it."""
+    """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
     error: float = 0.05
     """How far each module's ΔW may be off, relative to ‖ΔW‖: it gets the smallest rank that keeps to this."""
 
     output: Path | None = None
     """Directory for the smaller adapter; not given: only say what it would be."""
+
+    model: str | None = None
+    """Base model, which an adapter in a GGUF file is read beside."""
 
     overwrite: bool = False
     """Replace an adapter that is already in `output`."""
@@ -91,6 +102,8 @@ class CompressOptions:
 
     plot: bool = False
     """Draw compress.png, into `output` or, if that is not given, here."""
+
+    reading: AdapterReading = field(default_factory=AdapterReading)
 
     def validate(self) -> CompressOptions:
         """Raise UsageError for the first field that is out of range; return self."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 
 
 class UpdateDirections(NamedTuple):

@@ -10,12 +10,12 @@ from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapt
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.atomic_files import write_atomically
 from backhand.adapters.checked_base import load_adapter_for
+from backhand.adapters.module_factors import Factors, factors_of
 from backhand.errors import UsageError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
 from backhand.export.merging import merge_adapter
 from backhand.export.mlx_files import mlx_files, read_mlx_files
-from backhand.export.module_factors import Factors, factors_of
 from backhand.export.ollama import ADAPTER_FILE, MODEL_FILE, write_modelfile
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter
 from backhand.export.options import ExportOptions, MergeOptions, given
@@ -45,9 +45,10 @@ def export_command(options: ExportOptions) -> Path:
     if options.merge:
         _export_merged(options, output, prover)
     elif options.to == "kohya":
-        _export_kohya(adapter, output, prover)
+        _export_kohya(options, adapter, output, prover)
     else:
-        opened = open_adapter(options.model, adapter, force_base=options.force_base)
+        allow_pickle = options.reading.allow_pickle
+        opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
         _export_adapter(options, opened, output, prover)
     prover.write()
     prover.say(f"written: {output}")
@@ -105,8 +106,8 @@ def _read(opened: OpenedAdapter, path: Path) -> Factors:
     return factors_of(load_adapter_for(opened.source, path, opened.shapes, force_base=True))
 
 
-def _export_kohya(adapter: Path, output: Path, prover: Prover) -> None:
-    contents = read_adapter_directory(adapter)
+def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: Prover) -> None:
+    contents = read_adapter_directory(adapter, allow_pickle=options.reading.allow_pickle)
     if contents.problems:
         raise UnusableAdapterError(contents.directory, contents.problems)
     factors = factors_without_model(contents)
@@ -126,6 +127,7 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None
         tolerance=options.tolerance,
         max_shard_bytes=options.max_shard_bytes,
         force_base=options.force_base,
+        reading=options.reading,
     )
     with staged(output) as path:
         if options.to == "ollama":

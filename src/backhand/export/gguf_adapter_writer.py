@@ -16,8 +16,8 @@ import numpy as np
 
 from backhand.adapters.adapter_record import AdapterRecord, record_bytes
 from backhand.adapters.gguf_adapter import ALPHA_KEY, FACTORS, RECORD_KEY, factors_digest
+from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.errors import CheckError
-from backhand.export.module_factors import Factors, ModuleFactors
 from backhand.export.refusal import refuse
 from backhand.nn.loading.gguf_tensors import gguf_name, layout
 

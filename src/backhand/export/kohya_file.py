@@ -18,11 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import AdapterContents
+from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.safetensors_file import read_tensors
 from backhand.adapters.targets import module_values
 from backhand.errors import ArtifactError
-from backhand.export.module_factors import Factors, ModuleFactors
 from backhand.export.refusal import refuse
 
 _UNET = re.compile(
@@ -53,7 +53,7 @@ def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]
                 f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are not of rank {target.rank}",
                 where=f"{contents.directory}: {target.name}",
             )
-        factors[target.name] = ModuleFactors(lora_A, lora_B, target.scaling)
+        factors[target.name] = ModuleFactors.from_file(lora_A, lora_B, target.scaling)
     return factors
 
 
@@ -70,8 +70,9 @@ def kohya_bytes(factors: Factors) -> bytes:
         raise ArtifactError("two modules would have the same name in this format", where="to kohya")
     tensors: dict[str, Tensor] = {}
     for module, one in factors.items():
-        tensors[f"{keys[module]}.lora_down.weight"] = one.lora_A.contiguous()
-        tensors[f"{keys[module]}.lora_up.weight"] = one.lora_B.contiguous()
+        lora_A, lora_B = one.in_file()
+        tensors[f"{keys[module]}.lora_down.weight"] = lora_A.contiguous()
+        tensors[f"{keys[module]}.lora_up.weight"] = lora_B.contiguous()
         tensors[f"{keys[module]}.alpha"] = torch.tensor(round(one.scaling * one.rank, 9), dtype=torch.float32)
     ranks = {one.rank for one in factors.values()}
     alphas = {float(tensors[f"{key}.alpha"]) for key in keys.values()}
@@ -98,7 +99,8 @@ def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
     for module in modules:
         key = kohya_name(module)
         lora_A, lora_B = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
-        found[module] = ModuleFactors(lora_A, lora_B, float(tensors[f"{key}.alpha"]) / lora_A.shape[0])
+        scaling = float(tensors[f"{key}.alpha"]) / lora_A.shape[0]
+        found[module] = ModuleFactors.from_file(lora_A, lora_B, scaling)
     return found
 
 

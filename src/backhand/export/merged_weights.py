@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.digests import base_digest
-from backhand.export.module_factors import Factors, ModuleFactors
+from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.nn.loading.source import ModelSource
 
 HEAD = "lm_head"

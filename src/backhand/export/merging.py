@@ -63,7 +63,12 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     Raises:
         ArtifactError, CheckError: see `merge_command`.
     """
-    opened = open_adapter(options.model, given("adapter", options.adapter), force_base=options.force_base)
+    opened = open_adapter(
+        options.model,
+        given("adapter", options.adapter),
+        force_base=options.force_base,
+        allow_pickle=options.reading.allow_pickle,
+    )
     for note in opened.loaded.notes:
         prover.say(f"note: {note}")
     base = describe_base(opened.source)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.safetensors_file import read_tensors, tensor_bytes
 from backhand.adapters.strict_json import read_json_object
 from backhand.errors import ArtifactError
-from backhand.export.module_factors import Factors, ModuleFactors
 from backhand.export.refusal import refuse
 
 CONFIG_FILE = "adapter_config.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.loaded_adapter import LoadedAdapter
-from backhand.export.module_factors import ModuleFactors, factors_of
+from backhand.adapters.module_factors import ModuleFactors, factors_of
 from backhand.export.probes import probe_documents
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family import DecoderConfig
@@ -42,8 +42,14 @@ class OpenedAdapter:
         return self.source.hub_id or str(self.source.path.resolve())
 
 
-def open_adapter(model: str, adapter: Path, *, force_base: bool) -> OpenedAdapter:
+def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:
     """Open both and hold them against each other.
+
+    Args:
+        model: as `open_model` takes it.
+        adapter: a directory or a GGUF file.
+        force_base: use the adapter whatever its files say of its base.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UnsupportedModel: a base that the engine does not compute.
@@ -52,5 +58,5 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool) -> OpenedAdapte
     source = open_model(model)
     config = decoder_config(source.config)
     shapes = module_shapes(config)
-    loaded = load_adapter_for(source, adapter, shapes, force_base=force_base)
+    loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from backhand.errors import UsageError
+from backhand.nn.model_options import AdapterReading
 
 Format = Literal["peft", "gguf", "mlx", "ollama", "kohya"]
 FORMATS: tuple[Format, ...] = ("peft", "gguf", "mlx", "ollama", "kohya")
@@ -51,6 +52,8 @@ class MergeOptions:
 
     quiet: bool = False
     """Print errors only."""
+
+    reading: AdapterReading = field(default_factory=AdapterReading)
 
     def validate(self) -> MergeOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
@@ -104,6 +107,8 @@ class ExportOptions:
 
     quiet: bool = False
     """Print errors only."""
+
+    reading: AdapterReading = field(default_factory=AdapterReading)
 
     def validate(self) -> ExportOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from backhand.export.module_factors import Factors, ModuleFactors, parameters_of
+from backhand.adapters.module_factors import Factors, ModuleFactors, parameters_of
 from backhand.export.opened_adapter import OpenedAdapter
 from backhand.export.probes import difference, probe_logits
 from backhand.export.proving import Prover
@@ -69,7 +69,7 @@ def factor_error(exported: Factors, read: Factors) -> float:
 
 
 def _module_error(wanted: ModuleFactors, found: ModuleFactors) -> float:
-    if found.rank < wanted.rank:
+    if found.rank < wanted.rank or found.kernel != wanted.kernel:
         return float("inf")
     wanted = wanted.padded_to(found.rank)
     if not torch.equal(wanted.lora_A, found.lora_A.to(wanted.lora_A.dtype)):

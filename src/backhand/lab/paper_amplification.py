@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.low_rank import update_directions
 
 RANDOM_DRAWS = 8

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.adapters.gguf_adapter import is_gguf_file
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
 from backhand.arithmetic.compatible import refuse_more_than_factors
 from backhand.errors import ArtifactError, UsageError
@@ -70,13 +71,16 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     """
     options.validate()
     chosen = options.run.chosen()
-    result = PaperResult(tuple(read_factors(path) for path in options.run.adapter))
+    # Of PEFT's files the similarity of two adapters can be told without a model.
+    base = open_model(options.model.model) if any(map(is_gguf_file, options.run.adapter)) else None
+    allow_pickle = options.model.allow_pickle
+    result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
     if "similarity" in chosen:
         progress("subspace similarity")
         result.similarity = _similarity(result.adapters, options.run.seed)
     if chosen == ("similarity",):
         return result
-    source = open_model(options.model.model)
+    source = base or open_model(options.model.model)
     if set(chosen) & {"amplification", "merging", "memory"}:
         for adapter in result.adapters:
             refuse_more_than_factors(adapter)
@@ -130,7 +134,13 @@ def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
     with _computing(options) as (device, dtype):
         base, merged = (Decoder.from_source(source, dtype=dtype, device=device) for _ in range(2))
         path = options.run.adapter[0]
-        loaded = load_adapter_for(source, path, base.module_shapes(), force_base=options.model.force_base)
+        loaded = load_adapter_for(
+            source,
+            path,
+            base.module_shapes(),
+            force_base=options.model.force_base,
+            allow_pickle=options.model.allow_pickle,
+        )
         if loaded.beside:
             name, what = next(iter(loaded.beside.items()))
             raise ArtifactError(f"the analysis is of plain LoRA; of {name}: {what}", where=str(path))

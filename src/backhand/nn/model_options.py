@@ -15,8 +15,16 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class BaseModelOptions:
-    """The base model and how it is computed."""
+class AdapterReading:
+    """Files of adapters."""
+
+    allow_pickle: bool = False
+    """Also read an adapter that is a pickle, adapter_model.bin, with torch's restricted unpickler."""
+
+
+@dataclass(frozen=True)
+class _BaseModel:
+    """The base model itself."""
 
     model: str = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
@@ -41,8 +49,10 @@ class BaseModelOptions:
     force_base: bool = False
     """Use an adapter on a base model other than the one it was trained on."""
 
-    allow_pickle: bool = False
-    """Also read an adapter that is a pickle, adapter_model.bin, with torch's restricted unpickler."""
+
+@dataclass(frozen=True)
+class BaseModelOptions(AdapterReading, _BaseModel):  # in this order the pickle comes last
+    """The base model and how it is computed."""
 
     def check_base_model(self) -> None:
         """Raise UsageError naming field, value and range for the first field that is out of range."""

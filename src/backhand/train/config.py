@@ -141,7 +141,8 @@ class RunOptions:
     """Replace the run in `output`."""
 
     from_adapter: str | None = None
-    """Start from this adapter's values instead of fresh ones; its rank, alpha and targets are taken over."""
+    """Start from this adapter's values instead of fresh ones, a directory or a GGUF file; its rank, alpha and targets
+    are taken over."""
 
     seed: int = 0
     """Of the initial adapter, the order of rows, dropout, and the held-out split."""

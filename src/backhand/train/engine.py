@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_loading import load_adapter
+from backhand.adapters.peft_loading import match_linear_adapter
 from backhand.adapters.peft_saving import adapter_files
 from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
@@ -115,7 +116,7 @@ class BoundModel:
         """Copy the values of an adapter of the same modules and ranks.
 
         Args:
-            directory: of the adapter.
+            directory: of the adapter, or a GGUF file.
             allow_pickle: whether it may be a pickle.
 
         Raises:
@@ -161,7 +162,8 @@ def load_bound_model(
             return adapter_files(config, lora, base_model=base_model, record=record, card=card, module_names=names)
 
         def fill(directory: str, allow_pickle: bool) -> None:
-            factors = load_adapter(directory, decoder.module_shapes(), allow_pickle=allow_pickle).factors
+            contents = read_adapter(directory, source, allow_pickle=allow_pickle)
+            factors = match_linear_adapter(contents, decoder.module_shapes()).factors
             for name, view in lora.named_tensors():
                 view.copy_(factors[name])
 
@@ -182,7 +184,7 @@ def load_bound_model(
         return injected.files(base_model=base_model, record=record, card=card)
 
     def fill_injected(directory: str, allow_pickle: bool) -> None:
-        injected.load(directory, allow_pickle=allow_pickle)
+        injected.load_contents(read_adapter(directory, source, allow_pickle=allow_pickle))
 
     return BoundModel(model, lora, config, injected_files, fill_injected, injected.reset_beside, injected.notes)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from backhand.adapters.adapter_directory import read_adapter_directory
-from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.adapters.adapter_directory import UnusableAdapterError
+from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.data.chat import read_template
 from backhand.data.examples import Example, PreparedData, summed
@@ -83,7 +83,7 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     """
     source = open_model(config.model.model)
     choice = choose_engine(config.model, source)
-    config = replace(config, adapter=_adapter_config(config))
+    config = replace(config, adapter=_adapter_config(config, source))
     layout = planned_layout(choice, config.adapter)
     notes: tuple[str, ...] = ()
     if layout is not None:
@@ -118,13 +118,14 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     )
 
 
-def _adapter_config(config: TrainConfig) -> LoRAConfig:
+def _adapter_config(config: TrainConfig, source: ModelSource) -> LoRAConfig:
     """The adapter as asked for, or as the one it starts from has it; dropout is this run's own."""
     if config.run.from_adapter is None:
         return config.adapter
-    allow_pickle = config.model.allow_pickle
-    described = read_adapter_directory(config.run.from_adapter, allow_pickle=allow_pickle).described.config
-    return replace(described, dropout=config.adapter.dropout)
+    contents = read_adapter(config.run.from_adapter, source, allow_pickle=config.model.allow_pickle)
+    if not contents.config_usable:
+        raise UnusableAdapterError(contents.directory, contents.problems)
+    return replace(contents.described.config, dropout=config.adapter.dropout)
 
 
 def _check_start(
@@ -140,7 +141,7 @@ def _check_start(
         return load_adapter_for(
             source, directory, shapes, chat_template=template, force_base=force, allow_pickle=config.model.allow_pickle
         ).notes
-    record = read_adapter_directory(directory, allow_pickle=config.model.allow_pickle).record
+    record = read_adapter(directory, source, allow_pickle=config.model.allow_pickle).record
     return check_source(record, directory, source, modules, chat_template=template, force_base=force)
 
 

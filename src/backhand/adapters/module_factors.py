@@ -1,9 +1,10 @@
-"""An adapter as the formats see it: per module two factors and what multiplies them, whatever file they came from."""
+"""The factors of an adapter module by module, whatever file they came from and whatever they are for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ class ModuleFactors:
     """One adapted module: delta_weight = scaling · lora_B @ lora_A.
 
     Attributes:
-        lora_A: (rank, in), or as PEFT has it for the kind of module.
+        lora_A: (rank, in); of a convolution with the kernel's axes in `in`, of an embedding (rank, vocabulary).
         lora_B: (out, rank).
-        scaling: what multiplies the product.
+        scaling: alpha / rank, or as the configuration says.
         magnitude: DoRA's m, (out,): the length that each row of weight + delta_weight is brought to; None without.
-        embedding: whether the weight lies the other way round, (vocab, hidden) with lora_A (rank, vocab).
+        embedding: whether the weight lies the other way round, (in, out), as an embedding's does.
+        kernel: sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules.
     """
 
     lora_A: Tensor
@@ -29,11 +31,38 @@ class ModuleFactors:
     scaling: float
     magnitude: Tensor | None = None
     embedding: bool = False
+    kernel: tuple[int, ...] = ()
+
+    @classmethod
+    def from_file(
+        cls, lora_A: Tensor, lora_B: Tensor, scaling: float, *, magnitude: Tensor | None = None, embedding: bool = False
+    ) -> ModuleFactors:
+        """Factors as files have them: those of a convolution with the axes of its kernel."""
+        kernel = tuple(lora_A.shape[2:])
+        return cls(lora_A.flatten(1), lora_B.flatten(1), scaling, magnitude, embedding, kernel)
+
+    def in_file(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B with the axes of a convolution's kernel."""
+        lora_A = self.lora_A.reshape(self.rank, -1, *self.kernel)
+        return lora_A, self.lora_B.reshape(*self.lora_B.shape, *(1 for _ in self.kernel))
 
     @property
     def rank(self) -> int:
         """Rows of lora_A."""
         return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the frozen weight as the model has it."""
+        out_features, in_features = self.shape
+        if self.embedding:
+            return in_features, out_features
+        return (out_features, in_features // prod(self.kernel), *self.kernel)
 
     def scaled_to(self, scaling: float) -> ModuleFactors:
         """The same delta_weight under another scaling: the quotient goes into lora_B, in float64 and then back.
@@ -42,19 +71,19 @@ class ModuleFactors:
         """
         quotient = self.scaling / scaling
         if abs(quotient - 1) < 1e-12:
-            return ModuleFactors(self.lora_A, self.lora_B, scaling)
+            return replace(self, scaling=scaling)
         folded = (self.lora_B.double() * quotient).to(torch.promote_types(self.lora_B.dtype, torch.float32))
-        return ModuleFactors(self.lora_A, folded, scaling)
+        return replace(self, lora_B=folded, scaling=scaling)
 
     def padded_to(self, rank: int) -> ModuleFactors:
         """The same delta_weight at a higher rank: rows and columns of zeros are added."""
         more = rank - self.rank
         if more == 0:
             return self
-        return ModuleFactors(
-            torch.nn.functional.pad(self.lora_A, (0, 0, 0, more)),
-            torch.nn.functional.pad(self.lora_B, (0, more)),
-            self.scaling,
+        return replace(
+            self,
+            lora_A=torch.nn.functional.pad(self.lora_A, (0, 0, 0, more)),
+            lora_B=torch.nn.functional.pad(self.lora_B, (0, more)),
         )
 
 
@@ -70,12 +99,12 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     return {
-        target.name: ModuleFactors(
+        target.name: ModuleFactors.from_file(
             factor(f"{target.name}.lora_A"),
             factor(f"{target.name}.lora_B"),
             target.scaling,
-            factor(f"{target.name}.lora_magnitude") if shape.magnitude is not None else None,
-            shape.embedding,
+            magnitude=factor(f"{target.name}.lora_magnitude") if shape.magnitude is not None else None,
+            embedding=shape.embedding,
         )
         for target, shape in zip(loaded.targets, loaded.shapes, strict=True)
     }
