@@ -70,8 +70,19 @@ def test_two_adapters_give_every_picture_and_table(
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.03
     with (tmp_path / "similarity.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * 14 * 2 * 5
-    assert all(0 <= float(line["similarity"]) <= 1 + 1e-9 for line in lines)
+    assert len(lines) == 2 * 7 * 2 * 5  # factors, kinds of module, i, j: the cells of similarity.png
+    with (tmp_path / "similarity_layers.csv").open() as file:
+        by_layer = list(csv.DictReader(file))
+    assert len(by_layer) == 2 * 14
+    for line in lines:
+        assert line["modules"] == "2" and 0 <= float(line["similarity"]) <= 1
+        if (line["i"], line["j"]) in {("1", "1"), ("2", "5")}:
+            column = "first_direction" if line["i"] == "1" else "all_directions"
+            kind, factor = line["kind"], line["factor"]
+            both = [row for row in by_layer if row["module"].endswith(kind) and row["factor"] == factor]
+            assert [(row["first_rank"], row["second_rank"]) for row in both] == [("2", "5")] * 2
+            mean = sum(float(row[column]) for row in both) / 2
+            assert float(line["similarity"]) == pytest.approx(mean, rel=1e-5)
     with (tmp_path / "amplification.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 14

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from backhand.lab.paper_amplification import Amplification
 from backhand.lab.paper_files import amplification_by_kind, similarity_by_kind
-from backhand.lab.paper_similarity import ModuleSimilarity
+from backhand.lab.paper_similarity import ModuleSimilarity, similarity_maps
 
 
 def test_amplification_of_a_kind_is_the_quotient_of_the_means_beside_it() -> None:
@@ -34,3 +35,15 @@ def test_similarity_of_a_kind_is_the_mean_over_its_layers_beside_what_chance_giv
     assert row["first_direction"] == pytest.approx(0.3) and row["all_directions"] == pytest.approx(0.6)
     assert row["random_first_direction"] == pytest.approx((1 / 10 + 1 / 30) / 2)
     assert row["random_all_directions"] == pytest.approx((3 / 10 + 3 / 30) / 2)
+
+
+def test_a_map_is_the_mean_over_what_all_layers_have() -> None:
+    one = ModuleSimilarity("0.q_proj", "lora_B", torch.tensor([[0.2, 0.3, 0.4]]), torch.full((1, 3), 0.1), dimension=10)
+    other = ModuleSimilarity("1.q_proj", "lora_B", torch.tensor([[0.4, 0.5], [0.6, 0.9]]), torch.zeros(2, 2), 20)
+    third = ModuleSimilarity("1.v_proj", "lora_B", torch.tensor([[0.7]]), torch.tensor([[0.2]]), 40)
+    q, v = similarity_maps([one, other, third])
+    assert (q.kind, q.factor, q.modules, v.kind, v.modules) == ("q_proj", "lora_B", 2, "v_proj", 1)
+    assert q.similarity == pytest.approx(np.array([[0.3, 0.4]])) and q.random == pytest.approx(np.array([[0.05, 0.05]]))
+    assert q.expected == pytest.approx(np.array([[(1 / 10 + 1 / 20) / 2, (2 / 10 + 2 / 20) / 2]]))
+    assert v.similarity == pytest.approx(np.array([[0.7]])) and v.expected == pytest.approx(np.array([[1 / 40]]))
+    assert one.at_smaller_rank == pytest.approx(0.2) and other.at_smaller_rank == pytest.approx(0.9)

@@ -67,7 +67,9 @@ def test_two_adapters_give_every_picture_and_table(
         assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.03, name
 
     similarity = table(output / "similarity.csv")
-    assert len(similarity) == MODULES * 2 * RANKS[0] * RANKS[1]
+    assert len(similarity) == 2 * 2 * RANKS[0] * RANKS[1]  # two kinds of module, two factors
+    assert {row["modules"] for row in similarity} == {str(LAYERS)}
+    assert len(table(output / "similarity_layers.csv")) == MODULES * 2
     for kind in summary["similarity"]:
         assert kind["modules"] == LAYERS and 0 <= kind["all_directions"] <= 1
     for name in ("amplification.csv", "amplification_2.csv"):

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.arithmetic.module_paths import kind_of
 from backhand.lab.paper_adam_path import PathComparison
@@ -26,10 +28,22 @@ from backhand.lab.paper_plots import (
     draw_sweep,
 )
 from backhand.lab.paper_run import PaperResult
-from backhand.lab.paper_similarity import ModuleSimilarity, expected_random_similarity
+from backhand.lab.paper_similarity import ModuleSimilarity, SimilarityMap, similarity_maps
 from backhand.lab.paper_sweep import SweepRow
 from backhand.lab.paper_update_plots import draw_adam_paths, draw_first_updates
 
+_MAP_COLUMNS = ("kind", "factor", "modules", "i", "j", "similarity", "random", "expected_random")
+_LAYER_COLUMNS = (
+    "module",
+    "factor",
+    "first_rank",
+    "second_rank",
+    "dimension",
+    "first_direction",
+    "at_smaller_rank",
+    "all_directions",
+    "expected_random_all_directions",
+)
 _NORMS = ("update_norm", "weight_norm", "along_update", "along_weight", "along_random")
 
 
@@ -44,9 +58,10 @@ def write_paper(directory: Path, result: PaperResult) -> list[str]:
     files: dict[str, bytes] = {}
     if result.similarity is not None:
         first, second = (adapter.label for adapter in result.adapters)
-        header = ("module", "factor", "i", "j", "similarity", "random", "expected_random")
-        files["similarity.csv"] = _csv(header, _similarity_lines(result.similarity))
-        files["similarity.png"] = draw_similarity(result.similarity, first, second)
+        maps = similarity_maps(result.similarity)
+        files["similarity.csv"] = _csv(_MAP_COLUMNS, _map_lines(maps))
+        files["similarity.png"] = draw_similarity(maps, first, second)
+        files["similarity_layers.csv"] = _csv(_LAYER_COLUMNS, _layer_lines(result.similarity))
         files["similarity_layers.png"] = draw_similarity_by_layer(result.similarity, first, second)
     for number, (adapter, rows) in enumerate(zip(result.adapters, result.amplification or [], strict=False), 1):
         suffix = "" if number == 1 else f"_{number}"
@@ -177,13 +192,21 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _similarity_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object, ...]]:
+def _map_lines(maps: Sequence[SimilarityMap]) -> Iterable[tuple[object, ...]]:
+    """Every cell of similarity.png; those of each layer alone would make a file of megabytes."""
+    for each in maps:
+        for (i, j), value in np.ndenumerate(each.similarity):
+            numbers = (f"{number:.6g}" for number in (value, each.random[i, j], each.expected[i, j]))
+            yield each.kind, each.factor, each.modules, i + 1, j + 1, *numbers
+
+
+def _layer_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object, ...]]:
+    """Every cell of similarity_layers.png, with φ of the first directions and of all beside it."""
     for row in rows:
-        expected = expected_random_similarity(row.dimension, *row.similarity.shape).tolist()
-        measured, random = row.similarity.tolist(), row.random.tolist()
-        for i, line in enumerate(measured):
-            for j, value in enumerate(line):
-                yield row.module, row.factor, i + 1, j + 1, value, random[i][j], expected[i][j]
+        first, second = row.similarity.shape
+        measured = (float(row.similarity[0, 0]), row.at_smaller_rank, float(row.similarity[-1, -1]))
+        numbers = (f"{number:.6g}" for number in (*measured, max(first, second) / row.dimension))
+        yield row.module, row.factor, first, second, row.dimension, *numbers
 
 
 def _path_lines(paths: Sequence[PathComparison]) -> Iterable[tuple[object, ...]]:

@@ -16,31 +16,32 @@ from backhand.arithmetic.module_paths import kind_of
 from backhand.lab.paper_amplification import Amplification
 from backhand.lab.paper_memory import MemoryResult
 from backhand.lab.paper_merging import MergeResult
-from backhand.lab.paper_similarity import ModuleSimilarity
+from backhand.lab.paper_similarity import FloatMap, ModuleSimilarity, SimilarityMap
 from backhand.lab.paper_sweep import SweepResult
 
 _MEBIBYTE = 2**20
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
-def draw_similarity(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
+def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> bytes:
     """similarity.png: φ(i, j) for each kind of module, mean over the layers: each factor above its random control."""
-    kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
+    kinds = list(dict.fromkeys(each.kind for each in maps))
+    by_place = {(each.kind, each.factor): each for each in maps}
     lines = [(factor, control) for factor in ("lora_A", "lora_B") for control in (False, True)]
     figure = new_figure(1.9 * len(kinds) + 1.6, 1.9 * len(lines) + 1.0)
     panels = figure.subplots(len(lines), len(kinds), squeeze=False)
     image = None
     for line, (factor, control) in zip(panels, lines, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
-            of_kind = [row for row in rows if kind_of(row.module) == kind and row.factor == factor]
-            if not of_kind:
+            found = by_place.get((kind, factor))
+            if found is None:
                 axes.set_axis_off()
                 continue
-            grid = _mean_of_common_shape([(row.random if control else row.similarity).numpy() for row in of_kind])
+            grid = found.random if control else found.similarity
             image = axes.imshow(
                 grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=_extent(grid)
             )
-            axes.set_title(f"{kind}\n{'random' if control else factor}", fontsize="small")
+            axes.set_title(f"{kind}\n{f'random for {factor}' if control else factor}", fontsize="small")
             axes.tick_params(labelsize="x-small")
             axes.locator_params(integer=True, nbins=5)
     figure.supxlabel(f"j: leading directions of {second}", fontsize="medium")
@@ -56,12 +57,12 @@ def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, secon
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
         of_factor = [row for row in rows if row.factor == factor]
-        values = {row.module: _at_smaller_rank(row) for row in of_factor}
+        values = {row.module: row.at_smaller_rank for row in of_factor}
         image = draw_layer_map(axes, values, vmin=0, vmax=1)
         axes.set_title(f"{factor}: {_chance(of_factor)}", fontsize="small")
         if image is not None:
             figure.colorbar(image, ax=axes, label="φ(r, r) at the smaller rank r")
-    figure.suptitle(f"Subspace similarity, {first} against {second}", fontsize="medium")
+    figure.suptitle(f"Subspace similarity: {first} against {second}", fontsize="medium")
     return png_bytes(figure)
 
 
@@ -214,18 +215,6 @@ def _chance(rows: Sequence[ModuleSimilarity]) -> str:
     return f"chance gives {low}" if low == high else f"chance gives {low} to {high}"
 
 
-def _at_smaller_rank(row: ModuleSimilarity) -> float:
-    smaller = min(row.similarity.shape)
-    return float(row.similarity[smaller - 1, smaller - 1])
-
-
-def _mean_of_common_shape(grids: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """The mean; where ranks differ between layers, over what all of them have."""
-    rows, columns = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
-    mean: np.ndarray[Any, Any] = np.mean([grid[:rows, :columns] for grid in grids], axis=0)
-    return mean
-
-
-def _extent(grid: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
+def _extent(grid: FloatMap) -> tuple[float, float, float, float]:
     """Cells centred on i and j, which count from 1."""
     return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5

@@ -13,13 +13,20 @@ average. So E φ = max(i, j)/d, which is what a measured φ has to be held again
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from backhand.arithmetic.adapter_factors import AdapterFactors
+from backhand.arithmetic.module_paths import kind_of
 from backhand.arithmetic.subspaces import input_directions, output_directions, subspace_similarity
+
+FloatMap = npt.NDArray[np.floating[Any]]
 
 
 def expected_random_similarity(dimension: int, first_rank: int, second_rank: int) -> Tensor:
@@ -55,6 +62,55 @@ class ModuleSimilarity:
     similarity: Tensor
     random: Tensor
     dimension: int
+
+    @property
+    def at_smaller_rank(self) -> float:
+        """φ(r, r) at the smaller of the two ranks."""
+        smaller = min(self.similarity.shape)
+        return float(self.similarity[smaller - 1, smaller - 1])
+
+
+@dataclass(frozen=True)
+class SimilarityMap:
+    """φ(i, j) of one kind of module and one factor, mean over the layers.
+
+    Attributes:
+        kind: the module's last name, such as `q_proj`.
+        factor: `lora_A` or `lora_B`.
+        modules: over how many.
+        similarity, random, expected: (r, r′) measured, of random subspaces, and what those have on average; where ranks
+            differ from layer to layer, over what all of them have.
+    """
+
+    kind: str
+    factor: str
+    modules: int
+    similarity: FloatMap
+    random: FloatMap
+    expected: FloatMap
+
+
+def similarity_maps(rows: Sequence[ModuleSimilarity]) -> list[SimilarityMap]:
+    """A map for each kind of module and factor, in the order of the rows."""
+    maps = []
+    for kind, factor in dict.fromkeys((kind_of(row.module), row.factor) for row in rows):
+        chosen = [row for row in rows if (kind_of(row.module), row.factor) == (kind, factor)]
+        first, second = (min(row.similarity.shape[axis] for row in chosen) for axis in (0, 1))
+
+        def mean(grids: Iterable[Tensor], first: int = first, second: int = second) -> FloatMap:
+            return torch.stack([grid[:first, :second] for grid in grids]).mean(0).numpy()
+
+        maps.append(
+            SimilarityMap(
+                kind,
+                factor,
+                len(chosen),
+                mean(row.similarity for row in chosen),
+                mean(row.random for row in chosen),
+                mean(expected_random_similarity(row.dimension, first, second) for row in chosen),
+            )
+        )
+    return maps
 
 
 def compare_adapters(first: AdapterFactors, second: AdapterFactors, seed: int = 0) -> list[ModuleSimilarity]:
