@@ -10,16 +10,14 @@ import pytest
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
-from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn import adapted_group
 from backhand.nn import block as block_module
 from backhand.nn import decoder as decoder_module
 from backhand.nn.merging import merge_into
-from backhand.verify import invariances
+from backhand.verify import merged_model
 from backhand.verify.command import verify, verify_command
-from backhand.verify.model_gradients import GradientProofs
-from backhand.verify.model_setup import choose_documents, load_setup
+from backhand.verify.model_setup import choose_documents
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_model
 
@@ -64,7 +62,7 @@ def test_every_family_is_proved(variant, models, rows):
     report = verify(options(models(variant), rows))
     assert not report.failed_model
     exact = [proof for proof in report.model if proof.proof.endswith("float64")]
-    assert len(exact) == 9, "loss, seven kinds of modules, d_x"
+    assert len(exact) == 10, "loss, seven kinds of modules, d_x, merging"
     assert max(proof.measured for proof in exact) < 1e-12
     statements = " ".join(proof.proof for proof in report.model)
     for words in ("packed = unpacked", "accumulated = one batch", "recomputed (mlp)", "recomputed (block)", "merged"):
@@ -182,25 +180,54 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merge_that_forgets_the_scaling_is_found(dtype, models, rows, monkeypatch):
-    def wrong(decoder, lora):
+@pytest.mark.parametrize("wrong", ["scaling forgotten", "nothing merged"])
+def test_a_wrong_merge_is_found(wrong, dtype, models, rows, monkeypatch):
+    def merge(decoder, lora):
         for name, slot in lora.slots.items():
-            lora.lora_B(name).div_(slot.scaling)
+            lora.lora_B(name).mul_(1 / slot.scaling if wrong == "scaling forgotten" else 0)
         merge_into(decoder, lora)
 
-    monkeypatch.setattr(invariances, "merge_into", wrong)
+    monkeypatch.setattr(merged_model, "merge_into", merge)
     assert _failed(verify(options(models("llama"), rows, dtype=dtype))) == {"merged = unmerged, logits"}
 
 
+@pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
+@pytest.mark.parametrize("target", ["down_proj", "lm_head"])
+def test_a_wrong_merge_of_a_faint_adapter_is_found_in_float64(target, models, rows, tmp_path, monkeypatch):
+    """An update that bfloat16 cannot see, merged with a factor of 1 + 1e-6."""
+    faint = attach_lora(tiny_model("llama"), target_modules=[target])
+    for name, parameter in faint.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1e-2)
+    faint.save_pretrained(tmp_path, save_embedding_layers=False)
+    right = merged_model.merged_weight
+    assert verify(options(models("llama"), rows, dtype="bfloat16", adapter=tmp_path)).passed
+
+    def merge(weight, lora, name):
+        return weight + (1 + 1e-4) * (right(weight, lora, name) - weight)
+
+    monkeypatch.setattr(merged_model, "merged_weight", merge)
+    report = verify(options(models("llama"), rows, dtype="bfloat16", adapter=tmp_path))
+    (failed,) = report.failed_model
+    assert failed.proof.endswith("merged = unmerged, float64")
+    assert "head" in failed.detail if target == "lm_head" else "layer" in failed.detail
+    assert "less than this dtype can tell" in report.model[-1].detail
+
+
 def test_the_logits_error_is_measured_against_float64(models, rows):
-    """A few units of rounding, in each dtype its own."""
-    found = {}
+    """A few units of rounding, in each dtype its own, and the adapter's effect far above it."""
+    bounds = {}
     for dtype in ("float32", "bfloat16"):
-        setup = load_setup(options(models("llama"), dtype=dtype).model, options(models("llama"), rows).data, None, 64)
-        batch = pack(setup.examples, device=setup.decoder.device)
-        found[dtype] = GradientProofs(setup.decoder, batch, None).logits_rounding()
-    assert 1e-8 < found["float32"] < 1e-5
-    assert 1e-3 < found["bfloat16"] < 5e-2
+        merged = verify(options(models("llama"), rows, dtype=dtype)).model[-1]
+        effect, rounding = (float(text.split()[0].strip(",")) for text in _figures(merged.detail))
+        bounds[dtype] = merged.bound
+        assert effect > 3 * merged.bound and merged.bound > 2.8 * rounding
+        assert (1e-8 < rounding < 1e-5) if dtype == "float32" else (1e-3 < rounding < 5e-2)
+    assert bounds["bfloat16"] > 1000 * bounds["float32"]
+
+
+def _figures(detail):
+    return detail.split("changes ")[1], detail.split("from float64: ")[1]
 
 
 def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):

@@ -65,17 +65,23 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
     weights = dict(decoder.frozen_tensors())
     for name in lora.slots:
         if _has_tied_weight(decoder, name):
-            decoder.weights.head = _merged(decoder.weights.head, lora, name)
+            decoder.weights.head = merged_weight(decoder.weights.head, lora, name)
         else:
             weight = weights[f"{name}.weight"]
-            weight.copy_(_merged(weight, lora, name))
+            weight.copy_(merged_weight(weight, lora, name))
 
 
 def _has_tied_weight(decoder: Decoder, name: str) -> bool:
     return name == HEAD and decoder.config.tied_head
 
 
-def _merged(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:
-    """(out, in) in the weight's dtype."""
+def merged_weight(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:
+    """W' of one module, (out, in) in the weight's dtype.
+
+    Args:
+        weight: W, (out, in).
+        lora: the adapter.
+        name: of the module, a slot of the adapter.
+    """
     delta_weight = lora.slots[name].scaling * (lora.lora_B(name) @ lora.lora_A(name))
     return (weight.to(delta_weight.dtype) + delta_weight).to(weight.dtype)

@@ -20,6 +20,7 @@ from backhand.train.config_file import load_config
 from backhand.train.proofs import proof_log
 from backhand.train.run_directory import ADAPTER, CONFIG, opened
 from backhand.verify.invariances import prove_invariances
+from backhand.verify.merged_model import prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
@@ -154,8 +155,9 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
         say(f"{options.model.model}: a training step")
         report.model.append(gradients.training_step())
         say(f"{options.model.model}: invariances")
-        rounding = gradients.logits_rounding()
-        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound, rounding))
+        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
+        say(f"{options.model.model}: merging")
+        report.model.extend(prove_merging(gradients))
     return report
 
 

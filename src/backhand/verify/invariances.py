@@ -2,44 +2,35 @@
 
 - packed = unpacked: documents in one batch, or each in its own;
 - accumulated = one batch: the same documents in several micro-batches;
-- recomputed = kept: `recompute` none, mlp and block;
-- merged = unmerged: W + s B A in place of W and an adapter.
+- recomputed = kept: `recompute` none, mlp and block.
 
-All but the last compare the whole adapter gradient. Both sides carry the rounding of the compute dtype, so they may
-differ by what that costs, which `GradientProofs.training_step` has measured. Merged weights are rounded once
-more: their logits may be twice as far from float64's as the unmerged ones are, so the two may lie three times that
-apart.
+Compared is the whole adapter gradient. Both sides carry the rounding of the compute dtype, so they may differ by what
+that costs, which `GradientProofs.training_step` has measured. (merged = unmerged: see `merged_model`.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import Decoder
-from backhand.nn.merging import merge_into
-from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import UNITS_OF_ROUNDING, ModelProof
+from backhand.verify.measure import relative_error
+from backhand.verify.model_gradients import ModelProof
 
 MICRO_BATCHES = 3
-MERGED_TIMES_UNMERGED = 3.0
 
 
-def prove_invariances(
-    decoder: Decoder, examples: Sequence[Example], bound: float, logits_rounding: float
-) -> Iterator[ModelProof]:
-    """One proof a line; the last one leaves the decoder merged, so that it is of no further use.
+def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: float) -> Iterator[ModelProof]:
+    """One proof a line.
 
     Args:
         decoder: with its adapter attached.
-        examples: documents, each with a supervised token.
+        examples: documents, each with a supervised token; a single one can be packed with nothing.
         bound: the largest relative difference of gradients.
-        logits_rounding: how far the logits are from float64's, by `GradientProofs.logits_rounding`.
     """
     whole = pack(examples, device=decoder.device)
     together = _gradient(decoder, [whole])
@@ -62,7 +53,6 @@ def prove_invariances(
             "invariances",
         )
     yield from _recomputation(decoder, whole, bound)
-    yield from _merging(decoder, whole, logits_rounding)
 
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
@@ -87,23 +77,3 @@ def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterat
             yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound, kind="invariances")
     finally:
         decoder.recompute = before
-
-
-@torch.no_grad()
-def _merging(decoder: Decoder, batch: PackedBatch, logits_rounding: float) -> Iterator[ModelProof]:
-    lora = decoder.lora
-    assert lora is not None
-    adapted = decoder.logits(batch.input_ids, batch.document_lengths)
-    decoder.detach()
-    base = decoder.logits(batch.input_ids, batch.document_lengths)
-    merge_into(decoder, lora)
-    merged = decoder.logits(batch.input_ids, batch.document_lengths)
-    effect = norm(adapted.double() - base.double())
-    lost = norm(merged.double() - adapted.double()) / effect if effect else 0.0
-    yield ModelProof(
-        "merged = unmerged, logits",
-        relative_error(merged, adapted),
-        max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * logits_rounding, 1e-5),
-        f"{lost:.1e} of what the adapter changes; unmerged from float64: {logits_rounding:.1e}",
-        "merge",
-    )

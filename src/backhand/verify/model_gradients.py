@@ -96,7 +96,7 @@ class GradientProofs:
     def by_block(self) -> Iterator[ModelProof]:
         """float64: the loss, then one proof for each kind of module over all layers, and for what blocks pass down."""
         self.exact.gradients.zero_()
-        inputs = self._forward(self.dropout_seed)
+        inputs = self.forward(self.dropout_seed)
         d_x, loss_error = self._prove_head(inputs.pop())
         yield ModelProof("loss = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(range(len(self.decoder.config.layers))):
@@ -132,25 +132,13 @@ class GradientProofs:
         return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
 
     @torch.no_grad()
-    def logits_rounding(self) -> float:
-        """How far the engine's logits in the compute dtype are from float64's, relative norm, without dropout."""
-        config, weights = self.decoder.config, self.decoder.weights
-        x = self._forward(None)[-1]
-        normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
-        logits = normed @ weights.head.double().T
-        if HEAD in self.exact:
-            h = normed @ self.exact.lora_A(HEAD).T
-            logits.addmm_(h, self.exact.lora_B(HEAD).T, alpha=self.exact.slots[HEAD].scaling)
-        return relative_error(self.decoder.logits(self.batch.input_ids, self.batch.document_lengths), logits)
-
-    @torch.no_grad()
-    def _forward(self, dropout_seed: int | None) -> list[Tensor]:
+    def forward(self, dropout_seed: int | None) -> list[Tensor]:
         """x₀ of every block and the last block's output, float64."""
         # Whatever embedding does in the compute dtype is part of the function.
         inputs = [self.decoder.embed(self.batch.input_ids).double()]
         for layer in range(len(self.decoder.config.layers)):
             adapter = block_adapter(self.exact, layer, dropout_seed)
-            x, _ = block_forward(inputs[-1], self._block_weights(layer), adapter, self._context(layer), "block")
+            x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, self.context(layer), "block")
             inputs.append(x)
         return inputs
 
@@ -185,7 +173,7 @@ class GradientProofs:
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block by hand; it and the block's adapter gradients are compared."""
-        weights, context = self._block_weights(layer), self._context(layer)
+        weights, context = self.block_weights(layer), self.context(layer)
         adapter = block_adapter(self.exact, layer, self.dropout_seed)
         with torch.no_grad():
             _, saved = block_forward(x0, weights, adapter, context, "none")
@@ -194,7 +182,7 @@ class GradientProofs:
         del saved
         names = [name for name in self.exact.slots if name.startswith(f"model.layers.{layer}.")]
         leaves = self._leaves(names) | {"x": x0.clone().requires_grad_()}
-        reference_weights = self._named(layer, weights)
+        reference_weights = self.named_weights(layer, weights)
         with torch.enable_grad():
             x2 = reference_block(
                 leaves["x"],
@@ -245,13 +233,15 @@ class GradientProofs:
             what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
             yield ModelProof(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
 
-    def _block_weights(self, layer: int) -> BlockWeights:
-        """The block's weights in float64."""
+    def block_weights(self, layer: int) -> BlockWeights:
+        """A copy of the block's weights in float64."""
         block = self.decoder.weights.blocks[layer]
         parts = {part.name: getattr(block, part.name) for part in fields(BlockWeights)}
-        return replace(block, **{name: part.double() for name, part in parts.items() if part is not None})
+        return replace(
+            block, **{name: part.to(torch.float64, copy=True) for name, part in parts.items() if part is not None}
+        )
 
-    def _named(self, layer: int, block: BlockWeights) -> Tensors:
+    def named_weights(self, layer: int, block: BlockWeights) -> Tensors:
         """One block's tensors by their Hugging Face names."""
         config, weights = self.decoder.config, self.decoder.weights
         alone = replace(config, layers=(config.layers[layer],))
@@ -261,7 +251,8 @@ class GradientProofs:
             f"model.layers.{layer}.{name.removeprefix(first)}": view for name, view in views if name.startswith(first)
         }
 
-    def _context(self, layer: int) -> BlockContext:
+    def context(self, layer: int) -> BlockContext:
+        """What else the block is given, in float64."""
         config = self.decoder.config
         rotary = config.rotary[config.layers[layer].rotary]
         frequencies = inverse_frequencies(rotary, config.head_dim, self.decoder.device).double()

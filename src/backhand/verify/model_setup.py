@@ -24,10 +24,12 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
 from backhand.train.forgetting import neutral_texts
+from backhand.verify.measure import norm
 
 ADAPTER_SEED = 0
 DROPOUT_SEED = 1
 RANDOM_ADAPTER = LoRAConfig(dropout=0.1)
+UPDATE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,18 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
 
 
 def random_adapter(decoder: Decoder) -> LoRAParameters:
-    """Every factor normal, lora_B as large as lora_A: a gradient is nowhere zero by nature."""
+    """Every factor normal, each update a tenth of what its weight gives for such an input.
+
+    A gradient is nowhere zero by nature, and the update stands out of the rounding of bfloat16.
+    """
     lora = LoRAParameters(resolve_slots(RANDOM_ADAPTER, decoder.module_shapes()), device=decoder.device)
+    weights = dict(decoder.frozen_tensors())
     generator = torch.Generator().manual_seed(ADAPTER_SEED)
     for name, slot in lora.slots.items():
-        for view in (lora.lora_A(name), lora.lora_B(name)):
-            drawn = torch.randn(view.shape, generator=generator)
-            view.copy_(drawn * (0.3 / slot.in_features**0.5))
+        output_size = norm(weights[f"{name}.weight"]) / slot.out_features**0.5
+        sizes = slot.in_features**-0.5, UPDATE_SHARE * output_size / (slot.scaling * slot.rank**0.5)
+        for view, size in zip((lora.lora_A(name), lora.lora_B(name)), sizes, strict=True):
+            view.copy_(size * torch.randn(view.shape, generator=generator))
     return lora
 
 

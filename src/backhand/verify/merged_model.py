@@ -1,0 +1,107 @@
+"""merged = unmerged: W + s B A in place of W and an adapter, on a model and its rows, without dropout.
+
+In float64 the two are the same function: given the same input, each block with its weights merged gives what it gives
+with its adapter beside them, and so does the head. That proves the merging, to about 1e-15, one block at a time.
+
+In the compute dtype merged weights are rounded once more. Their logits may be twice as far from float64's as the
+unmerged ones are, so the two may lie three times that apart. What an adapter changes by less than that cannot be told
+from rounding there; the detail says how much it changes, and how much of that merging loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from backhand.nn.block import block_forward
+from backhand.nn.block_adapter import block_adapter
+from backhand.nn.decoder import HEAD
+from backhand.nn.merging import merge_into, merged_weight
+from backhand.ops.rms_norm import rms_norm_forward
+from backhand.verify.measure import norm, relative_error
+from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, GradientProofs, ModelProof
+
+MERGED_TIMES_UNMERGED = 3.0
+# What float32 logits may differ by where float64 happens to be nearer than that.
+SMALLEST_BOUND = 1e-5
+
+
+@torch.no_grad()
+def prove_merging(proofs: GradientProofs) -> Iterator[ModelProof]:
+    """Two proofs; they leave the decoder merged, so that it is of no further use.
+
+    Args:
+        proofs: of the decoder with its adapter attached.
+    """
+    inputs = proofs.forward(None)
+    unmerged = _exact_logits(proofs, inputs[-1], merged=False)
+    errors = {f"layer {layer}": _block_error(proofs, layer, *inputs[layer : layer + 2]) for layer in _layers(proofs)}
+    if HEAD in proofs.exact:
+        errors["head"] = relative_error(_exact_logits(proofs, inputs[-1], merged=True), unmerged)
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    yield ModelProof(
+        f"{len(errors)} × merged = unmerged, float64", errors[worst], FLOAT64_BOUND, f"worst: {worst}", "merge"
+    )
+    yield _merged_logits(proofs, unmerged)
+
+
+def _layers(proofs: GradientProofs) -> range:
+    return range(len(proofs.decoder.config.layers))
+
+
+def _block_error(proofs: GradientProofs, layer: int, x0: Tensor, x2: Tensor) -> float:
+    """How far the merged block's output is from x2, which the block with its adapter gives."""
+    weights = proofs.block_weights(layer)
+    prefix = f"model.layers.{layer}."
+    named = proofs.named_weights(layer, weights)
+    for name in proofs.exact.slots:
+        if name.startswith(prefix):
+            weight = named[f"{name}.weight"]
+            weight.copy_(merged_weight(weight, proofs.exact, name))
+    merged, _ = block_forward(x0, weights, block_adapter(None, layer, None), proofs.context(layer), "block")
+    return relative_error(merged, x2)
+
+
+def _exact_logits(proofs: GradientProofs, x: Tensor, *, merged: bool) -> Tensor:
+    """The logits in float64, (tokens, vocabulary), of the last block's output."""
+    config, weights, exact = proofs.decoder.config, proofs.decoder.weights, proofs.exact
+    normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+    head = weights.head.double()
+    if HEAD not in exact:
+        return normed @ head.T
+    if merged:
+        return normed @ merged_weight(head, exact, HEAD).T
+    return (normed @ head.T).addmm_(
+        normed @ exact.lora_A(HEAD).T, exact.lora_B(HEAD).T, alpha=exact.slots[HEAD].scaling
+    )
+
+
+def _merged_logits(proofs: GradientProofs, exact: Tensor) -> ModelProof:
+    """The decoder's own logits in the compute dtype, before and after `merge_into`."""
+    decoder, batch = proofs.decoder, proofs.batch
+
+    def logits() -> Tensor:
+        return decoder.logits(batch.input_ids, batch.document_lengths).double()
+
+    adapted = logits()
+    decoder.detach()
+    base = logits()
+    merge_into(decoder, proofs.lora)
+    merged = logits()
+    rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
+    bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
+    detail = f"the adapter changes {effect:.1e}"
+    if effect > bound:
+        detail += f", of which {norm(merged - adapted) / norm(base - adapted):.1e} is lost"
+    else:
+        detail += ", less than this dtype can tell"
+    return ModelProof(
+        "merged = unmerged, logits",
+        relative_error(merged, adapted),
+        bound,
+        f"{detail}; unmerged from float64: {rounding:.1e}",
+        "merge",
+    )
