@@ -63,6 +63,16 @@ def test_failure_names_the_worst_row_and_exits_with_6(capsys):
     assert "row " in captured.err
 
 
+def test_what_is_no_number_is_named_before_what_is_only_wrong(monkeypatch, capsys):
+    (proof,) = load_proofs("glu")
+    half = Mutant("half", "d_up", lambda _g, _s, right: right.d_up / 2).spoil(proof.backward)
+    both = Mutant("NaN", "d_gate", lambda _g, _s, right: right.d_gate * float("nan")).spoil(half)
+    monkeypatch.setattr(command, "load_proofs", lambda op: [replace(proof, backward=both)])
+    assert main(["verify", "--op", "glu"]) == 6
+    error = capsys.readouterr().err
+    assert "d_gate of glu" in error and "relative error nan" in error and "row " in error
+
+
 @pytest.mark.usefixtures("broken_glu")
 def test_failure_in_json(capsys):
     with pytest.raises(CheckError):

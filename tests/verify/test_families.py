@@ -10,7 +10,7 @@ import torch
 from backhand.nn.block import RECOMPUTE_MODES
 from backhand.nn.decoder_weights import empty_weights, named_views
 from backhand.nn.family import DecoderConfig
-from backhand.verify.case import Draw
+from backhand.verify.case import Draw, kind
 from backhand.verify.families import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 
@@ -28,8 +28,10 @@ def test_every_mutant_is_rejected_by_value(proof):
     rejections = list(reject_mutants(proof))
     assert len(rejections) == len(proof.mutants)
     assert not [one for one in rejections if not one.error > 1e-7]
-    spoiled = {one.gradient for one in rejections if one.mutant == "factor 1 + 1e-6"}
-    assert {"d_lora_A", "d_lora_B"} <= spoiled
+    names = {kind(name) for case in proof.cases for name in case.by_hand(case.tensors, proof.backward).gradients}
+    gradients = {f"d_{name}" for name in names}
+    assert {one.gradient for one in rejections if one.mutant == "factor 1 + 1e-6"} == gradients
+    assert {one.gradient for one in rejections if one.mutant not in ("sign", "factor 1 + 1e-6")} == gradients
 
 
 def test_the_families_use_every_feature_that_a_decoder_config_has():

@@ -77,6 +77,14 @@ def test_bfloat16_and_the_neutral_texts(models):
     assert "neutral texts" in " ".join(report.notes)
 
 
+def test_one_document_is_said_to_be_alone(models, tmp_path):
+    (tmp_path / "row.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
+    report = verify(options(models("llama"), tmp_path / "row.jsonl"))
+    assert report.passed
+    assert "packing and accumulation are not measured" in " ".join(report.notes)
+    assert not any("packed" in proof.proof or "accumulated" in proof.proof for proof in report.model)
+
+
 def test_an_adapter_of_peft(models, rows, tmp_path):
     adapted = attach_lora(tiny_model("qwen3"), rank=3, target_modules=["q_proj", "down_proj"])
     adapted.save_pretrained(tmp_path)

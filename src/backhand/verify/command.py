@@ -24,7 +24,7 @@ from backhand.verify.merged_model import prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from backhand.verify.report import VerifyReport
+from backhand.verify.report import VerifyReport, severity
 from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
 from backhand.verify.tables import print_report
 
@@ -169,7 +169,7 @@ def _console() -> Console:
 
 def _raise_failures(report: VerifyReport) -> None:
     if report.failed_rows:
-        worst = max(report.failed_rows, key=lambda row: row.error / row.bound if row.bound else 0.0)
+        worst = max(report.failed_rows, key=lambda row: severity(row.error, row.bound))
         raise CheckError(
             f"{len(report.failed_rows)} of {len(report.rows)} proofs fail, first of all {worst.tensor} of {worst.op}",
             where=f"{worst.op}: {worst.case}, {worst.dtype}",
@@ -184,7 +184,7 @@ def _raise_failures(report: VerifyReport) -> None:
             next_step="add a case in which the mistake shows",
         )
     if report.failed_model:
-        failed = max(report.failed_model, key=lambda proof: proof.measured / proof.bound if proof.bound else 0.0)
+        failed = max(report.failed_model, key=lambda proof: severity(proof.measured, proof.bound))
         raise CheckError(
             f"does not hold: {failed.proof}",
             why=f"measured {failed.measured:.1e}, bound {failed.bound:.1e}; {failed.detail}",

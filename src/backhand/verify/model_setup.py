@@ -64,6 +64,8 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     examples, rows = _documents(data, source.tokenizer(), max_tokens)
     decoder = Decoder.from_source(source, dtype=dtype, device=device)
     said: tuple[str, ...] = ()
+    if len(examples) == 1:
+        said = ("there is nothing to pack the one document with: packing and accumulation are not measured",)
     if adapter is None:
         lora = random_adapter(decoder)
         described = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
@@ -85,7 +87,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
                 next_step="backhand verify without --model proves these gradients op by op, and in whole decoders",
             )
         lora = loaded.parameters(device=device)
-        said = loaded.notes
+        said += loaded.notes
         described = f"adapter {adapter}"
     decoder.attach(lora)
     dropout = any(slot.dropout > 0 for slot in lora.slots.values())

@@ -68,7 +68,7 @@ class VerifyReport:
         """The lines for proofs.jsonl: the worst of each check over all ops, and each proof about the model."""
         for dtype, check in dict.fromkeys((row.dtype, row.check) for row in self.rows):
             rows = [row for row in self.rows if (row.dtype, row.check) == (dtype, check)]
-            worst = max(rows, key=lambda row: (not row.passed, row.error / row.bound if row.bound else 0.0))
+            worst = max(rows, key=lambda row: severity(row.error, row.bound))
             against = {AUTOGRAD: "autograd", DIFFERENCES: "finite differences"}[check]
             statement = f"{len(rows)} gradients and outputs by hand agree with {against}, {dtype}; nearest to its bound"
             yield _proof(
@@ -82,6 +82,13 @@ class VerifyReport:
             yield replace(
                 _proof(proof.proof, proof.passed, proof.measured, proof.bound), kind=proof.kind, detail=proof.detail
             )
+
+
+def severity(measured: float, bound: float) -> float:
+    """How many times its bound a measured value is; infinite where it is no number or the bound is 0."""
+    if measured == 0:
+        return 0.0
+    return measured / bound if bound and math.isfinite(measured) else math.inf
 
 
 def _proof(statement: str, passed: bool, value: float, bound: float) -> Proof:
