@@ -29,9 +29,14 @@ class PackedBatch:
     document_lengths: tuple[int, ...]
 
     @cached_property
+    def supervised_positions(self) -> Tensor:
+        """(supervised tokens,) int64: the positions that carry loss."""
+        return (self.labels != IGNORE_INDEX).nonzero().squeeze(1)
+
+    @property
     def supervised_tokens(self) -> int:
         """How many positions carry loss."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return self.supervised_positions.numel()
 
     @cached_property
     def positions(self) -> Tensor:

@@ -12,6 +12,10 @@ Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, 
 and k are kept as they were before the norm, plus their factors; with sandwich norms, the two normed outputs as they
 were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
 `recompute="mlp"` keeps no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the forward again.
+
+Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value counts,
+since later tokens see them; but from the output projection on each row goes its own way, so that only the supervised
+`rows` are computed, kept and differentiated. The gradient of all other rows of o and x₁ is zero.
 """
 
 from __future__ import annotations
@@ -35,12 +39,13 @@ RECOMPUTE_MODES = ("none", "mlp", "block")
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides tensors: the family, its window, the tokens' angles, the documents."""
+    """What a block needs besides tensors: the family, its window, the tokens' angles, the documents, the rows wanted."""
 
     config: DecoderConfig
     window: int | None
     rotary: RotaryTable
     runs: tuple[Run, ...]
+    rows: Tensor | None = None  # (wanted,) int64, of x₂; None for all
 
 
 class AttentionKept(NamedTuple):
@@ -58,7 +63,7 @@ class AttentionKept(NamedTuple):
 
 
 class MLPKept(NamedTuple):
-    """The MLP half's kept tensors."""
+    """The MLP half's kept tensors; where only some rows of x₂ are wanted, T stands for these."""
 
     factor: Tensor  # (T, 1) of the norm before
     gate_up: Tensor | None  # (T, 2f); None when recomputed
@@ -68,7 +73,7 @@ class MLPKept(NamedTuple):
 
 
 class BlockSaved(NamedTuple):
-    """x0 (T, hidden) always; the rest is None under recompute="block"."""
+    """x0 (T, hidden) always; the rest is None under recompute="block". x1 (wanted, hidden)."""
 
     x0: Tensor
     attention: AttentionKept | None
@@ -89,17 +94,23 @@ def attention_half_forward(
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     output, attended = attention_forward(q, k, v, context.runs, config.attention_scaling, context.window)
     sandwich = weights.after_attention_norm
-    residual = None if sandwich is not None else x0
+    stream, wanted = _rows(x0, context.rows), _rows(output.flatten(1), context.rows)
+    residual = None if sandwich is not None else stream
     x1, h_output = group_forward(
-        output.flatten(1), weights.output, weights.output_bias, (config.hidden_size,), adapter.output, residual
+        wanted, weights.output, weights.output_bias, (config.hidden_size,), adapter.output, residual
     )
     projected = None
     if sandwich is not None:
         normed, projected = rms_norm_forward(x1, sandwich, config.norm_eps, config.norm_offset)
-        x1 = normed.add_(x0)
+        x1 = normed.add_(stream)
     return x1, AttentionKept(
         norm.factor, qkv, output, attended.log_sum_exp, h_qkv, h_output, q_factor, k_factor, projected
     )
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows of x; all without a choice."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def prepare_qkv(
@@ -165,7 +176,7 @@ def mlp_half_forward(
 def block_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
 ) -> tuple[Tensor, BlockSaved]:
-    """x₂, (T, hidden), and what `block_backward` needs under the given recompute mode."""
+    """x₂, (T, hidden) or its wanted rows, and what `block_backward` needs under the given recompute mode."""
     x1, attention = attention_half_forward(x0, weights, adapter, context)
     x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, keep_gate_up=recompute == "none")
     if recompute == "block":
@@ -185,7 +196,7 @@ def block_backward(
     """d_x₀, (T, hidden); the adapter's gradients are added to `lora.gradients`.
 
     Args:
-        d_x2: ∂L/∂x₂; it may be overwritten.
+        d_x2: ∂L/∂x₂, or of its wanted rows; it may be overwritten.
         saved: from `block_forward`.
         lora: whose gradient buffer receives.
         lowest_group: the first of this block's groups that needs a gradient, when nothing below the block does: the
@@ -264,14 +275,14 @@ def _attention_half_backward(
     lowest_group: int,
 ) -> Tensor | None:
     """d_x₀, or None when nothing below needs it."""
-    config = context.config
+    config, rows = context.config, context.rows
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     d_projected = d_x1
     if kept.projected is not None:
         d_projected = _norm_backward(d_x1, kept.projected, adapter, "post_attention_layernorm")
     d_output = group_backward(
         d_projected,
-        kept.output.flatten(1),
+        _rows(kept.output.flatten(1), rows),
         weights.output,
         (config.hidden_size,),
         adapter.output,
@@ -281,6 +292,8 @@ def _attention_half_backward(
     )
     if d_output is None:
         return None
+    if rows is not None:
+        d_output = d_output.new_zeros(x0.shape[0], d_output.shape[1]).index_copy_(0, rows, d_output)
 
     d_qkv = attention_input_gradient(d_output, kept, weights, context, adapter)
     n1 = rms_norm_apply(x0, weights.attention_norm, kept.factor, config.norm_offset)
@@ -291,7 +304,8 @@ def _attention_half_backward(
     if d_n1 is None:
         return None
     norm = RMSNormSaved(x0, weights.attention_norm, kept.factor, config.norm_offset)
-    return _norm_backward(d_n1, norm, adapter, "input_layernorm").add_(d_x1)
+    d_x0 = _norm_backward(d_n1, norm, adapter, "input_layernorm")
+    return d_x0.add_(d_x1) if rows is None else d_x0.index_add_(0, rows, d_x1)
 
 
 def _norm_backward(d_y: Tensor, saved: RMSNormSaved, adapter: BlockAdapter, name: str) -> Tensor:

@@ -140,12 +140,14 @@ class Decoder:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [rotary_table(positions, frequencies.to(wide)) for frequencies in self._frequencies]
 
-    def contexts(self, batch: PackedBatch) -> list[BlockContext]:
-        """What each block needs to know about the batch."""
+    def contexts(self, batch: PackedBatch, rows: Tensor | None = None) -> list[BlockContext]:
+        """What each block needs to know about the batch, and the last one about the rows that are wanted of it."""
         tables = self.rotary_tables(batch.positions)
-        return [
+        contexts = [
             BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs) for layer in self.config.layers
         ]
+        contexts[-1] = contexts[-1]._replace(rows=rows)
+        return contexts
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
         """The adapter of every block in the compute dtype; no dropout without a seed."""
@@ -179,12 +181,12 @@ class Decoder:
         name = f"{EMBEDDING}.{TOKENS}"
         return name if self.config.tied_head and self.lora is not None and name in self.lora.trained else None
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The last block's output before the final norm, (tokens, hidden), keeping nothing."""
+    def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+        """The last block's output before the final norm, (tokens, hidden) or these rows of it, keeping nothing."""
         self.refresh()
         x = self.embed(batch.input_ids)
         adapters = self.block_adapters(None)
-        for layer, context in enumerate(self.contexts(batch)):
+        for layer, context in enumerate(self.contexts(batch, rows)):
             x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], context, "block")
         return x
 
@@ -211,8 +213,8 @@ class Decoder:
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, in the order of the positions, without gradients and without dropout."""
-        supervised = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        x = self.hidden_states(batch)[supervised]
+        supervised = batch.supervised_positions
+        x = self.hidden_states(batch, supervised)
         (normed, _), targets = self._final_norm(x), batch.labels[supervised]
         if self._head_is_plain():
             return linear_cross_entropy_forward(normed, self.active.head, targets, self.head_factors())
@@ -240,7 +242,7 @@ class Decoder:
         lora = self.lora
         if lora is None:
             raise ValueError("there is no adapter to train: attach one first")
-        contexts = self.contexts(batch)
+        contexts = self.contexts(batch, batch.supervised_positions)
         lowest_layer, lowest_group = lowest_trained_group(lora, len(contexts))
 
         self.refresh()
@@ -275,11 +277,10 @@ class Decoder:
     def _head_loss_and_gradient(
         self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None
     ) -> tuple[Tensor | None, Tensor]:
-        """∂L/∂x of the last block's output, (tokens, hidden), zero off the supervised rows, and Σ nats."""
+        """∂L/∂x of the last block's output at the supervised positions, (supervised, hidden), and Σ nats."""
         lora = self.lora
         assert lora is not None
-        supervised = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        (normed, norm), targets = self._final_norm(x[supervised]), batch.labels[supervised]
+        (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
         if self._head_is_plain():
             losses, grads = linear_cross_entropy_backward(
                 normed, self.active.head, targets, self.head_factors(dropout_seed), loss_scaling
@@ -299,8 +300,7 @@ class Decoder:
                 self._head_rows(),
             )
         trained = FINAL_NORM in lora.trained
-        d_rows, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
+        d_x, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
         if d_weight is not None:
             lora.gradient(FINAL_NORM).add_(d_weight)
-        d_x = torch.zeros_like(x).index_copy_(0, supervised, d_rows)
         return d_x, losses.sum(dtype=torch.float64)

@@ -14,8 +14,8 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
 
 Two ways to carry this out, group by group (neighbouring documents of one length, or short ones of about one length):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ. Documents of about one length
-  become of one length by zeros behind their end: causality hides these from every real query, and since their own ∂L/∂O
-  is zero they add nothing to any gradient;
+  become of one length by repeating a token behind their end: causality hides these from every real query, and since
+  their own ∂L/∂O is set to zero they add nothing to any gradient;
 - by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, whose many
   small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are faster there than the bfloat16
   ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN (`set_float32_matmul_precision`)
@@ -27,12 +27,14 @@ Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what the kernels at
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.ops.attention_blocks import (
+    ALIGNMENT,
     AttentionBlocksGrads,
     AttentionBlocksSaved,
     attention_blocks_backward,
@@ -44,9 +46,11 @@ Run = tuple[int, int, int]
 
 # Groups of fewer tokens go to torch's kernels.
 FEW_TOKENS = 128
-# Documents up to this length may share a group, if at most this share of its tokens is added behind their ends.
+# Documents up to this length may share a group, if at most this share of its tokens is added behind their ends; in low
+# precision their common length is rounded up likewise, since the softmax of rows of 55 takes twice that of rows of 64.
 SHARED_UP_TO_TOKENS = 160
 ADDED_SHARE = 0.35
+FLOAT32_BYTES = 4
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -130,7 +134,8 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
     filled = 0
     for group in _groups(runs, q):
-        q_group, k_group, v_group, g_group = (_together(x, group) for x in (q, k, v, d_y))
+        q_group, k_group, v_group = (_together(x, group) for x in (q, k, v))
+        g_group = _together(d_y, group, zero_behind=True)
         if _blockwise(q, group.tokens):
             in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window)
             in_place = None
@@ -151,17 +156,29 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
     return grads
 
 
+class Places(NamedTuple):
+    """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
+
+    of_token: (tokens,) the place of each token. token_at: (places,) the token at each place, and behind a document's end
+    some token of it. behind: (places without a token,) these places.
+    """
+
+    of_token: Tensor
+    token_at: Tensor
+    behind: Tensor
+
+
 class Group(NamedTuple):
     """Neighbouring documents attended together as (documents, length); what they hold is `tokens` from `start` on.
 
-    places: (tokens,) where each token lies among documents · length places; None where documents fill them all.
+    places: where its documents do not fill documents · length places; else None.
     """
 
     start: int
     tokens: int
     documents: int
     length: int
-    places: Tensor | None
+    places: Places | None
 
 
 def _groups(runs: tuple[Run, ...], like: Tensor) -> list[Group]:
@@ -172,14 +189,16 @@ def _groups(runs: tuple[Run, ...], like: Tensor) -> list[Group]:
             joined[-1].append(run)
         else:
             joined.append([run])
-    return [
-        _group(part, like.device)
-        for group in joined
-        for part in ([tuple(group)] if _blockwise(like, _tokens(group)) else [(run,) for run in group])
-    ]
+    groups = []
+    for group in joined:
+        if _blockwise(like, _tokens(group)):
+            groups.append(_group(tuple(group), like.element_size() < FLOAT32_BYTES, like.device))
+        else:
+            groups.extend(_group((run,), False, like.device) for run in group)
+    return groups
 
 
-def _tokens(runs: list[Run]) -> int:
+def _tokens(runs: Sequence[Run]) -> int:
     return sum(count * length for _, count, length in runs)
 
 
@@ -190,15 +209,19 @@ def _may_join(group: list[Run], run: Run) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _group(runs: tuple[Run, ...], device: torch.device) -> Group:
-    """One group; every layer asks for the same ones."""
+def _group(runs: tuple[Run, ...], aligned: bool, device: torch.device) -> Group:
+    """One group, its documents' common length aligned where that adds little; every layer asks for the same ones."""
     start, documents, length = runs[0][0], sum(count for _, count, _ in runs), max(length for _, _, length in runs)
-    if len(runs) == 1:
-        return Group(start, documents * length, documents, length, None)
+    tokens = _tokens(runs)
+    rounded = -(-length // ALIGNMENT) * ALIGNMENT
+    if aligned and length <= SHARED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
+        length = rounded
+    if tokens == documents * length:
+        return Group(start, tokens, documents, length, None)
     lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
-    inside = torch.arange(length, device=device) < lengths[:, None]
-    places = inside.flatten().nonzero().squeeze(1)
-    return Group(start, places.numel(), documents, length, places)
+    inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
+    places = Places(inside.nonzero().squeeze(1), inside.cumsum(0) - 1, (~inside).nonzero().squeeze(1))
+    return Group(start, tokens, documents, length, places)
 
 
 def _blockwise(q: Tensor, tokens: int) -> bool:
@@ -207,12 +230,17 @@ def _blockwise(q: Tensor, tokens: int) -> bool:
     return tokens >= FEW_TOKENS or kernels_are_slow or q.device.type != "cpu"
 
 
-def _together(x: Tensor, group: Group) -> Tensor:
-    """The group's part of x, (documents, length, heads, head_dim): a view, or a copy with zeros behind the ends."""
+def _together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
+    """The group's part of x, (documents, length, heads, head_dim): a view, or a copy where places stay empty.
+
+    Behind a document's end stand numbers that no real query sees: any finite ones do for q, k and v, but a gradient
+    has to be zero there.
+    """
     part = x[group.start : group.start + group.tokens]
     if group.places is not None:
-        filled = part.new_zeros(group.documents * group.length, *part.shape[1:])
-        part = filled.index_copy_(0, group.places, part)
+        part = part.index_select(0, group.places.token_at)
+        if zero_behind:
+            part.index_fill_(0, group.places.behind, 0)
     documents: Tensor = part.unflatten(0, (group.documents, group.length))
     return documents
 
@@ -223,7 +251,7 @@ def _apart(x: Tensor, group: Group, out: Tensor) -> None:
     if group.places is None:
         part.unflatten(0, (group.documents, group.length)).copy_(x)
     else:
-        part.copy_(x.flatten(0, 1)[group.places])
+        torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
 
 
 def _for_kernel(*documents: Tensor) -> list[Tensor]:

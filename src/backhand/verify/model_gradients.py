@@ -96,7 +96,7 @@ class GradientProofs:
     def by_block(self) -> Iterator[ModelProof]:
         """float64: the loss, then one proof for each kind of module over all layers, and for what blocks pass down."""
         self.exact.gradients.zero_()
-        inputs = self.forward(self.dropout_seed)
+        inputs = self.forward(self.dropout_seed, self.batch.supervised_positions)
         d_x, loss_error = self._prove_head(inputs.pop())
         yield ModelProof("loss = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(range(len(self.decoder.config.layers))):
@@ -132,30 +132,30 @@ class GradientProofs:
         return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
 
     @torch.no_grad()
-    def forward(self, dropout_seed: int | None) -> list[Tensor]:
-        """x₀ of every block and the last block's output, float64."""
+    def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
+        """x₀ of every block and the last block's output, or these rows of it, float64."""
         # Whatever embedding does in the compute dtype is part of the function.
         inputs = [self.decoder.embed(self.batch.input_ids).double()]
         for layer in range(len(self.decoder.config.layers)):
             adapter = block_adapter(self.exact, layer, dropout_seed)
-            x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, self.context(layer), "block")
+            context = self.context(layer, rows)
+            x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, context, "block")
             inputs.append(x)
         return inputs
 
     def _prove_head(self, x: Tensor) -> tuple[Tensor, float]:
-        """∂L/∂x of the last block's output by hand, and how far the loss is from the reference's."""
+        """∂L/∂x of the last block's output by hand, both at the supervised positions, and the loss's relative error."""
         config, weights = self.decoder.config, self.decoder.weights
-        supervised = (self.batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        labels, rows = self.batch.labels[supervised], x[supervised]
+        labels = self.batch.labels[self.batch.supervised_positions]
         norm_weight, head = weights.final_norm.double(), weights.head.double()
         factors = self.decoder.head_factors(self.dropout_seed)
         if factors is not None:
             factors = factors._replace(lora_A=self.exact.lora_A(HEAD), lora_B=self.exact.lora_B(HEAD))
         with torch.no_grad():
-            normed, norm = rms_norm_forward(rows, norm_weight, config.norm_eps, config.norm_offset)
+            normed, norm = rms_norm_forward(x, norm_weight, config.norm_eps, config.norm_offset)
             losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, self.loss_scaling)
-            d_rows = rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x
-        leaves = self._leaves([HEAD] if HEAD in self.exact else []) | {"x": rows.clone().requires_grad_()}
+            d_x = rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x
+        leaves = self._leaves([HEAD] if HEAD in self.exact else []) | {"x": x.clone().requires_grad_()}
         reference_weights = {
             "model.norm.weight": norm_weight,
             "model.embed_tokens.weight": head,
@@ -164,16 +164,16 @@ class GradientProofs:
         with torch.enable_grad():
             loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves))
         by_autograd = self._gradients(self.loss_scaling * loss, torch.ones_like(loss), leaves)
-        self._compare("d_x of the head", d_rows, by_autograd["x"])
+        self._compare("d_x of the head", d_x, by_autograd["x"])
         if grads.d_lora_A is not None and grads.d_lora_B is not None:
             self.exact.d_lora_A(HEAD).copy_(grads.d_lora_A)
             self.exact.d_lora_B(HEAD).copy_(grads.d_lora_B)
         self._compare_factors([HEAD] if HEAD in self.exact else [], by_autograd)
-        return torch.zeros_like(x).index_copy_(0, supervised, d_rows), relative_error(losses.sum(), loss.detach())
+        return d_x, relative_error(losses.sum(), loss.detach())
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block by hand; it and the block's adapter gradients are compared."""
-        weights, context = self.block_weights(layer), self.context(layer)
+        weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
         adapter = block_adapter(self.exact, layer, self.dropout_seed)
         with torch.no_grad():
             _, saved = block_forward(x0, weights, adapter, context, "none")
@@ -183,6 +183,7 @@ class GradientProofs:
         names = [name for name in self.exact.slots if name.startswith(f"model.layers.{layer}.")]
         leaves = self._leaves(names) | {"x": x0.clone().requires_grad_()}
         reference_weights = self.named_weights(layer, weights)
+        wanted = None if context.rows is None else self.batch.labels != IGNORE_INDEX
         with torch.enable_grad():
             x2 = reference_block(
                 leaves["x"],
@@ -191,7 +192,9 @@ class GradientProofs:
                 self.decoder.config,
                 self.batch.document_lengths,
                 self._adapter(leaves),
+                wanted,
             )
+            x2 = x2 if wanted is None else x2[wanted]
         by_autograd = self._gradients(x2, d_x2, leaves)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         self._compare_factors(names, by_autograd)
@@ -251,10 +254,11 @@ class GradientProofs:
             f"model.layers.{layer}.{name.removeprefix(first)}": view for name, view in views if name.startswith(first)
         }
 
-    def context(self, layer: int) -> BlockContext:
-        """What else the block is given, in float64."""
+    def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
+        """The block's, of whose last one only these rows are wanted, None for all."""
         config = self.decoder.config
         rotary = config.rotary[config.layers[layer].rotary]
         frequencies = inverse_frequencies(rotary, config.head_dim, self.decoder.device).double()
         table = rotary_table(self.batch.positions, frequencies)
-        return BlockContext(config, config.layers[layer].window, table, self.batch.runs)
+        wanted = rows if layer == len(config.layers) - 1 else None
+        return BlockContext(config, config.layers[layer].window, table, self.batch.runs, wanted)

@@ -77,22 +77,23 @@ class ReferenceAdapter:
         norm = adapted.detach().square().sum(1).sqrt()
         return (self.factors[f"{slot.name}.lora_magnitude"] / norm).to(weight.dtype)
 
-    def linear(self, x: Tensor, name: str, weights: Tensors) -> Tensor:
-        """The module `name` of a block on x (tokens, in): frozen weight, bias and low-rank update."""
+    def linear(self, x: Tensor, name: str, weights: Tensors, wanted: Tensor | None = None) -> Tensor:
+        """The module `name` of a block on x (tokens, in): frozen weight, bias and low-rank update.
+
+        wanted: (tokens,) bool, the rows that anybody reads, for which alone masks are drawn; None for all.
+        """
         if self.dropout_seed is None or name not in self.slots:
             return self._linear(x, name, weights, None)
         _, _, layer, part = name.split(".", 3)
         group = next(index for index, parts in enumerate(GROUPS) if part in parts)
-        mask = self._mask(x, name, group_seed(self.dropout_seed, int(layer), group))
+        mask = self._mask(x, name, group_seed(self.dropout_seed, int(layer), group), wanted)
         return self._linear(x, name, weights, mask)
 
     def head(self, x: Tensor, weights: Tensors, labels: Tensor, layers: int) -> Tensor:
         """The head on x (tokens, hidden); it stands above `layers` blocks. Masks are drawn for supervised rows only."""
         if self.dropout_seed is None or HEAD not in self.slots:
             return self._linear(x, HEAD, weights, None)
-        supervised = labels != IGNORE_INDEX
-        drawn = self._mask(x[supervised], HEAD, group_seed(self.dropout_seed, layers, 0))
-        mask = None if drawn is None else torch.zeros_like(x).masked_scatter(supervised[:, None], drawn)
+        mask = self._mask(x, HEAD, group_seed(self.dropout_seed, layers, 0), labels != IGNORE_INDEX)
         return self._linear(x, HEAD, weights, mask)
 
     def _linear(self, x: Tensor, name: str, weights: Tensors, mask: Tensor | None) -> Tensor:
@@ -117,10 +118,14 @@ class ReferenceAdapter:
         low_rank = functional.linear(functional.linear(x if mask is None else x * mask, lora_A), lora_B)
         return functional.linear(x, weight, bias) + slot.scaling * low_rank
 
-    def _mask(self, x: Tensor, name: str, seed: int) -> Tensor | None:
-        """The dropout multiplier of x's shape, None where the module has no dropout."""
+    def _mask(self, x: Tensor, name: str, seed: int, wanted: Tensor | None) -> Tensor | None:
+        """The dropout multiplier of x's shape, zero in rows not wanted; None where the module has no dropout."""
         probability = self.slots[name].dropout
-        return dropout_multiplier(x.shape, probability, seed, dtype=x.dtype, device=x.device) if probability else None
+        if not probability:
+            return None
+        rows = x if wanted is None else x[wanted]
+        drawn = dropout_multiplier(rows.shape, probability, seed, dtype=x.dtype, device=x.device)
+        return drawn if wanted is None else torch.zeros_like(x).masked_scatter(wanted[:, None], drawn)
 
 
 def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
@@ -134,8 +139,11 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
     """
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
-    for layer in range(len(config.layers)):
-        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter)
+    layers = len(config.layers)
+    for layer in range(layers):
+        # Of the last block the loss reads the supervised positions alone.
+        wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
+        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted)
     return reference_head(x, weights, config, batch.labels, adapter)
 
 
@@ -163,20 +171,21 @@ def reference_block(
     config: DecoderConfig,
     document_lengths: Sequence[int],
     adapter: ReferenceAdapter,
+    wanted: Tensor | None = None,
 ) -> Tensor:
-    """One block on x (tokens, hidden)."""
+    """One block on x (tokens, hidden), at all positions; wanted: as in `ReferenceAdapter.linear`."""
     block = f"model.layers.{layer}"
     branch = _norm(x, weights[f"{block}.input_layernorm.weight"], config)
-    branch = _attention(branch, layer, weights, config, document_lengths, adapter)
+    branch = _attention(branch, layer, weights, config, document_lengths, adapter, wanted)
     if config.sandwich_norms:
         branch = _norm(branch, weights[f"{block}.post_attention_layernorm.weight"], config)
     x = x + branch
     before_mlp = "pre_feedforward_layernorm" if config.sandwich_norms else "post_attention_layernorm"
     branch = _norm(x, weights[f"{block}.{before_mlp}.weight"], config)
-    gate = adapter.linear(branch, f"{block}.mlp.gate_proj", weights)
-    up = adapter.linear(branch, f"{block}.mlp.up_proj", weights)
+    gate = adapter.linear(branch, f"{block}.mlp.gate_proj", weights, wanted)
+    up = adapter.linear(branch, f"{block}.mlp.up_proj", weights, wanted)
     activated = functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
-    branch = adapter.linear(activated * up, f"{block}.mlp.down_proj", weights)
+    branch = adapter.linear(activated * up, f"{block}.mlp.down_proj", weights, wanted)
     if config.sandwich_norms:
         branch = _norm(branch, weights[f"{block}.post_feedforward_layernorm.weight"], config)
     return x + branch
@@ -196,6 +205,7 @@ def _attention(
     config: DecoderConfig,
     document_lengths: Sequence[int],
     adapter: ReferenceAdapter,
+    wanted: Tensor | None,
 ) -> Tensor:
     """The attention branch, (tokens, hidden), from the normed x, document by document."""
     name = f"model.layers.{layer}.self_attn"
@@ -216,7 +226,7 @@ def _attention(
         wide = torch.promote_types(scores.dtype, torch.float32)
         probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(x.dtype)
         outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1))
-    return adapter.linear(torch.cat(outputs), f"{name}.o_proj", weights)
+    return adapter.linear(torch.cat(outputs), f"{name}.o_proj", weights, wanted)
 
 
 def _turn(x: Tensor, frequencies: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def _case(
     targets: tuple[str, ...] | None = None,
     dropout: float = 0.0,
     recompute: str = "none",
+    rows: tuple[int, ...] | None = None,
 ) -> Case:
     draw = Draw(f"block: {name}")
     config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
@@ -92,7 +93,7 @@ def _case(
     tokens = sum(documents)
     tensors = {
         "x0": draw.normal(tokens, config.hidden_size),
-        "d_y": draw.normal(tokens, config.hidden_size),
+        "d_y": draw.normal(tokens if rows is None else len(rows), config.hidden_size),
         **random_weights(config, draw),
         **random_factors(slots, draw),
     }
@@ -103,7 +104,8 @@ def _case(
         weights = engine_weights(config, t).blocks[0]
         adapter = block_adapter(lora, 0, seed)
         table = _rotary_table(config, documents, t["x0"])
-        context = BlockContext(config, config.layers[0].window, table, document_runs(documents))
+        wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
+        context = BlockContext(config, config.layers[0].window, table, document_runs(documents), wanted)
         y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
         grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
         gradients = {"x0": grads.d_x0}
@@ -112,7 +114,9 @@ def _case(
         return ByHand(y, gradients)
 
     def reference(t: Tensors) -> Tensor:
-        return reference_block(t["x0"], 0, t, config, documents, ReferenceAdapter(slots, t, seed))
+        wanted = torch.zeros(tokens, dtype=torch.bool, device=t["x0"].device)
+        wanted[slice(None) if rows is None else list(rows)] = True
+        return reference_block(t["x0"], 0, t, config, documents, ReferenceAdapter(slots, t, seed), wanted)[wanted]
 
     return Case(name, tensors, by_hand, reference, pooled=True)
 
@@ -135,6 +139,10 @@ CASES = (
     _case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
     _case("q and v adapted", "llama", targets=("q_proj", "v_proj"), dropout=0.3),
     _case("down adapted", "gemma3", targets=("down_proj",)),
+    _case("some rows wanted", "llama, biases everywhere", rows=(3, 8, 9, 16), dropout=0.3),
+    _case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
+    _case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
+    _case("no row wanted", "llama", rows=(), dropout=0.3),
     _case("one token", "qwen3, q/k norm", documents=(1,)),
     _case("one-token documents", "mistral, window", documents=(1, 1, 1)),
     _case("no tokens", "llama", documents=(0,), dropout=0.3),
@@ -144,6 +152,18 @@ CASES = (
 def _redo(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
     """The right backward in a changed setting."""
     return _backward(d_y, inputs._replace(**changes))
+
+
+def _rows_turned(inputs: BlockInputs) -> Tensor | None:
+    """The wanted rows in another order."""
+    rows = inputs.context.rows
+    return rows if rows is None else rows.roll(1)
+
+
+def _on_all_rows(d_y: Tensor, inputs: BlockInputs) -> Tensor:
+    """d_y as a gradient of the whole stream: zero in the rows not wanted."""
+    rows, stream = inputs.context.rows, inputs.saved.x0
+    return d_y if rows is None else torch.zeros_like(stream).index_copy_(0, rows, d_y)
 
 
 def _in_context(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
@@ -205,9 +225,9 @@ def _without_norms_after(inputs: BlockInputs) -> BlockSaved:
 
 MUTANTS = (
     *standard_mutants("d_x0", "d_lora_A", "d_lora_B"),
-    Mutant("residual path missing", "d_x0", lambda g, _s, right: right.d_x0 - g),
-    Mutant("residual path twice", "d_x0", lambda g, _s, right: right.d_x0 + g),
-    Mutant("branches missing", "d_x0", lambda g, _s, _right: g.clone()),
+    Mutant("residual path missing", "d_x0", lambda g, s, right: right.d_x0 - _on_all_rows(g, s)),
+    Mutant("residual path twice", "d_x0", lambda g, s, right: right.d_x0 + _on_all_rows(g, s)),
+    Mutant("branches missing", "d_x0", lambda g, s, _right: _on_all_rows(g, s).clone()),
     Mutant("scaling forgotten", "d_x0", lambda g, s, _right: _redo(g, s, adapter=_unscaled(s)).d_x0),
     Mutant("scaling forgotten", "d_lora_A", lambda g, s, _right: _redo(g, s, adapter=_unscaled(s)).d_lora_A),
     Mutant("scaling forgotten", "d_lora_B", lambda g, s, _right: _redo(g, s, adapter=_unscaled(s)).d_lora_B),
@@ -216,6 +236,8 @@ MUTANTS = (
     Mutant("mask of another seed", "d_lora_A", lambda g, s, _right: _redo(g, s, adapter=_next_seed(s)).d_lora_A),
     Mutant("window ignored", "d_x0", lambda g, s, _right: _in_context(g, s, window=None).d_x0),
     Mutant("window ignored", "d_lora_A", lambda g, s, _right: _in_context(g, s, window=None).d_lora_A),
+    Mutant("rows mixed up", "d_x0", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_x0),
+    Mutant("rows mixed up", "d_lora_A", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_lora_A),
     Mutant("rotation ignored", "d_x0", lambda g, s, _right: _in_context(g, s, rotary=_not_turned(s)).d_x0),
     Mutant("rotation ignored", "d_lora_B", lambda g, s, _right: _in_context(g, s, rotary=_not_turned(s)).d_lora_B),
     Mutant("1 + weight read as weight", "d_x0", lambda g, s, _right: _of_family(g, s, norm_offset=0.0).d_x0),
