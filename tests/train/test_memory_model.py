@@ -16,7 +16,7 @@ from backhand.nn.decoder_weights import empty_weights, module_shapes
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.train.memory_model import block_bytes, decoder_size, head_bytes
+from backhand.train.memory_model import block_bytes, decoder_size, head_bytes, kept_bytes
 from backhand.train.memory_plan import largest_shapes
 from support.tiny_models import tiny_config
 
@@ -65,7 +65,7 @@ def test_a_step_holds_what_the_formula_says(model: str, shape: str, recompute: s
     size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), dtype.itemsize)
     (counted,) = largest_shapes([range(rows)], [length] * rows, [supervised // rows] * rows, [rows]).values()
     assert counted.tokens == rows * length
-    kept = counted.tokens * size.kept_bytes[recompute]
+    kept = kept_bytes(size, counted, recompute)
     at_work = max(head_bytes(size, counted), block_bytes(size, counted, recompute))
     predicted = kept + counted.tokens * size.stream_bytes + at_work
     assert predicted == pytest.approx(allocated_peak(config, batch, dtype, recompute), rel=0.1)

@@ -20,6 +20,7 @@ SIZE = ModelSize(
     weight_bytes=200 * MB,
     adapter_elements=MB,
     kept_bytes={"none": 100_000, "mlp": 50_000, "block": 10_000},
+    unread_bytes={"none": 0, "mlp": 0, "block": 0},
     block_bytes=20_000,
     attending_bytes=5_000,
     again_bytes={"none": 0, "mlp": 8_000, "block": 9_000},

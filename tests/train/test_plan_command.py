@@ -51,7 +51,9 @@ def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
     short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
     long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
     assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
-    assert long["parts"]["kept activations"] == 2 * short["parts"]["kept activations"] > 0
+    kept = [one["parts"]["kept activations"] for one in (short, long)]
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.01)
+    assert kept[0] > 0
 
 
 def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ width, f feed-forward width, H heads, K key/value heads, R the ranks of the bloc
     none    2d + 2q + 2k + 2f + R     and in float32 H + 2
     mlp     2d + 2q + 2k + R'         and in float32 H + 2            R' without gate's and up's ranks
     block   d                         and one block's `none` at a time while it is computed again
-families with q/k norms H + K float32 more, with sandwich norms 2d and 2 float32 more.
+families with q/k norms H + K float32 more, with sandwich norms 2d and 2 float32 more. The last block keeps x1 and what
+its MLP needs of supervised tokens only.
 
 Workspace, on top of what is kept: the largest of what is alive
     while a block's MLP is differentiated:  2d + 5f, or 3d + 2f beside three float32 copies of d for its norm;
@@ -75,6 +76,7 @@ class ModelSize:
         weight_bytes: of all frozen weights in it.
         adapter_elements: trained elements.
         kept_bytes: per token, by recompute mode, of all blocks together.
+        unread_bytes: of these, what the last block does not keep of a token without supervision.
         block_bytes: per token, of the buffers of the block at work while it is not attending.
         attending_bytes: per token, while it is.
         again_bytes: per token, of what is computed again for the block at work, by recompute mode.
@@ -93,6 +95,7 @@ class ModelSize:
     weight_bytes: int
     adapter_elements: int
     kept_bytes: Mapping[Recompute, int]
+    unread_bytes: Mapping[Recompute, int]
     block_bytes: int
     attending_bytes: int
     again_bytes: Mapping[Recompute, int]
@@ -123,6 +126,12 @@ def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int)
     halves = 2 * d + 2 * q + 2 * k + (2 * d if config.sandwich_norms else 0)
     mlp = layers * (halves * b + wide * FLOAT32_BYTES) + (ranks - gate_up_ranks) * b
     none = mlp + (layers * 2 * f + gate_up_ranks) * b
+    last = f"model.layers.{layers - 1}."
+    last_ranks = {slot.name.rpartition(".")[2]: slot.rank for slot in in_blocks if slot.name.startswith(last)}
+    after = sum(last_ranks.get(name, 0) for name in ("o_proj", "down_proj"))
+    unread = (d + (2 * d if config.sandwich_norms else 0) + after) * b
+    unread += (3 if config.sandwich_norms else 1) * FLOAT32_BYTES
+    gate_up = (2 * f + sum(last_ranks.get(name, 0) for name in ("gate_proj", "up_proj"))) * b
     block_weights = d * (q + 2 * k) + d * q + 3 * d * f
     vocabulary = config.vocab_size * d * (1 if config.tied_head else 2)
     # A table with trained rows is a copy of its own; a tensor trained in full has its gradient once beside the buffer.
@@ -135,6 +144,7 @@ def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int)
         weight_bytes=(layers * block_weights + vocabulary + beside) * b,
         adapter_elements=adapter_elements,
         kept_bytes={"none": none, "mlp": mlp, "block": layers * d * b},
+        unread_bytes={"none": unread + gate_up, "mlp": unread, "block": 0},
         block_bytes=_block_at_work(config, b, dropout=any(slot.dropout > 0 for slot in in_blocks)),
         attending_bytes=(2 * d + 2 * q + 2 * k) * b,
         again_bytes={"none": 0, "mlp": 2 * f * b, "block": none // max(1, layers)},
@@ -189,6 +199,7 @@ def transformers_size(
         weight_bytes=weight_elements * dtype_bytes,
         adapter_elements=adapter_elements,
         kept_bytes={"none": kept},
+        unread_bytes={"none": 0},
         block_bytes=12 * d * dtype_bytes,
         attending_bytes=0,
         again_bytes={"none": 0},
@@ -219,7 +230,7 @@ _CACHED_KERNELS = 1024
 def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_bytes: int) -> dict[str, int]:
     """Bytes by part at the moment of a run when most is held; they add up to the peak."""
     narrow = size.dtype_bytes if size.dtype_bytes != FLOAT32_BYTES else 0
-    kept = shape.tokens * size.kept_bytes[recompute]
+    kept = kept_bytes(size, shape, recompute)
     head, block = head_bytes(size, shape), block_bytes(size, shape, recompute)
     at_work = {"head chunk": head, "workspace": block}
     fullest = max(at_work, key=lambda part: at_work[part])
@@ -242,6 +253,12 @@ def cached_kernels() -> int:
     """How many compiled kernels oneDNN keeps."""
     stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     return int(stated) if stated.isdecimal() else _CACHED_KERNELS
+
+
+def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
+    """What the forward pass keeps for the backward pass."""
+    unread = shape.tokens - shape.supervised_tokens
+    return shape.tokens * size.kept_bytes[recompute] - unread * size.unread_bytes[recompute]
 
 
 def block_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
