@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_slots
+from backhand.lab import paper_merging
 from backhand.lab.paper_merging import Ratio, measure_merging
+from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
@@ -35,6 +38,28 @@ def test_measurement_has_every_size_and_sees_the_adapter(tiny: TinyRun) -> None:
         for ratio in (times.adapter, times.merged):
             assert 0 < ratio.lower <= ratio.median <= ratio.upper
         assert times.base_s > 0
+
+
+def test_each_round_times_the_base_the_adapter_beside_it_and_the_merged_weights(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, merged = decoder(tiny), decoder(tiny)
+    lora = random_adapter(base, ALL)
+    timed = []
+
+    def watching(model: Decoder, batch: PackedBatch) -> float:
+        assert batch.document_lengths == (5, 5)
+        timed.append((model is merged, model.lora))
+        return float(len(timed))
+
+    monkeypatch.setattr(paper_merging, "_timed", watching)
+    result = measure_merging(base, merged, lora, sizes=((2, 5),), rounds=3)
+    rounds = 3 + paper_merging.WARM_UP_ROUNDS
+    assert timed == [(False, None), (False, lora), (True, None)] * rounds
+    first = 3 * paper_merging.WARM_UP_ROUNDS + 1  # what the first round took that counts: the calls are numbered
+    (times,) = result.times
+    assert times.base_s == first + 3
+    assert times.adapter.median == (first + 4) / (first + 3) and times.merged.median == (first + 5) / (first + 3)
 
 
 def test_ratio_is_taken_round_by_round() -> None:

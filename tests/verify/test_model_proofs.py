@@ -15,7 +15,7 @@ from backhand.nn import adapted_group
 from backhand.nn import block as block_module
 from backhand.nn import decoder as decoder_module
 from backhand.nn.merging import merge_into
-from backhand.verify import merged_model
+from backhand.verify import merged_model, model_gradients
 from backhand.verify.command import verify, verify_command
 from backhand.verify.model_setup import choose_documents
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
@@ -155,6 +155,20 @@ def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )
     assert any("d_x" in proof for proof in _failed(verify(options(models("mistral"), rows))))
+
+
+def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
+    """All below is proved with what the head passes down, so that only the head's own comparison can tell."""
+    right = model_gradients.linear_cross_entropy_backward
+
+    def wrong(*args):
+        losses, grads = right(*args)
+        return losses, grads._replace(d_x=grads.d_x * (1 + 1e-6))
+
+    monkeypatch.setattr(model_gradients, "linear_cross_entropy_backward", wrong)
+    report = verify(options(models("llama"), rows))
+    failed = next(proof for proof in report.failed_model if "d_x" in proof.proof)
+    assert failed.detail == "worst: d_x of the head"
 
 
 def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):

@@ -123,20 +123,32 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value)
 
 
-def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
-    """The mistakes that any gradient can have: a wrong sign, and a factor of 1 + 1e-6."""
+def spoiled(name: str, change: Callable[[Tensor, Tensor], Tensor], *gradients: str) -> tuple[Mutant, ...]:
+    """A mutant for each gradient: change(d_y, right gradient) in its place, of a tuple in that of each part."""
 
-    def mutants(gradient: str) -> tuple[Mutant, ...]:
-        return (
-            Mutant("sign", gradient, lambda _d_y, _saved, right: changed(getattr(right, gradient), torch.neg)),
-            Mutant(
-                "factor 1 + 1e-6",
-                gradient,
-                lambda _d_y, _saved, right: changed(getattr(right, gradient), lambda tensor: tensor * FACTOR),
-            ),
+    def mutant(gradient: str) -> Mutant:
+        return Mutant(
+            name, gradient, lambda d_y, _saved, right: changed(getattr(right, gradient), lambda part: change(d_y, part))
         )
 
-    return tuple(mutant for gradient in gradients for mutant in mutants(gradient))
+    return tuple(mutant(gradient) for gradient in gradients)
+
+
+def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
+    """The mistakes that any gradient can have: a wrong sign, and a factor of 1 + 1e-6."""
+    sign = spoiled("sign", lambda _d_y, right: -right, *gradients)
+    factor = spoiled("factor 1 + 1e-6", lambda _d_y, right: right * FACTOR, *gradients)
+    return tuple(mutant for both in zip(sign, factor, strict=True) for mutant in both)
+
+
+def mean_mutants(*gradients: str) -> tuple[Mutant, ...]:
+    """The mean over the rows in place of their sum."""
+    return spoiled("mean for sum", lambda d_y, right: right / max(flat_rows(d_y).shape[0], 1), *gradients)
+
+
+def transposed_mutants(*gradients: str) -> tuple[Mutant, ...]:
+    """A square gradient transposed."""
+    return spoiled("transposed", lambda _d_y, right: transposed_if_square(right), *gradients)
 
 
 def rows_reversed(tensor: Tensor) -> Tensor:
@@ -152,3 +164,12 @@ def flat_rows(tensor: Tensor) -> Tensor:
 def transposed_if_square(tensor: Tensor) -> Tensor:
     """A transposed where the shape does not give it away."""
     return tensor.mT if tensor.shape[-1] == tensor.shape[-2] else tensor
+
+
+def overwritten(rows: int, places: Tensor, values: Tensor) -> Tensor:
+    """Each row of values, (…, n), put at its place in (rows, n) instead of added; those at places below 0 left out."""
+    table = values.new_zeros(rows, values.shape[-1])
+    for place, value in zip(places.reshape(-1).tolist(), flat_rows(values), strict=True):
+        if place >= 0:
+            table[place] = value
+    return table

@@ -24,11 +24,12 @@ from backhand.verify.case import (
     Mutant,
     OpProof,
     Tensors,
-    flat_rows,
     rows_reversed,
     standard_mutants,
     transposed_if_square,
+    transposed_mutants,
 )
+from backhand.verify.cases.lora_linear import dropped
 
 SCALING = 1.7
 
@@ -76,12 +77,11 @@ def _case(
 
     def usual(t: Tensors) -> Tensor:
         """As PEFT writes it."""
-        mask = multiplier(t["x"], dropout)
-        dropped = t["x"] if mask is None else t["x"] * mask.view(t["x"].shape)
+        x = dropped(t["x"], dropout)
         gain = t["magnitude"] / t["norm"]
-        low_rank = functional.linear(functional.linear(dropped, t["lora_A"]), t["lora_B"])
+        low_rank = functional.linear(functional.linear(x, t["lora_A"]), t["lora_B"])
         base = functional.linear(t["x"], t["weight"], t.get("bias"))
-        y = base + (gain - 1) * functional.linear(dropped, t["weight"]) + gain * low_rank * SCALING
+        y = base + (gain - 1) * functional.linear(x, t["weight"]) + gain * low_rank * SCALING
         return y + t["residual"] if "residual" in t else y
 
     return Case(name, tensors, by_hand, reference, usual)
@@ -120,10 +120,8 @@ def _through_the_norm(g: Tensor, s: DoRALinearSaved, name: str) -> Tensor:
     with torch.enable_grad():
         leaf = factors[name].requires_grad_()
         adapted = s.weight + s.scaling * (factors["lora_B"] @ factors["lora_A"])
-        mask = multiplier(s.x, s.dropout)
-        dropped = flat_rows(s.x) if mask is None else flat_rows(s.x) * mask
         rescaled = s.magnitude[:, None] * functional.normalize(adapted, dim=1)
-        (gradient,) = torch.autograd.grad(functional.linear(dropped, rescaled), leaf, flat_rows(g))
+        (gradient,) = torch.autograd.grad(functional.linear(dropped(s.x, s.dropout), rescaled), leaf, g)
     return gradient
 
 
@@ -140,19 +138,14 @@ MUTANTS = (
     Mutant("frozen term not rescaled", "d_x", lambda g, s, right: right.d_x + (g - g * _gain(s)) @ s.weight),
     Mutant("mask ignored", "d_x", lambda g, s, _right: _redo(g, s, dropout=None).d_x),
     Mutant("mask ignored", "d_magnitude", lambda g, s, _right: _redo(g, s, dropout=None).d_magnitude),
-    Mutant("what dropout lets by forgotten", "d_x", lambda _g, s, right: _masked(s, right.d_x)),
+    Mutant("what dropout lets by forgotten", "d_x", lambda _g, s, right: dropped(right.d_x, s.dropout)),
     Mutant("low-rank part left out", "d_magnitude", lambda g, s, _right: _redo(g, s, h=0 * s.h).d_magnitude),
     Mutant("norm forgotten", "d_magnitude", lambda _g, s, right: right.d_magnitude * s.norm),
     Mutant("rows reversed", "d_magnitude", lambda g, s, _right: _redo(rows_reversed(g), s).d_magnitude),
     Mutant("rows reversed", "d_lora_B", lambda g, s, _right: _redo(rows_reversed(g), s).d_lora_B),
-    Mutant("transposed", "d_lora_A", lambda _g, _s, right: transposed_if_square(right.d_lora_A)),
+    *transposed_mutants("d_lora_A"),
     Mutant("weight transposed", "d_x", lambda g, s, _right: _redo(g, s, weight=transposed_if_square(s.weight)).d_x),
 )
-
-
-def _masked(saved: DoRALinearSaved, d_x: Tensor) -> Tensor:
-    mask = multiplier(saved.x, saved.dropout)
-    return d_x if mask is None else d_x * mask.view(d_x.shape)
 
 
 PROOFS = (OpProof("dora_linear", dora_linear_backward, CASES, MUTANTS),)

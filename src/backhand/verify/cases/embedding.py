@@ -7,7 +7,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward, embedding_forward, embedding_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, flat_rows, standard_mutants
+from backhand.verify.case import (
+    Backward,
+    ByHand,
+    Case,
+    Draw,
+    Mutant,
+    OpProof,
+    Tensors,
+    overwritten,
+    standard_mutants,
+)
 
 
 def _case(
@@ -44,14 +54,6 @@ CASES = (
 )
 
 
-def _overwritten(g: Tensor, s: EmbeddingSaved) -> Tensor:
-    """Each place of a token overwrites the last instead of adding to it."""
-    d_weight = g.new_zeros(s.vocab, g.shape[-1])
-    for place, token in zip(flat_rows(g), s.ids.reshape(-1), strict=True):
-        d_weight[token] = s.scaling * place
-    return d_weight
-
-
 def _counts(s: EmbeddingSaved) -> Tensor:
     return torch.bincount(s.ids.reshape(-1), minlength=s.vocab).clamp(min=1)[:, None]
 
@@ -59,7 +61,11 @@ def _counts(s: EmbeddingSaved) -> Tensor:
 MUTANTS = (
     *standard_mutants("d_weight"),
     Mutant("scaling forgotten", "d_weight", lambda _g, s, right: right.d_weight / s.scaling),
-    Mutant("overwritten instead of summed", "d_weight", lambda g, s, _right: _overwritten(g, s)),
+    Mutant(
+        "overwritten instead of summed",
+        "d_weight",
+        lambda g, s, _right: overwritten(s.vocab, s.ids, s.scaling * g),
+    ),
     Mutant("mean for sum", "d_weight", lambda _g, s, right: right.d_weight / _counts(s)),
     Mutant(
         "tokens reversed",

@@ -15,9 +15,11 @@ from backhand.verify.case import (
     OpProof,
     Tensors,
     flat_rows,
+    mean_mutants,
     rows_reversed,
     standard_mutants,
     transposed_if_square,
+    transposed_mutants,
 )
 
 
@@ -59,9 +61,8 @@ CASES = (
 MUTANTS = (
     *standard_mutants("d_x", "d_weight", "d_bias"),
     Mutant("weight transposed", "d_x", lambda g, s, _right: g @ transposed_if_square(s.weight)),
-    Mutant("transposed", "d_weight", lambda _g, _s, right: transposed_if_square(right.d_weight)),
-    Mutant("mean for sum", "d_weight", lambda g, _s, right: right.d_weight / max(flat_rows(g).shape[0], 1)),
-    Mutant("mean for sum", "d_bias", lambda g, _s, right: right.d_bias / max(flat_rows(g).shape[0], 1)),
+    *transposed_mutants("d_weight"),
+    *mean_mutants("d_weight", "d_bias"),
     Mutant("rows reversed", "d_weight", lambda g, s, _right: rows_reversed(g).T @ flat_rows(s.x)),
     Mutant("last row missing", "d_weight", lambda g, s, _right: flat_rows(g)[:-1].T @ flat_rows(s.x)[:-1]),
     Mutant("last row missing", "d_bias", lambda g, _s, _right: flat_rows(g)[:-1].sum(0)),

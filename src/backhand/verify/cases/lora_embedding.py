@@ -23,8 +23,10 @@ from backhand.verify.case import (
     OpProof,
     Tensors,
     flat_rows,
+    overwritten,
     standard_mutants,
     transposed_if_square,
+    transposed_mutants,
 )
 
 SCALING = 1.7
@@ -81,21 +83,14 @@ CASES = (
 )
 
 
-def _d_h(g: Tensor, s: LoRAEmbeddingSaved) -> Tensor:
-    return s.scaling * flat_rows(g) @ s.lora_B
-
-
 def _redo(g: Tensor, s: LoRAEmbeddingSaved, **changes: Any) -> Any:
     return lora_embedding_backward(g, s._replace(**changes))
 
 
 def _overwritten(g: Tensor, s: LoRAEmbeddingSaved) -> Tensor:
-    """Each place of a token overwrites the last instead of adding to it."""
-    d_lora_A = g.new_zeros(s.lora_B.shape[1], s.vocab)
-    for place, token in zip(_d_h(g, s), s.ids, strict=True):
-        if int(token) != s.padding_id:
-            d_lora_A[:, token] = place
-    return d_lora_A
+    """d_lora_A where each place of a token overwrites the last instead of adding to it."""
+    places = s.ids if s.padding_id is None else s.ids.masked_fill(s.ids == s.padding_id, -1)
+    return overwritten(s.vocab, places, s.scaling * flat_rows(g) @ s.lora_B).T
 
 
 def _counts(s: LoRAEmbeddingSaved) -> Tensor:
@@ -124,7 +119,7 @@ MUTANTS = (
             _redo(g, s, h=s.h * (s.ids != s.padding_id)[:, None] if s.padding_id is not None else s.h).d_lora_B
         ),
     ),
-    Mutant("transposed", "d_lora_B", lambda _g, _s, right: transposed_if_square(right.d_lora_B)),
+    *transposed_mutants("d_lora_B"),
 )
 
 PROOFS = (OpProof("lora_embedding", lora_embedding_backward, CASES, MUTANTS),)

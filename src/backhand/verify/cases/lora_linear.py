@@ -25,12 +25,20 @@ from backhand.verify.case import (
     OpProof,
     Tensors,
     flat_rows,
+    mean_mutants,
     rows_reversed,
     standard_mutants,
     transposed_if_square,
+    transposed_mutants,
 )
 
 SCALING = 1.7
+
+
+def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """x after dropout, in its own shape."""
+    mask = multiplier(x, dropout)
+    return x if mask is None else x * mask.view(x.shape)
 
 
 def _case(
@@ -77,9 +85,8 @@ def _case(
         )
 
     def usual(t: Tensors) -> Tensor:
-        mask = multiplier(t["x"], dropout)
-        x = t["x"] if mask is None else t["x"] * mask.view(t["x"].shape)
-        delta = functional.linear(functional.linear(x, t["lora_A"]), t["lora_B"]) * SCALING
+        h = functional.linear(dropped(t["x"], dropout), t["lora_A"])
+        delta = functional.linear(h, t["lora_B"]) * SCALING
         y = functional.linear(t["x"], t["weight"], t.get("bias")) + delta
         return y + t["residual"] if "residual" in t else y
 
@@ -113,17 +120,11 @@ def _redo(d_y: Tensor, saved: LoRASaved, **changes: Any) -> Any:
     return lora_linear_backward(d_y, saved._replace(**changes))
 
 
-def _masked_x(saved: LoRASaved) -> Tensor:
-    mask = multiplier(saved.x, saved.dropout)
-    x = flat_rows(saved.x)
-    return x if mask is None else x * mask
-
-
 def _unscaled_mask(d_y: Tensor, saved: LoRASaved) -> Tensor:
     """d_lora_A with a mask of zeros and ones: the factor 1 / (1 - p) forgotten."""
     d_h = saved.scaling * flat_rows(d_y) @ saved.lora_B
-    kept = _masked_x(saved) != 0
-    return d_h.T @ (flat_rows(saved.x) * kept)
+    kept = dropped(saved.x, saved.dropout) != 0
+    return d_h.T @ flat_rows(saved.x * kept)
 
 
 MUTANTS = (
@@ -137,12 +138,10 @@ MUTANTS = (
     Mutant("weight transposed", "d_x", lambda g, s, _right: _redo(g, s, weight=transposed_if_square(s.weight)).d_x),
     Mutant("lora_A transposed", "d_x", lambda g, s, _right: _redo(g, s, lora_A=transposed_if_square(s.lora_A)).d_x),
     Mutant("lora_B transposed", "d_x", lambda g, s, _right: _redo(g, s, lora_B=transposed_if_square(s.lora_B)).d_x),
-    Mutant("transposed", "d_lora_A", lambda _g, _s, right: transposed_if_square(right.d_lora_A)),
-    Mutant("transposed", "d_lora_B", lambda _g, _s, right: transposed_if_square(right.d_lora_B)),
+    *transposed_mutants("d_lora_A", "d_lora_B"),
     Mutant("rows reversed", "d_lora_A", lambda g, s, _right: _redo(rows_reversed(g), s).d_lora_A),
     Mutant("rows reversed", "d_lora_B", lambda g, s, _right: _redo(rows_reversed(g), s).d_lora_B),
-    Mutant("mean for sum", "d_lora_A", lambda g, _s, right: right.d_lora_A / max(flat_rows(g).shape[0], 1)),
-    Mutant("mean for sum", "d_lora_B", lambda g, _s, right: right.d_lora_B / max(flat_rows(g).shape[0], 1)),
+    *mean_mutants("d_lora_A", "d_lora_B"),
     Mutant("mask ignored", "d_x", lambda g, s, _right: _redo(g, s, dropout=None).d_x),
     Mutant("mask ignored", "d_lora_A", lambda g, s, _right: _redo(g, s, dropout=None).d_lora_A),
     Mutant("mask of another seed", "d_x", lambda g, s, _right: _redo(g, s, dropout=_next_seed(s)).d_x),

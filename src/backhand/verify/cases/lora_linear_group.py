@@ -24,11 +24,11 @@ from backhand.verify.case import (
     Mutant,
     OpProof,
     Tensors,
-    changed,
-    flat_rows,
+    mean_mutants,
     rows_reversed,
     standard_mutants,
 )
+from backhand.verify.cases.lora_linear import dropped
 
 SCALINGS = (1.7, 0.6, 2.3)
 
@@ -77,8 +77,7 @@ def _case(
         return lora_linear_group_reference(t["x"], t["weight"], t.get("bias"), sizes, factors(t), mask)
 
     def usual(t: Tensors) -> Tensor:
-        mask = multiplier(t["x"], dropout)
-        x = t["x"] if mask is None else t["x"] * mask.view(t["x"].shape)
+        x = dropped(t["x"], dropout)
         outputs = list(functional.linear(t["x"], t["weight"], t.get("bias")).split(sizes, dim=-1))
         for i, member in enumerate(factors(t)):
             if member is not None:
@@ -158,11 +157,7 @@ MUTANTS = (
     Mutant("rows reversed", "d_lora_B", lambda g, s, _right: _redo(rows_reversed(g), s).d_lora_B),
     Mutant("mask ignored", "d_x", lambda g, s, _right: _redo(g, s, dropout=None).d_x),
     Mutant("mask ignored", "d_lora_A", lambda g, s, _right: _redo(g, s, dropout=None).d_lora_A),
-    Mutant(
-        "mean for sum",
-        "d_lora_B",
-        lambda g, _s, right: changed(right.d_lora_B, lambda tensor: tensor / max(flat_rows(g).shape[0], 1)),
-    ),
+    *mean_mutants("d_lora_B"),
 )
 
 PROOFS = (OpProof("lora_linear_group", lora_linear_group_backward, CASES, MUTANTS),)

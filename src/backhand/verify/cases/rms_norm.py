@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_backward, rms_norm_forward, rms_norm_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, flat_rows, standard_mutants
+from backhand.verify.case import (
+    Backward,
+    ByHand,
+    Case,
+    Draw,
+    Mutant,
+    OpProof,
+    Tensors,
+    flat_rows,
+    mean_mutants,
+    standard_mutants,
+)
 
 
 def _case(
@@ -86,7 +97,7 @@ MUTANTS = (
         "weight forgotten", "d_x", lambda g, s, _right: _redo(g, s, weight=torch.ones_like(s.weight), offset=0.0).d_x
     ),
     Mutant("x not normalised", "d_weight", lambda g, s, _right: flat_rows(g * s.x).sum(0)),
-    Mutant("mean for sum", "d_weight", lambda g, _s, right: right.d_weight / max(flat_rows(g).shape[0], 1)),
+    *mean_mutants("d_weight"),
     Mutant("weight inside", "d_weight", lambda g, s, right: right.d_weight * gain(s.weight, s.offset, g.dtype)),
     Mutant("rows reversed", "d_weight", lambda g, s, _right: (flat_rows(g) * flat_rows(_x_hat(s)).flip(0)).sum(0)),
 )

@@ -26,6 +26,8 @@ from backhand.verify.case import (
     OpProof,
     Tensors,
     flat_rows,
+    mean_mutants,
+    overwritten,
     rows_reversed,
     standard_mutants,
 )
@@ -84,15 +86,6 @@ EMBEDDING_CASES = (
 )
 
 
-def _overwritten(g: Tensor, s: Any) -> Tensor:
-    """Each place of a token overwrites the last instead of adding to it."""
-    d_token_rows = g.new_zeros(s.trained, g.shape[-1])
-    for row, place in zip(flat_rows(g), s.places.tolist(), strict=True):
-        if place >= 0:
-            d_token_rows[place] = row
-    return d_token_rows
-
-
 def _untrained_too(g: Tensor, s: Any) -> Tensor:
     """Tokens that are not trained taken for the last trained one, as an index of -1 reads."""
     d_token_rows = g.new_zeros(s.trained, g.shape[-1])
@@ -101,7 +94,7 @@ def _untrained_too(g: Tensor, s: Any) -> Tensor:
 
 EMBEDDING_MUTANTS = (
     *standard_mutants("d_token_rows"),
-    Mutant("overwritten instead of summed", "d_token_rows", lambda g, s, _right: _overwritten(g, s)),
+    Mutant("overwritten instead of summed", "d_token_rows", lambda g, s, _right: overwritten(s.trained, s.places, g)),
     Mutant("rows reversed", "d_token_rows", lambda g, s, _right: token_embedding_backward(rows_reversed(g), s)[0]),
     Mutant("places reversed", "d_token_rows", lambda _g, _s, right: right.d_token_rows.flip(0)),
     Mutant("untrained tokens too", "d_token_rows", lambda g, s, _right: _untrained_too(g, s)),
@@ -171,7 +164,7 @@ LINEAR_MUTANTS = (
         "d_token_rows",
         lambda g, s, _right: token_linear_backward(rows_reversed(g), s._replace(x=flat_rows(s.x))).d_token_rows,
     ),
-    Mutant("mean for sum", "d_token_rows", lambda g, _s, right: right.d_token_rows / max(flat_rows(g).shape[0], 1)),
+    *mean_mutants("d_token_rows"),
 )
 
 PROOFS = (
