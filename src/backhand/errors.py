@@ -37,6 +37,12 @@ class BackhandError(Exception):
             text += f"\n  next: {self.next_step}"
         return text
 
+    @property
+    def one_line(self) -> str:
+        """The same as one sentence of a list."""
+        said = f"{self.where}: {self.what}" if self.where else self.what
+        return "; ".join(part for part in (said, self.why, self.next_step) if part)
+
 
 class UsageError(BackhandError):
     """Usage or configuration: unknown option, value out of range, target that matches nothing, output that exists."""

@@ -225,10 +225,10 @@ def rename_all(tensors: dict[str, Tensor]) -> None:
         (lambda t: t.update({A0: torch.ones(60, 3)}), [f"{A0}: shape (60, 3) in the file, (3, 60)"]),
         (lambda t: t.update({A0: torch.full((3, 60), torch.nan)}), [f"{A0}: 180 of 180 values are not finite"]),
         (lambda t: t[B0].view(-1).__setitem__(5, torch.inf), [f"{B0}: 1 of 252 values are not finite"]),
-        (lambda t: t.update({A0: torch.ones(3, 60, dtype=torch.int8)}), [f"{A0}: stored as I8", f"missing: {A0}"]),
+        (lambda t: t.update({A0: torch.ones(3, 60, dtype=torch.int8)}), [f"{A0}: stored as I8"]),
         (
             lambda t: t.update({A0: torch.ones(3, 60).to(torch.float8_e4m3fn)}),
-            [f"{A0}: stored as F8_E4M3", f"missing: {A0}"],
+            [f"{A0}: stored as F8_E4M3"],
         ),
         (rename_all, ["missing: " + A0, "names begin with base_model.model."]),
         (lambda t: t.clear(), ["missing: " + A0]),
@@ -241,6 +241,31 @@ def test_tensors_that_do_not_fit_are_all_listed(
     text = "\n".join(problems_of(saved, shapes))
     for part in shown:
         assert part in text
+
+
+def test_a_tensor_of_a_wrong_type_is_one_problem_and_not_missing_besides(
+    saved: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    change_tensors(saved, lambda t: t.update({A0: torch.ones(3, 60, dtype=torch.int8)}))
+    (problem,) = problems_of(saved, shapes)
+    assert "I8" in problem
+
+
+def test_a_file_of_another_kind_is_one_problem(saved: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    (saved / "adapter_model.safetensors").write_text("<!doctype html><title>Sign in</title>")
+    (saved / "backhand.json").unlink(missing_ok=True)
+    (problem,) = problems_of(saved, shapes)
+    assert "HTML page" in problem
+
+
+def test_many_missing_tensors_do_not_hide_why(saved: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    (saved / "backhand.json").unlink(missing_ok=True)
+    change_tensors(saved, rename_all)
+    with pytest.raises(UnusableAdapterError) as caught:
+        load_adapter(saved, shapes)
+    shown = str(caught.value)
+    assert "- missing: " in shown and "- unexpected: " in shown and "begin with base_model.model." in shown
+    assert "next: give the base model it was trained on" in shown
 
 
 def test_one_error_lists_problems_of_every_kind(saved: Path, shapes: dict[str, tuple[int, int]]) -> None:

@@ -88,7 +88,7 @@ def test_different_bases_are_refused_unless_forced(
     assert why.startswith(shown) and "a, rank 2" in why and "b, rank 2" in why and not (tmp_path / "new").exists()
     words = ["combine", "add", *map(str, pair), "--output", str(tmp_path / "new"), "--force-base"]
     assert main(words) == 0
-    assert f"note: combined by force: {shown}" in capsys.readouterr().err
+    assert f"WARNING: combined by force: {shown}" in capsys.readouterr().err
     made = read_adapter_directory(tmp_path / "new").record
     assert made is not None and getattr(made, next(iter(record))) is None
 

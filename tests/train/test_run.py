@@ -134,7 +134,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
         train(tiny.config(tmp_path / "second", **options))
     assert caught.value.exit_code == 4 and "base model" in str(caught.value)
     train(tiny.config(tmp_path / "second", force_base=True, quiet=False, **options))
-    assert "note: used by force: base model" in capsys.readouterr().err
+    assert "WARNING: used by force: base model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

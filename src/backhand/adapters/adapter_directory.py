@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ CARD_FILE = "README.md"
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _SHOWN_PROBLEMS = 40
+_OF_MODEL = ("missing", "unexpected")
+"""How problems begin that may also be those of another base model."""
 
 
 class UnusableAdapterError(ArtifactError):
@@ -39,14 +41,34 @@ class UnusableAdapterError(ArtifactError):
     def __init__(self, directory: Path, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        shown = list(self.problems[:_SHOWN_PROBLEMS])
+        shown = _some_of_each_kind(self.problems, _SHOWN_PROBLEMS)
         if count > len(shown):
             shown.append(f"and {count - len(shown)} more")
         super().__init__(
             f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
             where=str(directory),
             why="".join(f"\n    - {problem}" for problem in shown),
+            next_step=_next_step(self.problems),
         )
+
+
+def _next_step(problems: Sequence[str]) -> str:
+    """Tensors that do not fit may be those of another model; everything else is in the files themselves."""
+    of_model = any(problem.startswith(_OF_MODEL) or "by configuration and model" in problem for problem in problems)
+    model = "give the base model it was trained on, or " if of_model else ""
+    return f"{model}save or download the adapter again; nothing was loaded"
+
+
+def _some_of_each_kind(problems: Sequence[str], limit: int) -> list[str]:
+    """At most `limit` of them in their order, so that many of one kind do not hide those of another."""
+    kinds: dict[str, list[int]] = {}
+    for index, problem in enumerate(problems):
+        kind = problem.partition(":")[0]
+        kinds.setdefault(kind if kind in _OF_MODEL else "", []).append(index)
+    chosen: set[int] = set()
+    for left, members in zip(range(len(kinds), 0, -1), sorted(kinds.values(), key=len), strict=True):
+        chosen.update(members[: (limit - len(chosen)) // left])
+    return [problem for index, problem in enumerate(problems) if index in chosen]
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,8 @@ class AdapterContents:
         record: from backhand.json, if there is one.
         problems: everything found wrong so far.
         stored_bytes: size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own.
+        unusable: names of tensors that stand in the file and are left out for one of the problems; None if the file
+            cannot be read at all, so that nothing can be said of single tensors.
     """
 
     directory: Path
@@ -70,6 +94,7 @@ class AdapterContents:
     record: AdapterRecord | None
     problems: tuple[str, ...]
     stored_bytes: Mapping[str, int] = field(default_factory=dict)
+    unusable: Collection[str] | None = ()
 
 
 def check_adapter_name(name: str) -> str:
@@ -134,22 +159,24 @@ def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> A
     problems = [f"{CONFIG_FILE}: {problem}" for problem in problems]
     config_usable = not problems
     tensors: dict[str, Tensor] = {}
+    unusable: Collection[str] | None = None
     record = None
     try:
         tensors, wrong = _read_factors(directory, allow_pickle)
-        problems += wrong + factor_problems(tensors)
+        unusable = wrong.keys()
+        problems += [f"{name}: {what}" for name, what in wrong.items()] + factor_problems(tensors, unusable)
     except ArtifactError as error:
-        problems.append(_one_line(error))
+        problems.append(error.one_line)
     try:
         record, changed = _read_record(directory)
         problems += changed
     except ArtifactError as error:
-        problems.append(_one_line(error))
-    return AdapterContents(directory, described, config_usable, tensors, record, tuple(problems))
+        problems.append(error.one_line)
+    return AdapterContents(directory, described, config_usable, tensors, record, tuple(problems), unusable=unusable)
 
 
-def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors, and a sentence for each that is not usable."""
+def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and by name what is wrong with those that are not usable."""
     if (directory / TENSOR_FILE).exists():
         return read_tensors(directory / TENSOR_FILE)
     pickle_file = directory / PICKLE_FILE
@@ -165,7 +192,7 @@ def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor
     return _unpickle(pickle_file)
 
 
-def _unpickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -181,11 +208,11 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     ):
         raise ArtifactError("does not hold a map of names to tensors", where=PICKLE_FILE)
     usable = {name: tensor for name, tensor in found.items() if _is_plain(tensor)}
-    wrong = [
-        f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} is not usable"
+    wrong = {
+        name: f"{tensor.dtype} of shape {tuple(tensor.shape)} is not usable"
         for name, tensor in found.items()
         if name not in usable
-    ]
+    }
     return usable, wrong
 
 
@@ -221,8 +248,3 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""  # what is not there has been said already
-
-
-def _one_line(error: ArtifactError) -> str:
-    parts = [f"{error.where}: {error.what}", error.why, error.next_step]
-    return "; ".join(part for part in parts if part)

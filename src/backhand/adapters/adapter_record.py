@@ -136,5 +136,5 @@ def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
         "the adapter does not belong to this model",
         where=where,
         why="; ".join(different),
-        next_step="give the model it was trained on, or --force-base to use it all the same",
+        next_step="give what it was trained with, or --force-base to use it all the same",
     )

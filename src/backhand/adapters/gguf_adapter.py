@@ -73,7 +73,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     try:
         record = _record(file, problems)
     except ArtifactError as error:
-        problems.append(f"{error.where}: {error.what}")
+        problems.append(error.one_line)
     problems += factor_problems(tensors)
     return AdapterContents(path, described, bool(tensors), tensors, record, tuple(problems), stored_bytes)
 

@@ -79,7 +79,7 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
         try:
             config.validate()
         except UsageError as error:
-            problems.append(str(error))
+            problems.append(error.one_line)
     described = PEFTConfig(
         config,
         base_model=read.text("base_model_name_or_path"),
@@ -121,7 +121,7 @@ class _Reader:
         try:
             check(name, value)
         except UsageError as error:
-            self.problems.append(str(error))
+            self.problems.append(error.one_line)
             return False
         return True
 

@@ -9,7 +9,7 @@ A module trained in full has its parameters under their own names, embedding row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,7 @@ def match_tensors(
     tensors: Mapping[str, Tensor],
     module_names: Sequence[str],
     trained: Sequence[TrainedTensor] = (),
+    unusable: Collection[str] = (),
 ) -> Matched:
     """Hold the tensors of a file against what the configuration asks for on this model.
 
@@ -110,25 +111,35 @@ def match_tensors(
         tensors: the file's tensors by their names there.
         module_names: all modules of the model, to say what an unexpected name may have meant.
         trained: tensors trained as they are.
+        unusable: names in the file of tensors that are not among `tensors` for a reason that has been given.
     """
     matched = Matched({}, {}, [])
     left = dict(tensors)
     for module in expected:
         for name, key, shape in module.tensors():
-            _take_factor(matched, left, name, key, shape)
+            _take_factor(matched, left, name, key, shape, unusable)
         copy_key = PREFIX + module.name + _BASE_COPY
         if copy_key in left and tuple(left[copy_key].shape) == module.weight:
             matched.base_copies[module.name] = left.pop(copy_key)
     for tensor in trained:
-        _take_factor(matched, left, tensor.name, trained_key(tensor), tensor.shape)
+        _take_factor(matched, left, tensor.name, trained_key(tensor), tensor.shape, unusable)
     adapted = {module.name for module in expected}
     matched.problems.extend(_unexpected(key, left[key], adapted, module_names) for key in left)
     return matched
 
 
-def _take_factor(matched: Matched, left: dict[str, Tensor], factor: str, key: str, shape: tuple[int, ...]) -> None:
+def _take_factor(
+    matched: Matched,
+    left: dict[str, Tensor],
+    factor: str,
+    key: str,
+    shape: tuple[int, ...],
+    unusable: Collection[str],
+) -> None:
     tensor = left.pop(key, None)
     if tensor is None:
+        if key in unusable:
+            return
         matched.problems.append(f"missing: {key}, {shape}")
     elif tuple(tensor.shape) != shape:
         matched.problems.append(f"{key}: shape {tuple(tensor.shape)} in the file, {shape} by configuration and model")
@@ -157,22 +168,26 @@ def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Seque
     return f"{text}; the model has no such module" + (f", the nearest are {' and '.join(near)}" if near else "")
 
 
-def factor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the tensors whatever the model is: values that are not finite, and factors without partner."""
+def factor_problems(tensors: Mapping[str, Tensor], unusable: Collection[str] = ()) -> list[str]:
+    """What is wrong with the tensors whatever the model is: values that are not finite, and factors without partner.
+
+    Names in `unusable` stand in the file, and what is wrong with them has been said.
+    """
+    there = {*tensors, *unusable}
     problems = []
     for key, tensor in tensors.items():
         finite = torch.isfinite(tensor.float())  # everything is computed in float32, where 1e300 is infinite
         if not bool(finite.all()):
             problems.append(f"{key}: {int((~finite).sum())} of {tensor.numel()} values are not finite")
     for ours, partner in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        problems.extend(_unpaired(tensors, ours, partner))
-        problems.extend(_unpaired(tensors, partner, ours))
+        problems.extend(_unpaired(tensors, there, ours, partner))
+        problems.extend(_unpaired(tensors, there, partner, ours))
     return problems
 
 
-def _unpaired(tensors: Mapping[str, Tensor], suffix: str, partner: str) -> list[str]:
+def _unpaired(tensors: Iterable[str], there: Collection[str], suffix: str, partner: str) -> list[str]:
     return [
         f"{key}: there is no {partner} beside it"
         for key in tensors
-        if key.endswith(f".{suffix}") and key.removesuffix(suffix) + partner not in tensors
+        if key.endswith(f".{suffix}") and key.removesuffix(suffix) + partner not in there
     ]

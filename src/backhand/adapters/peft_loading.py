@@ -97,9 +97,12 @@ def match_adapter(
             if not further:
                 expected, beside = shapes(targets), trained(targets)
         except UsageError as error:
-            problems.append(str(error))
-    matched = match_tensors(expected, contents.tensors, module_names, beside)
-    problems.extend(matched.problems if expected else further)
+            problems.append(error.one_line)
+    matched = match_tensors(expected, contents.tensors, module_names, beside, contents.unusable or ())
+    if expected and contents.unusable is not None:  # nothing is missing in a file that could not be read
+        problems.extend(matched.problems)
+    else:
+        problems.extend(further)
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
     return LoadedAdapter(

@@ -33,12 +33,12 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, in the dtype they are stored in, and what is wrong with single ones of them.
 
     Returns:
-        floating tensors by name, in the order of the file, and one sentence for each tensor left out because its dtype
-        is not a floating one (F64, F32, F16, BF16) or because it is empty.
+        floating tensors by name, in the order of the file; and by name what is wrong with each tensor left out because
+        its dtype is not a floating one (F64, F32, F16, BF16) or because it is empty.
 
     Raises:
         ArtifactError: not readable, not a safetensors file, or a damaged one.
@@ -49,7 +49,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ArtifactError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     header, start = _header(data, str(path))
     tensors: dict[str, Tensor] = {}
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     end = 0
     in_order = sorted(header.items(), key=lambda entry: _offsets(entry[1], str(path), entry[0]))
     described = start + max((entry["data_offsets"][1] for _, entry in in_order), default=0)
@@ -63,12 +63,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         shape = _shape(entry, str(path), name)
         dtype = _DTYPES.get(str(entry.get("dtype")))
         if dtype is None:
-            problems.append(f"{name}: stored as {entry.get('dtype')!s:.20}, which is not a floating type")
+            problems[name] = f"stored as {entry.get('dtype')!s:.20}, which is not a floating type"
             continue
         if math.prod(shape) * dtype.itemsize != stop - begin:
             raise _damaged(path, f"{name} of shape {shape} in {entry['dtype']} does not fit its {stop - begin} bytes")
         if begin == stop:
-            problems.append(f"{name}: shape {shape} holds no element")
+            problems[name] = f"shape {shape} holds no element"
             continue
         tensors[name] = _tensor(data, start + begin, start + stop, dtype, shape)
     return tensors, problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from backhand.adapters.file_kind import kind_of
 from backhand.errors import ArtifactError
@@ -38,12 +38,13 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ArtifactError("begins with a byte-order mark, which JSON does not have", where=where)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_not_a_number)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_NotJSON)
         # A lone surrogate passes the reader but could never be written again.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ArtifactError("is not JSON", where=where, why=why) from None
+        again = "restore or download the file again"
+        raise ArtifactError("is not JSON", where=where, why=why, next_step=again) from None
     if not isinstance(value, dict):
         raise ArtifactError(f"holds {_json_name(value)}, not an object", where=where)
     return value
@@ -54,12 +55,20 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {key!r} stands there twice")
+        if _holds_constant(value):
+            raise ValueError(f"{key} is {value}, which is not a JSON value")
         found[key] = value
     return found
 
 
-def _not_a_number(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON value")
+class _NotJSON(str):
+    """NaN, Infinity or -Infinity, until it is known what stands there."""
+
+    __slots__ = ()
+
+
+def _holds_constant(value: Any) -> bool:
+    return isinstance(value, _NotJSON) or (isinstance(value, list) and any(map(_holds_constant, value)))
 
 
 def _json_name(value: Any) -> str:

@@ -145,7 +145,7 @@ def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target],
     try:
         chosen = {target.name for target in resolve_targets(config, names, heads=(), strict=False)}
     except UsageError as error:
-        return [], [str(error)]
+        return [], [error.one_line]
     problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
     return module_values(config, [name for name in names if name in chosen], strict=False), problems
 

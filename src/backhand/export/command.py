@@ -56,8 +56,7 @@ def export_command(options: ExportOptions) -> Path:
 
 
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
-    for note in opened.loaded.notes:
-        prover.say(f"note: {note}")
+    prover.say_notes(opened.loaded)
     # PEFT's files hold anything, and are proved here for nothing but factors.
     refuse(str(options.to), opened.loaded.beside)
     with staged(output) as path:

@@ -94,7 +94,8 @@ def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
     """
     tensors, problems = read_tensors(path)
     if problems:
-        raise ArtifactError(problems[0], where=str(path))
+        name, what = next(iter(problems.items()))
+        raise ArtifactError(f"{name}: {what}", where=str(path))
     found = {}
     for module in modules:
         key = kohya_name(module)

@@ -69,8 +69,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
         force_base=options.force_base,
         allow_pickle=options.reading.allow_pickle,
     )
-    for note in opened.loaded.notes:
-        prover.say(f"note: {note}")
+    prover.say_notes(opened.loaded)
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)

@@ -85,7 +85,8 @@ def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
     parameters = read_json_object(directory / CONFIG_FILE)["lora_parameters"]
     tensors, problems = read_tensors(directory / TENSOR_FILE)
     if problems:
-        raise ArtifactError(problems[0], where=str(directory / TENSOR_FILE))
+        name, what = next(iter(problems.items()))
+        raise ArtifactError(f"{name}: {what}", where=str(directory / TENSOR_FILE))
     modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return {
         name: ModuleFactors(tensors[f"{name}.lora_a"].T, tensors[f"{name}.lora_b"].T, parameters["scale"])

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from backhand.errors import BackhandError, CheckError, ResourceError, UsageError
+from backhand.adapters.loaded_adapter import LoadedAdapter
+from backhand.errors import CheckError, ResourceError, UsageError
+from backhand.generate.notes import labelled, show_notes
 from backhand.train.proofs import Proof, proof_log
 from backhand.train.run_directory import ADAPTER, CONFIG, opened
 
@@ -30,6 +32,12 @@ class Prover:
         """A line for people."""
         if self._console is not None:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_notes(self, loaded: LoadedAdapter) -> None:
+        """What a person should know of an adapter; what is done by force is said in any case."""
+        show_notes(loaded.forced)
+        for note in loaded.notes[len(loaded.forced) :]:
+            self.say(labelled(note))
 
     def check(self, statement: str, value: float, bound: float, next_step: str, *, holds: bool | None = None) -> None:
         """Note a proof: that `value` is at most `bound`, or what `holds` says of it.
@@ -58,7 +66,7 @@ class Prover:
                 for proof in self.proofs:
                     log(proof)
         except (UsageError, ResourceError) as error:
-            self.say(f"note: not written to {self._run}: {_one_line(error)}")
+            self.say(f"note: not written to {self._run}: {error.one_line}")
 
 
 def run_of(adapter: Path) -> Path | None:
@@ -68,7 +76,3 @@ def run_of(adapter: Path) -> Path | None:
         if (parent / CONFIG).is_file() and (parent / ADAPTER).is_dir():
             return parent
     return None
-
-
-def _one_line(error: BackhandError) -> str:
-    return "; ".join(part for part in (error.what, error.why) if part)

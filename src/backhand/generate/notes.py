@@ -9,4 +9,9 @@ from collections.abc import Iterable
 def show_notes(notes: Iterable[str]) -> None:
     """A line each on standard error."""
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(labelled(note), file=sys.stderr)
+
+
+def labelled(note: str) -> str:
+    """The line for a note; what was done by force is louder."""
+    return f"{'WARNING' if ' by force: ' in note else 'note'}: {note}"

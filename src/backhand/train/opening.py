@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backhand.generate.notes import labelled
 from backhand.train.job import Job
 from backhand.train.memory_plan import in_words
 
@@ -20,7 +21,7 @@ def opening_facts(job: Job, continued: bool) -> tuple[str, ...]:
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     cut = f"{job.memory.micro_batch_rows} at a time, recompute {job.memory.recompute}"
     facts = [f"model: {model.model} ({job.source.origin}), {model.dtype}, {job.choice.name} engine, {threads}"]
-    facts += [f"note: {note}" for note in (job.choice.note, *job.notes) if note]
+    facts += [labelled(note) for note in (job.choice.note, *job.notes) if note]
     facts += [f"data: {line}" for line in report.lines()]
     if job.held_out is not None:
         facts += [f"held out: {line}" for line in job.held_out.report.lines()]
