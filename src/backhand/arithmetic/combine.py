@@ -76,7 +76,7 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
         modules[name] = combined_module(options, name, weighted)
     adapter = ComputedAdapter(modules)
     facts = {"made by": _description(options, sources), "relative error": f"{adapter.error:.2g}"}
-    write_files(options.output, computed_files(adapter, sources, record, facts))
+    write_files(options.output, computed_files(adapter, sources, record, facts, model))
     return Combination(adapter, sources, options.output, notes)
 
 

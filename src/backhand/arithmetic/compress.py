@@ -53,7 +53,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
     record, _ = common_record([source], None, force_base=False)
     facts = {"made by": f"compress of {source.label} to an error of {options.error:g}"}
     facts["relative error"] = f"{adapter.error:.2g}"
-    files = computed_files(adapter, [source], record, facts)
+    files = computed_files(adapter, [source], record, facts, model)
     if options.output is not None:
         write_files(options.output, files)
     return Compression(source, adapter, options.error, len(files[TENSOR_FILE]))

@@ -23,6 +23,7 @@ from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.peft_saving import module_adapter_files
 from backhand.adapters.targets import Target
 from backhand.arithmetic.adapter_factors import AdapterFactors
+from backhand.nn.loading.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def computed_files(
     sources: Sequence[AdapterFactors],
     record: AdapterRecord,
     facts: Mapping[str, object],
+    source: ModelSource | None = None,
 ) -> dict[str, bytes]:
     """The adapter's files by name, in the order to write them.
 
@@ -83,6 +85,7 @@ def computed_files(
         sources: the adapters that it was made of: base model, task and the names of modules are theirs.
         record: what is known of the base.
         facts: further rows of the table in README.md.
+        source: the base model, if it is at hand: it is named where no adapter names one.
 
     Raises:
         CheckError: a value is not finite.
@@ -92,10 +95,13 @@ def computed_files(
     counts = Counter(target.rank for target in targets)
     rank = max(counts, key=lambda rank: (counts[rank], rank))
     first = sources[0].described
+    base_model = next((one.described.base_model for one in sources if one.described.base_model), None)
+    if base_model is None and source is not None:
+        base_model = source.hub_id or str(source.path.resolve())
     config = replace(LoRAConfig(rank=rank, alpha=float(rank)), **_target_fields(sources, list(modules)))
     described = PEFTConfig(
         config,
-        first.base_model,
+        base_model,
         first.task_type,
         first.revision,
         any(source.described.fan_in_fan_out for source in sources),
