@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -106,7 +107,11 @@ class Odd(nn.Linear):
     ("model", "config", "shown"),
     [
         (Shared, LoRAConfig(), "a.0: the same module also stands at b.0"),
-        (lambda: nn.Sequential(Odd(3, 4), nn.Linear(4, 2)), LoRAConfig(), "0: a Odd cannot be adapted"),
+        (
+            lambda: nn.Sequential(Odd(3, 4), nn.Linear(4, 2)),
+            LoRAConfig(),
+            "0: a Odd cannot be adapted; what it makes of Linear's",
+        ),
         (Pictures, LoRAConfig(target_modules=("norm",)), "norm: a BatchNorm2d cannot be adapted"),
         (Pictures, LoRAConfig(rank=6, target_modules=("grouped",)), "grouped: its 4 groups do not divide the rank 6"),
         (
@@ -114,14 +119,21 @@ class Odd(nn.Linear):
             LoRAConfig(),
             "self_attn.out_proj: nn.MultiheadAttention reads its weight and never calls it",
         ),
+        (
+            lambda: nn.MultiheadAttention(8, 2),
+            LoRAConfig(),
+            "out_proj: nn.MultiheadAttention reads its weight and never calls it",
+        ),
         (lambda: nn.Sequential(nn.ReLU()), LoRAConfig(), "leaves no module"),
         (Words, LoRAConfig(target_modules=("mxi",)), "did you mean mix"),
         (Words, LoRAConfig(rank=0), "rank 0"),
         (lambda: nn.Linear(3, 4), LoRAConfig(), "leaves no module"),
+        (Words, {"rank": 4}, "builtins.dict is no backhand.LoRAConfig"),
+        (Words, peft.LoraConfig(r=4), "LoraConfig is no backhand.LoRAConfig"),
     ],
 )
 def test_what_cannot_be_adapted_is_said_and_nothing_is_touched(
-    model: Callable[[], nn.Module], config: LoRAConfig, shown: str
+    model: Callable[[], nn.Module], config: Any, shown: str
 ) -> None:
     built = model()
     before = state(built)
@@ -129,6 +141,34 @@ def test_what_cannot_be_adapted_is_said_and_nothing_is_touched(
         inject(built, config)
     assert shown in str(caught.value)
     assert state(built) == before
+
+
+def test_only_a_module_is_adapted() -> None:
+    with pytest.raises(UsageError, match=r"module: str is no torch\.nn\.Module"):
+        inject("model", LoRAConfig())  # type: ignore[arg-type]
+
+
+def test_the_adapter_says_what_it_is() -> None:
+    assert repr(inject(Words(), LoRAConfig(rank=4, target_modules=("mix",)))) == (
+        f"InjectedAdapter(Words: 1 modules adapted, {4 * (7 + 7)} numbers trained)"
+    )
+
+
+def test_a_state_dict_carries_the_adapter_into_another_model() -> None:
+    adapter, other = (inject(Words(), LoRAConfig(rank=4, target_modules=("mix", "conv")), seed=s) for s in (0, 1))
+    randomise(adapter)
+    x = word_ids()
+    other.module.load_state_dict(adapter.module.state_dict())
+    assert torch.equal(other.module(x), adapter.module(x))
+
+
+def test_a_wrapped_model_is_adapted_under_the_wrappers_names() -> None:
+    wrapped = nn.DataParallel(Words())  # without a card it calls the module itself
+    adapter = inject(wrapped, LoRAConfig(rank=4, target_modules=("mix",)))
+    assert list(adapter.modules) == ["module.mix"]
+    plain = wrapped(word_ids()).detach()
+    randomise(adapter)
+    assert not torch.allclose(wrapped(word_ids()), plain)
 
 
 def test_an_adapted_model_is_not_adapted_again() -> None:

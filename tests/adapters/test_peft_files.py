@@ -276,6 +276,12 @@ def test_one_error_lists_problems_of_every_kind(saved: Path, shapes: dict[str, t
         assert sum(part in problem for problem in problems) == 1
 
 
+def test_an_adapter_of_another_model_names_the_base_it_was_made_for(saved: Path) -> None:
+    with pytest.raises(UnusableAdapterError, match="shape") as caught:
+        load_adapter(saved, {Q0: (80, 64)})
+    assert caught.value.next_step is not None and "trained on, some/base, or" in caught.value.next_step
+
+
 def test_more_tensors_than_can_be_shown_are_counted(saved: Path, shapes: dict[str, tuple[int, int]]) -> None:
     change_tensors(saved, lambda t: t.update({f"x{i}": torch.ones(1) for i in range(100)}))
     with pytest.raises(UnusableAdapterError, match=r"100 problems[\s\S]*and 60 more"):

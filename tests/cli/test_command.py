@@ -79,6 +79,12 @@ def test_positional_fields() -> None:
     assert cli_commands.last_files == [Files("join", (Path("a.txt"), Path("b.txt")), 3.0)]
 
 
+def test_a_refused_positional_value_is_named_as_the_help_names_it() -> None:
+    with pytest.raises(UsageError) as missing:
+        run(files, "split")
+    assert missing.value.where == "FILES"
+
+
 def test_a_missing_required_field_is_a_usage_error() -> None:
     with pytest.raises(cyclopts.CycloptsError, match="VERB"):
         run(files)

@@ -112,7 +112,7 @@ def test_debug_may_stand_before_the_command(
         (["--rate", "fast"], 'unable to convert "fast" into float'),
         (["--rate"], "--rate requires an argument"),
         (["--mode", "fst"], 'Did you mean "fast"?'),
-        (["file.toml", "more"], "more"),
+        (["file.toml", "more"], "Unexpected 'more'"),
     ],
 )
 def test_usage_errors_name_the_nearest_option(end, words: list[str], text: str) -> None:
@@ -126,6 +126,15 @@ def test_usage_errors_name_the_nearest_option(end, words: list[str], text: str) 
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trian"]) == 2
     assert 'Did you mean "train"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [("--verison", "Unknown option: --verison. Did you mean --version?"), ("--qqq", "Unknown option: --qqq.\n")],
+)
+def test_an_unknown_option_before_the_command(word: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([word]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_terminated_is_143_and_interrupted_130() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from backhand.cli.main import main
 from backhand.errors import DataError
-from backhand.generate.chat import Conversation
+from backhand.generate.chat import Conversation, Voice
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import Answer
 
@@ -52,7 +52,7 @@ class Talk:
 
     @property
     def said(self) -> list[tuple[str, str]]:
-        return [(message["role"], message["content"]) for message in self.conversation.messages]
+        return [(message["role"], message["content"]) for message in self.conversation.voices[0].messages]
 
 
 def test_turns_follow_one_another() -> None:
@@ -122,6 +122,34 @@ def test_a_cut_off_answer_says_so() -> None:
     assert talk.told == ["cut off after 2 tokens"]
 
 
+def test_two_voices_answer_each_turn_from_what_each_said_itself() -> None:
+    session, begun, written = Parrot(["al", "so"]), [], []
+
+    def begin(name: str, piece: str) -> None:
+        begun.append(name)
+        session.pieces = [piece]
+
+    voices = [Voice("base model", lambda: begin("base", "no")), Voice("with a", lambda: begin("adapted", "yes"))]
+    conversation = Conversation(session, SAMPLING, voices=voices, write=written.append, tell=print)  # type: ignore[arg-type]
+    conversation.take("hi")
+    conversation.take("again")
+    assert "".join(written) == "base model:\nno\nwith a:\nyes\n" * 2
+    assert begun == ["base", "adapted"] * 2
+    assert session.seeds == [7, 7, 8, 8]
+    replies = [[message["content"] for message in asked if message["role"] == "assistant"] for asked in session.asked]
+    assert replies == [[], [], ["no"], ["yes"]]
+
+
+def test_one_answer_that_fails_leaves_the_other_conversation_alone() -> None:
+    session, told = Parrot(), []
+    pieces = iter([[DataError("too long")], ["fine"]])
+    voices = [Voice(name, lambda: setattr(session, "pieces", next(pieces))) for name in ("a", "b")]
+    conversation = Conversation(session, SAMPLING, voices=voices, write=lambda _: None, tell=told.append)  # type: ignore[arg-type]
+    conversation.take("hi")
+    assert [len(voice.messages) for voice in conversation.voices] == [0, 2]
+    assert len(told) == 1
+
+
 @pytest.fixture
 def base(model_directory: Path) -> list[str]:
     return ["chat", "--model", str(model_directory), "--dtype", "float32", "--max-new-tokens", "6", "--greedy"]
@@ -141,6 +169,25 @@ def test_a_conversation_piped_in(
     assert out.startswith(once)
     assert out.endswith(once)
     assert len(out) > 2 * len(once)
+
+
+def test_compared_answers_are_those_of_two_conversations(
+    base: list[str],
+    adapter_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def said(*options: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("name a list\n"))
+        assert main([*base, *options]) == 0
+        return capsys.readouterr().out.splitlines(keepends=True)
+
+    alone, adapted = said(), said("--adapter", str(adapter_directory))
+    assert alone != adapted
+    both = said("--adapter", str(adapter_directory), "--compare")
+    assert both == ["base model:\n", *alone, f"with {adapter_directory}:\n", *adapted]
+    assert main([*base, "--compare"]) == 2
+    assert "give --adapter" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_cannot_talk(

@@ -354,6 +354,38 @@ def test_a_moved_module_unmerges_to_where_it_is() -> None:
     assert ours.weight.dtype == torch.float32 and torch.equal(ours.weight, bits.float())
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_next_module_may_write_into_the_output(name: str, options: dict[str, bool]) -> None:
+    """As nn.ReLU(inplace=True) does behind convolutions."""
+    if "embedding" in name and "lora_bias" in options or "group" in name or "depthwise" in name:
+        options = {}  # which these do not have
+    ours = adapted(base(name), **options)
+    x = CASES[name][1]()
+    apart, inside = leaf(x), leaf(x)
+    nn.functional.relu(ours(apart)).sum().backward()
+    expected = [parameter.grad for parameter in ours.parameters() if parameter.requires_grad]
+    ours.zero_grad()
+    nn.functional.relu(ours(inside), inplace=True).sum().backward()
+    for got, wanted in zip((p.grad for p in ours.parameters() if p.requires_grad), expected, strict=True):
+        assert got is not None and wanted is not None and torch.equal(got, wanted)
+    if x.is_floating_point():
+        assert inside.grad is not None and apart.grad is not None and torch.equal(inside.grad, apart.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+def test_torch_compile_takes_the_module_whole(options: dict[str, bool]) -> None:
+    ours = adapted(base("linear"), **options)
+    x = CASES["linear"][1]()
+    ours(x).square().sum().backward()
+    expected = [ours.lora_A.grad, ours.lora_B.grad]
+    ours.zero_grad()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    compiled(x).square().sum().backward()
+    for got, wanted in zip([ours.lora_A.grad, ours.lora_B.grad], expected, strict=True):
+        assert distance(got, wanted) <= 1e-13
+
+
 def test_second_derivatives_are_refused_not_wrong() -> None:
     ours = adapted(base("linear"))
     x = leaf(normal(2, 7))

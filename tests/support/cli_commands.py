@@ -143,5 +143,11 @@ class Files:
     """How much."""
 
 
+def _files(options: Files) -> None:
+    if options.verb == "split" and not options.files:
+        raise UsageError("no file is given", where="files")
+    last_files.append(options)
+
+
 last_files: list[Files] = []
-files = command(Files, last_files.append, positional=("verb", "files"))
+files = command(Files, _files, positional=("verb", "files"))

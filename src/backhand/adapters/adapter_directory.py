@@ -38,7 +38,7 @@ class UnusableAdapterError(ArtifactError):
         problems: one sentence each; the message shows the first forty.
     """
 
-    def __init__(self, directory: Path, problems: Sequence[str]) -> None:
+    def __init__(self, directory: Path, problems: Sequence[str], base_model: str | None = None) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         shown = _some_of_each_kind(self.problems, _SHOWN_PROBLEMS)
@@ -48,14 +48,15 @@ class UnusableAdapterError(ArtifactError):
             f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
             where=str(directory),
             why="".join(f"\n    - {problem}" for problem in shown),
-            next_step=_next_step(self.problems),
+            next_step=_next_step(self.problems, base_model),
         )
 
 
-def _next_step(problems: Sequence[str]) -> str:
+def _next_step(problems: Sequence[str], base_model: str | None) -> str:
     """Tensors that do not fit may be those of another model; everything else is in the files themselves."""
     of_model = any(problem.startswith(_OF_MODEL) or "by configuration and model" in problem for problem in problems)
-    model = "give the base model it was trained on, or " if of_model else ""
+    named = f", {base_model}" if base_model else ""
+    model = f"give the base model it was trained on{named}, or " if of_model else ""
     return f"{model}save or download the adapter again; nothing was loaded"
 
 

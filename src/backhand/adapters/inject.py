@@ -48,13 +48,26 @@ def inject(
         the adapter: its parameters, and how to merge, save, load and remove it.
 
     Raises:
-        UsageError: a value out of range, a name that matches nothing, or modules that cannot be adapted, all of them
-            listed; the model is then as it was.
+        UsageError: a value out of range or of another type, a name that matches nothing, or modules that cannot be
+            adapted, all of them listed; the model is then as it was.
     """
+    _check_types(module, config)
     plan = plan_injection(module, config or LoRAConfig(), heads)
     adapter = InjectedAdapter(module, plan)
     adapter.initialise(torch.Generator().manual_seed(seed))
     return adapter
+
+
+def _check_types(module: object, config: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{type(module).__qualname__} is no torch.nn.Module", where="module")
+    if config is not None and not isinstance(config, LoRAConfig):
+        kind = type(config)
+        raise UsageError(
+            f"{kind.__module__}.{kind.__qualname__} is no backhand.LoRAConfig",
+            where="config",
+            next_step="write backhand.LoRAConfig(rank=…, alpha=…, target_modules=…); r and lora_alpha are PEFT's names",
+        )
 
 
 def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool = False) -> InjectedAdapter:

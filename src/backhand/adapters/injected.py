@@ -72,6 +72,11 @@ class InjectedAdapter:
         """The trained parameters, for an optimizer."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def __repr__(self) -> str:
+        """How much of which model is adapted."""
+        kind, count = type(self.module).__qualname__, len(self.modules)
+        return f"InjectedAdapter({kind}: {count} modules adapted, {self.parameter_count:,} numbers trained)"
+
     @property
     def parameter_count(self) -> int:
         """Trained elements in all."""

@@ -16,7 +16,7 @@ from backhand.adapters.targets import Target, no_embedding_bias, resolve_targets
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
-from backhand.nn.lora_modules import LoRAConv1D, lora_class
+from backhand.nn.lora_modules import LORA_MODULES, LoRAConv1D, lora_class
 from backhand.nn.lora_parameters import TrainedTensor
 from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
 
@@ -74,7 +74,7 @@ def plan_injection(
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
     targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
     places = _places(model)
-    in_attention = _inside_torch_attention(modules)
+    in_attention = _inside_torch_attention(model)
     kinds: dict[str, type[LoRAModule]] = {}
     problems = []
     for target in targets:
@@ -83,7 +83,7 @@ def plan_injection(
         if target.name in in_attention:
             problems.append(f"{target.name}: nn.MultiheadAttention reads its weight and never calls it")
         elif kind is None:
-            problems.append(f"{target.name}: a {type(module).__qualname__} cannot be adapted")
+            problems.append(f"{target.name}: a {type(module).__qualname__} cannot be adapted{_otherwise_known(module)}")
         elif (reason := kind.obstacle(module, target.rank)) is not None:
             problems.append(f"{target.name}: {reason}")
         elif config.use_dora and getattr(module, "groups", 1) > 1:
@@ -124,6 +124,14 @@ def plan_injection(
         rows_of,
         (*_tied_notes(model, chosen), *tied_notes(trained, tied)),
     )
+
+
+def _otherwise_known(module: nn.Module) -> str:
+    """Why a module is not adapted although its base class is."""
+    for kind in LORA_MODULES:
+        if kind.base_type is not None and isinstance(module, kind.base_type):
+            return f"; what it makes of {kind.base_type.__name__}'s weight is not known"
+    return ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -212,10 +220,10 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def _inside_torch_attention(modules: dict[str, nn.Module]) -> set[str]:
+def _inside_torch_attention(model: nn.Module) -> set[str]:
     return {
-        f"{name}.{child}"
-        for name, module in modules.items()
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
         for child in module._modules
     }

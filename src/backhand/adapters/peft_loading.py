@@ -104,7 +104,7 @@ def match_adapter(
     else:
         problems.extend(further)
     if problems:
-        raise UnusableAdapterError(contents.directory, problems)
+        raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
     return LoadedAdapter(
         contents.directory,
         contents.described,

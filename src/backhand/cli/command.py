@@ -54,7 +54,7 @@ def command(
             built = fields.build(options, _words_in_file(base, by_name, parsers) | values, base)
             return call(built, typed=frozenset(typed)) if tell_typed else call(built)
         except UsageError as error:
-            _name_origin(error, by_name, typed, base, file)
+            _name_origin(error, by_name, typed, base, file, positional)
             raise
 
     leading = [_config_file()] if load is not None else []
@@ -169,14 +169,21 @@ def _flag(name: str, text: str) -> inspect.Parameter:
 
 
 def _name_origin(
-    error: UsageError, by_name: Mapping[str, OptionField], typed: Mapping[str, Any], base: Any, file: Path | None
+    error: UsageError,
+    by_name: Mapping[str, OptionField],
+    typed: Mapping[str, Any],
+    base: Any,
+    file: Path | None,
+    positional: Sequence[str],
 ) -> None:
-    """Say where the user wrote the value of a field that was refused: the option, or file and key."""
+    """Say where the user wrote the value of a field that was refused: the option, its place, or file and key."""
     name, bracket, rest = (error.where or "").partition("[")
     if name not in by_name:
         return
     field = by_name[name]
     if base is not None and name not in typed and fields.value_of(base, field) != field.default:
         error.where = f"{file}: {'.'.join((*field.section, name))}{bracket}{rest}"
+    elif name in positional:
+        error.where = name.upper()  # as the help names it
     else:
         error.where = f"{field.option}{bracket}{rest}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import platform
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import metadata
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, UnknownCommandError, UnusedCliTokensError
 
 from backhand.errors import BackhandError
 
@@ -63,7 +64,7 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
             # Stopping when asked to is no error, although the shell gets a code for it.
             return str(error) if error.exit_code > SIGNAL else f"error: {error}"
         case CycloptsError():
-            return f"error: {str(error).strip()}\n  next: {_help_command(error)}"
+            return f"error: {_usage(error)}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():
             return "interrupted"
         case BrokenPipeError() | SystemExit():
@@ -87,6 +88,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return named or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS)
     )
+
+
+def _usage(error: CycloptsError) -> str:
+    words = list(error.unused_tokens or ())
+    if isinstance(error, UnusedCliTokensError):
+        return f"Unexpected {' '.join(map(repr, words))}: there is no place for it."
+    if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
+        close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
+        return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
+    return str(error).strip()
 
 
 def _help_command(error: CycloptsError) -> str:

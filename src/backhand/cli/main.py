@@ -39,9 +39,13 @@ def make_app() -> cyclopts.App:
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
-    for command in COMMANDS:
+    for place, command in enumerate(COMMANDS):
         app.command(
-            command.target, name=command.name, help=command.summary, help_epilogue=f"Example: `{command.example}`"
+            command.target,
+            name=command.name,
+            help=command.summary,
+            help_epilogue=f"Example: `{command.example}`",
+            sort_key=place,
         )
     return app
 

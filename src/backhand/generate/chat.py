@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from backhand.data.messages import Message
 from backhand.errors import BackhandError, UsageError
-from backhand.generate.loading import loaded_model
+from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
-from backhand.generate.options import ChatOptions, SamplingOptions
+from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
 
 ASK = ">>> "
@@ -49,7 +50,9 @@ def chat_command(options: ChatOptions) -> None:
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-        conversation = Conversation(session, options.sampling, system=options.template.system)
+        conversation = Conversation(
+            session, options.sampling, system=options.template.system, voices=_voices(loaded, options)
+        )
         _talk(conversation, interactive)
 
 
@@ -70,6 +73,28 @@ def _talk(conversation: Conversation, interactive: bool) -> None:
             return
 
 
+@dataclass
+class Voice:
+    """One that answers: the base model or the adapted one, each with the conversation as it went for that one.
+
+    Attributes:
+        label: printed above its answers; None where it is the only one.
+        begin: makes the model compute as this voice does.
+        messages: system, user and assistant turns so far.
+    """
+
+    label: str | None = None
+    begin: Callable[[], None] = lambda: None
+    messages: list[Message] = field(default_factory=list)
+
+
+def _voices(loaded: LoadedModel, options: ChatOptions) -> list[Voice]:
+    if not options.chat.compare:
+        return [Voice()]
+    labels = compared_labels(options.chat.adapter)
+    return [Voice(label, partial(loaded.model.use_adapter, wanted)) for label, wanted in labels]
+
+
 class Conversation:
     """The messages so far, and what a typed line does to them.
 
@@ -77,11 +102,12 @@ class Conversation:
         session: the model, with a chat template.
         sampling: how tokens are chosen; every turn goes on with the next seed.
         system: the system message, None for the template's own.
+        voices: who answers every turn, one after the other; None for the model as it is.
         write: given the answers' text; standard output if None.
         tell: given everything else; standard error if None.
 
     Attributes:
-        messages: system, user and assistant turns so far.
+        voices: who answers, with what each was told and said.
     """
 
     def __init__(
@@ -90,6 +116,7 @@ class Conversation:
         sampling: SamplingOptions,
         *,
         system: str | None = None,
+        voices: Sequence[Voice] | None = None,
         write: Callable[[str], None] | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
@@ -99,7 +126,7 @@ class Conversation:
         self._write = write or _print_text
         self._tell = tell or _print_note
         self._turns = 0
-        self.messages: list[Message] = []
+        self.voices = list(voices) if voices is not None else [Voice()]
         self._reset()
 
     def take(self, line: str) -> bool:
@@ -125,10 +152,19 @@ class Conversation:
         return True
 
     def _reset(self) -> None:
-        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        for voice in self.voices:
+            voice.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def _ask(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": text})
+        sampling = self._next_sampling()
+        for voice in self.voices:
+            if voice.label is not None:
+                self._write(f"{voice.label}:\n")
+            voice.begin()
+            self._answer(voice.messages, text, sampling)
+
+    def _answer(self, messages: list[Message], text: str, sampling: SamplingOptions) -> None:
+        messages.append({"role": "user", "content": text})
         said: list[str] = []
 
         def on_text(piece: str) -> None:
@@ -136,14 +172,13 @@ class Conversation:
             self._write(piece)
 
         try:
-            prompt_ids = self._session.conversation_ids(self.messages)
-            sampling = self._next_sampling()
+            prompt_ids = self._session.conversation_ids(messages)
             answer = self._session.answer(prompt_ids, sampling, on_text=on_text)
         except KeyboardInterrupt:
             self._write("\n")
             self._tell("stopped")
         except BackhandError as error:
-            self.messages.pop()
+            messages.pop()
             self._tell(f"error: {error}\n  (/reset begins anew)")
             return
         else:
@@ -151,10 +186,10 @@ class Conversation:
             if answer.finish_reason == "length":
                 self._tell(f"cut off after {answer.tokens} tokens")
         if said:
-            self.messages.append({"role": "assistant", "content": "".join(said)})
+            messages.append({"role": "assistant", "content": "".join(said)})
         else:
             # An answer of nothing: two user turns in a row are what some templates refuse.
-            self.messages.pop()
+            messages.pop()
 
     def _next_sampling(self) -> SamplingOptions:
         self._turns += 1

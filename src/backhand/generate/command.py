@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from backhand.errors import DataError
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
-from backhand.generate.options import GenerateOptions
+from backhand.generate.options import GenerateOptions, compared_labels
 from backhand.generate.rows import answer_rows, check_output
 from backhand.generate.session import GenerationSession
 
@@ -58,7 +58,7 @@ def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -
     if not options.answer.compare:
         _stream(session, prompt_ids, options)
         return
-    for label, with_adapter in (("base model", False), (f"with {options.answer.adapter}", True)):
+    for label, with_adapter in compared_labels(options.answer.adapter):
         _write(f"{label}:\n")
         loaded.model.use_adapter(with_adapter)
         _stream(session, prompt_ids, options)

@@ -66,6 +66,21 @@ class AdapterOptions:
     adapter: Path | None = None
     """Adapter on the base model: the directory that training or PEFT wrote, or a GGUF file."""
 
+    compare: bool = False
+    """Answer with the base model and with the adapter, both labelled."""
+
+    def check_compare(self) -> None:
+        """Raise UsageError where there is nothing to compare."""
+        if self.compare and self.adapter is None:
+            raise UsageError(
+                "there is nothing to compare the base model with", where="compare", next_step="give --adapter as well"
+            )
+
+
+def compared_labels(adapter: Path | None) -> tuple[tuple[str, bool], tuple[str, bool]]:
+    """What stands above each of two compared answers, and whether the adapter gives it."""
+    return ("base model", False), (f"with {adapter}", True)
+
 
 @dataclass(frozen=True)
 class AnswerOptions(AdapterOptions):
@@ -81,9 +96,6 @@ class AnswerOptions(AdapterOptions):
     overwrite: bool = False
     """Replace the file `output` if it exists."""
 
-    compare: bool = False
-    """Answer with the base model and with the adapter, both labelled."""
-
     batch_rows: int = 64
     """With `data`: rows answered at once, fewer where their keys and values would take over a gigabyte."""
 
@@ -94,10 +106,7 @@ class AnswerOptions(AdapterOptions):
         """Raise UsageError naming field, value and range for the first field that is out of range."""
         check_text("prompt", self.prompt)
         check_count("batch_rows", self.batch_rows, at_least=1)
-        if self.compare and self.adapter is None:
-            raise UsageError(
-                "there is nothing to compare the base model with", where="compare", next_step="give --adapter as well"
-            )
+        self.check_compare()
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class ChatOptions:
 
     Attributes:
         model: the base model and how it is computed.
-        chat: the adapter.
+        chat: the adapter, and whether the base model answers as well.
         template: chat template and system message.
         sampling: how tokens are chosen.
     """
@@ -164,6 +173,7 @@ class ChatOptions:
 
     def validate(self) -> ChatOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
+        self.chat.check_compare()
         self.sampling.check_sampling()
         self.template.check_template()
         self.model.check_base_model()

@@ -2,32 +2,56 @@
 
 Each Function calls an op's forward and backward and adds nothing to the mathematics. The factors come in their own
 dtype, usually fp32, are cast to the compute dtype inside, and their gradients leave in their own dtype again. Tensors
-go through `save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them.
+go through `save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them. What comes out is no
+view, so that the next module may write into it, as ReLU(inplace=True) does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from backhand.ops.dora import DoRASaved, dora_backward, dora_forward
-from backhand.ops.dora_linear import DoRALinearSaved, dora_linear_backward, dora_linear_forward
-from backhand.ops.lora_bias import LoRABiasSaved, lora_bias_backward, lora_bias_forward
-from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, lora_conv_backward, lora_conv_forward
-from backhand.ops.lora_embedding import LoRAEmbeddingSaved, lora_embedding_backward, lora_embedding_forward
-from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, lora_linear_forward
+from backhand.ops.dora import dora_backward, dora_forward
+from backhand.ops.dora_linear import dora_linear_backward, dora_linear_forward
+from backhand.ops.lora_bias import lora_bias_backward, lora_bias_forward
+from backhand.ops.lora_conv import ConvGeometry, lora_conv_backward, lora_conv_forward
+from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
+from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward
 from backhand.ops.token_rows import (
-    TokenEmbeddingSaved,
-    TokenLinearSaved,
     token_embedding_backward,
     token_embedding_forward,
     token_linear_backward,
     token_linear_forward,
     without_padding,
 )
+
+Gradients = tuple[Tensor | None, ...]
+"""One for each input of `forward`, None for what is frozen or no tensor."""
+
+
+def _kept(ctx: Any, op_output: tuple[Tensor, Any], *trained: Tensor) -> Tensor:
+    """Keep what an op saved, and the dtypes of the trained inputs, for backward; return y."""
+    y, saved = op_output
+    ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+    ctx.saved_type, ctx.rest = type(saved), [None if isinstance(value, Tensor) else (value,) for value in saved]
+    ctx.dtypes = [tensor.dtype for tensor in trained]
+    unviewed: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return unviewed
+
+
+def _saved(ctx: Any) -> Any:
+    """What the op saved, as it was."""
+    tensors = iter(ctx.saved_tensors)
+    return ctx.saved_type(*(next(tensors) if value is None else value[0] for value in ctx.rest))
+
+
+def _in_their_dtypes(ctx: Any, *gradients: Tensor) -> Iterator[Tensor]:
+    """Gradients of the trained inputs in the dtypes of these."""
+    return (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -45,20 +69,15 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout: Dropout | None,
     ) -> Tensor:
         """y (..., out) from x (..., in)."""
-        y, saved = lora_linear_forward(x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, dropout)
-        ctx.save_for_backward(saved.x, saved.weight, saved.lora_A, saved.lora_B, saved.h)
-        ctx.constants = scaling, dropout
-        ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return y
+        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return _kept(ctx, lora_linear_forward(x, weight, bias, *factors, scaling, dropout), lora_A, lora_B)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the seven inputs, None for the frozen ones."""
-        grads = lora_linear_backward(
-            d_y, LoRASaved(*ctx.saved_tensors, *ctx.constants), input_gradient=ctx.needs_input_grad[0]
-        )
-        return grads.d_x, None, None, *_cast(grads.d_lora_A, grads.d_lora_B, ctx.dtypes), None, None
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
+        """Gradients of x and the factors."""
+        grads = lora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
+        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None
 
 
 class LoRAEmbeddingFunction(torch.autograd.Function):
@@ -75,20 +94,15 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         padding_id: int | None,
     ) -> Tensor:
         """y (..., hidden) from ids (...)."""
-        y, saved = lora_embedding_forward(
-            ids, weight, lora_A.to(weight.dtype), lora_B.to(weight.dtype), scaling, padding_id
-        )
-        ctx.save_for_backward(saved.ids, saved.lora_B, saved.h)
-        ctx.constants = saved.vocab, scaling, padding_id
-        ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return y
+        factors = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+        return _kept(ctx, lora_embedding_forward(ids, weight, *factors, scaling, padding_id), lora_A, lora_B)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the six inputs, None for all but the factors."""
-        grads = lora_embedding_backward(d_y, LoRAEmbeddingSaved(*ctx.saved_tensors, *ctx.constants))
-        return None, None, *_cast(grads.d_lora_A, grads.d_lora_B, ctx.dtypes), None, None
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
+        """Gradients of the factors."""
+        grads = lora_embedding_backward(d_y, _saved(ctx))
+        return None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None
 
 
 class LoRAConvFunction(torch.autograd.Function):
@@ -107,22 +121,15 @@ class LoRAConvFunction(torch.autograd.Function):
         dropout: Dropout | None,
     ) -> Tensor:
         """y (batch, out, *L') from x (batch, in, *L)."""
-        y, saved = lora_conv_forward(
-            x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), scaling, geometry, dropout
-        )
-        ctx.save_for_backward(saved.x, saved.weight, saved.lora_A, saved.lora_B, saved.h)
-        ctx.constants = scaling, geometry, dropout
-        ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return y
+        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return _kept(ctx, lora_conv_forward(x, weight, bias, *factors, scaling, geometry, dropout), lora_A, lora_B)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the eight inputs, None for the frozen ones."""
-        grads = lora_conv_backward(
-            d_y, LoRAConvSaved(*ctx.saved_tensors, *ctx.constants), input_gradient=ctx.needs_input_grad[0]
-        )
-        return grads.d_x, None, None, *_cast(grads.d_lora_A, grads.d_lora_B, ctx.dtypes), None, None, None
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
+        """Gradients of x and the factors."""
+        grads = lora_conv_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
+        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None, None
 
 
 class DoRALinearFunction(torch.autograd.Function):
@@ -142,22 +149,17 @@ class DoRALinearFunction(torch.autograd.Function):
         dropout: Dropout | None,
     ) -> Tensor:
         """y (..., out) from x (..., in)."""
-        y, saved = dora_linear_forward(
-            x, weight, bias, lora_A.to(x.dtype), lora_B.to(x.dtype), magnitude, norm, scaling, dropout
-        )
-        ctx.save_for_backward(*saved[:7])
-        ctx.constants = scaling, dropout
-        ctx.dtypes = lora_A.dtype, lora_B.dtype, magnitude.dtype
-        return y
+        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        output = dora_linear_forward(x, weight, bias, *factors, magnitude, norm, scaling, dropout)
+        return _kept(ctx, output, lora_A, lora_B, magnitude)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the nine inputs, None for the constant ones."""
-        saved = DoRALinearSaved(*ctx.saved_tensors, *ctx.constants)
-        grads = dora_linear_backward(d_y, saved, input_gradient=ctx.needs_input_grad[0])
-        d_lora_A, d_lora_B = _cast(grads.d_lora_A, grads.d_lora_B, ctx.dtypes[:2])
-        return grads.d_x, None, None, d_lora_A, d_lora_B, grads.d_magnitude.to(ctx.dtypes[2]), None, None, None
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
+        """Gradients of x, the factors and the magnitude."""
+        grads = dora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
+        trained = _in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B, grads.d_magnitude)
+        return grads.d_x, None, None, *trained, None, None, None
 
 
 class DoRAFunction(torch.autograd.Function):
@@ -166,19 +168,14 @@ class DoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
         """y of z's shape."""
-        y, saved = dora_forward(z, magnitude, norm, bias, axis)
-        ctx.save_for_backward(saved.z, saved.magnitude, saved.norm)
-        ctx.axis = axis
-        return y
+        return _kept(ctx, dora_forward(z, magnitude, norm, bias, axis), magnitude)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the five inputs, None for the constant ones."""
-        z, magnitude, norm = ctx.saved_tensors
-        saved = DoRASaved(z, magnitude, norm, ctx.axis)
-        grads = dora_backward(d_y, saved)
-        return grads.d_z, grads.d_magnitude.to(saved.magnitude.dtype), None, None, None
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
+        """Gradients of z and the magnitude."""
+        grads = dora_backward(d_y, _saved(ctx))
+        return grads.d_z, *_in_their_dtypes(ctx, grads.d_magnitude), None, None, None
 
 
 class LoRABiasFunction(torch.autograd.Function):
@@ -187,17 +184,14 @@ class LoRABiasFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, lora_bias: Tensor, scaling: float, axis: int) -> Tensor:
         """y of z's shape."""
-        y, ctx.saved = lora_bias_forward(z, lora_bias, scaling, axis)
-        ctx.dtype = lora_bias.dtype
-        return y
+        return _kept(ctx, lora_bias_forward(z, lora_bias, scaling, axis), lora_bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of z and of the bias."""
-        saved: LoRABiasSaved = ctx.saved
-        grads = lora_bias_backward(d_y, saved)
-        return grads.d_z, grads.d_lora_bias.to(ctx.dtype), None, None
+        grads = lora_bias_backward(d_y, _saved(ctx))
+        return grads.d_z, *_in_their_dtypes(ctx, grads.d_lora_bias), None, None
 
 
 class TokenEmbeddingFunction(torch.autograd.Function):
@@ -209,18 +203,14 @@ class TokenEmbeddingFunction(torch.autograd.Function):
     ) -> Tensor:
         """y (..., hidden) from ids (...)."""
         y, saved = token_embedding_forward(ids, weight, token_rows, token_ids)
-        saved = without_padding(saved, ids, padding_id)
-        ctx.save_for_backward(saved.places)
-        ctx.trained, ctx.dtype = saved.trained, token_rows.dtype
-        return y
+        return _kept(ctx, (y, without_padding(saved, ids, padding_id)), token_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """The gradient of the rows."""
-        (places,) = ctx.saved_tensors
-        grads = token_embedding_backward(d_y, TokenEmbeddingSaved(places, ctx.trained))
-        return None, None, grads.d_token_rows.to(ctx.dtype), None, None
+        grads = token_embedding_backward(d_y, _saved(ctx))
+        return None, None, *_in_their_dtypes(ctx, grads.d_token_rows), None, None
 
 
 class TokenLinearFunction(torch.autograd.Function):
@@ -231,18 +221,11 @@ class TokenLinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, token_rows: Tensor, token_ids: Tensor
     ) -> Tensor:
         """y (..., vocab) from x (..., hidden)."""
-        y, saved = token_linear_forward(x, weight, bias, token_rows.to(x.dtype), token_ids)
-        ctx.save_for_backward(*saved)
-        ctx.dtype = token_rows.dtype
-        return y
+        return _kept(ctx, token_linear_forward(x, weight, bias, token_rows.to(x.dtype), token_ids), token_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of x and of the rows."""
-        grads = token_linear_backward(d_y, TokenLinearSaved(*ctx.saved_tensors), input_gradient=ctx.needs_input_grad[0])
-        return grads.d_x, None, None, grads.d_token_rows.to(ctx.dtype), None
-
-
-def _cast(d_lora_A: Tensor, d_lora_B: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
-    return d_lora_A.to(dtypes[0]), d_lora_B.to(dtypes[1])
+        grads = token_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
+        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_token_rows), None

@@ -48,6 +48,12 @@ def test_a_model_the_engine_does_not_know(tmp_path: Path) -> None:
     torch.testing.assert_close(full_logits(loaded, document), full_logits(model, document))
 
 
+def test_loading_prints_nothing(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_transformers_model(open_model(directory), dtype=torch.float32)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()  # elsewhere they stay as they were
+
+
 def test_missing_weights_are_not_made_up(directory: Path) -> None:
     tensors = load_file(directory / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

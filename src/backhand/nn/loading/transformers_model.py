@@ -34,7 +34,7 @@ def load_transformers_model(
         ArtifactError: transformers does not know the model, its code cannot be had without running code of the model's
             own, or weights are missing or of another shape.
     """
-    with _as_artifact_error(source):
+    with _as_artifact_error(source), _no_progress_bars():
         model = _from_directory(source, dtype) if source.path.is_dir() else _from_tensors(source, dtype)
     return model.to(device).eval().requires_grad_(False)
 
@@ -69,6 +69,20 @@ def _refuse(source: ModelSource, names: list[str]) -> None:
             where=str(source.path),
             next_step="fetch the model again",
         )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars off standard error, which is for notes and errors."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager
