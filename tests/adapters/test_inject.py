@@ -110,7 +110,7 @@ class Odd(nn.Linear):
         (
             lambda: nn.Sequential(Odd(3, 4), nn.Linear(4, 2)),
             LoRAConfig(),
-            "0: a Odd cannot be adapted; what it makes of Linear's",
+            "0: a Odd cannot be adapted; what it makes of",
         ),
         (Pictures, LoRAConfig(target_modules=("norm",)), "norm: a BatchNorm2d cannot be adapted"),
         (Pictures, LoRAConfig(rank=6, target_modules=("grouped",)), "grouped: its 4 groups do not divide the rank 6"),
