@@ -35,7 +35,7 @@ class UnusableAdapterError(ArtifactError):
     """An adapter that cannot be used, with everything that is wrong with it.
 
     Attributes:
-        problems: one sentence each; the message shows the first forty.
+        problems: one sentence each; the message shows forty of them.
     """
 
     def __init__(self, directory: Path, problems: Sequence[str], base_model: str | None = None) -> None:
