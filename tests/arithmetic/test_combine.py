@@ -362,3 +362,29 @@ def test_the_command(three: tuple[Path, ...], tmp_path: Path, capsys: pytest.Cap
     assert main(["combine", "add", *map(str, three[:2]), "--output", str(tmp_path / "file")]) == 2
     assert (tmp_path / "file").read_text() == "x"
     assert main(["combine", "add", str(three[0]), str(tmp_path / "nowhere"), "--output", str(tmp_path / "x")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("--weights", "0.5", "2", "one", "two"), "'one' is not a number"),
+        (("one", "two", "--weights", "0.5", "x"), "'x' is not a number"),
+        (("one", "two", "--weights", "0.5,,2"), "'' is not a number"),
+        (("one", "two", "--weights", "0.5"), "1 weight for 2 adapters"),
+        (("one", "two", "--weights", "1", "2", "3"), "3 weights for 2 adapters"),
+    ],
+)
+def test_weights_that_are_none_or_stand_before_the_adapters(
+    words: tuple[str, ...], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["combine", "add", *words, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"--weights: {shown}" in said and "next: " in said
+
+
+def test_weights_with_commas_between_them(three: tuple[Path, ...], tmp_path: Path) -> None:
+    outputs = [tmp_path / "spaces", tmp_path / "commas"]
+    for words, output in ((["0.5", "2"], outputs[0]), (["0.5,2"], outputs[1])):
+        assert main(["combine", "add", *map(str, three[:2]), "--weights", *words, "--output", str(output)]) == 0
+    first, second = (path / "adapter_model.safetensors" for path in outputs)
+    assert first.read_bytes() == second.read_bytes()

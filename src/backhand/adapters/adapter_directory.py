@@ -38,7 +38,13 @@ class UnusableAdapterError(ArtifactError):
         problems: one sentence each; the message shows forty of them.
     """
 
-    def __init__(self, directory: Path, problems: Sequence[str], base_model: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        problems: Sequence[str],
+        base_model: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
         shown = _some_of_each_kind(self.problems, _SHOWN_PROBLEMS)
@@ -48,7 +54,7 @@ class UnusableAdapterError(ArtifactError):
             f"the adapter cannot be used: {count} problem{'s' if count > 1 else ''}",
             where=str(directory),
             why="".join(f"\n    - {problem}" for problem in shown),
-            next_step=_next_step(self.problems, base_model),
+            next_step=next_step or _next_step(self.problems, base_model),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,7 +34,8 @@ class CombineOptions:
     """Directory for the new adapter, in PEFT's format."""
 
     weights: tuple[float, ...] = ()
-    """One number an adapter; not given: 1 each. `scale` needs its one."""
+    """One number an adapter, behind the adapters: `combine add A B --weights 0.7 0.3`. Not given: 1 each; `scale` needs
+    its one."""
 
     rank: int | None = None
     """Largest rank of the new adapter. Not given: the rank of the result, so that nothing is lost; for `ties` and
@@ -93,12 +95,19 @@ class CombineOptions:
         if self.operation == "scale" and not self.weights:
             raise UsageError("scale needs the number to multiply by", where="weights", next_step="give --weights 0.5")
         if self.weights and len(self.weights) != count:
-            raise UsageError(f"{len(self.weights)} weights for {count} adapters", where="weights")
+            weights = f"{len(self.weights)} weight{'s' if len(self.weights) != 1 else ''}"
+            raise UsageError(
+                f"{weights} for {count} adapter{'s' if count != 1 else ''}",
+                where="weights",
+                next_step="give each adapter its number, in their order",
+            )
         for weight in self.weights:
             if not math.isfinite(weight) or weight == 0:
                 raise UsageError(f"weight {weight!r} is not a finite number other than 0", where="weights")
         if self.operation == "average" and self.weights and abs(sum(self.weights)) < 1e-9 * max(map(abs, self.weights)):
-            raise UsageError("the weights of an average add up to 0", where="weights")
+            raise UsageError(
+                "the weights of an average add up to 0", where="weights", next_step="take add, which does not divide"
+            )
 
     def coefficients(self) -> tuple[float, ...]:
         """What each adapter's ΔW is multiplied by."""
@@ -112,3 +121,23 @@ class CombineOptions:
     def kept_density(self) -> float:
         """The density in force."""
         return self.density if self.density is not None else DEFAULT_DENSITY[self.operation]
+
+
+def parse_weights(words: Sequence[str]) -> tuple[float, ...]:
+    """Numbers from the words behind `--weights`, with spaces or commas between them.
+
+    Raises:
+        UsageError: a word that is none; names of adapters, perhaps, that an option cannot tell from its own words.
+    """
+    found = []
+    for word in ",".join(words).split(","):
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise UsageError(
+                f"{word!r} is not a number",
+                where="weights",
+                why="every word behind --weights, up to the next option, is a weight",
+                next_step="name the adapters first: backhand combine add A B --weights 0.7 0.3",
+            ) from None
+    return tuple(found)

@@ -37,7 +37,11 @@ def refuse_more_than_factors(adapter: AdapterFactors) -> None:
     """
     problems = [f"{key.removeprefix(PREFIX)}: {_meaning(key)}" for key in adapter.others if not key.endswith(BASE_COPY)]
     if problems:
-        raise UnusableAdapterError(adapter.directory, problems)
+        raise UnusableAdapterError(
+            adapter.directory,
+            problems,
+            next_step="merge it into its base instead: backhand merge",
+        )
 
 
 def _meaning(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.combine_options import CombineOptions, parse_weights
 from backhand.cli.command import command
 
 
@@ -12,4 +12,4 @@ def _combine(options: CombineOptions) -> None:
     combine_command(options)
 
 
-combine = command(CombineOptions, _combine, positional=("operation", "adapters"))
+combine = command(CombineOptions, _combine, parse={"weights": parse_weights}, positional=("operation", "adapters"))

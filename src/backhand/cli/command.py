@@ -61,7 +61,8 @@ def command(
     leading += [_positional(by_name[name]) for name in positional]
     rest = [field for name, field in by_name.items() if name not in positional]
     groups = _groups(rest)
-    parameters = leading + [_option(field, groups[field.section], by_name.keys()) for field in rest]
+    names = by_name.keys()
+    parameters = leading + [_option(field, groups[field.section], names, field.name in parsers) for field in rest]
     if "debug" not in by_name:
         parameters.append(_flag("debug", _DEBUG_HELP))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -95,7 +96,7 @@ def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
     return {section: Group(title, sort_key=number) for number, (section, title) in enumerate(titles.items())}
 
 
-def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
+def _option(field: OptionField, group: Group, names: Set[str], parsed: bool) -> inspect.Parameter:
     silent = field.default in (None, (), {}, "") or field.default is MISSING or field.default is False
     parameter = Parameter(
         help=_help(field, names),
@@ -104,14 +105,21 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
         negative=None if field.default is True else (),
         consume_multiple=fields.takes_several(field.hint) or None,
         show_default=False if silent else _as_typed(field.default),
-        metavar="NAME=VALUE" if fields.is_mapping(field.hint) else None,
+        metavar=_metavar(field),
     )
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=_default_on_command_line(field),
-        annotation=Annotated[_typed_on_command_line(field), parameter],
+        default=_default_on_command_line(field, parsed),
+        annotation=Annotated[_typed_on_command_line(field, parsed), parameter],
     )
+
+
+def _metavar(field: OptionField) -> str | None:
+    """What stands for the value in the help, where it is not the name of the type that is converted to."""
+    if fields.is_mapping(field.hint):
+        return "NAME=VALUE"
+    return "NUMBER..." if float in get_args(field.hint) and fields.takes_several(field.hint) else None
 
 
 def _as_typed(default: Any) -> str:
@@ -133,19 +141,19 @@ def _help(field: OptionField, names: Set[str]) -> str:
     return re.sub(r"`(\w+)`", named, field.help)
 
 
-def _default_on_command_line(field: OptionField) -> Any:
+def _default_on_command_line(field: OptionField, parsed: bool) -> Any:
     """The field's default, of the type that is typed: cyclopts holds one against the other if pydantic is loaded."""
     if field.default is MISSING:
         return inspect.Parameter.empty
-    if _typed_on_command_line(field) == tuple[str, ...] and not isinstance(field.default, tuple):
+    if _typed_on_command_line(field, parsed) == tuple[str, ...] and not isinstance(field.default, tuple):
         return (str(field.default),) if field.default else ()
     return field.default
 
 
-def _typed_on_command_line(field: OptionField) -> Any:
+def _typed_on_command_line(field: OptionField, parsed: bool) -> Any:
     """The type cyclopts converts to: words for what a parser takes over, the field's own type otherwise."""
-    words = fields.is_mapping(field.hint) or (fields.takes_several(field.hint) and str in get_args(field.hint))
-    return tuple[str, ...] if words else field.hint
+    several = fields.takes_several(field.hint) and (parsed or str in get_args(field.hint))
+    return tuple[str, ...] if several or fields.is_mapping(field.hint) else field.hint
 
 
 def _positional(field: OptionField) -> inspect.Parameter:

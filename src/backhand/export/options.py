@@ -131,7 +131,7 @@ class ExportOptions:
 def given(name: str, path: Path | None) -> Path:
     """The path. Raises UsageError if there is none."""
     if path is None:
-        raise UsageError(f"no {name} is given", where=name)
+        raise UsageError(f"no {name} is given", where=name, next_step=f"give --{name} PATH")
     return path
 
 
