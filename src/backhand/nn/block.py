@@ -13,7 +13,7 @@ and k are kept as they were before the norm, plus their factors; with sandwich n
 were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
 `recompute="mlp"` keeps no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the forward again.
 
-Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value counts,
+Nobody reads the last block's output but the loss, and only where a token is supervised. All keys and values count,
 since later tokens see them; but from the output projection on each row goes its own way, so that only the supervised
 `rows` are computed, kept and differentiated. The gradient of all other rows of o and x₁ is zero.
 """
@@ -39,7 +39,7 @@ RECOMPUTE_MODES = ("none", "mlp", "block")
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides tensors: the family, its window, the tokens' angles, the documents, the rows wanted."""
+    """What a block needs besides tensors: family, window, the tokens' angles, the documents, and the rows wanted."""
 
     config: DecoderConfig
     window: int | None

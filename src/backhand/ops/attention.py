@@ -159,7 +159,7 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
 class Places(NamedTuple):
     """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
 
-    of_token: (tokens,) the place of each token. token_at: (places,) the token at each place, and behind a document's end
+    of_token: (tokens,) the place of each token. token_at: (places,) the token at each place, behind a document's end
     some token of it. behind: (places without a token,) these places.
     """
 
