@@ -163,6 +163,40 @@ def test_tools_and_calls_are_rendered_and_calls_carry_loss() -> None:
     assert spans(document) == ['<tool_call>f {"x": 1}</tool_call><|im_end|>', "two<|im_end|>"]
 
 
+@pytest.mark.parametrize("weight", [1, 0])
+def test_tool_calls_that_the_template_leaves_out_are_refused(weight: int) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [{"name": "look_up", "arguments": {}}], "weight": weight},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    conversation = read_conversation("messages", messages, {}, "f:1")
+    for take in (renderer().documents, renderer().prompt, lambda c: renderer().documents(c, train_on_all=True)):
+        with pytest.raises(DataError, match="does not write down the tool calls") as raised:
+            take(conversation)
+        assert "'look_up'" in str(raised.value.why)
+
+
+def test_tools_and_thoughts_that_the_template_leaves_out_are_counted() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up"}}, {"type": "retrieval"}]
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "y", "reasoning_content": "well"},
+    ]
+    conversation = read_conversation("messages", messages, {"tools": tools}, "f:1")
+    without, thoughtful = renderer(), renderer(WITH_TOOLS.replace("{{ m.content }}", "{{ m.content }}hm"))
+    for chat in (without, thoughtful):
+        chat.documents(conversation)
+    assert (without.unseen_tools, without.unseen_thoughts) == (1, 2)
+    assert (thoughtful.unseen_tools, thoughtful.unseen_thoughts) == (0, 1)
+    plain = renderer()
+    plain.documents(talk("u:q", "a:x"))
+    assert (plain.unseen_tools, plain.unseen_thoughts) == (0, 0)
+
+
 def test_a_second_template_for_tools_is_used_where_there_are_tools() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": WITH_TOOLS}

@@ -194,6 +194,12 @@ def test_what_is_wrong_is_named(values: dict[str, Any], said: str) -> None:
     assert raised.value.where == "f:1"
 
 
+def test_capital_letters_and_spaces_in_names_of_columns_are_pointed_out() -> None:
+    with pytest.raises(DataError) as raised:
+        read({"Prompt": "p", " Response": "r"})
+    assert raised.value.next_step == "write prompt and response in small letters"
+
+
 def test_another_form_in_the_same_file_names_both_rows() -> None:
     reader = FormReader()
     reader.read(RawRow({"prompt": "p", "completion": "c"}, "f:1"))

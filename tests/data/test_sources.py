@@ -53,6 +53,24 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert rows[2999].source == f"{path} row 3000"
 
 
+def test_arguments_that_only_other_rows_have_are_not_padded_with_nulls(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def row(name: str, argument: str) -> dict[str, object]:
+        call = {"function": {"name": name, "arguments": {argument: "x", "several": [None, 1]}}}
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+
+    rows = [row("f", "city"), row("g", "zone")]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist([*rows, {"messages": None}]), path)
+    stored = parquet.read_table(path).to_pylist()
+    assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["zone"] is None
+    *read, empty = (raw.values for raw in read_rows(str(path), BadRows()))
+    assert read == rows
+    assert empty == {"messages": None}
+
+
 def test_a_cut_parquet_file_is_an_error(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet

@@ -86,6 +86,8 @@ class ChatRenderer:
     Attributes:
         leading_replies: replies that carry no loss because nothing stands before them, so far.
         split_conversations: conversations that became several documents, so far.
+        unseen_tools: conversations whose tools the template does not write down, so far.
+        unseen_thoughts: replies whose reasoning_content it does not write down, so far.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class ChatRenderer:
         self._system = system
         self.leading_replies = 0
         self.split_conversations = 0
+        self.unseen_tools = 0
+        self.unseen_thoughts = 0
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -120,6 +124,8 @@ class ChatRenderer:
         messages = conversation.messages
         if train_on_all:
             text = self._render(conversation, messages)
+            _check_calls(messages, text, conversation.source)
+            self._look_for_tools(conversation, text)
             ends = self._ends_turn(text)
             return [Document(text, ((0, len(text)),), mark, not ends, False, conversation.source)]
         turns = [
@@ -137,6 +143,8 @@ class ChatRenderer:
             spans.insert(0, (start, end))
         if whole is not None:
             documents.append(self._document(whole, spans, mark, conversation.source))
+        if turns:
+            self._look_for_tools(conversation, turns[-1][0])
         self.split_conversations += len(documents) > 1
         return documents[::-1]
 
@@ -148,6 +156,8 @@ class ChatRenderer:
         """
         conversation, mark = self._prepared(conversation)
         text = self._render(conversation, conversation.messages, generation_prompt=True)
+        self._look_for_tools(conversation, text)
+        _check_calls(conversation.messages, text, conversation.source)
         return Document(text, (), mark, False, False, conversation.source)
 
     def _prepared(self, conversation: Conversation) -> tuple[Conversation, str | None]:
@@ -184,7 +194,15 @@ class ChatRenderer:
                 why=f"it asks with {_around(asked, alike)!r} and renders {_around(text, alike)!r} (reply {index})",
                 next_step="use a template that renders them alike (--chat-template, --template-args)",
             )
+        _check_calls(messages[: index + 1], text, conversation.source)
+        thoughts = str(messages[index].get("reasoning_content", "")).strip()
+        self.unseen_thoughts += bool(thoughts) and thoughts not in text[len(asked) :]
         return text, len(asked), self._end_of_turn(text, len(asked))
+
+    def _look_for_tools(self, conversation: Conversation, text: str) -> None:
+        functions = [tool.get("function", tool) for tool in conversation.tools or ()]
+        names = [function["name"] for function in functions if isinstance(function, Mapping) and "name" in function]
+        self.unseen_tools += bool(names) and not any(str(name) in text for name in names)
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """Behind the last control token of the reply, if only white space follows that; else the end of the text."""
@@ -242,6 +260,20 @@ class ChatRenderer:
             why=f"{type(error).__name__}: {error}",
             next_step="change the order or the roles of the messages, or use another template (--chat-template)",
         )
+
+
+def _check_calls(messages: Sequence[Message], text: str, source: str) -> None:
+    """Raise DataError where a template leaves tool calls out, as those do that know of no tools."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            if name not in text:
+                raise DataError(
+                    "the chat template does not write down the tool calls of this conversation",
+                    where=source,
+                    why=f"{name!r} is called, and stands nowhere in the text that it renders",
+                    next_step="use a template that knows tool calls (--chat-template), or write the calls as content",
+                )
 
 
 def _common_length(one: str, other: str) -> int:

@@ -125,6 +125,8 @@ class RowRenderer:
                 "made into several documents, because the chat template rewrites earlier turns",
             ),
             (chat.leading_replies if chat else 0, "that begin with a reply; it carries no loss"),
+            (chat.unseen_tools if chat else 0, "with tools that the chat template does not write down for the model"),
+            (chat.unseen_thoughts if chat else 0, "with reasoning_content that the chat template does not write down"),
         )
         notes = [f"{count_of(count, 'row')} {what}" for count, what in facts if count]
         if chat and "strftime_now" in (self._template or "") and "date_string" not in chat.template_args:

@@ -114,10 +114,14 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
             where=raw.source,
         )
     columns = ", ".join(sorted(raw.values)) or "none"
+    small = {name.strip().lower() for name in present}
+    meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
     raise DataError(
         f"the columns fit no form of row: {columns}",
         where=raw.source,
-        next_step="a row has messages, or prompt and completion, or instruction, input and output, or text",
+        next_step=f"write {' and '.join(meant.columns)} in small letters"
+        if meant is not None
+        else "a row has messages, or prompt and completion, or instruction, input and output, or text",
     )
 
 

@@ -208,7 +208,7 @@ def _no_rows(name: str, bad: BadRows, count: int) -> DataError:
         f"no row can be used: {count:,} malformed",
         where=name,
         why=f"the first: {bad.errors[0].where}: {bad.errors[0].what}",
-        next_step="correct the file; --skip-bad is for a few bad rows among good ones",
+        next_step=bad.errors[0].next_step or "correct the file; --skip-bad is for a few bad rows among good ones",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,10 +79,24 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
 
 
 def _checked(values: object, source: str, bad: BadRows) -> Iterator[RawRow]:
+    if isinstance(values, Mapping):
+        values = {column: _without_padding(value) for column, value in values.items()}
     try:
         yield checked_row(values, source)
     except DataError as error:
         bad.add(error)
+
+
+def _without_padding(value: Any) -> Any:
+    """Without the nulls that Arrow puts into a table for every name that only tables of other rows have.
+
+    Otherwise a tool call would hold the arguments of all functions in the file, and train the model to write them.
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_padding(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_padding(item) for item in value]
+    return value
 
 
 def _optional(module: str, purpose: str, where: str, install: str) -> ModuleType:
