@@ -29,7 +29,7 @@ def test_two_runs_side_by_side(two: tuple[Path, Path], tmp_path: Path) -> None:
     assert "optimization.learning_rate" in options and "1e-06" in options and "run.output" not in options
     series = {row["series"] for row in page.charts["held-out"]["data"]["values"]}
     assert series == {"run", "other"}
-    assert len(page.every("div", class_="answer")) == 4
+    assert len(page.every("article", class_="answer")) == 4
 
 
 def test_other_held_out_rows_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:

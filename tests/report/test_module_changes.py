@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from backhand.arithmetic.adapter_factors import ModuleFactors
 from backhand.report.module_changes import changes_of, effective_rank, module_changes, singular_values
+from backhand.report.page import run_page
 from backhand.report.run_record import read_run
+from backhand.report.train import train
+from support.page import Page
 from support.tiny_run import TinyRun
 
 
@@ -22,16 +26,17 @@ def test_singular_values_are_those_of_the_whole_matrix() -> None:
 
 def test_changes_of_each_module() -> None:
     shapes = {"model.layers.4.self_attn.q_proj": (11, 7), "model.layers.12.mlp.up_proj": (5, 7), "lm_head": (9, 7)}
-    factors, norms = {}, {}
+    factors: dict[str, ModuleFactors] = {}
+    norms: dict[str, float | None] = {}
     for number, (name, (out_features, in_features)) in enumerate(shapes.items()):
-        factors[f"{name}.lora_A"] = torch.randn(2, in_features, dtype=torch.float64)
-        factors[f"{name}.lora_B"] = torch.randn(out_features, 2, dtype=torch.float64)
+        lora_A, lora_B = torch.randn(2, in_features), torch.randn(out_features, 2)
+        factors[name] = ModuleFactors(lora_A.double(), lora_B.double(), 0.6)
         norms[name] = 10.0 + number
     norms["lm_head"] = None
-    changes = list(module_changes(factors, dict.fromkeys(shapes, 0.6), norms))
+    changes = list(module_changes(factors, norms))
     assert [(change.layer, change.kind) for change in changes] == [(4, "q_proj"), (12, "up_proj"), (None, "lm_head")]
     for change in changes:
-        delta = 0.6 * factors[f"{change.name}.lora_B"] @ factors[f"{change.name}.lora_A"]
+        delta = 0.6 * factors[change.name].lora_B @ factors[change.name].lora_A
         norm = float(torch.linalg.matrix_norm(delta))
         assert change.update_norm == pytest.approx(norm, rel=1e-12)
         weight_norm = norms[change.name]
@@ -49,8 +54,8 @@ def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    changes, source = changes_of(read_run(finished))
-    assert source == "adapter" and len(changes) == 14
+    changes, source, beside = changes_of(read_run(finished))
+    assert source == "adapter" and len(changes) == 14 and beside == ()
     for change in changes:
         weight = model.get_submodule(change.name).weight.detach().double()
         assert change.relative is not None and math.isfinite(change.relative)
@@ -58,16 +63,39 @@ def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun
 
 
 def test_before_the_adapter_is_published_the_newest_checkpoint_counts(finished: Path) -> None:
-    wanted, _ = changes_of(read_run(finished))
+    wanted = changes_of(read_run(finished)).modules
     shutil.rmtree(finished / "adapter")
-    changes, source = changes_of(read_run(finished))
+    changes, source, _ = changes_of(read_run(finished))
     assert source == "checkpoints/step-12"
     assert [change.name for change in changes] == [change.name for change in wanted]
     shutil.rmtree(finished / "checkpoints")
-    assert changes_of(read_run(finished)) == ([], "there is no adapter yet")
+    assert changes_of(read_run(finished)) == ([], "there is no adapter yet", ())
 
 
 def test_a_damaged_adapter_is_named(finished: Path) -> None:
     (finished / "adapter" / "adapter_model.safetensors").write_bytes(b"nonsense")
-    changes, source = changes_of(read_run(finished))
+    changes, source, _ = changes_of(read_run(finished))
     assert changes == [] and source.startswith("the adapter cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("options", "modules", "said"),
+    [
+        ({"use_dora": True}, 14, "the lengths of the rows of 14 weights (DoRA)"),
+        ({"lora_bias": True}, 14, "the bias of lora_B in 14 modules"),
+        ({"modules_to_save": ("lm_head", "model.norm")}, 14, "2 tensors trained in full"),
+        ({"trainable_token_indices": (3, 5)}, 14, "single rows of 1 embedding"),
+        ({"target_modules": ("embed_tokens", "v_proj")}, 3, None),
+    ],
+)
+def test_every_kind_of_adapter_is_shown_and_what_the_norms_leave_out_is_said(
+    options: dict[str, object], modules: int, said: str | None, tiny: TinyRun, tmp_path: Path
+) -> None:
+    train(tiny.config(tmp_path / "run", max_steps=1, **options))
+    changes, source, beside = changes_of(read_run(tmp_path / "run"))
+    assert source == "adapter" and len(changes) == modules
+    assert all(change.relative is not None and change.relative > 0 for change in changes)
+    assert beside == (() if said is None else (said,))
+    section = Page(run_page(read_run(tmp_path / "run"))).one("section", id="adapter").text
+    assert f"of {modules} modules moved" in section
+    assert ("no part of" in section) == (said is not None) and (said or "") in section

@@ -96,6 +96,14 @@ def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun)
     section = Page(run_page(read_run(finished))).one("section", id="answers")
     assert [mark.text for mark in (e for e in section.all() if e.tag == "mark")] == ["green", "grey"]
     assert "= what the row says" in section.text and answer["prompt"] in section.text
+    # Control tokens are told from what a person asked.
+    control = [span.text for span in section.all() if span.attributes.get("class") == "control"]
+    asked = lines(tiny.held_out)[0]["prompt"]
+    assert control and all(text in answer["prompt"] for text in control)
+    assert not any(asked in text for text in control)
+    del answer["prompt_parts"]  # as before there were any
+    (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+    assert answer["prompt"] in Page(run_page(read_run(finished))).one("section", id="answers").text
 
 
 def test_curves_hold_the_figures_of_metrics(finished: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from backhand.cli.main import main
 from backhand.report.page import run_page
 from backhand.report.proof_tables import KINDS, proof_tables
 from backhand.report.run_record import read_run
@@ -18,8 +19,9 @@ from support.page import Page
 from support.tiny_run import TinyRun
 
 
-def kinds_not_run(run: Path) -> set[str | None]:
-    return {part.attributes["data-kind"] for part in Page(run_page(read_run(run))).every("p", class_="not-run")}
+def kinds_not_run(run: Path, page: bytes | None = None) -> set[str | None]:
+    parts = Page(page or run_page(read_run(run))).every("span", class_="badge not-run")
+    return {part.attributes["data-kind"] for part in parts}
 
 
 def test_what_was_not_run_says_so(finished: Path) -> None:
@@ -67,3 +69,39 @@ def test_lines_without_a_kind_go_by_their_command(line: dict[str, str], kind: st
     tables = proof_tables([{"proof": "x", **line}], run="r", adapter="a")
     assert [table.kind for table in tables] == list(KINDS)
     assert [table.kind for table in tables if table.lines] == [kind]
+
+
+def test_the_page_is_written_again_when_a_command_proves_something(finished: Path, tmp_path: Path) -> None:
+    adapter, model = str(finished / "adapter"), str(tiny_model_of(finished))
+    page = finished / "report.html"
+    before = page.read_bytes()
+    to_gguf = ["export", "--model", model, "--adapter", adapter, "--to", "gguf", "--quiet"]
+    assert main([*to_gguf, "--output", str(tmp_path / "one.gguf")]) == 0
+    assert kinds_not_run(finished, page.read_bytes()) == {"gradients", "invariances", "resume", "merge"}
+    merging = ["merge", "--model", model, "--adapter", adapter, "--quiet"]
+    assert main([*merging, "--output", str(tmp_path / "merged")]) == 0
+    assert kinds_not_run(finished, page.read_bytes()) == {"gradients", "invariances", "resume"}
+    assert main(["verify", "--run", str(finished), "--max-tokens", "24"]) == 0
+    assert kinds_not_run(finished, page.read_bytes()) == {"resume"}
+    # A proof that fails stands there as well.
+    tight = [*merging, "--dtype", "bfloat16", "--tolerance", "1e-9", "--output", str(tmp_path / "rounded")]
+    assert main(tight) == 6
+    assert [strong.text for strong in Page(page.read_bytes()).every("strong", class_="bad")] == ["no"]
+    assert len(page.read_bytes()) > len(before)
+
+
+def test_no_page_is_made_where_there_is_none_and_none_where_nothing_was_proved(finished: Path, tmp_path: Path) -> None:
+    page, model = finished / "report.html", str(tiny_model_of(finished))
+    to_gguf = ["export", "--model", model, "--adapter", str(finished / "adapter"), "--to", "gguf", "--quiet"]
+    page.write_text("as it was")
+    assert main(["export", "--adapter", str(finished / "adapter"), "--to", "gguf"]) == 2
+    assert main([*to_gguf, "--output", str(finished / "config.toml")]) == 2
+    assert page.read_text() == "as it was"
+    page.unlink()
+    assert main([*to_gguf, "--output", str(tmp_path / "one.gguf")]) == 0
+    assert not page.exists()
+
+
+def tiny_model_of(run: Path) -> Path:
+    """The model that a run was made with."""
+    return Path(read_run(run).config["model"]["model"])

@@ -8,14 +8,20 @@ from backhand.export.options import ExportOptions, MergeOptions
 
 def _export(options: ExportOptions) -> None:
     from backhand.export.command import export_command
+    from backhand.export.proving import run_of
+    from backhand.report.writing import report_kept
 
-    export_command(options)
+    with report_kept(run_of(options.adapter)):
+        export_command(options)
 
 
 def _merge(options: MergeOptions) -> None:
     from backhand.export.merging import merge_command
+    from backhand.export.proving import run_of
+    from backhand.report.writing import report_kept
 
-    merge_command(options)
+    with report_kept(run_of(options.adapter)):
+        merge_command(options)
 
 
 export = command(ExportOptions, _export)

@@ -8,9 +8,11 @@ from backhand.verify.options import VerifyOptions
 
 
 def _verify(options: VerifyOptions) -> None:
+    from backhand.report.writing import report_kept
     from backhand.verify.command import verify_command
 
-    verify_command(options)
+    with report_kept(options.verify.run):
+        verify_command(options)
 
 
 verify = command(VerifyOptions, _verify, parse=DATA_PARSERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -22,8 +23,8 @@ class Prover:
         console: for people; None prints nothing.
     """
 
-    def __init__(self, command: str, adapter: Path, console: Console | None) -> None:
-        self.command = command
+    def __init__(self, command: Literal["merge", "export"], adapter: Path, console: Console | None) -> None:
+        self.command: Literal["merge", "export"] = command
         self.proofs: list[Proof] = []
         self._run = run_of(adapter)
         self._console = console
@@ -46,7 +47,7 @@ class Prover:
             CheckError: it does not hold. All proofs so far have been written to the run then.
         """
         passed = value <= bound if holds is None else holds
-        self.proofs.append(Proof(statement, passed, value, bound, self.command))
+        self.proofs.append(Proof(statement, passed, value, bound, self.command, self.command))
         self.say(f"{'proved' if passed else 'FAILED'}: {statement} ({value:.2g}, bound {bound:.2g})")
         if not passed:
             self.write()
@@ -69,9 +70,14 @@ class Prover:
             self.say(f"note: not written to {self._run}: {error.one_line}")
 
 
-def run_of(adapter: Path) -> Path | None:
+def run_of(adapter: Path | None) -> Path | None:
     """The run directory that holds this adapter, or None."""
-    path = adapter.resolve()
+    try:
+        path = None if adapter is None else adapter.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character: reading it says so
+        path = None
+    if path is None:
+        return None
     for parent in (path, *path.parents)[:4]:
         if (parent / CONFIG).is_file() and (parent / ADAPTER).is_dir():
             return parent

@@ -19,6 +19,7 @@ Rows = list[dict[str, Any]]
 DATA = "rows"
 # More points than a screen is wide only cost time: neighbours are averaged.
 MAX_POINTS = 1200
+MAX_TICKS = 16
 # Told apart in grey and by the usual colour blindnesses, and readable on white and on near-black.
 COLOURS = ("#4c8dd6", "#e08a1e", "#2f9e6e", "#b45fc0", "#c9503f", "#8a8f98")
 _LOG_FROM_RATIO = 20.0
@@ -65,8 +66,8 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
     )
     charts = {
         "loss": curve(losses, "nats per supervised token", height=280, log="auto", dots="held-out rows"),
-        "learning-rate": curve(_series(run.steps, "learning_rate", "rate"), "learning rate", numbers=".1~e"),
-        "grad-norm": curve(_series(run.steps, "grad_norm", "norm"), "norm before clipping"),
+        "learning-rate": curve(_series(run.steps, "learning_rate", "rate"), "learning rate", zero=True),
+        "grad-norm": curve(_series(run.steps, "grad_norm", "norm"), "norm before clipping", zero=True),
         "tokens-per-s": curve(_series(run.steps, "tokens_per_s", "speed"), "tokens/s", zero=True, numbers=",.0f"),
         "memory": curve(memory, "MB", zero=True, numbers=",.0f"),
         "forgetting": curve(forgetting, "nats per neutral token", dots="all"),
@@ -96,7 +97,7 @@ def curve(
 
     Args:
         rows: {"step", "value", "series"}.
-        title: of the value axis, with its unit.
+        title: of the values, with their unit, under the pointer.
         height: in pixels.
         log: `auto` for a logarithmic axis where the values span more than a factor of 20.
         zero: whether the value axis begins at zero.
@@ -104,7 +105,8 @@ def curve(
         numbers: format of the value axis.
     """
     series = list(dict.fromkeys(row["series"] for row in rows))
-    y: Spec = {"field": "value", "type": "quantitative", "title": title, "axis": {"format": numbers, "tickCount": 5}}
+    # What it is, with its unit, stands in the caption; room beside the curve is scarce on a phone.
+    y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"format": numbers, "tickCount": 5}}
     if log and _spans(rows):
         y |= {"scale": {"type": "log", "nice": False}, "axis": {"format": "~g", "tickCount": 3}}
     else:
@@ -191,15 +193,17 @@ def spectra(changes: Iterable[ModuleChange]) -> Spec:
         if value > 0
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    numbers = range(1, max((row["index"] for row in rows), default=1) + 1)
+    x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),
         "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.55, "point": {"size": 14, "opacity": 0.55}},
         "encoding": {
-            "x": _whole("index", "number of the singular value") | {"scale": {"zero": False, "nice": False}},
+            "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | _ticks(numbers)},
             "y": {
                 "field": "value",
                 "type": "quantitative",
-                "title": "singular value of ΔW",
+                "title": None,
                 "scale": {"type": "log", "nice": False},
                 "axis": {"format": "~g", "tickCount": 3},
             },
@@ -238,6 +242,11 @@ def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
             ],
         },
     }
+
+
+def _ticks(numbers: range) -> Spec:
+    """Every number of a few at its place, every so many of more."""
+    return {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}
 
 
 def _whole(field: str, title: str) -> Spec:

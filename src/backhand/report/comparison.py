@@ -11,6 +11,7 @@ from typing import Any
 from backhand.report import charts
 from backhand.report.differences import differences
 from backhand.report.headline import base_and_best, headline
+from backhand.report.page import prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import render
 from backhand.report.run_record import RunRecord, is_number
@@ -116,7 +117,7 @@ def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "source": key[0],
-                "prompt": key[1],
+                "prompt_parts": prompt_parts(first),
                 "reference": first.get("reference", ""),
                 "base": first.get("base", ""),
                 "by_run": list(zip_longest((name for name, _ in named), marked)),

@@ -80,7 +80,10 @@ def _where(run: RunRecord) -> str:
 
 
 def _exp(loss: float) -> str:
-    return f"{math.exp(min(loss, 700.0)):,.2f}"
+    value = math.exp(min(loss, 700.0))
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def use_commands(run: RunRecord) -> list[tuple[str, str]]:

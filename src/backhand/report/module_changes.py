@@ -3,27 +3,38 @@
 With lora_B = Q_B R_B and lora_Aᵀ = Q_A R_A, the singular values of ΔW are those of scaling · R_B R_Aᵀ, (rank, rank).
     ‖ΔW‖ = √Σ σ²
     effective rank = exp(-Σ p log p), p = σ / Σ σ      [Roy and Vetterli 2007, The effective rank]
+
+What an adapter trains beside its factors (DoRA's magnitudes, biases, whole modules, single rows of an embedding) is no
+part of ΔW, and is named beside it.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import TENSOR_FILE
-from backhand.adapters.peft_loading import load_adapter
+from backhand.arithmetic.adapter_factors import ModuleFactors, read_factors
 from backhand.errors import BackhandError
 from backhand.report.run_record import RunRecord, is_number
 from backhand.train.run_directory import CHECKPOINTS
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+# Part of a tensor's name in PEFT's files, and what it holds.
+_BESIDE = (
+    ("lora_magnitude_vector", "the lengths of the rows of {} weight{} (DoRA)"),
+    (".lora_B.bias", "the bias of lora_B in {} module{}"),
+    ("token_adapter.trainable_tokens", "single rows of {} embedding{}"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,54 +62,71 @@ class ModuleChange:
     effective_rank: float
 
 
-def changes_of(run: RunRecord) -> tuple[list[ModuleChange], str]:
-    """The changes of a run's adapter, and of which one: `adapter/`, or the newest checkpoint's until that is there.
+class AdapterChanges(NamedTuple):
+    """What an adapter has changed.
 
-    Where nothing can be read the list is empty, and the text says why.
+    Attributes:
+        modules: in forward order; empty where nothing can be read.
+        source: which adapter of the run it is, or why there is none to read.
+        beside: what else is trained that ΔW leaves out, a phrase each.
     """
-    modules = run.facts.get("modules") or []
-    shapes = {module["name"]: (module["out_features"], module["in_features"]) for module in modules}
-    if not shapes:
-        return [], "the run has not recorded what it adapts"
+
+    modules: list[ModuleChange]
+    source: str
+    beside: tuple[str, ...] = ()
+
+
+def changes_of(run: RunRecord) -> AdapterChanges:
+    """The changes of a run's adapter: of `adapter/`, or of the newest checkpoint's until that is there."""
+    recorded = run.facts.get("modules") or []
+    norms = tuple((module["name"], module.get("weight_norm")) for module in recorded)
     for directory in (run.adapter, _newest_checkpoint(run.path)):
         if directory is None or not directory.is_dir():
             continue
-        norms = {module["name"]: module.get("weight_norm") for module in modules}
         try:
             written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
-            changes = _read(directory, written_ns, tuple(shapes.items()), tuple(norms.items()))
+            changes, beside = _read(directory, written_ns, norms)
         except (BackhandError, OSError) as error:
-            return [], f"the adapter cannot be read: {error}"
-        return list(changes), str(directory.relative_to(run.path))
-    return [], "there is no adapter yet"
+            return AdapterChanges([], f"the adapter cannot be read: {error}")
+        return AdapterChanges(list(changes), str(directory.relative_to(run.path)), beside)
+    return AdapterChanges([], "there is no adapter yet")
 
 
 @lru_cache(maxsize=4)
 def _read(
-    directory: Path,
-    _written_ns: int,
-    shapes: tuple[tuple[str, tuple[int, int]], ...],
-    norms: tuple[tuple[str, float | None], ...],
-) -> tuple[ModuleChange, ...]:
+    directory: Path, _written_ns: int, norms: tuple[tuple[str, float | None], ...]
+) -> tuple[tuple[ModuleChange, ...], tuple[str, ...]]:
     """The changes of the adapter in a directory; a page that is watched asks every few seconds for the same files."""
-    adapter = load_adapter(directory, dict(shapes))
-    scalings = {slot.name: slot.scaling for slot in adapter.slots}
-    return tuple(module_changes(adapter.factors, scalings, dict(norms)))
+    adapter = read_factors(directory)
+    # A file is sorted by name; the run has recorded its modules as they follow one another.
+    order = {name: number for number, (name, _) in enumerate(norms)}
+    names = sorted(adapter.modules, key=lambda name: order.get(name, len(order)))
+    changes = module_changes({name: adapter.modules[name] for name in names}, dict(norms))
+    return tuple(changes), trained_beside(adapter.others)
+
+
+def trained_beside(others: Iterable[str]) -> tuple[str, ...]:
+    """What is trained beside factors, a phrase for each kind, from the names of a file's other tensors."""
+    found: Counter[str] = Counter()
+    for name in others:
+        if name.endswith(".base_layer.weight"):
+            continue  # a copy of the frozen weight, which PEFT puts beside the factors of embeddings and heads
+        kind = next((kind for part, kind in _BESIDE if part in name), "{} tensor{} trained in full")
+        found[kind] += 1
+    return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in found.items())
 
 
 def module_changes(
-    factors: Mapping[str, Tensor], scalings: Mapping[str, float], weight_norms: Mapping[str, float | None]
+    factors: Mapping[str, ModuleFactors], weight_norms: Mapping[str, float | None]
 ) -> Iterable[ModuleChange]:
-    """The change of each module in the order of `scalings`.
+    """The change of each module, in the order of `factors`.
 
     Args:
-        factors: `<module>.lora_A` (rank, in) and `<module>.lora_B` (out, rank).
-        scalings: by module.
+        factors: by module.
         weight_norms: ‖W‖ by module, None where it is not known.
     """
-    for name, scaling in scalings.items():
-        lora_A, lora_B = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
-        values = singular_values(lora_A, lora_B, scaling)
+    for name, module in factors.items():
+        values = singular_values(module.lora_A, module.lora_B, module.scaling)
         norm = math.sqrt(sum(value * value for value in values))
         weight_norm = weight_norms.get(name)
         numbers = _LAYER.findall(name)
@@ -106,7 +134,7 @@ def module_changes(
             name,
             int(numbers[-1]) if numbers else None,
             name.rpartition(".")[2],
-            lora_A.shape[0],
+            module.rank,
             norm,
             norm / weight_norm if is_number(weight_norm) and weight_norm else None,
             tuple(values),

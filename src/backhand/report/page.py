@@ -13,9 +13,10 @@ from backhand.report.module_changes import ModuleChange, changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import render
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, count_in_words, duration
+from backhand.report.words import NOT_KNOWN, count_in_words, duration, moment
 from backhand.train.answers import MAX_NEW_TOKENS
 from backhand.train.memory_plan import in_words
+from backhand.train.run_directory import CONFIG
 
 SECTIONS = {
     "result": "result",
@@ -36,7 +37,7 @@ def run_page(run: RunRecord) -> bytes:
 
 def page_values(run: RunRecord) -> dict[str, Any]:
     """What the templates of a run show."""
-    changes, source = changes_of(run)
+    changes, source, beside = changes_of(run)
     tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
@@ -55,12 +56,15 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "memory_parts": _memory_parts(run),
         "changes": sorted(changes, key=lambda one: -(one.relative or one.update_norm))[:_MOST_MOVED],
         "change_source": source,
+        "beside": beside,
         "movement": _movement(changes),
         "proofs": tables,
         "data": _data(run),
         "data_notes": run.facts.get("data", {}).get("train", {}).get("notes") or [],
         "shown_rows": run.facts.get("data", {}).get("train", {}).get("shown") or [],
+        "again": f"backhand train {shlex.quote(str(run.path / CONFIG))} --output runs/again",
         "origin": _origin(run),
+        "digests": _digests(run),
         "charts": drawn,
     }
 
@@ -72,7 +76,7 @@ def _state(run: RunRecord) -> dict[str, Any] | None:
         return None
     continued = f"backhand train --resume --output {shlex.quote(str(run.path))}"
     texts = {
-        "running": f"Running: process {status.process} on {status.host}, since {status.began}.",
+        "running": f"Running: process {status.process} on {status.host}, since {moment(status.began)}.",
         "interrupted": f"Interrupted: {status.reason}.",
         "failed": f"Stopped by an error: {status.reason}.",
         "killed": f"Killed: process {status.process} ended without a word. Continue with: {continued}",
@@ -80,7 +84,8 @@ def _state(run: RunRecord) -> dict[str, Any] | None:
     return {"text": texts[status.state], "bad": status.state in ("failed", "killed")}
 
 
-def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str]]:
+def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str, str]]:
+    """(figure, what it is, whether it is `good` or `bad`)."""
     summary, steps = run.summary, run.steps
     base, best = base_and_best(run)
     spent = summary.get("train_s", steps[-1].get("time_s") if steps else None)
@@ -88,20 +93,24 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str]
     used = [line["rss_bytes"] for line in steps if is_number(line.get("rss_bytes"))]
     peak = summary.get("peak_rss_bytes", max(used, default=None))
     proved, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
+    helped = verdict(run)
+    predicted = run.facts.get("memory", {}).get("predicted_bytes")
+    of_memory = f"peak memory, {in_words(int(predicted))} predicted" if is_number(predicted) else "peak memory"
     tiles = [
-        (f"{_short(base)} → {_short(best)}", f"held-out loss, {VERDICTS[verdict(run)]}"),
-        (duration(spent), "in training steps"),
-        (f"{speed:,.0f}" if is_number(speed) else NOT_KNOWN, "tokens a second"),
-        (in_words(int(peak)) if is_number(peak) else NOT_KNOWN, "peak memory"),
-        (f"{proved - failed} of {proved}", "checks held"),
+        (f"{_short(base)} → {_short(best)}", f"held-out loss: {VERDICTS[helped]}", COLOURS[helped]),
+        (duration(spent), "in training steps", ""),
+        (f"{speed:,.0f}" if is_number(speed) else NOT_KNOWN, "tokens per second", ""),
+        (in_words(int(peak)) if is_number(peak) else NOT_KNOWN, of_memory, ""),
+        (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
     ]
     if is_number(summary.get("adapted_exact_match")):
         before, after = (summary.get(f"{which}_exact_match") for which in ("base", "adapted"))
-        tiles.insert(1, (f"{_share(before)} → {_share(after)}", "answers exactly right"))
+        tiles.insert(1, (f"{_share(before)} → {_share(after)}", "answers exactly right", ""))
     return tiles
 
 
 VERDICTS = {"helped": "it helped", "hurt": "it did not help", "unknown": "not measured"}
+COLOURS = {"helped": "good", "hurt": "bad", "unknown": ""}
 
 
 def _short(value: object) -> str:
@@ -118,7 +127,7 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
     reference = str(line.get("reference", ""))
     return {
         "source": line.get("source", ""),
-        "prompt": line.get("prompt", ""),
+        "prompt_parts": prompt_parts(line),
         "reference": reference,
         "base": left,
         "adapted": right,
@@ -126,11 +135,20 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """A prompt of answers.jsonl as (text, whether it is control tokens); one part where the run is older than these."""
+    parts = line.get("prompt_parts")
+    try:
+        return [(str(text), control is True) for text, control in parts or ()] or [(str(line.get("prompt", "")), False)]
+    except (TypeError, ValueError):
+        return [(str(line.get("prompt", "")), False)]
+
+
 def _adapter_charts(changes: Sequence[ModuleChange]) -> dict[str, charts.Spec]:
     if not changes:
         return {}
     relative = any(change.relative is not None for change in changes)
-    field, title, numbers = ("relative", "‖ΔW‖/‖W‖", ".1%") if relative else ("update_norm", "‖ΔW‖", ".2~g")
+    field, title, numbers = ("relative", "‖ΔW‖ / ‖W‖", ".2~%") if relative else ("update_norm", "‖ΔW‖", ".2~g")
     found = {
         "moved": charts.module_heat_map(changes, field, title, numbers),
         "effective-rank": charts.module_heat_map(changes, "effective_rank", "effective rank", ".1f"),
@@ -183,17 +201,18 @@ def _data(run: RunRecord) -> list[dict[str, Any]]:
 
 def _memory_parts(run: RunRecord) -> list[tuple[str, str]]:
     parts = run.facts.get("memory", {}).get("parts") or {}
-    return [(name, in_words(size)) for name, size in sorted(parts.items(), key=lambda part: -part[1])]
+    shown = [(name, in_words(size)) for name, size in sorted(parts.items(), key=lambda part: -part[1])]
+    return [(name, size) for name, size in shown if not size.startswith("0 ")]
 
 
 def _origin(run: RunRecord) -> list[tuple[str, str]]:
-    """Model, machine, versions, digests and times, a line each."""
+    """Model, machine, versions and times, a line each."""
     facts, machine = run.facts, run.facts.get("machine") or {}
     model = facts.get("model") or {}
     lines = [
         ("base model", " · ".join(str(model[key]) for key in ("name", "origin", "architecture") if model.get(key))),
         ("computed", " · ".join(str(model[key]) for key in ("engine", "dtype", "note") if model.get(key))),
-        ("began", facts.get("began")),
+        ("began", moment(facts["began"]) if facts.get("began") else None),
         ("duration", duration(run.summary.get("train_s"))),
         ("processor", machine.get("processor")),
         ("accelerator", machine.get("accelerator")),
@@ -201,6 +220,15 @@ def _origin(run: RunRecord) -> list[tuple[str, str]]:
         ("memory", in_words(machine["memory_bytes"]) if is_number(machine.get("memory_bytes")) else None),
         ("system", machine.get("system")),
         ("packages", ", ".join(f"{name} {number}" for name, number in (facts.get("packages") or {}).items())),
-        *((name.replace("_", " "), digest) for name, digest in (facts.get("digests") or {}).items()),
     ]
     return [(name, str(value)) for name, value in lines if value not in (None, "")]
+
+
+def _digests(run: RunRecord) -> list[tuple[str, str]]:
+    """What a run must have in common with this one to be the same; its settings stand in config.toml."""
+    digests = run.facts.get("digests") or {}
+    return [
+        (name.removesuffix("_digest").replace("_", " "), value)
+        for name, value in digests.items()
+        if isinstance(value, str)
+    ]

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from backhand.report.words import figure, percent
+from backhand.report.words import figure, percent, place
 
 PAGE_SCRIPTS = ("vega.min.js", "page.js")
 
@@ -56,17 +55,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"figure": figure, "percent": percent, "json": _json, "joined": _joined}
+    found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json}
     return found
 
 
 def _json(value: Any) -> Markup:
     """JSON that cannot end the script element it stands in, and holds no NaN."""
     return htmlsafe_json_dumps(value, allow_nan=False, separators=(",", ":"))
-
-
-def _joined(path: PurePath, name: str) -> PurePath:
-    return path / name
 
 
 def _policy(scripts: Iterable[str], connect: str) -> str:

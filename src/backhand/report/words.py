@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
+from pathlib import PurePath
 
 from backhand.report.run_record import is_number
 
@@ -33,11 +35,28 @@ def percent(value: object) -> str:
 
 
 def duration(seconds: object) -> str:
-    """`48 s`, `12 min 5 s`, `3 h 20 min`."""
+    """`0.4 s`, `48 s`, `12 min 5 s`, `3 h 20 min`."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return NOT_KNOWN
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def moment(text: object) -> str:
+    """A time in ISO form as `24 November 2026, 22:11 UTC`; any other text as it is."""
+    try:
+        when = datetime.fromisoformat(str(text)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return str(text)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def place(source: object) -> str:
+    """`valid.jsonl, row 3` for `/data/valid.jsonl:3`; a place of another form as it is."""
+    file, colon, number = str(source).rpartition(":")
+    return f"{PurePath(file).name}, row {number}" if colon and number.isdecimal() and file else str(source)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from backhand.errors import BackhandError
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.train.files import FileLayer, replace_file, saving
-from backhand.train.run_directory import REPORT
+from backhand.train.run_directory import PROOFS, REPORT
 
 
 def write_report(run: Path) -> Path:
@@ -21,6 +25,31 @@ def write_report(run: Path) -> Path:
     target = run / REPORT
     write_page(target, run_page(read_run(run)))
     return target
+
+
+@contextmanager
+def report_kept(run: Path | None) -> Iterator[None]:
+    """Write a run's report.html again if its proofs.jsonl has grown meanwhile, also where a proof failed.
+
+    A run without a page gets none. A page that cannot be written takes nothing from what was proved: it is said.
+    """
+    before = _proofs_version(run)
+    try:
+        yield
+    finally:
+        if run is not None and _proofs_version(run) != before and (run / REPORT).is_file():
+            try:
+                write_report(run)
+            except (BackhandError, OSError) as error:
+                print(f"the report could not be written: {error}", file=sys.stderr)
+
+
+def _proofs_version(run: Path | None) -> tuple[int, int] | None:
+    try:
+        status = (run / PROOFS).stat() if run is not None else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_size, status.st_mtime_ns)
 
 
 def write_page(target: Path, page: bytes) -> None:

@@ -6,6 +6,7 @@ where everything is supervised, the first half is given and the second half is w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,14 @@ class HeldOutAnswer:
     Attributes:
         source: where the row stands.
         prompt: what was asked, as the model sees it, with control tokens.
+        prompt_parts: the same as [text, whether it is control tokens], so that people can be shown less of these.
         reference: what the row says, cut to as many tokens as answers may have.
         base, adapted: greedy answers, without control tokens.
     """
 
     source: str
     prompt: str
+    prompt_parts: tuple[tuple[str, bool], ...]
     reference: str
     base: str
     adapted: str
@@ -69,6 +72,7 @@ def held_out_answers(
         yield HeldOutAnswer(
             example.source,
             str(tokenizer.decode(prompt.tolist())),
+            _prompt_parts(tokenizer, prompt.tolist()),
             *(str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said),
         )
 
@@ -89,6 +93,13 @@ def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.nda
     if begin <= 1:  # at most the first token, which never is supervised: plain text
         begin = end // 2
     return ids[max(0, begin - longest) : begin], ids[begin:end]
+
+
+def _prompt_parts(tokenizer: Any, ids: Sequence[int]) -> tuple[tuple[str, bool], ...]:
+    """Runs of control tokens, and of text between them."""
+    special = set(tokenizer.all_special_ids)
+    runs = itertools.groupby(ids, key=special.__contains__)
+    return tuple((str(tokenizer.decode(list(run))), control) for control, run in runs)
 
 
 def _answers(
