@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backhand.arithmetic.adapter_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.report.module_changes import changes_of, effective_rank, module_changes, singular_values
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run

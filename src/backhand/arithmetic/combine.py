@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
@@ -19,9 +18,10 @@ from backhand.arithmetic.computed_adapter import ComputedAdapter, ComputedModule
 from backhand.arithmetic.linear_combination import Weighted, multiplied, reduced, side_by_side
 from backhand.arithmetic.new_directory import check_new_directory
 from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
-from backhand.arithmetic.tables import computed_rows, console_for_tables, print_table
+from backhand.arithmetic.tables import computed_rows, print_table
 from backhand.generate.notes import show_notes
 from backhand.nn.loading.opening import open_model
+from backhand.terminal import console_for_tables, working
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _description(options: CombineOptions, sources: Sequence[AdapterFactors]) -> 
 
 def combine_command(options: CombineOptions) -> Combination:
     """`combine`, printed as a table, or as one JSON object with `json`."""
-    with Console(stderr=True).status("") as status:
-        result = combine(options, status.update)
+    with working() as say:
+        result = combine(options, say)
     show_notes(result.notes)
     if options.json:
         sys.stdout.write(json.dumps(_summary(result), indent=2, allow_nan=False) + "\n")
@@ -130,7 +130,7 @@ def combine_command(options: CombineOptions) -> Combination:
     columns = ("module", "modules", "rank", "‖ΔW‖", "relative error")
     print_table(console, _description(options, result.sources), columns, computed_rows(result.adapter))
     console.print(f"Relative error of all together: {result.adapter.error:.2g}")
-    console.print(f"Written to {result.directory}", highlight=False, soft_wrap=True)
+    console.print(f"Written to {result.directory}", soft_wrap=True)
     return result
 
 

@@ -14,8 +14,9 @@ from backhand.arithmetic.computed_adapter import ComputedAdapter, computed_files
 from backhand.arithmetic.findings import leave_findings
 from backhand.arithmetic.look_options import CompressOptions
 from backhand.arithmetic.new_directory import check_new_directory
-from backhand.arithmetic.tables import by_kind, console_for_tables, print_table, spread
+from backhand.arithmetic.tables import by_kind, print_table, spread
 from backhand.nn.loading.opening import open_model
+from backhand.terminal import console_for_tables
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,6 @@ def _print(result: Compression, options: CompressOptions) -> None:
         soft_wrap=True,
     )
     if options.output is None:
-        console.print("Nothing is written: give --output for the smaller adapter.", highlight=False)
+        console.print("Nothing is written: give --output for the smaller adapter.")
     else:
-        console.print(f"written: {options.output}", highlight=False, soft_wrap=True)
+        console.print(f"written: {options.output}", soft_wrap=True)

@@ -11,9 +11,10 @@ from backhand.arithmetic.compatible import check_shapes, refuse_more_than_factor
 from backhand.arithmetic.difference import AdapterDifference, compare_updates
 from backhand.arithmetic.findings import leave_findings
 from backhand.arithmetic.look_options import DiffOptions
-from backhand.arithmetic.tables import by_kind, console_for_tables, print_table, spread
+from backhand.arithmetic.tables import by_kind, print_table, spread
 from backhand.errors import CheckError
 from backhand.nn.loading.opening import open_model
+from backhand.terminal import console_for_tables
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,9 @@ def _print(result: Comparison) -> None:
     ):
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)
-            console.print(
-                f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", highlight=False, markup=False, soft_wrap=True
-            )
+            console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", markup=False, soft_wrap=True)
     if (largest := result.found.largest) is not None:
-        console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", highlight=False, soft_wrap=True)
+        console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 
 
 def _degrees(angles: Iterable[float]) -> str:

@@ -12,11 +12,12 @@ from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.findings import leave_findings
 from backhand.arithmetic.inspection import ModuleInspection, Part, file_parts, inspect_modules, inspection_facts
 from backhand.arithmetic.look_options import InspectOptions
-from backhand.arithmetic.tables import by_kind, console_for_tables, print_table, spread
+from backhand.arithmetic.tables import by_kind, print_table, spread
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
+from backhand.terminal import console_for_tables
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _print(result: Inspection) -> None:
     console = console_for_tables()
     for name, fact in inspection_facts(result.adapter).items():
         shown = f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
-        console.print(f"{name:>16}: {shown}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:>16}: {shown}", markup=False, soft_wrap=True)
     of = {module.module: module for module in result.modules}
     rows = []
     for kind, names in by_kind(of).items():

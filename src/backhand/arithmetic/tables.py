@@ -10,14 +10,6 @@ from rich.table import Table
 from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.arithmetic.module_paths import kind_of
 
-_WIDTH_WITHOUT_TERMINAL = 120
-
-
-def console_for_tables() -> Console:
-    """A console whose tables keep their columns in a pipe or a file, too."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
-
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """One table: the first column to the left, numbers to the right; a title wider than the table is not broken."""
@@ -26,7 +18,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Iter
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     console.print(table)
 
 

@@ -6,16 +6,13 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
-
 from backhand.data.lint import LintReport, lint
 from backhand.data.lint_options import LintOptions
 from backhand.data.lint_tables import print_lint
 from backhand.data.token_view import token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
-
-_WIDTH_WITHOUT_TERMINAL = 120
+from backhand.terminal import console_for_tables
 
 
 def lint_command(options: LintOptions) -> LintReport:
@@ -42,7 +39,7 @@ def lint_command(options: LintOptions) -> LintReport:
             ]
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     else:
-        print_lint(_console(), report)
+        print_lint(console_for_tables(), report)
         for example in shown:
             sys.stdout.write("\n" + "\n".join(token_lines(example, tokenizer)) + "\n")
     if report.errors:
@@ -54,9 +51,3 @@ def lint_command(options: LintOptions) -> LintReport:
             next_step="correct them, or leave them out of training with --skip-bad",
         )
     return report
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    # A file or a pipe has no width: do not fold its lines at 80 columns.
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL)

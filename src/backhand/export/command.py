@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
 from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.atomic_files import write_atomically
@@ -25,6 +23,7 @@ from backhand.export.proving import Prover
 from backhand.export.refusal import refuse
 from backhand.export.staging import staged
 from backhand.nn.loading.gguf_tensors import gguf_architecture, head_dimension
+from backhand.terminal import console
 
 
 def export_command(options: ExportOptions) -> Path:
@@ -41,7 +40,7 @@ def export_command(options: ExportOptions) -> Path:
     """
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
-    prover = Prover("export", adapter, None if options.quiet else Console())
+    prover = Prover("export", adapter, None if options.quiet else console())
     if options.merge:
         _export_merged(options, output, prover)
     elif options.to == "kohya":

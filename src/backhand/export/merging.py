@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from backhand.errors import ArtifactError
 from backhand.export.gguf_model_writer import write_gguf_model
@@ -20,6 +19,7 @@ from backhand.export.refusal import refuse
 from backhand.export.same_model import check_same_model
 from backhand.export.staging import staged
 from backhand.nn.loading.opening import open_model
+from backhand.terminal import console
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOAT32_NOISE = 3e-6
@@ -40,7 +40,7 @@ def merge_command(options: MergeOptions) -> Path:
     """
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
-    prover = Prover("merge", adapter, None if options.quiet else Console())
+    prover = Prover("merge", adapter, None if options.quiet else console())
     with staged(output) as path:
         merge_adapter(options, path, prover, gguf=output.suffix == ".gguf")
     prover.write()

@@ -32,7 +32,7 @@ class Prover:
     def say(self, text: str) -> None:
         """A line for people."""
         if self._console is not None:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def say_notes(self, loaded: LoadedAdapter) -> None:
         """What a person should know of an adapter; what is done by force is said in any case."""

@@ -117,11 +117,12 @@ def _answers(
 @contextmanager
 def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     """A bar on standard error, if that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+    from backhand.terminal import console
+
+    shown_on = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=shown_on, transient=True, disable=not (shown and shown_on.is_terminal)) as progress:
         task = progress.add_task(label, total=rows)
         yield lambda: progress.advance(task)

@@ -6,6 +6,7 @@ rows from a seed → answers of the base → training → answers of the adapted
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.adapters.config import LoRAConfig
@@ -31,6 +33,7 @@ from backhand.lab.sine_options import SineOptions
 from backhand.nn.model_options import BaseModelOptions
 from backhand.report.train import train
 from backhand.report.writing import write_report
+from backhand.terminal import console_for_tables
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.train.evaluate_options import EvaluateRunOptions
 from backhand.train.evaluation import Score, evaluation_rows, score
@@ -75,7 +78,7 @@ def demo_command(options: DemoOptions) -> DemoResult:
         raise UsageError(f"{run_directory} exists", where="output", next_step="give --overwrite or another --output")
     start = time.perf_counter()
     make_directory(options.output)
-    console = Console()
+    console = console_for_tables()
     if options.sine:
         console.rule("The sine experiment")
         sine_command(SineOptions(output=options.output / "sine", check=True))
@@ -212,9 +215,9 @@ def _print_answers(console: Console, data: Path, before: Sequence[str], after: S
     for messages, base, adapted in zip(rows, before, after, strict=True):
         console.print()
         for label, text in (("asked", messages[1]["content"]), ("before", base), ("after", adapted)):
-            console.print(f"{label:>8}  {text}", markup=False, highlight=False)
+            console.print(f"{label:>8}  {text}")
         right = adapted == messages[2]["content"]
-        console.print(f"{'':>8}  " + ("[green]exactly right[/]" if right else f"right: {messages[2]['content']}"))
+        console.print(" " * 9, Text("exactly right", style="green") if right else f"right: {messages[2]['content']}")
 
 
 def _print_result(console: Console, options: DemoOptions, result: DemoResult) -> None:
@@ -239,6 +242,4 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"Picture of the loss: {options.output / 'loss.png'}")
     console.print(f"Everything about the run on one page: {Path(result.run.output) / 'report.html'}")
     console.print(f"The demo took {result.demo_s / 60:.1f} minutes. Try the adapter yourself:")
-    console.print(
-        f"  backhand chat --adapter {result.run.adapter} --greedy", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)

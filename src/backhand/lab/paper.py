@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 
-from rich.console import Console
-
 from backhand.adapters.atomic_files import make_directory
 from backhand.errors import CheckError
 from backhand.generate.notes import show_notes
@@ -15,7 +13,8 @@ from backhand.lab.paper_first_update import LARGEST_STANDARD_ERRORS, largest_dis
 from backhand.lab.paper_options import PaperOptions
 from backhand.lab.paper_run import PaperResult, run_paper
 from backhand.lab.paper_tables import print_paper
-from backhand.lab.sine_tables import experiment_console, print_files
+from backhand.lab.sine_tables import print_files
+from backhand.terminal import console_for_tables, working
 
 
 def paper_command(options: PaperOptions) -> PaperResult:
@@ -33,14 +32,14 @@ def paper_command(options: PaperOptions) -> PaperResult:
     if options.run.json:
         result = run_paper(options)
     else:
-        with Console(stderr=True).status("") as status:
-            result = run_paper(options, status.update)
+        with working() as say:
+            result = run_paper(options, say)
     show_notes(result.notes)
     names = write_paper(options.run.output, result) if options.run.output is not None else []
     if options.run.json:
         sys.stdout.write(json.dumps(paper_summary(result) | {"files": names}, indent=2, allow_nan=False) + "\n")
     else:
-        console = experiment_console()
+        console = console_for_tables()
         print_paper(console, result)
         if options.run.output is not None:
             print_files(console, options.run.output, names)

@@ -144,11 +144,12 @@ def _print_updates(console: Console, result: PaperResult) -> None:
     title = f"First update along the descent at alpha {ALPHA:g}, scaling alpha / rank: {seeds} fresh adapters each"
     _table(console, title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
     apart = largest_disagreement(result.updates)
-    verdict = "agree" if apart <= LARGEST_STANDARD_ERRORS else "[bold red]DO NOT AGREE[/bold red]"
-    console.print(
-        f"The means {verdict}: the two furthest apart differ by {apart:.1f} standard errors of their difference "
+    verdict = Text("agree") if apart <= LARGEST_STANDARD_ERRORS else Text("DO NOT AGREE", style="bold red")
+    how = (
+        f": the two furthest apart differ by {apart:.1f} standard errors of their difference "
         f"(bound {LARGEST_STANDARD_ERRORS:g})."
     )
+    console.print(Text.assemble("The means ", verdict, how))
     compared: list[tuple[str | Text, ...]] = [
         (
             f"{path.p:g}, {path.q:g}",

@@ -6,14 +6,13 @@ import json
 import sys
 from dataclasses import asdict
 
-from rich.console import Console
-
 from backhand.adapters.atomic_files import make_directory
 from backhand.errors import CheckError
 from backhand.lab.sine_files import summary, write_files
 from backhand.lab.sine_options import SineOptions
 from backhand.lab.sine_run import SineResult, run_sine
-from backhand.lab.sine_tables import experiment_console, print_files, print_result
+from backhand.lab.sine_tables import print_files, print_result
+from backhand.terminal import console_for_tables, working
 
 
 def sine_command(options: SineOptions) -> SineResult:
@@ -29,12 +28,12 @@ def sine_command(options: SineOptions) -> SineResult:
     options.validate()
     if options.output is not None:
         make_directory(options.output)  # a name that cannot be written is found out before the work, not after it
-    console = experiment_console()
+    console = console_for_tables()
     if options.json:
         result = run_sine(options)
     else:
-        with Console(stderr=True).status("") as status:
-            result = run_sine(options, status.update)
+        with working() as say:
+            result = run_sine(options, say)
     names = write_files(options.output, options, result) if options.output is not None else []
     if options.json:
         found = summary(options, result) | {"check": [row.as_json() for row in result.check], "files": names}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backhand.lab.shifted_target import ShiftedResult
 from backhand.lab.sine_check import BOUNDS, CheckRow
@@ -18,14 +19,8 @@ from backhand.lab.sine_options import SineOptions
 from backhand.lab.sine_run import PartResult, SineResult
 from backhand.lab.sine_walk import WalkLine
 
-_WIDTH_WITHOUT_TERMINAL = 120
+_BAD = "bold red"
 _TITLES = {"base": "Part 1, base", "lora": "Part 2, LoRA on layer 0"}
-
-
-def experiment_console() -> Console:
-    """Tables keep their columns in a pipe or a file, too."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def print_result(console: Console, options: SineOptions, result: SineResult) -> None:
@@ -46,20 +41,18 @@ def print_result(console: Console, options: SineOptions, result: SineResult) -> 
 
 def print_walk(console: Console, part: str, epoch: int, lines: Sequence[WalkLine]) -> None:
     """The epoch formula by formula; a line that is too long for the terminal goes on in the next one."""
-    console.print(f"\n[bold]{_TITLES[part]}: epoch {epoch}, formula by formula[/bold]")
+    console.print(f"\n{_TITLES[part]}: epoch {epoch}, formula by formula", style="bold")
     section = ""
     for line in lines:
         if line.section != section:
             section = line.section
-            console.print(f"\n  [bold]{section}[/bold]")
+            console.print(f"\n  {section}", style="bold")
         shape = " × ".join(str(size) for size in line.shape)
         console.print(
             f"  {line.name + (' ← ' if line.section == 'update' else ' = ') + line.formula:<46} ({shape})",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
-        console.print(f"      {line.worked}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"      {line.worked}", soft_wrap=True)
 
 
 def print_check(console: Console, part: str, rows: Sequence[CheckRow]) -> None:
@@ -74,7 +67,7 @@ def print_check(console: Console, part: str, rows: Sequence[CheckRow]) -> None:
     for name in dict.fromkeys(row.name for row in rows):
         of_name = [row for row in rows if row.name == name]
         table.add_row(
-            name if all(row.passed for row in of_name) else f"[bold red]{name} FAILED[/bold red]",
+            name if all(row.passed for row in of_name) else Text(f"{name} FAILED", style=_BAD),
             " × ".join(str(size) for size in of_name[0].shape),
             of_name[0].formula,
             _how_many([row.exact for row in of_name]),
@@ -125,10 +118,10 @@ def _part_cells(part: PartResult) -> tuple[str, ...]:
 
 
 def _print_frozen(console: Console, result: SineResult) -> None:
-    verdict = "not one bit moved" if result.frozen_unchanged else "[bold red]THEY MOVED[/bold red]"
-    console.print(f"\nFrozen weights in part 2: {verdict}")
-    console.print(f"  SHA-256 before {result.digest_before}", highlight=False, soft_wrap=True)
-    console.print(f"  SHA-256 after  {result.digest_after}", highlight=False, soft_wrap=True)
+    verdict = "not one bit moved" if result.frozen_unchanged else Text("THEY MOVED", style=_BAD)
+    console.print("\nFrozen weights in part 2:", verdict)
+    console.print(f"  SHA-256 before {result.digest_before}", soft_wrap=True)
+    console.print(f"  SHA-256 after  {result.digest_after}", soft_wrap=True)
 
 
 def _print_cost(console: Console, options: SineOptions, result: SineResult) -> None:
@@ -144,7 +137,6 @@ def _print_cost(console: Console, options: SineOptions, result: SineResult) -> N
         f"Here {cheaper} is {ratio:.1f} times cheaper. In the forward pass (X B) A needs fewer below rank "
         f"{break_even_rank(points, 1, outputs):.2f} on this layer; on a {TABLE_SIDE} × {TABLE_SIDE} one below rank "
         f"{TABLE_SIDE // 2} for many points, and at any rank for {TABLE_SIDE // 2} points or fewer.",
-        highlight=False,
     )
     table = Table(
         title=f"Trained numbers for a {TABLE_SIDE} × {TABLE_SIDE} weight", title_justify="left", title_style="bold"
@@ -189,4 +181,4 @@ def _error_cells(errors: Sequence[float]) -> tuple[str, str, str]:
 
 def print_files(console: Console, directory: Path, names: Sequence[str]) -> None:
     """What was written where."""
-    console.print(f"\nWritten to {os.fspath(directory)}: {', '.join(names)}", soft_wrap=True, highlight=False)
+    console.print(f"\nWritten to {os.fspath(directory)}: {', '.join(names)}", soft_wrap=True)

@@ -184,7 +184,7 @@ def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, num
     }
 
 
-def spectra(changes: Iterable[ModuleChange]) -> Spec:
+def spectra(changes: Sequence[ModuleChange]) -> Spec:
     """The singular values of every module's ΔW, largest first, a line a module."""
     rows = [
         {"name": change.name, "kind": change.kind, "index": index + 1, "value": float(f"{value:.5g}")}
@@ -193,7 +193,7 @@ def spectra(changes: Iterable[ModuleChange]) -> Spec:
         if value > 0
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    numbers = range(1, max((row["index"] for row in rows), default=1) + 1)
+    numbers = range(1, max((len(change.singular_values) for change in changes), default=0) + 1)
     x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.adapter_directory import TENSOR_FILE
-from backhand.arithmetic.adapter_factors import ModuleFactors, read_factors
+from backhand.adapters.module_factors import ModuleFactors
+from backhand.arithmetic.adapter_factors import read_factors
 from backhand.errors import BackhandError
 from backhand.report.run_record import RunRecord, is_number
 from backhand.train.run_directory import CHECKPOINTS

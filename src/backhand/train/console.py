@@ -28,7 +28,7 @@ class TerminalObserver(Observer):
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._losses: deque[float] = deque(maxlen=_SPARK_WIDTH)

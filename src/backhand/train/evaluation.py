@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
-from rich.console import Console
 from rich.table import Table
 
 from backhand.data.options import DataOptions
@@ -24,6 +23,7 @@ from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
 from backhand.generate.transformers_completer import TransformersCompleter
+from backhand.terminal import console_for_tables, working
 from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.train.held_out import HeldOut
 from backhand.train.interface import Trainable
@@ -165,7 +165,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
         result = evaluate(options)
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
         return result
-    with Console(stderr=True).status("evaluating"):
+    with working("evaluating"):
         result = evaluate(options)
     table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
     for column in ("model", "loss (nats per token)", "perplexity", "exact match"):
@@ -174,5 +174,5 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
         if found is not None:
             match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
             table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match)
-    Console().print(table)
+    console_for_tables().print(table)
     return result

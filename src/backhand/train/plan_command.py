@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backhand.nn.compute import compute_settings
+from backhand.terminal import console, working
 from backhand.train.calibration import Speed, calibrate
 from backhand.train.closing import duration
 from backhand.train.machine import Machine, resolve_machine
@@ -86,9 +87,9 @@ def plan_command(options: PlanOptions) -> RunPlan:
         found = plan(options)
         sys.stdout.write(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
         return found
-    with Console(stderr=True).status("planning"):
+    with working("planning"):
         found = plan(options)
-    _print(Console(highlight=False, markup=False), found)
+    _print(console(), found)
     return found
 
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from backhand.adapters.nearest import nearest_names
 from backhand.data.packing import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
+from backhand.terminal import console_for_tables, working
 from backhand.train.config_file import load_config
 from backhand.train.proofs import proof_log
 from backhand.train.run_directory import ADAPTER, CONFIG, opened
@@ -43,7 +43,7 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
     if options.verify.json:
         sys.stdout.write(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
     else:
-        print_report(_console(), report, every_mutant=options.verify.op is not None)
+        print_report(console_for_tables(_WIDTH_WITHOUT_TERMINAL), report, every_mutant=options.verify.op is not None)
     _raise_failures(report)
     return report
 
@@ -81,10 +81,10 @@ def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
 
 def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
     """The report, with a status line on the terminal meanwhile, and the options with what the run filled in."""
-    with Console(stderr=True).status("") as status:
+    with working() as shown:
 
         def say(what: str) -> None:
-            status.update(f"proving {what}")
+            shown(f"proving {what}")
 
         options.validate()
         run = options.verify.run
@@ -159,12 +159,6 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
         say(f"{options.model.model}: merging")
         report.model.extend(prove_merging(gradients))
     return report
-
-
-def _console() -> Console:
-    """Tables keep their columns in a pipe or a file, too."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def _raise_failures(report: VerifyReport) -> None:
