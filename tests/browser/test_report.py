@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 
+# Texts that are wider than what they stand in: they would lie over their neighbours, or be cut off.
+_TOO_NARROW = """
+[...document.querySelectorAll('td, th, p, pre, figcaption, h1, h2, h3, summary, .tile, .label, .text')]
+    .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)
+"""
+
+
 def check(page: Page) -> None:
     """Every section is there, every chart is drawn, and nothing is wider than the window."""
     assert [section.get_attribute("id") for section in page.locator("section").all()] == list(SECTIONS)
@@ -31,6 +38,7 @@ def check(page: Page) -> None:
     assert page.locator(".chart svg").count() == charts.count()
     wide, window = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert wide <= window
+    assert page.evaluate(_TOO_NARROW) == []
 
 
 def hover(page: Page, chart: str) -> str:

@@ -23,6 +23,9 @@ def test_the_segments_are_the_answers(one: str, other: str) -> None:
         ("a b c", "a x c", [(False, "a "), (True, "b"), (False, " c")], [(False, "a "), (True, "x"), (False, " c")]),
         ("same", "same", [(False, "same")], [(False, "same")]),
         ("", "new", [], [(True, "new")]),
+        # Signs alone, between two differences, are marked with them; at an end they are not.
+        ('"a", b.', '{"x": "y", b.', [(True, '"a'), (False, '", b.')], [(True, '{"x": "y'), (False, '", b.')]),
+        ("one, two", "three, four", [(True, "one, two")], [(True, "three, four")]),
     ],
 )
 def test_words_that_differ(one: str, other: str, left: list[object], right: list[object]) -> None:

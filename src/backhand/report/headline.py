@@ -83,7 +83,7 @@ def _exp(loss: float) -> str:
     value = math.exp(min(loss, 700.0))
     if value >= 1e6:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def use_commands(run: RunRecord) -> list[tuple[str, str]]:

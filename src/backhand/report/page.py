@@ -114,7 +114,9 @@ COLOURS = {"helped": "good", "hurt": "bad", "unknown": ""}
 
 
 def _short(value: object) -> str:
-    return f"{value:.3g}" if is_number(value) else NOT_KNOWN
+    if not is_number(value):
+        return NOT_KNOWN
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 else f"{value:.3g}"
 
 
 def _share(value: object) -> str:
