@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from backhand.report.comparison import comparison_page
 from backhand.report.page import run_page
@@ -19,7 +20,7 @@ from backhand.report.rendering import environment
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from support.page import Page
-from support.poison import ATTACKS, poison_run
+from support.poison import ATTACKS, poison_adapter, poison_run
 from support.tiny_run import TinyRun
 
 
@@ -41,6 +42,17 @@ def test_poison_in_everything_that_is_recorded_stays_text(number: int, finished:
 
 
 @pytest.mark.parametrize("number", range(len(ATTACKS)))
+def test_poison_in_the_names_of_modules_stays_text(number: int, finished: Path) -> None:
+    attack = ATTACKS[number]
+    before = Page(run_page(read_run(finished)))
+    after = Page(run_page(read_run(poison_adapter(finished, attack))))
+    assert set(elements(after)) == set(elements(before)) and after.scripts == before.scripts
+    moved = after.one("section", id="adapter").text
+    assert "of 14 modules moved" in moved and f"_proj{attack}" in moved
+    assert all(row["name"].endswith(attack) for row in after.charts["moved"]["data"]["values"])
+
+
+@pytest.mark.parametrize("number", range(len(ATTACKS)))
 def test_poison_in_a_comparison(number: int, finished: Path) -> None:
     attack = ATTACKS[number]
     other = Path(shutil.copytree(finished, finished.parent / "other"))
@@ -57,13 +69,42 @@ def test_a_real_run_over_poisoned_rows_in_a_poisoned_place(tiny: TinyRun, tmp_pa
     place.mkdir()
     rows = place / "<svg onload=alert(4)>.jsonl"
     rows.write_text("".join(json.dumps({"prompt": attack, "completion": f"{attack} {n}"}) + "\n" for n in range(3)))
-    train(tiny.config(place / "run", data=(str(rows),), eval_data=(str(rows),), max_steps=1, system=attack))
-    page = Page((place / "run" / "report.html").read_bytes())
+    model = Path(shutil.copytree(tiny.model, place / "model<b onclick=alert(5)>"))
+    names = {"model": str(model), "data": (str(rows),), "eval_data": (str(rows),), "system": attack}
+    run = place / "run<math onload=alert(6)>"
+    train(tiny.config(run, max_steps=1, report_to=("tensorboard",), **names))
+    page = Page((run / "report.html").read_bytes())
+    result = page.one("section", id="result").text
+    assert run.name in result and model.name in result
+    check_card((run / "adapter" / "README.md").read_text())
+    check_logged(run)
     assert not page.every("img") + page.every("svg") and len(page.scripts) == 2
     assert not [e for e in page.root.all() if any(name.startswith("on") for name in e.attributes)]
     shown = [element.text for element in page.root.all() if element.attributes.get("class") == "tokens"]
     assert attack in shown[0] and attack in page.one("section", id="answers").text
     assert rows.name in page.one("section", id="data").text
+
+
+def check_card(text: str) -> None:
+    """The adapter's card, as a hub renders Markdown with HTML in it, has no element of ours or of the names."""
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---", 2)[2])
+    parsed = Page(f"<main>{body}</main>".encode())
+    assert not [element.tag for element in parsed.root.all() if element.tag in ("img", "svg", "b", "math", "script")]
+    assert not [e for e in parsed.root.all() if any(name.startswith("on") for name in e.attributes)]
+    assert "model<b onclick=alert(5)>" in parsed.one("table").text
+
+
+def check_logged(run: Path) -> None:
+    """What TensorBoard is told of the configuration is what it shows as code."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (run / "logs" / "tensorboard").iterdir()
+    told = EventAccumulator(str(events))
+    told.Reload()
+    (text,) = told.Tensors("config/text_summary")
+    markdown = text.tensor_proto.string_val[0].decode()
+    shown = Page(MarkdownIt("commonmark", {"html": True}).render(markdown).encode())
+    assert {element.tag for element in shown.root.all()} == {"#document", "pre", "code"}
 
 
 def test_charts_cannot_end_their_script_nor_hold_an_expression(finished: Path) -> None:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 ATTACKS = (
     "<script>alert(1)</script>",
     "</script><script>window.hurt = 1</script>",
@@ -32,7 +34,27 @@ def poison_run(run: Path, attack: str) -> Path:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = run / "config.toml"
     texts = re.sub(r'^(model|system) = ".*"$', "", config.read_text(), flags=re.MULTILINE)
-    config.write_text(texts.replace("[model]", f"[model]\nmodel = {json.dumps(attack)}", 1))
+    comment = attack.replace("\n", " ")
+    config.write_text(f"# {comment}\n" + texts.replace("[model]", f"[model]\nmodel = {json.dumps(attack)}", 1))
+    return run
+
+
+def poison_adapter(run: Path, attack: str) -> Path:
+    """Put the text into the names of the modules that the run's adapter adapts; return the run."""
+    adapter = run / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    named = {
+        re.sub(r"(_proj)\.(lora_[AB])", lambda m: f"{m[1]}{attack}.{m[2]}", name): t for name, t in tensors.items()
+    }
+    save_file(named, adapter / "adapter_model.safetensors")
+    (adapter / "backhand.json").unlink()  # holds the digests of what was there
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in named}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(modules)}))
+    facts = json.loads((run / "facts.json").read_text())
+    for module in facts["modules"]:
+        module["name"] += attack
+    (run / "facts.json").write_text(json.dumps(facts))
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from backhand.adapters.peft_config import PEFTConfig
@@ -28,15 +29,15 @@ def model_card(described: PEFTConfig, targets: Sequence[Target], parameters: int
         header.append("pipeline_tag: text-generation")
     header.append('tags: ["lora", "backhand"]')
     table = {
-        "base model": f"`{base}`" if base else "not recorded",
+        "base model": _code(base) if base else "not recorded",
         "adapted modules": len(targets),
-        "module names": ", ".join(f"`{end}`" for end in sorted({t.name.rpartition(".")[2] for t in targets})),
+        "module names": ", ".join(_code(end) for end in sorted({t.name.rpartition(".")[2] for t in targets})),
         "rank": _range(target.rank for target in targets),
         "scaling": _range(target.scaling for target in targets),
         "trained parameters": f"{parameters:,}",
-        **facts,
+        **{_text(name): _text(value) for name, value in facts.items()},
     }
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in table.items()]
+    rows = [f"| {name} | {value} |" for name, value in table.items()]
     return "\n".join(
         [
             "---",
@@ -83,6 +84,11 @@ def _range(values: Iterable[float]) -> str:
     return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
 
 
-def _cell(value: object) -> str:
-    """A value that cannot break out of its table cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def _code(name: str) -> str:
+    """A name as code, or, where signs in it could end that, as text."""
+    return f"`{name}`" if re.fullmatch(r"[\w./:-]+", name) else _text(name)
+
+
+def _text(value: object) -> str:
+    """A value as text that stays in its table cell: nothing in it is HTML, a link or code."""
+    return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from backhand.adapters.atomic_files import write_atomically
+from backhand.errors import UsageError
 
 MODELFILE = "Modelfile"
 ADAPTER_FILE = "adapter.gguf"
@@ -22,7 +23,12 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -
         directory: that the named files lie in.
         base: what follows FROM.
         adapter: file name of the adapter, if it is one.
+
+    Raises:
+        UsageError: the base's name has several lines, of which the second would be an instruction of its own.
     """
+    if len(base.splitlines()) != 1:
+        raise UsageError(f"{base!r} cannot stand in a Modelfile", why="a name there ends with its line")
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
