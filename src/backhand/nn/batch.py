@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -21,12 +21,15 @@ class PackedBatch:
         labels: (tokens,) int64; `labels[i]` is the next token after position i of the same document,
             or `IGNORE_INDEX` where position i carries no loss. At a document's last position it is a token that
             was left out because nothing could be predicted from it, or `IGNORE_INDEX`.
-        document_lengths: tokens of each document, in order; they sum to `tokens`.
+        document_lengths: tokens of each document, in order, behind the shared prefix.
+        shared_prefix: tokens at the front with which every document begins, so that they are computed once; they and
+            `document_lengths` sum to `tokens`.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_lengths: tuple[int, ...]
+    shared_prefix: int = 0
 
     @cached_property
     def supervised_positions(self) -> Tensor:
@@ -40,26 +43,26 @@ class PackedBatch:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(tokens,) int64, restarting at 0 in each document."""
+        """(tokens,) int64, restarting in each document: at 0, or where the shared prefix ends."""
+        shared, device = self.shared_prefix, self.input_ids.device
         return torch.cat(
-            [torch.arange(n, device=self.input_ids.device) for n in self.document_lengths]
-            or [self.input_ids.new_zeros(0)]
+            [torch.arange(shared, device=device)]
+            + [torch.arange(shared, shared + n, device=device) for n in self.document_lengths]
         )
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Neighbouring documents of equal length as (start token, documents, length), for batched attention calls."""
-        return document_runs(self.document_lengths)
+        return document_runs(self.document_lengths, self.shared_prefix)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(self.input_ids.to(device), self.labels.to(device), self.document_lengths)
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
 
-def document_runs(document_lengths: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+def document_runs(document_lengths: tuple[int, ...], start: int = 0) -> tuple[tuple[int, int, int], ...]:
     """Group neighbouring equal lengths: (start token, number of documents, length) each; empty documents vanish."""
     runs: list[tuple[int, int, int]] = []
-    start = 0
     for length, group in groupby(document_lengths):
         count = len(list(group))
         if length:

@@ -46,6 +46,7 @@ class BlockContext(NamedTuple):
     rotary: RotaryTable
     runs: tuple[Run, ...]
     rows: Tensor | None = None  # (wanted,) int64, of x₂; None for all
+    shared: int = 0  # tokens of the shared prefix
 
 
 class AttentionKept(NamedTuple):
@@ -92,7 +93,9 @@ def attention_half_forward(
     qkv, h_qkv = group_forward(n1, weights.qkv, weights.qkv_bias, sizes, adapter.qkv)
     del n1
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
-    output, attended = attention_forward(q, k, v, context.runs, config.attention_scaling, context.window)
+    output, attended = attention_forward(
+        q, k, v, context.runs, config.attention_scaling, context.window, context.shared
+    )
     sandwich = weights.after_attention_norm
     stream, wanted = _rows(x0, context.rows), _rows(output.flatten(1), context.rows)
     residual = None if sandwich is not None else stream
@@ -329,7 +332,15 @@ def attention_input_gradient(
     if kept.q_factor is not None and kept.k_factor is not None:
         q, k, _, _, _ = prepare_qkv(kept.qkv, weights, context, (kept.q_factor, kept.k_factor))
     saved = AttentionSaved(
-        q, k, v, kept.output, kept.log_sum_exp, context.runs, config.attention_scaling, context.window
+        q,
+        k,
+        v,
+        kept.output,
+        kept.log_sum_exp,
+        context.runs,
+        config.attention_scaling,
+        context.window,
+        context.shared,
     )
     d_qkv = torch.empty_like(kept.qkv)
     d_by_head = d_qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))

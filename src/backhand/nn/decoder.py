@@ -144,7 +144,8 @@ class Decoder:
         """What each block needs to know about the batch, and the last one about the rows that are wanted of it."""
         tables = self.rotary_tables(batch.positions)
         contexts = [
-            BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs) for layer in self.config.layers
+            BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs, shared=batch.shared_prefix)
+            for layer in self.config.layers
         ]
         contexts[-1] = contexts[-1]._replace(rows=rows)
         return contexts

@@ -5,6 +5,11 @@ For one document of n tokens and one query head (which shares its key/value head
 with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
 elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no matrix, mask or loop spans two of them.
 
+Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a shared
+prefix stands once at the front, attends to itself as a document of its own, and every other document is attended with
+the prefix's K and V before its own: queries at its own positions only. By the chain rule the prefix's ∂L/∂K and ∂L/∂V
+are the sums over all documents that saw it.
+
 Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P ⊙ dS)):
     ∂L/∂V = Pᵀ G                                     (n, head_dim), summed over the group
     ∂L/∂P = G Vᵀ
@@ -46,9 +51,9 @@ Run = tuple[int, int, int]
 
 # Groups of fewer tokens go to torch's kernels.
 FEW_TOKENS = 128
-# Documents up to this length may share a group, if at most this share of its tokens is added behind their ends; in low
+# Documents up to this length may be joined in a group, if at most this share of its tokens is added behind their ends; in low
 # precision their common length is rounded up likewise, since the softmax of rows of 55 takes twice that of rows of 64.
-SHARED_UP_TO_TOKENS = 160
+JOINED_UP_TO_TOKENS = 160
 ADDED_SHARE = 0.35
 FLOAT32_BYTES = 4
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -69,6 +74,7 @@ class AttentionSaved(NamedTuple):
     runs: tuple[Run, ...]
     scaling: float
     window: int | None
+    shared: int = 0
 
 
 class AttentionGrads(NamedTuple):
@@ -80,7 +86,7 @@ class AttentionGrads(NamedTuple):
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None, shared: int = 0
 ) -> tuple[Tensor, AttentionSaved]:
     """Attend within each document.
 
@@ -88,22 +94,23 @@ def attention_forward(
         q: (tokens, heads, head_dim).
         k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
         v: of k's shape.
-        runs: neighbouring documents of equal length, covering all tokens.
+        runs: neighbouring documents of equal length, covering all tokens behind the shared prefix.
         scaling: c, the multiplier of query-key products.
         window: a query sees itself and window - 1 tokens before it; None for all before it.
+        shared: tokens at the front with which every document begins.
 
     Returns:
         output (tokens, heads, head_dim) in q's dtype, and what backward needs.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    groups = _groups(runs, q)
-    kept = sum(group.tokens for group in groups if not _blockwise(q, group.tokens))
+    groups = _groups(runs, shared, q)
+    kept = sum(group.tokens for group in groups if not _blockwise(q, group))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in groups:
-        q_group, k_group, v_group = (_together(x, group) for x in (q, k, v))
-        if _blockwise(q, group.tokens):
+        q_group, k_group, v_group = _together(q, group), _keys(k, group), _keys(v, group)
+        if _blockwise(q, group):
             in_place = _together(output, group) if group.places is None else None
             attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, out=in_place)
             if in_place is None:
@@ -116,7 +123,7 @@ def attention_forward(
         _apart(attended.transpose(1, 2), group, output)
         log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
         filled += lse.numel()
-    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window)
+    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window, shared)
 
 
 def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None) -> AttentionGrads:
@@ -127,24 +134,25 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
         saved: from the forward pass.
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scaling, window = saved
+    q, k, v, output, log_sum_exp, runs, scaling, window, shared = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
     filled = 0
-    for group in _groups(runs, q):
-        q_group, k_group, v_group = (_together(x, group) for x in (q, k, v))
+    for group in _groups(runs, shared, q):
+        q_group, k_group, v_group = _together(q, group), _keys(k, group), _keys(v, group)
         g_group = _together(d_y, group, zero_behind=True)
-        if _blockwise(q, group.tokens):
+        if _blockwise(q, group):
             in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window)
             in_place = None
-            if group.places is None:
+            if group.places is None and group.keys is None:
                 in_place = AttentionBlocksGrads(*(_together(gradient, group) for gradient in grads))
             results = attention_blocks_backward(g_group, in_blocks, out=in_place)
             if in_place is None:
-                for gradient, result in zip(grads, results, strict=True):
-                    _apart(result, group, gradient)
+                _apart(results.d_q, group, grads.d_q)
+                _keys_apart(results.d_k, group, grads.d_k)
+                _keys_apart(results.d_v, group, grads.d_v)
             continue
         lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
         filled += lse.numel()
@@ -172,29 +180,37 @@ class Group(NamedTuple):
     """Neighbouring documents attended together as (documents, length); what they hold is `tokens` from `start` on.
 
     places: where its documents do not fill documents · length places; else None.
+    keys: (documents · (before + length),) the token of each key, where `before` tokens of the shared prefix stand before
+    each document; else None.
     """
 
     start: int
     tokens: int
     documents: int
     length: int
+    before: int
     places: Places | None
+    keys: Tensor | None
 
 
-def _groups(runs: tuple[Run, ...], like: Tensor) -> list[Group]:
-    """The runs, with short ones of about one length together where blocks attend them."""
+def _groups(runs: tuple[Run, ...], shared: int, like: Tensor) -> list[Group]:
+    """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
+
+    The prefix comes first: its gradients are set before those of the documents that saw it are added.
+    """
     joined: list[list[Run]] = []
     for run in runs:
         if joined and _may_join(joined[-1], run):
             joined[-1].append(run)
         else:
             joined.append([run])
-    groups = []
-    for group in joined:
-        if _blockwise(like, _tokens(group)):
-            groups.append(_group(tuple(group), like.element_size() < FLOAT32_BYTES, like.device))
+    aligned = like.element_size() < FLOAT32_BYTES
+    groups = [_group(((0, 1, shared),), 0, False, like.device)] if shared else []
+    for together in joined:
+        if shared or _blocks_are_faster(like, _tokens(together)):
+            groups.append(_group(tuple(together), shared, aligned, like.device))
         else:
-            groups.extend(_group((run,), False, like.device) for run in group)
+            groups.extend(_group((run,), 0, False, like.device) for run in together)
     return groups
 
 
@@ -205,27 +221,37 @@ def _tokens(runs: Sequence[Run]) -> int:
 def _may_join(group: list[Run], run: Run) -> bool:
     together = [*group, run]
     longest, documents = max(run[2] for run in together), sum(run[1] for run in together)
-    return longest <= SHARED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(together)
+    return longest <= JOINED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(together)
 
 
 @functools.lru_cache(maxsize=64)
-def _group(runs: tuple[Run, ...], aligned: bool, device: torch.device) -> Group:
+def _group(runs: tuple[Run, ...], before: int, aligned: bool, device: torch.device) -> Group:
     """One group, its documents' common length aligned where that adds little; every layer asks for the same ones."""
     start, documents, length = runs[0][0], sum(count for _, count, _ in runs), max(length for _, _, length in runs)
     tokens = _tokens(runs)
-    rounded = -(-length // ALIGNMENT) * ALIGNMENT
-    if aligned and length <= SHARED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
+    rounded = -(-(before + length) // ALIGNMENT) * ALIGNMENT - before
+    if aligned and length <= JOINED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
         length = rounded
-    if tokens == documents * length:
-        return Group(start, tokens, documents, length, None)
-    lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
-    inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
-    places = Places(inside.nonzero().squeeze(1), inside.cumsum(0) - 1, (~inside).nonzero().squeeze(1))
-    return Group(start, tokens, documents, length, places)
+    token_at, places = torch.arange(tokens, device=device), None
+    if tokens != documents * length:
+        lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
+        inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
+        token_at = inside.cumsum(0) - 1
+        places = Places(inside.nonzero().squeeze(1), token_at, (~inside).nonzero().squeeze(1))
+    keys = None
+    if before:
+        prefix = torch.arange(before, device=device).expand(documents, before)
+        keys = torch.cat([prefix, start + token_at.view(documents, length)], dim=1).flatten()
+    return Group(start, tokens, documents, length, before, places, keys)
 
 
-def _blockwise(q: Tensor, tokens: int) -> bool:
-    """Whether a group of so many tokens is attended by blocks of queries (see the module docstring)."""
+def _blockwise(q: Tensor, group: Group) -> bool:
+    """Whether a group is attended by blocks of queries (see the module docstring)."""
+    return group.keys is not None or _blocks_are_faster(q, group.tokens)
+
+
+def _blocks_are_faster(q: Tensor, tokens: int) -> bool:
+    """Whether blocks are the faster way for so many tokens."""
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return tokens >= FEW_TOKENS or kernels_are_slow or q.device.type != "cpu"
 
@@ -245,6 +271,14 @@ def _together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
     return documents
 
 
+def _keys(x: Tensor, group: Group) -> Tensor:
+    """k or v of all that the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
+    if group.keys is None:
+        return _together(x, group)
+    documents: Tensor = x.index_select(0, group.keys).unflatten(0, (group.documents, group.before + group.length))
+    return documents
+
+
 def _apart(x: Tensor, group: Group, out: Tensor) -> None:
     """Write (documents, length, heads, head_dim) into the group's part of `out`, without what lies behind the ends."""
     part = out[group.start : group.start + group.tokens]
@@ -252,6 +286,14 @@ def _apart(x: Tensor, group: Group, out: Tensor) -> None:
         part.unflatten(0, (group.documents, group.length)).copy_(x)
     else:
         torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
+
+
+def _keys_apart(x: Tensor, group: Group, out: Tensor) -> None:
+    """The same for a gradient of `_keys`; the prefix's share is summed over the documents and added."""
+    if group.before:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out[: group.before] += x[:, : group.before].sum(0, dtype=wide)
+    _apart(x[:, group.before :], group, out)
 
 
 def _for_kernel(*documents: Tensor) -> list[Tensor]:
@@ -272,21 +314,23 @@ def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: to
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None, shared: int = 0
 ) -> Tensor:
     """The same output, document by document and head by head, with an explicit softmax over visible keys only."""
+    prefix = [] if shared == 0 else [range(shared)]
+    own = [range(first, first + n) for start, count, n in runs for first in range(start, start + count * n, n)]
     documents = []
     group = q.shape[1] // k.shape[1]
-    for start, count, length in runs:
-        for first in range(start, start + count * length, length):
-            span = slice(first, first + length)
-            heads = []
-            for head in range(q.shape[1]):
-                scores = scaling * q[span, head] @ k[span, head // group].T
-                visible = torch.ones_like(scores, dtype=torch.bool).tril()
-                if window is not None:
-                    visible = visible & ~torch.ones_like(visible).tril(-window)
-                weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
-                heads.append(weights @ v[span, head // group])
-            documents.append(torch.stack(heads, dim=1))
+    for tokens in (*prefix, *own):
+        seen = list(tokens) if tokens.start < shared else [*range(shared), *tokens]
+        visible = torch.ones(len(seen), len(seen), dtype=torch.bool, device=q.device).tril()
+        if window is not None:
+            visible = visible & ~visible.tril(-window)
+        visible = visible[-len(tokens) :]
+        heads = []
+        for head in range(q.shape[1]):
+            scores = scaling * q[tokens.start : tokens.stop, head] @ k[seen, head // group].T
+            weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            heads.append(weights @ v[seen, head // group])
+        documents.append(torch.stack(heads, dim=1))
     return torch.cat(documents) if documents else q * 0

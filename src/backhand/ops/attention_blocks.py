@@ -1,8 +1,9 @@
 """Attention by blocks of queries: the formulas of `attention` as a few batched products and two softmax kernels.
 
-For the queries s … e of one document only the keys lo … e exist, where lo is s - window + 1 or 0; the block's part of
-the lower triangle is all that is ever formed, (queries · group, keys) for each key/value head. The heads of a group lie
-in the rows, so that one product serves them all and their sum in ∂L/∂K and ∂L/∂V is the product's own:
+For the queries at positions s … e of one document only the keys lo … e exist, where lo is s - window + 1 or 0; the
+block's part of the lower triangle is all that is ever formed, (queries · group, keys) for each key/value head. The
+queries may be fewer than the keys: they then stand at the document's last positions. The heads of a group lie in the
+rows, so that one product serves them all and their sum in ∂L/∂K and ∂L/∂V is the product's own:
     P = softmax(c Q Kᵀ + M),  O = P V
     ∂L/∂V += Pᵀ G,   ∂L/∂P = G Vᵀ,   ∂L/∂S = P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)),
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K += c (∂L/∂S)ᵀ Q.
@@ -30,7 +31,7 @@ ALIGNMENT = 32
 
 
 class AttentionBlocksSaved(NamedTuple):
-    """q (documents, n, heads, head_dim); k, v (documents, n, key/value heads, head_dim); c and the window."""
+    """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); c and the window."""
 
     q: Tensor
     k: Tensor
@@ -48,13 +49,14 @@ class AttentionBlocksGrads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries start … stop see keys first … stop, those from `masked` on under `mask`, M: 0 where visible, else -∞."""
+    """Queries start … stop see keys first … end, those from `masked` on under `mask`, M: 0 where visible, else -∞."""
 
     start: int
     stop: int
     first: int
+    end: int
     masked: int
-    mask: Tensor  # (queries · group, keys from `masked` to `stop`)
+    mask: Tensor  # (queries · group, keys from `masked` to `end`)
 
 
 def _bounds(length: int) -> list[int]:
@@ -63,19 +65,21 @@ def _bounds(length: int) -> list[int]:
     return [round(length * index / count / ALIGNMENT) * ALIGNMENT for index in range(count)] + [length] if count else []
 
 
-def _blocks(length: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
-    """The blocks of one document of `length` tokens."""
-    for start, stop in itertools.pairwise(_bounds(length)):
-        if window is None or window >= stop:
+def _blocks(queries: int, keys: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
+    """The blocks of one document of `keys` tokens whose last `queries` ask."""
+    skipped = keys - queries
+    for start, stop in itertools.pairwise(_bounds(queries)):
+        begin, end = skipped + start, skipped + stop
+        if window is None or window >= end:
             # Only the block's own keys can come after a query.
-            yield Block(start, stop, 0, start, _causal_mask(stop - start, group, like.dtype, like.device))
+            yield Block(start, stop, 0, end, begin, _causal_mask(stop - start, group, like.dtype, like.device))
             continue
-        first = max(0, start - window + 1)
-        positions = torch.arange(first, stop, device=like.device)
-        distance = positions[start - first :, None] - positions
+        first = max(0, begin - window + 1)
+        positions = torch.arange(first, end, device=like.device)
+        distance = positions[begin - first :, None] - positions
         mask = torch.zeros(distance.shape, dtype=like.dtype, device=like.device)
         mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
-        yield Block(start, stop, first, first, mask.repeat_interleave(group, 0))
+        yield Block(start, stop, first, end, first, mask.repeat_interleave(group, 0))
 
 
 @functools.lru_cache(maxsize=16)
@@ -115,8 +119,8 @@ def attention_blocks_forward(
     """Attend within each document.
 
     Args:
-        q: (documents, n, heads, head_dim), documents of equal length.
-        k: (documents, n, key/value heads, head_dim).
+        q: (documents, m, heads, head_dim), of the last m positions of documents of equal length.
+        k: (documents, n, key/value heads, head_dim), n ≥ m.
         v: of k's shape.
         scaling: c.
         window: as in `attention_forward`.
@@ -129,8 +133,8 @@ def attention_blocks_forward(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
-    for block in _blocks(q.shape[1], window, q.shape[2] // kv_heads, q):
-        part, seen = slice(block.start, block.stop), slice(block.first, block.stop)
+    for block in _blocks(q.shape[1], k.shape[1], window, q.shape[2] // kv_heads, q):
+        part, seen = slice(block.start, block.stop), slice(block.first, block.end)
         p = _probabilities(_rows(q[:, part], kv_heads), keys[:, seen], scaling, block)
         target = _by_group(out[:, part], kv_heads)
         target.copy_((p @ values[:, seen]).view(target.shape))
@@ -152,15 +156,18 @@ def attention_blocks_backward(
     if out is None:
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
-    blocks = list(_blocks(q.shape[1], window, q.shape[2] // kv_heads, q))
-    d_keys, d_values = _zero_sums(keys, len(blocks)), _zero_sums(values, len(blocks))
+    blocks = list(_blocks(q.shape[1], k.shape[1], window, q.shape[2] // kv_heads, q))
+    # A lone block that sees every key: its share of ∂L/∂K and ∂L/∂V is the whole.
+    lone = len(blocks) == 1 and blocks[0].first == 0
+    wide = torch.promote_types(q.dtype, torch.float32)
+    d_keys, d_values = (keys, values) if lone else (torch.zeros_like(x, dtype=wide) for x in (keys, values))
     for block in blocks:
-        part, seen = slice(block.start, block.stop), slice(block.first, block.stop)
+        part, seen = slice(block.start, block.stop), slice(block.first, block.end)
         queries, d_out = _rows(q[:, part], kv_heads), _rows(d_y[:, part], kv_heads)
         p = _probabilities(queries, keys[:, seen], scaling, block)
         # P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)) in one pass over memory.
         d_s = torch._softmax_backward_data(d_out @ values[:, seen].mT, p, -1, p.dtype)
-        if len(blocks) == 1:
+        if lone:
             d_values, d_keys = p.mT @ d_out, _scaled(d_s.mT, queries, scaling)
         else:
             d_values[:, seen] += p.mT @ d_out
@@ -173,18 +180,13 @@ def attention_blocks_backward(
     return out
 
 
-def _zero_sums(like: Tensor, blocks: int) -> Tensor:
-    """Where the blocks' shares of ∂L/∂K or ∂L/∂V add up, float32 or wider; a lone block's share is the whole."""
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(like, dtype=wide) if blocks != 1 else like
-
-
 def attention_blocks_reference(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None = None) -> Tensor:
     """The same O, head by head, from the whole matrix of scores of all documents."""
-    group, n = q.shape[2] // k.shape[2], q.shape[1]
+    group, n = q.shape[2] // k.shape[2], k.shape[1]
     visible = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     if window is not None:
         visible = visible & ~visible.tril(-window)
+    visible = visible[n - q.shape[1] :]
     heads = []
     for head in range(q.shape[2]):
         scores = scaling * torch.einsum("dqc,dkc->dqk", q[:, :, head], k[:, :, head // group])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,11 @@ def _case(
     window: int | None = None,
     size: float = 1.0,
     side_by_side: bool = False,
+    shared: int = 0,
 ) -> Case:
     draw = Draw(f"attention: {name}")
-    tokens = sum(documents)
-    runs = document_runs(documents)
+    tokens = shared + sum(documents)
+    runs = document_runs(documents, shared)
     tensors = {
         "q": draw.normal(tokens, heads, head_dim, size=size),
         "k": draw.normal(tokens, kv_heads, head_dim, size=size),
@@ -40,26 +41,28 @@ def _case(
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         q, k, v = t["q"], t["k"], t["v"]
         if not side_by_side:
-            y, saved = attention_forward(q, k, v, runs, SCALING, window)
+            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared)
             return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
         # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
         qkv = torch.cat([q, k, v], dim=1)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, SCALING, window)
+        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared)
         grads = backward(t["d_y"], saved, out=torch.empty_like(qkv))
         return ByHand(y, dict(zip(("q", "k", "v"), grads, strict=True)))
 
     def reference(t: Tensors) -> Tensor:
-        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window)
+        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared)
 
     def usual(t: Tensors) -> Tensor:
-        outputs = []
-        for end, length in zip(accumulate(documents), documents, strict=True):
-            q, k, v = (t[part][end - length : end].transpose(0, 1)[None] for part in ("q", "k", "v"))
-            mask = visible(length, window, q.device)
+        ends = list(accumulate(documents, initial=shared))
+        outputs = [t["q"][:0] * 0]
+        for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
+            seen = list(own) if own.start < shared else [*range(shared), *own]
+            q, k, v = (t[part][seen].transpose(0, 1)[None] for part in ("q", "k", "v"))
+            mask = visible(len(seen), window, q.device)
             attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
-            outputs.append(attended[0].transpose(0, 1))
-        return torch.cat(outputs) if outputs else t["q"] * 0
+            outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
+        return torch.cat(outputs)
 
     return Case(name, tensors, by_hand, reference, usual)
 
@@ -88,6 +91,12 @@ CASES = (
     _case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
     _case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
     _case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
+    _case("shared prefix", (4, 4, 2, 1), shared=3),
+    _case("shared prefix, window", (9, 6, 6, 1), shared=5, window=4, side_by_side=True),
+    _case("shared prefix of one document", (7,), shared=2, heads=3, kv_heads=1),
+    _case("shared prefix longer than the window", (3, 2), shared=8, window=3),
+    _case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
+    _case("nothing but a prefix", (), shared=4),
 )
 
 
@@ -114,13 +123,18 @@ def _dense(
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, s.output, g))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (s.k, s.v))
     tokens = s.q.shape[0]
-    lengths = torch.tensor([length for _, count, length in s.runs for _ in range(count)], dtype=torch.int64)
-    document = torch.repeat_interleave(lengths).to(g.device)
-    seen = visible(tokens, s.window if window else None, g.device)
-    if not causal:
-        seen = torch.ones_like(seen)
+    lengths = [s.shared] + [length for _, count, length in s.runs for _ in range(count)]
+    document = torch.repeat_interleave(torch.tensor(lengths)).to(g.device)
+    firsts = [0] + [s.shared] * (len(lengths) - 1)
+    position = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]).to(g.device)
+    # Without documents apart, the order in the pack is all there is.
+    place = position if documents_apart else torch.arange(tokens, device=g.device)
+    distance = place[:, None] - place[None, :]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        seen = (distance >= 0) & (distance < (s.window if window and s.window is not None else tokens))
     if documents_apart:
-        seen = seen & (document[:, None] == document[None, :])
+        seen = seen & ((document[:, None] == document[None, :]) | (document[None, :] == 0))
     scores = (s.scaling * q @ k.mT).masked_fill(~seen, float("-inf"))
     p = torch.softmax(scores, dim=-1)
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True))
@@ -144,6 +158,14 @@ def _d_k(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
 
 def _d_v(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
     return _grouped(d.p.mT @ d.g, s, how)
+
+
+def _last_off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
+    """As if the last document had not seen the shared prefix."""
+    p = d.p.clone()
+    length = s.runs[-1][2] if s.runs else 0
+    p[:, p.shape[1] - length :, : s.shared] = 0
+    return d._replace(p=p)
 
 
 def _no_delta(d: _Dense) -> _Dense:
@@ -177,6 +199,8 @@ MUTANTS = (
     Mutant("first head of the group only", "d_k", lambda g, s, _right: _d_k(_dense(g, s), s, "first")),
     Mutant("first head of the group only", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "first")),
     Mutant("mean over the group", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "mean")),
+    Mutant("prefix's share missing", "d_k", lambda g, s, _right: _d_k(_last_off_prefix(_dense(g, s), s), s)),
+    Mutant("prefix's share missing", "d_v", lambda g, s, _right: _d_v(_last_off_prefix(_dense(g, s), s), s)),
     Mutant("documents reversed", "d_v", lambda _g, _s, right: right.d_v.flip(0)),
 )
 

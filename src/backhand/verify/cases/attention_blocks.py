@@ -32,13 +32,15 @@ def _case(
     *,
     window: int | None = None,
     size: float = 1.0,
+    queries: int | None = None,
 ) -> Case:
     draw = Draw(f"attention_blocks: {name}")
+    m = n if queries is None else queries
     tensors = {
-        "q": draw.normal(documents, n, heads, head_dim, size=size),
+        "q": draw.normal(documents, m, heads, head_dim, size=size),
         "k": draw.normal(documents, n, kv_heads, head_dim, size=size),
         "v": draw.normal(documents, n, kv_heads, head_dim),
-        "d_y": draw.normal(documents, n, heads, head_dim),
+        "d_y": draw.normal(documents, m, heads, head_dim),
     }
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
@@ -50,7 +52,7 @@ def _case(
 
     def usual(t: Tensors) -> Tensor:
         q, k, v = (t[part].transpose(1, 2) for part in ("q", "k", "v"))
-        mask = attention.visible(n, window, q.device)
+        mask = attention.visible(n, window, q.device)[n - m :]
         attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
         return attended.transpose(1, 2)
 
@@ -67,6 +69,12 @@ CASES = (
     _case("sharp softmax", 2, 7, size=6.0),
     _case("one token", 1, 1),
     _case("no documents", 0, 4),
+    _case("fewer queries than keys", 2, 9, queries=4),
+    _case("fewer queries than keys, window", 2, 9, queries=3, window=4),
+    _case("one query", 3, 6, queries=1),
+    _case("no query", 2, 6, queries=0),
+    _case("two blocks, fewer queries than keys", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9),
+    _case("the same, window", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9, window=70),
     _case("no tokens", 2, 0),
     _case("two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6),
     _case("three blocks, window shorter than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=50),
@@ -74,21 +82,32 @@ CASES = (
 )
 
 
-def _packed(spoil: Callable[[Tensor, AttentionSaved, AttentionGrads], Tensor]) -> Callable[[Tensor, Any, Any], Tensor]:
-    """A mutant of the packed op on documents side by side: the same numbers, one axis less."""
+def _packed(
+    gradient: str, spoil: Callable[[Tensor, AttentionSaved, AttentionGrads], Tensor]
+) -> Callable[[Tensor, Any, Any], Tensor]:
+    """A mutant of the packed op on documents side by side: the same numbers, one axis less.
+
+    Positions that ask nothing get queries of zeros, with a ∂L/∂O of zeros they add nothing.
+    """
 
     def spoiled(d_y: Tensor, s: AttentionBlocksSaved, right: Any) -> Tensor:
-        documents, n = s.q.shape[:2]
-        output = attention_blocks_reference(s.q, s.k, s.v, s.scaling, s.window)
-        q, k, v, o = (x.flatten(0, 1) for x in (s.q, s.k, s.v, output))
+        documents, m, n = s.q.shape[0], s.q.shape[1], s.k.shape[1]
+        q, g, d_q = (functional.pad(x, (0, 0, 0, 0, n - m, 0)) for x in (s.q, d_y, right.d_q))
+        output = attention_blocks_reference(q, s.k, s.v, s.scaling, s.window)
+        q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         packed = AttentionSaved(q, k, v, o, o.new_empty(0), ((0, documents, n),), s.scaling, s.window)
-        gradient = spoil(d_y.flatten(0, 1), packed, AttentionGrads(*(x.flatten(0, 1) for x in right)))
-        apart: Tensor = gradient.unflatten(0, (documents, n))
-        return apart
+        given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
+        apart = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
+        return apart[:, n - m :] if gradient == "d_q" else apart
 
     return spoiled
 
 
-MUTANTS = tuple(Mutant(one.name, one.gradient, _packed(one.value)) for one in attention.MUTANTS)
+# Documents here have no shared prefix: it is part of their keys.
+MUTANTS = tuple(
+    Mutant(one.name, one.gradient, _packed(one.gradient, one.value))
+    for one in attention.MUTANTS
+    if one.name != "prefix's share missing"
+)
 
 PROOFS = (OpProof("attention_blocks", attention_blocks_backward, CASES, MUTANTS),)
