@@ -11,7 +11,7 @@ from backhand.data.examples import Example
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
-def pack(examples: Iterable[Example], *, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device | str = "cpu") -> PackedBatch:
     """Documents behind one another, shortest first, so that equal lengths are neighbours.
 
     labels[i] is token i + 1 of the same document where that token is supervised. Nothing behind the last such i can
@@ -21,24 +21,28 @@ def pack(examples: Iterable[Example], *, device: torch.device | str = "cpu") -> 
 
     Args:
         examples: any number, in any order; documents of equal length keep theirs.
+        shared: tokens, none of which predicts a supervised one, with which all of them begin: they stand in the batch
+            once.
         device: where the tensors go.
 
     Returns:
-        input_ids and labels (tokens,) int64, and the length of each document.
+        input_ids and labels (tokens,) int64, and the length of each document behind what is shared.
     """
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    prefix = np.zeros(0, dtype=np.int64)
     for example in sorted(examples, key=trained_length):
         length = trained_length(example)
         if length:
             targets = example.input_ids[1 : length + 1].astype(np.int64)
-            ids.append(example.input_ids[:length].astype(np.int64))
-            labels.append(np.where(example.supervised[1 : length + 1], targets, IGNORE_INDEX))
-    empty = np.zeros(0, dtype=np.int64)
+            prefix = example.input_ids[:shared].astype(np.int64)
+            ids.append(example.input_ids[shared:length].astype(np.int64))
+            labels.append(np.where(example.supervised[1 : length + 1], targets, IGNORE_INDEX)[shared:])
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(ids or [empty])).to(device),
-        labels=torch.from_numpy(np.concatenate(labels or [empty])).to(device),
+        input_ids=torch.from_numpy(np.concatenate([prefix, *ids])).to(device),
+        labels=torch.from_numpy(np.concatenate([np.full_like(prefix, IGNORE_INDEX), *labels])).to(device),
         document_lengths=tuple(len(document) for document in ids),
+        shared_prefix=len(prefix),
     )
 
 

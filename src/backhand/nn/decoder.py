@@ -58,7 +58,10 @@ class Decoder:
             they are in their place.
         lora: the attached adapter, or None.
         recompute: `none`, `mlp` or `block`: what the backward pass computes again instead of keeping it.
+        shares_prefixes: batches may have a shared prefix.
     """
+
+    shares_prefixes = True
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, recompute: str = "none") -> None:
         if recompute not in RECOMPUTE_MODES:

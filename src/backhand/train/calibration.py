@@ -21,7 +21,6 @@ from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import DecoderWeights, empty_weights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.train.batches import packed, real_tokens
 from backhand.train.config import OptimizationOptions
 from backhand.train.interface import Trainable
 from backhand.train.machine import Machine
@@ -65,8 +64,7 @@ def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S)
     micro_batch_s = _pass_s(outline, machine, batches, began + budget_s)
     optimizer_s = _optimizer_s(outline.layout, machine)
     steps = [outline.sampler.rows_of(step) for step in range(min(outline.total_steps, _STEPS_COUNTED))]
-    lengths = outline.lengths
-    tokens_per_step = sum(real_tokens(lengths, rows) for rows in steps) / len(steps)
+    tokens_per_step = sum(outline.packer.tokens(rows) for rows in steps) / len(steps)
     step_s = tokens_per_step * micro_batch_s / tokens + optimizer_s
     return Speed(
         tokens_per_s=tokens_per_step / step_s,
@@ -81,13 +79,12 @@ _STEPS_COUNTED = 2000
 
 def _batches(outline: Outline, machine: Machine) -> tuple[list[PackedBatch], int]:
     """Some micro-batches of the first step, from the longest to the shortest, and their tokens."""
-    lengths = outline.lengths
-    groups = micro_batches(outline.sampler.rows_of(0), lengths, max_rows=outline.memory.micro_batch_rows)
+    packer = outline.packer
+    groups = micro_batches(outline.sampler.rows_of(0), packer.lengths, max_rows=outline.memory.micro_batch_rows)
     last = len(groups) - 1
     chosen = sorted({round(last * share / (_BATCHES - 1)) for share in range(_BATCHES)})
-    examples = outline.train.examples
-    batches = [packed((examples[row] for row in groups[number]), machine.device) for number in chosen]
-    return batches, sum(real_tokens(lengths, groups[number]) for number in chosen)
+    batches = [packer.packed(groups[number], machine.device) for number in chosen]
+    return batches, sum(packer.tokens(groups[number]) for number in chosen)
 
 
 def _pass_s(outline: Outline, machine: Machine, batches: Sequence[PackedBatch], deadline: float) -> float:

@@ -30,6 +30,11 @@ class Trainable(Protocol):
         """Where the model lives and where batches must be."""
         ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have a shared prefix."""
+        ...
+
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
         ...

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from backhand.data.examples import Example
-from backhand.data.packing import micro_batches, trained_length
+from backhand.data.packing import micro_batches
 from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
 from backhand.train.base_guard import BaseGuard, first_names, is_finite, named_unusable
-from backhand.train.batches import packed, real_tokens
+from backhand.train.batches import RowPacker
 from backhand.train.forgetting import ForgettingMeter
 from backhand.train.guards import JUDGED_AFTER_STEPS, LearningGuard, SpikeGuard
 from backhand.train.held_out import HeldOut
@@ -83,8 +83,8 @@ class TrainingLoop:
         self.memory = memory
         self.save = save
         self.stop_requested = stop_requested
-        self._lengths = [trained_length(example) for example in examples]
         self._drops = any(slot.dropout > 0 for slot in state.lora.slots.values())
+        self._packer = RowPacker(examples, share_prefixes=model.shares_prefixes and not self._drops)
         self._spike_guard = SpikeGuard()
         begin = state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
@@ -124,7 +124,7 @@ class TrainingLoop:
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
-        tokens = real_tokens(self._lengths, rows)
+        tokens = self._packer.tokens(rows)
         batches = self._micro_batches(rows)
         observe = None if self.learning_guard is None else self.learning_guard.observe
         result = training_step(
@@ -139,8 +139,8 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _micro_batches(self, rows: Sequence[int]) -> list[PackedBatch]:
-        groups = micro_batches(rows, self._lengths, max_rows=self.plan.micro_batch_rows)
-        return [packed((self.examples[row] for row in group), self.model.device) for group in groups]
+        groups = micro_batches(rows, self._packer.lengths, max_rows=self.plan.micro_batch_rows)
+        return [self._packer.packed(group, self.model.device) for group in groups]
 
     def _dropout_seeds(self, count: int) -> list[int | None]:
         if not self._drops:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from backhand.errors import ResourceError
@@ -162,7 +162,11 @@ _SIZE_STEP = 32
 
 
 def largest_shapes(
-    steps: Sequence[Sequence[int]], lengths: Sequence[int], supervised: Sequence[int], rows_options: Iterable[int]
+    steps: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    supervised: Sequence[int],
+    rows_options: Iterable[int],
+    shared: Callable[[Sequence[int]], int] = lambda _rows: 0,
 ) -> dict[int, StepShape]:
     """For each number of rows per micro-batch, what micro-batches these steps will make.
 
@@ -170,13 +174,16 @@ def largest_shapes(
         steps: row numbers of each step.
         lengths, supervised: tokens and supervised tokens of every row.
         rows_options: numbers of rows to look at.
+        shared: tokens with which all of some rows begin, and which are computed once in their micro-batch.
     """
     shapes = {}
     ordered = [sorted(rows, key=lambda row: (-lengths[row], row)) for rows in steps]
     different = len({lengths[row] for rows in steps for row in rows})
     for count in rows_options:
         groups = [rows[start : start + count] for rows in ordered for start in range(0, len(rows), count)]
-        sizes = {round_size(sum(lengths[row] for row in group)) for group in groups}
+        sizes = {
+            round_size(sum(lengths[row] for row in group) - (len(group) - 1) * shared(group)) for group in groups
+        }
         runs = {run for group in groups for run in Counter(lengths[row] for row in group).items()}
         shapes[count] = StepShape(
             tokens=max(sizes),

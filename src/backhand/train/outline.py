@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -12,12 +13,12 @@ from backhand.adapters.checked_base import check_source, load_adapter_for, read_
 from backhand.adapters.config import LoRAConfig
 from backhand.data.chat import read_template
 from backhand.data.examples import Example, PreparedData, summed
-from backhand.data.packing import trained_length
 from backhand.data.prepare import prepare
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.train.batches import RowPacker
 from backhand.train.config import TrainConfig, parse_bytes
 from backhand.train.engine import BoundModel, EngineChoice, choose_engine, load_bound_model, model_size, planned_layout
 from backhand.train.machine import Machine
@@ -63,10 +64,10 @@ class Outline:
     bound: BoundModel | None
     notes: tuple[str, ...] = ()
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every training row that enter the model."""
-        return [trained_length(example) for example in self.train.examples]
+    @cached_property
+    def packer(self) -> RowPacker:
+        """The training rows as the loop will pack them."""
+        return _packer(self.train.examples, self.choice, self.layout)
 
 
 def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = False, watched: bool = False) -> Outline:
@@ -112,10 +113,16 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     if bound is not None:
         process = max(0, process - size.weight_bytes)
     budget = _budget(config, machine, process)
-    memory = _plan(config, size, train.examples, sampler, total_steps, process, budget, watched=watched)
+    packer = _packer(train.examples, choice, layout)
+    memory = _plan(config, size, train.examples, packer, sampler, total_steps, process, budget, watched=watched)
     return Outline(
         config, source, choice, layout, train, held_out, sampler, total_steps, size, budget, memory, bound, notes
     )
+
+
+def _packer(examples: Sequence[Example], choice: EngineChoice, layout: AdapterLayout) -> RowPacker:
+    drops = any(slot.dropout > 0 for slot in layout.slots)
+    return RowPacker(examples, share_prefixes=choice.decoder is not None and not drops)
 
 
 def _adapter_config(config: TrainConfig, source: ModelSource) -> LoRAConfig:
@@ -168,6 +175,7 @@ def _plan(
     config: TrainConfig,
     size: ModelSize,
     examples: Sequence[Example],
+    packer: RowPacker,
     sampler: Sampler,
     total_steps: int,
     process_bytes: int,
@@ -175,7 +183,7 @@ def _plan(
     *,
     watched: bool,
 ) -> MemoryPlan:
-    lengths = [trained_length(example) for example in examples]
+    lengths = packer.lengths
     supervised = [int(example.supervised.sum()) for example in examples]
     options = config.optimization
     batch_rows = min(options.batch_rows, len(examples))
@@ -186,7 +194,7 @@ def _plan(
     steps = [sampler.rows_of(step) for step in range(looked_at)]
     return choose(
         size,
-        largest_shapes(steps, lengths, supervised, rows_options),
+        largest_shapes(steps, lengths, supervised, rows_options, packer.shared),
         budget_bytes=budget_bytes,
         process_bytes=process_bytes,
         micro_batch_rows=options.micro_batch_rows,

@@ -34,7 +34,10 @@ class TransformersModel:
     Attributes:
         lora: the attached adapter's flat buffers, or None.
         injected: the adapter inside the model, after `inject`.
+        shares_prefixes: no: each document goes through transformers whole.
     """
+
+    shares_prefixes = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
@@ -183,6 +186,8 @@ class TransformersModel:
 
 def _groups(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Neighbouring documents of equal length as (documents, length) ids and labels."""
+    if batch.shared_prefix:
+        raise ValueError("transformers takes each document whole: the batch must not have a shared prefix")
     for start, count, length in batch.runs:
         stop = start + count * length
         yield batch.input_ids[start:stop].view(count, length), batch.labels[start:stop].view(count, length)

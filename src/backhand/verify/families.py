@@ -108,13 +108,14 @@ def random_factors(slots: dict[str, LoRASlot], draw: Draw) -> Tensors:
     return factors
 
 
-def random_batch(config: DecoderConfig, document_lengths: tuple[int, ...], draw: Draw) -> PackedBatch:
-    """Random documents, about a third of their positions without loss, the last one of each always."""
-    tokens = sum(document_lengths)
-    input_ids = draw.integers(config.vocab_size, tokens)
-    labels: list[Tensor] = []
-    for document in input_ids.split(list(document_lengths)):
+def random_batch(
+    config: DecoderConfig, document_lengths: tuple[int, ...], draw: Draw, shared_prefix: int = 0
+) -> PackedBatch:
+    """Random documents, about a third of their positions without loss, the last one of each and the prefix always."""
+    input_ids = draw.integers(config.vocab_size, shared_prefix + sum(document_lengths))
+    labels = [torch.full_like(input_ids[:shared_prefix], IGNORE_INDEX)]
+    for document in input_ids[shared_prefix:].split(list(document_lengths)):
         targets = torch.full_like(document, IGNORE_INDEX)
         targets[:-1] = document[1:]
         labels.append(targets.masked_fill(draw.integers(3, len(document)) == 0, IGNORE_INDEX))
-    return PackedBatch(input_ids, torch.cat(labels) if labels else input_ids.clone(), document_lengths)
+    return PackedBatch(input_ids, torch.cat(labels), document_lengths, shared_prefix)

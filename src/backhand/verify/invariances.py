@@ -16,6 +16,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
+from backhand.data.shared_prefix import opening_lengths
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import Decoder
 from backhand.verify.measure import relative_error
@@ -43,6 +44,16 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], bound: floa
             f"{len(examples)} documents in one batch, and one by one",
             "invariances",
         )
+        shared = min(opening_lengths(examples))
+        if shared:
+            once = _gradient(decoder, [pack(examples, shared=shared, device=decoder.device)])
+            yield ModelProof(
+                "shared prefix = a prefix in each row, gradient",
+                relative_error(once, together),
+                bound,
+                f"the first {shared} tokens of {len(examples)} documents computed once",
+                "invariances",
+            )
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
         accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
         yield ModelProof(

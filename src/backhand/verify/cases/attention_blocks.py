@@ -97,7 +97,7 @@ def _packed(
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         packed = AttentionSaved(q, k, v, o, o.new_empty(0), ((0, documents, n),), s.scaling, s.window)
         given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
-        apart = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
+        apart: Tensor = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
         return apart[:, n - m :] if gradient == "d_q" else apart
 
     return spoiled

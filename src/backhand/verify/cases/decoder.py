@@ -69,11 +69,12 @@ def _case(
     dropout: float = 0.0,
     recompute: str = "none",
     supervised: bool = True,
+    shared: int = 0,
 ) -> Case:
     draw = Draw(f"decoder: {name}")
     config = FAMILIES[family]
     slots = adapter_slots(config, targets, dropout)
-    batch = random_batch(config, documents, draw)
+    batch = random_batch(config, documents, draw, shared)
     if not supervised:
         batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
     tensors = {
@@ -118,6 +119,10 @@ CASES = (
     _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
     _case("one document", "gemma3", documents=(13,)),
     _case("one-token documents", "llama", documents=(1, 1)),
+    _case("shared prefix", "llama", shared=5),
+    _case("shared prefix, recompute block", "gemma3", shared=7, recompute="block"),
+    _case("shared prefix, recompute mlp", "mistral, window", shared=6, recompute="mlp"),
+    _case("shared prefix of one document", "qwen3, q/k norm", documents=(6,), shared=3),
     _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
     _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
@@ -142,7 +147,13 @@ def _batch(inputs: DecoderInputs, **changes: Any) -> PackedBatch:
 
 
 def _one_document(inputs: DecoderInputs) -> PackedBatch:
-    return _batch(inputs, document_lengths=(len(inputs.batch.input_ids),))
+    return _batch(inputs, document_lengths=(sum(inputs.batch.document_lengths),))
+
+
+def _prefix_apart(inputs: DecoderInputs) -> PackedBatch:
+    """The shared prefix as a document that nobody else sees."""
+    lengths = (inputs.batch.shared_prefix, *inputs.batch.document_lengths)
+    return _batch(inputs, document_lengths=lengths, shared_prefix=0)
 
 
 def _all_supervised(inputs: DecoderInputs) -> PackedBatch:
@@ -196,6 +207,8 @@ MUTANTS = (
         "d_lora_B",
         lambda _g, s, _right: _redo(s, batch=_batch(s, labels=s.batch.labels.roll(1))).d_lora_B,
     ),
+    Mutant("prefix unseen", "d_lora_A", lambda _g, s, _right: _redo(s, batch=_prefix_apart(s)).d_lora_A),
+    Mutant("prefix unseen", "d_lora_B", lambda _g, s, _right: _redo(s, batch=_prefix_apart(s)).d_lora_B),
     Mutant("dropout ignored", "d_lora_A", lambda _g, s, _right: _redo(s, dropout_seed=None).d_lora_A),
     Mutant("dropout of another seed", "d_lora_B", lambda _g, s, _right: _redo(s, dropout_seed=_next_seed(s)).d_lora_B),
     Mutant("head's dropout ignored", "d_lora_A", lambda _g, s, _right: _head_without_dropout(s).d_lora_A),
