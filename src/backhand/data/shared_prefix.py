@@ -20,7 +20,7 @@ _TYPICAL_TOKENS = 8
 
 
 def opening_lengths(examples: Sequence[Example]) -> list[int]:
-    """How many of its first tokens, none of which predicts a supervised one, each example has as a typical one has them.
+    """How many first tokens each example has in common with a typical one, none of them predicting a supervised token.
 
     The typical example is the first of those that begin with the most frequent few tokens.
     """

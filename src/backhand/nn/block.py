@@ -13,9 +13,9 @@ and k are kept as they were before the norm, plus their factors; with sandwich n
 were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
 `recompute="mlp"` keeps no a, u and none of their x Aᵀ; `recompute="block"` keeps x₀ alone and runs the forward again.
 
-Nobody reads the last block's output but the loss, and only where a token is supervised. All keys and values count,
-since later tokens see them; but from the output projection on each row goes its own way, so that only the supervised
-`rows` are computed, kept and differentiated. The gradient of all other rows of o and x₁ is zero.
+Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value
+counts, since later tokens see them; but from the output projection on each row goes its own way, so that only the
+supervised `rows` are computed, kept and differentiated. The gradient of all other rows of o and x₁ is zero.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from backhand.nn.block_adapter import DOWN, GATE_UP, OUTPUT, QKV, BlockAdapter
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.attention import AttentionSaved, Run, attention_backward, attention_forward
+from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
+from backhand.ops.document_groups import Run
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -39,7 +40,7 @@ RECOMPUTE_MODES = ("none", "mlp", "block")
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides tensors: family, window, the tokens' angles, the documents, and the rows wanted."""
+    """What a block needs besides tensors: family, window, the tokens' angles, the documents, the rows wanted."""
 
     config: DecoderConfig
     window: int | None

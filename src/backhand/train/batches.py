@@ -36,7 +36,7 @@ class RowPacker:
         self._openings = opening_lengths(examples) if share_prefixes else [0] * len(examples)
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
-        """These rows behind one another, with a filler document at the end where their tokens are not a round number."""
+        """These rows behind one another, and a filler document where their tokens are not a round number."""
         return filled_up(pack((self._examples[row] for row in rows), shared=self.shared(rows), device=device))
 
     def shared(self, rows: Sequence[int]) -> int:

@@ -181,9 +181,7 @@ def largest_shapes(
     different = len({lengths[row] for rows in steps for row in rows})
     for count in rows_options:
         groups = [rows[start : start + count] for rows in ordered for start in range(0, len(rows), count)]
-        sizes = {
-            round_size(sum(lengths[row] for row in group) - (len(group) - 1) * shared(group)) for group in groups
-        }
+        sizes = {round_size(sum(lengths[row] for row in group) - (len(group) - 1) * shared(group)) for group in groups}
         runs = {run for group in groups for run in Counter(lengths[row] for row in group).items()}
         shapes[count] = StepShape(
             tokens=max(sizes),

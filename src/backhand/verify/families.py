@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder_weights import DecoderWeights, empty_weights, module_shapes, named_views

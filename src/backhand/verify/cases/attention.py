@@ -126,7 +126,9 @@ def _dense(
     lengths = [s.shared] + [length for _, count, length in s.runs for _ in range(count)]
     document = torch.repeat_interleave(torch.tensor(lengths)).to(g.device)
     firsts = [0] + [s.shared] * (len(lengths) - 1)
-    position = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]).to(g.device)
+    position = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]).to(
+        g.device
+    )
     # Without documents apart, the order in the pack is all there is.
     place = position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]

@@ -1,0 +1,161 @@
+"""Which documents attention takes together, and how they get there from the packed tokens and back.
+
+Attention is computed for (documents, length) at once. Neighbouring documents of one length are a view of the packed
+tokens; short ones of about one length are copied, each with some token of its own repeated behind its end. Causality
+hides what stands there from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient. A prefix that
+all documents share is a document of its own, and its keys and values stand before those of each other document.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.ops.attention_blocks import ALIGNMENT
+
+# (start token, number of documents, tokens of each): neighbouring documents of equal length.
+Run = tuple[int, int, int]
+
+# Groups of fewer tokens go to torch's kernels.
+FEW_TOKENS = 128
+# Documents up to this length may be joined in a group, if at most this share of its tokens is added behind their ends.
+# In low precision their common length is rounded up likewise: softmax takes twice as long over rows of 55 as of 64.
+JOINED_UP_TO_TOKENS = 160
+ADDED_SHARE = 0.35
+FLOAT32_BYTES = 4
+
+
+class Places(NamedTuple):
+    """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
+
+    of_token: (tokens,) the place of each token. token_at: (places,) the token at each place, and behind a document's
+    end some token of it. behind: (places without a token,) these places.
+    """
+
+    of_token: Tensor
+    token_at: Tensor
+    behind: Tensor
+
+
+class Group(NamedTuple):
+    """Neighbouring documents attended together as (documents, length); what they hold is `tokens` from `start` on.
+
+    places: where its documents do not fill documents · length places; else None.
+    keys: (documents · (before + length),) the token of each key, where `before` tokens of the shared prefix stand
+    before each document; else None.
+    """
+
+    start: int
+    tokens: int
+    documents: int
+    length: int
+    before: int
+    places: Places | None
+    keys: Tensor | None
+
+
+def groups(runs: tuple[Run, ...], shared: int, like: Tensor) -> list[Group]:
+    """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
+
+    The prefix comes first: its gradients are set before those of the documents that saw it are added.
+    """
+    joined: list[list[Run]] = []
+    for run in runs:
+        if joined and _may_join(joined[-1], run):
+            joined[-1].append(run)
+        else:
+            joined.append([run])
+    aligned = like.element_size() < FLOAT32_BYTES
+    found = [_group(((0, 1, shared),), 0, False, like.device)] if shared else []
+    for neighbours in joined:
+        if shared or _blocks_are_faster(like, _tokens(neighbours)):
+            found.append(_group(tuple(neighbours), shared, aligned, like.device))
+        else:
+            found.extend(_group((run,), 0, False, like.device) for run in neighbours)
+    return found
+
+
+def _tokens(runs: Sequence[Run]) -> int:
+    return sum(count * length for _, count, length in runs)
+
+
+def _may_join(neighbours: list[Run], run: Run) -> bool:
+    runs = [*neighbours, run]
+    longest, documents = max(length for _, _, length in runs), sum(count for _, count, _ in runs)
+    return longest <= JOINED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(runs)
+
+
+@functools.lru_cache(maxsize=64)
+def _group(runs: tuple[Run, ...], before: int, aligned: bool, device: torch.device) -> Group:
+    """One group, its documents' common length aligned where that adds little; every layer asks for the same ones."""
+    start, documents, length = runs[0][0], sum(count for _, count, _ in runs), max(length for _, _, length in runs)
+    tokens = _tokens(runs)
+    rounded = -(-(before + length) // ALIGNMENT) * ALIGNMENT - before
+    if aligned and length <= JOINED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
+        length = rounded
+    token_at, places = torch.arange(tokens, device=device), None
+    if tokens != documents * length:
+        lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
+        inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
+        token_at = inside.cumsum(0) - 1
+        places = Places(inside.nonzero().squeeze(1), token_at, (~inside).nonzero().squeeze(1))
+    keys = None
+    if before:
+        prefix = torch.arange(before, device=device).expand(documents, before)
+        keys = torch.cat([prefix, start + token_at.view(documents, length)], dim=1).flatten()
+    return Group(start, tokens, documents, length, before, places, keys)
+
+
+def takes_blocks(q: Tensor, group: Group) -> bool:
+    """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
+    return group.keys is not None or _blocks_are_faster(q, group.tokens)
+
+
+def _blocks_are_faster(q: Tensor, tokens: int) -> bool:
+    """Whether blocks are the faster way for so many tokens."""
+    kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return tokens >= FEW_TOKENS or kernels_are_slow or q.device.type != "cpu"
+
+
+def together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
+    """The group's part of x, (documents, length, heads, head_dim): a view, or a copy where places stay empty.
+
+    Behind a document's end stand numbers that no real query sees: any finite ones do for q, k and v, but a gradient
+    has to be zero there.
+    """
+    part = x[group.start : group.start + group.tokens]
+    if group.places is not None:
+        part = part.index_select(0, group.places.token_at)
+        if zero_behind:
+            part.index_fill_(0, group.places.behind, 0)
+    documents: Tensor = part.unflatten(0, (group.documents, group.length))
+    return documents
+
+
+def keys_of(x: Tensor, group: Group) -> Tensor:
+    """k or v of all that the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
+    if group.keys is None:
+        return together(x, group)
+    documents: Tensor = x.index_select(0, group.keys).unflatten(0, (group.documents, group.before + group.length))
+    return documents
+
+
+def set_part(x: Tensor, group: Group, out: Tensor) -> None:
+    """Write (documents, length, heads, head_dim) into the group's part of `out`, without what lies behind the ends."""
+    part = out[group.start : group.start + group.tokens]
+    if group.places is None:
+        part.unflatten(0, (group.documents, group.length)).copy_(x)
+    else:
+        torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
+
+
+def set_keys(x: Tensor, group: Group, out: Tensor) -> None:
+    """The same for a gradient of `keys_of`; the prefix's share is summed over the documents and added."""
+    if group.before:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out[: group.before] += x[:, : group.before].sum(0, dtype=wide)
+    set_part(x[:, group.before :], group, out)
