@@ -25,6 +25,7 @@ from short_rows import write_rows
 HERE = Path(__file__).parent
 PEERS = (
     "backhand",
+    "backhand-unshared",
     "trl",
     "trl-no-checkpointing",
     "trl-no-checkpointing-tuned",

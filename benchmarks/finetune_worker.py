@@ -30,13 +30,24 @@ class FineTune:
 
 
 def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
-    """`backhand.train` as the command calls it, without evaluations on the way."""
+    """`backhand.train` as the command calls it, without evaluations; its checkpoint at the end is part of its time."""
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
     from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.train.observer import Observer
 
-    summary = backhand.train(
+    class Watch(Observer):
+        """The clock at the first step's begin and behind the last checkpoint."""
+
+        def started(self, start: Any) -> None:  # noqa: ARG002
+            self.begin = time.perf_counter()
+
+        def ended(self, summary: Any) -> None:  # noqa: ARG002
+            self.train_s = time.perf_counter() - self.begin
+
+    watch = Watch()
+    backhand.train(
         TrainConfig(
             model=ModelOptions(model=task.model, dtype=task.dtype, engine="backhand"),
             data=DataOptions(data=(task.train,)),
@@ -48,10 +59,19 @@ def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
                 schedule="linear",
                 warmup_steps=0,
             ),
-            run=RunOptions(output=output / "run", seed=task.seed, quiet=True),
-        )
+            run=RunOptions(output=output / "run", seed=task.seed, answers=0, save_every=10**6, quiet=True),
+        ),
+        callbacks=[watch],
     )
-    return {"train_s": summary.train_s, "adapter": str(output / "run" / "adapter")}
+    return {"train_s": watch.train_s, "adapter": str(output / "run" / "adapter")}
+
+
+def run_backhand_unshared(task: FineTune, output: Path) -> dict[str, Any]:
+    """The same, with the tokens that rows begin with computed in each row, as if no two began alike."""
+    from backhand.train import batches
+
+    batches.shared_tokens = lambda _openings: 0
+    return run_backhand(task, output)
 
 
 def run_trl(
@@ -104,6 +124,7 @@ def run_trl(
 
 PEERS = {
     "backhand": run_backhand,
+    "backhand-unshared": run_backhand_unshared,
     "trl": lambda task, output: run_trl(task, output, checkpointing=True),
     "trl-no-checkpointing": lambda task, output: run_trl(task, output, checkpointing=False),
     "trl-no-checkpointing-tuned": lambda task, output: run_trl(task, output, checkpointing=False, tuned=True),

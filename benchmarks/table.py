@@ -11,6 +11,7 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 _NAMES = {
     "backhand": "**Backhand**",
+    "backhand-unshared": "Backhand, as if no two rows began alike",
     "backhand-recompute-mlp": "Backhand, `--recompute mlp`",
     "backhand-recompute-block": "Backhand, `--recompute block`",
     "peft": "PEFT as documented",

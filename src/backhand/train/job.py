@@ -11,6 +11,7 @@ import torch
 
 from backhand.data.examples import PreparedData
 from backhand.nn.loading.source import ModelSource
+from backhand.train.batches import RowPacker
 from backhand.train.config import TrainConfig
 from backhand.train.engine import BoundModel, EngineChoice, load_bound_model
 from backhand.train.identity import Identity
@@ -33,6 +34,7 @@ class Job:
         source: the opened base model.
         choice: which engine, and why.
         train, held_out: the rows.
+        packer: of the training rows.
         sampler: which rows a step trains on.
         total_steps: of the run.
         memory: what it will take.
@@ -46,6 +48,7 @@ class Job:
     choice: EngineChoice
     train: PreparedData
     held_out: PreparedData | None
+    packer: RowPacker
     sampler: Sampler
     total_steps: int
     memory: MemoryPlan
@@ -89,6 +92,7 @@ def build_job(config: TrainConfig, machine: Machine) -> Job:
         choice=choice,
         train=train,
         held_out=held_out,
+        packer=outline.packer,
         sampler=outline.sampler,
         total_steps=total_steps,
         memory=memory,

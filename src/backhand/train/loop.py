@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from backhand.data.examples import Example
 from backhand.data.packing import micro_batches
 from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
@@ -40,7 +39,7 @@ class TrainingLoop:
     Args:
         model: with the state's adapter attached.
         state: adapter, optimizer, counters; changed by every step.
-        examples: the training rows that the sampler counts.
+        packer: of the training rows that the sampler counts.
         sampler: which of them a step trains on.
         plan: resolved numbers.
         held_out: None where nothing is held out.
@@ -57,7 +56,7 @@ class TrainingLoop:
         self,
         model: Trainable,
         state: RunState,
-        examples: Sequence[Example],
+        packer: RowPacker,
         sampler: Sampler,
         plan: StepPlan,
         *,
@@ -72,7 +71,7 @@ class TrainingLoop:
     ) -> None:
         self.model = model
         self.state = state
-        self.examples = examples
+        self.packer = packer
         self.sampler = sampler
         self.plan = plan
         self.held_out = held_out
@@ -84,7 +83,6 @@ class TrainingLoop:
         self.save = save
         self.stop_requested = stop_requested
         self._drops = any(slot.dropout > 0 for slot in state.lora.slots.values())
-        self._packer = RowPacker(examples, share_prefixes=model.shares_prefixes and not self._drops)
         self._spike_guard = SpikeGuard()
         begin = state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
@@ -124,7 +122,7 @@ class TrainingLoop:
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
-        tokens = self._packer.tokens(rows)
+        tokens = self.packer.tokens(rows)
         batches = self._micro_batches(rows)
         observe = None if self.learning_guard is None else self.learning_guard.observe
         result = training_step(
@@ -139,8 +137,8 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _micro_batches(self, rows: Sequence[int]) -> list[PackedBatch]:
-        groups = micro_batches(rows, self._packer.lengths, max_rows=self.plan.micro_batch_rows)
-        return [self._packer.packed(group, self.model.device) for group in groups]
+        groups = micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
+        return [self.packer.packed(group, self.model.device) for group in groups]
 
     def _dropout_seeds(self, count: int) -> list[int | None]:
         if not self._drops:

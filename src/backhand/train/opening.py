@@ -34,6 +34,9 @@ def opening_facts(job: Job, continued: bool) -> tuple[str, ...]:
         f"plan: {job.total_steps:,} steps of {options.batch_rows} rows, {cut}; "
         f"peak memory about {in_words(job.memory.peak_bytes)}"
     )
+    shared = job.packer.shared(range(len(job.train.examples)))
+    if shared:
+        facts.append(f"rows all begin with the same {shared:,} tokens: each micro-batch computes them once")
     if continued:
         facts.append("continuing from a checkpoint")
     return tuple(facts)

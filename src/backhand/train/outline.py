@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +40,7 @@ class Outline:
         choice: which engine, and why.
         layout: what the adapter consists of.
         train, held_out: the rows.
+        packer: of the training rows.
         sampler: which rows a step trains on.
         total_steps: of the run.
         size: what the memory's formulas need of the model.
@@ -56,6 +56,7 @@ class Outline:
     layout: AdapterLayout
     train: PreparedData
     held_out: PreparedData | None
+    packer: RowPacker
     sampler: Sampler
     total_steps: int
     size: ModelSize
@@ -63,11 +64,6 @@ class Outline:
     memory: MemoryPlan
     bound: BoundModel | None
     notes: tuple[str, ...] = ()
-
-    @cached_property
-    def packer(self) -> RowPacker:
-        """The training rows as the loop will pack them."""
-        return _packer(self.train.examples, self.choice, self.layout)
 
 
 def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = False, watched: bool = False) -> Outline:
@@ -116,7 +112,20 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     packer = _packer(train.examples, choice, layout)
     memory = _plan(config, size, train.examples, packer, sampler, total_steps, process, budget, watched=watched)
     return Outline(
-        config, source, choice, layout, train, held_out, sampler, total_steps, size, budget, memory, bound, notes
+        config,
+        source,
+        choice,
+        layout,
+        train,
+        held_out,
+        packer,
+        sampler,
+        total_steps,
+        size,
+        budget,
+        memory,
+        bound,
+        notes,
     )
 
 

@@ -37,7 +37,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     loop = TrainingLoop(
         finished.model,
         again,
-        finished.examples,
+        finished.packer,
         finished.sampler,
         finished.plan,
         held_out=finished.held_out,

@@ -152,7 +152,7 @@ class _Run:
             loop = TrainingLoop(
                 job.bound.model,
                 state,
-                job.train.examples,
+                job.packer,
                 job.sampler,
                 plan,
                 held_out=self._held_out(),

@@ -1,6 +1,7 @@
 """What must not change the result, measured on a model and its rows in the dtype that training uses.
 
 - packed = unpacked: documents in one batch, or each in its own;
+- shared prefix = a prefix in each row: the tokens with which all documents begin computed once, or in each of them;
 - accumulated = one batch: the same documents in several micro-batches;
 - recomputed = kept: `recompute` none, mlp and block.
 
