@@ -113,7 +113,7 @@ def test_a_second_model_counts() -> None:
 
 def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     shapes = largest_shapes([[0, 1], [2, 3]], lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8], rows_options=[1, 2])
-    assert shapes[1] == StepShape(208, 8, 2, 3, run_tokens=200, run_products=200 * 160)
+    assert shapes[1] == StepShape(208, 8, 3, 3, run_tokens=200, run_products=200 * 160)
     assert shapes[2] == StepShape(400, 15, 2, 3, run_tokens=400, run_products=400 * 160)
 
 
