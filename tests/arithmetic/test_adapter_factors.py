@@ -95,6 +95,9 @@ def test_convolutions_are_matrices(tmp_path: Path) -> None:
 def test_names_of_runs_and_of_modules(base: nn.Module, tmp_path: Path) -> None:
     saved(base, tmp_path / "my-run" / "adapter")
     assert read_factors(tmp_path / "my-run" / "adapter").label == "my-run, rank 3"
+    for name, label in (("rank3", "rank3"), ("sin-rank-3", "sin-rank-3"), ("rank13", "rank13, rank 3")):
+        saved(base, tmp_path / name / "adapter")
+        assert read_factors(tmp_path / name / "adapter").label == label
     assert kind_of("model.layers.12.self_attn.q_proj") == "q_proj"
     assert layer_of("model.layers.12.self_attn.q_proj") == 12
     assert layer_of("lm_head") is None

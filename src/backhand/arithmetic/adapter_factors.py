@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -38,7 +39,8 @@ class AdapterFactors:
     """An adapter.
 
     Attributes:
-        label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's.
+        label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's; the
+            name alone where it says the rank.
         directory: where its files lie; a GGUF file itself.
         described: what adapter_config.json says.
         modules: by dotted path, in the order of the file.
@@ -99,7 +101,7 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
         raise UnusableAdapterError(contents.directory, problems)
     ranks = sorted({module.rank for module in modules.values()})
     return AdapterFactors(
-        f"{_name(contents.directory)}, rank {'/'.join(map(str, ranks))}",
+        _label(_name(contents.directory), "/".join(map(str, ranks))),
         contents.directory,
         contents.described,
         modules,
@@ -110,6 +112,11 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
         contents.record,
         _common_dtype(tensor for factors in found.values() for tensor in factors.values()),
     )
+
+
+def _label(name: str, rank: str) -> str:
+    """`runs/mine, rank 8`, but not `rank8, rank 8`."""
+    return name if re.search(rf"rank[-_]?{re.escape(rank)}$", name) else f"{name}, rank {rank}"
 
 
 def _factor_problem(lora_A: Tensor, lora_B: Tensor, rank: int) -> str | None:

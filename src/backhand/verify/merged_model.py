@@ -93,15 +93,8 @@ def _merged_logits(proofs: GradientProofs, exact: Tensor) -> ModelProof:
     merged = logits()
     rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
     bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
-    detail = f"the adapter changes {effect:.1e}"
     if effect > bound:
-        detail += f", of which {norm(merged - adapted) / norm(base - adapted):.1e} is lost"
+        detail = f"{norm(merged - adapted) / norm(base - adapted):.1e} of the adapter's {effect:.1e} is lost"
     else:
-        detail += ", less than this dtype can tell"
-    return ModelProof(
-        "merged = unmerged, logits",
-        relative_error(merged, adapted),
-        bound,
-        f"{detail}; unmerged from float64: {rounding:.1e}",
-        "merge",
-    )
+        detail = f"the adapter itself changes only {effect:.1e}"
+    return ModelProof("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")
