@@ -8,17 +8,21 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
+from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn import adapted_group
 from backhand.nn import block as block_module
 from backhand.nn import decoder as decoder_module
 from backhand.nn.merging import merge_into
-from backhand.verify import merged_model, model_gradients
+from backhand.verify import blockwise_step, merged_model
 from backhand.verify.command import verify, verify_command
-from backhand.verify.model_setup import choose_documents
+from backhand.verify.measure import relative_error
+from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_model
 
@@ -63,7 +67,7 @@ def test_every_family_is_proved(variant, models, rows):
     report = verify(options(models(variant), rows))
     assert not report.failed_model
     exact = [proof for proof in report.model if proof.proof.endswith("float64")]
-    assert len(exact) == 10, "loss, seven kinds of modules, d_x, merging"
+    assert len(exact) == 11, "loss, seven kinds of modules, d_x, packing, merging"
     assert max(proof.measured for proof in exact) < 1e-12
     statements = " ".join(proof.proof for proof in report.model)
     for words in ("packed = unpacked", "accumulated = one batch", "recomputed (mlp)", "recomputed (block)", "merged"):
@@ -160,13 +164,13 @@ def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
 
 def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
     """All below is proved with what the head passes down, so that only the head's own comparison can tell."""
-    right = model_gradients.linear_cross_entropy_backward
+    right = blockwise_step.linear_cross_entropy_backward
 
     def wrong(*args):
         losses, grads = right(*args)
         return losses, grads._replace(d_x=grads.d_x * (1 + 1e-6))
 
-    monkeypatch.setattr(model_gradients, "linear_cross_entropy_backward", wrong)
+    monkeypatch.setattr(blockwise_step, "linear_cross_entropy_backward", wrong)
     report = verify(options(models("llama"), rows))
     failed = next(proof for proof in report.failed_model if "d_x" in proof.proof)
     assert failed.detail == "worst: d_x of the head"
@@ -187,6 +191,30 @@ def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):
     assert not any("float64" in proof and "×" in proof for proof in failed)
 
 
+@pytest.mark.parametrize(("others", "passes"), [((0.1, 0.1), True), ((0.3, 0.1), False), ((math.nan, 0.1), False)])
+def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, models, rows, monkeypatch):
+    setup = load_setup(options(models("llama")).model, options(models("llama"), rows).data, None, 64)
+    lora = setup.decoder.lora
+    proofs = GradientProofs(setup.decoder, pack(setup.examples), None)
+    before, tried = lora.values.clone(), []
+
+    def errors(_self, truth):
+        tried.append((lora.values.clone(), truth.clone()))
+        return (0.25, 0.1) if len(tried) == 1 else others
+
+    monkeypatch.setattr(GradientProofs, "_rounding_errors", errors)
+    list(proofs.by_block())
+    step = proofs.training_step()
+    assert step.passed is passes
+    assert "means of 8" in step.detail
+    if passes:
+        assert step.measured == pytest.approx((0.25 * 0.1**7) ** (1 / 8)) and step.bound == pytest.approx(0.2)
+    assert len(tried) == 8 and torch.equal(lora.values, before)
+    for values, truth in tried[1:]:
+        assert 0.03 < (values / before).log().std() < 0.07
+        assert 0.001 < relative_error(truth, tried[0][1]) < 0.5  # each has its own gradient in float64
+
+
 def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     right = decoder_module.Decoder.contexts
 
@@ -200,6 +228,19 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     with pytest.raises(CheckError):
         verify_command(options(models("llama"), rows))
     assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))
+
+
+def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
+    """Every document's rotary angles go on a little from where the one before it ended."""
+    right = blockwise_step.rotary_table
+
+    def leaking(positions, frequencies):
+        return right(positions + 1e-4 * torch.arange(len(positions)), frequencies)
+
+    monkeypatch.setattr(blockwise_step, "rotary_table", leaking)
+    failed = _failed(verify(options(models("llama"), rows, dtype="bfloat16")))
+    assert "packed = unpacked, gradient, float64" in failed
+    assert "packed = unpacked, gradient" not in failed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

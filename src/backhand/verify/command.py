@@ -157,7 +157,7 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
         say(f"{options.model.model}: invariances")
         report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
         say(f"{options.model.model}: merging")
-        report.model.extend(prove_merging(gradients))
+        report.model.extend(prove_merging(gradients.step))
     return report
 
 

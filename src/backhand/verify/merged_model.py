@@ -21,8 +21,9 @@ from backhand.nn.block_adapter import block_adapter
 from backhand.nn.decoder import HEAD
 from backhand.nn.merging import merge_into, merged_weight
 from backhand.ops.rms_norm import rms_norm_forward
+from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, GradientProofs, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, ModelProof
 
 MERGED_TIMES_UNMERGED = 3.0
 # What float32 logits may differ by where float64 happens to be nearer than that.
@@ -30,44 +31,40 @@ SMALLEST_BOUND = 1e-5
 
 
 @torch.no_grad()
-def prove_merging(proofs: GradientProofs) -> Iterator[ModelProof]:
+def prove_merging(step: BlockwiseStep) -> Iterator[ModelProof]:
     """Two proofs; they leave the decoder merged, so that it is of no further use.
 
     Args:
-        proofs: of the decoder with its adapter attached.
+        step: of the decoder with its adapter attached.
     """
-    inputs = proofs.forward(None)
-    unmerged = _exact_logits(proofs, inputs[-1], merged=False)
-    errors = {f"layer {layer}": _block_error(proofs, layer, *inputs[layer : layer + 2]) for layer in _layers(proofs)}
-    if HEAD in proofs.exact:
-        errors["head"] = relative_error(_exact_logits(proofs, inputs[-1], merged=True), unmerged)
+    inputs = step.forward(None)
+    unmerged = _exact_logits(step, inputs[-1], merged=False)
+    errors = {f"layer {layer}": _block_error(step, layer, *inputs[layer : layer + 2]) for layer in step.layers}
+    if HEAD in step.lora:
+        errors["head"] = relative_error(_exact_logits(step, inputs[-1], merged=True), unmerged)
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     yield ModelProof(
         f"{len(errors)} × merged = unmerged, float64", errors[worst], FLOAT64_BOUND, f"worst: {worst}", "merge"
     )
-    yield _merged_logits(proofs, unmerged)
+    yield _merged_logits(step, unmerged)
 
 
-def _layers(proofs: GradientProofs) -> range:
-    return range(len(proofs.decoder.config.layers))
-
-
-def _block_error(proofs: GradientProofs, layer: int, x0: Tensor, x2: Tensor) -> float:
+def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> float:
     """How far the merged block's output is from x2, which the block with its adapter gives."""
-    weights = proofs.block_weights(layer)
+    weights = step.block_weights(layer)
     prefix = f"model.layers.{layer}."
-    named = proofs.named_weights(layer, weights)
-    for name in proofs.exact.slots:
+    named = step.named_weights(layer, weights)
+    for name in step.lora.slots:
         if name.startswith(prefix):
             weight = named[f"{name}.weight"]
-            weight.copy_(merged_weight(weight, proofs.exact, name))
-    merged, _ = block_forward(x0, weights, block_adapter(None, layer, None), proofs.context(layer), "block")
+            weight.copy_(merged_weight(weight, step.lora, name))
+    merged, _ = block_forward(x0, weights, block_adapter(None, layer, None), step.context(layer), "block")
     return relative_error(merged, x2)
 
 
-def _exact_logits(proofs: GradientProofs, x: Tensor, *, merged: bool) -> Tensor:
+def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     """The logits in float64, (tokens, vocabulary), of the last block's output."""
-    config, weights, exact = proofs.decoder.config, proofs.decoder.weights, proofs.exact
+    config, weights, exact = step.decoder.config, step.decoder.weights, step.lora
     normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
     head = weights.head.double()
     if HEAD not in exact:
@@ -79,9 +76,10 @@ def _exact_logits(proofs: GradientProofs, x: Tensor, *, merged: bool) -> Tensor:
     )
 
 
-def _merged_logits(proofs: GradientProofs, exact: Tensor) -> ModelProof:
+def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     """The decoder's own logits in the compute dtype, before and after `merge_into`."""
-    decoder, batch = proofs.decoder, proofs.batch
+    decoder, batch, lora = step.decoder, step.batch, step.decoder.lora
+    assert lora is not None
 
     def logits() -> Tensor:
         return decoder.logits(batch.input_ids, batch.document_lengths).double()
@@ -89,7 +87,7 @@ def _merged_logits(proofs: GradientProofs, exact: Tensor) -> ModelProof:
     adapted = logits()
     decoder.detach()
     base = logits()
-    merge_into(decoder, proofs.lora)
+    merge_into(decoder, lora)
     merged = logits()
     rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
     bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
