@@ -152,19 +152,10 @@ def peft_order(name: str) -> int:
 
 def transformers_model(name: str, dtype: torch.dtype) -> Any:
     """The same base weights in a transformers model."""
-    import transformers
-
     from backhand.nn.loading import open_model
+    from backhand.nn.loading.transformers_model import load_transformers_model
 
-    source = open_model(name)
-    config = transformers.AutoConfig.for_model(**{k: v for k, v in source.config.items() if k != "architectures"})
-    state = {n: source.load(n).to(dtype) for n in source.tensor_names()}
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or [n for n in missing if n != "lm_head.weight"]:
-        raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    return model
+    return load_transformers_model(open_model(name), dtype=dtype)
 
 
 class CeilingPeer:

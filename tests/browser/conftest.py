@@ -6,19 +6,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from backhand.report.train import train
-from support.tiny_run import TinyRun
+from support.finished_runs import finished, finished_once, tiny
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
     from support.open_page import OpenPage
 
+__all__ = ["browser", "finished", "finished_once", "open_page", "tiny"]
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -58,21 +57,3 @@ def open_page(browser: Browser) -> OpenPage:
         context.close()
 
     return opened
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return TinyRun(Path(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="session")
-def _finished(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = Path(tmp_path_factory.mktemp("runs")) / "run"
-    train(tiny.config(run, epochs=4, learning_rate=1e-2))
-    return run
-
-
-@pytest.fixture
-def finished(_finished: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own."""
-    return Path(shutil.copytree(_finished, tmp_path / "run"))

@@ -6,10 +6,10 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 
 from backhand.nn.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.nn.loading.transformers_model import load_transformers_model
 from support.parity import decoder_like
 
 NAME = "smollm2-135m"
@@ -26,13 +26,7 @@ TEXTS = (
 
 def smollm2_peft(*, round_to: torch.dtype, dtype: torch.dtype, bf16_adapter: bool = False, lora_B: float = 0.02) -> Any:
     """PEFT around SmolLM2, weights rounded to `round_to` first; random adapter with lora_B of the given size."""
-    source = open_model(NAME)
-    config = transformers.AutoConfig.for_model(**source.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    state = {name: source.load(name).to(round_to).to(dtype) for name in source.tensor_names()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+    model = load_transformers_model(open_model(NAME), dtype=round_to).to(dtype)  # type: ignore[arg-type]
     adapted = peft.get_peft_model(
         model,
         peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -86,8 +86,14 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def reason(error: OSError) -> str:
+    """Why the system did not write, in words."""
+    return _REASONS.get(error.errno or 0, error.strerror or str(error))
+
+
 def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
     """Our error for what the system said about writing to `path`."""
     needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
-    why = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return ResourceError(what, where=str(path), why=why + needed, next_step="free space, or choose another directory")
+    return ResourceError(
+        what, where=str(path), why=reason(error) + needed, next_step="free space, or choose another directory"
+    )

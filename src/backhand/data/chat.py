@@ -187,7 +187,7 @@ class ChatRenderer:
         asked = self._render(conversation, messages[:index], generation_prompt=True)
         text = self._render(conversation, messages[: index + 1])
         if not text.startswith(asked):
-            alike = _common_length(asked, text)
+            alike = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
             raise DataError(
                 "the chat template does not render this reply as it asks for one, so where it starts is not known",
                 where=conversation.source,
@@ -274,15 +274,6 @@ def _check_calls(messages: Sequence[Message], text: str, source: str) -> None:
                     why=f"{name!r} is called, and stands nowhere in the text that it renders",
                     next_step="use a template that knows tool calls (--chat-template), or write the calls as content",
                 )
-
-
-def _common_length(one: str, other: str) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def _around(text: str, place: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from backhand.generate.batch import complete_batch
 from backhand.generate.completer import Choose, Finished
@@ -69,7 +70,8 @@ class EngineCompleter:
             self._state, self._seen = IncrementalDecoder(self.decoder), []
             self._state.cache.add_rows(1)
         state, cache = self._state, self._state.cache
-        kept = min(_common_length(self._seen[: cache.lengths[0]], prompt), len(prompt) - 1)
+        computed = zip(self._seen[: cache.lengths[0]], prompt[:-1], strict=False)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], computed))
         cache.truncate(0, kept)
         self._seen = list(prompt)
         logits = state.extend([0], [prompt[kept:]])
@@ -79,12 +81,3 @@ class EngineCompleter:
                 return
             self._seen.append(token)
             logits = state.step([token])
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

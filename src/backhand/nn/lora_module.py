@@ -1,9 +1,6 @@
 """What every adapted module has in common; the kinds stand in `lora_modules`.
 
-An adapted module is the module it was: the same object with the same `weight` and `bias`, hooks and places in the
-model, to which `adapt` has added `lora_A` and `lora_B` and whose class it has changed to one with another `forward` (as
-torch.nn.utils.parametrize does). So names in the base model's state dict stay, whoever holds the module holds the
-adapted one, and `restore` leaves no trace.
+It is the module it was (see `adapted_module`), to which `adapt` has added `lora_A` and `lora_B`.
 
 Dropout seeds are drawn from torch's global generator, one a call: that is what gradient checkpointing rewinds before it
 runs a forward pass again, so that both passes drop the same elements. The mask itself comes from a generator of its
@@ -14,38 +11,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from backhand.nn.adapted_module import AdaptedModule
 from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout
 
 _SEEDS = 2**62
-_TRAINED = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
-_OWN_ATTRIBUTES = ("rank", "scaling", "dropout", "enabled", "_unmerged", "_base_class")
 
 Shape = tuple[int, ...]
 
 
-class LoRAModule(nn.Module):
+class LoRAModule(AdaptedModule):
     """An adapted module; made by `adapt`, never by its constructor.
 
     Attributes:
-        weight, bias: the frozen base parameters.
         lora_A, lora_B: the trained factors in PEFT's shapes.
         lora_bias, lora_magnitude: the bias of lora_B and DoRA's magnitude in PEFT's shapes, or None.
         rank, scaling, dropout: as in `LoRASlot`.
-        enabled: False makes the module compute what it did before it was adapted.
     """
 
+    own_parameters = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
+    own_attributes = ("rank", "scaling", "dropout", *AdaptedModule.own_attributes)
     base_type: ClassVar[type[nn.Module] | None] = None
     embedding: ClassVar[bool] = False
     takes_lora_bias: ClassVar[bool] = True
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
@@ -53,9 +47,6 @@ class LoRAModule(nn.Module):
     rank: int
     scaling: float
     dropout: float
-    enabled: bool
-    _unmerged: tuple[nn.Parameter, nn.Parameter | None] | None
-    _base_class: type[nn.Module]
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -119,9 +110,7 @@ class LoRAModule(nn.Module):
         if (reason := cls.obstacle(module, rank)) is not None:
             raise ValueError(reason)
         shapes, channels = cls.factor_shapes(module, rank), cls.channel_shape(module)
-        base_class = type(module)
-        module.__class__ = cls
-        adapted = cast("Self", module)
+        adapted = cls._take_over(module)
         # In half precision a step of the optimizer would vanish in rounding.
         dtype = torch.promote_types(adapted.weight.dtype, torch.float32)
         adapted.lora_A, adapted.lora_B = (
@@ -135,13 +124,12 @@ class LoRAModule(nn.Module):
             "lora_magnitude", nn.Parameter(factor.new_zeros(channels, dtype=dtype)) if use_dora else None
         )
         adapted.rank, adapted.scaling, adapted.dropout = rank, scaling, dropout
-        adapted.enabled, adapted._unmerged, adapted._base_class = True, None, base_class
         adapted.reset_magnitude()
         return adapted
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained here, by the last part of its name."""
-        for name in _TRAINED:
+        for name in self.own_parameters:
             parameter = self._parameters[name]
             if parameter is not None:
                 yield name, parameter
@@ -186,11 +174,6 @@ class LoRAModule(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds the update at the moment."""
-        return self._unmerged is not None
-
     @torch.no_grad()
     def merge(self) -> None:
         """Put the update into `weight`, added in fp32 at least and then cast.
@@ -211,7 +194,7 @@ class LoRAModule(nn.Module):
         if self.lora_magnitude is not None:
             gain = (self.lora_magnitude.flatten() / self.dora_norm()).to(merged.dtype)
             merged = self.rows_times(merged, gain)
-        self._unmerged = (self.weight, bias)  # in a tuple, else they would be registered as parameters
+        self._keep_unmerged()
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
         if self.lora_bias is not None and bias is not None:
             moved = bias.to(delta.dtype) + self.scaling * self.lora_bias
@@ -221,46 +204,11 @@ class LoRAModule(nn.Module):
         """A weight of this module's shape, its output channels multiplied by gain (out,)."""
         return weight * gain.view(-1, *(1 for _ in weight.shape[1:]))
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back: the same parameter, bit by bit, tied to what it was tied to."""
-        if self._unmerged is None:
-            return
-        weight, bias = self._unmerged
-        for base in (weight, bias):
-            if base is not None and (base.device, base.dtype) != (self.weight.device, self.weight.dtype):
-                base.data = base.data.to(self.weight)  # the model was moved while merged
-        self.weight = weight
-        if bias is not None:
-            self.bias = bias
-        self._unmerged = None
-
-    def restore(self) -> nn.Module:
-        """Take the adapter away: the module is of its old class again, with its base weight, and has no factors."""
-        self.unmerge()
-        base_class = self._base_class
-        for name in _TRAINED:
-            del self._parameters[name]
-        for name in _OWN_ATTRIBUTES:
-            del self.__dict__[name]
-        module: nn.Module = self
-        module.__class__ = base_class
-        return module
-
     def extra_repr(self) -> str:
         """The base module's description and the adapter's."""
         base = self._base_class.extra_repr(self) or f"weight={tuple(self.weight.shape)}"
         more = "".join(f", {name}" for name, _ in self.trained() if name not in ("lora_A", "lora_B"))
         return f"{base}, rank={self.rank}, scaling={self.scaling:g}{more}"
-
-    @property
-    def _adapts(self) -> bool:
-        return self.enabled and self._unmerged is None
-
-    def _base_forward(self, x: Tensor) -> Tensor:
-        """What the module computed before it was adapted, by the very same code."""
-        y: Tensor = cast("Any", self._base_class).forward(self, x)
-        return y
 
     def _drawn_dropout(self) -> Dropout | None:
         if not self.training or self.dropout == 0.0:

@@ -1,7 +1,7 @@
 """An embedding, and the output head whose weight it is, with some rows trained as they are: see `ops.token_rows`.
 
-Like an adapted module (`lora_module`), each is the module it was, of another class, and `restore` leaves no trace. A
-tied head holds the very same parameter as the embedding, so that both read, and train, the same rows.
+Each is the module it was, see `adapted_module`. A tied head holds the very same parameter as the embedding, so that
+both read, and train, the same rows.
 """
 
 from __future__ import annotations
@@ -11,30 +11,24 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from backhand.nn.adapted_module import AdaptedModule
 from backhand.nn.lora_functions import TokenEmbeddingFunction, TokenLinearFunction
 
-_OWN_ATTRIBUTES = ("enabled", "_unmerged", "_base_class")
 
-
-class TokenModule(nn.Module):
+class TokenModule(AdaptedModule):
     """A module with trained rows; made by `adapt`, never by its constructor.
 
     Attributes:
-        weight: the frozen base parameter.
         trainable_tokens: (n, hidden), the trained rows.
         token_ids: (n,) int64.
-        enabled: False makes the module compute what it did before.
     """
 
     base_type: ClassVar[type[nn.Module]]
+    own_parameters = ("trainable_tokens",)
+    own_buffers = ("token_ids",)
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     trainable_tokens: nn.Parameter
     token_ids: Tensor
-    enabled: bool
-    _unmerged: tuple[nn.Parameter] | None
-    _base_class: type[nn.Module]
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
@@ -62,60 +56,22 @@ class TokenModule(nn.Module):
         """
         if (reason := cls.obstacle(module)) is not None:
             raise ValueError(reason)
-        base_class = type(module)
-        module.__class__ = cls
-        adapted = cast("Self", module)
+        adapted = cls._take_over(module)
         if rows is None:
             # In half precision a step of the optimizer would vanish in rounding.
             wide = torch.promote_types(adapted.weight.dtype, torch.float32)
             rows = nn.Parameter(adapted.weight.detach()[token_ids.to(adapted.weight.device)].to(wide))
         adapted.trainable_tokens = rows
         adapted.register_buffer("token_ids", token_ids.to(adapted.weight.device), persistent=False)
-        adapted.enabled, adapted._unmerged, adapted._base_class = True, None, base_class
         return adapted
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds the rows at the moment."""
-        return self._unmerged is not None
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the rows into `weight`, which becomes a parameter of this module's own; the base weight is kept."""
         if self._unmerged is None:
             rows = self.trainable_tokens.to(self.weight.dtype)
-            self._unmerged = (self.weight,)  # in a tuple, else it would be registered as a parameter
+            self._keep_unmerged()
             self.weight = nn.Parameter(self.weight.index_copy(0, self.token_ids, rows), requires_grad=False)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back: the same parameter, bit by bit."""
-        if self._unmerged is None:
-            return
-        (base,) = self._unmerged
-        if (base.device, base.dtype) != (self.weight.device, self.weight.dtype):  # the model was moved while merged
-            base.data = base.data.to(self.weight)
-        self.weight, self._unmerged = base, None
-
-    def restore(self) -> nn.Module:
-        """Take the rows away: the module is of its old class again, with its base weight."""
-        self.unmerge()
-        base_class = self._base_class
-        del self._parameters["trainable_tokens"], self._buffers["token_ids"]
-        self._non_persistent_buffers_set.discard("token_ids")
-        for name in _OWN_ATTRIBUTES:
-            del self.__dict__[name]
-        module: nn.Module = self
-        module.__class__ = base_class
-        return module
-
-    @property
-    def _adapts(self) -> bool:
-        return self.enabled and self._unmerged is None
-
-    def _base_forward(self, x: Tensor) -> Tensor:
-        y: Tensor = cast("Any", self._base_class).forward(self, x)
-        return y
 
 
 class TokenEmbedding(TokenModule):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from backhand.adapters.atomic_files import reason, sync_directory
 from backhand.errors import BackhandError, ResourceError, UsageError
 
 _WRITE_BYTES = 1 << 24
@@ -52,14 +53,7 @@ class FileLayer:
 
     def sync_directory(self, path: Path) -> None:
         """Wait until the names in a directory are on the disk."""
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
-                raise
-        finally:
-            os.close(descriptor)
+        sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """Give a file or directory a new name; an existing file is replaced in one step."""
@@ -156,15 +150,7 @@ def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> BackhandError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
         return UsageError(f"{what} cannot be saved", where=str(error.filename or path), why=error.strerror)
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file-size limit is reached",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "the directory is not writable",
-        errno.EPERM: "the directory is not writable",
-    }
-    why = reasons.get(error.errno or 0, error.strerror or str(error))
+    why = reason(error)
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
         why += f"; {needed_bytes:,} bytes are needed{_free(path)}"
     return ResourceError(
