@@ -4,6 +4,7 @@
 
     backhand.train(backhand.TrainConfig(data=backhand.DataOptions(data=("rows.jsonl",))))
     backhand.inject(module, backhand.LoRAConfig(rank=8))     # any torch.nn.Module, your own training loop
+    backhand.inject_from(module, "runs/mine/adapter")        # the same with an adapter that was saved
     backhand.compare("d_lora_A", by_hand, autograd)          # exact | approximate | largest difference
 
 Importing the package imports nothing else; each name below is imported when it is first used.
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backhand.adapters.config import LoRAConfig
-    from backhand.adapters.inject import inject
+    from backhand.adapters.inject import inject, inject_from
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.report.train import train
@@ -39,6 +40,7 @@ _HOMES = {
     "compare": "backhand.verify.compare",
     "evaluate": "backhand.train.evaluation",
     "inject": "backhand.adapters.inject",
+    "inject_from": "backhand.adapters.inject",
     "train": "backhand.report.train",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "compare",
     "evaluate",
     "inject",
+    "inject_from",
     "train",
 ]
 

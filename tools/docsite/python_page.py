@@ -15,7 +15,7 @@ _BY_ROOM = {
         "RunOptions",
     ),
     "Measure": ("evaluate", "compare"),
-    "Any PyTorch model": ("inject",),
+    "Any PyTorch model": ("inject", "inject_from"),
     "Errors": ("BackhandError",),
 }
 
