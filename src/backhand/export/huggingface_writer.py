@@ -20,6 +20,7 @@ from torch import Tensor
 from backhand.adapters.atomic_files import write_atomically
 from backhand.errors import CheckError
 from backhand.export.merged_weights import MergedWeights, Rounding
+from backhand.export.rotary_names import with_older_names
 from backhand.nn.loading.huggingface_directory import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
 
@@ -136,7 +137,7 @@ def _index(
 
 def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """The base's config.json, with the dtype of most elements and the head as it is now."""
-    config = dict(weights.source.config)
+    config = with_older_names(weights.source.config)
     elements: dict[torch.dtype, int] = {}
     for name, dtype in dtypes.items():
         elements[dtype] = elements.get(dtype, 0) + math.prod(weights.shape(name))

@@ -51,8 +51,9 @@ def gemma_rotary(fields: ConfigFields, max_position_embeddings: int) -> tuple[Ro
         parameters.close()
     scaling = fields.mapping("rope_scaling")
     if scaling is not None:
-        if parameters:
-            fields.problem("rope_scaling", "rope_parameters is there too")
+        newer = fields.value("rope_parameters")
+        if isinstance(newer, dict) and fields.value("rope_scaling") != newer.get(FULL):
+            fields.problem("rope_scaling", "rope_parameters is there too and says something else")
         rules[FULL] = scaling
     full, sliding = (_rule(rules[kind], theta[kind], None, max_position_embeddings) for kind in (FULL, SLIDING))
     return full, sliding
