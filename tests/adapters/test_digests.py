@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
 from support.tiny_tokenizer import tiny_tokenizer
@@ -33,6 +37,22 @@ def test_a_tokenizer_is_known_by_what_it_does() -> None:
     same.padding_side = "left"
     other.add_tokens(["<another>"])
     assert tokenizer_digest(tokenizer) == tokenizer_digest(same) != tokenizer_digest(other)
+
+
+def test_a_tokenizer_is_known_by_its_merges_and_special_tokens_too() -> None:
+    """The same tokens with the same ids, put together in another order, or one of them special."""
+    tokenizer = tiny_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["merges"].reverse()
+    other_merges = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    other_special = tiny_tokenizer()
+    other_special.pad_token = "a"
+    for other in (other_merges, other_special):
+        assert other.get_vocab() == tokenizer.get_vocab()
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        setattr(other_merges, name, getattr(tokenizer, name))
+    assert other_merges.all_special_tokens == tokenizer.all_special_tokens != other_special.all_special_tokens
+    assert len({tokenizer_digest(one) for one in (tokenizer, other_merges, other_special)}) == 3
 
 
 def test_a_template_is_known_by_its_text() -> None:
