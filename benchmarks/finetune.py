@@ -37,11 +37,15 @@ MEASURED_ONCE = ("trl-packing-tuned",)
 
 
 def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dict[str, Any]:
-    """One run in its own process; its result, the last line of its output."""
+    """One run in its own process; its result, the last line of its output.
+
+    Raises:
+        RuntimeError: the run failed, such as for memory.
+    """
     command = [sys.executable, str(HERE / "finetune_worker.py"), peer, json.dumps(task), str(output), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=peer_environment(peer))
     if done.returncode:
-        raise SystemExit(f"{peer} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{peer} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
@@ -120,7 +124,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for peer in arguments.peers:
             if repeat and peer in MEASURED_ONCE:
                 continue
-            done = run_peer(peer, {**task, "seed": repeat}, folder / f"{peer}-{repeat}", arguments.threads)
+            try:
+                done = run_peer(peer, {**task, "seed": repeat}, folder / f"{peer}-{repeat}", arguments.threads)
+            except RuntimeError as error:
+                # The other peers' hours are not to be lost for one.
+                print(error, file=sys.stderr)
+                continue
             seconds[peer].append(done["train_s"])
             losses[peer].append(held_out_loss(arguments.model, done["adapter"], str(held_out), arguments.dtype))
     peers = {
@@ -130,6 +139,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "held_out_loss": losses[peer],
         }
         for peer, times in seconds.items()
+        if times
     }
     others = [peer for peer in peers if peer.startswith("trl")]
     ours = peers["backhand"]["tokens_per_s"]

@@ -15,7 +15,7 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn import adapted_group
-from backhand.nn import block as block_module
+from backhand.nn import block_adapter as block_adapter_module
 from backhand.nn import decoder as decoder_module
 from backhand.nn.merging import merge_into
 from backhand.verify import blockwise_step, merged_model
@@ -153,9 +153,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
 
 def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
-    right = block_module.rms_norm_backward
+    right = block_adapter_module.rms_norm_backward
     monkeypatch.setattr(
-        block_module,
+        block_adapter_module,
         "rms_norm_backward",
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )

@@ -16,6 +16,7 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout, LoRAGrads
 from backhand.ops.lora_linear_group import Factors, LoRAGroupGrads
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_backward
 
 # Projections that share an input form a group; a block runs its groups in this order.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -207,3 +208,12 @@ def accumulate_single(lora: LoRAParameters, adapter: GroupAdapter, grads: LoRAGr
     """Add a lone projection's gradients to the flat buffer."""
     lora.d_lora_A(adapter.names[0]).add_(grads.d_lora_A)
     lora.d_lora_B(adapter.names[0]).add_(grads.d_lora_B)
+
+
+def norm_backward(d_y: Tensor, saved: RMSNormSaved, adapter: BlockAdapter, name: str) -> Tensor:
+    """d_x of a norm; where the norm is trained, the gradient of its weight is added to the flat buffer."""
+    receiver = adapter.norms.get(name)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None)
+    if receiver is not None and grads.d_weight is not None:
+        receiver.add_(grads.d_weight)
+    return grads.d_x

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from backhand.nn.adapted_group import group_forward
+from backhand.nn.attention_half import BlockContext
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.block import RECOMPUTE_MODES, BlockContext, BlockSaved, block_backward, block_forward
+from backhand.nn.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
 from backhand.nn.block_adapter import (
     EMBEDDING,
     BlockAdapter,

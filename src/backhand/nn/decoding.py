@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.nn.adapted_group import group_forward
+from backhand.nn.attention_half import BlockContext, prepare_qkv
 from backhand.nn.batch import document_runs
-from backhand.nn.block import BlockContext, mlp_half_forward, prepare_qkv
 from backhand.nn.block_adapter import BlockAdapter
 from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.kv_cache import KVCache
+from backhand.nn.mlp_half import mlp_half_forward
 from backhand.ops.attention import attention_forward
 from backhand.ops.rms_norm import rms_norm_forward
 

@@ -12,8 +12,9 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from backhand.nn.attention_half import BlockContext
 from backhand.nn.batch import PackedBatch
-from backhand.nn.block import BlockContext, block_backward, block_forward
+from backhand.nn.block import block_backward, block_forward
 from backhand.nn.block_adapter import block_adapter
 from backhand.nn.decoder import HEAD, Decoder
 from backhand.nn.decoder_weights import BlockWeights, DecoderWeights, named_views

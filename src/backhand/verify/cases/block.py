@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.nn.attention_half import BlockContext
 from backhand.nn.batch import document_runs
-from backhand.nn.block import BlockContext, BlockSaved, block_backward, block_forward
+from backhand.nn.block import BlockSaved, block_backward, block_forward
 from backhand.nn.block_adapter import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
