@@ -26,6 +26,18 @@ HERE = Path(__file__).parent
 START = ("start.md",)
 BY_HAND = ("by_hand.md",)
 TUTORIALS = ("sine.md",)
+# In the order in which one needs them; a guide that is not named here comes last.
+GUIDES = (
+    "data.md",
+    "plan.md",
+    "report.md",
+    "kinds.md",
+    "interop.md",
+    "adapters.md",
+    "reliability.md",
+    "verify.md",
+    "paper.md",
+)
 PROJECT_PAGES = ("architecture.md", "contributing.md", "log.md", "changelog.md")
 REFERENCE = ("errors.md", "error_messages.md", "toml.md", "python.md")
 # Files outside docs/ that are pages too.
@@ -68,13 +80,15 @@ def navigation(pages: Path, ops: list[str], commands: list[str]) -> Nav:
     """Every page of the folder, each once."""
     recipes = [f"recipes/{path.name}" for path in sorted((pages / "recipes").glob("*.md"))]
     placed = {"index.md", *START, *BY_HAND, *TUTORIALS, *PROJECT_PAGES, *REFERENCE}
-    guides = [path.name for path in sorted(pages.glob("*.md")) if path.name not in placed]
+    others = [path.name for path in sorted(pages.glob("*.md")) if path.name not in placed]
+    guides = [name for name in GUIDES if name in others] + [name for name in others if name not in GUIDES]
 
     def listed(names: list[str] | tuple[str, ...]) -> Nav:
         return [{_title(pages / name): name} for name in names if (pages / name).exists()]
 
     # An op's heading says more than a navigation has room for.
-    derivations: Nav = [{re.split("[:,]", _title(pages / name))[0]: name} for name in (f"ops/{op}.md" for op in ops)]
+    names = [f"ops/{op}.md" for op in ops]
+    derivations: Nav = [{re.split("[:,]| that | with | over ", _title(pages / name))[0]: name} for name in names]
 
     return [
         {"Home": "index.md"},
