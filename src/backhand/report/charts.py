@@ -91,7 +91,7 @@ def curve(
     log: str = "",
     zero: bool = False,
     dots: str = "",
-    numbers: str = "~g",
+    numbers: str = ".6~g",
 ) -> Spec:
     """Values over steps, a line for each series, with the nearest step's value under the pointer.
 
@@ -108,7 +108,7 @@ def curve(
     # What it is, with its unit, stands in the caption; room beside the curve is scarce on a phone.
     y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"format": numbers, "tickCount": 5}}
     if log and _spans(rows):
-        y |= {"scale": {"type": "log", "nice": False}, "axis": {"format": "~g", "tickCount": 3}}
+        y |= {"scale": {"type": "log", "nice": False}, "axis": {"format": ".6~g", "tickCount": 3}}
     else:
         y["scale"] = {"zero": zero}
     colour: Spec = {
@@ -205,7 +205,7 @@ def spectra(changes: Sequence[ModuleChange]) -> Spec:
                 "type": "quantitative",
                 "title": None,
                 "scale": {"type": "log", "nice": False},
-                "axis": {"format": "~g", "tickCount": 3},
+                "axis": {"format": ".6~g", "tickCount": 3},
             },
             "detail": {"field": "name"},
             "color": {

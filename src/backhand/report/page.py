@@ -97,7 +97,7 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
     predicted = run.facts.get("memory", {}).get("predicted_bytes")
     of_memory = f"peak memory, {in_words(int(predicted))} predicted" if is_number(predicted) else "peak memory"
     tiles = [
-        (f"{_short(base)} → {_short(best)}", f"held-out loss: {VERDICTS[helped]}", COLOURS[helped]),
+        (_loss(base, best), f"held-out loss: {VERDICTS[helped]}", COLOURS[helped]),
         (duration(spent), "in training steps", ""),
         (f"{speed:,.0f}" if is_number(speed) else NOT_KNOWN, "tokens per second", ""),
         (in_words(int(peak)) if is_number(peak) else NOT_KNOWN, of_memory, ""),
@@ -113,10 +113,16 @@ VERDICTS = {"helped": "it helped", "hurt": "it did not help", "unknown": "not me
 COLOURS = {"helped": "good", "hurt": "bad", "unknown": ""}
 
 
+def _loss(base: float | None, best: float | None) -> str:
+    return _short(base) if best is None else f"{_short(base)} → {_short(best)}"
+
+
 def _short(value: object) -> str:
     if not is_number(value):
         return NOT_KNOWN
-    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 else f"{value:.3g}"
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.3g}"
 
 
 def _share(value: object) -> str:
