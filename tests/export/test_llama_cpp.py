@@ -83,6 +83,23 @@ def test_a_head_of_its_own_is_adapted_there_too(tmp_path: Path) -> None:
     assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < 1e-4
 
 
+def test_so_is_an_embedding_of_its_own(tmp_path: Path) -> None:
+    """Its lora_A lies transposed there. It comes back as it was."""
+    model = tiny_model("llama")
+    base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
+    lora, linear = SCALINGS["every-pattern"], ["v_proj", "q_proj", "k_proj"]
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", target_modules=["embed_tokens", *linear], **lora)
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
+    ours = _ours(base, adapter)
+    assert _largest_difference(ours, LlamaCpp(gguf, adapter=output)) < 1e-4
+    assert float((_ours(base, output) - ours).abs().max()) < 1e-4
+    without = save_tiny_adapter(
+        model, tmp_path / "without", **(lora | {"target_modules": ["v_proj", "q_proj", "k_proj"]})
+    )
+    assert float((_ours(base, without) - ours).abs().max()) > 0.1  # the embedding's part does something
+
+
 def test_without_the_permutation_of_q_and_k_it_answers_otherwise(tiny: Any, tmp_path: Path) -> None:
     adapter = tiny.adapters["plain"]
     opened = open_adapter(str(tiny.directory), adapter, force_base=False)

@@ -113,7 +113,8 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
 def parameters_of(factors: Factors) -> LoRAParameters:
     """The same as what the decoder engine computes with, on the CPU in float32."""
     slots = [
-        LoRASlot(name, one.lora_A.shape[1], one.lora_B.shape[0], one.rank, one.scaling) for name, one in factors.items()
+        LoRASlot(name, one.lora_A.shape[1], one.lora_B.shape[0], one.rank, one.scaling, embedding=one.embedding)
+        for name, one in factors.items()
     ]
     parameters = LoRAParameters(slots)
     for name, one in factors.items():

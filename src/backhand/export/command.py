@@ -57,11 +57,21 @@ def export_command(options: ExportOptions) -> Path:
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     prover.say_notes(opened.loaded)
     # PEFT's files hold anything, and are proved here for nothing but factors.
-    refuse(str(options.to), opened.loaded.beside)
+    refuse(str(options.to), _more_than_factors(options, opened))
     with staged(output) as path:
         read = _write(options, opened, path)
         prove_factors(prover, opened.factors, read)
         prove_logits(prover, opened, read)
+
+
+def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
+    """By module, what no format takes; GGUF files take plain factors of embeddings."""
+    beside = opened.loaded.beside
+    if options.to in ("gguf", "ollama"):
+        for shape in opened.loaded.shapes:
+            if shape.embedding and shape.magnitude is None and shape.lora_bias is None:
+                del beside[shape.name]
+    return beside
 
 
 def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:

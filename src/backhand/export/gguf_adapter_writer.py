@@ -38,7 +38,7 @@ def write_gguf_adapter(
 
     Args:
         path: of the file.
-        factors: of linear modules.
+        factors: of linear modules, and of the embedding, whose lora_A the file holds transposed.
         architecture: general.architecture of the base model's files.
         head_dim: of the base model: how its q and k rows lie.
         tied_head: whether the base model's head is its embedding, so that its files have no tensor for it.
@@ -49,7 +49,7 @@ def write_gguf_adapter(
         ArtifactError: modules that the architecture has no tensor for, by name.
         CheckError: a value is not finite in float32.
     """
-    obstacles = {module: _obstacle(architecture, module, tied_head) for module in factors}
+    obstacles = {module: _obstacle(architecture, module, one, tied_head) for module, one in factors.items()}
     refuse("gguf", {module: reason for module, reason in obstacles.items() if reason is not None})
     alpha = file_alpha(factors)
     tensors = {}
@@ -57,7 +57,8 @@ def write_gguf_adapter(
         stored = gguf_name(architecture, f"{module}.weight")
         folded = one.scaled_to(alpha / one.rank)
         ours = layout(architecture, f"{module}.weight", head_dim)
-        tensors[f"{stored}.lora_a"] = folded.lora_A.float().contiguous().numpy()
+        lora_A = folded.lora_A.T if one.embedding else folded.lora_A
+        tensors[f"{stored}.lora_a"] = lora_A.float().contiguous().numpy()
         lora_B = folded.lora_B.float()
         tensors[f"{stored}.lora_b"] = (ours.stored(lora_B) if not ours.offset else lora_B).contiguous().numpy()
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
@@ -103,7 +104,9 @@ def _alpha(one: ModuleFactors) -> float:
     return round(one.scaling * one.rank, 9)
 
 
-def _obstacle(architecture: str, module: str, tied_head: bool) -> str | None:
+def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: bool) -> str | None:
+    if one.embedding and tied_head:
+        return "the embedding is the head's matrix, and llama.cpp would use the factors there too, and stop"
     if module == _OUTPUT and tied_head:
         return "the head is the embedding's matrix, and the file of the base has no tensor of its own for it"
     if gguf_name(architecture, f"{module}.weight") is None:
