@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from backhand.errors import UsageError
-from backhand.lab.shifted_target import ShiftedRow, run_shifted_target
+from backhand.lab.shifted_target import ShiftedResult, ShiftedRow, run_shifted_target
 from backhand.lab.sine_options import ShiftedTargetOptions
 from backhand.lab.sine_points import make_points
 
@@ -55,6 +55,10 @@ def test_mean_spread_and_gap() -> None:
     assert row.mean == pytest.approx(0.01)
     assert row.spread == pytest.approx(2**0.5)
     assert row.gap(following) == pytest.approx(2 / 2**0.5)
+    near = ShiftedRow(4, 40, (0.9e-4, 0.2e-4))
+    for rows, falls in (((row, following), True), ((row, following, near), False), ((following, row), False)):
+        result = ShiftedResult("sin x", make_points("cos", 3, "float64"), (0.0,), (1.0,), rows, {})
+        assert result.falls_beyond_spread is falls
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ def test_failure_names_the_worst_row_and_exits_with_6(capsys):
     assert "row " in captured.err
 
 
+def test_a_mutant_that_goes_unnoticed_is_named(monkeypatch, capsys):
+    (proof,) = load_proofs("glu")
+    unnoticed = Mutant("changes nothing", "d_gate", lambda _g, _s, right: right.d_gate)
+    monkeypatch.setattr(command, "load_proofs", lambda op: [replace(proof, mutants=(*proof.mutants, unnoticed))])
+    assert main(["verify", "--op", "glu"]) == 6
+    error = capsys.readouterr().err
+    assert "1 deliberately wrong versions went unnoticed" in error and "'changes nothing'" in error
+
+
 def test_what_is_no_number_is_named_before_what_is_only_wrong(monkeypatch, capsys):
     (proof,) = load_proofs("glu")
     half = Mutant("half", "d_up", lambda _g, _s, right: right.d_up / 2).spoil(proof.backward)

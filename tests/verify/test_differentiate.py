@@ -45,6 +45,14 @@ def test_differences_find_a_wrong_gradient(mistake):
     assert difference_error(smooth, t, {"x": mistake(gradient(t))}) > 5e-7
 
 
+def test_a_wrong_size_shows_in_full_whatever_the_random_directions_are():
+    """Along the gradient itself the slope is as large as it can be; a random direction may see little of it."""
+    t = tensors()
+    for seed in range(12):
+        error = difference_error(smooth, t, {"x": 1.001 * gradient(t)}, seed)
+        assert error == pytest.approx(0.001 / 1.001, rel=1e-5)
+
+
 @pytest.mark.parametrize(("rate", "bound"), [(30, 1e-8), (1, 1e-10), (1e-3, 1e-8)])
 def test_differences_choose_their_step_for_steep_and_for_flat_functions(rate, bound):
     t = tensors()
