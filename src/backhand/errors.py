@@ -72,3 +72,16 @@ class CheckError(BackhandError):
     """A check failed: guard, proof, parity, non-finite values."""
 
     exit_code = 6
+
+
+def short_reason(error: BaseException) -> str:
+    """An exception of somebody else's library in one line, for `why`.
+
+    Its first line; the second one as well where the first only leads to it; with the exception's kind where what it
+    says is a bare name, as of a KeyError.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text

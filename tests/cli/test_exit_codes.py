@@ -14,6 +14,7 @@ import pytest
 from backhand.cli import main as cli
 from backhand.cli.commands import Command
 from backhand.cli.exit_codes import exit_code, explanation
+from backhand.errors import UsageError
 
 END = (Command("end", "End in some way.", "backhand end", "support.cli_commands:end"),)
 SCRIPT = (
@@ -49,8 +50,8 @@ def start(*words: str, **options: object) -> subprocess.Popen[str]:
     [
         ("well", 0, ""),
         ("usage", 2, "error: somewhere: wrong\n  why: because\n  next: do better\n"),
-        ("data", 3, "error: rows.jsonl:3: bad row\n"),
-        ("artifact", 4, "error: torn file\n"),
+        ("data", 3, "error: rows.jsonl:3: bad row\n  next: correct the file, or give another one\n"),
+        ("artifact", 4, "error: torn file\n  next: fetch or make it again, or give another one\n"),
         ("resource", 5, "error: too large\n"),
         ("check", 6, "error: not equal\n"),
         ("stopped", 143, "terminated after step 3\n  next: go on with --resume\n"),
@@ -60,6 +61,11 @@ def start(*words: str, **options: object) -> subprocess.Popen[str]:
 )
 def test_each_kind_of_end(end, how: str, code: int, text: str) -> None:
     assert end("--how", how) == (code, "", text)
+
+
+def test_an_error_of_usage_without_advice_names_the_help() -> None:
+    text = explanation(UsageError("rank 0 is not an integer of at least 1", where="--rank"), ["train", "--rank", "0"])
+    assert text.endswith("\n  next: backhand train --help explains every option")
 
 
 def test_the_command_itself_may_give_the_exit_code(end) -> None:

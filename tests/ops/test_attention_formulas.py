@@ -33,7 +33,7 @@ def test_the_mutants_are_rejected():
 
 @pytest.mark.parametrize("length", [1, 31, 160, 161, 200, 333, 1024])
 def test_blocks_cover_a_document_in_order(length):
-    bounds = attention_blocks._bounds(length)
+    bounds = attention_blocks.block_bounds(length)
     sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
     assert bounds[0] == 0
     assert bounds[-1] == length

@@ -18,7 +18,8 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def record(step: int) -> dict[str, Any]:
-    return {"step": step, "loss": 2.0 / step, "learning_rate": 1e-4, "tokens_per_s": 900.0, "rss_bytes": 3 << 29}
+    times = {"tokens_per_s": 900.0, "time_s": 40.0 * step}
+    return {"step": step, "loss": 2.0 / step, "learning_rate": 1e-4, "rss_bytes": 3 << 29, **times}
 
 
 def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
@@ -35,6 +36,7 @@ def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
 def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys).splitlines()
     assert lines[0] == "model: tiny" and "\x1b" not in "".join(lines)
+    assert lines[-3].endswith("900 tokens/s  1.5 GB  1 min 20 s left")
     assert lines[-1] == "step 6/6  loss 0.3333  held-out 2.5000  lr 1.0e-04  900 tokens/s  1.5 GB"
     assert len([line for line in lines if line.startswith("step")]) == 7
 

@@ -17,7 +17,7 @@ from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.train.memory_model import block_bytes, decoder_size, head_bytes, kept_bytes
-from backhand.train.memory_plan import largest_shapes
+from backhand.train.step_shapes import Rows, largest_shapes
 from support.tiny_models import tiny_config
 
 SIZES = {
@@ -63,7 +63,8 @@ def test_a_step_holds_what_the_formula_says(model: str, shape: str, recompute: s
     labels[torch.randperm(rows * length)[:supervised]] = 7
     batch = PackedBatch(torch.randint(vocabulary, labels.shape), labels, (length,) * rows)
     size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), dtype.itemsize)
-    (counted,) = largest_shapes([range(rows)], [length] * rows, [supervised // rows] * rows, [rows]).values()
+    same = Rows([length] * rows, [supervised // rows] * rows)
+    (counted,) = largest_shapes([range(rows)], same, [rows], torch.empty(0, dtype=dtype)).values()
     assert counted.tokens == rows * length
     kept = kept_bytes(size, counted, recompute)
     at_work = max(head_bytes(size, counted), block_bytes(size, counted, recompute))

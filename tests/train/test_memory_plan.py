@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from backhand.errors import ResourceError
+from backhand.train.kernel_count import KernelCount, kept_kernels
 from backhand.train.memory import available_bytes
 from backhand.train.memory_keeper import MemoryKeeper
-from backhand.train.memory_model import ModelSize, StepShape, cached_kernels, parts_of, second_model_bytes
-from backhand.train.memory_plan import MemoryPlan, choose, largest_shapes
+from backhand.train.memory_model import ModelSize, parts_of, second_model_bytes
+from backhand.train.memory_plan import MemoryPlan, choose
+from backhand.train.step_shapes import Rows, StepShape, largest_shapes
 
 MB = 1 << 20
 SIZE = ModelSize(
@@ -26,18 +29,18 @@ SIZE = ModelSize(
     again_bytes={"none": 0, "mlp": 8_000, "block": 9_000},
     run_token_bytes=1_000,
     run_product_bytes=50,
+    copied_token_bytes=2_000,
     stream_bytes=2_000,
     head_row_bytes=3_000,
     head_chunk_bytes=30_000,
     softmax_rows=32,
     softmax_row_bytes=60_000,
     head_adapter_bytes=0,
-    between_steps_bytes=10 * MB,
+    checkpoint_bytes=10 * MB,
+    neutral_token_bytes=60_000,
     cache_bytes=4_000,
-    kernels_per_size=28,
-    kernels_per_length=8,
 )
-SHAPES = {rows: StepShape(512 * rows, 100 * rows, 1, 1, 512, 512 * 160) for rows in (1, 2, 4, 8, 16)}
+SHAPES = {rows: StepShape(512 * rows, 100 * rows, 39, 512, 512 * 160) for rows in (1, 2, 4, 8, 16)}
 PROCESS = 300 * MB
 
 
@@ -98,7 +101,7 @@ def test_where_nothing_fits_shorter_rows_are_proposed_if_they_do() -> None:
     assert found is not None
     shape = replace(SHAPES[1], tokens=int(found[1]), run_tokens=int(found[1]), run_products=int(found[1]) * 160)
     assert sum(parts_of(SIZE, shape, "block", PROCESS).values()) <= 0.95 * 590 * MB
-    with pytest.raises(ResourceError, match="take a smaller model"):
+    with pytest.raises(ResourceError, match="or a smaller model"):
         chosen(400)
 
 
@@ -111,19 +114,56 @@ def test_a_second_model_counts() -> None:
         chosen(1000, watched=True)
 
 
+LIKE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float64)}
+
+
 def test_shapes_of_the_micro_batches_that_steps_make() -> None:
-    shapes = largest_shapes([[0, 1], [2, 3]], lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8], rows_options=[1, 2])
-    assert shapes[1] == StepShape(208, 8, 3, 3, run_tokens=200, run_products=200 * 160)
-    assert shapes[2] == StepShape(400, 15, 2, 3, run_tokens=400, run_products=400 * 160)
+    rows = Rows(lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8])
+    shapes = largest_shapes([[0, 1], [2, 3]], rows, [1, 2], LIKE[torch.float64])
+    # 200 tokens lie in two blocks of queries, of which the second sees all keys
+    assert shapes[1] == StepShape(208, 8, 0, run_tokens=200, run_products=200 * 104)
+    assert shapes[2] == StepShape(400, 15, 0, run_tokens=400, run_products=2 * 200 * 104)
+
+
+def test_short_documents_of_different_lengths_are_attended_as_copies() -> None:
+    rows = Rows(lengths=[100, 110, 130, 150, 160], supervised=[1] * 5)
+    (shape,) = largest_shapes([range(5)], rows, [5], LIKE[torch.bfloat16]).values()
+    assert shape.run_tokens == shape.copied_tokens == 5 * 160
+    apart = Rows(lengths=[40, 160], supervised=[1, 1])
+    (shape,) = largest_shapes([range(2)], apart, [2], LIKE[torch.bfloat16]).values()
+    assert (shape.run_tokens, shape.copied_tokens) == (160, 0)
+
+
+def test_a_shared_prefix_is_computed_once_and_copied_before_each_document() -> None:
+    rows = Rows(lengths=[200, 200, 200], supervised=[1] * 3, shared=lambda group: 136 if len(group) > 1 else 0)
+    shapes = largest_shapes([range(3)], rows, [1, 3], LIKE[torch.float64])
+    assert (shapes[1].tokens, shapes[1].copied_tokens) == (208, 0)
+    assert shapes[3].tokens == 336, "136 and three times 64, and a filler"
+    assert shapes[3].copied_tokens == 4 * 200, "the filler is attended with them"
+
+
+def test_kernels_are_counted_once_for_each_shape_of_product() -> None:
+    count = KernelCount(LIKE[torch.bfloat16])
+    count.add(640, [(8, 103, 103)], 271)
+    assert count.total == 31 + 20 + 6 + 2 * 2, "chunks of 256 and of 15 rows"
+    count.add(640, [(8, 103, 103)], 15)
+    count.add(640, [], 256, trained=False)
+    assert count.total == 61 + 20 + 8, "the last block of 15 rows, and of 256 that are not trained"
+    count.add(25, [], 0, trained=False)
+    assert count.total == 89 + 12
+    other = KernelCount(LIKE[torch.float64])
+    other.add(640, [(8, 103, 103)], 271)
+    assert other.total == 0, "float64 products are not compiled"
 
 
 def test_the_kernels_that_are_kept_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = KernelCount(LIKE[torch.bfloat16])
+    for tokens in range(32, 3200, 32):
+        count.add(tokens, [], 1)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-    assert cached_kernels() == 100
-    many = replace(SHAPES[1], sizes=50, lengths=500)
-    few = parts_of(SIZE, many, "none", PROCESS)["compiled kernels"]
+    assert kept_kernels() == count.total == 100
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    assert parts_of(SIZE, many, "none", PROCESS)["compiled kernels"] == pytest.approx(10.24 * few)
+    assert count.total == 1024
 
 
 def test_the_keeper_releases_before_the_plan_is_exceeded_and_not_before() -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from support.peak_memory import WITHIN, peak_of
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import write_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measured and modelled on Linux")
-WITHIN = 0.15
 
 MODELS = {
     "large-vocabulary": {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
@@ -47,17 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["head-float32", "head-bfloat16", "kept-bfloat16", "recomputed", "many-short-rows"],
 )
 def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "backhand", "train", "--model", folder / model, "--data", folder / f"{rows}.jsonl"]
-    command += ["--output", tmp_path / "run", "--batch-rows", "8", "--max-steps", "6", "--threads", "1", "--quiet"]
-    done = subprocess.run(
-        [*map(str, command), *options.split()],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    predicted, measured = summary["predicted_rss_bytes"], summary["peak_rss_bytes"]
+    options += " --batch-rows 8 --max-steps 6"
+    predicted, measured = peak_of(folder / model, folder / f"{rows}.jsonl", options, tmp_path / "run")
     assert predicted == pytest.approx(measured, rel=WITHIN), f"{predicted / measured:.2f} of {measured >> 20} MB"

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
-from support.tiny_run import TinyRun
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder import Decoder
+from support.tiny_run import TinyRun, write_rows
 
 Plan = Callable[..., tuple[int, str, str]]
 
@@ -65,6 +67,25 @@ def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, m
     of_documents = int(stated.split("with ")[1].split(" token")[0].replace(",", ""))
     assert 0.5 * of_documents < tokens < of_documents, "what stands behind the last target is not trained on"
     assert once["evaluate_s"] > 0
+
+
+def test_a_slow_machine_measures_fewer_tokens(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass takes as long as its tokens say, on a clock of its own: eight seconds for the whole micro-batch."""
+    now, passes = [0.0], []
+
+    def slow(decoder: Decoder, batch: PackedBatch, *_: object) -> None:
+        tokens = batch.input_ids.shape[0]
+        passes.append(tokens)
+        now[0] += tokens * (0.01 + 0.01 * len(decoder.config.layers))
+
+    monkeypatch.setattr("backhand.train.calibration.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
+    rows = write_rows(tmp_path / "long.jsonl", 8, seed=0, words=(30, 31), completion=3)
+    found = json.loads(plan("--data", str(rows), "--batch-rows", "8", "--micro-batch-rows", "8", "--json")[1])
+    assert found["measured_s"] <= 12
+    assert max(passes) < 8 * 100, "fewer than the micro-batch has"
+    # two blocks: 0.03 seconds a token, the filler's among them
+    assert found["tokens_per_s"] == pytest.approx(1 / 0.03, rel=0.25)
 
 
 def test_what_does_not_fit_is_refused_with_a_proposal(plan: Plan, tiny: TinyRun) -> None:

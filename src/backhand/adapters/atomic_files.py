@@ -30,7 +30,9 @@ def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UsageError("this is a file, not a directory", where=str(directory)) from None
+        raise UsageError(
+            "this is a file, not a directory", where=str(directory), next_step="give another output"
+        ) from None
     except OSError as error:
         raise resource_error("cannot be created", directory, error) from None
 
@@ -49,7 +51,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         before = path.lstat()
         if not stat.S_ISREG(before.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(before.st_mode) else "not a plain file"
-            raise UsageError(f"this is {kind} and will not be replaced", where=str(path))
+            raise UsageError(
+                f"this is {kind} and will not be replaced",
+                where=str(path),
+                next_step="remove it, or give another output",
+            )
         mode = stat.S_IMODE(before.st_mode)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,7 +13,7 @@ from importlib import metadata
 
 from cyclopts import CycloptsError, UnknownCommandError, UnusedCliTokensError
 
-from backhand.errors import BackhandError
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 
 BUG = 1
 USAGE = 2
@@ -62,7 +62,7 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
     match error:
         case BackhandError():
             # Stopping when asked to is no error, although the shell gets a code for it.
-            return str(error) if error.exit_code > SIGNAL else f"error: {error}"
+            return str(error) if error.exit_code > SIGNAL else f"error: {error}{_general_advice(error, arguments)}"
         case CycloptsError():
             return f"error: {_usage(error)}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():
@@ -78,6 +78,21 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
                 "  next: give --memory what may be used, or a smaller --micro-batch-rows or --max-length"
             )
     return _explain_bug(error, arguments)
+
+
+def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:
+    """What to do next where the error itself does not say, since what is wrong says most of it."""
+    if error.next_step:
+        return ""
+    command = " ".join(["backhand", *(word for word in arguments[:1] if not word.startswith("-"))])
+    match error:
+        case UsageError():
+            return f"\n  next: {command} --help explains every option"
+        case DataError():
+            return "\n  next: correct the file, or give another one"
+        case ArtifactError():
+            return "\n  next: fetch or make it again, or give another one"
+    return ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

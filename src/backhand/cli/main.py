@@ -51,16 +51,14 @@ def make_app() -> cyclopts.App:
 
 
 def _set_environment() -> None:
-    """What the libraries below torch read when they are loaded or first used; what a user has set stays.
+    """What OpenMP reads when it is loaded; what a user has set stays. `nn.compute` sets what is read later.
 
-    OpenMP's threads are to sleep soon when they wait for one another: by default they spin for milliseconds, and where
-    another program wants the same cores every product waits for its turn; a training step beside a busy machine took
-    3.5 times as long, while alone it makes no difference. And oneDNN is to keep half of the 1,024 compiled kernels that
-    it would: each takes half a megabyte, and rows of many lengths ask for new ones all the time.
+    Threads are to sleep soon when they wait for one another: by default they spin for milliseconds, and where another
+    program wants the same cores every product waits for its turn; a training step beside a busy machine took 3.5 times
+    as long, while alone it makes no difference.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     head = head_of(reader)
     where = f"{path}:1"
     if not head:
-        raise DataError("the file is empty", where=str(path))
+        raise DataError("the file is empty", where=str(path), next_step=_EMPTY)
     wide = next((name for mark, name in _WIDE_BOMS if head.startswith(mark)), None) or _wide_without_mark(head)
     if wide:
         raise DataError(
@@ -83,13 +83,21 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
             "the file is a web page, not data", where=where, next_step="download the raw file instead of its page"
         )
     if b"\0" in head:
-        raise DataError("the file is binary, not text", where=where, why="there is a zero byte near its beginning")
+        raise DataError(
+            "the file is binary, not text",
+            where=where,
+            why="there is a zero byte near its beginning",
+            next_step="give rows as JSON lines, CSV or Parquet; a Parquet file is told by its first bytes PAR1",
+        )
     if head.startswith(UTF8_BOM):
         reader.read(len(UTF8_BOM))
         head = head[len(UTF8_BOM) :]
         if not head:
-            raise DataError("the file is empty", where=str(path))
+            raise DataError("the file is empty", where=str(path), next_step=_EMPTY)
     return head
+
+
+_EMPTY = "look whether it was written to the end, or give another file"
 
 
 def _wide_without_mark(head: bytes) -> str | None:

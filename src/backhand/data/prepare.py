@@ -203,7 +203,9 @@ def _read_into(
 
 def _no_rows(name: str, bad: BadRows, count: int) -> DataError:
     if not count:
-        return DataError("there is no row in the file", where=name)
+        return DataError(
+            "there is no row in the file", where=name, next_step="give a file with a row on each line, or leave it out"
+        )
     return DataError(
         f"no row can be used: {count:,} malformed",
         where=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,8 +96,20 @@ def _expand_one(name: str) -> list[str]:
             )
         return [str(file) for file in _with_stem(files, TRAINING_STEMS) or files]
     if not path.exists() and not _is_hub(name):
-        raise DataError("there is no such file", where=name, next_step="check the path, from the folder you are in")
+        near = _nearest_file(path)
+        remedy = f"did you mean {near}?" if near else "check the path, from the folder you are in"
+        raise DataError("there is no such file", where=name, next_step=remedy)
     return [name]
+
+
+def _nearest_file(path: Path) -> Path | None:
+    """The data file beside it whose name looks most like this one."""
+    try:
+        there = [file.name for file in path.parent.iterdir() if data_suffix(file) in SUFFIXES]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
+    return path.parent / found[0] if found else None
 
 
 def _is_hub(name: str) -> bool:

@@ -32,7 +32,12 @@ def read_parquet(path: str | Path, bad: BadRows) -> Iterator[RawRow]:
                     number += 1
                     yield from _checked(values, f"{path} row {number}", bad)
     except (OSError, ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
-        raise DataError("the Parquet file cannot be read", where=str(path), why=_first_line(error)) from None
+        raise DataError(
+            "the Parquet file cannot be read",
+            where=str(path),
+            why=_first_line(error),
+            next_step="fetch or write the file again",
+        ) from None
 
 
 def is_hub_name(name: str) -> bool:

@@ -77,7 +77,7 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
         source = f"{path}:{line}"
         if position >= len(text):
             if in_list:
-                raise DataError("the JSON list is not closed", where=source, why="the file may have been cut off")
+                raise _not_closed(source)
             return
         if in_list and text[position] == "]" and first:
             break
@@ -100,19 +100,31 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
                 break
             if text[position : position + 1] != ",":
                 around = text[position : position + 20]
+                if not around:
+                    raise _not_closed(f"{path}:{end_line}")
                 raise DataError(
-                    f"a comma or a closing bracket is missing before {around!r}"
-                    if around
-                    else "the JSON list is not closed",
+                    f"a comma or a closing bracket is missing before {around!r}",
                     where=f"{path}:{end_line}",
+                    next_step="add it, or write one object a line into a .jsonl file",
                 )
             position += 1
     rest = _skip_space(text, position + 1)
     if rest < len(text):
         end_line = 1 + text.count("\n", 0, rest)
         raise DataError(
-            f"something follows the end of the JSON list: {shorten(text[rest:], 20)!r}", where=f"{path}:{end_line}"
+            f"something follows the end of the JSON list: {shorten(text[rest:], 20)!r}",
+            where=f"{path}:{end_line}",
+            next_step="remove it, or write one object a line into a .jsonl file",
         )
+
+
+def _not_closed(where: str) -> DataError:
+    return DataError(
+        "the JSON list is not closed",
+        where=where,
+        why="the file may have been cut off",
+        next_step="write the file again, or end it with ]",
+    )
 
 
 def _decode_whole(content: bytes, path: str | Path) -> str:

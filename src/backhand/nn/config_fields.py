@@ -154,7 +154,11 @@ class ConfigFields:
         return default
 
     def _wrong(self, key: str, value: object, expected: str) -> ArtifactError:
-        return ArtifactError(f"{self._prefix}{key} = {_shown(value)} is not {expected}", where="config.json")
+        return ArtifactError(
+            f"{self._prefix}{key} = {_shown(value)} is not {expected}",
+            where="config.json",
+            next_step="fetch the model again",
+        )
 
 
 def _shown(value: object) -> str:

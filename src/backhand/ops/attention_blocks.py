@@ -59,7 +59,7 @@ class Block(NamedTuple):
     mask: Tensor  # (queries · group, keys from `masked` to `end`)
 
 
-def _bounds(length: int) -> list[int]:
+def block_bounds(length: int) -> list[int]:
     """Where blocks begin, and the end: blocks of about equal size, since a small rest runs at a poor rate."""
     count = -(-length // BLOCK_TOKENS)
     return [round(length * index / count / ALIGNMENT) * ALIGNMENT for index in range(count)] + [length] if count else []
@@ -68,7 +68,7 @@ def _bounds(length: int) -> list[int]:
 def _blocks(queries: int, keys: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
     """The blocks of one document of `keys` tokens whose last `queries` ask."""
     skipped = keys - queries
-    for start, stop in itertools.pairwise(_bounds(queries)):
+    for start, stop in itertools.pairwise(block_bounds(queries)):
         begin, end = skipped + start, skipped + stop
         if window is None or window >= end:
             # Only the block's own keys can come after a query.

@@ -229,6 +229,12 @@ class TrainConfig:
         """
         for part in (self.model, self.data, self.adapter, self.optimization, self.run):
             part.validate()
+        if self.run.early_stopping is not None and not (self.data.eval_data or self.data.eval_fraction):
+            raise UsageError(
+                f"early_stopping {self.run.early_stopping} needs held-out rows, and there are none",
+                where="early_stopping",
+                next_step="give eval_data or eval_fraction as well, or leave it out",
+            )
         return self
 
 

@@ -45,9 +45,26 @@ def read_table(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode("utf-8-sig")
         return tomllib.loads(text)
     except OSError as error:
-        raise UsageError("the configuration cannot be read", where=str(path), why=error.strerror) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError("the configuration is not TOML", where=str(path), why=str(error)) from None
+        raise UsageError(
+            "the configuration cannot be read",
+            where=str(path),
+            why=error.strerror,
+            next_step="check the path; a run's own options stand in its config.toml",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the configuration is not UTF-8",
+            where=str(path),
+            why=f"byte 0x{error.object[error.start]:02x} at place {error.start} is none of UTF-8",
+            next_step="save it as UTF-8",
+        ) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(
+            "the configuration is not TOML",
+            where=str(path),
+            why=str(error),
+            next_step="write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
+        ) from None
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
@@ -108,10 +125,9 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
 
 
 def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    if not prefix:
-        for part, hint in hints.items():
-            if key in typing.get_type_hints(hint):
-                return f"write it in the table [{part}]"
+    for part, hint in typing.get_type_hints(TrainConfig).items():
+        if key in typing.get_type_hints(hint):
+            return f"write it in the table [{part}]"
     near = nearest_option(key, hints)
     return f"did you mean {prefix + near!r}?" if near else f"known keys are {', '.join(sorted(hints))}"
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from backhand.train.closing import closing_lines
+from backhand.train.closing import closing_lines, duration
 from backhand.train.memory_plan import in_words
 from backhand.train.observer import Observer, RunStart
 from backhand.train.summary import RunSummary
@@ -62,7 +62,12 @@ class TerminalObserver(Observer):
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
         elif record["step"] % self._plain_every == 0 or record["step"] in (1, self._total):
-            self._console.print(f"step {record['step']}/{self._total}  {facts}")
+            self._console.print(f"step {record['step']}/{self._total}  {facts}{self._left(record)}")
+
+    def _left(self, record: Mapping[str, Any]) -> str:
+        """Time for the steps that remain, from the mean of those done; the bar has its own."""
+        steps = self._total - record["step"]
+        return f"  {duration(record['time_s'] / record['step'] * steps)} left" if steps > 0 else ""
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""

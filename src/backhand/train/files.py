@@ -149,7 +149,12 @@ def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
 
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> BackhandError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
-        return UsageError(f"{what} cannot be saved", where=str(error.filename or path), why=error.strerror)
+        return UsageError(
+            f"{what} cannot be saved",
+            where=str(error.filename or path),
+            why=error.strerror,
+            next_step="move away what is in its place, then run the same command with --resume",
+        )
     why = reason(error)
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
         why += f"; {needed_bytes:,} bytes are needed{_free(path)}"
@@ -157,8 +162,19 @@ def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> Back
         f"{what} cannot be saved",
         where=str(path),
         why=why,
-        next_step="the checkpoints saved before are intact: free space, then run the same command with --resume",
+        next_step=f"what was saved before is intact: {_remedy(error)}, then run the same command with --resume",
     )
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free space"
+        case errno.EFBIG:
+            return "raise the limit (ulimit -f)"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the directory writable"
+    return "look after the disk, or copy the run to another one"
 
 
 def _free(path: Path) -> str:

@@ -43,22 +43,27 @@ class ForgettingMeter:
         """On the texts of the package, as this transformers tokenizer reads them."""
         return cls([torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in neutral_texts()])
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(document.shape[0] for document in self.documents)
+
     @torch.no_grad()
     def measure(self, model: Trainable, lora: LoRAParameters) -> Forgetting:
         """Compare the model with and without its adapter, which is attached before and after."""
         rise, divergence, tokens = 0.0, 0.0, 0
         for document in self.documents:
             input_ids = document.to(model.device)
-            adapted = _log_probabilities(model, input_ids)
+            adapted = model.logits(input_ids)
             model.detach()
             try:
-                base = _log_probabilities(model, input_ids)
+                base = model.logits(input_ids)
             finally:
                 model.attach(lora)
-            targets = input_ids[1:, None]
-            rise += float((base.gather(1, targets) - adapted.gather(1, targets)).sum(dtype=torch.float64))
-            divergence += float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
-            tokens += targets.shape[0]
+            for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS):
+                risen, diverged = _compared(adapted[rows], base[rows], input_ids[rows + 1])
+                rise, divergence = rise + risen, divergence + diverged
+            tokens += input_ids.shape[0] - 1
         return Forgetting(rise / tokens, divergence / tokens)
 
 
@@ -68,6 +73,12 @@ def neutral_texts() -> list[str]:
     return text.splitlines()
 
 
-def _log_probabilities(model: Trainable, input_ids: Tensor) -> Tensor:
-    """(tokens - 1, vocab) float32 of every position that predicts another."""
-    return torch.log_softmax(model.logits(input_ids)[:-1].float(), dim=-1)
+_ROWS = 8
+"""So few at a time, since float32 logits of a large vocabulary take as much memory as a training step."""
+
+
+def _compared(adapted: Tensor, base: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Rise and KL divergence, both summed over the rows of logits (rows, vocab)."""
+    adapted, base = (torch.log_softmax(logits.float(), dim=-1) for logits in (adapted, base))
+    rise = (base - adapted).gather(1, targets[:, None]).sum(dtype=torch.float64)
+    return float(rise), float((base.exp() * (base - adapted)).sum(dtype=torch.float64))

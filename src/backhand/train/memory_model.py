@@ -2,8 +2,8 @@
 
 Kept for backward, per token and block, in elements of the compute dtype (d hidden, q heads · head_dim, k key/value
 width, f feed-forward width, H heads, K key/value heads, R the ranks of the block's adapters in all):
-    none    2d + 2q + 2k + 2f + R     and in float32 H + 2
-    mlp     2d + 2q + 2k + R'         and in float32 H + 2            R' without gate's and up's ranks
+    none    2d + 2q + 2k + 2f + R     and in float32 2
+    mlp     2d + 2q + 2k + R'         and in float32 2                R' without gate's and up's ranks
     block   d                         and one block's `none` at a time while it is computed again
 families with q/k norms H + K float32 more, with sandwich norms 2d and 2 float32 more. The last block keeps x1 and what
 its MLP needs of supervised tokens only.
@@ -12,20 +12,21 @@ Workspace, on top of what is kept: the largest of what is alive
     while a block's MLP is differentiated:  2d + 5f, or 3d + 2f beside three float32 copies of d for its norm;
     while its rotation is:                  3d + 2q + 2k, and in float32 3q + 3k;
     while its attention is:                 2d + 2q + 2k; for the documents at work 2q + 2k, in float32 2k, and three
-                                            matrices of `attention_blocks`' queries by keys for each head;
+                                            matrices of `attention_blocks`' queries by keys for each head; where they
+                                            differ in length also 3q + 4k, their copies;
     while the head is:                      the last block's output, 3d a supervised token, and the chunk of logits with
                                             the softmax of some of its rows (`linear_cross_entropy`);
-    between steps:                          a checkpoint's bytes, or the logits of the neutral texts.
-Each is compared with torch's own allocations in tests/train/test_memory_model.py.
+    between steps:                          a checkpoint's bytes, or the logits of a neutral text.
+Each is compared with torch's own allocations in tests/train/test_memory_model.py. Between steps nothing is kept, and a
+checkpoint's large buffers find their place because freed memory is given back before (`memory_keeper`).
 
 Then there is what no tensor holds: the process with its libraries, which is measured, and the matrix kernels that
-oneDNN compiles on the CPU for every size of micro-batch (`batches.round_size` keeps these few) and of document.
+oneDNN compiles on the CPU (`kernel_count`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, SOFTMAX_ELEMENTS
 from backhand.train.config import Recompute
+from backhand.train.kernel_count import KERNEL_BYTES
+from backhand.train.step_shapes import StepShape
 
 FLOAT32_BYTES = 4
 HEAD = "lm_head"
@@ -41,30 +44,10 @@ _MODES: tuple[Recompute, ...] = ("none", "mlp", "block")
 _COPIES_OF_ADAPTER = 5
 # a checkpoint's adapter and its state (values and moments), each as tensors' bytes and once more as a file
 _CHECKPOINT_COPIES = 8
-_NEUTRAL_TOKENS = 30
-_NEUTRAL_COPIES = 5
+# logits with and without the adapter
+_NEUTRAL_COPIES = 2
 # Integers of the batch, and what finds the supervised ones.
 _BATCH_BYTES = 32
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The micro-batches of a run under some number of rows.
-
-    Attributes:
-        tokens, supervised_tokens: of the largest one.
-        sizes: how many different sizes there are.
-        lengths: how many different lengths the documents in them have.
-        run_tokens: of the largest run of documents of equal length, which attention takes at once.
-        run_products: queries by keys of one head's block of queries in the largest run, over its documents.
-    """
-
-    tokens: int
-    supervised_tokens: int
-    sizes: int
-    lengths: int = 1
-    run_tokens: int = 0
-    run_products: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,15 +63,15 @@ class ModelSize:
         block_bytes: per token, of the buffers of the block at work while it is not attending.
         attending_bytes: per token, while it is.
         again_bytes: per token, of what is computed again for the block at work, by recompute mode.
-        run_token_bytes, run_product_bytes: of attention, see `StepShape`.
+        run_token_bytes, run_product_bytes, copied_token_bytes: of attention, see `StepShape`.
         stream_bytes: per token, of the batch itself and the residual stream outside the blocks.
         head_row_bytes: per supervised token, of the head's input rows and their gradient.
         head_chunk_bytes: per row of a chunk of logits.
         softmax_rows, softmax_row_bytes: rows of a chunk whose softmax is there at once, and the bytes of one.
         head_adapter_bytes: of the gradients of an adapter on the head.
-        between_steps_bytes: while nothing is kept: checkpoints and measurements.
+        checkpoint_bytes: of a checkpoint while it is saved.
+        neutral_token_bytes: per token of a neutral text while forgetting is measured.
         cache_bytes: per token of a conversation, of keys and values.
-        kernels_per_size, kernels_per_length: matrix kernels for each size of micro-batch, each length of document.
     """
 
     dtype_bytes: int
@@ -101,16 +84,16 @@ class ModelSize:
     again_bytes: Mapping[Recompute, int]
     run_token_bytes: int
     run_product_bytes: int
+    copied_token_bytes: int
     stream_bytes: int
     head_row_bytes: int
     head_chunk_bytes: int
     softmax_rows: int
     softmax_row_bytes: int
     head_adapter_bytes: int
-    between_steps_bytes: int
+    checkpoint_bytes: int
+    neutral_token_bytes: int
     cache_bytes: int
-    kernels_per_size: int
-    kernels_per_length: int
 
 
 def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int) -> ModelSize:
@@ -122,7 +105,7 @@ def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int)
     in_blocks = [slot for slot in slots if slot.name.startswith("model.layers.")]
     ranks = sum(slot.rank for slot in in_blocks)
     gate_up_ranks = sum(slot.rank for slot in in_blocks if slot.name.endswith((".gate_proj", ".up_proj")))
-    wide = heads + 2 + (heads + kv_heads if config.qk_norm else 0) + (2 if config.sandwich_norms else 0)
+    wide = 2 + (heads + kv_heads if config.qk_norm else 0) + (2 if config.sandwich_norms else 0)
     halves = 2 * d + 2 * q + 2 * k + (2 * d if config.sandwich_norms else 0)
     mlp = layers * (halves * b + wide * FLOAT32_BYTES) + (ranks - gate_up_ranks) * b
     none = mlp + (layers * 2 * f + gate_up_ranks) * b
@@ -150,6 +133,7 @@ def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int)
         again_bytes={"none": 0, "mlp": 2 * f * b, "block": none // max(1, layers)},
         run_token_bytes=(2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
         run_product_bytes=3 * heads * b,
+        copied_token_bytes=(3 * q + 4 * k) * b,
         stream_bytes=d * b + _BATCH_BYTES + len(config.rotary) * config.head_dim * FLOAT32_BYTES,
         head_row_bytes=3 * d * b,
         head_chunk_bytes=config.vocab_size * b,
@@ -157,10 +141,9 @@ def decoder_size(config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int)
         # Narrower logits are widened for the softmax: those rows are there once more.
         softmax_row_bytes=config.vocab_size * FLOAT32_BYTES * (1 if b >= FLOAT32_BYTES else 2),
         head_adapter_bytes=head_ranks * (config.vocab_size + d) * b,
-        between_steps_bytes=_between_steps(adapter_elements, config.vocab_size),
+        checkpoint_bytes=adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES,
+        neutral_token_bytes=_NEUTRAL_COPIES * config.vocab_size * b,
         cache_bytes=layers * 2 * k * b,
-        kernels_per_size=KERNELS_PER_SIZE,
-        kernels_per_length=KERNELS_PER_LENGTH,
     )
 
 
@@ -173,11 +156,6 @@ def _block_at_work(config: DecoderConfig, b: int, *, dropout: bool) -> int:
     mlp = max((2 * d + 5 * f) * b, (3 * d + 2 * f) * b + norm) + masked
     rotation = (3 * d + 2 * q + 2 * k) * b + max(norm, (3 * q + 3 * k) * FLOAT32_BYTES)
     return max(mlp, rotation)
-
-
-def _between_steps(adapter_elements: int, vocab_size: int) -> int:
-    checkpoint = adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
-    return max(checkpoint, _NEUTRAL_TOKENS * vocab_size * _NEUTRAL_COPIES * FLOAT32_BYTES)
 
 
 def transformers_size(
@@ -205,26 +183,17 @@ def transformers_size(
         again_bytes={"none": 0},
         run_token_bytes=0,
         run_product_bytes=0,
+        copied_token_bytes=0,
         stream_bytes=2 * d * dtype_bytes,
         head_row_bytes=vocabulary * (dtype_bytes + 3 * FLOAT32_BYTES),
         head_chunk_bytes=0,
         softmax_rows=0,
         softmax_row_bytes=0,
         head_adapter_bytes=0,
-        between_steps_bytes=_between_steps(adapter_elements, vocabulary),
+        checkpoint_bytes=adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES,
+        neutral_token_bytes=_NEUTRAL_COPIES * vocabulary * dtype_bytes,
         cache_bytes=layers * 2 * d * dtype_bytes,
-        kernels_per_size=KERNELS_PER_SIZE,
-        kernels_per_length=0,
     )
-
-
-# Measured with oneDNN 3.12 on AVX512-BF16: the products of a block, and of attention over documents of one length; half
-# a megabyte each, since every kernel takes its code's greatest size from the heap.
-KERNELS_PER_SIZE = 28
-KERNELS_PER_LENGTH = 8
-KERNEL_BYTES = 580_000
-_CACHED_KERNELS = 1024
-"""oneDNN's own limit, where the environment names no other."""
 
 
 def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_bytes: int) -> dict[str, int]:
@@ -235,9 +204,9 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
     at_work = {"head chunk": head, "workspace": block}
     fullest = max(at_work, key=lambda part: at_work[part])
     workspace = shape.tokens * size.stream_bytes + at_work[fullest]
-    if size.between_steps_bytes - kept > workspace:
-        fullest, workspace = "checkpoints and measurements", size.between_steps_bytes - kept
-    kernels = shape.sizes * size.kernels_per_size + shape.lengths * size.kernels_per_length
+    between = max(size.checkpoint_bytes, shape.neutral_tokens * size.neutral_token_bytes) - kept
+    if between > workspace:
+        fullest, workspace = "checkpoints and measurements", between
     return {
         "process": process_bytes,
         "base weights": size.weight_bytes,
@@ -245,14 +214,8 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
         "moments": size.adapter_elements * 2 * FLOAT32_BYTES,
         "kept activations": kept,
         fullest: workspace,
-        "compiled kernels": min(cached_kernels(), kernels) * KERNEL_BYTES,
+        "compiled kernels": shape.kernels * KERNEL_BYTES,
     }
-
-
-def cached_kernels() -> int:
-    """How many compiled kernels oneDNN keeps."""
-    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    return int(stated) if stated.isdecimal() else _CACHED_KERNELS
 
 
 def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
@@ -264,6 +227,7 @@ def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
 def block_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
     """What is alive while a block's backward pass runs, besides what is kept."""
     attention = shape.run_tokens * size.run_token_bytes + shape.run_products * size.run_product_bytes
+    attention += shape.copied_tokens * size.copied_token_bytes
     attending = shape.tokens * size.attending_bytes + attention
     again = shape.tokens * size.again_bytes[recompute]
     # Gate and up are let go before attention's turn comes.

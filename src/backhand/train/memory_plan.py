@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from backhand.errors import ResourceError
 from backhand.ops.attention_blocks import BLOCK_TOKENS
 from backhand.train.batches import round_size
 from backhand.train.config import Recompute
-from backhand.train.memory_model import FLOAT32_BYTES, ModelSize, StepShape, parts_of, second_model_bytes
+from backhand.train.memory_model import FLOAT32_BYTES, ModelSize, parts_of, second_model_bytes
+from backhand.train.step_shapes import StepShape
 
 PREFERRED_TOKENS = 4096
 WATCHED_TOKENS = 1024
@@ -136,10 +136,9 @@ def _smaller_run(
             shape,
             tokens=tokens,
             supervised_tokens=min(tokens, shape.supervised_tokens),
-            sizes=min(shape.sizes, max(1, tokens // _SIZE_STEP)),
-            lengths=min(shape.lengths, tokens),
             run_tokens=tokens,
             run_products=tokens * min(tokens, BLOCK_TOKENS),
+            copied_tokens=0,
         )
         return sum(parts_of(size, shorter, mode, process_bytes).values()) + beside_bytes
 
@@ -150,48 +149,19 @@ def _smaller_run(
         options = ["--micro-batch-rows 1", f"--max-length {tokens}"]
         options += [f"--recompute {mode}"] if mode != "none" else []
         return f"give {' '.join(options)}, which takes about {in_words(total(tokens))}; or more memory with --memory"
-    narrower = " with --dtype bfloat16" if size.dtype_bytes == FLOAT32_BYTES else ""
+    ways = ["give more memory with --memory"]
+    if size.dtype_bytes == FLOAT32_BYTES:
+        ways.append("--dtype bfloat16")
+    if size.adapter_elements * _ADAPTER_ELEMENT_BYTES > size.weight_bytes:
+        ways.append("a lower --rank")
     return (
-        f"even one row of {tokens} tokens at a time takes {in_words(total(tokens))}: give more memory with --memory, "
-        f"or take a smaller model{narrower}"
+        f"even one row of {tokens} tokens at a time takes {in_words(total(tokens))}: {', '.join(ways)}, "
+        "or a smaller model"
     )
 
 
 _SHORTEST_TOKENS = 128
-_SIZE_STEP = 32
-
-
-def largest_shapes(
-    steps: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    supervised: Sequence[int],
-    rows_options: Iterable[int],
-    shared: Callable[[Sequence[int]], int] = lambda _rows: 0,
-) -> dict[int, StepShape]:
-    """For each number of rows per micro-batch, what micro-batches these steps will make.
-
-    Args:
-        steps: row numbers of each step.
-        lengths, supervised: tokens and supervised tokens of every row.
-        rows_options: numbers of rows to look at.
-        shared: tokens with which all of some rows begin, and which are computed once in their micro-batch.
-    """
-    shapes = {}
-    ordered = [sorted(rows, key=lambda row: (-lengths[row], row)) for rows in steps]
-    different = len({lengths[row] for rows in steps for row in rows})
-    for count in rows_options:
-        groups = [rows[start : start + count] for rows in ordered for start in range(0, len(rows), count)]
-        sizes = {round_size(sum(lengths[row] for row in group) - (len(group) - 1) * shared(group)) for group in groups}
-        runs = {run for group in groups for run in Counter(lengths[row] for row in group).items()}
-        shapes[count] = StepShape(
-            tokens=max(sizes),
-            supervised_tokens=max(sum(supervised[row] for row in group) for group in groups),
-            sizes=len(sizes),
-            lengths=different,
-            run_tokens=max(length * documents for length, documents in runs),
-            run_products=max(length * documents * min(length, BLOCK_TOKENS) for length, documents in runs),
-        )
-    return shapes
+_ADAPTER_ELEMENT_BYTES = 20
 
 
 def in_words(size: int) -> str:

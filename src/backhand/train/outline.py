@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
@@ -20,12 +22,14 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.train.batches import RowPacker
 from backhand.train.config import TrainConfig, parse_bytes
 from backhand.train.engine import BoundModel, EngineChoice, choose_engine, load_bound_model, model_size, planned_layout
+from backhand.train.forgetting import ForgettingMeter
 from backhand.train.machine import Machine
 from backhand.train.memory import available_bytes
 from backhand.train.memory_model import ModelSize
-from backhand.train.memory_plan import MemoryPlan, choose, largest_shapes
+from backhand.train.memory_plan import MemoryPlan, choose
 from backhand.train.process_memory import settled_rss_bytes
 from backhand.train.sampler import Sampler
+from backhand.train.step_shapes import Rows, StepShape, largest_shapes
 
 _STEPS_LOOKED_AT = 2000
 
@@ -110,7 +114,16 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
         process = max(0, process - size.weight_bytes)
     budget = _budget(config, machine, process)
     packer = _packer(train.examples, choice, layout)
-    memory = _plan(config, size, train.examples, packer, sampler, total_steps, process, budget, watched=watched)
+    memory = choose(
+        size,
+        _shapes(config, machine, choice, packer, train, held_out, sampler, total_steps, tokenizer),
+        budget_bytes=budget,
+        process_bytes=process,
+        micro_batch_rows=config.optimization.micro_batch_rows,
+        recompute=config.model.recompute,
+        mean_tokens=sum(packer.lengths) / len(packer.lengths),
+        watched=watched,
+    )
     return Outline(
         config,
         source,
@@ -180,34 +193,35 @@ def _budget(config: TrainConfig, machine: Machine, process_bytes: int) -> int | 
     return None if free is None else free + process_bytes
 
 
-def _plan(
+def _shapes(
     config: TrainConfig,
-    size: ModelSize,
-    examples: Sequence[Example],
+    machine: Machine,
+    choice: EngineChoice,
     packer: RowPacker,
+    train: PreparedData,
+    held_out: PreparedData | None,
     sampler: Sampler,
     total_steps: int,
-    process_bytes: int,
-    budget_bytes: int | None,
-    *,
-    watched: bool,
-) -> MemoryPlan:
-    lengths = packer.lengths
-    supervised = [int(example.supervised.sum()) for example in examples]
+    tokenizer: Any,
+) -> Mapping[int, StepShape]:
+    """What the run's micro-batches are like, for each number of rows that may be chosen."""
     options = config.optimization
-    batch_rows = min(options.batch_rows, len(examples))
+    batch_rows = min(options.batch_rows, len(train.examples))
     rows_options = {1 << power for power in range(batch_rows.bit_length()) if 1 << power <= batch_rows} | {batch_rows}
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
-    steps = [sampler.rows_of(step) for step in range(looked_at)]
-    return choose(
-        size,
-        largest_shapes(steps, lengths, supervised, rows_options, packer.shared),
-        budget_bytes=budget_bytes,
-        process_bytes=process_bytes,
-        micro_batch_rows=options.micro_batch_rows,
-        recompute=config.model.recompute,
-        mean_tokens=sum(lengths) / len(lengths),
-        watched=watched,
+    measured = held_out is not None or config.run.max_forgetting is not None
+    held_out_examples = () if held_out is None else held_out.examples
+    return largest_shapes(
+        [sampler.rows_of(step) for step in range(looked_at)],
+        _rows(train.examples, packer),
+        rows_options,
+        torch.empty(0, dtype=machine.dtype, device=machine.device),
+        held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=choice.decoder is not None)),
+        neutral=ForgettingMeter.for_tokenizer(tokenizer).lengths if measured else (),
     )
+
+
+def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
+    return Rows(packer.lengths, [int(example.supervised.sum()) for example in examples], packer.shared)

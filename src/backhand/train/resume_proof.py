@@ -5,13 +5,48 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-from backhand.errors import CheckError
-from backhand.train.checkpoint import Checkpoint
+from backhand.errors import CheckError, UsageError
+from backhand.train.checkpoint import Checkpoint, CheckpointStore
 from backhand.train.loop import TrainingLoop
 from backhand.train.optimizer import AdapterOptimizer
 from backhand.train.progress import Progress
 from backhand.train.proofs import Proof, ProofLog
 from backhand.train.run_state import RunState
+
+
+def proof_begin(
+    store: CheckpointStore, checkpoint: Checkpoint | None, steps: int | None, total_steps: int
+) -> int | None:
+    """The step that the proof begins at: `steps` before the end, or the newest kept one before that.
+
+    Args:
+        store: the run's checkpoints.
+        checkpoint: that the run goes on from, if it does.
+        steps: to repeat; None for no proof, and then None is returned.
+        total_steps: of the run.
+
+    Raises:
+        UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
+    """
+    if steps is None:
+        return None
+    begin = total_steps - steps
+    if begin < 0:
+        raise UsageError(
+            f"prove_resume {steps} is more than the {total_steps} steps of the run",
+            where="prove_resume",
+            next_step=f"give --prove-resume {total_steps} or less",
+        )
+    if checkpoint is None or checkpoint.step <= begin:
+        return begin
+    earlier = store.newest_valid(before=begin)
+    if earlier is None:
+        raise UsageError(
+            f"the run is past step {begin}, and no checkpoint from before is kept",
+            where="prove_resume",
+            next_step=f"give --prove-resume {total_steps - store.steps()[0]}, which begins at the oldest that is kept",
+        )
+    return earlier.step
 
 
 def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:

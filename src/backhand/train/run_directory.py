@@ -199,17 +199,29 @@ def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
 def _real_directory(output: Path) -> Path:
     try:
         if output.is_symlink() and not output.exists():
-            raise UsageError("output is a link that leads nowhere", where="output", why=str(output.readlink()))
+            raise UsageError(
+                f"{output} is a link that leads nowhere",
+                where="output",
+                why=f"it points to {output.readlink()}",
+                next_step="make that directory, remove the link, or give another output",
+            )
         path = output.resolve()
         mode = path.stat().st_mode
     except FileNotFoundError:
         return output.resolve()
     except (NotADirectoryError, RuntimeError) as error:
-        raise UsageError(f"{output} lies below a file or a loop of links", where="output", why=str(error)) from None
+        raise UsageError(
+            f"{output} lies below a file or a loop of links",
+            where="output",
+            why=str(error),
+            next_step="give another directory",
+        ) from None
     except OSError as error:
-        raise UsageError(f"{output} cannot be opened", where="output", why=error.strerror) from None
+        raise UsageError(
+            f"{output} cannot be opened", where="output", why=error.strerror, next_step="give another directory"
+        ) from None
     if not stat.S_ISDIR(mode):
-        raise UsageError(f"{output} is a file", where="output", next_step="give a directory")
+        raise UsageError(f"{output} is a file, not a directory", where="output", next_step="give another name")
     return path
 
 

@@ -29,6 +29,7 @@ class Saver:
         keep: how many checkpoints stay.
         best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
         protected: further steps whose checkpoints stay.
+        make_room: called before the buffers of a checkpoint are made.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Saver:
         keep: int,
         best_only: bool,
         protected: frozenset[int] = frozenset(),
+        make_room: Callable[[], object] = lambda: None,
     ) -> None:
         self._directory = directory
         self._store = store
@@ -51,6 +53,7 @@ class Saver:
         self._keep = keep
         self._best_only = best_only
         self._protected = protected
+        self._make_room = make_room
         self._saved: bytes | None = None
 
     def save(self, better: bool) -> None:
@@ -70,6 +73,7 @@ class Saver:
             return
         self._require_finite()
         self._directory.sync_lines()
+        self._make_room()
         contents = self._state.contents(self._adapter_files)
         self._store.save(progress.step, contents, self._facts(progress.step))
         self._saved = contents[PROGRESS_FILE]

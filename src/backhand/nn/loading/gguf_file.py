@@ -94,8 +94,10 @@ class GGUFFile:
         self.tensors: dict[str, GGUFTensor] = {}
         try:
             self._read_header()
-        except (struct.error, UnicodeDecodeError, IndexError, OverflowError) as error:
-            raise self._damaged(f"its header ends early or is garbled ({error})") from None
+        except (struct.error, UnicodeDecodeError, IndexError, OverflowError):
+            raise self._damaged(
+                f"its header ends early or is garbled, at byte {self._position:,} of {self._size:,}"
+            ) from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -137,7 +139,9 @@ class GGUFFile:
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             why = "it was made for a big-endian machine" if swapped in _VERSIONS else f"its version is {version}"
-            raise ArtifactError(f"{self.path} cannot be read", why=f"{why}; little-endian versions 2 and 3 can")
+            raise ArtifactError(
+                f"{self.path} cannot be read", why=f"{why}; little-endian versions 2 and 3 can", next_step=_CONVERT
+            )
         tensor_count, entry_count = self._unpack(_U64), self._unpack(_U64)
         for _ in range(entry_count):
             key = self._string()
@@ -234,6 +238,9 @@ class GGUFFile:
         )
 
 
+_CONVERT = "convert the model anew with llama.cpp's convert_hf_to_gguf.py, or give its Hugging Face directory"
+
+
 def _mapped(path: Path) -> mmap.mmap:
     """The file in memory, private and copy-on-write: nothing written to it reaches the file."""
     try:
@@ -242,7 +249,9 @@ def _mapped(path: Path) -> mmap.mmap:
     except ValueError:
         raise ArtifactError(f"{path} is empty", next_step="fetch the file again") from None
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror or error}", next_step="check the path and who may read it"
+        ) from None
 
 
 def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:

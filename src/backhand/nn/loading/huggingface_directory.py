@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, short_reason
 from backhand.nn.loading.source import ModelSource, floating
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LFS_POINTER = b"version https://git-lfs"
 _FETCH_AGAIN = "fetch the model again"
+_MODEL_DIRECTORY = "give a directory with config.json, tokenizer.json and the weights, or a .gguf file"
 
 
 class HuggingFaceDirectory(ModelSource):
@@ -82,7 +83,9 @@ class HuggingFaceDirectory(ModelSource):
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-            raise ArtifactError("it has no weight_map of tensor names to file names", where=str(index))
+            raise ArtifactError(
+                "it has no weight_map of tensor names to file names", where=str(index), next_step=_FETCH_AGAIN
+            )
         absent = sorted(file for file in set(weight_map.values()) if not (self.path / file).exists())
         if absent:
             raise ArtifactError(
@@ -129,7 +132,7 @@ class HuggingFaceDirectory(ModelSource):
             raise ArtifactError(
                 "the tokenizer cannot be read",
                 where=str(self.path),
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                why=short_reason(error) if self._has_tokenizer() else "there is no tokenizer.json",
                 next_step="tokenizer.json and tokenizer_config.json must be there, as save_pretrained writes them",
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -139,6 +142,9 @@ class HuggingFaceDirectory(ModelSource):
                 next_step="save a fast version of it, with tokenizer.json",
             )
         return tokenizer
+
+    def _has_tokenizer(self) -> bool:
+        return any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab*"))
 
 
 class _SafetensorsFile:
@@ -181,8 +187,10 @@ class _SafetensorsFile:
 
     def _damaged(self, error: Exception) -> ArtifactError:
         with self.path.open("rb") as file:
-            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
-        if is_pointer:
+            head = file.read(100)
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            return ArtifactError(f"{self.path} is a web page, not the weights", next_step=_FETCH_AGAIN)
+        if head.startswith(_LFS_POINTER):
             return ArtifactError(
                 f"{self.path} is a git-lfs pointer, not the weights", next_step="run git lfs pull in its directory"
             )
@@ -198,7 +206,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}", next_step=_MODEL_DIRECTORY) from None
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON", why=str(error), next_step=_FETCH_AGAIN) from None
     if not isinstance(value, dict):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backhand.errors import ArtifactError, BackhandError
+from backhand.errors import ArtifactError, BackhandError, short_reason
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
@@ -67,8 +67,20 @@ def _refuse(source: ModelSource, names: list[str]) -> None:
         raise ArtifactError(
             f"{len(names)} weights of the model are missing or of another shape: {shown}",
             where=str(source.path),
-            next_step="fetch the model again",
+            why=_not_causal(source.config.get("architectures")),
+            next_step="fetch the model again, or take a causal language model",
         )
+
+
+def _not_causal(architectures: object) -> str | None:
+    """What config.json says the weights are of, if that predicts no next tokens."""
+    names = architectures if isinstance(architectures, list) else []
+    if not names or any(word in str(name) for name in names for word in _CAUSAL):
+        return None
+    return f"config.json says that they are of {names[0]}, which is no causal language model"
+
+
+_CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
 
 
 @contextmanager
@@ -96,6 +108,6 @@ def _as_artifact_error(source: ModelSource) -> Iterator[None]:
         raise ArtifactError(
             f"transformers cannot load this {source.config.get('model_type')} model",
             where=str(source.path),
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            why=short_reason(error),
             next_step="install the version of transformers that the model asks for, or take another model",
         ) from error
