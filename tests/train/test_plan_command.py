@@ -54,7 +54,7 @@ def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
     long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
     assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
     kept = [one["parts"]["kept activations"] for one in (short, long)]
-    assert kept[1] == pytest.approx(2 * kept[0], rel=0.01)
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.02)
     assert kept[0] > 0
 
 
