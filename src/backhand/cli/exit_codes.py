@@ -85,13 +85,13 @@ def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:
     if error.next_step:
         return ""
     command = " ".join(["backhand", *(word for word in arguments[:1] if not word.startswith("-"))])
-    match error:
-        case UsageError():
-            return f"\n  next: {command} --help explains every option"
-        case DataError():
-            return "\n  next: correct the file, or give another one"
-        case ArtifactError():
-            return "\n  next: fetch or make it again, or give another one"
+    for kind, advice in (
+        (UsageError, f"{command} --help explains every option"),
+        (DataError, "correct the file, or give another one"),
+        (ArtifactError, "fetch or make it again, or give another one"),
+    ):
+        if isinstance(error, kind):
+            return f"\n  next: {advice}"
     return ""
 
 
