@@ -26,7 +26,9 @@ TEXTS = (
 
 def smollm2_peft(*, round_to: torch.dtype, dtype: torch.dtype, bf16_adapter: bool = False, lora_B: float = 0.02) -> Any:
     """PEFT around SmolLM2, weights rounded to `round_to` first; random adapter with lora_B of the given size."""
-    model = load_transformers_model(open_model(NAME), dtype=round_to).to(dtype)  # type: ignore[arg-type]
+    model = load_transformers_model(open_model(NAME), dtype=round_to)
+    if dtype != round_to:  # else the frequencies of the rotary embedding, float32 in any dtype, would be rounded too
+        model = model.to(dtype)  # type: ignore[arg-type]
     adapted = peft.get_peft_model(
         model,
         peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
