@@ -48,11 +48,6 @@ class LlamaCpp:
         ids: list[int] = self._post("/tokenize", body)["tokens"]
         return ids
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        text: str = self._post("/detokenize", {"tokens": list(ids)})["content"]
-        return text
-
     def log_probabilities(self, ids: Sequence[int], vocab_size: int, *, forced: int = 65) -> Tensor:
         """(vocab,) float64: of every token after this prompt.
 

@@ -98,12 +98,6 @@ def load_proofs(op: str | None = None) -> Iterator[OpProof]:
         yield from (proof for proof in module.PROOFS if proof.op == name)
 
 
-def prove_op(proof: OpProof, device: torch.device | str = "cpu") -> Iterator[Row]:
-    """Every proof of one op, case by case."""
-    for case in proof.cases:
-        yield from prove_case(proof, case, device)
-
-
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
     """float64 against autograd and finite differences, then float32 and bfloat16 against float64."""
     exact = on_device(case.tensors, device)
