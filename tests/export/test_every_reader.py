@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from backhand.adapters.adapter_record import AdapterRecord
+from backhand.adapters.checked_base import source_digests
+from backhand.adapters.peft_saving import save_adapter
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.difference import compare_updates
 from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.export.command import export_command
+from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions
 from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import loaded_model
@@ -131,3 +135,27 @@ def test_every_command_refuses_a_damaged_gguf_adapter(
     words = commands(damaged, tiny.adapters[ADAPTER], tmp_path / "out")[command]
     assert main([*words, "--model", str(tiny.directory)]) == 4
     assert "has been changed or damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_what_is_forced_is_said_even_where_nothing_else_is(
+    command: str, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that knows its base, on a base of the same shapes with one number changed."""
+    source = open_model(str(tiny.directory))
+    loaded = open_adapter(str(tiny.directory), tiny.adapters["plain"], force_base=False).loaded
+    digests = source_digests(source, [target.name for target in loaded.targets])
+    known = save_adapter(
+        tmp_path / "known", loaded.config, loaded.parameters(), base_model=None, record=AdapterRecord(**digests)
+    )
+    other = shutil.copytree(tiny.directory, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1e-3
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    words = [command, "--adapter", str(known), "--model", str(other), "--output", str(tmp_path / "out"), "--quiet"]
+    words += ["--to", "mlx"] if command == "export" else []
+    assert main(words) == 4
+    assert "base model: its adapted weights" in capsys.readouterr().err
+    assert main([*words, "--force-base"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("WARNING: used by force: base model: ") and not said.out
