@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from backhand.errors import BackhandError
     from backhand.report.train import train
     from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
     from backhand.train.evaluation import evaluate
     from backhand.train.observer import Observer
     from backhand.verify.compare import compare
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackhandError": "backhand.errors",
     "DataOptions": "backhand.data.options",
+    "EvaluateOptions": "backhand.train.evaluate_options",
+    "EvaluateRunOptions": "backhand.train.evaluate_options",
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.train.config",
     "Observer": "backhand.train.observer",
@@ -47,6 +50,8 @@ _HOMES = {
 __all__ = [
     "BackhandError",
     "DataOptions",
+    "EvaluateOptions",
+    "EvaluateRunOptions",
     "LoRAConfig",
     "ModelOptions",
     "Observer",
@@ -76,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

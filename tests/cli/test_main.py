@@ -98,6 +98,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(backhand)
 
 
+def test_nothing_else_is_shown() -> None:
+    assert set(dir(backhand)) == set(backhand.__all__)
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         backhand.trian  # noqa: B018 - the access is the test

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
+import peft
 import pytest
 
+import backhand
 from backhand.errors import UsageError
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
 
@@ -117,3 +119,22 @@ def test_every_option_is_documented_and_no_torch_is_imported() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunOptions().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: backhand.train({"data": "rows.jsonl"}), "config: config is a dict, not a TrainConfig"),
+        (lambda: backhand.train(TrainConfig(data="rows.jsonl")), "data: data is a str, not a DataOptions"),
+        (
+            lambda: backhand.train(TrainConfig(adapter=peft.LoraConfig(r=4))),
+            "adapter is a LoraConfig, not a LoRAConfig",
+        ),
+        (lambda: backhand.evaluate("rows.jsonl"), "options: options is a str, not a EvaluateOptions"),
+        (lambda: backhand.evaluate(backhand.EvaluateOptions(run={})), "run: run is a dict, not a EvaluateRunOptions"),
+    ],
+)
+def test_something_else_than_the_dataclass_is_named(call: Any, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        call()
+    assert said in str(refused.value)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,17 @@ def test_equal_tensors_are_exact():
     found = compare("dx", x, x.clone())
     assert (found.exact, found.approximate, found.largest_difference, found.relative_error) == (True, True, 0.0, 0.0)
     assert found.shape == (3, 5)
+
+
+def test_arrays_and_lists_are_taken_as_tensors():
+    found = compare("dx", np.array([1.0, 2.0]), [1.0, 2.5])
+    assert (found.exact, found.largest_difference) == (False, 0.5)
+
+
+@pytest.mark.parametrize(("by_hand", "autograd", "side"), [(None, normal(3), "by hand"), (normal(3), None, "autograd")])
+def test_no_gradient_agrees_with_nothing(by_hand, autograd, side):
+    found = compare("dx", by_hand, autograd)
+    assert not found.exact and not found.approximate and found.note == f"{side} is None: there is no gradient"
 
 
 def test_a_factor_one_plus_1e_6_is_seen():

@@ -14,7 +14,7 @@ _BY_ROOM = {
         "OptimizationOptions",
         "RunOptions",
     ),
-    "Measure": ("evaluate", "compare"),
+    "Measure": ("evaluate", "EvaluateOptions", "EvaluateRunOptions", "compare"),
     "Any PyTorch model": ("inject", "inject_from"),
     "Errors": ("BackhandError",),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backhand.errors import BackhandError
 from backhand.train.callbacks import Callback
-from backhand.train.config import TrainConfig
+from backhand.train.config import TrainConfig, check_kind
 from backhand.train.observer import Observer, RunStart
 from backhand.train.run import train as train_without_report
 from backhand.train.summary import RunSummary
@@ -59,4 +59,5 @@ def train(
         CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
         Interrupted: after a signal and a checkpoint.
     """
+    check_kind("config", config, TrainConfig)
     return train_without_report(config, callbacks=(*callbacks, _ReportWriter(config.run.quiet)), typed=typed)

@@ -227,6 +227,11 @@ class TrainConfig:
         Raises:
             UsageError: names the field, its value and the range it must lie in.
         """
+        check_kind("model", self.model, ModelOptions)
+        check_kind("data", self.data, DataOptions)
+        check_kind("adapter", self.adapter, LoRAConfig)
+        check_kind("optimization", self.optimization, OptimizationOptions)
+        check_kind("run", self.run, RunOptions)
         for part in (self.model, self.data, self.adapter, self.optimization, self.run):
             part.validate()
         if self.run.early_stopping is not None and not (self.data.eval_data or self.data.eval_fraction):
@@ -236,6 +241,16 @@ class TrainConfig:
                 next_step="give eval_data or eval_fraction as well, or leave it out",
             )
         return self
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise UsageError where a program gives something else than the dataclass that is wanted."""
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{name} is a {type(value).__name__}, not a {kind.__name__}",
+            where=name,
+            next_step=f"write {name}=backhand.{kind.__name__}(…)",
+        )
 
 
 def parse_bytes(text: str, *, where: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.train.config import ModelOptions
+from backhand.train.config import ModelOptions, check_kind
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class EvaluateOptions:
 
     def validate(self) -> EvaluateOptions:
         """Check every field before anything is loaded; return self. Raises UsageError."""
+        check_kind("model", self.model, ModelOptions)
+        check_kind("data", self.data, DataOptions)
+        check_kind("run", self.run, EvaluateRunOptions)
         for part in (self.model, self.data, self.run):
             part.validate()
         return self

@@ -24,6 +24,7 @@ from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
 from backhand.generate.transformers_completer import TransformersCompleter
 from backhand.terminal import console_for_tables, working
+from backhand.train.config import check_kind
 from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.train.held_out import HeldOut
 from backhand.train.interface import Trainable
@@ -149,6 +150,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     Raises:
         UsageError, DataError, ArtifactError: each says what to do.
     """
+    check_kind("options", options, EvaluateOptions)
     options.validate()
     run = options.run
     with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from backhand.verify.measure import relative_error
@@ -46,21 +47,25 @@ class Comparison:
         return f"{line} | {self.note}" if self.note else line
 
 
-def compare(name: str, by_hand: Tensor, autograd: Tensor) -> Comparison:
+def compare(name: str, by_hand: Tensor | ArrayLike | None, autograd: Tensor | ArrayLike | None) -> Comparison:
     """Compare a gradient worked out by hand with autograd's.
 
     Args:
         name: for the printed line.
-        by_hand: any tensor.
+        by_hand: any tensor, or what `torch.as_tensor` makes one of.
         autograd: the gradient to compare with, or the tensor that autograd differentiated for: one that requires a
             gradient and has received it stands for its `.grad`, so that `compare("dA", dA, A)` works after
             `loss.backward()`.
 
     Neither device nor dtype need agree (numbers are compared by value, in float64 or complex128); shapes must, since
     broadcasting would hide a mistake. Nothing is raised for tensors that cannot agree: the result says why in `note`.
+    A gradient that is None, as autograd leaves it where nothing was differentiated, agrees with nothing.
     """
-    truth = _values(_gradient_of(autograd))
-    measured = _values(by_hand)
+    if by_hand is None or autograd is None:
+        side = "by hand" if by_hand is None else "autograd"
+        return Comparison(name, False, False, math.nan, math.inf, (), f"{side} is None: there is no gradient")
+    truth = _values(_gradient_of(torch.as_tensor(autograd)))
+    measured = _values(torch.as_tensor(by_hand))
     shape = tuple(measured.shape)
     if measured.shape != truth.shape:
         note = f"shapes differ: by hand {shape}, autograd {tuple(truth.shape)}"
