@@ -19,6 +19,7 @@ from backhand.nn import block_adapter as block_adapter_module
 from backhand.nn import decoder as decoder_module
 from backhand.nn.merging import merge_into
 from backhand.verify import blockwise_step, merged_model
+from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error
 from backhand.verify.model_gradients import GradientProofs
@@ -228,6 +229,23 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     with pytest.raises(CheckError):
         verify_command(options(models("llama"), rows))
     assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))
+
+
+def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    texts = [("what comes after one", " two"), ("what comes after night", " the day"), ("what comes after all", " it")]
+    rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
+    report = verify(options(models("llama"), rows))
+    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared prefix"))
+    assert report.passed and exact.proof.endswith("float64")
+    assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
+    right = BlockwiseStep.context
+
+    def unread(self, layer, wanted=None):
+        return right(self, layer, wanted)._replace(shared=0)
+
+    monkeypatch.setattr(BlockwiseStep, "context", unread)
+    assert exact.proof in _failed(verify(options(models("llama"), rows)))
 
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):

@@ -127,4 +127,6 @@ class BlockwiseStep:
         frequencies = inverse_frequencies(rotary, config.head_dim, self.decoder.device).double()
         table = rotary_table(self.batch.positions, frequencies)
         wanted = rows if layer == len(config.layers) - 1 else None
-        return BlockContext(config, config.layers[layer].window, table, self.batch.runs, wanted)
+        return BlockContext(
+            config, config.layers[layer].window, table, self.batch.runs, wanted, self.batch.shared_prefix
+        )

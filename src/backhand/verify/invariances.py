@@ -6,16 +6,15 @@
 - recomputed = kept: `recompute` none, mlp and block.
 
 Compared is the whole adapter gradient without dropout, whose masks depend on the packing. In float64 the documents in
-one batch and one by one give the same to about 1e-14. In the compute dtype each of two results carries the rounding
-that `GradientProofs.training_step` has measured, so the two may lie twice that apart. (merged = unmerged: see
-`merged_model`.)
+one batch, one by one, and behind a shared prefix give the same to about 1e-14. In the compute dtype each of two results
+carries the rounding that `GradientProofs.training_step` has measured, so the two may lie twice that apart. (merged =
+unmerged: see `merged_model`.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
@@ -42,8 +41,16 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     whole = pack(examples, device=decoder.device)
     together = _gradient(decoder, [whole])
     if len(examples) > 1:
-        yield _packed_exactly(decoder, examples, whole)
-        alone = _gradient(decoder, [pack([example], device=decoder.device) for example in examples])
+        exact = _exact_gradient(decoder, [whole])
+        one_by_one = [pack([example], device=decoder.device) for example in examples]
+        yield ModelProof(
+            "packed = unpacked, gradient, float64",
+            relative_error(_exact_gradient(decoder, one_by_one), exact),
+            FLOAT64_BOUND,
+            f"{len(examples)} documents in one batch, and one by one",
+            "invariances",
+        )
+        alone = _gradient(decoder, one_by_one)
         yield ModelProof(
             "packed = unpacked, gradient",
             relative_error(alone, together),
@@ -52,14 +59,17 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         )
         shared = min(opening_lengths(examples))
         if shared:
-            once = _gradient(decoder, [pack(examples, shared=shared, device=decoder.device)])
+            once = pack(examples, shared=shared, device=decoder.device)
+            statement = "shared prefix = a prefix in each row, gradient"
             yield ModelProof(
-                "shared prefix = a prefix in each row, gradient",
-                relative_error(once, together),
-                bound,
-                f"the first {shared} tokens of {len(examples)} documents computed once",
+                f"{statement}, float64",
+                relative_error(_exact_gradient(decoder, [once]), exact),
+                FLOAT64_BOUND,
+                f"the first {shared} tokens of each computed once",
                 "invariances",
             )
+            difference = relative_error(_gradient(decoder, [once]), together)
+            yield ModelProof(statement, difference, bound, kind="invariances")
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
         accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
         yield ModelProof(
@@ -72,20 +82,13 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     yield from _recomputation(decoder, whole, bound)
 
 
-def _packed_exactly(decoder: Decoder, examples: Sequence[Example], whole: PackedBatch) -> ModelProof:
-    """One batch against one by one in float64, where nothing hides behind rounding."""
-    loss_scaling = 1.0 / whole.supervised_tokens
-    together = BlockwiseStep(decoder, whole, None, loss_scaling).gradient()
-    alone = torch.zeros_like(together)
-    for example in examples:
-        alone += BlockwiseStep(decoder, pack([example], device=decoder.device), None, loss_scaling).gradient()
-    return ModelProof(
-        "packed = unpacked, gradient, float64",
-        relative_error(alone, together),
-        FLOAT64_BOUND,
-        f"{len(examples)} documents in one batch, and one by one",
-        "invariances",
-    )
+def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
+    """The same in float64, where nothing hides behind rounding."""
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    total = BlockwiseStep(decoder, batches[0], None, 1.0 / supervised).gradient()
+    for batch in batches[1:]:
+        total += BlockwiseStep(decoder, batch, None, 1.0 / supervised).gradient()
+    return total
 
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
