@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 WITHIN = 0.15
 
@@ -18,9 +19,21 @@ def peak_of(model: str | Path, rows: Path, options: str, output: Path) -> tuple[
         model, rows, output: of the run.
         options: what else is typed.
     """
-    command = [sys.executable, "-m", "backhand", "train", "--model", model, "--data", rows, "--output", output]
+    _backhand("train", model, rows, f"--output {output} --quiet {options}")
+    summary = json.loads((output / "summary.json").read_text())
+    return summary["predicted_rss_bytes"], summary["peak_rss_bytes"]
+
+
+def planned(model: str | Path, rows: Path, options: str) -> dict[str, Any]:
+    """What `backhand plan` says of such a run, without its speed."""
+    plan: dict[str, Any] = json.loads(_backhand("plan", model, rows, f"--no-calibrate --json {options}"))
+    return plan
+
+
+def _backhand(command: str, model: str | Path, rows: Path, options: str) -> str:
+    words = [sys.executable, "-m", "backhand", command, "--model", str(model), "--data", str(rows), "--threads", "1"]
     done = subprocess.run(
-        [*map(str, command), "--threads", "1", "--quiet", *options.split()],
+        [*words, *options.split()],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         check=False,
         capture_output=True,
@@ -28,5 +41,4 @@ def peak_of(model: str | Path, rows: Path, options: str, output: Path) -> tuple[
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr
-    summary = json.loads((output / "summary.json").read_text())
-    return summary["predicted_rss_bytes"], summary["peak_rss_bytes"]
+    return done.stdout

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from support.peak_memory import WITHIN, peak_of
+from support.peak_memory import WITHIN, peak_of, planned
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import write_rows
 
@@ -47,3 +48,26 @@ def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str
     options += " --batch-rows 8 --max-steps 6"
     predicted, measured = peak_of(folder / model, folder / f"{rows}.jsonl", options, tmp_path / "run")
     assert predicted == pytest.approx(measured, rel=WITHIN), f"{predicted / measured:.2f} of {measured >> 20} MB"
+
+
+ANSWERING = """
+import subprocess
+import sys
+from pathlib import Path
+from backhand.report.prompt_box import PromptBox
+from backhand.train.memory import peak_rss_bytes
+box = PromptBox(Path(sys.argv[1]), threads=1, max_new_tokens=8)
+box.answer("the user asks for a list of names and one number")
+box.close()
+print(peak_rss_bytes())
+"""
+
+
+def test_the_second_model_of_the_live_view_is_counted(folder: Path, tmp_path: Path) -> None:
+    model, rows = folder / "large-vocabulary", folder / "short.jsonl"
+    options = "--dtype float32 --batch-rows 4 --max-steps 1"
+    predicted = planned(model, rows, f"{options} --watch")["live_view_bytes"]
+    peak_of(model, rows, options, tmp_path / "run")
+    command = [sys.executable, "-c", ANSWERING, str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)
+    assert predicted == pytest.approx(int(done.stdout), rel=WITHIN), done.stdout

@@ -69,6 +69,21 @@ def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, m
     assert once["evaluate_s"] > 0
 
 
+def test_under_transformers_the_model_itself_is_timed(
+    plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backhand.train.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    ours, theirs = (
+        json.loads(plan("--data", str(tiny.rows), "--engine", engine, "--max-steps", "4", "--json")[1])
+        for engine in ("backhand", "transformers")
+    )
+    assert (theirs["engine"], theirs["recompute"], theirs["steps"]) == ("transformers", "none", 4)
+    assert theirs["trained_parameters"] == ours["trained_parameters"]
+    assert theirs["parts"]["base weights"] == pytest.approx(ours["parts"]["base weights"], rel=0.05)
+    assert theirs["peak_bytes"] == sum(theirs["parts"].values())
+    assert theirs["tokens_per_s"] > 0
+
+
 def test_a_slow_machine_measures_fewer_tokens(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass takes as long as its tokens say, on a clock of its own: eight seconds for the whole micro-batch."""
     now, passes = [0.0], []

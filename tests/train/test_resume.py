@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
+from backhand.cli.main import main
 from backhand.data.options import DataOptions
 from backhand.errors import ArtifactError, UsageError
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
@@ -193,6 +194,52 @@ def test_changed_rows_and_a_changed_base_are_refused(tiny: TinyRun, tmp_path: Pa
     save_tiny(tiny_model("llama-tied", num_hidden_layers=2, seed=1), model)
     with pytest.raises(UsageError, match=r"base model: .*; data: the rows"):
         resumed(tmp_path / "run")
+
+
+def test_another_base_is_continued_with_by_force_alone(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "model")
+    stopped(tiny.config(tmp_path / "run", save_every=1, model=str(model)), 3)
+    save_tiny(tiny_model("llama-tied", num_hidden_layers=2, seed=1), model)
+    with pytest.raises(UsageError, match="base model: the adapted weights"):
+        resumed(tmp_path / "run")
+    given = with_options(TrainConfig(), output=tmp_path / "run", resume=True, force_base=True)
+    assert train(given).steps == 6
+    assert "continuing all the same, as --force-base says" in capsys.readouterr().err
+    train(tiny.config(tmp_path / "straight", save_every=1, model=str(model)))
+    assert final_bits(tmp_path / "run")["state"] != final_bits(tmp_path / "straight")["state"]
+
+
+def test_force_is_for_the_base_alone(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 9, seed=3)
+    stopped(tiny.config(tmp_path / "run", save_every=1, data=(str(rows),)), 3)
+    write_rows(rows, 9, seed=4)
+    with pytest.raises(UsageError, match="data: the rows"):
+        resumed(tmp_path / "run", force_base=True)
+
+
+def test_a_configuration_that_was_edited_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    stopped(tiny.config(tmp_path / "run", save_every=1), 3)
+    stored = tmp_path / "run" / "config.toml"
+    text = stored.read_text()
+    stored.write_text(text.replace("learning_rate = 0.003", "learning_rate = 0.01"))
+    assert stored.read_text() != text
+    with pytest.raises(UsageError, match=r"learning_rate: 0\.003 in the checkpoint, 0\.01 in config\.toml"):
+        resumed(tmp_path / "run")
+    stored.write_text(text)
+    assert resumed(tmp_path / "run").steps == 6
+
+
+def test_a_default_that_is_typed_counts_as_given(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(tiny.config(tmp_path / "run", save_every=1, seed=7), 3)
+    resume = ["train", "--resume", "--output", str(tmp_path / "run"), "--quiet"]
+    assert main([*resume, "--seed", "0"]) == 2
+    assert "seed: 7 in the run, 0 given" in capsys.readouterr().err
+    assert main(resume) == 0, "what is not typed is as it was"
+    assert load_config(tmp_path / "run" / "config.toml").run.seed == 7
 
 
 def test_what_may_change_on_resuming(tiny: TinyRun, tmp_path: Path) -> None:
