@@ -16,13 +16,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backhand.errors import ArtifactError, CheckError
+from backhand.errors import ArtifactError
 from backhand.train.files import FileLayer, remove_tree, replace_file, saving, write_file
 
 FORMAT_VERSION = 1
@@ -271,17 +271,3 @@ def _body_digest(body: Mapping[str, Any]) -> str:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def differing_files(expected: Mapping[str, bytes], found: Mapping[str, bytes]) -> Iterator[str]:
-    """Names of files that are missing on one side or differ."""
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            yield name
-
-
-def require_equal(expected: Mapping[str, bytes], found: Mapping[str, bytes], what: str) -> None:
-    """Raise CheckError naming the files in which two checkpoints differ."""
-    different = list(differing_files(expected, found))
-    if different:
-        raise CheckError(f"{what}: {', '.join(different)} differ", next_step="report this; it should not happen")

@@ -54,11 +54,6 @@ class RunDirectory:
         """`checkpoints/`."""
         return self.path / CHECKPOINTS
 
-    @property
-    def has_run(self) -> bool:
-        """Whether a run has been here."""
-        return any((self.path / name).exists() for name in _OWNED)
-
     def clear(self) -> None:
         """Remove the files of the run that is here, and no others. Raises ResourceError."""
         with saving("the run directory", self.path, 0):
