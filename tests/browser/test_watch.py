@@ -13,6 +13,7 @@ import pytest
 
 from backhand.report.watch import serving
 from backhand.report.watch_options import WatchOptions
+from support.poison import ATTACKS, poison_adapter, poison_run
 from support.tiny_run import TinyRun
 
 if TYPE_CHECKING:
@@ -80,6 +81,22 @@ def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_pa
     finally:
         process.kill()
         process.wait()
+
+
+def test_poison_stays_inert_on_the_live_page_too(finished: Path, open_page: OpenPage) -> None:
+    attack = " ".join(ATTACKS)
+    poison_adapter(poison_run(finished, attack), attack)
+    with serving(WatchOptions(run=finished)) as server, open_page(server.address) as page:
+        # What the box says of a model that is not there holds its name.
+        until(page, lambda: "cannot be opened" in page.locator("#try-state").inner_text())
+        assert "onerror" in page.locator("#try-state").inner_text()
+        # And once the page has brought itself up to date, poison and all.
+        before = points(page, "loss")
+        with (finished / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 13, "loss": 0.25}\n')
+        until(page, lambda: points(page, "loss") == before + 1)
+        assert page.evaluate("window.hurt") is None
+        assert page.locator("section img, section iframe, section script, #report > section style").count() == 0
 
 
 def test_another_page_in_the_same_browser_learns_nothing(finished: Path, open_page: OpenPage) -> None:
