@@ -42,14 +42,15 @@ def check(page: Page) -> None:
 
 
 def hover(page: Page, chart: str) -> str:
-    """What is shown when the pointer is over the middle of a chart."""
+    """What is shown when the pointer is over a point or a cell of a chart."""
     drawn = page.locator(f"#{chart} svg")
     drawn.scroll_into_view_if_needed()
-    box = drawn.bounding_box()
-    assert box is not None
-    for share in (0.4, 0.5, 0.55, 0.6):
-        page.mouse.move(box["x"] + share * box["width"], box["y"] + share * box["height"])
-        page.wait_for_timeout(200)
+    marks = page.locator(f"#{chart} svg g.mark-symbol.role-mark path, #{chart} svg g.mark-rect.role-mark path")
+    for share in (0.4, 0.5, 0.6, 0.9):
+        box = marks.nth(int(share * marks.count())).bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_timeout(150)
         if page.locator("#vg-tooltip-element.visible").count():
             return page.locator("#vg-tooltip-element").inner_text()
     raise AssertionError(f"nothing is shown over {chart}")
@@ -82,7 +83,10 @@ def _luminance(colour: str) -> float:
 def test_charts_answer_the_pointer(finished: Path, open_page: OpenPage) -> None:
     with open_page((finished / "report.html").as_uri()) as page:
         text = hover(page, "chart-loss")
-        assert "step" in text and "nats per supervised token" in text
+        assert "step" in text and "nats per supervised token" in text and " rows" in text
+        for chart in page.locator(".chart").all():
+            shown = hover(page, str(chart.get_attribute("id")))
+            assert shown.strip() and "undefined" not in shown and "NaN" not in shown
         assert "module" in hover(page, "chart-moved") and "documents" in hover(page, "chart-lengths")
 
 

@@ -105,6 +105,7 @@ def curve(
         numbers: format of the value axis.
     """
     series = list(dict.fromkeys(row["series"] for row in rows))
+    several = len(series) > 1
     # What it is, with its unit, stands in the caption; room beside the curve is scarce on a phone.
     y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"format": numbers, "tickCount": 5}}
     if log and _spans(rows):
@@ -115,14 +116,17 @@ def curve(
         "field": "series",
         "type": "nominal",
         "scale": {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]},
-        "legend": {} if len(series) > 1 else None,
+        "legend": {} if several else None,
     }
     x = _whole("step", "optimizer step")
-    hover = {"name": "hover", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
+    # Of several series a point is found by a wide disc of its own, not as the nearest: with `nearest` Vega-Lite looks
+    # for a text's field in the wrong place, and the name of the series would be `undefined`.
+    select = {"type": "point", "on": "pointerover", "nearest": not several, "clear": "pointerout"}
+    hover = {"name": "hover", "select": select}
     tooltip = [
         {"field": "step", "type": "quantitative", "format": ",d"},
         {"field": "value", "type": "quantitative", "title": title, "format": ".4~g"},
-        *([{"field": "series", "type": "nominal", "title": "of"}] if len(series) > 1 else []),
+        *([{"field": "series", "type": "nominal", "title": "of"}] if several else []),
     ]
     layers: list[Spec] = [{"mark": {"type": "line", "strokeWidth": 1.6, "clip": True}}]
     if dots:
@@ -131,9 +135,12 @@ def curve(
     layers.append(
         {
             "params": [hover],
-            "mark": {"type": "point", "filled": True, "size": 70},
+            "mark": {"type": "point", "filled": True, "size": 260 if several else 70},
             "encoding": {
-                "opacity": {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0},
+                "opacity": {
+                    "condition": {"param": "hover", "empty": False, "value": 0.4 if several else 1},
+                    "value": 0,
+                },
                 "tooltip": tooltip,
             },
         }
@@ -197,7 +204,13 @@ def spectra(changes: Sequence[ModuleChange]) -> Spec:
     x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),
-        "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.55, "point": {"size": 14, "opacity": 0.55}},
+        # The transparent rim of a point is what the pointer finds.
+        "mark": {
+            "type": "line",
+            "strokeWidth": 1,
+            "opacity": 0.55,
+            "point": {"size": 14, "opacity": 0.55, "stroke": "transparent", "strokeWidth": 8},
+        },
         "encoding": {
             "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | _ticks(numbers)},
             "y": {
