@@ -70,7 +70,7 @@ def run_backhand_unshared(task: FineTune, output: Path) -> dict[str, Any]:
     """The same, with the tokens that rows begin with computed in each row, as if no two began alike."""
     from backhand.train import batches
 
-    batches.shared_tokens = lambda _openings: 0
+    batches.shared_tokens = lambda _examples: 0
     return run_backhand(task, output)
 
 

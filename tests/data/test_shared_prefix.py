@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
-from backhand.data.shared_prefix import MIN_SAVED_TOKENS, opening_lengths, shared_tokens
+from backhand.data.shared_prefix import MIN_SAVED_TOKENS, common_tokens, shared_tokens
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -26,25 +27,33 @@ def test_rows_begin_alike_up_to_where_they_differ() -> None:
         example([*SYSTEM, 20, 30, 31], [11]),
         example([*SYSTEM, 40, 41], [10]),
     ]
-    assert opening_lengths(rows) == [10, 10, 9]  # a typical row's own: what comes before the token that predicts
+    assert common_tokens(rows) == 9
+    assert common_tokens(rows[:2]) == 10
+    assert common_tokens(rows[:1]) == 10  # not the token that predicts the supervised one
+    assert common_tokens([example([99, *SYSTEM, 20, 21], [11]), *rows]) == 0
+    assert common_tokens([]) == 0
 
 
 def test_no_token_that_predicts_a_supervised_one_is_shared() -> None:
-    rows = [example([*SYSTEM, 20], [9]), example([*SYSTEM, 20], [5]), example([*SYSTEM, 20], [])]
-    assert opening_lengths(rows) == [8, 4, 0]
+    assert common_tokens([example([*SYSTEM, 20], [9]), example([*SYSTEM, 20], [5])]) == 4
+    assert common_tokens([example([*SYSTEM, 20], [9]), example([*SYSTEM, 20], [1])]) == 0
+    assert common_tokens([example([*SYSTEM, 20], [9]), example([*SYSTEM, 20], [])]) == 0
 
 
-def test_a_rare_beginning_is_not_the_measure() -> None:
-    odd = example([99, *SYSTEM, 20, 21], [11])
-    usual = [example([*SYSTEM, 20 + i, 21], [10]) for i in range(3)]
-    assert opening_lengths([odd, *usual]) == [0, 9, 9, 9]
-    assert opening_lengths([]) == []
-
-
-@pytest.mark.parametrize(("openings", "shared"), [([], 0), ([40], 0), ([32, 40], 32), ([31, 40], 0), ([16] * 3, 16)])
-def test_a_prefix_is_shared_where_it_saves_enough(openings: list[int], shared: int) -> None:
+@pytest.mark.parametrize(("tokens", "rows", "shared"), [(40, 1, 0), (32, 2, 32), (31, 2, 0), (16, 3, 16)])
+def test_a_prefix_is_shared_where_it_saves_enough(tokens: int, rows: int, shared: int) -> None:
     assert MIN_SAVED_TOKENS == 32
-    assert shared_tokens(openings) == shared
+    alike = [example([*range(tokens), 90 + row, 7], [tokens + 1]) for row in range(rows)]
+    assert shared_tokens(alike) == shared
+
+
+def test_what_is_not_shared_is_not_packed_as_if_it_were() -> None:
+    with pytest.raises(ValueError, match="f:1: the first 2 tokens are not shared"):
+        pack([example([1, 2, 3, 4], [3]), example([1, 9, 3, 4], [3])], shared=2)
+    with pytest.raises(ValueError, match="carry loss"):
+        pack([example([1, 2, 3, 4], [2, 3])], shared=2)
+    with pytest.raises(ValueError, match="5 tokens are not a prefix of 2 and documents of 2"):
+        PackedBatch(torch.arange(5), torch.arange(5), (2,), 2)
 
 
 def whole_documents(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
@@ -67,7 +76,7 @@ rows_of_a_few_tokens = st.lists(
 @given(rows_of_a_few_tokens)
 def test_packing_with_a_shared_prefix_leaves_every_document_as_it_is(rows: list[Example]) -> None:
     rows = [row for row in rows if row.supervised.any()]
-    shared = min(opening_lengths(rows), default=0)
+    shared = common_tokens(rows)
     once, each = pack(rows, shared=shared), pack(rows)
     assert once.shared_prefix == (shared if rows else 0)
     assert whole_documents(once) == whole_documents(each)

@@ -15,8 +15,9 @@ from backhand.data.examples import Example
 from backhand.nn.batch import PackedBatch
 from backhand.train import batches
 from backhand.train.batches import RowPacker, filled_up, round_size
-from backhand.train.memory_plan import largest_shapes
+from backhand.train.observer import Observer
 from backhand.train.run import train
+from backhand.train.step_shapes import Rows, largest_shapes
 from backhand.train.transformers_engine import TransformersModel
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
@@ -88,7 +89,8 @@ def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
     rows = rows_with_a_system_prompt()
     packer = RowPacker(rows, share_prefixes=True)
     every = range(len(rows))
-    shapes = largest_shapes([every], packer.lengths, [3] * len(rows), [1, len(rows)], packer.shared)
+    given = Rows(packer.lengths, [3] * len(rows), packer.shared)
+    shapes = largest_shapes([every], given, [1, len(rows)], torch.empty(0))
     assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
     assert shapes[1].tokens == round_size(max(packer.lengths))
 
@@ -110,11 +112,17 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
         return pack(examples, **options)
 
     monkeypatch.setattr(batches, "pack", watched)
-    train(tiny.config(tmp_path / "once", eval_data=()))
-    assert all(shared)
+    opening: list[str] = []
+    watch = Observer()
+    watch.started = lambda start: opening.extend(start.facts)
+    train(tiny.config(tmp_path / "once", eval_data=()), callbacks=[watch])
+    assert shared and all(shared)
+    assert any("of their tokens are computed once for a whole micro-batch" in line for line in opening)
     shared.clear()
     train(tiny.config(tmp_path / "masked", eval_data=(), dropout=0.1))
-    assert not any(shared), "dropout draws a mask for each row"
-    monkeypatch.setattr(batches, "shared_tokens", lambda _openings: 0)
-    train(tiny.config(tmp_path / "each", eval_data=()))
+    assert shared and not any(shared), "dropout draws a mask for each row"
+    monkeypatch.setattr(batches, "shared_tokens", lambda _examples: 0)
+    opening.clear()
+    train(tiny.config(tmp_path / "each", eval_data=()), callbacks=[watch])
+    assert not any("computed once" in line for line in opening)
     assert _losses(tmp_path / "once") == pytest.approx(_losses(tmp_path / "each"), rel=1e-5)

@@ -40,7 +40,9 @@ SIZE = ModelSize(
     neutral_token_bytes=60_000,
     cache_bytes=4_000,
 )
-SHAPES = {rows: StepShape(512 * rows, 100 * rows, 39, 512, 512 * 160) for rows in (1, 2, 4, 8, 16)}
+SHAPES = {
+    rows: StepShape(512 * rows, 100 * rows, 39, 512, 512 * 160, mean_tokens=512 * rows) for rows in (1, 2, 4, 8, 16)
+}
 PROCESS = 300 * MB
 
 
@@ -54,7 +56,6 @@ def chosen(
         process_bytes=PROCESS,
         micro_batch_rows=rows,
         recompute=recompute,  # type: ignore[arg-type]
-        mean_tokens=512,
         watched=watched,
     )
 
@@ -121,8 +122,8 @@ def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     rows = Rows(lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8])
     shapes = largest_shapes([[0, 1], [2, 3]], rows, [1, 2], LIKE[torch.float64])
     # 200 tokens lie in two blocks of queries, of which the second sees all keys
-    assert shapes[1] == StepShape(208, 8, 0, run_tokens=200, run_products=200 * 104)
-    assert shapes[2] == StepShape(400, 15, 0, run_tokens=400, run_products=2 * 200 * 104)
+    assert shapes[1] == StepShape(208, 8, 0, run_tokens=200, run_products=200 * 104, mean_tokens=116)
+    assert shapes[2] == StepShape(400, 15, 0, run_tokens=400, run_products=2 * 200 * 104, mean_tokens=216)
 
 
 def test_short_documents_of_different_lengths_are_attended_as_copies() -> None:
@@ -140,6 +141,16 @@ def test_a_shared_prefix_is_computed_once_and_copied_before_each_document() -> N
     assert (shapes[1].tokens, shapes[1].copied_tokens) == (208, 0)
     assert shapes[3].tokens == 336, "136 and three times 64, and a filler"
     assert shapes[3].copied_tokens == 4 * 200, "the filler is attended with them"
+
+
+def test_rows_that_share_a_long_prefix_come_together() -> None:
+    """As many as their own tokens allow, not as many as they would be without the prefix."""
+    rows = Rows([3100] * 8, [1] * 8, lambda group: 3000 if len(group) > 1 else 0)
+    apart = Rows([3100] * 8, [1] * 8)
+    for given, taken in ((rows, 8), (apart, 1)):
+        shapes = largest_shapes([range(8)], given, [1, 2, 4, 8], LIKE[torch.bfloat16])
+        plan = choose(SIZE, shapes, budget_bytes=None, process_bytes=PROCESS, micro_batch_rows=None, recompute="none")
+        assert plan.micro_batch_rows == taken
 
 
 def test_kernels_are_counted_once_for_each_shape_of_product() -> None:

@@ -27,6 +27,9 @@ def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device |
 
     Returns:
         input_ids and labels (tokens,) int64, and the length of each document behind what is shared.
+
+    Raises:
+        ValueError: not all documents begin with the same `shared` tokens, or one of these predicts a supervised token.
     """
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -35,7 +38,10 @@ def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device |
         length = trained_length(example)
         if length:
             targets = example.input_ids[1 : length + 1].astype(np.int64)
-            prefix = example.input_ids[:shared].astype(np.int64)
+            beginning = example.input_ids[:shared].astype(np.int64)
+            if example.supervised[: shared + 1].any() or (ids and not np.array_equal(beginning, prefix)):
+                raise ValueError(f"{example.source}: the first {shared} tokens are not shared, or carry loss")
+            prefix = beginning
             ids.append(example.input_ids[shared:length].astype(np.int64))
             labels.append(np.where(example.supervised[1 : length + 1], targets, IGNORE_INDEX)[shared:])
     return PackedBatch(

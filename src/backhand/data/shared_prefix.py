@@ -1,13 +1,11 @@
 """The tokens with which rows begin alike: what a chat template, a system prompt or an instruction puts before each.
 
 Attention is causal, so that rows which begin with the same tokens have the same hidden states there. A micro-batch can
-hold those tokens once (`nn.batch.PackedBatch.shared_prefix`), as long as none of them carries loss. What rows have in
-common is told from one typical row: two rows that both begin as it does up to some token begin alike up to there.
+hold those tokens once (`nn.batch.PackedBatch.shared_prefix`), as long as none of them predicts a supervised token.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,33 +14,23 @@ from backhand.data.examples import Example
 
 # Fewer tokens than this are not worth the copies of keys and values that a shared prefix costs.
 MIN_SAVED_TOKENS = 32
-_TYPICAL_TOKENS = 8
 
 
-def opening_lengths(examples: Sequence[Example]) -> list[int]:
-    """How many first tokens each example has in common with a typical one, none of them predicting a supervised token.
-
-    The typical example is the first of those that begin with the most frequent few tokens.
-    """
+def common_tokens(examples: Sequence[Example]) -> int:
+    """With how many tokens, none of which predicts a supervised one, all of these examples begin."""
     if not examples:
-        return []
-    beginnings = [example.input_ids[:_TYPICAL_TOKENS].tobytes() for example in examples]
-    most_frequent = Counter(beginnings).most_common(1)[0][0]
-    typical = examples[beginnings.index(most_frequent)].input_ids
-    return [_in_common(example, typical) for example in examples]
-
-
-def _in_common(example: Example, typical: np.ndarray) -> int:
-    places = np.flatnonzero(example.supervised)
-    if not len(places):
         return 0
-    # Token i - 1 predicts token i.
-    longest = min(int(places[0]) - 1, len(typical))
-    different = np.flatnonzero(example.input_ids[:longest] != typical[:longest])
-    return int(different[0]) if len(different) else max(longest, 0)
+    first = examples[0].input_ids
+    common = len(first)
+    for example in examples:
+        # Token i - 1 predicts token i; the first token is never supervised.
+        common = min(common, max(int(example.supervised.argmax()) - 1, 0))
+        different = np.flatnonzero(example.input_ids[:common] != first[:common])
+        common = int(different[0]) if len(different) else common
+    return common
 
 
-def shared_tokens(openings: Sequence[int]) -> int:
-    """How many tokens rows with these openings are to share in one micro-batch; 0 where it saves too little."""
-    shared = min(openings, default=0)
-    return shared if shared * (len(openings) - 1) >= MIN_SAVED_TOKENS else 0
+def shared_tokens(examples: Sequence[Example]) -> int:
+    """How many tokens these examples are to share in one micro-batch; 0 where that saves too little."""
+    common = common_tokens(examples)
+    return common if common * (len(examples) - 1) >= MIN_SAVED_TOKENS else 0

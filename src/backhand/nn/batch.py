@@ -31,6 +31,13 @@ class PackedBatch:
     document_lengths: tuple[int, ...]
     shared_prefix: int = 0
 
+    def __post_init__(self) -> None:
+        if self.shared_prefix + sum(self.document_lengths) != len(self.input_ids):
+            raise ValueError(
+                f"{len(self.input_ids)} tokens are not a prefix of {self.shared_prefix} and documents of "
+                f"{sum(self.document_lengths)}"
+            )
+
     @cached_property
     def supervised_positions(self) -> Tensor:
         """(supervised tokens,) int64: the positions that carry loss."""

@@ -3,7 +3,7 @@
 For one document of n tokens and one query head (which shares its key/value head with its group):
     S = c Q Kᵀ + M,   P = softmax_rows(S) = exp(S - ℓ),   O = P V      [arXiv:1706.03762, eq. 1; 2305.13245 for groups]
 with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
-elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no matrix, mask or loop spans two of them.
+elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no query meets a key of another one.
 
 Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a shared
 prefix stands once at the front, attends to itself as a document of its own, and every other document is attended with
@@ -19,10 +19,10 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
 
 Two ways to carry this out, for one group of documents after another (`document_groups`):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
-- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, whose many
-  small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are faster there than the bfloat16
-  ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN (`set_float32_matmul_precision`)
-  make these kernels up to three times slower, so then blocks take the short ones too.
+- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, and no
+  prefix before them, whose many small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are
+  faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN
+  (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks take the short ones too.
 
 Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what the kernels attended.
 """
@@ -125,6 +125,9 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
+    # What the documents add to the prefix's gradients; rounded once.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled = 0
     for group in groups(runs, shared, q):
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
@@ -137,8 +140,8 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
             results = attention_blocks_backward(g_group, in_blocks, out=in_place)
             if in_place is None:
                 set_part(results.d_q, group, grads.d_q)
-                set_keys(results.d_k, group, grads.d_k)
-                set_keys(results.d_v, group, grads.d_v)
+                set_keys(results.d_k, group, grads.d_k, prefix_k)
+                set_keys(results.d_v, group, grads.d_v, prefix_v)
             continue
         lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
         filled += lse.numel()
@@ -147,6 +150,8 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):
             set_part(result.transpose(1, 2), group, gradient)
+    grads.d_k[:shared] += prefix_k
+    grads.d_v[:shared] += prefix_v
     return grads
 
 

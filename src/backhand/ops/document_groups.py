@@ -58,25 +58,33 @@ class Group(NamedTuple):
     keys: Tensor | None
 
 
-def groups(runs: tuple[Run, ...], shared: int, like: Tensor) -> list[Group]:
+def groups(runs: tuple[Run, ...], shared: int, like: Tensor) -> tuple[Group, ...]:
     """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
 
     The prefix comes first: its gradients are set before those of the documents that saw it are added.
     """
+    aligned = like.element_size() < FLOAT32_BYTES
+    return _groups(runs, shared, _few_tokens(like), aligned, like.device)
+
+
+# Every layer asks for the same groups, forward and backward; a few micro-batches in turn at most.
+@functools.lru_cache(maxsize=4)
+def _groups(
+    runs: tuple[Run, ...], shared: int, few_tokens: int, aligned: bool, device: torch.device
+) -> tuple[Group, ...]:
     joined: list[list[Run]] = []
     for run in runs:
         if joined and _may_join(joined[-1], run):
             joined[-1].append(run)
         else:
             joined.append([run])
-    aligned = like.element_size() < FLOAT32_BYTES
-    found = [_group(((0, 1, shared),), 0, False, like.device)] if shared else []
+    found = [_group([(0, 1, shared)], 0, False, device)] if shared else []
     for neighbours in joined:
-        if shared or _blocks_are_faster(like, _tokens(neighbours)):
-            found.append(_group(tuple(neighbours), shared, aligned, like.device))
+        if shared or _tokens(neighbours) >= few_tokens:
+            found.append(_group(neighbours, shared, aligned, device))
         else:
-            found.extend(_group((run,), 0, False, like.device) for run in neighbours)
-    return found
+            found.extend(_group([run], 0, False, device) for run in neighbours)
+    return tuple(found)
 
 
 def _tokens(runs: Sequence[Run]) -> int:
@@ -89,17 +97,16 @@ def _may_join(neighbours: list[Run], run: Run) -> bool:
     return longest <= JOINED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(runs)
 
 
-@functools.lru_cache(maxsize=64)
-def _group(runs: tuple[Run, ...], before: int, aligned: bool, device: torch.device) -> Group:
-    """One group, its documents' common length aligned where that adds little; every layer asks for the same ones."""
-    start, documents, length = runs[0][0], sum(count for _, count, _ in runs), max(length for _, _, length in runs)
-    tokens = _tokens(runs)
+def _group(runs: Sequence[Run], before: int, aligned: bool, device: torch.device) -> Group:
+    """One group, its documents' common length aligned where that adds little."""
+    start, documents, tokens = runs[0][0], sum(count for _, count, _ in runs), _tokens(runs)
+    length = max(longest for _, _, longest in runs)
     rounded = -(-(before + length) // ALIGNMENT) * ALIGNMENT - before
     if aligned and length <= JOINED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
         length = rounded
     token_at, places = torch.arange(tokens, device=device), None
     if tokens != documents * length:
-        lengths = torch.tensor([length for _, count, length in runs for _ in range(count)], device=device)
+        lengths = torch.tensor([own for _, count, own in runs for _ in range(count)], device=device)
         inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
         token_at = inside.cumsum(0) - 1
         places = Places(inside.nonzero().squeeze(1), token_at, (~inside).nonzero().squeeze(1))
@@ -112,13 +119,13 @@ def _group(runs: tuple[Run, ...], before: int, aligned: bool, device: torch.devi
 
 def takes_blocks(q: Tensor, group: Group) -> bool:
     """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
-    return group.keys is not None or _blocks_are_faster(q, group.tokens)
+    return group.keys is not None or group.tokens >= _few_tokens(q)
 
 
-def _blocks_are_faster(q: Tensor, tokens: int) -> bool:
-    """Whether blocks are the faster way for so many tokens."""
+def _few_tokens(q: Tensor) -> int:
+    """From how many tokens on blocks are the faster way."""
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return tokens >= FEW_TOKENS or kernels_are_slow or q.device.type != "cpu"
+    return 0 if kernels_are_slow or q.device.type != "cpu" else FEW_TOKENS
 
 
 def together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
@@ -153,9 +160,15 @@ def set_part(x: Tensor, group: Group, out: Tensor) -> None:
         torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
 
 
-def set_keys(x: Tensor, group: Group, out: Tensor) -> None:
-    """The same for a gradient of `keys_of`; the prefix's share is summed over the documents and added."""
+def set_keys(x: Tensor, group: Group, out: Tensor, prefix: Tensor) -> None:
+    """The same for a gradient of `keys_of`; the shared prefix's part of it is added to `prefix`.
+
+    Args:
+        x: (documents, before + length, key/value heads, head_dim).
+        group: of documents that saw the prefix, or no prefix at all.
+        out: (tokens, key/value heads, head_dim).
+        prefix: (before, key/value heads, head_dim), float32 or wider: where the documents' shares add up.
+    """
     if group.before:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out[: group.before] += x[:, : group.before].sum(0, dtype=wide)
+        prefix += x[:, : group.before].sum(0, dtype=prefix.dtype)
     set_part(x[:, group.before :], group, out)

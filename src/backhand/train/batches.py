@@ -14,7 +14,7 @@ import torch
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack, trained_length
-from backhand.data.shared_prefix import opening_lengths, shared_tokens
+from backhand.data.shared_prefix import shared_tokens
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -33,15 +33,20 @@ class RowPacker:
     def __init__(self, examples: Sequence[Example], *, share_prefixes: bool) -> None:
         self._examples = examples
         self.lengths = [trained_length(example) for example in examples]
-        self._openings = opening_lengths(examples) if share_prefixes else [0] * len(examples)
+        self._share_prefixes = share_prefixes
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """These rows behind one another, and a filler document where their tokens are not a round number."""
-        return filled_up(pack((self._examples[row] for row in rows), shared=self.shared(rows), device=device))
+        shared = self.shared(rows)
+        return filled_up(pack([self._examples[row] for row in rows], shared=shared, device=device))
 
     def shared(self, rows: Sequence[int]) -> int:
         """Tokens with which all of these rows begin, and which stand in their micro-batch once."""
-        return shared_tokens([self._openings[row] for row in rows])
+        return shared_tokens([self._examples[row] for row in rows]) if self._share_prefixes else 0
+
+    def positions(self, rows: Sequence[int]) -> int:
+        """Tokens that a micro-batch of these rows computes, without a filler."""
+        return self.tokens(rows) - (len(rows) - 1) * self.shared(rows)
 
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows, each counted as often as it is trained on."""

@@ -61,7 +61,6 @@ def choose(
     process_bytes: int,
     micro_batch_rows: int | None,
     recompute: Recompute,
-    mean_tokens: float,
     watched: bool = False,
 ) -> MemoryPlan:
     """The fastest way to cut a step that fits.
@@ -72,7 +71,6 @@ def choose(
         budget_bytes: what may be taken in all; None for no limit.
         process_bytes: what the process takes already, interpreter and libraries.
         micro_batch_rows, recompute: as asked for; None or `auto` to choose.
-        mean_tokens: of a row, to weigh passes against each other.
         watched: whether a second model answers beside it.
 
     Raises:
@@ -87,11 +85,12 @@ def choose(
         return budget_bytes is None or candidate.total_bytes <= _MARGIN * budget_bytes
 
     def cost(candidate: MemoryPlan) -> float:
-        tokens = max(1.0, candidate.micro_batch_rows * mean_tokens)
-        return _RECOMPUTE_COST[candidate.recompute] * (1 + _TOKENS_LOST_PER_PASS / tokens)
+        """Of a row; rows that begin alike share tokens, the more of them the better."""
+        tokens = shapes[candidate.micro_batch_rows].mean_tokens
+        return _RECOMPUTE_COST[candidate.recompute] * (tokens + _TOKENS_LOST_PER_PASS) / candidate.micro_batch_rows
 
     rows_options = sorted(shapes) if micro_batch_rows is None else [micro_batch_rows]
-    preferred = [rows for rows in rows_options if rows * mean_tokens <= PREFERRED_TOKENS]
+    preferred = [rows for rows in rows_options if shapes[rows].mean_tokens <= PREFERRED_TOKENS]
     modes: list[Recompute] = list(size.kept_bytes) if recompute == "auto" else [recompute]
     candidates = [plan(rows, mode) for mode in modes for rows in preferred or rows_options[:1]]
     fitting = [candidate for candidate in candidates if fits(candidate)]

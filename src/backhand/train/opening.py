@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backhand.data.packing import micro_batches
 from backhand.generate.notes import labelled
 from backhand.train.job import Job
 from backhand.train.memory_plan import in_words
@@ -34,9 +35,25 @@ def opening_facts(job: Job, continued: bool) -> tuple[str, ...]:
         f"plan: {job.total_steps:,} steps of {options.batch_rows} rows, {cut}; "
         f"peak memory about {in_words(job.memory.peak_bytes)}"
     )
-    shared = job.packer.shared(range(len(job.train.examples)))
-    if shared:
-        facts.append(f"rows all begin with the same {shared:,} tokens: each micro-batch computes them once")
+    facts += _shared_facts(job)
     if continued:
         facts.append("continuing from a checkpoint")
     return tuple(facts)
+
+
+_STEPS_COUNTED = 200
+
+
+def _shared_facts(job: Job) -> list[str]:
+    """How many tokens of the first steps are computed, where rows share what they begin with."""
+    packer = job.packer
+    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
+    tokens = sum(packer.tokens(rows) for rows in steps)
+    computed = sum(
+        packer.positions(group)
+        for rows in steps
+        for group in micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows)
+    )
+    if computed == tokens:
+        return []
+    return [f"rows begin alike: {1 - computed / tokens:.0%} of their tokens are computed once for a whole micro-batch"]

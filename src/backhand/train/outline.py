@@ -121,7 +121,6 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
         process_bytes=process,
         micro_batch_rows=config.optimization.micro_batch_rows,
         recompute=config.model.recompute,
-        mean_tokens=sum(packer.lengths) / len(packer.lengths),
         watched=watched,
     )
     return Outline(

@@ -24,6 +24,7 @@ class StepShape:
 
     Attributes:
         tokens, supervised_tokens: of the largest one.
+        mean_tokens: of all of them.
         kernels: that oneDNN compiles for all of them, and for what is measured in between.
         run_tokens: of the largest group of documents that attention takes at once, fillers behind their ends included.
         run_products: queries by keys of one head's block of queries in the largest group, over its documents.
@@ -38,6 +39,7 @@ class StepShape:
     run_products: int = 0
     copied_tokens: int = 0
     neutral_tokens: int = 0
+    mean_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def _shape(
         run_products=max((math.prod(block) for block in _blocks(attending)), default=0),
         copied_tokens=max((_copied(group) for group in attending), default=0),
         neutral_tokens=max(neutral, default=0),
+        mean_tokens=sum(micro_batch.tokens for micro_batch in trained) / len(trained),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
-from backhand.data.shared_prefix import opening_lengths
+from backhand.data.shared_prefix import common_tokens
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import Decoder
 from backhand.verify.blockwise_step import BlockwiseStep
@@ -57,7 +57,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
             bound,
             kind="invariances",
         )
-        shared = min(opening_lengths(examples))
+        shared = common_tokens(examples)
         if shared:
             once = pack(examples, shared=shared, device=decoder.device)
             statement = "shared prefix = a prefix in each row, gradient"

@@ -96,6 +96,7 @@ CASES = (
     _case("shared prefix of one document", (7,), shared=2, heads=3, kv_heads=1),
     _case("shared prefix longer than the window", (3, 2), shared=8, window=3),
     _case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
+    _case("shared prefix of many groups", (161, 163, 165, 167, 169), heads=2, kv_heads=1, head_dim=4, shared=9),
     _case("nothing but a prefix", (), shared=4),
 )
 

@@ -97,6 +97,7 @@ def _case(
     recompute: str = "none",
     padding_id: int | None = None,
     documents: tuple[int, ...] = DOCUMENTS,
+    shared: int = 0,
 ) -> Case:
     draw = Draw(f"decoder_kinds: {name}")
     config = replace(FAMILIES[family], padding_id=padding_id)
@@ -106,7 +107,7 @@ def _case(
     slots = {key: slot for key, slot in slots.items() if f"{key}.weight" not in {tensor.name for tensor in trained}}
     if tokens:
         trained += (TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens),)
-    batch = random_batch(config, documents, draw)
+    batch = random_batch(config, documents, draw, shared)
     weights = random_weights(config, draw)
     # A trained tensor takes the place of the base's in the decoder, so they are told apart by a prefix.
     tensors = {
@@ -148,6 +149,9 @@ TIED = "llama 3, tied head"
 
 CASES = (
     *(_case(f"{family}; DoRA", family, use_dora=True) for family in FAMILIES),
+    _case("shared prefix, DoRA, tied token rows", TIED, use_dora=True, tokens=(3, 8, 11), shared=6),
+    _case("shared prefix, norms", "gemma3", whole=("norm.weight",), shared=7),
+    _case("shared prefix, lora_bias, biases", "qwen2, qkv bias, tied head", lora_bias=True, whole=(".bias",), shared=4),
     _case("DoRA, dropout, recompute mlp", "qwen3, q/k norm", use_dora=True, dropout=0.2, recompute="mlp"),
     _case("DoRA, dropout, recompute block", "gemma3", use_dora=True, dropout=0.2, recompute="block"),
     _case("DoRA, some modules, head too", "llama", use_dora=True, targets=("k_proj", "gate_proj", "o_proj", HEAD)),
