@@ -144,3 +144,10 @@ def test_a_missing_package_is_named_with_its_command(
     with pytest.raises(UsageError) as raised:
         list(read_rows(name, BadRows()))
     assert "pip install" in str(raised.value.next_step)
+
+
+def test_a_file_of_nearly_that_name_is_proposed(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="no such file") as caught:
+        expand([str(tmp_path / "rosw.jsonl")])
+    assert caught.value.next_step == f"did you mean {tmp_path / 'rows.jsonl'}?"

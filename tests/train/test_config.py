@@ -11,6 +11,7 @@ import peft
 import pytest
 
 import backhand
+from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
 
@@ -73,6 +74,14 @@ def test_a_value_out_of_range_is_named(cls: type[Any], field: str, value: object
 def test_contradictions_are_refused(part: Any) -> None:
     with pytest.raises(UsageError):
         part.validate()
+
+
+def test_early_stopping_without_held_out_rows_is_refused() -> None:
+    stopping = RunOptions(early_stopping=2)
+    with pytest.raises(UsageError, match="needs held-out rows"):
+        TrainConfig(run=stopping).validate()
+    for data in (DataOptions(eval_fraction=0.1), DataOptions(eval_data=("held_out.jsonl",))):
+        TrainConfig(run=stopping, data=data).validate()
 
 
 def test_defaults_are_valid() -> None:

@@ -93,3 +93,18 @@ def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
         with pytest.raises(UsageError, match="cannot be read"):
             load_config(path)
+
+
+def test_a_key_in_the_wrong_table_is_sent_to_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nlearning_rate = 1e-3\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(file)
+    assert caught.value.next_step == "write it in the table [optimization]"
+
+
+def test_what_is_not_utf8_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes("[data]\n# caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        load_config(file)

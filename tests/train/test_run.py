@@ -16,8 +16,10 @@ from backhand.errors import CheckError, DataError, UsageError
 from backhand.train.config_file import load_config
 from backhand.train.forgetting import Forgetting, ForgettingMeter
 from backhand.train.identity import settings_digest
+from backhand.train.memory_keeper import MemoryKeeper
 from backhand.train.observer import Observer
 from backhand.train.run import train
+from backhand.train.run_state import RunState
 from support.no_autograd import autograd_raises
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
@@ -208,3 +210,22 @@ def test_threads_and_precision_are_put_back(tiny: TinyRun, tmp_path: Path) -> No
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     train(tiny.config(tmp_path / "run", max_steps=1))
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+def test_freed_memory_is_given_back_before_the_run_and_before_each_checkpoint(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    contents = RunState.contents
+
+    def noted(state: RunState, *arguments: Any) -> dict[str, bytes]:
+        happened.append("buffers")
+        return contents(state, *arguments)
+
+    monkeypatch.setattr(RunState, "contents", noted)
+    monkeypatch.setattr(MemoryKeeper, "make_room", lambda _: happened.append("room"))
+    train(tiny.config(tmp_path / "run", max_steps=3, save_every=1))
+    assert happened == ["room"] + 3 * ["room", "buffers"]
+    happened.clear()
+    train(tiny.config(tmp_path / "other", max_steps=1, tune_allocator=False))
+    assert happened == ["buffers"], "an allocator that is left alone keeps nothing"
