@@ -119,7 +119,13 @@ def test_stopped_again_and_again(tiny: TinyRun, tmp_path: Path) -> None:
 
 def test_early_stopping_counts_on_after_resuming(tiny: TinyRun, tmp_path: Path) -> None:
     config = tiny.config(
-        tmp_path / "straight", epochs=9, learning_rate=0.3, schedule="constant", eval_every=1, early_stopping=3
+        tmp_path / "straight",
+        epochs=9,
+        learning_rate=0.3,
+        schedule="constant",
+        eval_every=1,
+        save_every=1,  # so that the checkpoint has counted one evaluation already
+        early_stopping=3,
     )
     summary = train(config)
     assert summary.stopped_because and summary.best_step is not None

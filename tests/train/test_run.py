@@ -229,3 +229,14 @@ def test_freed_memory_is_given_back_before_the_run_and_before_each_checkpoint(
     happened.clear()
     train(tiny.config(tmp_path / "other", max_steps=1, tune_allocator=False))
     assert happened == ["buffers"], "an allocator that is left alone keeps nothing"
+
+
+def test_the_best_checkpoint_is_never_pruned(tiny: TinyRun, tmp_path: Path) -> None:
+    options = {"learning_rate": 0.3, "schedule": "constant", "eval_every": 1, "save_every": 1}
+    summary = train(tiny.config(tmp_path / "run", epochs=9, early_stopping=3, keep=1, **options))
+    best, last = summary.best_step, summary.steps
+    assert best == last - 3
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert left == {f"step-{best}", f"step-{last}"}
+    saved = tmp_path / "run" / "checkpoints" / f"step-{best}" / "adapter_model.safetensors"
+    assert saved.read_bytes() == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
