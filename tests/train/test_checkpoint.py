@@ -10,6 +10,7 @@ import stat
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,20 @@ def test_a_save_uses_every_call_of_the_layer(tmp_path: Path) -> None:
     store_in(tmp_path / "c", files).save(1, OLD, FACTS)
     store_in(tmp_path / "c", files).save(1, NEW, FACTS)
     assert set(CALLS) - set(files.names) == {"open_to_append"}
+
+
+def test_the_manifest_is_written_last_and_the_pointer_after_the_rename(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def before(_number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name in ("open_new", "rename"):
+            made.append(arguments[-1].name)
+
+    store_in(tmp_path, InterceptedFiles(before)).save(1, NEW, FACTS)
+    files, (manifest, renamed, pointer, replaced) = made[:-4], made[-4:]
+    assert files == list(NEW)
+    assert (manifest, renamed, replaced) == ("manifest.json", "step-1", "latest")
+    assert pointer.startswith(".tmp-latest")
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["next-step", "same-step"])
