@@ -193,6 +193,16 @@ def test_the_keeper_releases_before_the_plan_is_exceeded_and_not_before() -> Non
     assert released == [960]
 
 
+def test_the_first_step_is_followed_by_a_release() -> None:
+    now, released = [600], []
+    keeper = MemoryKeeper(1000, measure=lambda: now[0], release=lambda: released.append(now[0]))
+    keeper.make_room()
+    for value in (950, 960, 970):
+        now[0] = value
+        keeper.after_step()
+    assert released == [600, 950]
+
+
 def test_a_plan_that_is_too_low_does_not_release_at_every_step() -> None:
     now, released = [900], []
     keeper = MemoryKeeper(1000, measure=lambda: now[0], release=lambda: released.append(now[0]))

@@ -40,8 +40,13 @@ class MemoryKeeper:
         self._released = False
 
     def make_room(self) -> None:
-        """Give freed memory back: what comes next needs large buffers."""
+        """Give freed memory back: what comes next needs large buffers.
+
+        Called before the first step as well: all that this one takes is growth, and what it compiles settles among its
+        buffers, so that memory is given back after it once.
+        """
         self._release()
+        self._before = self._before or self._measure()
 
     def after_step(self) -> None:
         """Give freed memory back if another step that grows like this one would exceed the plan."""
