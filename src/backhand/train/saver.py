@@ -29,7 +29,7 @@ class Saver:
         keep: how many checkpoints stay.
         best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
         protected: further steps whose checkpoints stay.
-        make_room: called before the buffers of a checkpoint are made.
+        make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class Saver:
         self._saved = contents[PROGRESS_FILE]
         if better or not self._best_only or progress.best_step is None:
             self._directory.publish_adapter(adapter_part(contents))
+        del contents
+        self._make_room()  # a step's buffers would not lie where these did
         best = set() if progress.best_step is None else {progress.best_step}
         self._store.prune(progress.step, self._keep, {progress.step} | best | self._protected)
 
