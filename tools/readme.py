@@ -26,7 +26,8 @@ def commands_section() -> str:
 
 def files_section() -> str:
     """Every module of the package with the first line of its docstring, room by room."""
-    parts = [_file_rows("`src/backhand/`", PACKAGE, (PACKAGE / "__main__.py", PACKAGE / "errors.py"))]
+    own = [path for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
+    parts = [_file_rows("`src/backhand/`", PACKAGE, own)]
     for room in rooms():
         folder = PACKAGE / room
         files = [path for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py"]

@@ -147,18 +147,18 @@ def test_a_second_process_is_refused_while_the_first_is_loading(straight: TrainC
 def test_interrupting_a_proof_of_resuming_proves_nothing(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backhand.train import run
+    from backhand.train import job_run
     from backhand.train.interruption import Interrupted
 
     said: list[str] = []
-    original = run.prove_resume
+    original = job_run.prove_resume
 
     def interrupted(*arguments: Any) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
     monkeypatch.setattr("backhand.train.console.TerminalObserver.noted", lambda _self, text: said.append(text))
-    monkeypatch.setattr(run, "prove_resume", interrupted)
+    monkeypatch.setattr(job_run, "prove_resume", interrupted)
     with pytest.raises(Interrupted, match="the run is finished and not yet proved") as caught:
         train(tiny.config(tmp_path / "run", prove_resume=2))
     assert caught.value.exit_code == 143 and not any("same bits" in text for text in said)
