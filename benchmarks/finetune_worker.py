@@ -40,6 +40,7 @@ def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
     class Watch(Observer):
         """The clock at the first step's begin and behind the last checkpoint."""
 
+        # What an observer is told is not needed here.
         def started(self, start: Any) -> None:  # noqa: ARG002
             self.begin = time.perf_counter()
 

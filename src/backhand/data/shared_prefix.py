@@ -25,12 +25,15 @@ def common_tokens(examples: Sequence[Example]) -> int:
     for example in examples:
         # Token i - 1 predicts token i; the first token is never supervised.
         common = min(common, max(int(example.supervised.argmax()) - 1, 0))
-        different = np.flatnonzero(example.input_ids[:common] != first[:common])
-        common = int(different[0]) if len(different) else common
+        # Most rows begin alike, and bytes are compared faster than it is found where they differ.
+        if example.input_ids[:common].tobytes() != first[:common].tobytes():
+            common = int(np.argmax(example.input_ids[:common] != first[:common]))
     return common
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
     """How many tokens these examples are to share in one micro-batch; 0 where that saves too little."""
+    if len(examples) < 2:
+        return 0  # asked for every row of a run
     common = common_tokens(examples)
     return common if common * (len(examples) - 1) >= MIN_SAVED_TOKENS else 0

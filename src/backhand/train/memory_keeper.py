@@ -3,8 +3,9 @@
 Freed buffers are kept for the next step (`nn.compute.keep_freed_memory`), and matrix kernels that are compiled in
 between settle among them. Where rows have many lengths the gaps between such kernels fit the next step's buffers less
 and less, and the process grows although it holds no more: 1.5 GB in place of 0.7 after sixty steps of a small model.
-Giving the gaps back costs the page faults of one step, so it is done when the plan would be exceeded and not before;
-and before a checkpoint, whose buffers are larger than any gap and would come on top: 110 MB for 5 million parameters.
+Giving the gaps back costs the page faults of one step, so steps have it done only where the plan would be exceeded, and
+once after the first. It is also done around each checkpoint, whose buffers are larger than any gap a step leaves, and
+leave gaps that fit no step: 110 MB for 5 million parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _RAISED_BY = 1.1
 
 
 class MemoryKeeper:
-    """Asked after every step and before every checkpoint.
+    """Asked after every step, and before and after every checkpoint.
 
     Args:
         planned_bytes: highest resident memory that was planned.
