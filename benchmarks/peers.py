@@ -42,10 +42,10 @@ class Peer(Protocol):
 
 def tune_process() -> None:
     """What a run of ours sets at its start, here for tuned peers too: the allocator, and the faster float32 route."""
-    from backhand.nn.compute import keep_freed_memory, lossless_medium_precision
+    from backhand.nn.compute import keep_freed_memory, medium_precision_pays
 
     keep_freed_memory()
-    if lossless_medium_precision():
+    if medium_precision_pays():
         torch.set_float32_matmul_precision("medium")
 
 

@@ -115,3 +115,20 @@ def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
     assert main(["end", "--how", value, "--size", "4"]) == 0
     (options,) = cli_commands.last_options
     assert (options.how, options.inner.size) == (value, 4)
+
+
+def test_an_interruption_while_the_command_line_is_imported_ends_quietly() -> None:
+    """The interruption comes from within the import, at the first of its own modules that it asks for."""
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'backhand.cli.commands':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            signal.sigtimedwait([], 10)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from backhand.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    finished = run("-c", script)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", "interrupted\n")
