@@ -171,6 +171,21 @@ def test_a_conversation_piped_in(
     assert len(out) > 2 * len(once)
 
 
+def test_the_first_message_may_be_an_option(
+    base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a message whatever it begins with, and what is typed goes on from its answer."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("//help\nanother\n"))
+    assert main(base) == 0
+    typed = capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("another\n"))
+    assert main([*base, "--prompt", "/help"]) == 0
+    given = capsys.readouterr()
+    assert given.out == typed.out and "/reset" not in given.err
+    assert main([*base, "--prompt", " "]) == 2
+    assert "--prompt: the first message is empty" in capsys.readouterr().err
+
+
 def test_compared_answers_are_those_of_two_conversations(
     base: list[str],
     adapter_directory: Path,

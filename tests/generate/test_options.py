@@ -10,7 +10,7 @@ import pytest
 
 from backhand.data.options import RowSources
 from backhand.errors import UsageError
-from backhand.generate.options import AdapterOptions, AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions
+from backhand.generate.options import AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions, TalkOptions
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_sensible_options_pass() -> None:
     assert options.validate() is options
     rows = GenerateOptions(AnswerOptions(output=Path("o"), overwrite=True), RowSources(data=("rows.jsonl",)))
     assert rows.validate() is rows
-    chat = ChatOptions(AdapterOptions(Path("a")), SamplingOptions(temperature=0.0, top_p=1.0, top_k=1, stop=("\n",)))
+    chat = ChatOptions(TalkOptions(Path("a")), SamplingOptions(temperature=0.0, top_p=1.0, top_k=1, stop=("\n",)))
     assert chat.validate() is chat
 
 

@@ -111,8 +111,14 @@ def open_as_nobody(path: Path) -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    with pytest.raises(ResourceError, match="not writable"), opened(path / "run", resume=False, overwrite=False):
+    with (
+        pytest.raises(ResourceError, match="not writable") as refused,
+        opened(path / "run", resume=False, overwrite=False),
+    ):
         pass
+    # There is nothing yet that --resume could go on with.
+    assert refused.value.where == "output"
+    assert refused.value.next_step == "make the directory writable, or give another --output"
 
 
 def test_a_directory_that_is_not_writable() -> None:

@@ -53,6 +53,10 @@ def chat_command(options: ChatOptions) -> None:
         conversation = Conversation(
             session, options.sampling, system=options.template.system, voices=_voices(loaded, options)
         )
+        if options.chat.prompt is not None:
+            if interactive:
+                print(f"{ASK}{options.chat.prompt}")
+            conversation.say(options.chat.prompt)
         _talk(conversation, interactive)
 
 
@@ -135,7 +139,7 @@ class Conversation:
         if not line.strip():
             return True
         if not word.startswith("/") or word.startswith("//"):
-            self._ask(line.replace("//", "/", 1) if word.startswith("//") else line)
+            self.say(line.replace("//", "/", 1) if word.startswith("//") else line)
         elif word in ("/exit", "/quit", "/bye"):
             return False
         elif word == "/reset":
@@ -155,7 +159,8 @@ class Conversation:
         for voice in self.voices:
             voice.messages = [{"role": "system", "content": self._system}] if self._system else []
 
-    def _ask(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Every voice answers this message, whatever it begins with."""
         sampling = self._next_sampling()
         for voice in self.voices:
             if voice.label is not None:

@@ -156,23 +156,34 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class TalkOptions(AdapterOptions):
+    """Who is talked with, and how it begins."""
+
+    prompt: str | None = None
+    """What to say first; the conversation goes on from the answer."""
+
+
+@dataclass(frozen=True)
 class ChatOptions:
     """A conversation.
 
     Attributes:
         model: the base model and how it is computed.
-        chat: the adapter, and whether the base model answers as well.
+        chat: the adapter, whether the base model answers as well, and the first message.
         template: chat template and system message.
         sampling: how tokens are chosen.
     """
 
-    chat: AdapterOptions = field(default_factory=AdapterOptions)
+    chat: TalkOptions = field(default_factory=TalkOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     template: TemplateOptions = field(default_factory=TemplateOptions)
     model: BaseModelOptions = field(default_factory=BaseModelOptions)
 
     def validate(self) -> ChatOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_text("prompt", self.chat.prompt)
+        if self.chat.prompt is not None and not self.chat.prompt.strip():
+            raise UsageError("the first message is empty", where="prompt", next_step="leave out --prompt")
         self.chat.check_compare()
         self.sampling.check_sampling()
         self.template.check_template()

@@ -147,8 +147,28 @@ def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
         raise _explained(what, path, needed_bytes, error) from error
 
 
+def unusable_directory(path: Path, error: OSError) -> BackhandError:
+    """What to say of a run directory that can be neither made nor locked: nothing has been read or trained yet."""
+    if error.errno in _IN_THE_WAY:
+        return UsageError(
+            f"{path} cannot hold a run",
+            where="output",
+            why=f"{error.strerror}: {error.filename or path}",
+            next_step="move away what is in its place, or give another --output",
+        )
+    return ResourceError(
+        f"{path} cannot hold a run",
+        where="output",
+        why=reason(error),
+        next_step=f"{_remedy(error)}, or give another --output",
+    )
+
+
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
+
+
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> BackhandError:
-    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
+    if error.errno in _IN_THE_WAY:
         return UsageError(
             f"{what} cannot be saved",
             where=str(error.filename or path),

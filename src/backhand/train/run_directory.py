@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import UsageError
-from backhand.train.files import FileLayer, remove_tree, replace_file, saving, sync_file, write_all, write_file
+from backhand.train.files import (
+    FileLayer,
+    remove_tree,
+    replace_file,
+    saving,
+    sync_file,
+    unusable_directory,
+    write_all,
+    write_file,
+)
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -172,9 +181,11 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         _check_contents(path, resume=resume, overwrite=overwrite)
     elif resume:
         raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
-    with saving("the run directory", path, 0):
+    try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
+    except OSError as error:
+        raise unusable_directory(path, error) from error
     try:
         _check_contents(path, resume=resume, overwrite=overwrite)  # again: another process may have come and gone
         directory = RunDirectory(path, files or FileLayer())
