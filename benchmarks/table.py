@@ -100,30 +100,37 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
     ]
 
 
+# Of each machine: what it is, and the files of its results.
+_MACHINES = (
+    ("A processor that multiplies bfloat16 (AVX512-BF16)", "train_step.json", "finetune.json"),
+    (
+        "A processor that does not (AVX2): runs are float32 there by themselves",
+        "train_step_avx2.json",
+        "finetune_avx2.json",
+    ),
+)
+
+
 def section() -> str:
     """Everything between the markers."""
-    step = json.loads((HERE / "results" / "train_step.json").read_text())
-    finetune = json.loads((HERE / "results" / "finetune.json").read_text())
-    machine = step["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     setting = (
-        f"SmolLM2-135M, rank 16 on all linear layers, {machine['cores']} cores ({machine['processor']}), "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}. Each peer in its own process, in turns; losses and "
-        "gradients are compared before a time is believed. `python benchmarks/train_step.py` and "
-        "`python benchmarks/finetune.py` repeat it."
+        "SmolLM2-135M, rank 16 on all linear layers. Each peer in its own process, in turns; losses and gradients are "
+        "compared before a time is believed. `python benchmarks/train_step.py` and `python benchmarks/finetune.py` "
+        "repeat it."
     )
-    lines = [
-        BEGIN,
-        "",
-        "## How fast",
-        "",
-        setting,
-        *step_section(step),
-        *finetune_section(finetune),
-        "",
-        END,
-    ]
-    return "\n".join(lines)
+    lines = [BEGIN, "", "## How fast", "", setting]
+    for title, step_file, finetune_file in _MACHINES:
+        step = json.loads((HERE / "results" / step_file).read_text())
+        finetune = json.loads((HERE / "results" / finetune_file).read_text())
+        lines += ["", f"### {title}", "", machine_line(step["machine"]), *step_section(step), *finetune_section(finetune)]
+    return "\n".join([*lines, "", END])
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Cores, memory and versions, as they were measured on."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{machine['cores']} cores ({machine['processor']}), {memory}; {versions}."
 
 
 def main() -> None:

@@ -13,8 +13,10 @@ import pytest
 
 from backhand.report.watch import serving
 from backhand.report.watch_options import WatchOptions
+from backhand.train.config import TrainConfig
+from backhand.train.config_file import dump_config
 from support.poison import ATTACKS, poison_adapter, poison_run
-from support.tiny_run import TinyRun
+from support.tiny_run import TinyRun, with_options
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 # A step of the tiny model takes milliseconds: each one waits a little, so that there is something to watch.
-_SLOW_RUN = """
+_RUN = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from backhand.report.train import train
 from backhand.train.config_file import load_config
-train(load_config(Path(sys.argv[2])), callbacks=[lambda record: time.sleep(0.3)])
+train(load_config(Path(sys.argv[2])), callbacks=[lambda record: time.sleep(float(sys.argv[3]))])
 """
 
 
@@ -48,13 +50,30 @@ def until(page: Page, true: Callable[[], bool], tries: int = 1200) -> None:
 
 
 def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_page: OpenPage) -> None:
-    from backhand.train.config_file import dump_config
+    config = tiny.config(tmp_path / "run", epochs=500, save_every=10, eval_every=10)
+    watch_until_killed(config, tmp_path, open_page, pause_s=0.3)
 
-    run = tmp_path / "run"
-    config = tiny.config(run, epochs=500, save_every=10, eval_every=10)
+
+@pytest.mark.smollm2
+def test_a_run_of_a_real_model_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_page: OpenPage) -> None:
+    options = {
+        "model": "smollm2-135m",
+        "dtype": "auto",
+        "batch_rows": 2,
+        "save_every": 8,
+        "eval_every": 4,
+        "answers": 0,
+    }
+    config = with_options(tiny.config(tmp_path / "run", epochs=500), **options)
+    watch_until_killed(config, tmp_path, open_page, pause_s=0.0)
+
+
+def watch_until_killed(config: TrainConfig, tmp_path: Path, open_page: OpenPage, *, pause_s: float) -> None:
+    """See the curve grow, ask before and after the first checkpoint, and see the run killed."""
+    run = config.run.output
     (tmp_path / "run.toml").write_text(dump_config(config))
     source = str(Path(__file__).parents[2] / "src")
-    process = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, source, str(tmp_path / "run.toml")])
+    process = subprocess.Popen([sys.executable, "-c", _RUN, source, str(tmp_path / "run.toml"), str(pause_s)])
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "status.json").exists(), process)
         with serving(WatchOptions(run=run, max_new_tokens=8)) as server, open_page(server.address) as page:
@@ -65,7 +84,8 @@ def test_a_run_that_goes_on_and_is_killed(tiny: TinyRun, tmp_path: Path, open_pa
             before = points(page, "loss")
             until(page, lambda: points(page, "loss") > before + 3)
             page.wait_for_selector("#try-ask:enabled")
-            assert "loaded when you first ask" in page.locator("#try-state").inner_text()
+            # What it will take is said before anything is loaded.
+            until(page, lambda: " of memory, beside the training" in page.locator("#try-state").inner_text())
             page.fill("#try-prompt", "<b>the user</b> asks <script>window.hurt=1</script>")
             page.click("#try-ask")
             page.wait_for_selector("#try-answers:not([hidden])")

@@ -153,6 +153,13 @@ def test_rows_that_share_a_long_prefix_come_together() -> None:
         assert plan.micro_batch_rows == taken
 
 
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor whose bfloat16 products torch sends to oneDNN."""
+    monkeypatch.setattr("backhand.train.kernel_count.onednn_takes_bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("onednn")
 def test_kernels_are_counted_once_for_each_shape_of_product() -> None:
     count = KernelCount(LIKE[torch.bfloat16])
     count.add(640, [(8, 103, 103)], 271)
@@ -167,6 +174,14 @@ def test_kernels_are_counted_once_for_each_shape_of_product() -> None:
     assert other.total == 0, "float64 products are not compiled"
 
 
+def test_where_torch_multiplies_by_itself_no_kernel_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.train.kernel_count.onednn_takes_bf16", lambda: False)
+    count = KernelCount(LIKE[torch.bfloat16])
+    count.add(640, [(8, 103, 103)], 271)
+    assert count.total == 0
+
+
+@pytest.mark.usefixtures("onednn")
 def test_the_kernels_that_are_kept_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     count = KernelCount(LIKE[torch.bfloat16])
     for tokens in range(32, 3200, 32):

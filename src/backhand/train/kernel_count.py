@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from backhand.nn.loading.compute_dtype import onednn_takes_bf16
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 
 Shape = TypeVar("Shape")
@@ -43,8 +44,11 @@ def kept_kernels() -> int:
 
 def compiles_kernels(like: Tensor) -> bool:
     """Whether products of such tensors go to oneDNN, which compiles them; MKL and graphics cards do not."""
-    routed = like.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return like.device.type == "cpu" and (like.dtype == torch.bfloat16 or routed)
+    if like.device.type != "cpu":
+        return False
+    if like.dtype == torch.bfloat16:
+        return onednn_takes_bf16()
+    return like.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 class KernelCount:

@@ -14,10 +14,14 @@ def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if supported and _multiplies_bf16() else torch.float32
+    if device.type == "cpu" and onednn_takes_bf16() and _multiplies_bf16():
+        return torch.bfloat16
     return torch.float32
+
+
+def onednn_takes_bf16() -> bool:
+    """Whether torch sends bfloat16 products on the CPU to oneDNN; elsewhere loops of its own compute them."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _multiplies_bf16() -> bool:
