@@ -15,7 +15,7 @@ _NAMES = {
     "backhand-recompute-mlp": "Backhand, `--recompute mlp`",
     "backhand-recompute-block": "Backhand, `--recompute block`",
     "peft": "PEFT as documented",
-    "peft-tuned": "PEFT tuned (allocator, bf16 adapters, fused AdamW)",
+    "peft-tuned": "PEFT tuned (allocator, adapters in the base's dtype, fused AdamW)",
     "peft-tuned-openmp": "PEFT tuned, with this project's OpenMP setting as well",
     "peft-checkpointing": "PEFT with gradient checkpointing",
     "products-alone": "the matrix products alone (ceiling)",
@@ -122,7 +122,14 @@ def section() -> str:
     for title, step_file, finetune_file in _MACHINES:
         step = json.loads((HERE / "results" / step_file).read_text())
         finetune = json.loads((HERE / "results" / finetune_file).read_text())
-        lines += ["", f"### {title}", "", machine_line(step["machine"]), *step_section(step), *finetune_section(finetune)]
+        lines += [
+            "",
+            f"### {title}",
+            "",
+            machine_line(step["machine"]),
+            *step_section(step),
+            *finetune_section(finetune),
+        ]
     return "\n".join([*lines, "", END])
 
 

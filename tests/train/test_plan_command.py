@@ -49,6 +49,22 @@ def test_the_tables_say_what_the_run_will_be(plan: Plan, tiny: TinyRun) -> None:
         assert words in out
 
 
+def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 5, seed=3, words=(5, 6), completion=2).read_text().splitlines()
+    rows[3] = json.dumps({"prompt": "the user asks for a list of names and numbers", "completion": "one " * 30})
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    words = ("--data", str(tmp_path / "rows.jsonl"), "--no-calibrate", "--show", "2")
+    longest = json.loads(plan(*words, "--json")[1])["longest"]
+    assert longest[0]["where"].endswith("rows.jsonl:4")
+    assert longest[0]["tokens"] > longest[0]["supervised_tokens"] > 30 > longest[1]["supervised_tokens"] > 0
+    assert [len(longest), longest[0]["tokens"] > longest[1]["tokens"]] == [2, True]
+    out = plan(*words)[1]
+    assert "longest documents" in out and "rows.jsonl:4" in out.replace("\n", "")
+    assert json.loads(plan(*words[:-2], "--json")[1])["longest"] == []
+    code, _, err = plan(*words[:-1], "-1")
+    assert code == 2 and "--show" in err
+
+
 def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
     short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
     long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from backhand.data.examples import Example
 from backhand.nn.compute import compute_settings
 from backhand.terminal import console, working
 from backhand.train.calibration import Speed, calibrate
@@ -31,12 +34,14 @@ class RunPlan:
         machine: where it computes.
         speed: None where it was not measured.
         notes: what a person should know, a sentence each.
+        longest: the longest training documents, as many as were asked for, the longest first.
     """
 
     outline: Outline
     machine: Machine
     speed: Speed | None
     notes: tuple[str, ...]
+    longest: tuple[Example, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; sizes in bytes, times in seconds."""
@@ -58,6 +63,10 @@ class RunPlan:
             "budget_bytes": outline.budget_bytes,
             **(asdict(self.speed) if self.speed else dict.fromkeys(Speed.__dataclass_fields__)),
             "notes": list(self.notes),
+            "longest": [
+                {"where": one.source, "tokens": len(one), "supervised_tokens": int(one.supervised.sum())}
+                for one in self.longest
+            ],
         }
 
 
@@ -68,7 +77,7 @@ def plan(options: PlanOptions) -> RunPlan:
         UsageError, DataError, ArtifactError: as `train` would.
         ResourceError: it does not fit; says what would.
     """
-    config = options.config.validate()
+    config = options.validate().config
     machine = resolve_machine(config)
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
         outline = outline_run(config, machine, assumed_rows=True, watched=options.plan.watch)
@@ -78,7 +87,8 @@ def plan(options: PlanOptions) -> RunPlan:
         notes.append(_ASSUMED.format(length=config.data.max_length))
     else:
         notes += outline.train.report.lines()
-    return RunPlan(outline, machine, speed, (*notes, *outline.notes))
+    longest = heapq.nlargest(options.plan.show, outline.train.examples, key=len)
+    return RunPlan(outline, machine, speed, (*notes, *outline.notes), tuple(longest))
 
 
 def plan_command(options: PlanOptions) -> RunPlan:
@@ -118,8 +128,20 @@ def _print(console: Console, found: RunPlan) -> None:
     if outline.budget_bytes is not None:
         table.add_row("may be used", in_words(outline.budget_bytes))
     console.print(table)
+    if found.longest:
+        console.print(_longest(found.longest))
     if found.speed is not None:
         _print_speed(console, outline, found.speed)
+
+
+def _longest(examples: Sequence[Example]) -> Table:
+    table = Table()
+    table.add_column("longest documents", overflow="fold")
+    table.add_column("tokens", justify="right")
+    table.add_column("supervised", justify="right")
+    for example in examples:
+        table.add_row(example.source, f"{len(example):,}", f"{int(example.supervised.sum()):,}")
+    return table
 
 
 def _print_speed(console: Console, outline: Outline, speed: Speed) -> None:

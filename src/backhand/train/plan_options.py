@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backhand.adapters.config import LoRAConfig
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, check_count
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 
 
@@ -18,6 +18,9 @@ class PlanRunOptions:
 
     calibrate: bool = True
     """Measure this machine's speed on some of the model's blocks, for about ten seconds; off, only memory is told."""
+
+    show: int = 0
+    """Also list so many of the longest documents, which decide the memory: where they stand, and their tokens."""
 
     json: bool = False
     """Print one JSON object in place of the tables."""
@@ -42,6 +45,12 @@ class PlanOptions:
     adapter: LoRAConfig = field(default_factory=LoRAConfig)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    def validate(self) -> PlanOptions:
+        """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_count("show", self.plan.show, at_least=0)
+        self.config.validate()
+        return self
 
     @property
     def config(self) -> TrainConfig:
