@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from backhand.nn.compute import medium_precision_pays
 
@@ -21,13 +22,18 @@ def test_where_the_route_is_no_faster_or_less_exact_it_is_left_alone(
     assert not medium_precision_pays()
 
 
-def test_elsewhere_a_product_is_measured_and_the_setting_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "pays"), [(4e-7, True), (3e-6, False)])
+def test_elsewhere_its_error_decides_and_the_setting_is_put_back(
+    monkeypatch: pytest.MonkeyPatch, error: float, pays: bool
+) -> None:
     with_processor(monkeypatch, "AVX512")
-    before = torch.get_float32_matmul_precision()
-    assert medium_precision_pays(), "oneDNN's float32 products are float32 on every processor without AMX"
-    assert torch.get_float32_matmul_precision() == before
+    before, during = torch.get_float32_matmul_precision(), []
 
-    exact = torch.linalg.vector_norm
-    monkeypatch.setattr(torch.linalg, "vector_norm", lambda x: exact(x) + 1e-2 * x.numel())
-    assert not medium_precision_pays(), "a relative error of a tenth is too much"
-    assert torch.get_float32_matmul_precision() == before
+    def norm(_: Tensor) -> Tensor:
+        """First of the difference, then of the exact product."""
+        during.append(torch.get_float32_matmul_precision())
+        return torch.tensor(error if len(during) == 1 else 1.0)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", norm)
+    assert medium_precision_pays() is pays
+    assert during == ["medium", "medium"] and torch.get_float32_matmul_precision() == before

@@ -106,14 +106,14 @@ def test_a_linked_output_is_followed(tiny: TinyRun, tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "adapter").is_dir()
 
 
-def open_as_nobody(path: Path) -> None:
+def open_as_nobody(path: Path, overwrite: bool = False) -> None:
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
     with (
         pytest.raises(ResourceError, match="not writable") as refused,
-        opened(path / "run", resume=False, overwrite=False),
+        opened(path / "run", resume=False, overwrite=overwrite),
     ):
         pass
     # There is nothing yet that --resume could go on with.
@@ -126,6 +126,8 @@ def test_a_directory_that_is_not_writable() -> None:
         Path(name).chmod(0o555)
         assert run(open_as_nobody, Path(name)) == 0
         Path(name).chmod(0o755)
+        (Path(name) / "run").mkdir(mode=0o700)  # another user's: it cannot even be read
+        assert run(open_as_nobody, Path(name), True) == 0
 
 
 def train_under_a_limit(config: TrainConfig, limit: int) -> None:

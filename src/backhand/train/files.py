@@ -147,21 +147,28 @@ def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
         raise _explained(what, path, needed_bytes, error) from error
 
 
-def unusable_directory(path: Path, error: OSError) -> BackhandError:
-    """What to say of a run directory that can be neither made nor locked: nothing has been read or trained yet."""
-    if error.errno in _IN_THE_WAY:
-        return UsageError(
-            f"{path} cannot hold a run",
-            where="output",
-            why=f"{error.strerror}: {error.filename or path}",
-            next_step="move away what is in its place, or give another --output",
-        )
-    return ResourceError(
-        f"{path} cannot hold a run",
-        where="output",
-        why=reason(error),
-        next_step=f"{_remedy(error)}, or give another --output",
-    )
+@contextmanager
+def taking_directory(path: Path) -> Iterator[None]:
+    """Turn an OSError while a run directory is made, read or locked into our error: nothing has been trained yet.
+
+    Raises:
+        ResourceError: disk full, quota, not writable, input/output error.
+        UsageError: something else than a directory is in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"{path} cannot hold a run"
+        if error.errno in _IN_THE_WAY:
+            raise UsageError(
+                what,
+                where="output",
+                why=f"{error.strerror}: {error.filename or path}",
+                next_step="move away what is in its place, or give another --output",
+            ) from error
+        raise ResourceError(
+            what, where="output", why=reason(error), next_step=f"{_remedy(error)}, or give another --output"
+        ) from error
 
 
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)

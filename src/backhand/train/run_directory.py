@@ -19,7 +19,7 @@ from backhand.train.files import (
     replace_file,
     saving,
     sync_file,
-    unusable_directory,
+    taking_directory,
     write_all,
     write_file,
 )
@@ -181,11 +181,9 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         _check_contents(path, resume=resume, overwrite=overwrite)
     elif resume:
         raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
-    try:
+    with taking_directory(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
-    except OSError as error:
-        raise unusable_directory(path, error) from error
     try:
         _check_contents(path, resume=resume, overwrite=overwrite)  # again: another process may have come and gone
         directory = RunDirectory(path, files or FileLayer())
@@ -232,7 +230,7 @@ def _real_directory(output: Path) -> Path:
 
 
 def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
-    with saving("the run directory", path, 0):
+    with taking_directory(path):
         names = sorted(child.name for child in path.iterdir())
     children = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
     links = [name for name in (*_OWNED, LOCK) if (path / name).is_symlink()]
