@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.adapters.config import LoRAConfig
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
-from backhand.data.prepare import prepare_prompts
+from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
 from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
@@ -33,10 +33,10 @@ from backhand.lab.sine_options import SineOptions
 from backhand.nn.model_options import BaseModelOptions
 from backhand.report.train import train
 from backhand.report.writing import write_report
-from backhand.terminal import console_for_tables
+from backhand.terminal import console_for_tables, working
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.train.evaluate_options import EvaluateRunOptions
-from backhand.train.evaluation import Score, evaluation_rows, score
+from backhand.train.evaluation import evaluation_rows, exact_matches, score
 from backhand.train.proofs import Proof, proof_log
 from backhand.train.run_directory import opened
 from backhand.train.summary import RunSummary, add_to_summary
@@ -46,19 +46,27 @@ RANK, ALPHA = 16, 32.0
 LEARNING_RATE, BATCH_ROWS = 1e-3, 8
 # The longest answer has about 40 tokens; a base model that does not stop is cut off soon after.
 MAX_NEW_TOKENS = 56
-EVALUATE_EVERY = 40
+# With 400 rows: before the first step and after the last. 200 held-out rows take as long as ten steps.
+EVALUATE_EVERY = 50
 SHOWN_ANSWERS = 4
 PROBES = 8
 PROVED_TOKENS = 48
 
 
+class Answered(NamedTuple):
+    """How well the held-out rows were answered: share exactly right, mean nats per supervised token."""
+
+    exact_match: float
+    loss: float
+
+
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo came to: one score for each way of answering, the run, and PEFT's agreement if it was asked for."""
+    """What the demo came to: one result for each way of answering, the run, PEFT's agreement if it was asked for."""
 
-    base: Score
-    few_shot: Score
-    adapted: Score
+    base: Answered
+    few_shot: Answered
+    adapted: Answered
     run: RunSummary
     peft: PeftParity | None
     demo_s: float
@@ -93,18 +101,23 @@ def demo_command(options: DemoOptions) -> DemoResult:
         "that never occur in training. The base model first:"
     )
     model = BaseModelOptions(model=options.model)
-    with loaded_model(model) as loaded:
-        before = _answers(loaded, held_out_file)
-        base = _score(loaded, held_out_file, adapter=False)
+    with working("the base model is asked") as say, loaded_model(model) as loaded:
+        prompts, _ = prepare_prompts(RowSources(data=(str(held_out_file),)), TemplateOptions(), loaded.tokenizer)
+        before = _answers(loaded, prompts[:SHOWN_ANSWERS])
+        base_right = exact_matches(loaded, prompts, MAX_NEW_TOKENS) / len(prompts)
+        say(f"the base model is asked again, with {SHOTS} examples in the prompt")
         shown = _score(loaded, few_shot_file, adapter=False)
     run = train(_config(options, train_file, held_out_file))
+    assert run.base_eval_loss is not None, "training measures the base on the held-out rows before its first step"
+    base = Answered(base_right, run.base_eval_loss)
     adapter = Path(run.adapter)
-    with loaded_model(model, adapter) as loaded:
+    with working("the adapted model is asked"), loaded_model(model, adapter) as loaded:
         adapted = _score(loaded, held_out_file, adapter=True)
-        _print_answers(console, held_out_file, before, _answers(loaded, held_out_file))
+        after = _answers(loaded, prompts[:SHOWN_ANSWERS])
+    _print_answers(console, held_out_file, before, after)
     parity = None
     if options.peft:
-        parity = peft_parity(options.model, adapter, _probes(options, held_out_file))
+        parity = peft_parity(options.model, adapter, [prompt.input_ids.tolist() for prompt in prompts[:PROBES]])
         with opened(run_directory, resume=True, overwrite=False) as directory:
             proof_log(directory)(
                 Proof(
@@ -164,18 +177,17 @@ def _write_few_shot(path: Path, options: DemoOptions) -> Path:
     return path
 
 
-def _score(loaded: LoadedModel, data: Path, *, adapter: bool) -> Score:
-    """Loss and exact match on a file."""
+def _score(loaded: LoadedModel, data: Path, *, adapter: bool) -> Answered:
+    """Exact match and loss on a file of conversations."""
     run = EvaluateRunOptions(max_new_tokens=MAX_NEW_TOKENS)
     rows = evaluation_rows(DataOptions(data=(str(data),)), loaded, run)
-    return score(loaded, rows, run, adapter=adapter)
+    found = score(loaded, rows, run, adapter=adapter)
+    assert found.exact_match is not None, "every row has a reply"
+    return Answered(found.exact_match, found.loss)
 
 
-def _answers(loaded: LoadedModel, data: Path) -> list[str]:
-    """Greedy answers to the first few rows."""
-    prompts, _ = prepare_prompts(
-        RowSources(data=(str(data),), max_rows=SHOWN_ANSWERS), TemplateOptions(), loaded.tokenizer
-    )
+def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[str]:
+    """Greedy answers to the prompts."""
     completions = complete_greedily(
         loaded.model,
         [prompt.input_ids.tolist() for prompt in prompts],
@@ -183,16 +195,6 @@ def _answers(loaded: LoadedModel, data: Path) -> list[str]:
         stop_ids=loaded.stop_ids,
     )
     return [str(loaded.tokenizer.decode(ids)).strip() for ids in completions]
-
-
-def _probes(options: DemoOptions, data: Path) -> list[Sequence[int]]:
-    """Token ids of a few held-out prompts."""
-    from backhand.nn.loading import open_model
-
-    prompts, _ = prepare_prompts(
-        RowSources(data=(str(data),), max_rows=PROBES), TemplateOptions(), open_model(options.model).tokenizer()
-    )
-    return [prompt.input_ids.tolist() for prompt in prompts]
 
 
 def _write_summary(run_directory: Path, result: DemoResult) -> None:
@@ -231,8 +233,7 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
         (f"base, {SHOTS} examples in the prompt", result.few_shot),
         ("adapted", result.adapted),
     ):
-        match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
-        table.add_row(name, match, f"{found.loss:.4f}")
+        table.add_row(name, f"{found.exact_match:.1%}", f"{found.loss:.4f}")
     console.print()
     console.print(table)
     if result.peft is not None:

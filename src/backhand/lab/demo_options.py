@@ -21,7 +21,7 @@ class DemoOptions:
     seed: int = 0
     """Draws the rows, the adapter's first numbers and the order. 0 or above."""
 
-    train_rows: int = 640
+    train_rows: int = 400
     """Sentences to train on. At least 1."""
 
     held_out_rows: int = 200

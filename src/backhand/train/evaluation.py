@@ -1,7 +1,8 @@
 """`backhand evaluate`: loss, perplexity and exact match on rows, of the base model and of the adapted one.
 
 loss        = Σ nats / supervised tokens,   perplexity = e^loss
-exact match = share of rows whose greedy completion, stripped, equals the row's last completion
+exact match = share of rows whose greedy completion, stripped, equals the row's last completion; the losses tell it of
+              most rows that are right (`certain_replies`), only the others are decoded
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
+from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
 from backhand.generate.completer import Completer
@@ -23,7 +27,9 @@ from backhand.generate.greedy import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
 from backhand.generate.transformers_completer import TransformersCompleter
+from backhand.nn.decoder import Decoder
 from backhand.terminal import console_for_tables, working
+from backhand.train.certain_replies import certain_replies
 from backhand.train.config import check_kind
 from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.train.held_out import HeldOut
@@ -91,10 +97,37 @@ def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *,
         adapter: with the adapter, or without it.
     """
     with _answering(loaded.model, adapter=adapter) as trainable:
-        nats = rows.held_out.loss(trainable)
+        nats: float | None
+        if isinstance(trainable, Decoder):
+            nats, certain = _losses(loaded, trainable, rows, run.max_new_tokens)
+        else:
+            nats, certain = rows.held_out.loss(trainable), [False] * len(rows.prompts)
         assert nats is not None
-        exact_match = _exact_match(loaded, rows.prompts, run.max_new_tokens) if rows.prompts else None
+        exact_match = None
+        if rows.prompts:
+            open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
+            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens)
+            exact_match = right / len(rows.prompts)
     return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens)
+
+
+def _losses(
+    loaded: LoadedModel, decoder: Decoder, rows: EvaluationRows, max_new_tokens: int
+) -> tuple[float, list[bool]]:
+    """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
+    nats = 0.0
+    by_source: dict[str, list[tuple[Example, Tensor]]] = {}
+    for example, losses in rows.held_out.token_losses(decoder):
+        nats += float(losses.sum(dtype=torch.float64))
+        by_source.setdefault(example.source, []).append((example, losses))
+    certain = certain_replies(
+        by_source,
+        rows.prompts,
+        text=lambda ids: _text(loaded, ids),
+        stop_ids=loaded.stop_ids,
+        max_new_tokens=max_new_tokens,
+    )
+    return nats / rows.held_out.supervised_tokens, certain
 
 
 def _perplexity(loss: float) -> float:
@@ -120,16 +153,17 @@ def _answering(model: Completer, *, adapter: bool) -> Iterator[Trainable]:
         yield TransformersModel(model.model)
 
 
-def _exact_match(loaded: LoadedModel, prompts: tuple[Prompt, ...], max_new_tokens: int) -> float:
-    """Share of the prompts whose greedy completion is the reply."""
-    replies = [(prompt.reply or "").strip() for prompt in prompts]
+def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def text(ids: Sequence[int]) -> str:
-        return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+
+def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """How many of the prompts the model, as it is, completes greedily with exactly the reply."""
+    replies = [(prompt.reply or "").strip() for prompt in prompts]
 
     def already_wrong(number: int, ids: Sequence[int]) -> bool:
         # The last token may be part of a character, which then shows as a replacement.
-        return not replies[number].startswith(text(ids).rstrip("\ufffd").strip())
+        return not replies[number].startswith(_text(loaded, ids).rstrip("\ufffd").strip())
 
     # A tokenizer that tidies spaces may change what it has decoded when more follows.
     tidies = getattr(loaded.tokenizer, "clean_up_tokenization_spaces", False)
@@ -140,8 +174,7 @@ def _exact_match(loaded: LoadedModel, prompts: tuple[Prompt, ...], max_new_token
         stop_ids=loaded.stop_ids,
         give_up=None if tidies else already_wrong,
     )
-    right = sum(text(ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
-    return right / len(prompts)
+    return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
