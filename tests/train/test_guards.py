@@ -105,7 +105,7 @@ def leave_out_of_the_optimizer(patch: pytest.MonkeyPatch, config: TrainConfig) -
         original(self, lora, options)
         last = list(lora.slots)[-1]
         left_out = lora.lora_A(last).numel() + lora.lora_B(last).numel()
-        self.adamw.param_groups[0]["params"] = [torch.nn.Parameter(lora.values[:-left_out])]
+        self.values, self.gradients = lora.values[:-left_out], lora.gradients[:-left_out]
 
     patch.setattr(AdapterOptimizer, "__init__", init)
     return config
@@ -116,8 +116,7 @@ def copy_in_the_optimizer(patch: pytest.MonkeyPatch, config: TrainConfig) -> Tra
 
     def init(self: AdapterOptimizer, lora: Any, options: Any) -> None:
         original(self, lora, options)
-        self.parameter = torch.nn.Parameter(lora.values.clone())
-        self.adamw.param_groups[0]["params"] = [self.parameter]
+        self.values = lora.values.clone()
 
     patch.setattr(AdapterOptimizer, "__init__", init)
     return config

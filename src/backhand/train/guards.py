@@ -51,12 +51,11 @@ class LearningGuard:
         self._check_optimizer(optimizer)
 
     def _check_optimizer(self, optimizer: AdapterOptimizer) -> None:
-        held = sum(parameter.numel() for group in optimizer.adamw.param_groups for parameter in group["params"])
+        held = optimizer.values.numel()
         same = (
-            held == self._lora.element_count
-            and optimizer.parameter.data_ptr() == self._lora.values.data_ptr()
-            and optimizer.parameter.grad is not None
-            and optimizer.parameter.grad.data_ptr() == self._lora.gradients.data_ptr()
+            held == optimizer.gradients.numel() == self._lora.element_count
+            and optimizer.values.data_ptr() == self._lora.values.data_ptr()
+            and optimizer.gradients.data_ptr() == self._lora.gradients.data_ptr()
         )
         self._log(Proof("the optimizer holds exactly the adapter's elements", same, held, self._lora.element_count))
         if not same:

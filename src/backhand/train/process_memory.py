@@ -16,8 +16,8 @@ _SIZE = 8
 def settled_rss_bytes(dtype: torch.dtype) -> int:
     """Resident memory now, once everything is loaded that a step loads when it is first taken.
 
-    The optimizer imports 20 MB of torch, and matrix libraries read their code as they are first called; whatever is
-    loaded before the measurement need not be guessed. What an earlier model of this process has left behind as freed
+    The optimizer and matrix libraries read their code as they are first called; whatever is loaded before the
+    measurement need not be guessed. What an earlier model of this process has left behind as freed
     memory is given back first: a step will use it, and it would be counted twice.
 
     Args:
