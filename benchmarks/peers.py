@@ -78,7 +78,9 @@ class BackhandPeer:
         for index, (_, view) in enumerate(self.lora.named_tensors()):
             view.copy_(initial_factor(workload.seed, index, tuple(view.shape)))
         self.decoder.attach(self.lora)
-        self.optimizer = AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
+        # Its moments are part of the step's memory, as torch.optim's are, which appear in the first step.
+        self.make_optimizer = lambda: AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
+        self.optimizer: AdapterOptimizer | None = None
         ids = workload.tokens(self.decoder.config.vocab_size)
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, :-1] = ids[:, 1:]
@@ -87,10 +89,11 @@ class BackhandPeer:
     def step(self) -> tuple[float, float]:
         """Forward, backward by hand, clipping, AdamW, and the cast of the factors to the compute dtype."""
         supervised = self.batch.supervised_tokens
-        self.optimizer.clear()
+        self.optimizer = optimizer = self.optimizer or self.make_optimizer()
+        optimizer.clear()
         loss = self.decoder.loss_and_gradients(self.batch, 1 / supervised)
-        norm = self.optimizer.clip()
-        self.optimizer.step(LEARNING_RATE)
+        norm = optimizer.clip()
+        optimizer.step(LEARNING_RATE)
         self.lora.refresh_compute(self.decoder.dtype)
         return float(loss) / supervised, norm
 

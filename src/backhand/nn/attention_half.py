@@ -15,6 +15,7 @@ from backhand.nn.block_adapter import OUTPUT, QKV, BlockAdapter, norm_backward
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.scratch import Scratch
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
@@ -22,12 +23,16 @@ from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
 
 class BlockContext(NamedTuple):
-    """What a block needs besides tensors: family, window, the tokens' angles, the documents, the rows wanted."""
+    """What a block needs besides tensors: family, window, the tokens' angles, the documents, the rows wanted.
+
+    `scratch` is the pass's, for what no block keeps.
+    """
 
     config: DecoderConfig
     window: int | None
     rotary: RotaryTable
     runs: tuple[Run, ...]
+    scratch: Scratch
     rows: Tensor | None = None  # (wanted,) int64, of x₂; None for all
     shared: int = 0  # tokens of the shared prefix
 
@@ -52,10 +57,15 @@ def attention_half_forward(
     """x₁ and what its backward needs."""
     config = context.config
     heads, kv_heads, head_dim = config.num_heads, config.num_key_value_heads, config.head_dim
-    n1, norm = rms_norm_forward(x0, weights.attention_norm, config.norm_eps, config.norm_offset)
+    n1, norm = rms_norm_forward(
+        x0,
+        weights.attention_norm,
+        config.norm_eps,
+        config.norm_offset,
+        out=context.scratch.take("normed", x0.shape, x0),
+    )
     sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     qkv, h_qkv = group_forward(n1, weights.qkv, weights.qkv_bias, sizes, adapter.qkv)
-    del n1
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     output, attended = attention_forward(
         q, k, v, context.runs, config.attention_scaling, context.window, context.shared

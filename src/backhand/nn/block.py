@@ -52,7 +52,7 @@ def block_forward(
 ) -> tuple[Tensor, BlockSaved]:
     """x₂, (T, hidden) or its wanted rows, and what `block_backward` needs under the given recompute mode."""
     x1, attention = attention_half_forward(x0, weights, adapter, context)
-    x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, keep_gate_up=recompute == "none")
+    x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch, keep_gate_up=recompute == "none")
     if recompute == "block":
         return x2, BlockSaved(x0, None, None, None)
     return x2, BlockSaved(x0, attention, x1, mlp)
@@ -80,7 +80,7 @@ def block_backward(
     if attention is None or x1 is None:
         x1, attention = attention_half_forward(x0, weights, adapter, context)
     if mlp is None:
-        _, mlp = mlp_half_forward(x1, weights, adapter, context.config)
+        _, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch)
     d_x1 = mlp_half_backward(d_x2, x1, mlp, weights, adapter, context.config, lora, lowest_group)
     if d_x1 is None:
         return None

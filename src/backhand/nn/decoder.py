@@ -35,6 +35,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes, check_fits
 from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.nn.scratch import Scratch
 from backhand.nn.trained_head import head_loss_and_gradients, head_losses
 from backhand.nn.trained_weights import TrainedWeights
 from backhand.ops.linear_cross_entropy import (
@@ -146,9 +147,11 @@ class Decoder:
 
     def contexts(self, batch: PackedBatch, rows: Tensor | None = None) -> list[BlockContext]:
         """What each block needs to know about the batch, and the last one about the rows that are wanted of it."""
-        tables = self.rotary_tables(batch.positions)
+        tables, scratch = self.rotary_tables(batch.positions), Scratch()
         contexts = [
-            BlockContext(self.config, layer.window, tables[layer.rotary], batch.runs, shared=batch.shared_prefix)
+            BlockContext(
+                self.config, layer.window, tables[layer.rotary], batch.runs, scratch, shared=batch.shared_prefix
+            )
             for layer in self.config.layers
         ]
         contexts[-1] = contexts[-1]._replace(rows=rows)

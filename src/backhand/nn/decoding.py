@@ -29,6 +29,7 @@ from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.kv_cache import KVCache
 from backhand.nn.mlp_half import mlp_half_forward
+from backhand.nn.scratch import Scratch
 from backhand.ops.attention import attention_forward
 from backhand.ops.rms_norm import rms_norm_forward
 
@@ -184,9 +185,9 @@ class IncrementalDecoder:
         """Embedding and all blocks, (tokens, hidden)."""
         decoder = self.decoder
         x = decoder.embed(token_ids)
-        tables = decoder.rotary_tables(positions)
+        tables, scratch = decoder.rotary_tables(positions), Scratch()
         for index, layer in enumerate(decoder.config.layers):
-            context = BlockContext(decoder.config, layer.window, tables[layer.rotary], ())
+            context = BlockContext(decoder.config, layer.window, tables[layer.rotary], (), scratch)
             x = _block(x, decoder.active.blocks[index], self._adapters[index], context, index, attend)
         return x
 
@@ -208,7 +209,7 @@ def _block(
     )
     if sandwich is not None:
         x1 = rms_norm_forward(x1, sandwich, config.norm_eps, config.norm_offset)[0].add_(x0)
-    return mlp_half_forward(x1, weights, adapter, config, keep_gate_up=False)[0]
+    return mlp_half_forward(x1, weights, adapter, config, context.scratch, keep_gate_up=False)[0]
 
 
 def head_logits(decoder: Decoder, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from backhand.nn.block_adapter import DOWN, GATE_UP, BlockAdapter, norm_backward
 from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.scratch import Scratch
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 
@@ -38,14 +39,22 @@ def gate_up_forward(
 
 
 def mlp_half_forward(
-    x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, keep_gate_up: bool = True
+    x1: Tensor,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    scratch: Scratch,
+    *,
+    keep_gate_up: bool = True,
 ) -> tuple[Tensor, MLPKept]:
-    """x₂ and what its backward needs."""
+    """x₂ and what its backward needs; `scratch` is the pass's, for what no block keeps."""
     ffn = config.intermediate_size
-    n2, norm = rms_norm_forward(x1, weights.mlp_norm, config.norm_eps, config.norm_offset)
+    n2, norm = rms_norm_forward(
+        x1, weights.mlp_norm, config.norm_eps, config.norm_offset, out=scratch.take("normed", x1.shape, x1)
+    )
     gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
-    del n2
-    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    product = scratch.take("product", (x1.shape[0], ffn), x1)
+    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=product)
     sandwich = weights.after_mlp_norm
     residual = None if sandwich is not None else x1
     x2, h_down = group_forward(p, weights.down, weights.down_bias, (config.hidden_size,), adapter.down, residual)

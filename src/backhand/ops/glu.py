@@ -52,24 +52,29 @@ class GLUGrads(NamedTuple):
     d_up: Tensor
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, GLUSaved]:
+def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> tuple[Tensor, GLUSaved]:
     """y = φ(gate) ⊙ up.
 
     Args:
         gate: a, (..., n).
         up: u, (..., n).
         activation: `silu` or `gelu_tanh`.
+        out: the shape and dtype of gate, to receive y, or None.
     """
-    return _activate(gate, activation).mul_(up), GLUSaved(gate, up, activation)
+    return _activate(gate, activation, out).mul_(up), GLUSaved(gate, up, activation)
 
 
-def _activate(a: Tensor, activation: str) -> Tensor:
-    """φ(a), a fresh tensor."""
+def _activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
+    """φ(a), in `out` or a fresh tensor; torch.nn.functional has no `out`."""
+    if out is None:
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if activation == "silu":
-        return torch.nn.functional.silu(a)
-    if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(a, approximate="tanh")
-    raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
+        torch.ops.aten.silu.out(a, out=out)
+    elif activation == "gelu_tanh":
+        torch.ops.aten.gelu.out(a, approximate="tanh", out=out)
+    else:
+        raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
+    return out
 
 
 def activated(a: Tensor, activation: str) -> Activated:

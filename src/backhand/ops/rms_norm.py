@@ -42,7 +42,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, RMSNormSaved]:
+def rms_norm_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
+) -> tuple[Tensor, RMSNormSaved]:
     """y = (offset + weight) ⊙ x / rms(x).
 
     Args:
@@ -50,6 +52,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0)
         weight: (n,).
         eps: ε inside the root.
         offset: c, added to the weight.
+        out: the shape and dtype of x, to receive y, or None.
 
     Returns:
         y (..., n) in x's dtype, and what backward needs.
@@ -57,8 +60,9 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0)
     wide = x.to(statistics_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    normed = wide * factor if wide is x else wide.mul_(factor)
-    y = normed.mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
+    normed = torch.mul(wide, factor, out=out) if wide is x else wide.mul_(factor)
+    normed.mul_(gain(weight, offset, factor.dtype))
+    y = normed.to(x.dtype) if wide is x or out is None else out.copy_(normed)
     return y, RMSNormSaved(x, weight, factor, offset)
 
 

@@ -20,6 +20,7 @@ from backhand.nn.decoder import HEAD, Decoder
 from backhand.nn.decoder_weights import BlockWeights, DecoderWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.nn.scratch import Scratch
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import rotary_table
@@ -128,5 +129,11 @@ class BlockwiseStep:
         table = rotary_table(self.batch.positions, frequencies)
         wanted = rows if layer == len(config.layers) - 1 else None
         return BlockContext(
-            config, config.layers[layer].window, table, self.batch.runs, wanted, self.batch.shared_prefix
+            config,
+            config.layers[layer].window,
+            table,
+            self.batch.runs,
+            Scratch(),
+            wanted,
+            self.batch.shared_prefix,
         )

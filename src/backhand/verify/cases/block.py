@@ -16,6 +16,7 @@ from backhand.nn.decoder_weights import BlockWeights
 from backhand.nn.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.nn.scratch import Scratch
 from backhand.ops.rotary import RotaryTable, rotary_table
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 from backhand.verify.families import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
@@ -106,7 +107,7 @@ def _case(
         adapter = block_adapter(lora, 0, seed)
         table = _rotary_table(config, documents, t["x0"])
         wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
-        context = BlockContext(config, config.layers[0].window, table, document_runs(documents), wanted)
+        context = BlockContext(config, config.layers[0].window, table, document_runs(documents), Scratch(), wanted)
         y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
         grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
         gradients = {"x0": grads.d_x0}

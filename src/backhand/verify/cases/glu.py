@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,9 +27,11 @@ def _case(
             y, saved = glu_forward(t["gate"], t["up"], activation)
             grads = backward(t["d_y"], saved)
         else:
-            # As the decoder block calls it: both are columns of one buffer, and so are their gradients.
+            # As the decoder block calls it: both are columns of one buffer, and so are their gradients; y goes to a
+            # buffer that held something else.
             gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
-            y, saved = glu_forward(gate_up[..., :n], gate_up[..., n:], activation)
+            used = torch.full_like(t["gate"], math.nan)
+            y, saved = glu_forward(gate_up[..., :n], gate_up[..., n:], activation, out=used)
             grads = backward(t["d_y"], saved, out=torch.empty_like(gate_up))
         return ByHand(y, {"gate": grads.d_gate, "up": grads.d_up})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def _case(
     offset: float = 0.0,
     size: float = 1.0,
     weight_gradient: bool = True,
+    into_buffer: bool = False,
 ) -> Case:
     draw = Draw(f"rms_norm: {name}")
     tensors = {
@@ -40,7 +42,8 @@ def _case(
     }
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = rms_norm_forward(t["x"], t["weight"], eps, offset)
+        used = torch.full_like(t["x"], math.nan) if into_buffer else None
+        y, saved = rms_norm_forward(t["x"], t["weight"], eps, offset, out=used)
         grads = backward(t["d_y"], saved, weight_gradient=weight_gradient)
         return ByHand(y, {"x": grads.d_x} | ({"weight": grads.d_weight} if weight_gradient else {}))
 
@@ -63,6 +66,7 @@ CASES = (
     _case("x below the root of eps", (5,), size=0.01),
     _case("large x", (5,), size=1e4, eps=1e-6, offset=1.0),
     _case("frozen weight", (5,), weight_gradient=False),
+    _case("into a used buffer", (5,), offset=1.0, into_buffer=True),
     _case("one column", (5,), 1),
     _case("one row", (1,)),
     _case("no rows", (0,)),
