@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ from support.tokenizer_kinds import (
 
 def row(prompt: str, completion: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    """User and assistant in turns."""
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]}
 
 
 def linted(tmp_path: Path, rows: list[Any], tokenizer: Any = None, **options: Any) -> LintReport:
@@ -61,6 +68,8 @@ def test_good_rows_have_no_findings(tmp_path: Path) -> None:
         ([row("q", "a"), row("p " * 60, "no")], {"max_length": 40}, "unsupervised", ["2"]),
         ([row("q", "a"), row("p", "no " * 60)], {"max_length": 40, "long_rows": "drop"}, "too_long", ["2"]),
         ([row("q", "a"), row("p", "b"), row("p", "")], {}, "empty_reply", ["3"]),
+        ([row("q", "a"), row("p", "  ")], {}, "empty_reply", ["2"]),
+        ([chat("q", "a", "p", "b"), chat("q", "", "p", "b"), chat("q", "a", "p", "")], {}, "empty_reply", ["2", "3"]),
         ([row("q", "cafÃ©"), row("p", "a")], {}, "mojibake", ["1"]),
         ([row("q", "a"), row("p", "no " * 60)], {"context_length": 40}, "context", ["2"]),
     ],

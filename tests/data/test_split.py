@@ -38,6 +38,19 @@ def test_a_split_holds_every_row_on_one_side_in_order() -> None:
     assert split(data(50), 0.2, seed=4)[1].digest != held.digest
 
 
+def test_each_side_counts_its_own_rows_and_what_was_left_out_is_told_once() -> None:
+    several = [example(i, f"f:{i // 2}") for i in range(20)]
+    read = DataReport(rows=10, truncated=3, skipped_bad=1, bad_rows=(DataError("bad", where="f:11"),))
+    train, held = split(summed(several, read), 0.2, seed=3)
+    assert (train.report.rows, held.report.rows) == (8, 2)
+    assert (train.report.documents, held.report.documents) == (16, 4)
+    assert (train.report.truncated, train.report.skipped_bad) == (3, 1)
+    assert held.report.lines() == [
+        "4 documents with 12 tokens, 4 of them supervised, the longest 3",
+        "2 of these 10 rows",
+    ]
+
+
 @pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.999, 4), (0.5, 2)])
 def test_both_sides_keep_a_row(fraction: float, held: int) -> None:
     assert len(split(data(5), fraction, seed=0)[1].examples) == held

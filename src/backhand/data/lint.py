@@ -17,6 +17,8 @@ from backhand.data.split import overlap
 from backhand.data.template_probe import probe_template
 
 SHOWN_PLACES = 5
+# Nobody fills a reply with more blanks than this; longer ones need not be read.
+_BLANK_TOKENS = 8
 SHOWN_BAD_ROWS = 20
 CHECKS = {
     "malformed": "malformed rows",
@@ -196,6 +198,15 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
     def where(wrong: Callable[[Example], bool]) -> list[str]:
         return [example.source for example in train.examples if wrong(example)]
 
+    def has_empty_reply(example: Example) -> bool:
+        """Whether a stretch that carries loss says nothing but its end: blanks, if anything, before an end token."""
+        places = np.flatnonzero(example.supervised)
+        stretches = np.split(example.input_ids[places], np.flatnonzero(np.diff(places) > 1) + 1)
+        return any(
+            0 < len(ids) <= _BLANK_TOKENS and int(ids[-1]) in ends and not tokenizer.decode(ids[:-1].tolist()).strip()
+            for ids in stretches
+        )
+
     garbled = [(example.source, find_mojibake(tokenizer.decode(example.input_ids))) for example in train.examples]
     shown = next((piece for _, piece in garbled if piece), None)
     return [
@@ -207,7 +218,7 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
         ),
         *_finding(
             "empty_reply",
-            where(lambda example: example.supervised.sum() == 1 and last_target(example) in ends),
+            where(has_empty_reply),
             "with an empty reply",
             "fill it in or take the rows out",
         ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from backhand.data.examples import Example, PreparedData, summed
+from backhand.data.examples import DataReport, Example, PreparedData, summed
 from backhand.data.random_order import random_order
+from backhand.data.rows import count_of
 from backhand.errors import DataError
 
 _STREAM = "held-out split"
@@ -36,7 +38,10 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example, group in zip(data.examples, groups, strict=True):
         sides[group in held].append(example)
-    return summed(sides[0], data.report), summed(sides[1], data.report)
+    trained_on, held_out = (len({example.source for example in side}) for side in sides)
+    # What was left out or cut is told once, of the file it stands in.
+    drawn = DataReport(rows=held_out, notes=(f"{held_out:,} of these {count_of(trained_on + held_out, 'row')}",))
+    return summed(sides[0], replace(data.report, rows=trained_on)), summed(sides[1], drawn)
 
 
 def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> list[Example]:
