@@ -219,6 +219,7 @@ def test_the_least_that_peft_needs_is_enough() -> None:
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 1.0}),
         ("monteclora_config", {"num_samples": 2}),
+        ("velora_config", {"num_groups": 2}),
         ("ensure_weight_tying", True),
         ("use_something_new", True),
         ("something_new_config", {"x": 1}),

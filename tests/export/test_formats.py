@@ -267,3 +267,17 @@ def test_an_adapter_of_another_family_is_refused(tiny: Any, tmp_path: Path) -> N
     other = save_tiny(tiny_model("qwen3"), tmp_path / "qwen3")
     with pytest.raises(ArtifactError, match="architecture 'llama'"):
         open_adapter(str(other), gguf, force_base=False)
+
+
+@pytest.mark.parametrize("command", [["merge"], ["export", "--to", "gguf"]])
+def test_of_a_model_for_transformers_alone_it_says_how_peft_goes_on(
+    command: list[str], tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny(tiny.model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    (base / "config.json").write_text(json.dumps(config))
+    words = ["--model", str(base), "--adapter", str(tiny.adapters["plain"]), "--output", str(tmp_path / "o.gguf")]
+    assert main([*command, *words]) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert "yarn" in said and "merge_and_unload()" in said and "--engine" not in said

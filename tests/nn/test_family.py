@@ -279,6 +279,9 @@ def test_longrope_is_taken_only_with_one_list_and_no_attention_factor() -> None:
         decoder_config({**config, "rope_parameters": {**rule, "long_factor": [2.0] * 7}})
     with pytest.raises(UnsupportedModel, match="attention_factor"):
         decoder_config({**config, "rope_parameters": {**rule, "attention_factor": None}})
+    for key in ("short_factor", "long_factor"):
+        with pytest.raises(ArtifactError, match=rf"{key} = .* is not a list of 7 positive numbers"):
+            decoder_config({**config, "rope_parameters": {**rule, key: factors[:-1]}})
 
 
 @pytest.mark.parametrize(

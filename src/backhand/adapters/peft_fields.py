@@ -66,7 +66,6 @@ PEFT_FIELDS: Mapping[str, FieldRule] = {
     "eva_config": _neutral("of initialisation; it leaves the base model alone"),
     "corda_config": _neutral("of initialisation; init_lora_weights decides"),
     "lora_ga_config": _neutral("of initialisation; init_lora_weights decides"),
-    "velora_config": _neutral("compresses activations in training; the forward pass is plain LoRA"),
     "qalora_group_size": _neutral("only read with use_qalora"),
     "bias": _refused("trained biases of the base model", "none", None),
     "target_parameters": _refused("adapts parameters that are not modules, such as stacked experts"),
@@ -78,6 +77,7 @@ PEFT_FIELDS: Mapping[str, FieldRule] = {
     "arrow_config": _refused("routes between several adapters"),
     "kasa_config": _refused("truncates the base weight and adds a diagonal between the factors"),
     "monteclora_config": _refused("samples the factors"),
+    "velora_config": _refused("stores, beside the factors, by what it compressed activations in training"),
     "ensure_weight_tying": _refused("shares factors between tied modules"),
 }
 

@@ -12,6 +12,7 @@ from backhand.adapters.module_factors import Factors, factors_of
 from backhand.errors import UsageError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
+from backhand.export.llama_cpp_limits import unknown_window, window_note
 from backhand.export.merging import merge_adapter
 from backhand.export.mlx_files import mlx_files, read_mlx_files
 from backhand.export.ollama import ADAPTER_FILE, MODEL_FILE, write_modelfile
@@ -58,6 +59,9 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     prover.say_notes(opened.loaded)
     # PEFT's files hold anything, and are proved here for nothing but factors.
     refuse(str(options.to), _more_than_factors(options, opened))
+    architecture = gguf_architecture(opened.source.config)
+    if options.to in ("gguf", "ollama") and architecture and (window := unknown_window(opened.config, architecture)):
+        prover.say(window_note(window, is_context=False))
     with staged(output) as path:
         read = _write(options, opened, path)
         prove_factors(prover, opened.factors, read)

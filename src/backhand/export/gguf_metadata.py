@@ -12,22 +12,27 @@ import numpy as np
 
 from backhand.errors import ArtifactError
 from backhand.export.gguf_vocabulary import add_vocabulary
+from backhand.export.llama_cpp_limits import context_length, refuse_for_llama_cpp
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.rotary_frequencies import llama3_factors
 
 
-def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> None:
+def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str]:
     """Name, sizes, rotary angles, windows, and the vocabulary.
 
+    Returns:
+        tokens that have no row in the model, and that the file leaves out.
+
     Raises:
-        ArtifactError: the tokenizer is of a kind that is not written here.
+        ArtifactError: the tokenizer is of a kind that is not written here, or llama.cpp cannot compute the model.
     """
     config = decoder_config(source.config)
+    refuse_for_llama_cpp(config, writer.arch, str(source.path))
     writer.add_name(source.hub_id or source.path.resolve().name)
     writer.add_block_count(len(config.layers))
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config, writer.arch))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_heads)
@@ -43,7 +48,7 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> None:
         writer.add_sliding_window(max(windows))
     if config.sandwich_norms:  # Gemma 3 alternates; others slide everywhere or nowhere
         writer.add_sliding_window_pattern([layer.window is not None for layer in config.layers])
-    add_vocabulary(writer, source.tokenizer(), config.vocab_size, str(source.path))
+    return add_vocabulary(writer, source.tokenizer(), config.vocab_size, str(source.path))
 
 
 def rope_factors(config: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]] | None:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.gguf_metadata import add_model_metadata, rope_factors
-from backhand.export.merged_weights import HEAD_WEIGHT, MergedWeights
+from backhand.export.llama_cpp_limits import unknown_window, window_note
+from backhand.export.merged_weights import MergedWeights
+from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.gguf_dequantize import dequantized, native_dtype
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -34,6 +36,7 @@ from backhand.nn.loading.gguf_tensors import (
     is_skipped,
     layout,
 )
+from backhand.nn.loading.tied_head import HEAD_WEIGHT
 
 TYPES = {
     "float32": StorageType.F32,
@@ -58,6 +61,7 @@ _FILE_TYPES = {
 _NOT_COPIED = ("general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count")
 _DESCRIPTION = "general.description"
 _BLOCK_ROWS = 2048
+_SHOWN = 5
 
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -83,10 +87,11 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
         description: general.description: what was merged into what.
 
     Returns:
-        names of matrices that the type cannot hold, and that are float16.
+        what people should know: matrices that the type cannot hold and that are float16, tokens that were left out,
+        and a sliding window that llama.cpp does not have.
 
     Raises:
-        ArtifactError: a base of which no GGUF file can be made here.
+        ArtifactError: a base of which no GGUF file can be made here, or that llama.cpp cannot compute.
         CheckError: a merged value that is not finite in the type.
         OSError: from the disk.
     """
@@ -96,17 +101,28 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
         raise ArtifactError(f"there are no GGUF files of {source.config.get('model_type')} models that we know")
     planned = _plan(weights, architecture, TYPES.get(dtype))
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
-        _write(writer, weights, planned, description)
+        left_out = _write(writer, weights, planned, description)
     wanted = TYPES.get(dtype, StorageType.F16)
-    return [one.name for one in planned if one.storage == StorageType.F16 != wanted]
+    others = sum(one.storage == StorageType.F16 != wanted for one in planned)
+    notes = []
+    if others:
+        notes.append(f"note: {others} matrices are float16: their rows do not divide into blocks of {dtype}")
+    if left_out:
+        names = ", ".join(left_out[:_SHOWN]) + (" …" if len(left_out) > _SHOWN else "")
+        notes.append(f"note: {len(left_out)} tokens without a row in the model are not in the file: {names}")
+    if window := unknown_window(decoder_config(source.config), architecture):
+        notes.append(window_note(window, is_context=not isinstance(source, GGUFModel)))
+    return notes
 
 
-def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> None:
+def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> list[str]:
+    """Write everything, and return the tokens that were left out."""
     source = weights.source
+    left_out: list[str] = []
     if isinstance(source, GGUFModel):
         _copy_metadata(writer, source.metadata)
     else:
-        add_model_metadata(writer, source)
+        left_out = add_model_metadata(writer, source)
     if _DESCRIPTION not in writer.kv_data[0]:
         writer.add_description(description)
     elements: dict[StorageType, int] = {}
@@ -128,6 +144,7 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
         writer.write_tensor_data(tensor)
     for one in planned:
         writer.write_tensor_data(_stored(weights, one))
+    return left_out
 
 
 def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None) -> list[_Planned]:

@@ -22,7 +22,9 @@ _NORMALIZERS = (None, {"type": "NFC"})
 _DIGITS = r"\p{N}"
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+def add_vocabulary(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str
+) -> list[str]:
     """Tokens and their types, merges, special ids, what is put around a text, and the chat template.
 
     Args:
@@ -31,8 +33,13 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
         vocab_size: rows of the embedding; rows without a token get one that is marked unused.
         where: the model, for errors.
 
+    Returns:
+        added tokens behind the last row, which the model cannot read and the file leaves out: llama.cpp opens no file
+        with more tokens than rows.
+
     Raises:
-        ArtifactError: another kind of tokenizer, or one that cuts text in a way that has no name.
+        ArtifactError: another kind of tokenizer, one that cuts text in a way that has no name, or one whose other
+            tokens are more than the rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     pre = _pre_tokenizer_name(described)
@@ -45,8 +52,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
         )
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = dict(tokenizer.added_tokens_decoder)
+    without_row = sorted(index for index in by_id if index >= vocab_size)
+    if any(index not in added or index == tokenizer.eos_token_id for index in without_row):
+        raise ArtifactError(
+            f"its tokenizer has tokens up to id {without_row[-1]}, and the model {vocab_size} rows for them",
+            where=where,
+            why="only tokens that were added, and do not end a text, can be left out of a GGUF file",
+            next_step="take the tokenizer that belongs to the model",
+        )
     tokens, types = [], []
-    for index in range(max(vocab_size, max(by_id) + 1)):
+    for index in range(vocab_size):
         tokens.append(by_id.get(index, f"[PAD{index}]"))
         types.append(_token_type(index, by_id, added))
     writer.add_tokenizer_model("gpt2")
@@ -61,13 +76,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
-        if index is not None:
+        if index is not None and index < vocab_size:
             add(index)
     around = list(tokenizer("a")["input_ids"])
     writer.add_add_bos_token(bool(around) and around[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(around) and around[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+    return [by_id[index] for index in without_row]
 
 
 def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any]) -> gguf.TokenType:

@@ -20,10 +20,8 @@ from torch import Tensor
 from backhand.adapters.digests import base_digest
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
-HEAD = "lm_head"
-HEAD_WEIGHT = "lm_head.weight"
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 _ROWS = 512
 
 Rounding = Callable[[Tensor], Tensor]

@@ -77,10 +77,8 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
         description = f"{opened.loaded.directory} merged into {base}"
-        if others := write_gguf_model(path, weights, dtype=options.dtype, description=description):
-            prover.say(
-                f"note: {len(others)} matrices are float16: their rows do not divide into blocks of {options.dtype}"
-            )
+        for note in write_gguf_model(path, weights, dtype=options.dtype, description=description):
+            prover.say(note)
     else:
         if options.dtype not in ("auto", *_DTYPES):
             raise ArtifactError(f"{options.dtype} is a type of GGUF files", where="dtype")

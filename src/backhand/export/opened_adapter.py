@@ -9,11 +9,16 @@ from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.loaded_adapter import LoadedAdapter
 from backhand.adapters.module_factors import ModuleFactors, factors_of
 from backhand.export.probes import probe_documents
+from backhand.nn.config_fields import UnsupportedModel
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.family import DecoderConfig
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
+
+_WITHOUT_ENGINE = (
+    "use PEFT: an adapter directory trained here opens there as it is, and merge_and_unload() makes a merged model"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,10 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
         ArtifactError: base or adapter cannot be read, or do not belong together.
     """
     source = open_model(model)
-    config = decoder_config(source.config)
+    try:
+        config = decoder_config(source.config)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(error.model_type, error.problems, next_step=_WITHOUT_ENGINE) from None
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))

@@ -74,17 +74,18 @@ class ConfigFields:
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
-    def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of positive numbers.
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many positive numbers.
 
         Raises:
             ArtifactError: if it is anything else.
         """
         value = self.value(key)
-        if not isinstance(value, list | tuple) or not value:
-            raise self._wrong(key, value, "a list of positive numbers")
+        expected = f"a list of {count} positive numbers"
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise self._wrong(key, value, expected)
         if any(isinstance(item, bool) or not isinstance(item, int | float) or not item > 0 for item in value):
-            raise self._wrong(key, value, "a list of positive numbers")
+            raise self._wrong(key, value, expected)
         return tuple(float(item) for item in value)
 
     def flag(self, key: str, default: bool) -> bool:

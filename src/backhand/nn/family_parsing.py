@@ -201,7 +201,7 @@ def _decoder(
     window: int | None = None,
     is_sliding: Callable[[int], bool] = lambda _: False,
     reads_layer_types: bool = False,
-    rotary_sets: Callable[[ConfigFields, int], tuple[RotaryConfig, RotaryConfig]] | None = None,
+    rotary_sets: Callable[[ConfigFields, int, int], tuple[RotaryConfig, RotaryConfig]] | None = None,
 ) -> DecoderConfig:
     """Read what every family has."""
     heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
@@ -221,7 +221,7 @@ def _decoder(
         sliding = _layer_types(fields, sliding)
     if any(sliding) and window is None:
         fields.problem("sliding_window", "there are sliding layers, but no window is in use")
-    angles = rotary_sets(fields, max_positions) if rotary_sets else (rotary(fields, max_positions),)
+    angles = rotary_sets(fields, head_dim, max_positions) if rotary_sets else (rotary(fields, head_dim, max_positions),)
     return DecoderConfig(
         family=str(fields.value("model_type")),
         vocab_size=fields.integer("vocab_size", defaults.vocab_size),

@@ -17,11 +17,11 @@ _DEFAULT_THETA = 10_000.0
 _GEMMA_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 
 
-def rotary(fields: ConfigFields, max_position_embeddings: int) -> RotaryConfig:
+def rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
     """One set of angles for all layers: `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     Raises:
-        ArtifactError: for a value that is no number where one is needed.
+        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
     """
     theta = fields.number("rope_theta", _DEFAULT_THETA)
     fields.must_equal("partial_rotary_factor", 1.0)
@@ -31,14 +31,16 @@ def rotary(fields: ConfigFields, max_position_embeddings: int) -> RotaryConfig:
     # Phi-3's place for it; transformers lets it win over the one inside.
     stated = fields.value("original_max_position_embeddings") is not None
     original_length = fields.integer("original_max_position_embeddings") if stated else None
-    return _rule(scaling or parameters, theta, original_length, max_position_embeddings)
+    return _rule(scaling or parameters, theta, original_length, head_dim, max_position_embeddings)
 
 
-def gemma_rotary(fields: ConfigFields, max_position_embeddings: int) -> tuple[RotaryConfig, RotaryConfig]:
+def gemma_rotary(
+    fields: ConfigFields, head_dim: int, max_position_embeddings: int
+) -> tuple[RotaryConfig, RotaryConfig]:
     """Gemma 3's two sets of angles: of full attention and of sliding attention; older configs scale only the former.
 
     Raises:
-        ArtifactError: for a value that is no number where one is needed.
+        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
     """
     theta = {
         FULL: fields.number("rope_theta", _GEMMA_THETA[FULL]),
@@ -55,12 +57,18 @@ def gemma_rotary(fields: ConfigFields, max_position_embeddings: int) -> tuple[Ro
         if isinstance(newer, dict) and fields.value("rope_scaling") != newer.get(FULL):
             fields.problem("rope_scaling", "rope_parameters is there too and says something else")
         rules[FULL] = scaling
-    full, sliding = (_rule(rules[kind], theta[kind], None, max_position_embeddings) for kind in (FULL, SLIDING))
+    full, sliding = (
+        _rule(rules[kind], theta[kind], None, head_dim, max_position_embeddings) for kind in (FULL, SLIDING)
+    )
     return full, sliding
 
 
 def _rule(
-    parameters: ConfigFields | None, theta: float, original_length: int | None, max_position_embeddings: int
+    parameters: ConfigFields | None,
+    theta: float,
+    original_length: int | None,
+    head_dim: int,
+    max_position_embeddings: int,
 ) -> RotaryConfig:
     if parameters is None:
         return RotaryConfig(theta)
@@ -79,7 +87,8 @@ def _rule(
             ("original_max_position_embeddings", original_length or length),
         )
     elif kind == "longrope":
-        scaling = (("short_factor", _one_list_of_factors(parameters, original_length, max_position_embeddings)),)
+        factors = _one_list_of_factors(parameters, original_length, head_dim, max_position_embeddings)
+        scaling = (("short_factor", factors),)
     elif kind != "default":
         # Its own parameters would only repeat the complaint.
         key = "rope_type" if parameters.stated("rope_type") else "type"
@@ -90,10 +99,10 @@ def _rule(
 
 
 def _one_list_of_factors(
-    parameters: ConfigFields, original_length: int | None, max_position_embeddings: int
+    parameters: ConfigFields, original_length: int | None, head_dim: int, max_position_embeddings: int
 ) -> tuple[float, ...]:
     """longrope with the same factors at every length and cosines and sines of length one; else a problem."""
-    short, long = parameters.numbers("short_factor"), parameters.numbers("long_factor")
+    short, long = (parameters.numbers(key, head_dim // 2) for key in ("short_factor", "long_factor"))
     if short != long:
         parameters.problem("long_factor", "differs from short_factor, and the engine has one list for every length")
     length = original_length or parameters.integer("original_max_position_embeddings", max_position_embeddings)

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 
 from backhand.errors import ArtifactError
 from backhand.nn.config_fields import UnsupportedModel
+from backhand.nn.decoder import Decoder
 from backhand.nn.decoder_weights import empty_weights, named_views
 from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading import fill, open_model
+from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.rotary_frequencies import inverse_frequencies
+from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VARIANTS, tiny_config, tiny_model
+from support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_config, tiny_documents, tiny_model
 
 # Sliding windows of these two cannot be written into a file of their architecture.
 _OVERRIDES: dict[str, dict[str, Any]] = {
@@ -165,6 +168,38 @@ def test_metadata_without_effect_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_sliding_window_makes_a_mistral(tmp_path: Path) -> None:
     path = write_tiny_gguf(tiny_model("mistral"), tmp_path / "tiny.gguf", extra={"llama.attention.sliding_window": 8})
     assert decoder_config(open_model(path).config) == decoder_config(tiny_config("mistral").to_dict())
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+@pytest.mark.parametrize(("kind", "scales"), [(None, True), ("linear", True), ("none", False)])
+def test_a_rotary_factor_without_a_type_is_linear_as_in_llama_cpp(
+    key: str, kind: str | None, scales: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+
+    whole_number = gguf.GGUFWriter.add_uint32
+    extra = {key: 4.0} | ({} if kind is None else {"llama.rope.scaling.type": kind})
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            gguf.GGUFWriter,
+            "add_uint32",
+            lambda writer, key, value: (add if key in extra else whole_number)(writer, key, value),
+        )
+        path = write_tiny_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", extra=extra)
+    (rotary,) = decoder_config(open_model(path).config).rotary
+    assert dict(rotary.scaling or ()) == ({"rope_type": "linear", "factor": 4.0} if scales else {})
+    document = tiny_documents([40], vocab_size=300)[0]
+    ours = Decoder.from_source(open_model(path), dtype=torch.float32).logits(document)[-1].double().log_softmax(-1)
+    theirs = LlamaCpp(path).log_probabilities(document.tolist(), VOCAB_SIZE)
+    assert float((ours - theirs).abs().max()) < 1e-4
+
+
+def test_rotary_divisors_that_are_not_one_for_each_frequency_are_an_error(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tiny_model("llama3"), tmp_path / "tiny.gguf")
+    file = GGUFFile(path)
+    with pytest.raises(ArtifactError, match=r"rope_freqs\.weight has 6 numbers"):
+        huggingface_config(file, "llama", torch.full((6,), 2.0))
 
 
 def test_gemma_of_62_layers_scales_queries_by_hidden_over_heads(tmp_path: Path) -> None:

@@ -69,11 +69,14 @@ def test_a_model_saved_without_its_head_has_the_same_names(tmp_path: Path) -> No
     assert all(torch.equal(source.load(name), tensor) for name, tensor in expected.items())
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_left_out(tmp_path: Path) -> None:
-    save_tiny(tiny_model("llama-tied"), tmp_path, tokenizer=False)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
-    assert set(open_model(tmp_path).tensor_names()) == set(tensors)
+def test_one_file_goes_before_shards_as_in_transformers(tmp_path: Path) -> None:
+    save_tiny(tiny_model("llama", seed=1), tmp_path, tokenizer=False, max_shard_size="60KB")
+    save_tiny(tiny_model("llama", seed=2), tmp_path / "whole", tokenizer=False)
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    source = open_model(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(source.load(name), tensor) for name, tensor in theirs.items())
 
 
 def test_tokenizer_template_and_stop_tokens(tmp_path: Path) -> None:

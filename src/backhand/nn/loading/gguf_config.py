@@ -4,8 +4,8 @@ Every key of the architecture is read here or handed on under its own name, and 
 takes is listed, so that `decoder_config` refuses what nobody has understood.
 
 - Numbers that a file leaves out have llama.cpp's defaults: key/value heads as heads, head_dim embedding / heads, rope
-  base 1e4, Gemma's local base 1e4 and one full layer in six; Gemma scales queries by head_dim^-½, in its 62-layer model
-  by (hidden / heads)^-½.
+  base 1e4, linear rope scaling where a factor stands without a type, Gemma's local base 1e4 and one full layer in six;
+  Gemma scales queries by head_dim^-½, in its 62-layer model by (hidden / heads)^-½.
 - `rope_freqs.weight` divides the rotary frequencies. If it is Llama 3's rule with the published constants, the config
   says so; otherwise it lists the divisors, as a `longrope` rule whose two lists are equal.
 - Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config.
@@ -131,15 +131,16 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Tensor |
 
 def _rotary(metadata: _Metadata, head_dim: int, context_length: int, factors: Tensor | None) -> dict[str, Any]:
     theta = metadata.number("rope.freq_base", 10000.0)
-    kind = metadata.get("rope.scaling.type", "none")
+    kind = metadata.get("rope.scaling.type", "linear")
     # Files of 2023 have a key of its own for linear scaling.
-    old = metadata.number("rope.scale_linear", 1.0)
-    scale = metadata.number("rope.scaling.factor", old)
-    if kind == "none" and old != 1.0:
-        kind = "linear"
+    scale = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if kind not in ("none", "linear"):
         return {"rope_type": kind, "rope_theta": theta, "factor": scale}
     scale = scale if kind == "linear" else 1.0
+    if factors is not None and factors.numel() != head_dim // 2:
+        raise ArtifactError(
+            f"rope_freqs.weight has {factors.numel()} numbers, and heads of {head_dim} have {head_dim // 2} frequencies"
+        )
     if factors is not None and not bool((factors == 1.0).all()):
         rule = {"factor": float(factors.max()), **_LLAMA3}
         if scale == 1.0 and torch.allclose(llama3_factors(theta, head_dim, rule), factors, rtol=1e-5, atol=0):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, short_reason
 from backhand.nn.loading.source import ModelSource, floating
+from backhand.nn.loading.tied_head import HEAD_WEIGHT, stores_another_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,11 @@ class HuggingFaceDirectory(ModelSource):
         self.config = read_json(path / CONFIG_FILE)
         self._files: dict[str, _SafetensorsFile] = {}
         self._places = self._tensor_places()
+        if ties_head(self.config):
+            if stores_another_head(self):
+                self.config["tie_word_embeddings"] = False
+            else:
+                self._places.pop(HEAD_WEIGHT, None)
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of all tensors."""
@@ -64,11 +70,11 @@ class HuggingFaceDirectory(ModelSource):
 
     def _tensor_places(self) -> dict[str, tuple[_SafetensorsFile, str]]:
         index, single = self.path / INDEX_FILE, self.path / WEIGHTS_FILE
-        if index.exists():
-            stored = self._indexed(index)
-        elif single.exists():
+        if single.exists():  # first, as transformers has it where both are there
             file = self._file(WEIGHTS_FILE)
             stored = dict.fromkeys(file.names, file)
+        elif index.exists():
+            stored = self._indexed(index)
         else:
             raise self._no_weights()
         # A model saved without its head, as transformers' bare models are, has no `model.` in front.
@@ -76,8 +82,6 @@ class HuggingFaceDirectory(ModelSource):
         places = {}
         for name, file in stored.items():
             places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
-        if self.config.get("tie_word_embeddings") is True:
-            places.pop("lm_head.weight", None)
         return places
 
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:

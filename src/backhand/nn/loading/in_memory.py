@@ -10,6 +10,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.tied_head import HEAD_WEIGHT, stores_another_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,7 +21,8 @@ class InMemoryModel(ModelSource):
 
     Args:
         config: Hugging Face configuration keys.
-        tensors: by Hugging Face name, in Hugging Face layout; a head that is tied may be among them or not.
+        tensors: by Hugging Face name, in Hugging Face layout; a head that is tied may be among them or not. One with
+            other values than the embedding is a head of its own, whatever the config says.
         tokenizer: what `tokenizer()` returns.
         origin: how to name it to people.
     """
@@ -39,8 +41,11 @@ class InMemoryModel(ModelSource):
         self.origin = origin
         self._tensors = dict(tensors)
         self._given_tokenizer = tokenizer
-        if self.config.get("tie_word_embeddings") is True:
-            self._tensors.pop("lm_head.weight", None)
+        if ties_head(self.config):
+            if stores_another_head(self):
+                self.config["tie_word_embeddings"] = False
+            else:
+                self._tensors.pop(HEAD_WEIGHT, None)
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of all tensors."""
