@@ -10,7 +10,7 @@ from backhand.data.examples import Example, PreparedData
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
 from backhand.errors import DataError, UsageError
-from support.tokenizer_kinds import RETHINKING, byte_level, sentence_pieces
+from support.tokenizer_kinds import RETHINKING, THINKING, WITH_TOOLS, byte_level, normalizing, sentence_pieces
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}
 
@@ -144,6 +144,16 @@ def test_files_without_a_row_are_errors(tmp_path: Path, content: str, skip_bad: 
     assert str(path) in str(raised.value.where)
 
 
+def test_a_file_without_a_row_is_not_explained_by_another_file(tmp_path: Path) -> None:
+    mixed, all_bad = tmp_path / "mixed.jsonl", tmp_path / "all_bad.jsonl"
+    mixed.write_text('{"prompt": "q", "completion": "a"}\n' + "{\n" * 9)
+    all_bad.write_text('{"prompt": 3, "completion": "a"}\n')
+    with pytest.raises(DataError) as raised:
+        prepare(DataOptions(data=(str(mixed), str(all_bad)), skip_bad=True), byte_level())
+    assert raised.value.where == str(all_bad)
+    assert f"{all_bad}:1" in str(raised.value.why) and str(mixed) not in str(raised.value)
+
+
 def test_a_conversation_without_any_template_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = None
@@ -203,13 +213,13 @@ def test_no_data_is_a_usage_error() -> None:
 
 def test_prompts_end_where_training_begins_to_supervise(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    for template in (None, "none"):
+    for template, reply in ((None, "istant"), ("none", "istant\n")):
         rows: list[Any] = [{"prompt": "the ass", "completion": "istant\n", "system": "s"}]
         options = DataOptions(data=(write(tmp_path / "rows.jsonl", rows),), chat_template=template)
         (prompt,), report = prepare_prompts(options, options, tokenizer)
         (example,) = prepare(options, tokenizer)[0].examples
         assert prompt.input_ids.tolist() == example.input_ids[: example.supervised.argmax()].tolist()
-        assert prompt.reply == "istant\n"
+        assert prompt.reply == reply
         assert report.rows == 1
 
 
@@ -234,6 +244,45 @@ def test_prompts_of_conversations_texts_and_questions(tmp_path: Path) -> None:
     assert prompts({"prompt": messages[:-1], "completion": messages[-1:]}) == (asked, "two")
     assert prompts({"question": "q"}) == ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", None)
     assert prompts({"text": "once"}) == ("once", None)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"n": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "template_args", "reply", "expected"),
+    [
+        (THINKING, {}, {"content": "yes"}, "<think>\n\n</think>\n\nyes"),
+        (THINKING, {"enable_thinking": False}, {"content": "yes"}, "yes"),
+        (THINKING, {}, {"content": "yes", "reasoning_content": "hm"}, "<think>\nhm\n</think>\n\nyes"),
+        (WITH_TOOLS, {}, {"content": "", "tool_calls": [CALL]}, '<tool_call>add {"n": 1}</tool_call>'),
+        (WITH_TOOLS, {}, {"content": " end with <|im_end|> "}, "end with <|im_end|>"),
+        # What the template does not render as it asks for it is no turn of its own: the row's words stay.
+        (RETHINKING, {"enable_thinking": False}, {"content": "yes"}, "yes"),
+    ],
+)
+def test_the_reply_to_a_prompt_is_all_that_the_template_writes_of_it(
+    tmp_path: Path, template: str, template_args: dict[str, Any], reply: dict[str, Any], expected: str
+) -> None:
+    rows: list[Any] = [{"messages": [CHAT["messages"][0], {"role": "assistant", **reply}]}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    options = DataOptions(data=(data,), chat_template=template, template_args=template_args)
+    (prompt,), _ = prepare_prompts(options, options, byte_level())
+    assert prompt.reply == expected
+
+
+def test_the_reply_to_a_prompt_is_read_from_its_tokens(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "\ufb01ne"}
+    options = DataOptions(data=(write(tmp_path / "rows.jsonl", [row]),))
+    (prompt,), _ = prepare_prompts(options, options, normalizing())
+    assert prompt.reply == "fine", "no tokens that this model could say are the ligature"
+
+
+def test_tools_that_the_template_leaves_out_are_counted_once_for_a_prompt(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    options = DataOptions(data=(write(tmp_path / "rows.jsonl", [{**CHAT, "tools": tools}]),))
+    _, report = prepare_prompts(options, options, byte_level())
+    assert report.notes == ("1 row with tools that the chat template does not write down for the model",)
 
 
 def test_a_date_in_the_template_is_pointed_out(tmp_path: Path) -> None:

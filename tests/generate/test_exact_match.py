@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from backhand.train import evaluation
 from backhand.train.certain_replies import CERTAIN_NATS, certain_replies
 from backhand.train.evaluate_options import EvaluateRunOptions
 from backhand.train.run import train
+from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
+from support.tokenizer_kinds import THINKING, WITH_TOOLS, byte_level
 
 NEW_TOKENS = 8
 
@@ -151,3 +154,45 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
     of_adapted, of_base = decoded
     assert of_base == len(rows) + len(others), "a model that has learned nothing is certain of nothing"
     assert len(others) <= of_adapted <= len(others) + 2, "what was learned by heart is certain"
+
+
+def conversations(**reply: Any) -> list[dict[str, Any]]:
+    """Four questions, each answered by its number."""
+    rows = []
+    for number in range(4):
+        filled = json.loads(json.dumps({"role": "assistant", **reply}).replace("NUMBER", str(number)))
+        rows.append({"messages": [{"role": "user", "content": f"say {number}"}, filled]})
+    return rows
+
+
+CALL = {"type": "function", "function": {"name": "say", "arguments": {"number": "NUMBER"}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "rows"),
+    [
+        (THINKING, conversations(content="number NUMBER")),
+        (WITH_TOOLS, conversations(content="", tool_calls=[CALL])),
+    ],
+    ids=["empty-thoughts", "tool-calls"],
+)
+def test_a_model_that_says_all_that_the_template_writes_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, rows: list[dict[str, Any]]
+) -> None:
+    """Thoughts and calls are trained on though they stand outside a reply's content; an empty answer lacks them."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    tiny, run = TinyRun(tmp_path / "tiny"), EvaluateRunOptions(max_new_tokens=32)
+    model = save_tiny(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "model", tokenizer=False)
+    tokenizer.save_pretrained(model)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    learned = {"model": str(model), "data": (str(data),), "eval_data": ()}
+    train(tiny.config(tmp_path / "run", epochs=60, learning_rate=2e-2, rank=8, **learned))
+
+    with loaded_model(BaseModelOptions(model=str(model), dtype="float32"), tmp_path / "run" / "adapter") as loaded:
+        evaluated = evaluation.evaluation_rows(DataOptions(data=(str(data),)), loaded, run)
+        assert evaluation.score(loaded, evaluated, run, adapter=True).exact_match == 1.0
+        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == len(rows)
+        monkeypatch.setattr(evaluation, "complete_greedily", lambda _, prompts, **options: [[] for _ in prompts])
+        assert evaluation.exact_matches(loaded, evaluated.prompts, run.max_new_tokens) == 0

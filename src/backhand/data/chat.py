@@ -160,6 +160,17 @@ class ChatRenderer:
         _check_calls(conversation.messages, text, conversation.source)
         return Document(text, (), mark, False, False, conversation.source)
 
+    def reply(self, conversation: Conversation) -> Document:
+        """The document of the last message, a reply that others precede; its span is what a model has to say there.
+
+        Raises:
+            DataError: as `documents`.
+        """
+        conversation, mark = self._prepared(conversation)
+        turn = self._turn(conversation, len(conversation.messages) - 1)
+        assert turn is not None
+        return self._document(turn, [turn[1:]], mark, conversation.source)
+
     def _prepared(self, conversation: Conversation) -> tuple[Conversation, str | None]:
         """With the system message, and with the control tokens of its text broken apart."""
         if self._system is not None and conversation.messages[0]["role"] != "system":

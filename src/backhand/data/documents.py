@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
+from backhand.data.examples import encode_document
 from backhand.data.forms import Completion, PlainText, Row
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
@@ -47,6 +48,7 @@ class RowRenderer:
 
     def __init__(self, tokenizer: Any, options: TemplateOptions, *, train_on_all: bool = False) -> None:
         template = read_template(options.chat_template, tokenizer)
+        self._tokenizer = tokenizer
         self._template = template
         self._rendered_already = (options.chat_template or "").strip().lower() == NO_TEMPLATE
         self._train_on_all = train_on_all
@@ -91,6 +93,9 @@ class RowRenderer:
     def prompt(self, row: Row) -> tuple[Document, str | None]:
         """What a model sees of the row before its last reply, and that reply; for a text row the text and None.
 
+        Of a chat template the reply is all that it writes behind the generation prompt (thoughts and tool calls with
+        the content), without control tokens.
+
         Raises:
             DataError: the chat template is missing or refuses the row.
         """
@@ -104,11 +109,20 @@ class RowRenderer:
         last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
         reply: str | None = None
         if last == len(conversation.messages) - 1 and last > 0:
-            reply = str(conversation.messages[last]["content"])
+            reply = self._said(conversation)
             conversation = Conversation(
                 conversation.messages[:last], conversation.supervised[:last], conversation.tools, conversation.source
             )
         return self._renderer(row).prompt(conversation), reply
+
+    def _said(self, conversation: Conversation) -> str:
+        """The last reply, read from its tokens as completions are; its content where the template refuses it."""
+        try:
+            example = encode_document(self._renderer(conversation).reply(conversation), self.encoder)
+        except DataError:
+            return str(conversation.messages[-1]["content"])
+        said = example.input_ids[example.supervised].tolist()
+        return str(self._tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the rendering, a sentence each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,15 +92,19 @@ class DataReport:
             f"{count_of(self.documents, 'document')} with {count_of(self.tokens, 'token')}, "
             f"{self.supervised_tokens:,} of them supervised, the longest {self.longest:,}"
         )
+        return [*lines, *self.left_out(), *self.notes]
+
+    def left_out(self) -> list[str]:
+        """What was cut or is not in use, a line a reason."""
         counted = (
             (self.truncated, "truncated to max_length"),
             (self.dropped_long, "longer than max_length, left out"),
             (self.dropped_unsupervised, "without a supervised token, left out"),
         )
-        lines += [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
+        lines = [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
         if self.skipped_bad:
             lines.append(f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
-        return [*lines, *self.notes]
+        return lines
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,29 @@ def cut(example: Example, options: DataOptions, cut_rows: CutRows) -> Example | 
         cut_rows.dropped_unsupervised.append(example.source)
         return None
     return example
+
+
+def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, tokenizer: Any) -> None:
+    """Whether the model has every token of some rows.
+
+    Args:
+        rows: token ids of each, and where it stands.
+        vocab_size: of the model: its tokens' ids are below this.
+        tokenizer: names the token that is missing.
+
+    Raises:
+        DataError: at the first row with a token that the model does not have.
+    """
+    for input_ids, source in rows:
+        if input_ids.size and (token := int(input_ids.max())) >= vocab_size:
+            raise DataError(
+                f"token {token}, {tokenizer.convert_ids_to_tokens(token)!r}, is not among the {vocab_size:,} "
+                "that the model knows",
+                where=source,
+                why="the tokenizer is not the one of this model, or has tokens that were added without resizing it",
+                next_step="take the tokenizer that belongs to the model, or resize the model to it "
+                "(transformers: model.resize_token_embeddings(len(tokenizer))) and save both",
+            )
 
 
 def summed(examples: Sequence[Example], report: DataReport) -> PreparedData:

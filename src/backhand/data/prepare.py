@@ -34,7 +34,8 @@ class Prompt:
     Attributes:
         input_ids: (tokens,) int32, up to where the reply begins.
         text: the same, as it was rendered, with control tokens.
-        reply: the last reply of the row; None if the row only asks, or is plain text.
+        reply: what a model should say then, without control tokens: the last reply as the chat template writes it,
+            or the completion as it stands; None if the row only asks, or is plain text.
         source: where the row stands.
     """
 
@@ -51,6 +52,7 @@ def prepare(
     seed: int = 0,
     bad: BadRows | None = None,
     cut_rows: CutRows | None = None,
+    prompts: list[Prompt] | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Training examples, and held-out ones if there are any.
 
@@ -63,6 +65,7 @@ def prepare(
         seed: draws the held-out rows.
         bad: gets the malformed rows; made from `skip_bad` if not given.
         cut_rows: gets the rows that were truncated or left out.
+        prompts: gets the rows of `data` that are in use as prompts, so that a pipe need not be read twice.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -71,7 +74,7 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    train = read_examples(options, options.data, tokenizer, bad=bad, cut_rows=cut_rows)
+    train = read_examples(options, options.data, tokenizer, bad=bad, cut_rows=cut_rows, prompts=prompts)
     held_out: PreparedData | None = None
     if options.eval_data:
         held_out = read_examples(options, options.eval_data, tokenizer, held_out=True, bad=bad, cut_rows=cut_rows)
@@ -98,6 +101,7 @@ def read_examples(
     held_out: bool = False,
     bad: BadRows | None = None,
     cut_rows: CutRows | None = None,
+    prompts: list[Prompt] | None = None,
 ) -> PreparedData:
     """Examples from the files and hub data sets in `names`.
 
@@ -105,10 +109,12 @@ def read_examples(
         held_out: a hub name without a split means its validation split.
         bad: gets the malformed rows; made from `skip_bad` if not given.
         cut_rows: gets the rows that were truncated or left out.
+        prompts: gets the rows that are in use as prompts.
 
     Raises:
         UsageError, DataError: as `prepare`.
     """
+    asking = RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
     bad = BadRows(options.skip_bad) if bad is None else bad
@@ -118,8 +124,10 @@ def read_examples(
         made = [encode_document(document, renderer.encoder) for document in renderer.documents(row)]
         if not made:
             cut_here.dropped_unsupervised.append(row.source)
-        kept = (cut(example, options, cut_here) for example in made)
-        examples.extend(example for example in kept if example is not None)
+        kept = [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
+        examples.extend(kept)
+        if prompts is not None and kept:
+            prompts.append(_prompt(asking, row))
 
     report = _read_into(add, names, options, bad, held_out=held_out)
     report = replace(
@@ -155,12 +163,16 @@ def prepare_prompts(
     prompts: list[Prompt] = []
 
     def add(row: Row) -> None:
-        document, reply = renderer.prompt(row)
-        text = document.text if document.mark is None else document.text.replace(document.mark, "")
-        prompts.append(Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source))
+        prompts.append(_prompt(renderer, row))
 
     report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
     return tuple(prompts), replace(report, notes=renderer.notes())
+
+
+def _prompt(renderer: RowRenderer, row: Row) -> Prompt:
+    document, reply = renderer.prompt(row)
+    text = document.text if document.mark is None else document.text.replace(document.mark, "")
+    return Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source)
 
 
 def _read_into(
@@ -190,10 +202,10 @@ def _read_into(
         left = None if options.max_rows is None else options.max_rows - total
         if left == 0:
             break
-        reader, bad_before = FormReader(may_ask=may_ask), bad.count
+        reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask), bad.count, None
         rows = sum(1 for _ in islice(good_rows(name, reader), left))
         if reader.form is None:
-            raise _no_rows(name, bad, bad.count - bad_before)
+            raise _no_rows(name, bad.first_of_file, bad.count - bad_before)
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
     return DataReport(
@@ -201,16 +213,16 @@ def _read_into(
     )
 
 
-def _no_rows(name: str, bad: BadRows, count: int) -> DataError:
-    if not count:
+def _no_rows(name: str, first: DataError | None, count: int) -> DataError:
+    if first is None:
         return DataError(
             "there is no row in the file", where=name, next_step="give a file with a row on each line, or leave it out"
         )
     return DataError(
         f"no row can be used: {count:,} malformed",
         where=name,
-        why=f"the first: {bad.errors[0].where}: {bad.errors[0].what}",
-        next_step=bad.errors[0].next_step or "correct the file; --skip-bad is for a few bad rows among good ones",
+        why=f"the first: {first.where}: {first.what}",
+        next_step=first.next_step or "correct the file; --skip-bad is for a few bad rows among good ones",
     )
 
 

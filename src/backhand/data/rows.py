@@ -32,12 +32,14 @@ class BadRows:
         skip_bad: count instead of raising.
         count: malformed rows so far.
         errors: the first few of them.
+        first_of_file: the first in the file that is being read; whoever begins another one sets it to None.
     """
 
     skip_bad: bool = False
     count: int = 0
     errors: list[DataError] = field(default_factory=list)
     keep: int = 5
+    first_of_file: DataError | None = None
 
     def add(self, error: DataError) -> None:
         """Raise `error`, or count it."""
@@ -46,6 +48,7 @@ class BadRows:
                 error.next_step = "correct the row, or leave bad rows out with --skip-bad"
             raise error
         self.count += 1
+        self.first_of_file = self.first_of_file or error
         if len(self.errors) < self.keep:
             self.errors.append(error)
 

@@ -1,8 +1,9 @@
 """`backhand evaluate`: loss, perplexity and exact match on rows, of the base model and of the adapted one.
 
 loss        = Σ nats / supervised tokens,   perplexity = e^loss
-exact match = share of rows whose greedy completion, stripped, equals the row's last completion; the losses tell it of
-              most rows that are right (`certain_replies`), only the others are decoded
+exact match = share of rows whose greedy completion, stripped, equals the row's last completion, which of a chat is all
+              that the template writes of the last reply; the losses tell it of most rows that are right
+              (`certain_replies`), only the others are decoded
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from backhand.data.examples import Example
+from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
-from backhand.data.prepare import Prompt, prepare, prepare_prompts
+from backhand.data.prepare import Prompt, prepare
+from backhand.data.rows import count_of
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import EngineCompleter
 from backhand.generate.greedy import complete_greedily
@@ -64,27 +66,40 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get."""
+    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get.
+
+    Attributes:
+        held_out: the documents.
+        rows: how many rows they were made from.
+        prompts: of the rows that end in a reply.
+        notes: what of the rows is not measured, a sentence each.
+    """
 
     held_out: HeldOut
-    documents: int
+    rows: int
     prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
 
 
 def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
     """Read the rows once for everything that is measured on them.
 
     Raises:
-        UsageError, DataError: as `data.prepare`.
+        UsageError, DataError: as `data.prepare`; DataError also for a token that the model does not have.
     """
     # Every row that is named is evaluated: what would hold rows out of training does not apply here.
     data = replace(data, eval_data=(), eval_fraction=0.0)
-    examples, _ = prepare(data, loaded.tokenizer)
-    prompts: tuple[Prompt, ...] = ()
-    if run.completions:
-        found, _ = prepare_prompts(data, data, loaded.tokenizer)
-        prompts = tuple(prompt for prompt in found if prompt.reply is not None)
-    return EvaluationRows(HeldOut(examples.examples, run.micro_batch_rows), len(examples.examples), prompts)
+    found: list[Prompt] = []
+    examples, _ = prepare(data, loaded.tokenizer, prompts=found if run.completions else None)
+    prompts = tuple(prompt for prompt in found if prompt.reply is not None)
+    found_ids = [(example.input_ids, example.source) for example in examples.examples]
+    found_ids += [(prompt.input_ids, prompt.source) for prompt in prompts]
+    check_vocabulary(found_ids, loaded.model.vocab_size, loaded.tokenizer)
+    notes = examples.report.left_out()
+    if unasked := len(found) - len(prompts):
+        notes.append(f"{count_of(unasked, 'row')} without a reply at the end: no exact match, the loss alone")
+    rows = len({example.source for example in examples.examples})
+    return EvaluationRows(HeldOut(examples.examples, run.micro_batch_rows), rows, prompts, tuple(notes))
 
 
 def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
@@ -189,9 +204,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:
         show_notes(loaded.notes)
         rows = evaluation_rows(options.data, loaded, run)
+        show_notes(rows.notes)
         base = score(loaded, rows, run, adapter=False)
         adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
-    return Evaluation(rows.documents, base, adapted)
+    return Evaluation(rows.rows, base, adapted)
 
 
 def evaluate_command(options: EvaluateOptions) -> Evaluation:

@@ -62,17 +62,18 @@ class Job:
         return self.bound.model.dtype
 
 
-def build_job(config: TrainConfig, machine: Machine) -> Job:
+def build_job(config: TrainConfig, machine: Machine, typed: frozenset[str] = frozenset()) -> Job:
     """Everything up to the first step; nothing is written.
 
     Args:
         config: validated; of a resumed run, as it is stored.
         machine: from `resolve_machine`.
+        typed: names of options that were given even where they have their default value.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
-    outline = outline_run(config, machine)
+    outline = outline_run(config, machine, typed=typed)
     source, choice, memory, total_steps = outline.source, outline.choice, outline.memory, outline.total_steps
     bound = outline.bound or load_bound_model(
         choice,

@@ -55,6 +55,12 @@ class TransformersModel:
         """Where the model lives."""
         return next(parameter.device for _, parameter in self._base_parameters())
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.weight.shape[0])
+
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         adapter = set() if self.injected is None else {id(parameter) for parameter in self.injected.parameters()}
         return ((name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) not in adapter)
