@@ -67,6 +67,35 @@ def test_a_grouped_convolution_stops_the_merge_before_anything_is_merged() -> No
     assert not adapter.merged
 
 
+def test_disabling_for_a_while_leaves_a_disabled_adapter_disabled() -> None:
+    model = Words()
+    x = word_ids()
+    adapter = inject(model, LoRAConfig(rank=4, target_modules=("mix",), modules_to_save=("conv",)))
+    with adapter.disabled():
+        base = model(x)
+    randomise(adapter)
+    with adapter.disabled():
+        with adapter.disabled():
+            pass
+        assert torch.equal(model(x), base)
+    assert not torch.equal(model(x), base)
+    adapter.enable(False)
+    with adapter.disabled():
+        pass
+    assert torch.equal(model(x), base)
+
+
+def test_a_disabled_adapter_is_not_merged() -> None:
+    adapter = inject(Words(), LoRAConfig(rank=4, target_modules=("mix",)))
+    adapter.enable(False)
+    with pytest.raises(UsageError, match="a disabled adapter cannot be merged"):
+        adapter.merge()
+    assert not adapter.merged
+    adapter.enable()
+    adapter.merge()
+    assert adapter.merged
+
+
 def test_the_seed_decides_the_first_values() -> None:
     first, same, other = (inject(Words(), LoRAConfig(), seed=seed) for seed in (1, 1, 2))
     for (_, a), (_, b), (_, c) in zip(
@@ -94,6 +123,15 @@ class Shared(nn.Module):
         self.a = nn.Sequential(nn.Linear(4, 4))
         self.b = nn.Sequential(self.a[0], nn.ReLU())
         self.c = nn.Linear(4, 4)
+
+
+class TwoTables(nn.Module):
+    """Two embeddings of one weight, as encoder and decoder of T5 have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.other, self.out = nn.Embedding(5, 4), nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.other.weight = self.embed_tokens.weight
 
 
 class Odd(nn.Linear):
@@ -125,6 +163,21 @@ class Odd(nn.Linear):
             "out_proj: nn.MultiheadAttention reads its weight and never calls it",
         ),
         (lambda: nn.Sequential(nn.ReLU()), LoRAConfig(), "leaves no module"),
+        (
+            Pictures,
+            LoRAConfig(target_modules=("out",), modules_to_save=("norm",)),
+            "norm cannot be trained in full\n  why: training would also change running_mean, running_var, num_batches",
+        ),
+        (
+            lambda: peft.get_peft_model(Words(), peft.LoraConfig(target_modules=["mix"])),  # type: ignore[arg-type]
+            LoRAConfig(),
+            "the model is adapted already, by PEFT",
+        ),
+        (
+            TwoTables,
+            LoRAConfig(trainable_token_indices=(1,)),
+            "other is a second embedding that shares the weight of embed_tokens",
+        ),
         (Words, LoRAConfig(target_modules=("mxi",)), "did you mean mix"),
         (Words, LoRAConfig(rank=0), "rank 0"),
         (lambda: nn.Linear(3, 4), LoRAConfig(), "leaves no module"),

@@ -84,6 +84,15 @@ def test_dropout_changes_the_gradient_and_follows_the_seed():
     assert relative_error(gradient(7), gradient(None)) > 0.01
 
 
+def test_one_adapter_serves_decoders_of_two_dtypes():
+    adapted, decoder, batch = adapted_pair("llama")
+    wide = decoder_like(adapted, SCALING, dtype=torch.float64)
+    expected = decoder.logits(batch.input_ids, batch.document_lengths)
+    wide.attach(decoder.lora)
+    assert relative_error(wide.logits(batch.input_ids, batch.document_lengths), expected) <= 1e-5
+    assert torch.equal(decoder.logits(batch.input_ids, batch.document_lengths), expected)
+
+
 @pytest.mark.parametrize("variant", ["llama", "mistral", "gemma3_text"])
 def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     _, decoder, batch = adapted_pair(variant)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from backhand.errors import UsageError
 from backhand.nn import lora_functions
 from backhand.nn.lora_module import LoRAModule
 from backhand.nn.lora_modules import LORA_MODULES, lora_class
@@ -211,7 +212,7 @@ def test_disabled_and_restored_modules_compute_what_the_base_does(name: str) -> 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D of GPT-2", "embedding", "conv1d", "conv2d"])
 def test_a_fresh_adapter_changes_nothing_and_is_drawn_as_in_peft(name: str) -> None:
-    module = base(name)
+    module = base(name).requires_grad_(False)
     x = CASES[name][1]()
     expected = module(x)
     ours = lora_class(module).adapt(module, rank=RANK, scaling=SCALING)  # type: ignore[union-attr]
@@ -392,12 +393,51 @@ def test_torch_compile_takes_the_module_whole(options: dict[str, bool]) -> None:
         assert distance(got, wanted) <= 1e-13
 
 
-def test_second_derivatives_are_refused_not_wrong() -> None:
-    ours = adapted(base("linear"))
-    x = leaf(normal(2, 7))
-    (d_x,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        d_x.sum().backward()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, options) for name in ("linear", "embedding", "conv2d") for options in ({}, {"use_dora": True})),
+        ("linear", {"lora_bias": True}),
+        ("conv2d", {"lora_bias": True}),
+    ],
+)
+def test_second_derivatives_are_refused_not_wrong(name: str, options: dict[str, bool]) -> None:
+    """Also where the incoming gradient requires none, as in a gradient penalty on the outputs' sum."""
+    ours = adapted(base(name), **options)
+    y = ours(leaf(CASES[name][1]()))
+    for loss in (y.sum(), y.square().sum()):
+        with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+            torch.autograd.grad(loss, ours.lora_B, create_graph=True)
+    y.sum().backward()
+    assert ours.lora_B.grad is not None
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["linear", "Conv1D of GPT-2", "conv2d"])
+def test_an_unfrozen_base_parameter_is_refused_not_left_without_a_gradient(name: str, parameter: str) -> None:
+    ours = adapted(base(name))
+    x = CASES[name][1]()
+    ours.get_parameter(parameter).requires_grad_(True)
+    with pytest.raises(UsageError, match=f"the {parameter} of an adapted .* requires a gradient"):
+        ours(x)
+    with torch.no_grad():
+        ours(x)
+    ours.enabled = False
+    ours(x).sum().backward()
+    assert ours.get_parameter(parameter).grad is not None
+
+
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
+def test_doras_norm_and_the_merged_weight_are_the_same_inside_autocast(name: str) -> None:
+    ours = adapted(base(name, torch.float32), use_dora=True)
+    norm = ours.dora_norm()
+    ours.merge()
+    weight = ours.weight.clone()
+    ours.unmerge()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours.dora_norm(), norm)
+        ours.merge()
+    assert torch.equal(ours.weight, weight)
 
 
 def computed(module: nn.Module) -> nn.Module:

@@ -103,8 +103,10 @@ def test_what_is_more_than_factors_is_refused() -> None:
     before = {name: weight.clone() for name, weight in base.frozen_tensors()}
     plain = random_adapter(base, ("up_proj",))
     dora = LoRAParameters([replace(slot, use_dora=True) for slot in plain.slots.values()])
+    base.attach(plain)
     with pytest.raises(ValueError, match="factors"):
         MergedAdapter(base, dora)
+    assert base.lora is plain
     assert all(torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())
 
 
@@ -113,6 +115,9 @@ def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
     before = {name: weight.clone() for name, weight in base.frozen_tensors()}
     wrong = random_adapter(other, ("lm_head",))
     wrong = LoRAParameters([replace(slot, out_features=3) for slot in wrong.slots.values()])
+    right = random_adapter(base, ("lm_head",))
+    base.attach(right)
     with pytest.raises(ValueError, match="lm_head"):
         MergedAdapter(base, wrong)
+    assert base.lora is right
     assert all(torch.equal(weight, before[name]) for name, weight in base.frozen_tensors())

@@ -35,6 +35,7 @@ class InjectedAdapter:
         config: what was injected.
         targets: the adapted modules with their rank, alpha and scaling.
         modules: the adapted modules themselves, by dotted path.
+        enabled: whether the model computes with the adapter.
     """
 
     def __init__(self, module: nn.Module, plan: Injection) -> None:
@@ -58,15 +59,20 @@ class InjectedAdapter:
         self._saved = SavedModules(module, plan.trained)
         self._tokens = _train_rows(plan)
         self._fast_paths = close_fast_paths(module)
+        self.enabled = True
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything trained by name: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows."""
+        """Everything trained by name: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows.
+
+        Raises:
+            UsageError: the model has put a frozen parameter, or one of another shape, in the place of a trained one.
+        """
         for name, adapted in self.modules.items():
             for part, parameter in adapted.trained():
                 yield f"{name}.{part}", parameter
         yield from self._saved.named_parameters()
-        for name, rows in list(self._tokens.items())[:1]:  # modules that share a weight share the rows
-            yield f"{name}.{TOKENS}", rows.trainable_tokens
+        for name, embedding in list(self._tokens.items())[:1]:  # modules that share a weight share the rows
+            yield f"{name}.{TOKENS}", embedding.rows
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, for an optimizer."""
@@ -104,15 +110,15 @@ class InjectedAdapter:
             adapted.reset_beside()
         self._saved.reset()
         with torch.no_grad():
-            for rows in self._tokens.values():
-                rows.trainable_tokens.copy_(rows.weight[rows.token_ids])
+            for module in self._tokens.values():
+                module.rows.copy_(module.weight[module.token_ids])
 
     @torch.no_grad()
     def fill(self, factors: Mapping[str, Tensor]) -> None:
         """Copy factors, by the names of `named_parameters`, into the model."""
-        merged = self.merged
+        merged, parameters = self.merged, list(self.named_parameters())
         self.unmerge()
-        for name, parameter in self.named_parameters():
+        for name, parameter in parameters:
             parameter.copy_(factors[name])
         if merged:
             self.merge()
@@ -128,22 +134,31 @@ class InjectedAdapter:
     def enable(self, wanted: bool = True) -> None:
         """Compute with the adapter, or as the base model does; a merged one is unmerged first."""
         self.unmerge()
-        for adapted in self._all_modules():
-            adapted.enabled = wanted
         if wanted:
             self._saved.enable()
         else:
             self._saved.disable()
+        for adapted in self._all_modules():
+            adapted.enabled = wanted
+        self.enabled = wanted
 
     def merge(self) -> None:
         """Put the update into the weights, so that the model runs at the base model's speed.
 
-        Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged.
+        Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged. A state
+        dict taken meanwhile holds the merged weights and the factors beside them: load it into a plain model, never
+        into an injected one, which would add the update once more.
 
         Raises:
-            UsageError: grouped convolutions, whose update no weight can hold, or `lora_bias` where the base has no
-                bias; nothing is merged then.
+            UsageError: the adapter is disabled, grouped convolutions, whose update no weight can hold, or `lora_bias`
+                where the base has no bias; nothing is merged then.
         """
+        if not self.enabled:
+            raise UsageError(
+                "a disabled adapter cannot be merged",
+                why="the model is to compute what its base does, and merged it would not",
+                next_step="call enable() first",
+            )
         if self.config.lora_bias and (without := [n for n, adapted in self.modules.items() if adapted.bias is None]):
             raise UsageError(
                 f"{name_list(without)} cannot be merged",
@@ -166,21 +181,25 @@ class InjectedAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what its base does."""
-        merged = self.merged
+        """Inside, the model computes what its base does; afterwards what it did before."""
+        enabled, merged = self.enabled, self.merged
         self.enable(False)
         try:
             yield
         finally:
-            self.enable()
+            self.enable(enabled)
             if merged:
                 self.merge()
 
     def remove(self) -> nn.Module:
-        """Take the adapter out: the model is what it was before `inject`, and this object is spent."""
+        """Take the adapter out: the model is what it was before `inject`, and this object is spent.
+
+        Raises:
+            UsageError: a module trained in full has another shape now; nothing is changed then.
+        """
+        self._saved.disable()
         for adapted in self._all_modules():
             adapted.restore()
-        self._saved.disable()
         for layer, attribute, value in self._fast_paths:
             setattr(layer, attribute, value)
         for parameter in self._required_grad:
@@ -259,14 +278,12 @@ class InjectedAdapter:
 
 def _train_rows(plan: Injection) -> dict[str, TokenModule]:
     """The modules with trained embedding rows, the embedding first."""
-    found: dict[str, TokenModule] = {}
+    if not plan.token_modules:
+        return {}
     token_ids = torch.tensor(plan.config.trainable_token_indices, dtype=torch.int64)
-    for name, module in plan.token_modules.items():
-        if not found:
-            found[name] = TokenEmbedding.adapt(module, token_ids)
-        else:
-            found[name] = TokenLinear.adapt(module, token_ids, next(iter(found.values())).trainable_tokens)
-    return found
+    (name, module), *heads = plan.token_modules.items()
+    embedding = TokenEmbedding.adapt(module, token_ids)
+    return {name: embedding} | {head: TokenLinear.adapt(module, embedding) for head, module in heads}
 
 
 def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:

@@ -13,11 +13,12 @@ from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import Target, no_embedding_bias, resolve_targets
-from backhand.adapters.trained_tensors import resolve_trained
+from backhand.adapters.trained_tensors import resolve_trained, saved_modules
 from backhand.errors import UsageError
 from backhand.nn.lora_module import LoRAModule, base_weight
 from backhand.nn.lora_modules import LORA_MODULES, LoRAConv1D, lora_class
 from backhand.nn.lora_parameters import TrainedTensor
+from backhand.nn.module_shapes import module_paths
 from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
 
 
@@ -70,6 +71,11 @@ def plan_injection(
             "the model is adapted already",
             next_step="call remove() on the adapter that inject returned, or inject into a fresh model",
         )
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UsageError(
+            "the model is adapted already, by PEFT",
+            next_step="take its adapter out with unload() or merge_and_unload(), or inject into a fresh model",
+        )
     linear = frozenset(name for name, module in modules.items() if _is_linear(module))
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
     targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
@@ -108,6 +114,7 @@ def plan_injection(
     trained = resolve_trained(
         config, parameters, embedding, tied=tied, targets=[target.name for target in targets], strict=strict
     )
+    _check_buffers(modules, saved_modules(config.modules_to_save, module_paths(parameters), strict=strict))
     rows_of = _token_modules(modules, tied, embedding) if config.trainable_token_indices else {}
     chosen = {target.name: modules[target.name] for target in targets}
     shapes = tuple(_factor_shapes(target, chosen[target.name], kinds[target.name], config) for target in targets)
@@ -124,6 +131,23 @@ def plan_injection(
         rows_of,
         (*_tied_notes(model, chosen), *tied_notes(trained, tied)),
     )
+
+
+def _check_buffers(modules: dict[str, nn.Module], saved: Sequence[str]) -> None:
+    """Modules trained in full must have nothing but parameters: what else their state is, no adapter file would hold.
+
+    Raises:
+        UsageError: one has buffers that belong to its state, as BatchNorm has.
+    """
+    for path in saved:
+        parameters = {name for name, _ in modules[path].named_parameters(remove_duplicate=False)}
+        if buffers := [name for name in modules[path].state_dict() if name not in parameters]:
+            raise UsageError(
+                f"{path} cannot be trained in full",
+                where="modules_to_save",
+                why=f"training would also change {name_list(buffers)}, and the adapter's files hold parameters only",
+                next_step="leave it out of modules_to_save",
+            )
 
 
 def _otherwise_known(module: nn.Module) -> str:
@@ -191,6 +215,13 @@ def _token_modules(modules: dict[str, nn.Module], tied: dict[str, str], embeddin
     ]
     for name in names:
         kind = TokenEmbedding if name == embedding else TokenLinear
+        if name != embedding and isinstance(modules[name], nn.Embedding):
+            raise UsageError(
+                f"{name} is a second embedding that shares the weight of {embedding}",
+                where="trainable_token_indices",
+                why="rows are trained in one embedding and in output heads tied to it",
+                next_step="leave the tokens out",
+            )
         if (reason := kind.obstacle(modules[name])) is not None:
             raise UsageError(f"{name}: {reason}", where="trainable_token_indices")
     return {name: modules[name] for name in names}

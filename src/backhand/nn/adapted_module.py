@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from backhand.errors import UsageError
+
 
 class AdaptedModule(nn.Module):
     """What all kinds share; each is made by an `adapt` of its own, never by a constructor.
@@ -80,9 +82,34 @@ class AdaptedModule(nn.Module):
 
     @property
     def _adapts(self) -> bool:
-        return self.enabled and self._unmerged is None
+        """Whether what was added computes now.
+
+        Raises:
+            UsageError: a base parameter requires a gradient, which the hand-written backward does not compute.
+        """
+        if not self.enabled or self._unmerged is not None:
+            return False
+        if torch.is_grad_enabled():
+            for name in ("weight", "bias"):
+                parameter = self._parameters.get(name)
+                if parameter is not None and parameter.requires_grad:
+                    raise UsageError(
+                        f"the {name} of an adapted {self._base_class.__name__} requires a gradient",
+                        why="inject froze it, and the adapted module computes no gradient for it",
+                        next_step="freeze it again; to train the module in full, inject with it in modules_to_save "
+                        "and not in target_modules",
+                    )
+        return True
 
     def _base_forward(self, x: Tensor) -> Tensor:
         """What the module computed before it was adapted, by the very same code."""
         y: Tensor = cast("Any", self._base_class).forward(self, x)
         return y
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, weight and bias as the base module would multiply them: in autocast's dtype inside autocast."""
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+            return x, self.weight, self.bias
+        dtype = torch.get_autocast_dtype(device)
+        return x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)

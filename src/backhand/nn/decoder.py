@@ -127,6 +127,8 @@ class Decoder:
     def refresh(self) -> None:
         """Take over the adapter's tensors that are trained as they are; each pass begins with it."""
         self._head = None
+        if self.lora is not None and self.lora.compute_dtype != self.dtype:
+            self.lora.refresh_compute(self.dtype)  # it was attached to a decoder of another dtype meanwhile
         if self._trained is not None:
             self.active = self._trained.current()
 

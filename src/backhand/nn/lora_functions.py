@@ -8,7 +8,8 @@ view, so that the next module may write into it, as ReLU(inplace=True) does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ from backhand.ops.token_rows import (
 
 Gradients = tuple[Tensor | None, ...]
 """One for each input of `forward`, None for what is frozen or no tensor."""
+
+
+def first_derivative_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Refuse a backward pass that is to be differentiated itself: what it computes hangs in no graph.
+
+    `once_differentiable` alone refuses only where the incoming gradient requires one; otherwise a gradient penalty
+    would silently lose what comes through this module.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, *d_y: Tensor) -> Gradients:
+        # torch.compile traces this with gradients on, and refuses second derivatives itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("second derivatives are not supported by adapted modules: leave out create_graph=True")
+        gradients: Gradients = once(ctx, *d_y)
+        return gradients
+
+    return checked
 
 
 def _kept(ctx: Any, op_output: tuple[Tensor, Any], *trained: Tensor) -> Tensor:
@@ -73,7 +93,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return _kept(ctx, lora_linear_forward(x, weight, bias, *factors, scaling, dropout), lora_A, lora_B)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of x and the factors."""
         grads = lora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
@@ -98,7 +118,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         return _kept(ctx, lora_embedding_forward(ids, weight, *factors, scaling, padding_id), lora_A, lora_B)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of the factors."""
         grads = lora_embedding_backward(d_y, _saved(ctx))
@@ -125,7 +145,7 @@ class LoRAConvFunction(torch.autograd.Function):
         return _kept(ctx, lora_conv_forward(x, weight, bias, *factors, scaling, geometry, dropout), lora_A, lora_B)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of x and the factors."""
         grads = lora_conv_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
@@ -154,7 +174,7 @@ class DoRALinearFunction(torch.autograd.Function):
         return _kept(ctx, output, lora_A, lora_B, magnitude)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of x, the factors and the magnitude."""
         grads = dora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
@@ -171,7 +191,7 @@ class DoRAFunction(torch.autograd.Function):
         return _kept(ctx, dora_forward(z, magnitude, norm, bias, axis), magnitude)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of z and the magnitude."""
         grads = dora_backward(d_y, _saved(ctx))
@@ -187,7 +207,7 @@ class LoRABiasFunction(torch.autograd.Function):
         return _kept(ctx, lora_bias_forward(z, lora_bias, scaling, axis), lora_bias)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of z and of the bias."""
         grads = lora_bias_backward(d_y, _saved(ctx))
@@ -206,7 +226,7 @@ class TokenEmbeddingFunction(torch.autograd.Function):
         return _kept(ctx, (y, without_padding(saved, ids, padding_id)), token_rows)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """The gradient of the rows."""
         grads = token_embedding_backward(d_y, _saved(ctx))
@@ -224,7 +244,7 @@ class TokenLinearFunction(torch.autograd.Function):
         return _kept(ctx, token_linear_forward(x, weight, bias, token_rows.to(x.dtype), token_ids), token_rows)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, d_y: Tensor) -> Gradients:
         """Gradients of x and of the rows."""
         grads = token_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])

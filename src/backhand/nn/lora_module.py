@@ -144,7 +144,8 @@ class LoRAModule(AdaptedModule):
     def dora_norm(self) -> Tensor:
         """(out,) lengths of the rows of the adapted weight, in float32 at least."""
         weight = self.weight_rows()
-        return dora_norm(weight, self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling)
+        with torch.autocast(weight.device.type, enabled=False):  # it would multiply in half precision
+            return dora_norm(weight, self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling)
 
     def weight_rows(self) -> Tensor:
         """The base weight as one row an output channel, (out, …)."""
@@ -189,7 +190,8 @@ class LoRAModule(AdaptedModule):
         bias = self._parameters.get("bias")
         if self.lora_bias is not None and bias is None:
             raise ValueError("the bias of lora_B has no bias of the base module to go into")
-        delta = self.delta_weight()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = self.delta_weight()
         merged = self.weight.to(delta.dtype) + delta
         if self.lora_magnitude is not None:
             gain = (self.lora_magnitude.flatten() / self.dora_norm()).to(merged.dtype)
@@ -214,14 +216,6 @@ class LoRAModule(AdaptedModule):
         if not self.training or self.dropout == 0.0:
             return None
         return Dropout(self.dropout, int(torch.randint(_SEEDS, ())))
-
-    def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, weight and bias as the base module would multiply them: in autocast's dtype inside autocast."""
-        device = x.device.type
-        if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-            return x, self.weight, self.bias
-        dtype = torch.get_autocast_dtype(device)
-        return x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 def base_weight(module: nn.Module) -> Tensor:

@@ -191,6 +191,11 @@ class LoRAParameters:
             self.tensor(name).copy_(base if tensor.token_ids is None else base[list(tensor.token_ids)])
         self.refresh_compute(self._compute.dtype)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the last `refresh_compute`."""
+        return self._compute.dtype
+
     def refresh_compute(self, dtype: torch.dtype) -> None:
         """Cast everything to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
         if dtype == self.values.dtype:

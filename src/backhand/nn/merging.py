@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backhand.nn.decoder import HEAD, Decoder
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.module_shapes import check_fits
 
 
 class MergedAdapter:
@@ -24,13 +25,15 @@ class MergedAdapter:
         lora: the adapter.
 
     Raises:
-        ValueError: for a slot that is no module of the decoder or has another shape; nothing is changed then.
+        ValueError: for a slot that is no module of the decoder or has another shape, and where more is trained than
+            factors of linear modules; nothing is changed then.
     """
 
     def __init__(self, decoder: Decoder, lora: LoRAParameters) -> None:
+        _check_plain(lora)
+        check_fits(lora, decoder.module_shapes())
         self._decoder = decoder
         self._attached = decoder.lora
-        decoder.attach(lora)  # checks names and shapes before anything is changed
         decoder.detach()
         self._head = decoder.weights.head
         weights = dict(decoder.frozen_tensors())
@@ -60,8 +63,7 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
     Raises:
         ValueError: more is trained than factors of linear modules; nothing is changed then.
     """
-    if not lora.plain:
-        raise ValueError("only factors of linear modules can be folded into the weights in memory")
+    _check_plain(lora)
     weights = dict(decoder.frozen_tensors())
     for name in lora.slots:
         if _has_tied_weight(decoder, name):
@@ -69,6 +71,11 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
         else:
             weight = weights[f"{name}.weight"]
             weight.copy_(merged_weight(weight, lora, name))
+
+
+def _check_plain(lora: LoRAParameters) -> None:
+    if not lora.plain:
+        raise ValueError("only factors of linear modules can be folded into the weights in memory")
 
 
 def _has_tied_weight(decoder: Decoder, name: str) -> bool:
