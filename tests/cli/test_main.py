@@ -117,6 +117,27 @@ def test_a_value_may_begin_with_a_hyphen_where_it_cannot_be_an_option(
     assert (options.how, options.inner.size) == (value, 4)
 
 
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(closed: str) -> None:
+    script = (
+        "import sys\n"
+        "from backhand.cli import main\n"
+        "from backhand.cli.commands import Command\n"
+        "main.COMMANDS = (Command('end', 'End.', 'backhand end', 'support.cli_commands:end'),)\n"
+        "sys.exit(main.main(['end', '--how', 'print']) or sys.stdin.closed)\n"
+    )
+    words = shlex.join([sys.executable, "-c", script])
+    finished = subprocess.run(
+        ["sh", "-c", f"{words} {closed}"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=PROJECT / "tests",
+    )
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
 def test_an_interruption_while_the_command_line_is_imported_ends_quietly() -> None:
     """The interruption comes from within the import, at the first of its own modules that it asks for."""
     script = (

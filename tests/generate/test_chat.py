@@ -171,6 +171,15 @@ def test_a_conversation_piped_in(
     assert len(out) > 2 * len(once)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_message_that_is_not_utf8(
+    errors: str, base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    assert main(base) == 3
+    assert "standard input: the message is not UTF-8" in capsys.readouterr().err
+
+
 def test_the_first_message_may_be_an_option(
     base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def test_the_prompt_from_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     assert main([*base, "--prompt", "-"]) == 3
     assert "the prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_that_is_not_utf8(
+    errors: str, base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors))
+    assert main([*base, "--prompt", "-"]) == 3
+    error = capsys.readouterr().err
+    assert "standard input: the prompt is not UTF-8" in error and "byte 0xe9" in error
+
+
+def test_an_answer_that_fills_the_context_says_so(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*base[:-1], "100000", "--prompt", QUESTION, "--greedy"]) == 0
+    error = capsys.readouterr().err
+    assert "that the model takes" in error and "--max-new-tokens" not in error
 
 
 def test_seeds_and_adapters_change_the_answer(
@@ -116,6 +133,17 @@ def test_an_output_that_exists_is_not_replaced(
     assert main([*ask, str(tmp_path)]) == 2
     assert main([*ask, str(output), "--overwrite", "--quiet"]) == 0
     assert output.read_text().count("\n") == 3
+
+
+def test_an_output_that_may_not_be_replaced_is_told_before_the_work(
+    base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("link", []), ("pipe", ["--overwrite"])):
+        ask = [*base, "--data", str(rows_file), "--output", str(tmp_path / name), "--adapter", "nowhere"]
+        assert main([*ask, *words]) == 2, "and not 4, as for the adapter"
+        assert "will not be replaced" in capsys.readouterr().err
 
 
 def test_bad_rows_are_named_or_left_out(

@@ -162,6 +162,18 @@ def test_step_past_the_end() -> None:
         replace(SHORT, step=True, step_epoch=250).validate()
 
 
+@pytest.mark.parametrize("epochs", [(), (999_999,), (-301, 300), (299,)])
+def test_a_check_that_would_compare_nothing(epochs: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        replace(SHORT, check=True, check_epochs=epochs).validate()
+    assert caught.value.where == "check_epochs"
+    replace(SHORT, check_epochs=epochs).validate()
+
+
+def test_a_check_of_epochs_that_one_part_alone_has() -> None:
+    replace(SHORT, check=True, check_epochs=(0, 299)).validate()
+
+
 def test_missing_start_file(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         sine_command(replace(SHORT, start=tmp_path / "missing.npz"))

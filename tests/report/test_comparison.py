@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from backhand.cli.main import main
+from backhand.report import writing
 from backhand.report.comparison import short_names
 from backhand.report.train import train
 from support.page import Page
@@ -65,6 +68,29 @@ def test_mistakes(
     monkeypatch.chdir(finished.parent)
     assert main(["report", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_links_and_pipes_are_not_replaced(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "pipe")
+    for name, kind in (("link", "a symbolic link"), ("pipe", "not a plain file")):
+        assert main(["report", str(finished), "--output", str(tmp_path / name)]) == 2
+        assert f"this is {kind} and will not be replaced" in capsys.readouterr().err
+    assert (tmp_path / "target").read_text() == "precious" and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_page_that_cannot_be_written_is_not_to_be_resumed(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing, "replace_file", full)
+    assert main(["report", str(finished)]) == 5
+    error = capsys.readouterr().err
+    assert "free space, then write it with `backhand report`" in error and "--resume" not in error
 
 
 def test_a_damaged_configuration_is_an_artifact(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,6 +17,8 @@ from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
 
+NOT_UTF8 = os.fsdecode(b"caf\xe9.jsonl")
+
 
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
@@ -24,6 +28,7 @@ from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions,
         (ModelOptions, "dtype", "float16"),
         (ModelOptions, "device", ""),
         (ModelOptions, "threads", 0),
+        (ModelOptions, "threads", 1025),
         (ModelOptions, "memory", "lots"),
         (ModelOptions, "recompute", "all"),
         (OptimizationOptions, "epochs", 0),
@@ -82,6 +87,29 @@ def test_early_stopping_without_held_out_rows_is_refused() -> None:
         TrainConfig(run=stopping).validate()
     for data in (DataOptions(eval_fraction=0.1), DataOptions(eval_data=("held_out.jsonl",))):
         TrainConfig(run=stopping, data=data).validate()
+
+
+def test_held_out_rows_may_lie_beside_the_training_rows(tmp_path: Path) -> None:
+    config = TrainConfig(run=RunOptions(early_stopping=2), data=DataOptions(data=(str(tmp_path),)))
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UsageError, match="needs held-out rows"):
+        config.validate()
+    (tmp_path / "valid.jsonl").write_text("")
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"run": RunOptions(output=Path(NOT_UTF8))}, "output"),
+        ({"data": DataOptions(data=("rows.jsonl", NOT_UTF8))}, "data"),
+        ({"model": ModelOptions(model=NOT_UTF8)}, "model"),
+    ],
+)
+def test_a_name_that_is_not_utf8_is_refused(part: Any, named: str) -> None:
+    with pytest.raises(UsageError, match="is not UTF-8") as caught:
+        TrainConfig(**part).validate()
+    assert caught.value.where == named
 
 
 def test_defaults_are_valid() -> None:

@@ -60,6 +60,7 @@ def test_any_text_and_number_survives(text: str, number: float, seed: int) -> No
         ("[model]\nengine = 'jax'", "'jax' is not one of auto, backhand, transformers"),
         ("[data]\ndata = 3", "3 is a whole number, expected a list"),
         ("[adapter]\nrank_pattern = 3", "3 is a whole number, expected a table"),
+        ("[data]\ntemplate_args = {a = [{d = 2024-01-01}]}", "data.template_args.a.d: 2024-01-01 is a date"),
         ("run = 3", "run is a whole number, expected a table"),
         ("[run", "not TOML"),
         ("[run]\nseed = 1\nseed = 2", "not TOML"),

@@ -145,7 +145,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tiny: TinyRun, tm
 
 def test_a_run_from_an_adapter_resumes_without_it(tiny: TinyRun, tmp_path: Path) -> None:
     train(tiny.config(tmp_path / "first", rank=2))
-    config = tiny.config(tmp_path / "straight", from_adapter=str(tmp_path / "first" / "adapter"), eval_every=2)
+    config = tiny.config(tmp_path / "straight", from_adapter=str(tmp_path / "first" / "adapter"), rank=2, eval_every=2)
     train(config)
     stopped(with_options(config, output=tmp_path / "run"), 3)
     shutil.rmtree(tmp_path / "first")
@@ -177,6 +177,7 @@ def test_proving_that_a_run_resumes(tiny: TinyRun, tmp_path: Path) -> None:
     [
         ({"seed": 4}, ["seed"]),
         ({"batch_rows": 2}, ["batch_rows"]),
+        ({"early_stopping": 5}, ["early_stopping"]),
         ({"rank": 2, "dtype": "bfloat16"}, ["rank", "dtype"]),
         ({"target_modules": ("q_proj",)}, ["target_modules"]),
         ({"learning_rate": 1.0, "max_steps": 50, "threads": 2}, ["learning_rate", "max_steps", "threads"]),

@@ -112,7 +112,7 @@ def test_the_package_itself_is_the_command(tiny: TinyRun, tmp_path: Path) -> Non
 def test_continuing_from_an_adapter(tiny: TinyRun, tmp_path: Path) -> None:
     first = train(tiny.config(tmp_path / "first", epochs=6, rank=2, rank_pattern={"q_proj": 5}))
     second = train(
-        tiny.config(tmp_path / "second", from_adapter=str(tmp_path / "first" / "adapter"), learning_rate=1e-9)
+        tiny.config(tmp_path / "second", from_adapter=str(tmp_path / "first" / "adapter"), rank=2, learning_rate=1e-9)
     )
     assert second.trained_parameters == first.trained_parameters
     assert second.base_eval_loss == pytest.approx(first.base_eval_loss)

@@ -99,6 +99,17 @@ def test_the_page_counts_the_outputs() -> None:
     assert documented("an output that cannot be written to") == len(OUTPUTS)
 
 
+def test_a_place_that_is_not_utf8(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be written down in full: as the output's own place, or for what is given relative to it."""
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for output in (Path("run"), tmp_path / "run"):
+        with pytest.raises(UsageError, match="is not UTF-8"):
+            train(tiny.config(output))
+    assert not any(place.iterdir()) and not (tmp_path / "run").exists()
+
+
 def test_a_linked_output_is_followed(tiny: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")

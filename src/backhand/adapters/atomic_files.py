@@ -46,17 +46,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
         ResourceError: disk full, not writable, file-size limit; the old file is as it was, nothing is left beside it.
     """
-    mode = None
-    with suppress(FileNotFoundError):
-        before = path.lstat()
-        if not stat.S_ISREG(before.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(before.st_mode) else "not a plain file"
-            raise UsageError(
-                f"this is {kind} and will not be replaced",
-                where=str(path),
-                next_step="remove it, or give another output",
-            )
-        mode = stat.S_IMODE(before.st_mode)
+    mode = replaceable_mode(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_and_sync(temporary, data, mode)
@@ -67,6 +57,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def replaceable_mode(path: Path) -> int | None:
+    """Permission bits of the plain file at `path`; None where there is nothing, or its directory cannot be looked into.
+
+    Raises:
+        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None  # whether a file can be made there is for the writing to find out
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a plain file"
+        raise UsageError(
+            f"this is {kind} and will not be replaced", where=str(path), next_step="remove it, or give another output"
+        )
+    return stat.S_IMODE(mode)
 
 
 def _write_and_sync(path: Path, data: bytes, mode: int | None) -> None:

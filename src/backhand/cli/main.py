@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import cyclopts
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     _set_environment()
+    _open_closed_streams()
     try:
         with _terminated_as_exit():
             result = make_app()(_values_joined(words[1:] if words[:1] == ["--debug"] else words))
@@ -77,6 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
         return _report(error, words, debug)
+
+
+def _open_closed_streams() -> None:
+    """A program may be started without standard streams: what is written then goes nowhere, what is read is empty.
+
+    Their numbers are taken as well, so that no file of ours gets the one that a library prints to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def _values_joined(words: Sequence[str]) -> list[str]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from backhand.data.messages import Message
-from backhand.errors import BackhandError, UsageError
+from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
 from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
+from backhand.generate.standard_input import read_text
 
 ASK = ">>> "
 HELP = """\
@@ -31,6 +32,7 @@ def chat_command(options: ChatOptions) -> None:
 
     Raises:
         UsageError: an option is out of range, or the model has no chat template.
+        DataError: what is piped in is not UTF-8.
         ArtifactError: model and adapter cannot be read, or do not belong together.
     """
     options.validate()
@@ -63,11 +65,16 @@ def chat_command(options: ChatOptions) -> None:
 def _talk(conversation: Conversation, interactive: bool) -> None:
     while True:
         try:
-            line = input(ASK if interactive else "")
+            line = read_text(lambda: input(ASK if interactive else ""), "the message")
         except EOFError:
             if interactive:
                 print()
             return
+        except DataError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             if not interactive:
                 raise

@@ -11,7 +11,8 @@ from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.notes import show_notes
 from backhand.generate.options import GenerateOptions, compared_labels
 from backhand.generate.rows import answer_rows, check_output
-from backhand.generate.session import GenerationSession
+from backhand.generate.session import Answer, GenerationSession
+from backhand.generate.standard_input import read_text
 
 STDIN = "-"
 
@@ -43,10 +44,7 @@ def generate_command(options: GenerateOptions) -> None:
 def _read_prompt(prompt: str | None) -> str | None:
     if prompt != STDIN:
         return prompt
-    try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise DataError("the prompt is not UTF-8", where="standard input", why=str(error)) from None
+    text = read_text(sys.stdin.read, "the prompt")
     if not text.strip():
         raise DataError("the prompt is empty", where="standard input", next_step="pipe a text into the command")
     return text.removesuffix("\n")
@@ -71,7 +69,15 @@ def _stream(session: GenerationSession, prompt_ids: Sequence[int], options: Gene
     if not answer.text.endswith("\n"):
         _write("\n")
     if answer.finish_reason == "length" and not options.answer.quiet:
-        show_notes([f"cut off after {answer.tokens} tokens; --max-new-tokens allows for more"])
+        show_notes([_cut_off(answer, session, options)])
+
+
+def _cut_off(answer: Answer, session: GenerationSession, options: GenerateOptions) -> str:
+    """Why an answer ended before its end."""
+    if answer.tokens < options.sampling.max_new_tokens:
+        room = session.model.context_tokens
+        return f"cut off after {answer.tokens} tokens: with the prompt they are the {room:,} that the model takes"
+    return f"cut off after {answer.tokens} tokens; --max-new-tokens allows for more"
 
 
 def _write(text: str) -> None:

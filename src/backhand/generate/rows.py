@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand.adapters.atomic_files import make_directory, replaceable_mode, write_atomically
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.rows import BadRows, count_of
 from backhand.errors import DataError, UsageError
@@ -35,6 +35,7 @@ def check_output(options: AnswerOptions) -> None:
         raise UsageError(
             f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
         )
+    replaceable_mode(output)  # now, and not when all answers are there
     make_directory(output.parent)
 
 

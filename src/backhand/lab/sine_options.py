@@ -88,7 +88,7 @@ class SineOptions:
     """Compare every intermediate gradient with autograd at `check_epochs`, and fail where one differs."""
 
     check_epochs: tuple[int, ...] = (0, 1, 100, -1)
-    """Epochs at which `check` compares, in each part; negative ones count from the end."""
+    """Epochs at which `check` compares, in each part that has them; negative ones count from the end."""
 
     step: bool = False
     """Walk through one epoch of each part, formula by formula with the numbers, as on paper."""
@@ -169,8 +169,22 @@ class SineOptions:
                 where="step_epoch",
                 why=f"part 1 has {self.base_epochs} epochs and part 2 {self.lora_epochs}, counted from 0",
             )
+        if self.check:
+            self._check_check_epochs()
         self.second.validate()
         return self
+
+    def _check_check_epochs(self) -> None:
+        """Each part must have one of the epochs to compare at: else nothing would be proved of it."""
+        parts = {"part 1": self.base_epochs, "part 2": self.lora_epochs}
+        for part, epochs in parts.items():
+            if not any(-epochs <= epoch < epochs for epoch in self.check_epochs):
+                raise UsageError(
+                    f"none of the epochs to compare at is one of {part}",
+                    where="check_epochs",
+                    why=f"it has {epochs} epochs, counted from 0",
+                    next_step="give 0 or -1, the first or the last epoch, as well",
+                )
 
 
 def check_positive(where: str, value: object) -> None:

@@ -13,6 +13,9 @@ from backhand.errors import UsageError
 Engine = Literal["auto", "backhand", "transformers"]
 DType = Literal["auto", "float32", "bfloat16"]
 
+# OpenMP crashes the process where the system gives it no more threads, and more than a machine's cores gain nothing.
+MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class AdapterReading:
@@ -41,7 +44,8 @@ class _BaseModel:
     """Where to compute: `cpu`, `cuda`, `cuda:1`; `auto` is `cuda` where there is one, else `cpu`."""
 
     threads: int | None = None
-    """Threads for matrix products on the processor; not given: the cores this process may use."""
+    """Threads for matrix products on the processor; not given: the cores this process may use. 1 to
+    1,024."""
 
     tune_allocator: bool = True
     """Keep large freed buffers for later instead of giving them back to the system (glibc mallopt)."""
@@ -69,3 +73,10 @@ class BaseModelOptions(AdapterReading, _BaseModel):  # in this order the pickle 
         threads: object = self.threads
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise UsageError(f"threads {threads!r} is not an integer of at least 1", where="threads")
+        if threads is not None and threads > MOST_THREADS:
+            raise UsageError(
+                f"threads {threads} is above {MOST_THREADS:,}",
+                where="threads",
+                why="more threads than the machine has cores make nothing faster",
+                next_step="leave it out to use the cores that there are",
+            )

@@ -19,7 +19,7 @@ def report_command(options: ReportOptions) -> Path:
     """Write the page, and say where it is; return its path.
 
     Raises:
-        UsageError: no run, or one that is none.
+        UsageError: no run, or one that is none; what stands at `output` is no plain file.
         ArtifactError: a run's configuration cannot be read.
         ResourceError: the page cannot be written.
     """

@@ -49,7 +49,8 @@ def train(
         config: every option. What is None or `auto` in it is chosen, and written to config.toml.
         callbacks: told how the run goes: an `Observer`, or a function that is called with every record of
             metrics.jsonl. What one raises ends the run.
-        typed: names of options that were given even where they have their default value; matters when resuming.
+        typed: names of options that were given even where they have their default value; matters when resuming,
+            and when starting from an adapter.
 
     Returns:
         what the run came to, as summary.json has it.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from backhand.adapters.atomic_files import replaceable_mode
 from backhand.errors import BackhandError
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
@@ -18,7 +19,7 @@ def write_report(run: Path) -> Path:
     """Write `report.html` into a run directory, in place of one that is there; return its path.
 
     Raises:
-        UsageError: there is no run.
+        UsageError: there is no run, or report.html is something else than a plain file.
         ArtifactError: its configuration cannot be read.
         ResourceError: it cannot be written.
     """
@@ -53,6 +54,12 @@ def _proofs_version(run: Path | None) -> tuple[int, int] | None:
 
 
 def write_page(target: Path, page: bytes) -> None:
-    """Write a page; after a crash there is the old one or the new one. Raises ResourceError."""
-    with saving("the report", target.parent, len(page)):
+    """Write a page; after a crash there is the old one or the new one.
+
+    Raises:
+        UsageError: `target` is something else than a plain file, such as a link or a pipe.
+        ResourceError: it cannot be written.
+    """
+    replaceable_mode(target)
+    with saving("the report", target.parent, len(page), again="write it with `backhand report`"):
         replace_file(FileLayer(), target, page)

@@ -6,12 +6,13 @@ This file imports no torch: the command line reads the fields and their docstrin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
+from backhand.data.sources import held_out_beside
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 
@@ -142,7 +143,7 @@ class RunOptions:
 
     from_adapter: str | None = None
     """Start from this adapter's values instead of fresh ones, a directory or a GGUF file; its rank, alpha and targets
-    are taken over."""
+    are taken over, and other ones are refused."""
 
     seed: int = 0
     """Of the initial adapter, the order of rows, dropout, and the held-out split."""
@@ -234,13 +235,36 @@ class TrainConfig:
         check_kind("run", self.run, RunOptions)
         for part in (self.model, self.data, self.adapter, self.optimization, self.run):
             part.validate()
-        if self.run.early_stopping is not None and not (self.data.eval_data or self.data.eval_fraction):
+            _check_utf8(part)
+        # A resumed run has the held-out rows it began with: what differs from its own options is told then.
+        if self.run.early_stopping is not None and not self.run.resume and not _holds_out(self.data):
             raise UsageError(
                 f"early_stopping {self.run.early_stopping} needs held-out rows, and there are none",
                 where="early_stopping",
                 next_step="give eval_data or eval_fraction as well, or leave it out",
             )
         return self
+
+
+def _check_utf8(part: object) -> None:
+    """Raise UsageError for a name that is not UTF-8, as a file of another system may have: config.toml is."""
+    for option in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, option.name)
+        for text in value if isinstance(value, tuple | list) else (value,):
+            try:
+                str(text).encode("utf-8")
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"{str(text)!r} is not UTF-8",
+                    where=option.name,
+                    why="a run writes its options into config.toml, which is",
+                    next_step="rename it, or give a link to it that has another name",
+                ) from None
+
+
+def _holds_out(data: DataOptions) -> bool:
+    """Whether some rows are kept from training: named, drawn, or lying beside the training rows."""
+    return bool(data.eval_data or data.eval_fraction or held_out_beside(data.data))
 
 
 def check_kind(name: str, value: object, kind: type) -> None:

@@ -150,9 +150,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(element, get_args(hint)[0], where) for element in value)
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {key: _typed(element, get_args(hint)[1], where) for key, element in value.items()}
+        return {key: _typed(element, get_args(hint)[1], f"{where}.{key}") for key, element in value.items()}
     if hint is Any:
-        return value
+        return _json_value(value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -162,6 +162,21 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if hint in (bool, str) and isinstance(value, hint):
         return value
     raise UsageError(f"{value!r} is {_kind(value)}, expected {_kind_wanted(hint, origin)}", where=where)
+
+
+def _json_value(value: Any, where: str) -> Any:
+    """`value` if JSON has its like; of all that TOML knows it lacks dates and times."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(element, f"{where}.{key}") for key, element in value.items()}
+    if isinstance(value, list):
+        return [_json_value(element, where) for element in value]
+    if isinstance(value, str | int | float):
+        return value
+    raise UsageError(
+        f"{value} is a {type(value).__name__}, expected text, a number, true or false, a list or a table",
+        where=where,
+        next_step="write it in quotes",
+    )
 
 
 def _kind(value: Any) -> str:

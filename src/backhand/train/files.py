@@ -134,8 +134,16 @@ def remove_tree(files: FileLayer, path: Path) -> None:
 
 
 @contextmanager
-def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
+def saving(
+    what: str, path: Path, needed_bytes: int, *, again: str = "run the same command with --resume"
+) -> Iterator[None]:
     """Turn an OSError while saving into our error, with the bytes needed against those that are free.
+
+    Args:
+        what: is saved.
+        path: the directory it is saved in.
+        needed_bytes: its size.
+        again: what to do once there is room.
 
     Raises:
         ResourceError: disk full, quota, file-size limit, not writable, input/output error.
@@ -144,7 +152,7 @@ def saving(what: str, path: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(what, path, needed_bytes, error) from error
+        raise _explained(what, path, needed_bytes, error, again) from error
 
 
 @contextmanager
@@ -174,13 +182,13 @@ def taking_directory(path: Path) -> Iterator[None]:
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
 
 
-def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> BackhandError:
+def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: str) -> BackhandError:
     if error.errno in _IN_THE_WAY:
         return UsageError(
             f"{what} cannot be saved",
             where=str(error.filename or path),
             why=error.strerror,
-            next_step="move away what is in its place, then run the same command with --resume",
+            next_step=f"move away what is in its place, then {again}",
         )
     why = reason(error)
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -189,7 +197,7 @@ def _explained(what: str, path: Path, needed_bytes: int, error: OSError) -> Back
         f"{what} cannot be saved",
         where=str(path),
         why=why,
-        next_step=f"what was saved before is intact: {_remedy(error)}, then run the same command with --resume",
+        next_step=f"what was saved before is intact: {_remedy(error)}, then {again}",
     )
 
 

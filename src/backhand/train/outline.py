@@ -13,7 +13,7 @@ from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.data.chat import read_template
-from backhand.data.examples import Example, PreparedData, summed
+from backhand.data.examples import Example, PreparedData, check_vocabulary, summed
 from backhand.data.prepare import prepare
 from backhand.nn.decoder_weights import module_shapes
 from backhand.nn.loading import open_model
@@ -29,6 +29,7 @@ from backhand.train.memory_model import ModelSize
 from backhand.train.memory_plan import MemoryPlan, choose
 from backhand.train.process_memory import settled_rss_bytes
 from backhand.train.sampler import Sampler
+from backhand.train.start_options import check_start_options
 from backhand.train.step_shapes import Rows, StepShape, largest_shapes
 
 _STEPS_LOOKED_AT = 2000
@@ -70,7 +71,14 @@ class Outline:
     notes: tuple[str, ...] = ()
 
 
-def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = False, watched: bool = False) -> Outline:
+def outline_run(
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    assumed_rows: bool = False,
+    watched: bool = False,
+    typed: frozenset[str] = frozenset(),
+) -> Outline:
     """Everything about a run that is known before its weights are read; nothing is written.
 
     Args:
@@ -78,13 +86,14 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
         machine: where it computes.
         assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
         watched: count a second model beside it, which answers while this one trains.
+        typed: names of options that were given even where they have their default value.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
     source = open_model(config.model.model)
     choice = choose_engine(config.model, source)
-    config = replace(config, adapter=_adapter_config(config, source))
+    config = replace(config, adapter=_adapter_config(config, source, choice, typed))
     layout = planned_layout(choice, config.adapter)
     notes: tuple[str, ...] = ()
     if layout is not None:
@@ -108,6 +117,8 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
         )
         layout = bound.lora.layout
         notes = _check_start(config, source, choice, list(bound.lora.slots))
+    neutral = _neutral_texts(config, tokenizer, held_out)
+    _check_tokens(choice, bound, train, held_out, neutral, tokenizer)
     size = model_size(choice, source, layout, machine.dtype)
     process = settled_rss_bytes(machine.dtype)
     if bound is not None:
@@ -116,7 +127,7 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     packer = _packer(train.examples, choice, layout)
     memory = choose(
         size,
-        _shapes(config, machine, choice, packer, train, held_out, sampler, total_steps, tokenizer),
+        _shapes(config, machine, choice, packer, train, held_out, sampler, total_steps, neutral.lengths),
         budget_bytes=budget,
         process_bytes=process,
         micro_batch_rows=config.optimization.micro_batch_rows,
@@ -141,19 +152,50 @@ def outline_run(config: TrainConfig, machine: Machine, *, assumed_rows: bool = F
     )
 
 
+def _neutral_texts(config: TrainConfig, tokenizer: Any, held_out: PreparedData | None) -> ForgettingMeter:
+    """What the run will measure forgetting on; on nothing where it does not."""
+    measured = held_out is not None or config.run.max_forgetting is not None
+    return ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
+
+
+def _check_tokens(
+    choice: EngineChoice,
+    bound: BoundModel | None,
+    train: PreparedData,
+    held_out: PreparedData | None,
+    neutral: ForgettingMeter,
+    tokenizer: Any,
+) -> None:
+    """Raise DataError where the run would meet a token that the model does not have."""
+    if choice.decoder is not None:
+        vocab_size = choice.decoder.vocab_size
+    else:
+        from backhand.train.transformers_engine import TransformersModel
+
+        assert bound is not None and isinstance(bound.model, TransformersModel)
+        vocab_size = bound.model.vocab_size
+    examples = (*train.examples, *(() if held_out is None else held_out.examples))
+    check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
+    check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
+
+
 def _packer(examples: Sequence[Example], choice: EngineChoice, layout: AdapterLayout) -> RowPacker:
     drops = any(slot.dropout > 0 for slot in layout.slots)
     return RowPacker(examples, share_prefixes=choice.decoder is not None and not drops)
 
 
-def _adapter_config(config: TrainConfig, source: ModelSource) -> LoRAConfig:
+def _adapter_config(
+    config: TrainConfig, source: ModelSource, choice: EngineChoice, typed: frozenset[str]
+) -> LoRAConfig:
     """The adapter as asked for, or as the one it starts from has it; dropout is this run's own."""
     if config.run.from_adapter is None:
         return config.adapter
     contents = read_adapter(config.run.from_adapter, source, allow_pickle=config.model.allow_pickle)
     if not contents.config_usable:
         raise UnusableAdapterError(contents.directory, contents.problems)
-    return replace(contents.described.config, dropout=config.adapter.dropout)
+    taken = replace(contents.described.config, dropout=config.adapter.dropout)
+    check_start_options(config.adapter, taken, choice, config.run.from_adapter, typed)
+    return taken
 
 
 def _check_start(
@@ -201,7 +243,7 @@ def _shapes(
     held_out: PreparedData | None,
     sampler: Sampler,
     total_steps: int,
-    tokenizer: Any,
+    neutral: Sequence[int],
 ) -> Mapping[int, StepShape]:
     """What the run's micro-batches are like, for each number of rows that may be chosen."""
     options = config.optimization
@@ -210,7 +252,6 @@ def _shapes(
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
-    measured = held_out is not None or config.run.max_forgetting is not None
     held_out_examples = () if held_out is None else held_out.examples
     return largest_shapes(
         [sampler.rows_of(step) for step in range(looked_at)],
@@ -218,7 +259,7 @@ def _shapes(
         rows_options,
         torch.empty(0, dtype=machine.dtype, device=machine.device),
         held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=choice.decoder is not None)),
-        neutral=ForgettingMeter.for_tokenizer(tokenizer).lengths if measured else (),
+        neutral=neutral,
     )
 
 

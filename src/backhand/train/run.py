@@ -40,7 +40,8 @@ def train(
         config: every option. What is None or `auto` in it is chosen, and written to config.toml.
         callbacks: told of every step and evaluation, besides the terminal, metrics.jsonl and loggers.
         files: the file layer, for tests.
-        typed: names of options that were given even where they have their default value; matters when resuming.
+        typed: names of options that were given even where they have their default value; matters when resuming,
+            and when starting from an adapter.
 
     Returns:
         what the run came to, as summary.json has it.
@@ -73,7 +74,7 @@ def train(
                     return done
             machine = resolve_machine(config)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-                job = build_job(config, machine)
+                job = build_job(config, machine, typed)
                 told = Observers([*everyone, MetricsFile(directory)])
                 return JobRun(job, directory, told, interruption, checkpoint).train()
     finally:

@@ -171,11 +171,13 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
     """Check and lock the run directory, creating it if need be; nothing that is there is changed yet.
 
     Raises:
-        UsageError: it is a file, a dangling link, holds links, holds a run or other files (without `resume` or
-            `overwrite`), holds no run to resume, or another process is writing to it.
+        UsageError: its name is not UTF-8, it is a file, a dangling link, holds links, holds a run or other files
+            (without `resume` or `overwrite`), holds no run to resume, or another process is writing to it.
         ResourceError: it cannot be created or is not writable.
     """
     path = _real_directory(output)
+    for place in (path, Path.cwd()):  # what is given relative to the latter is written down in full
+        _check_utf8(place)
     existed = path.exists()
     if existed:
         _check_contents(path, resume=resume, overwrite=overwrite)
@@ -198,6 +200,18 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
 
 def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _check_utf8(place: Path) -> None:
+    try:
+        str(place).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{str(place)!r} is not UTF-8",
+            where="output",
+            why="a run writes where it is into files that are",
+            next_step="rename the directory, or work in another one",
+        ) from None
 
 
 def _real_directory(output: Path) -> Path:
