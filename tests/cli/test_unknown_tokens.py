@@ -47,6 +47,12 @@ def test_a_token_that_the_model_does_not_have_is_refused(
     assert "resize_token_embeddings" in said
 
 
+def test_verify_refuses_it_too(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "rows.jsonl", ["the user asks", f"the assistant {NEW} answers"])
+    assert main(["verify", "--model", str(model), "--dtype", "float32", "--data", data]) == 3
+    assert f"{data}:2: token 300, {NEW!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_held_out_rows_are_looked_at_too(
     command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

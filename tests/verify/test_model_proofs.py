@@ -347,3 +347,13 @@ def test_a_measured_nan_does_not_pass():
 
     assert not ModelProof("x", math.nan, 1.0).passed
     assert ModelProof("x", 0.5, 1.0).passed
+
+
+def test_a_model_without_gradients_by_hand_is_told_what_can_be_proved(tmp_path):
+    base = save_tiny(tiny_model("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="does not know how to compute") as raised:
+        verify(VerifyOptions(model=VerifiedModelOptions(model=str(base))))
+    assert "verify without --model" in str(raised.value) and "--engine" not in str(raised.value)

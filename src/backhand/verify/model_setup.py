@@ -14,12 +14,14 @@ from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_slots
 from backhand.data.chat import read_template
-from backhand.data.examples import Example
+from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
 from backhand.errors import DataError, UsageError
 from backhand.nn.compute import resolve_device, resolve_dtype
+from backhand.nn.config_fields import UnsupportedModel
 from backhand.nn.decoder import Decoder
+from backhand.nn.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
@@ -30,6 +32,9 @@ ADAPTER_SEED = 0
 DROPOUT_SEED = 1
 RANDOM_ADAPTER = LoRAConfig(dropout=0.1)
 UPDATE_SHARE = 0.1
+_WITHOUT_ENGINE = (
+    "its gradients are autograd's, and there are none by hand to prove; backhand verify without --model proves the ops"
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,18 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     Raises:
         UnsupportedModel: for a model that the decoder engine does not compute: it has no gradients by hand.
         ArtifactError: model, adapter or tokenizer cannot be read, or do not belong together.
-        DataError: the rows cannot be read, or nothing in them carries loss.
+        DataError: the rows cannot be read, nothing in them carries loss, or the model does not have a token of theirs.
         UsageError: the device cannot be used.
     """
     device = resolve_device(model)
     dtype = resolve_dtype(model, device)
     source = open_model(model.model)
+    try:
+        vocab_size = decoder_config(source.config).vocab_size
+    except UnsupportedModel as error:
+        raise UnsupportedModel(error.model_type, error.problems, next_step=_WITHOUT_ENGINE) from None
     examples, rows = _documents(data, source.tokenizer(), max_tokens)
+    check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
     decoder = Decoder.from_source(source, dtype=dtype, device=device)
     said: tuple[str, ...] = ()
     if len(examples) == 1:
