@@ -114,7 +114,7 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    asking = RowRenderer(tokenizer, options)
+    asking = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
     bad = BadRows(options.skip_bad) if bad is None else bad
@@ -126,7 +126,7 @@ def read_examples(
             cut_here.dropped_unsupervised.append(row.source)
         kept = [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
         examples.extend(kept)
-        if prompts is not None and kept:
+        if prompts is not None and asking is not None and kept:
             prompts.append(_prompt(asking, row))
 
     report = _read_into(add, names, options, bad, held_out=held_out)

@@ -64,7 +64,8 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     try:
         config = decoder_config(source.config)
     except UnsupportedModel as error:
-        raise UnsupportedModel(error.model_type, error.problems, next_step=_WITHOUT_ENGINE) from None
+        error.next_step = _WITHOUT_ENGINE
+        raise
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
-from backhand.data.sources import held_out_beside
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 
@@ -246,9 +245,9 @@ class TrainConfig:
         return self
 
 
-def _check_utf8(part: object) -> None:
+def _check_utf8(part: Any) -> None:
     """Raise UsageError for a name that is not UTF-8, as a file of another system may have: config.toml is."""
-    for option in fields(part):  # type: ignore[arg-type]
+    for option in fields(part):
         value = getattr(part, option.name)
         for text in value if isinstance(value, tuple | list) else (value,):
             try:
@@ -264,6 +263,8 @@ def _check_utf8(part: object) -> None:
 
 def _holds_out(data: DataOptions) -> bool:
     """Whether some rows are kept from training: named, drawn, or lying beside the training rows."""
+    from backhand.data.sources import held_out_beside  # readers of files: --help needs none of them
+
     return bool(data.eval_data or data.eval_fraction or held_out_beside(data.data))
 
 

@@ -58,8 +58,8 @@ class TransformersModel:
     @property
     def vocab_size(self) -> int:
         """Tokens that documents may hold: ids below this."""
-        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        return int(embedding.weight.shape[0])
+        model: Any = self.model
+        return int(model.get_input_embeddings().weight.shape[0])
 
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         adapter = set() if self.injected is None else {id(parameter) for parameter in self.injected.parameters()}

@@ -69,7 +69,8 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     try:
         vocab_size = decoder_config(source.config).vocab_size
     except UnsupportedModel as error:
-        raise UnsupportedModel(error.model_type, error.problems, next_step=_WITHOUT_ENGINE) from None
+        error.next_step = _WITHOUT_ENGINE
+        raise
     examples, rows = _documents(data, source.tokenizer(), max_tokens)
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
     decoder = Decoder.from_source(source, dtype=dtype, device=device)
