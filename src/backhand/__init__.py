@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.report.train import train
-    from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
-    from backhand.train.evaluation import evaluate
-    from backhand.train.observer import Observer
-    from backhand.verify.compare import compare
+    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.training.evaluate import evaluate
+    from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.training.observer import Observer
+    from backhand.verify.measure import compare
 
     __version__: str
 
 _HOMES = {
     "BackhandError": "backhand.errors",
     "DataOptions": "backhand.data.options",
-    "EvaluateOptions": "backhand.train.evaluate_options",
-    "EvaluateRunOptions": "backhand.train.evaluate_options",
+    "EvaluateOptions": "backhand.training.evaluate_options",
+    "EvaluateRunOptions": "backhand.training.evaluate_options",
     "LoRAConfig": "backhand.adapters.config",
-    "ModelOptions": "backhand.train.config",
-    "Observer": "backhand.train.observer",
-    "OptimizationOptions": "backhand.train.config",
-    "RunOptions": "backhand.train.config",
-    "TrainConfig": "backhand.train.config",
-    "compare": "backhand.verify.compare",
-    "evaluate": "backhand.train.evaluation",
+    "ModelOptions": "backhand.training.config",
+    "Observer": "backhand.training.observer",
+    "OptimizationOptions": "backhand.training.config",
+    "RunOptions": "backhand.training.config",
+    "TrainConfig": "backhand.training.config",
+    "compare": "backhand.verify.measure",
+    "evaluate": "backhand.training.evaluate",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",
     "train": "backhand.report.train",

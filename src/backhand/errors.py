@@ -14,6 +14,8 @@ class BackhandError(Exception):
     """
 
     exit_code = 1
+    said_elsewhere = False
+    """Whether another process of the run prints the same."""
 
     def __init__(
         self,
@@ -30,18 +32,39 @@ class BackhandError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
+        text = self._said()
         if self.why:
-            text += f"\n  why: {self.why}"
+            text += f"\n  why: {bounded(self.why)}"
         if self.next_step:
-            text += f"\n  next: {self.next_step}"
+            text += f"\n  next: {bounded(self.next_step)}"
         return text
+
+    def _said(self) -> str:
+        return f"{bounded(self.where)}: {bounded(self.what)}" if self.where else bounded(self.what)
 
     @property
     def one_line(self) -> str:
         """The same as one sentence of a list."""
-        said = f"{self.where}: {self.what}" if self.where else self.what
-        return "; ".join(part for part in (said, self.why, self.next_step) if part)
+        return "; ".join(bounded(part) for part in (self._said(), self.why, self.next_step) if part)
+
+
+LONGEST_LINE = 1000
+LONGEST_TEXT = 8000
+
+
+def bounded(text: str) -> str:
+    """What is said of anybody's input has a bound, each line and all of them: the beginning and the end are kept."""
+    if len(text) <= LONGEST_LINE:
+        return text
+    lines = text[: 4 * LONGEST_TEXT].split("\n") if "\n" in text else [text]
+    return _cut("\n".join(_cut(line, LONGEST_LINE) for line in lines), LONGEST_TEXT)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    kept = most // 2 - 30
+    return f"{text[:kept]} … ({len(text) - 2 * kept:,} characters left out) … {text[-kept:]}"
 
 
 class UsageError(BackhandError):
@@ -72,6 +95,11 @@ class CheckError(BackhandError):
     """A check failed: guard, proof, parity, non-finite values."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in its first line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def short_reason(error: BaseException) -> str:

@@ -12,9 +12,17 @@ from rich.text import Text
 WIDTH_WITHOUT_TERMINAL = 120
 
 
+class _Console(Console):
+    """A console whose reader may leave: rich would end the program with 1, as if it were a bug."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to whoever prints. Raises BrokenPipeError."""
+        raise BrokenPipeError
+
+
 def console(**options: Any) -> Console:
     """A console that takes text for text; `options` are those of rich's."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    return _Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def console_for_tables(width: int = WIDTH_WITHOUT_TERMINAL) -> Console:

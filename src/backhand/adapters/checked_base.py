@@ -8,15 +8,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import AdapterContents, read_adapter_directory
-from backhand.adapters.adapter_record import AdapterRecord, base_differences, wrong_base
-from backhand.adapters.base_copies import copy_differences
-from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
-from backhand.adapters.loaded_adapter import LoadedAdapter
-from backhand.adapters.peft_loading import match_linear_adapter
+from backhand.adapters.loading import LoadedAdapter, copy_differences, match_linear_adapter
+from backhand.adapters.reading import AdapterContents, read_adapter_directory
+from backhand.adapters.record import (
+    AdapterRecord,
+    base_differences,
+    base_digest,
+    text_digest,
+    tokenizer_digest,
+    wrong_base,
+)
 from backhand.adapters.targets import OUTPUT_HEADS
+from backhand.adapters.wrapped_names import of_the_text_model
 from backhand.errors import ArtifactError, UsageError
+from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -79,7 +85,7 @@ def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: 
                 next_step="give --model",
             )
         return read_gguf_adapter(path, source.config)
-    return read_adapter_directory(path, allow_pickle=allow_pickle)
+    return of_the_text_model(read_adapter_directory(path, allow_pickle=allow_pickle))
 
 
 def check_source(
@@ -111,7 +117,8 @@ def check_source(
     """
     different = []
     if record is not None:
-        digests = source_digests(source, module_names, chat_template=chat_template)
+        compared = module_names if record.base_digest is not None else ()
+        digests = source_digests(source, compared, chat_template=chat_template)
         different += base_differences(record, **digests)
     different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
     if different and not force_base:
@@ -125,7 +132,7 @@ def source_digests(
     """base_digest, tokenizer_digest and chat_template_digest, as an adapter's record has them."""
     weights = list(weight_names(module_names, source.tensor_names()))
     return {
-        "base_digest": base_digest(weights, source.load) if weights else None,
+        "base_digest": base_digest(weights, source.load_in_pieces) if weights else None,
         "tokenizer_digest": tokenizer_digest(source.tokenizer()),
         "chat_template_digest": text_digest(chat_template),
     }
@@ -146,9 +153,14 @@ def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> It
     """Names of the modules' weights in a model's files; what is not found there is left out.
 
     Files may leave out the beginning of a path, as GPT-2's do, and of a tied output head they hold only the embedding.
+    A parameter of experts is the matrices of all of them.
     """
-    there = set(tensor_names)
+    names = list(tensor_names)
+    there = set(names)
     for module in module_names:
+        if may_hold_experts(module):
+            yield from sorted(matrices_within(module, names))
+            continue
         name = _named(f"{module}.weight", there)
         if name is None and module in OUTPUT_HEADS:
             name = next((name for name in sorted(there) if name.endswith(_EMBEDDINGS)), None)

@@ -3,9 +3,10 @@
     general.type = adapter, general.architecture, adapter.type = lora, adapter.lora.alpha
     <base tensor>.lora_a, <base tensor>.lora_b, such as blk.0.attn_q.weight.lora_a        [llama.cpp llama-adapter.cpp]
 
-Shapes are PEFT's, (rank, in) and (out, rank), but token_embd.weight.lora_a is (vocab, rank). The scaling of a module is
-alpha / rank of that module; an alpha of 0 or none means 1. Rows of lora_b lie in the order of the base tensor's rows,
-which for q and k of architecture `llama` is not Hugging Face's (`gguf_tensors`).
+Shapes are PEFT's, (rank, in) and (out, rank), but token_embd.weight.lora_a is (vocab, rank), and experts have
+(experts, rank, in) and (experts, out, rank); their gate and up, one parameter with one lora_A in PEFT, have two here.
+The scaling of a module is alpha / rank of that module; an alpha of 0 or none means 1. Rows of lora_b and columns of
+lora_a lie in the order of the base tensor's rows and columns, which is not always Hugging Face's (`gguf_tensors`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import AdapterContents
-from backhand.adapters.adapter_record import AdapterRecord, read_record
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_config_writer import written_pattern
+from backhand.adapters.peft_config import PEFTConfig, written_pattern
 from backhand.adapters.peft_keys import PREFIX, factor_problems
-from backhand.adapters.strict_json import parse_json_object
+from backhand.adapters.reading import AdapterContents, parse_json_object
+from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
-from backhand.nn.loading.gguf_dequantize import dequantized
-from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_tensors import gguf_architecture, head_dimension, huggingface_name, layout
+from backhand.nn.loading.expert_tensors import parameter_of, parts_of
+from backhand.nn.loading.gguf_file import GGUFFile, dequantized
+from backhand.nn.loading.gguf_tensors import (
+    StoredSizes,
+    gguf_architecture,
+    huggingface_name,
+    huggingface_names,
+    layout,
+    stored_sizes,
+)
+from backhand.reading import open_plain
 
 ALPHA_KEY = "adapter.lora.alpha"
 RECORD_KEY = "backhand.record"
@@ -44,7 +52,7 @@ _LINEAR_SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
 def is_gguf_file(path: Path | str) -> bool:
     """Whether this is a file that begins as GGUF files do."""
     try:
-        with Path(path).open("rb") as file:
+        with open_plain(path) as file:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):  # ValueError: a NUL character in the path
         return False
@@ -67,8 +75,12 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     path = Path(path)
     file = GGUFFile(path)
     architecture = _check_kind(file, config)
-    tensors, stored_bytes, problems = _tensors(file, architecture, head_dimension(config))
-    described = _described(_alpha(file), tensors)
+    stacks: dict[str, dict[str, Tensor]] = {}
+    tensors, stored_bytes, problems = _tensors(file, architecture, stored_sizes(config), stacks)
+    if config.get("model_type") == "granitemoehybrid":
+        tensors = _with_fused_mlp(tensors, problems)
+    modules, parameters = _ranks(tensors), _take_experts(tensors, stacks, problems)
+    described = _described(_alpha(file), modules, parameters)
     record = None
     try:
         record = _record(file, problems)
@@ -115,26 +127,37 @@ def _alpha(file: GGUFFile) -> float | None:
     return float(alpha) or None
 
 
-def _tensors(file: GGUFFile, architecture: str, head_dim: int) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """Factors under PEFT's names and in Hugging Face's row order, their sizes in the file, and what is wrong."""
+def _tensors(
+    file: GGUFFile, architecture: str, sizes: StoredSizes, stacks: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
+    """Factors under PEFT's names and in Hugging Face's row order, their sizes in the file, and what is wrong.
+
+    Those of experts are put into `stacks`, by the parameter, and by `gate_proj.a` and so on.
+    """
     found: dict[str, Tensor] = {}
     stored_bytes: dict[str, int] = {}
     problems = []
     for name, stored in file.tensors.items():
         base, _, factor = name.rpartition(".lora_")
         ours = huggingface_name(architecture, base)
+        if factor in ("a", "b") and (experts := huggingface_names(architecture, base, stored.shape)) and ours is None:
+            values = dequantized(file.bytes_of(stored), stored.type_id).view(stored.shape)
+            part = f"{experts[0].split('.')[-2]}.{factor}"
+            stacks.setdefault(parameter_of(experts[0]) or "", {})[part] = values
+            continue
         if factor not in ("a", "b") or ours is None or not ours.endswith(".weight") or len(stored.shape) != 2:
             problems.append(f"unexpected: {name}, {stored.shape}; factors are <base tensor>.lora_a and .lora_b")
             continue
         values = dequantized(file.bytes_of(stored), stored.type_id).view(stored.shape)
         if base == EMBEDDING:
             values = values.T if factor == "a" else values
-        elif factor == "b":
-            how = layout(architecture, ours, head_dim)
-            if how.pairs_per_head is not None and values.shape[0] % (2 * how.pairs_per_head):
-                problems.append(f"{name}: {values.shape[0]} rows are no whole number of heads of {head_dim}")
+        else:
+            how = layout(architecture, ours, sizes).of_factors["ab".index(factor)]
+            misfit = how.misfit(values.shape)
+            if misfit is not None:
+                problems.append(f"{name}: {misfit}")
                 continue
-            values = how.restored(values) if not how.offset else values
+            values = how.restored(values)
         suffixes = _EMBEDDING_SUFFIXES if base == EMBEDDING else _LINEAR_SUFFIXES
         key = PREFIX + ours.removesuffix(".weight") + suffixes[factor]
         found[key] = values.contiguous()
@@ -142,13 +165,61 @@ def _tensors(file: GGUFFile, architecture: str, head_dim: int) -> tuple[dict[str
     return found, stored_bytes, problems
 
 
-def _described(alpha: float | None, tensors: Mapping[str, Tensor]) -> PEFTConfig:
-    """The configuration that PEFT would have for these tensors: every module by its whole path."""
+def _with_fused_mlp(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
+    """Granite 4's factors, whose gate and up are one module, from those of a file, which has them one by one."""
+    ends = _LINEAR_SUFFIXES["a"], _LINEAR_SUFFIXES["b"]
+    found = {key.replace(".mlp.down_proj.", ".shared_mlp.output_linear."): tensor for key, tensor in tensors.items()}
+    gate, up = ".mlp.gate_proj", ".mlp.up_proj"
+    for block in dict.fromkeys(key.partition(part)[0] for key in tensors for part in (gate, up) if part in key):
+        gate_A, gate_B, up_A, up_B = (found.pop(f"{block}{part}{end}", None) for part in (gate, up) for end in ends)
+        if gate_A is None or up_A is None or gate_B is None or up_B is None or not torch.equal(gate_A, up_A):
+            layer = block.removeprefix(PREFIX)
+            problems.append(f"{layer}: gate and up are one module of this model, and do not have one lora_A there")
+            continue
+        fused = f"{block}.shared_mlp.input_linear"
+        found |= {f"{fused}{ends[0]}": gate_A, f"{fused}{ends[1]}": torch.cat([gate_B, up_B])}
+    return found
+
+
+def _take_experts(
+    tensors: dict[str, Tensor], stacks: Mapping[str, Mapping[str, Tensor]], problems: list[str]
+) -> dict[str, int]:
+    """Put the experts' factors among the others under PEFT's names; the rank of each parameter."""
+    ranks = {}
+    for parameter, there in stacks.items():
+        holder, _, own = parameter.rpartition(".")
+        parts = parts_of(own)
+        if set(there) != {f"{part}.{letter}" for part in parts for letter in "ab"}:
+            problems.append(f"{parameter}: the file has {', '.join(sorted(there))} of it")
+            continue
+        lora_A, *others = (there[f"{part}.a"] for part in parts)
+        if not all(torch.equal(lora_A, other) for other in others):
+            problems.append(
+                f"{parameter}: gate and up have each a lora_a of their own, and here they are one parameter"
+            )
+            continue
+        lora_B = torch.cat([there[f"{part}.b"] for part in parts], dim=1)
+        ranks[parameter] = lora_A.shape[1]
+        inner = own == "gate_up_proj" and f"{holder}.down_proj" in stacks
+        path = f"{PREFIX}{holder}.base_layer" if inner else f"{PREFIX}{holder}"
+        tensors[path + _LINEAR_SUFFIXES["a"]] = lora_A.flatten(0, 1).contiguous()
+        tensors[path + _LINEAR_SUFFIXES["b"]] = lora_B.permute(1, 2, 0).flatten(1).contiguous()
+    return ranks
+
+
+def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of every module by its path."""
     ranks = {}
     for key, tensor in tensors.items():
         for suffix in (_LINEAR_SUFFIXES["a"], _EMBEDDING_SUFFIXES["a"]):
             if key.endswith(suffix):
                 ranks[key.removeprefix(PREFIX).removesuffix(suffix)] = tensor.shape[0]
+    return ranks
+
+
+def _described(alpha: float | None, modules: Mapping[str, int], parameters: Mapping[str, int]) -> PEFTConfig:
+    """The configuration that PEFT would have for modules and parameters of these ranks: each by its whole path."""
+    ranks = {**modules, **parameters}
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     # Where llama.cpp takes a scaling of 1, alpha is each module's own rank.
     alphas = ranks if alpha is None else {}
@@ -156,7 +227,8 @@ def _described(alpha: float | None, tensors: Mapping[str, Tensor]) -> PEFTConfig
         LoRAConfig(
             rank=rank,
             alpha=float(rank) if alpha is None else alpha,
-            target_modules=tuple(ranks),
+            target_modules=tuple(modules),
+            target_parameters=tuple(parameters),
             rank_pattern=written_pattern(ranks, rank),
             alpha_pattern=written_pattern({name: float(value) for name, value in alphas.items()}, float(rank)),
         ),

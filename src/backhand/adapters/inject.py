@@ -1,32 +1,315 @@
-"""LoRA put into any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
-
-    adapter = backhand.inject(model, backhand.LoRAConfig(rank=8))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-4)
-    …train as always…
-    adapter.save("out")
-
-`model` stays the object it was; the adapted modules in it compute base and update, forward and backward by hand. Every
-other parameter is frozen, but for modules trained in full (`modules_to_save`), which torch differentiates as it does
-the rest of the model. The factors are plain parameters, one tensor each: views of one flat buffer would come apart
-as soon as the model is moved, copied or wrapped.
-"""
+"""An adapter inside any `nn.Module`: its parameters, and how to merge, disable, save, load and remove it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from backhand.adapters.adapter_directory import AdapterContents, UnusableAdapterError, read_adapter_directory
-from backhand.adapters.base_copies import check_base_copies
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.injected import InjectedAdapter
-from backhand.adapters.injection_plan import plan_injection
-from backhand.adapters.peft_loading import match_adapter
+from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
+from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_saving import module_adapter_files, write_files
+from backhand.adapters.reading import AdapterContents, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.record import AdapterRecord
+from backhand.adapters.saved_modules import SavedModules
+from backhand.adapters.targets import Target
 from backhand.errors import UsageError
-from backhand.nn.lora_module import base_weight
+from backhand.nn.loading.wrappers import Wrapper
+from backhand.nn.lora_parameters import TOKENS, AdapterLayout
+from backhand.nn.modules.adapted_module import LoRAModule, base_weight
+from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
+from backhand.words import name_list
+
+
+class InjectedAdapter:
+    """An adapter inside a model.
+
+    Attributes:
+        module: the model.
+        config: what was injected.
+        targets: the adapted modules with their rank, alpha and scaling.
+        modules: the adapted modules themselves, by dotted path.
+        enabled: whether the model computes with the adapter.
+    """
+
+    def __init__(self, module: nn.Module, plan: Injection) -> None:
+        self.module = module
+        self.config = plan.config
+        self.targets: tuple[Target, ...] = plan.targets
+        self._plan = plan
+        self._required_grad = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        module.requires_grad_(False)
+        self.modules: dict[str, LoRAModule] = {
+            target.name: plan.kinds[target.name].adapt(
+                plan.modules[target.name],
+                rank=target.rank,
+                scaling=target.scaling,
+                dropout=plan.config.dropout,
+                use_dora=plan.config.use_dora,
+                lora_bias=plan.config.lora_bias,
+            )
+            for target in plan.targets
+        }
+        self._saved = SavedModules(module, plan.trained)
+        self._tokens = _train_rows(plan)
+        self._fast_paths = close_fast_paths(module)
+        self.enabled = True
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything trained by name: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows.
+
+        Raises:
+            UsageError: the model has put a frozen parameter, or one of another shape, in the place of a trained one.
+        """
+        for name, adapted in self.modules.items():
+            for part, parameter in adapted.trained():
+                yield f"{name}.{part}", parameter
+        yield from self._saved.named_parameters()
+        for name, embedding in list(self._tokens.items())[:1]:  # modules that share a weight share the rows
+            yield f"{name}.{TOKENS}", embedding.rows
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, for an optimizer."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def __repr__(self) -> str:
+        """How much of which model is adapted."""
+        kind, count = type(self.module).__qualname__, len(self.modules)
+        return f"InjectedAdapter({kind}: {count} modules adapted, {self.parameter_count:,} numbers trained)"
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained elements in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may interest a person: adapted weights that are tied to others."""
+        return self._plan.notes
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
+        for adapted in self.modules.values():
+            adapted.initialise(generator)
+        self.reset_beside()
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """What the adapter consists of."""
+        return self._plan.layout
+
+    def reset_beside(self) -> None:
+        """Set what is trained beside the factors to where it changes nothing, given that they change nothing."""
+        for adapted in self.modules.values():
+            adapted.reset_beside()
+        self._saved.reset()
+        with torch.no_grad():
+            for module in self._tokens.values():
+                module.rows.copy_(module.weight[module.token_ids])
+
+    @torch.no_grad()
+    def fill(self, factors: Mapping[str, Tensor]) -> None:
+        """Copy factors, by the names of `named_parameters`, into the model."""
+        merged, parameters = self.merged, list(self.named_parameters())
+        self.unmerge()
+        for name, parameter in parameters:
+            parameter.copy_(factors[name])
+        if merged:
+            self.merge()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights hold the update at the moment."""
+        return any(adapted.merged for adapted in self._all_modules())
+
+    def _all_modules(self) -> list[LoRAModule | TokenModule]:
+        return [*self.modules.values(), *self._tokens.values()]
+
+    def enable(self, wanted: bool = True) -> None:
+        """Compute with the adapter, or as the base model does; a merged one is unmerged first."""
+        self.unmerge()
+        if wanted:
+            self._saved.enable()
+        else:
+            self._saved.disable()
+        for adapted in self._all_modules():
+            adapted.enabled = wanted
+        self.enabled = wanted
+
+    def merge(self) -> None:
+        """Put the update into the weights, so that the model runs at the base model's speed.
+
+        Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged. A state
+        dict taken meanwhile holds the merged weights and the factors beside them: load it into a plain model, never
+        into an injected one, which would add the update once more.
+
+        Raises:
+            UsageError: the adapter is disabled, grouped convolutions, whose update no weight can hold, or `lora_bias`
+                where the base has no bias; nothing is merged then.
+        """
+        if not self.enabled:
+            raise UsageError(
+                "a disabled adapter cannot be merged",
+                why="the model is to compute what its base does, and merged it would not",
+                next_step="call enable() first",
+            )
+        if self.config.lora_bias and (without := [n for n, adapted in self.modules.items() if adapted.bias is None]):
+            raise UsageError(
+                f"{name_list(without)} cannot be merged",
+                why="the adapter has a bias there, and the base model has none that could hold it",
+                next_step="leave the adapter unmerged",
+            )
+        if grouped := [name for name, adapted in self.modules.items() if getattr(adapted, "groups", 1) > 1]:
+            raise UsageError(
+                f"{', '.join(grouped)} cannot be merged",
+                why="the update of a grouped convolution reads channels that its weight does not",
+                next_step="leave the adapter unmerged",
+            )
+        for adapted in self._all_modules():
+            adapted.merge()
+
+    def unmerge(self) -> None:
+        """Put the base weights back, bit by bit."""
+        for adapted in self._all_modules():
+            adapted.unmerge()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what its base does; afterwards what it did before."""
+        enabled, merged = self.enabled, self.merged
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(enabled)
+            if merged:
+                self.merge()
+
+    def remove(self) -> nn.Module:
+        """Take the adapter out: the model is what it was before `inject`, and this object is spent.
+
+        Raises:
+            UsageError: a module trained in full has another shape now; nothing is changed then.
+        """
+        self._saved.disable()
+        for adapted in self._all_modules():
+            adapted.restore()
+        for layer, attribute, value in self._fast_paths:
+            setattr(layer, attribute, value)
+        for parameter in self._required_grad:
+            parameter.requires_grad_(True)
+        self.modules, self._tokens, self._saved = {}, {}, SavedModules(self.module, ())
+        return self.module
+
+    def save(
+        self,
+        directory: Path | str,
+        *,
+        base_model: str | None = None,
+        record: AdapterRecord | None = None,
+        card: Mapping[str, object] | None = None,
+    ) -> Path:
+        """Write the adapter in PEFT's format, see `peft_saving.adapter_files`.
+
+        Args:
+            directory: created if need be.
+            base_model: hub id or path of the base; if None, what a transformers model knows of itself.
+            record: origin and digests for backhand.json.
+            card: further rows for the table in README.md.
+        """
+        return write_files(Path(directory), self.files(base_model=base_model, record=record, card=card))
+
+    def files(
+        self,
+        *,
+        base_model: str | None = None,
+        record: AdapterRecord | None = None,
+        card: Mapping[str, object] | None = None,
+        wrapper: Wrapper | None = None,
+    ) -> dict[str, bytes]:
+        """The files that `save` writes, by name, in the order to write them; see `peft_saving.adapter_files`."""
+        own_config = getattr(self.module, "config", None)
+        base_model = base_model or getattr(own_config, "name_or_path", None) or None
+        is_causal = type(self.module).__name__.endswith("ForCausalLM")
+        return module_adapter_files(
+            PEFTConfig(
+                self.config,
+                base_model,
+                "CAUSAL_LM" if is_causal else None,
+                fan_in_fan_out=any(kind.__name__ == "LoRAConv1D" for kind in self._plan.kinds.values()),
+            ),
+            self.targets,
+            self._plan.shapes,
+            {name: parameter.detach() for name, parameter in self.named_parameters()},
+            record,
+            card,
+            self._plan.module_names,
+            self._plan.trained,
+            wrapper,
+        )
+
+    def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
+        """Replace the factors by those of an adapter of the same modules, ranks and scaling.
+
+        Raises:
+            UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
+        """
+        return self.load_contents(read_adapter_directory(directory, allow_pickle=allow_pickle))
+
+    def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
+        """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
+        loaded = match_adapter(
+            contents,
+            self._plan.module_names,
+            lambda _: list(self._plan.shapes),
+            linear=self._plan.linear,
+            heads=self._plan.heads,
+            differences=lambda targets: _differences(targets, self.targets),
+            trained=lambda _: self._plan.trained,
+        )
+        check_base_copies(loaded, lambda name: self.modules[name].weight)
+        self.fill(loaded.factors)
+        return loaded
+
+
+def _train_rows(plan: Injection) -> dict[str, TokenModule]:
+    """The modules with trained embedding rows, the embedding first."""
+    if not plan.token_modules:
+        return {}
+    token_ids = torch.tensor(plan.config.trainable_token_indices, dtype=torch.int64)
+    (name, module), *heads = plan.token_modules.items()
+    embedding = TokenEmbedding.adapt(module, token_ids)
+    return {name: embedding} | {head: TokenLinear.adapt(module, embedding) for head, module in heads}
+
+
+def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
+    """A sentence for each module that the file adapts in another way than the model."""
+    here = {target.name: target for target in ours}
+    there = {target.name: target for target in theirs}
+    problems = [f"{name}: adapted in the file, not in the model" for name in there if name not in here]
+    problems += [f"{name}: adapted in the model, not in the file" for name in here if name not in there]
+    for name, ours_ in here.items():
+        file = there.get(name, ours_)
+        if (file.rank, file.scaling) != (ours_.rank, ours_.scaling):
+            problems.append(
+                f"{name}: rank {file.rank} and scaling {file.scaling:g} in the file, "
+                f"{ours_.rank} and {ours_.scaling:g} in the model"
+            )
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA put into any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
+#
+# `model` stays the object it was; the adapted modules in it compute base and update, forward and backward by hand.
+# Every other parameter is frozen, but for modules trained in full (`modules_to_save`), which torch differentiates as it
+# does the rest of the model. The factors are plain parameters, one tensor each: views of one flat buffer would come
+# apart as soon as the model is moved, copied or wrapped.
 
 
 def inject(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +10,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.saved_modules import tied_notes
-from backhand.adapters.targets import Target, no_embedding_bias, resolve_targets
+from backhand.adapters.targets import Target, in_numbers, no_embedding_bias, resolve_targets
 from backhand.adapters.trained_tensors import resolve_trained, saved_modules
 from backhand.errors import UsageError
-from backhand.nn.lora_module import LoRAModule, base_weight
-from backhand.nn.lora_modules import LORA_MODULES, LoRAConv1D, lora_class
-from backhand.nn.lora_parameters import TrainedTensor
-from backhand.nn.module_shapes import module_paths
-from backhand.nn.token_modules import TokenEmbedding, TokenLinear, TokenModule
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor, module_paths
+from backhand.nn.modules.adapted_module import LoRAModule, base_weight
+from backhand.nn.modules.kinds import LORA_MODULES, LoRAConv1D, lora_class
+from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
+from backhand.words import name_list
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,28 @@ class Injection:
     token_modules: dict[str, nn.Module]
     notes: tuple[str, ...]
 
+    @property
+    def layout(self) -> AdapterLayout:
+        """What the adapter will consist of."""
+        slots = [
+            LoRASlot(
+                target.name,
+                in_features=math.prod(shapes.lora_A[1:]),
+                out_features=shapes.lora_B[0],
+                rank=target.rank,
+                scaling=target.scaling,
+                dropout=self.config.dropout,
+                use_dora=self.config.use_dora,
+                lora_bias=self.config.lora_bias,
+                embedding=shapes.embedding,
+            )
+            for target, shapes in zip(self.targets, self.shapes, strict=True)
+        ]
+        return AdapterLayout(tuple(slots), self.trained)
+
 
 def plan_injection(
-    model: nn.Module, config: LoRAConfig, heads: Sequence[str] | None, *, strict: bool = True
+    model: nn.Module, config: LoRAConfig, heads: Sequence[str] | None, *, strict: bool = True, skeleton: bool = False
 ) -> Injection:
     """Resolve `config` on `model` and check that every module it names can be adapted.
 
@@ -61,6 +80,7 @@ def plan_injection(
         config: what to adapt.
         heads: what `all-linear` leaves out, or None to ask the model.
         strict: whether names that match nothing are errors.
+        skeleton: whether the model may be without its weights: modules on torch's `meta` device.
 
     Raises:
         UsageError: see `inject`.
@@ -79,6 +99,7 @@ def plan_injection(
     linear = frozenset(name for name, module in modules.items() if _is_linear(module))
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
     targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
+    config = in_numbers(config, [target.name for target in targets])
     places = _places(model)
     in_attention = _inside_torch_attention(model)
     kinds: dict[str, type[LoRAModule]] = {}
@@ -90,7 +111,7 @@ def plan_injection(
             problems.append(f"{target.name}: nn.MultiheadAttention reads its weight and never calls it")
         elif kind is None:
             problems.append(f"{target.name}: a {type(module).__qualname__} cannot be adapted{_otherwise_known(module)}")
-        elif (reason := kind.obstacle(module, target.rank)) is not None:
+        elif (reason := kind.obstacle(module, target.rank) or _without_weight(module, skeleton)) is not None:
             problems.append(f"{target.name}: {reason}")
         elif config.use_dora and getattr(module, "groups", 1) > 1:
             problems.append(f"{target.name}: DoRA of a grouped convolution does not exist in PEFT")
@@ -115,7 +136,7 @@ def plan_injection(
         config, parameters, embedding, tied=tied, targets=[target.name for target in targets], strict=strict
     )
     _check_buffers(modules, saved_modules(config.modules_to_save, module_paths(parameters), strict=strict))
-    rows_of = _token_modules(modules, tied, embedding) if config.trainable_token_indices else {}
+    rows_of = _token_modules(modules, tied, embedding, skeleton) if config.trainable_token_indices else {}
     chosen = {target.name: modules[target.name] for target in targets}
     shapes = tuple(_factor_shapes(target, chosen[target.name], kinds[target.name], config) for target in targets)
     return Injection(
@@ -203,7 +224,17 @@ def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | N
     return next((name for name in modules if name == "embed_tokens" or name.endswith(".embed_tokens")), None)
 
 
-def _token_modules(modules: dict[str, nn.Module], tied: dict[str, str], embedding: str | None) -> dict[str, nn.Module]:
+def _without_weight(module: nn.Module, skeleton: bool) -> str | None:
+    """That the module's weight is missing, unless the whole model may be without."""
+    weight = module._parameters.get("weight")
+    return (
+        "its weight is not in memory (meta device)" if weight is not None and weight.is_meta and not skeleton else None
+    )
+
+
+def _token_modules(
+    modules: dict[str, nn.Module], tied: dict[str, str], embedding: str | None, skeleton: bool
+) -> dict[str, nn.Module]:
     """The input embedding and the modules that share its weight, all of which must allow for trained rows.
 
     Raises:
@@ -222,7 +253,7 @@ def _token_modules(modules: dict[str, nn.Module], tied: dict[str, str], embeddin
                 why="rows are trained in one embedding and in output heads tied to it",
                 next_step="leave the tokens out",
             )
-        if (reason := kind.obstacle(modules[name])) is not None:
+        if (reason := kind.obstacle(modules[name]) or _without_weight(modules[name], skeleton)) is not None:
             raise UsageError(f"{name}: {reason}", where="trainable_token_indices")
     return {name: modules[name] for name in names}
 
@@ -273,3 +304,29 @@ def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
         if others:
             notes.append(f"{name}: its weight is tied to {name_list(others)}; the update applies to {name} alone")
     return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places where torch uses a linear layer's weight without calling the layer, so that an adapter would be dead.
+
+
+def close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    """Make torch's own transformer layers call their linear layers.
+
+    In evaluation nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel and never calls
+    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and an attribute says
+    whether it is one of these. The encoder around it may pass nested tensors, which only that kernel takes.
+
+    Returns:
+        what was changed: module, attribute and its value before.
+    """
+    changed: list[tuple[nn.Module, str, object]] = []
+    for layer in module.modules():
+        for kind, attribute, closed in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+            (nn.TransformerEncoder, "use_nested_tensor", False),
+        ):
+            if isinstance(layer, kind) and any(isinstance(inner, LoRAModule) for inner in layer.modules()):
+                changed.append((layer, attribute, getattr(layer, attribute)))
+                setattr(layer, attribute, closed)
+    return changed

@@ -9,8 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backhand.adapters.loaded_adapter import LoadedAdapter
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.adapters.loading import LoadedAdapter
+from backhand.adapters.targets import Target
+from backhand.nn.loading.expert_tensors import matrices_of, parameter_of
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 
 
 @dataclass(frozen=True)
@@ -92,32 +94,70 @@ Factors = Mapping[str, ModuleFactors]
 
 
 def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
-    """The modules of a loaded adapter, in float32 at least; what is trained beside them is not among them."""
+    """The modules of a loaded adapter, in float32 at least; what is trained beside them is not among them.
+
+    Of a parameter of experts each expert's linear module is one, by the name that it has in files on the hub.
+    """
 
     def factor(name: str) -> Tensor:
         tensor = loaded.factors[name]
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-    return {
-        target.name: ModuleFactors.from_file(
-            factor(f"{target.name}.lora_A"),
-            factor(f"{target.name}.lora_B"),
+    found: dict[str, ModuleFactors] = {}
+    for target, shape in zip(loaded.targets, loaded.shapes, strict=True):
+        lora_A, lora_B = factor(f"{target.name}.lora_A"), factor(f"{target.name}.lora_B")
+        if shape.experts:
+            found |= _of_experts(target, lora_A, lora_B, shape.experts)
+            continue
+        found[target.name] = ModuleFactors.from_file(
+            lora_A,
+            lora_B,
             target.scaling,
             magnitude=factor(f"{target.name}.lora_magnitude") if shape.magnitude is not None else None,
             embedding=shape.embedding,
         )
-        for target, shape in zip(loaded.targets, loaded.shapes, strict=True)
+    return found
+
+
+def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, experts: int) -> dict[str, ModuleFactors]:
+    """The experts' linear modules; those of one expert that share their input share lora_A."""
+    each_A, each_B = expert_factors(lora_A, lora_B, experts)
+    return {
+        module: ModuleFactors(each_A[piece.expert], piece.of(each_B), target.scaling)
+        for module, piece in matrices_of(target.name, experts, lora_B.shape[0])
     }
 
 
 def parameters_of(factors: Factors) -> LoRAParameters:
     """The same as what the decoder engine computes with, on the CPU in float32."""
+    modules: dict[str, ModuleFactors] = {}
+    experts: dict[str, dict[str, ModuleFactors]] = {}
+    for name, one in factors.items():
+        parameter = parameter_of(f"{name}.weight")
+        if parameter is None:
+            modules[name] = one
+        else:
+            experts.setdefault(parameter, {})[name] = one
     slots = [
         LoRASlot(name, one.lora_A.shape[1], one.lora_B.shape[0], one.rank, one.scaling, embedding=one.embedding)
-        for name, one in factors.items()
+        for name, one in modules.items()
     ]
-    parameters = LoRAParameters(slots)
-    for name, one in factors.items():
+    parameters = LoRAParameters([*slots, *(_expert_slot(name, members) for name, members in experts.items())])
+    for name, one in modules.items():
         parameters.lora_A(name).copy_(one.lora_A)
         parameters.lora_B(name).copy_(one.lora_B)
+    for name, members in experts.items():
+        slot = parameters.slots[name]
+        lora_A, lora_B = expert_factors(parameters.lora_A(name), parameters.lora_B(name), slot.experts)
+        for module, piece in matrices_of(name, slot.experts, slot.out_features):
+            lora_A[piece.expert] = members[module].lora_A
+            piece.of(lora_B).copy_(members[module].lora_B)
     return parameters
+
+
+def _expert_slot(parameter: str, members: Factors) -> LoRASlot:
+    """The slot of experts' linear modules, which are those of one parameter and share lora_A where they share input."""
+    one = next(iter(members.values()))
+    parts = len({name.rpartition(".")[2] for name in members})
+    out_features, experts = parts * one.lora_B.shape[0], len(members) // parts
+    return LoRASlot(parameter, one.lora_A.shape[1], out_features, one.rank, one.scaling, experts=experts)

@@ -1,22 +1,18 @@
-"""PEFT's adapter_config.json: read strictly into our configuration; `peft_config_writer` writes it."""
+"""PEFT's adapter_config.json: read strictly into our configuration, and written in one canonical form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from backhand.adapters.config import (
-    ALL_LINEAR,
-    LoRAConfig,
-    check_alpha,
-    check_dropout,
-    check_modules,
-    check_rank,
-    check_tokens,
-)
-from backhand.adapters.peft_fields import HARMLESS_INITS, PEFT_FIELDS
+from backhand.adapters.config import ALL_LINEAR, Alpha, Dropout, LoRAConfig, Modules, Rank, TokenIds
+from backhand.adapters.targets import Target, resolve_targets, targeted_parameters
+from backhand.bounds import check_value
 from backhand.errors import UsageError
+from backhand.words import shorten
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,14 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
         )
     read = _Reader(raw, problems)
     config = LoRAConfig(
-        rank=read.value("r", check_rank, 8),
-        alpha=read.value("lora_alpha", check_alpha, 8),
-        dropout=float(read.value("lora_dropout", check_dropout, 0.0)),
-        target_modules=read.modules("target_modules", required=True),
+        rank=read.value("r", Rank, 8),
+        alpha=read.value("lora_alpha", Alpha, 8),
+        dropout=float(read.value("lora_dropout", Dropout, 0.0)),
+        target_modules=read.modules("target_modules", required=not raw.get("target_parameters")),
+        target_parameters=read.names("target_parameters"),
         exclude_modules=read.modules("exclude_modules", required=False),
-        rank_pattern=read.pattern("rank_pattern", check_rank),
-        alpha_pattern=read.pattern("alpha_pattern", check_alpha),
+        rank_pattern=read.pattern("rank_pattern", Rank),
+        alpha_pattern=read.pattern("alpha_pattern", Alpha),
         use_rslora=read.boolean("use_rslora"),
         use_dora=read.boolean("use_dora"),
         lora_bias=read.boolean("lora_bias"),
@@ -113,13 +110,13 @@ class _Reader:
         self.raw = raw
         self.problems = problems
 
-    def value(self, name: str, check: Callable[[str, object], None], default: Any) -> Any:
+    def value(self, name: str, hint: Any, default: Any) -> Any:
         value = self.raw.get(name, default)
-        return value if self._holds(name, value, check) else default
+        return value if self._holds(name, value, hint) else default
 
-    def _holds(self, name: str, value: object, check: Callable[[str, object], None]) -> bool:
+    def _holds(self, name: str, value: object, hint: Any) -> bool:
         try:
-            check(name, value)
+            check_value(name, value, hint)
         except UsageError as error:
             self.problems.append(error.one_line)
             return False
@@ -127,23 +124,23 @@ class _Reader:
 
     def modules(self, name: str, *, required: bool) -> str | tuple[str, ...]:
         value = self.raw.get(name)
-        if value is None and not required:
+        if not required and (value is None or value == []):
             return ()
         if not value:
             self.problems.append(f"{name}: {value!r} names no module")
             return ALL_LINEAR
-        if not self._holds(name, value, check_modules):
+        if not self._holds(name, value, Modules):
             return ALL_LINEAR
         return value if isinstance(value, str) else tuple(value)
 
-    def pattern(self, name: str, check: Callable[[str, object], None]) -> dict[str, Any]:
+    def pattern(self, name: str, hint: Any) -> dict[str, Any]:
         value = self.raw.get(name)
         if value is None:
             return {}
         if not isinstance(value, dict):
             self.problems.append(f"{name}: {_short(value)} is not a map of names to numbers")
             return {}
-        return {key: number for key, number in value.items() if self._holds(f"{name}[{key!r}]", number, check)}
+        return {key: number for key, number in value.items() if self._holds(f"{name}[{key!r}]", number, hint)}
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
@@ -165,7 +162,7 @@ class _Reader:
         if isinstance(value, str):
             self.problems.append(f"{name}: {_short(value)} is not a list of names")
             return ()
-        return tuple(value) if self._holds(name, value, check_modules) else ()
+        return tuple(value) if self._holds(name, value, Modules) else ()
 
     def tokens(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
@@ -177,7 +174,7 @@ class _Reader:
         if isinstance(value, dict):
             self.problems.append(f"{name}: rows of {len(value)} modules are trained, only the input embedding's can be")
             return ()
-        return tuple(value) if self._holds(name, value, check_tokens) else ()
+        return tuple(value) if self._holds(name, value, TokenIds) else ()
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")
@@ -194,11 +191,192 @@ class _Reader:
         if not value or self.raw.get("layers_to_transform") in (None, []):
             return ()
         names = [value] if isinstance(value, str) else value
-        if not self._holds("layers_pattern", names, check_modules):
+        if not self._holds("layers_pattern", names, Modules):
             return ()
         return tuple(names)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return shorten(repr(value))
+
+
+def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_names: Collection[str] | None) -> bytes:
+    """adapter_config.json in canonical form: the same adapter gives the same bytes.
+
+    Args:
+        described: configuration and names.
+        targets: the adapted modules, with what was resolved for each.
+        module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
+            that picks exactly the adapted ones.
+    """
+    config = described.config
+    parameters = set(targeted_parameters(config, [target.name for target in targets]))
+    names = [target.name for target in targets if target.name not in parameters]
+    modules, exclude, layers = written_targets(config, names, module_names)
+    fields: dict[str, Any] = {name: None for name, rule in PEFT_FIELDS.items() if name != "runtime_config"}
+    fields |= {
+        "peft_type": "LORA",
+        "peft_version": FORMAT_VERSION,
+        "task_type": described.task_type,
+        "base_model_name_or_path": described.base_model,
+        "revision": described.revision,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _number(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": modules,
+        "exclude_modules": exclude,
+        "target_parameters": sorted(config.target_parameters) or None,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": list(config.trainable_token_indices) or None,
+        "rank_pattern": written_pattern({t.name: t.rank for t in targets}, config.rank),
+        "alpha_pattern": written_pattern({t.name: _number(t.alpha) for t in targets}, _number(config.alpha)),
+        "layers_to_transform": layers,
+        "layers_pattern": list(config.layers_pattern) or None if layers else None,
+        "fan_in_fan_out": described.fan_in_fan_out,
+        "init_lora_weights": True,
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "qalora_group_size": 16,
+        "bias": "none",
+        "use_qalora": False,
+        "ensure_weight_tying": False,
+    }
+    return (json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def written_targets(
+    config: LoRAConfig, names: Sequence[str], module_names: Collection[str] | None
+) -> tuple[str | list[str], str | list[str] | None, list[int] | None]:
+    """target_modules, exclude_modules and layers_to_transform so that PEFT adapts exactly the modules `names`.
+
+    Names and a regular expression are written as they were given: PEFT reads them as we do. `all-linear` would depend
+    on the reader's idea of it, so it becomes a list: last parts of the paths if these pick nothing else among
+    `module_names`, whole paths otherwise.
+    """
+    targets = config.target_modules
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+        exclude = config.exclude_modules
+        return (
+            targets if isinstance(targets, str) else sorted(targets),
+            exclude if isinstance(exclude, str) and exclude else sorted(exclude) or None,
+            None if config.layers_to_transform is None else sorted(config.layers_to_transform),
+        )
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    if module_names is not None:
+        shortest = LoRAConfig(target_modules=tuple(ends), modules_to_save=config.modules_to_save)
+        picked = resolve_targets(shortest, list(module_names))
+        exact = {target.name for target in picked} == set(names)
+    else:
+        exact = not config.exclude_modules and config.layers_to_transform is None
+    return (ends if exact else sorted(names)), None, None
+
+
+def written_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern with keys of which exactly one matches each module that differs from `default`.
+
+    A last path part that has the same value wherever it occurs is a key by itself, such as `q_proj`; any other module
+    is written with its whole path behind `^`. So the order of keys, which a reader may lose, means nothing.
+    """
+    by_end: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_end.setdefault(name.rpartition(".")[2], set()).add(value)
+    pattern = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        end = name.rpartition(".")[2]
+        key = re.escape(end) if len(by_end[end]) == 1 else "^" + re.escape(name)
+        pattern[key] = value
+    return pattern
+
+
+def _number(value: float) -> float:
+    """An integer where the value is one: Ollama reads lora_alpha as an unsigned integer."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every field of PEFT's LoraConfig (0.21.2) means for us: handled, neutral, or refused.
+#
+# - handled: read into our configuration, or kept and written again;
+# - neutral: does not change what the trained adapter computes; read over, at whatever value;
+# - refused: changes what the adapter computes in a way we do not have; an error unless switched off.
+#
+# A test holds this table against PEFT's own list of fields.
+
+
+FORMAT_VERSION = "0.21.2"
+"""The PEFT release whose format is written, and stands as peft_version in the file."""
+
+
+class FieldRule(NamedTuple):
+    """How a field is treated, why, and the values at which a refused field is switched off."""
+
+    treatment: Literal["handled", "neutral", "refused"]
+    reason: str
+    off: tuple[Any, ...] = (None, False, "", [], {})
+
+
+def _handled(reason: str) -> FieldRule:
+    return FieldRule("handled", reason)
+
+
+def _neutral(reason: str) -> FieldRule:
+    return FieldRule("neutral", reason)
+
+
+def _refused(reason: str, *off: Any) -> FieldRule:
+    return FieldRule("refused", reason, off) if off else FieldRule("refused", reason)
+
+
+PEFT_FIELDS: Mapping[str, FieldRule] = {
+    "peft_type": _handled("must be LORA"),
+    "task_type": _handled("kept"),
+    "base_model_name_or_path": _handled("kept"),
+    "revision": _handled("kept"),
+    "r": _handled("rank"),
+    "lora_alpha": _handled("alpha"),
+    "lora_dropout": _handled("dropout"),
+    "target_modules": _handled("target_modules"),
+    "exclude_modules": _handled("exclude_modules"),
+    "target_parameters": _handled("target_parameters, of experts"),
+    "use_rslora": _handled("use_rslora"),
+    "rank_pattern": _handled("rank_pattern"),
+    "alpha_pattern": _handled("alpha_pattern"),
+    "use_dora": _handled("use_dora"),
+    "lora_bias": _handled("lora_bias"),
+    "modules_to_save": _handled("modules_to_save"),
+    "trainable_token_indices": _handled("trainable_token_indices, of the input embedding"),
+    "layers_to_transform": _handled("layers_to_transform"),
+    "layers_pattern": _handled("layers_pattern"),
+    "fan_in_fan_out": _handled("written for GPT-2's Conv1D; on reading, the module says how its weight lies"),
+    "init_lora_weights": _handled("read over unless it names a method that changed the base model"),
+    "inference_mode": _neutral("whether the factors are trainable"),
+    "auto_mapping": _neutral("names a class to import, which is never done"),
+    "peft_version": _neutral("who wrote the file"),
+    "runtime_config": _neutral("how PEFT runs, not what it computes"),
+    "megatron_core": _neutral("names a package to import, which is never done"),
+    "loftq_config": _neutral("of initialisation; init_lora_weights decides"),
+    "eva_config": _neutral("of initialisation; it leaves the base model alone"),
+    "corda_config": _neutral("of initialisation; init_lora_weights decides"),
+    "lora_ga_config": _neutral("of initialisation; init_lora_weights decides"),
+    "qalora_group_size": _neutral("only read with use_qalora"),
+    "bias": _refused("trained biases of the base model", "none", None),
+    "layer_replication": _refused("repeats layers of the base model"),
+    "megatron_config": _refused("modules of Megatron, split over processes"),
+    "alora_invocation_tokens": _refused("the adapter applies only behind certain tokens"),
+    "use_qalora": _refused("pools the input before lora_A"),
+    "use_bdlora": _refused("factors are block-diagonal"),
+    "arrow_config": _refused("routes between several adapters"),
+    "kasa_config": _refused("truncates the base weight and adds a diagonal between the factors"),
+    "monteclora_config": _refused("samples the factors"),
+    "velora_config": _refused("stores, beside the factors, by what it compressed activations in training"),
+    "ensure_weight_tying": _refused("shares factors between tied modules"),
+}
+
+HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights that left the base model as it was."""

@@ -3,20 +3,22 @@
 `base_model.model.` + module path + `.lora_A.weight`, `.lora_B.weight`; for an embedding `.lora_embedding_A`,
 `.lora_embedding_B`; with `lora_bias` `.lora_B.bias`; with DoRA `.lora_magnitude_vector`, which has no `.weight`.
 A module trained in full has its parameters under their own names, embedding rows are
-`.token_adapter.trainable_tokens_delta`. Inside Backhand these are `<module path>.lora_A`, `.lora_B`, `.lora_bias`,
+`.token_adapter.trainable_tokens_delta`. Factors of a parameter of experts have the path of the module that holds it;
+where several of one module are adapted, PEFT's wrappers lie one in the other, and every inner one adds `.base_layer`:
+the first parameter is innermost. Inside Backhand these are `<module path>.lora_A`, `.lora_B`, `.lora_bias`,
 `.lora_magnitude`, the parameter's name, and `<module path>.trainable_tokens`, whatever the module is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.nearest import nearest_names
 from backhand.nn.lora_parameters import TOKENS, LoRASlot, TrainedTensor
+from backhand.words import nearest_names
 
 PREFIX = "base_model.model."
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
@@ -35,6 +37,8 @@ class FactorShapes:
         lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module.
         weight: shape of the frozen weight.
         embedding: whether the module is an embedding, whose factors have names of their own.
+        experts: how many share the parameter, 0 for a module.
+        path: in the file, where it is not `name`.
         lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none.
     """
 
@@ -45,11 +49,14 @@ class FactorShapes:
     embedding: bool = False
     lora_bias: tuple[int, ...] | None = None
     magnitude: tuple[int, ...] | None = None
+    experts: int = 0
+    path: str | None = None
 
     def keys(self) -> tuple[str, str]:
         """Names of lora_A and lora_B in the file."""
         first, second = _SUFFIXES[2:] if self.embedding else _SUFFIXES[:2]
-        return PREFIX + self.name + first, PREFIX + self.name + second
+        path = PREFIX + (self.path or self.name)
+        return path + first, path + second
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(name inside Backhand, name in the file, shape) of everything this module has there."""
@@ -61,8 +68,18 @@ class FactorShapes:
             yield f"{self.name}.lora_magnitude", PREFIX + self.name + _MAGNITUDE, self.magnitude
 
 
-def slot_shapes(slot: LoRASlot) -> FactorShapes:
-    """What the slot of a linear module or of an embedding must have in the file."""
+def slot_shapes(slots: Iterable[LoRASlot]) -> list[FactorShapes]:
+    """What slots of linear modules, embeddings and experts must have in the file; experts' in the model's order."""
+    shapes = [_shapes(slot) for slot in slots]
+    holders = [shape.name.rpartition(".")[0] for shape in shapes if shape.experts]
+    for place, shape in enumerate(shapes):
+        if shape.experts:
+            holder = holders.pop(0)
+            shapes[place] = replace(shape, path=holder + ".base_layer" * holders.count(holder))
+    return shapes
+
+
+def _shapes(slot: LoRASlot) -> FactorShapes:
     parts = slot.shapes()
     weight = (slot.out_features, slot.in_features)
     return FactorShapes(
@@ -73,6 +90,7 @@ def slot_shapes(slot: LoRASlot) -> FactorShapes:
         slot.embedding,
         parts.get("lora_bias"),
         parts.get("lora_magnitude"),
+        slot.experts,
     )
 
 

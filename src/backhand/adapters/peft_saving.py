@@ -5,65 +5,26 @@ The same adapter gives the same bytes; each file is written in one step, the one
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
-from backhand.adapters.adapter_record import AdapterRecord, installed_packages, record_bytes
-from backhand.adapters.atomic_files import make_directory, write_atomically
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.digests import bytes_digest
-from backhand.adapters.model_card import model_card
-from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_config_writer import peft_config_bytes
-from backhand.adapters.peft_keys import FactorShapes, slot_shapes, trained_key
-from backhand.adapters.safetensors_file import tensor_bytes
+from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
+from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
+from backhand.adapters.reading import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
+from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values
+from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
+from backhand.files import write_together
+from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
-
-
-def save_adapter(
-    directory: Path | str,
-    config: LoRAConfig,
-    parameters: LoRAParameters,
-    *,
-    base_model: str | None,
-    task_type: str | None = "CAUSAL_LM",
-    revision: str | None = None,
-    record: AdapterRecord | None = None,
-    card: Mapping[str, object] | None = None,
-    module_names: Collection[str] | None = None,
-) -> Path:
-    """Write an adapter of linear modules; the same adapter gives the same bytes.
-
-    Args:
-        directory: created if need be; files of an adapter that is there are replaced, each in one step.
-        config, parameters, base_model, task_type, revision, record, card, module_names: see `adapter_files`.
-
-    Returns:
-        the directory.
-
-    Raises:
-        UsageError: the directory is a file, or a file in it is a link or a device.
-        ResourceError: disk full or not writable; no file is left half written.
-        CheckError: a value is not finite.
-    """
-    contents = adapter_files(
-        config,
-        parameters,
-        base_model=base_model,
-        task_type=task_type,
-        revision=revision,
-        record=record,
-        card=card,
-        module_names=module_names,
-    )
-    return write_files(Path(directory), contents)
 
 
 def adapter_files(
@@ -76,6 +37,7 @@ def adapter_files(
     record: AdapterRecord | None = None,
     card: Mapping[str, object] | None = None,
     module_names: Collection[str] | None = None,
+    wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
     """The files of an adapter of linear modules, by name, in the order to write them.
 
@@ -87,7 +49,8 @@ def adapter_files(
         revision: of the base model on the hub.
         record: origin and digests for backhand.json; package versions and file digests are added here.
         card: further rows for the table in README.md.
-        module_names: all linear modules of the model, see `peft_config_writer.written_targets`.
+        module_names: all linear modules of the model, see `peft_config.written_targets`.
+        wrapper: the image model whose text model this is; the files then have the names of the whole.
 
     Raises:
         CheckError: a value is not finite.
@@ -99,12 +62,13 @@ def adapter_files(
     return module_adapter_files(
         PEFTConfig(config, base_model, task_type, revision),
         targets,
-        [slot_shapes(slot) for slot in parameters.slots.values()],
+        slot_shapes(parameters.slots.values()),
         dict(parameters.named_tensors()),
         record,
         card,
         module_names,
         list(parameters.trained.values()),
+        wrapper,
     )
 
 
@@ -117,6 +81,7 @@ def module_adapter_files(
     card: Mapping[str, object] | None,
     module_names: Collection[str] | None,
     trained: Sequence[TrainedTensor] = (),
+    wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
     """The files of an adapter of any modules, see `adapter_files`."""
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -127,9 +92,12 @@ def module_adapter_files(
         )
     tensors = {key: factors[name] for module in shapes for name, key, _ in module.tensors()}
     tensors |= {trained_key(tensor): factors[tensor.name] for tensor in trained}
+    if wrapper is not None:
+        described, targets = in_wrapper(described, targets, wrapper, module_names)
+        tensors = {PREFIX + wrapper.outside(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     elements = sum(tensor.numel() for tensor in tensors.values())
     contents = {
-        CARD_FILE: model_card(described, targets, elements, card or {}).encode("utf-8"),
+        CARD_FILE: model_card(described, targets, elements, card or {}, wrapper).encode("utf-8"),
         TENSOR_FILE: tensor_bytes(tensors),
         CONFIG_FILE: peft_config_bytes(described, targets, module_names),
     }
@@ -143,8 +111,104 @@ def module_adapter_files(
 
 
 def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write an adapter's files in their order, each in one step; see `save_adapter` for what may go wrong."""
-    make_directory(directory)
-    for name, data in contents.items():
-        write_atomically(directory / name, data)
+    """Write an adapter's files, all of them before any takes its place; see `files.write_together`."""
+    write_together(directory, contents)
     return directory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md of a saved adapter, in the form that model hubs read.
+
+
+_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}
+
+
+def model_card(
+    described: PEFTConfig,
+    targets: Sequence[Target],
+    parameters: int,
+    facts: Mapping[str, object],
+    wrapper: Wrapper | None = None,
+) -> str:
+    """The card's text; it holds no date, so that the same adapter gives the same card.
+
+    Args:
+        described: configuration, base model and task.
+        targets: the adapted modules.
+        parameters: trained elements in all.
+        facts: further rows of the table, such as losses and data, in the order they should stand.
+        wrapper: the image model whose text model is adapted.
+    """
+    base = described.base_model or ""
+    header = ["library_name: peft"]
+    if base:
+        header.insert(0, f"base_model: {json.dumps(base)}")
+    if described.task_type == "CAUSAL_LM":
+        header.append("pipeline_tag: text-generation")
+    header.append('tags: ["lora", "backhand"]')
+    table = {
+        "base model": _code(base) if base else "not recorded",
+        "adapted modules": len(targets),
+        "module names": ", ".join(_code(end) for end in sorted({t.name.rpartition(".")[2] for t in targets})),
+        "rank": _range(target.rank for target in targets),
+        "scaling": _range(target.scaling for target in targets),
+        "trained parameters": f"{parameters:,}",
+        **{_text(name): _text(value) for name, value in facts.items()},
+    }
+    rows = [f"| {name} | {value} |" for name, value in table.items()]
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            "",
+            "# LoRA adapter",
+            "",
+            "Written by Backhand; the files are in PEFT's format.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            *_usage(described, wrapper),
+            "",
+        ]
+    )
+
+
+def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> list[str]:
+    auto_class = _AUTO_CLASSES.get(described.task_type or "")
+    if wrapper is not None:
+        auto_class = "AutoModelForImageTextToText"
+    if auto_class is None or not described.base_model:
+        return [
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+            "```",
+        ]
+    return [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}",
+        "",
+        f"base = {auto_class}.from_pretrained({json.dumps(described.base_model)})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+        "```",
+    ]
+
+
+def _range(values: Iterable[float]) -> str:
+    shown = [f"{value:.6g}" for value in sorted(set(values))]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+
+
+def _code(name: str) -> str:
+    """A name as code, or, where signs in it could end that, as text."""
+    return f"`{name}`" if re.fullmatch(r"[\w./:-]+", name) else _text(name)
+
+
+def _text(value: object) -> str:
+    """A value as text that stays in its table cell: nothing in it is HTML, a link or code."""
+    return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))

@@ -3,6 +3,8 @@ r"""Which modules a configuration adapts, and how: PEFT's rules for target_modul
 - a list of names: a module whose path is a name, or ends with `.name`;
 - a string: one regular expression for the whole path;
 - `all-linear`: every linear layer except the output head;
+- `target_parameters`: a parameter of experts whose path is a name, or ends with `.name`; exclusions and numbers of
+  layers are for modules alone, as in PEFT, but `layers` in words counts for both;
 - `exclude_modules` (same two forms) takes away;
 - `modules_to_save` takes away what is trained in full: these modules and all within them;
 - `layers_to_transform` keeps the modules whose layer number, the first number in the path, is listed; a name that is a
@@ -13,16 +15,25 @@ r"""Which modules a configuration adapts, and how: PEFT's rules for target_modul
 from __future__ import annotations
 
 import re
+import time
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
-from backhand.adapters.nearest import name_list, nearest_names
-from backhand.adapters.pattern_match import key_matches, pattern_matches
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
-from backhand.nn.module_shapes import ModuleShapes, embeddings_of, parameters_of
+from backhand.nn.lora_parameters import (
+    AdapterLayout,
+    LoRASlot,
+    ModuleShapes,
+    TrainedTensor,
+    embeddings_of,
+    experts_of,
+    parameters_of,
+)
+from backhand.words import name_list, nearest_names, shorten
 
 OUTPUT_HEADS = ("lm_head",)
 _LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -52,13 +63,14 @@ def resolve_slots(
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
 
     Returns:
-        one slot a module, in the order of `module_shapes`, embeddings last.
+        one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts.
 
     Raises:
         UsageError: a value out of range, or a name or pattern that matches nothing; shows the nearest names.
     """
     names = [*module_shapes, *embeddings_of(module_shapes)]
-    targets = resolve_targets(config, names, linear=module_shapes.keys(), heads=heads)
+    experts = list(experts_of(module_shapes))
+    targets = resolve_targets(config, names, linear=module_shapes.keys(), heads=heads, parameters=experts)
     return [target_slot(target, module_shapes, config) for target in targets]
 
 
@@ -84,18 +96,23 @@ def trained_beside(
         parameters_of(module_shapes),
         next(iter(embeddings_of(module_shapes)), None),
         tied=module_shapes.tied if isinstance(module_shapes, ModuleShapes) else None,
+        frozen=module_shapes.frozen if isinstance(module_shapes, ModuleShapes) else (),
         targets=targets,
         strict=strict,
     )
 
 
 def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> LoRASlot:
-    """The slot of a module: linear, or an embedding where the shapes have those.
+    """The slot of a module: linear, or an embedding or a parameter of experts where the shapes have those.
 
     Raises:
         UsageError: an embedding with `lora_bias`.
     """
     embedding = embeddings_of(module_shapes).get(target.name)
+    stacked = experts_of(module_shapes).get(target.name)
+    if stacked is not None:
+        experts, out_features, in_features = stacked
+        return LoRASlot(target.name, in_features, out_features, target.rank, target.scaling, experts=experts)
     if embedding is not None:
         if config.lora_bias:
             raise no_embedding_bias(target.name)
@@ -130,6 +147,7 @@ def resolve_targets(
     *,
     linear: Collection[str] | None = None,
     heads: Collection[str] = OUTPUT_HEADS,
+    parameters: Sequence[str] = (),
     strict: bool = True,
 ) -> list[Target]:
     """Match a configuration against module paths.
@@ -139,30 +157,45 @@ def resolve_targets(
         names: paths of all modules that may be named.
         linear: those of them that `all-linear` takes; all of them if None.
         heads: paths that `all-linear` leaves out.
+        parameters: paths of all parameters of experts.
         strict: whether a name or pattern that matches nothing is an error; that nothing at all matches always is.
 
     Returns:
-        one target a module, in the order of `names`.
+        one target a module, in the order of `names`, then one a parameter.
 
     Raises:
         UsageError: a value out of range, or something unmatched.
     """
     config.validate()
     chosen = _targeted(config, names, names if linear is None else linear, heads, strict)
+    beside = targeted_parameters(config, parameters, strict=strict)
+    if config.layers:
+        numbers = {name: number for name in [*chosen, *beside] if (number := _layer_number(name, ())) is not None}
+        wanted = _numbers(config.layers, max(numbers.values(), default=-1) + 1)
+        chosen, beside = ([name for name in some if numbers.get(name) in wanted] for some in (chosen, beside))
     if config.layers_to_transform is not None:
         chosen = _in_layers(config, chosen, strict)
     if config.exclude_modules:
         excluded = set(_named(config.exclude_modules, names, "exclude_modules", strict))
         chosen = [name for name in chosen if name not in excluded]
     chosen = [name for name in chosen if not within(name, config.modules_to_save)]
-    if not chosen:
+    if not chosen and not beside:
         raise UsageError(
             f"{_shown(config.target_modules)} leaves no module to adapt",
             where="target_modules",
             why=f"the model has {name_list(_last_parts(names))}" if names else "the model has no module to adapt",
             next_step=f"name some of these, or give {ALL_LINEAR}",
         )
-    return module_values(config, chosen, strict=strict)
+    return module_values(config, [*chosen, *beside], strict=strict)
+
+
+def targeted_parameters(config: LoRAConfig, names: Sequence[str], *, strict: bool = False) -> list[str]:
+    """Those of the paths `names` that `target_parameters` picks.
+
+    Raises:
+        UsageError: while `strict`, for a name that picks none.
+    """
+    return _named(config.target_parameters, names, "target_parameters", strict) if config.target_parameters else []
 
 
 def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) -> list[Target]:
@@ -208,6 +241,43 @@ def _named(wanted: str | Collection[str], names: Sequence[str], where: str, stri
             raise _unmatched(suffix, names, where)
         picked.update(hits)
     return [name for name in names if name in picked]
+
+
+def in_numbers(config: LoRAConfig, adapted: Sequence[str]) -> LoRAConfig:
+    """The same configuration with the layers that its words come to as numbers, as PEFT's files have them.
+
+    PEFT counts layers of modules alone: parameters are named by their whole paths.
+
+    Args:
+        config: what was asked for.
+        adapted: paths of the modules that it picks.
+    """
+    if not config.layers:
+        return config
+    numbers = {number for name in adapted if (number := _layer_number(name, ())) is not None}
+    beside = tuple(targeted_parameters(config, adapted))
+    return replace(config, layers="", layers_to_transform=tuple(sorted(numbers)), target_parameters=beside)
+
+
+def _numbers(words: str, count: int) -> set[int]:
+    """The layers that `last:8`, `first:4`, `8-15` or a number name in a model of `count` layers."""
+    wanted: set[int] = set()
+    for word in words.split(","):
+        kind, _, number = word.partition(":")
+        low, _, high = word.partition("-")
+        if kind in ("last", "first"):
+            size = int(number)
+            named = range(count - size, count) if kind == "last" else range(size)
+        else:
+            named = range(int(low), int(high or low) + 1)
+        if not named or named[0] < 0 or named[-1] >= count:
+            raise UsageError(
+                f"{word} names layers that are not there",
+                where="layers",
+                why=f"the layers are 0 to {count - 1}" if count else "the targeted paths have no layer number",
+            )
+        wanted.update(named)
+    return wanted
 
 
 def _in_layers(config: LoRAConfig, chosen: Sequence[str], strict: bool) -> list[str]:
@@ -271,3 +341,96 @@ def _last_parts(names: Sequence[str]) -> list[str]:
 
 def _shown(modules: str | Collection[str]) -> str:
     return repr(modules) if isinstance(modules, str) else ", ".join(sorted(modules))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regular expressions from users and from files, matched so that no pattern can hang or crash the process.
+#
+# Python's matcher backtracks without end: `(a+)+b` on thirty letters takes minutes. The regex package stops when time
+# is up. A pattern must be one of Python's, as PEFT's are; what the two packages read differently is refused, and so is
+# what regex would write out into more memory than there is.
+
+MATCH_LIMIT_S = 3
+"""Processor seconds a pattern may take for all names."""
+MAX_PATTERN_CHARACTERS = 20_000
+_MAX_WRITTEN_OUT = 200_000
+# To Python a brace that counts nothing is itself; to regex it allows errors in a match, and `[:` is a class of POSIX.
+_READ_DIFFERENTLY = re.compile(r"\{(?!\d+(?:,\d*)?\}|,\d+\})|\[:")
+_COUNT = re.compile(r"(\)?)\{(\d*),?(\d*)\}")
+
+
+def pattern_matches(pattern: str, names: Sequence[str], *, where: str) -> list[bool]:
+    """Which `names` the whole of `pattern` matches (re.fullmatch).
+
+    Args:
+        pattern: a regular expression.
+        names: module paths.
+        where: the configuration key the pattern stands under, for the error.
+
+    Raises:
+        UsageError: not a regular expression, or it does not finish within `MATCH_LIMIT_S`.
+    """
+    compiled = _compile(pattern, where)
+    end = time.process_time() + MATCH_LIMIT_S
+    try:
+        # A time limit of 0 is none.
+        return [compiled.fullmatch(name, timeout=max(end - time.process_time(), 1e-3)) is not None for name in names]
+    except TimeoutError:
+        raise UsageError(
+            f"{_shown_pattern(pattern)} takes longer than {MATCH_LIMIT_S} s to match the module names",
+            where=where,
+            why="nested or many unbounded repeats make a regular expression backtrack without end",
+            next_step="write it with fewer * and +, or list the names",
+        ) from None
+
+
+def key_matches(key: str, names: Sequence[str], *, where: str) -> list[bool]:
+    r"""Which `names` a key of rank_pattern or alpha_pattern matches: `(.*\.)?(key)$` from the start, as PEFT has it.
+
+    Raises:
+        UsageError: as `pattern_matches`.
+    """
+    if re.fullmatch(r"[\w-]+", key):  # a plain name: the last part of the path, no matcher needed
+        return [name == key or name.endswith(f".{key}") for name in names]
+    _compile(key, where)
+    return pattern_matches(rf"(?:.*\.)?(?:{key})", names, where=where)
+
+
+def _compile(pattern: str, where: str) -> Any:
+    import regex
+
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        raise UsageError(
+            f"a regular expression of {len(pattern)} characters is longer than {MAX_PATTERN_CHARACTERS}", where=where
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+            if why := _refused(pattern):
+                raise UsageError(f"the regular expression {_shown_pattern(pattern)} is refused", where=where, why=why)
+            return regex.compile(pattern, regex.VERSION0)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise UsageError(
+            f"{_shown_pattern(pattern)} is not a regular expression",
+            where=where,
+            why=str(error) or type(error).__name__,
+        ) from None
+
+
+def _refused(pattern: str) -> str:
+    """Why a regular expression of Python's is not matched by regex, "" where it is."""
+    if _READ_DIFFERENTLY.search(pattern):
+        return "a brace that counts no repeats, and [:, stand in no module path"
+    written_out, longest = len(pattern), 1
+    for closing, *counts in _COUNT.findall(pattern):
+        count = max(1, *(int(number or 0) for number in counts))
+        if closing:  # of a group, in which others may stand
+            written_out *= count
+        else:
+            longest = max(longest, count)
+    return "its repeats are too many" if written_out * longest > _MAX_WRITTEN_OUT else ""
+
+
+def _shown_pattern(pattern: str) -> str:
+    return repr(shorten(pattern, 120))

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.nearest import name_list, nearest_names
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import TOKENS, TrainedTensor
-from backhand.nn.module_shapes import module_paths
+from backhand.nn.lora_parameters import TOKENS, TrainedTensor, module_paths
+from backhand.words import name_list, nearest_names
 
 
 def resolve_trained(
@@ -22,6 +21,7 @@ def resolve_trained(
     embedding: str | None,
     *,
     tied: Mapping[str, str] | None = None,
+    frozen: Collection[str] = (),
     targets: Collection[str] = (),
     strict: bool = True,
 ) -> list[TrainedTensor]:
@@ -32,6 +32,7 @@ def resolve_trained(
         parameters: shape of every parameter by its name.
         embedding: path of the input embedding; None if the model has none.
         tied: names of parameters that are another one, by name.
+        frozen: names of further parameters, for which there is no gradient.
         targets: paths of the modules with factors.
         strict: whether a name must match something, and nothing but whole parts of paths.
 
@@ -39,10 +40,16 @@ def resolve_trained(
         in the order of `parameters`, embedding rows last.
 
     Raises:
-        UsageError: a name that matches nothing or too much, a token beyond the vocabulary, or rows of a table that is
-            trained or adapted already.
+        UsageError: a name that matches nothing or too much or something without a gradient, a token beyond the
+            vocabulary, or rows of a table that is trained or adapted already.
     """
-    saved = saved_modules(config.modules_to_save, module_paths(parameters), strict=strict)
+    saved = saved_modules(config.modules_to_save, module_paths([*parameters, *frozen]), strict=strict)
+    if held := [name for name in frozen if any(name.startswith(f"{module}.") for module in saved)]:
+        raise UsageError(
+            f"{held[0]} cannot be trained by the decoder engine: it has no gradient for it",
+            where="modules_to_save",
+            next_step="leave it out, name the linear modules beside it, or use --engine transformers",
+        )
     found = [
         TrainedTensor(name, tuple(shape))
         for name, shape in parameters.items()

@@ -11,17 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import (
-    PICKLE_FILE,
-    TENSOR_FILE,
-    AdapterContents,
-    UnusableAdapterError,
-)
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import base_weight_name, read_adapter
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
+from backhand.adapters.reading import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
+from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.source import ModelSource
@@ -84,6 +79,13 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
     contents = read_adapter(path, source, allow_pickle=allow_pickle)
     if contents.problems:
         raise UnusableAdapterError(contents.directory, contents.problems)
+    if contents.described.config.target_parameters:
+        raise ArtifactError(
+            "adapts parameters that hold the matrices of several experts",
+            where=str(contents.directory),
+            why="what is computed here from the factors of an adapter is computed module by module",
+            next_step="merge it into its base; adapters of modules can be combined, compared and compressed",
+        )
     found, embeddings, others = _sorted_out(contents.tensors)
     if not found:
         raise ArtifactError("holds no factors", where=str(contents.directory))

@@ -10,18 +10,25 @@ from pathlib import Path
 
 import torch
 
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine_options import CombineOptions
 from backhand.arithmetic.compatible import check_shapes, common_record, refuse_more_than_factors
-from backhand.arithmetic.computed_adapter import ComputedAdapter, ComputedModule, computed_files, rounded_factors
-from backhand.arithmetic.linear_combination import Weighted, multiplied, reduced, side_by_side
-from backhand.arithmetic.new_directory import check_new_directory
+from backhand.arithmetic.computed_adapter import (
+    ComputedAdapter,
+    ComputedModule,
+    check_new_directory,
+    computed_files,
+    rounded_factors,
+)
+from backhand.arithmetic.findings import computed_rows, print_table
+from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
 from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
-from backhand.arithmetic.tables import computed_rows, print_table
-from backhand.generate.notes import show_notes
 from backhand.nn.loading.opening import open_model
+from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables, working
+from backhand.words import show_notes
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
     options.validate()
     assert options.output is not None
     check_new_directory(options.output, overwrite=options.overwrite)
+    refuse_inputs_inside(options.output, {f"adapters[{i}]": path for i, path in enumerate(options.adapters)})
     model = None if options.model is None else open_model(options.model)
     allow_pickle = options.reading.allow_pickle
     sources = tuple(read_factors(path, model, allow_pickle=allow_pickle) for path in options.adapters)
@@ -146,3 +154,43 @@ def _summary(result: Combination) -> Mapping[str, object]:
         },
         "notes": list(result.notes),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Σ w_i ΔW_i from the factors alone, at the rank it has or at a smaller one.
+#
+# The sum of updates of rank r_i is, exactly, one update whose factors are the r_i side by side: rank Σ r_i. Its
+# singular value decomposition (`low_rank`) says what rank it really has, and gives the best approximation of any
+# smaller one.
+
+
+Weighted = Sequence[tuple[float, ModuleFactors]]
+
+
+def side_by_side(weighted: Weighted) -> ComputedModule:
+    """Σ w ΔW with every factor as it is: rows of lora_A unchanged, columns of lora_B times weight and scaling."""
+    left, right = terms(weighted)
+    return measured(weighted, rounded_factors(right, left, weighted[0][1]))
+
+
+def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
+    """Σ w ΔW at its own rank, or at `rank` if that is smaller."""
+    directions = product_directions(*terms(weighted))
+    kept = directions.rank if rank is None else min(rank, directions.rank)
+    lora_A, lora_B = writable_factors(directions, kept)
+    return measured(weighted, rounded_factors(lora_A, lora_B, weighted[0][1]))
+
+
+def multiplied(weight: float, module: ModuleFactors) -> ComputedModule:
+    """weight · ΔW: lora_A as it is, lora_B times weight and scaling."""
+    return side_by_side([(weight, module)])
+
+
+def measured(weighted: Weighted, written: ModuleFactors) -> ComputedModule:
+    """What is written in place of Σ w ΔW, and how far off it is: from the decomposition of the difference."""
+    left, right = terms(weighted)
+    directions = product_directions(left, right)
+    norm = directions.norm if directions.rank else 0.0
+    off_left, off_right = terms([(-1.0, written)])
+    lost = product_directions(torch.cat([left, off_left], dim=1), torch.cat([right, off_right])).norm
+    return ComputedModule(written, norm, lost)

@@ -6,16 +6,50 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
 
-from backhand.adapters.config import check_rank
+from backhand.adapters.config import Rank
+from backhand.bounds import Bound, Check, Words, check_fields
 from backhand.errors import UsageError
 from backhand.nn.model_options import AdapterReading
 
 Operation = Literal["add", "scale", "average", "subtract", "concatenate", "ties", "dare", "svd"]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 DEFAULT_DENSITY = {"ties": 0.2, "dare": 0.1}
 """TIES keeps the largest fifth [arXiv:2306.01708, §4], DARE drops nine of ten [arXiv:2311.03099, §4]."""
+
+
+_LARGEST_WEIGHT = 1e9
+
+
+def parse_weights(words: Sequence[str]) -> tuple[float, ...]:
+    """Numbers from the words behind `--weights`, with spaces or commas between them.
+
+    Raises:
+        UsageError: a word that is none; names of adapters, perhaps, that an option cannot tell from its own words.
+    """
+    found = []
+    for word in ",".join(words).split(","):
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise UsageError(
+                f"{word!r} is not a number",
+                where="weights",
+                why="every word behind --weights, up to the next option, is a weight",
+                next_step="name the adapters first: backhand combine add A B --weights 0.7 0.3",
+            ) from None
+    return tuple(found)
+
+
+def _check_weight(where: str, weight: Any) -> None:
+    if not math.isfinite(weight) or weight == 0:
+        raise UsageError(f"weight {weight!r} is not a finite number other than 0", where=where)
+    if not 1 / _LARGEST_WEIGHT <= abs(weight) <= _LARGEST_WEIGHT:
+        raise UsageError(
+            f"weight {weight!r} is out of range",
+            where=where,
+            why=f"it may be {1 / _LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}: float32 holds no more",
+        )
 
 
 @dataclass(frozen=True)
@@ -33,16 +67,16 @@ class CombineOptions:
     output: Path | None = None
     """Directory for the new adapter, in PEFT's format."""
 
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[Annotated[float, Check(_check_weight)], ...], Words(parse_weights)] = ()
     """One number an adapter, behind the adapters: `combine add A B --weights 0.7 0.3`. Not given: 1 each; `scale` needs
     its one."""
 
-    rank: int | None = None
+    rank: Rank | None = None
     """Largest rank of the new adapter. Not given: the rank of the result, so that nothing is lost; for `ties` and
     `dare`, whose results have full rank, the largest rank among the adapters. What is lost is said."""
 
-    density: float | None = None
-    """Share of the entries of ΔW that `ties` and `dare` keep, in (0, 1]; not given: 0.2 for `ties`, 0.1 for `dare`."""
+    density: Annotated[float, Bound(above=0, at_most=1)] | None = None
+    """Share of the entries of ΔW that `ties` and `dare` keep; not given: 0.2 for `ties`, 0.1 for `dare`."""
 
     seed: int = 0
     """Which entries `dare` keeps."""
@@ -68,8 +102,7 @@ class CombineOptions:
         Raises:
             UsageError: a field is out of range, or two contradict each other.
         """
-        if self.operation not in OPERATIONS:
-            raise UsageError(f"{self.operation!r} is not one of {', '.join(OPERATIONS)}", where="operation")
+        check_fields(self)
         count = len(self.adapters)
         needed = 2 if self.operation not in ("scale", "svd") else 1
         if count < needed or (self.operation == "scale" and count > 1):
@@ -78,17 +111,12 @@ class CombineOptions:
         self._check_weights(count)
         if self.output is None:
             raise UsageError("there is no place for the new adapter", where="output", next_step="name a directory")
-        if self.rank is not None:
-            check_rank("rank", self.rank)
-            if self.operation == "concatenate":
-                raise UsageError(
-                    "concatenate keeps the factors as they are", where="rank", next_step="take add, which reduces them"
-                )
-        if self.density is not None:
-            if self.operation not in DEFAULT_DENSITY:
-                raise UsageError(f"{self.operation} keeps every entry", where="density")
-            if not 0 < self.density <= 1:
-                raise UsageError(f"density {self.density!r} is not a number in (0, 1]", where="density")
+        if self.rank is not None and self.operation == "concatenate":
+            raise UsageError(
+                "concatenate keeps the factors as they are", where="rank", next_step="take add, which reduces them"
+            )
+        if self.density is not None and self.operation not in DEFAULT_DENSITY:
+            raise UsageError(f"{self.operation} keeps every entry", where="density")
         return self
 
     def _check_weights(self, count: int) -> None:
@@ -101,9 +129,6 @@ class CombineOptions:
                 where="weights",
                 next_step="give each adapter its number, in their order",
             )
-        for weight in self.weights:
-            if not math.isfinite(weight) or weight == 0:
-                raise UsageError(f"weight {weight!r} is not a finite number other than 0", where="weights")
         if self.operation == "average" and self.weights and abs(sum(self.weights)) < 1e-9 * max(map(abs, self.weights)):
             raise UsageError(
                 "the weights of an average add up to 0", where="weights", next_step="take add, which does not divide"
@@ -121,23 +146,3 @@ class CombineOptions:
     def kept_density(self) -> float:
         """The density in force."""
         return self.density if self.density is not None else DEFAULT_DENSITY[self.operation]
-
-
-def parse_weights(words: Sequence[str]) -> tuple[float, ...]:
-    """Numbers from the words behind `--weights`, with spaces or commas between them.
-
-    Raises:
-        UsageError: a word that is none; names of adapters, perhaps, that an option cannot tell from its own words.
-    """
-    found = []
-    for word in ",".join(words).split(","):
-        try:
-            found.append(float(word))
-        except ValueError:
-            raise UsageError(
-                f"{word!r} is not a number",
-                where="weights",
-                why="every word behind --weights, up to the next option, is a weight",
-                next_step="name the adapters first: backhand combine add A B --weights 0.7 0.3",
-            ) from None
-    return tuple(found)

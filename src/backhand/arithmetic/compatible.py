@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backhand.adapters.adapter_directory import UnusableAdapterError
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import check_source, source_digests
-from backhand.adapters.nearest import name_list
 from backhand.adapters.peft_keys import PREFIX
+from backhand.adapters.reading import UnusableAdapterError
+from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.errors import ArtifactError
 from backhand.nn.loading.source import ModelSource
+from backhand.words import name_list
 
 BASE_COPY = ".base_layer.weight"
+
 _WHAT = {
     ".lora_magnitude_vector": "DoRA scales the sum of base weight and update, which is no update that could be added",
     ".lora_B.bias": "a trained bias beside the factors",
     ".trainable_tokens_delta": "trained rows of an embedding",
 }
+
 _DIGESTS = {
     "base_digest": "base model: their adapted weights are not the same",
     "tokenizer_digest": "tokenizer: their tokens or merges are not the same",

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backhand.adapters.adapter_directory import TENSOR_FILE
+import numpy as np
+import torch
+
+from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_saving import write_files
+from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
+from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
-from backhand.arithmetic.compression import compressed
-from backhand.arithmetic.computed_adapter import ComputedAdapter, computed_files
-from backhand.arithmetic.findings import leave_findings
+from backhand.arithmetic.computed_adapter import (
+    ComputedAdapter,
+    ComputedModule,
+    check_new_directory,
+    computed_files,
+    rounded_factors,
+)
+from backhand.arithmetic.findings import (
+    by_kind,
+    draw_map,
+    leave_findings,
+    new_figure,
+    png_bytes,
+    print_table,
+    spread,
+)
 from backhand.arithmetic.look_options import CompressOptions
-from backhand.arithmetic.new_directory import check_new_directory
-from backhand.arithmetic.tables import by_kind, print_table, spread
+from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
 from backhand.nn.loading.opening import open_model
+from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables
+
+_CURVE_ERRORS = np.geomspace(1e-3, 0.9, 60)
+
+
+def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: float) -> bytes:
+    """compress.png: the new rank of every module, and how the size falls with the error allowed."""
+    figure = new_figure(12.5, 4.6)
+    ranks, sizes = figure.subplots(1, 2)
+    kept = {name: float(module.factors.rank) for name, module in adapter.modules.items()}
+    draw_map(figure, ranks, kept, f"New rank: {source.label}, error {error:g}", "rank", vmin=0)
+    elements = elements_at(source, _CURVE_ERRORS.tolist())
+    sizes.plot(_CURVE_ERRORS, np.array(elements) / source.element_count, "k-", label="smallest ranks for the error")
+    now = sum(m.factors.lora_A.numel() + m.factors.lora_B.numel() for m in adapter.modules.values())
+    sizes.plot([max(error, _CURVE_ERRORS[0])], [now / source.element_count], "ko", markersize=8, label=f"{error:g}")
+    sizes.axhline(1, color="black", linestyle=":", label="as it was")
+    sizes.set_xscale("log")
+    sizes.set_xlabel("error allowed in every module, relative to ‖ΔW‖")
+    sizes.set_ylabel("numbers, relative to the adapter as it was")
+    sizes.set_ylim(0, 1.1)
+    sizes.set_title("What an error buys", fontsize="medium")
+    sizes.grid(visible=True, linewidth=0.3)
+    sizes.legend(fontsize="small", loc="lower left")
+    return png_bytes(figure)
 
 
 @dataclass(frozen=True)
@@ -47,6 +89,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
     options.validate()
     if options.output is not None:
         check_new_directory(options.output, overwrite=options.overwrite)
+        refuse_inputs_inside(options.output, {"adapter": options.adapter, "model": options.model})
     model = None if options.model is None else open_model(options.model)
     source = read_factors(options.adapter, model, allow_pickle=options.reading.allow_pickle)
     refuse_more_than_factors(source)
@@ -65,7 +108,6 @@ def compress_command(options: CompressOptions) -> Compression:
     result = compress_adapter(options)
 
     def picture() -> bytes:
-        from backhand.arithmetic.pictures import draw_compression
 
         return draw_compression(result.source, result.adapter, result.error)
 
@@ -128,3 +170,44 @@ def _print(result: Compression, options: CompressOptions) -> None:
         console.print("Nothing is written: give --output for the smaller adapter.")
     else:
         console.print(f"written: {options.output}", soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The smallest rank of every module that keeps to a given error, and the adapter at those ranks.
+
+
+def compressed(adapter: AdapterFactors, error: float) -> ComputedAdapter:
+    """Every module at the smallest rank whose ΔW is off by at most `error` of its norm.
+
+    Factors are written in the dtype they came in if the error then still holds, else in float32.
+    """
+    directions = {name: update_directions(module) for name, module in adapter.modules.items()}
+    result = _at(adapter, directions, error, adapter.dtype)
+    if adapter.dtype != torch.float32 and any(module.error > error for module in result.modules.values()):
+        result = _at(adapter, directions, error, torch.float32)
+    return result
+
+
+def _at(
+    adapter: AdapterFactors, directions: Mapping[str, UpdateDirections], error: float, dtype: torch.dtype
+) -> ComputedAdapter:
+    modules = {}
+    for name, module in adapter.modules.items():
+        modules[name] = _compressed_module(module, directions[name], error, dtype)
+    return ComputedAdapter(modules)
+
+
+def _compressed_module(
+    module: ModuleFactors, directions: UpdateDirections, error: float, dtype: torch.dtype
+) -> ComputedModule:
+    lora_A, lora_B = writable_factors(directions, directions.needed_rank(error))
+    return measured([(1.0, module)], rounded_factors(lora_A, lora_B, module, dtype))
+
+
+def elements_at(adapter: AdapterFactors, errors: Sequence[float]) -> list[int]:
+    """How many numbers the adapter takes at each error."""
+    directions = {name: update_directions(module) for name, module in adapter.modules.items()}
+    return [
+        sum(max(1, directions[name].needed_rank(error)) * sum(module.shape) for name, module in adapter.modules.items())
+        for error in errors
+    ]

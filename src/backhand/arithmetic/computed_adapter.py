@@ -10,19 +10,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.peft_saving import module_adapter_files
+from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target
 from backhand.arithmetic.adapter_factors import AdapterFactors
+from backhand.errors import UsageError
 from backhand.nn.loading.source import ModelSource
 
 
@@ -136,3 +138,21 @@ def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> d
     if plain:
         return {"target_modules": tuple(sorted({name for targets, *_ in said for name in targets}))}
     return {"target_modules": tuple(names)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A directory for a new adapter: not there yet, or empty, or to be replaced.
+
+
+def check_new_directory(directory: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is computed, to write where something else is.
+
+    Raises:
+        UsageError: it is a file, or holds something and is not to be overwritten.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError("this is a file, not a directory", where=str(directory))
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(
+            "holds something already", where=str(directory), next_step="name another directory, or give --overwrite"
+        )

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from backhand.adapters.atomic_files import make_directory, write_atomically
-from backhand.generate.notes import show_notes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from backhand.arithmetic.computed_adapter import ComputedAdapter
+from backhand.files import make_directory, write_atomically
+from backhand.words import show_notes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def leave_findings(
@@ -57,3 +69,128 @@ def leave_findings(
     print_tables()
     for path in written:
         print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One value a module as a grey picture: layers across, kinds of module down.
+
+
+_DPI = 110
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, whose parts make room for one another."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a .png file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def draw_layer_map(axes: Axes, values: Mapping[str, float], *, vmin: float | None, vmax: float | None) -> Any:
+    """A heat map of values by dotted path, white low and black high; None, and empty axes, if there are none.
+
+    What has no layer number stands in column 0; a place without a module stays white.
+    """
+    if not values:
+        axes.set_axis_off()
+        return None
+    kinds = list(dict.fromkeys(kind_of(module) for module in values))
+    layers = sorted({layer_of(module) or 0 for module in values})
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for module, value in values.items():
+        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
+    image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+    step = max(1, len(layers) // 10)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize="small")
+    axes.set_xlabel("layer")
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the dotted path of a module says: its kind, and its layer.
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def kind_of(module: str) -> str:
+    """What the module is in every layer: its last part, such as `q_proj`."""
+    return module.rsplit(".", 1)[-1]
+
+
+def layer_of(module: str) -> int | None:
+    """The first number in the path, if there is one."""
+    match = _LAYER.search(module)
+    return int(match[1]) if match else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of modules on the terminal: a line for each kind of module, over its layers.
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """One table: the first column to the left, numbers to the right; a title wider than the table is not broken."""
+    table = Table()
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table)
+
+
+def by_kind(modules: Iterable[str]) -> Mapping[str, list[str]]:
+    """Dotted paths by kind of module, in the order in which kinds first occur."""
+    kinds: dict[str, list[str]] = {}
+    for module in modules:
+        kinds.setdefault(kind_of(module), []).append(module)
+    return kinds
+
+
+def spread(values: Iterable[float | None], digits: int = 3) -> str:
+    """Values of several layers in one cell: the only one, or the least and the greatest; "" where there are none."""
+    shown = [f"{value:.{digits}g}" for value in sorted(value for value in values if value is not None)]
+    if not shown:
+        return ""
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} … {shown[-1]}"
+
+
+def computed_rows(adapter: ComputedAdapter) -> Sequence[Sequence[str]]:
+    """Kind, number of modules, rank, ‖ΔW‖ and relative error of a computed adapter."""
+    rows = []
+    for kind, names in by_kind(adapter.modules).items():
+        modules = [adapter.modules[name] for name in names]
+        rows.append(
+            (
+                kind,
+                str(len(names)),
+                spread(module.factors.rank for module in modules),
+                spread(module.norm for module in modules),
+                spread((module.error for module in modules), digits=2),
+            )
+        )
+    return rows
+
+
+def draw_map(
+    figure: Figure,
+    axes: Axes,
+    values: Mapping[str, float],
+    title: str,
+    label: str,
+    *,
+    vmin: float | None = None,
+    vmax: float | None = None,
+) -> None:
+    """One map with its title and colour bar; nothing is drawn for no values."""
+    image: Any = draw_layer_map(axes, values, vmin=vmin, vmax=vmax)
+    axes.set_title(title, fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label=label)

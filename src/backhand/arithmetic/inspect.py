@@ -2,22 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backhand.adapters.adapter_record import wrong_base
+import numpy as np
+import torch
+from torch import Tensor
+
 from backhand.adapters.checked_base import weight_names
-from backhand.adapters.digests import base_digest
-from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
-from backhand.arithmetic.findings import leave_findings
-from backhand.arithmetic.inspection import ModuleInspection, Part, file_parts, inspect_modules, inspection_facts
+from backhand.adapters.module_factors import ModuleFactors
+from backhand.adapters.record import base_digest, wrong_base
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
+from backhand.arithmetic.compatible import BASE_COPY
+from backhand.arithmetic.findings import (
+    by_kind,
+    draw_map,
+    leave_findings,
+    new_figure,
+    png_bytes,
+    print_table,
+    spread,
+)
 from backhand.arithmetic.look_options import InspectOptions
-from backhand.arithmetic.tables import by_kind, print_table, spread
+from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
 from backhand.terminal import console_for_tables
+
+_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
+
+
+def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: float) -> bytes:
+    """inspect.png: size and effective rank of every module, singular values and needed rank of every kind."""
+    figure = new_figure(12.5, 8.4)
+    (size, rank), (spectrum, needed) = figure.subplots(2, 2)
+    of = {module.module: module for module in modules}
+    with_base = all(module.relative_norm is not None for module in modules)
+    norms = {name: (module.relative_norm if with_base else module.norm) or 0.0 for name, module in of.items()}
+    what = "‖ΔW‖ / ‖W‖" if with_base else "‖ΔW‖"
+    draw_map(figure, size, norms, f"Size of the update: {label}", f"{what} (Frobenius)", vmin=0)
+    effective = {name: module.effective_rank for name, module in of.items()}
+    draw_map(figure, rank, effective, "Effective rank", "exp(entropy of the singular values)", vmin=0)
+    kinds = by_kind(of)
+    for (kind, names), style in zip(kinds.items(), _STYLES * len(kinds), strict=False):
+        ratios = [np.array(of[n].singular_values) / of[n].singular_values[0] for n in names if of[n].norm]
+        if ratios:
+            length = min(len(ratio) for ratio in ratios)
+            median = np.median([ratio[:length] for ratio in ratios], axis=0)
+            shown = np.where(median > 0, median, np.nan)
+            every = max(1, length // 12)
+            spectrum.plot(
+                range(1, length + 1), shown, style, color="black", label=kind, markersize=4, markevery=every, lw=0.9
+            )
+    spectrum.set_yscale("log")
+    spectrum.xaxis.get_major_locator().set_params(integer=True)
+    spectrum.set_xlabel("i, counted from the largest")
+    spectrum.set_ylabel("singular value S_i / S_1, median over layers")
+    spectrum.set_title("Singular values of ΔW", fontsize="medium")
+    spectrum.grid(visible=True, linewidth=0.3)
+    if kinds and spectrum.lines:
+        spectrum.legend(fontsize="small")
+    means = [np.mean([of[name].needed_rank for name in names]) for names in kinds.values()]
+    ranks = [np.mean([of[name].rank for name in names]) for names in kinds.values()]
+    places = np.arange(len(kinds))
+    needed.bar(places, means, 0.6, color="#7a7a7a", edgecolor="black", label=f"needed for an error of {error:g}")
+    wasted = np.array(ranks) - means
+    needed.bar(places, wasted, 0.6, bottom=means, color="#ffffff", edgecolor="black", hatch="//", label="wasted")
+    needed.set_xticks(places, list(kinds), rotation=30, ha="right", fontsize="small")
+    needed.set_ylabel("rank, mean over layers")
+    needed.yaxis.get_major_locator().set_params(integer=True)
+    needed.set_ylim(0, 1.25 * max(ranks))
+    needed.set_title("How much of the rank is used", fontsize="medium")
+    needed.legend(fontsize="small", loc="upper right", ncols=2)
+    return png_bytes(figure)
 
 
 @dataclass(frozen=True)
@@ -95,7 +155,6 @@ def inspect_command(options: InspectOptions) -> Inspection:
     result = inspect_adapter(options)
 
     def picture() -> bytes:
-        from backhand.arithmetic.pictures import draw_inspection
 
         return draw_inspection(result.modules, result.adapter.label, result.error)
 
@@ -163,3 +222,152 @@ def _print(result: Inspection) -> None:
             for part in result.parts
         ],
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in an adapter: for each module the size and the shape of its update, and what the file is made of.
+#
+# With the singular values S_i of ΔW, effective rank = exp(−Σ p_i ln p_i), p_i = S_i / Σ S [Roy and Vetterli 2007]: the
+# rank if all are equal, 1 if one is everything. The needed rank is the smallest whose best approximation is off by at
+# most a given share of ‖ΔW‖_F; what the adapter has beyond it is wasted.
+
+
+_PARTS = (
+    (".lora_A.weight", "lora_A"),
+    (".lora_B.weight", "lora_B"),
+    (".lora_embedding_A", "lora_A"),
+    (".lora_embedding_B", "lora_B"),
+    (BASE_COPY, "copies of base weights"),
+    (".lora_magnitude_vector", "magnitudes (DoRA)"),
+    (".lora_B.bias", "biases of lora_B"),
+    (".trainable_tokens_delta", "trained token rows"),
+)
+
+_WHOLE = "whole modules"
+_HEADER = "header"
+
+
+@dataclass(frozen=True)
+class ModuleInspection:
+    """One module.
+
+    Attributes:
+        module: dotted path.
+        shape: (out, in) of ΔW.
+        rank, alpha, scaling: as the configuration has them.
+        norm: ‖ΔW‖_F.
+        weight_norm: ‖W‖_F of the base weight; None without a base model.
+        effective_rank: 0 for a zero update.
+        needed_rank: for the error asked for.
+        singular_values: of ΔW, descending, as many as the rank and the shape allow.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    scaling: float
+    norm: float
+    weight_norm: float | None
+    effective_rank: float
+    needed_rank: int
+    singular_values: tuple[float, ...]
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖ / ‖W‖."""
+        return self.norm / self.weight_norm if self.weight_norm else None
+
+    @property
+    def wasted_rank(self) -> int:
+        """What the rank is above the needed one."""
+        return self.rank - self.needed_rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of content of an adapter's file: how many tensors, how many bytes."""
+
+    name: str
+    tensors: int
+    stored_bytes: int
+
+
+def inspect_modules(adapter: AdapterFactors, error: float, base: ModelSource | None) -> list[ModuleInspection]:
+    """Every module, in the order of the file.
+
+    Args:
+        adapter: its factors.
+        error: for the needed rank, relative to ‖ΔW‖.
+        base: the base model, for the norms of its weights.
+
+    Raises:
+        ArtifactError: the base model has no weight of a module, or one of another shape.
+    """
+    found = []
+    for target in adapter.targets:
+        module = adapter.modules[target.name]
+        directions = update_directions(module)
+        values = directions.values if directions.rank else torch.zeros_like(directions.values)
+        found.append(
+            ModuleInspection(
+                target.name,
+                module.shape,
+                target.rank,
+                target.alpha,
+                target.scaling,
+                float(torch.linalg.vector_norm(values)),
+                None if base is None else _norm(base, target.name, module),
+                effective_rank(values),
+                directions.needed_rank(error),
+                tuple(values.tolist()),
+            )
+        )
+    return found
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of singular values as shares of their sum; 0 if all are 0."""
+    total = float(values.sum())
+    if total == 0.0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def _norm(base: ModelSource, name: str, module: ModuleFactors) -> float:
+    return float(torch.linalg.vector_norm(base_weight(base, name, module), dtype=torch.float64))
+
+
+def file_parts(adapter: AdapterFactors) -> list[Part]:
+    """What the file of tensors consists of; the sizes add up to that of the file."""
+    parts: dict[str, list[int]] = {}
+    for key, size in adapter.part_bytes.items():
+        parts.setdefault(_part_of(key), []).append(size)
+    found = [Part(name, len(sizes), sum(sizes)) for name, sizes in parts.items()]
+    rest = adapter.stored_bytes - sum(part.stored_bytes for part in found)
+    return [*found, Part(_HEADER, 0, rest)]
+
+
+def _part_of(key: str) -> str:
+    return next((name for suffix, name in _PARTS if key.endswith(suffix)), _WHOLE)
+
+
+def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:
+    """What adapter_config.json and backhand.json say, for a person."""
+    config, record = adapter.described.config, adapter.record
+    targets = config.target_modules
+    return {
+        "directory": str(adapter.directory),
+        "base model": adapter.described.base_model or "not said",
+        "trained on": (record.origin if record else None) or "not said",
+        "target modules": targets if isinstance(targets, str) else _some(targets),
+        "modules": len(adapter.modules),
+        "numbers": adapter.element_count,
+        "rank-stabilised": config.use_rslora,
+    }
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backhand.errors import UsageError
+from backhand.bounds import Share, check_fields
 from backhand.nn.model_options import AdapterReading
 
 
@@ -17,7 +16,7 @@ class InspectOptions:
     adapter: Path
     """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
-    error: float = 0.01
+    error: Share = 0.01
     """How far ΔW may be off, relative to ‖ΔW‖, for a rank to count as enough; the rest of the rank is wasted."""
 
     model: str | None = None
@@ -39,7 +38,7 @@ class InspectOptions:
 
     def validate(self) -> InspectOptions:
         """Raise UsageError for the first field that is out of range; return self."""
-        check_relative_error(self.error)
+        check_fields(self)
         return self
 
 
@@ -53,7 +52,7 @@ class DiffOptions:
     second: Path
     """The other."""
 
-    error: float | None = None
+    error: Share | None = None
     """Largest difference allowed in any module, relative to the larger ‖ΔW‖ of the two; above it the command fails
     with exit code 6. Not given: any."""
 
@@ -73,8 +72,7 @@ class DiffOptions:
 
     def validate(self) -> DiffOptions:
         """Raise UsageError for the first field that is out of range; return self."""
-        if self.error is not None:
-            check_relative_error(self.error)
+        check_fields(self)
         return self
 
 
@@ -85,7 +83,7 @@ class CompressOptions:
     adapter: Path
     """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
-    error: float = 0.05
+    error: Share = 0.05
     """How far each module's ΔW may be off, relative to ‖ΔW‖: it gets the smallest rank that keeps to this."""
 
     output: Path | None = None
@@ -107,11 +105,5 @@ class CompressOptions:
 
     def validate(self) -> CompressOptions:
         """Raise UsageError for the first field that is out of range; return self."""
-        check_relative_error(self.error)
+        check_fields(self)
         return self
-
-
-def check_relative_error(error: float) -> None:
-    """Raise UsageError unless `error` is a number in [0, 1)."""
-    if not math.isfinite(error) or not 0 <= error < 1:
-        raise UsageError(f"error {error!r} is not a number in [0, 1)", where="error")

@@ -1,60 +1,85 @@
-"""An options dataclass as a command: each field an option; what was typed is set, over a TOML file if one was named."""
+"""An options dataclass as a command: each field an option; what was typed is set, over a TOML file if one was named.
+
+Nothing runs here. What is parsed is a `Prepared`: a function with its options, which `cli.main` calls.
+"""
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 from cyclopts import Group, Parameter
 
+from backhand.bounds import Parse, union_members
 from backhand.cli import fields
-from backhand.cli.fields import OptionField, Parse
+from backhand.cli.fields import OptionField
 from backhand.errors import UsageError
+from backhand.words import shorten
 
 Options = TypeVar("Options")
-
 CONFIG_FILE = "config_file"
 _CONFIG_FILE_HELP = "TOML file of options, in tables as in a run's config.toml; the command line wins over it."
 _DEBUG_HELP = "Show a traceback with an error."
 
 
+class Prepared(NamedTuple):
+    """A command line that was parsed: all that is left is to run it.
+
+    Attributes:
+        function: takes nothing; a number that it returns is the exit code, anything else is 0.
+        report_of: the run about which it proves something, if any: its report is written again.
+        name_origin: makes an error about an option say where the user wrote it.
+    """
+
+    function: Callable[[], object]
+    report_of: Path | None
+    name_origin: Callable[[UsageError], None]
+
+
 def command(
     options: type[Options],
-    call: Callable[..., int | None],
+    call: Callable[..., object] | str,
     *,
-    parse: Mapping[str, Parse] | None = None,
     positional: Sequence[str] = (),
     load: Callable[[Path], Options] | None = None,
     tell_typed: bool = False,
-) -> Callable[..., int | None]:
-    """Make the function that cyclopts parses the command line for.
+    report_of: Callable[[Options], Path | None] | None = None,
+) -> Callable[..., Prepared]:
+    """Make the function that cyclopts parses the command line for; it runs nothing, and returns what is to run.
 
     Args:
         options: dataclass whose fields, each with a docstring under it, are the options.
-        call: gets the dataclass; what it returns is the exit code, None for 0.
-        parse: for fields whose type no command line knows, what makes a value of the words given.
+        call: gets the dataclass; a number that it returns is the exit code. As `module:function` it is imported,
+            with all that it needs, when the command runs.
         positional: fields that are given by position, in this order.
         load: reads a TOML file that may be named first; the command line wins over what it says.
         tell_typed: give `call` also the set of field names that were typed, as `typed`.
+        report_of: see `Prepared`.
     """
-    parsers = parse or {}
     by_name = {field.name: field for field in fields.option_fields(options)}
 
-    def run(*args: Any, **given: Any) -> int | None:
+    def prepare(*args: Any, **given: Any) -> Prepared:
         given |= _by_position(leading, args)
         file = given.pop(CONFIG_FILE, None)
         base = load(file) if load is not None and file is not None else None
         typed = {name: value for name, value in given.items() if name in by_name}
+        name_origin = partial(_name_origin, by_name=by_name, typed=typed, base=base, file=file, positional=positional)
         try:
-            values = {name: _parsed(value, parsers.get(name)) for name, value in typed.items()}
-            built = fields.build(options, _words_in_file(base, by_name, parsers) | values, base)
-            return call(built, typed=frozenset(typed)) if tell_typed else call(built)
+            values = {name: _parsed(value, by_name[name].parse) for name, value in typed.items()}
+            built = fields.build(options, _words_in_file(base, by_name) | values, base)
+            _check_paths(built, by_name)
+            function: Callable[..., object] = imported(call) if isinstance(call, str) else call
+            more = {"typed": frozenset(typed)} if tell_typed else {}
+            return Prepared(partial(function, built, **more), report_of and report_of(built), name_origin)
         except UsageError as error:
-            _name_origin(error, by_name, typed, base, file, positional)
+            name_origin(error)
             raise
 
     leading = [_config_file()] if load is not None else []
@@ -62,11 +87,42 @@ def command(
     rest = [field for name, field in by_name.items() if name not in positional]
     groups = _groups(rest)
     names = by_name.keys()
-    parameters = leading + [_option(field, groups[field.section], names, field.name in parsers) for field in rest]
+    parameters = leading + [_option(field, groups[field.section], names) for field in rest]
     if "debug" not in by_name:
         parameters.append(_flag("debug", _DEBUG_HELP))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return run
+    prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return prepare
+
+
+def imported(place: str) -> Any:
+    """What `module:name` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+LONGEST_PATH = 4000
+MOST_PARTS = 256
+
+
+def _check_paths(built: Any, by_name: Mapping[str, OptionField]) -> None:
+    """Raise UsageError for a path that no system opens: making a directory of a thousand parts fails in many ways."""
+    for name, field in by_name.items():
+        value = fields.value_of(built, field)
+        for path in value if isinstance(value, tuple) else (value,):
+            if not isinstance(path, Path):
+                continue
+            text = str(path)
+            if (
+                len(text) > LONGEST_PATH
+                or len(path.parts) > MOST_PARTS
+                or any(len(os.fsencode(part)) > 255 for part in path.parts)
+                or "\0" in text
+            ):
+                raise UsageError(
+                    f"{shorten(text)!r} cannot be a path",
+                    where=name,
+                    why=f"it has at most {MOST_PARTS} names of 255 bytes, {LONGEST_PATH:,} characters, no zero byte",
+                )
 
 
 def _by_position(leading: Sequence[inspect.Parameter], args: Sequence[Any]) -> dict[str, Any]:
@@ -83,12 +139,12 @@ def _parsed(value: Any, parse: Parse | None) -> Any:
     return parse((value,) if isinstance(value, str) else value)
 
 
-def _words_in_file(base: Any, by_name: Mapping[str, OptionField], parsers: Mapping[str, Parse]) -> dict[str, Any]:
+def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, Any]:
     """Fields with a parser that a TOML file gives as one text, such as "q_proj,v_proj", read as on the command line."""
     if base is None:
         return {}
-    values = {name: fields.value_of(base, by_name[name]) for name in parsers}
-    return {name: _parsed(value, parsers[name]) for name, value in values.items() if isinstance(value, str)}
+    values = {name: fields.value_of(base, field) for name, field in by_name.items() if field.parse is not None}
+    return {name: _parsed(value, by_name[name].parse) for name, value in values.items() if isinstance(value, str)}
 
 
 def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
@@ -96,7 +152,7 @@ def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
     return {section: Group(title, sort_key=number) for number, (section, title) in enumerate(titles.items())}
 
 
-def _option(field: OptionField, group: Group, names: Set[str], parsed: bool) -> inspect.Parameter:
+def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
     silent = field.default in (None, (), {}, "") or field.default is MISSING or field.default is False
     parameter = Parameter(
         help=_help(field, names),
@@ -110,8 +166,8 @@ def _option(field: OptionField, group: Group, names: Set[str], parsed: bool) -> 
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=_default_on_command_line(field, parsed),
-        annotation=Annotated[_typed_on_command_line(field, parsed), parameter],
+        default=_default_on_command_line(field),
+        annotation=Annotated[_typed_on_command_line(field), parameter],
     )
 
 
@@ -129,7 +185,7 @@ def _as_typed(default: Any) -> str:
 
 def _help(field: OptionField, names: Set[str]) -> str:
     """The field's docstring, other fields named as the options they are here; words that are values stay."""
-    members = fields.union_members(field.hint)
+    members = union_members(field.hint)
     # Literals may also stand within a tuple.
     literals = (*members, *(inner for member in members for inner in get_args(member)))
     values = {str(value) for literal in literals for value in get_args(literal)}
@@ -141,18 +197,18 @@ def _help(field: OptionField, names: Set[str]) -> str:
     return re.sub(r"`(\w+)`", named, field.help)
 
 
-def _default_on_command_line(field: OptionField, parsed: bool) -> Any:
+def _default_on_command_line(field: OptionField) -> Any:
     """The field's default, of the type that is typed: cyclopts holds one against the other if pydantic is loaded."""
     if field.default is MISSING:
         return inspect.Parameter.empty
-    if _typed_on_command_line(field, parsed) == tuple[str, ...] and not isinstance(field.default, tuple):
+    if _typed_on_command_line(field) == tuple[str, ...] and not isinstance(field.default, tuple):
         return (str(field.default),) if field.default else ()
     return field.default
 
 
-def _typed_on_command_line(field: OptionField, parsed: bool) -> Any:
+def _typed_on_command_line(field: OptionField) -> Any:
     """The type cyclopts converts to: words for what a parser takes over, the field's own type otherwise."""
-    several = fields.takes_several(field.hint) and (parsed or str in get_args(field.hint))
+    several = fields.takes_several(field.hint) and (field.parse is not None or str in get_args(field.hint))
     return tuple[str, ...] if several or fields.is_mapping(field.hint) else field.hint
 
 

@@ -1,8 +1,18 @@
-"""Every command: name, one sentence, an example that works, and its function. The README lists them from here."""
+"""Every command is one entry: name, one sentence, an example, its options and its function. The README lists them.
+
+An entry names modules as text, so that a command's options are imported when it is named, and its function, with torch,
+when it runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backhand.cli.command import Prepared
 
 
 @dataclass(frozen=True)
@@ -13,13 +23,70 @@ class Command:
         name: as typed.
         summary: what it does, in one sentence.
         example: a complete command line that works as it stands (with the user's own rows in rows.jsonl).
-        target: `module:function` that cyclopts parses the command line for; imported when the command is named.
+        options: `module:dataclass`, whose fields are the options.
+        function: `module:function` that gets the dataclass.
+        positional: fields that are given by position, in this order.
+        file: reads a TOML file that may be named first.
+        tell_typed: whether the function also gets the names of the fields that were typed, as `typed`.
+        report_of: the run, if any, about which the command proves something: its report is written again.
     """
 
     name: str
     summary: str
     example: str
-    target: str
+    options: str
+    function: str
+    positional: tuple[str, ...] = ()
+    file: Callable[[Path], Any] | None = None
+    tell_typed: bool = False
+    report_of: Callable[[Any], Path | None] | None = None
+
+    def parsed(self) -> Callable[..., Prepared]:
+        """The function that cyclopts parses the command line for; imports the options."""
+        from backhand.cli.command import command, imported
+
+        return command(
+            imported(self.options),
+            self.function,
+            positional=self.positional,
+            load=self.file,
+            tell_typed=self.tell_typed,
+            report_of=self.report_of,
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """The function of a command, which cyclopts asks this module for when the command is named."""
+    for entry in COMMANDS:
+        if entry.name == name:
+            return entry.parsed()
+    raise AttributeError(name)
+
+
+def _run_of_adapter(options: Any) -> Path | None:
+    from backhand.export.proving import run_of
+
+    return run_of(options.adapter)
+
+
+def _training_config(path: Path) -> Any:
+    from backhand.training.config_file import load_config
+
+    return load_config(path)
+
+
+def _plan_of_config(path: Path) -> Any:
+    from backhand.training.memory.options import PlanOptions
+
+    return PlanOptions.of(_training_config(path))
+
+
+def _rows_of_config(path: Path) -> Any:
+    """The rows, the model and the seed of a run's configuration; the rest of it has nothing to do with rows."""
+    from backhand.data.options import LintOptions, LintRunOptions
+
+    config = _training_config(path)
+    return LintOptions(LintRunOptions(model=config.model.model, seed=config.run.seed), config.data)
 
 
 COMMANDS = (
@@ -27,108 +94,147 @@ COMMANDS = (
         "train",
         "Fine-tune a language model on rows of text or chat, and leave an adapter that PEFT loads.",
         "backhand train --data rows.jsonl --output runs/mine",
-        "backhand.cli.train:train",
+        "backhand.training.config:TrainConfig",
+        "backhand.report.train:train",
+        file=_training_config,
+        tell_typed=True,
     ),
     Command(
         "plan",
         "Tell what a run will take in memory and time, and how it will be cut to fit, before it is made.",
         "backhand plan --data rows.jsonl",
-        "backhand.cli.plan:plan",
+        "backhand.training.memory.options:PlanOptions",
+        "backhand.training.memory.command:plan_command",
+        file=_plan_of_config,
+    ),
+    Command(
+        "models",
+        "List the models on this machine, which of them can be trained, and what that would take in memory and time.",
+        "backhand models",
+        "backhand.training.memory.options:ModelsOptions",
+        "backhand.training.memory.models:models_command",
+        positional=("places",),
     ),
     Command(
         "lint",
         "Look at rows as a model's tokenizer and chat template read them, and name every problem with its remedy.",
         "backhand lint --data rows.jsonl",
-        "backhand.cli.lint:lint",
+        "backhand.data.options:LintOptions",
+        "backhand.data.lint_command:lint_command",
+        file=_rows_of_config,
     ),
     Command(
         "evaluate",
         "Measure loss, perplexity and exact match on rows, for the base model and with an adapter.",
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
-        "backhand.cli.evaluate:evaluate",
+        "backhand.training.evaluate_options:EvaluateOptions",
+        "backhand.training.evaluate:evaluate_command",
     ),
     Command(
         "generate",
         "Answer a prompt, or a whole file of them, by the base model or with an adapter.",
         'backhand generate --adapter runs/mine/adapter --prompt "What is the capital of France?"',
-        "backhand.cli.generate:generate",
+        "backhand.generate.options:GenerateOptions",
+        "backhand.generate.command:generate_command",
     ),
     Command(
         "chat",
         "Talk with the base model or with an adapter.",
         "backhand chat --adapter runs/mine/adapter",
-        "backhand.cli.generate:chat",
+        "backhand.generate.options:ChatOptions",
+        "backhand.generate.chat:chat_command",
     ),
     Command(
         "verify",
         "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
         "backhand verify --op lora_linear",
-        "backhand.cli.verify:verify",
+        "backhand.verify.options:VerifyOptions",
+        "backhand.verify.command:verify_command",
+        report_of=lambda options: options.verify.run,
     ),
     Command(
         "merge",
         "Fold an adapter into its base: a model of its own, proved against base and adapter.",
         "backhand merge --adapter runs/mine/adapter --output runs/mine/merged",
-        "backhand.cli.export:merge",
+        "backhand.export.options:MergeOptions",
+        "backhand.export.merging:merge_command",
+        report_of=_run_of_adapter,
     ),
     Command(
         "export",
         "Convert an adapter, or the merged model, for PEFT, vLLM, llama.cpp, Ollama, MLX, or diffusion programs.",
         "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf",
-        "backhand.cli.export:export",
+        "backhand.export.options:ExportOptions",
+        "backhand.export.command:export_command",
+        report_of=_run_of_adapter,
     ),
     Command(
         "sine",
         "The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand.",
         "backhand sine --check --output runs/sine",
-        "backhand.cli.sine:sine",
+        "backhand.lab.sine.options:SineOptions",
+        "backhand.lab.sine.command:sine_command",
     ),
     Command(
         "paper",
         "The LoRA paper's own findings on your adapters: subspaces, amplification, merging, memory, ranks.",
         "backhand paper --adapter runs/mine/adapter --output runs/paper",
-        "backhand.cli.paper:paper",
+        "backhand.lab.paper.options:PaperOptions",
+        "backhand.lab.paper.command:paper_command",
     ),
     Command(
         "combine",
         "Add, average, subtract, concatenate, merge or reduce adapters, exactly, or saying what is lost.",
         "backhand combine add runs/one/adapter runs/two/adapter --output runs/both",
-        "backhand.cli.combine:combine",
+        "backhand.arithmetic.combine_options:CombineOptions",
+        "backhand.arithmetic.combine:combine_command",
+        positional=("operation", "adapters"),
     ),
     Command(
         "inspect",
         "Show what is in an adapter: ranks, sizes, singular values, and how much of the rank is used.",
         "backhand inspect runs/mine/adapter",
-        "backhand.cli.inspect:inspect",
+        "backhand.arithmetic.look_options:InspectOptions",
+        "backhand.arithmetic.inspect:inspect_command",
+        positional=("adapter",),
     ),
     Command(
         "diff",
         "Compare two adapters module by module: the norm of the difference, and the angles between their subspaces.",
         "backhand diff runs/one/adapter runs/two/adapter",
-        "backhand.cli.diff:diff",
+        "backhand.arithmetic.look_options:DiffOptions",
+        "backhand.arithmetic.diff:diff_command",
+        positional=("first", "second"),
     ),
     Command(
         "compress",
         "Give every module of an adapter the smallest rank that keeps to an error.",
         "backhand compress runs/mine/adapter --error 0.05 --output runs/small",
-        "backhand.cli.compress:compress",
+        "backhand.arithmetic.look_options:CompressOptions",
+        "backhand.arithmetic.compress:compress_command",
+        positional=("adapter",),
     ),
     Command(
         "report",
         "One self-contained page about a run, or about several side by side.",
         "backhand report runs/mine",
-        "backhand.cli.report:report",
+        "backhand.report.options:ReportOptions",
+        "backhand.report.command:report_command",
+        positional=("runs",),
     ),
     Command(
         "watch",
         "The report of a run while it trains, on this machine only, with a box to try a prompt on base and adapter.",
         "backhand watch runs/mine",
-        "backhand.cli.watch:watch",
+        "backhand.report.options:WatchOptions",
+        "backhand.report.watch:watch_command",
+        positional=("run",),
     ),
     Command(
         "demo",
         "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",
-        "backhand.cli.demo:demo",
+        "backhand.lab.demo_options:DemoOptions",
+        "backhand.lab.demo:demo_command",
     ),
 )

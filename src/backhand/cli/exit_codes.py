@@ -9,11 +9,10 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 
 from cyclopts import CycloptsError, UnknownCommandError, UnusedCliTokensError
 
-from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, bounded
 
 BUG = 1
 USAGE = 2
@@ -23,18 +22,18 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
-_RESOURCE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EFBIG,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
+# What the system says of a path that was given; whatever else it says is of the machine.
+_USAGE_ERRNOS = {
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.EINVAL,
 }
-_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+_UNLOADABLE_TEXTS = ("failed to map segment", "cannot allocate memory", "cannot create shared object descriptor")
 
 
 def exit_code(error: BaseException) -> int:
@@ -50,32 +49,49 @@ def exit_code(error: BaseException) -> int:
             return BROKEN_PIPE
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
-        case OSError() if error.errno in _RESOURCE_ERRNOS:
-            return RESOURCES
         case _ if _is_out_of_memory(error):
             return RESOURCES
+        case OSError() if error.errno in _USAGE_ERRNOS:
+            return USAGE
+        case OSError() if error.errno:
+            return RESOURCES
+        case _ if _is_panic(error):
+            return ArtifactError.exit_code
     return BUG
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, tokenizers on what a tokenizer.json says as a rule."""
+    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
 
 
 def explanation(error: BaseException, arguments: Sequence[str]) -> str:
     """What to print for an exception: what happened, where, why, what to do next; "" where there is nothing to say."""
     match error:
+        case BackhandError() if error.said_elsewhere:
+            return ""
         case BackhandError():
             # Stopping when asked to is no error, although the shell gets a code for it.
             return str(error) if error.exit_code > SIGNAL else f"error: {error}{_general_advice(error, arguments)}"
         case CycloptsError():
-            return f"error: {_usage(error)}\n  next: {_help_command(error)}"
+            return f"error: {bounded(_usage(error))}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():
             return "interrupted"
         case BrokenPipeError() | SystemExit():
             return ""
-        case OSError() if error.errno in _RESOURCE_ERRNOS:
-            return _explain_os_error(error)
         case _ if _is_out_of_memory(error):
             return (
                 "error: not enough memory\n"
                 f"  why: {str(error).splitlines()[0] if str(error) else 'the system refused an allocation'}\n"
                 "  next: give --memory what may be used, or a smaller --micro-batch-rows or --max-length"
+            )
+        case OSError() if error.errno:
+            return _explain_os_error(error)
+        case _ if _is_panic(error):
+            return (
+                f"error: a library gave up on what it read: {bounded(str(error))}\n"
+                "  why: a file of the model contradicts itself, tokenizer.json as a rule\n"
+                "  next: take the model's files from where they come from, once more"
             )
     return _explain_bug(error, arguments)
 
@@ -98,6 +114,8 @@ def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
+    if isinstance(error, ImportError) and any(text in str(error).lower() for text in _UNLOADABLE_TEXTS):
+        return True  # a library that does not fit below the limit of the address space
     # torch raises RuntimeError from its CPU allocator; its own class for devices is named here without importing torch.
     named = any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
     return named or (
@@ -121,7 +139,9 @@ def _help_command(error: CycloptsError) -> str:
 
 def _explain_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
+    path_remedy = "check the path, and give another one"
     remedy = {
+        **dict.fromkeys(_USAGE_ERRNOS, path_remedy),
         errno.ENOSPC: "free some space, or write to another disk with --output",
         errno.EDQUOT: "free some space, or write to another disk with --output",
         errno.EFBIG: "raise the file-size limit (ulimit -f), or write to another disk with --output",
@@ -129,7 +149,7 @@ def _explain_os_error(error: OSError) -> str:
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
         errno.ENFILE: "close other programs",
     }.get(error.errno or 0, "choose a place you may write to, for example with --output")
-    return f"error: {where}{error.strerror or os.strerror(error.errno or 0)}\n  next: {remedy}"
+    return f"error: {bounded(where)}{error.strerror or os.strerror(error.errno or 0)}\n  next: {remedy}"
 
 
 def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
@@ -137,14 +157,16 @@ def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
     ours = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
     place = f" ({ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name})" if ours else ""
     return (
-        f"error: unexpected {type(error).__name__}: {error}{place}\n"
+        f"error: unexpected {type(error).__name__}: {bounded(str(error))}{place}\n"
         "  why: this is a bug in Backhand, not in what you typed\n"
         "  next: run the command again with --debug and report what it prints, with this line:\n"
-        f"        {_versions()}; backhand {' '.join(arguments)}"
+        f"        {_versions()}; backhand {bounded(' '.join(arguments))}"
     )
 
 
 def _versions() -> str:
+    from importlib import metadata  # a tenth of the time of --help
+
     versions = [f"Python {platform.python_version()} on {sys.platform}"]
     for package in ("backhand", "torch", "transformers"):
         try:

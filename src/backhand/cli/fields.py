@@ -9,17 +9,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar, get_origin
 
-from backhand.cli.field_docs import field_docs
+from docstring_parser import parse_from_object
+
+from backhand.bounds import Parse, hints_of, parse_of, sentence_of, union_members
 
 T = TypeVar("T")
-
-Parse = Callable[[Sequence[str]], Any]
-"""Turns the words that follow an option into the value of a field whose type no command line knows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,8 @@ class OptionField:
         title: heading of its section in the help: how the docstring of the section's dataclass begins.
         hint: its resolved type.
         default: its default value, `dataclasses.MISSING` where it has none.
-        help: the docstring under the field.
+        help: the docstring under the field, and the range that stands beside it.
+        parse: makes its value of the words given, for a type that no command line knows.
     """
 
     name: str
@@ -41,6 +41,7 @@ class OptionField:
     hint: Any
     default: Any
     help: str
+    parse: Parse | None
 
     @property
     def option(self) -> str:
@@ -55,7 +56,7 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
         TypeError: two fields of the same name, or a field without a docstring.
     """
     hints = typing.get_type_hints(options)
-    docs = field_docs(options)
+    docs = _docs_of(options)
     title = re.split(r"[.,:;]", inspect.cleandoc(options.__doc__ or ""), maxsplit=1)[0] if section else "Options"
     found: list[OptionField] = []
     for field in dataclasses.fields(options):
@@ -67,7 +68,9 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
         if field.name not in docs:
             raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
         default = field.default_factory() if callable(field.default_factory) else field.default
-        found.append(OptionField(field.name, section, title, hint, default, docs[field.name]))
+        said = hints_of(options)[field.name]
+        text = f"{docs[field.name]} {sentence_of(said)}".rstrip()
+        found.append(OptionField(field.name, section, title, hint, default, text, parse_of(said)))
     names = [field.name for field in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")
@@ -98,13 +101,6 @@ def value_of(options: Any, field: OptionField) -> Any:
     return getattr(options, field.name)
 
 
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """The types that `hint` allows, None left out: (int,) for `int` and for `int | None`."""
-    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
-        return tuple(member for member in get_args(hint) if member is not type(None))
-    return (hint,)
-
-
 def takes_several(hint: Any) -> bool:
     """Whether an option of this type takes any number of words: tuples and mappings do."""
     return any(_is_kind(member, (tuple, list, Mapping)) for member in union_members(hint))
@@ -118,3 +114,14 @@ def is_mapping(hint: Any) -> bool:
 def _is_kind(hint: Any, kinds: tuple[Any, ...]) -> bool:
     kind = get_origin(hint) or hint
     return isinstance(kind, type) and any(issubclass(kind, wanted) for wanted in kinds)
+
+
+@cache
+def _docs_of(options: type) -> dict[str, str]:
+    """The docstring under each field, those of base classes included, lines joined into one paragraph."""
+    docs: dict[str, str] = {}
+    for base in reversed(options.__mro__[:-1]):
+        for described in parse_from_object(base).params:
+            if described.description:
+                docs[described.arg_name] = " ".join(described.description.split())
+    return docs

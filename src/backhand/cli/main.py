@@ -1,6 +1,8 @@
 """The `backhand` command: finds the subcommand, runs it, and turns whatever ends it into an exit code.
 
-Nothing here imports torch; a subcommand's module is imported when it is the one to run.
+What the command line is made of takes a tenth of a second to import, so that `main` does it inside: Ctrl-C ends it
+quietly from its first moment on. Nothing here imports torch; a subcommand's module is imported when it is the one to
+run.
 """
 
 from __future__ import annotations
@@ -9,18 +11,20 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import cyclopts
+from backhand.errors import UsageError
 
-from backhand.cli.commands import COMMANDS
-from backhand.cli.exit_codes import TERMINATED, exit_code, explanation
+if TYPE_CHECKING:
+    import cyclopts
+
+    from backhand.cli.command import Prepared
 
 _SUMMARY = "LoRA fine-tuning in which every gradient is derived and written by hand, and proved."
+
 _EPILOGUE = (
     "Example: `backhand train --data rows.jsonl --output runs/mine`\n\n"
     "Each command explains itself: `backhand train --help`. `--debug` shows a traceback with an error."
@@ -29,6 +33,10 @@ _EPILOGUE = (
 
 def make_app() -> cyclopts.App:
     """The command line as cyclopts sees it; commands are imported when they are named."""
+    import cyclopts
+
+    from backhand.cli import commands
+
     app = cyclopts.App(
         name="backhand",
         help=_SUMMARY,
@@ -40,9 +48,9 @@ def make_app() -> cyclopts.App:
         suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
-    for place, command in enumerate(COMMANDS):
+    for place, command in enumerate(commands.COMMANDS):
         app.command(
-            command.target,
+            f"{commands.__name__}:{command.name}",  # imported when it is named
             name=command.name,
             help=command.summary,
             help_epilogue=f"Example: `{command.example}`",
@@ -72,13 +80,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     _set_environment()
     _open_closed_streams()
+    _write_anything()
     try:
         with _terminated_as_exit():
-            result = make_app()(_values_joined(words[1:] if words[:1] == ["--debug"] else words))
+            given = words[1:] if words[:1] == ["--debug"] else words
+            if sorted(given) == ["--verbose", "--version"]:
+                print(_verbose_version())
+                return 0
+            result = make_app()(_values_joined(given))
+            code = 0 if result is None else run_prepared(result)  # help and version have been printed
             sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        return code
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
         return _report(error, words, debug)
+
+
+def run_prepared(prepared: Prepared) -> int:
+    """Run what was parsed, and return its exit code; an error about an option says where it was written."""
+    with ExitStack() as around:
+        if prepared.report_of is not None:
+            from backhand.report.command import report_kept
+
+            around.enter_context(report_kept(prepared.report_of))
+        try:
+            result = prepared.function()
+        except UsageError as error:
+            prepared.name_origin(error)
+            raise
+    return result if isinstance(result, int) else 0
 
 
 def _open_closed_streams() -> None:
@@ -88,7 +117,15 @@ def _open_closed_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - open until the end
+
+
+def _write_anything() -> None:
+    """Standard output takes what standard error takes: half of a surrogate pair, from a file, as its code."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)  # what a program has put in its place may have none
+    if reconfigure is not None:
+        with suppress(OSError, ValueError):  # it is written out first, and may be closed
+            reconfigure(errors="backslashreplace")
 
 
 def _values_joined(words: Sequence[str]) -> list[str]:
@@ -107,13 +144,20 @@ def _values_joined(words: Sequence[str]) -> list[str]:
 
 
 def _report(error: BaseException, words: Sequence[str], debug: bool) -> int:
+    import traceback
+
+    from backhand.cli.exit_codes import exit_code, explanation
+
     if isinstance(error, BrokenPipeError):
         # The reader has left; what is still buffered must not raise again when Python closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif debug and not isinstance(error, SystemExit):
         traceback.print_exception(error)
     if text := explanation(error, words):
-        print(text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr)
+        with suppress(OSError):  # a closed terminal
+            print(
+                text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
+            )
     return exit_code(error)
 
 
@@ -124,6 +168,7 @@ def _stderr_in_colour() -> bool:
 @contextmanager
 def _terminated_as_exit() -> Iterator[None]:
     """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed; training installs its own handler."""
+    from backhand.cli.exit_codes import TERMINATED
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
@@ -143,3 +188,22 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("backhand")
+
+
+def _verbose_version() -> str:
+    """`--version --verbose`: the versions, the processor and which loops run here; what a report of a bug needs."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from backhand.kernels.library import describe
+    from backhand.nn.compute import available_cores, default_dtype
+
+    lines = [f"backhand {version('backhand')}", f"python {platform.python_version()}, {platform.platform()}"]
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "peft"):
+        with suppress(PackageNotFoundError):
+            lines.append(f"{package} {version(package)}")
+    dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
+    lines.append(f"{available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; --dtype auto is {dtype}")
+    return "\n".join([*lines, describe()])

@@ -5,22 +5,34 @@ where the rendering up to and with it ends: that is what a model sees and what i
 control token, its end of turn, belongs to it; white space that the template puts behind that does not, since generation
 has stopped by then.
 
+A template that ends no turn (GLM-4) leaves it to the next role's token to stop generation; then that token belongs to
+the reply. What a template asks for and what it renders may differ where thoughts are concerned:
+`backhand.data.reply_start`.
+
 Where the template renders a turn differently once others follow (Qwen3 takes the thoughts out of earlier turns), what
 is rendered up to that turn is no beginning of the whole, and the turn becomes a document of its own, with its own past.
+White space and an end of text that are only written behind the last turn (Phi-3) make no such difference.
 """
 
 from __future__ import annotations
 
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backhand.data.messages import Conversation, Message
-from backhand.data.rows import shorten
+from backhand.data.reply_start import ReplyStart, find_start, switches
+from backhand.data.template_habits import TemplateHabits
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
+from backhand.words import shorten
+
+if TYPE_CHECKING:
+    from backhand.data.bounded_template import BoundedTemplate
 
 NO_TEMPLATE = "none"
 
@@ -62,7 +74,7 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
         return option
     path = Path(option)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{shorten(option)!r} is neither a readable file nor a Jinja template",
@@ -70,6 +82,29 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
             why=str(error),
             next_step=f"name a file, give the template itself, or {NO_TEMPLATE!r}",
         ) from None
+
+
+def stopping_role_ids(
+    tokenizer: Any, template: str | None, *, from_option: bool, template_args: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
+
+    Args:
+        tokenizer: the model's transformers tokenizer.
+        template: the chat template in use; None for none.
+        from_option: it comes from `--chat-template`, so its errors are the user's.
+        template_args: variables for it.
+
+    Raises:
+        ArtifactError: the tokenizer does not stand on the `tokenizers` library.
+        UsageError, ArtifactError: the template is not valid Jinja, or asks for more than it may have.
+    """
+    if template is None:
+        return ()
+    chat = ChatRenderer(
+        tokenizer, TextEncoder(tokenizer, template), template, from_option=from_option, template_args=template_args
+    )
+    return tuple(tokenizer.convert_tokens_to_ids(chat.stopping_role_tokens()))
 
 
 class ChatRenderer:
@@ -87,7 +122,9 @@ class ChatRenderer:
         leading_replies: replies that carry no loss because nothing stands before them, so far.
         split_conversations: conversations that became several documents, so far.
         unseen_tools: conversations whose tools the template does not write down, so far.
-        unseen_thoughts: replies whose reasoning_content it does not write down, so far.
+        unseen_thoughts: replies whose thoughts it does not write down, so far.
+        starts: how many replies begin in which way, by `ReplyStart.how` and `ReplyStart.detail`; only those where the
+            template does not render what it asks for.
     """
 
     def __init__(
@@ -106,10 +143,13 @@ class ChatRenderer:
         self._from_option = from_option
         self.template_args = dict(template_args or {})
         self._system = system
+        self._compiled_templates: dict[str, BoundedTemplate] = {}
         self.leading_replies = 0
         self.split_conversations = 0
         self.unseen_tools = 0
         self.unseen_thoughts = 0
+        self.starts: Counter[tuple[str, str]] = Counter()
+        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -126,8 +166,10 @@ class ChatRenderer:
             text = self._render(conversation, messages)
             _check_calls(messages, text, conversation.source)
             self._look_for_tools(conversation, text)
-            ends = self._ends_turn(text)
-            return [Document(text, ((0, len(text)),), mark, not ends, False, conversation.source)]
+            if messages[-1]["role"] == "assistant" and self._end_of_turn(text) is None:
+                text += self._missing_end(conversation, len(messages) - 1)
+            ended = self._end_of_turn(text) is not None
+            return [Document(text, ((0, len(text)),), mark, not ended, False, conversation.source)]
         turns = [
             turn for i in range(len(messages)) if conversation.supervised[i] and (turn := self._turn(conversation, i))
         ]
@@ -136,11 +178,11 @@ class ChatRenderer:
         whole: tuple[str, int, int] | None = None
         for turn in reversed(turns):
             text, start, end = turn
-            if whole is None or not whole[0].startswith(text[:end]):
+            if whole is None or (end_in_whole := self._end_inside(whole[0], turn)) is None:
                 if whole is not None:
                     documents.append(self._document(whole, spans, mark, conversation.source))
-                whole, spans = turn, []
-            spans.insert(0, (start, end))
+                whole, spans, end_in_whole = turn, [], end
+            spans.insert(0, (start, end_in_whole))
         if whole is not None:
             documents.append(self._document(whole, spans, mark, conversation.source))
         if turns:
@@ -160,8 +202,11 @@ class ChatRenderer:
         _check_calls(conversation.messages, text, conversation.source)
         return Document(text, (), mark, False, False, conversation.source)
 
-    def reply(self, conversation: Conversation) -> Document:
-        """The document of the last message, a reply that others precede; its span is what a model has to say there.
+    def prompt_and_reply(self, conversation: Conversation) -> tuple[Document, Document]:
+        """What stands before the last message, a reply that others precede, as it is trained on; and the whole.
+
+        Returns:
+            The prompt, no span of which carries loss, and the document whose span is what a model has to say there.
 
         Raises:
             DataError: as `documents`.
@@ -169,7 +214,15 @@ class ChatRenderer:
         conversation, mark = self._prepared(conversation)
         turn = self._turn(conversation, len(conversation.messages) - 1)
         assert turn is not None
-        return self._document(turn, [turn[1:]], mark, conversation.source)
+        self._look_for_tools(conversation, turn[0])
+        asked = Document(turn[0][: turn[1]], (), mark, False, False, conversation.source)
+        return asked, self._document(turn, [turn[1:]], mark, conversation.source)
+
+    def stopping_role_tokens(self) -> list[str]:
+        """The tokens that stop generation because the next role begins with them, where the template ends no turn."""
+        if self._habits.ends_turns:
+            return []
+        return sorted({self._habits.next_token(role).strip() for role in ("user", "tool")} - {""})
 
     def _prepared(self, conversation: Conversation) -> tuple[Conversation, str | None]:
         """With the system message, and with the control tokens of its text broken apart."""
@@ -195,58 +248,145 @@ class ChatRenderer:
         if index == 0:
             self.leading_replies += 1
             return None
+        begun = self._start(conversation, index)
+        text, start = begun.text, begun.start
+        _check_calls(messages[: index + 1], text, conversation.source)
+        if "tool_calls" in messages[index]:
+            _check_calls(messages[index : index + 1], text[start:], conversation.source)
+        self.unseen_thoughts += _is_unseen(messages[index], text[start:])
+        end = self._end_of_turn(text, start)
+        if end is None:
+            text += self._missing_end(conversation, index)
+            end = self._end_of_turn(text, start)
+        return text, start, len(text) if end is None else end
+
+    def _start(self, conversation: Conversation, index: int) -> ReplyStart:
+        """The rendering up to and with a reply, and where it begins."""
+        messages = conversation.messages
         asked = self._render(conversation, messages[:index], generation_prompt=True)
         text = self._render(conversation, messages[: index + 1])
-        if not text.startswith(asked):
-            alike = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
-            raise DataError(
-                "the chat template does not render this reply as it asks for one, so where it starts is not known",
-                where=conversation.source,
-                why=f"it asks with {_around(asked, alike)!r} and renders {_around(text, alike)!r} (reply {index})",
-                next_step="use a template that renders them alike (--chat-template, --template-args)",
-            )
-        _check_calls(messages[: index + 1], text, conversation.source)
-        thoughts = str(messages[index].get("reasoning_content", "")).strip()
-        self.unseen_thoughts += bool(thoughts) and thoughts not in text[len(asked) :]
-        return text, len(asked), self._end_of_turn(text, len(asked))
+        if text.startswith(asked):
+            return ReplyStart(text, len(asked))
+
+        def can_have(empty: str, wanted: str) -> bool:
+            content = messages[index]["content"]
+            for shorter in dict.fromkeys((content, content.lstrip(), content.strip())):
+                reply = {**messages[index], "content": empty + shorter}
+                if self._tried(conversation, (*messages[:index], reply)) == wanted:
+                    return True
+            return False
+
+        begun = find_start(
+            asked,
+            text,
+            can_have=can_have,
+            ask=lambda args: self._tried(conversation, messages[:index], generation_prompt=True, **args),
+            settings=self._switches,
+            written_thought=lambda: self._habits.written_thought,
+        )
+        if begun is not None:
+            self.starts[begun.how, begun.detail] += 1
+            return begun
+        alike = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
+        raise DataError(
+            "the chat template does not render this reply as it asks for one, so where it starts is not known",
+            where=conversation.source,
+            why=f"it asks with {_around(asked, alike)!r} and renders {_around(text, alike)!r} (reply {index})",
+            next_step="use a template that renders them alike (--chat-template, --template-args)",
+        )
+
+    @cached_property
+    def _switches(self) -> list[dict[str, bool]]:
+        return switches(self._template, self.template_args)
 
     def _look_for_tools(self, conversation: Conversation, text: str) -> None:
         functions = [tool.get("function", tool) for tool in conversation.tools or ()]
         names = [function["name"] for function in functions if isinstance(function, Mapping) and "name" in function]
         self.unseen_tools += bool(names) and not any(str(name) in text for name in names)
 
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Behind the last control token of the reply, if only white space follows that; else the end of the text."""
-        end = max((match.end() for match in self._encoder.special.finditer(text, start)), default=start)
-        return end if end > start and not text[end:].strip() else len(text)
+    def _end_of_turn(self, text: str, start: int = 0) -> int | None:
+        """Behind the last control token from `start` on, if only white space follows that; else None."""
+        end = max((match.end() for match in self._encoder.special.finditer(text, start)), default=0)
+        return end if end and not text[end:].strip() else None
+
+    def _end_inside(self, whole: str, turn: tuple[str, int, int]) -> int | None:
+        """Where a turn ends in the rendering of more turns; None if that does not begin with it."""
+        text, start, end = turn
+        text = text[:end]
+        if whole.startswith(text):
+            return end
+        body, eos = text.rstrip(), self._encoder.eos
+        if eos and body.endswith(eos):
+            body = body.removesuffix(eos).rstrip()
+            return len(body) if whole.startswith(body) and self._end_of_turn(body, start) is not None else None
+        return len(body) if len(body) > start and whole.startswith(body) else None
+
+    def _missing_end(self, conversation: Conversation, index: int) -> str:
+        """The next role's token, behind a reply whose turn nothing ends; empty if the template writes none."""
+        after = conversation.messages[index + 1 : index + 2]
+        calls = "tool_calls" in conversation.messages[index]
+        return self._habits.next_token(after[0]["role"] if after else "tool" if calls else "user")
 
     def _document(
         self, turn: tuple[str, int, int], spans: Sequence[tuple[int, int]], mark: str | None, source: str
     ) -> Document:
         text, _, end = turn
         text = text[:end]
-        return Document(text, tuple(spans), mark, not self._ends_turn(text), False, source)
-
-    def _ends_turn(self, text: str) -> bool:
-        last = max((match.end() for match in self._encoder.special.finditer(text)), default=-1)
-        return last >= 0 and not text[last:].strip()
+        return Document(text, tuple(spans), mark, self._end_of_turn(text) is None, False, source)
 
     def _render(
-        self, conversation: Conversation, messages: Sequence[Message], *, generation_prompt: bool = False
+        self,
+        conversation: Conversation,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        **further_args: Any,
+    ) -> str:
+        messages = self._habits.shaped(messages)
+        return self._apply(conversation, messages, generation_prompt=generation_prompt, **further_args)
+
+    def _tried(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str | None:
+        """As `_render`; None where the template refuses."""
+        try:
+            return self._render(conversation, messages, **how)
+        except DataError:
+            return None
+
+    def _tried_as_they_stand(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._apply(Conversation(tuple(messages), (), None, "chat template"), messages)
+        except DataError:
+            return None
+
+    def _apply(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = False,
+        **further_args: Any,
     ) -> str:
         tools = None if conversation.tools is None else list(conversation.tools)
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            "messages": list(messages),
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+            **self.template_args,
+            **further_args,
+        }
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self._template_for(tools),
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self.template_args,
-            )
+            return self._compiled(self._template_for(tools)).render(variables)
         except Exception as error:  # noqa: BLE001 - a template raises whatever its expressions raise
             raise self._template_error(error, conversation.source) from None
-        return str(rendered)
+
+    def _compiled(self, source: str) -> BoundedTemplate:
+        if source not in self._compiled_templates:
+            from backhand.data.bounded_template import BoundedTemplate
+
+            self._compiled_templates[source] = BoundedTemplate(source)
+        return self._compiled_templates[source]
 
     def _template_for(self, tools: list[Any] | None) -> str:
         """A tokenizer may have a second template for conversations with tools."""
@@ -256,21 +396,40 @@ class ChatRenderer:
         return self._template
 
     def _template_error(self, error: Exception, source: str) -> BackhandError:
-        jinja = sys.modules.get("jinja2")
-        if jinja is not None and isinstance(error, jinja.TemplateSyntaxError):
+        import jinja2
+
+        from backhand.data.template_bounds import TemplateLimitError
+
+        where = "chat_template" if self._from_option else "tokenizer"
+        if isinstance(error, jinja2.TemplateSyntaxError):
             kind = UsageError if self._from_option else ArtifactError
             return kind(
                 "the chat template is not valid Jinja",
-                where="chat_template" if self._from_option else "tokenizer",
-                why=f"{error.message}, in line {error.lineno}",
+                where=where,
+                why=f"{shorten(str(error.message), 200)}, in line {error.lineno}",
+                next_step="give another template with --chat-template",
+            )
+        if isinstance(error, TemplateLimitError | jinja2.exceptions.SecurityError):
+            return ArtifactError(
+                "the chat template asks for more than a template may have",
+                where=where,
+                why=shorten(str(error), 200),
                 next_step="give another template with --chat-template",
             )
         return DataError(
             "the chat template refuses this conversation",
             where=source,
-            why=f"{type(error).__name__}: {error}",
+            why=shorten(f"{type(error).__name__}: {error}", 300),
             next_step="change the order or the roles of the messages, or use another template (--chat-template)",
         )
+
+
+def _is_unseen(message: Message, text: str) -> bool:
+    """Whether a reply has thoughts that are not in what was rendered of it."""
+    thoughts: str = message.get("reasoning_content", "")
+    if not thoughts and "</think>" in message["content"]:
+        thoughts = message["content"].partition("</think>")[0].rpartition("<think>")[2]
+    return bool(thoughts) and thoughts.strip() not in text
 
 
 def _check_calls(messages: Sequence[Message], text: str, source: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
@@ -10,9 +11,21 @@ from backhand.data.examples import encode_document
 from backhand.data.forms import Completion, PlainText, Row
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
-from backhand.data.rows import count_of
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
+from backhand.words import count_of
+
+_STARTS = {
+    "emptied": "without thoughts, where the generation prompt begins one: the empty thought {shown} is written before "
+    "the reply, as the prompt or the chat template writes it",
+    "switched": "that the chat template asks for with {detail} only: generate with --template-args {detail} (other "
+    "programs call them chat_template_kwargs), or the prompt is another than the one trained on",
+    "headed": "learnt right behind the role's header, because the generation prompt then writes {shown} and the chat "
+    "template renders no such thing in a reply: a model that is asked with that template as it stands begins with what "
+    "it was not trained on; take that piece out of its generation prompt and give the file to training and generation "
+    "(--chat-template FILE)",
+}
+"""Of the ways in which a reply may begin, by `ReplyStart.how`, those of which the user should know, and why."""
 
 
 @dataclass
@@ -93,8 +106,9 @@ class RowRenderer:
     def prompt(self, row: Row) -> tuple[Document, str | None]:
         """What a model sees of the row before its last reply, and that reply; for a text row the text and None.
 
-        Of a chat template the reply is all that it writes behind the generation prompt (thoughts and tool calls with
-        the content), without control tokens.
+        The prompt ends where the reply begins in training. Of a chat template the reply is all that it writes from
+        there (thoughts and tool calls with the content), without control tokens; the content as it stands where the
+        template refuses it.
 
         Raises:
             DataError: the chat template is missing or refuses the row.
@@ -107,20 +121,20 @@ class RowRenderer:
             return Document(prompt, (), mark, False, not self._begun(prompt), row.source), row.completion
         conversation = _as_conversation(row)
         last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
-        reply: str | None = None
-        if last == len(conversation.messages) - 1 and last > 0:
-            reply = self._said(conversation)
-            conversation = Conversation(
-                conversation.messages[:last], conversation.supervised[:last], conversation.tools, conversation.source
-            )
-        return self._renderer(row).prompt(conversation), reply
-
-    def _said(self, conversation: Conversation) -> str:
-        """The last reply, read from its tokens as completions are; its content where the template refuses it."""
+        if last == 0 or last < len(conversation.messages) - 1:
+            return self._renderer(row).prompt(conversation), None
         try:
-            example = encode_document(self._renderer(conversation).reply(conversation), self.encoder)
+            asked, document = self._renderer(row).prompt_and_reply(conversation)
         except DataError:
-            return str(conversation.messages[-1]["content"])
+            before = replace(
+                conversation, messages=conversation.messages[:last], supervised=conversation.supervised[:last]
+            )
+            return self._renderer(row).prompt(before), str(conversation.messages[last]["content"])
+        return asked, self._said(document)
+
+    def _said(self, document: Document) -> str:
+        """A reply, read from its tokens as completions are."""
+        example = encode_document(document, self.encoder)
         said = example.input_ids[example.supervised].tolist()
         return str(self._tokenizer.decode(said, skip_special_tokens=True)).strip()
 
@@ -140,9 +154,13 @@ class RowRenderer:
             ),
             (chat.leading_replies if chat else 0, "that begin with a reply; it carries no loss"),
             (chat.unseen_tools if chat else 0, "with tools that the chat template does not write down for the model"),
-            (chat.unseen_thoughts if chat else 0, "with reasoning_content that the chat template does not write down"),
+            (
+                chat.unseen_thoughts if chat else 0,
+                "with thoughts in a reply that the chat template does not write down",
+            ),
         )
         notes = [f"{count_of(count, 'row')} {what}" for count, what in facts if count]
+        notes += _about_starts(chat.starts) if chat else []
         if chat and "strftime_now" in (self._template or "") and "date_string" not in chat.template_args:
             notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
         return tuple(notes)
@@ -188,6 +206,18 @@ class RowRenderer:
     def _begun(self, text: str) -> bool:
         bos = self.encoder.bos
         return bos is not None and text.startswith(bos)
+
+
+def _about_starts(starts: Counter[tuple[str, str]]) -> list[str]:
+    """What it means at generation that replies do not go on from the generation prompt, a sentence for each way."""
+    notes = []
+    for how, what in _STARTS.items():
+        details = Counter({detail: count for (other, detail), count in starts.items() if other == how})
+        if details:
+            ((detail, _),) = details.most_common(1)
+            count = count_of(details.total(), "reply").replace("replys", "replies")
+            notes.append(f"{count} {what.format(shown=repr(detail), detail=detail)}")
+    return notes
 
 
 def _as_conversation(row: Conversation | Completion) -> Conversation:

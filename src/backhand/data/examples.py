@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from backhand.data.chat import Document
 from backhand.data.options import DataOptions
-from backhand.data.rows import count_of
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
+from backhand.words import count_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class DataReport:
         longest: tokens of the longest document in use.
         truncated, dropped_long: documents cut to `max_length`, or left out because of it.
         dropped_unsupervised: documents left out because nothing in them carries loss.
+        empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
         bad_rows: the errors of the first few of them.
         notes: whatever else the user should know, a sentence each.
@@ -81,6 +82,7 @@ class DataReport:
     truncated: int = 0
     dropped_long: int = 0
     dropped_unsupervised: int = 0
+    empty_answers: int = 0
     skipped_bad: int = 0
     bad_rows: tuple[DataError, ...] = ()
     notes: tuple[str, ...] = ()
@@ -235,3 +237,42 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
     """Those of `places` where no token ends, or where a token of white space might straddle with its place trimmed."""
     found = set(ends.tolist())
     return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A document token by token, with the supervised ones marked, for eyes.
+
+
+@dataclass(frozen=True)
+class ViewedToken:
+    """One token.
+
+    Attributes:
+        input_id: its number.
+        text: what it decodes to, or the tokenizer's own spelling where it is part of a character.
+        supervised: whether it is a target.
+    """
+
+    input_id: int
+    text: str
+    supervised: bool
+
+
+def view_tokens(example: Example, tokenizer: Any) -> list[ViewedToken]:
+    """The tokens of a document in order."""
+    viewed = []
+    for input_id, supervised in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True):
+        text = tokenizer.decode([input_id], skip_special_tokens=False)
+        if "\ufffd" in text:
+            text = tokenizer.convert_ids_to_tokens(input_id)
+        viewed.append(ViewedToken(input_id, text, supervised))
+    return viewed
+
+
+def token_lines(example: Example, tokenizer: Any) -> list[str]:
+    """A line a token: a `*` where it carries loss, its number, its text with control characters visible."""
+    tokens = view_tokens(example, tokenizer)
+    return [
+        example.source,
+        *(f"{'*' if token.supervised else ' '} {token.input_id:>7} {token.text!r}" for token in tokens),
+    ]

@@ -59,6 +59,11 @@ class Form:
         """How it is called aloud, for example `prompt/completion`."""
         return "/".join((self.columns[0], *self.optional, *self.columns[1:]))
 
+    @property
+    def answers(self) -> str:
+        """The column that holds what a model should say."""
+        return self.columns[-1]
+
 
 FORMS = (
     Form(("messages",), "conversation"),
@@ -133,11 +138,13 @@ class FormReader:
 
     Attributes:
         form: that form, or None before the first good row.
+        columns: the names of all columns so far, in their order.
     """
 
     def __init__(self, *, may_ask: bool = False) -> None:
         self._may_ask = may_ask
         self.form: Form | None = None
+        self.columns: dict[str, None] = {}
         self._first_source = ""
 
     def read(self, raw: RawRow) -> Row:
@@ -152,6 +159,8 @@ class FormReader:
         row = _read(form, raw)
         if self.form is None:
             self.form, self._first_source = form, raw.source
+        if not self.columns.keys() >= raw.values.keys():
+            self.columns |= dict.fromkeys(raw.values)
         return row
 
     def read_all(self, raws: Iterable[RawRow], bad: BadRows) -> Iterator[Row]:
@@ -184,6 +193,19 @@ class FormReader:
             f"{missing[0]} is {found}, in a file of the form {self.form.name}",
             where=raw.source,
         )
+
+
+def has_empty_answer(row: Row) -> bool:
+    """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss."""
+    if isinstance(row, PlainText):
+        return False
+    if isinstance(row, Completion):
+        return row.completion is not None and not row.completion.strip()
+    replies = [message for message, carries in zip(row.messages, row.supervised, strict=True) if carries]
+    return bool(replies) and not any(
+        message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
+        for message in replies
+    )
 
 
 def _read(form: Form, raw: RawRow) -> Row:

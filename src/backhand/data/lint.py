@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from backhand.data.chat import ChatRenderer, read_template
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData
-from backhand.data.mojibake import find_mojibake
-from backhand.data.options import DataOptions
+from backhand.data.messages import Conversation, Message
+from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
-from backhand.data.rows import BadRows, count_of
+from backhand.data.rows import BadRows
 from backhand.data.split import overlap
-from backhand.data.template_probe import probe_template
+from backhand.data.text_encoder import TextEncoder
+from backhand.errors import DataError
+from backhand.words import count_of, shorten
 
 SHOWN_PLACES = 5
 # Nobody fills a reply with more blanks than this; longer ones need not be read.
 _BLANK_TOKENS = 8
 SHOWN_BAD_ROWS = 20
+
 CHECKS = {
     "malformed": "malformed rows",
     "truncated": "truncated to max_length",
@@ -108,7 +113,7 @@ def lint(
         context_length: most tokens the model was made for.
 
     Returns:
-        The report, and the training examples (`token_view` shows them).
+        The report, and the training examples (`data.examples.token_lines` shows them).
 
     Raises:
         UsageError, DataError: as `prepare`; a single malformed row is a finding instead.
@@ -267,3 +272,107 @@ def _report_json(report: DataReport) -> dict[str, Any]:
     plain = asdict(replace(report, bad_rows=()))
     del plain["bad_rows"]
     return plain | {"sources": [asdict(source) for source in report.sources], "notes": list(report.notes)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text that was read with the wrong encoding at some time before it came here.
+
+
+_REPLACEMENT = "\ufffd"
+_SUSPECTS = re.compile(r"[^\x00-\x7f]{2,}")
+
+
+def find_mojibake(text: str) -> str | None:
+    """A piece of `text` that looks wrongly decoded, or None.
+
+    It is the replacement character, or a run of characters that Windows-1252 can write and whose bytes then make sense
+    as UTF-8: `Ã©` was é, `â€™` was ’. Proper text of two and more such characters hardly ever does.
+    """
+    if text.isascii():
+        return None
+    if _REPLACEMENT in text:
+        place = text.index(_REPLACEMENT)
+        return text[max(0, place - 10) : place + 10]
+    for match in _SUSPECTS.finditer(text):
+        try:
+            match[0].encode("cp1252").decode("utf-8")
+        except UnicodeError:
+            continue
+        return match[0]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a chat template does beyond writing the messages down, found by rendering small conversations.
+
+
+_QUESTION, _ANSWER = "QUESTION", "ANSWER"
+
+
+def probe_template(tokenizer: Any, options: TemplateOptions) -> list[str]:
+    """Its habits, a sentence each; nothing if there is no template.
+
+    Raises:
+        UsageError, ArtifactError: the template cannot be read, or is not valid Jinja.
+    """
+    template = read_template(options.chat_template, tokenizer)
+    if template is None:
+        return ["there is no chat template: prompts and completions are joined as they stand"]
+    encoder = TextEncoder(tokenizer, template)
+    chat = ChatRenderer(
+        tokenizer,
+        encoder,
+        template,
+        from_option=options.chat_template is not None,
+        template_args=options.template_args,
+        system=options.system,
+    )
+    asked = _prompt(chat, ("user", _QUESTION))
+    if asked is None:
+        return ["the chat template refuses a single question"]
+    habits = []
+    before = asked.partition(_QUESTION)[0]
+    if options.system is None and any(len(word) > 3 for word in before.split()[1:]):
+        habits.append(f"the chat template puts its own words before the first message: {shorten(before)!r}")
+    trimmed = _prompt(chat, ("user", f"\n {_QUESTION} \n"))
+    if trimmed is not None and f"\n {_QUESTION} \n" not in trimmed:
+        habits.append("the chat template trims white space from messages")
+    if options.system is None and _prompt(chat, ("system", "S"), ("user", _QUESTION)) is None:
+        habits.append("the chat template refuses a system message")
+    if _prompt(chat, ("user", _QUESTION), ("assistant", _ANSWER), ("user", _QUESTION)) is None:
+        habits.append("the chat template refuses a second question")
+    habits += _habits_of_replies(chat, encoder)
+    return habits
+
+
+def _habits_of_replies(chat: ChatRenderer, encoder: TextEncoder) -> list[str]:
+    turns = [("user", _QUESTION), ("assistant", f"<think>\n\n</think>\n\n{_ANSWER}")] * 2
+    habits = []
+    try:
+        (first, *others) = chat.documents(_conversation(*turns))
+    except DataError as error:
+        return [f"{error.what}: {error.why}"]
+    start, end = first.spans[0]
+    header = re.split(f"{_ANSWER}|</?think>", first.text[start:end])[0]
+    if header.strip():
+        habits.append(f"the reply's header {header!r} carries loss, since the generation prompt does not write it")
+    if others:
+        habits.append("the chat template rewrites earlier replies; each reply becomes a document of its own")
+    if first.append_eos:
+        habits.append("the chat template does not end replies with a control token; the end of sequence is added")
+    elif encoder.eos and not first.text.rstrip().endswith(encoder.eos):
+        habits.append(f"replies end with {first.text.split()[-1][-20:]!r}, which is not the end of sequence")
+    return habits
+
+
+def _prompt(chat: ChatRenderer, *turns: tuple[str, str]) -> str | None:
+    try:
+        return chat.prompt(_conversation(*turns)).text
+    except DataError:
+        return None
+
+
+def _conversation(*turns: tuple[str, str]) -> Conversation:
+    messages: list[Message] = [{"role": role, "content": content} for role, content in turns]
+    supervised = tuple(message["role"] == "assistant" for message in messages)
+    return Conversation(tuple(messages), supervised, None, "template")

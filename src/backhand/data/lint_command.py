@@ -6,13 +6,17 @@ import json
 import sys
 from typing import Any
 
-from backhand.data.lint import LintReport, lint
-from backhand.data.lint_options import LintOptions
-from backhand.data.lint_tables import print_lint
-from backhand.data.token_view import token_lines, view_tokens
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backhand.data.examples import DataReport, token_lines, view_tokens
+from backhand.data.lint import CHECKS, Finding, LintReport, lint
+from backhand.data.options import LintOptions
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
 from backhand.terminal import console_for_tables
+from backhand.words import count_of
 
 
 def lint_command(options: LintOptions) -> LintReport:
@@ -51,3 +55,90 @@ def lint_command(options: LintOptions) -> LintReport:
             next_step="correct them, or leave them out of training with --skip-bad",
         )
     return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What `lint` found, on the terminal: rows, lengths, every check with its count, and each problem with its remedy.
+
+
+_STYLES = {"error": "bold red", "warning": "yellow"}
+
+
+def print_lint(console: Console, report: LintReport) -> None:
+    """Tables of what was looked at, then the problems, errors first."""
+    console.print(_sources(report))
+    console.print(_documents(report))
+    console.print(_lengths(report))
+    console.print(_checks(report))
+    for note in (*report.train.notes, *report.template):
+        console.print(f"note: {note}", soft_wrap=True)
+    for finding in report.findings:
+        console.print(_problem(finding), soft_wrap=True)
+    console.print(_verdict(report))
+
+
+def _sources(report: LintReport) -> Table:
+    table = _table("file", "form", "rows", "used for", right=("rows",))
+    parts: list[tuple[str, DataReport]] = [("training", report.train)]
+    if report.held_out is not None and report.held_out.sources != report.train.sources:
+        parts.append(("held out", report.held_out))
+    for use, part in parts:
+        for source in part.sources:
+            table.add_row(source.source, source.form, f"{source.rows:,}", use)
+    return table
+
+
+def _documents(report: LintReport) -> str:
+    text = (
+        f"{count_of(report.train.documents, 'training document')} with {count_of(report.train.tokens, 'token')}, "
+        f"{report.train.supervised_tokens:,} of them supervised"
+    )
+    if report.held_out is not None:
+        text += f"; {count_of(report.held_out.documents, 'held-out document')}"
+    return text
+
+
+def _lengths(report: LintReport) -> Table:
+    names = [name for quantiles in report.lengths.values() for name in quantiles]
+    columns = tuple(dict.fromkeys(names))
+    table = _table("a document has", *columns, right=columns)
+    for name, quantiles in report.lengths.items():
+        table.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
+    return table
+
+
+def _checks(report: LintReport) -> Table:
+    table = _table("looked for", "found", right=("found",))
+    for kind, words in CHECKS.items():
+        found = [finding for finding in report.findings if finding.kind == kind]
+        count = sum(finding.count for finding in found)
+        if kind in report.not_checked:
+            cell = Text(report.not_checked[kind])
+        else:
+            cell = Text(f"{count:,}", style=_STYLES[found[0].severity]) if count else Text("none", style="green")
+        table.add_row(words, cell)
+    return table
+
+
+def _problem(finding: Finding) -> Text:
+    more = finding.count - len(finding.where)
+    places = ", ".join(finding.where) + (f" and {more:,} more" if more > 0 else "")
+    return Text.assemble(
+        (finding.severity, _STYLES[finding.severity]), f": {places}: {finding.what}\n  next: {finding.remedy}"
+    )
+
+
+def _verdict(report: LintReport) -> Text:
+    warnings = sum(finding.severity == "warning" for finding in report.findings)
+    if report.errors:
+        return Text(f"training would stop: {count_of(report.errors, 'malformed row')}", style=_STYLES["error"])
+    if warnings:
+        return Text(f"training can begin; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
+    return Text("nothing is wrong with these rows", style="bold green")
+
+
+def _table(*columns: str, right: tuple[str, ...]) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table

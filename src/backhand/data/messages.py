@@ -14,6 +14,7 @@ Message = dict[str, Any]
 """What a chat template reads: role, content (always text), and tool_calls, name, tool_call_id, reasoning_content."""
 
 ROLES = ("system", "user", "assistant", "tool")
+
 _OTHER_NAMES = {
     "developer": "system",
     "human": "user",
@@ -28,7 +29,10 @@ _OTHER_NAMES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
 _KEPT = ("tool_calls", "name", "tool_call_id", "reasoning_content")
+_OTHER_THOUGHTS = ("thinking", "reasoning")
+"""Names under which rows hold text that is `reasoning_content` elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,9 @@ def _read_message(name: str, item: object, source: str) -> tuple[Message, bool]:
     for key in _KEPT:
         if item.get(key) is not None:
             message[key] = item[key]
+    thoughts = (item[key] for key in _OTHER_THOUGHTS if isinstance(item.get(key), str))
+    if "reasoning_content" not in message and (found := next(thoughts, None)) is not None:
+        message["reasoning_content"] = found
     calls = message.get("tool_calls") or _legacy_call(item)
     message.pop("tool_calls", None)
     if calls:

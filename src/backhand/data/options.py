@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Seed, Share, Text, Words, check_fields
 from backhand.errors import UsageError
 
-LONG_ROWS = ("truncate", "drop")
-TRAIN_ON = ("completions", "all")
 RESERVED_TEMPLATE_ARGS = frozenset(
     (
         "add_generation_prompt",
@@ -36,103 +35,6 @@ RESERVED_TEMPLATE_ARGS = frozenset(
 """Names that the renderer itself fills in."""
 
 
-@dataclass(frozen=True)
-class RowSources:
-    """Which rows to read."""
-
-    data: tuple[str, ...] = ()
-    """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
-    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`)."""
-
-    max_rows: int | None = None
-    """Read no more than this many rows, the first ones; at least 1."""
-
-    skip_bad: bool = False
-    """Leave malformed rows out and count them, instead of stopping at the first one."""
-
-    def check_rows(self) -> None:
-        """Raise UsageError for a field that is out of range."""
-        check_sources("data", self.data)
-        if self.max_rows is not None:
-            check_count("max_rows", self.max_rows, at_least=1)
-        if not isinstance(self.skip_bad, bool):
-            raise UsageError(f"skip_bad {self.skip_bad!r} is neither true nor false", where="skip_bad")
-
-
-@dataclass(frozen=True)
-class TemplateOptions:
-    """How a conversation becomes text."""
-
-    chat_template: str | None = None
-    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
-    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
-
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-    """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
-
-    system: str | None = None
-    """A system message put before every conversation that does not begin with one of its own."""
-
-    def check_template(self) -> None:
-        """Raise UsageError for a field of the wrong type; the template itself is checked when it is read."""
-        check_text("chat_template", self.chat_template)
-        check_text("system", self.system)
-        check_table("template_args", self.template_args)
-        for name in RESERVED_TEMPLATE_ARGS.intersection(self.template_args):
-            raise UsageError(
-                f"{name!r} is given to the template by the data, not by template_args", where="template_args"
-            )
-
-
-@dataclass(frozen=True)
-class DataOptions(TemplateOptions, RowSources):
-    """The rows, and how they become token ids with some of them supervised.
-
-    Raises:
-        UsageError: from `validate`, never from the constructor, so that every value can be shown before it is judged.
-    """
-
-    eval_data: tuple[str, ...] = ()
-    """Held-out rows, named as in `data`. They are never trained on."""
-
-    eval_fraction: float = 0.0
-    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`. In [0, 1)."""
-
-    max_length: int = 2048
-    """Longest document in tokens, at least 2. What is longer is treated as `long_rows` says, and counted."""
-
-    long_rows: Literal["truncate", "drop"] = "truncate"
-    """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out."""
-
-    train_on: Literal["completions", "all"] = "completions"
-    """What carries loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the row).
-    Plain `text` rows are always supervised as a whole."""
-
-    def validate(self) -> DataOptions:
-        """Check every field by itself and against the others; files are checked when they are read.
-
-        Returns:
-            self, so that calls chain.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        self.check_rows()
-        self.check_template()
-        check_sources("eval_data", self.eval_data)
-        check_fraction("eval_fraction", self.eval_fraction)
-        if self.eval_data and self.eval_fraction:
-            raise UsageError(
-                f"eval_data is given, and eval_fraction {self.eval_fraction!r} would hold out rows of data as well",
-                where="eval_fraction",
-                next_step="give one of them",
-            )
-        check_count("max_length", self.max_length, at_least=2)
-        check_choice("long_rows", self.long_rows, LONG_ROWS)
-        check_choice("train_on", self.train_on, TRAIN_ON)
-        return self
-
-
 def check_sources(where: str, sources: object) -> None:
     """Raise UsageError unless `sources` is a tuple or list of non-empty strings."""
     if not isinstance(sources, tuple | list) or any(
@@ -143,41 +45,6 @@ def check_sources(where: str, sources: object) -> None:
             where=where,
             next_step='write ["rows.jsonl"] in a TOML file, or name the files on the command line',
         )
-
-
-def check_fraction(where: str, fraction: object) -> None:
-    """Raise UsageError unless `fraction` is a number in [0, 1)."""
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
-        raise UsageError(f"{where} {fraction!r} is not a number in [0, 1)", where=where)
-
-
-def check_count(where: str, count: object, *, at_least: int) -> None:
-    """Raise UsageError unless `count` is an integer of at least `at_least`."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < at_least:
-        raise UsageError(f"{where} {count!r} is not an integer of at least {at_least}", where=where)
-
-
-def check_choice(where: str, value: object, choices: Iterable[str]) -> None:
-    """Raise UsageError unless `value` is one of `choices`."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise UsageError(f"{where} {value!r} is not one of {', '.join(choices)}", where=where)
-
-
-def check_table(where: str, table: object) -> None:
-    """Raise UsageError unless `table` maps names to values."""
-    if not isinstance(table, Mapping) or any(not isinstance(key, str) for key in table):
-        raise UsageError(f"{table!r} is not a table of names and values", where=where)
-
-
-def check_text(where: str, text: object) -> None:
-    """Raise UsageError unless `text` is None or a string that can be written as UTF-8."""
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise UsageError(f"{where} {text!r} is not text", where=where)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(f"{where} holds half of a surrogate pair, which no tokenizer can read", where=where)
 
 
 def parse_template_args(values: str | Iterable[str]) -> dict[str, Any]:
@@ -207,3 +74,125 @@ def parse_template_args(values: str | Iterable[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             parsed[name.strip()] = text
     return parsed
+
+
+def _check_names(where: str, args: Any) -> None:
+    """Raise UsageError for a name that the renderer itself fills in."""
+    for name in RESERVED_TEMPLATE_ARGS.intersection(args if isinstance(args, Mapping) else ()):
+        raise UsageError(f"{name!r} is given to the template by the data, not by {where}", where=where)
+
+
+Sources = Annotated[tuple[str, ...], Check(check_sources)]
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """Which rows to read."""
+
+    data: Sources = ()
+    """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
+    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`)."""
+
+    max_rows: Count | None = None
+    """Read no more than this many rows, the first ones."""
+
+    skip_bad: bool = False
+    """Leave malformed rows out and count them, instead of stopping at the first one."""
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How a conversation becomes text."""
+
+    chat_template: Text | None = None
+    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
+    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
+
+    template_args: Annotated[Mapping[str, Any], Check(_check_names), Words(parse_template_args)] = field(
+        default_factory=dict
+    )
+    """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
+
+    system: Text | None = None
+    """A system message put before every conversation that does not begin with one of its own."""
+
+
+@dataclass(frozen=True)
+class DataOptions(TemplateOptions, RowSources):
+    """The rows, and how they become token ids with some of them supervised.
+
+    Raises:
+        UsageError: from `validate`, never from the constructor, so that every value can be shown before it is judged.
+    """
+
+    eval_data: Sources = ()
+    """Held-out rows, named as in `data`. They are never trained on."""
+
+    eval_fraction: Share = 0.0
+    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`."""
+
+    max_length: Annotated[int, Bound(at_least=2)] = 2048
+    """Longest document in tokens. What is longer is treated as `long_rows` says, and counted."""
+
+    long_rows: Literal["truncate", "drop"] = "truncate"
+    """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out."""
+
+    train_on: Literal["completions", "all"] = "completions"
+    """What carries loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the row).
+    Plain `text` rows are always supervised as a whole."""
+
+    def validate(self) -> DataOptions:
+        """Check every field by itself and against the others; files are checked when they are read.
+
+        Returns:
+            self, so that calls chain.
+
+        Raises:
+            UsageError: names the field, its value and the range it must lie in.
+        """
+        check_fields(self)
+        if self.eval_data and self.eval_fraction:
+            raise UsageError(
+                f"eval_data is given, and eval_fraction {self.eval_fraction!r} would hold out rows of data as well",
+                where="eval_fraction",
+                next_step="give one of them",
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class LintRunOptions:
+    """What to look with, and what to print."""
+
+    model: BaseModel = "smollm2-135m"
+    """The base model whose tokenizer and chat template read the rows: a Hugging Face directory, a GGUF file, a hub id,
+    or `smollm2-135m`. Its weights are not read."""
+
+    seed: Seed = 0
+    """Draws the rows that `eval_fraction` holds out, as in training."""
+
+    show: CountFromZero = 0
+    """Also print the first so many training documents token by token, a `*` before each token that carries loss."""
+
+    json: bool = False
+    """Print one JSON object in place of the tables."""
+
+
+@dataclass(frozen=True)
+class LintOptions:
+    """One look at rows.
+
+    Attributes:
+        lint: the model that reads them, and what to print.
+        data: the rows, as for training.
+    """
+
+    lint: LintRunOptions = field(default_factory=LintRunOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+
+    def validate(self) -> LintOptions:
+        """Check every field before anything is read; return self. Raises UsageError naming field, value and range."""
+        check_fields(self)
+        if not self.data.data:
+            raise UsageError("there is no data", where="data", next_step="give --data FILE")
+        return self

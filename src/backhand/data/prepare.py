@@ -7,24 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from backhand.bounds import check_fields
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import (
-    CutRows,
-    DataReport,
-    Example,
-    PreparedData,
-    SourceForm,
-    cut,
-    encode_document,
-    summed,
-)
-from backhand.data.forms import FormReader, Row
+from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
+from backhand.data.forms import FormReader, Row, has_empty_answer
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import DataError, UsageError
+from backhand.words import count_of
 
 
 @dataclass(frozen=True)
@@ -129,13 +122,13 @@ def read_examples(
         if prompts is not None and asking is not None and kept:
             prompts.append(_prompt(asking, row))
 
-    report = _read_into(add, names, options, bad, held_out=held_out)
+    report = _read_into(add, names, options, bad, held_out=held_out, teaches=options.train_on == "completions")
     report = replace(
         report,
         truncated=len(cut_here.truncated),
         dropped_long=len(cut_here.dropped_long),
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
-        notes=renderer.notes(),
+        notes=(*renderer.notes(), *_about_empty(report)),
     )
     if cut_rows is not None:
         cut_rows.add(cut_here)
@@ -157,8 +150,8 @@ def prepare_prompts(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    rows.check_rows()
-    template.check_template()
+    check_fields(rows)
+    check_fields(template)
     renderer = RowRenderer(tokenizer, template)
     prompts: list[Prompt] = []
 
@@ -183,10 +176,15 @@ def _read_into(
     *,
     held_out: bool = False,
     may_ask: bool = False,
+    teaches: bool = False,
 ) -> DataReport:
-    """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way."""
+    """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way.
+
+    Args:
+        teaches: only answers are learnt, so a file without any is an error.
+    """
     forms: list[SourceForm] = []
-    total = 0
+    total = empty = 0
     skipped_before, kept_before = bad.count, len(bad.errors)
 
     def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
@@ -203,13 +201,46 @@ def _read_into(
         if left == 0:
             break
         reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask), bad.count, None
-        rows = sum(1 for _ in islice(good_rows(name, reader), left))
+        rows = answered = 0
+        for row in islice(good_rows(name, reader), left):
+            rows += 1
+            answered += not has_empty_answer(row)
         if reader.form is None:
             raise _no_rows(name, bad.first_of_file, bad.count - bad_before)
+        if teaches and rows and not answered:
+            raise _no_answers(name, reader, rows)
+        empty += rows - answered
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
     return DataReport(
-        tuple(forms), rows=total, skipped_bad=bad.count - skipped_before, bad_rows=tuple(bad.errors[kept_before:])
+        tuple(forms),
+        rows=total,
+        empty_answers=empty,
+        skipped_bad=bad.count - skipped_before,
+        bad_rows=tuple(bad.errors[kept_before:]),
+    )
+
+
+def _about_empty(report: DataReport) -> list[str]:
+    if not report.empty_answers:
+        return []
+    count = f"{count_of(report.empty_answers, 'row')} of {report.rows:,}"
+    return [f"{count} with an empty answer, which teaches the model to say nothing: fill it in, or take the row out"]
+
+
+def _no_answers(name: str, reader: FormReader, rows: int) -> DataError:
+    form = reader.form
+    assert form is not None
+    others = [column for column in reader.columns if column not in (*form.columns, *form.optional)]
+    conversation = form.kind == "conversation"
+    return DataError(
+        f"every answer is empty, in {count_of(rows, 'row')}",
+        where=name,
+        why=f"answers are taken from {'the replies in ' if conversation else ''}{form.answers}, since the columns have "
+        f"the form {form.name}; other columns: {', '.join(others) or 'none'}",
+        next_step="fill the replies in, or leave the file out"
+        if conversation
+        else f"rename the column that holds the answers to {form.answers}, or leave the file out",
     )
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backhand.errors import DataError
-
-SHOWN_CHARACTERS = 60
+from backhand.words import shorten
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,3 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "a table"
     return f"a value of type {type(value).__name__}"
-
-
-def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """At most `characters` of `text`, with an ellipsis where it was cut."""
-    return text if len(text) <= characters else text[: characters - 1] + "…"
-
-
-def count_of(count: int, what: str) -> str:
-    """The number with its noun, in the plural unless it is one."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -1,14 +1,18 @@
-"""Rows held out of the training data, drawn from the seed; and rows that stand in both."""
+"""What is measured and not trained on: rows held out, drawn from the seed; neutral texts; and rows in both."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import numpy.typing as npt
 
 from backhand.data.examples import DataReport, Example, PreparedData, summed
-from backhand.data.random_order import random_order
-from backhand.data.rows import count_of
 from backhand.errors import DataError
+from backhand.words import count_of
 
 _STREAM = "held-out split"
 
@@ -50,6 +54,12 @@ def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> list[Examp
     return [example for example in held_out if example.token_key in seen]
 
 
+def neutral_texts() -> list[str]:
+    """Short texts that come with the package and have nothing to do with any task, one a line of neutral_texts.txt."""
+    text = resources.files("backhand.data").joinpath("neutral_texts.txt").read_text(encoding="utf-8")
+    return text.splitlines()
+
+
 def _groups(examples: Sequence[Example]) -> list[int]:
     """The index of the first example in each one's group; equal rows and equal tokens join groups (union-find)."""
     parents = list(range(len(examples)))
@@ -65,3 +75,19 @@ def _groups(examples: Sequence[Example]) -> list[int]:
             one, other = sorted((root(first.setdefault(name, i)), root(i)))
             parents[other] = one
     return [root(i) for i in range(len(examples))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One source of random order, the same on every machine and in every release.
+
+
+def random_order(count: int, seed: int, *stream: object) -> npt.NDArray[np.int64]:
+    """A permutation of `range(count)`, (count,) int64, drawn from the seed and the name of the stream.
+
+    It sorts raw 64-bit draws of the Philox generator. NumPy promises to keep raw draws as they are, which it does not
+    promise of `permutation`.
+    """
+    name = repr((seed, *stream)).encode()
+    key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8").astype(np.uint64)
+    draws = np.random.Philox(key=key).random_raw(count)
+    return np.argsort(draws, kind="stable").astype(np.int64)

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.rows import strings_of
-from backhand.errors import ArtifactError, DataError
+from backhand.errors import ArtifactError, DataError, short_reason
 
 TokenIds = npt.NDArray[np.int32]
+LONGEST_TEXT = 2**23
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 """The private use area of Unicode's basic plane."""
 
@@ -123,9 +124,16 @@ class TextEncoder:
         Raises:
             DataError: a control token comes about that is not written in the text, because the tokenizer rewrites it.
         """
+        if len(text) > LONGEST_TEXT:
+            raise DataError(
+                f"this row makes a text of {len(text):,} characters; up to {LONGEST_TEXT:,} can be made tokens at once",
+                where=source,
+                why="a tokenizer takes some three hundred bytes a character",
+                next_step="cut it into several rows",
+            )
         if mark is None and not breaks:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            input_ids = np.array(encoding.ids, dtype=np.int32)
+            input_ids = _token_ids(encoding.ids)
             ends = _ends(encoding.offsets)
         else:
             input_ids, ends = self._encode_marked(text, mark, breaks)
@@ -145,7 +153,7 @@ class TextEncoder:
         pieces = [text[start:end] for start, end in zip((0, *breaks), (*breaks, len(text)), strict=True)]
         backend, mark_id = self._marked_backend(mark)
         encoding = backend.encode(mark.join(pieces), add_special_tokens=False)
-        input_ids = np.array(encoding.ids, dtype=np.int32)
+        input_ids = _token_ids(encoding.ids)
         ends = _ends(encoding.offsets)
         for place in breaks:
             ends[ends > place] -= 1
@@ -160,6 +168,23 @@ class TextEncoder:
             backend.add_special_tokens([AddedToken(mark, special=True, normalized=False)])
             self._marked_backends[mark] = backend, backend.token_to_id(mark)
         return self._marked_backends[mark]
+
+
+def _token_ids(ids: Sequence[int]) -> TokenIds:
+    """As an array.
+
+    Raises:
+        ArtifactError: one is larger than any vocabulary.
+    """
+    try:
+        return np.array(ids, dtype=np.int32)
+    except OverflowError:
+        raise ArtifactError(
+            f"a token has the number {max(ids):,}",
+            where="tokenizer",
+            why="no model has so many",
+            next_step="take the tokenizer that the model came with",
+        ) from None
 
 
 def unused_mark(texts: Iterable[str]) -> str:
@@ -178,7 +203,15 @@ def unused_mark(texts: Iterable[str]) -> str:
 def _copy(backend: Any) -> Any:
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(backend.to_str())
+    try:
+        copy = Tokenizer.from_str(backend.to_str())
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ArtifactError(
+            "the tokenizer contradicts itself: what it writes cannot be read again",
+            where="tokenizer.json",
+            why=short_reason(error),
+            next_step="save it again with the library that made it, or take the model's own from where it comes from",
+        ) from error
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = False

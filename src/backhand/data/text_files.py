@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backhand.data.rows import BadRows, RawRow, checked_row, latin1_error, shorten
+from backhand.data.rows import BadRows, RawRow, checked_row, latin1_error
 from backhand.errors import DataError
+from backhand.reading import open_plain
+from backhand.words import in_words, shorten
 
 _DELIMITERS = ",;\t|"
+LONGEST_LINE_BYTES = 2**28
+LONGEST_LIST_BYTES = 2**30
 _SPACE = " \t\r\n"
 
 
@@ -23,8 +30,14 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -
     Raises:
         DataError: with the line, unless `bad` counts it.
     """
-    for number, line in enumerate(reader, 1):
+    for number, line in enumerate(iter(lambda: reader.readline(LONGEST_LINE_BYTES + 1), b""), 1):
         source = f"{path}:{number}"
+        if len(line) > LONGEST_LINE_BYTES:
+            raise DataError(
+                f"this line is longer than {in_words(LONGEST_LINE_BYTES)}",
+                where=source,
+                next_step="write one row a line",
+            )
         try:
             text = line.decode("utf-8").strip()
             if text:
@@ -42,11 +55,33 @@ def parse_json(text: str, source: str) -> Any:
         DataError: with the column and a look at what stands there.
     """
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _json_error(error, text, source) from None
     except (ValueError, RecursionError) as error:
-        raise DataError("this JSON cannot be read", where=source, why=str(error)) from None
+        raise _unreadable(error, source) from None
+
+
+def _unreadable(error: Exception, source: str) -> DataError:
+    if isinstance(error, _TwiceError):
+        return DataError(str(error), where=source, why="which of its values is meant is not known")
+    return DataError("this JSON cannot be read", where=source, why=str(error))
+
+
+class _TwiceError(ValueError):
+    """A name that stands twice in one object."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"the name {shorten(twice)!r} stands in this JSON twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 def _json_error(error: json.JSONDecodeError, text: str, source: str) -> DataError:
@@ -63,8 +98,8 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
     Raises:
         DataError: with the line.
     """
-    text = _decode_whole(reader.read(), path)
-    decoder = json.JSONDecoder()
+    text = _decode_whole(_read_whole(reader, path), path)
+    decoder = _DECODER
     position, line, counted = 0, 1, 0
     position = _skip_space(text, position)
     in_list = text[position : position + 1] == "["
@@ -87,7 +122,7 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
             row_line = line + text.count("\n", counted, error.pos)
             raise _json_error(error, text, f"{path}:{row_line}") from None
         except (ValueError, RecursionError) as error:
-            raise DataError("this JSON cannot be read", where=source, why=str(error)) from None
+            raise _unreadable(error, source) from None
         first = False
         try:
             yield checked_row(value, source)
@@ -125,6 +160,17 @@ def _not_closed(where: str) -> DataError:
         why="the file may have been cut off",
         next_step="write the file again, or end it with ]",
     )
+
+
+def _read_whole(reader: io.BufferedReader, path: str | Path) -> bytes:
+    content = reader.read(LONGEST_LIST_BYTES + 1)
+    if len(content) > LONGEST_LIST_BYTES:
+        raise DataError(
+            f"the JSON in this file is longer than {in_words(LONGEST_LIST_BYTES)}",
+            where=str(path),
+            next_step="write one object a line into a .jsonl file, which is read line by line",
+        )
+    return content
 
 
 def _decode_whole(content: bytes, path: str | Path) -> str:
@@ -196,3 +242,109 @@ def _checked_header(row: list[str], source: str) -> list[str]:
         raise DataError(f"the header names {twice[0]!r} twice", where=source)
     checked_row(dict.fromkeys(header), source, not_utf8=True)
     return header
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening a data file, plain or gzip, and telling by its first bytes what it is.
+
+
+HEAD_BYTES = 4096
+UTF8_BOM = b"\xef\xbb\xbf"
+
+_WIDE_BOMS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+_READ_FAULTS = (OSError, EOFError, zlib.error)
+
+
+@contextmanager
+def open_bytes(path: str | Path) -> Iterator[io.BufferedReader]:
+    """Open `path` for reading as bytes; gzip, known by its first bytes, is unpacked on the way. Pipes work.
+
+    Raises:
+        DataError: not there, a folder, not readable, or broken while it was read.
+    """
+    path = Path(path)
+    try:
+        with open_plain(path, or_pipe=True) as raw:
+            if raw.peek(2)[:2] != b"\x1f\x8b":
+                yield raw
+                return
+            with io.BufferedReader(gzip.GzipFile(fileobj=raw), HEAD_BYTES) as reader:
+                yield reader  # type: ignore[misc]
+    except FileNotFoundError:
+        raise DataError("there is no such file", where=str(path)) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder, not a file", where=str(path)) from None
+    except _READ_FAULTS as error:
+        raise DataError("the file cannot be read", where=str(path), why=str(error)) from None
+
+
+def is_parquet(reader: io.BufferedReader) -> bool:
+    """Whether the file begins as Parquet does."""
+    return head_of(reader).startswith(b"PAR1")
+
+
+def head_of(reader: io.BufferedReader) -> bytes:
+    """The first bytes, up to `HEAD_BYTES`, without consuming them."""
+    return reader.peek(HEAD_BYTES)[:HEAD_BYTES]
+
+
+def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
+    """Check that the file is UTF-8 text by its look, move past a byte-order mark, and return the head after it.
+
+    Raises:
+        DataError: empty, UTF-16 or UTF-32, a zip archive, a web page, a Git LFS pointer or other binary data.
+    """
+    head = head_of(reader)
+    where = f"{path}:1"
+    if not head:
+        raise DataError("the file is empty", where=str(path), next_step=_EMPTY)
+    wide = next((name for mark, name in _WIDE_BOMS if head.startswith(mark)), None) or _wide_without_mark(head)
+    if wide:
+        raise DataError(
+            f"the file is {wide}, not UTF-8",
+            where=where,
+            next_step=f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW",
+        )
+    if head.startswith(b"PK\x03\x04"):
+        raise DataError("the file is a zip archive", where=where, next_step="unpack it first")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(
+            "the file is a Git LFS pointer, not the data itself", where=where, next_step="fetch it: git lfs pull"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise DataError(
+            "the file is a web page, not data", where=where, next_step="download the raw file instead of its page"
+        )
+    if b"\0" in head:
+        raise DataError(
+            "the file is binary, not text",
+            where=where,
+            why="there is a zero byte near its beginning",
+            next_step="give rows as JSON lines, CSV or Parquet; a Parquet file is told by its first bytes PAR1",
+        )
+    if head.startswith(UTF8_BOM):
+        reader.read(len(UTF8_BOM))
+        head = head[len(UTF8_BOM) :]
+        if not head:
+            raise DataError("the file is empty", where=str(path), next_step=_EMPTY)
+    return head
+
+
+_EMPTY = "look whether it was written to the end, or give another file"
+
+
+def _wide_without_mark(head: bytes) -> str | None:
+    """UTF-16 that lacks its mark: every other byte of ASCII text is then zero."""
+    even, odd = head[0::2], head[1::2]
+    if len(head) < 4 or not even or not odd:
+        return None
+    shares = even.count(0) / len(even), odd.count(0) / len(odd)
+    if max(shares) > 0.4 and min(shares) < 0.1:
+        return "UTF-16BE" if shares[0] > shares[1] else "UTF-16LE"
+    return None

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backhand.adapters.adapter_directory import UnusableAdapterError, read_adapter_directory
-from backhand.adapters.adapter_record import AdapterRecord
-from backhand.adapters.atomic_files import write_atomically
-from backhand.adapters.checked_base import load_adapter_for
+from backhand.adapters.checked_base import read_adapter
+from backhand.adapters.loading import match_linear_adapter
 from backhand.adapters.module_factors import Factors, factors_of
+from backhand.adapters.reading import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.record import AdapterRecord
 from backhand.errors import UsageError
-from backhand.export.gguf_adapter_writer import write_gguf_adapter
+from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
 from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
-from backhand.export.llama_cpp_limits import unknown_window, window_note
 from backhand.export.merging import merge_adapter
-from backhand.export.mlx_files import mlx_files, read_mlx_files
-from backhand.export.ollama import ADAPTER_FILE, MODEL_FILE, write_modelfile
-from backhand.export.opened_adapter import OpenedAdapter, open_adapter
+from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import ExportOptions, MergeOptions, given
-from backhand.export.parity import prove_factors, prove_logits
-from backhand.export.peft_directory import peft_directory_files
-from backhand.export.proving import Prover
-from backhand.export.refusal import refuse
-from backhand.export.staging import staged
-from backhand.nn.loading.gguf_tensors import gguf_architecture, head_dimension
+from backhand.export.other_formats import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    mlx_files,
+    ollama_base,
+    peft_directory_files,
+    read_mlx_files,
+    write_modelfile,
+)
+from backhand.export.proving import Prover, prove_factors, prove_logits
+from backhand.files import staged, write_atomically
+from backhand.nn.loading.gguf_tensors import gguf_architecture, stored_sizes
 from backhand.terminal import console
 
 
@@ -60,8 +63,9 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
     # PEFT's files hold anything, and are proved here for nothing but factors.
     refuse(str(options.to), _more_than_factors(options, opened))
     architecture = gguf_architecture(opened.source.config)
-    if options.to in ("gguf", "ollama") and architecture and (window := unknown_window(opened.config, architecture)):
-        prover.say(window_note(window, is_context=False))
+    if options.to in ("gguf", "ollama") and architecture:
+        for note in llama_cpp_notes(opened.config, architecture, context_ends=False):
+            prover.say(note)
     with staged(output) as path:
         read = _write(options, opened, path)
         prove_factors(prover, opened.factors, read)
@@ -69,11 +73,11 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
 
 
 def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
-    """By module, what no format takes; GGUF files take plain factors of embeddings."""
+    """By module, what no format takes; GGUF files take plain factors of embeddings and of experts."""
     beside = opened.loaded.beside
     if options.to in ("gguf", "ollama"):
         for shape in opened.loaded.shapes:
-            if shape.embedding and shape.magnitude is None and shape.lora_bias is None:
+            if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
                 del beside[shape.name]
     return beside
 
@@ -86,13 +90,13 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     path.mkdir()
     if options.to == "ollama":
         _write_gguf(opened, path / ADAPTER_FILE)
-        write_modelfile(path, str(opened.source.path.resolve()), adapter=ADAPTER_FILE)
+        write_modelfile(path, ollama_base(opened.source), adapter=ADAPTER_FILE)
         return _read(opened, path / ADAPTER_FILE)
     tied = opened.config.tied_head
     if options.to == "mlx":
         files = mlx_files(opened.factors, opened.shapes, tied_head=tied, base_model=opened.base_name)
     else:
-        files = peft_directory_files(opened, uniform=options.uniform)
+        files = peft_directory_files(opened, uniform=options.uniform, text_model=options.text_model)
     for name, data in files.items():
         write_atomically(path / name, data)
     return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
@@ -106,7 +110,7 @@ def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
         path,
         opened.factors,
         architecture=architecture,
-        head_dim=head_dimension(opened.source.config),
+        sizes=stored_sizes(opened.source.config),
         tied_head=opened.config.tied_head,
         record=opened.loaded.record or AdapterRecord(),
         name=opened.loaded.directory.resolve().stem,
@@ -114,8 +118,8 @@ def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
 
 
 def _read(opened: OpenedAdapter, path: Path) -> Factors:
-    # The base has been compared already, or was forced.
-    return factors_of(load_adapter_for(opened.source, path, opened.shapes, force_base=True))
+    # The base has been compared already, or was forced: nothing of it is read again.
+    return factors_of(match_linear_adapter(read_adapter(path, opened.source), opened.shapes))
 
 
 def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: Prover) -> None:

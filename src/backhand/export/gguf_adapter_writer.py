@@ -14,12 +14,17 @@ from typing import Any
 import gguf
 import numpy as np
 
-from backhand.adapters.adapter_record import AdapterRecord, record_bytes
 from backhand.adapters.gguf_adapter import ALPHA_KEY, FACTORS, RECORD_KEY, factors_digest
 from backhand.adapters.module_factors import Factors, ModuleFactors
-from backhand.errors import CheckError
-from backhand.export.refusal import refuse
-from backhand.nn.loading.gguf_tensors import gguf_name, layout
+from backhand.adapters.record import AdapterRecord, record_bytes
+from backhand.errors import ArtifactError, CheckError
+from backhand.export.opened_adapter import refuse
+from backhand.nn.decoder.delta_mixer import L2_EPS
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
+from backhand.nn.loading.expert_tensors import expert_of
+from backhand.nn.loading.gguf_config import EXAONE4_32B_LAYERS, FULL_INTERVAL, NO_ROPE_INTERVAL
+from backhand.nn.loading.gguf_tensors import StoredSizes, gguf_names, layout
 
 _OUTPUT = "lm_head"
 
@@ -29,7 +34,7 @@ def write_gguf_adapter(
     factors: Factors,
     *,
     architecture: str,
-    head_dim: int,
+    sizes: StoredSizes,
     tied_head: bool,
     record: AdapterRecord | None = None,
     name: str | None = None,
@@ -38,9 +43,10 @@ def write_gguf_adapter(
 
     Args:
         path: of the file.
-        factors: of linear modules, and of the embedding, whose lora_A the file holds transposed.
+        factors: of linear modules, and of the embedding, whose lora_A the file holds transposed; experts' modules in
+            the order of the experts, all of a layer.
         architecture: general.architecture of the base model's files.
-        head_dim: of the base model: how its q and k rows lie.
+        sizes: of the base model: how the rows of its matrices lie.
         tied_head: whether the base model's head is its embedding, so that its files have no tensor for it.
         record: what the adapter was trained with, for those who can compare; llama.cpp reads over it.
         name: general.name.
@@ -52,15 +58,22 @@ def write_gguf_adapter(
     obstacles = {module: _obstacle(architecture, module, one, tied_head) for module, one in factors.items()}
     refuse("gguf", {module: reason for module, reason in obstacles.items() if reason is not None})
     alpha = file_alpha(factors)
-    tensors = {}
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    stacks: dict[str, list[np.ndarray[Any, Any]]] = {}
     for module, one in factors.items():
-        stored = gguf_name(architecture, f"{module}.weight")
+        names = gguf_names(architecture, module)
         folded = one.scaled_to(alpha / one.rank)
-        ours = layout(architecture, f"{module}.weight", head_dim)
-        lora_A = folded.lora_A.T if one.embedding else folded.lora_A
-        tensors[f"{stored}.lora_a"] = lora_A.float().contiguous().numpy()
-        lora_B = folded.lora_B.float()
-        tensors[f"{stored}.lora_b"] = (ours.stored(lora_B) if not ours.offset else lora_B).contiguous().numpy()
+        of_A, of_B = layout(architecture, f"{module}.weight", sizes).of_factors
+        if expert_of(f"{module}.weight") is not None:  # in the order of the experts, as their factors come
+            for letter, values in (("a", folded.lora_A), ("b", folded.lora_B)):
+                stacks.setdefault(f"{names[0]}.lora_{letter}", []).append(values.float().contiguous().numpy())
+            continue
+        lora_A = folded.lora_A.T if one.embedding else of_A.stored(folded.lora_A)
+        # Where a file has a module's weight in several tensors, each has the same lora_A and its own rows of lora_B.
+        for stored, lora_B in zip(names, folded.lora_B.float().chunk(len(names)), strict=True):
+            tensors[f"{stored}.lora_a"] = lora_A.float().contiguous().numpy()
+            tensors[f"{stored}.lora_b"] = of_B.stored(lora_B).contiguous().numpy()
+    tensors |= {name: np.stack(each) for name, each in stacks.items()}
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
         raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
@@ -109,6 +122,134 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
         return "the embedding is the head's matrix, and llama.cpp would use the factors there too, and stop"
     if module == _OUTPUT and tied_head:
         return "the head is the embedding's matrix, and the file of the base has no tensor of its own for it"
-    if gguf_name(architecture, f"{module}.weight") is None:
+    if not gguf_names(architecture, module):
         return f"files of architecture {architecture} have no tensor for it"
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What llama.cpp does not compute of a model whose numbers a GGUF file can state.
+#
+# It opens no file with a tensor, or with a shape, that the architecture does not have. A sliding window that the
+# architecture does not have is worse: it reads over it without a word, and every token sees all before it. Up to the
+# window's length that is the same thing, and its server takes no longer text than the context that the file states.
+
+
+_LISTS_OF_FACTORS = ("llama3", "longrope")
+
+
+def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -> None:
+    """Do nothing if llama.cpp can compute the model up to `context_length`.
+
+    Args:
+        config: of the model.
+        architecture: general.architecture of its files.
+        where: the model, for errors.
+
+    Raises:
+        ArtifactError: lists what stands in the way.
+    """
+    obstacles = []
+    scalings = [dict(rotary.scaling or ()) for rotary in config.rotary]
+    if architecture not in ("llama", "exaone4", "phi3"):
+        rules = [scaling.get("rope_type") for scaling in scalings]
+        obstacles += [f"{rule} rope scaling" for rule in rules if rule in _LISTS_OF_FACTORS]
+    if architecture != "phi3" and any(
+        scaling.get("rope_type") == "longrope" and (rotary.longest_short is not None or rotary.attention_factor != 1.0)
+        for scaling, rotary in zip(scalings, config.rotary, strict=True)
+    ):
+        obstacles.append("longrope rope scaling with two lists or an attention factor")
+    if architecture != "llama" and config.output_bias:
+        obstacles.append("a bias on the attention's output (attention_bias)")
+    yarn = [scaling for scaling in scalings if scaling.get("rope_type") == "yarn"]
+    if any(scaling["truncate"] is False for scaling in yarn):
+        obstacles.append("yarn rope scaling without truncate")
+    if architecture.startswith("gemma") and yarn:
+        obstacles.append("yarn rope scaling")
+    elif any((scaling["beta_fast"], scaling["beta_slow"]) != (BETA_FAST, BETA_SLOW) for scaling in yarn):
+        obstacles.append(f"yarn rope scaling with betas other than {BETA_FAST:g} and {BETA_SLOW:g}")
+    width = config.num_heads * config.head_dim
+    if architecture in ("qwen2", "olmo2", "exaone4", "phi3", "chatglm", "lfm2") and width != config.hidden_size:
+        obstacles.append(f"heads that are {width} wide together where the model is {config.hidden_size}")
+    if architecture == "smollm3" and any(
+        (layer.rotary is None) != ((index + 1) % NO_ROPE_INTERVAL == 0) for index, layer in enumerate(config.layers)
+    ):
+        obstacles.append("layers without rotary embedding other than every fourth")
+    slides = [layer.window is not None for layer in config.layers]
+    if architecture in ("olmo2", "exaone4") and any(slides):
+        if slides != [bool((index + 1) % FULL_INTERVAL) for index in range(len(slides))]:
+            obstacles.append("full attention other than in every fourth layer")
+        if architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS:
+            obstacles.append(f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers")
+    if config.delta is not None:
+        if config.delta.key_width != config.delta.value_width:
+            obstacles.append("value heads of another width than key heads")
+        if config.norm_eps != L2_EPS:
+            obstacles.append(f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys")
+    if architecture == "olmo2":
+        obstacles += _olmo_obstacles(config)
+    if config.mixture is not None and config.mixture.of_all:
+        obstacles.append("experts weighed by their share among all (norm_topk_prob false)")
+    if architecture == "qwen3moe" and not all(layer.experts for layer in config.layers):
+        obstacles.append("layers without experts")
+    if architecture in ("qwen2", "qwen3", "qwen3moe", "smollm3") and any(
+        layer.window is not None for layer in config.layers
+    ):
+        obstacles.append("a sliding window")
+    if obstacles:
+        raise ArtifactError(
+            "llama.cpp cannot compute this model from a GGUF file",
+            where=where,
+            why=f"in files of architecture {architecture} it does not have {', nor '.join(obstacles)}",
+            next_step="merge into a Hugging Face directory",
+        )
+
+
+def _olmo_obstacles(config: DecoderConfig) -> list[str]:
+    obstacles = ["a head that is the embedding"] if config.tied_head else []
+    full, *sliding = config.rotary
+    if any(one.scaling is not None or one.theta != full.theta for one in sliding):
+        obstacles.append("a rotary base or scaling of the sliding layers' own")
+    return obstacles
+
+
+def context_length(config: DecoderConfig, architecture: str) -> int:
+    """The longest text for which llama.cpp computes what the model does: the context a new file states."""
+    return unknown_window(config, architecture) or config.max_position_embeddings
+
+
+def unknown_window(config: DecoderConfig, architecture: str) -> int | None:
+    """A sliding window, shorter than the context, that files of this architecture are computed without; or None."""
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    if (
+        architecture not in ("llama", "phi3", "mistral3")
+        or not windows
+        or min(windows) >= config.max_position_embeddings
+    ):
+        return None
+    return min(windows)
+
+
+def llama_cpp_notes(config: DecoderConfig, architecture: str, *, context_ends: bool) -> list[str]:
+    """What people should know of texts that llama.cpp computes otherwise.
+
+    Args:
+        config: of the model.
+        architecture: general.architecture of its files.
+        context_ends: whether the file's context ends with a sliding window that llama.cpp does not have.
+    """
+    notes = []
+    if window := unknown_window(config, architecture):
+        notes.append(
+            f"note: the file states a context of {window} tokens, the model's sliding window: llama.cpp does not have "
+            "the window, and would compute longer texts otherwise"
+            if context_ends
+            else f"note: llama.cpp does not have the model's sliding window, and computes texts of more than {window} "
+            "tokens otherwise"
+        )
+    notes += [
+        f"note: the model turns texts of up to {limit} tokens otherwise than longer ones, and llama.cpp goes by the "
+        f"context that it is started with: give it at most {limit} tokens (-c {limit}) for such texts, more for others"
+        for limit in config.length_limits
+    ]
+    return notes

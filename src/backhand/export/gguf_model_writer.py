@@ -2,12 +2,14 @@
 
 From a GGUF base the metadata are copied, and with `auto` every tensor that the adapter leaves alone keeps its bytes;
 merged ones keep their type if it is a floating one, and are float32 if it is quantized. From a Hugging Face directory
-they are made anew (`gguf_metadata`). Vectors are float32 in any case, and a matrix whose rows are no whole number of
-the type's blocks is float16, as llama.cpp's converter has it.
+they are made anew (`add_model_metadata`). Vectors are float32 in any case, and a matrix whose rows are no whole number
+of the type's blocks is float16, as llama.cpp's converter has it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +22,29 @@ from gguf import GGMLQuantizationType as StorageType
 from torch import Tensor
 
 from backhand.errors import ArtifactError, CheckError
-from backhand.export.gguf_metadata import add_model_metadata, rope_factors
-from backhand.export.llama_cpp_limits import unknown_window, window_note
+from backhand.export.gguf_adapter_writer import context_length, llama_cpp_notes, refuse_for_llama_cpp
+from backhand.export.gguf_vocabulary import add_vocabulary
 from backhand.export.merged_weights import MergedWeights
-from backhand.nn.family_parsing import decoder_config
-from backhand.nn.loading.gguf_dequantize import dequantized, native_dtype
-from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
+from backhand.kernels.dequantize import native_dtype
+from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, ROUTER, DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.rotary import llama3_factors, yarn_length
+from backhand.nn.loading.expert_tensors import expert_of
+from backhand.nn.loading.gguf_delta import DELTA_INTERVAL, RECURRENT_LAYERS, own_prediction_blocks
+from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantized
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import (
+    LONG_FACTORS,
     ROPE_FACTORS,
+    SHORT_FACTORS,
     Layout,
     gguf_architecture,
     gguf_name,
-    head_dimension,
     is_skipped,
     layout,
+    stored_sizes,
 )
-from backhand.nn.loading.tied_head import HEAD_WEIGHT
+from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource
 
 TYPES = {
     "float32": StorageType.F32,
@@ -48,6 +56,7 @@ TYPES = {
     "q4_1": StorageType.Q4_1,
     "q4_0": StorageType.Q4_0,
 }
+
 _FILE_TYPES = {
     StorageType.F32: gguf.LlamaFileType.ALL_F32,
     StorageType.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -58,23 +67,31 @@ _FILE_TYPES = {
     StorageType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     StorageType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
 }
+
 _NOT_COPIED = ("general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count")
 _DESCRIPTION = "general.description"
 _BLOCK_ROWS = 2048
 _SHOWN = 5
-
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """One tensor of the file: its name there, how it is laid out and stored, and its bytes if they are copied."""
+    """One tensor of the file: its name there, how it is laid out and stored, and its bytes if they are copied.
+
+    Of a stack of experts' matrices there are several of ours, and copied bytes for each.
+    """
 
     name: str
-    ours: str
+    ours: tuple[str, ...]
     layout: Layout
     storage: StorageType
-    copied: _Bytes | None = None
+    copied: tuple[_Bytes, ...] | None = None
+
+    def shape(self, weights: MergedWeights) -> tuple[int, ...]:
+        """In the file."""
+        one = self.layout.stored_shape(weights.shape(self.ours[0]))
+        return one if expert_of(self.ours[0]) is None else (len(self.ours), *one)
 
 
 def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, description: str) -> list[str]:
@@ -88,7 +105,7 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
 
     Returns:
         what people should know: matrices that the type cannot hold and that are float16, tokens that were left out,
-        and a sliding window that llama.cpp does not have.
+        and texts that llama.cpp computes otherwise.
 
     Raises:
         ArtifactError: a base of which no GGUF file can be made here, or that llama.cpp cannot compute.
@@ -110,9 +127,8 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
     if left_out:
         names = ", ".join(left_out[:_SHOWN]) + (" …" if len(left_out) > _SHOWN else "")
         notes.append(f"note: {len(left_out)} tokens without a row in the model are not in the file: {names}")
-    if window := unknown_window(decoder_config(source.config), architecture):
-        notes.append(window_note(window, is_context=not isinstance(source, GGUFModel)))
-    return notes
+    is_new = not isinstance(source, GGUFModel)
+    return notes + llama_cpp_notes(decoder_config(source.config), architecture, context_ends=is_new)
 
 
 def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> list[str]:
@@ -120,14 +136,14 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
     source = weights.source
     left_out: list[str] = []
     if isinstance(source, GGUFModel):
-        _copy_metadata(writer, source.metadata)
+        copy_metadata(writer, source.metadata)
     else:
         left_out = add_model_metadata(writer, source)
     if _DESCRIPTION not in writer.kv_data[0]:
         writer.add_description(description)
     elements: dict[StorageType, int] = {}
     for one in planned:
-        size = int(np.prod(weights.shape(one.ours)))
+        size = int(np.prod(one.shape(weights)))
         elements[one.storage] = elements.get(one.storage, 0) + size
     most = max(elements, key=lambda kind: elements[kind])
     if most in _FILE_TYPES:
@@ -136,7 +152,7 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
     for one in planned:
-        _add_info(writer, one, weights.shape(one.ours))
+        _add_info(writer, one, one.shape(weights))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -149,23 +165,41 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
 
 def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None) -> list[_Planned]:
     source = weights.source
-    head_dim = head_dimension(source.config)
+    sizes = stored_sizes(source.config)
     planned = []
+    for name, members in _by_tensor(weights, architecture).items():
+        ours = members[0]
+        how = layout(architecture, ours, sizes)
+        is_new = ours == HEAD_WEIGHT and weights.unties_head
+        in_base = source.stored_tensor(ours) if isinstance(source, GGUFModel) and not is_new else None
+        if storage is None and isinstance(source, GGUFModel) and in_base and not any(map(weights.is_merged, members)):
+            data = tuple(source.stored_tensor(member)[1] for member in members)
+            planned.append(_Planned(name, members, how, StorageType(in_base[0].type_id), data))
+            continue
+        kind = storage if storage is not None else _own_type(weights, ours, in_base)
+        # llama.cpp's converter leaves routers as they are, too.
+        kind = StorageType.F32 if ours.endswith(f".{ROUTER}.weight") else kind
+        planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
+    return planned
+
+
+def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str, ...]]:
+    """Tensors of the file, and what each holds: one of ours, or the matrices of all experts in their order."""
+    found: dict[str, list[str]] = {}
     for ours in weights.names():
         name = gguf_name(architecture, ours)
         if name is None:
-            raise ArtifactError(f"files of architecture {architecture} have no tensor for {ours}")
-        how = layout(architecture, ours, head_dim)
-        shape = weights.shape(ours)
-        is_new = ours == HEAD_WEIGHT and weights.unties_head
-        in_base = source.stored_tensor(ours) if isinstance(source, GGUFModel) and not is_new else None
-        if storage is None and in_base is not None and not weights.is_merged(ours):
-            tensor, data = in_base
-            planned.append(_Planned(name, ours, how, StorageType(tensor.type_id), data))
-            continue
-        kind = storage if storage is not None else _own_type(weights, ours, in_base)
-        planned.append(_Planned(name, ours, how, _fitting(kind, shape)))
-    return planned
+            raise ArtifactError(
+                f"files of architecture {architecture} have no tensor for {ours}",
+                next_step="merge into a Hugging Face directory; llama.cpp may have a converter for it",
+            )
+        found.setdefault(name, []).append(ours)
+
+    def number(ours: str) -> int:
+        expert = expert_of(ours)
+        return 0 if expert is None else expert[1]
+
+    return {name: tuple(sorted(members, key=number)) for name, members in found.items()}
 
 
 def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Bytes] | None) -> StorageType:
@@ -178,7 +212,7 @@ def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Byt
 
 
 def _fitting(kind: StorageType, shape: tuple[int, ...]) -> StorageType:
-    if len(shape) == 1:
+    if len(shape) != 2:
         return StorageType.F32
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block_size == 0 else StorageType.F16
@@ -193,22 +227,34 @@ def _add_info(writer: gguf.GGUFWriter, one: _Planned, shape: tuple[int, ...]) ->
 
 def _stored(weights: MergedWeights, one: _Planned) -> _Bytes:
     """The tensor's bytes in the file."""
+    parts = [_stored_part(weights, one, place) for place in range(len(one.ours))]
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
+    """The bytes of one of ours."""
+    if one.copied is not None:
+        weights.keep(one.ours[place])
+        return one.copied[place]
     found: list[_Bytes] = []
 
     def rounded(tensor: Tensor) -> Tensor:
         """Also keeps the bytes, so that a tensor is quantized once."""
-        data = one.copied if one.copied is not None else _quantized(one.layout.stored(tensor), one.storage)
+        data = _quantized(one.layout.stored(tensor), one.storage)
         found[:] = [data]
-        values = dequantized(data.reshape(-1).view(np.uint8), one.storage.value).view(tensor.shape)
+        stored_shape = one.layout.stored_shape(tuple(tensor.shape))
+        values = dequantized(data.reshape(-1).view(np.uint8), one.storage.value).view(stored_shape)
         return one.layout.restored(values)
 
-    weights.make(one.ours, rounded)
+    weights.make(one.ours[place], rounded)
     (data,) = found
-    if one.copied is None and one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16):
+    if one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16):
         values = dequantized(data.reshape(-1).view(np.uint8), one.storage.value)
         if not bool(torch.isfinite(values).all()):
             raise CheckError(
-                f"a merged value is not finite in {one.storage.name}", where=one.ours, next_step="give --dtype float32"
+                f"a merged value is not finite in {one.storage.name}",
+                where=one.ours[place],
+                next_step="give --dtype float32",
             )
     return data
 
@@ -223,25 +269,182 @@ def _quantized(values: Tensor, storage: StorageType) -> _Bytes:
     return np.concatenate([piece.view(np.uint8).reshape(-1) for piece in pieces])
 
 
-def _copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
+def copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
+    """All that a file says of its model, but for what the writer says itself: architecture, types and parts."""
+    changed = _without_prediction(file, writer.arch)
     for key in file:
-        if key not in _NOT_COPIED:
+        if key not in _NOT_COPIED and changed.get(key, ...) is not None:
             kind, items = file.type_of(key)
             writer.add_key_value(
                 key,
-                file.value(key),
+                changed.get(key, file.value(key)),
                 gguf.GGUFValueType(kind),
                 None if items is None else gguf.GGUFValueType(items),
             )
 
 
+def _without_prediction(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """What else the metadata say without the blocks that predict further tokens, which are not opened; None to drop."""
+    count = own_prediction_blocks(file, architecture)
+    if not count:
+        return {}
+    key, recurrent = f"{architecture}.block_count", f"{architecture}.{RECURRENT_LAYERS}"
+    layers, listed = file.value(key) - count, file.value(recurrent)
+    changed = {key: layers, f"{architecture}.nextn_predict_layers": None}
+    return changed | ({recurrent: listed[:layers]} if isinstance(listed, list) else {})
+
+
 def _untouched(source: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Tensors of the file that are no weights: tables of rotary frequencies."""
     if not isinstance(source, GGUFModel):
-        factors = rope_factors(source.config)
-        return {} if factors is None else {ROPE_FACTORS: factors}
+        return rope_factors(source.config)
     return {
         name: dequantized(source.bytes_of(name), tensor.type_id).float().view(tensor.shape).numpy()
         for name, tensor in source.metadata.tensors.items()
         if is_skipped(name)
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The metadata of a GGUF file for a model that comes from a Hugging Face directory.
+#
+# What a file cannot say is not noticed here: whoever writes one reads it again and compares the configurations.
+
+
+def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str]:
+    """Name, sizes, rotary angles, windows, and the vocabulary.
+
+    Returns:
+        tokens that have no row in the model, and that the file leaves out.
+
+    Raises:
+        ArtifactError: the tokenizer is of a kind that is not written here, or llama.cpp cannot compute the model.
+    """
+    config = decoder_config(source.config)
+    refuse_for_llama_cpp(config, writer.arch, str(source.path))
+    writer.add_name(source.hub_id or source.path.resolve().name)
+    writer.add_block_count(len(config.layers))
+    writer.add_context_length(context_length(config, writer.arch))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    attends = [layer.mixer == ATTENTION for layer in config.layers]
+    kv_heads = config.num_key_value_heads
+    writer.add_head_count_kv(kv_heads if config.short_conv is None else [kv_heads if here else 0 for here in attends])
+    if config.short_conv is not None:
+        writer.add_shortconv_l_cache(config.short_conv.taps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary[_full_rotary(config)].features or config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.mixture is not None:
+        writer.add_expert_count(config.mixture.experts)
+        writer.add_expert_used_count(config.mixture.chosen)
+    if config.mixture is not None and writer.arch == "qwen3moe":
+        writer.add_expert_feed_forward_length(config.mixture.width)
+    if writer.arch == "granite":
+        writer.add_attention_scale(config.attention_scaling)
+        writer.add_embedding_scale(config.embedding_scaling)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(1 / config.logits.scaling)
+    if config.delta is not None:
+        _add_delta(writer, config, source.config)
+    if config.query_scaling is not None:
+        writer.add_attn_temperature_scale(config.query_scaling.beta)
+    _add_rotary(writer, config)
+    windows = {layer.window for layer in config.layers if layer.window is not None}
+    if windows:
+        writer.add_sliding_window(max(windows))
+    if writer.arch == "gemma2" and config.attention_cap is not None and config.logits.cap is not None:
+        writer.add_attn_logit_softcapping(config.attention_cap)
+        writer.add_final_logit_softcapping(config.logits.cap)
+    if windows and writer.arch in (
+        "gemma3",
+        "olmo2",
+        "exaone4",
+    ):  # others slide everywhere, or as their architecture says
+        writer.add_sliding_window_pattern([layer.window is not None for layer in config.layers])
+    return add_vocabulary(writer, source.tokenizer(), config.vocab_size, str(source.path))
+
+
+def _add_delta(writer: gguf.GGUFWriter, config: DecoderConfig, stated: Mapping[str, Any]) -> None:
+    """Sizes of the delta rule, the layers that have it, and which features turn by which place in an image."""
+    sizes = config.delta
+    assert sizes is not None
+    writer.add_ssm_conv_kernel(sizes.taps)
+    writer.add_ssm_state_size(sizes.key_width)
+    writer.add_ssm_group_count(sizes.key_heads)
+    writer.add_ssm_time_step_rank(sizes.value_heads)
+    writer.add_ssm_inner_size(sizes.value_heads * sizes.value_width)
+    recurrent = [layer.mixer == GATED_DELTA for layer in config.layers]
+    if recurrent == [bool((index + 1) % DELTA_INTERVAL) for index in range(len(recurrent))]:
+        writer.add_full_attention_interval(DELTA_INTERVAL)
+    else:
+        writer.add_array(f"{writer.arch}.{RECURRENT_LAYERS}", recurrent)
+    writer.add_rope_dimension_sections([*_image_sections(config, stated), 0])
+
+
+def _image_sections(config: DecoderConfig, stated: Mapping[str, Any]) -> list[int]:
+    """How many turning pairs go by time, height and width: as the config has it, else in thirds.
+
+    Of a text all three are alike; what is left over would turn by a fourth place, which is 0 there.
+    """
+    pairs = (config.rotary[_full_rotary(config)].features or config.head_dim) // 2
+    rule = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    sections = rule.get("mrope_section")
+    if isinstance(sections, list | tuple) and len(sections) == 3 and sum(sections) == pairs:
+        return [int(section) for section in sections]
+    return [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+
+
+def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """What divides the frequencies, (turning features / 2,) float32 by the tensor's name, where lists say it."""
+    parsed = decoder_config(config)
+    rotary = parsed.rotary[_full_rotary(parsed)]
+    scaling = dict(rotary.scaling or ())
+    if scaling.get("rope_type") == "llama3":
+        return {ROPE_FACTORS: llama3_factors(rotary.theta, parsed.head_dim, scaling).numpy()}
+    if scaling.get("rope_type") == "longrope":
+        short = np.asarray(scaling["short_factor"], dtype=np.float32)
+        if parsed.family != "phi3":
+            return {ROPE_FACTORS: short}
+        long = np.asarray(scaling.get("long_factor", scaling["short_factor"]), dtype=np.float32)
+        return {SHORT_FACTORS: short, LONG_FACTORS: long}
+    return {}
+
+
+def _add_rotary(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
+    full = _full_rotary(config)
+    rotary = config.rotary[full]
+    writer.add_rope_freq_base(rotary.theta)
+    scaling = dict(rotary.scaling or ())
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        factor = scaling["factor"]
+        if not isinstance(factor, int | float):
+            raise ArtifactError(f"the rotary factor {factor!r} is no number", where="rope_parameters")
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(factor)
+        if scaling["rope_type"] == "yarn":
+            _add_yarn(writer, scaling, rotary.attention_factor / yarn_length(factor))
+    if writer.arch == "phi3" and scaling.get("rope_type") == "longrope":
+        # Nobody reads the length where there is one list; a file without it has no place for it.
+        writer.add_rope_scaling_orig_ctx_len(rotary.longest_short or config.max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(rotary.attention_factor)
+    for index, local in enumerate(config.rotary):
+        if index != full:
+            writer.add_rope_freq_base_swa(local.theta)
+
+
+def _add_yarn(writer: gguf.GGUFWriter, scaling: Mapping[str, Any], attention_factor: float) -> None:
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+    if not math.isclose(attention_factor, 1.0, rel_tol=1e-9):
+        writer.add_rope_scaling_attn_factors(attention_factor)
+
+
+def _full_rotary(config: DecoderConfig) -> int:
+    """Index of the angles that layers with full attention turn by; of the only ones, where all layers slide."""
+    full = (layer.rotary for layer in config.layers if layer.window is None and layer.rotary is not None)
+    return next(full, config.layers[0].rotary or 0)

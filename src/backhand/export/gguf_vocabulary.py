@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading.gguf_pre_tokenizers import PRE_TOKENIZERS
+from backhand.nn.loading.gguf_tokenizer import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 
 _NORMALIZERS = (None, {"type": "NFC"})
 _DIGITS = r"\p{N}"
@@ -69,7 +70,8 @@ def add_vocabulary(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = described["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    if merges:  # an empty list has no type that could be written
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),

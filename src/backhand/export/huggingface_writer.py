@@ -17,14 +17,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from backhand.adapters.atomic_files import write_atomically
 from backhand.errors import CheckError
 from backhand.export.merged_weights import MergedWeights, Rounding
-from backhand.export.rotary_names import with_older_names
-from backhand.nn.loading.huggingface_directory import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
+from backhand.files import write_atomically
+from backhand.nn.loading.expert_tensors import hub_name
+from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
 
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,7 +99,7 @@ def _write_shard(
     end = 0
     for name in names:
         begin, end = end, end + _byte_count(weights, name, dtypes)
-        header[name] = {
+        header[hub_name(weights.source.config.get("model_type"), name)] = {
             "dtype": _DTYPE_NAMES[dtypes[name]],
             "shape": list(weights.shape(name)),
             "data_offsets": [begin, end],
@@ -129,9 +130,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _index(
     shards: Mapping[str, Sequence[str]], weights: MergedWeights, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Any]:
+    kind = weights.source.config.get("model_type")
     return {
         "metadata": {"total_size": sum(_byte_count(weights, name, dtypes) for name in dtypes)},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
+        "weight_map": {hub_name(kind, name): file for file, names in shards.items() for name in names},
     }
 
 
@@ -163,3 +165,28 @@ def _write_tokenizer(directory: Path, source: ModelSource) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model's rotary angles also under the names from before transformers 5, for programs that know no others.
+#
+# MLX-LM 0.32, for one, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models and takes its own default where
+# they are missing: with `rope_parameters` alone a model answers worse there, without an error.
+
+
+def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hugging Face config that says its `rope_parameters` twice; what it says already under an older name stays."""
+    said = dict(config)
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or config.get("model_type") == "gemma4_text":  # which never had older ones
+        return said
+    full = parameters.get("full_attention", parameters)  # Gemma 3 and OLMo 3 have two sets of angles
+    older = {name: full.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    if full.get("rope_type", "default") != "default":
+        older["rope_scaling"] = full
+    if "sliding_attention" in parameters and config.get("model_type") == "gemma3_text":  # OLMo 3 has no such name
+        older["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
+    for name, value in older.items():
+        if value is not None and said.get(name) is None:
+            said[name] = value
+    return said

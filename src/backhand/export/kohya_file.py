@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import AdapterContents
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.safetensors_file import read_tensors
+from backhand.adapters.reading import AdapterContents, read_tensors
 from backhand.adapters.targets import module_values
 from backhand.errors import ArtifactError
-from backhand.export.refusal import refuse
+from backhand.export.opened_adapter import refuse
 
 _UNET = re.compile(
     r"(?:unet\.)?((?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*)"
 )
+
 _TEXT_ENCODER = re.compile(r"(?:text_encoder\.)?(text_model\..*)")
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from backhand.adapters.digests import base_digest
 from backhand.adapters.module_factors import Factors, ModuleFactors
-from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from backhand.adapters.record import base_digest
+from backhand.export.probes import BlockWalk, layer_of
+from backhand.nn.loading.huggingface import HuggingFaceDirectory
+from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
+from backhand.ops.frozen_matrix import FrozenMatrix
 
 _ROWS = 512
-
 Rounding = Callable[[Tensor], Tensor]
 """A tensor in Hugging Face's layout, of any floating dtype, as it will be read back: rounded to the stored type."""
 
@@ -54,6 +55,7 @@ class MergedWeights:
         keeps_head_tied: whether a head that is the embedding's matrix goes along with what becomes of that.
         digests: of what each tensor must read back as, by name, for tensors made so far.
         losses: of the merged modules so far.
+        walk: through the base's blocks, which computes the probes' logits beside; what it has read is not read again.
     """
 
     source: ModelSource
@@ -62,6 +64,7 @@ class MergedWeights:
     keeps_head_tied: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     losses: list[ModuleLoss] = field(default_factory=list)
+    walk: BlockWalk | None = None
 
     @property
     def unties_head(self) -> bool:
@@ -71,8 +74,15 @@ class MergedWeights:
         return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
 
     def names(self) -> list[str]:
-        """Hugging Face names of all tensors, in the order of the base."""
-        return [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
+        """Hugging Face names of all tensors, in the order of the base, but for blocks, which follow one another."""
+        stated = [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
+        layers = [layer_of(name) for name in stated]
+        first = next((place for place, layer in enumerate(layers) if layer is not None), len(stated))
+        places = {
+            name: ((-1 if place < first else len(stated)) if layer is None else layer, place)
+            for place, (name, layer) in enumerate(zip(stated, layers, strict=True))
+        }
+        return sorted(stated, key=lambda name: places[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in Hugging Face layout."""
@@ -95,7 +105,7 @@ class MergedWeights:
             name: one of `names`.
             rounded: what the file will give back for the tensor.
         """
-        weight = self.source.load(self._base_name(name))
+        weight = self._load(self._base_name(name))
         if not self.is_merged(name):
             self._note_digest(name, rounded(weight))
             return weight
@@ -106,18 +116,40 @@ class MergedWeights:
         self.losses.append(_module_loss(name.removesuffix(".weight"), weight, change, stored))
         return merged
 
+    def keep(self, name: str) -> None:
+        """Note of a tensor whose stored bytes are copied what it must read back as; it is never dense as a whole."""
+        self.digests[name] = base_digest([name], self.source.load_in_pieces)
+
+    def _load(self, name: str) -> Tensor:
+        if isinstance(self.source, HuggingFaceDirectory):
+            stored = self.source.load(name)  # a view, of which nothing is read yet
+            if stored.dtype == torch.float64:
+                return stored
+        walked = None if self.walk is None else self.walk.tensor(name)
+        return self.source.load(name) if walked is None else walked
+
     def _base_name(self, name: str) -> str:
         return EMBEDDING_WEIGHT if name == HEAD_WEIGHT and self.unties_head else name
 
     def _note_digest(self, name: str, stored: Tensor) -> None:
         self.digests[name] = base_digest([name], lambda _: stored)
 
-    def wrong_tensors(self, written: ModelSource) -> list[str]:
-        """Names of tensors that are missing in `written`, too many, or do not read back bit by bit."""
+    def wrong_tensors(self, written: ModelSource, walk: BlockWalk) -> list[str]:
+        """Names of tensors that are missing in `written`, too many, or do not read back bit by bit.
+
+        Args:
+            written: what was written, opened.
+            walk: through its blocks, which reads them for this as well.
+        """
         there = set(written.tensor_names())
+
+        def read(name: str) -> FrozenMatrix:
+            walked = walk.tensor(name)
+            return written.load_in_pieces(name) if walked is None else walked
+
         wrong = sorted(there ^ set(self.digests))
         both = [name for name in self.digests if name in there]
-        return wrong + [name for name in both if base_digest([name], written.load) != self.digests[name]]
+        return wrong + [name for name in both if base_digest([name], read) != self.digests[name]]
 
 
 def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
 
+from backhand.data.split import neutral_texts
 from backhand.errors import ArtifactError
+from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
 from backhand.export.huggingface_writer import write_huggingface
-from backhand.export.merge_report import describe_base, merge_card, print_losses
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
-from backhand.export.opened_adapter import OpenedAdapter, open_adapter
+from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions, given
-from backhand.export.probes import difference, probe_logits
+from backhand.export.probes import BlockWalk, difference
 from backhand.export.proving import Prover
-from backhand.export.refusal import refuse
-from backhand.export.same_model import check_same_model
-from backhand.export.staging import staged
+from backhand.files import staged
+from backhand.kernels.dequantize import native_dtype
+from backhand.nn.decoder.config_fields import UnsupportedModel
+from backhand.nn.decoder.family import DecoderConfig, RotaryConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
 from backhand.terminal import console
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -73,6 +86,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
+    weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
@@ -90,7 +104,8 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
             card=merge_card(opened, base),
         )
     print_losses(weights.losses, prover)
-    _prove(options, opened, weights, path, prover)
+    base_logits, wanted = weights.walk.logits()
+    _prove(options, opened, weights, path, prover, base_logits, wanted)
     return weights.losses
 
 
@@ -117,18 +132,27 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
     return MergedWeights(opened.source, opened.factors, trained, keeps_head_tied=bool(rows))
 
 
-def _prove(options: MergeOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover) -> None:
+def _prove(
+    options: MergeOptions,
+    opened: OpenedAdapter,
+    weights: MergedWeights,
+    path: Path,
+    prover: Prover,
+    base: Tensor,
+    wanted: Tensor,
+) -> None:
+    """What was written, read once, against the digests and the logits of base and adapter."""
     written = open_model(path)
     check_same_model(opened.source, written, untied=weights.unties_head)
-    wrong = weights.wrong_tensors(written)
+    walk = BlockWalk(written, opened.documents)
+    wrong = weights.wrong_tensors(written, walk)
     prover.check(
         f"all {len(weights.digests)} tensors read back from the file bit by bit",
         len(wrong),
         0,
         "write it again; the disk may be faulty",
     )
-    base, wanted = probe_logits(opened.source, opened.documents, [None, opened.loaded.parameters()])
-    (found,) = probe_logits(written, opened.documents)
+    (found,) = walk.logits()
     measured = difference(found, wanted, base)
     exact = options.dtype == "float32" or (options.dtype == "auto" and _is_exact(weights))
     tolerance = options.tolerance
@@ -151,3 +175,140 @@ def _prove(options: MergeOptions, opened: OpenedAdapter, weights: MergedWeights,
 def _is_exact(weights: MergedWeights) -> bool:
     """Whether every merged tensor was stored in float32 or better: no more than float32 rounding was lost."""
     return all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a merge tells people: which base was used, and what rounding took from each layer's update.
+
+
+_BEHIND_ALL_LAYERS = 1 << 30
+_LONGER_THAN_ANY = 1 << 62
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def describe_base(source: ModelSource) -> str:
+    """Where the base came from and, if it is quantized, that the update was added to dequantized weights."""
+    if not isinstance(source, GGUFModel):
+        return source.origin
+    types: Counter[int] = Counter()
+    for tensor in source.metadata.tensors.values():
+        if len(tensor.shape) > 1 and native_dtype(tensor.type_id) is None:
+            types[tensor.type_id] += 1
+    if not types:
+        return source.origin
+    names = ", ".join(f"{GGMLQuantizationType(kind).name} ({count} tensors)" for kind, count in types.most_common())
+    return f"{source.origin}, quantized: {names}; the update was added to these dequantized weights"
+
+
+def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
+    """Per layer: the largest and the mean share of the update that rounding took, and its size against the weights."""
+    layers: dict[tuple[int, str], list[ModuleLoss]] = {}
+    for loss in losses:
+        match = _LAYER.search(loss.name)
+        place = (int(match[1]), f"layer {match[1]}") if match else (_BEHIND_ALL_LAYERS, loss.name)
+        layers.setdefault(place, []).append(loss)
+    prover.say("share of the update lost to rounding, by layer:")
+    for (_, layer), members in sorted(layers.items()):
+        worst = max(members, key=lambda loss: loss.lost)
+        mean = sum(loss.lost for loss in members) / len(members)
+        size = max(loss.update for loss in members)
+        prover.say(
+            f"  {layer:>9}  mean {mean:.2g}  most {worst.lost:.2g} ({worst.name.rpartition('.')[2]})  "
+            f"update {size:.2g} of the weight"
+        )
+
+
+def merge_card(opened: OpenedAdapter, base: str) -> str:
+    """README.md of a merged model."""
+    header = ["---", "library_name: transformers", 'tags: ["lora", "backhand"]']
+    if opened.source.hub_id:
+        header.insert(1, f"base_model: {opened.source.hub_id}")
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "",
+            "# Merged model",
+            "",
+            f"Base: {' '.join(base.split())}.",
+            "",
+            f"Adapter: {len(opened.factors)} modules, folded into the weights by Backhand.",
+            "",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a written model says of itself what its base says: sizes, rotary angles, windows, and how text is cut.
+
+
+def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
+    """Compare all but the weights.
+
+    Args:
+        source: the base.
+        written: what was written, read again.
+        untied: whether the head was made a matrix of its own.
+
+    Raises:
+        ArtifactError: a configuration or a tokenizer that the format cannot hold.
+    """
+    ours = decoder_config(source.config)
+    if isinstance(written, GGUFModel) and not isinstance(source, GGUFModel):
+        ours = replace(ours, max_position_embeddings=context_length(ours, written.architecture))
+    try:
+        theirs = decoder_config(written.config)
+    except UnsupportedModel as error:
+        raise _cannot_hold(written, f"what was read back has {'; '.join(error.problems)}") from None
+    if _comparable(ours, untied) != _comparable(theirs, untied) or not _same_angles(ours, theirs):
+        raise _cannot_hold(written, "what was read back describes another model")
+    try:
+        tokenizer = source.tokenizer()
+    except ArtifactError:
+        return
+    for text in neutral_texts():
+        if list(tokenizer(text)["input_ids"]) != list(written.tokenizer()(text)["input_ids"]):
+            raise ArtifactError(
+                "the tokenizer that was written gives other tokens",
+                where=written.path.name,
+                why=f"for {text[:60]!r}",
+                next_step="merge into a Hugging Face directory",
+            )
+
+
+def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
+    return ArtifactError(
+        "the format cannot hold this model's configuration",
+        where=written.path.name,
+        why=f"{why}; nothing was left at the output",
+        next_step="merge into a Hugging Face directory",
+    )
+
+
+def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
+    # A file without windows does not say whether it is Llama's or Mistral's, and angles may be stated in several ways.
+    # Special ids are the config's here and the tokenizer's there; what the model computes does not depend on them.
+    return replace(
+        config, family="", rotary=(), eos_token_ids=(), padding_id=None, tied_head=config.tied_head and not untied
+    )
+
+
+def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
+    def same(one: RotaryConfig, other: RotaryConfig) -> bool:
+        features = ours.head_dim if one.features is None else one.features
+        if features != (theirs.head_dim if other.features is None else other.features):
+            return False
+        if one.interleaved != other.interleaved:
+            return False
+        # Of a short document and of one longer than any list of factors is for.
+        pairs = [
+            tuple(inverse_frequencies(each, ours.head_dim, length=length) for each in (one, other))
+            for length in (0, _LONGER_THAN_ANY)
+        ]
+        return math.isclose(one.attention_factor, other.attention_factor, rel_tol=1e-6) and all(
+            torch.allclose(left, right, rtol=1e-6, atol=0) for left, right in pairs
+        )
+
+    return len(ours.rotary) == len(theirs.rotary) and all(
+        same(one, other) for one, other in zip(ours.rotary, theirs.rotary, strict=True)
+    )

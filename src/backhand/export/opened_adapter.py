@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from backhand.adapters.checked_base import load_adapter_for
-from backhand.adapters.loaded_adapter import LoadedAdapter
+from backhand.adapters.loading import LoadedAdapter
 from backhand.adapters.module_factors import ModuleFactors, factors_of
+from backhand.errors import ArtifactError
 from backhand.export.probes import probe_documents
-from backhand.nn.config_fields import UnsupportedModel
-from backhand.nn.decoder_weights import module_shapes
-from backhand.nn.family import DecoderConfig
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.config_fields import UnsupportedModel
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 
@@ -69,3 +71,42 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a target format cannot express is refused module by module, and a merged model offered in its place.
+
+
+_SHOWN = 12
+
+
+def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> None:
+    """Do nothing if there is no reason.
+
+    Args:
+        target: the format, as `--to` names it.
+        reasons: by module.
+        merge: whether `--merge` would help.
+
+    Raises:
+        ArtifactError: names the modules, why each cannot be expressed, and what to do.
+    """
+    if not reasons:
+        return
+    raise ArtifactError(
+        f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
+        where=f"to {target}",
+        why=_by_reason(reasons),
+        next_step="give --merge: a merged model holds any update" if merge else "export to another format",
+    )
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for module, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(module)
+    lines = []
+    for reason, modules in by_reason.items():
+        more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
+        lines.append(f"\n    - {', '.join(modules[:_SHOWN])}{more}: {reason}")
+    return "".join(lines)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from backhand.bounds import BaseModel, Count, NotNegative, check_fields
 from backhand.errors import UsageError
 from backhand.nn.model_options import AdapterReading
 
 Format = Literal["peft", "gguf", "mlx", "ollama", "kohya"]
-FORMATS: tuple[Format, ...] = ("peft", "gguf", "mlx", "ollama", "kohya")
-
+FORMATS: tuple[Format, ...] = get_args(Format)
 MergedType = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FLOATING: tuple[MergedType, ...] = ("float32", "float16", "bfloat16")
-MERGED_TYPES: tuple[MergedType, ...] = ("auto", *FLOATING, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-
 FLOAT32_TOLERANCE = 1e-3
 ROUNDED_TOLERANCE = 0.1
 
@@ -32,7 +29,7 @@ class MergeOptions:
     """Where the model goes: a directory in Hugging Face's format, or a GGUF file if the name ends in .gguf. It must not
     exist."""
 
-    model: str = "smollm2-135m"
+    model: BaseModel = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     dtype: MergedType = "auto"
@@ -40,11 +37,11 @@ class MergeOptions:
     `q4_0`. `auto` keeps what the base has; where that is quantized, merged weights are float32, and in a GGUF file all
     others stay as they are."""
 
-    tolerance: float | None = None
+    tolerance: NotNegative | None = None
     """How far the merged model's logits may be from those of base and adapter, as a share of what the adapter changes
     in them; beyond that the command fails and leaves nothing. Not given: 0.001 in float32, 0.1 in other types."""
 
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: Count = 5_000_000_000
     """Most bytes of one safetensors file; a larger model is written as several."""
 
     force_base: bool = False
@@ -57,9 +54,9 @@ class MergeOptions:
 
     def validate(self) -> MergeOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_fields(self)
         given("adapter", self.adapter)
-        output = check_common(self.model, self.output)
-        check_merging(self.dtype, self.tolerance, self.max_shard_bytes)
+        output = new_output(self.output)
         if self.dtype not in ("auto", *FLOATING) and output.suffix != ".gguf":
             raise UsageError(
                 f"dtype {self.dtype} is a type of GGUF files",
@@ -82,12 +79,16 @@ class ExportOptions:
     output: Path | None = None
     """Where it goes: a directory, or a file for `gguf` and `kohya`. It must not exist."""
 
-    model: str = "smollm2-135m"
+    model: BaseModel = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. `kohya` reads none."""
 
     uniform: bool = False
     """With `peft`: one rank and one scaling for all modules, as vLLM needs it: smaller ranks are filled up with zeros,
     alphas of single modules and rank-stabilised scaling go into lora_B."""
+
+    text_model: bool = False
+    """With `peft`, where the base is the text model inside an image model: name the modules as in the text model alone,
+    for programs that load no other part."""
 
     merge: bool = False
     """Merge the adapter into the model, and export that."""
@@ -95,11 +96,11 @@ class ExportOptions:
     dtype: MergedType = "auto"
     """With `merge`: how weights are stored, see `backhand merge --help`."""
 
-    tolerance: float | None = None
+    tolerance: NotNegative | None = None
     """With `merge`: how far the merged model's logits may be from those of base and adapter, as a share of what the
     adapter changes in them. Not given: 0.001 in float32, 0.1 in other types."""
 
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: Count = 5_000_000_000
     """With `merge`: most bytes of one safetensors file; a larger model is written as several."""
 
     force_base: bool = False
@@ -112,15 +113,17 @@ class ExportOptions:
 
     def validate(self) -> ExportOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_fields(self)
         given("adapter", self.adapter)
-        check_common(self.model, self.output)
+        new_output(self.output)
         if self.to is None:
             raise UsageError("no format is given", where="to", next_step=f"give one of {', '.join(FORMATS)}")
-        if self.to not in FORMATS:
-            raise UsageError(f"{self.to!r} is not one of {', '.join(FORMATS)}", where="to")
-        check_merging(self.dtype, self.tolerance, self.max_shard_bytes)
         if self.uniform and (self.to != "peft" or self.merge):
             raise UsageError("uniform is of adapters in PEFT's format", where="uniform", next_step="give --to peft")
+        if self.text_model and (self.to != "peft" or self.merge):
+            raise UsageError(
+                "text_model is of adapters in PEFT's format", where="text_model", next_step="give --to peft"
+            )
         if not self.merge:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:
@@ -135,21 +138,9 @@ def given(name: str, path: Path | None) -> Path:
     return path
 
 
-def check_common(model: str, output: Path | None) -> Path:
-    """The output. Raises UsageError for a base without a name, or an output that is there already."""
+def new_output(output: Path | None) -> Path:
+    """The output. Raises UsageError if there is none, or if it is there already."""
     output = given("output", output)
-    if not model:
-        raise UsageError("no base model is given", where="model", next_step="give a directory, a file or a hub id")
     if output.is_symlink() or output.exists():
         raise UsageError(f"{output} exists", where="output", next_step="give another name, or remove it first")
     return output
-
-
-def check_merging(dtype: str, tolerance: float | None, max_shard_bytes: int) -> None:
-    """Raise UsageError naming field, value and range for what merging cannot be told."""
-    if dtype not in MERGED_TYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(MERGED_TYPES)}", where="dtype")
-    if tolerance is not None and (isinstance(tolerance, bool) or not math.isfinite(tolerance) or tolerance < 0):
-        raise UsageError(f"tolerance {tolerance!r} is not a number of at least 0", where="tolerance")
-    if isinstance(max_shard_bytes, bool) or max_shard_bytes < 1:
-        raise UsageError(f"max_shard_bytes {max_shard_bytes!r} is not at least 1", where="max_shard_bytes")

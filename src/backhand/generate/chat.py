@@ -11,13 +11,14 @@ from functools import partial
 
 from backhand.data.messages import Message
 from backhand.errors import BackhandError, DataError, UsageError
+from backhand.generate.command import read_text
 from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.generate.notes import show_notes
 from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
-from backhand.generate.standard_input import read_text
+from backhand.words import show_notes
 
 ASK = ">>> "
+
 HELP = """\
 /reset          forget the conversation
 /system TEXT    set the system message, and forget the conversation; without TEXT, show it
@@ -36,7 +37,9 @@ def chat_command(options: ChatOptions) -> None:
         ArtifactError: model and adapter cannot be read, or do not belong together.
     """
     options.validate()
-    with loaded_model(options.model, options.chat.adapter, chat_template=options.template.chat_template) as loaded:
+    with loaded_model(
+        options.model, options.chat.adapter, chat_template=options.template.chat_template, one_at_a_time=True
+    ) as loaded:
         show_notes(loaded.notes)
         session = GenerationSession(loaded, options.template)
         if not session.has_template:

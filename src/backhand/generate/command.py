@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from backhand.errors import DataError
+from backhand.data.prepare import Prompt, prepare_prompts
+from backhand.data.rows import BadRows
+from backhand.errors import DataError, UsageError
+from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.generate.notes import show_notes
-from backhand.generate.options import GenerateOptions, compared_labels
-from backhand.generate.rows import answer_rows, check_output
+from backhand.generate.options import AnswerOptions, GenerateOptions, compared_labels
 from backhand.generate.session import Answer, GenerationSession
-from backhand.generate.standard_input import read_text
+from backhand.reading import refuse_inputs_inside
+from backhand.words import count_of, show_notes
 
 STDIN = "-"
 
@@ -28,11 +35,20 @@ def generate_command(options: GenerateOptions) -> None:
     options.validate()
     answer = options.answer
     check_output(answer)
+    if answer.output is not None:
+        inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
+        inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
+        refuse_inputs_inside(answer.output, {**inputs, "chat_template": options.template.chat_template})
     prompt = _read_prompt(answer.prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows another one; the answer goes on.
         sys.stdout.reconfigure(errors="replace")
-    with loaded_model(options.model, answer.adapter, chat_template=options.template.chat_template) as loaded:
+    with loaded_model(
+        options.model,
+        answer.adapter,
+        chat_template=options.template.chat_template,
+        one_at_a_time=prompt is not None,
+    ) as loaded:
         if not answer.quiet:
             show_notes(loaded.notes)
         if prompt is None:
@@ -83,3 +99,149 @@ def _cut_off(answer: Answer, session: GenerationSession, options: GenerateOption
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answers to a file of rows, as JSON Lines in the order of the rows.
+
+
+def check_output(options: AnswerOptions) -> None:
+    """Whether `output` can be written, before anything is loaded; its directory is made if need be.
+
+    Raises:
+        UsageError: it exists and is not to be overwritten, or is no plain file.
+        ResourceError: its directory cannot be made.
+    """
+    output = options.output
+    if output is None:
+        return
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory", where="output", next_step="name a file in it")
+    if output.exists() and not options.overwrite:
+        raise UsageError(
+            f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
+        )
+    replaceable_mode(output)  # now, and not when all answers are there
+    make_directory(output.parent)
+
+
+def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
+    """Answer every row of `data` and write a line for each: prompt, reference, completion and finish_reason.
+
+    `prompt` is the text as the model saw it, `reference` the row's own last reply or null. With `compare`, `base` and
+    `adapted` hold a completion and its finish_reason each. The file appears when all answers are there.
+
+    Raises:
+        UsageError, DataError: as `data.prepare.prepare_prompts`.
+        ResourceError: the file cannot be written.
+    """
+    read, report = prepare_prompts(options.rows, options.template, loaded.tokenizer)
+    session = GenerationSession(loaded, options.template)
+    # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
+    bad = BadRows(options.rows.skip_bad)
+    prompts = [prompt for prompt in read if _can_be_answered(prompt, session, bad)]
+    if not prompts and bad.errors:
+        raise bad.errors[0]
+    if not options.answer.quiet:
+        notes = list(report.notes)
+        if left_out := report.skipped_bad + bad.count:
+            first = (*report.bad_rows, *bad.errors)[0]
+            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first}")
+        show_notes(notes)
+    started = time.perf_counter()
+    lines = _lines(options, loaded, session, prompts)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if options.answer.output is None:
+        sys.stdout.write(text)
+        return
+    write_atomically(options.answer.output, text.encode("utf-8"))
+    if not options.answer.quiet:
+        took_s = time.perf_counter() - started
+        print(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}", file=sys.stderr)
+
+
+def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:
+    try:
+        session.check(prompt.input_ids.tolist(), prompt.source)
+    except DataError as error:
+        bad.add(error)
+        return False
+    return True
+
+
+def _lines(
+    options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt]
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
+    if not options.answer.compare:
+        for line, answer in zip(lines, _answers(session, prompts, options, "answers"), strict=True):
+            line |= _entry(answer)
+        return lines
+    for key, with_adapter in (("base", False), ("adapted", True)):
+        loaded.model.use_adapter(with_adapter)
+        for line, answer in zip(lines, _answers(session, prompts, options, key), strict=True):
+            line[key] = _entry(answer)
+    return lines
+
+
+def _entry(answer: Answer) -> dict[str, str]:
+    return {"completion": answer.text, "finish_reason": answer.finish_reason}
+
+
+def _answers(
+    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, label: str
+) -> list[Answer]:
+    with _progress(label, len(prompts), shown=not options.answer.quiet) as advance:
+        return session.answer_all(
+            [prompt.input_ids.tolist() for prompt in prompts],
+            options.sampling,
+            sources=[prompt.source for prompt in prompts],
+            batch_rows=options.answer.batch_rows,
+            on_done=lambda _: advance(),
+        )
+
+
+@contextmanager
+def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, if that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from backhand.terminal import console
+
+    shown_on = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=shown_on, transient=True, disable=not (shown and shown_on.is_terminal)) as progress:
+        task = progress.add_task(label, total=rows)
+        yield lambda: progress.advance(task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text from standard input, which is to be UTF-8: a model's tokenizer takes nothing else.
+
+
+def read_text(read: Callable[[], str], what: str) -> str:
+    """What `read` takes from standard input.
+
+    Args:
+        read: may raise UnicodeDecodeError, or let bytes through as lone surrogates: Python does the one or the other
+            as the locale says.
+        what: the name of the text, for the error.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        text = read()
+        text.encode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) & 0xFF
+    else:
+        return text
+    raise DataError(
+        f"{what} is not UTF-8",
+        where="standard input",
+        why=f"byte 0x{byte:02x} in it is none of UTF-8",
+        next_step="convert it first, for example with iconv -f latin1 -t utf-8",
+    )

@@ -1,11 +1,18 @@
-"""What sampling and chat see of a model: prompts in, tokens out one by one, chosen and ended by the caller."""
+"""What sampling, chat and evaluation see of a model: prompts in, tokens out one by one, and the losses of texts.
+
+Tokens are chosen, and answers ended, by the caller.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from backhand.errors import CheckError
+from backhand.nn.batch import PackedBatch
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int]]
 """(numbers of prompts, their logits (prompts, vocab)) → the next token of each."""
@@ -14,8 +21,29 @@ Finished = Callable[[int, int], bool]
 """(number of a prompt, its new token) → whether its answer is complete; called once a token, in order."""
 
 
+def require_finite(logits: Tensor) -> None:
+    """Raise CheckError where no token can be chosen: NaN or infinity among the logits (prompts, vocab)."""
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise CheckError(
+            "the model computes NaN or infinity",
+            where="logits",
+            why="its weights or those of the adapter are too large, as after a run whose last steps were skipped",
+            next_step="try --dtype float32, leave out the adapter, or train it again with a lower --learning-rate",
+        )
+
+
 class Completer(Protocol):
     """A language model that continues prompts. The decoder engine and the transformers fallback both are one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives and where batches must be."""
+        ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have a shared prefix."""
+        ...
 
     @property
     def context_tokens(self) -> int:
@@ -47,6 +75,10 @@ class Completer(Protocol):
         """
         ...
 
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats, in the order of the positions, without gradients."""
+        ...
+
     def use_adapter(self, wanted: bool) -> None:
-        """Answer with the adapter, as at first, or as the base model. Raises ValueError if there is none to use."""
+        """Be the adapted model, as at first, or the base model. Raises ValueError if there is no adapter to use."""
         ...

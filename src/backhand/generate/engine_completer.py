@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
-from backhand.generate.batch import complete_batch
-from backhand.generate.completer import Choose, Finished
-from backhand.nn.decoder import Decoder
-from backhand.nn.decoding import IncrementalDecoder
+import torch
+from torch import Tensor
+
+from backhand.generate.completer import Choose, Completer, Finished
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
+from backhand.nn.decoder.kv_cache import bytes_per_row
 
 
 class EngineCompleter:
     """A `Completer` over a decoder.
 
     A single prompt that begins like the one before, as every turn of a conversation does, is computed from where the
-    two part.
+    two part; where a layer has a state in the place of keys and values, only if it begins with all of the one before.
 
     Args:
         decoder: base weights, with the adapter, if any, attached.
@@ -29,6 +34,16 @@ class EngineCompleter:
         self._seen: list[int] = []
 
     @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.decoder.device
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have a shared prefix."""
+        return self.decoder.shares_prefixes
+
+    @property
     def context_tokens(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.decoder.config.max_position_embeddings
@@ -38,8 +53,12 @@ class EngineCompleter:
         """Tokens that a prompt may hold: ids below this."""
         return self.decoder.config.vocab_size
 
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats; see `completer.Completer`."""
+        return self.decoder.token_losses(batch)
+
     def use_adapter(self, wanted: bool) -> None:
-        """Answer with the adapter or as the base model. Raises ValueError if there is none to use."""
+        """Be the adapted model or the base model. Raises ValueError if there is none to use."""
         self._state = None
         if not wanted:
             self.decoder.detach()
@@ -72,7 +91,7 @@ class EngineCompleter:
         state, cache = self._state, self._state.cache
         computed = zip(self._seen[: cache.lengths[0]], prompt[:-1], strict=False)
         kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], computed))
-        cache.truncate(0, kept)
+        kept = cache.truncate(0, kept)
         self._seen = list(prompt)
         logits = state.extend([0], [prompt[kept:]])
         for answered in range(1, max_new_tokens + 1):
@@ -81,3 +100,165 @@ class EngineCompleter:
                 return
             self._seen.append(token)
             logits = state.step([token])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many prompts at once: rows leave the batch when their answer is complete, and waiting prompts take their places.
+
+
+# Keys, values and states of all rows together stay below this, as long as one row does.
+CACHE_BYTES = 1 << 30
+# A prefix that all prompts share is computed once if it has at least so many tokens.
+SHORTEST_SHARED_PREFIX = 16
+
+
+def complete_batch(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    choose: Choose,
+    finished: Finished,
+    *,
+    max_new_tokens: int,
+    batch_rows: int = 64,
+) -> None:
+    """Continue every prompt; see `completer.Completer.complete`.
+
+    A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows.
+    """
+    if prompts and max_new_tokens > 0:
+        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows).run()
+
+
+class _Batch:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        choose: Choose,
+        finished: Finished,
+        max_new_tokens: int,
+        batch_rows: int,
+    ) -> None:
+        longest = max(map(len, prompts))
+        most = CACHE_BYTES // bytes_per_row(decoder.config, decoder.dtype, longest + max_new_tokens)
+        rows = max(1, min(batch_rows, len(prompts), most))
+        self.prompts, self.choose, self.finished = prompts, choose, finished
+        self.max_new_tokens = max_new_tokens
+        # Answers are usually far shorter than they may be: room grows when it is needed.
+        self.state = IncrementalDecoder(decoder, rows=rows, capacity=longest + min(max_new_tokens, 64))
+        self.shared = _shared_prefix(decoder, prompts)
+        # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
+        self.in_row: list[int] = []
+        self.last_token: list[int] = []
+        self.answered: list[int] = []
+
+    def run(self) -> None:
+        rows = self.state.cache.rows
+        while self.waiting or self.in_row:
+            free = rows - len(self.in_row)
+            if self.waiting and (not self.in_row or 4 * free >= rows):
+                self._admit(min(free, len(self.waiting)))
+            if self.in_row:
+                self._take(range(len(self.in_row)), self.state.step(self.last_token))
+
+    def _admit(self, count: int) -> None:
+        numbers = [self.waiting.popleft() for _ in range(count)]
+        rows = self.state.cache.add_rows(count)
+        seen = 0
+        if self.shared is not None:
+            self.state.cache.copy_row(self.shared.cache, 0, rows)
+            seen = self.shared.cache.lengths[0]
+        self.in_row += numbers
+        self.last_token += [0] * count
+        self.answered += [0] * count
+        self._take(rows, self.state.extend(rows, [self.prompts[number][seen:] for number in numbers]))
+
+    def _take(self, rows: Sequence[int], logits: Tensor) -> None:
+        """Choose the next token of these rows, and drop those that are complete with it."""
+        tokens = self.choose([self.in_row[row] for row in rows], logits)
+        done = []
+        for row, token in zip(rows, tokens, strict=True):
+            self.last_token[row] = token
+            self.answered[row] += 1
+            if self.finished(self.in_row[row], token) or self.answered[row] >= self.max_new_tokens:
+                done.append(row)
+        # From the last one on, so that the row that takes a place is never one of those still to be dropped.
+        for row in reversed(done):
+            moved = self.state.cache.remove(row)
+            for values in (self.in_row, self.last_token, self.answered):
+                last = values.pop()
+                if moved is not None:
+                    values[row] = last
+
+
+def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> IncrementalDecoder | None:
+    """Keys and values of what all prompts begin with, None if that is too short to be worth it."""
+    length = shared_length(prompts)
+    if len(prompts) < 2 or length < SHORTEST_SHARED_PREFIX:
+        return None
+    state = IncrementalDecoder(decoder, capacity=length)
+    state.extend(state.cache.add_rows(1), [prompts[0][:length]])
+    return state
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each at least one of its own."""
+    first, last = min(prompts, key=tuple), max(prompts, key=tuple)
+    shared = 0
+    for one, other in zip(first, last, strict=False):
+        if one != other:
+            break
+        shared += 1
+    return min(shared, min(map(len, prompts)) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Greedy completions of many prompts: what exact match is measured on.
+
+
+def complete_greedily(
+    model: Decoder | Completer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    batch_size: int = 64,
+    on_done: Callable[[int], None] | None = None,
+    give_up: Callable[[int, Sequence[int]], bool] | None = None,
+) -> list[list[int]]:
+    """The likeliest continuation of every prompt, token by token, up to a stop token, which is left out.
+
+    Args:
+        model: a decoder, with or without an attached adapter, or any other completing model.
+        prompts: token ids, at least one each.
+        max_new_tokens: at most so many tokens a completion, the stop token among them.
+        stop_ids: tokens that end a completion.
+        batch_size: prompts that are continued at once.
+        on_done: told the number of each prompt when its completion is there.
+        give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
+
+    Returns:
+        Token ids for each prompt, in the order of the prompts.
+    """
+    completions: list[list[int]] = [[] for _ in prompts]
+    stops = frozenset(stop_ids)
+
+    def choose(_numbers: Sequence[int], logits: Tensor) -> list[int]:
+        likeliest: list[int] = logits.argmax(-1).tolist()
+        return likeliest
+
+    def finished(number: int, token: int) -> bool:
+        done = token in stops
+        if not done:
+            completions[number].append(token)
+            done = give_up is not None and give_up(number, completions[number])
+        if on_done is not None and (done or len(completions[number]) == max_new_tokens):
+            on_done(number)
+        return done
+
+    if isinstance(model, Decoder):
+        complete_batch(model, prompts, choose, finished, max_new_tokens=max_new_tokens, batch_rows=batch_size)
+    else:
+        model.complete(prompts, choose, finished, max_new_tokens=max_new_tokens, batch_rows=batch_size)
+    return completions

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
-from backhand.data.chat import read_template
+from backhand.data.chat import read_template, stopping_role_ids
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import EngineCompleter
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
-from backhand.nn.config_fields import UnsupportedModel
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder.config_fields import UnsupportedModel
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions
@@ -42,7 +43,11 @@ class LoadedModel:
 
 @contextmanager
 def loaded_model(
-    options: BaseModelOptions, adapter: Path | str | None = None, *, chat_template: str | None = None
+    options: BaseModelOptions,
+    adapter: Path | str | None = None,
+    *,
+    chat_template: str | None = None,
+    one_at_a_time: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads as long as it is used.
 
@@ -50,6 +55,7 @@ def loaded_model(
         options: which model, and how it is computed.
         adapter: directory of an adapter to put on it, or a GGUF file.
         chat_template: the option of that name; the adapter's record is held against the template in use.
+        one_at_a_time: whether prompts come one after the other; a quantized base then stays so.
 
     Raises:
         ArtifactError: model, tokenizer or adapter cannot be read, or do not belong together.
@@ -58,21 +64,27 @@ def loaded_model(
     device = resolve_device(options)
     dtype = resolve_dtype(options, device)
     with compute_settings(options, resolve_threads(options), dtype, device):
-        source = open_model(options.model)
+        source = open_model(options.model, quantize=options.quantize)
         tokenizer = source.tokenizer()
         template = read_template(chat_template, tokenizer)
         try:
             if options.engine == "transformers":
                 model, notes = _by_transformers(source, options, adapter, template, dtype, device)
             else:
-                model, notes = _by_engine(source, options, adapter, template, dtype, device)
+                model, notes = _by_engine(
+                    source, options, adapter, template, dtype, device, one_at_a_time=one_at_a_time
+                )
         except UnsupportedModel as error:
             if options.engine == "backhand":
                 raise
             model, notes = _by_transformers(source, options, adapter, template, dtype, device)
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
-        yield LoadedModel(model, tokenizer, source.stop_token_ids(), notes)
+        stop_ids = (
+            *source.stop_token_ids(),
+            *stopping_role_ids(tokenizer, template, from_option=chat_template is not None),
+        )
+        yield LoadedModel(model, tokenizer, stop_ids, notes)
 
 
 def _by_engine(
@@ -82,8 +94,11 @@ def _by_engine(
     template: str | None,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    one_at_a_time: bool,
 ) -> tuple[Completer, tuple[str, ...]]:
-    decoder = Decoder.from_source(source, dtype=dtype, device=device)
+    quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
+    decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
     notes: tuple[str, ...] = ()
     if adapter is not None:
         loaded = load_adapter_for(

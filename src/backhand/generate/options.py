@@ -5,13 +5,26 @@ This file imports no torch: the command line reads the fields and their docstrin
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from backhand.data.options import RowSources, TemplateOptions, check_count, check_text
+from backhand.bounds import Bound, Check, Count, Given, NotNegative, Seed, Text, check_fields
+from backhand.data.options import RowSources, TemplateOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
+
+LOWEST_TEMPERATURE = 1e-6
+
+
+def _check_temperature(where: str, value: object) -> None:
+    if isinstance(value, float) and 0 < value < LOWEST_TEMPERATURE:
+        raise UsageError(
+            f"temperature {value!r} is too near to 0",
+            where=where,
+            why=f"logits divided by less than {LOWEST_TEMPERATURE:f} are infinite",
+            next_step="give 0, which always takes the likeliest token",
+        )
 
 
 @dataclass(frozen=True)
@@ -21,42 +34,23 @@ class SamplingOptions:
     greedy: bool = False
     """Always take the likeliest token; nothing is drawn."""
 
-    temperature: float = 0.7
+    temperature: Annotated[NotNegative, Check(_check_temperature)] = 0.7
     """Divides the logits before drawing: below 1 likely tokens become likelier, 0 is the same as `greedy`."""
 
-    top_p: float = 0.95
-    """Draw only from the likeliest tokens that together reach this probability. In (0, 1]; 1 draws from all."""
+    top_p: Annotated[float, Bound(above=0, at_most=1)] = 0.95
+    """Draw only from the likeliest tokens that together reach this probability; 1 draws from all."""
 
-    top_k: int | None = None
-    """Draw only from so many likeliest tokens. At least 1; not given: from all."""
+    top_k: Count | None = None
+    """Draw only from so many likeliest tokens; not given: from all."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the draws. The same seed, model and prompt give the same answer."""
 
-    max_new_tokens: int = 512
-    """Longest answer, in tokens. At least 1."""
+    max_new_tokens: Count = 512
+    """Longest answer, in tokens."""
 
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[Text, Given("a stop string is empty", "leave it out")], ...] = ()
     """Strings that end the answer, besides the model's own end-of-turn tokens; they are not part of it."""
-
-    def check_sampling(self) -> None:
-        """Raise UsageError naming field, value and range for the first field that is out of range."""
-        if not isinstance(self.greedy, bool):
-            raise UsageError(f"greedy {self.greedy!r} is neither true nor false", where="greedy")
-        if not _is_number(self.temperature) or self.temperature < 0:
-            raise UsageError(f"temperature {self.temperature!r} is not a number of at least 0", where="temperature")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p!r} is not a number in (0, 1]", where="top_p")
-        if self.top_k is not None:
-            check_count("top_k", self.top_k, at_least=1)
-        check_count("seed", self.seed, at_least=0)
-        if self.seed >= 2**63:
-            raise UsageError(f"seed {self.seed} is not below 2**63", where="seed")
-        check_count("max_new_tokens", self.max_new_tokens, at_least=1)
-        for text in self.stop:
-            check_text("stop", text)
-            if not text:
-                raise UsageError("a stop string is empty", where="stop")
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def compared_labels(adapter: Path | None) -> tuple[tuple[str, bool], tuple[str, 
 class AnswerOptions(AdapterOptions):
     """What is asked, and where the answers go."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     """What to answer; `-` reads it from standard input. A model without a chat template continues it as it stands."""
 
     output: Path | None = None
@@ -96,17 +90,11 @@ class AnswerOptions(AdapterOptions):
     overwrite: bool = False
     """Replace the file `output` if it exists."""
 
-    batch_rows: int = 64
+    batch_rows: Count = 64
     """With `data`: rows answered at once, fewer where their keys and values would take over a gigabyte."""
 
     quiet: bool = False
     """Print answers and errors only."""
-
-    def check_answer(self) -> None:
-        """Raise UsageError naming field, value and range for the first field that is out of range."""
-        check_text("prompt", self.prompt)
-        check_count("batch_rows", self.batch_rows, at_least=1)
-        self.check_compare()
 
 
 @dataclass(frozen=True)
@@ -133,11 +121,8 @@ class GenerateOptions:
         Raises:
             UsageError: names the field, its value and the range it must lie in.
         """
-        self.answer.check_answer()
-        self.rows.check_rows()
-        self.sampling.check_sampling()
-        self.template.check_template()
-        self.model.check_base_model()
+        check_fields(self)
+        self.answer.check_compare()
         prompt, data = self.answer.prompt, self.rows.data
         if (prompt is None) == (not data):
             what = "there is nothing to answer" if prompt is None else "prompt and data are both given"
@@ -159,7 +144,7 @@ class GenerateOptions:
 class TalkOptions(AdapterOptions):
     """Who is talked with, and how it begins."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     """What to say first; the conversation goes on from the answer."""
 
 
@@ -181,15 +166,8 @@ class ChatOptions:
 
     def validate(self) -> ChatOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_text("prompt", self.chat.prompt)
+        check_fields(self)
         if self.chat.prompt is not None and not self.chat.prompt.strip():
             raise UsageError("the first message is empty", where="prompt", next_step="leave out --prompt")
         self.chat.check_compare()
-        self.sampling.check_sampling()
-        self.template.check_template()
-        self.model.check_base_model()
         return self
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

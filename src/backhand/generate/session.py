@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from backhand.data.forms import Completion, Row
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
 from backhand.errors import DataError
-from backhand.generate.completer import Completer
+from backhand.generate.completer import Completer, require_finite
 from backhand.generate.loading import LoadedModel
 from backhand.generate.options import SamplingOptions
-from backhand.generate.sampling import next_token
-from backhand.generate.text_stream import TextStream
 
 PROMPT = "prompt"
 
@@ -117,6 +115,7 @@ class GenerationSession:
 
         Raises:
             DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
+            CheckError: the model computes NaN or infinity.
         """
         for number, prompt in enumerate(prompts):
             self.check(prompt, PROMPT if sources is None else sources[number])
@@ -127,6 +126,7 @@ class GenerationSession:
         generators = [torch.Generator().manual_seed((options.seed + number) % 2**63) for number in range(len(prompts))]
 
         def choose(numbers: Sequence[int], logits: Tensor) -> list[int]:
+            require_finite(logits)
             if options.greedy or options.temperature == 0:
                 likeliest: list[int] = logits.argmax(-1).tolist()
                 return likeliest
@@ -204,3 +204,155 @@ class _Reply:
             self.finish_reason = "length"
             text += self.stream.finish()
         return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The next token from logits: greedy, or drawn after temperature, top-k and top-p, from an explicit generator.
+#
+#     z' = z / temperature
+#     top-k:  z'_i ← -∞ unless z'_i is at least the k-th largest (ties with it stay)
+#     top-p:  p = softmax(z'), sorted descending; token i stays while Σ_{j before i} p_j < top_p
+#             [arXiv:1904.09751, §3.1]
+#     draw from softmax of what is left
+#
+# in this order, which is transformers'. The result depends on logits, settings and generator only.
+
+
+# The nucleus is looked for among so many likeliest tokens first; sorting a whole vocabulary costs ten times as much.
+NUCLEUS_FIRST_LOOK = 256
+
+
+def next_token(logits: Tensor, sampling: SamplingOptions, generator: torch.Generator | None = None) -> int:
+    """Choose a token: the likeliest, the lowest id among equals, if greedy or at temperature 0; else a drawn one.
+
+    Args:
+        logits: (vocab,), any floating dtype.
+        sampling: valid options.
+        generator: on the CPU, draws one number of torch.multinomial; only greedy goes without.
+    """
+    if sampling.greedy or sampling.temperature == 0:
+        return int(logits.argmax())
+    # Drawn on the CPU whatever the device, so that a seed means the same everywhere.
+    probabilities = kept_probabilities(logits.float().cpu(), sampling)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def kept_probabilities(logits: Tensor, sampling: SamplingOptions) -> Tensor:
+    """(vocab,) probabilities that the token is drawn from; zero where top-k or top-p cut.
+
+    Args:
+        logits: (vocab,) float32 or float64.
+        sampling: temperature above 0, top_k at least 1, top_p in (0, 1].
+    """
+    scaled = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[0]:
+        lowest_kept = scaled.topk(sampling.top_k).values[-1]
+        scaled = scaled.masked_fill(scaled < lowest_kept, float("-inf"))
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p < 1:
+        probabilities = _nucleus(probabilities, sampling.top_p)
+    return probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens that together reach top_p, at least one, their probabilities summing to 1 again."""
+    vocab = probabilities.shape[0]
+    values, indices = probabilities.topk(min(NUCLEUS_FIRST_LOOK, vocab))
+    if float(values.sum()) < top_p:
+        values, indices = probabilities.sort(descending=True, stable=True)
+    before = values.cumsum(-1) - values
+    kept = before < top_p
+    kept[0] = True
+    values = values * kept
+    return torch.zeros_like(probabilities).scatter_(0, indices, values / values.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text from a stream of tokens: never half a character, and never a part of what may become a stop string.
+
+
+REPLACEMENT = "\ufffd"
+# Tokens at least that are decoded again to the left of new ones: tokenizers treat the first of a text in their own way.
+CONTEXT_TOKENS = 4
+
+
+class Decodes(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        """Tokens to text, bytes that are no UTF-8 as U+FFFD."""
+        ...
+
+
+def decode(tokenizer: Decodes, token_ids: Sequence[int]) -> str:
+    """All tokens to text, control tokens left out, nothing tidied up."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain; the parts put together are the decoded whole, up to a stop string.
+
+    Args:
+        tokenizer: decodes.
+        stop: strings that end the text; they are not part of it.
+
+    Attributes:
+        text: everything given out so far.
+        stopped: whether a stop string was met; nothing comes after it.
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(string for string in stop if string)
+        # Tokens whose text has been given out, in units that each ended with a whole character.
+        self._context: list[list[int]] = []
+        self._pending: list[int] = []
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that has become certain, often "" and sometimes several tokens' worth."""
+        if self.stopped:
+            return ""
+        self._pending.append(token_id)
+        decoded = self._decode_pending()
+        if decoded.endswith(REPLACEMENT):
+            # Perhaps the first bytes of a character whose others are still to come.
+            return ""
+        self._context.append(self._pending)
+        self._pending = []
+        while sum(map(len, self._context[1:])) >= CONTEXT_TOKENS:
+            del self._context[0]
+        return self._release(decoded, final=False)
+
+    def finish(self) -> str:
+        """The end: what was held back, unfinished characters as U+FFFD."""
+        if self.stopped:
+            return ""
+        return self._release(self._decode_pending() if self._pending else "", final=True)
+
+    def _decode_pending(self) -> str:
+        context = [token_id for unit in self._context for token_id in unit]
+        before = decode(self._tokenizer, context)
+        return decode(self._tokenizer, context + self._pending)[len(before) :]
+
+    def _release(self, new: str, *, final: bool) -> str:
+        self._held += new
+        ends = [at for at in (self._held.find(string) for string in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            certain, self._held = self._held[: min(ends)], ""
+        else:
+            kept = 0 if final else self._possible_stop()
+            certain, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        self.text += certain
+        return certain
+
+    def _possible_stop(self) -> int:
+        """Characters at the end that a stop string may begin with."""
+        longest = max((len(string) for string in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(string.startswith(self._held[-length:]) for string in self._stop):
+                return length
+        return 0

@@ -8,6 +8,7 @@ a stopping criterion. Prompts of equal length share a batch, so that nothing is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from backhand.generate.completer import Choose, Finished
+from backhand.nn.batch import PackedBatch
+from backhand.nn.right_padding import joined, supervised_losses, why_equal_lengths
 
 if TYPE_CHECKING:
-    from backhand.adapters.injected import InjectedAdapter
+    from backhand.adapters.inject import InjectedAdapter
+
 
 _UNLIMITED = 1 << 30
 
@@ -28,7 +32,12 @@ class TransformersCompleter:
     Args:
         model: in evaluation mode; its generation settings are replaced, so that nothing but the caller's choice counts.
         adapter: injected into it, or None.
+
+    Attributes:
+        shares_prefixes: no: each document goes through transformers whole.
     """
+
+    shares_prefixes = False
 
     def __init__(self, model: Any, adapter: InjectedAdapter | None = None) -> None:
         from transformers import GenerationConfig
@@ -36,7 +45,14 @@ class TransformersCompleter:
         self.model = model
         self.injected = adapter
         self._use_adapter = adapter is not None
+        self._pads: bool | None = None
         model.generation_config = GenerationConfig()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def context_tokens(self) -> int:
@@ -51,10 +67,24 @@ class TransformersCompleter:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def use_adapter(self, wanted: bool) -> None:
-        """Answer with the adapter or as the base model. Raises ValueError if there is none to use."""
+        """Be the adapted model or the base model. Raises ValueError if there is no adapter to use."""
         if wanted and self.injected is None:
             raise ValueError("there is no adapter")
-        self._use_adapter = wanted
+        self._use_adapter, self._pads = wanted, None
+
+    def _as_wanted(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._use_adapter or self.injected is None else self.injected.disabled()
+
+    @torch.no_grad()
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats; see `completer.Completer`."""
+        with self._as_wanted():
+            return joined(supervised_losses(self.model, batch, self._may_pad), self.device)
+
+    def _may_pad(self) -> bool:
+        if self._pads is None:
+            self._pads = why_equal_lengths(self.model) is None
+        return self._pads
 
     def complete(
         self,
@@ -66,10 +96,7 @@ class TransformersCompleter:
         batch_rows: int = 64,
     ) -> None:
         """Continue every prompt; see `completer.Completer`."""
-        if self.injected is not None and not self._use_adapter:
-            with self.injected.disabled():
-                self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
-        else:
+        with self._as_wanted():
             self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
 
     def _complete(

@@ -8,38 +8,41 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
-from backhand.generate.greedy import complete_greedily
+from backhand.files import make_directory, write_atomically
+from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
-from backhand.lab.demo_picture import save_loss_picture
-from backhand.lab.peft_check import BOUND, PeftParity, peft_parity
-from backhand.lab.sine import sine_command
-from backhand.lab.sine_options import SineOptions
+from backhand.lab.sine.command import sine_command
+from backhand.lab.sine.options import SineOptions
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.report.command import write_report
 from backhand.report.train import train
-from backhand.report.writing import write_report
+from backhand.runs.directory import Proof, opened, proof_log
+from backhand.runs.summary import RunSummary, add_to_summary
 from backhand.terminal import console_for_tables, working
-from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.train.evaluate_options import EvaluateRunOptions
-from backhand.train.evaluation import evaluation_rows, exact_matches, score
-from backhand.train.proofs import Proof, proof_log
-from backhand.train.run_directory import opened
-from backhand.train.summary import RunSummary, add_to_summary
+from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.training.evaluate import evaluation_rows, exact_matches, score
+from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.verify.command import prove_run
 
 RANK, ALPHA = 16, 32.0
@@ -245,3 +248,108 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"Everything about the run on one page: {Path(result.run.output) / 'report.html'}")
     console.print(f"The demo took {result.demo_s / 60:.1f} minutes. Try the adapter yourself:")
     console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture of a run's losses, from its metrics.jsonl.
+
+
+def save_loss_picture(metrics: Path, picture: Path) -> None:
+    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white.
+
+    Args:
+        metrics: the run's metrics.jsonl.
+        picture: the PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="0.6", linewidth=1, label="training rows, each step")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "ko--", linewidth=1.5, markersize=5, label="held-out rows")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", yscale="log")
+    axes.set_title("What the model learned: loss over the run")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does an adapter mean the same in PEFT? Its logits there against ours, on the same weights and tokens.
+
+
+BOUND = 1e-4
+"""Relative difference of float32 logits below which the two are the same; about 1e-6 is seen."""
+
+
+@dataclass(frozen=True)
+class PeftParity:
+    """How far PEFT's logits are from ours, in float32.
+
+    Attributes:
+        relative: ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions.
+        largest: largest difference of one logit.
+        effect: ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all.
+        positions: how many were compared.
+    """
+
+    relative: float
+    largest: float
+    effect: float
+    positions: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within `BOUND`, and far below what the adapter does."""
+        return self.relative <= BOUND and self.relative <= 0.01 * self.effect
+
+
+def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -> PeftParity:
+    """Load the adapter's files here and in PEFT, over the same base weights, and compare logits in float32.
+
+    Args:
+        model: the base model's name.
+        adapter: directory with PEFT's files.
+        documents: token ids of the probes, at least one each.
+
+    Raises:
+        UsageError: PEFT is not installed.
+        ArtifactError: the adapter cannot be read, or is not of this base.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UsageError(
+            "PEFT is not installed", where="peft", next_step="pip install peft, or run with --no-peft"
+        ) from None
+    from backhand.nn.loading.transformers_model import load_transformers_model
+
+    source = open_model(model)
+    decoder = Decoder.from_source(source, dtype=torch.float32)
+    base = _logits(decoder, documents)
+    decoder.attach(load_adapter_for(source, adapter, decoder.module_shapes()).parameters())
+    ours = _logits(decoder, documents)
+    del decoder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = peft.PeftModel.from_pretrained(
+            load_transformers_model(source, dtype=torch.float32, device="cpu"), str(adapter)
+        )
+    with torch.no_grad():
+        theirs = torch.cat([adapted(input_ids=torch.tensor([list(ids)])).logits[0] for ids in documents]).double()
+    return PeftParity(
+        relative=float((ours - theirs).norm() / theirs.norm()),
+        largest=float((ours - theirs).abs().max()),
+        effect=float((ours - base).norm() / base.norm()),
+        positions=ours.shape[0],
+    )
+
+
+def _logits(decoder: Decoder, documents: Sequence[Sequence[int]]) -> Tensor:
+    ids = torch.tensor([token for document in documents for token in document])
+    return decoder.logits(ids, [len(document) for document in documents]).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from backhand.errors import UsageError
+from backhand.bounds import Count, Seed, check_fields
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class DemoOptions:
     model: str = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
-    seed: int = 0
-    """Draws the rows, the adapter's first numbers and the order. 0 or above."""
+    seed: Seed = 0
+    """Draws the rows, the adapter's first numbers and the order."""
 
-    train_rows: int = 400
-    """Sentences to train on. At least 1."""
+    train_rows: Count = 400
+    """Sentences to train on."""
 
-    held_out_rows: int = 200
-    """Sentences to be asked before and after; none of their patterns and values occurs in training. At least 1."""
+    held_out_rows: Count = 200
+    """Sentences to be asked before and after; none of their patterns and values occurs in training."""
 
     sine: bool = True
     """Begin with the sine experiment."""
@@ -38,8 +38,5 @@ class DemoOptions:
 
     def validate(self) -> DemoOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
-        for name, lowest in (("seed", 0), ("train_rows", 1), ("held_out_rows", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise UsageError(f"{name} {value!r} is not an integer of at least {lowest}", where=name)
+        check_fields(self)
         return self

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+
+class Entering(NamedTuple):
+    """Hidden states that are known already: `states`, (tokens, hidden), enter block `layer`, counted from 0."""
+
+    layer: int
+    states: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,14 @@ class PackedBatch:
         document_lengths: tokens of each document, in order, behind the shared prefix.
         shared_prefix: tokens at the front with which every document begins, so that they are computed once; they and
             `document_lengths` sum to `tokens`.
+        entering: what the blocks below some layer come to, so that a pass begins there; None to begin at the ids.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_lengths: tuple[int, ...]
     shared_prefix: int = 0
+    entering: Entering | None = None
 
     def __post_init__(self) -> None:
         if self.shared_prefix + sum(self.document_lengths) != len(self.input_ids):
@@ -48,6 +58,11 @@ class PackedBatch:
         """How many positions carry loss."""
         return self.supervised_positions.numel()
 
+    @property
+    def attends(self) -> bool:
+        """Whether some supervised position has a position before it, so that queries and keys decide anything."""
+        return bool((self.positions[self.supervised_positions] > 0).any())
+
     @cached_property
     def positions(self) -> Tensor:
         """(tokens,) int64, restarting in each document: at 0, or where the shared prefix ends."""
@@ -58,13 +73,22 @@ class PackedBatch:
         )
 
     @cached_property
+    def reach(self) -> Tensor:
+        """(tokens,) int64: how long each token's document is, the shared prefix in it; of the prefix, the longest."""
+        shared, device = self.shared_prefix, self.input_ids.device
+        lengths = torch.tensor([shared + n for n in self.document_lengths], dtype=torch.int64, device=device)
+        own = lengths.repeat_interleave(lengths - shared)
+        return torch.cat([own.new_full((shared,), max(self.document_lengths, default=0) + shared), own])
+
+    @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """Neighbouring documents of equal length as (start token, documents, length), for batched attention calls."""
         return document_runs(self.document_lengths, self.shared_prefix)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+        entering = None if self.entering is None else self.entering._replace(states=self.entering.states.to(device))
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), entering=entering)
 
 
 def document_runs(document_lengths: tuple[int, ...], start: int = 0) -> tuple[tuple[int, int, int], ...]:

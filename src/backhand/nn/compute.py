@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-from backhand.errors import UsageError
-from backhand.nn.loading.compute_dtype import default_dtype
+from backhand.errors import UsageError, first_line
 from backhand.nn.model_options import BaseModelOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -33,11 +31,19 @@ def resolve_device(options: BaseModelOptions) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(options.device)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise UsageError(
+                f"device {options.device!r} computes nothing that could be read again",
+                where="device",
+                next_step="give auto, cpu or cuda",
+            )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"device {options.device!r} cannot be used", where="device", why=why, next_step="give auto or cpu"
+            f"device {options.device!r} cannot be used",
+            where="device",
+            why=first_line(error),
+            next_step="give auto or cpu",
         ) from None
     return device
 
@@ -133,3 +139,35 @@ def compute_settings(
     finally:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dtype in which a machine computes a frozen decoder best.
+
+
+def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
+
+    On the CPU that takes AVX512-BF16 or AMX (or bf16 on Arm): elsewhere oneDNN converts to float32 and back, which is
+    slower than float32 itself. On CUDA it takes compute capability 8.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and onednn_takes_bf16() and _multiplies_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def onednn_takes_bf16() -> bool:
+    """Whether torch sends bfloat16 products on the CPU to oneDNN; elsewhere loops of its own compute them."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _multiplies_bf16() -> bool:
+    """oneDNN takes bf16 on any AVX512; only these instructions multiply it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return True
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))

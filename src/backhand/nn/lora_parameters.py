@@ -6,7 +6,7 @@ One buffer means one fused optimizer call, one norm, one cast to the compute dty
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from torch import Tensor
 from backhand.ops.dora import row_squares
 
 Shape = tuple[int, ...]
-
 TOKENS = "trainable_tokens"
 """Last part of the name of trained embedding rows."""
 
@@ -35,6 +34,9 @@ class LoRASlot:
         use_dora: whether a magnitude of the adapted weight's rows is trained, see `ops.dora`.
         lora_bias: whether lora_B has a bias, see `ops.lora_bias`.
         embedding: whether the module is an embedding, of in_features tokens.
+        experts: how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their
+            factors lie in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's
+            columns (`expert_factors`).
     """
 
     name: str
@@ -46,13 +48,12 @@ class LoRASlot:
     use_dora: bool = False
     lora_bias: bool = False
     embedding: bool = False
+    experts: int = 0
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of everything that is trained in this module, by the last part of its name."""
-        shapes: dict[str, Shape] = {
-            "lora_A": (self.rank, self.in_features),
-            "lora_B": (self.out_features, self.rank),
-        }
+        rows = self.rank * max(1, self.experts)
+        shapes: dict[str, Shape] = {"lora_A": (rows, self.in_features), "lora_B": (self.out_features, rows)}
         if self.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
         if self.use_dora:
@@ -172,7 +173,8 @@ class LoRAParameters:
                 self.lora_B(name).copy_(drawn)
             else:
                 bound = 1 / math.sqrt(slot.in_features)
-                drawn = torch.rand(slot.rank, slot.in_features, generator=generator, device=generator.device)
+                rows = slot.rank * max(1, slot.experts)
+                drawn = torch.rand(rows, slot.in_features, generator=generator, device=generator.device)
                 self.lora_A(name).copy_((2 * drawn - 1) * bound)
         self.refresh_compute(self._compute.dtype)
 
@@ -251,7 +253,105 @@ class LoRAParameters:
         """(out, rank) view of the gradient buffer."""
         return self._view(self.gradients, f"{name}.lora_B")
 
+    def delta_weight(self, name: str) -> Tensor:
+        """s B A, (out, in) in the buffer's dtype; of experts (experts · out, in), one below the other."""
+        slot, lora_A, lora_B = self.slots[name], self.lora_A(name), self.lora_B(name)
+        if slot.experts:
+            lora_A, lora_B = expert_factors(lora_A, lora_B, slot.experts)
+        return slot.scaling * (lora_B @ lora_A).view(-1, slot.in_features)
+
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """(name, view) of everything that is trained, in buffer order, such as `<module>.lora_A`."""
         for name in self._places:
             yield name, self.tensor(name)
+
+
+def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Views of the experts' factors, (experts, rank, in) and (experts, out, rank).
+
+    Args:
+        lora_A: (experts · rank, in), one expert's rows below the other's.
+        lora_B: (out, rank · experts), in whose columns the experts take turns.
+        experts: how many.
+    """
+    return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What of a model an adapter can train: its linear modules, and beside them embeddings and whole parameters.
+
+
+class ModuleShapes(dict[str, tuple[int, int]]):
+    """(out, in) of every linear module by dotted path.
+
+    A plain dict in its place describes a model of which nothing but linear modules is known.
+
+    Args:
+        linear: (out, in) of every linear module, in forward order.
+        embeddings: (vocab, hidden) of every embedding; the first one is the input embedding.
+        parameters: shape of every parameter by its name, which `modules_to_save` chooses from.
+        tied: names of parameters that are another one, by name: `lm_head.weight` → `model.embed_tokens.weight`.
+        frozen: names of parameters without a gradient by hand, which `modules_to_save` cannot choose.
+        experts: (experts, out, in) of every parameter that holds the matrices of all experts, which
+            `target_parameters` chooses from.
+    """
+
+    def __init__(
+        self,
+        linear: Mapping[str, tuple[int, int]],
+        *,
+        embeddings: Mapping[str, tuple[int, int]],
+        parameters: Mapping[str, tuple[int, ...]],
+        tied: Mapping[str, str],
+        frozen: Iterable[str] = (),
+        experts: Mapping[str, tuple[int, int, int]] | None = None,
+    ) -> None:
+        super().__init__(linear)
+        self.embeddings = dict(embeddings)
+        self.parameters = dict(parameters)
+        self.tied = dict(tied)
+        self.frozen = tuple(frozen)
+        self.experts = dict(experts or {})
+
+
+def embeddings_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int]]:
+    """(vocab, hidden) of the embeddings; none where only linear modules are known."""
+    return shapes.embeddings if isinstance(shapes, ModuleShapes) else {}
+
+
+def experts_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int, int]]:
+    """(experts, out, in) of the experts' parameters; none where only linear modules are known."""
+    return shapes.experts if isinstance(shapes, ModuleShapes) else {}
+
+
+def parameters_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter by name; those of the linear modules' weights where nothing else is known."""
+    if isinstance(shapes, ModuleShapes):
+        return shapes.parameters
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
+    """Raise ValueError for a slot or a trained tensor that the model has not, or has in another shape."""
+    for name, slot in lora.slots.items():
+        sides = slot.out_features, slot.in_features
+        wanted: Shape = sides[::-1] if slot.embedding else sides
+        there: Shape | None = (shapes.embeddings if slot.embedding else shapes).get(name)
+        if slot.experts:
+            wanted, there = (slot.experts, *wanted), shapes.experts.get(name)
+        if there != wanted:
+            raise ValueError(f"{name}: adapter is for {wanted}, model has {there}")
+    for tensor in lora.trained.values():
+        base = shapes.parameters.get(tensor.base_name, ())
+        found = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])
+        if found != tensor.shape:
+            raise ValueError(f"{tensor.name}: adapter has {tensor.shape}, model has {found}")
+
+
+def module_paths(parameters: Iterable[str]) -> list[str]:
+    """Paths of all modules that hold these parameters, themselves or further down."""
+    paths: dict[str, None] = {}
+    for name in parameters:
+        parts = name.split(".")
+        paths |= {".".join(parts[:count]): None for count in range(1, len(parts))}
+    return list(paths)

@@ -6,15 +6,26 @@ This file imports no torch: the command line reads the fields and their docstrin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from backhand.bounds import BaseModel, Bound, Given, check_fields
 from backhand.errors import UsageError
 
 Engine = Literal["auto", "backhand", "transformers"]
 DType = Literal["auto", "float32", "bfloat16"]
-
+Base = Literal["auto", "dense", "quantized"]
+Quantize = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 # OpenMP crashes the process where the system gives it no more threads, and more than a machine's cores gain nothing.
 MOST_THREADS = 1024
+Threads = Annotated[
+    int,
+    Bound(
+        at_least=1,
+        at_most=MOST_THREADS,
+        why="more threads than the machine has cores make nothing faster",
+        next_step="leave it out to use the cores that there are",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class AdapterReading:
 class _BaseModel:
     """The base model itself."""
 
-    model: str = "smollm2-135m"
+    model: BaseModel = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     engine: Engine = "auto"
@@ -40,12 +51,20 @@ class _BaseModel:
     """Compute dtype of the frozen weights and activations; `auto` is bfloat16 where the processor multiplies it
     natively, else float32. An adapter's values, gradients and moments are float32 in any case."""
 
-    device: str = "auto"
+    base: Base = "auto"
+    """How the frozen weights are held: `dense` in the compute dtype, `quantized` in their file's own blocks, which stay
+    mapped and are unpacked piece by piece, to the same bits; `auto` takes the second for a quantized file where that
+    costs less than 10 % of the time, or where dense weights do not fit."""
+
+    quantize: Quantize | None = None
+    """Quantize a Hugging Face directory's matrices on reading, to this type; the base is then another one, and the
+    change of its loss is printed."""
+
+    device: Annotated[str, Given("device is empty", "give auto, cpu or cuda")] = "auto"
     """Where to compute: `cpu`, `cuda`, `cuda:1`; `auto` is `cuda` where there is one, else `cpu`."""
 
-    threads: int | None = None
-    """Threads for matrix products on the processor; not given: the cores this process may use. 1 to
-    1,024."""
+    threads: Threads | None = None
+    """Threads for matrix products on the processor; not given: the cores this process may use."""
 
     tune_allocator: bool = True
     """Keep large freed buffers for later instead of giving them back to the system (glibc mallopt)."""
@@ -58,25 +77,26 @@ class _BaseModel:
 class BaseModelOptions(AdapterReading, _BaseModel):  # in this order the pickle comes last
     """The base model and how it is computed."""
 
-    def check_base_model(self) -> None:
-        """Raise UsageError naming field, value and range for the first field that is out of range."""
-        if not self.model:
-            raise UsageError("no base model is given", where="model", next_step="give a directory, a file or a hub id")
-        for name, value, choices in (
-            ("engine", self.engine, ("auto", "backhand", "transformers")),
-            ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
-        ):
-            if value not in choices:
-                raise UsageError(f"{name} {value!r} is not one of {', '.join(choices)}", where=name)
-        if not self.device:
-            raise UsageError("device is empty", where="device", next_step="give auto, cpu or cuda")
-        threads: object = self.threads
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise UsageError(f"threads {threads!r} is not an integer of at least 1", where="threads")
-        if threads is not None and threads > MOST_THREADS:
-            raise UsageError(
-                f"threads {threads} is above {MOST_THREADS:,}",
-                where="threads",
-                why="more threads than the machine has cores make nothing faster",
-                next_step="leave it out to use the cores that there are",
-            )
+    def validate(self) -> BaseModelOptions:
+        """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_fields(self)
+        check_base(self)
+        return self
+
+
+def check_base(options: _BaseModel) -> None:
+    """Raise UsageError for options about the base's form that contradict each other."""
+    if options.quantize is not None and options.base == "dense":
+        raise UsageError(
+            "quantize and a dense base contradict each other",
+            where="quantize",
+            why="a quantized matrix is kept in its blocks",
+            next_step="leave out one of --quantize and --base",
+        )
+    quantized = options.base == "quantized" or options.quantize is not None
+    if quantized and options.engine == "transformers":
+        raise UsageError(
+            "a quantized base works with the backhand engine only",
+            where="base",
+            next_step="leave out --base quantized and --quantize, or use --engine backhand",
+        )

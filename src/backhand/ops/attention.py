@@ -17,23 +17,32 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
     ∂L/∂S = P ⊙ (∂L/∂P - δ)
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K = c (∂L/∂S)ᵀ Q      (n, head_dim); the latter summed over the group
 
+Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ tanh(c Q Kᵀ / κ) + M. Then (1 - tanh²) ⊙ ∂L/∂S takes
+the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K, as derived in `attention_blocks`.
+
 Two ways to carry this out, for one group of documents after another (`document_groups`):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
-- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, and no
-  prefix before them, whose many small steps cost more by blocks. bfloat16 is attended by the float32 kernels, which are
-  faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32 products routed to oneDNN
-  (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks take the short ones too.
+- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with no
+  prefix before them and no cap, whose many small steps cost more by blocks. bfloat16 is attended by the float32
+  kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32 products
+  routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks take
+  the short ones too.
 
-Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what the kernels attended.
+Where the compiled library has its loop (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
+and multiplies bfloat16 by the processor's own pairwise products where it has them.
+
+Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what torch's kernels attended.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 from backhand.ops.attention_blocks import (
     AttentionBlocksGrads,
     AttentionBlocksSaved,
@@ -41,6 +50,11 @@ from backhand.ops.attention_blocks import (
     attention_blocks_forward,
 )
 from backhand.ops.document_groups import Run, groups, keys_of, set_keys, set_part, takes_blocks, together
+
+_HEADS = (POINTER, INT64, INT64)
+_PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE)
+_FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
+_BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 7, *_PROBLEM, result=INT)
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -61,6 +75,7 @@ class AttentionSaved(NamedTuple):
     scaling: float
     window: int | None
     shared: int = 0
+    cap: float | None = None
 
 
 class AttentionGrads(NamedTuple):
@@ -72,7 +87,14 @@ class AttentionGrads(NamedTuple):
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None, shared: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: tuple[Run, ...],
+    scaling: float,
+    window: int | None = None,
+    shared: int = 0,
+    cap: float | None = None,
 ) -> tuple[Tensor, AttentionSaved]:
     """Attend within each document.
 
@@ -84,21 +106,26 @@ def attention_forward(
         scaling: c, the multiplier of query-key products.
         window: a query sees itself and window - 1 tokens before it; None for all before it.
         shared: tokens at the front with which every document begins.
+        cap: κ, which no score exceeds, or None.
 
     Returns:
         output (tokens, heads, head_dim) in q's dtype, and what backward needs.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    attended_together = groups(runs, shared, q)
-    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group))
+    run = loop(_FORWARD, q, k, v) if cap is None else None
+    if run is not None:
+        _check(run(*_heads(q, k, v, output), *_problem(q, k, runs, scaling, window, shared)))
+        return output, AttentionSaved(q, k, v, output, output.new_empty(0, dtype=wide), runs, scaling, window, shared)
+    attended_together = groups(runs, shared, q, cap)
+    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, cap))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in attended_together:
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
-        if takes_blocks(q, group):
+        if takes_blocks(q, group, cap):
             in_place = together(output, group) if group.places is None else None
-            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, out=in_place)
+            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, cap, out=in_place)
             if in_place is None:
                 set_part(attended, group, output)
             continue
@@ -109,7 +136,7 @@ def attention_forward(
         set_part(attended.transpose(1, 2), group, output)
         log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
         filled += lse.numel()
-    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window, shared)
+    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap)
 
 
 def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None) -> AttentionGrads:
@@ -120,20 +147,26 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
         saved: from the forward pass.
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scaling, window, shared = saved
+    q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
+    run = loop(_BACKWARD, q, k, v, d_y, out) if cap is None else None
+    if run is not None:
+        _check(run(*_heads(q, k, v, d_y, *grads), *_problem(q, k, runs, scaling, window, shared)))
+        return grads
     # What the documents add to the prefix's gradients; rounded once.
     wide = torch.promote_types(q.dtype, torch.float32)
     prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled = 0
-    for group in groups(runs, shared, q):
+    # Attended by the compiled loop, which keeps none: blocks need none either.
+    no_log_sum_exp = log_sum_exp.numel() == 0
+    for group in groups(runs, shared, q, cap):
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
         g_group = together(d_y, group, zero_behind=True)
-        if takes_blocks(q, group):
-            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window)
+        if no_log_sum_exp or takes_blocks(q, group, cap):
+            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window, cap)
             in_place = None
             if group.places is None and group.keys is None:
                 in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
@@ -155,6 +188,35 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
     return grads
 
 
+def _heads(*tensors: Tensor) -> list[int]:
+    """Address and distances of tokens and heads, of each (tokens, heads, head_dim)."""
+    return [number for x in tensors for number in (x.data_ptr(), x.stride(0), x.stride(1))]
+
+
+def _problem(
+    q: Tensor, k: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None, shared: int
+) -> tuple[float, ...]:
+    """What the loops take behind the tensors; without a window, one that reaches further than any document."""
+    starts, lengths = _documents(runs)
+    reach = q.shape[0] + 1 if window is None else window
+    where = (starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared)
+    return (*where, q.shape[1], k.shape[1], q.shape[2], reach, scaling)
+
+
+# Every layer asks for the same ones.
+@functools.lru_cache(maxsize=16)
+def _documents(runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+    """Start and length of each document, (documents,) int64."""
+    own = [(first + i * length, length) for first, count, length in runs for i in range(count)]
+    starts, lengths = torch.tensor(own, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    return starts, lengths
+
+
+def _check(outcome: int) -> None:
+    if outcome:
+        raise MemoryError("no memory for one document's attention")
+
+
 def _for_kernel(*documents: Tensor) -> list[Tensor]:
     """As torch's kernels take them: float32 or wider, (documents, heads, length, head_dim)."""
     wide = torch.float64 if documents[0].dtype == torch.float64 else torch.float32
@@ -173,7 +235,14 @@ def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: to
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None = None, shared: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: tuple[Run, ...],
+    scaling: float,
+    window: int | None = None,
+    shared: int = 0,
+    cap: float | None = None,
 ) -> Tensor:
     """The same output, document by document and head by head, with an explicit softmax over visible keys only."""
     prefix = [] if shared == 0 else [range(shared)]
@@ -189,6 +258,8 @@ def attention_reference(
         heads = []
         for head in range(q.shape[1]):
             scores = scaling * q[tokens.start : tokens.stop, head] @ k[seen, head // group].T
+            if cap is not None:
+                scores = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
             weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
             heads.append(weights @ v[seen, head // group])
         documents.append(torch.stack(heads, dim=1))

@@ -29,6 +29,16 @@ ADDED_SHARE = 0.35
 FLOAT32_BYTES = 4
 
 
+def spans(runs: tuple[Run, ...], shared: int) -> list[tuple[int, int]]:
+    """(first token, end) of the shared prefix, which may be empty, and of each document behind it."""
+    own = [
+        (start + index * length, start + (index + 1) * length)
+        for start, count, length in runs
+        for index in range(count)
+    ]
+    return [(0, shared), *own]
+
+
 class Places(NamedTuple):
     """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
 
@@ -58,13 +68,13 @@ class Group(NamedTuple):
     keys: Tensor | None
 
 
-def groups(runs: tuple[Run, ...], shared: int, like: Tensor) -> tuple[Group, ...]:
+def groups(runs: tuple[Run, ...], shared: int, like: Tensor, cap: float | None = None) -> tuple[Group, ...]:
     """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
 
     The prefix comes first: its gradients are set before those of the documents that saw it are added.
     """
     aligned = like.element_size() < FLOAT32_BYTES
-    return _groups(runs, shared, _few_tokens(like), aligned, like.device)
+    return _groups(runs, shared, _few_tokens(like, cap), aligned, like.device)
 
 
 # Every layer asks for the same groups, forward and backward; a few micro-batches in turn at most.
@@ -117,13 +127,15 @@ def _group(runs: Sequence[Run], before: int, aligned: bool, device: torch.device
     return Group(start, tokens, documents, length, before, places, keys)
 
 
-def takes_blocks(q: Tensor, group: Group) -> bool:
+def takes_blocks(q: Tensor, group: Group, cap: float | None = None) -> bool:
     """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
-    return group.keys is not None or group.tokens >= _few_tokens(q)
+    return group.keys is not None or group.tokens >= _few_tokens(q, cap)
 
 
-def _few_tokens(q: Tensor) -> int:
-    """From how many tokens on blocks are the faster way."""
+def _few_tokens(q: Tensor, cap: float | None) -> int:
+    """From how many tokens on blocks are the faster way; the kernels know no cap."""
+    if cap is not None:
+        return 0
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return 0 if kernels_are_slow or q.device.type != "cpu" else FEW_TOKENS
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
+
 
 class DoRASaved(NamedTuple):
     """What the forward keeps: z (…, out, …), magnitude and norm (out,), the axis of the channels."""
@@ -42,7 +44,7 @@ class DoRAGrads(NamedTuple):
 
 
 def dora_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_squares: Tensor | None = None
+    weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_squares: Tensor | None = None
 ) -> Tensor:
     """c, (out,): the lengths of the rows of W + s B A, in float32 at least.
 
@@ -56,17 +58,17 @@ def dora_norm(
     wide = torch.promote_types(weight.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
     squares = row_squares(weight) if weight_squares is None else weight_squares.to(wide)
-    crossed = weight.to(wide) @ lora_A.T
+    crossed = torch.cat([tile.to(wide) @ lora_A.T for _, tile in frozen_tiles(weight)])
     crossed = 2 * scaling * crossed + scaling**2 * (lora_B @ (lora_A @ lora_A.T))
     squares = squares + (lora_B * crossed).sum(1)
     return squares.clamp_(min=0).sqrt_()
 
 
-def row_squares(weight: Tensor) -> Tensor:
+def row_squares(weight: FrozenMatrix) -> Tensor:
     """‖W_o‖², (out,), in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
-    return norm.square_()
+    norms = [torch.linalg.vector_norm(tile, dim=1, dtype=wide) for _, tile in frozen_tiles(weight)]
+    return torch.cat(norms).square_()
 
 
 def dora_forward(

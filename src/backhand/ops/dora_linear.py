@@ -24,14 +24,16 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, dora_backward, gain
-from backhand.ops.lora_linear import Dropout, LoRASaved, frozen_linear, lora_linear_backward, multiplier, rows
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, multiplier, rows
+from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
 
 
 class DoRALinearSaved(NamedTuple):
     """What the forward keeps: x (..., in), the parameters, h (..., rank)."""
 
     x: Tensor
-    weight: Tensor
+    weight: FrozenMatrix
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
@@ -52,7 +54,7 @@ class DoRALinearGrads(NamedTuple):
 
 def dora_linear_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenMatrix,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -81,12 +83,12 @@ def dora_linear_forward(
     """
     x_rows, mask = rows(x), multiplier(x, dropout)
     dropped = x_rows if mask is None else x_rows * mask
-    h = dropped @ lora_A.T
+    h = low_rank_shrink(dropped, lora_A.T)
     y = _rescaled(dropped, weight, lora_B, h, scaling).mul_(gain(magnitude, norm, x.dtype))
     if bias is not None:
         y.add_(bias)
     if mask is not None:
-        y.addmm_(x_rows - dropped, weight.T)
+        frozen_linear(x_rows - dropped, weight, residual=y, out=y)
     if residual is not None:
         y.add_(rows(residual))
     lead = x.shape[:-1]
@@ -94,9 +96,9 @@ def dora_linear_forward(
     return y.view(*lead, weight.shape[0]), saved
 
 
-def _rescaled(x: Tensor, weight: Tensor, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
+def _rescaled(x: Tensor, weight: FrozenMatrix, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
     """z = x Wᵀ + s h Bᵀ on rows: what the magnitude multiplies."""
-    return frozen_linear(x, weight, None, None).addmm_(h, lora_B.T, alpha=scaling)
+    return low_rank_expand(frozen_linear(x, weight), h, lora_B, scaling)
 
 
 def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient: bool = True) -> DoRALinearGrads:
@@ -117,7 +119,7 @@ def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient:
     grads = lora_linear_backward(d_z, branch, input_gradient=input_gradient)
     d_x = grads.d_x
     if d_x is not None and mask is not None:
-        direct = g @ weight
+        direct = frozen_input_gradient(g, weight)
         d_x = direct.addcmul_(mask, d_x - direct)
     return DoRALinearGrads(None if d_x is None else d_x.view(x.shape), grads.d_lora_A, grads.d_lora_B, d_magnitude)
 

@@ -1,4 +1,4 @@
-"""Elementwise activations: relu, tanh, gelu, gelu_tanh, silu.
+"""Elementwise activations: relu, tanh, sigmoid, gelu, gelu_tanh, silu.
 
 For y = f(x) element by element, dy = f′(x) dx, so ∂L/∂x = ∂L/∂y · f′(x), of the shape of x. The derivatives:
 
@@ -6,6 +6,8 @@ relu        f = max(x, 0)
             f′ = 1 where x > 0, else 0 (at x = 0, where no derivative exists, 0 as everywhere in the field).
 tanh        f = (eˣ − e⁻ˣ)/(eˣ + e⁻ˣ). Quotient rule, with numerator and denominator each the other's derivative:
             f′ = 1 − f².
+sigmoid     f = σ(x) = 1/(1 + e⁻ˣ).
+            f′ = e⁻ˣ/(1 + e⁻ˣ)² = f (1 − f).
 gelu        f = x Φ(x), Φ(x) = (1 + erf(x/√2))/2 the normal distribution.   [arXiv:1606.08415]
             Φ′ is the density φ(x) = e^(−x²/2)/√(2π), so f′ = Φ(x) + x φ(x).
 gelu_tanh   f = x (1 + t)/2, t = tanh u, u = √(2/π) (x + c x³), c = 0.044715.   [arXiv:1606.08415, section 2]
@@ -13,8 +15,8 @@ gelu_tanh   f = x (1 + t)/2, t = tanh u, u = √(2/π) (x + c x³), c = 0.044715
 silu        f = x σ(x), σ(x) = 1/(1 + e⁻ˣ).
             σ′ = σ (1 − σ), so f′ = σ + x σ (1 − σ) = σ (1 + x (1 − σ)).
 
-Saved: for relu the mask x > 0 (one byte an element), for tanh the output, for the others x. Half precisions are
-computed in float32 and rounded once, as the library kernels do.
+Saved: for relu the mask x > 0 (one byte an element), for tanh and sigmoid the output, for the others x. Half precisions
+are computed in float32 and rounded once, as the library kernels do.
 """
 
 from __future__ import annotations
@@ -45,6 +47,12 @@ class ReLUSaved(NamedTuple):
 
 
 class TanhSaved(NamedTuple):
+    """y: the output."""
+
+    y: Tensor
+
+
+class SigmoidSaved(NamedTuple):
     """y: the output."""
 
     y: Tensor
@@ -101,6 +109,23 @@ def tanh_reference(x: Tensor) -> Tensor:
     return (2 * torch.sigmoid(2 * _at_least_float32(x)) - 1).to(x.dtype)
 
 
+def sigmoid_forward(x: Tensor) -> tuple[Tensor, SigmoidSaved]:
+    """σ(x), of any shape."""
+    y = torch.sigmoid(x)
+    return y, SigmoidSaved(y)
+
+
+def sigmoid_backward(d_y: Tensor, saved: SigmoidSaved) -> ElementwiseGrads:
+    """d_y y (1 − y)."""
+    y = _at_least_float32(saved.y)
+    return ElementwiseGrads((_at_least_float32(d_y) * y * (1 - y)).to(d_y.dtype))
+
+
+def sigmoid_reference(x: Tensor) -> Tensor:
+    """The same as (1 + tanh(x/2))/2."""
+    return (0.5 + 0.5 * torch.tanh(0.5 * _at_least_float32(x))).to(x.dtype)
+
+
 def gelu_forward(x: Tensor) -> tuple[Tensor, GELUSaved]:
     """x Φ(x), of any shape."""
     wide = _at_least_float32(x)
@@ -149,7 +174,9 @@ def silu_backward(d_y: Tensor, saved: SiLUSaved) -> ElementwiseGrads:
     """d_y σ (1 + x (1 − σ))."""
     x = _at_least_float32(saved.x)
     sigmoid = torch.sigmoid(x)
-    return ElementwiseGrads((_at_least_float32(d_y) * sigmoid * (1 + x * (1 - sigmoid))).to(d_y.dtype))
+    # x - x σ has no copy of its own: what follows goes on in its place.
+    slope = torch.addcmul(x, x, sigmoid, value=-1).add_(1).mul_(sigmoid)
+    return ElementwiseGrads(slope.mul_(_at_least_float32(d_y)).to(d_y.dtype))
 
 
 def silu_reference(x: Tensor) -> Tensor:

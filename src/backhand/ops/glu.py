@@ -1,6 +1,6 @@
-"""Gated linear unit's elementwise part: SwiGLU and GeGLU.
+"""Gated linear unit's elementwise part: SwiGLU, GeGLU, and the plain GLU that gates attention's output.
 
-    y = φ(a) ⊙ u,   φ = SiLU or GELU (tanh form)      [arXiv:2002.05202, eq. 6]
+    y = φ(a) ⊙ u,   φ = SiLU, GELU (tanh form) or σ      [arXiv:2002.05202, eq. 6]
 
 Backward. dy = φ'(a) ⊙ u ⊙ da + φ(a) ⊙ du, so with G = ∂L/∂y
     ∂L/∂a = G ⊙ u ⊙ φ'(a)      (..., n)
@@ -9,9 +9,11 @@ Backward. dy = φ'(a) ⊙ u ⊙ da + φ(a) ⊙ du, so with G = ∂L/∂y
 SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line from φ to 1 at σ.
 GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
       φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
+σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
 
 Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. A backward pass that needs y again gets it from
-`glu_recompute`, together with φ and φ', so that the exponentials, the dearest part, are evaluated once for both.
+`glu_recompute`, in torch's form together with φ and φ', so that the exponentials, the dearest part, are evaluated once
+for both. The compiled loops (native/glu.cpp) hold no φ and φ' at all: there an exponential costs less than memory does.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.ops.lora_linear import rows
+
+_FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
+_BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 5, INT64, INT64)
+# As in native/glu.cpp.
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
@@ -58,10 +66,44 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
     Args:
         gate: a, (..., n).
         up: u, (..., n).
-        activation: `silu` or `gelu_tanh`.
+        activation: `silu`, `gelu_tanh` or `sigmoid`.
         out: the shape and dtype of gate, to receive y, or None.
     """
-    return _activate(gate, activation, out).mul_(up), GLUSaved(gate, up, activation)
+    saved = GLUSaved(gate, up, activation)
+    y = _compiled_forward(saved, out)
+    return (_activate(gate, activation, out).mul_(up) if y is None else y), saved
+
+
+def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
+    """y by the compiled loop, or None where it does not apply."""
+    gate, up, activation = saved
+    run = loop(_FORWARD, gate, up, out)
+    operands = _operands(gate, up) if out is None else _operands(gate, up, out)
+    if run is None or operands is None or activation not in _ACTIVATIONS:
+        return None
+    y = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
+    n = gate.shape[-1]
+    if out is None:
+        operands.extend((y.data_ptr(), n))
+    run(_ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    return y
+
+
+def _operands(*tensors: Tensor) -> list[int] | None:
+    """Address and distance of rows of each, or None where rows do not lie at equal distances."""
+    found = []
+    for tensor in tensors:
+        if tensor.dim() == 2:
+            found += [tensor.data_ptr(), tensor.stride(0)]
+        elif tensor.is_contiguous():
+            found += [tensor.data_ptr(), tensor.shape[-1]]
+        else:
+            leading = tensor.shape[:-1]
+            steps = [tensor.stride(-2) * math.prod(leading[axis + 1 :]) for axis in range(len(leading))]
+            if list(tensor.stride()[:-1]) != steps:
+                return None
+            found += [tensor.data_ptr(), tensor.stride(-2)]
+    return found
 
 
 def _activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
@@ -72,8 +114,10 @@ def _activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
         torch.ops.aten.silu.out(a, out=out)
     elif activation == "gelu_tanh":
         torch.ops.aten.gelu.out(a, approximate="tanh", out=out)
+    elif activation == "sigmoid":
+        torch.sigmoid(a, out=out)
     else:
-        raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
+        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
     return out
 
 
@@ -84,8 +128,11 @@ def activated(a: Tensor, activation: str) -> Activated:
         value = a * sigmoid
         # In bfloat16 lerp rounds once, where sum and product would round three times.
         return Activated(value, torch.lerp(value, value.new_ones(()), sigmoid))
+    if activation == "sigmoid":
+        value = torch.sigmoid(a)
+        return Activated(value, torch.addcmul(value, value, value, value=-1))
     if activation != "gelu_tanh":
-        raise ValueError(f"activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
+        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
     result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
     step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, rows(a).shape[0])
     for part, value, slope in zip(*(rows(t).split(step) for t in (a, *result)), strict=True):
@@ -98,8 +145,11 @@ def activated(a: Tensor, activation: str) -> Activated:
     return result
 
 
-def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated]:
-    """y again, (..., n), and φ and φ' for the backward that follows."""
+def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated | None]:
+    """y again, (..., n), and φ and φ' for the backward that follows; None for them where it has no use for them."""
+    y = _compiled_forward(saved, None)
+    if y is not None:
+        return y, None
     ready = activated(saved.gate, saved.activation)
     return ready.value * saved.up, ready
 
@@ -118,15 +168,30 @@ def glu_backward(
     n = d_y.shape[-1]
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
-    value, slope = activated(saved.gate, saved.activation) if ready is None else ready
     d_gate, d_up = out[..., :n], out[..., n:]
+    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up):
+        return GLUGrads(d_gate, d_up)
+    value, slope = activated(saved.gate, saved.activation) if ready is None else ready
     torch.mul(d_y, value, out=d_up)
     torch.mul(slope.mul_(d_y), saved.up, out=d_gate)
     return GLUGrads(d_gate, d_up)
 
 
+def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor) -> bool:
+    """Whether the compiled loop applied; d_gate and d_up are then filled."""
+    gate, up, activation = saved
+    run, operands = loop(_BACKWARD, d_y, gate, up, d_gate), _operands(d_y, gate, up, d_gate, d_up)
+    if run is None or operands is None or activation not in _ACTIVATIONS:
+        return False
+    n = d_y.shape[-1]
+    run(_ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
+    return True
+
+
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The same y from the definitions: a / (1 + e⁻ᵃ), or the tanh form written out."""
+    """The same y from the definitions: a / (1 + e⁻ᵃ), 1 / (1 + e⁻ᵃ), or the tanh form written out."""
+    if activation == "sigmoid":
+        return up / (1 + torch.exp(-gate))
     if activation == "silu":
         return gate / (1 + torch.exp(-gate)) * up
     return 0.5 * gate * (1 + torch.tanh(KAPPA * (gate + CUBIC * gate**3))) * up

@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient
+
 
 class LinearSaved(NamedTuple):
     """What the forward keeps: x (..., in), weight (out, in), and whether there was a bias."""
 
     x: Tensor
-    weight: Tensor
+    weight: FrozenMatrix
     has_bias: bool
 
 
@@ -53,7 +55,7 @@ def linear_backward(d_y: Tensor, saved: LinearSaved, *, input_gradient: bool = T
     """
     x, weight, has_bias = saved
     d_y_rows = d_y.reshape(-1, weight.shape[0])
-    d_x = d_y @ weight if input_gradient else None
+    d_x = frozen_input_gradient(d_y_rows, weight).view(x.shape) if input_gradient else None
     d_weight = d_y_rows.T @ x.reshape(-1, weight.shape[1])
     d_bias = d_y_rows.sum(0) if has_bias else None
     return LinearGrads(d_x, d_weight, d_bias)

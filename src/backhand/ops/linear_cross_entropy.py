@@ -1,12 +1,15 @@
 """The fused head: output projection and cross-entropy, chunk by chunk, full logits never formed.
 
-    Z = X Wᵀ + s (X Aᵀ) Bᵀ,   ℓ_i = logsumexp(Z_i) - Z_{i, t_i},   L = Σ_i ℓ_i
+    Z = γ (X Wᵀ + s (X Aᵀ) Bᵀ),   ℓ_i = logsumexp(Z_i) - Z_{i, t_i},   L = Σ_i ℓ_i
 
-over supervised rows only (a caller selects them: a row without a target has no loss and no gradient). The low-rank
-part is there when the head itself is adapted; under dropout it sees m ⊙ X in place of X, and its share of ∂L/∂X passes
-through m again, as in `lora_linear`. Some families cap logits softly, Z' = κ tanh(Z / κ); those are not handled here.
+with γ the logits' multiplier of families that have one (Granite), else 1; over supervised rows only (a caller selects
+them: a row without a target has no loss and no gradient). The low-rank part is there when the head itself is adapted;
+under dropout it sees m ⊙ X in place of X, and its share of ∂L/∂X passes through m again, as in `lora_linear`. Some
+families cap logits softly [arXiv:2408.00118, §2]: Z' = κ T, T = tanh(Z / κ), takes the place of Z in ℓ, and
+dZ' = (1 - T²) ⊙ dZ.
 
-Backward. dℓ = ⟨softmax(Z) - onehot(t), dZ⟩, so with D = w (softmax(Z) - onehot(t)) for the loss multiplied by w,
+Backward. dℓ = ⟨softmax(Z') - onehot(t), dZ'⟩, so with D = w γ (softmax(Z') - onehot(t)) ⊙ (1 - T²) for the loss
+multiplied by w (and Z' = Z, no 1 - T² without a cap),
     ∂L/∂X = D W + (∂L/∂h) A       (rows, hidden),    ∂L/∂h = s D B      (rows, rank)
     ∂L/∂A = (∂L/∂h)ᵀ X            (rank, hidden)
     ∂L/∂B = s Dᵀ h                (vocab, rank),     h = X Aᵀ
@@ -15,6 +18,7 @@ D needs nothing but the chunk's own logits, and the loss is the root of the grap
 same chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk,
 vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
 re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
+The compiled loop (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
 """
 
 from __future__ import annotations
@@ -24,8 +28,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.ops import lora_linear
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_tiles
 from backhand.ops.lora_linear import Dropout
+
+_SOFTMAX_LOSSES = Declared(
+    "backhand_softmax_losses", INT, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT, result=INT
+)
+# As in native/softmax_losses.cpp.
+_OUTCOMES: dict[int, type[Exception]] = {1: MemoryError, 2: IndexError}
 
 CHUNK_ROWS = 256
 # Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
@@ -41,6 +53,16 @@ class HeadFactors(NamedTuple):
     dropout: Dropout | None = None
 
 
+class LogitsRule(NamedTuple):
+    """What a family does to its logits: `scaling` γ, their multiplier, and `cap` κ, which none exceeds, or None."""
+
+    scaling: float = 1.0
+    cap: float | None = None
+
+
+PLAIN = LogitsRule()
+
+
 class LinearCrossEntropyGrads(NamedTuple):
     """Gradients of multiplier · Σ ℓ: d_x (rows, hidden); d_lora_A, d_lora_B, or None without an adapter."""
 
@@ -50,43 +72,81 @@ class LinearCrossEntropyGrads(NamedTuple):
 
 
 def _logits(
-    x: Tensor, weight: Tensor, head: HeadFactors | None, out: Tensor, mask: Tensor | None = None
+    x: Tensor, weight: FrozenMatrix, head: HeadFactors | None, rule: LogitsRule, out: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Z of one chunk, (rows, vocab), written into `out`, and h (rows, rank) when the head is adapted."""
-    torch.mm(x, weight.T, out=out)
+    if rule.scaling == 1.0:
+        frozen_linear(x, weight, out=out)
+    else:
+        for tile, dense in frozen_tiles(weight):
+            torch.addmm(out[:, tile], x, dense.T, beta=0, alpha=rule.scaling, out=out[:, tile])
     if head is None:
         return out, None
     h = (x if mask is None else x * mask) @ head.lora_A.T
-    out.addmm_(h, head.lora_B.T, alpha=head.scaling)
+    out.addmm_(h, head.lora_B.T, alpha=rule.scaling * head.scaling)
     return out, h
 
 
-def _softmax_losses(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient: bool) -> None:
-    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, softmax - onehot takes the logits' place.
+def capped(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Z' = κ T and T, both fresh, in float32 or wider."""
+    tanh = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap).tanh_()
+    return tanh * cap, tanh
+
+
+def ruled(logits: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
+    """Z' of a head's plain output (rows, vocab), which may be overwritten, and T where the rule has a cap."""
+    if rule.scaling != 1.0:
+        logits.mul_(rule.scaling)
+    return (logits, None) if rule.cap is None else capped(logits, rule.cap)
+
+
+def ruled_backward(d_logits: Tensor, tanh: Tensor | None, rule: LogitsRule) -> Tensor:
+    """γ (1 - T²) ⊙ ∂L/∂Z', (rows, vocab): the gradient of the head's plain output; d_logits may be overwritten."""
+    if tanh is not None:
+        d_logits = torch.ops.aten.tanh_backward(d_logits, tanh)
+    return d_logits if rule.scaling == 1.0 else d_logits.mul_(rule.scaling)
+
+
+def _softmax_losses(
+    logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
+) -> None:
+    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place.
 
     logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
     """
+    run = loop(_SOFTMAX_LOSSES, logits) if cap is None else None
+    if run is not None and targets.is_contiguous():
+        rows, vocab = logits.shape
+        where = (logits.data_ptr(), logits.stride(0), targets.data_ptr(), losses.data_ptr())
+        outcome = run(*where, rows, vocab, gradient)
+        if outcome:
+            raise _OUTCOMES[outcome](f"a row of {vocab} logits: no memory for it, or a target that is none of them")
+        return
     step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
     wide = losses.dtype
     probabilities = torch.empty(min(step, logits.shape[0]), logits.shape[1], dtype=wide, device=logits.device)
     minus_one = torch.full((1, 1), -1.0, dtype=wide, device=logits.device)
     for z, target, loss in zip(logits.split(step), targets[:, None].split(step), losses.split(step), strict=True):
         p = probabilities[: z.shape[0]]
-        torch.softmax(z, dim=-1, dtype=wide, out=p)
-        lse = z.amax(dim=-1, keepdim=True).to(wide) - p.amax(dim=-1, keepdim=True).log_()
-        loss.copy_((lse - z.gather(1, target).to(wide)).squeeze(1))
+        seen, tanh = (z, None) if cap is None else capped(z, cap)
+        torch.softmax(seen, dim=-1, dtype=wide, out=p)
+        lse = seen.amax(dim=-1, keepdim=True).to(wide) - p.amax(dim=-1, keepdim=True).log_()
+        loss.copy_((lse - seen.gather(1, target).to(wide)).squeeze(1))
         if gradient:
-            z.copy_(p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1)))
+            p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1))
+            z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
 
 
-def _buffers(rows: int, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _buffers(rows: int, x: Tensor, weight: FrozenMatrix) -> tuple[Tensor, Tensor]:
     """One chunk's logits, and the losses of all rows in float32 or wider."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits = torch.empty(min(rows, CHUNK_ROWS), weight.shape[0], dtype=x.dtype, device=x.device)
     return logits, torch.empty(rows, dtype=wide, device=x.device)
 
 
-def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None) -> Tensor:
+def linear_cross_entropy_forward(
+    x: Tensor, weight: FrozenMatrix, targets: Tensor, head: HeadFactors | None = None, rule: LogitsRule = PLAIN
+) -> Tensor:
     """ℓ of every row, without gradients.
 
     Args:
@@ -94,6 +154,7 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, hea
         weight: (vocab, hidden).
         targets: (rows,) int64 in [0, vocab).
         head: the head's adapter, or None.
+        rule: the logits' multiplier and cap.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
@@ -102,17 +163,18 @@ def linear_cross_entropy_forward(x: Tensor, weight: Tensor, targets: Tensor, hea
     for start in range(0, x.shape[0], CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
         n = part.stop - part.start
-        chunk, _ = _logits(x[part], weight, head, logits[:n])
-        _softmax_losses(chunk, targets[part], losses[part], gradient=False)
+        chunk, _ = _logits(x[part], weight, head, rule, logits[:n])
+        _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=False)
     return losses
 
 
 def linear_cross_entropy_backward(
     x: Tensor,
-    weight: Tensor,
+    weight: FrozenMatrix,
     targets: Tensor,
     head: HeadFactors | None = None,
     multiplier: float = 1.0,
+    rule: LogitsRule = PLAIN,
 ) -> tuple[Tensor, LinearCrossEntropyGrads]:
     """ℓ of every row and the gradients of multiplier · Σ ℓ, forward and backward in one pass over the chunks.
 
@@ -122,6 +184,7 @@ def linear_cross_entropy_backward(
         targets: (rows,).
         head: the head's adapter, if it has one.
         multiplier: w, e.g. 1 / supervised tokens of the whole step.
+        rule: the logits' multiplier and cap.
 
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
@@ -131,15 +194,16 @@ def linear_cross_entropy_backward(
     d_lora_A = None if head is None else torch.zeros_like(head.lora_A)
     d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
     mask = None if head is None else lora_linear.multiplier(x, head.dropout)
+    multiplier = multiplier * rule.scaling
     for start in range(0, x.shape[0], CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
         n = part.stop - part.start
         chunk_mask = None if mask is None else mask[part]
-        chunk, h = _logits(x[part], weight, head, logits[:n], chunk_mask)
-        _softmax_losses(chunk, targets[part], losses[part], gradient=True)
-        # D / w has taken the logits' place; w multiplies what is made from it, which has far fewer columns.
+        chunk, h = _logits(x[part], weight, head, rule, logits[:n], chunk_mask)
+        _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=True)
+        # D / (w γ) has taken the logits' place; w γ multiplies what is made from it, which has far fewer columns.
         d_logits = chunk
-        torch.mm(d_logits, weight, out=d_x[part]).mul_(multiplier)
+        frozen_input_gradient(d_logits, weight, out=d_x[part]).mul_(multiplier)
         if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
             d_h = (d_logits @ head.lora_B).mul_(head.scaling * multiplier)
             if chunk_mask is None:
@@ -153,8 +217,14 @@ def linear_cross_entropy_backward(
 
 
 def linear_cross_entropy_reference(
-    x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None
+    x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None, rule: LogitsRule = PLAIN
 ) -> Tensor:
     """ℓ of every row with full logits and torch's cross-entropy."""
     full = weight if head is None else weight + head.scaling * (head.lora_B @ head.lora_A)
-    return torch.nn.functional.cross_entropy(x @ full.T, targets, reduction="none")
+    return torch.nn.functional.cross_entropy(_ruled(x @ full.T, rule), targets, reduction="none")
+
+
+def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
+    """The rule on plain logits, with the tanh as an exponential: e^2u = ∞ gives 1 as it should."""
+    z = rule.scaling * logits
+    return z if rule.cap is None else rule.cap * (2 * torch.sigmoid(2 * z / rule.cap) - 1)

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_rows
+
 
 class LoRAEmbeddingSaved(NamedTuple):
     """What the forward keeps: ids (tokens,), lora_B, h (tokens, rank), columns of lora_A, s, the padding token."""
@@ -45,7 +47,7 @@ class LoRAEmbeddingGrads(NamedTuple):
 
 def lora_embedding_forward(
     ids: Tensor,
-    weight: Tensor,
+    weight: FrozenMatrix,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -66,7 +68,7 @@ def lora_embedding_forward(
     """
     flat = ids.reshape(-1)
     h = lora_A.index_select(1, flat).T
-    y = weight.index_select(0, flat).addmm_(h, lora_B.T, alpha=scaling)
+    y = frozen_rows(weight, flat).addmm_(h, lora_B.T, alpha=scaling)
     saved = LoRAEmbeddingSaved(flat, lora_B, h, lora_A.shape[1], scaling, padding_id)
     return y.view(*ids.shape, weight.shape[1]), saved
 

@@ -10,7 +10,8 @@ Let G = ∂L/∂y and g = (c + w) ⊙ G = ∂L/∂x̂. The matrix between dx and
     ∂L/∂w = Σ_rows G ⊙ x̂               (n,)
 
 Saved: x and the factor ρ (one float32 a row); x̂ is recomputed, since keeping it would double what x already costs.
-Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype.
+Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype. Where the compiled
+library has the loop (native/rms_norm.cpp), it takes each row once for the sum and once for the result, and rounds once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
+
+_FORWARD = Declared(
+    *("backhand_rms_norm_forward", INT, POINTER, INT64, INT64, INT64, POINTER, POINTER, POINTER, INT),
+    *(INT64, INT64, DOUBLE, DOUBLE),
+)
+_BACKWARD = Declared(
+    *("backhand_rms_norm_backward", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
+    *(POINTER, POINTER, POINTER, POINTER, INT64, INT64, DOUBLE),
+)
+_WEIGHT_GRADIENT = Declared(
+    *("backhand_rms_norm_weight_gradient", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
+    *(POINTER, POINTER, INT64, INT64),
+)
 
 
 class RMSNormSaved(NamedTuple):
@@ -57,6 +73,10 @@ def rms_norm_forward(
     Returns:
         y (..., n) in x's dtype, and what backward needs.
     """
+    compiled = _compiled_forward(x, weight, eps, offset, None, out)
+    if compiled is not None:
+        y, factor = compiled
+        return y, RMSNormSaved(x, weight, factor, offset)
     wide = x.to(statistics_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -68,6 +88,9 @@ def rms_norm_forward(
 
 def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
     """y again from x and the saved factor: what the backward pass of a following layer needs."""
+    compiled = _compiled_forward(x, weight, 0.0, offset, factor, None)
+    if compiled is not None:
+        return compiled[0]
     return _times(x, factor).mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
 
 
@@ -82,14 +105,53 @@ def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     return wide + offset if offset else wide
 
 
-def rms_norm_backward(d_y: Tensor, saved: RMSNormSaved, *, weight_gradient: bool = True) -> RMSNormGrads:
+def _compiled_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """y and the factor by the compiled loop, or None where it does not apply; a given factor is taken as it is."""
+    run, rows = loop(_FORWARD, x, weight, out), _row_strides(x)
+    if run is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
+        return None
+    y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    given = factor is not None
+    if factor is None:
+        factor = torch.empty(*x.shape[:-1], 1, dtype=statistics_dtype(x.dtype))
+    elif not factor.is_contiguous():
+        return None
+    n = x.shape[-1]
+    run(
+        *(x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr(), given),
+        *(x.numel() // max(n, 1), n, eps, offset),
+    )
+    return y, factor
+
+
+def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(rows of the last leading axis, distance of the rows of the axis before it, of its own); None for other layouts.
+
+    A matrix is one row of the last leading axis to each row; so is anything without gaps.
+    """
+    if x.dim() == 2:
+        return 1, x.stride(0), 0
+    if x.dim() == 3:
+        return x.shape[1], x.stride(0), x.stride(1)
+    return (1, x.shape[-1], 0) if x.is_contiguous() and x.dim() > 0 else None
+
+
+def rms_norm_backward(
+    d_y: Tensor, saved: RMSNormSaved, *, weight_gradient: bool = True, residual: Tensor | None = None
+) -> RMSNormGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂y.
         saved: from the forward pass.
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
+        residual: (..., n) added to d_x, for the stream that went around the norm, or None.
     """
+    compiled = _compiled_backward(d_y, saved, weight_gradient, residual)
+    if compiled is not None:
+        return compiled
     x, weight, factor, offset = saved
     x_hat = _times(x, factor)
     d_weight = None
@@ -98,7 +160,37 @@ def rms_norm_backward(d_y: Tensor, saved: RMSNormSaved, *, weight_gradient: bool
     g = _times(d_y, gain(weight, offset, factor.dtype))
     along = torch.linalg.vecdot(g, x_hat).unsqueeze(-1).div_(x.shape[-1])
     d_x = g.addcmul_(x_hat, along, value=-1).mul_(factor)
+    if residual is not None:
+        d_x = d_x.add_(residual)
     return RMSNormGrads(d_x.to(x.dtype), d_weight)
+
+
+def _compiled_backward(
+    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None
+) -> RMSNormGrads | None:
+    """The gradients by the compiled loops, or None where they do not apply."""
+    x, weight, factor, offset = saved
+    run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual), _row_strides(d_y), _row_strides(x)
+    if run is None or d_y_rows is None or x_rows is None:
+        return None
+    if not all(t.is_contiguous() for t in (weight, factor, *(() if residual is None else (residual,)))):
+        return None
+    n = x.shape[-1]
+    rows = x.numel() // max(n, 1)
+    d_x = torch.empty(x.shape, dtype=x.dtype)
+    run(
+        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
+        *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
+    )
+    if not weight_gradient:
+        return RMSNormGrads(d_x, None)
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype)
+    add_up = loop(_WEIGHT_GRADIENT, d_y, x)
+    assert add_up is not None
+    add_up(
+        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
+    )
+    return RMSNormGrads(d_x, d_weight)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

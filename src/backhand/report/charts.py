@@ -14,7 +14,6 @@ from backhand.report.run_record import RunRecord, is_number
 
 Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
-
 # The source of each chart's data carries this name, under which a live page replaces it.
 DATA = "rows"
 # More points than a screen is wide only cost time: neighbours are averaged.

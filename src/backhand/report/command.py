@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from backhand.adapters.atomic_files import make_directory
+from backhand.errors import BackhandError
+from backhand.files import FileLayer, make_directory, replace_file, replaceable_mode, saving
 from backhand.report.comparison import comparison_page
 from backhand.report.options import ReportOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
-from backhand.report.writing import write_page
-from backhand.train.run_directory import REPORT
+from backhand.runs.directory import PROOFS, REPORT
 
 COMPARISON = "comparison.html"
 
@@ -34,3 +37,57 @@ def report_command(options: ReportOptions) -> Path:
     write_page(target, page)
     print(f"Report: {target}")
     return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A page as a file, written in one step.
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run directory, in place of one that is there; return its path.
+
+    Raises:
+        UsageError: there is no run, or report.html is something else than a plain file.
+        ArtifactError: its configuration cannot be read.
+        ResourceError: it cannot be written.
+    """
+    target = run / REPORT
+    write_page(target, run_page(read_run(run)))
+    return target
+
+
+@contextmanager
+def report_kept(run: Path | None) -> Iterator[None]:
+    """Write a run's report.html again if its proofs.jsonl has grown meanwhile, also where a proof failed.
+
+    A run without a page gets none. A page that cannot be written takes nothing from what was proved: it is said.
+    """
+    before = _proofs_version(run)
+    try:
+        yield
+    finally:
+        if run is not None and _proofs_version(run) != before and (run / REPORT).is_file():
+            try:
+                write_report(run)
+            except (BackhandError, OSError) as error:
+                print(f"the report could not be written: {error}", file=sys.stderr)
+
+
+def _proofs_version(run: Path | None) -> tuple[int, int] | None:
+    try:
+        status = (run / PROOFS).stat() if run is not None else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_size, status.st_mtime_ns)
+
+
+def write_page(target: Path, page: bytes) -> None:
+    """Write a page; after a crash there is the old one or the new one.
+
+    Raises:
+        UsageError: `target` is something else than a plain file, such as a link or a pipe.
+        ResourceError: it cannot be written.
+    """
+    replaceable_mode(target)
+    with saving("the report", target.parent, len(page), again="write it with `backhand report`"):
+        replace_file(FileLayer(), target, page)

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from backhand.report import charts
-from backhand.report.differences import differences
-from backhand.report.headline import base_and_best, headline
-from backhand.report.page import prompt_parts
+from backhand.report.page import base_and_best, differences, headline, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import render
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, duration, figure
-from backhand.train.memory_plan import in_words
+from backhand.report.words import NOT_KNOWN, figure, time_taken
+from backhand.words import in_words
 
 # Where these differ, the runs do not: where files lie, and what was shown meanwhile.
 _OF_NO_INTEREST = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -86,7 +84,7 @@ _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "steps": lambda run: figure(run.summary.get("steps", max((line["step"] for line in run.metrics), default=0))),
     "tokens": lambda run: figure(run.summary.get("tokens")),
     "trained parameters": lambda run: figure(run.summary.get("trained_parameters")),
-    "time in steps": lambda run: duration(run.summary.get("train_s")),
+    "time in steps": lambda run: time_taken(run.summary.get("train_s")),
     "tokens/s": lambda run: figure(run.summary.get("tokens_per_s")),
     "peak memory": _bytes,
     "checks held": _proofs,

@@ -22,14 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.adapters.adapter_directory import TENSOR_FILE
 from backhand.adapters.module_factors import ModuleFactors
+from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.errors import BackhandError
+from backhand.reading import read_settings
 from backhand.report.run_record import RunRecord, is_number
-from backhand.train.run_directory import CHECKPOINTS
+from backhand.runs.directory import CHECKPOINTS
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
 # Part of a tensor's name in PEFT's files, and what it holds.
 _BESIDE = (
     ("lora_magnitude_vector", "the lengths of the rows of {} weight{} (DoRA)"),
@@ -163,7 +165,7 @@ def effective_rank(values: Iterable[float]) -> float:
 
 def _newest_checkpoint(run: Path) -> Path | None:
     try:
-        name = (run / CHECKPOINTS / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        name = read_settings(run / CHECKPOINTS / "latest").strip()
     except OSError:
         return None
     return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from backhand.bounds import Bound, Count, check_fields
 from backhand.errors import UsageError
 
 
@@ -32,4 +34,26 @@ class ReportOptions:
             raise UsageError("the same run is given twice", where="runs")
         if self.output is not None and self.output.is_dir():
             raise UsageError(f"{self.output} is a directory", where="output", next_step="name a file in it")
+        return self
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """A run's page while it trains, on this machine only."""
+
+    run: Path = Path("run")
+    """Run directory, of a run that is going on or over."""
+
+    port: Annotated[int, Bound(at_least=0, at_most=65535)] = 0
+    """Port on 127.0.0.1; 0 takes any free one."""
+
+    threads: Count = 1
+    """Threads to answer prompts with; training keeps the others."""
+
+    max_new_tokens: Count = 128
+    """Longest answer to a prompt, in tokens."""
+
+    def validate(self) -> WatchOptions:
+        """Check every field; return self. Raises UsageError naming field, value and range."""
+        check_fields(self)
         return self

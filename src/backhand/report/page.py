@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from backhand.report import charts
-from backhand.report.differences import differences
-from backhand.report.headline import base_and_best, headline, use_commands, verdict
 from backhand.report.module_changes import ModuleChange, changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import render
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, count_in_words, duration, moment
-from backhand.train.answers import MAX_NEW_TOKENS
-from backhand.train.memory_plan import in_words
-from backhand.train.run_directory import CONFIG
+from backhand.report.words import NOT_KNOWN, moment, time_taken
+from backhand.runs.directory import CONFIG
+from backhand.training.answers import MAX_NEW_TOKENS
+from backhand.words import count_of, in_words
 
 SECTIONS = {
     "result": "result",
@@ -27,6 +29,7 @@ SECTIONS = {
     "data": "data",
     "repeat": "repeat it",
 }
+
 _MOST_MOVED = 8
 
 
@@ -54,6 +57,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "memory_parts": _memory_parts(run),
+        "processes": _processes(run),
         "changes": sorted(changes, key=lambda one: -(one.relative or one.update_norm))[:_MOST_MOVED],
         "change_source": source,
         "beside": beside,
@@ -98,7 +102,7 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
     of_memory = f"peak memory, {in_words(int(predicted))} predicted" if is_number(predicted) else "peak memory"
     tiles = [
         (_loss(base, best), f"held-out loss: {VERDICTS[helped]}", COLOURS[helped]),
-        (duration(spent), "in training steps", ""),
+        (time_taken(spent), "in training steps", ""),
         (f"{speed:,.0f}" if is_number(speed) else NOT_KNOWN, "tokens per second", ""),
         (in_words(int(peak)) if is_number(peak) else NOT_KNOWN, of_memory, ""),
         (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
@@ -169,7 +173,7 @@ def _movement(changes: Sequence[ModuleChange]) -> str:
     """Which modules moved, in a sentence."""
     still = [change for change in changes if not change.update_norm]
     moved = len(changes) - len(still)
-    text = f"{moved} of {count_in_words(len(changes), 'module')} moved"
+    text = f"{moved} of {count_of(len(changes), 'module')} moved"
     relative = [(change.relative, change.name) for change in changes if change.relative]
     if relative:
         (least, least_name), (most, most_name) = min(relative), max(relative)
@@ -191,7 +195,7 @@ def _data(run: RunRecord) -> list[dict[str, Any]]:
         if not part:
             continue
         left_out = sum(part.get(key) or 0 for key in ("dropped_long", "dropped_unsupervised", "skipped_bad"))
-        forms = [f"{one['source']} ({one['form']}, {count_in_words(one['rows'], 'row')})" for one in part["sources"]]
+        forms = [f"{one['source']} ({one['form']}, {count_of(one['rows'], 'row')})" for one in part["sources"]]
         found.append(
             {
                 "name": {"train": "training", "held_out": "held out"}.get(name, name),
@@ -213,6 +217,30 @@ def _memory_parts(run: RunRecord) -> list[tuple[str, str]]:
     return [(name, size) for name, size in shown if not size.startswith("0 ")]
 
 
+def _processes(run: RunRecord) -> list[tuple[str, str, str, str]]:
+    """(rank, time computed, tokens/s in it, share of the time waited) of each process; none of a run that had one."""
+    steps = [line for line in run.steps if _are_numbers(line.get("computed_s")) and _are_numbers(line.get("waited_s"))]
+    size = max((len(line["computed_s"]) for line in steps), default=0)
+    rows = []
+    for rank in range(size):
+        met = [line for line in steps if rank < min(len(line["computed_s"]), len(line["waited_s"]))]
+        computed, waited = (sum(line[name][rank] for line in met) for name in ("computed_s", "waited_s"))
+        share = _share(waited / ((computed + waited) or 1.0))
+        rows.append((f"rank {rank}", time_taken(computed), _speed(met, rank), share))
+    return rows
+
+
+def _speed(steps: Sequence[Mapping[str, Any]], rank: int) -> str:
+    """Tokens that a process computed in a second of computing; runs of before do not tell how many these were."""
+    told = [line for line in steps if _are_numbers(counts := line.get("computed_tokens")) and rank < len(counts)]
+    tokens, seconds = (sum(line[name][rank] for line in told) for name in ("computed_tokens", "computed_s"))
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else NOT_KNOWN
+
+
+def _are_numbers(values: object) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(map(is_number, values))
+
+
 def _origin(run: RunRecord) -> list[tuple[str, str]]:
     """Model, machine, versions and times, a line each."""
     facts, machine = run.facts, run.facts.get("machine") or {}
@@ -221,7 +249,8 @@ def _origin(run: RunRecord) -> list[tuple[str, str]]:
         ("base model", " · ".join(str(model[key]) for key in ("name", "origin", "architecture") if model.get(key))),
         ("computed", " · ".join(str(model[key]) for key in ("engine", "dtype", "note") if model.get(key))),
         ("began", moment(facts["began"]) if facts.get("began") else None),
-        ("duration", duration(run.summary.get("train_s"))),
+        ("duration", time_taken(run.summary.get("train_s"))),
+        ("processes", run.summary.get("world_size")),
         ("processor", machine.get("processor")),
         ("accelerator", machine.get("accelerator")),
         ("cores", machine.get("cores")),
@@ -240,3 +269,157 @@ def _digests(run: RunRecord) -> list[tuple[str, str]]:
         for name, value in digests.items()
         if isinstance(value, str)
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where two answers differ, word by word, for people to see at a glance.
+
+
+_PIECES = re.compile(r"\w+|\s+|[^\w\s]")
+Segments = list[tuple[bool, str]]
+"""(whether it differs, text), in order; the texts together are the answer."""
+
+
+def differences(one: str, other: str) -> tuple[Segments, Segments]:
+    """Both answers in segments."""
+    ones, others = _PIECES.findall(one), _PIECES.findall(other)
+    left: Segments = []
+    right: Segments = []
+    found = SequenceMatcher(None, ones, others, autojunk=False).get_opcodes()
+    for number, (what, start, stop, other_start, other_stop) in enumerate(found):
+        # Signs between two differences that happen to be the same would only break the marks into crumbs.
+        crumb = 0 < number < len(found) - 1 and not any(re.match(r"\w", piece) for piece in ones[start:stop])
+        differs = what != "equal" or crumb
+        _add(left, differs, "".join(ones[start:stop]))
+        _add(right, differs, "".join(others[other_start:other_stop]))
+    return left, right
+
+
+def _add(segments: Segments, differs: bool, text: str) -> None:
+    if segments and segments[-1][0] == differs:
+        segments[-1] = (differs, segments[-1][1] + text)
+    elif text:
+        segments.append((differs, text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first sentence of a report: what was trained on what, whether it helped, and where the adapter is.
+
+
+_MAX_VLLM_RANK = 16
+
+
+def verdict(run: RunRecord) -> str:
+    """`helped`, `hurt` or `unknown`."""
+    base, best = base_and_best(run)
+    if base is None or best is None:
+        return "unknown"
+    return "helped" if best < base else "hurt"
+
+
+def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
+    """Held-out loss of the base model and the lowest after a step; None where it was not measured."""
+    losses = run.held_out_losses()
+    base = run.summary.get("base_eval_loss")
+    if not is_number(base):
+        base = next((loss for step, loss in losses if step == 0), None)
+    return base, min((loss for step, loss in losses if step > 0), default=None)
+
+
+def headline(run: RunRecord) -> str:
+    """One sentence."""
+    state = run.status.state if run.status else "finished" if run.summary else "killed"
+    return f"{model_name(run)} {_verb(run, state)} {_rows(run)}{_outcome(run)}{_where(run)}{_slower(run)}."
+
+
+def _slower(run: RunRecord) -> str:
+    """Where the decoder engine could not take the model."""
+    note = run.summary.get("engine_note") or run.facts.get("model", {}).get("note")
+    return f"; slower than it need be: {str(note).rstrip('.')}" if note else ""
+
+
+def model_name(run: RunRecord) -> str:
+    """The base model as people call it."""
+    model = run.facts.get("model", {})
+    name = str(model.get("hub_id") or run.config.get("model", {}).get("model") or "the base model")
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def _verb(run: RunRecord, state: str) -> str:
+    written = run.status.step if run.status else 0
+    done = max([written, *(line["step"] for line in run.metrics)])
+    total = run.facts.get("total_steps")
+    of_all = f"{done:,} of {total:,} steps" if is_number(total) and done < total else count_of(done, "step")
+    verbs = {
+        "running": f"is being trained, {of_all} so far,",
+        "interrupted": f"was trained for {of_all} until it was interrupted,",
+        "failed": f"was trained for {of_all} until a check or an error stopped it,",
+        "killed": f"was trained for {of_all} until its process was killed,",
+    }
+    return verbs.get(state, f"was trained for {of_all}")
+
+
+def _rows(run: RunRecord) -> str:
+    sources = run.config.get("data", {}).get("data") or ()
+    names = ", ".join(Path(str(source)).name for source in sources)
+    rows = run.facts.get("data", {}).get("train", {}).get("documents")
+    counted = count_of(rows, "row") if is_number(rows) else "rows"
+    return f"on {counted} of {names}" if names else f"on {counted}"
+
+
+def _outcome(run: RunRecord) -> str:
+    base, best = base_and_best(run)
+    if base is None or best is None:
+        return "; nothing was held out, so whether it helped is not known" if not run.held_out_losses() else ""
+    change = f"the loss on held-out rows went from {base:.3f} to {best:.3f} nats per token"
+    perplexities = f"(perplexity {_exp(base)} to {_exp(best)})"
+    return f": {change} {perplexities}, so it {'helped' if best < base else 'did not help'}"
+
+
+def _where(run: RunRecord) -> str:
+    if not run.adapter.is_dir():
+        return "; there is no adapter yet" if run.status and run.status.state == "running" else "; it left no adapter"
+    return f"; the adapter is in {run.adapter}"
+
+
+def _exp(loss: float) -> str:
+    value = math.exp(min(loss, 700.0))
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def use_commands(run: RunRecord) -> list[tuple[str, str]]:
+    """(program, what to type) for everything that can use the adapter."""
+    model = run.facts.get("model", {})
+    named = str(run.config.get("model", {}).get("model") or "smollm2-135m")
+    base = str(model.get("hub_id") or named)
+    adapter = str(run.adapter)
+    typed, hub = shlex.quote(adapter), shlex.quote(base)
+    ranks = [module.get("rank", 0) for module in run.facts.get("modules") or []]
+    rank = max(ranks, default=0)
+    room = f" --max-lora-rank {_vllm_rank(rank)}" if rank > _MAX_VLLM_RANK else ""
+    export = f"backhand export --model {shlex.quote(named)} --adapter {typed}"
+    return [
+        ("Backhand", f"backhand chat --model {shlex.quote(named)} --adapter {typed}"),
+        ("PEFT", _peft(base, adapter)),
+        ("llama.cpp", f"{export} --to gguf --output adapter.gguf\nllama-cli -m BASE.gguf --lora adapter.gguf"),
+        ("vLLM", f"vllm serve {hub} --enable-lora --lora-modules mine={typed}{room}"),
+        ("Ollama", f"{export} --to ollama --output ollama\nollama create mine -f ollama/Modelfile"),
+    ]
+
+
+def _peft(base: str, adapter: str) -> str:
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+        f"model = PeftModel.from_pretrained(base, {adapter!r})",
+    ]
+    return "\n".join(lines)
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest rank that vLLM can be told which is large enough."""
+    return next((allowed for allowed in (32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

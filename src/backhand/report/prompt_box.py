@@ -5,8 +5,10 @@ All work on the model is done by one thread: it is loaded there, and answers one
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,19 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.files import FileLayer
 from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.generate.memory import answering_bytes
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import GenerationSession
-from backhand.nn.compute import DTYPES
+from backhand.nn.compute import DTYPES, resolve_device
+from backhand.nn.held_base import available_bytes, held_bytes, stays_quantized
 from backhand.nn.loading import open_model
-from backhand.train.checkpoint import Checkpoint, CheckpointStore
-from backhand.train.config_file import load_config
-from backhand.train.files import FileLayer
-from backhand.train.memory import available_bytes
-from backhand.train.memory_plan import in_words
-from backhand.train.run_directory import CHECKPOINTS, CONFIG
-from backhand.train.saver import adapter_part
+from backhand.reading import read_settings
+from backhand.report.page import page_values
+from backhand.report.rendering import PAGE_SCRIPTS, render
+from backhand.report.run_record import read_run
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.directory import ADAPTER, ANSWERS, CHECKPOINTS, CONFIG, FACTS, METRICS, PROOFS, STATUS, SUMMARY
+from backhand.runs.status import read_status
+from backhand.training.config_file import load_config
+from backhand.training.state import adapter_part
+from backhand.words import in_words
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ class PromptBox:
             for name, data in adapter_part(checkpoint.contents).items():
                 (directory / name).write_bytes(data)
             self._loaded = self._held.enter_context(
-                loaded_model(self._options, directory, chat_template=self._config.data.chat_template)
+                loaded_model(
+                    self._options, directory, chat_template=self._config.data.chat_template, one_at_a_time=True
+                )
             )
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -144,9 +152,73 @@ class PromptBox:
 
     def _newest_name(self) -> str:
         try:
-            return (self._run / CHECKPOINTS / "latest").read_text(encoding="utf-8", errors="replace").strip()
+            return read_settings(self._run / CHECKPOINTS / "latest").strip()
         except OSError:
             return ""
 
     def _weigh(self) -> int:
-        return answering_bytes(open_model(self._options.model), DTYPES.get(self._options.dtype, DTYPES["float32"]))
+        options = self._options
+        dtype = DTYPES.get(options.dtype, DTYPES["float32"])
+        source = open_model(options.model)
+        quantized = stays_quantized(options, source, dtype, resolve_device(options), one_at_a_time=True)
+        return held_bytes(source, dtype, quantized=quantized)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's page kept up to date: made again when one of the files it shows has changed, and then only once.
+
+
+_SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, f"{CHECKPOINTS}/latest")
+LIVE_SCRIPTS = (*PAGE_SCRIPTS, "watch.js")
+
+
+class LiveRun:
+    """One run, as it is at the moment of asking. Safe to ask from several threads.
+
+    Args:
+        path: its directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._version = ""
+        self._page = b""
+        read_run(path)
+
+    def version(self) -> str:
+        """Changes when anything that the page shows does, the death of the run's process included."""
+        parts = []
+        for name in _SHOWN:
+            try:
+                status = (self._path / name).stat()
+                parts.append(f"{status.st_mtime_ns} {status.st_size} {status.st_ino}")
+            except OSError:
+                parts.append("-")
+        state = read_status(self._path)
+        parts.append(state.state if state else "-")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def page(self, box: dict[str, Any]) -> tuple[str, bytes]:
+        """The version, and the whole page. While the run's files are being replaced, the page before that.
+
+        Raises:
+            BackhandError: there is no page before, and the run cannot be read.
+        """
+        with self._lock:
+            version = self.version()
+            if version != self._version:
+                try:
+                    values = page_values(read_run(self._path))
+                except BackhandError:
+                    if not self._page:
+                        raise
+                    return self._version, self._page
+                self._page = render(
+                    "watch.html.j2",
+                    values | {"box": box, "version_shown": version},
+                    scripts=LIVE_SCRIPTS,
+                    connect="'self'",
+                )
+                self._version = version
+            return self._version, self._page

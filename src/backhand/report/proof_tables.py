@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from backhand.train.proofs import ProofKind
+from backhand.runs.directory import ProofKind
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "gradients": ("Gradients by hand against autograd", "backhand verify --run {run}"),

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.train.files import FileLayer
-from backhand.train.run_directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
-from backhand.train.status import RunStatus, read_status
+from backhand.files import FileLayer
+from backhand.reading import read_settings
+from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
+from backhand.runs.status import RunStatus, read_status
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_run(path: Path) -> RunRecord:
         ArtifactError: its config.toml cannot be read.
     """
     try:
-        text = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
+        text = read_settings(path / CONFIG)
         config = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
@@ -100,7 +101,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        values = json.loads(read_settings(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from backhand.errors import BackhandError
-from backhand.train.callbacks import Callback
-from backhand.train.config import TrainConfig, check_kind
-from backhand.train.observer import Observer, RunStart
-from backhand.train.run import train as train_without_report
-from backhand.train.summary import RunSummary
+from backhand.bounds import check_kind
+from backhand.errors import BackhandError, UsageError
+from backhand.runs.summary import RunSummary
+from backhand.training.config import TrainConfig
+from backhand.training.launch import in_a_group
+from backhand.training.observer import Callback, Observer, RunStart
+from backhand.training.run import train as train_without_report
 
 
 class _ReportWriter(Observer):
@@ -29,15 +31,17 @@ class _ReportWriter(Observer):
         """Write; a page that cannot be written takes nothing from the run, which is saved."""
         if self._directory is None:
             return
-        from backhand.report.writing import write_report
+        from backhand.report.command import write_report
 
         try:
             target = write_report(self._directory)
         except (BackhandError, OSError) as error:
-            print(f"the report could not be written: {error}", file=sys.stderr)
+            said, out = f"the report could not be written: {error}", sys.stderr
         else:
-            if not self._quiet:
-                print(f"Report: {target}", flush=True)
+            said, out = f"Report: {target}", sys.stdout
+        if out is sys.stderr or not self._quiet:
+            with suppress(OSError):  # nobody is left to read it; what ended the run is what is told
+                print(said, file=out, flush=True)
 
 
 def train(
@@ -61,4 +65,11 @@ def train(
         Interrupted: after a signal and a checkpoint.
     """
     check_kind("config", config, TrainConfig)
+    callbacks = tuple(callbacks)
+    if callbacks and config.run.workers > 1 and not in_a_group():
+        raise UsageError(
+            f"callbacks cannot go along to {config.run.workers} processes of their own",
+            where="workers",
+            next_step="leave out workers, and start the script itself with torchrun",
+        )
     return train_without_report(config, callbacks=(*callbacks, _ReportWriter(config.run.quiet)), typed=typed)

@@ -7,13 +7,9 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 
 from backhand.report.run_record import is_number
+from backhand.words import duration
 
 NOT_KNOWN = "–"
-
-
-def count_in_words(count: float, what: str) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def figure(value: object) -> str:
@@ -34,17 +30,9 @@ def percent(value: object) -> str:
     return f"{value:.1%}" if is_number(value) else NOT_KNOWN
 
 
-def duration(seconds: object) -> str:
-    """`0.4 s`, `48 s`, `12 min 5 s`, `3 h 20 min`."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return NOT_KNOWN
-    if 0 < seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def time_taken(seconds: object) -> str:
+    """A time for people, or a dash where it is not known."""
+    return duration(seconds) if is_number(seconds) else NOT_KNOWN
 
 
 def moment(text: object) -> str:

@@ -17,7 +17,6 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 # A backward pass as the ops write it: (d_y, saved, …) → NamedTuple of gradients.
 Backward = Callable[..., Any]
-
 FACTOR = 1 + 1e-6
 
 
@@ -88,12 +87,14 @@ class OpProof:
         backward: the backward pass on trial.
         cases: the input sets.
         mutants: the wrong backwards, each of which must be rejected by value in some case.
+        loops: whether the compiled library has loops under the op, which are then proved like torch's form.
     """
 
     op: str
     backward: Backward
     cases: tuple[Case, ...]
     mutants: tuple[Mutant, ...]
+    loops: bool = False
 
 
 class Draw:

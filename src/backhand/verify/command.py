@@ -11,22 +11,19 @@ from pathlib import Path
 
 import torch
 
-from backhand.adapters.nearest import nearest_names
 from backhand.data.packing import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
+from backhand.runs.directory import ADAPTER, CONFIG, opened, proof_log
 from backhand.terminal import console_for_tables, working
-from backhand.train.config_file import load_config
-from backhand.train.proofs import proof_log
-from backhand.train.run_directory import ADAPTER, CONFIG, opened
-from backhand.verify.invariances import prove_invariances
-from backhand.verify.merged_model import prove_merging
+from backhand.training.config_file import load_config
+from backhand.verify.invariances import prove_invariances, prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from backhand.verify.report import VerifyReport, severity
+from backhand.verify.report import VerifyReport, print_report, severity
 from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
-from backhand.verify.tables import print_report
+from backhand.words import nearest_names
 
 _WIDTH_WITHOUT_TERMINAL = 140
 Say = Callable[[str], None]

@@ -8,23 +8,31 @@
 Compared is the whole adapter gradient without dropout, whose masks depend on the packing. In float64 the documents in
 one batch, one by one, and behind a shared prefix give the same to about 1e-14. In the compute dtype each of two results
 carries the rounding that `GradientProofs.training_step` has measured, so the two may lie twice that apart. (merged =
-unmerged: see `merged_model`.)
+unmerged: see below.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import pack
-from backhand.data.shared_prefix import common_tokens
+from backhand.data.packing import common_tokens, pack
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import Decoder
-from backhand.verify.blockwise_step import BlockwiseStep
-from backhand.verify.measure import relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.block import block_forward
+from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.family import PER_LAYER_MODEL
+from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
+from backhand.nn.decoder.per_layer_input import inputs_forward
+from backhand.nn.decoder.weights import linear_parts
+from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.rms_norm import rms_norm_forward
+from backhand.verify.measure import norm, relative_error
+from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, BlockwiseStep, ModelProof
 
 MICRO_BATCHES = 3
 
@@ -57,7 +65,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
             bound,
             kind="invariances",
         )
-        shared = common_tokens(examples)
+        shared = common_tokens(examples) if decoder.shares_prefixes else 0
         if shared:
             once = pack(examples, shared=shared, device=decoder.device)
             statement = "shared prefix = a prefix in each row, gradient"
@@ -113,3 +121,103 @@ def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterat
             yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound, kind="invariances")
     finally:
         decoder.recompute = before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merged = unmerged: W + s B A in place of W and an adapter, on a model and its rows, without dropout.
+#
+# In float64 the two are the same function: given the same input, each block with its weights merged gives what it gives
+# with its adapter beside them, and so does the head. That proves the merging, to about 1e-15, one block at a time.
+#
+# In the compute dtype merged weights are rounded once more. Their logits may be twice as far from float64's as the
+# unmerged ones are, so the two may lie three times that apart. What an adapter changes by less than that cannot be told
+# from rounding there; the detail says how much it changes, and how much of that merging loses.
+
+
+MERGED_TIMES_UNMERGED = 3.0
+# What float32 logits may differ by where float64 happens to be nearer than that.
+SMALLEST_BOUND = 1e-5
+
+
+@torch.no_grad()
+def prove_merging(step: BlockwiseStep) -> Iterator[ModelProof]:
+    """Two proofs; they leave the decoder merged, so that it is of no further use.
+
+    Args:
+        step: of the decoder with its adapter attached.
+    """
+    inputs = step.forward(None)
+    unmerged = _exact_logits(step, inputs[-1], merged=False)
+    errors = {f"layer {layer}": _block_error(step, layer, *inputs[layer : layer + 2]) for layer in step.layers}
+    if HEAD in step.lora:
+        errors["head"] = relative_error(_exact_logits(step, inputs[-1], merged=True), unmerged)
+    if PER_LAYER_MODEL in step.lora:
+        errors["inputs of layers"] = _inputs_error(step, inputs[0])
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    yield ModelProof(
+        f"{len(errors)} × merged = unmerged, float64", errors[worst], FLOAT64_BOUND, f"worst: {worst}", "merge"
+    )
+    yield _merged_logits(step, unmerged)
+
+
+def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> float:
+    """How far the merged block's output is from x2, which the block with its adapter gives."""
+    weights = step.block_weights(layer)
+    prefix = f"model.layers.{layer}."
+    for part, weight in linear_parts(weights, step.decoder.config, layer).items():
+        name = prefix + part
+        if name in step.lora:
+            frozen_dense(weight).copy_(merged_weight(frozen_dense(weight), step.lora, name))
+    none = block_adapter(None, layer, None, groups=step.decoder.config.layer_groups[layer])
+    merged, _ = block_forward(x0, weights, none, step.context(layer), "block")
+    return relative_error(merged, x2)
+
+
+def _inputs_error(step: BlockwiseStep, x: Tensor) -> float:
+    """How far the layers' inputs are from the adapted ones where the adapter is in the weight that makes them."""
+    own, config = step.decoder.weights.per_layer, step.decoder.config
+    unmerged = step.carried.inputs
+    assert own is not None and unmerged is not None
+    merged = merged_weight(frozen_dense(own.projection).double(), step.lora, PER_LAYER_MODEL)
+    weights = own._replace(projection=merged, norm=own.norm.double())
+    none = before_blocks_adapter(None, None, merged)
+    return relative_error(inputs_forward(x, step.batch.input_ids, weights, config, none)[0], unmerged)
+
+
+def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
+    """The logits in float64, (tokens, vocabulary), of the last block's output."""
+    config, weights, exact = step.decoder.config, step.decoder.weights, step.lora
+    normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+    head = frozen_dense(weights.head).double()
+    if HEAD not in exact:
+        return normed @ head.T
+    if merged:
+        return normed @ merged_weight(head, exact, HEAD).T
+    return (normed @ head.T).addmm_(
+        normed @ exact.lora_A(HEAD).T, exact.lora_B(HEAD).T, alpha=exact.slots[HEAD].scaling
+    )
+
+
+def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
+    """The decoder's logits in the compute dtype, before and after merging; of a quantized one by `merged_logits`."""
+    decoder, batch, lora = step.decoder, step.batch, step.decoder.lora
+    assert lora is not None
+
+    def logits() -> Tensor:
+        return decoder.logits(batch.input_ids, batch.document_lengths).double()
+
+    adapted = logits()
+    decoder.detach()
+    base = logits()
+    if is_quantized(decoder):
+        merged = merged_logits(decoder, lora, batch).double()
+    else:
+        merge_into(decoder, lora)
+        merged = logits()
+    rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
+    bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
+    if effect > bound:
+        detail = f"{norm(merged - adapted) / norm(base - adapted):.1e} of the adapter's {effect:.1e} is lost"
+    else:
+        detail = f"the adapter itself changes only {effect:.1e}"
+    return ModelProof("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")

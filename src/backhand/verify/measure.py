@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -65,3 +67,108 @@ def worst_row(measured: Tensor, truth: Tensor) -> WorstRow | None:
     largest = flat.argmax()
     position = tuple(int(i) for i in torch.unravel_index(largest, errors.shape))
     return WorstRow(position, float(flat[largest]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One gradient by hand against one by autograd: exact | approximate | largest difference.
+
+
+RELATIVE_TOLERANCE = 1e-5
+ABSOLUTE_TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `print(comparison)` gives the line `name | exact | approximate | largest difference`.
+
+    Attributes:
+        name: what was compared.
+        exact: every element equal.
+        approximate: every element within 1e-5 relative or 1e-8 absolute (torch.allclose's own tolerances).
+        largest_difference: over all elements; NaN where one is NaN or the shapes differ.
+        relative_error: ‖by_hand - autograd‖ / ‖autograd‖, which, unlike `approximate`, means the same for gradients of
+            any size; NaN or infinite where it is undefined.
+        shape: of the gradient by hand.
+        note: what makes a comparison impossible or unusual (shapes, NaN), else empty.
+    """
+
+    name: str
+    exact: bool
+    approximate: bool
+    largest_difference: float
+    relative_error: float
+    shape: tuple[int, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        """The line that the experiment prints for each gradient."""
+        line = (
+            f"{self.name:<15} | exact: {self.exact!s:5} | approximate: {self.approximate!s:5} "
+            f"| maxdiff: {self.largest_difference:.6g}"
+        )
+        return f"{line} | {self.note}" if self.note else line
+
+
+def compare(name: str, by_hand: Tensor | ArrayLike | None, autograd: Tensor | ArrayLike | None) -> Comparison:
+    """Compare a gradient worked out by hand with autograd's.
+
+    Args:
+        name: for the printed line.
+        by_hand: any tensor, or what `torch.as_tensor` makes one of.
+        autograd: the gradient to compare with, or the tensor that autograd differentiated for: one that requires a
+            gradient and has received it stands for its `.grad`, so that `compare("dA", dA, A)` works after
+            `loss.backward()`.
+
+    Neither device nor dtype need agree (numbers are compared by value, in float64 or complex128); shapes must, since
+    broadcasting would hide a mistake. Nothing is raised for tensors that cannot agree: the result says why in `note`.
+    A gradient that is None, as autograd leaves it where nothing was differentiated, agrees with nothing.
+    """
+    if by_hand is None or autograd is None:
+        side = "by hand" if by_hand is None else "autograd"
+        return Comparison(name, False, False, math.nan, math.inf, (), f"{side} is None: there is no gradient")
+    truth = _values(_gradient_of(torch.as_tensor(autograd)))
+    measured = _values(torch.as_tensor(by_hand))
+    shape = tuple(measured.shape)
+    if measured.shape != truth.shape:
+        note = f"shapes differ: by hand {shape}, autograd {tuple(truth.shape)}"
+        return Comparison(name, False, False, math.nan, math.inf, shape, note)
+    if not measured.numel():
+        return Comparison(name, True, True, 0.0, 0.0, shape, "empty")
+    equal = measured == truth
+    # Equal infinities differ by nothing, though their difference is NaN.
+    difference = torch.where(equal, 0.0, (measured - truth).abs())
+    undefined = int((measured.isnan() | truth.isnan()).sum())
+    return Comparison(
+        name,
+        exact=bool(equal.all()),
+        approximate=bool(torch.allclose(measured, truth, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)),
+        largest_difference=float(difference.max()),
+        relative_error=_relative(measured, truth),
+        shape=shape,
+        note=f"{undefined} NaN" if undefined else "",
+    )
+
+
+def _gradient_of(tensor: Tensor) -> Tensor:
+    """The tensor's own gradient where it has received one, else the tensor."""
+    if tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad) and tensor.grad is not None:
+        return tensor.grad
+    return tensor
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The tensor's numbers on the CPU in a dtype that holds those of every narrower one."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.to(device="cpu", dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _relative(measured: Tensor, truth: Tensor) -> float:
+    if not measured.is_complex() and not truth.is_complex():
+        return relative_error(measured, truth)
+    return relative_error(
+        torch.view_as_real(measured.to(torch.complex128)), torch.view_as_real(truth.to(torch.complex128))
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from backhand.data.options import DataOptions, check_count
+from backhand.bounds import Bound, check_fields
+from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.nn.model_options import BaseModelOptions
+from backhand.nn.model_options import BaseModelOptions, check_base
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class VerifyRunOptions:
     adapter: Path | None = None
     """With `model`: prove the gradients of this adapter; not given: of a random one, lora_B not zero."""
 
-    max_tokens: int = 256
-    """With `model`: use about this many tokens of the rows; at least 8. The first rows are taken, long ones cut."""
+    max_tokens: Annotated[int, Bound(at_least=8)] = 256
+    """With `model`: use about this many tokens of the rows. The first rows are taken, long ones cut."""
 
     run: Path | None = None
     """Append every proof to proofs.jsonl of this run directory. Without `op` and `model`, the run's own model, rows and
@@ -38,10 +40,6 @@ class VerifyRunOptions:
 
     json: bool = False
     """Print one JSON object in place of the tables."""
-
-    def check_run(self) -> None:
-        """Raise UsageError naming field, value and range for the first field that is out of range."""
-        check_count("max_tokens", self.max_tokens, at_least=8)
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,9 @@ class VerifyOptions:
         Raises:
             UsageError: a field is out of range, or two contradict each other.
         """
-        self.verify.check_run()
-        self.data.validate()
+        check_fields(self)
+        check_base(self.model)
         if self.model.model:
-            self.model.check_base_model()
             if self.verify.op is not None:
                 raise UsageError(
                     f"op {self.verify.op!r} and model {self.model.model!r} are both given",

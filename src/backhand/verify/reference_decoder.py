@@ -1,9 +1,9 @@
 """The decoder in plain torch, for autograd to differentiate: the engine's function by another route.
 
-It calls no forward or backward of ours and shares only what is constant: the frozen weights by their Hugging Face
-names, the family as data, the rotary frequencies (equal to transformers' bit by bit) and the dropout masks. Adapters
-act as W + s B A where there is no dropout, each document is attended on its own with an explicit softmax, and the loss
-comes from full logits.
+It calls no forward or backward of ours, of the delta rule's ops the references, and shares only what is constant: the
+frozen weights by their Hugging Face names, the family as data, the rotary frequencies (equal to transformers' bit by
+bit) and the dropout masks. Adapters act as W + s B A where there is no dropout, each document is attended on its own
+with an explicit softmax, and the loss comes from full logits.
 
 In low precision it computes as transformers does: norms, rotation angles, softmax and loss in float32, the rest in the
 weights' dtype. Its error there is the yardstick for the engine's.
@@ -12,18 +12,39 @@ weights' dtype. Its error there is the yardstick for the engine's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.block_adapter import EMBEDDING, GROUPS, group_seed
-from backhand.nn.family import DecoderConfig
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
+from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, block_seed, group_of, group_seed
+from backhand.nn.decoder.family import (
+    ATTENTION,
+    FUSED_QKV,
+    GATED_DELTA,
+    KEYS_AS_VALUES,
+    LAYER_SCALAR,
+    PER_LAYER_GROUPS,
+    PER_LAYER_MODEL,
+    PER_LAYER_MODEL_NORM,
+    PER_LAYER_NORM,
+    PER_LAYER_TABLE,
+    SHARED_KEYS,
+    SHORT_CONV,
+    VALUE_NORMED,
+    DecoderConfig,
+    QueryScaling,
+    RotaryConfig,
+)
+from backhand.nn.decoder.rotary import inverse_frequencies
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
-from backhand.nn.rotary_frequencies import inverse_frequencies
+from backhand.ops.causal_conv import Taps, causal_conv_reference
+from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.dropout import dropout_multiplier
+from backhand.ops.gated_delta_rule import gated_delta_rule_reference
 
 Tensors = Mapping[str, Tensor]
 HEAD = "lm_head"
@@ -84,10 +105,25 @@ class ReferenceAdapter:
         """
         if self.dropout_seed is None or name not in self.slots:
             return self._linear(x, name, weights, None)
-        _, _, layer, part = name.split(".", 3)
-        group = next(index for index, parts in enumerate(GROUPS) if part in parts)
-        mask = self._mask(x, name, group_seed(self.dropout_seed, int(layer), group), wanted)
+        if name == PER_LAYER_MODEL:
+            seed = block_seed(self.dropout_seed, 0, BEFORE_BLOCKS)
+        else:
+            _, _, layer, part = name.split(".", 3)
+            seed = block_seed(self.dropout_seed, int(layer), group_of(part))
+        mask = self._mask(x, name, seed, wanted)
         return self._linear(x, name, weights, mask)
+
+    def expert(self, x: Tensor, name: str, expert: int, weight: Tensor) -> Tensor:
+        """One expert's matrix of the parameter `name`, (out, in), with its low-rank update, on x (tokens, in)."""
+        slot = self.slots.get(name)
+        if slot is None:
+            return functional.linear(x, weight)
+        lora_A = self.factors[f"{name}.lora_A"][expert * slot.rank : (expert + 1) * slot.rank]
+        lora_B = self.factors[f"{name}.lora_B"][:, expert :: slot.experts]
+        if x.dtype == torch.float64:
+            return functional.linear(x, weight + slot.scaling * (lora_B @ lora_A))
+        low_rank = functional.linear(functional.linear(x, lora_A), lora_B)
+        return functional.linear(x, weight) + slot.scaling * low_rank
 
     def head(self, x: Tensor, weights: Tensors, labels: Tensor, layers: int) -> Tensor:
         """The head on x (tokens, hidden); it stands above `layers` blocks. Masks are drawn for supervised rows only."""
@@ -128,6 +164,14 @@ class ReferenceAdapter:
         return drawn if wanted is None else torch.zeros_like(x).masked_scatter(wanted[:, None], drawn)
 
 
+@dataclass
+class ReferenceCarried:
+    """What blocks have beside the stream: inputs (tokens, layers, width), and keys and values lent, by their layer."""
+
+    inputs: Tensor | None = None
+    lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
     """Σ nats over the supervised positions, 0-d.
 
@@ -141,10 +185,11 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
+    carried = ReferenceCarried(reference_inputs(x, weights, config, batch.input_ids, adapter))
     for layer in range(layers):
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
-        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted)
+        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted, carried)
     return reference_head(x, weights, config, batch.labels, adapter)
 
 
@@ -167,14 +212,31 @@ def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, ad
     return rows * torch.tensor(config.embedding_scaling, dtype=rows.dtype, device=rows.device)
 
 
+def reference_inputs(
+    x: Tensor, weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter
+) -> Tensor | None:
+    """What each layer is given of its own, (tokens, layers, width), from the embedded tokens; None without."""
+    if config.per_layer is None:
+        return None
+    width, layers, _ = config.per_layer
+    made = adapter.linear(x, PER_LAYER_MODEL, weights) / config.hidden_size**0.5
+    made = _norm(made.unflatten(-1, (layers, width)), weights[f"{PER_LAYER_MODEL_NORM}.weight"], config)
+    rows = weights[f"{PER_LAYER_TABLE}.weight"][ids]
+    # The root as transformers rounds it.
+    root = torch.tensor(width**0.5, dtype=torch.float32, device=rows.device).to(rows.dtype)
+    return (made + (rows * root).view_as(made)) / 2**0.5
+
+
 def reference_head(
     x: Tensor, weights: Tensors, config: DecoderConfig, labels: Tensor, adapter: ReferenceAdapter
 ) -> Tensor:
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
     name = f"{HEAD}.weight" if f"{HEAD}.weight" in weights else f"{EMBEDDING}.weight"
-    normed = _norm(x, weights["model.norm.weight"], config)
+    normed = _norm(x, weights[f"{config.final_norm}.weight"], config)
     logits = adapter.head(normed, {"lm_head.weight": weights[name]}, labels, len(config.layers))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * config.logits.scaling
+    if config.logits.cap is not None:
+        logits = config.logits.cap * torch.tanh(logits / config.logits.cap)
     return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -186,23 +248,63 @@ def reference_block(
     document_lengths: Sequence[int],
     adapter: ReferenceAdapter,
     wanted: Tensor | None = None,
+    carried: ReferenceCarried | None = None,
 ) -> Tensor:
-    """One block on x (tokens, hidden), at all positions; wanted: as in `ReferenceAdapter.linear`."""
-    block = f"model.layers.{layer}"
-    branch = _norm(x, weights[f"{block}.input_layernorm.weight"], config)
-    branch = _attention(branch, layer, weights, config, document_lengths, adapter, wanted)
-    if config.sandwich_norms:
-        branch = _norm(branch, weights[f"{block}.post_attention_layernorm.weight"], config)
-    x = x + branch
-    before_mlp = "pre_feedforward_layernorm" if config.sandwich_norms else "post_attention_layernorm"
-    branch = _norm(x, weights[f"{block}.{before_mlp}.weight"], config)
-    gate = adapter.linear(branch, f"{block}.mlp.gate_proj", weights, wanted)
-    up = adapter.linear(branch, f"{block}.mlp.up_proj", weights, wanted)
-    activated = functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
-    branch = adapter.linear(activated * up, f"{block}.mlp.down_proj", weights, wanted)
-    if config.sandwich_norms:
-        branch = _norm(branch, weights[f"{block}.post_feedforward_layernorm.weight"], config)
-    return x + branch
+    """One block on x (tokens, hidden), at all positions; wanted: as in `ReferenceAdapter.linear`.
+
+    carried: needed where the block has more than the stream; keys and values of its own are put into it.
+    """
+    block, config = f"model.layers.{layer}", config.at(config.layers[layer])
+
+    def normed(branch: Tensor, name: str | None) -> Tensor:
+        return branch if name is None else _norm(branch, weights[f"{block}.{name}.weight"], config)
+
+    branch = normed(x, config.norms.before_attention)
+    mixed = _MIXERS[config.layers[layer].mixer]
+    if mixed is _shared_attention:
+        assert carried is not None
+        branch = _shared_attention(branch, layer, weights, config, document_lengths, adapter, wanted, carried.lent)
+    else:
+        branch = mixed(branch, layer, weights, config, document_lengths, adapter, wanted)
+    x = x + normed(branch, config.norms.after_attention) * config.residual_multiplier
+    branch = normed(x, config.norms.before_mlp)
+    if config.layers[layer].experts:
+        branch = _experts(branch, f"{block}.mlp", weights, config, adapter)
+        return x + normed(branch, config.norms.after_mlp) * config.residual_multiplier
+    parts = [adapter.linear(branch, f"{block}.{part}", weights, wanted) for part in config.groups[2]]
+    gate, up = torch.cat(parts, dim=-1).chunk(2, dim=-1)
+    branch = adapter.linear(_activated(gate, config) * up, f"{block}.{config.groups[3][0]}", weights, wanted)
+    x = x + normed(branch, config.norms.after_mlp) * config.residual_multiplier
+    if config.per_layer is not None:
+        assert carried is not None and carried.inputs is not None
+        (entering,), (projection,) = PER_LAYER_GROUPS
+        gated = _activated(adapter.linear(x, f"{block}.{entering}", weights, wanted), config)
+        branch = adapter.linear(gated * carried.inputs[:, layer], f"{block}.{projection}", weights, wanted)
+        x = x + normed(branch, PER_LAYER_NORM)
+    return x * weights[f"{block}.{LAYER_SCALAR}"] if config.layer_scalar else x
+
+
+def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
+    return functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
+
+
+def _experts(x: Tensor, name: str, weights: Tensors, config: DecoderConfig, adapter: ReferenceAdapter) -> Tensor:
+    """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
+    mixture = config.mixture
+    assert mixture is not None
+    logits = functional.linear(x, weights[f"{name}.gate.weight"])
+    shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    kept = torch.zeros_like(shares).scatter(-1, shares.topk(mixture.chosen).indices, 1.0)
+    shares = shares * kept if mixture.of_all else shares * kept / (shares * kept).sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for expert in range(mixture.experts):
+        own = f"{name}.experts.{expert}"
+        gate_up = torch.cat([weights[f"{own}.gate_proj.weight"], weights[f"{own}.up_proj.weight"]])
+        gate, up = adapter.expert(x, f"{name}.experts.gate_up_proj", expert, gate_up).chunk(2, dim=-1)
+        down, product = weights[f"{own}.down_proj.weight"], _activated(gate, config) * up
+        output = adapter.expert(product, f"{name}.experts.down_proj", expert, down)
+        y = y + output * shares[:, expert, None].to(x.dtype)
+    return y
 
 
 def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
@@ -222,35 +324,166 @@ def _attention(
     wanted: Tensor | None,
 ) -> Tensor:
     """The attention branch, (tokens, hidden), from the normed x, document by document."""
-    name = f"model.layers.{layer}.self_attn"
-    q, k, v = (adapter.linear(x, f"{name}.{part}_proj", weights).unflatten(-1, (-1, config.head_dim)) for part in "qkv")
-    if config.qk_norm:
-        q = _norm(q, weights[f"{name}.q_norm.weight"], config)
-        k = _norm(k, weights[f"{name}.k_norm.weight"], config)
-    rotary = config.rotary[config.layers[layer].rotary]
-    frequencies = inverse_frequencies(rotary, config.head_dim, x.device)
-    group = config.num_heads // config.num_key_value_heads
+    name = f"model.layers.{layer}"
+    if (FUSED_QKV,) in config.groups:
+        fused = adapter.linear(x, f"{name}.{FUSED_QKV}", weights)
+        heads = [config.num_heads, config.num_key_value_heads, config.num_key_value_heads]
+        q, k, v = fused.split([count * config.head_dim for count in heads], dim=-1)
+    else:
+        q, k, v = (adapter.linear(x, f"{name}.{part}", weights) for part in config.groups[0])
+    gate = None
+    if config.attention_gate:
+        q, gate = q.unflatten(-1, (config.num_heads, 2, config.head_dim)).unbind(-2)
+        q = q.flatten(1)
+    if config.qk_norm == "width":
+        q, k = (
+            _norm(x, weights[f"{name}.{norm}.weight"], config) for x, norm in zip((q, k), config.qk_norms, strict=True)
+        )
+    q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
+    if config.qk_norm == "head":
+        q, k = (
+            _norm(x, weights[f"{name}.{norm}.weight"], config) for x, norm in zip((q, k), config.qk_norms, strict=True)
+        )
+    which = config.layers[layer].rotary
+    rotary = None if which is None else config.rotary[which]
     outputs = []
     lengths = list(document_lengths)
     for q_one, k_one, v_one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        q_turned, k_turned = _turn(q_one, frequencies), _turn(k_one, frequencies)
-        k_each, v_each = (part.repeat_interleave(group, dim=1) for part in (k_turned, v_one))
-        scores = torch.einsum("qhd,khd->hqk", q_turned, k_each) * config.attention_scaling
-        scores = scores.masked_fill(~_visible(len(q_one), config.layers[layer].window, x.device), float("-inf"))
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(x.dtype)
-        outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1))
-    return adapter.linear(torch.cat(outputs), f"{name}.o_proj", weights, wanted)
+        q_turned, k_turned = (part if rotary is None else _turn(part, rotary) for part in (q_one, k_one))
+        if config.query_scaling is not None:
+            q_turned = q_turned * _growth(q_turned, config.query_scaling)
+        outputs.append(_attended(q_turned, k_turned, v_one, config, config.layers[layer].window))
+    output = torch.cat(outputs)
+    if gate is not None:
+        output = output / (1 + torch.exp(-gate.flatten(1)))
+    return adapter.linear(output, f"{name}.{config.groups[1][0]}", weights, wanted)
 
 
-def _turn(x: Tensor, frequencies: Tensor) -> Tensor:
-    """x (length, heads, head_dim) turned by position · frequency, the pairs lying across the halves."""
+def _gated_delta(
+    x: Tensor,
+    layer: int,
+    weights: Tensors,
+    config: DecoderConfig,
+    document_lengths: Sequence[int],
+    adapter: ReferenceAdapter,
+    wanted: Tensor | None,
+) -> Tensor:
+    """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
+    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(document_lengths))
+    assert sizes is not None
+    entering, (leaving,) = config.mixers[GATED_DELTA].groups
+    qkv, z, b, a = (adapter.linear(x, f"{name}.{part}", weights) for part in entering)
+    inside = f"{name}.linear_attn"
+    qkv = causal_conv_reference(qkv, Taps(weights[f"{inside}.conv1d.weight"].squeeze(1)), runs, silu=True)
+    keys, wide = sizes.key_heads * sizes.key_width, torch.promote_types(x.dtype, torch.float32)
+    q, k, v = qkv.split([keys, keys, sizes.value_heads * sizes.value_width], dim=-1)
+    q, k = (part.unflatten(-1, (sizes.key_heads, sizes.key_width)).to(wide) for part in (q, k))
+    q, k = (part / torch.sqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (q, k))
+    decay = decay_gate_reference(a, weights[f"{inside}.A_log"], weights[f"{inside}.dt_bias"])
+    v = v.unflatten(-1, (sizes.value_heads, sizes.value_width))
+    output = gated_delta_rule_reference(q / sizes.key_width**0.5, k, v, decay, torch.sigmoid(b), runs)
+    normed = _norm(output, weights[f"{inside}.norm.weight"], replace(config, norm_offset=0.0))
+    return adapter.linear(normed.flatten(1) * functional.silu(z), f"{name}.{leaving}", weights, wanted)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, window: int | None) -> Tensor:
+    """One document's attention, (length, heads · head_dim), by an explicit softmax."""
+    k_each, v_each = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k_each) * config.attention_scaling
+    if config.attention_cap is not None:
+        scores = config.attention_cap * torch.tanh(scores / config.attention_cap)
+    scores = scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
+
+
+def _shared_attention(
+    x: Tensor,
+    layer: int,
+    weights: Tensors,
+    config: DecoderConfig,
+    document_lengths: Sequence[int],
+    adapter: ReferenceAdapter,
+    wanted: Tensor | None,
+    lent: dict[int, tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The branch of attention with normed values, (tokens, hidden), whose keys and values may be another layer's."""
+    name, own, lengths = f"model.layers.{layer}", config.layers[layer], list(document_lengths)
+
+    def projected(part: str) -> Tensor:
+        by_head: Tensor = adapter.linear(x, f"{name}.{part}", weights).unflatten(-1, (-1, config.head_dim))
+        return by_head
+
+    def turned(part: Tensor, norm: str) -> Tensor:
+        normed = _norm(part, weights[f"{name}.{norm}.weight"], config)
+        if own.rotary is None:
+            return normed
+        return torch.cat([_turn(one, config.rotary[own.rotary]) for one in normed.split(lengths)])
+
+    parts = config.mixers[own.mixer].groups[0]
+    q = turned(projected(parts[0]), config.qk_norms[0])
+    if own.keys_of is None:
+        raw_k = projected(parts[1])
+        raw_v = raw_k if own.mixer == KEYS_AS_VALUES else projected(parts[2])
+        lent[layer] = turned(raw_k, config.qk_norms[1]), _norm(raw_v, torch.ones(config.head_dim).to(raw_v), config)
+    k, v = lent[layer if own.keys_of is None else own.keys_of]
+    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outputs = [_attended(*one, config, own.window) for one in documents]
+    return adapter.linear(torch.cat(outputs), f"{name}.{config.groups[1][0]}", weights, wanted)
+
+
+def _short_conv(
+    x: Tensor,
+    layer: int,
+    weights: Tensors,
+    config: DecoderConfig,
+    document_lengths: Sequence[int],
+    adapter: ReferenceAdapter,
+    wanted: Tensor | None,
+) -> Tensor:
+    """The branch of the gated short convolution, (tokens, hidden), by torch's convolution, document by document."""
+    name = f"model.layers.{layer}"
+    (entering,), (leaving,) = config.mixers[SHORT_CONV].groups
+    b, c, x = adapter.linear(x, f"{name}.{entering}", weights).chunk(3, dim=-1)
+    taps, bias = weights[f"{name}.conv.conv.weight"], weights.get(f"{name}.conv.conv.bias")
+    channels, _, width = taps.shape
+    outputs = []
+    for own in (b * x).split(list(document_lengths)):
+        padded = functional.pad(own.T[None], (width - 1, 0))
+        outputs.append(functional.conv1d(padded, taps, bias, groups=channels)[0].T)
+    return adapter.linear(c * torch.cat(outputs), f"{name}.{leaving}", weights, wanted)
+
+
+_MIXERS: dict[str, Any] = {
+    ATTENTION: _attention,
+    SHORT_CONV: _short_conv,
+    GATED_DELTA: _gated_delta,
+    **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), _shared_attention),
+}
+
+
+def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
+    """One document's x (length, heads, head_dim), the first features turned by position · frequency and lengthened.
+
+    Features that do not turn stay as they are; the pairs are neighbours, or lie across the halves of those that do.
+    """
+    frequencies = inverse_frequencies(rotary, x.shape[-1], x.device, length=x.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
     positions = torch.arange(x.shape[0], device=x.device, dtype=wide)
     angles = torch.outer(positions, frequencies.to(wide))
-    cos, sin = (torch.cat([part, part], dim=-1)[:, None, :].to(x.dtype) for part in (angles.cos(), angles.sin()))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = (part[:, None, :].to(x.dtype) for part in (angles.cos(), angles.sin()))
+    turning, still = x.split([2 * len(frequencies), x.shape[-1] - 2 * len(frequencies)], dim=-1)
+    first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if rotary.interleaved else turning.chunk(2, dim=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned * rotary.attention_factor, still], dim=-1)
+
+
+def _growth(q: Tensor, scaling: QueryScaling) -> Tensor:
+    """(length, 1, 1): by what one document's queries are multiplied."""
+    steps = torch.arange(q.shape[0], device=q.device) // scaling.length
+    return (1 + scaling.beta * steps.to(torch.promote_types(q.dtype, torch.float32)).log1p()).to(q.dtype)[:, None, None]
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:

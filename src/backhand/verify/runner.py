@@ -3,6 +3,9 @@
 float64 proves the formula: the gradients by hand agree with autograd of the reference, and, since a reference can be
 wrong too, with finite differences of the op's own forward. In float32 and bfloat16 both are measured against float64 on
 the same rounded inputs, and the error by hand may be at most twice autograd's own, or four units of rounding.
+
+An op that has compiled loops under it is proved in both forms, torch's and the loops', on the same cases, with the same
+bounds and the same mutants; in float64 the loops' own source is what runs.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import loops_are_there, proving_loops, torch_form
 from backhand.ops.registry import OPS
 from backhand.verify.case import Case, Mutant, OpProof, Tensors, kind
 from backhand.verify.differentiate import autograd_gradients, difference_error
@@ -24,7 +29,6 @@ from backhand.verify.measure import norm, relative_error, worst_row
 # Beside the ops: what is built of them.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
 PROOF_FILES = {**OPS, **COMPOSITES}
-
 FLOAT64_BOUND = 1e-12
 DIFFERENCES_BOUND = 1e-8
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
@@ -32,6 +36,7 @@ TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
 NEIGHBOURS = 7
 AUTOGRAD, DIFFERENCES = "autograd", "differences"
+TORCH, COMPILED = "torch", "compiled"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Row:
         error: relative norm error against the truth in float64.
         bound: the largest error that passes.
         worst: the row that is furthest off, and by how much; empty where there is none.
+        form: `torch`, or `compiled` for the loops of the library.
     """
 
     op: str
@@ -56,6 +62,7 @@ class Row:
     error: float
     bound: float
     worst: str = ""
+    form: str = TORCH
 
     @property
     def passed(self) -> bool:
@@ -72,6 +79,7 @@ class Rejection:
         error: the largest finite relative error in float64, in the first case that rejects it.
         case: that case.
         bound: what a right gradient stays below.
+        form: of the backward that the mistake is put into, `torch` or `compiled`.
     """
 
     op: str
@@ -80,6 +88,7 @@ class Rejection:
     error: float
     case: str
     bound: float
+    form: str = TORCH
 
     @property
     def passed(self) -> bool:
@@ -98,12 +107,25 @@ def load_proofs(op: str | None = None) -> Iterator[OpProof]:
         yield from (proof for proof in module.PROOFS if proof.op == name)
 
 
+def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The forms in which an op can be computed here."""
+    compiled = proof.loops and loops_are_there() and torch.device(device).type == "cpu"
+    return (TORCH, COMPILED) if compiled else (TORCH,)
+
+
+def _in_form(form: str) -> AbstractContextManager[None]:
+    return proving_loops() if form == COMPILED else torch_form()
+
+
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
-    """float64 against autograd and finite differences, then float32 and bfloat16 against float64."""
+    """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
     exact = on_device(case.tensors, device)
-    yield from _exact_rows(proof, case, exact)
-    for dtype in LOW_PRECISIONS:
-        yield from _low_precision_rows(proof, case, exact, dtype)
+    for form in forms(proof, device):
+        with _in_form(form):
+            rows = list(_exact_rows(proof, case, exact))
+            for dtype in LOW_PRECISIONS:
+                rows.extend(_low_precision_rows(proof, case, exact, dtype))
+        yield from (replace(row, form=form) for row in rows)
 
 
 def _exact_rows(proof: OpProof, case: Case, tensors: Tensors) -> Iterator[Row]:
@@ -230,32 +252,35 @@ def worst_of(measured: Tensors, expected: Tensors) -> str:
 
 
 def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterator[Rejection]:
-    """Run every mutant on every case in float64, against autograd of the reference."""
+    """Run every mutant of every form on every case in float64, against autograd of the reference."""
     prepared = []
     for case in proof.cases:
         tensors = on_device(case.tensors, device)
         with torch.no_grad():
             names = list(case.by_hand(tensors, proof.backward).gradients)
         prepared.append((case, tensors, autograd_gradients(case.reference, tensors, names)[1]))
-    for mutant in proof.mutants:
-        yield reject_mutant(proof, mutant, prepared)
+    for form in forms(proof, device):
+        for mutant in proof.mutants:
+            yield reject_mutant(proof, mutant, prepared, form)
 
 
-def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[tuple[Case, Tensors, Tensors]]) -> Rejection:
+def reject_mutant(
+    proof: OpProof, mutant: Mutant, prepared: Iterable[tuple[Case, Tensors, Tensors]], form: str = TORCH
+) -> Rejection:
     """Try a mutant on (case, tensors, true gradients) until a case rejects it: its largest error there."""
     wrong = mutant.spoil(proof.backward)
     worst, where = 0.0, ""
     for case, tensors, truth in prepared:
         if worst > FLOAT64_BOUND:
             break
-        with torch.no_grad():
+        with torch.no_grad(), _in_form(form):
             gradients = case.by_hand(tensors, wrong).gradients
         for name in gradients:
             if mutant.gradient == f"d_{kind(name)}" and gradients[name].shape == truth[name].shape:
                 error = relative_error(gradients[name], truth[name], norm(tensors["d_y"]))
                 if math.isfinite(error) and error > worst:
                     worst, where = error, case.name
-    return Rejection(proof.op, mutant.name, mutant.gradient, worst, where, FLOAT64_BOUND)
+    return Rejection(proof.op, mutant.name, mutant.gradient, worst, where, FLOAT64_BOUND, form)
 
 
 def on_device(tensors: Tensors, device: torch.device | str) -> Tensors:

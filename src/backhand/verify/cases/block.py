@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.nn.attention_half import BlockContext
 from backhand.nn.batch import document_runs
-from backhand.nn.block import BlockSaved, block_backward, block_forward
-from backhand.nn.block_adapter import BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder_weights import BlockWeights
-from backhand.nn.family import DecoderConfig
+from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, Scratch, block_adapter
+from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.experts import ExpertsKept
+from backhand.nn.decoder.family import ATTENTION, DecoderConfig, LayerConfig
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from backhand.nn.rotary_frequencies import inverse_frequencies
-from backhand.nn.scratch import Scratch
-from backhand.ops.rotary import RotaryTable, rotary_table
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
-from backhand.verify.families import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
-from backhand.verify.reference_decoder import ReferenceAdapter, reference_block
+from backhand.ops.document_groups import Run
+from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, spoiled, standard_mutants
+from backhand.verify.model_setup import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
+from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, reference_block
 
 DOCUMENTS = (9, 4, 4, 1)
 DROPOUT_SEED = 12345
+LENDER = 7
+"""Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
 
 
 class BlockInputs(NamedTuple):
@@ -43,18 +48,30 @@ class BlockGrads(NamedTuple):
     d_x0: Tensor
     d_lora_A: tuple[Tensor, ...]
     d_lora_B: tuple[Tensor, ...]
+    d_k: tuple[Tensor, ...] = ()  # of the keys that another layer has lent, if it has
+    d_v: tuple[Tensor, ...] = ()
+    d_inputs: tuple[Tensor, ...] = ()  # of the per-layer inputs, if there are any
 
 
 def _backward(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     """`block_backward` with a gradient buffer of its own."""
     inputs.lora.gradients.zero_()
+    carried = inputs.context.carried
+    assert carried is not None
+    carried.returned(LENDER)
+    if carried.inputs is not None:
+        carried.d_inputs = torch.zeros_like(carried.inputs)
     d_x0 = block_backward(d_y.clone(), inputs.saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
     assert d_x0 is not None
     names = list(inputs.lora.slots)
+    lent = carried.held(LENDER)
     return BlockGrads(
         d_x0,
         tuple(inputs.lora.d_lora_A(name).clone() for name in names),
         tuple(inputs.lora.d_lora_B(name).clone() for name in names),
+        () if lent is None else (lent.k.to(d_x0.dtype),),
+        () if lent is None else (lent.v.to(d_x0.dtype),),
+        () if carried.d_inputs is None else (carried.d_inputs,),
     )
 
 
@@ -91,6 +108,8 @@ def _case(
 ) -> Case:
     draw = Draw(f"block: {name}")
     config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
+    if config.layers[0].keys_of is not None:
+        config = replace(config, layers=(replace(config.layers[0], keys_of=LENDER),))
     slots = adapter_slots(config, targets, dropout)
     tokens = sum(documents)
     tensors = {
@@ -100,39 +119,63 @@ def _case(
         **random_factors(slots, draw),
     }
     seed = DROPOUT_SEED if dropout else None
+    sized = config.at(config.layers[0])
+    if config.layers[0].keys_of is not None:
+        shape = tokens, sized.num_key_value_heads, sized.head_dim
+        tensors |= {"k": draw.normal(*shape), "v": draw.normal(*shape)}
+    if config.per_layer is not None:
+        tensors["inputs"] = draw.normal(tokens, config.per_layer.layers, config.per_layer.width)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         lora = lora_parameters(slots, t, t["x0"].dtype)
         weights = engine_weights(config, t).blocks[0]
-        adapter = block_adapter(lora, 0, seed)
-        table = _rotary_table(config, documents, t["x0"])
+        adapter = block_adapter(lora, 0, seed, groups=config.layer_groups[0])
+        table, queries = _rotary_tables(config, documents, t["x0"])
         wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
-        context = BlockContext(config, config.layers[0].window, table, document_runs(documents), Scratch(), wanted)
+        carried = Carried((LENDER,), t.get("inputs"))
+        if "k" in t:
+            carried.lend(LENDER, t["k"], t["v"])
+        context = BlockContext(sized, config.layers[0], table, document_runs(documents), Scratch(), queries, wanted)
+        context = context._replace(carried=carried)
         y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
         grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
         gradients = {"x0": grads.d_x0}
         for key, d_lora_A, d_lora_B in zip(slots, grads.d_lora_A, grads.d_lora_B, strict=True):
             gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
+        for name, several in (("k", grads.d_k), ("v", grads.d_v), ("inputs", grads.d_inputs)):
+            if several:
+                (gradients[name],) = several
         return ByHand(y, gradients)
 
     def reference(t: Tensors) -> Tensor:
         wanted = torch.zeros(tokens, dtype=torch.bool, device=t["x0"].device)
         wanted[slice(None) if rows is None else list(rows)] = True
-        return reference_block(t["x0"], 0, t, config, documents, ReferenceAdapter(slots, t, seed), wanted)[wanted]
+        carried = ReferenceCarried(t.get("inputs"), {LENDER: (t["k"], t["v"])} if "k" in t else {})
+        adapter = ReferenceAdapter(slots, t, seed)
+        return reference_block(t["x0"], 0, t, config, documents, adapter, wanted, carried)[wanted]
 
     return Case(name, tensors, by_hand, reference, pooled=True)
 
 
-def _rotary_table(config: DecoderConfig, documents: tuple[int, ...], like: Tensor) -> RotaryTable:
-    """The angles of the layer's rotary configuration at every token."""
+def _rotary_tables(
+    config: DecoderConfig, documents: tuple[int, ...], like: Tensor
+) -> tuple[RotaryTable | None, RotaryTable | None]:
+    """The angles of the layer's rotary configuration at every token, and those of queries where they are others."""
+    which = config.layers[0].rotary
+    if which is None:
+        return None, None
     positions = torch.cat([torch.arange(length) for length in documents]).to(like.device)
-    frequencies = inverse_frequencies(config.rotary[config.layers[0].rotary], config.head_dim, like.device)
-    return rotary_table(positions, frequencies.to(torch.promote_types(like.dtype, torch.float32)))
+    reach = torch.cat([torch.full((length,), length) for length in documents]).to(like.device)
+    frequencies = frequencies_of(config.rotary[which], config.at(config.layers[0]).head_dim, like.device)
+    table = angles(frequencies, positions, torch.promote_types(like.dtype, torch.float32), reach)
+    scaling = config.query_scaling
+    return table, None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
 
 
 CASES = (
     *(_case(family, family) for family in FAMILIES),
     _case("gemma3, full attention", "gemma3", layer=1),
+    _case("olmo3, full attention", "olmo3, yarn", layer=1),
     _case("llama, dropout, recompute mlp", "llama, biases everywhere", dropout=0.3, recompute="mlp"),
     _case("llama, dropout, recompute block", "llama", dropout=0.3, recompute="block"),
     _case("qwen2, dropout", "qwen2, qkv bias, tied head", dropout=0.3),
@@ -145,6 +188,57 @@ CASES = (
     _case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
     _case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
     _case("no row wanted", "llama", rows=(), dropout=0.3),
+    _case("granite, recompute mlp", "granite, four multipliers", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
+    _case(
+        "olmo2, recompute mlp", "olmo2, norms after, q/k norm over all heads", recompute="mlp", dropout=0.3, rows=(1, 9)
+    ),
+    _case("olmo2, recompute block", "olmo2, norms after, q/k norm over all heads", recompute="block"),
+    _case("exaone4, recompute block", "exaone4, norms after, a layer without rotary", layer=1, recompute="block"),
+    _case(
+        "phi3, dropout, recompute mlp",
+        "phi3, fused, longrope, part of the features",
+        recompute="mlp",
+        dropout=0.3,
+        rows=(2, 11),
+    ),
+    _case("qwen3.5, gated attention", "qwen3.5, delta rule and gated attention", layer=1, dropout=0.3),
+    _case(
+        "qwen3.5, gated attention, some rows wanted",
+        "qwen3.5, delta rule and gated attention",
+        layer=1,
+        rows=(2, 9, 17),
+        recompute="block",
+    ),
+    _case(
+        "qwen3.5, delta rule, some rows wanted",
+        "qwen3.5, delta rule and gated attention",
+        rows=(2, 9, 17),
+        dropout=0.3,
+        recompute="mlp",
+    ),
+    _case("qwen3.5, delta rule, recompute block", "qwen3.5, delta rule and gated attention", recompute="block"),
+    _case("lfm2, attention", "lfm2, short convolutions", layer=1, dropout=0.3),
+    _case("lfm2, some rows wanted", "lfm2, short convolutions", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    _case("lfm2, biases, recompute block", "lfm2, biases, attention above", recompute="block", dropout=0.3),
+    _case("lfm2, documents shorter than the taps", "lfm2, biases, attention above", documents=(2, 1, 1, 3)),
+    _case(
+        "mixtral, dropout, recompute mlp", "mixtral, two of five experts", dropout=0.3, recompute="mlp", rows=(1, 4, 12)
+    ),
+    _case("mixtral, recompute block", "mixtral, two of five experts", recompute="block"),
+    _case("attention adapted, experts frozen", "mixtral, two of five experts", targets=("q_proj", "o_proj")),
+    _case("experts' down adapted", "qwen3-moe, shares of all, a dense layer", targets=("down_proj",)),
+    _case("experts without rows", "qwen3-moe, shares of all, a dense layer", documents=(1,), rows=(0,)),
+    _case("experts, no token", "mixtral, two of five experts", documents=(0,)),
+    _case("gemma4, full attention", "gemma4, shared keys, inputs of layers", layer=1, dropout=0.3, recompute="mlp"),
+    _case("gemma4, keys of another layer", "gemma4, shared keys, inputs of layers", layer=2, dropout=0.3),
+    _case(
+        "gemma4, keys of another layer, some rows wanted",
+        "gemma4, shared keys, inputs of layers",
+        layer=5,
+        rows=(1, 4, 7, 8, 9, 12, 14, 17),
+        recompute="block",
+    ),
+    _case("gemma4, values made of keys, sliding", "gemma4, values made of keys", layer=1, recompute="block"),
     _case("one token", "qwen3, q/k norm", documents=(1,)),
     _case("one-token documents", "mistral, window", documents=(1, 1, 1)),
     _case("no tokens", "llama", documents=(0,), dropout=0.3),
@@ -182,21 +276,54 @@ def _unscaled(inputs: BlockInputs) -> BlockAdapter:
     def unscaled(group: GroupAdapter) -> GroupAdapter:
         return group._replace(factors=tuple(member and member._replace(scaling=1.0) for member in group.factors))
 
-    qkv, output, gate_up, down, norms = inputs.adapter
-    return BlockAdapter(unscaled(qkv), unscaled(output), unscaled(gate_up), unscaled(down), norms)
+    entering, output, gate_up, down, norms, behind = inputs.adapter
+    last = behind and (unscaled(behind[0]), unscaled(behind[1]))
+    return BlockAdapter(unscaled(entering), unscaled(output), unscaled(gate_up), unscaled(down), norms, last)
 
 
 def _with_seed(inputs: BlockInputs, seed: int | None) -> BlockAdapter:
-    return block_adapter(inputs.lora, 0, seed)
+    return block_adapter(inputs.lora, 0, seed, groups=inputs.context.config.layer_groups[0])
 
 
 def _next_seed(inputs: BlockInputs) -> BlockAdapter:
     return _with_seed(inputs, None if inputs.dropout_seed is None else inputs.dropout_seed + 1)
 
 
-def _not_turned(inputs: BlockInputs) -> RotaryTable:
-    cos, sin = inputs.context.rotary
-    return RotaryTable(torch.ones_like(cos), torch.zeros_like(sin))
+def _not_turned(inputs: BlockInputs) -> RotaryTable | None:
+    table = inputs.context.rotary
+    return table and table._replace(cos=torch.ones_like(table.cos), sin=torch.zeros_like(table.sin))
+
+
+def _one_document(inputs: BlockInputs) -> tuple[Run, ...]:
+    """All documents as one, where no attention has kept what it knew of them."""
+    alone = inputs.context.layer.mixer != ATTENTION
+    return ((0, 1, len(inputs.saved.x0)),) if alone else inputs.context.runs
+
+
+def _taps_reversed(inputs: BlockInputs) -> BlockWeights:
+    conv = inputs.weights.conv
+    return inputs.weights if conv is None else replace(inputs.weights, conv=conv.flip(2))
+
+
+def _in_delta(inputs: BlockInputs, **changes: Callable[[Tensor], Tensor]) -> BlockWeights:
+    """The weights with others in the delta rule, where there is one: by field, what becomes of the right one."""
+    right = {name: getattr(inputs.weights, name) for name in changes}
+    if any(tensor is None for tensor in right.values()):
+        return inputs.weights
+    return replace(inputs.weights, **{name: change(right[name]) for name, change in changes.items()})
+
+
+def _gates_unmoved(inputs: BlockInputs) -> BlockSaved:
+    """As if attention had given nothing to the gates behind it."""
+    mixing = inputs.saved.mixing
+    if mixing is None or inputs.context.layer.mixer != ATTENTION or mixing.own.attended is None:
+        return inputs.saved
+    own = mixing.own._replace(attended=torch.zeros_like(mixing.own.attended))
+    return inputs.saved._replace(mixing=mixing._replace(own=own))
+
+
+def _unwindowed(inputs: BlockInputs) -> LayerConfig:
+    return replace(inputs.context.layer, window=None)
 
 
 def _other_activation(inputs: BlockInputs) -> str:
@@ -205,28 +332,64 @@ def _other_activation(inputs: BlockInputs) -> str:
 
 def _without_gains(inputs: BlockInputs) -> BlockWeights:
     """The weights with both norms' gains replaced by ones."""
-    ones = torch.ones_like(inputs.weights.attention_norm) - inputs.context.config.norm_offset
-    return replace(inputs.weights, attention_norm=ones, mlp_norm=ones)
+    weights, offset = inputs.weights, inputs.context.config.norm_offset
+    if weights.attention_norm is None:
+        return weights
+    ones = torch.ones_like(weights.attention_norm) - offset
+    return replace(weights, attention_norm=ones, mlp_norm=ones)
 
 
 def _without_qk_gains(inputs: BlockInputs) -> BlockWeights:
     weights, offset = inputs.weights, inputs.context.config.norm_offset
-    if weights.q_norm is None:
+    if weights.q_norm is None or weights.k_norm is None:
         return weights
-    ones = torch.ones_like(weights.q_norm) - offset
-    return replace(weights, q_norm=ones, k_norm=ones)
+    ones = torch.ones_like(weights.q_norm) - offset, torch.ones_like(weights.k_norm) - offset
+    return replace(weights, q_norm=ones[0], k_norm=ones[1])
+
+
+def _without_router(inputs: BlockInputs) -> BlockWeights:
+    """The shares as if they did not depend on what enters."""
+    router = inputs.weights.router
+    return inputs.weights if router is None else replace(inputs.weights, router=torch.zeros_like(router))
+
+
+def _next_expert(inputs: BlockInputs) -> BlockWeights:
+    """The experts' last matrices exchanged."""
+    weights, mixture = inputs.weights, inputs.context.config.mixture
+    if weights.router is None or mixture is None or not isinstance(weights.down, Tensor):
+        return weights
+    return replace(weights, down=weights.down.roll(weights.down.shape[0] // mixture.experts, 0))
+
+
+def _equal_shares(inputs: BlockInputs) -> BlockSaved:
+    saved = inputs.saved
+    if not isinstance(saved.mlp, ExpertsKept):
+        return saved
+    return saved._replace(mlp=saved.mlp._replace(shares=torch.ones_like(saved.mlp.shares)))
+
+
+def _rank_by_rank(gradients: tuple[Tensor, ...], inputs: BlockInputs) -> tuple[Tensor, ...]:
+    """The experts' lora_A as lora_B lies: the experts take turns."""
+    slots = inputs.lora.slots.values()
+    return tuple(
+        one.unflatten(0, (slot.experts, -1)).transpose(0, 1).flatten(0, 1) if slot.experts else one
+        for slot, one in zip(slots, gradients, strict=True)
+    )
 
 
 def _without_norms_after(inputs: BlockInputs) -> BlockSaved:
     """As if the norms after attention and MLP were not there."""
     saved = inputs.saved
-    if saved.attention is None or saved.mlp is None:
+    if saved.mixing is None or saved.mlp is None:
         return saved
-    return saved._replace(attention=saved.attention._replace(projected=None), mlp=saved.mlp._replace(projected=None))
+    return saved._replace(mixing=saved.mixing._replace(projected=None), mlp=saved.mlp._replace(projected=None))
 
 
 MUTANTS = (
-    *standard_mutants("d_x0", "d_lora_A", "d_lora_B"),
+    *standard_mutants("d_x0", "d_lora_A", "d_lora_B", "d_k", "d_v", "d_inputs"),
+    Mutant("of the other of keys and values", "d_k", lambda _g, _s, right: right.d_v),
+    Mutant("of the other of keys and values", "d_v", lambda _g, _s, right: right.d_k),
+    *spoiled("of another layer's input", lambda _g, right: right.roll(1, 1), "d_inputs"),
     Mutant("residual path missing", "d_x0", lambda g, s, right: right.d_x0 - _on_all_rows(g, s)),
     Mutant("residual path twice", "d_x0", lambda g, s, right: right.d_x0 + _on_all_rows(g, s)),
     Mutant("branches missing", "d_x0", lambda g, s, _right: _on_all_rows(g, s).clone()),
@@ -236,10 +399,37 @@ MUTANTS = (
     Mutant("mask ignored", "d_x0", lambda g, s, _right: _redo(g, s, adapter=_with_seed(s, None)).d_x0),
     Mutant("mask ignored", "d_lora_A", lambda g, s, _right: _redo(g, s, adapter=_with_seed(s, None)).d_lora_A),
     Mutant("mask of another seed", "d_lora_A", lambda g, s, _right: _redo(g, s, adapter=_next_seed(s)).d_lora_A),
-    Mutant("window ignored", "d_x0", lambda g, s, _right: _in_context(g, s, window=None).d_x0),
-    Mutant("window ignored", "d_lora_A", lambda g, s, _right: _in_context(g, s, window=None).d_lora_A),
+    Mutant("window ignored", "d_x0", lambda g, s, _right: _in_context(g, s, layer=_unwindowed(s)).d_x0),
+    Mutant("window ignored", "d_lora_A", lambda g, s, _right: _in_context(g, s, layer=_unwindowed(s)).d_lora_A),
+    Mutant("convolved across documents", "d_x0", lambda g, s, _right: _in_context(g, s, runs=_one_document(s)).d_x0),
+    Mutant(
+        "convolved across documents",
+        "d_lora_A",
+        lambda g, s, _right: _in_context(g, s, runs=_one_document(s)).d_lora_A,
+    ),
+    Mutant("taps reversed", "d_x0", lambda g, s, _right: _redo(g, s, weights=_taps_reversed(s)).d_x0),
+    Mutant("taps reversed", "d_lora_B", lambda g, s, _right: _redo(g, s, weights=_taps_reversed(s)).d_lora_B),
+    Mutant(
+        "rates of the next head",
+        "d_lora_A",
+        lambda g, s, _right: _redo(g, s, weights=_in_delta(s, log_rate=lambda rate: rate.roll(1))).d_lora_A,
+    ),
+    Mutant(
+        "bias of the decay forgotten",
+        "d_x0",
+        lambda g, s, _right: _redo(g, s, weights=_in_delta(s, rate_bias=torch.zeros_like)).d_x0,
+    ),
+    Mutant(
+        "gain of the delta rule's norm ignored",
+        "d_lora_B",
+        lambda g, s, _right: _redo(g, s, weights=_in_delta(s, delta_norm=torch.ones_like)).d_lora_B,
+    ),
+    Mutant("gates have no gradient", "d_lora_B", lambda g, s, _right: _redo(g, s, saved=_gates_unmoved(s)).d_lora_B),
+    Mutant("gates have no gradient", "d_x0", lambda g, s, _right: _redo(g, s, saved=_gates_unmoved(s)).d_x0),
     Mutant("rows mixed up", "d_x0", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_x0),
     Mutant("rows mixed up", "d_lora_A", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_lora_A),
+    Mutant("queries as keys", "d_x0", lambda g, s, _right: _in_context(g, s, query_rotary=None).d_x0),
+    Mutant("queries as keys", "d_lora_B", lambda g, s, _right: _in_context(g, s, query_rotary=None).d_lora_B),
     Mutant("rotation ignored", "d_x0", lambda g, s, _right: _in_context(g, s, rotary=_not_turned(s)).d_x0),
     Mutant("rotation ignored", "d_lora_B", lambda g, s, _right: _in_context(g, s, rotary=_not_turned(s)).d_lora_B),
     Mutant("1 + weight read as weight", "d_x0", lambda g, s, _right: _of_family(g, s, norm_offset=0.0).d_x0),
@@ -248,6 +438,14 @@ MUTANTS = (
         "d_lora_A",
         lambda g, s, _right: _of_family(g, s, attention_scaling=2 * s.context.config.attention_scaling).d_lora_A,
     ),
+    Mutant("residual multiplier ignored", "d_x0", lambda g, s, _right: _of_family(g, s, residual_multiplier=1.0).d_x0),
+    Mutant(
+        "residual multiplier ignored",
+        "d_lora_A",
+        lambda g, s, _right: _of_family(g, s, residual_multiplier=1.0).d_lora_A,
+    ),
+    Mutant("cap of the scores ignored", "d_x0", lambda g, s, _right: _of_family(g, s, attention_cap=None).d_x0),
+    Mutant("cap of the scores ignored", "d_lora_A", lambda g, s, _right: _of_family(g, s, attention_cap=None).d_lora_A),
     Mutant("the other activation", "d_x0", lambda g, s, _right: _of_family(g, s, activation=_other_activation(s)).d_x0),
     Mutant("norm gains ignored", "d_x0", lambda g, s, _right: _redo(g, s, weights=_without_gains(s)).d_x0),
     Mutant("norm gains ignored", "d_lora_A", lambda g, s, _right: _redo(g, s, weights=_without_gains(s)).d_lora_A),
@@ -259,9 +457,18 @@ MUTANTS = (
         "d_lora_B",
         lambda g, s, _right: _redo(g, s, saved=_without_norms_after(s)).d_lora_B,
     ),
+    Mutant(
+        "router's share of the gradient missing",
+        "d_x0",
+        lambda g, s, _right: _redo(g, s, weights=_without_router(s)).d_x0,
+    ),
+    Mutant("another expert's matrix", "d_x0", lambda g, s, _right: _redo(g, s, weights=_next_expert(s)).d_x0),
+    Mutant("another expert's matrix", "d_lora_A", lambda g, s, _right: _redo(g, s, weights=_next_expert(s)).d_lora_A),
+    Mutant("shares forgotten", "d_x0", lambda g, s, _right: _redo(g, s, saved=_equal_shares(s)).d_x0),
+    Mutant("shares forgotten", "d_lora_B", lambda g, s, _right: _redo(g, s, saved=_equal_shares(s)).d_lora_B),
+    Mutant("experts take turns", "d_lora_A", lambda _g, s, right: _rank_by_rank(right.d_lora_A, s)),
     Mutant("gradients of the next module", "d_lora_A", lambda _g, _s, right: rotated_where_alike(right.d_lora_A)),
     Mutant("gradients of the next module", "d_lora_B", lambda _g, _s, right: rotated_where_alike(right.d_lora_B)),
 )
-
 
 PROOFS = (OpProof("block", _backward, CASES, MUTANTS),)

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder import HEAD, Decoder
-from backhand.nn.family import DecoderConfig
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.linear_cross_entropy import PLAIN
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 from backhand.verify.cases.block import DROPOUT_SEED, lora_parameters, rotated_where_alike
-from backhand.verify.families import (
+from backhand.verify.model_setup import (
     FAMILIES,
+    WINDOW,
     adapter_slots,
     engine_weights,
     random_batch,
@@ -111,9 +114,11 @@ CASES = (
     ),
     _case("llama; head adapted", "llama", targets=ALL_LINEAR_AND_HEAD),
     _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
+    _case("granite; tied head adapted", "granite, four multipliers", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
     _case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
     _case("tied head alone, dropout", "gemma3", targets=(HEAD,), dropout=0.3),
     _case("head alone", "llama 3, tied head", targets=(HEAD,)),
+    _case("fused q, k and v alone", "phi3, fused, longrope, part of the features", targets=("qkv_proj",), dropout=0.2),
     _case("q and v, dropout", "qwen2, qkv bias, tied head", targets=("q_proj", "v_proj"), dropout=0.2),
     _case("top block's down alone", "gemma3", targets=("2.mlp.down_proj",)),
     _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
@@ -122,7 +127,56 @@ CASES = (
     _case("shared prefix", "llama", shared=5),
     _case("shared prefix, recompute block", "gemma3", shared=7, recompute="block"),
     _case("shared prefix, recompute mlp", "mistral, window", shared=6, recompute="mlp"),
+    _case("shared prefix, scaled queries", "ministral3, scaled queries", shared=5),
+    _case("shared prefix, capped", "gemma2, capped", targets=ALL_LINEAR_AND_HEAD, shared=5),
     _case("shared prefix of one document", "qwen3, q/k norm", documents=(6,), shared=3),
+    _case("shared prefix, short convolutions", "lfm2, short convolutions", shared=5, recompute="block"),
+    _case("shared prefix shorter than the taps", "lfm2, biases, attention above", shared=2),
+    _case("documents shorter than the taps", "lfm2, biases, attention above", documents=(2, 1, 7, 2), shared=4),
+    _case("short convolutions, out of one alone", "lfm2, short convolutions", targets=("2.conv.out_proj",)),
+    _case(
+        "short convolutions, w2 and in of one",
+        "lfm2, short convolutions",
+        targets=("1.feed_forward.w2", "2.conv.in_proj"),
+    ),
+    _case(
+        "shared keys, k of the lender alone", "gemma4, shared keys, inputs of layers", targets=("0.self_attn.k_proj",)
+    ),
+    _case(
+        "shared keys, v of the lender alone, recompute block",
+        "gemma4, shared keys, inputs of layers",
+        targets=("1.self_attn.v_proj",),
+        recompute="block",
+    ),
+    _case("shared prefix, shared keys", "gemma4, shared keys, inputs of layers", shared=5, recompute="block"),
+    _case("users of lent keys alone", "gemma4, shared keys, inputs of layers", targets=("4.self_attn.q_proj",)),
+    _case(
+        "inputs of layers, their gates and projections alone",
+        "gemma4, shared keys, inputs of layers",
+        targets=("per_layer_input_gate", "per_layer_projection"),
+        dropout=0.2,
+    ),
+    _case(
+        "inputs of layers, last projection alone",
+        "gemma4, shared keys, inputs of layers",
+        targets=("5.per_layer_projection",),
+    ),
+    _case(
+        "inputs of layers, what makes them alone",
+        "gemma4, shared keys, inputs of layers",
+        targets=("per_layer_model_projection",),
+        dropout=0.2,
+        recompute="mlp",
+    ),
+    _case("values made of keys, shared prefix", "gemma4, values made of keys", shared=3),
+    _case("shared prefix, delta rule", "qwen3.5, delta rule and gated attention", shared=5, recompute="block"),
+    _case("shared prefix shorter than the delta rule's taps", "qwen3.5, delta rule and gated attention", shared=1),
+    _case("several chunks of the delta rule", "qwen3.5, delta rule and gated attention", documents=(70, 5), shared=3),
+    _case(
+        "delta rule, in_proj_a of the top one alone",
+        "qwen3.5, delta rule and gated attention",
+        targets=("2.linear_attn.in_proj_a",),
+    ),
     _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
     _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
@@ -187,8 +241,141 @@ def _bases_swapped(config: DecoderConfig) -> DecoderConfig:
     return replace(config, rotary=config.rotary[::-1])
 
 
+def _flipped(inputs: DecoderInputs) -> DecoderGrads:
+    """The step with the taps of every convolution in reverse."""
+    weights = inputs.decoder.weights
+    blocks = [block if block.conv is None else replace(block, conv=block.conv.flip(2)) for block in weights.blocks]
+    decoder = Decoder(inputs.decoder.config, replace(weights, blocks=blocks), recompute=inputs.decoder.recompute)
+    decoder.attach(inputs.lora)
+    grads = _redo(inputs, decoder=decoder)
+    inputs.decoder.attach(inputs.lora)
+    return grads
+
+
+def _turned_everywhere(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, layers=tuple(replace(layer, rotary=layer.rotary or 0) for layer in config.layers))
+
+
 def _unscaled_rotary(config: DecoderConfig) -> DecoderConfig:
     return replace(config, rotary=tuple(replace(rotary, scaling=None) for rotary in config.rotary))
+
+
+def _not_lengthened(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, rotary=tuple(replace(rotary, attention_factor=1.0) for rotary in config.rotary))
+
+
+def _in_halves(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, rotary=tuple(replace(rotary, interleaved=False) for rotary in config.rotary))
+
+
+def _not_scaled(config: DecoderConfig) -> DecoderConfig:
+    return replace(config, query_scaling=None)
+
+
+def _all_turned(config: DecoderConfig) -> DecoderConfig:
+    """Every feature by the plain rule, which has a frequency for each pair."""
+    plain = (
+        rotary if rotary.features is None else replace(rotary, features=None, scaling=None) for rotary in config.rotary
+    )
+    return replace(config, rotary=tuple(plain))
+
+
+def _as_long(config: DecoderConfig) -> DecoderConfig:
+    """The list of factors for long documents for all."""
+    sets = []
+    for rotary in config.rotary:
+        scaling = dict(rotary.scaling or ())
+        if "long_factor" in scaling:
+            scaling |= {"original_max_position_embeddings": 0}
+        sets.append(replace(rotary, scaling=tuple(scaling.items()) or None))
+    return replace(config, rotary=tuple(sets))
+
+
+class _LastUserAlone(Carried):
+    """Takes the gradient of one user of keys and values, the one that comes last, for that of all."""
+
+    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+        self.returned(layer)
+        super().give_back(layer, d_k, d_v)
+
+
+class _FirstUserAlone(Carried):
+    """Likewise the one that comes first."""
+
+    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+        if self.held(layer) is None:
+            super().give_back(layer, d_k, d_v)
+
+
+class _NoUser(Carried):
+    """The layer that made keys and values is taken for the only one that uses them."""
+
+    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+        pass
+
+
+class _KeysAlone(Carried):
+    """The gradient of shared values is forgotten."""
+
+    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+        super().give_back(layer, d_k, torch.zeros_like(d_v))
+
+
+class _LastLayersInput(Carried):
+    """The gradient of the layers' inputs is kept of one layer alone."""
+
+    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+        super().give_back(layer, d_k, d_v)
+        if self.d_inputs is not None:
+            self.d_inputs[:, layer + 1 :] = 0.0
+
+
+def _carrying(inputs: DecoderInputs, kind: type[Carried]) -> DecoderGrads:
+    """The step with another way to carry what layers share."""
+
+    class Other(Decoder):
+        def carried(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[Carried | None, Any]:
+            right, begin = super().carried(token_ids, dropout_seed)
+            return (None if right is None else kind(right.lenders, right.inputs)), begin
+
+    decoder = Other(inputs.decoder.config, inputs.decoder.weights, recompute=inputs.decoder.recompute)
+    decoder.attach(inputs.lora)
+    grads = _redo(inputs, decoder=decoder)
+    inputs.decoder.attach(inputs.lora)
+    return grads
+
+
+def _other_lender(config: DecoderConfig) -> DecoderConfig:
+    """Layers that share take the windows of the other kind."""
+    layers = tuple(
+        layer if layer.keys_of is None else replace(layer, window=WINDOW if layer.window is None else None)
+        for layer in config.layers
+    )
+    return replace(config, layers=layers)
+
+
+def _all_standing_turned(config: DecoderConfig) -> DecoderConfig:
+    """Pairs that stand still by the rule `proportional` turn like the others."""
+    whole = (("rope_type", "proportional"), ("share", 1.0), ("factor", 1.0))
+    standing = [dict(rotary.scaling or ()).get("rope_type") == "proportional" for rotary in config.rotary]
+    rules = zip(config.rotary, standing, strict=True)
+    return replace(
+        config, rotary=tuple(replace(rotary, scaling=whole) if stands else rotary for rotary, stands in rules)
+    )
+
+
+def _layers_unscaled(inputs: DecoderInputs) -> DecoderGrads:
+    """The step without the layers' scalars."""
+    weights = inputs.decoder.weights
+    blocks = [
+        block if block.layer_scalar is None else replace(block, layer_scalar=torch.ones_like(block.layer_scalar))
+        for block in weights.blocks
+    ]
+    decoder = Decoder(inputs.decoder.config, replace(weights, blocks=blocks), recompute=inputs.decoder.recompute)
+    decoder.attach(inputs.lora)
+    grads = _redo(inputs, decoder=decoder)
+    inputs.decoder.attach(inputs.lora)
+    return grads
 
 
 def _per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Tensor, ...]:
@@ -215,11 +402,37 @@ MUTANTS = (
     Mutant("head's dropout ignored", "d_lora_B", lambda _g, s, _right: _head_without_dropout(s).d_lora_B),
     Mutant("window off by one", "d_lora_A", lambda _g, s, _right: _as_family(s, _wider).d_lora_A),
     Mutant("rotary bases swapped", "d_lora_A", lambda _g, s, _right: _as_family(s, _bases_swapped).d_lora_A),
+    Mutant("taps reversed", "d_lora_A", lambda _g, s, _right: _flipped(s).d_lora_A),
+    Mutant("last user of keys alone", "d_lora_A", lambda _g, s, _right: _carrying(s, _LastUserAlone).d_lora_A),
+    Mutant("last user of keys alone", "d_lora_B", lambda _g, s, _right: _carrying(s, _LastUserAlone).d_lora_B),
+    Mutant("first user of keys alone", "d_lora_B", lambda _g, s, _right: _carrying(s, _FirstUserAlone).d_lora_B),
+    Mutant("keys without users", "d_lora_A", lambda _g, s, _right: _carrying(s, _NoUser).d_lora_A),
+    Mutant("users' values forgotten", "d_lora_B", lambda _g, s, _right: _carrying(s, _KeysAlone).d_lora_B),
+    Mutant("inputs of some layers", "d_lora_A", lambda _g, s, _right: _carrying(s, _LastLayersInput).d_lora_A),
+    Mutant("windows of the other kind", "d_lora_A", lambda _g, s, _right: _as_family(s, _other_lender).d_lora_A),
+    Mutant("standing pairs turned", "d_lora_B", lambda _g, s, _right: _as_family(s, _all_standing_turned).d_lora_B),
+    Mutant("layer scalars ignored", "d_lora_A", lambda _g, s, _right: _layers_unscaled(s).d_lora_A),
+    Mutant("turned without rotary", "d_lora_A", lambda _g, s, _right: _as_family(s, _turned_everywhere).d_lora_A),
     Mutant("rotary scaling ignored", "d_lora_B", lambda _g, s, _right: _as_family(s, _unscaled_rotary).d_lora_B),
+    Mutant("attention factor ignored", "d_lora_A", lambda _g, s, _right: _as_family(s, _not_lengthened).d_lora_A),
+    Mutant("halves turned for neighbours", "d_lora_A", lambda _g, s, _right: _as_family(s, _in_halves).d_lora_A),
+    Mutant("queries not scaled", "d_lora_B", lambda _g, s, _right: _as_family(s, _not_scaled).d_lora_B),
+    Mutant("every feature turned", "d_lora_A", lambda _g, s, _right: _as_family(s, _all_turned).d_lora_A),
+    Mutant("short documents turned as long ones", "d_lora_B", lambda _g, s, _right: _as_family(s, _as_long).d_lora_B),
     Mutant(
         "embedding scaling ignored",
         "d_lora_A",
         lambda _g, s, _right: _as_family(s, lambda config: replace(config, embedding_scaling=1.0)).d_lora_A,
+    ),
+    Mutant(
+        "rule for logits ignored",
+        "d_lora_A",
+        lambda _g, s, _right: _as_family(s, lambda config: replace(config, logits=PLAIN)).d_lora_A,
+    ),
+    Mutant(
+        "residual multiplier ignored",
+        "d_lora_B",
+        lambda _g, s, _right: _as_family(s, lambda config: replace(config, residual_multiplier=1.0)).d_lora_B,
     ),
     Mutant(
         "1 + weight read as weight",

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.block_adapter import EMBEDDING
-from backhand.nn.decoder import HEAD, Decoder
-from backhand.nn.decoder_weights import module_shapes
-from backhand.nn.family import DecoderConfig
+from backhand.nn.decoder.adapted_group import EMBEDDING
+from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 from backhand.verify.cases.block import DROPOUT_SEED, rotated_where_alike
 from backhand.verify.cases.decoder import LOSS_SCALING, DecoderInputs
-from backhand.verify.families import FAMILIES, adapter_slots, engine_weights, random_batch, random_weights
+from backhand.verify.model_setup import FAMILIES, adapter_slots, engine_weights, random_batch, random_weights
 from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
 
 DOCUMENTS = (9, 5, 1, 11)
@@ -61,7 +61,10 @@ def _slots(
     config: DecoderConfig, targets: tuple[str, ...], dropout: float, use_dora: bool, lora_bias: bool
 ) -> dict[str, LoRASlot]:
     slots = adapter_slots(config, targets, dropout)
-    slots = {name: replace(slot, use_dora=use_dora, lora_bias=lora_bias) for name, slot in slots.items()}
+    slots = {
+        name: slot if slot.experts else replace(slot, use_dora=use_dora, lora_bias=lora_bias)
+        for name, slot in slots.items()
+    }
     if EMBEDDING.endswith(targets):
         vocab, hidden = config.vocab_size, config.hidden_size
         slots[EMBEDDING] = LoRASlot(EMBEDDING, vocab, hidden, 3, 1.3, 0.0, use_dora, embedding=True)
@@ -155,6 +158,9 @@ CASES = (
     _case("DoRA, dropout, recompute mlp", "qwen3, q/k norm", use_dora=True, dropout=0.2, recompute="mlp"),
     _case("DoRA, dropout, recompute block", "gemma3", use_dora=True, dropout=0.2, recompute="block"),
     _case("DoRA, some modules, head too", "llama", use_dora=True, targets=("k_proj", "gate_proj", "o_proj", HEAD)),
+    _case("DoRA, scaled logits", "granite, four multipliers", use_dora=True, targets=("v_proj", HEAD)),
+    _case("scaled logits, tied token rows", "granite, four multipliers", tokens=(7, 2, 11), targets=("v_proj",)),
+    _case("DoRA, capped logits", "gemma2, capped", use_dora=True, targets=("v_proj", HEAD)),
     _case("lora_bias", "llama", lora_bias=True, targets=("_proj", HEAD)),
     _case("lora_bias, biases, dropout", "qwen2, qkv bias, tied head", lora_bias=True, dropout=0.2),
     _case("embedding", "gemma3", targets=("embed_tokens", "v_proj")),
@@ -163,6 +169,80 @@ CASES = (
     _case("tied head in full", TIED, whole=("lm_head.weight",), targets=("q_proj",)),
     _case("tied table in full", TIED, whole=("embed_tokens.weight",), targets=("q_proj",)),
     _case("every norm", "gemma3", whole=("norm.weight",), targets=("1.mlp.up_proj",)),
+    _case(
+        "every norm, after the halves alone",
+        "olmo2, norms after, q/k norm over all heads",
+        whole=("norm.weight",),
+        targets=("1.mlp.up_proj",),
+    ),
+    _case(
+        "norm after the top block's attention",
+        "olmo3, yarn",
+        whole=("1.post_attention_layernorm.weight",),
+        targets=("1.mlp.down_proj",),
+    ),
+    _case("every norm by GLM's names", "glm4, neighbours turned", whole=("norm.weight",), targets=("1.mlp.down_proj",)),
+    _case(
+        "fused modules in full",
+        "phi3, fused, longrope, part of the features",
+        whole=("0.self_attn.qkv_proj.weight", "1.mlp.gate_up_proj.weight"),
+        targets=("down_proj",),
+    ),
+    _case(
+        "delta rule, DoRA, dropout",
+        "qwen3.5, delta rule and gated attention",
+        targets=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_proj"),
+        use_dora=True,
+        dropout=0.2,
+    ),
+    _case(
+        "every norm, the delta rule's too",
+        "qwen3.5, delta rule and gated attention",
+        whole=("norm.weight",),
+        targets=("2.mlp.up_proj",),
+        shared=4,
+    ),
+    _case(
+        "modules of the delta rule in full",
+        "qwen3.5, delta rule and gated attention",
+        whole=("0.linear_attn.in_proj_qkv.weight", "2.linear_attn.in_proj_b.weight", "2.linear_attn.out_proj.weight"),
+        targets=("in_proj_z",),
+    ),
+    _case(
+        "every norm by LFM2 names", "lfm2, short convolutions", whole=("norm.weight",), targets=("2.feed_forward.w2",)
+    ),
+    _case(
+        "modules around a convolution in full",
+        "lfm2, biases, attention above",
+        whole=("0.conv.in_proj.weight", "0.conv.out_proj.bias", "1.self_attn.out_proj.weight"),
+        targets=("w2",),
+    ),
+    _case(
+        "embedding, from which the inputs of layers come",
+        "gemma4, shared keys, inputs of layers",
+        targets=("embed_tokens", "0.self_attn.k_proj", "per_layer_model_projection"),
+        dropout=0.2,
+    ),
+    _case(
+        "token rows, from which the inputs of layers come",
+        "gemma4, shared keys, inputs of layers",
+        tokens=(7, 2, 11),
+        targets=("4.self_attn.q_proj",),
+        recompute="block",
+    ),
+    _case(
+        "every norm, of lenders and users of keys",
+        "gemma4, shared keys, inputs of layers",
+        whole=("norm.weight",),
+        targets=("5.mlp.up_proj",),
+        shared=4,
+    ),
+    _case(
+        "keys and gates of the layers' inputs in full",
+        "gemma4, shared keys, inputs of layers",
+        whole=("0.self_attn.k_proj.weight", "1.self_attn.v_proj.weight", "3.per_layer_input_gate.weight"),
+        targets=("2.per_layer_projection",),
+    ),
     _case("norms of the top block", "llama", whole=("1.input_layernorm.weight",), targets=("1.mlp.down_proj",)),
     _case(
         "linear modules in full",

@@ -9,12 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.dora import dora_norm
-from backhand.ops.dora_linear import (
-    DoRALinearSaved,
-    dora_linear_backward,
-    dora_linear_forward,
-    dora_linear_reference,
-)
+from backhand.ops.dora_linear import DoRALinearSaved, dora_linear_backward, dora_linear_forward, dora_linear_reference
+from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.case import (
     Backward,
@@ -119,7 +115,7 @@ def _through_the_norm(g: Tensor, s: DoRALinearSaved, name: str) -> Tensor:
     factors = {"lora_A": s.lora_A.detach().clone(), "lora_B": s.lora_B.detach().clone()}
     with torch.enable_grad():
         leaf = factors[name].requires_grad_()
-        adapted = s.weight + s.scaling * (factors["lora_B"] @ factors["lora_A"])
+        adapted = frozen_dense(s.weight) + s.scaling * (factors["lora_B"] @ factors["lora_A"])
         rescaled = s.magnitude[:, None] * functional.normalize(adapted, dim=1)
         (gradient,) = torch.autograd.grad(functional.linear(dropped(s.x, s.dropout), rescaled), leaf, g)
     return gradient
@@ -147,5 +143,4 @@ MUTANTS = (
     Mutant("weight transposed", "d_x", lambda g, s, _right: _redo(g, s, weight=transposed_if_square(s.weight)).d_x),
 )
 
-
-PROOFS = (OpProof("dora_linear", dora_linear_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("dora_linear", dora_linear_backward, CASES, MUTANTS, loops=True),)

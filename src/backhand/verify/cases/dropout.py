@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.ops.dropout import (
-    DropoutSaved,
-    dropout_backward,
-    dropout_forward,
-    dropout_mask,
-    dropout_reference,
-)
+from backhand.ops.dropout import DropoutSaved, dropout_backward, dropout_forward, dropout_mask, dropout_reference
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 

@@ -1,4 +1,4 @@
-"""Elementwise activations: cases and mutants of all five."""
+"""Elementwise activations: cases and mutants of all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from backhand.ops.elementwise import SiLUSaved
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 Function = Callable[[Tensor], Tensor]
+
 USUAL: dict[str, Function] = {
     "relu": functional.relu,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "silu": functional.silu,
@@ -82,6 +84,11 @@ OWN_MUTANTS: dict[str, tuple[Mutant, ...]] = {
         Mutant("square forgotten", "d_x", lambda g, s, _right: g * (1 - s.y)),
         Mutant("plus for minus", "d_x", lambda g, s, _right: g * (1 + s.y * s.y)),
         Mutant("y taken for x", "d_x", lambda g, s, _right: g * (1 - torch.tanh(s.y) ** 2)),
+    ),
+    "sigmoid": (
+        Mutant("tanh's slope", "d_x", lambda g, s, _right: g * (1 - s.y * s.y)),
+        Mutant("second factor missing", "d_x", lambda g, s, _right: g * s.y),
+        Mutant("y taken for x", "d_x", lambda g, s, _right: g * torch.sigmoid(s.y) * (1 - torch.sigmoid(s.y))),
     ),
     "gelu": (
         Mutant("density term missing", "d_x", lambda g, s, _right: g * _normal_distribution(s.x)),

@@ -7,17 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward, embedding_forward, embedding_reference
-from backhand.verify.case import (
-    Backward,
-    ByHand,
-    Case,
-    Draw,
-    Mutant,
-    OpProof,
-    Tensors,
-    overwritten,
-    standard_mutants,
-)
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, overwritten, standard_mutants
 
 
 def _case(

@@ -41,6 +41,8 @@ def _case(
     def usual(t: Tensors) -> Tensor:
         if activation == "silu":
             return functional.silu(t["gate"]) * t["up"]
+        if activation == "sigmoid":
+            return torch.sigmoid(t["gate"]) * t["up"]
         return functional.gelu(t["gate"], approximate="tanh") * t["up"]
 
     return Case(name, tensors, by_hand, reference, usual)
@@ -52,9 +54,13 @@ CASES = (
     _case("SwiGLU, documents and rows", "silu", (2, 5)),
     _case("SwiGLU, side by side in one buffer", "silu", (5,), side_by_side=True),
     _case("GeGLU, side by side in one buffer", "gelu_tanh", (2, 5), side_by_side=True),
+    _case("GLU", "sigmoid", (5,)),
+    _case("GLU, side by side in one buffer", "sigmoid", (2, 5), side_by_side=True),
+    _case("GLU, saturated", "sigmoid", (5,), size=20.0),
     _case("SwiGLU, saturated", "silu", (5,), size=30.0),
     _case("GeGLU, saturated", "gelu_tanh", (5,), size=30.0),
     _case("SwiGLU, several chunks", "silu", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    _case("GeGLU, many columns", "gelu_tanh", (5,), 83, side_by_side=True),
     _case("SwiGLU, one row", "silu", (1,)),
     _case("GeGLU, one row", "gelu_tanh", (1,)),
     _case("SwiGLU, no rows", "silu", (0,)),
@@ -63,12 +69,14 @@ CASES = (
 
 
 def _value(s: GLUSaved) -> Tensor:
+    if s.activation == "sigmoid":
+        return torch.sigmoid(s.gate)
     return functional.silu(s.gate) if s.activation == "silu" else functional.gelu(s.gate, approximate="tanh")
 
 
 def _gelu_slope_without_inner(s: GLUSaved) -> Tensor:
     """The tanh form's slope with the derivative of its argument forgotten; for SiLU σ alone."""
-    if s.activation == "silu":
+    if s.activation != "gelu_tanh":
         return torch.sigmoid(s.gate)
     t = 2 * _value(s) / s.gate - 1
     return (1 + t) / 2 + s.gate * (1 - t * t) / 2
@@ -91,4 +99,4 @@ MUTANTS = (
     Mutant("rows reversed", "d_up", lambda g, s, _right: g.flip(0) * _value(s)),
 )
 
-PROOFS = (OpProof("glu", glu_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("glu", glu_backward, CASES, MUTANTS, loops=True),)

@@ -11,8 +11,10 @@ from torch.nn import functional
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.ops.linear_cross_entropy import (
     CHUNK_ROWS,
+    PLAIN,
     HeadFactors,
     LinearCrossEntropyGrads,
+    LogitsRule,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_reference,
@@ -32,6 +34,7 @@ class _Inputs(NamedTuple):
     targets: Tensor
     head: HeadFactors | None
     multiplier: float
+    rule: LogitsRule
 
     @property
     def mask(self) -> Tensor:
@@ -57,6 +60,7 @@ def _case(
     size: float = 1.0,
     masked: bool = False,
     dropout: Dropout | None = None,
+    rule: LogitsRule = PLAIN,
 ) -> Case:
     draw = Draw(f"linear_cross_entropy: {name}")
     labels = draw.integers(vocab, rows)
@@ -74,12 +78,12 @@ def _case(
     def inputs(t: Tensors) -> _Inputs:
         places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
         head = None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING, dropout)
-        return _Inputs(t["x"][places], t["weight"], targets, head, float(t["d_y"]))
+        return _Inputs(t["x"][places], t["weight"], targets, head, float(t["d_y"]), rule)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         given = inputs(t)
         if dropout is None:
-            losses = linear_cross_entropy_forward(*given[:4])
+            losses = linear_cross_entropy_forward(*given[:4], rule)
         else:  # the forward alone is the evaluation, which has no dropout
             losses, _ = linear_cross_entropy_backward(*given)
         grads = backward(t["d_y"], given)
@@ -91,8 +95,8 @@ def _case(
     def reference(t: Tensors) -> Tensor:
         given = inputs(t)
         if dropout is None:
-            return linear_cross_entropy_reference(*given[:4])
-        return functional.cross_entropy(_reference_logits(given), given.targets, reduction="none")
+            return linear_cross_entropy_reference(*given[:4], rule)
+        return functional.cross_entropy(_ruled(_reference_logits(given), rule), given.targets, reduction="none")
 
     def usual(t: Tensors) -> Tensor:
         given = inputs(t)
@@ -100,7 +104,7 @@ def _case(
         if given.head is not None:
             h = functional.linear(given.x if dropout is None else given.x * given.mask, given.head.lora_A)
             logits = logits + functional.linear(h, given.head.lora_B) * SCALING
-        return functional.cross_entropy(logits.float(), given.targets, reduction="none")
+        return functional.cross_entropy(_ruled(logits, rule).float(), given.targets, reduction="none")
 
     return Case(name, tensors, by_hand, reference, usual)
 
@@ -112,11 +116,17 @@ def _reference_logits(given: _Inputs) -> Tensor:
     return torch.einsum("nh,nvh->nv", given.x, given.weight + delta)
 
 
+def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
+    logits = logits * rule.scaling
+    return logits if rule.cap is None else torch.tanh(logits / rule.cap) * rule.cap
+
+
 CASES = (
     _case("rows", 6),
     _case("adapted head", 6, rank=3),
     _case("masked labels", 9, masked=True),
     _case("masked labels, adapted head", 9, rank=2, masked=True),
+    _case("wide vocabulary", 3, vocab=4133),
     _case("several chunks", CHUNK_ROWS + 3, rank=3),
     _case("exactly one chunk", CHUNK_ROWS),
     _case("large logits", 6, size=300.0, rank=2),
@@ -129,24 +139,39 @@ CASES = (
     _case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
     _case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
     _case("no rows", 0, rank=3),
+    _case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
+    _case("capped logits", 6, rule=LogitsRule(cap=2.5)),
+    _case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
+    _case(
+        "scaled and capped logits, dropout", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3), rule=LogitsRule(1.4, 3.1)
+    ),
+    _case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
     _case("training size", 67, 48, 353, 8),
 )
 
 
-def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0) -> Tensor:
+def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool = True) -> Tensor:
     """D, (rows, vocab), from full logits."""
     logits = s.x @ s.weight.T
     if s.head is not None:
         logits = logits + s.head.scaling * (s.x * s.mask) @ s.head.lora_A.T @ s.head.lora_B.T
+    logits = _ruled(logits, s.rule)
     d = torch.softmax(logits, dim=-1)
     if one_hot:
         d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
-    return s.multiplier * d
+    if slope and s.rule.cap is not None:
+        d = d * (1 - (logits / s.rule.cap) ** 2)
+    return s.multiplier * s.rule.scaling * d
 
 
-def _d_h(s: _Inputs) -> Tensor:
+def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
     assert s.head is not None
-    return s.head.scaling * _d_logits(s) @ s.head.lora_B
+    return s.head.scaling * _d_logits(s, slope=slope) @ s.head.lora_B
+
+
+def _d_x(s: _Inputs, *, slope: bool = True) -> Tensor:
+    d_x = _d_logits(s, slope=slope) @ s.weight
+    return d_x if s.head is None else d_x + s.mask * (_d_h(s, slope=slope) @ s.head.lora_A)
 
 
 def _low_rank_d_x(s: _Inputs) -> Tensor:
@@ -158,6 +183,11 @@ def _d_lora_B(s: _Inputs, mask: Tensor) -> Tensor:
     """s Dᵀ h with another mask in h than in the logits."""
     assert s.head is not None
     return s.head.scaling * _d_logits(s).T @ ((s.x * mask) @ s.head.lora_A.T)
+
+
+def _plain_softmax(s: _Inputs) -> Any:
+    right = _backward(s.x, s._replace(rule=s.rule._replace(scaling=1.0))).d_lora_B
+    return None if right is None else s.rule.scaling * right
 
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
@@ -194,6 +224,12 @@ MUTANTS = (
     Mutant("multiplier forgotten", "d_x", lambda _g, s, _right: _unscaled(s).d_x),
     Mutant("multiplier forgotten", "d_lora_A", lambda _g, s, _right: _unscaled(s).d_lora_A),
     Mutant("multiplier forgotten", "d_lora_B", lambda _g, s, _right: _unscaled(s).d_lora_B),
+    Mutant("cap's slope missing", "d_x", lambda _g, s, _right: _d_x(s, slope=False)),
+    Mutant("cap's slope missing", "d_lora_A", lambda _g, s, _right: _d_h(s, slope=False).T @ (s.x * s.mask)),
+    Mutant("logits' multiplier forgotten", "d_x", lambda _g, s, right: right.d_x / s.rule.scaling),
+    Mutant("logits' multiplier forgotten", "d_lora_A", lambda _g, s, right: right.d_lora_A / s.rule.scaling),
+    Mutant("logits' multiplier forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / s.rule.scaling),
+    Mutant("logits' multiplier left out of the softmax", "d_lora_B", lambda _g, s, _right: _plain_softmax(s)),
     Mutant("mean for sum", "d_x", lambda _g, s, right: right.d_x / max(s.x.shape[0], 1)),
     Mutant("scaling forgotten", "d_lora_A", lambda _g, s, right: right.d_lora_A / _head_scaling(s)),
     Mutant("scaling forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / _head_scaling(s)),
@@ -216,4 +252,4 @@ MUTANTS = (
     Mutant("mask of another seed", "d_lora_B", lambda _g, s, _right: _backward(s.x, _next_seed(s)).d_lora_B),
 )
 
-PROOFS = (OpProof("linear_cross_entropy", _backward, CASES, MUTANTS),)
+PROOFS = (OpProof("linear_cross_entropy", _backward, CASES, MUTANTS, loops=True),)

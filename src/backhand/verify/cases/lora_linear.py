@@ -1,4 +1,4 @@
-"""LoRA linear: cases and mutants. The mutants' formulas stand beside the right ones in `ops/lora_linear.py`."""
+"""LoRA linear, alone and in a group: cases and mutants; the right formulas stand in `ops/lora_linear.py`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from torch.nn import functional
 
 from backhand.ops.lora_linear import (
     Dropout,
+    Factors,
+    LoRAGroupSaved,
     LoRASaved,
     lora_linear_backward,
     lora_linear_forward,
+    lora_linear_group_backward,
+    lora_linear_group_forward,
+    lora_linear_group_reference,
     lora_linear_reference,
     multiplier,
 )
@@ -33,12 +38,18 @@ from backhand.verify.case import (
 )
 
 SCALING = 1.7
+START = 0.5
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x after dropout, in its own shape."""
     mask = multiplier(x, dropout)
     return x if mask is None else x * mask.view(x.shape)
+
+
+def _receiver(factor: Tensor) -> Tensor:
+    """A gradient buffer in which something stands already, float32 or wider as in training."""
+    return torch.full_like(factor, START, dtype=torch.promote_types(factor.dtype, torch.float32))
 
 
 def _case(
@@ -53,6 +64,7 @@ def _case(
     dropout: Dropout | None = None,
     input_gradient: bool = True,
     strided: bool = False,
+    accumulated: bool = False,
 ) -> Case:
     draw = Draw(f"lora_linear: {name}")
     tensors = {
@@ -74,8 +86,10 @@ def _case(
         y, saved = lora_linear_forward(
             t["x"], t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], SCALING, dropout, t.get("residual")
         )
-        grads = backward(t["d_y"], saved, input_gradient=input_gradient)
-        gradients = {"lora_A": grads.d_lora_A, "lora_B": grads.d_lora_B}
+        into = (_receiver(t["lora_A"]), _receiver(t["lora_B"])) if accumulated else None
+        grads = backward(t["d_y"], saved, input_gradient=input_gradient, into=into)
+        before = START if accumulated else 0.0
+        gradients = {"lora_A": grads.d_lora_A - before, "lora_B": grads.d_lora_B - before}
         return ByHand(y, gradients | {"x": grads.d_x} if input_gradient else gradients)
 
     def reference(t: Tensors) -> Tensor:
@@ -112,6 +126,9 @@ CASES = (
     _case("no rows", (0,), bias=True),
     _case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
     _case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
+    _case("added to what is there", (5,), accumulated=True),
+    _case("added, rank 1, dropout", (5,), rank=1, dropout=Dropout(0.4, 17), accumulated=True),
+    _case("added, several blocks", (139,), 141, 35, 19, accumulated=True),
 )
 
 
@@ -156,4 +173,146 @@ def _next_seed(saved: LoRASaved) -> Dropout | None:
     return saved.dropout and saved.dropout._replace(seed=saved.dropout.seed + 1)
 
 
-PROOFS = (OpProof("lora_linear", lora_linear_backward, CASES, MUTANTS),)
+# ---------------------------------------------------------------------------------------------------------------------
+# Several that share their input.
+
+
+SCALINGS = (1.7, 0.6, 2.3)
+
+
+def _group_case(
+    name: str,
+    lead: tuple[int, ...],
+    sizes: tuple[int, ...] = (6, 4, 9),
+    ranks: tuple[int | None, ...] = (3, 2, 5),
+    inputs: int = 7,
+    *,
+    bias: bool = False,
+    dropout: Dropout | None = None,
+    input_gradient: bool = True,
+    accumulated: bool = False,
+) -> Case:
+    draw = Draw(f"lora_linear_group: {name}")
+    tensors = {
+        "x": draw.normal(*lead, inputs),
+        "weight": draw.normal(sum(sizes), inputs),
+        "d_y": draw.normal(*lead, sum(sizes)),
+    }
+    if bias:
+        tensors["bias"] = draw.normal(sum(sizes))
+    for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
+        if rank is not None:
+            tensors[f"lora_A {i}"] = draw.normal(rank, inputs)
+            tensors[f"lora_B {i}"] = draw.normal(size, rank)
+
+    def factors(t: Tensors) -> list[Factors | None]:
+        return [
+            None if rank is None else Factors(t[f"lora_A {i}"], t[f"lora_B {i}"], SCALINGS[i])
+            for i, rank in enumerate(ranks)
+        ]
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        y, saved = lora_linear_group_forward(t["x"], t["weight"], t.get("bias"), sizes, factors(t), dropout)
+        into = [member and (_receiver(member.lora_A), _receiver(member.lora_B)) for member in factors(t)]
+        grads = backward(t["d_y"], saved, input_gradient=input_gradient, into=into if accumulated else None)
+        before = START if accumulated else 0.0
+        gradients: Tensors = {"x": grads.d_x} if input_gradient else {}
+        for i, (d_A, d_B) in enumerate(zip(grads.d_lora_A, grads.d_lora_B, strict=True)):
+            if d_A is not None:
+                gradients |= {f"lora_A {i}": d_A - before, f"lora_B {i}": d_B - before}
+        return ByHand(y, gradients)
+
+    def reference(t: Tensors) -> Tensor:
+        mask = multiplier(t["x"], dropout)
+        return lora_linear_group_reference(t["x"], t["weight"], t.get("bias"), sizes, factors(t), mask)
+
+    def usual(t: Tensors) -> Tensor:
+        x = dropped(t["x"], dropout)
+        outputs = list(functional.linear(t["x"], t["weight"], t.get("bias")).split(sizes, dim=-1))
+        for i, member in enumerate(factors(t)):
+            if member is not None:
+                h = functional.linear(x, member.lora_A)
+                outputs[i] = outputs[i] + functional.linear(h, member.lora_B) * member.scaling
+        return torch.cat(outputs, dim=-1)
+
+    return Case(name, tensors, by_hand, reference, usual)
+
+
+GROUP_CASES = (
+    _group_case("three members", (5,)),
+    _group_case("documents and rows", (2, 5)),
+    _group_case("bias", (5,), bias=True),
+    _group_case("dropout", (5,), dropout=Dropout(0.4, 17)),
+    _group_case("dropout, bias", (2, 5), bias=True, dropout=Dropout(0.25, 99)),
+    _group_case("only the last adapted", (5,), ranks=(None, None, 4), dropout=Dropout(0.4, 3)),
+    _group_case("first and last adapted", (5,), ranks=(3, None, 2)),
+    _group_case("none adapted", (5,), ranks=(None, None, None), bias=True, dropout=Dropout(0.4, 3)),
+    _group_case("members of one shape", (5,), sizes=(6, 6), ranks=(3, 3)),
+    _group_case("no input gradient", (5,), input_gradient=False, dropout=Dropout(0.4, 4)),
+    _group_case("one row", (1,)),
+    _group_case("no rows", (0,), bias=True, dropout=Dropout(0.4, 4)),
+    _group_case("training size", (67,), sizes=(96, 40, 48), ranks=(8, 6, 4), inputs=88, dropout=Dropout(0.1, 5)),
+    _group_case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
+    _group_case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
+)
+
+
+def _again(d_y: Tensor, saved: LoRAGroupSaved, **changes: Any) -> Any:
+    """The right backward on changed saved values."""
+    return lora_linear_group_backward(d_y, saved._replace(**changes))
+
+
+def _with_scalings(saved: LoRAGroupSaved, scalings: list[float]) -> tuple[Factors | None, ...]:
+    return tuple(
+        None if member is None else member._replace(scaling=scaling)
+        for member, scaling in zip(saved.factors, scalings, strict=True)
+    )
+
+
+def _unscaled(saved: LoRAGroupSaved) -> tuple[Factors | None, ...]:
+    return _with_scalings(saved, [1.0] * len(saved.factors))
+
+
+def _of_the_first(saved: LoRAGroupSaved) -> tuple[Factors | None, ...]:
+    """Every member with the first adapted member's scaling."""
+    first = next((member.scaling for member in saved.factors if member is not None), 1.0)
+    return _with_scalings(saved, [first] * len(saved.factors))
+
+
+def _one_member_only(d_y: Tensor, saved: LoRAGroupSaved) -> Tensor:
+    """d_x from the frozen weights and the first member's adapter: the others' low-rank terms missing."""
+    others = [None] * (len(saved.factors) - 1)
+    first = saved.factors[0]
+    h = saved.h[..., : 0 if first is None else first.lora_A.shape[0]]
+    d_x: Tensor = _again(d_y, saved, factors=(first, *others), h=h).d_x
+    return d_x
+
+
+def _backwards_if_alike(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The members' gradients in reverse order, where no shape gives it away."""
+    shapes = {None if gradient is None else gradient.shape for gradient in gradients}
+    return gradients[::-1] if len(shapes) == 1 else gradients
+
+
+GROUP_MUTANTS = (
+    *standard_mutants("d_x", "d_lora_A", "d_lora_B"),
+    Mutant("scaling forgotten", "d_x", lambda g, s, _right: _again(g, s, factors=_unscaled(s)).d_x),
+    Mutant("scaling forgotten", "d_lora_A", lambda g, s, _right: _again(g, s, factors=_unscaled(s)).d_lora_A),
+    Mutant("scaling forgotten", "d_lora_B", lambda g, s, _right: _again(g, s, factors=_unscaled(s)).d_lora_B),
+    Mutant("one scaling for all", "d_lora_A", lambda g, s, _right: _again(g, s, factors=_of_the_first(s)).d_lora_A),
+    Mutant("one scaling for all", "d_lora_B", lambda g, s, _right: _again(g, s, factors=_of_the_first(s)).d_lora_B),
+    Mutant("low-rank terms missing", "d_x", lambda g, s, _right: g @ s.weight),
+    Mutant("first member's low-rank term only", "d_x", lambda g, s, _right: _one_member_only(g, s)),
+    Mutant("members swapped", "d_lora_A", lambda _g, _s, right: _backwards_if_alike(right.d_lora_A)),
+    Mutant("members swapped", "d_lora_B", lambda _g, _s, right: _backwards_if_alike(right.d_lora_B)),
+    Mutant("rows reversed", "d_lora_A", lambda g, s, _right: _again(rows_reversed(g), s).d_lora_A),
+    Mutant("rows reversed", "d_lora_B", lambda g, s, _right: _again(rows_reversed(g), s).d_lora_B),
+    Mutant("mask ignored", "d_x", lambda g, s, _right: _again(g, s, dropout=None).d_x),
+    Mutant("mask ignored", "d_lora_A", lambda g, s, _right: _again(g, s, dropout=None).d_lora_A),
+    *mean_mutants("d_lora_B"),
+)
+
+PROOFS = (
+    OpProof("lora_linear", lora_linear_backward, CASES, MUTANTS, loops=True),
+    OpProof("lora_linear_group", lora_linear_group_backward, GROUP_CASES, GROUP_MUTANTS, loops=True),
+)

@@ -33,27 +33,36 @@ def _case(
     size: float = 1.0,
     weight_gradient: bool = True,
     into_buffer: bool = False,
+    residual: bool = False,
 ) -> Case:
     draw = Draw(f"rms_norm: {name}")
     tensors = {
         "x": draw.normal(*lead, columns, size=size),
         "weight": draw.normal(columns),
-        "d_y": draw.normal(*lead, columns),
+        # With a residual the stream goes around the norm as well: y is both, side by side.
+        "d_y": draw.normal(*lead, 2 * columns if residual else columns),
     }
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         used = torch.full_like(t["x"], math.nan) if into_buffer else None
         y, saved = rms_norm_forward(t["x"], t["weight"], eps, offset, out=used)
-        grads = backward(t["d_y"], saved, weight_gradient=weight_gradient)
+        if residual:
+            d_y, around = t["d_y"].split(columns, dim=-1)
+            grads = backward(d_y, saved, weight_gradient=weight_gradient, residual=around.contiguous())
+            y = torch.cat([y, t["x"]], dim=-1)
+        else:
+            grads = backward(t["d_y"], saved, weight_gradient=weight_gradient)
         return ByHand(y, {"x": grads.d_x} | ({"weight": grads.d_weight} if weight_gradient else {}))
 
     def reference(t: Tensors) -> Tensor:
-        return rms_norm_reference(t["x"], t["weight"], eps, offset)
+        y = rms_norm_reference(t["x"], t["weight"], eps, offset)
+        return torch.cat([y, t["x"]], dim=-1) if residual else y
 
     def usual(t: Tensors) -> Tensor:
         wide = t["x"].float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return ((t["weight"].float() + offset) * normed).to(t["x"].dtype)
+        y = ((t["weight"].float() + offset) * normed).to(t["x"].dtype)
+        return torch.cat([y, t["x"]], dim=-1) if residual else y
 
     return Case(name, tensors, by_hand, reference, usual)
 
@@ -67,6 +76,7 @@ CASES = (
     _case("large x", (5,), size=1e4, eps=1e-6, offset=1.0),
     _case("frozen weight", (5,), weight_gradient=False),
     _case("into a used buffer", (5,), offset=1.0, into_buffer=True),
+    _case("with a residual", (5,), 83, residual=True),
     _case("one column", (5,), 1),
     _case("one row", (1,)),
     _case("no rows", (0,)),
@@ -106,4 +116,4 @@ MUTANTS = (
     Mutant("rows reversed", "d_weight", lambda g, s, _right: (flat_rows(g) * flat_rows(_x_hat(s)).flip(0)).sum(0)),
 )
 
-PROOFS = (OpProof("rms_norm", rms_norm_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("rms_norm", rms_norm_backward, CASES, MUTANTS, loops=True),)

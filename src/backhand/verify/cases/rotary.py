@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward, rotary_reference, rotary_table
+from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward, rotary_reference, rotary_table, times
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 
@@ -16,8 +16,11 @@ def _case(
     head_dim: int = 8,
     *,
     theta: float = 50.0,
-    attention_factor: float = 1.0,
+    attention_factor: float | tuple[float, ...] = 1.0,
     in_place: bool = False,
+    turning: int | None = None,
+    interleaved: bool = False,
+    theta_by_token: bool = False,
 ) -> Case:
     draw = Draw(f"rotary: {name}")
     tensors = {
@@ -27,9 +30,17 @@ def _case(
 
     def table(x: Tensor) -> RotaryTable:
         wide = torch.promote_types(x.dtype, torch.float32)
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=x.device) / head_dim)
+        turned = head_dim if turning is None else turning
+        frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
+        if theta_by_token:
+            frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
         tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
-        return rotary_table(tokens, frequencies.to(wide), attention_factor)
+        factor = attention_factor
+        if isinstance(factor, tuple):
+            return times(
+                rotary_table(tokens, frequencies.to(wide), interleaved=interleaved), torch.tensor(factor).to(x.device)
+            )
+        return rotary_table(tokens, frequencies.to(wide), factor, interleaved=interleaved)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         if not in_place:
@@ -43,9 +54,16 @@ def _case(
         return rotary_reference(t["x"], table(t["x"]))
 
     def usual(t: Tensors) -> Tensor:
-        cos, sin = (torch.cat([half, half], dim=-1)[:, None, :].to(t["x"].dtype) for half in table(t["x"]))
-        first, second = t["x"].chunk(2, dim=-1)
-        return t["x"] * cos + torch.cat([-second, first], dim=-1) * sin
+        cos, sin = (part[:, None, :].to(t["x"].dtype) for part in table(t["x"])[:2])
+        x, rest = t["x"].tensor_split([2 * cos.shape[-1]], dim=-1)
+        if interleaved:
+            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
+            across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+        else:
+            cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
+            first, second = x.chunk(2, dim=-1)
+            across = torch.cat([-second, first], dim=-1)
+        return torch.cat([x * cos + across * sin, rest], dim=-1)
 
     return Case(name, tensors, by_hand, reference, usual)
 
@@ -56,42 +74,59 @@ CASES = (
     _case("far positions", [4000, 4001, 8190], theta=1e6),
     _case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
     _case("in place", [0, 1, 0, 1, 2], in_place=True),
+    _case("wide heads", [0, 1, 2, 7], head_dim=70, theta=1e4, in_place=True),
     _case("two features", [3, 5, 7, 9], head_dim=2),
+    _case("neighbours", [0, 1, 2, 0, 1], interleaved=True),
+    _case("neighbours in place", [2, 3, 0, 1], interleaved=True, in_place=True),
+    _case("some features", [0, 1, 2, 0, 1], turning=6),
+    _case("some features in place", [0, 1, 2, 0, 7], turning=2, in_place=True, attention_factor=0.7),
+    _case("some neighbours", [0, 1, 2, 0, 1], turning=6, interleaved=True),
+    _case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
+    _case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
+    _case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
     _case("one token", [0]),
     _case("no tokens", []),
 )
 
 
-def _turned(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(G₁ cos + G₂ sin, G₂ cos - G₁ sin)."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second = g.chunk(2, dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+def _turned(g: Tensor, table: RotaryTable) -> Tensor:
+    """(G₁ cos + G₂ sin, G₂ cos - G₁ sin) of the features that turn; the others as they are."""
+    cos, sin = table.cos[:, None, :], table.sin[:, None, :]
+    turning = 2 * cos.shape[-1]
+    axis = -1 if table.interleaved else -2
+    pairs = g[..., :turning].unflatten(-1, (-1, 2) if table.interleaved else (2, -1))
+    first, second = pairs.unbind(axis)
+    both = torch.stack([first * cos + second * sin, second * cos - first * sin], dim=axis)
+    return torch.cat([both.flatten(-2), g[..., turning:]], dim=-1)
 
 
-def _interleaved(g: Tensor, saved: RotaryTable) -> Tensor:
-    """Pairs of neighbours turned instead of pairs across the halves."""
-    pairs = torch.cat([g[..., 0::2], g[..., 1::2]], dim=-1)
-    return torch.stack(_turned(pairs, *saved).chunk(2, dim=-1), dim=-1).flatten(-2)
+def _last_not_turned(g: Tensor, table: RotaryTable, right: Tensor) -> Tensor:
+    half = table.cos.shape[-1]
+    return torch.cat([right[..., :half], g[..., half:]], dim=-1)
+
+
+def _spread(g: Tensor, table: RotaryTable) -> Tensor:
+    """As if all features turned: the missing angles are those of the first pairs again."""
+    pairs = torch.arange(g.shape[-1] // 2, device=g.device) % table.cos.shape[-1]
+    return _turned(g, table._replace(cos=table.cos[:, pairs], sin=table.sin[:, pairs]))
+
+
+def _unit(table: RotaryTable) -> Tensor:
+    return torch.hypot(table.cos, table.sin)[:, None, :].mean(-1, keepdim=True)
 
 
 MUTANTS = (
     *standard_mutants("d_x"),
-    Mutant("turned forward again", "d_x", lambda g, s, _right: _turned(g, s.cos, -s.sin)),
+    Mutant("turned forward again", "d_x", lambda g, s, _right: _turned(g, s._replace(sin=-s.sin))),
     Mutant("passed through", "d_x", lambda g, _s, _right: g.clone()),
+    Mutant("second half not turned", "d_x", lambda g, s, right: _last_not_turned(g, s, right.d_x)),
+    Mutant("cos and sin swapped", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
     Mutant(
-        "second half not turned",
-        "d_x",
-        lambda g, _s, right: torch.cat([right.d_x.chunk(2, dim=-1)[0], g.chunk(2, dim=-1)[1]], dim=-1),
+        "positions reversed", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))
     ),
-    Mutant("cos and sin swapped", "d_x", lambda g, s, _right: _turned(g, s.sin, s.cos)),
-    Mutant("positions reversed", "d_x", lambda g, s, _right: _turned(g, s.cos.flip(0), s.sin.flip(0))),
-    Mutant("neighbours paired", "d_x", lambda g, s, _right: _interleaved(g, s)),
-    Mutant(
-        "normalised to unit length",
-        "d_x",
-        lambda _g, s, right: right.d_x / torch.hypot(s.cos, s.sin)[:, None, :].mean(-1, keepdim=True),
-    ),
+    Mutant("the other pairs", "d_x", lambda g, s, _right: _turned(g, s._replace(interleaved=not s.interleaved))),
+    Mutant("every feature turned", "d_x", lambda g, s, _right: _spread(g, s)),
+    Mutant("normalised to unit length", "d_x", lambda _g, s, right: right.d_x / _unit(s)),
 )
 
-PROOFS = (OpProof("rotary", rotary_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("rotary", rotary_backward, CASES, MUTANTS, loops=True),)

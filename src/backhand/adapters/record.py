@@ -1,0 +1,196 @@
+"""backhand.json beside an adapter: what it was made from, by what, and the digests of the files next to it.
+
+Other tools ignore the file. Where it is present, a file that has changed since, a wrong base, tokenizer or chat
+template is an error that names the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.errors import ArtifactError
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
+
+RECORD_VERSION = 1
+_PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The contents of backhand.json.
+
+    Attributes:
+        origin: where the base weights came from: a path, a hub id or a package.
+        base_digest: of the adapted base tensors, see `base_digest`.
+        tokenizer_digest, chat_template_digest: of what turned text into tokens.
+        data_digest, run_digest: of the training rows and the resolved configuration.
+        config: every option of the run that decided the trained numbers, by `table.name`.
+        packages: versions that wrote the adapter.
+        files: digest of each file beside the record.
+    """
+
+    origin: str | None = None
+    base_digest: str | None = None
+    tokenizer_digest: str | None = None
+    chat_template_digest: str | None = None
+    data_digest: str | None = None
+    run_digest: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what an adapter is."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def record_bytes(record: AdapterRecord) -> bytes:
+    """backhand.json; the same record gives the same bytes."""
+    contents = {"format_version": RECORD_VERSION, **asdict(record)}
+    return (json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
+    """The record that the object in backhand.json holds.
+
+    Raises:
+        ArtifactError: a field is missing, unknown or of another type, or the file is of a newer format.
+    """
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > RECORD_VERSION:
+        raise ArtifactError(
+            f"is of format {version}; this version of Backhand reads up to {RECORD_VERSION}",
+            where=where,
+            next_step="upgrade Backhand",
+        )
+    raw = {"config": {}, **raw}  # the first files of this format had none
+    known = {one.name for one in fields(AdapterRecord)}
+    wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
+    if version != RECORD_VERSION or wrong:
+        raise ArtifactError(
+            f"is damaged: {', '.join(wrong) or 'format_version'}",
+            where=where,
+            next_step="restore the file; without it the adapter loads, but nothing can be compared",
+        )
+    return AdapterRecord(**{name: raw[name] for name in known})
+
+
+def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
+    value = raw.get(name)
+    if name == "config":
+        return isinstance(value, dict)
+    if name in ("packages", "files"):
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    return value is None or isinstance(value, str)
+
+
+def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[str]:
+    """A sentence for each file whose bytes are not those the record was written for."""
+    return [
+        f"{name}: not the bytes that backhand.json describes; restore the file, or, if it was changed on purpose, "
+        "remove backhand.json"
+        for name, data in contents.items()
+        if record.files.get(name) != bytes_digest(data)
+    ]
+
+
+def base_differences(
+    record: AdapterRecord,
+    *,
+    base_digest: str | None = None,
+    tokenizer_digest: str | None = None,
+    chat_template_digest: str | None = None,
+) -> list[str]:
+    """A sentence for each thing that is not what the adapter was trained with.
+
+    The digests are those of the model at hand; what either side does not know is skipped.
+    """
+    compared = (
+        ("base model: its adapted weights are", record.base_digest, base_digest),
+        ("tokenizer: its tokens or merges are", record.tokenizer_digest, tokenizer_digest),
+        ("chat template: it is", record.chat_template_digest, chat_template_digest),
+    )
+    origin = f" (trained on {record.origin})" if record.origin else ""
+    return [
+        f"{what} not what the adapter was trained with{origin}"
+        for what, recorded, present in compared
+        if recorded is not None and present is not None and recorded != present
+    ]
+
+
+def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
+    """The error of an adapter on another model than its own, with everything that differs."""
+    return ArtifactError(
+        "the adapter does not belong to this model",
+        where=where,
+        why="; ".join(different),
+        next_step="give what it was trained with, or --force-base to use it all the same",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests by which an adapter knows the base model, the tokenizer and the chat template it was trained with.
+
+
+def bytes_digest(data: bytes) -> str:
+    """`sha256:` and 64 hexadecimal digits."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def base_digest(names: Iterable[str], load: Callable[[str], FrozenMatrix]) -> str:
+    """Digest of base tensors: of their names, shapes and values.
+
+    The values are taken as fp32, which holds bf16, fp16 and dequantised numbers exactly, so that the same weights agree
+    whatever file they come from; give them as the source has them, before any cast to the compute dtype. Every tensor
+    is hashed on its own, by as many threads as torch has, and the digest is of these hashes in the order of the names.
+
+    Args:
+        names: Hugging Face tensor names, in any order; usually the weights of the adapted modules.
+        load: gives a tensor by its name, or a quantized matrix, which is never expanded in full; called from several
+            threads.
+    """
+    ordered = sorted(names)
+
+    def tensor_hash(name: str) -> bytes:
+        tensor = load(name)
+        described = hashlib.sha256(json.dumps([name, list(tensor.shape)]).encode())
+        for piece in (tensor,) if isinstance(tensor, Tensor) else (tile for _, tile in frozen_tiles(tensor)):
+            described.update(piece.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
+        return described.digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return bytes_digest(b"".join(threads.map(tensor_hash, ordered)))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of what a transformers fast tokenizer does with text: token ids, merges, added and special tokens.
+
+    The order in which a file happens to list them, and settings of padding or truncation, do not count.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
+    special = sorted(tokenizer.all_special_tokens)
+    return bytes_digest(json.dumps([vocabulary, merges, special], ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def text_digest(text: str | None) -> str | None:
+    """Digest of a chat template; None where there is none."""
+    return None if text is None else bytes_digest(text.encode("utf-8", "replace"))

@@ -1,0 +1,328 @@
+"""What an option may be, said once, beside its field: the check, its error, the help and the docs come from it.
+
+    rank: Annotated[int, Bound(at_least=1)] = 16
+    dtype: Literal["auto", "float32"] = "auto"
+
+`check_fields` is the one walker: it looks at every field of an options dataclass, and of the dataclasses in it, as its
+annotation wants it. What several fields say to one another is left to the dataclass's own `validate`. This file imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
+
+from backhand.errors import UsageError
+
+Parse = Callable[[Sequence[str]], Any]
+
+
+"""Turns the words that follow an option into the value of a field whose type no command line knows."""
+
+
+class Rule(Protocol):
+    """What stands beside a field as `Annotated[type, rule]` and is checked."""
+
+    def check(self, where: str, value: Any) -> None:
+        """Raise UsageError unless `value`, of the field `where`, is allowed."""
+
+    @property
+    def sentence(self) -> str:
+        """What the help says of it, "" for nothing."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The range of a number; whether it is whole is said by the annotated type.
+
+    Attributes:
+        at_least: lowest value allowed.
+        above: the value must be larger than this.
+        at_most: highest value allowed.
+        below: the value must be smaller than this.
+        noun: what an error calls the value; the field's name if empty.
+        why: why nothing larger is allowed.
+        next_step: what to do about a larger one.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    noun: str = ""
+    why: str | None = None
+    next_step: str | None = None
+
+    def check_number(self, where: str, value: Any, *, whole: bool) -> None:
+        """Raise UsageError unless `value` is a number, whole if it must be, within the range."""
+        noun = self.noun or where.partition("[")[0]
+        if not _is_number(value, whole=whole) or self._too_small(value) or (self._too_large(value) and self._interval):
+            raise UsageError(f"{noun} {value!r} is not {self._wanted(whole=whole)}", where=where)
+        if self._too_large(value):
+            limit = f"above {self.at_most}" if self.at_most is not None else f"not below {_power(self.below)}"
+            raise UsageError(f"{noun} {value} is {limit}", where=where, why=self.why, next_step=self.next_step)
+
+    @property
+    def sentence(self) -> str:
+        """The range for the help: `At least 1.`, `1 to 1024.`, `In [0, 1).`."""
+        if self._interval:
+            return f"In {self._interval}."
+        if self.at_most is not None:
+            return f"{self.at_least} to {self.at_most}."
+        if self.above is not None:
+            return f"Above {self.above}."
+        return f"At least {self.at_least}."
+
+    @property
+    def _interval(self) -> str:
+        """The range as an interval of real numbers, where that is how one says it: both ends between 0 and 1."""
+        low = self.above if self.above is not None else self.at_least
+        high = self.below if self.below is not None else self.at_most
+        if low != 0 or high != 1:
+            return ""
+        return f"{'[' if self.above is None else '('}0, 1{']' if self.below is None else ')'}"
+
+    def _wanted(self, *, whole: bool) -> str:
+        if self._interval:
+            return f"a number in {self._interval}"
+        low = f"above {self.above}" if self.above is not None else f"of at least {self.at_least}"
+        return f"an integer {low}" if whole else f"a finite number {low}"
+
+    def _too_small(self, value: float) -> bool:
+        return (self.at_least is not None and value < self.at_least) or (self.above is not None and value <= self.above)
+
+    def _too_large(self, value: float) -> bool:
+        return (self.at_most is not None and value > self.at_most) or (self.below is not None and value >= self.below)
+
+
+@dataclass(frozen=True)
+class Several:
+    """A list that may not be too short.
+
+    Attributes:
+        at_least: how many elements there must be.
+    """
+
+    at_least: int = 1
+
+    def check(self, where: str, value: Any) -> None:
+        """Raise UsageError for a list that is too short."""
+        if isinstance(value, tuple | list) and len(value) >= self.at_least:
+            return
+        if self.at_least == 1 and value in ((), []):
+            raise UsageError(f"{where} is empty", where=where)
+        raise UsageError(f"{value!r} is not a list of {self.at_least} or more", where=where)
+
+    @property
+    def sentence(self) -> str:
+        """How many, if it is not evident."""
+        return f"{self.at_least} or more." if self.at_least > 1 else ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A text that may not be empty.
+
+    Attributes:
+        what: the error.
+        next_step: what to give.
+    """
+
+    what: str
+    next_step: str
+
+    sentence = ""
+
+    def check(self, where: str, value: Any) -> None:
+        """Raise UsageError for an empty text."""
+        if not value:
+            raise UsageError(self.what, where=where, next_step=self.next_step)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule in words of its own.
+
+    Attributes:
+        check: gets the field's name and value, and raises UsageError.
+    """
+
+    check: Callable[[str, Any], None]
+
+    sentence = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the command line, and a TOML file's one text, are read for a type that no command line knows.
+
+    Attributes:
+        parse: what makes a value of the words.
+    """
+
+    parse: Parse
+
+
+def check_text(where: str, text: Any) -> None:
+    """Raise UsageError unless `text` is a string that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise UsageError(f"{where} {text!r} is not text", where=where)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{where} holds half of a surrogate pair, which no tokenizer can read", where=where)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kinds that several options have.
+
+Count = Annotated[int, Bound(at_least=1)]
+CountFromZero = Annotated[int, Bound(at_least=0)]
+Seed = Annotated[int, Bound(at_least=0, below=2**63)]
+Share = Annotated[float, Bound(at_least=0, below=1)]
+Positive = Annotated[float, Bound(above=0)]
+NotNegative = Annotated[float, Bound(at_least=0)]
+Text = Annotated[str, Check(check_text)]
+BaseModel = Annotated[str, Given("no base model is given", "give a directory, a file or a hub id")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walker.
+
+
+def check_fields(options: Any) -> None:
+    """Check every field of a dataclass as its annotation wants it; a dataclass within it checks itself.
+
+    Raises:
+        UsageError: for the first field, in their order, that is out of range: names it, its value and the range.
+    """
+    for name, hint in hints_of(options.__class__).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            check_kind(name, value, hint)
+            value.validate() if hasattr(value, "validate") else check_fields(value)
+        else:
+            check_value(name, value, hint)
+
+
+def check_value(where: str, value: Any, hint: Any) -> None:
+    """Check one value as an annotation wants it.
+
+    Args:
+        where: the field's name; `name['key']` for a value of a mapping.
+        value: what was given.
+        hint: the annotation, its `Annotated` kept.
+
+    Raises:
+        UsageError: it is not allowed.
+    """
+    plain, rules = split_hint(hint)
+    members = union_members(plain)
+    if value is None and type(None) in get_args(plain):
+        return
+    if len(members) == 1 and members != (plain,):
+        check_value(where, value, members[0])
+        return
+    for rule in rules:
+        if not isinstance(rule, Bound | Words):
+            rule.check(where, value)
+    bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
+    origin = get_origin(plain)
+    if plain is bool and not isinstance(value, bool):
+        raise UsageError(f"{where} {value!r} is neither true nor false", where=where)
+    if plain in (int, float):
+        _check_number(where, value, bound, whole=plain is int)
+    elif origin is Literal and value not in (choices := get_args(plain)):
+        raise UsageError(f"{where} {value!r} is not one of {', '.join(map(str, choices))}", where=where)
+    elif origin is tuple and _is_checked(element := get_args(plain)[0]):
+        if not isinstance(value, tuple | list):
+            raise UsageError(f"{where} {value!r} is not a list", where=where)
+        for one in value:
+            check_value(where, one, element)
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        _check_mapping(where, value, get_args(plain)[1])
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise UsageError where a program gives something else than the dataclass that is wanted."""
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{name} is a {type(value).__name__}, not a {kind.__name__}",
+            where=name,
+            next_step=f"write {name}=backhand.{kind.__name__}(…)",
+        )
+
+
+def sentence_of(hint: Any) -> str:
+    """What the help says of the range an annotation allows, "" for nothing."""
+    plain, rules = split_hint(hint)
+    said = [rule.sentence for rule in rules if not isinstance(rule, Words)]
+    members = union_members(plain)
+    if len(members) == 1 and members != (plain,):
+        said.append(sentence_of(members[0]))
+    elif get_origin(plain) is tuple and (of_each := sentence_of(get_args(plain)[0])):
+        said.append(f"Each {of_each[0].lower()}{of_each[1:]}")
+    return " ".join(filter(None, said))
+
+
+def parse_of(hint: Any) -> Parse | None:
+    """How words are read for this annotation, None where the command line knows the type."""
+    return next((rule.parse for rule in split_hint(hint)[1] if isinstance(rule, Words)), None)
+
+
+@functools.cache
+def hints_of(options: type) -> Mapping[str, Any]:
+    """Annotations of a dataclass's fields, resolved, with what `Annotated` says, in their order."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(options)}
+
+
+def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type, and what stands beside it as `Annotated`."""
+    if get_origin(hint) is Annotated:
+        plain, *rules = get_args(hint)
+        return plain, tuple(rules)
+    return hint, ()
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The types that `hint` allows, None left out: (int,) for `int` and for `int | None`."""
+    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
+        return tuple(member for member in get_args(hint) if member is not type(None))
+    return (hint,)
+
+
+def _check_number(where: str, value: Any, bound: Bound | None, *, whole: bool) -> None:
+    if bound is not None:
+        bound.check_number(where, value, whole=whole)
+    elif not _is_number(value, whole=whole):
+        raise UsageError(f"{where} {value!r} is not {'an integer' if whole else 'a finite number'}", where=where)
+
+
+def _check_mapping(where: str, value: Any, hint: Any) -> None:
+    if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
+        raise UsageError(f"{value!r} is not a table of names and values", where=where)
+    for key, one in value.items():
+        check_value(f"{where}[{key!r}]", one, hint)
+
+
+def _is_checked(hint: Any) -> bool:
+    """Whether elements of this type are looked at: names and paths are taken as they come."""
+    plain, rules = split_hint(hint)
+    return bool(rules) or plain in (int, float, bool) or get_origin(plain) is Literal
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (not whole and isinstance(value, float) and math.isfinite(value))
+
+
+def _power(limit: float | None) -> str:
+    return "2**63" if limit == 2**63 else f"{limit:g}"

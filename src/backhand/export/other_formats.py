@@ -1,0 +1,194 @@
+"""An adapter as MLX-LM loads it, Ollama's Modelfile for one, and an adapter in PEFT's format again.
+
+For MLX-LM: adapters.safetensors with transposed factors, and its own adapter_config.json.
+
+    y = x Wᵀ + scale · (x lora_a) lora_b,   lora_a (in, rank), lora_b (rank, out)        [mlx_lm/tuner/lora.py]
+
+MLX-LM makes one rank and one scale for all, adapts every module in `keys` in each of the last `num_layers` layers, and
+then loads what fits, silently. So the file holds every module that will be adapted there: smaller ranks are filled up
+with zeros, other scalings folded into lora_b, and modules that the adapter leaves alone are zero.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.module_factors import Factors, ModuleFactors
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_keys import slot_shapes
+from backhand.adapters.peft_saving import module_adapter_files
+from backhand.adapters.reading import read_json_object, read_tensors, tensor_bytes
+from backhand.adapters.targets import Target
+from backhand.errors import ArtifactError, UsageError
+from backhand.export.opened_adapter import OpenedAdapter, refuse
+from backhand.files import write_atomically
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import OLLAMA
+from backhand.nn.lora_parameters import LoRASlot
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapters.safetensors"
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def mlx_files(
+    factors: Factors, module_shapes: Mapping[str, tuple[int, int]], *, tied_head: bool, base_model: str | None
+) -> dict[str, bytes]:
+    """The two files, by name.
+
+    Args:
+        factors: of linear modules.
+        module_shapes: (out, in) of every linear module of the base, by dotted path.
+        tied_head: whether the base's head is its embedding, so that MLX has no module for it.
+        base_model: what the configuration names as the model.
+
+    Raises:
+        ArtifactError: modules that MLX cannot adapt, by name.
+    """
+    reasons = {}
+    for module in factors:
+        if module == "lm_head" and tied_head:
+            reasons[module] = "the head is the embedding's matrix, and MLX has no module of its own for it"
+    refuse("mlx", reasons)
+    scale = Counter(one.scaling for one in factors.values()).most_common(1)[0][0]
+    rank = max(one.rank for one in factors.values())
+    found = {name: _IN_LAYER.fullmatch(name) for name in factors}
+    keys = sorted({match[2] if match else name for name, match in found.items()})
+    layers = 1 + max(int(match[1]) for name in module_shapes if (match := _IN_LAYER.fullmatch(name)))
+    tensors: dict[str, Tensor] = {}
+    for name, (out_features, in_features) in module_shapes.items():
+        match = _IN_LAYER.fullmatch(name)
+        if (match[2] if match else name) not in keys:
+            continue
+        one = factors.get(name)
+        if one is None:
+            one = ModuleFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), scale)
+        one = one.scaled_to(scale).padded_to(rank)
+        tensors[f"{name}.lora_a"] = one.lora_A.T
+        tensors[f"{name}.lora_b"] = one.lora_B.T
+    config: dict[str, Any] = {
+        "fine_tune_type": "lora",
+        "num_layers": layers,
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+    }
+    if base_model:
+        config["model"] = base_model
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return {TENSOR_FILE: tensor_bytes(tensors), CONFIG_FILE: text.encode("utf-8")}
+
+
+def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
+    """Every module that MLX-LM would adapt, with what it would multiply.
+
+    Raises:
+        ArtifactError: not what `mlx_files` writes.
+    """
+    parameters = read_json_object(directory / CONFIG_FILE)["lora_parameters"]
+    tensors, problems = read_tensors(directory / TENSOR_FILE)
+    if problems:
+        name, what = next(iter(problems.items()))
+        raise ArtifactError(f"{name}: {what}", where=str(directory / TENSOR_FILE))
+    modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+    return {
+        name: ModuleFactors(tensors[f"{name}.lora_a"].T, tensors[f"{name}.lora_b"].T, parameters["scale"])
+        for name in modules
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
+#
+# `FROM` takes a GGUF file, a directory, or the name of a model that Ollama has; `ADAPTER` a file beside the Modelfile.
+# Ollama reads the prompt template out of the model's GGUF file.
+
+
+MODELFILE = "Modelfile"
+ADAPTER_FILE = "adapter.gguf"
+MODEL_FILE = "model.gguf"
+
+
+def ollama_base(source: ModelSource) -> str:
+    """What follows FROM: Ollama's own name of the model where it was opened by that, else its file or directory."""
+    return source.origin.removeprefix(OLLAMA) if source.origin.startswith(OLLAMA) else str(source.path.resolve())
+
+
+def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -> None:
+    """Write `Modelfile` into a directory.
+
+    Args:
+        directory: that the named files lie in.
+        base: what follows FROM.
+        adapter: file name of the adapter, if it is one.
+
+    Raises:
+        UsageError: the base's name has several lines, of which the second would be an instruction of its own.
+    """
+    if len(base.splitlines()) != 1:
+        raise UsageError(f"{base!r} cannot stand in a Modelfile", why="a name there ends with its line")
+    lines = [f"FROM {base}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER ./{adapter}")
+    write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An adapter in PEFT's format: as it is, in canonical form, or with one rank and one scaling for all modules.
+#
+# vLLM multiplies by one lora_alpha / r for the whole adapter and reads over rank_pattern and alpha_pattern, silently.
+# The uniform form says the same without either: every rank filled up with zeros to the largest, every other scaling
+# folded into lora_B.
+
+
+def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_model: bool = False) -> dict[str, bytes]:
+    """The files, by name, in the order to write them; see `peft_saving.adapter_files`.
+
+    Args:
+        opened: base and adapter.
+        uniform: one rank and one scaling for all.
+        text_model: names of the text model alone, where the base's files hold an image model around it.
+    """
+    loaded = opened.loaded
+    described = replace(loaded.described, base_model=loaded.described.base_model or opened.base_name)
+    names = list(opened.shapes)
+    wrapper = None if text_model else opened.source.wrapper
+    if not uniform:
+        return module_adapter_files(
+            described,
+            loaded.targets,
+            loaded.shapes,
+            loaded.factors,
+            loaded.record,
+            None,
+            names,
+            loaded.trained,
+            wrapper,
+        )
+    rank = max(one.rank for one in opened.factors.values())
+    scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
+    alpha = round(scaling * rank, 9)
+    factors = {name: one.scaled_to(alpha / rank).padded_to(rank) for name, one in opened.factors.items()}
+    config = LoRAConfig(rank, alpha, loaded.config.dropout, tuple(factors))
+    targets = [Target(name, rank, alpha, alpha / rank) for name in factors]
+    slots = [LoRASlot(name, opened.shapes[name][1], opened.shapes[name][0], rank, alpha / rank) for name in factors]
+    tensors = {f"{name}.lora_A": one.lora_A for name, one in factors.items()}
+    tensors |= {f"{name}.lora_B": one.lora_B for name, one in factors.items()}
+    return module_adapter_files(
+        PEFTConfig(config, described.base_model, described.task_type, described.revision),
+        targets,
+        slot_shapes(slots),
+        tensors,
+        loaded.record,
+        None,
+        names,
+        wrapper=wrapper,
+    )

@@ -1,0 +1,436 @@
+"""Every file that Backhand writes: whole or not at all, synced.
+
+`FileLayer` is every call by which the disk is changed, one method each, so that tests can fail any of them. A crash may
+come between any two calls, and the system may lose what was not synced: `write_file` and `FileLayer.rename` with
+`sync_directory` are all that checkpoints are built from.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from backhand.errors import BackhandError, ResourceError, UsageError
+
+_WRITE_BYTES = 1 << 24
+
+
+class FileLayer:
+    """Calls of the operating system that change files, and nothing else; each may raise OSError."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create a directory that does not exist yet."""
+        path.mkdir()
+
+    def open_new(self, path: Path) -> int:
+        """Create a file that does not exist yet, its mode following the umask; return its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def open_to_append(self, path: Path) -> int:
+        """Open a file for appending, creating it if need be; return its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def set_mode(self, descriptor: int, mode: int) -> None:
+        """Give a file these permission bits."""
+        os.fchmod(descriptor, mode)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write some of `data`; return how many bytes."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until the file is on the disk."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def size(self, path: Path) -> int:
+        """Bytes in a file."""
+        return path.stat().st_size
+
+    def sync_directory(self, path: Path) -> None:
+        """Wait until the names in a directory are on the disk."""
+        sync_directory(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or directory a new name; an existing file is replaced in one step."""
+        source.replace(target)
+
+    def remove_file(self, path: Path) -> None:
+        """Remove a file or a link."""
+        path.unlink()
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+
+def write_file(files: FileLayer, path: Path, data: bytes, mode: int | None = None) -> None:
+    """Create a file with these bytes, synced and of the right size; its mode follows the umask if it is None.
+
+    Raises OSError, perhaps with part of it there.
+    """
+    descriptor = files.open_new(path)
+    try:
+        if mode is not None:
+            files.set_mode(descriptor, mode)
+        write_all(files, descriptor, data)
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+    written = files.size(path)
+    if written != len(data):
+        raise OSError(errno.EIO, f"{written} bytes are there of {len(data)} written", str(path))
+
+
+def write_all(files: FileLayer, descriptor: int, data: bytes) -> None:
+    """Write every byte, in as many calls as it takes. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        written = files.write(descriptor, rest[:_WRITE_BYTES])
+        if written == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rest = rest[written:]
+
+
+def sync_file(files: FileLayer, path: Path) -> None:
+    """Wait until what has been appended to a file is on the disk; nothing there is fine. Raises OSError."""
+    if not path.exists():
+        return
+    descriptor = files.open_to_append(path)
+    try:
+        files.sync(descriptor)
+    finally:
+        files.close(descriptor)
+
+
+def replace_file(files: FileLayer, path: Path, data: bytes, mode: int | None = None) -> None:
+    """Put a file in place of another in one step: after a crash there is the old one or the new one. Raises OSError."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    remove_tree(files, temporary)
+    try:
+        write_file(files, temporary, data, mode)
+        files.rename(temporary, path)
+    except BaseException:  # a second Ctrl-C among them
+        with suppress(OSError):
+            remove_tree(files, temporary)
+        raise
+    files.sync_directory(path.parent)
+
+
+def remove_tree(files: FileLayer, path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; links are removed, not followed. Nothing there is fine.
+
+    Raises OSError.
+    """
+    try:
+        is_directory = stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_directory:
+        files.remove_file(path)
+        return
+    for child in sorted(path.iterdir()):
+        remove_tree(files, child)
+    files.remove_directory(path)
+
+
+@contextmanager
+def saving(
+    what: str, path: Path, needed_bytes: int, *, again: str = "run the same command with --resume"
+) -> Iterator[None]:
+    """Turn an OSError while saving into our error, with the bytes needed against those that are free.
+
+    Args:
+        what: is saved.
+        path: the directory it is saved in.
+        needed_bytes: its size.
+        again: what to do once there is room.
+
+    Raises:
+        ResourceError: disk full, quota, file-size limit, not writable, input/output error.
+        UsageError: something else than a directory is in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _explained(what, path, needed_bytes, error, again) from error
+
+
+@contextmanager
+def taking_directory(path: Path) -> Iterator[None]:
+    """Turn an OSError while a run directory is made, read or locked into our error: nothing has been trained yet.
+
+    Raises:
+        ResourceError: disk full, quota, not writable, input/output error.
+        UsageError: something else than a directory is in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"{path} cannot hold a run"
+        if error.errno in _IN_THE_WAY:
+            raise UsageError(
+                what,
+                where="output",
+                why=f"{error.strerror}: {error.filename or path}",
+                next_step="move away what is in its place, or give another --output",
+            ) from error
+        raise ResourceError(
+            what, where="output", why=reason(error), next_step=f"{_remedy(error)}, or give another --output"
+        ) from error
+
+
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
+
+
+def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: str) -> BackhandError:
+    if error.errno in _IN_THE_WAY:
+        return UsageError(
+            f"{what} cannot be saved",
+            where=str(error.filename or path),
+            why=error.strerror,
+            next_step=f"move away what is in its place, then {again}",
+        )
+    why = reason(error)
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        why += f"; {needed_bytes:,} bytes are needed{_free(path)}"
+    return ResourceError(
+        f"{what} cannot be saved",
+        where=str(path),
+        why=why,
+        next_step=f"what was saved before is intact: {_remedy(error)}, then {again}",
+    )
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free space"
+        case errno.EFBIG:
+            return "raise the limit (ulimit -f)"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "make the directory writable"
+    return "look after the disk, or copy the run to another one"
+
+
+def _free(path: Path) -> str:
+    free = free_bytes(path)
+    return "" if free is None else f", {free:,} are free"
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that are free on the disk of a path, which need not exist yet; None where the system does not tell."""
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing a file so that a crash leaves the old one or the new one, never half of either.
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file-size limit is reached",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "the directory is not writable",
+    errno.EPERM: "the directory is not writable",
+}
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents; an existing one is fine.
+
+    Raises:
+        UsageError: the path, or a parent, is a file.
+        ResourceError: it cannot be created.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(
+            "this is a file, not a directory", where=str(directory), next_step="give another output"
+        ) from None
+    except OSError as error:
+        raise resource_error("cannot be created", directory, error) from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, flush it to the disk, and put it in place in one step.
+
+    The mode follows the umask, or, where a file is replaced, that of the old file.
+
+    Raises:
+        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
+        ResourceError: disk full, not writable, file-size limit; the old file is as it was, nothing is left beside it.
+    """
+    mode = replaceable_mode(path)
+    try:
+        replace_file(FileLayer(), path, data, mode)
+    except OSError as error:
+        raise resource_error("cannot be written", path, error, needed_bytes=len(data)) from None
+
+
+def write_together(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files that belong together: each beside its place, and put in place when all of them are on the disk.
+
+    What they replace is there until then, and a directory that was made for them is removed again if they fail.
+
+    Raises:
+        UsageError: the directory is a file, or something else than a plain file is in the place of one.
+        ResourceError: disk full, not writable, file-size limit; what was there is as it was.
+    """
+    modes = {name: replaceable_mode(directory / name) for name in contents}
+    places = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
+    with made_directory(directory):
+        try:
+            for name, data in contents.items():
+                with suppress(FileNotFoundError):  # left by a process of the same number that was killed
+                    places[name].unlink()
+                write_file(FileLayer(), places[name], data, modes[name])
+            for name in contents:
+                places[name].replace(directory / name)
+            sync_directory(directory)
+        except OSError as error:
+            needed = sum(map(len, contents.values()))
+            raise resource_error("cannot be written", directory, error, needed_bytes=needed) from None
+        finally:
+            for place in places.values():
+                with suppress(OSError):
+                    place.unlink()
+
+
+@contextmanager
+def made_directory(directory: Path) -> Iterator[None]:
+    """A directory for the block, with its parents; those that were made and are empty go again where the block fails.
+
+    Raises:
+        UsageError: the path, or a parent, is a file.
+        ResourceError: it cannot be created.
+    """
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    make_directory(directory)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for place in missing:
+                place.rmdir()
+        raise
+
+
+def replaceable_mode(path: Path) -> int | None:
+    """Permission bits of the plain file at `path`; None where there is nothing, or its directory cannot be looked into.
+
+    Raises:
+        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None  # whether a file can be made there is for the writing to find out
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a plain file"
+        raise UsageError(
+            f"this is {kind} and will not be replaced", where=str(path), next_step="remove it, or give another output"
+        )
+    return stat.S_IMODE(mode)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: OSError) -> str:
+    """Why the system did not write, in words."""
+    return _REASONS.get(error.errno or 0, error.strerror or str(error))
+
+
+def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
+    """Our error for what the system said about writing to `path`."""
+    needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
+    return ResourceError(
+        what, where=str(path), why=reason(error) + needed, next_step="free space, or choose another directory"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An output that is written and proved beside its place, and put there in one step or not at all.
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own beside `output`; what stands there at the end becomes `output`.
+
+    Whatever ends the block by an exception, a failed proof among them, leaves neither `output` nor the folder.
+
+    Raises:
+        UsageError: `output` exists, or lies below a file.
+        ResourceError: disk full, not writable, file-size limit.
+    """
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link, which is then refused
+    make_directory(output.parent)
+    folder = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process of the same number that was killed
+        folder.mkdir()
+        yield folder / output.name
+        _sync(folder / output.name)
+        if output.is_symlink() or output.exists():
+            raise UsageError(f"{output} exists", where="output", why="it was made while this command ran")
+        (folder / output.name).rename(output)
+        sync_directory(output.parent)
+    except OSError as error:
+        raise resource_error("cannot be written", output, error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a directory with all that is in it, is on the disk. Raises OSError."""
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync(child)
+        sync_directory(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and summaries as the bytes of a file.
+
+
+def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:
+    """A table as a .csv file."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return file.getvalue().encode()
+
+
+def json_bytes(value: object) -> bytes:
+    """A summary as a .json file, for people as well. Raises ValueError for NaN and infinity, which JSON lacks."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

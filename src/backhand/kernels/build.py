@@ -1,0 +1,180 @@
+"""Compile the library: every C++ file of `native/`, one shared object an instruction set.
+
+Run by the wheel's build hook (`hatch_build.py`), by `make kernels` and by the sanitizer test, always as a file of its
+own: the standard library is all it needs, and nothing of the package is imported.
+
+    python src/backhand/kernels/build.py [--sanitize] [--force]
+
+A shared object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says.
+Without a compiler nothing is built, one line says so, and everything computes through torch.
+
+All of it is plain C++ without headers of Python or torch, so that one build serves every version of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE / "native"
+BUILT = HERE / "lib"
+
+# Contracted or reordered sums would differ between instruction sets; fast-math would, besides, make older compilers
+# flush subnormal numbers in the whole process.
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"),
+    *("-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"),
+)
+_SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mprefer-vector-width=512")
+
+# The flags of each instruction set by the machine's name, the plainest first. Its name is that of the shared object.
+INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "baseline": (),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512bf16": (*_AVX512, "-mavx512bf16"),
+        "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    },
+    # NEON belongs to every 64-bit ARM processor. It can be built; it has not been tested.
+    "aarch64": {"baseline": ()},
+}
+_SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def machine() -> str:
+    """The processor's family, by one name for all systems."""
+    name = platform.machine().lower()
+    return _SAME_MACHINE.get(name, name)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: $CXX, else the first that is there of those usual on this system."""
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("g++", "c++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    return None
+
+
+def library_path(name: str, folder: Path = BUILT) -> Path:
+    """Where the shared object of an instruction set lies."""
+    return folder / f"backhand_{name}.so"
+
+
+def sources_digest() -> str | None:
+    """SHA-256 of the C++ files; None where they are not there, as beside an installed library they need not be."""
+    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    parts = [part for path in files for part in (path.name, path.read_text(encoding="utf-8"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest() if files else None
+
+
+def is_of_these_sources(name: str, folder: Path = BUILT) -> bool:
+    """Whether a shared object was compiled from the C++ files that are here now: another's functions may differ."""
+    here, stamp = sources_digest(), _sources_stamp(name, folder)
+    return here is None or not stamp.exists() or stamp.read_text() == here
+
+
+def _sources_stamp(name: str, folder: Path) -> Path:
+    return folder / f"backhand_{name}.sources"
+
+
+def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) -> list[str]:
+    """Compile what has changed; returns the instruction sets that are there afterwards, the plainest first.
+
+    An instruction set that the compiler does not know is left out, with its first complaint on standard error.
+
+    Args:
+        folder: where the shared objects go.
+        sanitize: with the address and the undefined-behaviour sanitizer in them.
+        force: compile whether or not something has changed.
+
+    Raises:
+        FileNotFoundError: there is no compiler.
+        RuntimeError: the sources do not compile at all.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
+    wanted = INSTRUCTION_SETS.get(machine(), {"baseline": ()})
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+        jobs = {
+            name: workers.submit(_build_one, compiler, name, flags, folder, sanitize, force)
+            for name, flags in wanted.items()
+        }
+        complaints = {name: job.result() for name, job in jobs.items()}
+    if complaints["baseline"] is not None:
+        raise RuntimeError(f"{compiler} cannot compile the library:\n{complaints['baseline']}")
+    for name, complaint in complaints.items():
+        if complaint is not None:
+            library_path(name, folder).unlink(missing_ok=True)  # of older sources
+            print(f"kernels: left out {name}: {complaint.strip().splitlines()[0]}", file=sys.stderr)
+    return [name for name, complaint in complaints.items() if complaint is None]
+
+
+def _build_one(
+    compiler: str, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
+) -> str | None:
+    """None once the shared object is there, else what the compiler said."""
+    command = [compiler, *FLAGS, *flags, *(_SANITIZERS if sanitize else ()), f'-DBACKHAND_ISA="{name}"']
+    sources = sorted(SOURCES.glob("*.cpp"))
+    digest = _digest(command, [*sources, *SOURCES.glob("*.h")])
+    target, stamp = library_path(name, folder), folder / f"backhand_{name}.digest"
+    up_to_date = target.exists() and stamp.exists() and stamp.read_text() == digest
+    if up_to_date and not force and _sources_stamp(name, folder).exists():
+        return None
+    stamp.unlink(missing_ok=True)
+    _sources_stamp(name, folder).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # Written elsewhere and moved: a process that has the old one mapped keeps it.
+        fresh = Path(scratch) / target.name
+        link = ["-shared", *map(str, sources), "-o", str(fresh)]
+        if sys.platform == "linux" and not sanitize:
+            link += ["-static-libgcc", "-Wl,--as-needed"]
+        done = subprocess.run([*command, *link], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr or f"status {done.returncode}"
+        if done.stderr:
+            print(done.stderr, end="", file=sys.stderr)
+        fresh.replace(target)
+    stamp.write_text(digest)
+    _sources_stamp(name, folder).write_text(str(sources_digest()))
+    return None
+
+
+def _digest(command: list[str], files: list[Path]) -> str:
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [version, *command]
+    for path in sorted(files):
+        parts += [path.name, path.read_text(encoding="utf-8")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def main() -> None:
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(description="Compile Backhand's loops.")
+    parser.add_argument("--sanitize", action="store_true", help="with sanitizers, into lib/sanitized")
+    parser.add_argument("--force", action="store_true", help="whether or not something has changed")
+    options = parser.parse_args()
+    try:
+        build(BUILT / "sanitized" if options.sanitize else BUILT, sanitize=options.sanitize, force=options.force)
+    except FileNotFoundError as error:
+        print(f"kernels: {error}; everything works through torch, slower", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

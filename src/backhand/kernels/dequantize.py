@@ -1,0 +1,183 @@
+"""Rows of a stored matrix, in the blocks of a GGUF type, to float32 or bfloat16.
+
+The compiled loops know the types that files are made of; every other type, and everything where there is no compiled
+library, goes through the gguf package, several times slower. Both give the same bits: the gguf package's float32, and
+that rounded once, to the nearest, for any other dtype. One exception: what is no number comes out as the one quiet
+NaN, since which NaN an instruction leaves is the compiler's choice (stored bfloat16 keeps its bits).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backhand.errors import ArtifactError
+from backhand.kernels.library import INT, INT64, POINTER, Declared, library
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+_TYPES = Declared("backhand_dequantize_types", POINTER, INT, result=INT)
+_DEQUANTIZE = Declared(
+    "backhand_dequantize",
+    *(INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT),
+    result=INT,
+)
+
+# Values that the gguf package is given at a time: its intermediate results stay in the processor's cache.
+_PIECE_VALUES = 1 << 17
+
+_NATIVE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_BFLOAT16 = 30
+
+
+@functools.cache
+def block_shape(type_id: int) -> tuple[int, int]:
+    """Values and bytes of one block.
+
+    Args:
+        type_id: ggml's number of the type.
+
+    Raises:
+        ArtifactError: there is no such type.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        values, size = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
+    except (KeyError, ValueError):
+        raise ArtifactError(f"tensors of type {type_id} cannot be read", why="ggml knows no such type") from None
+    return values, size
+
+
+def native_dtype(type_id: int) -> torch.dtype | None:
+    """The torch dtype that is stored, None for a quantized type."""
+    return _NATIVE.get(type_id)
+
+
+def type_name(type_id: int) -> str:
+    """ggml's name of a type, such as Q4_K."""
+    from gguf.constants import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(type_id).name)
+
+
+def is_compiled(type_id: int) -> bool:
+    """Whether the compiled loops are there and know this type; otherwise the gguf package does it, slower."""
+    found = library()
+    return found is not None and type_id in _compiled_types(found.name)
+
+
+@functools.cache
+def _compiled_types(build: str) -> frozenset[int]:
+    function = _TYPES.function()
+    assert function is not None, build
+    room = 64
+    found = (INT * room)()
+    count: int = function(found, room)
+    assert count <= room
+    return frozenset(found[:count])
+
+
+def dequantize(
+    source: Bytes, type_id: int, out: Tensor, *, row_ids: Tensor | None = None, first_value: int = 0
+) -> Tensor:
+    """Write rows of `source`, or a range of their columns, into `out`.
+
+    Args:
+        source: (rows, bytes of a row), rows one behind the other.
+        type_id: ggml's number of the type.
+        out: (n, columns), any floating dtype and device; neighbouring columns lie side by side.
+        row_ids: (n,) int64 on the processor, the rows wanted; None for the first n.
+        first_value: the column of the source that is `out`'s first.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ArtifactError: for a type that nothing here can dequantise.
+        ValueError: columns that are no whole blocks; rows or columns that the source does not have.
+    """
+    values, size = block_shape(type_id)
+    n, columns = out.shape
+    if source.ndim != 2 or (source.shape[0] and not source.flags.c_contiguous):
+        raise ValueError("the stored matrix is not rows of bytes one behind the other")
+    if columns % values or first_value % values or first_value < 0:
+        raise ValueError(f"columns {first_value} to {first_value + columns} are no whole blocks of {values}")
+    if columns > 1 and out.stride(1) != 1:
+        raise ValueError("the columns of the destination do not lie side by side")
+    if row_ids is not None and (row_ids.dtype != torch.int64 or row_ids.shape != (n,) or not row_ids.is_contiguous()):
+        raise ValueError(f"{n} rows want as many int64 numbers of rows")
+    first, blocks = first_value // values, columns // values
+    if (first + blocks) * size > source.shape[1] or (row_ids is None and n > source.shape[0]):
+        raise ValueError(f"the stored matrix, {source.shape[0]} rows of {source.shape[1]} bytes, has no such part")
+    if out.numel() == 0:
+        return out
+    if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.bfloat16) or not is_compiled(type_id):
+        return _by_pieces(source, type_id, out, row_ids, first, blocks)
+    function = _DEQUANTIZE.function()
+    assert function is not None
+    status: int = function(
+        *(type_id, source.ctypes.data, source.shape[1], source.shape[0]),
+        None if row_ids is None else row_ids.data_ptr(),
+        *(n, first, blocks, out.data_ptr(), out.stride(0), int(out.dtype == torch.bfloat16)),
+    )
+    if status:
+        raise ValueError(f"a row outside the {source.shape[0]} of the stored matrix")
+    return out
+
+
+def _by_pieces(source: Bytes, type_id: int, out: Tensor, row_ids: Tensor | None, first: int, blocks: int) -> Tensor:
+    """The same through float32 in pieces of whole rows: by the compiled loops for other dtypes, else by gguf."""
+    values, size = block_shape(type_id)
+    step = max(1, _PIECE_VALUES // (blocks * values))
+    compiled = is_compiled(type_id)
+    for start in range(0, out.shape[0], step):
+        part = out[start : start + step]
+        if compiled:
+            wide = torch.empty(part.shape, dtype=torch.float32)
+            ids = None if row_ids is None else row_ids[start : start + step]
+            dequantize(
+                source if ids is not None else source[start:], type_id, wide, row_ids=ids, first_value=first * values
+            )
+            part.copy_(wide)
+            continue
+        columns = slice(first * size, (first + blocks) * size)
+        if row_ids is None:
+            stored = source[start : start + len(part), columns]
+        else:
+            wanted = row_ids[start : start + step].numpy()
+            if wanted.min() < 0 or wanted.max() >= source.shape[0]:
+                raise ValueError(f"a row outside the {source.shape[0]} of the stored matrix")
+            stored = source[wanted, columns]
+        part.copy_(_by_gguf(np.ascontiguousarray(stored), type_id).view(part.shape))
+        if type_id != _BFLOAT16:
+            missing = part.isnan()
+            if missing.any():
+                part.masked_fill_(missing, torch.nan)
+    return out
+
+
+def _by_gguf(stored: Bytes, type_id: int) -> Tensor:
+    """Values of whole blocks, flat, in float32 or the dtype that torch has for them."""
+    dtype = _NATIVE.get(type_id)
+    if dtype is not None:
+        # A copy: what is mapped for reading only is nothing that torch takes.
+        return torch.from_numpy(stored.reshape(-1).copy()).view(dtype)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize as dequantized
+
+    kind = GGMLQuantizationType(type_id)
+    try:
+        with np.errstate(all="ignore"):
+            # Blocks do not care where rows begin; as one row they go through the package at once.
+            return torch.from_numpy(dequantized(stored.reshape(1, -1), kind).reshape(-1))
+    except NotImplementedError:
+        raise ArtifactError(
+            f"tensors of type {kind.name} cannot be read",
+            why="the gguf package has no dequantisation of it",
+            next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
+        ) from None

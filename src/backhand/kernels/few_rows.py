@@ -1,0 +1,95 @@
+"""Few rows times a frozen matrix by the compiled loop: every row of the matrix is read once, in the blocks of its file.
+
+A new token's product is bound by reading the matrix. A quantized one would be unpacked to memory and read again; here
+a few of its rows at a time are unpacked within the cache. A dense one of the same numbers goes through the same sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from backhand.kernels.dequantize import is_compiled
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
+
+MOST_ROWS = 8
+"""More are faster by a library's product, over a piece that is unpacked for all of them."""
+
+_FEW_ROWS = Declared(
+    "backhand_few_rows",
+    *(INT, INT, POINTER, INT64, INT64, POINTER, INT64, INT64),
+    *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64),
+    result=INT,
+)
+# Of a type that the loop does not know, or with columns in another order, unpacked at a time.
+_ROWS_BY_PACKAGE = 4096
+
+
+class _Stored(NamedTuple):
+    """Rows as the loop takes them: ggml's type or -1 for numbers as they are, and which row is which output."""
+
+    type_id: int
+    address: int
+    row_bytes: int
+    rows: int
+    ids: Tensor | None
+
+
+def few_rows_product(
+    x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    """residual + x Wᵀ + bias, or None where the loop does not apply.
+
+    Args:
+        x: (rows, in), 1 to `MOST_ROWS` rows.
+        weight: (out, in), of x's dtype.
+        bias: (out,) or None.
+        residual: (rows, out) or None.
+        out: (rows, out) to write into; a new one if not given.
+    """
+    if weight.dtype != x.dtype or weight.device.type != "cpu":
+        return None
+    run = loop(_FEW_ROWS, x, weight if isinstance(weight, Tensor) else None, bias, residual, out)
+    if run is None:
+        return None
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    size = x.element_size()
+
+    def multiply(stored: _Stored, first: int, count: int) -> None:
+        """Outputs first to first + count, from as many rows."""
+        status: int = run(
+            *(stored.type_id, stored.address, stored.row_bytes, stored.rows),
+            *(None if stored.ids is None else stored.ids.data_ptr(), count, x.shape[1]),
+            *(x.data_ptr(), x.stride(0), x.shape[0], None if bias is None else bias.data_ptr() + first * size),
+            *((None, 0) if residual is None else (residual.data_ptr() + first * size, residual.stride(0))),
+            *(y.data_ptr() + first * size, y.stride(0)),
+        )
+        if status:
+            raise ValueError(f"a row outside the {stored.rows} of the stored matrix")
+
+    if isinstance(weight, Tensor):
+        multiply(_as_they_are(weight), 0, weight.shape[0])
+        return y
+    first = 0
+    for part in weight.parts:
+        if is_compiled(part.type_id) and part.column_order is None:
+            blocks = part.blocks
+            multiply(
+                _Stored(part.type_id, blocks.ctypes.data, blocks.shape[1], len(blocks), part.order),
+                first,
+                part.row_count,
+            )
+        else:
+            for start in range(0, part.row_count, _ROWS_BY_PACKAGE):
+                piece = part.part(start, min(start + _ROWS_BY_PACKAGE, part.row_count))
+                numbers = x.new_empty(piece.row_count, x.shape[1])
+                dequantized_rows(piece, numbers, piece.order)
+                multiply(_as_they_are(numbers), first + start, piece.row_count)
+        first += part.row_count
+    return y
+
+
+def _as_they_are(numbers: Tensor) -> _Stored:
+    return _Stored(-1, numbers.data_ptr(), numbers.stride(0) * numbers.element_size(), numbers.shape[0], None)

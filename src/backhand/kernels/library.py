@@ -1,0 +1,270 @@
+"""The compiled library: loaded once, for the widest instruction set that this processor has; and when a loop is taken.
+
+    BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx      which build
+
+where auto is the widest, and none is torch alone.
+
+An op has two forms: torch's, which is the reference and the fallback, and a loop of the compiled library under it. The
+op declares the C function beside it, and `loop` gives what to call, or None where torch's form has to do:
+
+    _COUNT = Declared("backhand_count", INT, POINTER, INT64)      # the number of the dtype first
+
+    count = loop(_COUNT, out)
+    if count is not None:
+        count(out.data_ptr(), out.numel())
+
+The loop is taken where the library is there and every tensor lies in the processor's own memory, in float32 or
+bfloat16, its last axis without gaps. float64 is for proofs: torch's form takes it, unless `proving_loops` sends it to
+the very source of the loops, instantiated for it.
+
+Loops run on torch's own threads: libtorch_cpu exports the plain C function torch_parallel_for, whose pointer is handed
+over when the library is loaded, so that no second thread pool is in the process. What reads files by the library needs
+no torch, so that it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backhand.errors import ArtifactError, UsageError
+from backhand.kernels.build import BUILT, is_of_these_sources, library_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+VARIABLE = "BACKHAND_KERNELS"
+BUILDS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+"""The plainest first; each needs what those before it need."""
+
+POINTER = ctypes.c_void_p
+INT = ctypes.c_int
+INT64 = ctypes.c_int64
+FLOAT = ctypes.c_float
+DOUBLE = ctypes.c_double
+Type = type[Any]
+
+
+class Library:
+    """One build of the library, loaded.
+
+    Args:
+        path: of the shared object.
+
+    Attributes:
+        name: its instruction set.
+
+    Raises:
+        OSError: the file is not there, or is no library of this system.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = ctypes.CDLL(str(path))
+        self._functions: dict[str, Any] = {}
+        name: bytes = self.function("backhand_instruction_set", (), ctypes.c_char_p)()
+        self.name = name.decode()
+
+    def function(self, name: str, types: Sequence[Type], result: Type | None = None) -> Any:
+        """The C function of this name; other Python threads run while it does.
+
+        Args:
+            name: as exported.
+            types: of its arguments.
+            result: of what it returns, None for void.
+        """
+        found = self._functions.get(name)
+        if found is None:
+            found = self._functions[name] = getattr(self._handle, name)
+            found.argtypes, found.restype = tuple(types), result
+        return found
+
+
+class Declared:
+    """A C function of the library, whichever build is in use when it is asked for.
+
+    Args:
+        name: as exported.
+        types: of its arguments.
+        result: of what it returns, None for void.
+    """
+
+    def __init__(self, name: str, *types: Type, result: Type | None = None) -> None:
+        self.name, self.types, self.result = name, types, result
+
+    def function(self) -> Any | None:
+        """What to call, or None where everything goes through torch."""
+        found = library()
+        return None if found is None else found.function(self.name, self.types, self.result)
+
+
+_forced: list[Library | None] = []
+"""What `using` has put in place of the choice, innermost last."""
+
+
+def library() -> Library | None:
+    """The build in use, or None where everything goes through torch."""
+    return _forced[-1] if _forced else _chosen()
+
+
+@contextmanager
+def using(build: Library | None) -> Iterator[None]:
+    """Use this build, or none, inside; for tests and benchmarks."""
+    _forced.append(build)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def load(name: str, folder: Path = BUILT) -> Library:
+    """A build by name, with torch's threads.
+
+    Raises:
+        OSError: it is not there.
+    """
+    loaded = Library(library_path(name, folder))
+    loaded.function("backhand_set_parallel_for", (POINTER,))(_torch_parallel_for())
+    return loaded
+
+
+@functools.cache
+def usable(folder: Path = BUILT) -> tuple[str, ...]:
+    """The builds that are there and that this processor can run, the plainest first."""
+    if not library_path("baseline", folder).exists() or not is_of_these_sources("baseline", folder):
+        return ()
+    try:
+        bits = Library(library_path("baseline", folder)).function("backhand_processor", (), INT)()
+    except OSError:
+        return ()
+    able = [name for place, name in enumerate(BUILDS) if place == 0 or bits >> (place - 1) & 1]
+    return tuple(name for name in able if library_path(name, folder).exists() and is_of_these_sources(name, folder))
+
+
+def describe() -> str:
+    """One line: which loops run, and why not the compiled ones where they do not."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    found = library()
+    if found is not None:
+        return f"compiled loops: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
+    if wanted == "none":
+        return f"compiled loops: none ({VARIABLE}=none); everything goes through torch, slower"
+    if library_path("baseline").exists() and not is_of_these_sources("baseline"):
+        return "compiled loops: none (built from other sources: `make kernels`); everything goes through torch, slower"
+    return "compiled loops: none (not built for this machine: `make kernels`); everything goes through torch, slower"
+
+
+@functools.cache
+def _chosen() -> Library | None:
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted == "none":
+        return None
+    if wanted not in ("auto", *BUILDS):
+        raise UsageError(
+            f"{VARIABLE}={wanted} names no build of the compiled loops",
+            next_step=f"set it to one of auto, none, {', '.join(BUILDS)}, or unset it",
+        )
+    able = usable()
+    if wanted == "auto":
+        return load(able[-1]) if able else None
+    if wanted not in able:
+        raise ArtifactError(
+            f"the compiled loops for {wanted} cannot be used",
+            where=VARIABLE,
+            why=f"here are: {', '.join(able) or 'none'}",
+            next_step=f"run `make kernels`, or unset {VARIABLE}",
+        )
+    return load(wanted)
+
+
+def _torch_parallel_for() -> int | None:
+    """The address of torch's parallel loop, None where this torch does not export it."""
+    import torch
+
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    try:
+        handle = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        return ctypes.cast(handle.torch_parallel_for, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tensors a loop takes.
+
+
+_float64_too = ContextVar("float64_too", default=False)
+
+
+def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | None:
+    """The C function with its dtype filled in, or None where torch's form has to do.
+
+    Args:
+        declared: takes the number of the dtype first.
+        tensors: all that it reads or writes in the storage dtype; None for what is not there.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():
+        return None  # what is traced has no addresses
+    function = declared.function()
+    if function is None:
+        return None
+    dtype = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if dtype is None:
+            dtype = tensor.dtype
+        if tensor.dtype != dtype or not tensor.is_cpu or not _last_axis_dense(tensor):
+            return None
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return None
+    number = _numbers().get(dtype)
+    if number is None or (dtype == torch.float64 and not _float64_too.get()):
+        return None
+    return partial(function, number)
+
+
+def _last_axis_dense(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
+
+
+@functools.cache
+def _numbers() -> dict[torch.dtype | None, int]:
+    """As in native/dtypes.h."""
+    import torch
+
+    return {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+@contextmanager
+def proving_loops() -> Iterator[None]:
+    """Inside, float64 takes the loops too, where the library is there."""
+    before = _float64_too.set(True)
+    try:
+        yield
+    finally:
+        _float64_too.reset(before)
+
+
+@contextmanager
+def torch_form() -> Iterator[None]:
+    """Inside, every op takes torch's form."""
+    with using(None):
+        yield
+
+
+def loops_are_there() -> bool:
+    """Whether ops take loops at all."""
+    return library() is not None

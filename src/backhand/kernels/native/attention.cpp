@@ -1,0 +1,504 @@
+// Causal grouped-query attention over packed documents, forward and backward: the formulas of ops/attention.py.
+//
+// One task is one document and one key/value head with the query heads that share it (or one of these, where tasks are
+// few). It packs the keys and values once, then takes block by block of queries: the block's scores against all keys
+// that it sees, their softmax, and the products that follow, while all of it lies in the second-level cache. Keys
+// behind the block's last query, and before its window, are never multiplied. The backward normalises P afresh and
+// works on transposed blocks (keys, queries), so that every product finds its operands as packed, and sums over keys
+// run down the lanes.
+//
+// Results do not depend on the number of threads: each task writes places of its own, and what several add up (the
+// shared prefix's ∂L/∂K and ∂L/∂V, and those of a group whose heads are tasks) goes to buffers, added in a fixed order.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "arena.h"
+#include "dtypes.h"
+#include "mutants.h"
+#include "products.h"
+
+namespace {
+
+// Heads of `head_dim` numbers: token t, head h lies at data + t · token + h · head.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t token, head;
+  T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
+
+struct Shape {
+  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
+  int64_t documents, shared, heads, kv_heads, head_dim, window;
+  double scaling;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t width() const { return rounded_up(head_dim, SIDE); }
+};
+
+// One document: queries at positions before … before + length - 1; key j is token j, or start + j - before.
+struct Document {
+  int64_t start, length, before;
+  int64_t keys() const { return before + length; }
+  int64_t token(int64_t key) const { return key < before ? key : start + key - before; }
+};
+
+inline Document document(const Shape& shape, int64_t index) {
+  if (index < 0) return {0, shape.shared, 0};
+  return {shape.starts[index], shape.lengths[index], shape.shared};
+}
+
+// Keys are padded to a multiple of this with zeros.
+constexpr int64_t KEYS = 32;
+constexpr int64_t LONG = 2048;
+
+// Queries of a block: fewer where a block's scores would not stay in the cache.
+inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
+
+// What the queries first … first + count - 1 (positions) may see: keys low … high - 1, both multiples of `KEYS`.
+struct Range {
+  int64_t low, high;
+};
+inline Range seen(const Shape& shape, int64_t first, int64_t count) {
+  const int64_t low = std::max<int64_t>(0, first - shape.window + 1);
+  return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
+}
+
+// count rows of one head, widened or kept, with zeros up to (padded, width).
+template <class Op, class T>
+inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64_t first, int64_t count, int64_t padded,
+                      int64_t head_dim, int64_t width, typename Op::Element* rows) {
+  typedef typename Op::Element E;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = x.at(doc.token(first + i), head);
+    E* to = rows + i * width;
+    if constexpr (sizeof(E) == sizeof(T)) {
+      std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < head_dim; ++j) to[j] = widened(from[j]);
+    }
+    std::fill(to + head_dim, to + width, E(0));
+  }
+  std::fill(rows + count * width, rows + padded * width, E(0));
+}
+
+template <class C, class T>
+inline void write_row(const C* from, T* to, int64_t n) {
+  along<C>(
+      n, [=](int64_t i) { store(to + i, load<C>(from + i)); },
+      [=](int64_t i, int64_t count) { store_some<C>(to + i, load_some<C>(from + i, count), count); });
+}
+
+template <class C>
+inline Bits<C> counted_from(int64_t first) {
+  Bits<C> numbers;
+  for (int i = 0; i < lanes<C>; ++i) numbers[i] = static_cast<decltype(numbers[0] + 0)>(first + i);
+  return numbers;
+}
+
+// Tasks in parallel, whichever thread is free takes the next one.
+template <class Body>
+inline void by_turns(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel(std::min<int64_t>(tasks, 1024), 1, [&](int64_t, int64_t) { body(next); });
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+template <class Op, class T>
+struct Forward {
+  typedef typename Op::Sum C;
+  typedef typename Op::Element E;
+  typedef typename Op::Unit U;
+  Shape shape;
+  Heads<const T> q, k, v;
+  Heads<T> output;
+
+  size_t scratch(int64_t keys) const {
+    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
+    const int64_t numbers = 2 * n * width + width * n + n * width + block * (2 * n + 3 * width);
+    return static_cast<size_t>(numbers) * sizeof(C) + 16 * 64;
+  }
+
+  void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena) const {
+    arena.clear();
+    const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
+    const int64_t block = block_of(doc.keys());
+    E* rows = arena.take<E>(n * width);
+    U *keys = arena.take<U>(units * n), *values = arena.take<U>(n / Op::PACK * width);
+    C *scores = arena.take<C>(block * n), *sums = arena.take<C>(block * width);
+    E *p = arena.take<E>(block * n), *queries = arena.take<E>(block * width);
+    C inverse[64];
+    pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
+    transpose(reinterpret_cast<const U*>(rows), units, n, units, keys, n);
+    pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
+    interleave<Op>(rows, width, n, width, values, width);
+    for (int64_t head = first_head; head < last_head; ++head)
+      for (int64_t begin = 0; begin < doc.length; begin += block) {
+        const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
+        const Range range = seen(shape, first, count);
+        const int64_t span = range.high - range.low;
+        const int64_t rows_of_block = rounded_up(count, 32);
+        pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
+        product<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), units, keys + range.low, n, scores, n,
+                    false);
+        for (int64_t i = 0; i < count; ++i)
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span);
+        for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
+        product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
+                    values + range.low / Op::PACK * width, width, sums, width, false);
+        for (int64_t i = 0; i < count; ++i) {
+          C* row = sums + i * width;
+          for (int64_t j = 0; j < width; j += lanes<C>) store(row + j, load<C>(row + j) * inverse[i]);
+          write_row<C>(row, output.at(doc.token(first + i), head), shape.head_dim);
+        }
+      }
+  }
+
+  // e^(c s - largest) of the visible keys into p, zeros elsewhere; returns one over their sum.
+  C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span) const {
+    constexpr int W = lanes<C>;
+    const int64_t from = std::max<int64_t>(low, position - MUTATED("attention: window ignored", shape.window, position + 1) + 1) - low;
+    const int64_t to = MUTATED("attention: next key seen", position, position + 1) + 1 - low;
+    const Vector<C> scaling = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
+    Vector<C> most = least;
+    const auto visible = [=](int64_t j) {
+      const Bits<C> key = counted_from<C>(j);
+      return (key >= static_cast<int32_t>(from)) & (key < static_cast<int32_t>(to));
+    };
+    const int64_t begin = from / W * W;
+    for (int64_t j = begin; j < to; j += W) {
+      Vector<C> s = load<C>(scores + j) * scaling;
+      if (j < from || j + W > to) s = visible(j) ? s : least;
+      most = larger(s, most);
+    }
+    const Vector<C> top = all<C>(largest_of<C>(most));
+    Vector<C> sum = {};
+    for (int64_t j = 0; j < begin; j += W) Op::put(p + j, Vector<C>{});
+    int64_t j = begin;
+    for (; j < to; j += W) {
+      Vector<C> e = Op::power(load<C>(scores + j) * scaling - top);
+      if (j < from || j + W > to) e = visible(j) ? e : Vector<C>{};
+      sum += e;
+      Op::put(p + j, e);
+    }
+    for (; j < span; j += W) Op::put(p + j, Vector<C>{});
+    return 1 / sum_of<C>(sum);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// ∂L/∂K and ∂L/∂V in the type that they add up in: (rows, width) each.
+template <class C>
+struct Accumulated {
+  C *d_k, *d_v;
+};
+
+template <class Op, class T>
+struct Backward {
+  typedef typename Op::Sum C;
+  typedef typename Op::Element E;
+  typedef typename Op::Unit U;
+  Shape shape;
+  Heads<const T> q, k, v, d_y;
+  Heads<T> d_q, d_k, d_v;
+
+  size_t scratch(int64_t keys) const {
+    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
+    const int64_t numbers = n * width * 6 + block * (5 * n + 8 * width);
+    return static_cast<size_t>(numbers) * sizeof(C) + 32 * 64;
+  }
+
+  // Adds to `into` (keys, width); writes ∂L/∂Q.
+  void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
+            Accumulated<C> into) const {
+    const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
+    const int64_t block = block_of(doc.keys());
+    E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
+    U *mixed = arena.take<U>(n / Op::PACK * width), *k_mixed = arena.take<U>(width * (n / Op::PACK));
+    C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
+    C* sums = arena.take<C>(width * block);
+    E *p = arena.take<E>(n * block), *d_s = arena.take<E>(n * block);
+    U* d_s_mixed = Op::PACK == 1 ? nullptr : arena.take<U>(n / Op::PACK * block);
+    E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
+    U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
+    U *q_mixed = arena.take<U>(block / Op::PACK * width), *g_mixed = arena.take<U>(block / Op::PACK * width);
+    pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
+    pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
+    interleave<Op>(k_rows, width, n, width, mixed, width);
+    transpose(mixed, width, n / Op::PACK, width, k_mixed, n / Op::PACK);
+    for (int64_t head = first_head; head < last_head; ++head)
+      for (int64_t begin = 0; begin < doc.length; begin += block) {
+        const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
+        const Range range = seen(shape, first, count);
+        const int64_t span = range.high - range.low;
+        pack_rows<Op>(q, head, doc, first, count, block, shape.head_dim, width, q_rows);
+        pack_rows<Op>(d_y, head, doc, first, count, block, shape.head_dim, width, g_rows);
+        transpose(reinterpret_cast<const U*>(q_rows), units, block, units, q_turned, block);
+        transpose(reinterpret_cast<const U*>(g_rows), units, block, units, g_turned, block);
+        interleave<Op>(q_rows, width, block, width, q_mixed, width);
+        interleave<Op>(g_rows, width, block, width, g_mixed, width);
+        const E *keys = k_rows + range.low * width, *values = v_rows + range.low * width;
+        product<Op>(span, block, units, reinterpret_cast<const U*>(keys), units, q_turned, block, scores, block, false);
+        product<Op>(span, block, units, reinterpret_cast<const U*>(values), units, g_turned, block, d_p, block, false);
+        for (int64_t column = 0; column < block; column += CHUNK * lanes<C>)
+          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
+                          span);
+        product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(p), block / Op::PACK, g_mixed, width,
+                    into.d_v + range.low * width, width, true);
+        product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(d_s), block / Op::PACK, q_mixed, width,
+                    into.d_k + range.low * width, width, true);
+        const U* right = reinterpret_cast<const U*>(d_s);
+        if constexpr (Op::PACK == 2) {
+          interleave<Op>(d_s, block, span, block, d_s_mixed, block);
+          right = d_s_mixed;
+        }
+        product<Op>(width, block, span / Op::PACK, k_mixed + range.low / Op::PACK, n / Op::PACK, right, block, sums,
+                    block, false);
+        transpose(sums, block, width, block, scores, width);
+        for (int64_t i = 0; i < count; ++i)
+          write_row<C>(scores + i * width, d_q.at(doc.token(first + i), head), shape.head_dim);
+      }
+  }
+
+  static constexpr int CHUNK = 2;  // registers of queries at a time
+
+  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on.
+  void softmax_columns(C* scores, const C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low,
+                       int64_t span) const {
+    constexpr int W = lanes<C>;
+    const C scaling = static_cast<C>(shape.scaling);
+    const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
+    Bits<C> position[CHUNK];
+    Vector<C> most[CHUNK], sum[CHUNK] = {}, delta[CHUNK] = {};
+    for (int c = 0; c < CHUNK; ++c) {
+      position[c] = counted_from<C>(first + c * W);
+      most[c] = least;
+    }
+    const int64_t last = first + CHUNK * W - 1, window = shape.window;
+    // Some of the queries see key j only from here on, and up to here all that are not masked by the window.
+    const auto clear = [=](int64_t j) { return j <= first && j > last - window; };
+    const auto visible = [=](int64_t j, const Bits<C>& at) {
+      const int32_t key = static_cast<int32_t>(j);
+      const int32_t reach = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX / 2));
+      return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
+    };
+    for (int64_t i = 0; i < span; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        Vector<C> s = load<C>(scores + i * row + c * W) * powers;
+        if (!clear(low + i)) s = visible(low + i, position[c]) ? s : least;
+        most[c] = larger(s, most[c]);
+      }
+    for (int64_t i = 0; i < span; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
+        Vector<C> e = Op::power(load<C>(scores + i * row + c * W) * powers - most[c]);
+        if (!clear(low + i)) e = visible(low + i, position[c]) ? e : Vector<C>{};
+        store(scores + i * row + c * W, e);
+        sum[c] += e;
+        delta[c] = fma(e, load<C>(d_p + i * row + c * W), delta[c]);
+      }
+    Vector<C> inverse[CHUNK];
+    for (int c = 0; c < CHUNK; ++c) {
+      // Behind the last query stand some that may see nothing at all.
+      inverse[c] = sum[c] > 0 ? 1 / sum[c] : Vector<C>{};
+      inverse[c] = sum[c] == sum[c] ? inverse[c] : sum[c];
+      delta[c] = MUTATED("attention: delta missing", delta[c] * inverse[c], Vector<C>{});
+    }
+    for (int64_t i = 0; i < span; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        const Vector<C> share = load<C>(scores + i * row + c * W) * inverse[c];
+        Op::put(p + i * row + c * W, share);
+        Op::put(d_s + i * row + c * W, share * scaling * (load<C>(d_p + i * row + c * W) - delta[c]));
+      }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ tasks
+
+// Which documents and heads one task takes; documents -1 is the shared prefix as a document of its own.
+struct Task {
+  int64_t first_document, last_document, kv_head, first_head, last_head, buffer;
+};
+
+constexpr int64_t FEW_TASKS = 8, MOST_CHUNKS = 8;
+constexpr int64_t SPLIT_BYTES = int64_t{1} << 28;
+
+inline int64_t longest(const Shape& shape) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < shape.documents; ++i) most = std::max(most, shape.lengths[i]);
+  return most + shape.shared;
+}
+
+template <class Op, class T>
+int forward(const Forward<Op, T>& run) {
+  const Shape& shape = run.shape;
+  const int64_t first = shape.shared > 0 ? -1 : 0, documents = shape.documents - first;
+  const int64_t parts = documents * shape.kv_heads < FEW_TASKS ? shape.group() : 1;
+  const int64_t heads = shape.group() / parts;
+  const size_t bytes = run.scratch(longest(shape));
+  std::atomic<bool> enough{true};
+  by_turns(documents * shape.kv_heads * parts, [&](std::atomic<int64_t>& next) {
+    Arena arena(bytes);
+    if (!arena.there()) {
+      enough = false;
+      return;
+    }
+    const Tiles tiles;
+    for (int64_t task = next++; task < documents * shape.kv_heads * parts; task = next++) {
+      const int64_t kv_head = task / parts % shape.kv_heads, head = kv_head * shape.group() + task % parts * heads;
+      run.task(document(shape, first + task / parts / shape.kv_heads), kv_head, head, head + heads, arena);
+    }
+  });
+  return enough ? 0 : 1;
+}
+
+template <class Op, class T>
+int backward(const Backward<Op, T>& run) {
+  typedef typename Op::Sum C;
+  const Shape& shape = run.shape;
+  const int64_t width = shape.width(), group = shape.group(), most_keys = longest(shape);
+  const int64_t padded = rounded_up(most_keys, KEYS);
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < shape.documents; ++i) tokens += shape.lengths[i];
+  // Few tasks: each head of a group is one, with a buffer of its own for all tokens.
+  const bool split = shape.shared == 0 && group > 1 && shape.documents * shape.kv_heads < FEW_TASKS &&
+                     tokens * shape.heads * width * 2 * static_cast<int64_t>(sizeof(C)) <= SPLIT_BYTES;
+  // With a prefix: neighbouring documents are one task, and add up their shares of its gradient in a buffer.
+  const int64_t chunks = shape.shared > 0 ? std::min(shape.documents, MOST_CHUNKS) : shape.documents;
+  const int64_t heads = split ? 1 : group, parts = split ? group : 1;
+  const int64_t prefix_tasks = shape.shared > 0 ? shape.kv_heads : 0;
+  const int64_t tasks = prefix_tasks + chunks * shape.kv_heads * parts;
+  const int64_t buffer_rows = split ? tokens : shape.shared;
+  const int64_t buffers = split ? shape.heads : (shape.shared > 0 ? (chunks + 1) * shape.kv_heads : 0);
+  C* shares = nullptr;
+  if (buffers * buffer_rows > 0) {
+    shares = static_cast<C*>(std::malloc(static_cast<size_t>(buffers * buffer_rows * width * 2) * sizeof(C)));
+    if (shares == nullptr) return 1;
+  }
+  const auto shares_of = [=](int64_t buffer) {
+    C* d_k = shares + buffer * buffer_rows * width * 2;
+    return Accumulated<C>{d_k, d_k + buffer_rows * width};
+  };
+  const size_t bytes = run.scratch(most_keys) + static_cast<size_t>(2 * padded * width) * sizeof(C) + 256;
+  std::atomic<bool> enough{true};
+  by_turns(tasks, [&](std::atomic<int64_t>& next) {
+    Arena arena(bytes);
+    if (!arena.there()) {
+      enough = false;
+      return;
+    }
+    const Tiles tiles;
+    for (int64_t task = next++; task < tasks; task = next++) {
+      const int64_t own = task - prefix_tasks, chunk = own < 0 ? 0 : own / parts / shape.kv_heads;
+      const int64_t kv_head = own < 0 ? task : own / parts % shape.kv_heads;
+      const int64_t head = kv_head * group + (own < 0 ? 0 : own % parts) * heads;
+      int64_t index = own < 0 ? -1 : chunk, last = own < 0 ? 0 : chunk + 1;
+      Accumulated<C> prefix{nullptr, nullptr};
+      if (shape.shared > 0) {
+        prefix = shares_of((own < 0 ? 0 : chunk + 1) * shape.kv_heads + kv_head);
+        std::fill(prefix.d_k, prefix.d_k + 2 * shape.shared * width, C(0));
+        if (own >= 0) {
+          index = shape.documents * chunk / chunks;
+          last = shape.documents * (chunk + 1) / chunks;
+        }
+      }
+      for (; index < last; ++index) {
+        const Document doc = document(shape, index);
+        const int64_t n = rounded_up(doc.keys(), KEYS);
+        arena.clear();
+        Accumulated<C> into{arena.take<C>(n * width), arena.take<C>(n * width)};
+        std::fill(into.d_k, into.d_k + n * width, C(0));
+        std::fill(into.d_v, into.d_v + n * width, C(0));
+        run.task(doc, kv_head, head, head + heads, arena, into);
+        if (index < 0) {  // the prefix itself: added up with what the documents give
+          std::copy(into.d_k, into.d_k + shape.shared * width, prefix.d_k);
+          std::copy(into.d_v, into.d_v + shape.shared * width, prefix.d_v);
+          continue;
+        }
+        for (int64_t i = 0; i < doc.before * width; ++i) {
+          prefix.d_k[i] += MUTATED("attention: prefix's share missing", into.d_k[i], C(0));
+          prefix.d_v[i] += into.d_v[i];
+        }
+        for (int64_t i = 0; i < doc.length; ++i) {
+          const int64_t key = doc.before + i, token = doc.start + i;
+          if (split) {
+            const Accumulated<C> buffer = shares_of(head);
+            const int64_t place = (token - shape.starts[0]) * width;
+            std::copy(into.d_k + key * width, into.d_k + (key + 1) * width, buffer.d_k + place);
+            std::copy(into.d_v + key * width, into.d_v + (key + 1) * width, buffer.d_v + place);
+          } else {
+            write_row<C>(into.d_k + key * width, run.d_k.at(token, kv_head), shape.head_dim);
+            write_row<C>(into.d_v + key * width, run.d_v.at(token, kv_head), shape.head_dim);
+          }
+        }
+      }
+    }
+  });
+  if (enough && shares != nullptr) {
+    // Σ over the heads of a group, or over the prefix and the chunks of documents, in their order.
+    const int64_t count = split ? group : chunks + 1, first_token = split ? shape.starts[0] : 0;
+    parallel(buffer_rows * shape.kv_heads, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i / shape.kv_heads, kv_head = i % shape.kv_heads, place = row * width;
+        for (int64_t j = 1; j < count; ++j) {
+          const Accumulated<C> into = shares_of(split ? kv_head * group : kv_head);
+          const Accumulated<C> more = shares_of(split ? kv_head * group + j : j * shape.kv_heads + kv_head);
+          for (int64_t c = 0; c < width; ++c) {
+            into.d_k[place + c] += MUTATED("attention: first head of the group only", more.d_k[place + c], C(0));
+            into.d_v[place + c] += more.d_v[place + c];
+          }
+        }
+        const Accumulated<C> total = shares_of(split ? kv_head * group : kv_head);
+        write_row<C>(total.d_k + place, run.d_k.at(first_token + row, kv_head), shape.head_dim);
+        write_row<C>(total.d_v + place, run.d_v.at(first_token + row, kv_head), shape.head_dim);
+      }
+    });
+  }
+  std::free(shares);
+  return enough ? 0 : 1;
+}
+
+}  // namespace
+
+// output (tokens, heads, head_dim) from q, k and v, each given by its address and the distances of its tokens and of
+// its heads. starts and lengths: of the documents behind the shared prefix, which is the first `shared` tokens. A query
+// sees itself and window - 1 keys before it. Returns 1 when there is no memory, else 0.
+BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
+                                               int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
+                                               int64_t v_head, void* output, int64_t output_token, int64_t output_head,
+                                               const int64_t* starts, const int64_t* lengths, int64_t documents,
+                                               int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                               int64_t window, double scaling) {
+  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling};
+  BY_DTYPE(dtype, T, {
+    const Forward<Operands<T>, T> run{shape,
+                                      {static_cast<const T*>(q), q_token, q_head},
+                                      {static_cast<const T*>(k), k_token, k_head},
+                                      {static_cast<const T*>(v), v_token, v_head},
+                                      {static_cast<T*>(output), output_token, output_head}};
+    return forward(run);
+  });
+}
+
+// The gradients of q, k and v from d_y, the gradient of the output; the rest as in the forward.
+BACKHAND_EXPORT int backhand_attention_backward(
+    int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
+    const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
+    int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
+    int64_t d_v_head, const int64_t* starts, const int64_t* lengths, int64_t documents, int64_t shared, int64_t heads,
+    int64_t kv_heads, int64_t head_dim, int64_t window, double scaling) {
+  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling};
+  BY_DTYPE(dtype, T, {
+    const Backward<Operands<T>, T> run{shape,
+                                       {static_cast<const T*>(q), q_token, q_head},
+                                       {static_cast<const T*>(k), k_token, k_head},
+                                       {static_cast<const T*>(v), v_token, v_head},
+                                       {static_cast<const T*>(d_y), d_y_token, d_y_head},
+                                       {static_cast<T*>(d_q), d_q_token, d_q_head},
+                                       {static_cast<T*>(d_k), d_k_token, d_k_head},
+                                       {static_cast<T*>(d_v), d_v_token, d_v_head}};
+    return backward(run);
+  });
+}

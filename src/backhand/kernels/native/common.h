@@ -1,0 +1,61 @@
+// What every file of the library shares: exported names, threads, and bfloat16.
+//
+// Plain C interface, no headers of Python or torch. Everything here is in an anonymous namespace: each file has its own
+// copy, compiled for the instruction set of the shared object it becomes part of.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define BACKHAND_EXPORT extern "C" __attribute__((visibility("default")))
+
+// torch's own threads. The pointer is handed in when the library is loaded (kernels/library.py); without it every loop
+// runs on the calling thread.
+typedef void (*BackhandRange)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*BackhandParallelFor)(int64_t begin, int64_t end, int64_t grain, BackhandRange range, void* context);
+extern BackhandParallelFor backhand_parallel_for;
+
+namespace {
+
+// body(begin, end) on pieces of [0, count), none but the last shorter than `grain`, side by side where threads are.
+template <class Body>
+inline void parallel(int64_t count, int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (backhand_parallel_for == nullptr || count <= grain) {
+    body(int64_t{0}, count);
+    return;
+  }
+  backhand_parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+typedef uint16_t bfloat16;  // its bits
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float widened(float value) { return value; }
+inline float widened(bfloat16 value) { return float_of(static_cast<uint32_t>(value) << 16); }
+
+// To the nearest, ties to even. A NaN of a payload in its low half alone would become an infinity: callers that can
+// meet one test for it.
+inline bfloat16 to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  return static_cast<bfloat16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void put(float* place, float value) { *place = value; }
+inline void put(bfloat16* place, float value) { *place = to_bfloat16(value); }
+
+}  // namespace

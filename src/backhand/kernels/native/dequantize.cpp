@@ -1,0 +1,135 @@
+// Rows of quantized blocks → float32 or bfloat16, by all threads: a range of rows or the rows listed, and of each row a
+// range of blocks. What a block means is in formats.h, the arithmetic in expand.h.
+#include "formats.h"
+#include "kinds.h"
+
+namespace {
+
+template <class Format, class T>
+void blocks_of(const uint8_t* source, int64_t blocks, T* out) {
+  for (int64_t b = 0; b < blocks; ++b) Format::expand(source + b * Format::bytes, out + b * Format::values);
+}
+
+// Types whose blocks are single numbers.
+template <class T>
+void from_float32(const uint8_t* source, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) expand_floats(source + 4 * i, out + i);
+  for (; i < count; ++i) put_careful(out + i, float_at(source + 4 * i));
+}
+
+template <class T>
+void from_float16(const uint8_t* source, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) expand_halves(source + 2 * i, out + i);
+  for (; i < count; ++i) put_careful(out + i, half_to_float(source + 2 * i));
+}
+
+void bits_of_bfloat16(const uint8_t* source, int64_t count, bfloat16* out) { std::memcpy(out, source, 2 * count); }
+
+void bits_of_bfloat16(const uint8_t* source, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    bfloat16 value;
+    std::memcpy(&value, source + 2 * i, 2);
+    out[i] = widened(value);
+  }
+}
+
+template <class Format>
+constexpr Kind kind(int type) {
+  return {type, Format::values, Format::bytes, blocks_of<Format, float>, blocks_of<Format, bfloat16>};
+}
+
+template <class Format>
+constexpr Kind levels(int type) {
+  return {type, Format::values, Format::bytes, eights_of_levels<Format, float>, eights_of_levels<Format, bfloat16>};
+}
+
+template <class Format>
+constexpr Kind integers(int type) {
+  return {type, Format::values, Format::bytes, eights_of_signed<Format, float>, eights_of_signed<Format, bfloat16>};
+}
+
+const Kind kinds[] = {
+    {0, 1, 4, from_float32<float>, from_float32<bfloat16>},
+    {1, 1, 2, from_float16<float>, from_float16<bfloat16>},
+    {30, 1, 2, bits_of_bfloat16, bits_of_bfloat16},
+    levels<FourBits<kSigned4, false>>(2),
+    levels<FourBits<kUnsigned4, true>>(3),
+    integers<FiveBits<false>>(6),
+    integers<FiveBits<true>>(7),
+    integers<Q8_0>(8),
+    kind<Q2_K>(10),
+    kind<Q3_K>(11),
+    kind<Q4_K>(12),
+    kind<Q5_K>(13),
+    kind<Q6_K>(14),
+    levels<FourBits<kNonLinear4, false>>(20),
+    kind<IQ4_XS>(23),
+    levels<MXFP4>(39),
+};
+
+const int64_t kPiece = 8192;   // values of a row that one thread takes at a time
+const int64_t kGrain = 16384;  // values below which a second thread costs more than it brings
+
+}  // namespace
+
+const Kind* kind_of(int type) {
+  for (const Kind& known : kinds) {
+    if (known.type == type) return &known;
+  }
+  return nullptr;
+}
+
+// The ggml types that this library knows, into `types` (room for `room` of them); returns how many there are.
+BACKHAND_EXPORT int backhand_dequantize_types(int* types, int room) {
+  int count = 0;
+  for (const Kind& known : kinds) {
+    if (count < room) types[count] = known.type;
+    ++count;
+  }
+  return count;
+}
+
+// rows × blocks of a stored matrix, written to `out`.
+//
+//   type         ggml's number
+//   source       its first row; rows lie `row_bytes` apart, and there are `source_rows` of them
+//   row_ids      which rows, int64, or null for the first `rows`
+//   first_block  the first block of each row that is wanted, `blocks` how many
+//   out          rows of `blocks` times the block's values, `out_stride` elements apart
+//   narrow       0: float32, 1: bfloat16
+//
+// Returns 0, or 1 for a type it does not know, 2 for a row or a block outside the source; then nothing is written.
+BACKHAND_EXPORT int backhand_dequantize(int type, const uint8_t* source, int64_t row_bytes, int64_t source_rows,
+                                        const int64_t* row_ids, int64_t rows, int64_t first_block, int64_t blocks,
+                                        void* out, int64_t out_stride, int narrow) {
+  const Kind* found = kind_of(type);
+  if (found == nullptr) return 1;
+  if (rows < 0 || blocks < 0 || first_block < 0 || (first_block + blocks) * found->bytes > row_bytes) return 2;
+  if (row_ids == nullptr && rows > source_rows) return 2;
+  for (int64_t r = 0; row_ids != nullptr && r < rows; ++r) {
+    if (row_ids[r] < 0 || row_ids[r] >= source_rows) return 2;
+  }
+  if (rows == 0 || blocks == 0) return 0;
+
+  const Kind& kind = *found;
+  const int64_t step = kPiece / kind.values;  // blocks of a piece
+  const int64_t pieces = (blocks + step - 1) / step;
+  const int64_t values = (blocks < step ? blocks : step) * kind.values;
+  parallel(rows * pieces, (kGrain + values - 1) / values, [=](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / pieces, block = unit % pieces * step;
+      const int64_t count = blocks - block < step ? blocks - block : step;
+      const int64_t stored = row_ids == nullptr ? row : row_ids[row];
+      const uint8_t* from = source + stored * row_bytes + (first_block + block) * kind.bytes;
+      const int64_t place = row * out_stride + block * kind.values;
+      if (narrow) {
+        kind.to_bfloat16(from, count, static_cast<bfloat16*>(out) + place);
+      } else {
+        kind.to_float32(from, count, static_cast<float*>(out) + place);
+      }
+    }
+  });
+  return 0;
+}

@@ -1,0 +1,336 @@
+// Small matrix products of one thread, C (M, N) = or += A (M, K) B (K, N), on operands that the caller has packed.
+//
+// An operand is stored as elements, `PACK` of which along K are one unit: the numbers themselves, or pairs of bfloat16,
+// which AVX512-BF16 multiplies and adds at once, in float. A holds its rows' units side by side; B (K, N) holds for each
+// unit of K the units of all columns. N is a multiple of 16, whatever the instruction set; with AMX, whose tiles multiply
+// 16 rows by 16 columns along 16 pairs at once, M, N and K are multiples of 32 (`SIDE`), and it takes two by two tiles.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+#if defined(__AMX_BF16__)
+constexpr int64_t SIDE = 32;
+#else
+constexpr int64_t SIDE = 16;
+#endif
+
+inline int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Numbers as they are: float, or double.
+template <class C>
+struct Plain {
+  typedef C Sum;
+  typedef C Element;
+  typedef C Unit;
+  static constexpr int PACK = 1;
+  static inline Vector<C> spread(C unit) { return all<C>(unit); }
+  static inline Vector<C> units(const C* place) { return load<C>(place); }
+  static inline Vector<C> multiply_add(Vector<C> a, Vector<C> b, Vector<C> c) { return fma(a, b, c); }
+  static inline void put(C* place, Vector<C> value) { store(place, value); }
+  // power(x · POWER_OF) = eˣ
+  static constexpr double POWER_OF = 1;
+  static inline Vector<C> power(Vector<C> x) { return exponential<C>(x); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  typedef float Sum;
+  typedef bfloat16 Element;
+  typedef uint32_t Unit;
+  static constexpr int PACK = 2;
+  static inline __m512i spread(uint32_t unit) { return _mm512_set1_epi32(static_cast<int>(unit)); }
+  static inline __m512i units(const uint32_t* place) { return _mm512_loadu_si512(place); }
+  static inline Vector<float> multiply_add(__m512i a, __m512i b, Vector<float> c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+  // To the nearest, ties to even; what is smaller than a normal number becomes zero, as in the products themselves.
+  static inline void put(bfloat16* place, Vector<float> value) {
+    const __m256bh halves = _mm512_cvtneps_pbh(value);
+    std::memcpy(place, &halves, sizeof halves);
+  }
+  static constexpr double POWER_OF = 1.44269504088896340736;
+  static inline Vector<float> power(Vector<float> x) { return rough_power_of_two(x); }
+};
+#endif
+
+// The left operand of a product: units row by row, or, as `interleave` leaves them, those of all rows at one place of K
+// after those at the place before.
+template <class Unit>
+struct Rows {
+  const Unit* data;
+  int64_t row;
+  const Unit* from(int64_t i) const { return data + i * row; }
+  Unit at(const Unit* first, int64_t i, int64_t k) const { return first[i * row + k]; }
+};
+template <class Unit>
+struct Interleaved {
+  const Unit* data;
+  int64_t place;
+  const Unit* from(int64_t i) const { return data + i; }
+  Unit at(const Unit* first, int64_t i, int64_t k) const { return first[k * place + i]; }
+};
+
+// Receives the sums of one tile, a register at a time: those of row i from column j on.
+template <class Op, int ROWS, int VECTORS, class Left, class Finish>
+inline void tile(int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row, int64_t row, int64_t column,
+                 const Finish& finish) {
+  typedef typename Op::Sum C;
+  constexpr int W = lanes<C>;
+  const typename Op::Unit* first = a.from(row);
+  b += column;
+  Vector<C> sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Vector<C>{};
+  for (int64_t k = 0; k < k_units; ++k) {
+    decltype(Op::units(b)) right[VECTORS];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) right[j] = Op::units(b + k * b_row + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const auto left = Op::spread(a.at(first, i, k));
+#pragma GCC unroll 16
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Op::multiply_add(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) finish(row + i, column + j * W, sums[i][j]);
+}
+
+// Rows of a tile of so many registers' width: with one row of the right operand, its sums fill the registers.
+constexpr int tile_rows(int vectors) {
+#if defined(__AVX512F__)
+  return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
+#else
+  return vectors == 1 ? 8 : 4;
+#endif
+}
+
+template <class Op, int VECTORS, class Left, class Finish>
+inline void columns(int64_t m, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row, int64_t column,
+                    const Finish& finish) {
+  constexpr int ROWS = tile_rows(VECTORS);
+  int64_t i = 0;
+  for (; i + ROWS <= m; i += ROWS) tile<Op, ROWS, VECTORS>(k_units, a, b, b_row, i, column, finish);
+  if constexpr (ROWS > 4)
+    for (; i + 4 <= m; i += 4) tile<Op, 4, VECTORS>(k_units, a, b, b_row, i, column, finish);
+  for (; i + 2 <= m; i += 2) tile<Op, 2, VECTORS>(k_units, a, b, b_row, i, column, finish);
+  if (i < m) tile<Op, 1, VECTORS>(k_units, a, b, b_row, i, column, finish);
+}
+
+// A product whose sums stay in registers until they are finished; of it, `finish` gets all rows and columns.
+template <class Op, class Left, class Finish>
+inline void finished_product(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
+                             const Finish& finish) {
+  constexpr int W = lanes<typename Op::Sum>;
+#if defined(__AVX512F__)
+  constexpr int MOST = 4;
+#else
+  constexpr int MOST = 2;
+#endif
+  int64_t j = 0;
+  for (; j + MOST * W <= n; j += MOST * W) columns<Op, MOST>(m, k_units, a, b, b_row, j, finish);
+  if constexpr (MOST > 2) {
+    for (; j + 3 * W <= n; j += 3 * W) columns<Op, 3>(m, k_units, a, b, b_row, j, finish);
+    for (; j + 2 * W <= n; j += 2 * W) columns<Op, 2>(m, k_units, a, b, b_row, j, finish);
+  }
+  for (; j + W <= n; j += W) columns<Op, 1>(m, k_units, a, b, b_row, j, finish);
+}
+
+// Sums into C, or onto what stands there: that comes last, so that long sums round no more than short ones and their
+// number.
+template <class Op, class Left>
+inline void product_of_part(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
+                            typename Op::Sum* c, int64_t c_row, bool add) {
+  typedef typename Op::Sum C;
+  finished_product<Op>(m, n, k_units, a, b, b_row, [=](int64_t i, int64_t j, Vector<C> sum) {
+    C* place = c + i * c_row + j;
+    store(place, add ? load<C>(place) + sum : sum);
+  });
+}
+
+constexpr int64_t LONGEST_SUM = 128;
+
+#if defined(__AMX_BF16__)
+// While it lives, this thread's tiles are 16 rows of 64 bytes each.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+inline void product_by_tiles(int64_t m, int64_t n, int64_t k_units, const uint32_t* a, int64_t a_row, const uint32_t* b,
+                             int64_t b_row, float* c, int64_t c_row, bool add) {
+  const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
+  for (int64_t j = 0; j < n; j += 32)
+    for (int64_t i = 0; i < m; i += 32) {
+      float* place = c + i * c_row + j;
+      if (add) {
+        _tile_loadd(0, place, c_bytes);
+        _tile_loadd(1, place + 16, c_bytes);
+        _tile_loadd(2, place + 16 * c_row, c_bytes);
+        _tile_loadd(3, place + 16 * c_row + 16, c_bytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t k = 0; k < k_units; k += 16) {
+        _tile_loadd(4, a + i * a_row + k, a_bytes);
+        _tile_loadd(6, b + k * b_row + j, b_bytes);
+        _tile_loadd(7, b + k * b_row + j + 16, b_bytes);
+        _tile_loadd(5, a + (i + 16) * a_row + k, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, place, c_bytes);
+      _tile_stored(1, place + 16, c_bytes);
+      _tile_stored(2, place + 16 * c_row, c_bytes);
+      _tile_stored(3, place + 16 * c_row + 16, c_bytes);
+    }
+}
+#else
+struct Tiles {
+  Tiles() {}  // nothing to set
+};
+#endif
+
+template <class Op>
+inline void product(int64_t m, int64_t n, int64_t k_units, const typename Op::Unit* a, int64_t a_row,
+                    const typename Op::Unit* b, int64_t b_row, typename Op::Sum* c, int64_t c_row, bool add) {
+#if defined(__AMX_BF16__)
+  if constexpr (Op::PACK == 2) return product_by_tiles(m, n, k_units, a, a_row, b, b_row, c, c_row, add);
+#endif
+  for (int64_t k = 0; k == 0 || k < k_units; k += LONGEST_SUM)
+    product_of_part<Op>(m, n, k_units - k < LONGEST_SUM ? k_units - k : LONGEST_SUM, Rows<typename Op::Unit>{a + k, a_row},
+                        b + k * b_row, b_row, c, c_row, add || k > 0);
+}
+
+#if defined(__AVX512F__)
+// 16 × 16 numbers of four bytes, by exchanging ever larger quarters.
+inline void transpose_square(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  __m512i x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_row);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  // x[4 g + c] holds, in its quarter q, column 4 q + c of rows 4 g … 4 g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x44), high = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xee);
+    const __m512i more_low = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x44);
+    const __m512i more_high = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xee);
+    _mm512_storeu_si512(to + c * to_row, _mm512_shuffle_i32x4(low, more_low, 0x88));
+    _mm512_storeu_si512(to + (4 + c) * to_row, _mm512_shuffle_i32x4(low, more_low, 0xdd));
+    _mm512_storeu_si512(to + (8 + c) * to_row, _mm512_shuffle_i32x4(high, more_high, 0x88));
+    _mm512_storeu_si512(to + (12 + c) * to_row, _mm512_shuffle_i32x4(high, more_high, 0xdd));
+  }
+}
+#endif
+
+// (rows, columns) units to (columns, rows), the rows of the result `to_row` apart.
+template <class Unit>
+inline void transpose(const Unit* from, int64_t from_row, int64_t rows, int64_t columns, Unit* to, int64_t to_row) {
+  constexpr int64_t STEP = 16;
+  for (int64_t i = 0; i < rows; i += STEP)
+    for (int64_t j = 0; j < columns; j += STEP) {
+#if defined(__AVX512F__)
+      if constexpr (sizeof(Unit) == 4)
+        if (i + STEP <= rows && j + STEP <= columns) {
+          transpose_square(reinterpret_cast<const uint32_t*>(from + i * from_row + j), from_row,
+                           reinterpret_cast<uint32_t*>(to + j * to_row + i), to_row);
+          continue;
+        }
+#endif
+      const int64_t last_i = i + STEP < rows ? i + STEP : rows, last_j = j + STEP < columns ? j + STEP : columns;
+      for (int64_t y = j; y < last_j; ++y)
+        for (int64_t x = i; x < last_i; ++x) to[y * to_row + x] = from[x * from_row + y];
+    }
+}
+
+#if defined(__AVX512BF16__)
+// 32 columns of two rows, each column's two numbers side by side.
+inline void interleave_two(const bfloat16* even, const bfloat16* odd, uint32_t* to) {
+  alignas(64) static constexpr uint16_t LOW[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+}
+#endif
+
+// Rows as units along the rows' own number: rows 2 i and 2 i + 1 side by side where units are pairs. The result's rows
+// are `to_row` apart, with zeros behind the columns.
+template <class Op, class T>
+inline void interleave(const T* rows, int64_t row, int64_t count, int64_t columns, typename Op::Unit* to,
+                       int64_t to_row) {
+  typedef typename Op::Unit U;
+  for (int64_t i = 0; i < count; i += Op::PACK) {
+    const T* from = rows + i * row;
+    U* units = to + i / Op::PACK * to_row;
+    int64_t j = 0;
+    if constexpr (Op::PACK == 1) {
+      typedef typename Op::Sum C;
+      for (; j + lanes<C> <= columns; j += lanes<C>) store(units + j, load<C>(from + j));
+      for (; j < columns; ++j) units[j] = static_cast<U>(widened(from[j]));
+    } else {
+      const bool both = i + 1 < count;
+#if defined(__AVX512BF16__)
+      for (; both && j + 32 <= columns; j += 32) interleave_two(from + j, from + row + j, units + j);
+#endif
+      for (; j < columns; ++j)
+        units[j] = static_cast<U>(from[j]) | (both ? static_cast<U>(from[row + j]) << 16 : U(0));
+    }
+    for (; j < to_row; ++j) units[j] = U(0);
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <class T>
+struct OperandsOf {
+  typedef Plain<Wide<T>> type;
+};
+template <>
+struct OperandsOf<bfloat16> {
+  typedef Pairs type;
+};
+// In which units the products of a storage type are computed.
+template <class T>
+using Operands = typename OperandsOf<T>::type;
+#else
+template <class T>
+using Operands = Plain<Wide<T>>;
+#endif
+
+}  // namespace

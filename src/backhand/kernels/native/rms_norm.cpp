@@ -1,0 +1,166 @@
+// RMSNorm, forward and backward: the formulas of ops/rms_norm.py, one reading of a row for the sum, one for the result.
+#include "dtypes.h"
+#include "mutants.h"
+#include "vectors.h"
+
+namespace {
+
+// Rows in two levels: row r is row r % inner of the outer row r / inner. A view of heads has them, a matrix inner = 1.
+struct Strides {
+  int64_t inner_count, outer, inner;
+  int64_t operator()(int64_t row) const { return row / inner_count * outer + row % inner_count * inner; }
+};
+
+// At least so many numbers a piece of work: below, waking a thread costs more than it brings.
+constexpr int64_t GRAIN = 16384;
+
+inline int64_t rows_a_piece(int64_t n) { return 1 + GRAIN / (n > 0 ? n : 1); }
+
+// Σ term(i) over n numbers; term(i, count) is of a partial register, zeros behind.
+template <class C, class Whole, class Part>
+inline C total(int64_t n, const Whole& whole, const Part& part) {
+  constexpr int W = lanes<C>;
+  Vector<C> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) sums[k] = whole(i + k * W, sums[k]);
+  for (; i + W <= n; i += W) sums[0] = whole(i, sums[0]);
+  if (i < n) sums[1] = part(i, n - i, sums[1]);
+  return sum_of<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+void forward(const T* x, Strides x_rows, const T* weight, T* y, Wide<T>* factor, bool given, int64_t rows, int64_t n,
+             double eps, double offset) {
+  typedef Wide<T> C;
+  parallel(rows, rows_a_piece(n), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* in = x + x_rows(row);
+      T* out = y + row * n;
+      if (!given) {
+        const C squares = total<C>(
+            n,
+            [=](int64_t i, Vector<C> sum) {
+              const Vector<C> v = load<C>(in + i);
+              return fma(v, v, sum);
+            },
+            [=](int64_t i, int64_t count, Vector<C> sum) {
+              const Vector<C> v = load_some<C>(in + i, count);
+              return fma(v, v, sum);
+            });
+        const C mean = squares / static_cast<C>(n);
+        factor[row] = 1 / static_cast<C>(__builtin_sqrt(mean + MUTATED("rms_norm: eps forgotten", C(eps), C(0))));
+      }
+      const Vector<C> rho = all<C>(factor[row]);
+      const C c = MUTATED("rms_norm: offset forgotten in forward", C(offset), C(0));
+      along<C>(
+          n, [=](int64_t i) { store(out + i, load<C>(in + i) * rho * (load<C>(weight + i) + c)); },
+          [=](int64_t i, int64_t count) {
+            store_some<C>(out + i, load_some<C>(in + i, count) * rho * (load_some<C>(weight + i, count) + c), count);
+          });
+    }
+  });
+}
+
+// d_x = ρ (g - x (g · x) ρ² / n) (+ residual), g = (c + w) ⊙ d_y.
+template <class T>
+void backward(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const T* weight, const Wide<T>* factor,
+              const T* residual, T* d_x, int64_t rows, int64_t n, double offset) {
+  typedef Wide<T> C;
+  const C c = MUTATED("rms_norm: offset forgotten in backward", C(offset), C(0));
+  parallel(rows, rows_a_piece(n), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T *up = d_y + d_y_rows(row), *in = x + x_rows(row), *more = residual ? residual + row * n : nullptr;
+      T* out = d_x + row * n;
+      const C dot = total<C>(
+          n,
+          [=](int64_t i, Vector<C> sum) {
+            return fma(load<C>(up + i) * (load<C>(weight + i) + c), load<C>(in + i), sum);
+          },
+          [=](int64_t i, int64_t count, Vector<C> sum) {
+            const Vector<C> g = load_some<C>(up + i, count) * (load_some<C>(weight + i, count) + c);
+            return fma(g, load_some<C>(in + i, count), sum);
+          });
+      const C one = factor[row];
+      const C projected = MUTATED("rms_norm: projection missing", dot * one * one / static_cast<C>(n), C(0));
+      const Vector<C> rho = all<C>(one), share = all<C>(-MUTATED("rms_norm: sum for mean", projected, projected * n));
+      const auto result = [=](Vector<C> g, Vector<C> v) { return fma(v, share, g) * rho; };
+      along<C>(
+          n,
+          [=](int64_t i) {
+            Vector<C> d = result(load<C>(up + i) * (load<C>(weight + i) + c), load<C>(in + i));
+            if (more) d += MUTATED("rms_norm: residual forgotten", load<C>(more + i), Vector<C>{});
+            store(out + i, d);
+          },
+          [=](int64_t i, int64_t count) {
+            const Vector<C> g = load_some<C>(up + i, count) * (load_some<C>(weight + i, count) + c);
+            Vector<C> d = result(g, load_some<C>(in + i, count));
+            if (more) d += load_some<C>(more + i, count);
+            store_some<C>(out + i, d, count);
+          });
+    }
+  });
+}
+
+// d_weight = Σ_rows d_y ⊙ x ρ, column by column, so that the order of the sum is no matter of threads.
+template <class T>
+void weight_gradient(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const Wide<T>* factor, T* d_weight,
+                     int64_t rows, int64_t n) {
+  typedef Wide<T> C;
+  constexpr int W = lanes<C>;
+  constexpr int64_t ROWS_A_SUM = 32;  // sums of sums round less
+  parallel((n + W - 1) / W, 4, [=](int64_t begin, int64_t end) {
+    for (int64_t column = begin * W; column < end * W && column < n; column += W) {
+      const int64_t count = n - column < W ? n - column : W;
+      Vector<C> sum = {};
+      for (int64_t first = 0; first < rows; first += ROWS_A_SUM) {
+        const int64_t last = first + ROWS_A_SUM < rows ? first + ROWS_A_SUM : rows;
+        Vector<C> part = {};
+        for (int64_t row = first; row < last; ++row) {
+          const C rho = MUTATED("rms_norm: x not normalised", factor[row], C(1));
+          const T *up = d_y + d_y_rows(row) + column, *in = x + x_rows(row) + column;
+          const Vector<C> g = count == W ? load<C>(up) : load_some<C>(up, count);
+          part = fma(g * rho, count == W ? load<C>(in) : load_some<C>(in, count), part);
+        }
+        sum += part;
+      }
+      store_some<C>(d_weight + column, sum, count);
+    }
+  });
+}
+
+}  // namespace
+
+// y (rows, n), contiguous, from x whose rows lie as `Strides` says; `given` takes the factors as they are.
+BACKHAND_EXPORT void backhand_rms_norm_forward(int dtype, const void* x, int64_t inner_count, int64_t x_outer,
+                                               int64_t x_inner, const void* weight, void* y, void* factor, int given,
+                                               int64_t rows, int64_t n, double eps, double offset) {
+  BY_DTYPE(dtype, T, {
+    forward(static_cast<const T*>(x), Strides{inner_count, x_outer, x_inner}, static_cast<const T*>(weight),
+            static_cast<T*>(y), static_cast<Wide<T>*>(factor), given != 0, rows, n, eps, offset);
+  });
+}
+
+// d_x (rows, n), contiguous, with `residual` (rows, n) added, or null.
+BACKHAND_EXPORT void backhand_rms_norm_backward(int dtype, const void* d_y, int64_t inner_count, int64_t d_y_outer,
+                                                int64_t d_y_inner, const void* x, int64_t x_outer, int64_t x_inner,
+                                                const void* weight, const void* factor, const void* residual,
+                                                void* d_x, int64_t rows, int64_t n, double offset) {
+  BY_DTYPE(dtype, T, {
+    backward(static_cast<const T*>(d_y), Strides{inner_count, d_y_outer, d_y_inner}, static_cast<const T*>(x),
+             Strides{inner_count, x_outer, x_inner}, static_cast<const T*>(weight),
+             static_cast<const Wide<T>*>(factor), static_cast<const T*>(residual), static_cast<T*>(d_x), rows, n,
+             offset);
+  });
+}
+
+BACKHAND_EXPORT void backhand_rms_norm_weight_gradient(int dtype, const void* d_y, int64_t inner_count,
+                                                       int64_t d_y_outer, int64_t d_y_inner, const void* x,
+                                                       int64_t x_outer, int64_t x_inner, const void* factor,
+                                                       void* d_weight, int64_t rows, int64_t n) {
+  BY_DTYPE(dtype, T, {
+    weight_gradient(static_cast<const T*>(d_y), Strides{inner_count, d_y_outer, d_y_inner}, static_cast<const T*>(x),
+                    Strides{inner_count, x_outer, x_inner}, static_cast<const Wide<T>*>(factor),
+                    static_cast<T*>(d_weight), rows, n);
+  });
+}

@@ -1,0 +1,193 @@
+"""A frozen matrix in the blocks of its file: (out, in), dequantised piece by piece when a product needs it.
+
+Its rows are parts one below the other, each of a type of its own, as q/k/v and gate/up lie in real files. A part may
+store its rows in another order (llama's q and k), or its columns (Qwen3.5's delta rule): those of a piece are put in
+order when it is dequantised, since a block holds several. Nothing is copied: blocks are views, of a mapped file as a
+rule.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.dequantize import Bytes, block_shape, dequantize
+
+# Rows that are dequantised at a time where their columns have to be put in order.
+_ROWS_IN_ORDER = 512
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """One part.
+
+    Attributes:
+        blocks: (rows, bytes of a row) uint8, rows one behind the other.
+        type_id: ggml's number of the type.
+        order: (out,) int64, which stored row is row 0, 1, … of this part; None for all in their own order.
+        column_order: (in,) int64, which stored column is column 0, 1, …; None for all in their own order.
+    """
+
+    blocks: Bytes
+    type_id: int
+    order: Tensor | None = None
+    column_order: Tensor | None = None
+
+    @property
+    def row_count(self) -> int:
+        """Rows of this part."""
+        return len(self.blocks) if self.order is None else len(self.order)
+
+    @property
+    def columns(self) -> int:
+        """Values of a row."""
+        values, size = block_shape(self.type_id)
+        return int(self.blocks.shape[1]) // size * values
+
+    def part(self, start: int, stop: int) -> StoredRows:
+        """Rows start to stop."""
+        if self.order is not None:
+            return replace(self, order=self.order[start:stop])
+        return replace(self, blocks=self.blocks[start:stop])
+
+
+class QuantizedMatrix:
+    """Parts stacked, read as numbers of one dtype.
+
+    Args:
+        parts: at least one, all with rows of the same length.
+        dtype: what its values are rounded to.
+        device: where products run; the blocks stay in the processor's memory.
+
+    Attributes:
+        parts: as given.
+        shape: (out, in).
+        dtype: as given.
+        device: as given.
+
+    Raises:
+        ValueError: rows of different lengths.
+    """
+
+    def __init__(self, parts: Sequence[StoredRows], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        columns = {part.columns for part in parts}
+        if len(columns) != 1:
+            raise ValueError(f"parts with rows of {sorted(columns)} values cannot be stacked")
+        self.parts = tuple(parts)
+        self._ends = list(accumulate(part.row_count for part in parts))
+        self.shape = torch.Size((self._ends[-1], columns.pop()))
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its blocks."""
+        return sum(part.row_count * int(part.blocks.shape[1]) for part in self.parts)
+
+    @property
+    def block_columns(self) -> int:
+        """The smallest number of columns that is whole blocks in every part."""
+        return max(block_shape(part.type_id)[0] for part in self.parts)
+
+    def rows_into(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Write rows start to stop into `out`, (stop - start, in), and return it."""
+        for part, first, place in self._between(start, stop):
+            _fill(part.part(first, first + place.stop - place.start), out[place], 0)
+        return out
+
+    def columns_into(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Write columns start to stop, whole blocks, into `out`, (out, stop - start), and return it."""
+        for part, _, place in self._between(0, self.shape[0]):
+            _fill(part, out[place, : stop - start], start)
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows with these ids, (..., in).
+
+        Args:
+            ids: (...) integers in [0, out).
+
+        Raises:
+            ValueError: for ids outside that range.
+        """
+        flat = ids.reshape(-1).to("cpu", torch.int64).contiguous()
+        if len(flat) and (int(flat.min()) < 0 or int(flat.max()) >= self.shape[0]):
+            raise ValueError(f"rows {int(flat.min())} to {int(flat.max())} of a matrix with {self.shape[0]}")
+        out = torch.empty(len(flat), self.shape[1], dtype=self.dtype, device=self.device)
+        for part, _, place in self._between(0, self.shape[0]):
+            if len(self.parts) == 1:
+                _fill_listed(part, flat, out)
+                break
+            inside = ((flat >= place.start) & (flat < place.stop)).nonzero().squeeze(1)
+            found = torch.empty(len(inside), self.shape[1], dtype=self.dtype, device=self.device)
+            out[inside.to(self.device)] = _fill_listed(part, flat[inside] - place.start, found)
+        return out.view(*ids.shape, self.shape[1])
+
+    def split(self, sizes: Sequence[int]) -> tuple[QuantizedMatrix, ...]:
+        """Matrices of so many rows each, top to bottom; they share the blocks.
+
+        Raises:
+            ValueError: sizes that do not add up to the rows.
+        """
+        if sum(sizes) != self.shape[0]:
+            raise ValueError(f"{self.shape[0]} rows cannot be split into {list(sizes)}")
+        ends = list(accumulate(sizes))
+        return tuple(self.part(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+    def part(self, start: int, stop: int) -> QuantizedMatrix:
+        """Rows start to stop; they share the blocks."""
+        parts = [
+            part.part(first, first + place.stop - place.start) for part, first, place in self._between(start, stop)
+        ]
+        return QuantizedMatrix(parts or [self.parts[0].part(0, 0)], self.dtype, self.device)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, (out, in), in another dtype if one is given: the stored numbers rounded once."""
+        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        return self.rows_into(0, self.shape[0], out)
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[StoredRows, int, slice]]:
+        """(part, its first row that is wanted, where its rows go) for all parts of rows start to stop."""
+        first = bisect_right(self._ends, start)
+        above = self._ends[first - 1] if first else 0
+        for part in self.parts[first:]:
+            if above >= stop:
+                break
+            low, high = max(start, above), min(stop, above + part.row_count)
+            if low < high:
+                yield part, low - above, slice(low - start, high - start)
+            above += part.row_count
+
+
+def dequantized_rows(part: StoredRows, out: Tensor, ids: Tensor | None) -> Tensor:
+    """Write the part's stored rows with these numbers, None for all, into `out`, (rows, in), and return it."""
+    if part.column_order is None:
+        return dequantize(part.blocks, part.type_id, out, row_ids=ids)
+    count = len(out)
+    stored = torch.empty(min(count, _ROWS_IN_ORDER), part.columns, dtype=out.dtype, device=out.device)
+    for start in range(0, count, _ROWS_IN_ORDER):
+        stop = min(start + _ROWS_IN_ORDER, count)
+        if ids is None:
+            dequantize(part.blocks[start:stop], part.type_id, stored[: stop - start])
+        else:
+            dequantize(part.blocks, part.type_id, stored[: stop - start], row_ids=ids[start:stop])
+        out[start:stop] = stored[: stop - start].index_select(1, part.column_order.to(out.device))
+    return out
+
+
+def _fill(part: StoredRows, out: Tensor, first_value: int) -> None:
+    if part.column_order is None:
+        dequantize(part.blocks, part.type_id, out, row_ids=part.order, first_value=first_value)
+        return
+    wanted = part.column_order[first_value : first_value + out.shape[1]]
+    dequantized_rows(replace(part, column_order=wanted), out, part.order)
+
+
+def _fill_listed(part: StoredRows, ids: Tensor, out: Tensor) -> Tensor:
+    stored = ids if part.order is None else part.order[ids]
+    return dequantized_rows(part, out, stored)

@@ -1,0 +1,171 @@
+"""The analyses from options to numbers, without a word printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from backhand.adapters.checked_base import check_source, load_adapter_for
+from backhand.adapters.gguf_adapter import is_gguf_file
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
+from backhand.arithmetic.compatible import refuse_more_than_factors
+from backhand.errors import ArtifactError, UsageError
+from backhand.lab.paper.amplification import Amplification, amplification
+from backhand.lab.paper.memory import MemoryResult, measure_memory
+from backhand.lab.paper.merging import MergeResult, measure_merging
+from backhand.lab.paper.optimizer_claims import FirstUpdates, OneLayer, PathComparison, compare_paths, first_updates
+from backhand.lab.paper.options import PaperOptions
+from backhand.lab.paper.similarity import ModuleSimilarity, compare_adapters
+from backhand.lab.paper.sweep import SweepResult, run_sweep
+from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+
+UPDATE_RANKS = (1, 4, 16, 64)
+PATH_STEPS = 100
+PATH_FACTORS = ((4.0, 1.0), (1.0, 4.0), (8.0, 0.25), (3.0, 5.0))
+
+
+@dataclass
+class PaperResult:
+    """What was found; None where an analysis was not asked for.
+
+    Attributes:
+        adapters: the one or two that were read.
+        similarity: of every module that both adapt.
+        amplification: of every module, for each adapter.
+        merging, memory: of the first adapter.
+        updates, paths: the two claims about the optimizer.
+        sweep: the runs.
+        notes: what a person should know: where an adapter does not belong to the base, and was used by force.
+    """
+
+    adapters: tuple[AdapterFactors, ...]
+    similarity: list[ModuleSimilarity] | None = None
+    amplification: list[list[Amplification]] | None = None
+    merging: MergeResult | None = None
+    memory: MemoryResult | None = None
+    updates: list[FirstUpdates] | None = None
+    paths: list[PathComparison] | None = None
+    sweep: SweepResult | None = None
+    notes: tuple[str, ...] = ()
+
+
+def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _: None) -> PaperResult:
+    """Run the chosen analyses.
+
+    Args:
+        options: validated here.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: an option out of range, or adapters with no module in common.
+        ArtifactError: model or adapter cannot be read, do not belong together, or the adapter trains more than factors.
+        BackhandError: whatever the training runs of a sweep raise.
+    """
+    options.validate()
+    chosen = options.run.chosen()
+    # Of PEFT's files the similarity of two adapters can be told without a model.
+    base = open_model(options.model.model) if any(map(is_gguf_file, options.run.adapter)) else None
+    allow_pickle = options.model.allow_pickle
+    result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
+    if "similarity" in chosen:
+        progress("subspace similarity")
+        result.similarity = _similarity(result.adapters, options.run.seed)
+    if chosen == ("similarity",):
+        return result
+    source = base or open_model(options.model.model)
+    if set(chosen) & {"amplification", "merging", "memory"}:
+        for adapter in result.adapters:
+            refuse_more_than_factors(adapter)
+            result.notes += check_source(
+                adapter.record, str(adapter.directory), source, adapter.modules, force_base=options.model.force_base
+            )
+    if "amplification" in chosen:
+        result.amplification = [_amplification(options, adapter, source, progress) for adapter in result.adapters]
+    if "merging" in chosen:
+        progress("latency of base, adapter and merged weights")
+        result.merging = _merging(options, source)
+    if "memory" in chosen:
+        progress("memory of a training step")
+        result.memory = _memory(options, result.adapters[0], source)
+    if "updates" in chosen:
+        progress("first updates and Adam's path")
+        layer = OneLayer.on(_some_weight(source, result.adapters), options.run.seed)
+        result.updates = first_updates(layer, UPDATE_RANKS, options.run.update_seeds)
+        result.paths = [compare_paths(layer, PATH_STEPS, p, q) for p, q in PATH_FACTORS]
+    if "sweep" in chosen:
+        assert options.run.output is not None
+        result.sweep = run_sweep(options, source, options.run.output / "sweep", progress)
+    return result
+
+
+def _similarity(adapters: tuple[AdapterFactors, ...], seed: int) -> list[ModuleSimilarity]:
+    first, second = adapters
+    found = compare_adapters(first, second, seed)
+    if not found:
+        raise UsageError(
+            "the two adapters have no trained module in common",
+            where="adapter",
+            why="; ".join(f"{adapter.label}: {', '.join(list(adapter.modules)[:3])}, …" for adapter in adapters),
+        )
+    return found
+
+
+def _amplification(
+    options: PaperOptions, adapter: AdapterFactors, source: ModelSource, progress: Callable[[str], None]
+) -> list[Amplification]:
+    generator = torch.Generator().manual_seed(options.run.seed)
+    rows = []
+    for number, (name, factors) in enumerate(adapter.modules.items(), 1):
+        progress(f"amplification, {adapter.label}: module {number} of {len(adapter.modules)}")
+        weight = base_weight(source, name, factors)
+        rows.append(amplification(name, factors, weight, generator, options.run.directions))
+    return rows
+
+
+def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
+    with _computing(options) as (device, dtype):
+        base, merged = (Decoder.from_source(source, dtype=dtype, device=device) for _ in range(2))
+        path = options.run.adapter[0]
+        loaded = load_adapter_for(
+            source,
+            path,
+            base.module_shapes(),
+            force_base=options.model.force_base,
+            allow_pickle=options.model.allow_pickle,
+        )
+        if loaded.beside:
+            name, what = next(iter(loaded.beside.items()))
+            raise ArtifactError(f"the analysis is of plain LoRA; of {name}: {what}", where=str(path))
+        return measure_merging(base, merged, loaded.parameters(device=device), seed=options.run.seed)
+
+
+def _memory(options: PaperOptions, adapter: AdapterFactors, source: ModelSource) -> MemoryResult:
+    dtype = resolve_dtype(options.model, resolve_device(options.model))
+    elements = sum(torch.Size(source.shape(name)).numel() for name in source.tensor_names())
+    return measure_memory(elements, adapter.element_count, adapter.stored_bytes, element_bytes=dtype.itemsize)
+
+
+def _some_weight(source: ModelSource, adapters: tuple[AdapterFactors, ...]) -> torch.Tensor:
+    """The weight of the first adapted module, or else the base's first matrix that is no embedding."""
+    if adapters:
+        name, factors = next(iter(adapters[0].modules.items()))
+        return base_weight(source, name, factors)
+    for name in source.tensor_names():
+        if len(source.shape(name)) == 2 and "embed" not in name:
+            return source.load(name)
+    raise ArtifactError("the base model has no linear layer", where=str(source.path))
+
+
+@contextmanager
+def _computing(options: PaperOptions) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Device and dtype, with the options' threads as long as they are used."""
+    device = resolve_device(options.model)
+    dtype = resolve_dtype(options.model, device)
+    with compute_settings(options.model, resolve_threads(options.model), dtype, device):
+        yield device, dtype

@@ -1,0 +1,119 @@
+"""Memory and checkpoint size of an adapter against full fine-tuning, measured [arXiv:2106.09685, section 4.2].
+
+What an optimizer step holds, besides activations: the frozen weights in the compute dtype, and for every trained number
+a float32 value, its gradient and Adam's two moments, 16 bytes. Full fine-tuning trains every weight. Each way is
+measured in a process of its own, which makes these tensors, takes one step of the optimizer, and tells its highest
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from backhand.errors import ResourceError
+from backhand.nn.held_base import available_bytes
+
+RUNS = 3
+BYTES_PER_TRAINED = 16
+SMALLEST_MEASURABLE = 8 * 2**20
+"""Below this a process that grows says little: it lives on what it had, several hundred KiB of it."""
+
+_MARGIN = 1.15
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """One way of training.
+
+    Attributes:
+        trained: numbers that are trained.
+        computed_bytes: what the tensors hold.
+        measured_bytes: what the process grew by, one value a run; empty where memory does not suffice to try.
+    """
+
+    trained: int
+    computed_bytes: int
+    measured_bytes: tuple[int, ...]
+
+    @property
+    def too_small(self) -> bool:
+        """Whether the growth of a process says nothing about so little."""
+        return self.computed_bytes < SMALLEST_MEASURABLE
+
+    @property
+    def bytes(self) -> float | None:
+        """Median of what was measured, or what is computed where it was not; None if it is too small to measure."""
+        if self.too_small:
+            return None
+        return statistics.median(self.measured_bytes) if self.measured_bytes else float(self.computed_bytes)
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """Memory of a step and size of what is stored, for the adapter and for every weight.
+
+    Attributes:
+        adapter, full: a step.
+        adapter_stored_bytes: the adapter's file.
+        full_stored_bytes: every weight of the base in float32, as the adapter's factors are stored.
+    """
+
+    adapter: StepMemory
+    full: StepMemory
+    adapter_stored_bytes: int
+    full_stored_bytes: int
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Full over adapter; None if one of them is too small to measure."""
+        if self.full.bytes is None or self.adapter.bytes is None:
+            return None
+        return self.full.bytes / self.adapter.bytes
+
+    @property
+    def stored_ratio(self) -> float:
+        """Full over adapter."""
+        return self.full_stored_bytes / self.adapter_stored_bytes
+
+
+def measure_memory(
+    base_elements: int, adapter_elements: int, adapter_stored_bytes: int, *, element_bytes: int, runs: int = RUNS
+) -> MemoryResult:
+    """Measure both ways.
+
+    Args:
+        base_elements: numbers in the base model.
+        adapter_elements: numbers in the adapter.
+        adapter_stored_bytes: size of the adapter's file.
+        element_bytes: of the frozen weights: 2 in bfloat16, 4 in float32.
+        runs: processes for each way.
+    """
+    adapter = _step_memory(base_elements, adapter_elements, element_bytes, runs)
+    full = _step_memory(0, base_elements, element_bytes, runs)
+    return MemoryResult(adapter, full, adapter_stored_bytes, 4 * base_elements)
+
+
+def _step_memory(frozen: int, trained: int, element_bytes: int, runs: int) -> StepMemory:
+    computed = frozen * element_bytes + trained * BYTES_PER_TRAINED
+    free = available_bytes()
+    measured: tuple[int, ...] = ()
+    if free is None or free > _MARGIN * computed:
+        measured = tuple(_measure(frozen, trained, element_bytes) for _ in range(runs))
+    return StepMemory(trained, computed, measured)
+
+
+def _measure(frozen: int, trained: int, element_bytes: int) -> int:
+    command = [sys.executable, "-m", "backhand.lab.paper.memory_worker", *map(str, (frozen, trained, element_bytes))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        lines = ended.stderr.strip().splitlines()
+        raise ResourceError(
+            f"the memory of a step over {trained:,} trained numbers could not be measured",
+            why=lines[-1] if lines else f"the process ended with {ended.returncode}, perhaps for want of memory",
+            next_step="leave memory out of --analyses",
+        )
+    return int(json.loads(ended.stdout)["grown_bytes"])

@@ -1,0 +1,288 @@
+"""The pictures of the paper's analyses.
+
+Heat maps are grey, lines differ in style and bars in hatching: a picture says the same in print.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from backhand.arithmetic.findings import draw_layer_map, kind_of, new_figure, png_bytes
+from backhand.lab.paper.amplification import Amplification
+from backhand.lab.paper.memory import MemoryResult
+from backhand.lab.paper.merging import MergeResult
+from backhand.lab.paper.optimizer_claims import LARGEST_DIFFERENCE, FirstUpdates, PathComparison
+from backhand.lab.paper.similarity import FloatMap, ModuleSimilarity, SimilarityMap
+from backhand.lab.paper.sweep import SweepResult
+
+_MEBIBYTE = 2**20
+_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
+
+
+def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> bytes:
+    """similarity.png: φ(i, j) for each kind of module, mean over the layers: each factor above its random control."""
+    kinds = list(dict.fromkeys(each.kind for each in maps))
+    by_place = {(each.kind, each.factor): each for each in maps}
+    lines = [(factor, control) for factor in ("lora_A", "lora_B") for control in (False, True)]
+    figure = new_figure(1.9 * len(kinds) + 1.6, 1.9 * len(lines) + 1.0)
+    panels = figure.subplots(len(lines), len(kinds), squeeze=False)
+    image = None
+    for line, (factor, control) in zip(panels, lines, strict=True):
+        for axes, kind in zip(line, kinds, strict=True):
+            found = by_place.get((kind, factor))
+            if found is None:
+                axes.set_axis_off()
+                continue
+            grid = found.random if control else found.similarity
+            image = axes.imshow(
+                grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=_extent(grid)
+            )
+            axes.set_title(f"{kind}\n{f'random for {factor}' if control else factor}", fontsize="small")
+            axes.tick_params(labelsize="x-small")
+            axes.locator_params(integer=True, nbins=5)
+    figure.supxlabel(f"j: leading directions of {second}", fontsize="medium")
+    figure.supylabel(f"i: leading directions of {first}", fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="φ(i, j), mean over layers", shrink=0.6)
+    return png_bytes(figure)
+
+
+def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
+    """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module, and what chance gives."""
+    figure = new_figure(12, 4.8)
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
+        of_factor = [row for row in rows if row.factor == factor]
+        values = {row.module: row.at_smaller_rank for row in of_factor}
+        image = draw_layer_map(axes, values, vmin=0, vmax=1)
+        axes.set_title(f"{factor}: {_chance(of_factor)}", fontsize="small")
+        if image is not None:
+            figure.colorbar(image, ax=axes, label="φ(r, r) at the smaller rank r")
+    figure.suptitle(f"Subspace similarity: {first} against {second}", fontsize="medium")
+    return png_bytes(figure)
+
+
+def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
+    """amplification.png: the factor of every module, and what the weight does along three sets of directions."""
+    figure = new_figure(13, 4.8)
+    layers, bars = figure.subplots(1, 2)
+    values = {row.module: math.log10(row.factor) for row in rows if row.factor > 0}
+    image = draw_layer_map(layers, values, vmin=None, vmax=None)
+    layers.set_title(f"Amplification ‖ΔW‖ / ‖UᵀWV‖: {label}", fontsize="medium")
+    if image is not None:
+        figure.colorbar(image, ax=layers, label="log₁₀ of the amplification factor")
+    kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
+    places = np.arange(len(kinds))
+    sets = (
+        ("directions of W", "along_weight", "#ffffff", ""),
+        ("directions of ΔW", "along_update", "#9a9a9a", "//"),
+        ("random directions", "along_random", "#2b2b2b", ""),
+    )
+    for number, (name, attribute, color, hatch) in enumerate(sets):
+        means = [np.mean([getattr(row, attribute) for row in rows if kind_of(row.module) == kind]) for kind in kinds]
+        bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, color=color, edgecolor="black", hatch=hatch)
+    bars.set_yscale("log")
+    low, high = bars.get_ylim()
+    bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
+    bars.set_xticks(places, kinds, rotation=30, ha="right")
+    bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers, logarithmic")
+    bars.set_title("What the weight does along the leading directions", fontsize="medium")
+    bars.legend(fontsize="small", loc="upper center", ncols=3)
+    return png_bytes(figure)
+
+
+def draw_merging(result: MergeResult) -> bytes:
+    """merging.png: time of a forward pass over the base's, with the adapter beside it and merged."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    places = np.arange(len(result.times))
+    for number, (name, color, hatch) in enumerate((("adapter", "#9a9a9a", "//"), ("merged", "#ffffff", ""))):
+        ratios = [getattr(times, name) for times in result.times]
+        medians = np.array([ratio.median for ratio in ratios])
+        spread = [medians - [ratio.lower for ratio in ratios], [ratio.upper for ratio in ratios] - medians]
+        label = "adapter beside the weights" if name == "adapter" else "merged into the weights"
+        axes.bar(
+            places + 0.36 * (number - 0.5),
+            medians,
+            0.34,
+            yerr=spread,
+            capsize=4,
+            label=label,
+            color=color,
+            edgecolor="black",
+            hatch=hatch,
+        )
+    axes.axhline(1, color="black", linestyle=":", label="base")
+    axes.set_xticks(places, [f"{times.documents} × {times.tokens} tokens" for times in result.times])
+    axes.set_ylabel("time over the base's (median, quartiles)")
+    axes.set_ylim(0, 1.35 * max(times.adapter.upper for times in result.times))
+    axes.set_title("Latency of a forward pass", fontsize="medium")
+    axes.legend(fontsize="small", loc="upper right", ncols=3)
+    return png_bytes(figure)
+
+
+def draw_memory(result: MemoryResult) -> bytes:
+    """memory.png: what an optimizer step holds and what is stored, for the adapter and for every weight."""
+    figure = new_figure(9.6, 4.2)
+    step, stored = figure.subplots(1, 2)
+    ways = (result.adapter, result.full)
+    places, names = np.arange(2), ["adapter", "every weight"]
+    computed = np.array([way.computed_bytes for way in ways]) / _MEBIBYTE
+    step.bar(places - 0.18, computed, 0.34, label="what the tensors hold", color="#ffffff", edgecolor="black")
+    measured = [(place, way) for place, way in zip(places, ways, strict=True) if way.measured_bytes and way.bytes]
+    heights = np.array([way.bytes for _, way in measured]) / _MEBIBYTE
+    lows, highs = (np.array([bound(way.measured_bytes) for _, way in measured]) / _MEBIBYTE for bound in (min, max))
+    step.bar(
+        [place + 0.18 for place, _ in measured],
+        heights,
+        0.34,
+        yerr=[heights - lows, highs - heights],
+        capsize=4,
+        label="measured (median, range)",
+        color="#9a9a9a",
+        edgecolor="black",
+        hatch="//",
+    )
+    step.set_ylabel("MiB")
+    step.set_ylim(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max())
+    ratio = "" if result.memory_ratio is None else f": {result.memory_ratio:.1f} times"
+    step.set_title(f"Memory of an optimizer step, no activations{ratio}", fontsize="medium")
+    step.legend(fontsize="small", loc="upper left")
+    sizes = np.array([result.adapter_stored_bytes, result.full_stored_bytes]) / _MEBIBYTE
+    stored.bar(places, sizes, 0.5, color="#c8c8c8", edgecolor="black")
+    stored.set_yscale("log")
+    stored.set_ylim(sizes.min() / 4, sizes.max() * 4)
+    for place, size in zip(places, sizes, strict=True):
+        stored.text(place, 1.1 * size, f"{size:,.1f} MiB", ha="center", va="bottom", fontsize="small")
+    stored.set_ylabel("MiB, logarithmic")
+    stored.set_title(f"Stored in float32: {result.stored_ratio:.0f} times", fontsize="medium")
+    for axes in (step, stored):
+        axes.set_xticks(places, names)
+        axes.set_xlabel("what is trained")
+    return png_bytes(figure)
+
+
+def draw_sweep(result: SweepResult) -> bytes:
+    """sweep.png: held-out loss against rank for every target set, and at a fixed budget."""
+    figure = new_figure(12.5, 4.6)
+    ranks, budget = figure.subplots(1, 2)
+    targets = list(dict.fromkeys(row.point.targets for row in result.rows))
+    for name, style in zip(targets, _STYLES * len(targets), strict=False):
+        of_target = sorted((r for r in result.rows if r.point.targets == name and r.point.ranks), key=_rank_of)
+        xs = [row.point.rank for row in of_target]
+        ranks.plot(xs, [row.eval_loss for row in of_target], style, color="black", label=name)
+    base = next((row.base_eval_loss for row in result.rows if row.base_eval_loss is not None), None)
+    ranks.set_xscale("log", base=2)
+    shown = sorted({row.point.rank for row in result.rows if row.point.ranks})
+    ranks.set_xticks(shown, [str(rank) for rank in shown])
+    ranks.set_xlabel("rank")
+    ranks.set_ylabel("held-out loss (nats per token)")
+    ranks.set_title("How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), fontsize="medium")
+    ranks.grid(visible=True, linewidth=0.3)
+    low, high = ranks.get_ylim()
+    ranks.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the lines
+    ranks.legend(fontsize="small", title="target modules", title_fontsize="small", loc="upper center", ncols=2)
+    at_budget = sorted(
+        (row for row in result.rows if row.point.budget), key=lambda row: targets.index(row.point.targets)
+    )
+    places = np.arange(len(at_budget))
+    budget.barh(places, [row.eval_loss for row in at_budget], color="#c8c8c8", edgecolor="black")
+    for place, row in zip(places, at_budget, strict=True):
+        match = "" if row.exact_match is None else f", {row.exact_match:.0%} exact"
+        budget.text(row.eval_loss, place, f" {row.eval_loss:.3f}{match}", va="center", fontsize="small")
+    budget.set_yticks(places, [f"{row.point.targets}\nrank {row.point.rank}" for row in at_budget], fontsize="small")
+    budget.set_xlim(0, 1.4 * max((row.eval_loss for row in at_budget), default=1))
+    budget.set_xlabel("held-out loss (nats per token)")
+    budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
+    return png_bytes(figure)
+
+
+def _rank_of(row: Any) -> int:
+    rank: int = row.point.rank
+    return rank
+
+
+def _chance(rows: Sequence[ModuleSimilarity]) -> str:
+    """E φ(r, r) = r / d of random subspaces at the smaller rank r: one number, or the range over the modules."""
+    expected = sorted({min(row.similarity.shape) / row.dimension for row in rows})
+    if not expected:
+        return "zero in one of the adapters"
+    low, high = f"{expected[0]:.2g}", f"{expected[-1]:.2g}"
+    return f"chance gives {low}" if low == high else f"chance gives {low} to {high}"
+
+
+def _extent(grid: FloatMap) -> tuple[float, float, float, float]:
+    """Cells centred on i and j, which count from 1."""
+    return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures of the two claims about the optimizer, readable in print.
+
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_SMALLEST = 1e-16
+"""Differences below float64's own rounding are drawn there: a logarithmic axis has no zero."""
+
+
+def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
+    """first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    places = np.arange(len(updates))
+    for number, update in enumerate(updates):
+        spread = np.linspace(-0.2, 0.2, len(update.along_descent))
+        label = "one fresh adapter" if number == 0 else None
+        axes.plot(number + spread, update.along_descent, "x", color="#9a9a9a", markersize=4, label=label)
+    axes.errorbar(
+        places,
+        [update.mean for update in updates],
+        yerr=[2 * update.standard_error for update in updates],
+        fmt="o",
+        color="black",
+        capsize=6,
+        label="mean ± 2 standard errors",
+    )
+    axes.set_xticks(places, [str(update.rank) for update in updates])
+    axes.set_xlabel("rank (alpha fixed, scaling alpha / rank)")
+    axes.set_ylabel("⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
+    axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
+    axes.legend(fontsize="small")
+    axes.grid(visible=True, linewidth=0.3)
+    return png_bytes(figure)
+
+
+def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
+    """adam_path.png: how far each rescaled path is from the plain one after each step, and each control."""
+    figure = new_figure(7.2, 4.6)
+    axes = figure.subplots()
+    for number, path in enumerate(paths):
+        steps = np.arange(1, len(path.differences) + 1)
+        every = max(1, len(steps) // 8)
+        # Lines that lie on top of each other have their markers in turns.
+        places = (number * every // len(paths), every)
+        style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": places, "markersize": 5}
+        label = f"p = {path.p:g}, q = {path.q:g}"
+        axes.plot(steps, _above_zero(path.differences), "-", color="black", label=label, **style)
+        if path.has_control:
+            axes.plot(steps, _above_zero(path.control_differences), ":", color="#707070", **style)
+    axes.plot([], [], ":", color="#707070", label="lora_B's rate left as it was")
+    axes.axhline(LARGEST_DIFFERENCE, color="black", linestyle="--", linewidth=0.8)
+    axes.text(1, 1.5 * LARGEST_DIFFERENCE, "bound", fontsize="small")
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1e3)  # room for the legend above the lines
+    axes.set_xlabel("step of Adam")
+    axes.set_ylabel("‖ΔW′ − ΔW‖ / ‖ΔW‖")
+    axes.set_title("Adam's path under alpha/(pq), p · lora_A, rates p and q times as large", fontsize="medium")
+    axes.grid(visible=True, linewidth=0.3)
+    axes.legend(fontsize="small", loc="upper center", ncols=3)
+    return png_bytes(figure)
+
+
+def _above_zero(differences: Sequence[float]) -> list[float]:
+    return [max(difference, _SMALLEST) for difference in differences]

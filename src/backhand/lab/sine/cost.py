@@ -1,0 +1,76 @@
+"""What the low-rank product costs in either order, and where the break-even lies.
+
+Multiply-adds of one epoch for n points and an (out, in) weight, without d_x (what lies below is frozen or is the
+data):
+
+    (X B) A     forward   n·r·in + n·r·out           z = X B, z A
+                backward  n·r·out + n·r·out + n·r·in  dA = zᵀ dh, dz = dh Aᵀ, dB = Xᵀ dz
+    X (B A)     forward   r·in·out + n·in·out        lora_w = B A, X lora_w
+                backward  n·in·out + 2·r·in·out      dlora_w = Xᵀ dh, dB = dlora_w Aᵀ, dA = Bᵀ dlora_w
+
+(B and A in the original's notation: B (in, r), A (r, out).) The forward orders cost the same at n·r·(in + out) =
+in·out·(n + r); for many points that is r = in·out / (in + out): half the side of a square matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TABLE_SIDE = 512
+TABLE_RANKS = (1, 2, 4, 8, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class OrderCost:
+    """Multiply-adds of one forward and backward, and the largest array that the order makes and the other does not."""
+
+    forward: int
+    backward: int
+    largest_array: int
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds of an epoch."""
+        return self.forward + self.backward
+
+
+def low_rank_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
+    """(X B) A: two thin products, and nothing of the weight's size."""
+    forward = points * rank * (inputs + outputs)
+    backward = points * rank * (2 * outputs + inputs)
+    return OrderCost(forward, backward, points * rank)
+
+
+def product_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
+    """X (B A): the product is formed, applied, and has a gradient of its own size."""
+    forward = (rank + points) * inputs * outputs
+    backward = (points + 2 * rank) * inputs * outputs
+    return OrderCost(forward, backward, inputs * outputs)
+
+
+def break_even_rank(points: int, inputs: int, outputs: int) -> float:
+    """The rank below which (X B) A takes fewer multiply-adds in the forward pass; infinite where it always does.
+
+    n·r·(in + out) = in·out·(n + r) solved for r.
+    """
+    denominator = points * (inputs + outputs) - inputs * outputs
+    return points * inputs * outputs / denominator if denominator > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trained numbers of an adapter on an (out, in) weight, against the weight itself."""
+
+    rank: int
+    adapter: int
+    full: int
+
+    @property
+    def share(self) -> float:
+        """adapter / full."""
+        return self.adapter / self.full
+
+
+def parameter_counts(inputs: int, outputs: int, ranks: tuple[int, ...]) -> list[ParameterCount]:
+    """rank · (in + out) against in · out, for each rank."""
+    return [ParameterCount(rank, rank * (inputs + outputs), inputs * outputs) for rank in ranks]

@@ -1,0 +1,137 @@
+"""The pictures: True against Predicted, loss curves, and error against rank.
+
+Lines differ in style and points in marker, so that a picture says the same without its colours.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from backhand.lab.sine.experiment import PartResult, SineResult
+from backhand.lab.sine.shifted_target import ShiftedResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+_DPI = 120
+_DARK, _MIDDLE, _LIGHT = "#12355b", "#b8561b", "#8a8a8a"
+
+
+def draw_predictions(result: SineResult) -> bytes:
+    """predictions.png: True and Predicted for the base and the adapted network, and what remains of each."""
+    figure, (base, lora, rest) = _panels(3)
+    x, y = result.points.x[:, 0], result.points.y[:, 0]
+    order = np.argsort(x)
+    for axes, part, title in ((base, result.base, "Base"), (lora, result.lora, "Base with adapter")):
+        axes.plot(x, y, "o", color=_LIGHT, markersize=5, fillstyle="none", label="True")
+        axes.plot(x[order], part.predictions[order, 0], "-", color=_DARK, linewidth=2, label="Predicted")
+        _label(
+            axes,
+            f"{title}: mean squared error {part.final_loss:.4g}",
+            result.points.x_label,
+            f"y = {result.points.name}",
+        )
+    for part, style, color, label in (
+        (result.base, "--", _MIDDLE, "base"),
+        (result.lora, "-", _DARK, "with adapter"),
+    ):
+        rest.plot(x[order], (part.predictions - result.points.y)[order, 0], style, color=color, label=label)
+    rest.axhline(0, color=_LIGHT, linewidth=0.8)
+    _label(rest, "What remains", result.points.x_label, "Predicted − True")
+    return _png(figure)
+
+
+def draw_losses(result: SineResult) -> bytes:
+    """losses.png: the loss in each epoch of both parts."""
+    figure, panels = _panels(2)
+    for axes, part, title in zip(
+        panels, (result.base, result.lora), ("Part 1: base", "Part 2: adapter, base frozen"), strict=True
+    ):
+        epochs = _thinned(part)
+        axes.plot(epochs + 1, part.losses[epochs], "-", color=_DARK, label=f"{part.losses[-1]:.6g} in the last epoch")
+        axes.set_xscale("log")
+        if part.losses.max() > 2 * part.losses.min() > 0:
+            axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
+        _label(axes, title, "epoch (counted from 1)", "mean squared error")
+    return _png(figure)
+
+
+def draw_shifted_target(result: ShiftedResult) -> bytes:
+    """shifted_target.png: error against rank with every seed, and the fits of the first seed."""
+    figure, (errors, fits) = _panels(2)
+    places = np.arange(len(result.rows))
+    for number, row in enumerate(result.rows):
+        seeds = np.full(len(row.errors), number) + np.linspace(-0.12, 0.12, len(row.errors))
+        errors.plot(seeds, row.errors, "x", color=_LIGHT, label="one seed" if number == 0 else None)
+    means = np.array([row.mean for row in result.rows])
+    factors = np.array([10**row.spread for row in result.rows])
+    errors.errorbar(
+        places,
+        means,
+        yerr=[means - means / factors, means * factors - means],
+        fmt="o-",
+        color=_DARK,
+        capsize=4,
+        label="mean ± spread over seeds",
+    )
+    unadapted = float(np.exp(np.mean(np.log(result.unadapted_errors))))
+    errors.axhline(unadapted, linestyle=":", color=_MIDDLE, label="base, not adapted")
+    errors.set_yscale("log")
+    errors.set_xticks(places, [f"{row.label}\n{row.trained_parameters:,}" for row in result.rows])
+    title = f"From {result.base_name} to {result.points.name}"
+    _label(errors, title, "what is trained, and how many numbers", "mean squared error")
+    x, y = result.points.x[:, 0], result.points.y[:, 0]
+    order = np.argsort(x)
+    fits.plot(x, y, "o", color=_LIGHT, fillstyle="none", markersize=5, label="True")
+    for label, style, color in _shown_fits(result):
+        fits.plot(x[order], result.predictions[label][order, 0], style, color=color, label=label)
+    low, high = float(y.min()), float(y.max())
+    fits.set_ylim(low - 0.3 * (high - low), high + 0.5 * (high - low))
+    _label(fits, "Fits of the first seed", result.points.x_label, f"y = {result.points.name}")
+    fits.legend(loc="upper center", ncols=3, fontsize="small")
+    return _png(figure)
+
+
+def _shown_fits(result: ShiftedResult) -> list[tuple[str, str, str]]:
+    """The base, the smallest and the largest rank, and the full update."""
+    ranks = sorted(row.rank for row in result.rows if row.rank is not None)
+    shown = list(dict.fromkeys(["base", f"rank {ranks[0]}", f"rank {ranks[-1]}", "full"]))
+    styles = (":", "--", "-.", "-")
+    colors = (_LIGHT, _MIDDLE, _DARK, "black")
+    return list(zip(shown, styles, colors, strict=False))
+
+
+def _thinned(part: PartResult, points: int = 2000) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Epochs to draw, evenly spread on a logarithmic axis: a line of 100,000 points only takes longer."""
+    last = len(part.losses) - 1
+    spread = np.geomspace(1, last + 1, min(points, last + 1)).astype(np.intp) - 1
+    return np.unique(np.concatenate([spread, [last]])).astype(np.intp)
+
+
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * count + 0.4, 4.0), dpi=_DPI, layout="constrained")
+    return figure, [figure.add_subplot(1, count, number + 1) for number in range(count)]
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(visible=True, linewidth=0.3)
+    axes.legend(fontsize="small")
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

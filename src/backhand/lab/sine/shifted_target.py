@@ -1,0 +1,170 @@
+"""The second experiment: a square hidden layer is adapted to a target that the base has not seen.
+
+For every seed a base 1 → 64 → 64 → 1 learns sin x. Then, from that same frozen base, adapters of several ranks on the
+64 × 64 weight, and a full update of it, learn another target: error and number of trained parameters side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from backhand.lab.sine.network import FloatArray, Network, Points, draw_spread_start
+from backhand.lab.sine.options import ShiftedTargetOptions
+from backhand.lab.sine.training import Adam, AdapterTraining, BaseTraining, FullUpdateTraining, train
+
+LAYER = 1
+"""The adapted layer: the one between the first two hidden layers."""
+
+
+@dataclass(frozen=True)
+class ShiftedRow:
+    """One way of adapting, over all seeds.
+
+    Attributes:
+        rank: of the adapter; None for the full update.
+        trained_parameters: how many numbers are trained.
+        errors: mean squared error after training, one per seed.
+    """
+
+    rank: int | None
+    trained_parameters: int
+    errors: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """`rank 4`, or `full`."""
+        return "full" if self.rank is None else f"rank {self.rank}"
+
+    @property
+    def mean(self) -> float:
+        """Geometric mean of the errors, which span decades."""
+        return statistics.geometric_mean(self.errors)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of log₁₀ error over the seeds."""
+        return statistics.stdev(math.log10(error) for error in self.errors)
+
+    def gap(self, other: ShiftedRow) -> float:
+        """By how many of the larger spread the mean log₁₀ error of `other` lies below this one's."""
+        distance = math.log10(self.mean / other.mean)
+        return distance / max(self.spread, other.spread, 1e-12)
+
+
+@dataclass(frozen=True)
+class ShiftedResult:
+    """The table, and the fits of the first seed for the picture.
+
+    Attributes:
+        base_name: what the base learned.
+        points: what the adapters learned.
+        base_errors: of the base on its own target, one per seed.
+        unadapted_errors: of the base on the shifted target, one per seed.
+        rows: ranks from low to high, then the full update.
+        predictions: label to (points, 1), of the first seed, the base first.
+    """
+
+    base_name: str
+    points: Points
+    base_errors: tuple[float, ...]
+    unadapted_errors: tuple[float, ...]
+    rows: tuple[ShiftedRow, ...]
+    predictions: dict[str, FloatArray]
+
+    @property
+    def falls_beyond_spread(self) -> bool:
+        """Whether the error falls from each row to the next by more than the larger of their spreads."""
+        return all(row.gap(following) > 1 for row, following in pairwise(self.rows))
+
+
+def run_shifted_target(
+    base_points: Points,
+    shifted_points: Points,
+    options: ShiftedTargetOptions,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ShiftedResult:
+    """Train every base, adapter and full update.
+
+    Args:
+        base_points: what the base learns.
+        shifted_points: what the adapters learn, at the same x.
+        options: widths, ranks, epochs, learning rates.
+        seed: of the first base; the next ones count up.
+        progress: told what is being trained.
+
+    Raises:
+        CheckError: a loss is not finite.
+    """
+    ranks: tuple[int | None, ...] = (*sorted(set(options.shifted_ranks)), None)
+    errors: dict[int | None, list[float]] = {rank: [] for rank in ranks}
+    trained_parameters: dict[int | None, int] = {}
+    base_errors: list[float] = []
+    unadapted_errors: list[float] = []
+    predictions: dict[str, FloatArray] = {}
+    for number in range(options.shifted_seeds):
+        progress(f"seed {number + 1} of {options.shifted_seeds}")
+        network = _train_base(base_points, options, seed + number)
+        base_errors.append(_error(network.predict(base_points.x), base_points))
+        base_prediction = network.predict(shifted_points.x)
+        unadapted_errors.append(_error(base_prediction, shifted_points))
+        if not number:
+            predictions["base"] = base_prediction
+        for rank in ranks:
+            trained = _adapt(network, shifted_points, options, rank, seed + number)
+            prediction = network.predict(shifted_points.x, trained.delta_weight, LAYER)
+            errors[rank].append(_error(prediction, shifted_points))
+            trained_parameters[rank] = trained.parameters.values.size
+            if not number:
+                predictions["full" if rank is None else f"rank {rank}"] = prediction
+    return ShiftedResult(
+        base_points.name,
+        shifted_points,
+        tuple(base_errors),
+        tuple(unadapted_errors),
+        tuple(ShiftedRow(rank, trained_parameters[rank], tuple(errors[rank])) for rank in ranks),
+        predictions,
+    )
+
+
+def _train_base(points: Points, options: ShiftedTargetOptions, seed: int) -> Network:
+    base = BaseTraining(draw_spread_start(options.shifted_widths, seed, points.x), points)
+    epochs = options.shifted_base_epochs
+    optimizer = Adam(base.parameters, options.shifted_base_learning_rate, epochs)
+    train(base, optimizer, epochs, where="second experiment, base")
+    return base.network
+
+
+def _adapt(
+    network: Network, points: Points, options: ShiftedTargetOptions, rank: int | None, seed: int
+) -> AdapterTraining | FullUpdateTraining:
+    """Train an adapter of `rank`, or the full update, from the frozen base.
+
+    lora_A is normal with variance 1/in and lora_B zero; the same seed draws the same first rows for every rank.
+    """
+    trained: AdapterTraining | FullUpdateTraining
+    if rank is None:
+        trained = FullUpdateTraining(network, LAYER, points)
+        learning_rate, label = options.shifted_full_learning_rate, "full update"
+    else:
+        outputs, inputs = network.weights[LAYER].shape
+        drawn = np.random.default_rng([seed, 1]).standard_normal((rank, inputs)) / np.sqrt(inputs)
+        lora_A = drawn.astype(points.y.dtype)
+        lora_B = np.zeros((outputs, rank), points.y.dtype)
+        trained = AdapterTraining(network, LAYER, points, lora_A, lora_B, options.shifted_scaling)
+        learning_rate, label = options.shifted_learning_rate, f"rank {rank}"
+    optimizer = Adam(trained.parameters, learning_rate, options.shifted_epochs)
+    train(trained, optimizer, options.shifted_epochs, where=f"second experiment, {label}")
+    return trained
+
+
+def _error(prediction: FloatArray, points: Points) -> float:
+    error = float(np.mean((prediction.astype(np.float64) - points.y) ** 2))
+    return max(error, sys.float_info.min)  # the table takes logarithms

@@ -1,0 +1,435 @@
+"""Linear modules that share an input, with an adapter on them, forward and backward; which of a block's have one.
+
+The groups of a block are its mixer's input (with attention q, k and v) and output; gate and up; down
+(`nn.decoder.family`); the head is one of its own. A lone projection is one product with its residual in it, projections
+that share an input are one stacked product, both by `ops.lora_linear`.
+
+Gradients of what is trained are not returned but added to the flat buffer, here and in `norm_backward`: that is how
+micro-batches add up. Rows are positions in the packed batch, h is x Aᵀ of the adapted members side by side.
+
+Most adapters are nothing but factors of linear modules; a group of these has no `extras`, and costs nothing more. What
+else PEFT can train (DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of the groups that have
+it, computed in `group_extras`, and in the block's `norms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder import group_extras
+from backhand.nn.decoder.family import (
+    EXPERT_GROUPS,
+    FUSED_GATE_UP,
+    FUSED_QKV,
+    GATED_DELTA_GROUPS,
+    GRANITE4_GROUPS,
+    GROUPS,
+    LFM2_GROUPS,
+    PER_LAYER_GROUPS,
+    PER_LAYER_MODEL,
+    PER_LAYER_NORM,
+    SHORT_CONV_GROUPS,
+    DecoderConfig,
+)
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.lora_linear import (
+    Dropout,
+    Factors,
+    LoRAGroupSaved,
+    LoRASaved,
+    lora_linear_backward,
+    lora_linear_forward,
+    lora_linear_group_backward,
+    lora_linear_group_forward,
+)
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+
+INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, BEFORE_BLOCKS = range(7)
+EMBEDDING = "model.embed_tokens"
+
+_GROUP_OF = {
+    part: index
+    for groups in (GROUPS, LFM2_GROUPS, SHORT_CONV_GROUPS, GRANITE4_GROUPS, GATED_DELTA_GROUPS)
+    for index, parts in enumerate(groups)
+    for part in parts
+}
+_GROUP_OF |= {part: index for index, parts in enumerate(EXPERT_GROUPS, GATE_UP) for part in parts}
+_GROUP_OF |= {FUSED_QKV: INPUT, FUSED_GATE_UP: GATE_UP}
+_GROUP_OF |= {part: index for index, parts in enumerate(PER_LAYER_GROUPS, PER_LAYER_GATE) for part in parts}
+
+
+class GroupAdapter(NamedTuple):
+    """The adapters of one group: factors and module names of its members, None where not adapted, and their dropout."""
+
+    names: tuple[str, ...]
+    factors: tuple[Factors | None, ...]
+    dropout: Dropout | None
+    extras: group_extras.GroupExtras | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any member has an adapter."""
+        return any(member is not None for member in self.factors)
+
+
+class BlockAdapter(NamedTuple):
+    """The four groups in the order of `GROUPS`, gradient views of trained norms by the ends of their names, and more.
+
+    per_layer: the groups behind the MLP, gate and projection of the per-layer input, where there are any.
+    """
+
+    input: GroupAdapter
+    output: GroupAdapter
+    gate_up: GroupAdapter
+    down: GroupAdapter
+    norms: Mapping[str, Tensor] = {}
+    per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
+
+
+def group_forward(
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    adapter: GroupAdapter,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[y_1 | … | y_n] for the members, and the h of those that are adapted, side by side.
+
+    Args:
+        x: (rows, in).
+        weight: (Σ out_i, in), the members' weights stacked.
+        bias: (Σ out_i,) or None.
+        sizes: out_i of each member.
+        adapter: of the group; its `factors` and `names` have an entry for each member.
+        residual: (rows, out) added to the result of a lone projection, or None.
+
+    Returns:
+        y (rows, Σ out_i) and h (rows, Σ rank); no columns without an adapter.
+    """
+    extras = adapter.extras
+    if extras is not None and any(extras.magnitudes):
+        return group_extras.dora_forward(x, weight, bias, sizes, adapter, extras, residual)
+    if len(sizes) == 1:
+        (factors,) = adapter.factors
+        if factors is None:
+            return frozen_linear(x, weight, bias, residual), x.new_empty(x.shape[0], 0)
+        y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual)
+        h = lone.h
+    else:
+        y, stacked = lora_linear_group_forward(x, weight, bias, sizes, adapter.factors, adapter.dropout)
+        h = stacked.h
+    if extras is not None:
+        group_extras.add_lora_biases(y, sizes, adapter, extras)
+    return y, h
+
+
+def group_backward(
+    d_y: Tensor,
+    x: Tensor,
+    weight: FrozenMatrix,
+    sizes: Sequence[int],
+    adapter: GroupAdapter,
+    h: Tensor,
+    lora: LoRAParameters,
+    *,
+    input_gradient: bool,
+) -> Tensor | None:
+    """∂L/∂x, (rows, in), or None when not asked for; everything trained gets its gradient added to the flat buffer.
+
+    Args:
+        d_y: ∂L/∂y, (rows, Σ out_i).
+        x, weight, sizes, adapter: as in the forward.
+        h: what the forward returned, (rows, Σ rank).
+        lora: whose `gradients` receive.
+        input_gradient: whether anything below needs ∂L/∂x.
+    """
+    extras = adapter.extras
+    if extras is not None:
+        group_extras.accumulate_extras(d_y, x, weight, sizes, adapter, extras, lora)
+        if any(extras.magnitudes):
+            return group_extras.dora_backward(d_y, x, weight, sizes, adapter, extras, h, lora, input_gradient)
+    if len(sizes) == 1:
+        (factors,) = adapter.factors
+        if factors is None:
+            return frozen_input_gradient(d_y, weight) if input_gradient else None
+        lone = LoRASaved(x, weight, factors.lora_A, factors.lora_B, h, factors.scaling, adapter.dropout)
+        into = lora.d_lora_A(adapter.names[0]), lora.d_lora_B(adapter.names[0])
+        return lora_linear_backward(d_y, lone, input_gradient=input_gradient, into=into).d_x
+    stacked = LoRAGroupSaved(x, weight, tuple(sizes), adapter.factors, h, adapter.dropout)
+    receivers = [
+        None if factors is None else (lora.d_lora_A(name), lora.d_lora_B(name))
+        for name, factors in zip(adapter.names, adapter.factors, strict=True)
+    ]
+    return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers).d_x
+
+
+def norm_backward(
+    d_y: Tensor, saved: RMSNormSaved, adapter: BlockAdapter, name: str, around: Tensor | None = None
+) -> Tensor:
+    """d_x of a norm, of d_y's shape; where the norm is trained, its weight's gradient is added to the flat buffer.
+
+    Args:
+        d_y: ∂L/∂y.
+        saved: of the norm's forward.
+        adapter: of the block.
+        name: the end of the norm's name.
+        around: of d_y's shape, added to d_x: the gradient of the stream that goes around what the norm begins.
+    """
+    receiver = adapter.norms.get(name)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around)
+    if receiver is not None and grads.d_weight is not None:
+        receiver.add_(grads.d_weight)
+    return grads.d_x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How either half of a block begins and ends: a norm before its first group, a sum behind its last one.
+
+
+def enter_forward(
+    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
+) -> tuple[Tensor, Tensor | None]:
+    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm."""
+    if weight is None:
+        return x, None
+    out = scratch.take("normed", x.shape, x)
+    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
+    return n, norm.factor
+
+
+def enter_again(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor:
+    """What `enter_forward` gave, from the factor that it returned."""
+    return x if weight is None or factor is None else rms_norm_apply(x, weight, factor, config.norm_offset)
+
+
+def enter_backward(
+    d_n: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    factor: Tensor | None,
+    adapter: BlockAdapter,
+    name: str | None,
+    config: DecoderConfig,
+    around: Tensor | None,
+) -> Tensor:
+    """∂L/∂x, (T, hidden), perhaps in d_n's place; `name` is that of the norm, if there is one.
+
+    Through the half, plus the gradient of the stream that goes `around` it; None for through the half alone.
+    """
+    if weight is None or factor is None or name is None:
+        return d_n if around is None else d_n.add_(around)
+    return norm_backward(d_n, RMSNormSaved(x, weight, factor, config.norm_offset), adapter, name, around)
+
+
+def join_forward(
+    stream: Tensor,
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None,
+    adapter: GroupAdapter,
+    after: Tensor | None,
+    config: DecoderConfig,
+) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
+    """The end of either half: stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
+
+    Args:
+        stream: (T, hidden), which went around the half.
+        x: (T, in).
+        weight: (hidden, in).
+        bias: (hidden,) or None.
+        adapter: of the projection.
+        after: (hidden,) or None.
+        config: the family, for the norm and for m, its residual multiplier.
+
+    Returns:
+        the sum (T, hidden), h (T, rank), and what the norm's backward needs.
+    """
+    sizes = (config.hidden_size,)
+    if after is None and config.residual_multiplier == 1.0:
+        return *group_forward(x, weight, bias, sizes, adapter, stream), None
+    y, h = group_forward(x, weight, bias, sizes, adapter)
+    x, saved = joined(stream, y, after, config)
+    return x, h, saved
+
+
+def joined(
+    stream: Tensor, y: Tensor, after: Tensor | None, config: DecoderConfig
+) -> tuple[Tensor, RMSNormSaved | None]:
+    """stream + m · norm(y), (T, hidden), perhaps in y's place, and what the norm's backward needs; see above."""
+    saved = None
+    if after is not None:
+        y, saved = rms_norm_forward(y, after, config.norm_eps, config.norm_offset)
+    if config.residual_multiplier != 1.0:
+        y.mul_(config.residual_multiplier)
+    return y.add_(stream), saved
+
+
+def join_backward(
+    d_x: Tensor, saved: RMSNormSaved | None, adapter: BlockAdapter, name: str | None, config: DecoderConfig
+) -> Tensor:
+    """∂L/∂(x Wᵀ) from ∂L/∂(the sum), (T, hidden), which stays as it is; `name` is that of the norm after, if any."""
+    d_y = d_x if config.residual_multiplier == 1.0 else d_x * config.residual_multiplier
+    return d_y if saved is None or name is None else norm_backward(d_y, saved, adapter, name)
+
+
+class Scratch:
+    """Buffers that every block's forward fills and leaves behind: n₁ and n₂ ("normed"), and p ("product").
+
+    There is one a name, for a whole pass; what it held is lost as soon as the name is asked for again. If each block
+    allocated its own, they would be freed between tensors that are kept for the backward pass, and their gaps in the
+    allocator's heap would rarely be filled: a freed gap does not even fit a tensor of its own size, since aligned
+    allocations ask for a little more. Over 30 blocks of SmolLM2 with 1,024 tokens in float32 the gaps come to 80 MB of
+    900.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of this shape, of `like`'s dtype and device."""
+        elements = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._buffers[name] = torch.empty(elements, dtype=like.dtype, device=like.device)
+        return buffer[:elements].view(*shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which projections and norms of a block are adapted, with what, and where their gradients go.
+
+
+# Each norm of a block: the group below the one whose input gradient its own gradient needs.
+_NORM_PLACES = {
+    "input_layernorm": -1,
+    "operator_norm": -1,
+    "self_attn.q_norm": INPUT,
+    "self_attn.k_norm": INPUT,
+    "self_attn.q_layernorm": INPUT,
+    "self_attn.k_layernorm": INPUT,
+    "linear_attn.norm": INPUT,
+    "post_attention_layernorm": OUTPUT,  # behind attention or before the MLP
+    "pre_feedforward_layernorm": OUTPUT,
+    "ffn_norm": OUTPUT,
+    "post_feedforward_layernorm": DOWN,
+    "post_self_attn_layernorm": OUTPUT,
+    "post_mlp_layernorm": DOWN,
+    PER_LAYER_NORM: PER_LAYER_PROJECTION,
+}
+
+
+def block_adapter(
+    lora: LoRAParameters | None,
+    layer: int,
+    dropout_seed: int | None,
+    weights: Mapping[str, FrozenMatrix] | None = None,
+    groups: Sequence[Sequence[str]] = GROUPS,
+) -> BlockAdapter:
+    """The adapter of one block in the compute dtype; no dropout without a seed.
+
+    Args:
+        lora: the adapter, or None.
+        layer: number of the block.
+        dropout_seed: of the step.
+        weights: (out, in) of the block's projections by the ends of their names, `self_attn.q_proj` and so on; needed
+            by DoRA alone, whose norms are taken here.
+        groups: the block's linear modules.
+    """
+
+    def group(index: int) -> GroupAdapter:
+        names = tuple(f"model.layers.{layer}.{part}" for part in groups[index])
+        parts = None if weights is None else [weights[part] for part in groups[index]]
+        seed = None if dropout_seed is None else block_seed(dropout_seed, layer, index)
+        return group_adapter(lora, names, seed, parts)
+
+    adapters = group(INPUT), group(OUTPUT), group(GATE_UP), group(DOWN)
+    norms = {} if lora is None or not lora.trained else _norm_gradients(lora, layer)
+    behind = (group(PER_LAYER_GATE), group(PER_LAYER_PROJECTION)) if len(groups) > PER_LAYER_GATE else None
+    return BlockAdapter(*adapters, norms, behind)
+
+
+def before_blocks_adapter(lora: LoRAParameters | None, dropout_seed: int | None, weight: FrozenMatrix) -> GroupAdapter:
+    """The adapter of the per-layer inputs' own projection, of the frozen `weight`; no dropout without a seed."""
+    seed = None if dropout_seed is None else block_seed(dropout_seed, 0, BEFORE_BLOCKS)
+    return group_adapter(lora, (PER_LAYER_MODEL,), seed, (weight,))
+
+
+def group_adapter(
+    lora: LoRAParameters | None, names: tuple[str, ...], seed: int | None, weights: Sequence[FrozenMatrix] | None = None
+) -> GroupAdapter:
+    """The adapter of modules that share an input.
+
+    Args:
+        lora: the adapter, or None.
+        names: paths of the modules.
+        seed: of their dropout mask, None for no dropout.
+        weights: (out, in) of each; needed by DoRA alone.
+    """
+
+    def factors(name: str) -> Factors | None:
+        if lora is None or name not in lora:
+            return None
+        return Factors(lora.compute_A(name), lora.compute_B(name), lora.slots[name].scaling)
+
+    slots = [lora.slots[name] for name in names if lora is not None and name in lora]
+    probability = max((slot.dropout for slot in slots), default=0.0)
+    dropout = None if seed is None or probability == 0 else Dropout(probability, seed)
+    members = tuple(factors(name) for name in names)
+    extras = None if lora is None or lora.plain else group_extras.of_members(lora, names, members, weights)
+    return GroupAdapter(names, members, dropout, extras)
+
+
+def group_seed(dropout_seed: int, layer: int, group: int) -> int:
+    """A seed of its own for every (step's seed, layer, group), so that a mask can be drawn again in backward."""
+    return (dropout_seed * 1_000_003 + layer * len(GROUPS) + group) & (2**63 - 1)
+
+
+def block_seed(dropout_seed: int, layer: int, group: int) -> int:
+    """The same of one of a block's groups: those behind the four have places of their own, below all others."""
+    if group < len(GROUPS):
+        return group_seed(dropout_seed, layer, group)
+    return group_seed(dropout_seed, -1 - layer, group - len(GROUPS))
+
+
+def lowest_trained_group(layout: AdapterLayout, layers: int) -> tuple[int, int]:
+    """(layer, group) below which no gradient is needed.
+
+    (layers, 0) when nothing in a block is trained (only the head may be); (0, -1) when the embedding is, or what makes
+    the per-layer inputs. A norm counts
+    as the group below the one that reads it, since its gradient needs that one's input gradient.
+    """
+    trained = [slot.name for slot in layout.slots]
+    trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.trained]
+    if EMBEDDING in trained or PER_LAYER_MODEL in trained:
+        return 0, -1
+    places = [_place(name) for name in trained if name.startswith("model.layers.")]
+    return min(places, default=(layers, 0))
+
+
+def trains_embedding(lora: LoRAParameters) -> bool:
+    """Whether the adapter has anything in the embedding."""
+    return EMBEDDING in lora or any(name.startswith(f"{EMBEDDING}.") for name in lora.trained)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """(layer, group) of a module in a block."""
+    _, _, layer, part = name.split(".", 3)
+    return int(layer), _GROUP_OF[part] if part in _GROUP_OF else _NORM_PLACES[part]
+
+
+def group_of(part: str) -> int:
+    """`INPUT`, `OUTPUT`, `GATE_UP` or `DOWN`: the group of a linear module, by the end of its name."""
+    return _GROUP_OF[part]
+
+
+def _norm_gradients(lora: LoRAParameters, layer: int) -> dict[str, Tensor]:
+    """Gradient views of the block's norms that are trained, by the ends of their names."""
+    prefix = f"model.layers.{layer}."
+    names = {part: f"{prefix}{part}.weight" for part in _NORM_PLACES}
+    return {part: lora.gradient(name) for part, name in names.items() if name in lora.trained}

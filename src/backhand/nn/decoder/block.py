@@ -1,0 +1,448 @@
+"""One decoder block, forward and backward by hand, for every family.
+
+    n₁ = norm(x₀)            [q k v] = n₁ W_qkvᵀ (+ LoRA), q and k normed, then rotated where the layer does
+    o  = attention(q, k, v)  x₁ = x₀ + o W_oᵀ (+ LoRA)              (with a norm before the sum, where there is one)
+    n₂ = norm(x₁)            [a u] = n₂ W_guᵀ (+ LoRA)
+    p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
+
+W_qkv and W_gu are projections stacked (`nn.decoder.weights`), a and u the gate and up halves, φ the activation.
+Sandwich norms are norms also behind attention and MLP, as in Gemma 3. OLMo 2 has norms there alone: n₁ = x₀, n₂ = x₁.
+T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
+projections (`nn.decoder.mixer`); what is said here of q, k, v and o holds there for what enters and leaves it.
+Gemma 4 has an end behind the MLP (`nn.decoder.per_layer_input`), for which x₂ is what enters.
+Where the family has a residual multiplier m (Granite), what is added to the stream is multiplied by it.
+
+Backward is the same list from the bottom up, each line by its op's backward; at the two sums the gradient of the stream
+goes both ways, so d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention); with a residual multiplier m
+the branches begin from m d_x₂ and m d_x₁, the sums stay.
+
+Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, and every rank-sized h = x Aᵀ. With q/k
+norms, q and k are kept as they were before the norm, plus their factors; with norms behind the halves, the two normed
+outputs as they were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are
+recomputed.
+`recompute="mlp"` keeps no a, u and none of their h; `recompute="block"` keeps x₀ alone and runs the forward again.
+
+Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value
+counts, since later tokens see them; but from the output projection on each row goes its own way, so that only the
+supervised `rows` are computed, kept and differentiated. The gradient of all other rows of o and x₁ is zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import (
+    DOWN,
+    GATE_UP,
+    INPUT,
+    OUTPUT,
+    BlockAdapter,
+    Scratch,
+    enter_again,
+    enter_backward,
+    enter_forward,
+    group_backward,
+    group_forward,
+    join_backward,
+    join_forward,
+    norm_backward,
+)
+from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
+from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
+from backhand.nn.decoder.family import (
+    ATTENTION,
+    GATED_DELTA,
+    KEYS_AS_VALUES,
+    SHARED_KEYS,
+    SHORT_CONV,
+    VALUE_NORMED,
+    DecoderConfig,
+)
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
+from backhand.nn.decoder.per_layer_input import EndKept, end_backward, end_forward
+from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
+from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
+from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
+
+RECOMPUTE_MODES = ("none", "mlp", "block")
+
+
+class BlockSaved(NamedTuple):
+    """x0 (T, hidden) always; the rest is None under recompute="block". x1 (wanted, hidden)."""
+
+    x0: Tensor
+    mixing: MixingKept | None
+    x1: Tensor | None
+    mlp: MLPKept | ExpertsKept | None
+    end: EndKept | None = None  # where something stands behind the MLP
+
+
+class AttentionKept(NamedTuple):
+    """What attention keeps beside its input and output; T tokens, H heads."""
+
+    attended: Tensor | None  # (T, H, head_dim), where a gate follows: else it is the output
+    log_sum_exp: Tensor  # (≤ T · H,): of what torch's kernels attended, see `ops.attention`
+    q_factor: Tensor | None  # (T, H, 1), families with q/k norm; (T, 1) where it goes over all heads
+    k_factor: Tensor | None  # (T, key/value heads, 1), likewise
+
+
+class MLPKept(NamedTuple):
+    """The MLP half's kept tensors; where only some rows of x₂ are wanted, T stands for these; f is the MLP's width."""
+
+    factor: Tensor | None  # (T, 1) of the norm before, if any
+    gate_up: Tensor | None  # (T, 2f); None when recomputed
+    h_gate_up: Tensor | None  # (T, Σ rank); None when recomputed
+    h_down: Tensor  # (T, rank)
+    projected: RMSNormSaved | None  # input and factor of the norm after, if any
+
+
+def block_forward(
+    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
+) -> tuple[Tensor, BlockSaved]:
+    """x₂, (T, hidden) or its wanted rows, from x₀, (T, hidden), and what `block_backward` needs under `recompute`."""
+    x1, mixing = mixing_half_forward(x0, weights, adapter, context)
+    x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch, keep_gate_up=recompute == "none")
+    end = None
+    if weights.layer_scalar is not None:
+        x2, end = end_forward(x2, weights, adapter, context)
+    if recompute == "block":
+        return x2, BlockSaved(x0, None, None, None)
+    return x2, BlockSaved(x0, mixing, x1, mlp, end)
+
+
+def mixing_half_forward(
+    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
+) -> tuple[Tensor, MixingKept]:
+    """x₁, (T, hidden) or its wanted rows, and what its backward needs."""
+    config, mixer = context.config, context.layer.mixer
+    n1, factor = enter_forward(x0, weights.attention_norm, config, context.scratch)
+    entering, h_input = group_forward(n1, weights.input, weights.input_bias, config.mixers[mixer].sizes, adapter.input)
+    output, own = MIXERS[mixer].forward(entering, weights, context)
+    stream, wanted = _rows(x0, context.rows), _rows(output, context.rows)
+    x1, h_output, projected = join_forward(
+        stream, wanted, weights.output, weights.output_bias, adapter.output, weights.after_attention_norm, config
+    )
+    return x1, MixingKept(factor, entering, output, own, h_input, h_output, projected)
+
+
+def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
+    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
+    config = context.config
+    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
+    output, attended = attention_forward(
+        q, k, v, context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
+    )
+    kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
+    return gated_output(qkv, output, config), kept
+
+
+def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
+    """o, (T, q), from what attention gave, (T, H, head_dim): multiplied by the gates' sigmoid where there are any."""
+    if not config.attention_gate:
+        return attended.flatten(1)
+    return glu_forward(_parts(qkv, config).gate, attended, "sigmoid")[0].flatten(1)
+
+
+class _Parts(NamedTuple):
+    """Views of what the first group gave, (T, heads, head_dim) each; gate is q where the family has none."""
+
+    q: Tensor
+    gate: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _parts(qkv: Tensor, config: DecoderConfig) -> _Parts:
+    """The heads in qkv, (T, q + 2k); beside each head's query stands its gate, where the family has gates."""
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    each = 2 if config.attention_gate else 1
+    by_head = qkv.unflatten(1, (each * heads + 2 * kv_heads, config.head_dim))
+    queries, k, v = by_head.split([each * heads, kv_heads, kv_heads], dim=1)
+    return _Parts(queries[:, ::each], queries[:, each - 1 :: each], k, v)
+
+
+def prepare_qkv(
+    qkv: Tensor,
+    weights: BlockWeights,
+    context: BlockContext,
+    kept_factors: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
+
+    Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
+
+    Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
+    """
+    config = context.config
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    q, _, k, v = _parts(qkv, config)
+    if weights.q_norm is None or weights.k_norm is None:
+        by_head = qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+        for turned, table in _turning(by_head, context):
+            rotary_forward(turned, table, out=turned)
+        return q, k, v, None, None
+    raw_q, raw_k = under_norm(qkv, config)
+    if kept_factors is None:
+        q, q_saved = rms_norm_forward(raw_q, weights.q_norm, config.norm_eps, config.norm_offset)
+        k, k_saved = rms_norm_forward(raw_k, weights.k_norm, config.norm_eps, config.norm_offset)
+        kept_factors = (q_saved.factor, k_saved.factor)
+    else:
+        q = rms_norm_apply(raw_q, weights.q_norm, kept_factors[0], config.norm_offset)
+        k = rms_norm_apply(raw_k, weights.k_norm, kept_factors[1], config.norm_offset)
+    q, k = q.view(-1, heads, config.head_dim), k.view(-1, kv_heads, config.head_dim)
+    if context.rotary is not None:
+        rotary_forward(q, context.query_rotary or context.rotary, out=q)
+        rotary_forward(k, context.rotary, out=k)
+    return q, k, v, *kept_factors
+
+
+def _turning(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
+    """Views of q and k in (T, H + 2 key/value heads, head_dim) with their angles: one view where these are the same."""
+    heads, turned = context.config.num_heads, context.config.num_heads + context.config.num_key_value_heads
+    if context.rotary is None:
+        return []
+    if context.query_rotary is None:
+        return [(by_head[:, :turned], context.rotary)]
+    return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:turned], context.rotary)]
+
+
+def under_norm(qkv: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Views of q and k in qkv, (T, q + 2k), as their norms take them: (T, heads, head_dim), or (T, q) and (T, k)."""
+    heads, kv_heads, head_dim = config.num_heads, config.num_key_value_heads, config.head_dim
+    if config.qk_norm == "width":
+        return qkv[:, : heads * head_dim], qkv[:, heads * head_dim : (heads + kv_heads) * head_dim]
+    parts = _parts(qkv, config)
+    return parts.q, parts.k
+
+
+def mlp_half_forward(
+    x1: Tensor,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    scratch: Scratch,
+    *,
+    keep_gate_up: bool = True,
+) -> tuple[Tensor, MLPKept | ExpertsKept]:
+    """x₂ from x₁, (T, hidden) both, and what its backward needs."""
+    if weights.router is not None:
+        return experts_half_forward(x1, weights, adapter, config, scratch, keep_gate_up=keep_gate_up)
+    ffn = config.intermediate_size
+    n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
+    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+    product = scratch.take("product", (x1.shape[0], ffn), x1)
+    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=product)
+    x2, h_down, projected = join_forward(
+        x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
+    )
+    kept = MLPKept(factor, gate_up if keep_gate_up else None, h_gate_up if keep_gate_up else None, h_down, projected)
+    return x2, kept
+
+
+def gate_up_forward(
+    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+) -> tuple[Tensor, Tensor]:
+    """[a | u], (T, 2f), and the group's h, from the normed x₁."""
+    return group_forward(n2, weights.gate_up, weights.gate_up_bias, config.gate_up_sizes, adapter.gate_up)
+
+
+def block_backward(
+    d_x2: Tensor,
+    saved: BlockSaved,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    context: BlockContext,
+    lora: LoRAParameters,
+    lowest_group: int = -1,
+) -> Tensor | None:
+    """d_x₀, (T, hidden); the adapter's gradients are added to `lora.gradients`.
+
+    Args:
+        d_x2: ∂L/∂x₂, or of its wanted rows; it may be overwritten.
+        saved: from `block_forward`.
+        lora: whose gradient buffer receives.
+        lowest_group: INPUT, OUTPUT, GATE_UP, DOWN or one behind them: the first of this block's groups that needs a
+            gradient, when nothing below the block does: the pass stops there and returns None. -1 when something
+            below needs d_x₀.
+    """
+    x0, mixing, x1, mlp, end = saved
+    if mixing is None or x1 is None:
+        x1, mixing = mixing_half_forward(x0, weights, adapter, context)
+    if mlp is None:
+        x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch)
+        if weights.layer_scalar is not None:
+            _, end = end_forward(x2, weights, adapter, context)
+    if end is not None:
+        d_end = end_backward(d_x2, end, weights, adapter, context, lora, lowest_group)
+        if d_end is None:
+            return None
+        d_x2 = d_end
+    d_x1 = mlp_half_backward(d_x2, x1, mlp, weights, adapter, context.config, lora, lowest_group)
+    if d_x1 is None:
+        return None
+    return mixing_half_backward(d_x1, x0, mixing, weights, adapter, context, lora, lowest_group)
+
+
+def mlp_half_backward(
+    d_x2: Tensor,
+    x1: Tensor,
+    kept: MLPKept | ExpertsKept,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    lora: LoRAParameters,
+    lowest_group: int,
+) -> Tensor | None:
+    """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
+    if isinstance(kept, ExpertsKept):
+        return experts_half_backward(d_x2, x1, kept, weights, adapter, config, lora, lowest_group)
+    ffn = config.intermediate_size
+    d_down = join_backward(d_x2, kept.projected, adapter, config.norms.after_mlp, config)
+    n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
+    gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
+    if gate_up is None or h_gate_up is None:
+        gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+
+    # p again, for the down projection's lora_A gradient.
+    glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    p, ready = glu_recompute(glu_saved)
+    hidden = (config.hidden_size,)
+    d_p = group_backward(
+        d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=lowest_group < DOWN
+    )
+    del p, d_down
+    if d_p is None:
+        return None
+    d_gate_up = torch.empty_like(gate_up)
+    glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
+    del d_p, ready
+
+    d_n2 = group_backward(
+        d_gate_up,
+        n2,
+        weights.gate_up,
+        config.gate_up_sizes,
+        adapter.gate_up,
+        h_gate_up,
+        lora,
+        input_gradient=lowest_group < GATE_UP,
+    )
+    if d_n2 is None:
+        return None
+    name = config.norms.before_mlp
+    return enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2)
+
+
+def mixing_half_backward(
+    d_x1: Tensor,
+    x0: Tensor,
+    kept: MixingKept,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    context: BlockContext,
+    lora: LoRAParameters,
+    lowest_group: int,
+) -> Tensor | None:
+    """d_x₀, (T, hidden), from d_x₁, of its wanted rows, or None when nothing below needs it."""
+    config, mixer, rows = context.config, context.layer.mixer, context.rows
+    d_projected = join_backward(d_x1, kept.projected, adapter, config.norms.after_attention, config)
+    d_output = group_backward(
+        d_projected,
+        _rows(kept.output, rows),
+        weights.output,
+        (config.hidden_size,),
+        adapter.output,
+        kept.h_output,
+        lora,
+        input_gradient=lowest_group < OUTPUT,
+    )
+    del d_projected
+    if d_output is None:
+        return None
+    if rows is not None:
+        d_output = d_output.new_zeros(x0.shape[0], d_output.shape[1]).index_copy_(0, rows, d_output)
+
+    d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
+    n1 = enter_again(x0, weights.attention_norm, kept.factor, config)
+    sizes = config.mixers[mixer].sizes
+    d_n1 = group_backward(
+        d_input, n1, weights.input, sizes, adapter.input, kept.h_input, lora, input_gradient=lowest_group < INPUT
+    )
+    if d_n1 is None:
+        return None
+    name = config.norms.before_attention
+    around = d_x1 if rows is None else None
+    d_x0 = enter_backward(d_n1, x0, weights.attention_norm, kept.factor, adapter, name, config, around)
+    return d_x0 if rows is None else d_x0.index_add_(0, rows, d_x1)
+
+
+def attention_input_gradient(
+    d_output: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
+) -> Tensor:
+    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm."""
+    config, own = context.config, kept.own
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    q, gate, k, v = _parts(kept.input, config)
+    d_qkv = torch.empty_like(kept.input)
+    d_parts = _parts(d_qkv, config)
+    d_attended, attended = d_output.unflatten(1, (heads, config.head_dim)), own.attended
+    if attended is None:
+        attended = kept.output.unflatten(1, (heads, config.head_dim))
+        d_by_head = d_qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+    else:
+        # Gates stand between the queries, so that attention's own gradients get a place of their own first.
+        d_gate, d_attended = glu_backward(d_attended, GLUSaved(gate, attended, "sigmoid"))
+        d_parts.gate.copy_(d_gate)
+        d_by_head = torch.empty(len(gate), heads + 2 * kv_heads, config.head_dim, dtype=gate.dtype, device=gate.device)
+    if own.q_factor is not None and own.k_factor is not None:
+        q, k, _, _, _ = prepare_qkv(kept.input, weights, context, (own.q_factor, own.k_factor))
+    saved = AttentionSaved(
+        q,
+        k,
+        v,
+        attended,
+        own.log_sum_exp,
+        context.runs,
+        config.attention_scaling,
+        context.layer.window,
+        context.shared,
+        config.attention_cap,
+    )
+    attention_backward(d_attended, saved, out=d_by_head)
+    for turned, table in _turning(d_by_head, context):
+        rotary_backward(turned, table, out=turned)
+    (raw_q, raw_k), (d_q, d_k) = under_norm(kept.input, config), under_norm(d_qkv, config)
+    d_normed_q, d_normed_k = d_q, d_k
+    if own.attended is not None:
+        d_normed_q, d_normed_k, d_v = d_by_head.split([heads, kv_heads, kv_heads], dim=1)
+        d_parts.v.copy_(d_v)
+    for name, raw, factor, weight, d_normed, d_raw in (
+        (config.qk_norms[0], raw_q, own.q_factor, weights.q_norm, d_normed_q, d_q),
+        (config.qk_norms[1], raw_k, own.k_factor, weights.k_norm, d_normed_k, d_k),
+    ):
+        if factor is not None and weight is not None:
+            norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
+            d_raw.copy_(norm_backward(d_normed, norm, adapter, name))
+    return d_qkv
+
+
+MIXERS = {
+    ATTENTION: Mixer(attention_output, attention_input_gradient, attending=prepare_qkv),
+    SHORT_CONV: SHORT_CONVOLUTION,
+    GATED_DELTA: GATED_DELTA_RULE,
+    **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), SHARED_ATTENTION),
+}
+"""What `LayerConfig.mixer` names."""
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows of x; all without a choice."""
+    return x if rows is None else x.index_select(0, rows)

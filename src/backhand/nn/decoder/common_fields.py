@@ -1,0 +1,126 @@
+"""Fields that every family of decoders has, read into a `DecoderConfig`, and those that several have in one way."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+
+from backhand.errors import ArtifactError
+from backhand.nn.decoder.config_fields import ConfigFields
+from backhand.nn.decoder.family import DecoderConfig, LayerConfig, RotaryConfig
+from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
+from backhand.nn.loading.source import token_ids
+from backhand.ops.linear_cross_entropy import LogitsRule
+
+_MOST_LAYERS = 100_000
+MOST_ELEMENTS = 2**40
+"""A garbled number must not fill the memory with layers."""
+
+
+def common_fields(
+    fields: ConfigFields,
+    *,
+    window: int | None = None,
+    is_sliding: Callable[[int], bool] = lambda _: False,
+    reads_layer_types: bool = False,
+    rotary_sets: Callable[[ConfigFields, int, int], RotaryConfig | tuple[RotaryConfig, RotaryConfig]] = rotary,
+    norm_eps: str = "rms_norm_eps",
+) -> DecoderConfig:
+    """Read what every family has; `norm_eps` is the name of that field."""
+    heads = fields.integer("num_attention_heads")
+    # Null, or absent where the class has no number either: every head has its own key and value.
+    key_value_heads = fields.integer("num_key_value_heads", heads)
+    hidden_size = fields.integer("hidden_size")
+    head_dim = fields.integer("head_dim", max(hidden_size // heads, 1))
+    max_positions = fields.integer("max_position_embeddings")
+    if heads % key_value_heads:
+        raise ArtifactError(f"{heads} heads cannot share {key_value_heads} key/value heads", where="config.json")
+    if head_dim % 2:
+        fields.problem("head_dim", f"{head_dim} is odd, and the rotary embedding turns pairs")
+    layers = fields.integer("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ArtifactError(f"num_hidden_layers = {layers} is no number of layers", where="config.json")
+    vocab_size, intermediate_size = fields.integer("vocab_size"), fields.integer("intermediate_size")
+    largest = max(vocab_size, intermediate_size, heads * head_dim) * hidden_size
+    if largest > MOST_ELEMENTS or max_positions >= MOST_ELEMENTS:
+        raise ArtifactError(
+            f"a weight of {largest:,} elements is none of a language model",
+            where="config.json",
+            why=f"hidden_size {hidden_size}, intermediate_size {intermediate_size}, vocab_size {vocab_size}, "
+            f"{heads} heads of {head_dim}, {max_positions} positions",
+            next_step="fetch the model again",
+        )
+    sliding = [is_sliding(index) for index in range(layers)]
+    if reads_layer_types:
+        sliding = sliding_layers(fields, sliding)
+    if any(sliding) and window is None:
+        fields.problem("sliding_window", "there are sliding layers, but no window is in use")
+    found = rotary_sets(fields, head_dim, max_positions)
+    angles: tuple[RotaryConfig, ...] = (found,) if isinstance(found, RotaryConfig) else found
+    return DecoderConfig(
+        family=str(fields.value("model_type")),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        norm_eps=fields.number(norm_eps, 1e-6),
+        layers=tuple(
+            LayerConfig(window if slides else None, rotary=int(slides and len(angles) > 1)) for slides in sliding
+        ),
+        rotary=angles,
+        attention_scaling=head_dim**-0.5,
+        tied_head=fields.flag("tie_word_embeddings", False),
+        max_position_embeddings=max_positions,
+        eos_token_ids=tuple(token_ids(fields.value("eos_token_id"))),
+    )
+
+
+def window_size(fields: ConfigFields) -> int | None:
+    """No window where the field is null; 4096, in every class, where it is absent."""
+    if fields.stated("sliding_window") and fields.value("sliding_window") is None:
+        return None
+    return fields.integer("sliding_window")
+
+
+def sliding_layers(fields: ConfigFields, sliding: list[bool]) -> list[bool]:
+    """Which layers have a window by `layer_types`; as given where the field is not there."""
+    stated = fields.value("layer_types")
+    if stated is None:
+        return sliding
+    if not isinstance(stated, list) or len(stated) != len(sliding):
+        raise ArtifactError(f"layer_types does not name a type for each of {len(sliding)} layers", where="config.json")
+    if any(kind not in (FULL, SLIDING) for kind in stated):
+        fields.problem("layer_types", f"the engine has {FULL} and {SLIDING}")
+    return [kind == SLIDING for kind in stated]
+
+
+def one_layer_type(fields: ConfigFields, expected: str) -> None:
+    """These families do not read layer_types; where it is there, it must say what they do."""
+    stated = fields.value("layer_types")
+    if stated is not None and not (isinstance(stated, list) and all(kind == expected for kind in stated)):
+        fields.problem("layer_types", f"every layer here has {expected}")
+
+
+def with_multipliers(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
+    """The four of Granite: of scores, of the embedding, of what is added to the stream, and of logits."""
+    return replace(
+        decoder,
+        attention_scaling=fields.number("attention_multiplier"),
+        embedding_scaling=nearest_float32(fields.number("embedding_multiplier")),
+        residual_multiplier=fields.number("residual_multiplier"),
+        logits=LogitsRule(1 / fields.number("logits_scaling")),
+    )
+
+
+def nearest_float32(value: float) -> float:
+    """The nearest float32 number."""
+    nearest: float = struct.unpack("f", struct.pack("f", value))[0]
+    return nearest
+
+
+def number_or_none(fields: ConfigFields, key: str) -> float | None:
+    """None where the field is null; where it is absent, the default of the class."""
+    return None if fields.stated(key) and fields.value(key) is None else fields.number(key)

@@ -1,0 +1,232 @@
+"""A config read field by field, so that in the end every field has been asked for or is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from backhand.errors import ArtifactError
+from backhand.nn.decoder.config_classes import config_class
+
+UNREAD = "unread of the GGUF file"
+
+
+"""Field of a config made from a GGUF file: metadata and tensors, by name, that nobody has understood."""
+
+
+FOREIGN = "foreign in the GGUF file"
+
+
+"""Field of a config made from a GGUF file: names of metadata that no model has."""
+
+
+class UnsupportedModel(ArtifactError):
+    """A model that the decoder engine does not compute exactly; transformers may still be able to run it.
+
+    Attributes:
+        model_type: as the config states it.
+        problems: one `field = value: reason` for everything that stands in the way.
+        remedy: what would make the engine take the model; one sentence without a full stop.
+    """
+
+    def __init__(
+        self, model_type: str, problems: Collection[str], *, remedy: str | None = None, next_step: str | None = None
+    ) -> None:
+        self.model_type = model_type
+        self.problems = tuple(problems)
+        self.remedy = remedy or "Which models it takes stands in docs/models.md"
+        super().__init__(
+            f"the decoder engine does not know how to compute this {model_type} model",
+            where="config.json",
+            why="; ".join(self.problems),
+            next_step=next_step or "use --engine transformers (or auto), which runs whatever transformers can load",
+        )
+
+
+class ConfigFields:
+    """The fields of a config, read by name and type.
+
+    A field that is absent has the default of transformers' configuration class. What nobody reads is a problem if
+    transformers might read it, and foreign if not.
+
+    Args:
+        config: the mapping.
+        model_type: whose configuration class decides, None for a mapping that belongs to no class.
+
+    Attributes:
+        problems: one line for everything that stands in the way.
+        foreign: names of fields that nobody reads, neither here nor in transformers.
+    """
+
+    def __init__(self, config: Mapping[str, object], model_type: str | None = None) -> None:
+        self._config = config
+        self._model_type = model_type
+        self._prefix = ""
+        self._seen: set[str] = set()
+        self.problems: list[str] = []
+        self.foreign: list[str] = []
+
+    def value(self, key: str) -> object:
+        """The raw value, None if absent."""
+        self._seen.add(key)
+        return self._config.get(key)
+
+    def stated(self, key: str) -> bool:
+        """Whether the field is there, null or not."""
+        return key in self._config
+
+    def assume(self, key: str, value: object) -> None:
+        """Take this value where the field is absent or null."""
+        if self._config.get(key) is None:
+            self._config = {**self._config, key: value}
+
+    def put(self, key: str, value: object) -> None:
+        """Take this value whatever the field says."""
+        self._config = {**self._config, key: value}
+
+    def or_declared(self, key: str) -> object:
+        """The raw value; the class's default where the field is absent."""
+        if self.stated(key) or self._model_type is None:
+            return self.value(key)
+        known = config_class(self._model_type)
+        return None if known is None else known.fields.get(key)
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """An integer; where it is absent the class's default, or `default` if it has none or the field is null.
+
+        Raises:
+            ArtifactError: if it is another kind of value or below the minimum, or missing without a default.
+        """
+        value = self._or_default(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self._wrong(key, value, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number; where it is absent or null, as for `integer`.
+
+        Raises:
+            ArtifactError: if it is another kind of value, or missing without a default.
+        """
+        value = self._or_default(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many positive numbers.
+
+        Raises:
+            ArtifactError: if it is anything else.
+        """
+        value = self.value(key)
+        expected = f"a list of {count} positive numbers"
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise self._wrong(key, value, expected)
+        if any(isinstance(item, bool) or not isinstance(item, int | float) or not item > 0 for item in value):
+            raise self._wrong(key, value, expected)
+        return tuple(float(item) for item in value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+            ArtifactError: if it is anything else.
+        """
+        value = self._or_default(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A string.
+
+        Raises:
+            ArtifactError: if it is anything else.
+        """
+        value = self._or_default(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def mapping(self, key: str) -> ConfigFields | None:
+        """A mapping inside this one, None if absent or null; its problems are collected here.
+
+        Raises:
+            ArtifactError: if it is neither.
+        """
+        value = self.value(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self._wrong(key, value, "a mapping")
+        inside = ConfigFields(value)
+        inside._prefix, inside.problems, inside.foreign = f"{self._prefix}{key}.", self.problems, self.foreign
+        return inside
+
+    def must_equal(self, key: str, *allowed: object, reason: str | None = None) -> None:
+        """Report the field unless it is absent, null, or one of the values for which the engine computes the same."""
+        value = self.value(key)
+        if value is not None and value not in allowed:
+            known = " or ".join(repr(item) for item in allowed) if allowed else "null"
+            self.problem(key, reason or f"the engine has {known}")
+
+    def neutral(self, *keys: str) -> None:
+        """Fields that do not change what the model computes."""
+        self._seen.update(keys)
+
+    def problem(self, key: str, reason: str) -> None:
+        """Report a field."""
+        self.problems.append(f"{self._prefix}{key} = {_shown(self.value(key))}: {reason}")
+
+    def take_unread(self) -> None:
+        """Report what a GGUF file's reader has left, and note what is foreign there."""
+        unread, foreign = self.value(UNREAD), self.value(FOREIGN)
+        if isinstance(unread, Mapping):
+            self.problems += [f"{name} = {_shown(value)}: unknown to the engine" for name, value in unread.items()]
+        if isinstance(foreign, list):
+            self.foreign += [str(name) for name in foreign]
+
+    def left(self) -> list[str]:
+        """Names of what nobody asked for and is not null."""
+        return [key for key in self._config if key not in self._seen and self._config[key] is not None]
+
+    def close(self, read: Collection[str] = ()) -> None:
+        """Sort what nobody asked for and is not null: a problem where transformers might read it, else foreign.
+
+        Args:
+            read: names that transformers reads, beside those of the configuration class.
+        """
+        left = self.left()
+        if not left:
+            return
+        known = None if self._model_type is None else config_class(self._model_type)
+        for key in left:
+            if key in read or (known is None and self._model_type) or (known is not None and known.reads(key)):
+                self.problem(key, "transformers reads this field, and the engine does not")
+            else:
+                self.foreign.append(f"{self._prefix}{key}")
+
+    def _or_default(self, key: str, default: object) -> object:
+        value = self.value(key)
+        value = self.or_declared(key) if value is None else value
+        if value is not None:
+            return value
+        if default is None:
+            raise ArtifactError(
+                f"the field {self._prefix}{key} is missing", where="config.json", next_step="fetch the model again"
+            )
+        return default
+
+    def _wrong(self, key: str, value: object, expected: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self._prefix}{key} = {_shown(value)} is not {expected}",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

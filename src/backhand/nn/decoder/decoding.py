@@ -1,0 +1,356 @@
+"""Incremental forward of the decoder engine: new tokens against a KV cache, for rows of different lengths.
+
+    K ← [K_seen; K_new],  V ← [V_seen; V_new],   o_i = softmax(c q_i K_{j ≤ i}ᵀ) V_{j ≤ i}      [arXiv:1911.02150, §2.4]
+
+A causal decoder's keys and values of a token depend on what stands before it only, so they are computed once. Two ways
+in: `extend` takes several new tokens a row (prompts, packed without padding; further turns of a conversation), `step`
+one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward
+pass.
+
+The attention of new tokens on seen ones is torch's fused kernel, or where scores are capped plain products. In `step`
+the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
+once, and rows of other lengths are masked.
+
+Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
+
+Where rotary angles depend on the document's length (longrope with two lists), everything that a row holds was computed
+for its length as it was: a row that grows beyond a list's length is computed anew, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from backhand.nn.batch import document_runs
+from backhand.nn.decoder.adapted_group import Scratch, enter_forward, group_forward, join_forward
+from backhand.nn.decoder.block import MIXERS, gated_output, mlp_half_forward
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.kv_cache import KVCache
+from backhand.nn.decoder.mixer import BlockContext, Rows
+from backhand.nn.decoder.per_layer_input import end_forward
+from backhand.ops.attention import attention_forward
+from backhand.ops.attention_blocks import attention_blocks_forward
+from backhand.ops.frozen_matrix import frozen_rows
+from backhand.ops.linear_cross_entropy import capped, ruled
+from backhand.ops.rms_norm import rms_norm_forward
+
+# New tokens that one pass of `extend` computes at most: bounds its memory, costs nothing in speed.
+CHUNK_TOKENS = 4096
+# Likeliest tokens of each row whose logits are computed in float32 whatever the compute dtype.
+EXACT_CANDIDATES = 16
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim); k and v are then in the cache."""
+
+
+class _Piece(NamedTuple):
+    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before.
+
+    reach: how long the row will be when all that is being appended to it is there.
+    """
+
+    row: int
+    start: int
+    new: int
+    seen: int
+    reach: int
+
+
+class IncrementalDecoder:
+    """A decoder with a KV cache of several rows.
+
+    Args:
+        decoder: base weights and, if one is attached, the adapter, as of now: make a new one after attach or detach.
+        rows: how many sequences there can be at once.
+        capacity: tokens of room a row has at first; it grows when needed.
+
+    Attributes:
+        cache: keys and values; rows are taken into use and dropped there.
+    """
+
+    def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256) -> None:
+        self.decoder = decoder
+        self.cache = KVCache(decoder.config, rows, capacity, dtype=decoder.dtype, device=decoder.device)
+        decoder.refresh()
+        self._adapters = decoder.block_adapters(None)
+        self._limits = decoder.config.length_limits
+
+    @torch.no_grad()
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to rows of the cache.
+
+        Args:
+            rows: numbers of rows in use, each at most once.
+            tokens: of each of these rows, at least one token.
+
+        Returns:
+            (len(rows), vocab) logits after each row's last token, see `head_logits`.
+
+        Raises:
+            ValueError: for a row without new tokens.
+        """
+        if any(len(new) == 0 for new in tokens):
+            raise ValueError("every row needs at least one new token")
+        tokens = [self._begin(row, new) for row, new in zip(rows, tokens, strict=True)]
+        reach = [self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
+        self.cache.reserve(max(self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)))
+        last = torch.empty(
+            len(rows), self.decoder.config.hidden_size, dtype=self.decoder.dtype, device=self.decoder.device
+        )
+        for chunk in _chunks([len(new) for new in tokens]):
+            pieces: list[_Piece] = []
+            packed: list[int] = []
+            for index, start, stop in chunk:
+                row = rows[index]
+                pieces.append(_Piece(row, len(packed), stop - start, self.cache.lengths[row], reach[index]))
+                packed.extend(tokens[index][start:stop])
+            x = self._extend_chunk(pieces, packed)
+            self.cache.arrive([piece.row for piece in pieces], [piece.new for piece in pieces])
+            for (index, _, _), piece in zip(chunk, pieces, strict=True):
+                last[index] = x[piece.start + piece.new - 1]
+        return head_logits(self.decoder, last)
+
+    def _begin(self, row: int, new: Sequence[int]) -> Sequence[int]:
+        """The tokens to compute so that the row ends with `new`: these, or all of it where its angles change."""
+        cache = self.cache
+        side = self._side(cache.lengths[row] + len(new))
+        if side != cache.sides[row] and cache.lengths[row]:
+            new = [*cache.tokens[row], *new]
+            cache.truncate(row, 0)
+        cache.sides[row] = side
+        cache.tokens[row] += new
+        return new
+
+    def _side(self, length: int) -> int:
+        """How many of the lengths beyond which other angles hold a row of so many tokens exceeds."""
+        return sum(length > limit for limit in self._limits)
+
+    @torch.no_grad()
+    def step(self, token_ids: Sequence[int]) -> Tensor:
+        """Append one token to every row in use.
+
+        Args:
+            token_ids: the new token of row 0, 1, … of the cache.
+
+        Returns:
+            (rows in use, vocab) logits after the new token, see `head_logits`.
+        """
+        lengths = self.cache.lengths
+        if len(token_ids) != len(lengths):
+            raise ValueError(f"{len(token_ids)} tokens for {len(lengths)} rows in use")
+        if any(self._side(length + 1) != side for length, side in zip(lengths, self.cache.sides, strict=True)):
+            return self.extend(range(len(lengths)), [[token] for token in token_ids])
+        for row, token in zip(self.cache.tokens, token_ids, strict=True):
+            row.append(token)
+        self.cache.reserve(max(lengths) + 1)
+        device = self.decoder.device
+        positions = torch.tensor(lengths, device=device)
+        equal_length = lengths[0] if min(lengths) == max(lengths) else None
+        masks = {
+            window: _step_mask(lengths, window, device)
+            for window in {layer.window for layer in self.decoder.config.layers}
+        }
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            source = self.decoder.config.layers[layer].keys_of
+            if source is None:
+                self.cache.write_next(layer, positions if equal_length is None else equal_length, k, v)
+            held = layer if source is None else source
+            first, mask = masks[self.decoder.config.layers[layer].window]
+            span = (slice(len(lengths)), slice(None), slice(first, max(lengths) + 1))
+            grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
+            keys, values = self.cache.keys[held][span], self.cache.values[held][span]
+            scaling, cap = self.decoder.config.attention_scaling, self.decoder.config.attention_cap
+            if cap is not None:
+                return _capped_step(grouped, keys, values, mask, scaling, cap).flatten(1, 2)
+            output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+            return output.flatten(1, 2)
+
+        rows = [Rows(0, len(lengths), 0, 1)]
+        x = self._blocks(torch.tensor(token_ids, device=device), positions, positions + 1, attend, rows)
+        self.cache.arrive(range(len(lengths)), [1] * len(lengths))
+        return head_logits(self.decoder, x)
+
+    def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
+        """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""
+        config, device = self.decoder.config, self.decoder.device
+        positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
+        reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
+        runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
+        masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            source = config.layers[layer].keys_of
+            for piece in pieces if source is None else ():
+                span = slice(piece.start, piece.start + piece.new)
+                self.cache.write(layer, piece.row, piece.seen, k[span], v[span])
+            held = layer if source is None else source
+            window, scaling, cap = config.layers[layer].window, config.attention_scaling, config.attention_cap
+            if not any(piece.seen for piece in pieces):
+                documents = document_runs(tuple(piece.new for piece in pieces))
+                return attention_forward(q, k, v, documents, scaling, window, cap=cap)[0]
+            output = torch.empty_like(q)
+            for run in runs:
+                (_, piece), count = run[0], len(run)
+                span = slice(piece.start, piece.start + count * piece.new)
+                keys, values = (
+                    buffers[held][piece.row : piece.row + count, :, : piece.seen + piece.new]
+                    for buffers in (self.cache.keys, self.cache.values)
+                )
+                if cap is not None:
+                    by_row = q[span].unflatten(0, (count, piece.new))
+                    attended, _ = attention_blocks_forward(
+                        by_row, keys.transpose(1, 2), values.transpose(1, 2), scaling, window, cap
+                    )
+                    output[span] = attended.flatten(0, 1)
+                    continue
+                key = (piece.seen, piece.new, window)
+                if key not in masks:
+                    masks[key] = _extend_mask(*key, device)
+                attended = scaled_dot_product_attention(
+                    q[span].reshape(count, piece.new, *q.shape[1:]).transpose(1, 2),
+                    keys,
+                    values,
+                    attn_mask=masks[key],
+                    scale=scaling,
+                    enable_gqa=True,
+                )
+                output[span] = attended.transpose(1, 2).flatten(0, 1)
+            return output
+
+        neighbours = [list(group) for _, group in groupby(enumerate(pieces), key=_beside)]
+        rows = [Rows(run[0][1].row, len(run), run[0][1].start, run[0][1].new) for run in neighbours]
+        return self._blocks(torch.tensor(packed, device=device), positions, reach, attend, rows)
+
+    def _blocks(
+        self, token_ids: Tensor, positions: Tensor, reach: Tensor, attend: Attend, rows: Sequence[Rows]
+    ) -> Tensor:
+        """Embedding and all blocks, (tokens, hidden)."""
+        decoder = self.decoder
+        self.cache.go_on(row for run in rows for row in range(run.first, run.first + run.rows))
+        x = decoder.embed(token_ids)
+        tables, scratch = decoder.rotary_tables(positions, reach), Scratch()
+        carried, _ = decoder.carried(token_ids)
+        for index, layer in enumerate(decoder.config.layers):
+            table, queries = tables[index]
+            sized = decoder.config.at(layer)
+            context = BlockContext(sized, layer, table, (), scratch, queries, number=index, carried=carried)
+            x = self._block(index, x, context, attend, rows)
+        return x
+
+    def _block(self, index: int, x0: Tensor, context: BlockContext, attend: Attend, rows: Sequence[Rows]) -> Tensor:
+        """x₂ of one block, (tokens, hidden), with its attention left to `attend`: see `nn.decoder.block`."""
+        config, weights, adapter = context.config, self.decoder.active.blocks[index], self._adapters[index]
+        n1, _ = enter_forward(x0, weights.attention_norm, config, context.scratch)
+        sizes, mixer = config.mixers[context.layer.mixer].sizes, MIXERS[context.layer.mixer]
+        entering, _ = group_forward(n1, weights.input, weights.input_bias, sizes, adapter.input)
+        if mixer.continued is None:
+            assert mixer.attending is not None
+            q, k, v = mixer.attending(entering, weights, context)[:3]
+            output = gated_output(entering, attend(index, q, k, v), config)
+        else:
+            output = mixer.continued(entering, weights, self.cache.states[index], rows, config)
+        after = weights.after_attention_norm
+        x1, _, _ = join_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
+        x2, _ = mlp_half_forward(x1, weights, adapter, config, context.scratch, keep_gate_up=False)
+        return x2 if weights.layer_scalar is None else end_forward(x2, weights, adapter, context)[0]
+
+
+def _capped_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
+    """Attention with capped scores, which torch's kernel does not have: one query a head.
+
+    Args:
+        q: (rows, key/value heads, group, head_dim).
+        keys, values: (rows, key/value heads, n, head_dim).
+        mask: as `_step_mask` makes it.
+        scaling, cap: c and κ of `ops.attention`.
+    """
+    scores, _ = capped((q @ keys.mT) * scaling, cap)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ values
+
+
+def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
+    """Final norm and output projection for choosing a token: (rows, hidden) to (rows, vocab), float32 or wider.
+
+    A narrow product rounds logits of 16 to 32, where a language model's largest ones lie, to steps of 1/8: of six
+    first tokens of SmolLM2's answers, two came out with the likeliest tokens equal or swapped. The likeliest of each
+    row are therefore multiplied again in float32, from the same weights; the others stay as rounded.
+    """
+    narrow, rule = decoder.projected(x), decoder.config.logits
+    if narrow.dtype in (torch.float32, torch.float64):
+        return ruled(narrow, rule)[0]
+    candidates = narrow.topk(min(EXACT_CANDIDATES, narrow.shape[1]), sorted=False).indices
+    weights, adapter = decoder.active, decoder.head_adapter()
+    normed, _ = rms_norm_forward(x, weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
+    columns = normed.float().unsqueeze(2)
+    exact = (frozen_rows(weights.head, candidates).float() @ columns).squeeze(2)
+    (factors,), extras = adapter.factors, adapter.extras
+    if factors is not None:
+        h = factors.lora_A.float() @ columns
+        exact += factors.scaling * (factors.lora_B[candidates].float() @ h).squeeze(2)
+        if extras is not None and (magnitude := extras.magnitudes[0]) is not None:
+            exact *= (magnitude.magnitude / magnitude.norm)[candidates]
+        if extras is not None and (lora_bias := extras.lora_biases[0]) is not None:
+            exact += factors.scaling * lora_bias.float()[candidates]
+    return ruled(narrow.float().scatter_(1, candidates, exact), rule)[0]
+
+
+def _chunks(counts: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+    """Split rows' new tokens into passes of at most CHUNK_TOKENS: lists of (index, start, stop), in order."""
+    chunks: list[list[tuple[int, int, int]]] = [[]]
+    room = CHUNK_TOKENS
+    for index, count in enumerate(counts):
+        start = 0
+        while start < count:
+            # A row is only cut where it does not fit into a pass of its own.
+            if room == 0 or (count - start > room and chunks[-1] and count - start <= CHUNK_TOKENS):
+                chunks.append([])
+                room = CHUNK_TOKENS
+            stop = min(count, start + room)
+            chunks[-1].append((index, start, stop))
+            room -= stop - start
+            start = stop
+    return chunks
+
+
+def _batched_with(numbered: tuple[int, _Piece]) -> tuple[int, int, int]:
+    """Neighbours for which this is equal lie in neighbouring rows and are equally long, so one kernel call does."""
+    number, piece = numbered
+    return piece.row - number, piece.new, piece.seen
+
+
+def _beside(numbered: tuple[int, _Piece]) -> tuple[int, int]:
+    """The same of rows that may have seen otherwise much."""
+    return _batched_with(numbered)[:2]
+
+
+def _extend_mask(seen: int, count: int, window: int | None, device: torch.device) -> Tensor:
+    """(count, seen + count) booleans: which keys each new token sees."""
+    queries = torch.arange(seen, seen + count, device=device)
+    distance = queries[:, None] - torch.arange(seen + count, device=device)[None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _step_mask(lengths: Sequence[int], window: int | None, device: torch.device) -> tuple[int, Tensor | None]:
+    """The first key that any row's new token sees, and which of the keys from there on each row's sees.
+
+    The mask is (rows, 1, 1, keys) booleans; None where every row sees all of these keys.
+    """
+    lowest, highest = min(lengths), max(lengths)
+    first = 0 if window is None else max(0, lowest + 1 - window)
+    if lowest == highest:
+        return first, None
+    keys = torch.arange(first, highest + 1, device=device)
+    distance = torch.tensor(lengths, device=device)[:, None] - keys[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return first, visible[:, None, None, :]

@@ -1,0 +1,183 @@
+"""Qwen3.5's mixer: the gated delta rule in a block, with what stands around it, and its state when text is generated.
+
+    [q k v | z | b | a] = in_proj(n₁),   [q k v] ← SiLU(conv([q k v])),   β = σ(b),   g = decay_gate(a)
+    q̂ = q / (√w ‖q‖),   k̂ = k / ‖k‖,   o = delta rule(q̂, k̂, v, g, β),   y = norm(o) ⊙ SiLU(z)
+
+with w features of a key head; ‖·‖ is √(Σ² + ε) of one head, ε = 1e-6 whatever the family's norms have. That is an
+RMSNorm of ε / w whose gain is w^-½, and the query's 1 / w: the same op, the gain as an offset to a weight of zeros.
+q̂ and k̂ stay in float32 or wider, as the rule takes them. norm goes over the value head, and its weight is no difference
+from one.
+
+Backward is the same list from the bottom up, each by its op's backward. Kept, beside the mixer's input and output, are
+o and the factor of its norm; q̂, k̂, v, g and β are made again from the input, for a convolution and two norms.
+
+A token's output depends on [q k v] before the convolution of the J-1 tokens before it, and on the rule's state: a row's
+states are these two, zeros before its first token. Both have a size that does not grow with the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import BlockAdapter, norm_backward
+from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
+from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
+from backhand.ops.elementwise import SigmoidSaved, sigmoid_backward, sigmoid_forward
+from backhand.ops.gated_delta_rule import GatedDeltaRuleSaved, gated_delta_rule_backward, gated_delta_rule_forward
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+
+NORM = "linear_attn.norm"
+L2_EPS = 1e-6
+
+
+class DeltaKept(NamedTuple):
+    """o (T, value heads, value width), and the factor of its norm, (T, value heads, 1)."""
+
+    output: Tensor
+    factor: Tensor
+
+
+class _RuleInputs(NamedTuple):
+    """q̂, k̂, v, g and β, and what the backward of each needs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    q_norm: RMSNormSaved
+    k_norm: RMSNormSaved
+    decay_gate: DecayGateSaved
+    rate: SigmoidSaved
+
+
+def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaKept]:
+    """y, (T, value heads · value width), from [q k v | z | b | a], within each document."""
+    sizes = _sizes(context.config)
+    qkv, z, b, a = x.split(sizes.inputs, dim=1)
+    convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, context.shared, silu=True)
+    rule = _rule_inputs(convolved, b, a, weights, sizes)
+    o, _ = gated_delta_rule_forward(*rule[:5], context.runs, context.shared)
+    return _gated(o, z, weights, context.config)
+
+
+def delta_backward(
+    d_y: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
+) -> Tensor:
+    """∂L/∂[q k v | z | b | a] from ∂L/∂y, (T, value heads · value width); the norm's gradient is added if trained."""
+    sizes, own, x = _sizes(context.config), kept.own, kept.input
+    qkv, z, b, a = x.split(sizes.inputs, dim=1)
+    d_x = torch.empty_like(x)
+    d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
+
+    assert weights.delta_norm is not None
+    normed = rms_norm_apply(own.output, weights.delta_norm, own.factor).flatten(1)
+    d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
+    d_z.copy_(d_gate)
+    norm = RMSNormSaved(own.output, weights.delta_norm, own.factor, 0.0)
+    d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter, NORM)
+    del normed, d_gate, d_normed
+
+    convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, context.shared, silu=True)
+    rule = _rule_inputs(convolved, b, a, weights, sizes)
+    saved = GatedDeltaRuleSaved(*rule[:5], context.runs, context.shared)
+    d_q, d_k, d_v, d_decay, d_beta = gated_delta_rule_backward(d_o, saved)
+    del saved, d_o
+    d_b.copy_(sigmoid_backward(d_beta, rule.rate).d_x)
+    d_a.copy_(decay_gate_backward(d_decay, rule.decay_gate).d_a)
+    d_convolved = torch.empty_like(convolved)
+    d_raw_q, d_raw_k, d_raw_v = _heads(d_convolved, sizes)
+    d_raw_q.copy_(rms_norm_backward(d_q, rule.q_norm, weight_gradient=False).d_x)
+    d_raw_k.copy_(rms_norm_backward(d_k, rule.k_norm, weight_gradient=False).d_x)
+    d_raw_v.copy_(d_v)
+    del rule, convolved, d_q, d_k, d_v
+    d_qkv.copy_(causal_conv_backward(d_convolved, conv).d_x)
+    return d_x
+
+
+def delta_states(
+    config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """For each row [q k v] of its last J-1 tokens, (rows, J-1, channels), and the rule's state in float32 or wider.
+
+    The state is (rows, value heads, key width, value width); both are zeros.
+    """
+    sizes = _sizes(config)
+    seen = torch.zeros(rows, sizes.taps - 1, sizes.channels, dtype=dtype, device=device)
+    shape = (rows, sizes.value_heads, sizes.key_width, sizes.value_width)
+    return seen, torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+
+def delta_continued(
+    x: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], config: DecoderConfig
+) -> Tensor:
+    """y of new tokens, (tokens, value heads · value width), behind what rows have seen; the states go on with them.
+
+    Args:
+        x: [q k v | z | b | a] of the new tokens.
+        weights: of the block.
+        states: see `delta_states`.
+        rows: whose tokens they are.
+        config: the family.
+    """
+    sizes, (seen, state) = _sizes(config), states
+    qkv, z, b, a = x.split(sizes.inputs, dim=1)
+    o = x.new_empty(x.shape[0], sizes.value_heads, sizes.value_width)
+    for first, count, start, new in rows:
+        tokens, there = slice(start, start + count * new), slice(first, first + count)
+        by_row = qkv[tokens].unflatten(0, (count, new))
+        convolved = causal_conv_continued(by_row, _taps(weights), seen[there], silu=True).flatten(0, 1)
+        rule = _rule_inputs(convolved, b[tokens], a[tokens], weights, sizes)
+        o[tokens] = gated_delta_rule_forward(*rule[:5], ((0, count, new),), states=state[there])[0]
+    return _gated(o, z, weights, config)[0]
+
+
+def _rule_inputs(convolved: Tensor, b: Tensor, a: Tensor, weights: BlockWeights, sizes: DeltaSizes) -> _RuleInputs:
+    """From the convolved [q k v], (tokens, channels), and b and a, (tokens, value heads) each."""
+    raw_q, raw_k, v = _heads(convolved, sizes)
+    width, wide = sizes.key_width, torch.promote_types(convolved.dtype, torch.float32)
+    zeros = convolved.new_zeros(width, dtype=wide)
+    q, q_norm = rms_norm_forward(raw_q.to(wide), zeros, L2_EPS / width, 1 / width)
+    k, k_norm = rms_norm_forward(raw_k.to(wide), zeros, L2_EPS / width, width**-0.5)
+    assert weights.log_rate is not None and weights.rate_bias is not None
+    decay, decay_gate = decay_gate_forward(a, weights.log_rate, weights.rate_bias)
+    beta, rate = sigmoid_forward(b)
+    return _RuleInputs(q, k, v, decay, beta, q_norm, k_norm, decay_gate, rate)
+
+
+def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q, k and v in x, (tokens, channels): (tokens, heads, width)."""
+    keys = sizes.key_heads * sizes.key_width
+    q, k, v = x.split([keys, keys, sizes.value_heads * sizes.value_width], dim=1)
+    of_keys, of_values = (sizes.key_heads, sizes.key_width), (sizes.value_heads, sizes.value_width)
+    return q.unflatten(1, of_keys), k.unflatten(1, of_keys), v.unflatten(1, of_values)
+
+
+def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaKept]:
+    """norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and what backward needs."""
+    assert weights.delta_norm is not None
+    normed, norm = rms_norm_forward(o, weights.delta_norm, config.norm_eps)
+    y, _ = glu_forward(z, normed.flatten(1), "silu")
+    return y, DeltaKept(o, norm.factor)
+
+
+def _taps(weights: BlockWeights) -> Taps:
+    """The convolution as the op takes it: files have an axis more."""
+    assert weights.conv is not None
+    return Taps(weights.conv.squeeze(1))
+
+
+def _sizes(config: DecoderConfig) -> DeltaSizes:
+    assert config.delta is not None
+    return config.delta
+
+
+GATED_DELTA_RULE = Mixer(delta_forward, delta_backward, delta_states, delta_continued)

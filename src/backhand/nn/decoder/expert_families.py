@@ -1,0 +1,73 @@
+"""Families with mixtures of experts, read as in `family_parsing`.
+
+Checked against the modelling sources of transformers 5.24:
+
+- A layer has a router and experts in the place of an MLP; in Qwen3-MoE every `decoder_sparse_step`-th layer that is not
+  among `mlp_only_layers`.
+- A chosen expert's weight is its share among the chosen ones, in Qwen3-MoE without `norm_topk_prob` among all.
+- The number of experts is called `num_experts` or `num_local_experts`, which transformers takes for one field. The
+  width of an expert is Mixtral's `intermediate_size` and Qwen3-MoE's `moe_intermediate_size`.
+- A sliding window is that of all layers: Mixtral's where the field is there, Qwen3-MoE's with `use_sliding_window`.
+- Qwen3-MoE has Qwen3's attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from backhand.errors import ArtifactError
+from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_layer_type, window_size
+from backhand.nn.decoder.config_fields import ConfigFields
+from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.rotary import FULL, SLIDING
+
+
+def mixtral(fields: ConfigFields) -> DecoderConfig:
+    """Mixtral: experts in every layer."""
+    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
+    decoder = _experts_everywhere(fields, window)
+    return replace(decoder, mixture=_mixture(fields, "num_local_experts", decoder.intermediate_size))
+
+
+def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
+    """Qwen3-MoE: perhaps some layers without experts."""
+    slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
+    fields.neutral("sliding_window")
+    bias = fields.flag("attention_bias", False)
+    decoder = _experts_everywhere(fields, window_size(fields) if slides else None)
+    step, count = fields.integer("decoder_sparse_step"), len(decoder.layers)
+    dense = fields.value("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
+        raise ArtifactError(f"mlp_only_layers = {dense!r:.80} is no list of layers", where="config.json")
+    mixture = _mixture(fields, "num_experts", fields.integer("moe_intermediate_size"))
+    mixture = mixture._replace(of_all=not fields.flag("norm_topk_prob", False))
+    sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
+    return replace(
+        decoder,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        mixture=mixture if any(sparse) else None,
+        layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
+    )
+
+
+def _experts_everywhere(fields: ConfigFields, window: int | None) -> DecoderConfig:
+    """What Mixtral and Qwen3-MoE have alike."""
+    fields.must_equal("hidden_act", "silu")
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    decoder = common_fields(fields, window=window, is_sliding=lambda _: window is not None)
+    return replace(decoder, layers=tuple(replace(layer, experts=True) for layer in decoder.layers))
+
+
+def _mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:
+    """Number of experts, by the one of its two names that is there, and of those that a token goes to."""
+    stated = [name for name in ("num_experts", "num_local_experts") if fields.value(name) is not None]
+    experts, chosen = fields.integer(stated[0] if stated else declared), fields.integer("num_experts_per_tok")
+    if chosen > experts or experts * width > MOST_ELEMENTS:
+        raise ArtifactError(
+            f"{chosen} of {experts} experts of width {width} is no mixture",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+    return Mixture(experts, chosen, width)

@@ -1,0 +1,226 @@
+"""The MLP half of a block whose layer is a mixture of experts, forward and backward by hand.
+
+    n₂ = norm(x₁)                     s, chosen = router(n₂ W_rᵀ)            k experts for each token, s their shares
+    x̂ = dispatch(n₂)                  [a u] = x̂ W_gu,eᵀ (+ LoRA of e)         each expert on its own rows
+    p̂ = s ⊙ (φ(a) ⊙ u)                x₂ = x₁ + combine(p̂ W_d,eᵀ (+ LoRA of e))
+
+A token becomes k rows, sorted by expert, so that each expert that was chosen takes few large products and no other is
+computed or read (`ops.expert_rows`, `ops.expert_linear`). The shares stand in front of the last layer, which has no
+bias: what the experts put out is then neither kept nor computed again.
+
+Backward is the list from the bottom up. d_n₂ comes through the experts and, since the shares depend on it, through the
+router, whose own weight is frozen. Which experts are chosen does not change in between.
+
+Kept for backward: the norm's factor, shares and choices, a, u and every h; `recompute="mlp"` keeps no a, u and none of
+their h. n₂, x̂, p and p̂ are computed again. The experts' matrices lie below one another, gate_up (experts · 2f, hidden)
+and down (experts · hidden, f); each is used, dense or quantized, as a matrix by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import (
+    DOWN,
+    GATE_UP,
+    BlockAdapter,
+    GroupAdapter,
+    Scratch,
+    enter_again,
+    enter_backward,
+    enter_forward,
+    join_backward,
+    joined,
+)
+from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.lora_parameters import LoRAParameters, expert_factors
+from backhand.ops.expert_linear import (
+    ExpertFactors,
+    ExpertLinearSaved,
+    expert_linear_backward,
+    expert_linear_forward,
+)
+from backhand.ops.expert_rows import (
+    CombineSaved,
+    DispatchSaved,
+    Routing,
+    combine_backward,
+    combine_forward,
+    dispatch_backward,
+    dispatch_forward,
+    route,
+    weigh_backward,
+    weigh_forward,
+)
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_part
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
+from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.router import RouterSaved, router_backward, router_forward
+
+
+class ExpertsKept(NamedTuple):
+    """The half's kept tensors; T tokens, k choices each, f is the width of one expert."""
+
+    factor: Tensor | None  # (T, 1) of the norm before, if any
+    routed: RouterSaved  # (T, k), or (T, experts) where a share is one of all
+    shares: Tensor  # (T, k)
+    routing: Routing
+    gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None when recomputed
+    h_gate_up: Tensor | None  # (T · k, rank); None when recomputed
+    h_down: Tensor  # (T · k, rank)
+    projected: RMSNormSaved | None  # input and factor of the norm after, if any
+
+
+class ExpertMatrices(Sequence[FrozenMatrix]):
+    """The matrix of each expert in a stack of them; one is cut out when it is asked for.
+
+    Args:
+        stack: (experts · out, in).
+        experts: how many.
+    """
+
+    def __init__(self, stack: FrozenMatrix, experts: int) -> None:
+        self._stack = stack
+        self._experts = experts
+        self._rows = stack.shape[0] // experts
+
+    def __len__(self) -> int:
+        return self._experts
+
+    @overload
+    def __getitem__(self, expert: int) -> FrozenMatrix: ...
+
+    @overload
+    def __getitem__(self, expert: slice) -> Sequence[FrozenMatrix]: ...
+
+    def __getitem__(self, expert: int | slice) -> FrozenMatrix | Sequence[FrozenMatrix]:
+        """(out, in) of one, or several of them."""
+        if isinstance(expert, slice):
+            return [self[one] for one in range(*expert.indices(self._experts))]
+        return frozen_part(self._stack, expert * self._rows, (expert + 1) * self._rows)
+
+
+def experts_half_forward(
+    x1: Tensor,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    scratch: Scratch,
+    *,
+    keep_gate_up: bool = True,
+) -> tuple[Tensor, ExpertsKept]:
+    """x₂ from x₁, (T, hidden) both, and what its backward needs."""
+    mixture = mixture_of(config)
+    n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
+    assert weights.router is not None
+    logits = frozen_linear(n2, weights.router)
+    shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
+    routing = route(routed.chosen, mixture.experts)
+    gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
+    product = scratch.take("product", (gate_up.shape[0], mixture.width), x1)
+    p, _ = glu_forward(gate_up[:, : mixture.width], gate_up[:, mixture.width :], config.activation, out=product)
+    weigh_forward(p, shares, routing, out=p)
+    matrices = ExpertMatrices(weights.down, mixture.experts)
+    z, down = expert_linear_forward(p, matrices, routing.counts, _factors(adapter.down, mixture))
+    y, _ = combine_forward(z, routing)
+    x2, projected = joined(x1, y, weights.after_mlp_norm, config)
+    if not keep_gate_up:
+        return x2, ExpertsKept(factor, routed, shares, routing, None, None, down.h, projected)
+    return x2, ExpertsKept(factor, routed, shares, routing, gate_up, h_gate_up, down.h, projected)
+
+
+def experts_half_backward(
+    d_x2: Tensor,
+    x1: Tensor,
+    kept: ExpertsKept,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    lora: LoRAParameters,
+    lowest_group: int,
+) -> Tensor | None:
+    """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
+    mixture, routing = mixture_of(config), kept.routing
+    d_y = join_backward(d_x2, kept.projected, adapter, config.norms.after_mlp, config)
+    n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
+    gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
+    if gate_up is None or h_gate_up is None:
+        gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
+
+    # p and p̂ again: of the first the shares' gradient, of the second that of the down projection's lora_A.
+    glu_saved = GLUSaved(gate_up[:, : mixture.width], gate_up[:, mixture.width :], config.activation)
+    p, ready = glu_recompute(glu_saved)
+    weighed, weighing = weigh_forward(p, kept.shares, routing)
+    d_z = combine_backward(d_y, CombineSaved(routing)).d_z
+    needed = lowest_group < DOWN
+    d_weighed = _backward(d_z, weighed, weights.down, kept.h_down, adapter.down, kept, mixture, lora, needed)
+    del d_z, weighed, d_y
+    if d_weighed is None:
+        return None
+    d_p, d_shares = weigh_backward(d_weighed, weighing)
+    del d_weighed, weighing, p
+    d_gate_up = torch.empty_like(gate_up)
+    glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
+    del d_p, ready
+
+    rows, _ = dispatch_forward(n2, routing)
+    needed = lowest_group < GATE_UP
+    d_rows = _backward(d_gate_up, rows, weights.gate_up, h_gate_up, adapter.gate_up, kept, mixture, lora, needed)
+    del rows, d_gate_up
+    if d_rows is None:
+        return None
+    d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
+    assert weights.router is not None
+    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, weights.router))
+    name = config.norms.before_mlp
+    return enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2)
+
+
+def mixture_of(config: DecoderConfig) -> Mixture:
+    """The family's mixture, which it has where a layer has experts."""
+    assert config.mixture is not None
+    return config.mixture
+
+
+def _gate_up(
+    n2: Tensor, routing: Routing, weights: BlockWeights, adapter: BlockAdapter, mixture: Mixture
+) -> tuple[Tensor, Tensor]:
+    """[a | u], (T · k, 2f), and h, of every token's rows."""
+    rows, _ = dispatch_forward(n2, routing)
+    matrices = ExpertMatrices(weights.gate_up, mixture.experts)
+    gate_up, saved = expert_linear_forward(rows, matrices, routing.counts, _factors(adapter.gate_up, mixture))
+    return gate_up, saved.h
+
+
+def _backward(
+    d_y: Tensor,
+    x: Tensor,
+    stack: FrozenMatrix,
+    h: Tensor,
+    adapter: GroupAdapter,
+    kept: ExpertsKept,
+    mixture: Mixture,
+    lora: LoRAParameters,
+    input_gradient: bool,
+) -> Tensor | None:
+    """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
+    factors, into = _factors(adapter, mixture), None
+    if factors is not None:
+        (name,) = adapter.names
+        into = expert_factors(lora.d_lora_A(name), lora.d_lora_B(name), mixture.experts)
+    saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
+    return expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
+
+
+def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
+    """The experts' factors, each expert's in one piece; None without an adapter."""
+    (member,) = adapter.factors
+    if member is None:
+        return None
+    lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
+    return ExpertFactors(lora_A, lora_B.contiguous(), member.scaling)

@@ -1,0 +1,417 @@
+"""Read a Hugging Face config into a `DecoderConfig`, classing every field: used, neutral, or one fixed value.
+
+A field that would change what transformers computes and that the decoder engine does not implement is an error, never
+ignored; so is one that transformers might read and nobody here knows, unless it is null. A field that neither reads is
+noted. Fields that are absent have the defaults of transformers' configuration class. Checked against the modelling
+sources of transformers 5.24:
+
+- Attention: queries times keys are scaled by head_dim^-½, in Gemma by query_pre_attn_scalar^-½, in Granite by
+  attention_multiplier. Gemma 2 caps these products softly (attn_logit_softcapping), and the logits
+  (final_logit_softcapping). Granite also multiplies the embedding by embedding_multiplier, what each half of a block
+  adds to the stream by residual_multiplier, and divides the logits by logits_scaling; else it is Llama.
+- Sliding window w: a query at i sees keys at j with i - w < j ≤ i, so w of them, itself included. Mistral has it in
+  every layer: 4096 where the field is absent, none where it is null; Phi-3 and Ministral 3 none in either case. Qwen2
+  and Qwen3 have it where `use_sliding_window` is true and the layer's index ≥ `max_window_layers`; Gemma 3 in all but
+  every sixth layer (`sliding_window_pattern`), Gemma 2 in all but every second, OLMo 3 and EXAONE 4 in all but every
+  fourth; EXAONE 4 has no rotary embedding in the others, unless there is no window at all. SmolLM3, where
+  `use_sliding_window` is true, has it in the layers without rotary embedding (`no_rope_layers`; every fourth).
+  `layer_types`, where given, decides.
+- Ministral 3's queries at position p are multiplied by 1 + llama_4_scaling_beta ln(1 + ⌊p / original length⌋).
+- Phi-3's q, k and v are one module, and so are gate and up, GLM's too.
+- head_dim, where not stated, is hidden_size // heads; 128 in Qwen3, 256 in Gemma.
+- Biases: Llama and SmolLM3 `attention_bias` on q, k, v and o, `mlp_bias` on gate, up and down; Qwen2 always on q, k
+  and v, never on o; Qwen3, Gemma and OLMo `attention_bias` on all four; Mistral, Ministral 3, EXAONE 4 and Phi-3 none;
+  GLM `attention_bias` on q, k and v alone, there where the field is absent.
+- Norms: float32 inside. Llama-like ones multiply by the weight after the cast back to the compute dtype, Gemma's by
+  1 + weight before it, OLMo's by the weight before it. OLMo and EXAONE have none before
+  their halves; OLMo has one over all of q, one over all of k.
+- Gemma's embedding is multiplied by √hidden, made in float32 and then rounded to the weight's dtype:
+  `embedding_scaling` is the float32 number, and whoever multiplies rounds it to the dtype of the weight.
+- LFM2 and Granite 4: see `nn.decoder.mixed_families`; Mixtral and Qwen3-MoE: see `nn.decoder.expert_families`; Gemma 4:
+  see `nn.decoder.gemma4_fields`.
+- Rotary: see `nn.decoder.rotary`. Full layers of Gemma 3 turn with base 1e6 and perhaps scaling, sliding ones with 1e4;
+  both kinds of OLMo 3 with 5e5, the full ones perhaps scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from backhand.errors import ArtifactError
+from backhand.nn.decoder.common_fields import (
+    common_fields,
+    nearest_float32,
+    number_or_none,
+    one_layer_type,
+    window_size,
+    with_multipliers,
+)
+from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
+from backhand.nn.decoder.expert_families import mixtral, qwen3_moe
+from backhand.nn.decoder.family import (
+    FUSED_GATE_UP,
+    FUSED_QKV,
+    GLM4_NORMS,
+    GROUPS,
+    NORMS_AFTER,
+    SANDWICH_NORMS,
+    DecoderConfig,
+)
+from backhand.nn.decoder.gemma4_fields import gemma4_text
+from backhand.nn.decoder.mixed_families import granite4, lfm2, qwen3_5
+from backhand.nn.decoder.rotary import (
+    FULL,
+    SLIDING,
+    gemma_rotary,
+    glm_rotary,
+    ministral3_rotary,
+    olmo3_rotary,
+    phi3_rotary,
+    query_scaling,
+)
+from backhand.ops.linear_cross_entropy import LogitsRule
+
+
+def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
+    """What the decoder engine needs to know of a model.
+
+    Args:
+        config: the contents of config.json, of transformers 5 or older, or a GGUF file's metadata in the same terms.
+
+    Raises:
+        UnsupportedModel: for a model that the engine does not compute; it lists every field that stands in the way.
+        ArtifactError: for a value that no model has, such as a negative size.
+    """
+    model_type = config.get("model_type")
+    parse = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if parse is None:
+        raise _unknown_family(config, model_type)
+    fields = ConfigFields(config, str(model_type))
+    fields.neutral(*NEUTRAL)
+    for key, value in FIXED.items():
+        fields.must_equal(key, value)
+    for key in QUANTIZED:
+        fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
+    result = parse(fields)
+    fields.take_unread()
+    fields.close()
+    if fields.problems:
+        raise _unsupported(fields, str(model_type))
+    return replace(result, padding_id=_padding_id(fields, result.vocab_size), notes=_notes(fields, str(model_type)))
+
+
+def _unsupported(fields: ConfigFields, model_type: str) -> UnsupportedModel:
+    remedy = next_step = None
+    if any(fields.value(key) is not None for key in QUANTIZED):
+        remedy = "The engine takes the same model as a GGUF file, or from its directory before it was quantized"
+    if fields.value(UNREAD):
+        next_step = "use the model's Hugging Face directory"
+    return UnsupportedModel(model_type, fields.problems, remedy=remedy, next_step=next_step)
+
+
+def _notes(fields: ConfigFields, model_type: str) -> tuple[str, ...]:
+    notes = []
+    if fields.foreign:
+        shown = ", ".join(fields.foreign[:_SHOWN]) + (" …" if len(fields.foreign) > _SHOWN else "")
+        count = f"{len(fields.foreign)} fields" if len(fields.foreign) > 1 else "one field"
+        notes.append(f"the configuration has {count} that no {model_type} model of transformers reads: {shown}")
+    notes += [
+        f"{key} = {dropout!r} stays off: the base model computes as it does at generation"
+        for key in ("attention_dropout", "resid_pdrop")
+        if (dropout := fields.value(key))
+    ]
+    if fields.value("mtp_num_hidden_layers"):
+        notes.append("layers that predict further tokens (mtp) are left out, as transformers has it")
+    return tuple(notes)
+
+
+_SHOWN = 6
+
+
+def _padding_id(fields: ConfigFields, vocab_size: int) -> int | None:
+    """pad_token_id, by which transformers' embedding is made."""
+    token = fields.or_declared("pad_token_id")
+    return token if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size else None
+
+
+def _unknown_family(config: Mapping[str, object], model_type: object) -> UnsupportedModel:
+    if model_type == "gemma3" and "text_config" in config:
+        return UnsupportedModel(
+            str(model_type),
+            ["model_type = 'gemma3': the text model lies inside an image model, where its modules have other names"],
+            next_step="save the text model alone (transformers' Gemma3ForCausalLM), or use --engine transformers",
+        )
+    known = ", ".join(FAMILIES)
+    return UnsupportedModel(str(model_type), [f"model_type = {model_type!r}: the engine knows {known}"])
+
+
+def _llama(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    bias = fields.flag("attention_bias", False)
+    one_layer_type(fields, FULL)
+    decoder = common_fields(fields)
+    return replace(decoder, qkv_bias=bias, output_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+
+
+def _granite(fields: ConfigFields) -> DecoderConfig:
+    return with_multipliers(fields, _llama(fields))
+
+
+def _mistral(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    window = window_size(fields)
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    return common_fields(fields, window=window, is_sliding=lambda _: window is not None)
+
+
+def _qwen(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    first_sliding = fields.integer("max_window_layers", minimum=0)
+    window = window_size(fields) if fields.flag("use_sliding_window", False) else None
+    fields.neutral("sliding_window")
+    return common_fields(
+        fields,
+        window=window,
+        is_sliding=lambda index: window is not None and index >= first_sliding,
+        reads_layer_types=True,
+    )
+
+
+def _qwen2(fields: ConfigFields) -> DecoderConfig:
+    return replace(_qwen(fields), qkv_bias=True)
+
+
+def _qwen3(fields: ConfigFields) -> DecoderConfig:
+    bias = fields.flag("attention_bias", False)
+    return replace(_qwen(fields), qkv_bias=bias, output_bias=bias, qk_norm="head")
+
+
+def _smollm3(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    bias = fields.flag("attention_bias", False)
+    slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
+    fields.neutral("sliding_window")
+    layers = fields.integer("num_hidden_layers")
+    turns = _turning_layers(fields, layers)
+    decoder = common_fields(
+        fields,
+        window=window_size(fields) if slides else None,
+        is_sliding=lambda index: slides and not turns(index),
+        reads_layer_types=True,
+    )
+    return replace(
+        decoder,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+        layers=tuple(
+            layer if turns(index) else replace(layer, rotary=None) for index, layer in enumerate(decoder.layers)
+        ),
+    )
+
+
+def _turning_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
+    """Whether a layer has the rotary embedding: where `no_rope_layers` is not 0; without it in all but every fourth."""
+    interval = fields.integer("no_rope_layer_interval", 4)
+    stated = fields.value("no_rope_layers")
+    if stated is None:
+        return lambda index: (index + 1) % interval != 0
+    if not isinstance(stated, list) or len(stated) != layers or any(item not in (0, 1) for item in stated):
+        raise ArtifactError(f"no_rope_layers is not 0 or 1 for each of {layers} layers", where="config.json")
+    return lambda index: bool(stated[index])
+
+
+def _olmo2(fields: ConfigFields) -> DecoderConfig:
+    one_layer_type(fields, FULL)
+    return _olmo(fields, common_fields(fields))
+
+
+def _olmo3(fields: ConfigFields) -> DecoderConfig:
+    # Every fourth layer has full attention.
+    decoder = common_fields(
+        fields,
+        window=window_size(fields),
+        is_sliding=lambda index: (index + 1) % 4 != 0,
+        reads_layer_types=True,
+        rotary_sets=olmo3_rotary,
+    )
+    return _olmo(fields, decoder)
+
+
+def _olmo(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
+    """What both have: norms after the halves alone, and over the whole of q and of k."""
+    fields.must_equal("hidden_act", "silu")
+    bias = fields.flag("attention_bias", False)
+    return replace(decoder, qkv_bias=bias, output_bias=bias, norms=NORMS_AFTER, qk_norm="width")
+
+
+def _exaone4(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    window = window_size(fields)
+    # A file may say LLLG for it; then it lists layer_types too, which decide.
+    stated = fields.value("layer_types") is not None
+    fields.neutral("sliding_window_pattern")
+    pattern = 1 if stated or window is None else fields.integer("sliding_window_pattern", 4)
+    decoder = common_fields(
+        fields, window=window, is_sliding=lambda index: (index + 1) % pattern != 0, reads_layer_types=True
+    )
+    return replace(
+        decoder,
+        norms=NORMS_AFTER,
+        qk_norm="head",
+        layers=tuple(
+            layer if window is None or layer.window is not None else replace(layer, rotary=None)
+            for layer in decoder.layers
+        ),
+    )
+
+
+def _phi3(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    decoder = common_fields(fields, window=window, is_sliding=lambda _: window is not None, rotary_sets=phi3_rotary)
+    return replace(decoder, groups=((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3]))
+
+
+def _glm(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    one_layer_type(fields, FULL)
+    bias = fields.flag("attention_bias", True)
+    decoder = common_fields(fields, rotary_sets=glm_rotary)
+    return replace(decoder, qkv_bias=bias, groups=(*GROUPS[:2], (FUSED_GATE_UP,), GROUPS[3]))
+
+
+def _glm4(fields: ConfigFields) -> DecoderConfig:
+    return replace(_glm(fields), norms=GLM4_NORMS)
+
+
+def _ministral3(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("hidden_act", "silu")
+    if fields.value("rope_scaling") is None:
+        fields.assume("rope_parameters", _MINISTRAL3_ROTARY)
+    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    decoder = common_fields(
+        fields, window=window, is_sliding=lambda _: window is not None, rotary_sets=ministral3_rotary
+    )
+    return replace(decoder, query_scaling=query_scaling(fields, decoder.rotary[0]))
+
+
+_MINISTRAL3_ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+"""What its class takes where a config is silent."""
+
+
+def _gemma2(fields: ConfigFields) -> DecoderConfig:
+    # Every second layer has full attention.
+    decoder = common_fields(
+        fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
+    )
+    return replace(
+        _gemma(fields, decoder),
+        attention_cap=number_or_none(fields, "attn_logit_softcapping"),
+        logits=LogitsRule(cap=number_or_none(fields, "final_logit_softcapping")),
+    )
+
+
+def _gemma3_text(fields: ConfigFields) -> DecoderConfig:
+    fields.must_equal("attn_logit_softcapping")
+    fields.must_equal("final_logit_softcapping")
+    # A config saved by transformers 5 has the pattern under a private name, beside layer_types, which wins.
+    pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    decoder = common_fields(
+        fields,
+        window=window_size(fields),
+        is_sliding=lambda index: (index + 1) % pattern != 0,
+        reads_layer_types=True,
+        rotary_sets=gemma_rotary,
+    )
+    return replace(_gemma(fields, decoder), qk_norm="head")
+
+
+def _gemma(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
+    """What all of Gemma has."""
+    fields.must_equal("hidden_activation", "gelu_pytorch_tanh")
+    fields.must_equal("use_bidirectional_attention", False)
+    bias = fields.flag("attention_bias", False)
+    return replace(
+        decoder,
+        attention_scaling=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        norm_offset=1.0,
+        norms=SANDWICH_NORMS,
+        activation="gelu_tanh",
+        qkv_bias=bias,
+        output_bias=bias,
+        embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
+    )
+
+
+_FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
+    "exaone4": _exaone4,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
+    "gemma4_text": gemma4_text,
+    "glm": _glm,
+    "glm4": _glm4,
+    "granite": _granite,
+    "granitemoehybrid": granite4,
+    "lfm2": lfm2,
+    "llama": _llama,
+    "ministral3": _ministral3,
+    "mistral": _mistral,
+    "mixtral": mixtral,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "phi3": _phi3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": _smollm3,
+}
+
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+"""The values of `model_type` that the engine knows."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config fields, of any family, that do not change what a model computes, or do so only beside one value.
+
+
+NEUTRAL = (
+    # What is written about the file, the classes and the dtype of storage.
+    "_name_or_path", "name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "model_type", "tokenizer_class", "transformers.js_config", "auto_map",
+    # How to run it, not what it computes; dropout of the attention is off as in evaluation.
+    "use_cache", "cache_implementation", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "_experts_implementation", "return_dict", "use_return_dict", "output_hidden_states", "output_attentions",
+    "output_router_logits",
+    "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "attention_dropout", "resid_pdrop",
+    "embd_pdrop",
+    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan",
+    # Before training, heads for other tasks, layers behind the model.
+    "initializer_range", "id2label", "label2id", "num_labels", "problem_type", "mtp_layer_types",
+    # How routers are trained: a loss of their own, and noise.
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    # Token ids; eos_token_id is used, and pad_token_id read apart.
+    "bos_token_id", "pad_token_id",
+    # Of images.
+    "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
+)  # fmt: skip
+
+
+FIXED: dict[str, object] = {"is_encoder_decoder": False, "is_causal": True}
+"""Fields with the one value (beside null) for which the engine computes the same."""
+
+
+QUANTIZED = ("quantization_config", "compression_config", "quantization")
+"""Where a directory says that its weights are quantized; the last is MLX's."""

@@ -1,0 +1,121 @@
+"""An adapter folded into a decoder's own weights in memory.
+
+W' = W + s lora_B lora_A, summed in float32 or wider and rounded once to the weight's dtype
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.block import block_forward
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.family import PER_LAYER_MODEL
+from backhand.nn.decoder.per_layer_input import inputs_forward
+from backhand.nn.decoder.weights import linear_parts
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.rms_norm import rms_norm_forward
+
+
+@torch.no_grad()
+def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
+    """Add every module's update to the decoder's weight, in place and for good.
+
+    A tied head becomes a matrix of its own: the embedding is not adapted.
+
+    Raises:
+        ValueError: more is trained than factors of linear modules, or the matrices are quantized; nothing is changed
+            then.
+    """
+    _check_plain(lora)
+    if is_quantized(decoder):
+        raise ValueError("quantized matrices cannot be changed in place")
+    weights = {
+        f"model.layers.{layer}.{part}": frozen_dense(weight)
+        for layer, block in enumerate(decoder.weights.blocks)
+        for part, weight in linear_parts(block, decoder.config, layer).items()
+    } | {HEAD: frozen_dense(decoder.weights.head)}
+    if decoder.weights.per_layer is not None:
+        weights[PER_LAYER_MODEL] = frozen_dense(decoder.weights.per_layer.projection)
+    for name in lora.slots:
+        if _has_tied_weight(decoder, name):
+            decoder.weights.head = merged_weight(frozen_dense(decoder.weights.head), lora, name)
+        else:
+            weight = weights[name]
+            weight.copy_(merged_weight(weight, lora, name))
+
+
+def is_quantized(decoder: Decoder) -> bool:
+    """Whether the decoder's matrices are in the blocks of their file."""
+    return not isinstance(decoder.weights.embedding, Tensor)
+
+
+@torch.no_grad()
+def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) -> Tensor:
+    """Logits of every position, (tokens, vocab), with the adapter in the weights of one dense block at a time.
+
+    Args:
+        decoder: the base without an adapter, dense or quantized; it stays as it is.
+        lora: factors of linear modules.
+        batch: the documents.
+
+    Raises:
+        ValueError: more is trained than factors of linear modules.
+    """
+    _check_plain(lora)
+    weights, config = decoder.weights, decoder.config
+    x = decoder.embed(batch.input_ids)
+    for layer, context in enumerate(decoder.contexts(batch, carried=_carried(decoder, lora, batch, x))):
+        stored = weights.blocks[layer]
+        there = {field.name: getattr(stored, field.name) for field in fields(stored)}
+        block = replace(
+            stored, **{name: frozen_dense(part).clone() for name, part in there.items() if part is not None}
+        )
+        for name, weight in linear_parts(block, config, layer).items():
+            module = f"model.layers.{layer}.{name}"
+            if module in lora and isinstance(weight, Tensor):
+                weight.copy_(merged_weight(weight, lora, module))
+        none = block_adapter(None, layer, None, groups=config.layer_groups[layer])
+        x, _ = block_forward(x, block, none, context, "block")
+    if HEAD not in lora:
+        return decoder.head(x)
+    normed, _ = rms_norm_forward(x, weights.final_norm, config.norm_eps, config.norm_offset)
+    return normed @ merged_weight(frozen_dense(weights.head), lora, HEAD).T
+
+
+def _carried(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tensor) -> Carried | None:
+    """What the pass carries, where the adapter changes it; None where the decoder's own will do."""
+    weights = decoder.weights.per_layer
+    if weights is None or PER_LAYER_MODEL not in lora:
+        return None
+    merged = merged_weight(frozen_dense(weights.projection), lora, PER_LAYER_MODEL)
+    none = before_blocks_adapter(None, None, merged)
+    own = weights._replace(projection=merged)
+    return Carried(decoder.config.lenders, inputs_forward(x, batch.input_ids, own, decoder.config, none)[0])
+
+
+def _check_plain(lora: LoRAParameters) -> None:
+    if not lora.plain:
+        raise ValueError("only factors of linear modules can be folded into the weights in memory")
+
+
+def _has_tied_weight(decoder: Decoder, name: str) -> bool:
+    return name == HEAD and decoder.config.tied_head
+
+
+def merged_weight(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:
+    """W' of one module, (out, in) in the weight's dtype.
+
+    Args:
+        weight: W, (out, in).
+        lora: the adapter.
+        name: of the module, a slot of the adapter.
+    """
+    delta_weight = lora.delta_weight(name)
+    return (weight.to(delta_weight.dtype) + delta_weight).to(weight.dtype)

@@ -1,0 +1,185 @@
+"""Families some of whose layers mix tokens by something other than attention, read as in `family_parsing`.
+
+LFM2, checked against the modelling source of transformers 5.24:
+
+- A layer is a gated short convolution where `layer_types` says `conv`, attention with any other word; without the list
+  those that `full_attn_idxs` names have attention, and without that list too, all.
+- Convolutions have `conv_L_cache` taps; `conv_bias` is of the convolution and of the projections around it.
+- The MLP's width is int(2/3 · intermediate_size), times `block_ffn_dim_multiplier`, cut, and rounded up to a multiple
+  of `block_multiple_of`; without `block_auto_adjust_ff_dim` as stated. `block_ff_dim` and `tie_embedding`,
+  older names, win over `intermediate_size` and `tie_word_embeddings`.
+- Attention is Qwen3's, with one norm over each head of q and of k and no bias, and turns by base 1e6 where the config
+  says none. The norm before the head is called `embedding_norm`.
+
+Granite 4, from the same source: with no layer but attention (`layer_types`; without the list all are Mamba's) and
+`num_local_experts` = 0 it is Granite 3 with an MLP of `shared_intermediate_size`, gate and up in one module. Queries
+and keys turn where `position_embedding_type` is `rope`, and with any other value in no layer.
+
+Qwen3.5 and 3.6, dense, likewise:
+
+- A layer has the gated delta rule where `layer_types` says `linear_attention`; without the list all but every fourth
+  have it (`full_attention_interval`).
+- The others' q_proj makes a gate beside each head's query, whose sigmoid attention's output is multiplied by; q and k
+  are normed over each head, and a quarter of the features turns where the config is silent. `attention_bias` is of all
+  four projections. `mrope_section` says which features turn by which place in an image: in a text all are alike.
+- Norms multiply by 1 + weight, but for that of the delta rule's output, which multiplies by the weight.
+- Layers that predict further tokens (mtp) are no part of the model, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from backhand.errors import ArtifactError
+from backhand.nn.decoder.common_fields import common_fields, with_multipliers
+from backhand.nn.decoder.config_fields import ConfigFields
+from backhand.nn.decoder.delta_fields import delta_sizes
+from backhand.nn.decoder.family import (
+    GATED_DELTA,
+    GRANITE4_GROUPS,
+    LFM2_GROUPS,
+    LFM2_NORMS,
+    LFM2_QK_NORMS,
+    SHORT_CONV,
+    DecoderConfig,
+    LayerConfig,
+    ShortConv,
+)
+from backhand.nn.decoder.rotary import FULL, qwen35_rotary
+
+_ATTENTION = "attention"
+"""What older configs call full attention."""
+_CONV = "conv"
+_LINEAR = "linear_attention"
+_FULL_INTERVAL = 4
+_LFM2_THETA = 1e6
+
+
+def lfm2(fields: ConfigFields) -> DecoderConfig:
+    """LFM2 and LFM2.5."""
+    for older, key in (("block_ff_dim", "intermediate_size"), ("tie_embedding", "tie_word_embeddings")):
+        if (value := fields.value(older)) is not None:
+            fields.put(key, value)
+    fields.assume("rope_theta", _LFM2_THETA)
+    attends = _attending_layers(fields, fields.integer("num_hidden_layers"))
+    decoder = common_fields(fields, norm_eps="norm_eps")
+    return replace(
+        decoder,
+        intermediate_size=_width(fields, decoder.intermediate_size),
+        layers=tuple(
+            layer if attends(index) else LayerConfig(rotary=None, mixer=SHORT_CONV)
+            for index, layer in enumerate(decoder.layers)
+        ),
+        groups=LFM2_GROUPS,
+        norms=LFM2_NORMS,
+        final_norm="model.embedding_norm",
+        qk_norm="head",
+        qk_norms=LFM2_QK_NORMS,
+        short_conv=ShortConv(fields.integer("conv_L_cache"), fields.flag("conv_bias", False)),
+    )
+
+
+def _attending_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
+    """Whether a layer has attention."""
+    types, indices = fields.value("layer_types"), fields.value("full_attn_idxs")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise ArtifactError(f"layer_types does not name a type for each of {layers} layers", where="config.json")
+        if any(kind not in (FULL, _CONV) for kind in types):
+            fields.problem("layer_types", f"the engine has {FULL} and {_CONV}")
+        return lambda index: types[index] != _CONV
+    if indices is None:
+        return lambda _: True
+    if not isinstance(indices, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in indices):
+        raise ArtifactError("full_attn_idxs is no list of layers", where="config.json")
+    return lambda index: index in indices
+
+
+def _width(fields: ConfigFields, stated: int) -> int:
+    """Features of the MLP."""
+    adjusts = fields.flag("block_auto_adjust_ff_dim", True)
+    multiplier = fields.value("block_ffn_dim_multiplier")
+    declared = not fields.stated("block_ffn_dim_multiplier")
+    multiple = fields.integer("block_multiple_of")
+    if not adjusts:
+        return stated
+    width = int(2 * stated / 3)
+    if multiplier is None and not declared:
+        return width
+    return -(-int(fields.number("block_ffn_dim_multiplier") * width) // multiple) * multiple
+
+
+UNREAD_WHERE_DENSE = (
+    # Of experts.
+    "intermediate_size", "num_experts_per_tok", "router_aux_loss_coef",
+    # Of Mamba's layers.
+    "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
+    "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
+)  # fmt: skip
+"""Fields of Granite 4 that say nothing of a model that has neither."""
+
+
+def granite4(fields: ConfigFields) -> DecoderConfig:
+    """Granite 4 without experts and with attention in every layer."""
+    fields.must_equal("hidden_act", "silu")
+    fields.must_equal("output_router_logits", False)
+    if (experts := fields.integer("num_local_experts", minimum=0)) > 0:
+        fields.put("num_local_experts", experts)
+        fields.problem("num_local_experts", "the engine has no experts in this family")
+    types = fields.value("layer_types")
+    if not isinstance(types, list) or any(kind not in (FULL, _ATTENTION) for kind in types):
+        fields.problem("layer_types", f"the engine has {FULL} alone in this family, and no Mamba layers")
+    fields.neutral(*UNREAD_WHERE_DENSE)
+    bias = fields.flag("attention_bias", False)
+    decoder = with_multipliers(fields, common_fields(fields))
+    turns = fields.or_declared("position_embedding_type") == "rope"
+    return replace(
+        decoder,
+        intermediate_size=fields.integer("shared_intermediate_size"),
+        layers=decoder.layers if turns else tuple(replace(layer, rotary=None) for layer in decoder.layers),
+        groups=GRANITE4_GROUPS,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def qwen3_5(fields: ConfigFields) -> DecoderConfig:
+    """Qwen3.5 and 3.6, dense."""
+    fields.must_equal("hidden_act", "silu")
+    fields.must_equal("attn_output_gate", True)
+    fields.neutral("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
+    bias, sizes = fields.flag("attention_bias", False), delta_sizes(fields)
+    decoder = common_fields(fields, rotary_sets=qwen35_rotary)
+    linear = _linear_layers(fields, len(decoder.layers))
+    return replace(
+        decoder,
+        norm_offset=1.0,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        attention_gate=True,
+        delta=sizes,
+        layers=tuple(
+            LayerConfig(rotary=None, mixer=GATED_DELTA) if here else layer
+            for layer, here in zip(decoder.layers, linear, strict=True)
+        ),
+    )
+
+
+def _linear_layers(fields: ConfigFields, layers: int) -> list[bool]:
+    """Which layers have the delta rule: by `layer_types`, or all but every so-manieth.
+
+    Raises:
+        ArtifactError: `layer_types` has not one entry for each layer.
+    """
+    stated = fields.value("layer_types")
+    if stated is None:
+        interval = fields.integer("full_attention_interval", _FULL_INTERVAL)
+        return [(index + 1) % interval != 0 for index in range(layers)]
+    fields.value("full_attention_interval")  # the list decides
+    if not isinstance(stated, list) or len(stated) != layers:
+        raise ArtifactError(f"layer_types does not name a type for each of {layers} layers", where="config.json")
+    if any(kind not in (FULL, _LINEAR) for kind in stated):
+        fields.problem("layer_types", f"the engine has {FULL} and {_LINEAR}")
+    return [kind == _LINEAR for kind in stated]

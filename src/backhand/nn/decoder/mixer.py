@@ -1,0 +1,87 @@
+"""What mixes the tokens of a document in the first half of a block, and what it is given.
+
+    n₁ = norm(x₀),   z = n₁ W_inputᵀ (+ LoRA),   y = mixer(z),   x₁ = x₀ + y W_outputᵀ (+ LoRA)
+
+The norm, both groups of projections and the sum are `nn.decoder.block`'s and the same for all. Between them stands
+attention, in the same file, or another mixer in a file of its own: `short_conv`. Each has a forward, a backward by
+hand, and a way to go on from what it has seen when text is generated.
+
+Attention keeps keys and values of every token then (`kv_cache`). Another mixer keeps a state of fixed size, which
+stands for all tokens of a row at once: the state of fewer tokens cannot be had from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import BlockAdapter, Scratch
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.family import DecoderConfig, LayerConfig
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.document_groups import Run
+from backhand.ops.rms_norm import RMSNormSaved
+from backhand.ops.rotary import RotaryTable
+
+
+class BlockContext(NamedTuple):
+    """What a block needs to know of the model and the batch, besides x₀, weights and adapter."""
+
+    config: DecoderConfig  # with the layer's sizes
+    layer: LayerConfig  # its mixer, and attention's window
+    rotary: RotaryTable | None  # of the tokens' positions; None where nothing turns
+    runs: tuple[Run, ...]  # neighbouring documents of equal length: (first token, documents, length)
+    scratch: Scratch  # one for all blocks of a pass, for what none of them keeps
+    query_rotary: RotaryTable | None = None  # of queries, where these are scaled by their position
+    rows: Tensor | None = None  # (wanted,) int64, of x₂; None for all
+    shared: int = 0  # tokens of the shared prefix
+    number: int = 0  # of the layer
+    carried: Carried | None = None  # what layers have beside the stream, in families where they have anything
+
+
+class MixingKept(NamedTuple):
+    """What the first half keeps for backward; T tokens."""
+
+    factor: Tensor | None  # (T, 1) of the norm before, if any
+    input: Tensor  # (T, Σ sizes): what the first group gave; attention's turned in place, where no norm is before it
+    output: Tensor  # (T, width): what the mixer gave
+    own: Any  # what the mixer's forward returned for its backward
+    h_input: Tensor  # (T, Σ rank)
+    h_output: Tensor  # (T, rank), or of the wanted rows
+    projected: RMSNormSaved | None  # input and factor of the norm after, if any
+
+
+class Rows(NamedTuple):
+    """New tokens of neighbouring rows of a cache: `rows` of them, from `first` on, have `new` each.
+
+    start: where theirs begin among the packed tokens.
+    """
+
+    first: int
+    rows: int
+    start: int
+    new: int
+
+
+class Mixer(NamedTuple):
+    """A mixer's functions.
+
+    Attributes:
+        forward: (input (T, Σ sizes), weights, context) to output (T, width) and what backward needs beside both.
+        backward: (∂L/∂output, what the half kept, weights, context, adapter) to ∂L/∂input, (T, Σ sizes).
+        states: (config, rows, dtype, device) to what it keeps when text is generated, tensors of (rows, …), all zeros
+            for rows without a token; None for attention, whose keys and values grow with the text.
+        attending: (input (T, Σ sizes), weights, context) to q, k and v (T, heads, head_dim) and perhaps more; None for
+            what is not attention.
+        continued: (input (new tokens, Σ sizes), weights, states, rows, config) to output (new tokens, width); the rows'
+            states are then those behind the new tokens. None for attention.
+    """
+
+    forward: Callable[[Tensor, BlockWeights, BlockContext], tuple[Tensor, Any]]
+    backward: Callable[[Tensor, MixingKept, BlockWeights, BlockContext, BlockAdapter], Tensor]
+    states: Callable[[DecoderConfig, int, torch.dtype, torch.device | str], tuple[Tensor, ...]] | None = None
+    continued: Callable[[Tensor, BlockWeights, tuple[Tensor, ...], Sequence[Rows], DecoderConfig], Tensor] | None = None
+    attending: Callable[[Tensor, BlockWeights, BlockContext], tuple[Any, ...]] | None = None

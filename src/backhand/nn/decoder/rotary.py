@@ -1,0 +1,419 @@
+"""Rotary parameters from a Hugging Face config, of transformers 5 or older, and the frequencies that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.config_fields import ConfigFields
+from backhand.nn.decoder.family import QueryScaling, RotaryConfig
+from backhand.ops.rotary import Frequencies
+
+SCALING_RULES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
+"""Values of `rope_type` that `inverse_frequencies` computes."""
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+_READ_BY_A_RULE = (
+    "rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
+    "mscale", "mscale_all_dim", "truncate", "mrope_section",
+)  # fmt: skip
+
+
+"""What some `rope_type` of transformers reads."""
+
+
+_DEFAULT_THETA = 10_000.0
+_GEMMA_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
+_OLMO_THETA = 500_000.0
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+_GEMMA4_SCALING = {FULL: (("rope_type", "proportional"), ("share", 0.25), ("factor", 1.0)), SLIDING: None}
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def rotary(
+    fields: ConfigFields,
+    head_dim: int,
+    max_position_embeddings: int,
+    partial: float | None = None,
+    older_names: Mapping[str, str] = _NONE,
+    read_elsewhere: Sequence[str] = (),
+) -> RotaryConfig:
+    """One set of angles for all layers: `rope_parameters`, or `rope_theta` and `rope_scaling`.
+
+    Args:
+        fields: the config.
+        head_dim: features of a head.
+        max_position_embeddings: the longest document.
+        partial: the share of them that turns where the config is silent; None where it must be all.
+        older_names: what older configs call a rule, with its name now.
+        read_elsewhere: fields beside the rule's own that count for something else.
+
+    Raises:
+        ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
+    """
+    theta = fields.number("rope_theta", _DEFAULT_THETA)
+    if partial is None:
+        fields.must_equal("partial_rotary_factor", 1.0)
+    else:
+        partial = fields.number("partial_rotary_factor", partial)
+    scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    if scaling and parameters and fields.value("rope_scaling") != fields.value("rope_parameters"):
+        fields.problem("rope_scaling", "rope_parameters is there too and says something else")
+    # Phi-3's place for it; transformers lets it win over the one inside.
+    key = "original_max_position_embeddings"
+    stated = fields.value(key) is not None or fields.or_declared(key) is not None
+    original_length = fields.integer(key) if stated else None
+    stated_rule = scaling or parameters
+    if stated_rule:
+        stated_rule.neutral(*read_elsewhere)
+    features = None
+    if partial is not None:
+        partial = stated_rule.number("partial_rotary_factor", partial) if stated_rule else partial
+        features = int(head_dim * partial)
+        if features % 2 or not 0 < features <= head_dim:
+            fields.problem("partial_rotary_factor", f"{features} features of {head_dim} are no pairs to turn")
+    elif stated_rule:
+        stated_rule.must_equal("partial_rotary_factor", 1.0)
+    found = _rule(stated_rule, theta, original_length, features or head_dim, max_position_embeddings, older_names)
+    return replace(found, features=None if features == head_dim else features)
+
+
+def phi3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
+    """Phi-3's: part of the features, by the default rule or by longrope, which older configs call su or yarn.
+
+    Raises:
+        ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
+    """
+    older = {"su": "longrope", "yarn": "longrope"}
+    found = rotary(fields, head_dim, max_position_embeddings, partial=1.0, older_names=older)
+    rule = dict(found.scaling or ()).get("rope_type", "default")
+    if rule not in ("default", "longrope"):
+        fields.problem("rope_parameters", f"no model of this type has {rule} angles")
+    return found
+
+
+def glm_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
+    """GLM's: neighbouring features are pairs, and half of them turn where a config is silent.
+
+    Raises:
+        ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
+    """
+    return replace(rotary(fields, head_dim, max_position_embeddings, partial=0.5), interleaved=True)
+
+
+def qwen35_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
+    """Qwen3.5's: a quarter of the features turn where a config is silent; how an image's places share them is beside.
+
+    Raises:
+        ArtifactError: for a value that is no number, where one is needed.
+    """
+    beside = ("mrope_section", "mrope_interleaved")
+    return rotary(fields, head_dim, max_position_embeddings, partial=0.25, read_elsewhere=beside)
+
+
+def ministral3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
+    """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own.
+
+    Raises:
+        ArtifactError: for a value that is no number, where one is needed.
+    """
+    beside = ("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings")
+    return rotary(fields, head_dim, max_position_embeddings, read_elsewhere=beside)
+
+
+def query_scaling(fields: ConfigFields, found: RotaryConfig) -> QueryScaling | None:
+    """What grows with a query's position, from the rotary parameters; None without it.
+
+    Raises:
+        ArtifactError: for a value that is no number.
+    """
+    parameters = fields.mapping("rope_scaling") or fields.mapping("rope_parameters")
+    beta = None if parameters is None else _unless_zero(parameters, "llama_4_scaling_beta")
+    if parameters is None or beta is None:
+        return None
+    length = dict(found.scaling or ()).get("original_max_position_embeddings")
+    if not isinstance(length, int):
+        length = parameters.integer("original_max_position_embeddings")
+    return QueryScaling(beta, length)
+
+
+def gemma_rotary(
+    fields: ConfigFields, head_dim: int, max_position_embeddings: int
+) -> tuple[RotaryConfig, RotaryConfig]:
+    """Gemma 3's two sets of angles: of full attention and of sliding attention; older configs scale only the former.
+
+    Raises:
+        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
+    """
+    theta = {
+        FULL: fields.number("rope_theta", _GEMMA_THETA[FULL]),
+        SLIDING: fields.number("rope_local_base_freq", _GEMMA_THETA[SLIDING]),
+    }
+    return _by_kind(fields, theta, head_dim, max_position_embeddings)
+
+
+def olmo3_rotary(
+    fields: ConfigFields, head_dim: int, max_position_embeddings: int
+) -> tuple[RotaryConfig, RotaryConfig]:
+    """OLMo 3's two sets of angles, as Gemma 3's; of an older config's `rope_theta` the full layers alone have it.
+
+    Raises:
+        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
+    """
+    theta = {FULL: fields.number("rope_theta", _OLMO_THETA), SLIDING: _OLMO_THETA}
+    return _by_kind(fields, theta, head_dim, max_position_embeddings)
+
+
+def gemma4_rotary(
+    fields: ConfigFields, head_dim: int, max_position_embeddings: int
+) -> tuple[RotaryConfig, RotaryConfig]:
+    """Gemma 4's two sets of angles: a quarter of the pairs turns in full attention, all do in sliding attention.
+
+    Raises:
+        ArtifactError: for a value that is no number, where one is needed.
+    """
+    parameters = fields.mapping("rope_parameters")
+    found = []
+    for kind in (FULL, SLIDING):
+        rule = None if parameters is None else parameters.mapping(kind)
+        if rule is None:
+            found.append(RotaryConfig(_GEMMA_THETA[kind], _GEMMA4_SCALING[kind]))
+            continue
+        if rule.value("rope_type") != "proportional":
+            rule.must_equal("partial_rotary_factor", 1.0)
+        found.append(_rule(rule, _GEMMA_THETA[kind], None, head_dim, max_position_embeddings))
+    if parameters is not None:
+        parameters.close(_READ_BY_A_RULE)
+    full, sliding = found
+    return full, sliding
+
+
+def _by_kind(
+    fields: ConfigFields, theta: Mapping[str, float], head_dim: int, max_position_embeddings: int
+) -> tuple[RotaryConfig, RotaryConfig]:
+    """The angles of full attention and of sliding attention; `theta` where the config's own rules are silent."""
+    fields.must_equal("partial_rotary_factor", 1.0)
+    parameters = fields.mapping("rope_parameters")
+    rules = {layer_type: parameters.mapping(layer_type) if parameters else None for layer_type in theta}
+    for rule in rules.values():
+        if rule is not None:  # transformers looks for it beside the rules, not in them
+            rule.must_equal("truncate", True)
+    if parameters:
+        parameters.close(_READ_BY_A_RULE)  # for all layers alike, which is another model
+    scaling = fields.mapping("rope_scaling")
+    if scaling is not None:
+        newer = fields.value("rope_parameters")
+        if isinstance(newer, dict) and fields.value("rope_scaling") != newer.get(FULL):
+            fields.problem("rope_scaling", "rope_parameters is there too and says something else")
+        rules[FULL] = scaling
+    for rule in rules.values():
+        if rule is not None:
+            rule.must_equal("partial_rotary_factor", 1.0)
+    full, sliding = (
+        _rule(rules[kind], theta[kind], None, head_dim, max_position_embeddings) for kind in (FULL, SLIDING)
+    )
+    return full, sliding
+
+
+def _rule(
+    parameters: ConfigFields | None,
+    theta: float,
+    original_length: int | None,
+    head_dim: int,
+    max_position_embeddings: int,
+    older_names: Mapping[str, str] = _NONE,
+) -> RotaryConfig:
+    if parameters is None:
+        return RotaryConfig(theta)
+    theta = parameters.number("rope_theta", theta)
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
+    kind = older_names.get(kind, kind)
+    scaling: tuple[tuple[str, float | int | str | tuple[float, ...]], ...] | None = None
+    attention_factor = 1.0
+    if kind == "linear":
+        scaling = (("factor", parameters.number("factor")),)
+    elif kind == "llama3":
+        length = parameters.integer("original_max_position_embeddings", max_position_embeddings)
+        scaling = (
+            ("factor", parameters.number("factor")),
+            ("low_freq_factor", parameters.number("low_freq_factor")),
+            ("high_freq_factor", parameters.number("high_freq_factor")),
+            ("original_max_position_embeddings", original_length or length),
+        )
+    elif kind == "longrope":
+        length = original_length or parameters.integer("original_max_position_embeddings", max_position_embeddings)
+        short, long = (parameters.numbers(key, head_dim // 2) for key in ("short_factor", "long_factor"))
+        scaling = (("short_factor", short),)
+        if short != long:
+            scaling += (("long_factor", long), ("original_max_position_embeddings", length))
+        attention_factor = _longrope_attention_factor(parameters, length, max_position_embeddings)
+    elif kind == "yarn":
+        length = original_length or parameters.integer("original_max_position_embeddings", max_position_embeddings)
+        factor = parameters.number("factor", max_position_embeddings / length)
+        scaling = (
+            ("factor", factor),
+            ("beta_fast", _unless_zero(parameters, "beta_fast") or BETA_FAST),
+            ("beta_slow", _unless_zero(parameters, "beta_slow") or BETA_SLOW),
+            ("original_max_position_embeddings", length),
+            ("truncate", parameters.flag("truncate", True)),
+        )
+        attention_factor = _yarn_attention_factor(parameters, factor)
+        if theta == 1.0:
+            parameters.problem("rope_theta", "with it every frequency is one, and yarn cannot tell them apart")
+    elif kind == "proportional":
+        share, factor = parameters.number("partial_rotary_factor", 1.0), parameters.number("factor", 1.0)
+        scaling = (("share", share), ("factor", factor))
+    elif kind != "default":
+        # Its own parameters would only repeat the complaint.
+        key = "rope_type" if parameters.stated("rope_type") else "type"
+        parameters.problem(key, f"the engine has {', '.join(SCALING_RULES)}")
+        return RotaryConfig(theta)
+    parameters.close()
+    return RotaryConfig(theta, None if scaling is None else (("rope_type", kind), *scaling), attention_factor)
+
+
+def _unless_zero(parameters: ConfigFields, key: str) -> float | None:
+    """A number, None where it is absent, null or zero."""
+    return parameters.number(key) if parameters.value(key) else None
+
+
+def _yarn_attention_factor(parameters: ConfigFields, factor: float) -> float:
+    """As stated; else 0.1 ln(factor) + 1, or the ratio of two such numbers where both mscales are there."""
+    if parameters.value("attention_factor") is not None:
+        return parameters.number("attention_factor")
+    mscale, all_dims = _unless_zero(parameters, "mscale"), _unless_zero(parameters, "mscale_all_dim")
+    if mscale and all_dims:
+        return yarn_length(factor, mscale) / yarn_length(factor, all_dims)
+    return yarn_length(factor)
+
+
+def yarn_length(factor: float, mscale: float = 1.0) -> float:
+    """By how much yarn lengthens queries and keys for positions divided by `factor`   [arXiv:2309.00071, eq. 22]."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope_attention_factor(parameters: ConfigFields, length: int, max_position_embeddings: int) -> float:
+    """As stated; else √(1 + ln(factor) / ln(length)), the factor being stated too or that of the longest document."""
+    factor = parameters.number("factor", max_position_embeddings / length)
+    implied = 1.0 if factor <= 1.0 or length == 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+    return parameters.number("attention_factor", implied)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverse frequencies of the rotary embedding, with the scaling rules of long-context models.
+#
+#     f_j = theta^(-2j / head_dim),   j = 0 … head_dim/2 - 1        [arXiv:2104.09864, §3.2.2]
+#
+# in radians a token. Scaling changes f:
+# - `linear`: f / factor, as if positions were divided by it [arXiv:2306.15595].
+# - `llama3`: by wavelength λ = 2π / f against the original context length L. Short waves, λ < L / high_freq_factor,
+#   stay; long ones, λ > L / low_freq_factor, become f / factor; between, (1 - t) f / factor + t f with
+#   t = (L / λ - low_freq_factor) / (high_freq_factor - low_freq_factor).
+# - `yarn` [arXiv:2309.00071, §3.2]: what turns more than beta_fast times in the original length L stays, what turns
+#   fewer than beta_slow times becomes f / factor; between, the share is linear in j. The j that turns r times is
+#   head_dim ln(L / 2πr) / (2 ln theta); with `truncate` both are rounded outward. Cosines and sines are lengthened.
+# - `longrope` [arXiv:2402.13753]: f_j / factor_j, with one list of factors for documents up to the original length and
+#   perhaps another one for longer ones; cosines and sines are lengthened. With one list it is how a GGUF file states
+#   any rule that leaves their length alone.
+#
+# - `proportional` (Gemma 4): f / factor for the first ⌊share · head_dim / 2⌋, zero for the others: these pairs stand
+#   still. Unlike with `RotaryConfig.features`, pairs lie across the whole head, and so do the exponents.
+#
+# Where only some features turn (`RotaryConfig.features`), head_dim is their number.
+#
+# Everything is computed in float32 on the CPU and in the order of transformers' modeling_rope_utils, so that the
+# results are equal bit by bit.
+
+
+def inverse_frequencies(
+    config: RotaryConfig, head_dim: int, device: torch.device | str = "cpu", length: int = 0
+) -> Tensor:
+    """Frequencies in radians a token.
+
+    Args:
+        config: the base and the scaling rule.
+        head_dim: features of a head; even where all of them turn.
+        device: where the result goes; the computation is on the CPU on every device.
+        length: of the document, by which longrope with two lists chooses one.
+
+    Returns:
+        (turning features / 2,) float32.
+
+    Raises:
+        ValueError: for a scaling rule that is none of these; `decoder_config` never lets one through.
+    """
+    turning = config.features or head_dim
+    exponents = torch.arange(0, turning, 2, dtype=torch.float32, device="cpu") / turning
+    scaling: dict[str, Any] = dict(config.scaling or ())
+    rule = scaling.get("rope_type", "default")
+    if rule == "longrope":
+        is_long = config.longest_short is not None and length > config.longest_short
+        stated = scaling["long_factor" if is_long else "short_factor"]
+        factors = torch.tensor(stated, dtype=torch.float32, device="cpu")
+        return (1.0 / (factors * config.theta**exponents)).to(device)
+    frequencies = 1.0 / (config.theta**exponents)
+    if rule == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif rule == "llama3":
+        frequencies = _llama3(frequencies, scaling)
+    elif rule == "proportional":
+        frequencies = frequencies / scaling["factor"]
+        frequencies[int(scaling["share"] * turning // 2) :] = 0.0
+    elif rule == "yarn":
+        frequencies = _yarn(config.theta, turning, scaling)
+    elif rule != "default":
+        raise ValueError(f"no rotary scaling rule {rule!r}")
+    return frequencies.to(device)
+
+
+def frequencies_of(config: RotaryConfig, head_dim: int, device: torch.device | str) -> Frequencies:
+    """The set's `inverse_frequencies`, those of long documents too where they are others."""
+    short, limit = inverse_frequencies(config, head_dim, device), config.longest_short
+    if limit is None:
+        return Frequencies(short, None, None, config.attention_factor, config.interleaved)
+    long = inverse_frequencies(config, head_dim, device, limit + 1)
+    return Frequencies(short, long, limit, config.attention_factor, config.interleaved)
+
+
+def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original_length = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    blend = (original_length / wavelengths - low) / (high - low)
+    is_long = wavelengths > original_length / low
+    is_short = wavelengths < original_length / high
+    scaled = torch.where(is_long, frequencies / factor, frequencies)
+    blended = (1 - blend) * scaled / factor + blend * scaled
+    return torch.where(~is_short & ~is_long, blended, scaled)
+
+
+def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Tensor:
+    def index_of(rotations: float) -> float:
+        turns = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(theta))
+
+    low, high = index_of(scaling["beta_fast"]), index_of(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    powers = theta ** (torch.arange(0, head_dim, 2, device="cpu").to(torch.float32) / head_dim)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    kept = 1 - ramp.clamp(0, 1)
+    stretched: Tensor = 1.0 / (scaling["factor"] * powers)
+    return stretched * (1 - kept) + 1.0 / powers * kept
+
+
+def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Tensor:
+    """By how much the `llama3` rule divides each frequency, (head_dim / 2,) float32: GGUF's rope_freqs.weight."""
+    plain = inverse_frequencies(RotaryConfig(theta), head_dim)
+    return plain / _llama3(plain, scaling)

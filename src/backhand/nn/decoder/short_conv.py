@@ -1,0 +1,74 @@
+"""LFM2's mixer: the gated short convolution (`ops.gated_conv`) in a block, and its state when text is generated.
+
+    [B | C | x] = in_proj(n₁),   z = B ⊙ x,   y = C ⊙ conv(z)
+
+A token's output depends on z of itself and of the J-1 tokens before it. So the state of a row is z of its last J-1
+tokens, zeros where it has fewer, as convolution takes it before a document's begin.
+
+Nothing is kept beside the mixer's input and output: the documents and the taps are there when backward comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import BlockAdapter
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.causal_conv import Taps, causal_conv_continued
+from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_conv_forward
+
+
+def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, None]:
+    """y, (T, channels), from [B | C | x], (T, 3 channels), within each document."""
+    return gated_conv_forward(bcx, _taps(weights), context.runs, context.shared)[0], None
+
+
+def short_conv_backward(
+    d_y: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, _adapter: BlockAdapter
+) -> Tensor:
+    """∂L/∂[B | C | x], (T, 3 channels), from ∂L/∂y, (T, channels)."""
+    saved = GatedConvSaved(kept.input, _taps(weights), context.runs, context.shared)
+    return gated_conv_backward(d_y, saved).d_bcx
+
+
+def short_conv_states(
+    config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """z of each row's last J-1 tokens, (rows, J-1, channels), zeros."""
+    assert config.short_conv is not None
+    return (torch.zeros(rows, config.short_conv.taps - 1, config.hidden_size, dtype=dtype, device=device),)
+
+
+def short_conv_continued(
+    bcx: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], _config: DecoderConfig
+) -> Tensor:
+    """y of new tokens, (tokens, channels), each behind what its row has seen; the states go on with them.
+
+    Args:
+        bcx: [B | C | x] of the new tokens, (tokens, 3 channels).
+        weights: of the block.
+        states: see `short_conv_states`.
+        rows: whose tokens they are.
+    """
+    (seen,), taps = states, _taps(weights)
+    b, c, x = bcx.chunk(3, dim=-1)
+    z, y = b * x, torch.empty_like(c)
+    for first, count, start, new in rows:
+        tokens = slice(start, start + count * new)
+        by_row = z[tokens].unflatten(0, (count, new))
+        y[tokens] = causal_conv_continued(by_row, taps, seen[first : first + count]).flatten(0, 1)
+    return y.mul_(c)
+
+
+def _taps(weights: BlockWeights) -> Taps:
+    """The convolution as the op takes it: files have an axis more."""
+    assert weights.conv is not None
+    return Taps(weights.conv.squeeze(1), weights.conv_bias)
+
+
+SHORT_CONVOLUTION = Mixer(short_conv_forward, short_conv_backward, short_conv_states, short_conv_continued)

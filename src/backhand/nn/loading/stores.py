@@ -1,0 +1,279 @@
+"""The models that other programs keep on this machine, under the names by which people know them.
+
+    ollama:NAME[:TAG]     a manifest under manifests/HOST/NAMESPACE/NAME/TAG names the GGUF file among blobs/
+    lmstudio:NAME         PUBLISHER/MODEL[/FILE.gguf] below LM Studio's folder of models, or MODEL alone
+    llama.cpp's cache     *.gguf in one folder
+    Hugging Face's cache  models--OWNER--MODEL/snapshots/COMMIT, a directory or GGUF files
+
+Everything here is read and nothing is ever written. What a program's own settings move elsewhere is found there:
+OLLAMA_MODELS, LM Studio's home pointer, LLAMA_CACHE, HF_HUB_CACHE and HF_HOME.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import ArtifactError
+from backhand.words import name_list, nearest_names
+
+OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
+_MODEL_LAYER = "application/vnd.ollama.image.model"
+_ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
+_OLLAMA_HOST, _OLLAMA_NAMESPACE = "registry.ollama.ai", "library"
+_OLLAMA_HOMES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama/.ollama/models")
+_DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
+_LARGEST_MANIFEST = 1 << 20
+_DEEPEST = 6
+# Files beside a language model's that are none themselves.
+_BESIDE = ("mmproj", "imatrix", "ggml-vocab")
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in a store.
+
+    Attributes:
+        name: what `--model` takes.
+        path: the GGUF file, or the directory.
+        store: whose it is, for people.
+    """
+
+    name: str
+    path: Path
+    store: str
+
+
+def stored_path(name: str) -> Path | None:
+    """The file or directory of `ollama:…` or `lmstudio:…`; None for any other name.
+
+    Raises:
+        ArtifactError: the store is not there, or holds no such model, or not one that can be trained.
+    """
+    if name.startswith(OLLAMA):
+        return _ollama_file(name)
+    if name.startswith(LM_STUDIO):
+        return _lm_studio_file(name)
+    return None
+
+
+def models_on_this_machine(places: tuple[Path, ...] = ()) -> Iterator[StoredModel]:
+    """Every model of the stores that are here, or of the folders given in their place; store by store, name by name."""
+    if places:
+        for place in places:
+            yield from _in_folder(place.expanduser(), str(place))
+        return
+    for manifest, name in _ollama_manifests():
+        try:
+            yield StoredModel(name, _model_blob(manifest, name), "Ollama")
+        except ArtifactError:
+            continue  # an adapter of somebody's, a model in parts: `--model` says why
+    lm_studio = _lm_studio_home()
+    for file in _gguf_files(lm_studio):
+        yield StoredModel(f"{LM_STUDIO}{file.relative_to(lm_studio).as_posix()}", file, "LM Studio")
+    llama_cache = _llama_cache()
+    for file in _gguf_files(llama_cache):
+        yield StoredModel(str(file), file, "llama.cpp")
+    yield from _in_hugging_face_cache()
+
+
+# ---- Ollama --------------------------------------------------------------------------------------------------------
+
+
+def _ollama_home() -> Path:
+    stated = os.environ.get("OLLAMA_MODELS")
+    homes = [Path(stated)] if stated else [Path(home).expanduser() for home in _OLLAMA_HOMES]
+    return next((home for home in homes if (home / "manifests").is_dir()), homes[0])
+
+
+def _ollama_manifests() -> list[tuple[Path, str]]:
+    """(manifest, `ollama:NAME:TAG`) of every model, the parts that Ollama's own names leave out left out here, too."""
+    root = _ollama_home() / "manifests"
+    found = []
+    for path in sorted(_files_below(root)):
+        parts = path.relative_to(root).parts
+        if len(parts) != _OLLAMA_PARTS:
+            continue
+        *place, model, tag = parts
+        shown = [part for part, usual in zip(place, (_OLLAMA_HOST, _OLLAMA_NAMESPACE), strict=True) if part != usual]
+        if place[0] != _OLLAMA_HOST:
+            shown = place
+        found.append((path, f"{OLLAMA}{'/'.join([*shown, model])}:{tag}"))
+    return found
+
+
+_OLLAMA_PARTS = 4
+
+
+def _ollama_file(name: str) -> Path:
+    asked = name.removeprefix(OLLAMA)
+    home = _ollama_home()
+    if not (home / "manifests").is_dir():
+        raise ArtifactError(
+            f"there is no model {name}",
+            why=f"Ollama keeps no models in {home}",
+            next_step="set OLLAMA_MODELS to its folder of models, or give the GGUF file itself",
+        )
+    model, colon, tag = asked.rpartition(":")
+    if not colon or "/" in tag:
+        model, tag = asked, "latest"
+    parts = model.split("/")
+    usual = [_OLLAMA_HOST, _OLLAMA_NAMESPACE]
+    parts = [*usual[: max(0, 3 - len(parts))], *parts]
+    if len(parts) == 3 and all(part and part not in (".", "..") for part in (*parts, tag)):
+        manifest = home / "manifests" / Path(*parts) / tag
+        if manifest.is_file():
+            return _model_blob(manifest, name)
+    known = [found.removeprefix(OLLAMA) for _, found in _ollama_manifests()]
+    near = nearest_names(asked, known) or known
+    raise ArtifactError(
+        f"Ollama has no model {asked or 'without a name'} here",
+        where=str(home),
+        next_step=f"`ollama pull {asked}`, or one of those it has: {name_list(near)}"
+        if known
+        else f"`ollama pull {asked}`",
+    )
+
+
+def _model_blob(manifest: Path, name: str) -> Path:
+    """The GGUF file that a manifest names.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or the model is more, or something else, than one GGUF file.
+    """
+    layers = _layers(manifest)
+    kinds = [layer.get("mediaType") for layer in layers]
+    if _ADAPTER_LAYER in kinds:
+        raise ArtifactError(
+            f"{name} is a base model with an adapter on top",
+            where=str(manifest),
+            why="training would begin from the base alone, and give another model than the one you know",
+            next_step="name the base: it is what `ollama show` calls its parent model",
+        )
+    digests = [str(layer.get("digest")) for layer in layers if layer.get("mediaType") == _MODEL_LAYER]
+    if len(digests) != 1 or not _DIGEST.fullmatch(digests[0]):
+        raise ArtifactError(
+            f"{name} is not one GGUF file: {len(digests)} files of weights",
+            where=str(manifest),
+            next_step="take a model of one file, or fetch the GGUF file itself",
+        )
+    blobs = _ollama_home() / "blobs"
+    names = (digests[0].replace(":", "-"), digests[0].replace("-", ":"))  # older versions wrote a colon
+    found = next((blobs / blob for blob in names if (blobs / blob).is_file()), None)
+    if found is None:
+        raise ArtifactError(
+            f"the weights of {name} are not there",
+            where=str(blobs / names[0]),
+            next_step=f"`ollama pull {name.removeprefix(OLLAMA)}` fetches what is missing",
+        )
+    return found
+
+
+def _layers(manifest: Path) -> list[dict[str, Any]]:
+    try:
+        with manifest.open("rb") as file:
+            values = json.loads(file.read(_LARGEST_MANIFEST + 1))
+        layers = values["layers"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        layers = None
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        raise ArtifactError("this is no manifest of an Ollama model", where=str(manifest), next_step="pull it again")
+    return layers
+
+
+# ---- LM Studio and llama.cpp ---------------------------------------------------------------------------------------
+
+
+def _lm_studio_home() -> Path:
+    pointer = Path("~/.lmstudio-home-pointer").expanduser()
+    homes = [Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio").expanduser()]
+    with suppress(OSError, ValueError):
+        homes.insert(0, Path(pointer.read_text(encoding="utf-8").strip()))
+    return next((home / "models" for home in homes if (home / "models").is_dir()), homes[0] / "models")
+
+
+def _lm_studio_file(name: str) -> Path:
+    asked = name.removeprefix(LM_STUDIO).strip("/")
+    home = _lm_studio_home()
+    files = {file.relative_to(home).as_posix(): file for file in _gguf_files(home)}
+    chosen = [file for path, file in files.items() if asked and (f"/{path}/").find(f"/{asked}/") >= 0]
+    if len(chosen) == 1:
+        return chosen[0]
+    what = (
+        f"LM Studio has {len(chosen)} files of {asked}"
+        if chosen
+        else f"LM Studio has no model {asked or 'without a name'} here"
+    )
+    near = [file.relative_to(home).as_posix() for file in chosen] or nearest_names(asked, files) or list(files)
+    raise ArtifactError(
+        what,
+        where=str(home),
+        next_step=f"name one: {name_list(LM_STUDIO + path for path in near)}" if near else "give the GGUF file itself",
+    )
+
+
+def _llama_cache() -> Path:
+    stated = os.environ.get("LLAMA_CACHE")
+    return Path(stated) if stated else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llama.cpp"
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def _in_hugging_face_cache() -> Iterator[StoredModel]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for repository in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
+        hub_id = repository.name.removeprefix("models--").replace("--", "/", 1)
+        snapshots = sorted((repository / "snapshots").glob("*"), key=_changed)
+        if not snapshots:
+            continue
+        newest = snapshots[-1]
+        if (newest / "config.json").is_file() and any(newest.glob("*.safetensors")):
+            yield StoredModel(hub_id, newest, "Hugging Face")
+        for file in _gguf_files(newest):
+            yield StoredModel(str(file), file, "Hugging Face")
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _in_folder(folder: Path, store: str) -> Iterator[StoredModel]:
+    """The GGUF files and Hugging Face directories of a folder given by name."""
+    if folder.is_file():
+        yield StoredModel(str(folder), folder, store)
+        return
+    directories = {path.parent for path in _files_below(folder) if path.name == "config.json"}
+    for directory in sorted(directories):
+        if any(directory.glob("*.safetensors")):
+            yield StoredModel(str(directory), directory, store)
+    for file in _gguf_files(folder):
+        yield StoredModel(str(file), file, store)
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    """The language models among the files below a folder; of a split one its first part."""
+    return sorted(
+        path
+        for path in _files_below(folder)
+        if path.suffix == ".gguf" and not path.name.lower().startswith(_BESIDE) and not _LATER_PART.search(path.name)
+    )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Plain files, or links to some, a few folders deep; neither links to folders nor what may not be read."""
+    for path, folders, names in os.walk(folder):
+        if len(Path(path).relative_to(folder).parts) >= _DEEPEST:
+            folders.clear()
+        yield from (file for name in names if (file := Path(path) / name).is_file())

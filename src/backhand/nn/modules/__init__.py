@@ -1,0 +1,1 @@
+"""The same backward passes as autograd Functions, for any `nn.Module`."""

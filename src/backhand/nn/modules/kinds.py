@@ -1,0 +1,280 @@
+"""The kinds of module that take an adapter: linear, GPT-2's Conv1D, embedding, and convolutions."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
+from backhand.nn.modules.functions import (
+    DoRAFunction,
+    DoRALinearFunction,
+    LoRABiasFunction,
+    LoRAConvFunction,
+    LoRAEmbeddingFunction,
+    LoRALinearFunction,
+)
+from backhand.ops.dropout import dropout_multiplier
+from backhand.ops.lora_conv import ConvGeometry, convolution
+from backhand.ops.lora_linear import Dropout
+
+
+class LoRALinear(LoRAModule):
+    """An adapted nn.Linear: y = x Wᵀ + b + scaling · dropout(x) lora_Aᵀ lora_Bᵀ, see `ops.lora_linear`."""
+
+    base_type = nn.Linear
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in) and (out, rank)."""
+        out_features, in_features = base_weight(module).shape
+        return (rank, in_features), (out_features, rank)
+
+    def delta_weight(self) -> Tensor:
+        """(out, in)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if not self._adapts:
+            return self._base_forward(x)
+        x, weight, bias = self._cast(x)
+        return _linear(self, x, weight, bias)
+
+
+class LoRAConv1D(LoRAModule):
+    """An adapted Conv1D of transformers (GPT-2): a linear layer whose weight lies the other way round, (in, out)."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Told by its name, so that transformers need not be imported."""
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in) and (out, rank), as for a linear layer."""
+        in_features, out_features = base_weight(module).shape
+        return (rank, in_features), (out_features, rank)
+
+    def delta_weight(self) -> Tensor:
+        """(in, out)."""
+        return self.scaling * (self.lora_B @ self.lora_A).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        if not self._adapts:
+            return self._base_forward(x)
+        x, weight, bias = self._cast(x)
+        return _linear(self, x, weight.T, bias)
+
+    def weight_rows(self) -> Tensor:
+        """(out, in)."""
+        return self.weight.T
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """(in, out) with every column multiplied."""
+        return weight * gain
+
+
+def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The adapted linear layer, (..., in) → (..., out), with weight (out, in), and with what is trained beside A, B."""
+    factors, dropout = (module.lora_A, module.lora_B), module._drawn_dropout()
+    y: Tensor
+    if module.lora_magnitude is not None:
+        magnitude, norm = module.lora_magnitude, module.dora_norm()
+        y = cast("Any", DoRALinearFunction).apply(x, weight, bias, *factors, magnitude, norm, module.scaling, dropout)
+        return y
+    y = cast("Any", LoRALinearFunction).apply(x, weight, bias, *factors, module.scaling, dropout)
+    if module.lora_bias is not None:
+        y = cast("Any", LoRABiasFunction).apply(y, module.lora_bias, module.scaling, -1)
+    return y
+
+
+class LoRAEmbedding(LoRAModule):
+    """An adapted nn.Embedding: y = W[ids] + scaling · lora_A[:, ids]ᵀ lora_Bᵀ, see `ops.lora_embedding`.
+
+    As in PEFT there is no dropout here, and lora_A starts at zero and lora_B random.
+    """
+
+    base_type = nn.Embedding
+    embedding = True
+    takes_lora_bias = False
+
+    padding_idx: int | None
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, rank: int) -> str | None:
+        """Also: a table that changes itself when it is read, or that scales gradients by frequency."""
+        table = cast("nn.Embedding", module)
+        if table.max_norm is not None:
+            return "max_norm rewrites the table while it is read"
+        if table.scale_grad_by_freq:
+            return "scale_grad_by_freq is not supported"
+        return super().obstacle(module, rank)
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, vocab) and (hidden, rank)."""
+        vocab, hidden = base_weight(module).shape
+        return (rank, vocab), (hidden, rank)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """As PEFT does for embeddings: lora_A zero and lora_B standard normal."""
+        self.lora_A.zero_()
+        self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
+        self.reset_beside()
+
+    def weight_rows(self) -> Tensor:
+        """(hidden, vocab): a channel is a column of the table."""
+        return self.weight.T
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """(vocab, hidden) with every column multiplied."""
+        return weight * gain
+
+    def delta_weight(self) -> Tensor:
+        """(vocab, hidden)."""
+        return self.scaling * (self.lora_B @ self.lora_A).T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) ids → (..., hidden)."""
+        if not self._adapts:
+            return self._base_forward(ids)
+        y: Tensor = cast("Any", LoRAEmbeddingFunction).apply(
+            ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx
+        )
+        if self.lora_magnitude is not None:
+            y = cast("Any", DoRAFunction).apply(y, self.lora_magnitude, self.dora_norm(), None, -1)
+        return y
+
+
+class _LoRAConv(LoRAModule):
+    """Adapted convolutions: y = x ∗ W + b + scaling · (dropout(x) ∗ lora_A) ∗ lora_B, see `ops.lora_conv`."""
+
+    dimensions: ClassVar[int]
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, rank: int) -> str | None:
+        """Also: settings that the factors' own convolutions cannot have, here or in PEFT."""
+        conv = cast("nn.Conv2d", module)
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r} is not supported, only zeros"
+        if rank % conv.groups:
+            return f"its {conv.groups} groups do not divide the rank {rank}"
+        if conv.padding == "same" and max(conv.dilation) > 1:
+            # PEFT leaves the dilation out of lora_A: other paddings fail there, "same" computes something else.
+            return "it is dilated with padding 'same', for which PEFT's files mean another function"
+        return super().obstacle(module, rank)
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
+        """(rank, in, *kernel), not grouped, and (out, rank / groups, 1 …)."""
+        groups = cast("nn.Conv2d", module).groups
+        out_channels, in_per_group, *kernel = base_weight(module).shape
+        return (rank, in_per_group * groups, *kernel), (out_channels, rank // groups, *(1 for _ in kernel))
+
+    @classmethod
+    def channel_shape(cls, module: nn.Module) -> Shape:
+        """(1, out, 1 …), as PEFT has it."""
+        out_channels, *rest = base_weight(module).shape
+        return (1, out_channels, *(1 for _ in rest[1:]))
+
+    def delta_weight(self) -> Tensor:
+        """(out, in, *kernel).
+
+        Raises:
+            ValueError: a grouped convolution, whose update reads channels that its weight does not.
+        """
+        if self.groups > 1:
+            raise ValueError("the update of a grouped convolution reads all channels; its weight cannot hold that")
+        delta = torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A)
+        return self.scaling * delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, *L) or (in, *L) → (batch, out, *L') or (out, *L')."""
+        if not self._adapts:
+            y: Tensor = cast("Any", self._base_class)._conv_forward(self, x, self.weight, self.bias)
+            return y
+        x, weight, bias = self._cast(x)
+        batched = x.dim() == self.dimensions + 2
+        x = x if batched else x.unsqueeze(0)
+        padding = self.padding
+        if isinstance(padding, str):
+            # "same" may need one place more on one side than on the other, which only padding beforehand can do.
+            if padding == "same":
+                x = functional.pad(x, self._reversed_padding_repeated_twice)
+            padding = (0,) * self.dimensions
+        geometry = ConvGeometry(self.stride, padding, self.dilation, self.groups)
+        if self.lora_magnitude is None:
+            y = self._branch(x, weight, bias, geometry, self._drawn_dropout())
+            if self.lora_bias is not None:
+                y = cast("Any", LoRABiasFunction).apply(y, self.lora_bias, self.scaling, 1)
+        else:
+            y = self._rescaled(x, weight, bias, geometry)
+        return y if batched else y.squeeze(0)
+
+    def _branch(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, dropout: Dropout | None
+    ) -> Tensor:
+        y: Tensor = cast("Any", LoRAConvFunction).apply(
+            x, weight, bias, self.lora_A, self.lora_B, self.scaling, geometry, dropout
+        )
+        return y
+
+    def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+        """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
+        assert self.lora_magnitude is not None
+        dropout = self._drawn_dropout()
+        dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
+        z = self._branch(dropped, weight, None, geometry, None)
+        y: Tensor = cast("Any", DoRAFunction).apply(z, self.lora_magnitude.flatten(), self.dora_norm(), bias, 1)
+        return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
+
+
+class LoRAConv1d(_LoRAConv):
+    """An adapted nn.Conv1d."""
+
+    base_type = nn.Conv1d
+    dimensions = 1
+
+
+class LoRAConv2d(_LoRAConv):
+    """An adapted nn.Conv2d."""
+
+    base_type = nn.Conv2d
+    dimensions = 2
+
+
+class LoRAConv3d(_LoRAConv):
+    """An adapted nn.Conv3d."""
+
+    base_type = nn.Conv3d
+    dimensions = 3
+
+
+LORA_MODULES: tuple[type[LoRAModule], ...] = (
+    LoRALinear,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+)
+"""Every kind there is."""
+
+
+def lora_class(module: nn.Module) -> type[LoRAModule] | None:
+    """The class that adapts modules of this type, or None if none does."""
+    return next((kind for kind in LORA_MODULES if kind.fits(module)), None)

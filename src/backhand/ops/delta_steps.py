@@ -1,0 +1,100 @@
+"""Which chunks of which documents the gated delta rule computes together, and how they get there and back.
+
+A document's chunks follow one another, but documents are independent: step i takes chunk i of every document that has
+one. Documents stand in order of their length, longest first, so that those with a chunk in the next step are always the
+first ones of this step. What lies behind a document's end is zero, and changes neither its state nor any gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.ops.document_groups import Places, Run, spans
+
+
+class Step(NamedTuple):
+    """One chunk of each of some documents, (documents, length).
+
+    order: the documents' numbers in the pack, longest first.
+    start, stride: the first token of the first chunk, and from there to that of the next, where chunks are evenly
+    spaced and full, as those of documents of one length: the step is then a view of the tokens.
+    places: where they are not; else None.
+    """
+
+    order: Tensor
+    documents: int
+    length: int
+    start: int
+    stride: int
+    places: Places | None
+
+
+def steps_of(runs: tuple[Run, ...], shared: int, chunk: int, device: torch.device) -> tuple[list[Step], list[Step]]:
+    """The shared prefix's steps, and those of the documents behind it; documents without tokens are in none."""
+    return _steps(runs, shared, chunk, device)
+
+
+# Every layer asks for the same steps, forward and backward; a few micro-batches in turn at most.
+@functools.lru_cache(maxsize=4)
+def _steps(runs: tuple[Run, ...], shared: int, chunk: int, device: torch.device) -> tuple[list[Step], list[Step]]:
+    prefix, *documents = spans(runs, shared)
+    return _steps_of([prefix], chunk, device), _steps_of(documents, chunk, device)
+
+
+def _steps_of(documents: list[tuple[int, int]], chunk: int, device: torch.device) -> list[Step]:
+    order = sorted(range(len(documents)), key=lambda number: documents[number][0] - documents[number][1])
+    found: list[Step] = []
+    longest = max((stop - start for start, stop in documents), default=0)
+    for first in range(0, longest, chunk):
+        taking = [number for number in order if documents[number][1] - documents[number][0] > first]
+        starts = [documents[number][0] + first for number in taking]
+        ends = [documents[number][1] for number in taking]
+        length = min(max(end - start for start, end in zip(starts, ends, strict=True)), chunk)
+        strides = {after - before for before, after in itertools.pairwise(starts)}
+        full = all(end - start >= length for start, end in zip(starts, ends, strict=True))
+        places = None
+        if not full or len(strides) > 1 or min(strides, default=1) < 0:
+            places = _places(torch.tensor(starts), torch.tensor(ends), length, device)
+        numbers = torch.tensor(taking, dtype=torch.int64, device=device)
+        found.append(Step(numbers, len(taking), length, starts[0], min(strides, default=0), places))
+    return found
+
+
+def _places(starts: Tensor, ends: Tensor, length: int, device: torch.device) -> Places:
+    token_at = starts[:, None] + torch.arange(length)
+    inside = (token_at < ends[:, None]).flatten()
+    token_at = token_at.minimum(ends[:, None] - 1).flatten()
+    filled, behind = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
+    return Places(*(x.to(device) for x in (filled, token_at, behind)))
+
+
+def _view(x: Tensor, step: Step) -> Tensor:
+    """The step's tokens of x (tokens, heads, …), evenly spaced and full: (documents, length, heads, …)."""
+    sizes = (step.documents, step.length, *x.shape[1:])
+    offset = x.storage_offset() + step.start * x.stride(0)
+    return x.as_strided(sizes, (step.stride * x.stride(0), *x.stride()), offset)
+
+
+def gather(x: Tensor, step: Step, out: Tensor) -> None:
+    """Write x (tokens, heads, …) of the step's tokens to `out`, (documents, heads, length, …), zero behind the ends."""
+    if step.places is None:
+        out.copy_(_view(x, step).transpose(1, 2))
+        return
+    part = x.index_select(0, step.places.token_at)
+    part.index_fill_(0, step.places.behind, 0)
+    out.copy_(part.unflatten(0, (step.documents, step.length)).transpose(1, 2))
+
+
+def scatter(x: Tensor, step: Step, out: Tensor) -> None:
+    """Write (documents, heads, length, …) to the step's tokens of `out`, (tokens, heads, …)."""
+    if step.places is None:
+        _view(out, step).copy_(x.transpose(1, 2))
+        return
+    filled = step.places.of_token
+    flat = x.transpose(1, 2).flatten(0, 1).index_select(0, filled)
+    out.index_copy_(0, step.places.token_at.index_select(0, filled), flat.to(out.dtype))

@@ -1,0 +1,250 @@
+"""A frozen weight and its products, dense or in its file's own blocks: an op never asks which.
+
+    y = r + x Wᵀ + b        W (out, in) frozen, bias b (out,) and residual r (..., out) where there are any
+
+Backward. Only x is varied: dy = dx Wᵀ, and with G = ∂L/∂y, ⟨G, dx Wᵀ⟩ = ⟨G W, dx⟩, so that
+    ∂L/∂x = G W             (..., in)
+(∂L/∂r is G itself). Saved: W, which is there anyway. A quantized W is dequantised again; autograd would keep it.
+
+In tiles. W is cut into pieces of at most TILE_BYTES in the compute dtype, so that a quantized matrix never stands
+there in full; a dense one is cut in the same way, although it need not be: how a library adds up a product depends on
+the product's width (oneDNN with AMX: some sums in ten thousand end in another bit), and then
+
+    the same calls on the same numbers give dense and quantized the same bits, on every processor.
+
+    forward     y[:, t] = x W[t, :]ᵀ      t a range of rows of W, of outputs
+    backward    d_x[:, t] = G W[:, t]     t a range of columns of W, of inputs
+
+Few rows of x, as of new tokens, go through a loop of their own in which W is read once (`kernels.few_rows`), dense and
+quantized alike, so that this holds for them too.
+
+Columns, since a sum over row tiles would be rounded to the compute dtype once a tile, and columns of d_x are not sums
+of one another. Edges lie at multiples of 64 rows and of 256 columns, of which every block is a part. Most matrices are
+one tile: 64 MB are 18,000 rows of 1,792 bfloat16. Smaller tiles are slower, the library wants large products.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
+from backhand.kernels.quantized_matrix import QuantizedMatrix
+
+FrozenMatrix = Tensor | QuantizedMatrix
+"""(out, in); both have shape, dtype and device."""
+
+TILE_BYTES = 64 << 20
+ROW_EDGE, COLUMN_EDGE = 64, 256
+_tile_bytes = [TILE_BYTES]  # innermost last; a list, since torch.compile traces no context variable
+
+
+class FrozenLinearSaved(NamedTuple):
+    """What the forward keeps: the weight."""
+
+    weight: FrozenMatrix
+
+
+class FrozenLinearGrads(NamedTuple):
+    """d_x, (..., in)."""
+
+    d_x: Tensor
+
+
+def frozen_linear_forward(
+    x: Tensor, weight: FrozenMatrix, bias: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[Tensor, FrozenLinearSaved]:
+    """y = residual + x Wᵀ + bias.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        residual: (..., out) or None.
+
+    Returns:
+        y (..., out) in x's dtype, and what backward needs.
+    """
+    lead, (outputs, inputs) = x.shape[:-1], weight.shape
+    y = frozen_linear(
+        x.reshape(lead.numel(), inputs),
+        weight,
+        bias,
+        None if residual is None else residual.reshape(lead.numel(), outputs),
+    )
+    return y.view(*lead, outputs), FrozenLinearSaved(weight)
+
+
+def frozen_linear_backward(d_y: Tensor, saved: FrozenLinearSaved) -> FrozenLinearGrads:
+    """Map d_y, (..., out), to the gradient derived in the module docstring."""
+    lead, (outputs, inputs) = d_y.shape[:-1], saved.weight.shape
+    return FrozenLinearGrads(
+        frozen_input_gradient(d_y.reshape(lead.numel(), outputs), saved.weight).view(*lead, inputs)
+    )
+
+
+def frozen_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The same y from the whole dense weight."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def frozen_linear(
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """residual + x Wᵀ + bias on rows, with one of the sums folded into the product.
+
+    Args:
+        x: (rows, in).
+        weight: (out, in).
+        bias: (out,) or None.
+        residual: (rows, out) or None.
+        out: (rows, out) to write into; a new one if not given.
+    """
+    if 0 < x.shape[0] <= MOST_ROWS:
+        few = few_rows_product(x, weight, bias, residual, out)
+        if few is not None:
+            return few
+    tiles = row_tiles(weight)
+    if len(tiles) == 1:
+        return _product(x, _rows_of(weight, tiles[0]), bias, residual, out)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
+    for tile in tiles:
+        part_bias = None if bias is None else bias[tile]
+        _product(x, _rows_of(weight, tile), part_bias, None if residual is None else residual[:, tile], y[:, tile])
+    return y
+
+
+def frozen_input_gradient(d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None) -> Tensor:
+    """G W on rows.
+
+    Args:
+        d_y: G, (rows, out).
+        weight: (out, in).
+        out: (rows, in) to write into; a new one if not given.
+    """
+    tiles = column_tiles(weight)
+    if len(tiles) == 1:
+        return torch.mm(d_y, _columns_of(weight, tiles[0]), out=out)
+    d_x = torch.empty(d_y.shape[0], weight.shape[1], dtype=d_y.dtype, device=d_y.device) if out is None else out
+    for tile in tiles:
+        torch.mm(d_y, _columns_of(weight, tile), out=d_x[:, tile])
+    return d_x
+
+
+def frozen_rows(weight: FrozenMatrix, ids: Tensor) -> Tensor:
+    """The rows with these ids, (..., in) for ids (...): an embedding, or the head's rows of a few candidates."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.embedding(ids, weight)
+    return weight.rows(ids)
+
+
+def frozen_split(weight: FrozenMatrix, sizes: Sequence[int]) -> tuple[FrozenMatrix, ...]:
+    """The members of a stacked weight, of so many rows each; nothing is copied."""
+    return tuple(weight.split(list(sizes))) if isinstance(weight, Tensor) else weight.split(sizes)
+
+
+def frozen_part(weight: FrozenMatrix, start: int, stop: int) -> FrozenMatrix:
+    """Rows start to stop as a matrix of its own; nothing is copied."""
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.part(start, stop)
+
+
+def frozen_dense(weight: FrozenMatrix, dtype: torch.dtype | None = None) -> Tensor:
+    """All of it as a tensor: itself where it is one of that dtype."""
+    if isinstance(weight, Tensor):
+        return weight if dtype is None else weight.to(dtype)
+    return weight.dense(dtype)
+
+
+def frozen_tiles(weight: FrozenMatrix) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their dense form) from top to bottom; a quantized one lasts until the next product or tile."""
+    for tile in row_tiles(weight):
+        yield tile, _rows_of(weight, tile)
+
+
+def row_tiles(weight: FrozenMatrix) -> list[slice]:
+    """Ranges of rows of about equal size, TILE_BYTES at most; one empty one for a matrix without rows."""
+    outputs, inputs = weight.shape
+    return _tiles(outputs, inputs * weight.dtype.itemsize, ROW_EDGE)
+
+
+def column_tiles(weight: FrozenMatrix) -> list[slice]:
+    """Ranges of columns of about equal size, TILE_BYTES at most; one empty one for a matrix without columns."""
+    outputs, inputs = weight.shape
+    return _tiles(inputs, outputs * weight.dtype.itemsize, COLUMN_EDGE)
+
+
+@contextmanager
+def tiles_of(tile_bytes: int) -> Iterator[None]:
+    """Cut matrices into tiles of so many bytes inside, for proofs and measurements."""
+    _tile_bytes.append(tile_bytes)
+    try:
+        yield
+    finally:
+        _tile_bytes.pop()
+
+
+def _tiles(count: int, bytes_each: int, edge: int) -> list[slice]:
+    most = max(edge, _tile_bytes[-1] // max(bytes_each, 1) // edge * edge)
+    if count <= most:
+        return [slice(0, count)]
+    pieces = -(-count // most)
+    step = -(-count // (pieces * edge)) * edge
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    if residual is not None:
+        y = torch.addmm(residual, x, weight.T, out=out)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def _rows_of(weight: FrozenMatrix, tile: slice) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[tile]
+    rows = tile.stop - tile.start
+    return weight.rows_into(tile.start, tile.stop, _scratch(rows, weight.shape[1], weight))
+
+
+def _columns_of(weight: FrozenMatrix, tile: slice) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[:, tile]
+    columns = tile.stop - tile.start
+    return weight.columns_into(tile.start, tile.stop, _scratch(weight.shape[0], columns, weight))
+
+
+class _Scratch(threading.local):
+    """One tile a dtype, device and thread, kept from product to product."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_KEPT = _Scratch()
+
+
+def _scratch(rows: int, columns: int, like: FrozenMatrix) -> Tensor:
+    """(rows, columns), uninitialised; what it held before is lost."""
+    key, elements = (like.dtype, like.device), rows * columns
+    buffer = _KEPT.buffers.get(key)
+    if buffer is None or buffer.numel() < elements:
+        _KEPT.buffers.pop(key, None)
+        buffer = _KEPT.buffers[key] = torch.empty(elements, dtype=like.dtype, device=like.device)
+    return buffer[:elements].view(rows, columns)
+
+
+def drop_scratch() -> None:
+    """Give this thread's tiles back: what comes next multiplies no quantized matrix, or others."""
+    _KEPT.buffers.clear()

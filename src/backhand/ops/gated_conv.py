@@ -1,0 +1,91 @@
+"""The gated short convolution of LFM2: a causal depthwise convolution between two gates that are made of the input too.
+
+    [B | C | x] = three projections of one input,   z = B ⊙ x,   c = conv(z),   y = C ⊙ c      [arXiv:2511.23404, §2]
+
+with conv as in `causal_conv`: a few taps back in time, never across documents.
+
+Backward. dy = c ⊙ dC + C ⊙ conv(dz), dz = x ⊙ dB + B ⊙ dx; conv is linear with the adjoint convᵀ of `causal_conv`, so
+with G = ∂L/∂y and Z = convᵀ(C ⊙ G)
+    ∂L/∂C = G ⊙ c,   ∂L/∂B = Z ⊙ x,   ∂L/∂x = Z ⊙ B      (tokens, channels) each
+The convolution's weight and bias are frozen.
+
+Saved: the projections' output, [B | C | x]; z and c are made again, for a few multiplications an element.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.ops.causal_conv import Taps, convolved, convolved_back
+from backhand.ops.document_groups import Run, spans
+
+
+class GatedConvSaved(NamedTuple):
+    """bcx (tokens, 3 channels), the taps, the documents, the shared prefix's tokens."""
+
+    bcx: Tensor
+    taps: Taps
+    runs: tuple[Run, ...]
+    shared: int
+
+
+class GatedConvGrads(NamedTuple):
+    """d_bcx (tokens, 3 channels)."""
+
+    d_bcx: Tensor
+
+
+def gated_conv_forward(
+    bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0
+) -> tuple[Tensor, GatedConvSaved]:
+    """y = C ⊙ conv(B ⊙ x).
+
+    Args:
+        bcx: [B | C | x] side by side, (tokens, 3 channels).
+        taps: weight (channels, J) and bias of the convolution.
+        runs: the documents, as in `causal_conv_forward`.
+        shared: tokens at the front with which every document begins.
+
+    Returns:
+        y (tokens, channels) in bcx's dtype, and what backward needs.
+    """
+    b, c, x = bcx.chunk(3, dim=-1)
+    return convolved(b * x, taps, runs, shared).mul_(c), GatedConvSaved(bcx, taps, runs, shared)
+
+
+def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | None = None) -> GatedConvGrads:
+    """Map d_y, (tokens, channels), to the gradients derived in the module docstring.
+
+    Args:
+        d_y: ∂L/∂y.
+        saved: from the forward pass.
+        out: (tokens, 3 channels) to receive [d_B | d_C | d_x], or None.
+    """
+    bcx, taps, runs, shared = saved
+    b, c, x = bcx.chunk(3, dim=-1)
+    out = torch.empty_like(bcx) if out is None else out
+    d_b, d_c, d_x = out.chunk(3, dim=-1)
+    torch.mul(d_y, convolved(b * x, taps, runs, shared), out=d_c)
+    d_z = convolved_back(d_y * c, taps, runs, shared)
+    torch.mul(d_z, x, out=d_b)
+    torch.mul(d_z, b, out=d_x)
+    return GatedConvGrads(out)
+
+
+def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0) -> Tensor:
+    """The same y token by token, from the sum that defines the convolution."""
+    channels, width = taps.weight.shape
+    b, c, x = bcx.unflatten(-1, (3, channels)).unbind(1)
+    z = b * x
+    outputs = [z[:0]]
+    for start, stop in spans(runs, shared):
+        before = list(range(shared)) if start >= shared else []
+        places = [*before, *range(start, stop)]
+        for t in range(len(before), len(places)):
+            seen = z[places[max(0, t - width + 1) : t + 1]]
+            y = (seen * taps.weight[:, width - len(seen) :].T).sum(0)
+            outputs.append((c[places[t]] * (y if taps.bias is None else y + taps.bias))[None])
+    return torch.cat(outputs)

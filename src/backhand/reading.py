@@ -1,0 +1,178 @@
+"""Files that are given: what each really is, read within bounds, and none that is about to be replaced.
+
+A name may lead to a pipe that nobody writes to, or to a device that never ends: nothing here waits for the former, or
+reads the latter.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import stat
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from backhand.errors import UsageError
+
+MAX_SETTINGS_BYTES = 8 * 2**20
+"""Of files that hold settings, and not tensors or rows."""
+MAX_TABLES_BYTES = 2**28
+"""Of files that hold lists of names: tokenizers, indices of weights."""
+_PIPE_WAIT_S = 30
+
+
+def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
+    """Open a file for reading, and wait for nothing: what is no plain file is refused, also behind a link.
+
+    Args:
+        path: of the file.
+        or_pipe: take a pipe as well, as `<(command)` is one, if something comes out of it within half a minute.
+
+    Raises:
+        OSError: with a `strerror` that says what it is; ValueError for a path that holds a zero character.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        pipe = or_pipe and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode) and not pipe:
+            raise OSError(errno.EINVAL, f"it is {_kind_of_node(mode)}, not a plain file", str(path))
+        if pipe:
+            _wait_for_writer(descriptor, path)
+            os.set_blocking(descriptor, True)
+        return open(descriptor, "rb")  # noqa: PTH123 - the caller closes it
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_plain(path: Path | str, most: int | None = None) -> bytes:
+    """The bytes of a plain file, as far as they were there when it was opened.
+
+    Args:
+        path: of the file.
+        most: bytes that such a file may have; None for as many as the file says it has.
+
+    Raises:
+        OSError: as `open_plain`, and where it is larger, or grows while it is read.
+    """
+    with open_plain(path) as file:
+        limit = os.fstat(file.fileno()).st_size if most is None else most
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        why = "it grows while it is read" if most is None else f"it has more than {most:,} bytes"
+        raise OSError(errno.EFBIG, why, str(path))
+    return data
+
+
+def read_settings(path: Path | str) -> str:
+    """The text of a small file; bytes that are no UTF-8 become U+FFFD. Raises OSError as `read_plain`."""
+    return read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8", "replace")
+
+
+def _kind_of_node(mode: int) -> str:
+    for is_kind, kind in (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if is_kind(mode):
+            return kind
+    return "something else"
+
+
+def _wait_for_writer(descriptor: int, path: Path | str) -> None:
+    """Until a pipe has something to read or its writers have left. One that was never opened to write says nothing."""
+    until = time.monotonic() + _PIPE_WAIT_S
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN | select.POLLHUP)
+    while (left := until - time.monotonic()) > 0:
+        if poll.poll(left * 1000):
+            return
+    raise OSError(errno.ETIMEDOUT, f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s", str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a file really is, told by its first bytes.
+
+
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer (run `git lfs pull`, or download the file itself)"),
+    (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\x00", "an xz archive"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a picture"),
+    (b"\x93NUMPY", "a NumPy array"),
+)
+
+
+def kind_of(head: bytes) -> str | None:
+    """The kind of file that begins with `head` (a few hundred bytes), if it is one of those often mistaken for another.
+
+    Returns:
+        a noun phrase for an error message, or None when nothing is recognised.
+    """
+    if not head:
+        return "an empty file"
+    if head[4:9] == b"\0\0\0\0{":
+        # The length of a safetensors header and its first brace; the length may look like anything, 640 like a pickle.
+        return None
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    if len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6):
+        return "a Python pickle, which could run code when opened"
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "an HTML page, perhaps an error or login page of the server it came from"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An output that replaces something must not be made of what it replaces.
+
+
+def refuse_inputs_inside(
+    output: Path, inputs: Mapping[str, Path | str | None], *, owned: Collection[str] | None = None
+) -> None:
+    """Refuse an input that is, or lies in, what is about to be replaced.
+
+    Args:
+        output: a file or directory.
+        inputs: by the name of their option.
+        owned: names in `output` that are replaced; all of it if not given.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    there = _resolved(output)
+    for option, given in inputs.items():
+        if given is None or not os.path.lexists(given):
+            continue
+        for place in (_resolved(Path(given)), Path(os.path.abspath(given))):  # noqa: PTH100 - a link is an input too
+            if not place.is_relative_to(there):
+                continue
+            parts = place.relative_to(there).parts
+            if not parts or owned is None or parts[0] in owned:
+                raise UsageError(
+                    f"{given} is part of what --overwrite replaces",
+                    where=option,
+                    why=f"it lies in {output}",
+                    next_step="give another --output, or copy it to another place first",
+                )
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()

@@ -1,0 +1,387 @@
+"""The run directory: which files it holds, who may write to it, and what happens to a run that is there already."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from backhand.errors import UsageError
+from backhand.files import (
+    FileLayer,
+    remove_tree,
+    replace_file,
+    saving,
+    sync_file,
+    taking_directory,
+    write_all,
+    write_file,
+)
+from backhand.reading import read_plain
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+PROOFS = "proofs.jsonl"
+FACTS = "facts.json"
+STATUS = "status.json"
+ANSWERS = "answers.jsonl"
+REPORT = "report.html"
+LOGS = "logs"
+STATES = "states"
+LOCK = ".lock"
+TEMPORARY = ".tmp-"
+# The run that `--overwrite` replaces, until the new one has a whole checkpoint; and while its files are moved.
+REPLACED = ".replaced"
+_MOVING = ".replacing"
+# config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
+OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, STATES)
+
+
+class RunDirectory:
+    """One run's place on the disk. Use `opened`, which holds the lock.
+
+    Attributes:
+        path: the directory itself; a link to it has been followed.
+        files: the file layer that every change goes through.
+    """
+
+    def __init__(self, path: Path, files: FileLayer) -> None:
+        self.path = path
+        self.files = files
+
+    @property
+    def adapter(self) -> Path:
+        """`adapter/`."""
+        return self.path / ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/`."""
+        return self.path / CHECKPOINTS
+
+    def put_aside(self) -> None:
+        """Move the files of the run that is here aside, and no others.
+
+        `settle` removes them, `put_back` brings them back.
+
+        Raises:
+            ResourceError: something cannot be moved.
+        """
+        with saving("the run directory", self.path, 0):
+            self._remove_temporary()
+            there = [name for name in OWNED if (self.path / name).exists()]
+            if not there:
+                return
+            self.files.make_directory(self.path / _MOVING)
+            for name in there:
+                self.files.rename(self.path / name, self.path / _MOVING / name)
+            self.files.rename(self.path / _MOVING, self.path / REPLACED)
+            self.files.sync_directory(self.path)
+
+    def settle(self) -> None:
+        """There is a whole checkpoint: the run that this one replaces is no longer needed. Raises ResourceError."""
+        with saving("the run directory", self.path, 0):
+            if (self.path / REPLACED).exists():
+                remove_tree(self.files, self.path / REPLACED)
+
+    def put_back(self) -> None:
+        """Bring back the run that this one was to replace, unless it has a whole checkpoint. Raises ResourceError."""
+        with saving("the run directory", self.path, 0):
+            if (self.path / REPLACED).exists():
+                if self._has_checkpoint():
+                    remove_tree(self.files, self.path / REPLACED)
+                    return
+                for name in OWNED:
+                    remove_tree(self.files, self.path / name)
+                self.files.rename(self.path / REPLACED, self.path / _MOVING)
+            if (self.path / _MOVING).exists():
+                for child in sorted((self.path / _MOVING).iterdir()):
+                    self.files.rename(child, self.path / child.name)
+                self.files.remove_directory(self.path / _MOVING)
+                self.files.sync_directory(self.path)
+
+    def recover(self, *, resume: bool) -> None:
+        """Put in order what a process left that was killed while it replaced a run. Raises ResourceError."""
+        if not resume or not (self.path / CONFIG).exists() or not (self.path / REPLACED).exists():
+            self.put_back()
+
+    def _has_checkpoint(self) -> bool:
+        """Whether some checkpoint stands under its own name, which it gets when all of it is on the disk."""
+        return self.checkpoints.is_dir() and any(child.name.startswith("step-") for child in self.checkpoints.iterdir())
+
+    def mend(self) -> None:
+        """Remove what an interrupted write left over, and the torn line at the end of proofs.jsonl.
+
+        Raises:
+            ResourceError: something cannot be removed or written.
+        """
+        with saving("the run directory", self.path, 0):
+            self._remove_temporary()
+            proofs = self.path / PROOFS
+            torn = proofs.exists() and not read_plain(proofs).endswith(b"\n")
+        if torn:
+            self.write(PROOFS, _as_lines(self.lines(PROOFS)))
+
+    def _remove_temporary(self) -> None:
+        for path in sorted(self.path.iterdir()):
+            if path.name.startswith(TEMPORARY):
+                remove_tree(self.files, path)
+
+    def write(self, name: str, text: str) -> None:
+        """Replace one file in one step. Raises ResourceError."""
+        data = text.encode("utf-8")
+        with saving(name, self.path, len(data)):
+            replace_file(self.files, self.path / name, data)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one JSON line. Raises ResourceError."""
+        data = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode("utf-8")
+        with saving(name, self.path, len(data)):
+            descriptor = self.files.open_to_append(self.path / name)
+            try:
+                write_all(self.files, descriptor, data)
+            finally:
+                self.files.close(descriptor)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file; a last line that was cut off by a crash is left out."""
+        records = []
+        try:
+            text = read_plain(self.path / name).decode("utf-8", "replace")
+        except FileNotFoundError:
+            return []
+        for line in text.split("\n"):
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps after this one, which are about to be done again. Raises ResourceError."""
+        kept = [record for record in self.lines(METRICS) if record.get("step", 0) <= step]
+        self.write(METRICS, _as_lines(kept))
+
+    def sync_lines(self) -> None:
+        """Wait until metrics and proofs are on the disk: a checkpoint never knows more than they do.
+
+        Raises:
+            ResourceError: the disk fails.
+        """
+        for name in (METRICS, PROOFS):
+            with saving(name, self.path, 0):
+                sync_file(self.files, self.path / name)
+        with saving("the run directory", self.path, 0):
+            self.files.sync_directory(self.path)
+
+    def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
+        """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""
+        temporary, old = self.path / f".tmp-adapter-{os.getpid()}", self.path / f".tmp-old-adapter-{os.getpid()}"
+        with saving("the adapter", self.path, sum(map(len, contents.values()))):
+            try:
+                remove_tree(self.files, temporary)
+                remove_tree(self.files, old)
+                self.files.make_directory(temporary)
+                for name, data in contents.items():
+                    write_file(self.files, temporary / name, data)
+                self.files.sync_directory(temporary)
+                if self.adapter.exists():
+                    self.files.rename(self.adapter, old)
+                self.files.rename(temporary, self.adapter)
+                self.files.sync_directory(self.path)
+                remove_tree(self.files, old)
+            except BaseException:  # a second Ctrl-C among them
+                with suppress(OSError):
+                    if old.exists() and not self.adapter.exists():
+                        self.files.rename(old, self.adapter)
+                    remove_tree(self.files, temporary)
+                raise
+
+    def make_checkpoints(self) -> None:
+        """Create `checkpoints/` unless it is there. Raises ResourceError."""
+        with saving("the list of checkpoints", self.path, 0):
+            if not self.checkpoints.exists():
+                self.files.make_directory(self.checkpoints)
+                self.files.sync_directory(self.path)
+
+
+@contextmanager
+def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | None = None) -> Iterator[RunDirectory]:
+    """Check and lock the run directory, creating it if need be; nothing that is there is changed yet.
+
+    Raises:
+        UsageError: its name is not UTF-8, it is a file, a dangling link, holds links, holds a run or other files
+            (without `resume` or `overwrite`), holds no run to resume, or another process is writing to it.
+        ResourceError: it cannot be created or is not writable.
+    """
+    path = _real_directory(output)
+    for place in (path, Path.cwd()):  # what is given relative to the latter is written down in full
+        _check_utf8(place)
+    existed = path.exists()
+    if existed:
+        _check_contents(path, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
+    with taking_directory(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    try:
+        _check_contents(path, resume=resume, overwrite=overwrite)  # again: another process may have come and gone
+        directory = RunDirectory(path, files or FileLayer())
+        if existed:
+            directory.recover(resume=resume)
+        yield directory
+    finally:
+        with suppress(OSError):
+            if not existed and not any(child.name != LOCK for child in path.iterdir()):
+                (path / LOCK).unlink()
+                path.rmdir()
+        os.close(lock)
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _check_utf8(place: Path) -> None:
+    try:
+        str(place).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{str(place)!r} is not UTF-8",
+            where="output",
+            why="a run writes where it is into files that are",
+            next_step="rename the directory, or work in another one",
+        ) from None
+
+
+def _real_directory(output: Path) -> Path:
+    try:
+        if output.is_symlink() and not output.exists():
+            raise UsageError(
+                f"{output} is a link that leads nowhere",
+                where="output",
+                why=f"it points to {output.readlink()}",
+                next_step="make that directory, remove the link, or give another output",
+            )
+        path = output.resolve()
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return output.resolve()
+    except (NotADirectoryError, RuntimeError) as error:
+        raise UsageError(
+            f"{output} lies below a file or a loop of links",
+            where="output",
+            why=str(error),
+            next_step="give another directory",
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"{output} cannot be opened", where="output", why=error.strerror, next_step="give another directory"
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise UsageError(f"{output} is a file, not a directory", where="output", next_step="give another name")
+    return path
+
+
+def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
+    with taking_directory(path):
+        names = sorted(child.name for child in path.iterdir())
+    children = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
+    replaced = any(name in (REPLACED, _MOVING) for name in names)
+    links = [name for name in (*OWNED, LOCK, REPLACED, _MOVING) if (path / name).is_symlink()]
+    if links:
+        raise UsageError(
+            f"{', '.join(links)} in {path} is a link, and writing through it could change files elsewhere",
+            where="output",
+            next_step="remove the link, or give another directory",
+        )
+    if resume and not (path / CONFIG).exists() and not replaced:
+        raise UsageError(f"there is no run in {path}", where="output", next_step="leave out --resume")
+    if children and not resume and not overwrite:
+        run = replaced or any(name in OWNED for name in children)
+        raise UsageError(
+            f"{path} holds {'a run' if run else 'files'} already",
+            where="output",
+            next_step="continue it with --resume, replace it with --overwrite, or give another directory"
+            if run
+            else "give another directory, or --overwrite to write beside them",
+        )
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of the lock file, locked. The system drops the lock when its process ends, however it ends."""
+    while True:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+            raise UsageError(
+                f"another process is writing to {path}",
+                where="output",
+                why=f"process {holder or 'unknown'} holds its lock",
+                next_step="wait for it or stop it, or give another directory",
+            ) from None
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == (path / LOCK).stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        os.close(descriptor)  # its holder removed the file in between: take the new one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# proofs.jsonl: a line for everything that was checked about a run, from any command.
+
+
+ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One checked statement.
+
+    Attributes:
+        proof: the statement, in words.
+        passed: whether it held.
+        value: the measured figure.
+        bound: what the figure was held against; None where it only informs.
+        command: which command checked it.
+        kind: what the statement is about; the report has a table for each.
+        detail: where the figure is largest, or what it compares with.
+    """
+
+    proof: str
+    passed: bool
+    value: float | str | None
+    bound: float | str | None = None
+    command: str = "train"
+    kind: ProofKind = "guards"
+    detail: str = ""
+
+
+ProofLog = Callable[[Proof], None]
+
+
+def proof_log(directory: RunDirectory) -> ProofLog:
+    """A log that appends to the run's proofs.jsonl, with the time."""
+
+    def log(proof: Proof) -> None:
+        directory.append(PROOFS, {**asdict(proof), "time": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    return log

@@ -1,0 +1,136 @@
+"""status.json: whether a run goes on, is over, or was stopped; with the process, so that a killed run can be told.
+
+A process that is killed leaves `running` behind, and its number belongs to nobody, or to a process that began later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from backhand.errors import BackhandError
+from backhand.reading import read_settings
+from backhand.runs.directory import STATUS, RunDirectory
+from backhand.runs.interruption import Interrupted
+
+State = Literal["running", "finished", "interrupted", "failed", "killed"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        state: `killed` is never written: it is what `read_status` makes of `running` without its process.
+        total_steps: of the run.
+        step: optimizer steps done when the state was written.
+        process, host: number of the process that trains, and the name of its machine.
+        began, changed: times, ISO 8601 in UTC.
+        reason: why it did not finish; empty where it did.
+    """
+
+    state: State
+    total_steps: int
+    step: int
+    process: int
+    host: str
+    began: str
+    changed: str
+    reason: str = ""
+
+
+@contextmanager
+def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], int]) -> Iterator[None]:
+    """Inside, the run is `running`; afterwards `finished`, `interrupted` or `failed`.
+
+    Args:
+        directory: of the run.
+        total_steps: of the run.
+        step: tells the steps done.
+
+    Raises:
+        ResourceError: status.json cannot be written at the beginning or after a good end.
+    """
+    began = _now()
+    status = RunStatus("running", total_steps, step(), os.getpid(), platform.node(), began, began)
+
+    def write(state: State, reason: str = "") -> None:
+        changed = replace(status, state=state, step=step(), changed=_now(), reason=reason)
+        directory.write(STATUS, json.dumps(asdict(changed), indent=2, ensure_ascii=True) + "\n")
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        # What went wrong matters more than that it cannot be written down.
+        with suppress(BackhandError, OSError):
+            stopped = isinstance(error, Interrupted) or _by_signal(error)
+            write("interrupted" if stopped else "failed", _reason(error))
+        raise
+    write("finished")
+
+
+def _reason(error: BaseException) -> str:
+    """What ended a run, as a sentence for its page."""
+    if _by_signal(error):
+        return "stopped at once by a signal; what came after the last checkpoint is lost"
+    return str(error) or type(error).__name__
+
+
+def _by_signal(error: BaseException) -> bool:
+    """Whether a second signal ended the run, see `Interruption`."""
+    code = error.code if isinstance(error, SystemExit) else None
+    return isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
+
+
+def read_status(run: Path) -> RunStatus | None:
+    """The status of a run, `killed` where its process is gone; None where there is none to read."""
+    path = run / STATUS
+    try:
+        values = json.loads(read_settings(path))
+        status = RunStatus(**{field.name: values[field.name] for field in fields(RunStatus)})
+        written_s = path.stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # Of a process on another machine that shares the disk nothing can be told.
+    here = status.host == platform.node()
+    if status.state == "running" and here and not _lives(status.process, written_s):
+        return replace(status, state="killed", reason="its process ended without a word")
+    return status
+
+
+def _lives(process: int, since_s: float) -> bool:
+    """Whether a process of this number exists that had begun by then."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError, TypeError):
+        return False
+    except PermissionError:
+        pass  # it exists, and is somebody else's
+    begun_s = process_begun_s(process)
+    return begun_s is None or begun_s <= since_s + 1.0
+
+
+def process_begun_s(process: int) -> float | None:
+    """When a process began, in seconds since the epoch; None where the system does not tell."""
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        # The second field is the program's name in parentheses, and may hold spaces itself.
+        words = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        if words[0] == "Z":
+            return float("inf")  # it is dead, and only waits to be collected
+        ticks = int(words[19])
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        booted_s = int(next(line for line in lines if line.startswith("btime")).split()[1])
+        return booted_s + ticks / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,90 @@
+"""summary.json: what a run came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backhand.reading import read_settings
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to. `summary.json` holds these fields; the demo adds its own.
+
+    Attributes:
+        output: the run directory.
+        adapter: the adapter's directory.
+        model: the base model as it was named.
+        engine: `backhand` or `transformers`.
+        engine_note: why not the decoder engine, what that costs and what would change it; None where it was taken, or
+            transformers was asked for.
+        dtype: the compute dtype.
+        base: `dense`, or `quantized` in its file's own blocks.
+        train_s: seconds spent in training steps.
+        steps, skipped_steps: optimizer steps done; those of them skipped for a non-finite loss or gradient.
+        tokens, supervised_tokens: trained on.
+        tokens_per_s: tokens / train_s.
+        peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and what was predicted before the first
+            step.
+        first_loss, last_loss: mean nats per supervised token of the first and last step.
+        base_eval_loss, best_eval_loss, best_step: held-out loss of the base and the lowest; None without held-out rows.
+        trained_parameters, adapted_modules: size of the adapter.
+        rows, held_out_rows: documents trained on and held out.
+        malformed_rows: left out under `skip_bad`.
+        stopped_because: why the run ended before its last step, or None.
+        world_size: processes that ended the run; each has such a peak of memory.
+    """
+
+    output: str
+    adapter: str
+    model: str
+    engine: str
+    dtype: str
+    train_s: float
+    steps: int
+    skipped_steps: int
+    tokens: int
+    supervised_tokens: int
+    tokens_per_s: float
+    peak_rss_bytes: int
+    predicted_rss_bytes: int | None
+    first_loss: float | None
+    last_loss: float | None
+    base_eval_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    trained_parameters: int
+    adapted_modules: int
+    rows: int
+    held_out_rows: int
+    malformed_rows: int
+    stopped_because: str | None
+    engine_note: str | None = None
+    base: str = "dense"
+    world_size: int = 1
+
+    def to_json(self) -> str:
+        """The text of summary.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_summary(path: Path) -> RunSummary | None:
+    """The summary in a file, without what others added to it; None where there is none to read."""
+    try:
+        values = json.loads(read_settings(path))
+        # Runs of earlier versions have no field that has a default.
+        fields = {
+            f.name for f in dataclasses.fields(RunSummary) if f.name in values or f.default is dataclasses.MISSING
+        }
+        return RunSummary(**{name: values[name] for name in fields})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def add_to_summary(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an existing summary.json with more of them, as the demo adds its exact matches."""
+    return {**json.loads(read_settings(path)), **values}

@@ -1,0 +1,1 @@
+"""Configuration, loop, optimizer, guards, evaluation: everything that makes a run."""

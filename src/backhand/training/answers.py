@@ -1,0 +1,106 @@
+"""answers.jsonl: a few held-out rows, answered by the base model and with the adapter, for people to compare.
+
+A row is asked up to where its last supervised stretch begins, and that stretch is what it should say. Of plain text,
+where everything is supervised, the first half is given and the second half is what comes next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from backhand.data.examples import Example
+from backhand.generate.completer import Completer
+from backhand.generate.engine_completer import complete_greedily
+from backhand.training.engine import BoundModel
+
+MAX_NEW_TOKENS = 64
+_LONGEST_PROMPT = 1024
+
+
+@dataclass(frozen=True)
+class HeldOutAnswer:
+    """One row of answers.jsonl.
+
+    Attributes:
+        source: where the row stands.
+        prompt: what was asked, as the model sees it, with control tokens.
+        prompt_parts: the same as [text, whether it is control tokens], so that people can be shown less of these.
+        reference: what the row says, cut to as many tokens as answers may have.
+        base, adapted: greedy answers, without control tokens.
+    """
+
+    source: str
+    prompt: str
+    prompt_parts: tuple[tuple[str, bool], ...]
+    reference: str
+    base: str
+    adapted: str
+
+
+def held_out_answers(
+    bound: BoundModel, examples: Sequence[Example], tokenizer: Any, stop_ids: Collection[int], count: int
+) -> Iterator[HeldOutAnswer]:
+    """Answer some rows, evenly spread over those there are; the adapter is attached before and after.
+
+    Args:
+        bound: the model with its adapter, its values those to answer with.
+        examples: the held-out rows.
+        tokenizer: the model's.
+        stop_ids: tokens that end an answer.
+        count: how many rows.
+    """
+    model = bound.completer()
+    new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
+    longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
+    chosen = [examples[place] for place in spread(len(examples), count)]
+    parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
+    prompts = [prompt.tolist() for _, prompt, _ in parts]
+    try:
+        adapted, base = (_answers(model, prompts, new_tokens, stop_ids, adapter=adapter) for adapter in (True, False))
+    finally:
+        bound.model.attach(bound.lora)
+    for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=True):
+        said = (reference[:new_tokens].tolist(), of_base, of_adapted)
+        yield HeldOutAnswer(
+            example.source,
+            str(tokenizer.decode(prompt.tolist())),
+            _prompt_parts(tokenizer, prompt.tolist()),
+            *(str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said),
+        )
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """Up to `count` different places among so many rows, the first one among them."""
+    count = min(rows, count)
+    return [number * rows // count for number in range(count)]
+
+
+def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Token ids of what is asked, its last `longest` ones, and of what should be answered."""
+    ids, supervised = example.input_ids, example.supervised
+    places = np.flatnonzero(supervised)
+    end = int(places[-1]) + 1
+    gaps = np.flatnonzero(~supervised[:end])
+    begin = int(gaps[-1]) + 1 if len(gaps) else 0
+    if begin <= 1:  # at most the first token, which never is supervised: plain text
+        begin = end // 2
+    return ids[max(0, begin - longest) : begin], ids[begin:end]
+
+
+def _prompt_parts(tokenizer: Any, ids: Sequence[int]) -> tuple[tuple[str, bool], ...]:
+    """Runs of control tokens, and of text between them."""
+    special = set(tokenizer.all_special_ids)
+    runs = itertools.groupby(ids, key=special.__contains__)
+    return tuple((str(tokenizer.decode(list(run))), control) for control, run in runs)
+
+
+def _answers(
+    model: Completer, prompts: list[list[int]], new_tokens: int, stop_ids: Collection[int], *, adapter: bool
+) -> list[list[int]]:
+    model.use_adapter(adapter)
+    return complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids)

@@ -1,0 +1,221 @@
+"""`run.toml` and `config.toml`: a TrainConfig as TOML, one table per concern, read strictly and written completely.
+
+    [model]
+    model = "smollm2-135m"
+    [optimization]
+    learning_rate = 2e-4
+
+TOML has no null: an option that is not given is left out. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from backhand.errors import UsageError
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
+from backhand.training.config import TrainConfig
+
+Table = Mapping[str, Any]
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a run configuration; what it leaves out keeps its default.
+
+    Raises:
+        UsageError: not readable, not TOML, an unknown key (with the nearest name) or a value of another type.
+    """
+    return config_from_table(read_table(path), str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The TOML file as nested tables.
+
+    Raises:
+        UsageError: not readable or not TOML.
+    """
+    try:
+        text = read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(
+            "the configuration cannot be read",
+            where=str(path),
+            why=error.strerror,
+            next_step="check the path; a run's own options stand in its config.toml",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the configuration is not UTF-8",
+            where=str(path),
+            why=f"byte 0x{error.object[error.start]:02x} at place {error.start} is none of UTF-8",
+            next_step="save it as UTF-8",
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of 6,000 digits is no TOMLDecodeError
+        raise UsageError(
+            "the configuration is not TOML",
+            where=str(path),
+            why=str(error),
+            next_step="write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
+        ) from None
+
+
+def config_from_table(table: Table, origin: str) -> TrainConfig:
+    """Nested tables as a TrainConfig.
+
+    Args:
+        table: `{"model": {…}, "data": {…}, "adapter": {…}, "optimization": {…}, "run": {…}}`, each part optional.
+        origin: the file's name, for errors.
+
+    Raises:
+        UsageError: an unknown key, with the nearest name, or a value of another type.
+    """
+    config: TrainConfig = _dataclass_from(TrainConfig, table, origin, "")
+    return config
+
+
+def config_table(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Nested tables of plain values; options that are None are left out."""
+    return {
+        part.name: {
+            option.name: _plain(value)
+            for option in dataclasses.fields(getattr(config, part.name))
+            if (value := getattr(getattr(config, part.name), option.name)) is not None
+        }
+        for part in dataclasses.fields(config)
+    }
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as TOML text; `load_config` of it gives an equal configuration."""
+    lines: list[str] = []
+    for part, options in config_table(config).items():
+        lines += ["", f"[{part}]"] if lines else [f"[{part}]"]
+        lines += [f"{name} = {_toml_value(value)}" for name, value in options.items()]
+    return "\n".join(lines) + "\n"
+
+
+def nearest_option(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name that looks most like this one, if any does."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{prefix.rstrip('.')} is {_kind(table)}, expected a table", where=origin)
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=_suggestion(key, prefix, hints))
+        where = f"{origin}: {prefix}{key}"
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _dataclass_from(hints[key], value, origin, f"{prefix}{key}.")
+        else:
+            values[key] = _typed(value, hints[key], where)
+    return cls(**values)
+
+
+def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
+    for part, hint in typing.get_type_hints(TrainConfig).items():
+        if key in typing.get_type_hints(hint):
+            return f"write it in the table [{part}]"
+    near = nearest_option(key, hints)
+    return f"did you mean {prefix + near!r}?" if near else f"known keys are {', '.join(sorted(hints))}"
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotation wants it: whole numbers as floats where a float is wanted, lists as tuples."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _typed(value, option, where)
+            except UsageError:
+                continue
+        return _typed(value, options[-1], where)
+    if origin is Literal:
+        if value in get_args(hint) and isinstance(value, str):
+            return value
+        raise UsageError(f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}", where=where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(element, get_args(hint)[0], where) for element in value)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: _typed(element, get_args(hint)[1], f"{where}.{key}") for key, element in value.items()}
+    if hint is Any:
+        return _json_value(value, where)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise UsageError(f"{value!r} is {_kind(value)}, expected {_kind_wanted(hint, origin)}", where=where)
+
+
+def _json_value(value: Any, where: str) -> Any:
+    """`value` if JSON has its like; of all that TOML knows it lacks dates and times."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(element, f"{where}.{key}") for key, element in value.items()}
+    if isinstance(value, list):
+        return [_json_value(element, where) for element in value]
+    if isinstance(value, str | int | float):
+        return value
+    raise UsageError(
+        f"{value} is a {type(value).__name__}, expected text, a number, true or false, a list or a table",
+        where=where,
+        next_step="write it in quotes",
+    )
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return kinds.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
+
+
+def _kind_wanted(hint: Any, origin: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return kinds.get(hint, "a list" if origin is tuple else "a table")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(element) for key, element in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_plain(element) for element in value]
+    return value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, once the one control character that JSON leaves bare is written out.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_value(str(key))} = {_toml_value(element)}" for key, element in value.items())
+        return f"{{{inner}}}" if inner else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(element) for element in value)}]"
+    raise UsageError(f"{value!r} cannot be written to a TOML file", next_step="give text, a number, true or false")

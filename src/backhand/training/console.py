@@ -1,0 +1,273 @@
+"""What the terminal shows of a run: a bar that moves, or plain lines where the output is not a terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from backhand.data.packing import micro_batches
+from backhand.kernels.library import describe, library
+from backhand.runs.summary import RunSummary
+from backhand.terminal import console
+from backhand.training.observer import Observer, RunStart
+from backhand.training.prepared import Job
+from backhand.training.step import Processes
+from backhand.words import duration, in_words, labelled
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SPARK_WIDTH = 16
+_PLAIN_LINES = 20
+
+
+class TerminalObserver(Observer):
+    """Progress on standard error, the closing summary on standard output; nothing at all when quiet.
+
+    rich takes care of NO_COLOR and of terminals that cannot move the cursor.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = console(stderr=True, quiet=quiet, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._losses: deque[float] = deque(maxlen=_SPARK_WIDTH)
+        self._plain_every = 1
+        self._total = 0
+        self._eval_loss: float | None = None
+
+    def started(self, start: RunStart) -> None:
+        """Say what is about to happen, and begin the bar."""
+        for fact in start.facts:
+            self._print(fact)
+        self._total = start.total_steps
+        self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
+        if self._console.is_terminal and not self._quiet:
+            self._bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[spark]} {task.fields[facts]}", markup=False),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=start.total_steps, completed=start.step, spark="", facts="")
+            try:
+                self._bar.start()
+            except OSError:
+                self._fall_silent()
+
+    def _print(self, text: str) -> None:
+        """A line, unless nobody is left to read it: a closed terminal or a closed pipe does not end a run."""
+        try:
+            self._console.print(text)
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        self._console.quiet = True
+        self._bar = None
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Move the bar; or print a line now and then."""
+        if record["loss"] is not None:
+            self._losses.append(record["loss"])
+        facts = _facts(record, self._eval_loss)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
+        elif record["step"] % self._plain_every == 0 or record["step"] in (1, self._total):
+            self._print(f"step {record['step']}/{self._total}  {facts}{self._left(record)}")
+
+    def _left(self, record: Mapping[str, Any]) -> str:
+        """Time for the steps that remain, from the mean of those done; the bar has its own."""
+        steps = self._total - record["step"]
+        return f"  {duration(record['time_s'] / record['step'] * steps)} left" if steps > 0 else ""
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Show the held-out loss."""
+        self._eval_loss = record.get("eval_loss", self._eval_loss)
+        parts = [f"held-out loss {_number(record['eval_loss'])}"] if "eval_loss" in record else []
+        if "forgetting_nats" in record:
+            rise, divergence = record["forgetting_nats"], record["forgetting_kl_nats"]
+            change = "not finite" if rise is None else f"{rise:+.3f} nats"
+            parts.append(f"neutral texts {change}, KL {_number(divergence)}")
+        self._print(f"step {record['step']}/{self._total}  {'  '.join(parts)}")
+
+    def noted(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._print(text)
+
+    def ended(self, summary: RunSummary) -> None:
+        """Stop the bar and print the closing summary."""
+        self.closed()
+        if not self._quiet:
+            try:
+                print("\n".join(closing_lines(summary)), file=sys.stdout, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # a closed terminal; what is still buffered must not raise again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def closed(self) -> None:
+        """Stop the bar."""
+        if self._bar is not None:
+            with suppress(OSError):
+                self._bar.stop()
+            self._bar = None
+
+
+def sparkline(losses: deque[float]) -> str:
+    """The last losses as a line of bars, highest and lowest of them filling the height."""
+    if not losses:
+        return ""
+    low, high = min(losses), max(losses)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in losses)
+
+
+def _facts(record: Mapping[str, Any], eval_loss: float | None) -> str:
+    parts = [
+        f"loss {_number(record['loss'])}",
+        f"lr {record['learning_rate']:.1e}",
+        f"{record['tokens_per_s']:,.0f} tokens/s",
+        in_words(record["rss_bytes"]),
+    ]
+    if eval_loss is not None:
+        parts.insert(1, f"held-out {_number(eval_loss)}")
+    return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The last lines of a run: what was trained, how much it improved, where the adapter is, what to type next.
+
+
+def closing_lines(summary: RunSummary) -> list[str]:
+    """The closing summary, a line a fact."""
+    what = (
+        f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
+        f"on {summary.rows:,} rows: {summary.steps:,} steps, {summary.tokens:,} tokens "
+        f"({summary.supervised_tokens:,} supervised) in {duration(summary.train_s)}, "
+        f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
+    )
+    lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
+    lines += [_improvement(summary), _memory(summary)]
+    if summary.skipped_steps:
+        lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
+    if summary.malformed_rows:
+        lines.append(f"{summary.malformed_rows:,} malformed rows were left out.")
+    if summary.stopped_because:
+        lines.append(f"Stopped early: {summary.stopped_because}.")
+    model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
+    return [
+        *lines,
+        f"Adapter: {summary.adapter}",
+        f"Next: backhand generate --model {model} --adapter {adapter} --compare --prompt '…'",
+        f"      backhand evaluate --model {model} --adapter {adapter} --data FILE",
+    ]
+
+
+def _improvement(summary: RunSummary) -> str:
+    base, best = summary.base_eval_loss, summary.best_eval_loss
+    if base is None or best is None:
+        if summary.first_loss is None or summary.last_loss is None:
+            return "No step could be taken."
+        return (
+            f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; nothing was held out "
+            "(--eval-fraction 0.05 would tell what it is worth on other rows)."
+        )
+    change = "better" if best < base else "not better"
+    return (
+        f"Held-out loss {base:.4f} → {best:.4f} nats per token (perplexity {_exp(base)} → {_exp(best)}, {change}) "
+        f"on {summary.held_out_rows:,} rows, best after step {summary.best_step}."
+    )
+
+
+def _memory(summary: RunSummary) -> str:
+    text = f"Peak memory {in_words(summary.peak_rss_bytes)}"
+    if summary.predicted_rss_bytes:
+        text += f", {in_words(summary.predicted_rss_bytes)} predicted"
+    return text + "."
+
+
+def _exp(loss: float) -> str:
+    return f"{math.exp(min(loss, 700.0)):,.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says before its first step: model, rows, adapter, plan, a line each.
+
+
+def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:
+    """The lines.
+
+    Args:
+        job: ready for its first step.
+        continued: whether it goes on from a checkpoint.
+        processes: that share it.
+    """
+    model, options = job.config.model, job.config.optimization
+    lora, report = job.bound.lora, job.train.report
+    threads = f"{model.threads} thread{'s' if model.threads != 1 else ''} on {model.device}"
+    ranks = sorted({slot.rank for slot in lora.slots.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    cut = f"{job.memory.micro_batch_rows} at a time, recompute {job.memory.recompute}"
+    computed = f"{model.dtype}, {job.engine.name} engine, {job.memory.base} base, {threads}"
+    facts = [f"model: {model.model} ({job.source.origin}), {computed}"]
+    if job.engine.note:
+        facts.append(f"SLOWER: {job.engine.note}")
+    if library() is None and job.engine.name == "backhand":
+        facts.append(describe())
+    facts += [labelled(note) for note in (*job.engine.notes, *job.notes)]
+    facts += [f"data: {line}" for line in report.lines()]
+    if job.held_out is not None:
+        facts += [f"held out: {line}" for line in job.held_out.report.lines()]
+    facts.append(
+        f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
+        f"modules, rank {rank}; "
+        f"{report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
+    )
+    facts.append(
+        f"plan: {job.total_steps:,} steps of {options.batch_rows} rows, {cut}; "
+        f"peak memory about {in_words(job.memory.peak_bytes)}"
+    )
+    facts += _shared_facts(job)
+    if (kept := job.states.line()) is not None:
+        facts.append(f"kept: {kept}")
+    if processes.size > 1:
+        each = f"each takes about {in_words(job.memory.peak_bytes)}"
+        how = "add up in the order of micro-batches" if job.config.run.reduce == "ordered" else "add up in one sum"
+        facts.append(
+            f"processes: {processes.size}, {processes.here} of them on this machine, where {each}; gradients {how}"
+        )
+    if continued:
+        facts.append("continuing from a checkpoint")
+    return tuple(facts)
+
+
+_STEPS_COUNTED = 200
+
+
+def _shared_facts(job: Job) -> list[str]:
+    """How many tokens of the first steps are computed, where rows share what they begin with."""
+    packer = job.packer
+    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
+    tokens = sum(packer.tokens(rows) for rows in steps)
+    computed = sum(
+        packer.positions(group)
+        for rows in steps
+        for group in micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows)
+    )
+    if computed == tokens:
+        return []
+    return [f"rows begin alike: {1 - computed / tokens:.0%} of their tokens are computed once for a whole micro-batch"]

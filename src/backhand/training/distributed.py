@@ -1,0 +1,429 @@
+"""One run on several processes, here or on several machines: gloo between processors, NCCL between cards.
+
+    joined     every process meets the others where the environment says; nobody waits for ever
+    same       what the processes have must be equal: base, rows, configuration, versions; then every adapter
+    follow     the first process chooses, the others take over: configuration, micro-batches, checkpoint
+    total      once a step: the gradient, the loss, the counts, and whether somebody asked to stop (`gradient_sum`)
+    gather     evaluations and texts that are shared out
+
+A process alone is `step.Processes`, and never comes here. Whoever starts the processes sets RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT, as torchrun and Kubeflow do. Ray Train has also connected them with torch: then the meeting
+point is there already, and the run's connections are made beside Ray's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError, short_reason
+from backhand.training.config import Reduce
+from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
+from backhand.training.pulse import Pulse, StoppedElsewhere
+from backhand.training.step import GradientSum, Processes, StepSum
+
+JOIN_S = 120.0
+_BIT = 1 << 18
+"""Elements of a message between two processes."""
+_NEVER = timedelta(days=30)
+"""Timeout of a collective operation: `pulse` knows earlier, and a slow step is no fault."""
+_MEETINGS = itertools.count()
+"""Of this process: a store that outlives a run still holds what was written for the run before."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the environment says that a process belongs."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    local_rank: int
+    agent_store: bool
+    attempt: str
+
+    @classmethod
+    def of_environment(cls) -> _Place:
+        """Raises UsageError for an environment that says half of it."""
+        environment = os.environ
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if missing:
+            raise UsageError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']}, and {', '.join(missing)} not set",
+                where="environment",
+                next_step="start the run with torchrun or --workers, set all four variables, or unset WORLD_SIZE",
+            )
+        numbers = {}
+        for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "0")):
+            try:
+                numbers[name] = int(environment.get(name, default))
+            except ValueError:
+                raise UsageError(f"{name} is {environment.get(name)!r}, no number", where="environment") from None
+        rank, size, port = numbers["RANK"], numbers["WORLD_SIZE"], numbers["MASTER_PORT"]
+        if not 0 <= rank < size or not 0 < port < 1 << 16:
+            raise UsageError(f"RANK {rank} of WORLD_SIZE {size}, MASTER_PORT {port}: out of range", where="environment")
+        attempt = f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        agent_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(rank, size, environment["MASTER_ADDR"], port, numbers["LOCAL_RANK"], agent_store, attempt)
+
+
+@contextmanager
+def joined(reduce: Reduce) -> Iterator[Group]:
+    """The several processes of this run, as the environment says; none leaves before all do.
+
+    Args:
+        reduce: how gradients add up.
+
+    Raises:
+        UsageError: half an environment, or a port that is taken.
+        ResourceError: the others do not come, or one is lost.
+        StoppedElsewhere: another process ended for a reason of its own.
+    """
+    group = Group(_Place.of_environment(), reduce)
+    try:
+        yield group
+        group.close()
+    except BaseException as error:
+        group.leave(error)
+        raise
+
+
+class Group(Processes):
+    """Several processes. Attributes and methods are those of `Processes`.
+
+    Args:
+        place: of this one.
+        reduce: how gradients add up.
+    """
+
+    def __init__(self, place: _Place, reduce: Reduce) -> None:
+        super().__init__()
+        self._dist = dist = _torch_distributed()
+        self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
+        self._ordered = reduce == "ordered"
+        self._signal = 0
+        self._waited_s = 0.0  # in the newest exchange of a step
+        self._waiting = False
+        self._connected_by_others = dist.is_initialized()
+        self._group: Any = None  # torch's own, of all processes
+        point = f"{place.host}:{place.port}"
+        meeting = f"{place.attempt}/{next(_MEETINGS)}"
+        served = place.agent_store or self._connected_by_others
+        store = dist.PrefixStore(meeting, _connected(place, point, server=not served))
+        me = f"{platform.node()} {os.getpid()}"
+        store.set(f"joined/{self.rank}", me)
+        there = _all_joined(store, self.size, point)
+        self.names = [f"rank {rank} (process {name[1]} on {name[0]})" for rank, name in enumerate(there)]
+        self.here = sum(name[0] == platform.node() for name in there)
+        beats = dist.PrefixStore(meeting, _connected(place, point, server=False))
+        self._pulse = Pulse(beats, self.rank, self.names, point)
+        self._connect(store)
+
+    def _connect(self, store: Any) -> None:
+        """Connections from each to each, in a thread: nothing else could be waited for meanwhile."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        failed: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                if self._connected_by_others:
+                    self._group = self._dist.new_group(backend=backend, timeout=_NEVER)
+                else:
+                    place = {"store": store, "rank": self.rank, "world_size": self.size}
+                    self._dist.init_process_group(backend, **place, timeout=_NEVER)
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                failed.append(error)
+
+        thread = threading.Thread(target=connect, name="connect", daemon=True)
+        thread.start()
+        began = time.monotonic()
+        while thread.is_alive() and not failed:
+            thread.join(0.05)
+            self._pulse.check()
+            if time.monotonic() - began > JOIN_S:
+                failed.append(TimeoutError(f"no connection from each process to each within {JOIN_S:.0f} s"))
+        if failed:
+            raise ResourceError(
+                "the processes have met and cannot connect to each other",
+                why=short_reason(failed[0]),
+                next_step="open the ports between them, or name the network: GLOO_SOCKET_IFNAME=eth0",
+            ) from None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes know that one has been asked to stop."""
+        return self._signal != 0
+
+    def _agree(self, signal: int) -> None:
+        self._signal = max(self._signal, signal)
+        if self._signal and self.interruption is not None:
+            self.interruption.heard_elsewhere(self._signal)
+
+    @property
+    def _asked_signal(self) -> int:
+        return 0 if self.interruption is None else self.interruption.requested or 0
+
+    def shared_out(self, tokens: Sequence[int]) -> list[list[int]]:
+        """For each process the numbers of its pieces, rising, of pieces of so many tokens; the longest come first."""
+        return shared_out(tokens, self.size)
+
+    def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
+        """The sum of one step."""
+        return (OrderedSum if self._ordered else PlainSum)(gradients, shares, self)
+
+    def total(self, added: GradientSum, computed_s: float) -> StepSum:
+        """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
+        began = time.perf_counter()
+        found = added.total(computed_s, self._waited_s, self._asked_signal)
+        self._waited_s = time.perf_counter() - began
+        self._agree(found.signal)
+        return found
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, as JSON holds it."""
+        data = json.dumps([self._asked_signal, value]).encode()
+        lengths = self._gathered(torch.tensor([len(data)]))
+        longest = max(int(length) for length in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        texts = [
+            bytes(piece[: int(length)].numpy()) for piece, length in zip(self._gathered(padded), lengths, strict=True)
+        ]
+        found = [json.loads(text) for text in texts]
+        self._agree(max(signal for signal, _ in found))
+        return [value for _, value in found]
+
+    def _gathered(self, sent: Tensor) -> list[Tensor]:
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        self.all_gather(received, sent)
+        return received
+
+    def follow(self, value: bytes) -> bytes:
+        """The value of the first process."""
+        length = torch.tensor([len(value)])
+        self._finish(lambda: [self._dist.broadcast(length, 0, group=self._group, async_op=True)])
+        if not int(length):
+            return b""
+        data = torch.frombuffer(bytearray(value if self.leads else int(length)), dtype=torch.uint8)
+        self._finish(lambda: [self._dist.broadcast(data, 0, group=self._group, async_op=True)])
+        return bytes(data.numpy())
+
+    def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """See `gradient_sum.Exchange`."""
+        self._swap(list(received.split(received_sizes)), list(sent.split(sent_sizes)))
+
+    def all_gather(self, received: list[Tensor], sent: Tensor) -> None:
+        """See `gradient_sum.Exchange`."""
+        self._swap(received, [sent] * self.size)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """See `gradient_sum.Exchange`."""
+        self._finish(lambda: [self._dist.all_reduce(tensor, group=self._group, async_op=True)])
+
+    def _swap(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
+        """One piece to each process and one from each, a bit at a time, so that both directions of a link are used.
+
+        Gloo's own all-to-all fills one direction first: over 100 Mbit/s it took 1.5 s for what now takes 0.9 s.
+        """
+        dist, operations = self._dist, []
+        received[self.rank].copy_(sent[self.rank])
+        for away in range(1, self.size):
+            there, back = (self.rank + away) % self.size, (self.rank - away) % self.size
+            pieces = [(dist.isend, piece, there) for piece in sent[there].split(_BIT)]
+            returns = [(dist.irecv, piece, back) for piece in received[back].split(_BIT)]
+            paired = itertools.zip_longest(pieces, returns)
+            operations += [dist.P2POp(*one, group=self._group) for pair in paired for one in pair if one is not None]
+        self._finish(lambda: [_Waited(dist.batch_isend_irecv(operations), sent[0].is_cuda)])
+
+    def _finish(self, begin: Callable[[], list[Any]]) -> None:
+        """Wait for operations as long as everybody is there."""
+        pause_s, self._waiting = 2e-5, True
+        try:
+            for work in begin():
+                while not work.is_completed():
+                    self._pulse.check()
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 1e-3)
+                work.wait()
+            self._waiting = False
+        except RuntimeError as error:
+            self._waiting = False
+            raise self._pulse.explain(short_reason(error)) from None
+
+    def same(self, facts: Mapping[str, Any]) -> None:
+        """Compare what processes must have alike. Raises ArtifactError naming what differs, and both sides."""
+        first, *others = self.gather(dict(facts))
+        for rank, there in enumerate(others, start=1):
+            different = [name for name in sorted({*first, *there}) if first.get(name) != there.get(name)]
+            if different:
+                shown = "; ".join(
+                    f"{name}: {_short(first.get(name))} on rank 0, {_short(there.get(name))} on rank {rank}"
+                    for name in different
+                )
+                raise ArtifactError(
+                    f"{self.names[0]} and {self.names[rank]} are not about to make the same run",
+                    where=", ".join(different),
+                    why=shown,
+                    next_step="give all processes the same model, rows, options and versions",
+                )
+
+    def same_adapter(self, digest: Callable[[], str], step: int) -> None:
+        """Compare the adapters. Raises CheckError naming the processes whose adapter is another one."""
+        first, *others = self.gather(digest())
+        different = [rank for rank, there in enumerate(others, start=1) if there != first]
+        if different:
+            raise CheckError(
+                f"after step {step} the adapter of {', '.join(self.names[rank] for rank in different)} is not that of "
+                f"{self.names[0]}",
+                why="they began alike and added up the same gradients: a processor or a memory computes otherwise",
+                next_step="continue from the checkpoint before with --resume, without that machine",
+            )
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others why this process ends."""
+        exit_code = _exit_code(error)
+        if isinstance(error, StoppedElsewhere):
+            error.said_elsewhere = self._pulse.leave(exit_code, error.what, echo=True)
+        elif isinstance(error, BackhandError):
+            error.said_elsewhere = self._pulse.leave(exit_code, error.one_line, echo=False)
+        else:
+            self._pulse.leave(exit_code, f"{type(error).__name__}: {error}", echo=False)
+        if self._waiting:
+            # A thread of gloo's still waits for a process that is gone, and Python would wait for that thread.
+            atexit.register(_end_now, exit_code)
+
+    def close(self) -> None:
+        """Wait until all are done, and end the connections."""
+        self._pulse.close()
+        self._dist.destroy_process_group(self._group)
+
+
+class _Waited:
+    """Messages under way, as one operation.
+
+    Gloo tells of a message that it has come only to who waits for it, so on processors a thread does; on a card waiting
+    belongs to the stream of the thread that computes.
+    """
+
+    def __init__(self, works: list[Any], on_card: bool) -> None:
+        self._works = works
+        self._error: RuntimeError | None = None
+        self._thread = None if on_card else threading.Thread(target=self._wait, name="messages", daemon=True)
+        if self._thread is not None:
+            self._thread.start()
+
+    def _wait(self) -> None:
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        """Whether all have come."""
+        return all(work.is_completed() for work in self._works) if self._thread is None else not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Raises RuntimeError for a connection that was closed."""
+        if self._thread is None:
+            self._wait()
+        if self._error is not None:
+            raise self._error
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the command line will make of an exception, as far as the others need to know."""
+    match error:
+        case BackhandError():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case SystemExit():
+            return error.code if isinstance(error.code, int) and error.code else 1
+        case OSError() | MemoryError():
+            return 5
+    return 1
+
+
+def _end_now(exit_code: int) -> None:
+    import sys
+
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)
+
+
+def _torch_distributed() -> Any:
+    """Half a second to import, and for several processes only."""
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def _connected(place: _Place, point: str, *, server: bool) -> Any:
+    """The shared store; the first process holds it, unless torchrun does. Raises UsageError, ResourceError."""
+    server = server and place.rank == 0
+    try:
+        return _torch_distributed().TCPStore(
+            place.host,
+            place.port,
+            is_master=server,
+            timeout=timedelta(seconds=JOIN_S),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        if server:
+            raise UsageError(
+                f"port {place.port} cannot be used",
+                where="MASTER_PORT",
+                why=short_reason(error),
+                next_step="another run may hold it: give another MASTER_PORT, or torchrun another --master-port",
+            ) from None
+        raise ResourceError(
+            f"rank {place.rank} found nobody at {point} within {JOIN_S:.0f} s",
+            where="MASTER_ADDR",
+            why=short_reason(error),
+            next_step="start rank 0 there, and let this machine reach that port",
+        ) from None
+
+
+def _all_joined(store: Any, size: int, point: str) -> list[list[str]]:
+    """[machine, process] of every rank. Raises ResourceError naming those that do not come."""
+    keys = [f"joined/{rank}" for rank in range(size)]
+    began = time.monotonic()
+    try:
+        while not store.check(keys):
+            if time.monotonic() - began > JOIN_S:
+                missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                raise ResourceError(
+                    f"{size - len(missing)} of {size} processes came to {point} within {JOIN_S:.0f} s",
+                    where="WORLD_SIZE",
+                    why=f"nothing is heard of rank {', '.join(missing)}",
+                    next_step="start all of them, each with its own RANK",
+                )
+            time.sleep(0.05)
+        return [store.get(key).decode().rsplit(" ", 1) for key in keys]
+    except RuntimeError as error:
+        raise ResourceError(
+            f"the meeting point {point} is gone", why=short_reason(error), next_step="look what rank 0 says"
+        ) from None

@@ -1,0 +1,249 @@
+"""The two ways a model is computed, behind one protocol: the decoder engine, and transformers with autograd.
+
+    Engine      before a weight is read: what can be adapted, how large the model is, what it cannot do
+    BoundModel  loaded, with an adapter: its values, its files, its answers
+    Trainable   what the training loop sees: a batch in, the loss and the adapter's gradients out
+
+`decoder_engine.choose_engine` makes the choice. Nothing else in training asks which of the two it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.record import AdapterRecord
+from backhand.generate.completer import Completer
+from backhand.nn.batch import PackedBatch
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
+from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.training.kept_states import Lower
+from backhand.training.memory.model import ModelSize
+from backhand.training.memory.plan import HeldBase
+from backhand.training.memory.states import Below
+
+
+class Trainable(Protocol):
+    """A frozen base model with at most one adapter."""
+
+    @property
+    def lora(self) -> LoRAParameters | None:
+        """The attached adapter, or None."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives and where batches must be."""
+        ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have a shared prefix."""
+        ...
+
+    def attach(self, lora: LoRAParameters) -> None:
+        """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
+        ...
+
+    def detach(self) -> None:
+        """Back to the base model."""
+        ...
+
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every module an adapter can target, by dotted path."""
+        ...
+
+    def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
+        """(name, tensor) of everything that must not move."""
+        ...
+
+    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
+        """Add ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`; return Σ nats, 0-d float64."""
+        ...
+
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """Σ nats over the supervised positions, 0-d float64, without gradients and without dropout."""
+        ...
+
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats, in the order of the positions, likewise."""
+        ...
+
+    def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
+        """(tokens, vocab) logits of every position, documents kept apart, without dropout."""
+        ...
+
+
+class BoundModel(ABC):
+    """A loaded model with its adapter attached.
+
+    Attributes:
+        model: what the loop trains.
+        lora: the adapter's buffers.
+        config: the adapter's configuration.
+        notes: what may interest a person, such as weights that training unties.
+    """
+
+    def __init__(self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, notes: Sequence[str] = ()) -> None:
+        self.model = model
+        self.lora = lora
+        self.config = config
+        self.notes = tuple(notes)
+
+    @property
+    def lower(self) -> Lower | None:
+        """The model as one whose lower blocks can be computed by themselves; None where that cannot be."""
+        return None
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw fresh factors; whatever else is trained starts from the base model, which nothing changes yet."""
+        self.lora.initialise(generator)
+        self._start_beside_factors()
+        self.lora.refresh_compute(self.model.dtype)
+
+    def fill(self, directory: str, allow_pickle: bool = False) -> None:
+        """Copy the values of an adapter of the same modules and ranks.
+
+        Args:
+            directory: of the adapter, or a GGUF file.
+            allow_pickle: whether it may be a pickle.
+
+        Raises:
+            UnusableAdapterError: an ArtifactError that lists every problem.
+        """
+        self._fill(directory, allow_pickle)
+        self.lora.refresh_compute(self.model.dtype)
+
+    @abstractmethod
+    def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
+        """The adapter as PEFT reads it: files by name."""
+
+    @abstractmethod
+    def completer(self) -> Completer:
+        """The same model as one that completes prompts, with the adapter and without it."""
+
+    @abstractmethod
+    def _start_beside_factors(self) -> None:
+        """Set what in a fresh adapter starts from the base model."""
+
+    @abstractmethod
+    def _fill(self, directory: str, allow_pickle: bool) -> None:
+        """Copy the values of an adapter into the buffers."""
+
+
+def wrapper_notes(source: ModelSource) -> tuple[str, ...]:
+    """That a text model lies inside an image model."""
+    if source.wrapper is None:
+        return ()
+    what = f"the text model inside a {source.wrapper.model_type} model"
+    return (f"{what}: its other parts are neither loaded nor counted; the adapter is named as {source.wrapper.prefix}",)
+
+
+class Engine(Protocol):
+    """A way to compute a model, known before its weights are read."""
+
+    @property
+    def name(self) -> Literal["backhand", "transformers"]:
+        """As `--engine` has it."""
+        ...
+
+    @property
+    def note(self) -> str | None:
+        """Why not the decoder engine, what that costs and what would change it.
+
+        None where it is taken, or transformers was asked for.
+        """
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the model, such as fields of its configuration without effect."""
+        ...
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches may have a shared prefix."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        ...
+
+    def layout(self, config: LoRAConfig) -> AdapterLayout:
+        """What the adapter will consist of.
+
+        Raises:
+            UsageError: a target matches nothing, or what is trained does not go together.
+        """
+        ...
+
+    def below(self, layout: AdapterLayout, longest: int) -> Below:
+        """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
+
+        Args:
+            layout: of the adapter.
+            longest: tokens of the longest row.
+        """
+        ...
+
+    @property
+    def bases(self) -> tuple[HeldBase, ...]:
+        """How the frozen weights can be held."""
+        ...
+
+    def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
+        """What the memory plan needs to know."""
+        ...
+
+    def start_notes(
+        self, directory: str, layout: AdapterLayout, *, chat_template: str | None, force_base: bool, allow_pickle: bool
+    ) -> tuple[str, ...]:
+        """Hold an adapter to start from against the base model; what a person should know of it.
+
+        Raises:
+            ArtifactError: it cannot be read, or was trained with another base model, tokenizer or chat template.
+        """
+        ...
+
+    def load(
+        self,
+        config: LoRAConfig,
+        *,
+        base_model: str | None,
+        device: torch.device,
+        recompute: str = "none",
+        base: HeldBase = "dense",
+    ) -> BoundModel:
+        """Read the weights, and attach an adapter whose values are still zero.
+
+        Raises:
+            UsageError: a target matches nothing, or cannot be adapted.
+            ArtifactError: the weights do not fit the configuration, or cannot be read.
+        """
+        ...
+
+    def probes(
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense"
+    ) -> Sequence[tuple[Trainable, int]]:
+        """Models to time in place of the whole one, with how many of its blocks each has, the smallest first.
+
+        The last one is the model itself, or two tell by their difference what a block takes.
+        """
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the whole model, counted as `probes` does."""
+        ...

@@ -1,0 +1,262 @@
+"""`backhand evaluate`: loss, perplexity and exact match on rows, of the base model and of the adapted one.
+
+loss        = Σ nats / supervised tokens,   perplexity = e^loss
+exact match = share of rows whose greedy completion, stripped, equals the row's last completion, which of a chat is all
+              that the template writes of the last reply; the losses tell it of most rows that are right
+              (`certain_replies`), only the others are decoded
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from backhand.bounds import check_kind
+from backhand.data.examples import Example, check_vocabulary
+from backhand.data.options import DataOptions
+from backhand.data.prepare import Prompt, prepare
+from backhand.errors import CheckError
+from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.terminal import console_for_tables, working
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.measuring import HeldOut
+from backhand.words import count_of, show_notes
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does on the rows.
+
+    Attributes:
+        loss: mean nats per supervised token.
+        perplexity: e^loss.
+        exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
+        supervised_tokens: over which the loss is the mean.
+    """
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows that were measured, and the scores of the base and, if an adapter was given, of the adapted model."""
+
+    rows: int
+    base: Score
+    adapted: Score | None
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get.
+
+    Attributes:
+        held_out: the documents.
+        rows: how many rows they were made from.
+        prompts: of the rows that end in a reply.
+        notes: what of the rows is not measured, a sentence each.
+    """
+
+    held_out: HeldOut
+    rows: int
+    prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
+
+
+def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
+    """Read the rows once for everything that is measured on them.
+
+    Raises:
+        UsageError, DataError: as `data.prepare`; DataError also for a token that the model does not have.
+    """
+    # Every row that is named is evaluated: what would hold rows out of training does not apply here.
+    data = replace(data, eval_data=(), eval_fraction=0.0)
+    found: list[Prompt] = []
+    examples, _ = prepare(data, loaded.tokenizer, prompts=found if run.completions else None)
+    prompts = tuple(prompt for prompt in found if prompt.reply is not None)
+    found_ids = [(example.input_ids, example.source) for example in examples.examples]
+    found_ids += [(prompt.input_ids, prompt.source) for prompt in prompts]
+    check_vocabulary(found_ids, loaded.model.vocab_size, loaded.tokenizer)
+    notes = examples.report.left_out()
+    if unasked := len(found) - len(prompts):
+        notes.append(f"{count_of(unasked, 'row')} without a reply at the end: no exact match, the loss alone")
+    rows = len({example.source for example in examples.examples})
+    return EvaluationRows(HeldOut(examples.examples, run.micro_batch_rows), rows, prompts, tuple(notes))
+
+
+def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
+    """Measure one model on the rows.
+
+    Args:
+        loaded: the base model, perhaps with an adapter.
+        rows: from `evaluation_rows` of the same model.
+        run: how long completions may be.
+        adapter: with the adapter, or without it.
+
+    Raises:
+        CheckError: the loss is not finite.
+    """
+    loaded.model.use_adapter(adapter)
+    nats, certain = _losses(loaded, rows, run.max_new_tokens)
+    if not math.isfinite(nats):
+        raise CheckError(
+            f"the loss of the {'adapted' if adapter else 'base'} model on these rows is {nats}",
+            why="the model computes NaN or infinity",
+            next_step="try --dtype float32, or train the adapter again with a lower --learning-rate"
+            if adapter
+            else "try --dtype float32, or load the model again from its source",
+        )
+    exact_match = None
+    if rows.prompts:
+        open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
+        right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens)
+        exact_match = right / len(rows.prompts)
+    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens)
+
+
+def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> tuple[float, list[bool]]:
+    """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
+    nats = 0.0
+    by_source: dict[str, list[tuple[Example, Tensor]]] = {}
+    for example, losses in rows.held_out.token_losses(loaded.model):
+        nats += float(losses.sum(dtype=torch.float64))
+        by_source.setdefault(example.source, []).append((example, losses))
+    certain = certain_replies(
+        by_source,
+        rows.prompts,
+        text=lambda ids: _text(loaded, ids),
+        stop_ids=loaded.stop_ids,
+        max_new_tokens=max_new_tokens,
+    )
+    return nats / rows.held_out.supervised_tokens, certain
+
+
+def _perplexity(loss: float) -> float:
+    """e^loss; infinite where a float64 cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
+    """How many of the prompts the model, as it is, completes greedily with exactly the reply."""
+    replies = [(prompt.reply or "").strip() for prompt in prompts]
+
+    def already_wrong(number: int, ids: Sequence[int]) -> bool:
+        # The last token may be part of a character, which then shows as a replacement.
+        return not replies[number].startswith(_text(loaded, ids).rstrip("\ufffd").strip())
+
+    # A tokenizer that tidies spaces may change what it has decoded when more follows.
+    tidies = getattr(loaded.tokenizer, "clean_up_tokenization_spaces", False)
+    completions = complete_greedily(
+        loaded.model,
+        [prompt.input_ids.tolist() for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        stop_ids=loaded.stop_ids,
+        give_up=None if tidies else already_wrong,
+    )
+    return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Measure the base model, and the adapted one if there is an adapter.
+
+    Raises:
+        UsageError, DataError, ArtifactError: each says what to do.
+    """
+    check_kind("options", options, EvaluateOptions)
+    options.validate()
+    run = options.run
+    with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:
+        show_notes(loaded.notes)
+        rows = evaluation_rows(options.data, loaded, run)
+        show_notes(rows.notes)
+        base = score(loaded, rows, run, adapter=False)
+        adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
+    return Evaluation(rows.rows, base, adapted)
+
+
+def evaluate_command(options: EvaluateOptions) -> Evaluation:
+    """`evaluate`, printed as a table, or as one JSON object with `json`."""
+    if options.run.json:
+        result = evaluate(options)
+        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+        return result
+    with working("evaluating"):
+        result = evaluate(options)
+    table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
+    for column in ("model", "loss (nats per token)", "perplexity", "exact match"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, found in (("base", result.base), ("adapted", result.adapted)):
+        if found is not None:
+            match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
+            table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match)
+    console_for_tables().print(table)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which rows greedy decoding surely answers right, told by the losses that were measured anyway, without decoding.
+#
+#     ℓ = -log p(target | what the row says before it)
+#
+# Where every token of a row's reply, and the token that ends it, has p = e^-ℓ > 1/2, each of them is the likeliest
+# one after the very tokens that greedy decoding has chosen before: the completion is the reply. The converse does not
+# hold (p may be below 1/2 and still the largest), so every other row has to be decoded.
+
+
+# p > 0.78, so that the target's logit is 1.26 above any other: more than the roundings of a bfloat16 model, whose
+# logits decoding computes from other shapes of products.
+CERTAIN_NATS = 0.25
+
+
+def certain_replies(
+    rows: Mapping[str, Sequence[tuple[Example, Tensor]]],
+    prompts: Sequence[Prompt],
+    *,
+    text: Callable[[Sequence[int]], str],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+) -> list[bool]:
+    """For each prompt whether its greedy completion surely is its reply.
+
+    Args:
+        rows: documents by their source, each with its supervised tokens' losses in nats, (supervised,).
+        prompts: with a reply.
+        text: of token ids, as completions are read.
+        stop_ids: tokens that end a completion.
+        max_new_tokens: at most so many tokens a completion, the stop token among them.
+    """
+
+    def certain(prompt: Prompt, example: Example, losses: Tensor) -> bool:
+        start = len(prompt.input_ids)
+        if not np.array_equal(example.input_ids[:start], prompt.input_ids):
+            return False
+        said = example.input_ids[start : start + max_new_tokens].tolist()
+        end = next((place for place, token in enumerate(said) if token in stop_ids), None)
+        if end is None or text(said[:end]).strip() != (prompt.reply or "").strip():
+            return False
+        supervised = example.supervised
+        if not supervised[start : start + end + 1].all():
+            return False
+        first = int(supervised[:start].sum())
+        return float(losses[first : first + end + 1].max()) < CERTAIN_NATS
+
+    return [any(certain(prompt, *row) for row in rows.get(prompt.source, ())) for prompt in prompts]

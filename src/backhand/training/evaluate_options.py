@@ -1,0 +1,51 @@
+"""What `backhand evaluate` can be told. This file imports no torch: the command line reads it for its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backhand.bounds import Count, check_fields
+from backhand.data.options import DataOptions
+from backhand.training.config import ModelOptions
+
+
+@dataclass(frozen=True)
+class EvaluateRunOptions:
+    """What to evaluate, and how."""
+
+    adapter: Path | None = None
+    """Adapter to put beside the base model: the directory that training or PEFT wrote, or a GGUF file; not given: the
+    base model alone."""
+
+    max_new_tokens: Count = 256
+    """Longest greedy completion that is compared with the row's last one."""
+
+    micro_batch_rows: Count = 16
+    """Rows per forward pass."""
+
+    completions: bool = True
+    """Also answer every row and compare: exact match. Off, only the losses are measured."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """One evaluation: the model, the rows, and what to measure on them.
+
+    Attributes:
+        model: the base model and how it is computed.
+        data: rows, template, lengths; `data` names the rows to evaluate.
+        run: adapter and output.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
+
+    def validate(self) -> EvaluateOptions:
+        """Check every field before anything is loaded; return self. Raises UsageError."""
+        check_fields(self)
+        return self

@@ -1,0 +1,203 @@
+"""facts.json: what a run is made of, known before its first step: model, adapter, rows, memory, machine, digests.
+
+With it the report needs neither the model nor the rows, and an interrupted run has one as well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backhand.adapters.record import installed_packages
+from backhand.data.examples import DataReport, Example, PreparedData
+from backhand.ops.frozen_matrix import frozen_dense
+from backhand.runs.directory import RunDirectory
+from backhand.runs.summary import RunSummary
+from backhand.training.memory.process import peak_rss_bytes
+from backhand.training.prepared import Job
+from backhand.training.state import RunState
+
+SHOWN_ROWS = 3
+SHOWN_TOKENS = 400
+_BINS = 32
+
+
+def run_facts(job: Job) -> dict[str, Any]:
+    """Everything in facts.json, as JSON has it.
+
+    Of the rows it holds the first few, token by token, and no others. Norms are Frobenius norms of the base weights in
+    the compute dtype, None where a module has no weight of its own.
+    """
+    tokenizer = job.source.tokenizer()
+    return {
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "total_steps": job.total_steps,
+        "model": {
+            "name": job.config.model.model,
+            "origin": job.source.origin,
+            "hub_id": job.source.hub_id,
+            "architecture": _architecture(job.source.config),
+            "engine": job.engine.name,
+            "note": job.engine.note,
+            "dtype": job.config.model.dtype,
+            "base": job.memory.base,
+        },
+        "modules": _modules(job),
+        "memory": {"predicted_bytes": job.memory.peak_bytes, "parts": dict(job.memory.parts)},
+        "data": {
+            "train": _rows(job.train, tokenizer, shown=SHOWN_ROWS),
+            "held_out": None if job.held_out is None else _rows(job.held_out, tokenizer, shown=0),
+        },
+        "digests": job.identity.facts(),
+        "packages": installed_packages(),
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and system."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "system": platform.platform(terse=True),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def _modules(job: Job) -> list[dict[str, Any]]:
+    weights = dict(job.bound.model.frozen_tensors())
+    modules = []
+    for name, slot in job.bound.lora.slots.items():
+        weight = weights.get(f"{name}.weight")
+        norm = None if weight is None else _norm(frozen_dense(weight))
+        modules.append(
+            {
+                "name": name,
+                "in_features": slot.in_features,
+                "out_features": slot.out_features,
+                "rank": slot.rank,
+                "scaling": slot.scaling,
+                "weight_norm": norm,
+            }
+        )
+    return modules
+
+
+def _norm(weight: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+
+
+def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
+    return {
+        **_counts(data.report),
+        "lengths": _histogram([len(example) for example in data.examples]),
+        "supervised": _histogram([int(example.supervised.sum()) for example in data.examples]),
+        "shown": [_token_by_token(example, tokenizer) for example in data.examples[:shown]],
+    }
+
+
+def _counts(report: DataReport) -> dict[str, Any]:
+    return {
+        "sources": [{"source": form.source, "form": form.form, "rows": form.rows} for form in report.sources],
+        "rows": report.rows,
+        "documents": report.documents,
+        "tokens": report.tokens,
+        "supervised_tokens": report.supervised_tokens,
+        "longest": report.longest,
+        "truncated": report.truncated,
+        "dropped_long": report.dropped_long,
+        "dropped_unsupervised": report.dropped_unsupervised,
+        "skipped_bad": report.skipped_bad,
+        "notes": list(report.notes),
+    }
+
+
+def _histogram(counts: Sequence[int]) -> list[dict[str, int]]:
+    """How many of the counts lie in each bin of equal width, `from` inclusive and `to` exclusive."""
+    if not counts:
+        return []
+    low, high = min(counts), max(counts)
+    width = max(1, math.ceil((high + 1 - low) / _BINS))
+    bins = [0] * ((high - low) // width + 1)
+    for count in counts:
+        bins[(count - low) // width] += 1
+    return [
+        {"from": low + number * width, "to": low + (number + 1) * width, "documents": documents}
+        for number, documents in enumerate(bins)
+    ]
+
+
+def _token_by_token(example: Example, tokenizer: Any) -> dict[str, Any]:
+    """A document as [text, whether it is supervised] for each token, the rest counted."""
+    ids = example.input_ids[:SHOWN_TOKENS].tolist()
+    texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
+    return {
+        "source": example.source,
+        "tokens": [[text, bool(marked)] for text, marked in zip(texts, example.supervised, strict=False)],
+        "left_out": len(example) - len(ids),
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# summary.json: what a run came to.
+
+
+def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
+    """The summary of a run that is over."""
+    progress = state.progress
+    return RunSummary(
+        output=str(directory.path),
+        adapter=str(directory.adapter),
+        model=job.config.model.model,
+        engine=job.engine.name,
+        engine_note=job.engine.note,
+        dtype=job.config.model.dtype,
+        base=job.memory.base,
+        train_s=round(progress.train_s, 3),
+        steps=progress.step,
+        skipped_steps=progress.skipped_steps,
+        tokens=progress.tokens,
+        supervised_tokens=progress.supervised_tokens,
+        tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
+        peak_rss_bytes=peak_rss_bytes(),
+        predicted_rss_bytes=job.memory.peak_bytes,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        base_eval_loss=progress.base_eval_loss,
+        best_eval_loss=progress.best_eval_loss,
+        best_step=progress.best_step,
+        trained_parameters=state.lora.element_count,
+        adapted_modules=len(state.lora.slots),
+        rows=len(job.train.examples),
+        held_out_rows=0 if job.held_out is None else len(job.held_out.examples),
+        malformed_rows=job.train.report.skipped_bad,
+        stopped_because=progress.stopped_because,
+        world_size=world_size,
+    )

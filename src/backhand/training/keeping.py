@@ -1,0 +1,137 @@
+"""Which rows of a run keep their hidden states below the lowest adapted layer, and in what store; see `kept_states`.
+
+On the disk they stand in `states/` of the run directory, a file for each process, under a digest of all that decides
+their bits: every frozen tensor, every row, the layer, dtype, threads, versions, processor. A run that goes on finds
+them there; where the digest is another one, or the file damaged, they are made anew. A run that ends removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from backhand.data.packing import RowPacker
+from backhand.files import FileLayer, remove_tree
+from backhand.kernels.library import describe
+from backhand.runs.directory import STATES, ProofLog, RunDirectory
+from backhand.runs.record_file import RecordFile
+from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
+from backhand.training.leading import versions
+from backhand.training.prepared import Job
+
+
+@dataclass
+class Keeping:
+    """The rows of a run that keep theirs; None of those that do not.
+
+    Attributes:
+        train, held_out: the sets of rows.
+        finished: set when the run needs them no more.
+    """
+
+    train: KeptStates | None = None
+    held_out: KeptStates | None = None
+    finished: bool = False
+
+
+@contextmanager
+def keeping(
+    job: Job,
+    directory: RunDirectory,
+    rank: int,
+    frozen_digest: str,
+    *,
+    log: ProofLog,
+    noted: Callable[[str], None],
+) -> Iterator[Keeping]:
+    """What the job's plan keeps; at the end it is let go, and what was on the disk is removed where `finished` is set.
+
+    Args:
+        job: with its model.
+        directory: of the run.
+        rank: of this process.
+        frozen_digest: of all frozen tensors.
+        log: told that what is kept was found to be what is computed.
+        noted: told what goes wrong.
+    """
+    kept, store = Keeping(), None
+    packers = _packers(job)
+    lower = job.bound.lower
+    if lower is not None and job.states.where != "off":
+        lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
+        store = _store(job, directory, rank, frozen_digest, lengths, noted)
+    if lower is not None and store is not None:
+        sets: list[KeptStates | None] = []
+        first, layer = 0, job.states.below.layer
+        for packer in packers:
+            if packer is None:
+                sets.append(None)
+                continue
+            sets.append(KeptStates(lower, layer, packer, store, first=first, log=log, noted=noted))
+            first += len(_lengths(packer))
+        kept.train, kept.held_out = sets
+    try:
+        yield kept
+    finally:
+        if store is not None:
+            store.close(remove=kept.finished)
+        if kept.finished and rank == 0:  # with files of processes that are no longer part of the run
+            with suppress(OSError):
+                remove_tree(directory.files, directory.path / STATES)
+
+
+def _packers(job: Job) -> tuple[RowPacker | None, RowPacker | None]:
+    """Of the training rows, unless each comes once, and of the held-out ones."""
+    shares = job.engine.shares_prefixes
+    return (
+        job.packer if job.total_steps > job.sampler.steps_per_epoch else None,
+        None if job.held_out is None else RowPacker(job.held_out.examples, share_prefixes=shares),
+    )
+
+
+def _lengths(packer: RowPacker) -> list[int]:
+    """Tokens that are kept of each row, and behind them those that all rows begin with."""
+    return [max(0, length - packer.common) for length in packer.lengths] + [packer.common]
+
+
+def _store(
+    job: Job,
+    directory: RunDirectory,
+    rank: int,
+    frozen_digest: str,
+    lengths: list[int],
+    noted: Callable[[str], None],
+) -> StateStore | None:
+    width = job.states.below.width
+    if job.states.where == "memory":
+        return StatesInMemory(lengths, width, job.dtype)
+    facts = {
+        "frozen": frozen_digest,
+        "rows": [job.identity.data, job.identity.held_out],
+        "lengths": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
+        "layer": job.states.below.layer,
+        "dtype": str(job.dtype),
+        "threads": job.config.model.threads,
+        "versions": versions(),
+        "loops": describe(),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    try:
+        file = _opened(directory.files, directory, rank, digest)
+    except OSError as error:
+        noted(f"no hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+        return None
+    if file.replaced is not None:
+        noted(f"kept hidden states are made anew, those that were there are of no use: {file.replaced}")
+    return StatesOnDisk(file, lengths, width, job.dtype, noted)
+
+
+def _opened(files: FileLayer, directory: RunDirectory, rank: int, digest: str) -> RecordFile:
+    place = directory.path / STATES
+    if not place.is_dir():
+        with suppress(FileExistsError):  # another process was faster
+            files.make_directory(place)
+    return RecordFile(files, place / f"rank-{rank}.records", digest)

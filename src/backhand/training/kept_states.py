@@ -1,0 +1,297 @@
+"""The hidden states that enter the lowest adapted layer, kept: each row goes through the layers below it once in a run.
+
+    x = block_{c-1}(… block_0(embedding(ids)))        c the lowest adapted layer
+
+Nothing below c is trained and no dropout is drawn there, so x of a row is the same in every epoch. In a packed batch a
+document is computed by itself in every op; what it is packed with decides nothing but the number of rows of the matrix
+products. Where these give each row the same bits whatever their number, and attention the same whatever stands in front
+as shared prefix, x is a function of the row alone, to the bit, and may be put together from the rows of any batches:
+
+    x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
+
+The engine says where its own loops promise that (`memory.states`). Products are a library's, whose kernels follow the
+number of rows: each number of tokens is looked at before it is first used (`nn.decoder.row_products`), and batches of a
+size whose products do not agree with the others' are computed as ever. Besides, the 1st, 32nd, 1024th … batch that is
+put together is computed as well, through all layers below c, and compared bit by bit.
+
+What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
+zeros stand for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from backhand.data.packing import RowPacker
+from backhand.errors import CheckError
+from backhand.nn.batch import Entering, PackedBatch
+from backhand.runs.directory import Proof, ProofLog
+from backhand.runs.record_file import RecordFile
+
+
+class Lower(Protocol):
+    """A model whose lower blocks can be computed by themselves."""
+
+    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
+        """x₀ of block `layer`, (tokens, hidden)."""
+        ...
+
+    def keeps_rows(self, tokens: int) -> bool:
+        """Whether products of so many rows give each the bits that it has among others."""
+        ...
+
+
+class StateStore(Protocol):
+    """Hidden states by a row's number, (tokens, hidden) each."""
+
+    def get(self, number: int) -> Tensor | None:
+        """The states, to be read only; None where they are not there."""
+        ...
+
+    def put(self, number: int, states: Tensor) -> None:
+        """Keep a copy; without effect where nothing more can be kept."""
+        ...
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of everything; with `remove` of what would be found again as well."""
+        ...
+
+
+class StatesInMemory:
+    """One tensor for all rows, in the compute dtype; pages are taken as they are written.
+
+    Args:
+        lengths: tokens of each number.
+        width: hidden size.
+        dtype: of the states.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
+        self._starts = [0]
+        for length in lengths:
+            self._starts.append(self._starts[-1] + length)
+        self._states = torch.empty(self._starts[-1], width, dtype=dtype)
+        self._there = [False] * len(lengths)
+
+    def get(self, number: int) -> Tensor | None:
+        """See `StateStore.get`."""
+        return self._states[self._starts[number] : self._starts[number + 1]] if self._there[number] else None
+
+    def put(self, number: int, states: Tensor) -> None:
+        """See `StateStore.put`."""
+        self._states[self._starts[number] : self._starts[number + 1]].copy_(states)
+        self._there[number] = True
+
+    def close(self, *, remove: bool) -> None:  # noqa: ARG002 - nothing would be found again
+        """See `StateStore.close`."""
+        self._there = [False] * len(self._there)
+        self._states = self._states.new_empty(0, self._states.shape[1])
+
+
+class StatesOnDisk:
+    """Records of one file, in the compute dtype.
+
+    A disk that takes no more ends the keeping and not the run: the file is removed, since checkpoints need the room.
+
+    Args:
+        file: the records; other states under its digest are there already.
+        lengths: tokens of each number.
+        width: hidden size.
+        dtype: of the states.
+        noted: told in a sentence what went wrong.
+    """
+
+    def __init__(
+        self,
+        file: RecordFile,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        noted: Callable[[str], None],
+    ) -> None:
+        self._file: RecordFile | None = file
+        self._lengths = lengths
+        self._width = width
+        self._dtype = dtype
+        self._noted = noted
+        self._told = False
+
+    def get(self, number: int) -> Tensor | None:
+        """See `StateStore.get`."""
+        if self._file is None or number not in self._file:
+            return None
+        data = self._file.read(number)
+        if data is None or len(data) != self._lengths[number] * self._width * self._dtype.itemsize:
+            if not self._told:
+                self._noted("kept hidden states have changed on the disk; those of such rows are computed again")
+            self._told = True
+            return None
+        return torch.frombuffer(data, dtype=self._dtype).view(self._lengths[number], self._width)
+
+    def put(self, number: int, states: Tensor) -> None:
+        """See `StateStore.put`."""
+        if self._file is None:
+            return
+        try:
+            self._file.append(number, states.contiguous().view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            self._noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.close(remove=True)
+
+    def close(self, *, remove: bool) -> None:
+        """See `StateStore.close`."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close(remove=remove)
+
+
+class KeptStates:
+    """A set of rows whose hidden states are kept.
+
+    Args:
+        model: whose lower blocks are computed.
+        layer: c, below which nothing is trained.
+        packer: of the rows.
+        store: where they are kept.
+        first: the store's number of the set's first row; behind its rows comes what all of them begin with.
+        log: told that what is kept was found to be what is computed.
+        noted: told in a sentence where it is not.
+    """
+
+    def __init__(
+        self,
+        model: Lower,
+        layer: int,
+        packer: RowPacker,
+        store: StateStore,
+        *,
+        first: int = 0,
+        log: ProofLog,
+        noted: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._layer = layer
+        self._packer = packer
+        self._store: StateStore | None = store
+        self._first = first
+        self._beginning = packer.common
+        self._log = log
+        self._noted = noted
+        self._put_together, self._next_look = 0, 1
+        self._agreeing: dict[int, bool] = {}
+
+    def packed(self, rows: Sequence[int]) -> PackedBatch:
+        """These rows as `RowPacker.packed` packs them, with the hidden states that enter layer c.
+
+        Raises:
+            CheckError: what was kept is not what is computed now, and batches of the run have used it.
+        """
+        batch = self._packer.packed(rows, "cpu")
+        if self._store is None or not self._agrees(batch):
+            return batch
+        rows = self._packer.in_order(rows)
+        kept = {row: self._store.get(self._first + row) for row in rows}
+        missing = [row for row in rows if kept[row] is None]
+        beginning = self._store.get(self._first + len(self._packer.lengths)) if self._beginning else None
+        if len(missing) == len(rows) or (self._beginning and beginning is None):
+            return replace(batch, entering=Entering(self._layer, self._compute(rows, batch)))
+        if missing:
+            part = self._packer.packed(missing, "cpu")
+            if not self._agrees(part):
+                return batch
+            self._compute(missing, part)
+            kept |= {row: self._store.get(self._first + row) for row in missing}
+        states = self._joined(batch, rows, kept, beginning)
+        if states is None:
+            return batch  # meanwhile nothing is kept any more
+        self._put_together += 1
+        if self._put_together == self._next_look:
+            self._next_look *= _LOOK_EVERY
+            states = self._compared(batch, states, self._packer.positions(rows))
+        return replace(batch, entering=Entering(self._layer, states))
+
+    def _agrees(self, batch: PackedBatch) -> bool:
+        """Whether products of the batch's size give a row the bits that it has in other batches."""
+        size = batch.input_ids.shape[0]
+        if size not in self._agreeing:
+            self._agreeing[size] = self._model.keeps_rows(size)
+            if not self._agreeing[size] and all(self._agreeing[other] for other in self._agreeing if other != size):
+                self._noted(
+                    f"products of {size} rows end in other bits than those of others on this machine: batches of such "
+                    f"sizes go through the layers below {self._layer} in each epoch"
+                )
+        return self._agreeing[size]
+
+    def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
+        """The states of these rows, in the batch's order, (tokens, hidden); they are put into the store."""
+        store, g, shared = self._store, self._beginning, batch.shared_prefix
+        assert store is not None
+        states = self._model.entering(batch, self._layer)
+        beginning = self._first + len(self._packer.lengths)
+        if g and store.get(beginning) is None:
+            store.put(beginning, states[:g])  # of the shared prefix, which is no shorter, or of the first row
+        place = shared
+        for row in rows:
+            own = self._packer.lengths[row] - shared
+            parts = [states[min(g, shared) : shared], states[place + max(0, g - shared) : place + own]]
+            store.put(self._first + row, torch.cat(parts))
+            place += own
+        return states
+
+    def _joined(
+        self, batch: PackedBatch, rows: Sequence[int], kept: dict[int, Tensor | None], beginning: Tensor | None
+    ) -> Tensor | None:
+        """The states of the batch, (tokens, hidden), from those of its rows; None where some are not there."""
+        g, shared = self._beginning, batch.shared_prefix
+        parts: list[Tensor] = []
+        for place, row in enumerate(rows):
+            own = kept[row]
+            if own is None:
+                return None
+            if beginning is not None and (place == 0 or not shared):
+                parts.append(beginning)
+            parts.append(own if place == 0 else own[max(0, shared - g) :])
+        width, there = parts[0].shape[1], sum(part.shape[0] for part in parts)
+        parts.append(parts[0].new_zeros(batch.input_ids.shape[0] - there, width))
+        return torch.cat(parts)
+
+    def _compared(self, batch: PackedBatch, states: Tensor, there: int) -> Tensor:
+        """The states that the batch comes to now; those of its first `there` positions are held against the kept ones.
+
+        Raises:
+            CheckError: they differ, and it is not the first batch that is put together.
+        """
+        computed = self._model.entering(batch, self._layer)
+        different = int((_bits(computed[:there]) != _bits(states[:there])).sum())
+        if self._put_together == 1 or different:
+            self._log(Proof("kept hidden states are those computed again, bit by bit", not different, different, 0))
+        if different and self._put_together > 1:
+            raise CheckError(
+                f"{different:,} of {states.numel():,} kept hidden states are not those that are computed now",
+                where=f"layer {self._layer}",
+                why="a row's last bits depend on the rows beside it here, or what was kept has been damaged",
+                next_step="continue from the checkpoint before with --resume --cache-frozen off",
+            )
+        if different:
+            self._store = None
+            self._noted(
+                f"a row's last bits depend on the rows beside it here: the layers below {self._layer} are computed in "
+                "each epoch"
+            )
+        return computed
+
+
+_LOOK_EVERY = 32
+"""Of the batches that are put together the 1st, 32nd, 1024th … is computed as well."""
+
+
+def _bits(states: Tensor) -> Tensor:
+    """The states as integers: -0 is not 0, and NaN is itself."""
+    return states.view(torch.int16 if states.dtype.itemsize == 2 else torch.int32)

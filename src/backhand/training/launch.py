@@ -1,0 +1,155 @@
+"""How a run comes to several processes: the environment says so, or `--workers N` starts them by torch's own launcher.
+
+The launcher runs the same command once more in N processes of this machine. Its rendezvous is this process's own, on a
+port that is free. When one worker ends with an error the others are ended; Ctrl-C and SIGTERM are passed on, and the
+workers have time for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import BackhandError, ResourceError
+from backhand.nn.compute import available_cores
+from backhand.runs.directory import SUMMARY
+from backhand.runs.summary import RunSummary, read_summary
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import dump_config
+
+_TYPED = "BACKHAND_TYPED_OPTIONS"
+_SHUTDOWN_S = 600
+"""How long a worker that was asked to stop has for its step and its checkpoint."""
+
+
+class WorkersEnded(BackhandError):
+    """The workers ended without finishing the run, and have said why."""
+
+    said_elsewhere = True
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the processes of the run have ended")
+        self.exit_code = exit_code
+
+
+def in_a_group() -> bool:
+    """Whether the environment says that this process is one of several; `distributed.joined` reads the rest of it."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of the run's had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def typed_elsewhere() -> frozenset[str]:
+    """Options that were typed where the launcher was started."""
+    return frozenset(os.environ.get(_TYPED, "").split())
+
+
+def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
+    """Run in `config.run.workers` processes, and wait for them.
+
+    Args:
+        config: validated.
+        typed: names of options that were given even where they have their default value.
+
+    Raises:
+        WorkersEnded: with the exit code of the first that failed, which has said why.
+        ResourceError: one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    workers = config.run.workers
+    with tempfile.TemporaryDirectory(prefix="backhand-") as directory:
+        toml = Path(directory) / "run.toml"
+        toml.write_text(dump_config(config), encoding="utf-8")
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=workers,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            rdzv_configs={"timeout": 60},
+            max_restarts=0,
+            local_addr="127.0.0.1",
+            shutdown_timeout=_SHUTDOWN_S,
+        )
+        # What the launcher logs of a worker that ended is said better by the worker, and below.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        with _environment(_for_workers(config, typed)), _signals_kept():
+            try:
+                elastic_launch(launch, sys.executable)("-m", "backhand", "train", str(toml))
+            except SignalException as error:
+                raise WorkersEnded(128 + int(error.sigval)) from None
+            except ChildFailedError as error:
+                raise _failure(error.failures) from None
+    summary = read_summary(config.run.output / SUMMARY)
+    if summary is None:
+        raise ResourceError("the run has left no summary", where=str(config.run.output / SUMMARY))
+    return summary
+
+
+def _failure(failures: Mapping[int, Any]) -> BackhandError:
+    """Exit code of the worker that ended first; the launcher ends the others by SIGTERM."""
+    in_order = sorted(failures.items(), key=lambda failure: failure[1].timestamp)
+    codes = [failure.exitcode for _, failure in in_order]
+    killed = [(rank, failure) for rank, failure in in_order if failure.exitcode != -signal.SIGTERM]
+    if killed and killed[0][1].exitcode < 0:
+        rank, failure = killed[0]
+        name = signal.Signals(-failure.exitcode).name
+        return ResourceError(
+            f"rank {rank} (process {failure.pid}) was killed by {name}",
+            why="by the system where memory ran out, or by somebody" if name == "SIGKILL" else None,
+            next_step="continue from the newest checkpoint with --resume",
+        )
+    return WorkersEnded(next((code for code in codes if code > 0), 1))
+
+
+def _for_workers(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
+    """Environment of the workers; what a user has set stays."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    threads = max(1, available_cores() // config.run.workers)
+    usual = {
+        "GLOO_SOCKET_IFNAME": loopback,
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return {name: value for name, value in usual.items() if name not in os.environ} | {_TYPED: " ".join(sorted(typed))}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """The launcher installs handlers of its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

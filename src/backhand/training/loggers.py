@@ -1,0 +1,268 @@
+"""MLflow, TensorBoard, trackio and Weights & Biases: what a logger is, and how one takes part in a run.
+
+The names it is given are those of metrics.jsonl. A logger that fails is put aside with a note: it must not take a run
+with it that has nothing else wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from backhand.errors import UsageError
+from backhand.runs.directory import LOGS
+from backhand.runs.summary import RunSummary
+from backhand.training.observer import Observer, RunStart
+
+
+class Logger(Protocol):
+    """Something that keeps figures over steps. Its methods may raise anything."""
+
+    def begin(self, start: RunStart) -> None:
+        """A run begins, or is continued from `start.step`."""
+        ...
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Keep these finite figures of a step."""
+        ...
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The run is over; `summary` is as in summary.json, empty where the run did not reach its end."""
+        ...
+
+
+class LoggerObserver(Observer):
+    """Tells a logger of a run.
+
+    Args:
+        name: for notes.
+        logger: to be told.
+        note: told, in a sentence, that the logger failed.
+    """
+
+    def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
+        self._name = name
+        self._logger: Logger | None = logger
+        self._note = note
+        self._begun = False
+        self._summary: Mapping[str, Any] = {}
+
+    def started(self, start: RunStart) -> None:
+        """Begin."""
+        self._begun = True
+        self._tell(lambda logger: logger.begin(start))
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Log the step's figures."""
+        self._tell(lambda logger: logger.log(figures(record), record["step"]))
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Log the evaluation's figures."""
+        self._tell(lambda logger: logger.log(figures(record), record["step"]))
+
+    def ended(self, summary: RunSummary) -> None:
+        """Keep the summary for the end."""
+        self._summary = asdict(summary)
+
+    def closed(self) -> None:
+        """End, if the run ever began."""
+        if self._begun:
+            self._begun = False
+            self._tell(lambda logger: logger.end(self._summary))
+
+    def _tell(self, call: Callable[[Logger], None]) -> None:
+        if self._logger is None:
+            return
+        try:
+            call(self._logger)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            self._logger = None
+            self._note(f"{self._name} failed and is left out from here on: {type(error).__name__}: {error}")
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record but the step, which is their place."""
+    return {
+        key: value
+        for key, value in record.items()
+        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLflow: a run in the store of MLFLOW_TRACKING_URI, or else in `logs/mlflow.db` of the run directory.
+
+
+EXPERIMENT = "backhand"
+# MLflow refuses longer values of parameters.
+_LONGEST_VALUE = 6000
+
+
+class MLflowLogger:
+    """A run of the experiment `backhand`, or of MLFLOW_EXPERIMENT_NAME."""
+
+    def begin(self, start: RunStart) -> None:
+        """Create the run, and log every option as a parameter."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        directory = start.directory / LOGS
+        directory.mkdir(exist_ok=True)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = self._client.get_experiment_by_name(name)
+        identity = (
+            self._client.create_experiment(name, artifact_location=(directory / "mlflow-artifacts").as_uri())
+            if experiment is None
+            else experiment.experiment_id
+        )
+        self._run = self._client.create_run(identity, run_name=start.directory.name).info.run_id
+        parameters = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in start.config.items()]
+        self._client.log_batch(self._run, params=parameters)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """All figures of a step at once."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Say how it ended."""
+        self._client.set_terminated(self._run, "FINISHED" if summary else "KILLED")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorBoard: event files in `logs/tensorboard` of the run; `tensorboard --logdir runs` shows all runs below it.
+
+
+class TensorBoardLogger:
+    """Writes scalars, and the configuration as a text."""
+
+    def begin(self, start: RunStart) -> None:
+        """Open the event file; steps that are about to be done again are purged."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(start.directory / LOGS / "tensorboard"), purge_step=start.step + 1 if start.step else None
+        )
+        options = json.dumps(dict(start.config), indent=2, default=str)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in options.splitlines()))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """A scalar a figure."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Log whether it ended well, and close the file."""
+        self._writer.add_text("ended", "finished" if summary else "not finished")
+        self._writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trackio: the project `backhand`, or TRACKIO_PROJECT, where trackio keeps its own; `trackio show` opens it.
+
+
+PROJECT = "backhand"
+
+
+class TrackioLogger:
+    """A run named like the directory; a continued run goes on in the same one."""
+
+    def begin(self, start: RunStart) -> None:
+        """Begin, or go on."""
+        import trackio
+
+        # It prints greetings to standard output, which belongs to the command.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                name=start.directory.name,
+                config={name: str(value) for name, value in start.config.items()},
+                resume="allow" if start.step else "never",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """The figures of a step."""
+        self._run.log(dict(values), step=step)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Wait until everything is written, the figures of the summary last."""
+        if summary:
+            self._run.log({f"summary/{name}": value for name, value in figures(summary).items()})
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases: offline in `logs/wandb` of the run, for `wandb sync` to send later, unless WANDB_MODE is set.
+
+
+class WandbLogger:
+    """A run of the project `backhand`, or of WANDB_PROJECT; a continued run is another one in the same group."""
+
+    def begin(self, start: RunStart) -> None:
+        """Begin a run named like the directory."""
+        import wandb
+
+        directory = start.directory / LOGS
+        directory.mkdir(exist_ok=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=start.directory.name,
+            group=str(start.directory),
+            dir=str(directory),
+            config=dict(start.config),
+            mode=None if "WANDB_MODE" in os.environ else "offline",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """A row a step: what an evaluation finds after a step belongs to the same row."""
+        self._run.log(dict(values), step=step)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Keep the summary, and finish."""
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=0 if summary else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loggers by their names on the command line.
+
+
+# An extra's package by the name of its logger.
+_LOGGERS: Mapping[str, Callable[[], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "mlflow": MLflowLogger,
+    "trackio": TrackioLogger,
+}
+
+
+def chosen_loggers(names: Iterable[str], note: Callable[[str], None]) -> list[LoggerObserver]:
+    """An observer for each name.
+
+    Raises:
+        UsageError: its package is not installed.
+    """
+    observers = []
+    for name in dict.fromkeys(names):
+        if find_spec(name) is None:
+            raise UsageError(f"{name} is not installed", where="report_to", next_step=f"pip install 'backhand[{name}]'")
+        observers.append(LoggerObserver(name, _LOGGERS[name](), note))
+    return observers

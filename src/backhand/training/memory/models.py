@@ -1,0 +1,218 @@
+"""`backhand models`: the models on this machine, what they are, and what training each of them would take here.
+
+Nothing but headers and configurations is read. Memory and time are those of one step of 4 × 256 tokens, all of them
+supervised, with the adapter that `train` makes if nothing else is said:
+
+    memory   the plan's formulas, with the recomputation that fits into what is free; a file in blocks stays in them,
+             as it does with so many tokens in a micro-batch, unless the compiled loops do not unpack its types
+    time     `token_seconds`, from products timed here in the model's own shapes, and what the recomputation adds;
+             unpacking blocks takes a few percent more
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.table import Table
+
+from backhand.adapters.config import LoRAConfig
+from backhand.errors import BackhandError, ResourceError
+from backhand.kernels.dequantize import type_name
+from backhand.nn.compute import available_cores, default_dtype
+from backhand.nn.held_base import available_bytes
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import StoredModel, models_on_this_machine
+from backhand.terminal import console_for_tables, working
+from backhand.training.config import ModelOptions, Recompute
+from backhand.training.decoder_engine import DecoderEngine, choose_engine
+from backhand.training.memory.bases import choose_base
+from backhand.training.memory.options import ModelsOptions
+from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
+from backhand.training.memory.process import settled_rss_bytes
+from backhand.training.memory.shapes import Rows, largest_shapes
+from backhand.training.memory.token_seconds import ROW_TOKENS, ROWS, TokenSeconds
+from backhand.words import in_words, name_list
+
+_SHOWN_TYPES = 3
+
+
+@dataclass(frozen=True)
+class ListedModel:
+    """One model on this machine.
+
+    Attributes:
+        name: what `--model` takes.
+        path: where it lies.
+        store: whose it is.
+        family: its architecture, as its file names it; None where it cannot be opened.
+        parameters: numbers in its weights.
+        file_bytes: of its weights as they are stored.
+        types: how they are stored, the most frequent first.
+        engine: `backhand`, `transformers`, or None where it cannot be trained.
+        note: why not the decoder engine, or why it cannot be opened.
+        base: how its weights would be held, `dense` or `quantized`; None where the engine does not train it.
+        memory_bytes: highest memory of a step of 4 × 256 tokens; None where it is not known.
+        fits: whether that is free now.
+        seconds_per_1000_tokens: of training; None where it is not known.
+    """
+
+    name: str
+    path: str
+    store: str
+    family: str | None = None
+    parameters: int | None = None
+    file_bytes: int | None = None
+    types: tuple[str, ...] = ()
+    engine: str | None = None
+    note: str | None = None
+    base: HeldBase | None = None
+    memory_bytes: int | None = None
+    fits: bool | None = None
+    seconds_per_1000_tokens: float | None = None
+
+
+def models(options: ModelsOptions) -> list[ListedModel]:
+    """Every model there is, with what is known of it; a file that cannot be opened is listed with the reason."""
+    dtype = default_dtype(torch.device("cpu"))
+    process, seconds = settled_rss_bytes(dtype), TokenSeconds(dtype)
+    return [_listed(stored, dtype, process, seconds) for stored in models_on_this_machine(tuple(options.places))]
+
+
+def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds: TokenSeconds) -> ListedModel:
+    try:
+        source = open_model(stored.path)
+        known = _known(source)
+        engine = choose_engine(ModelOptions(model=stored.name), source, dtype)
+        plan, fits, taken_s = None, None, None
+        if isinstance(engine, DecoderEngine):
+            plan, fits = _memory(engine, source, dtype, process_bytes)
+            taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
+        return ListedModel(
+            stored.name,
+            str(stored.path),
+            stored.store,
+            *known,
+            engine=engine.name,
+            note=engine.note,
+            base=None if plan is None else plan.base,
+            memory_bytes=None if plan is None else plan.peak_bytes,
+            fits=fits,
+            seconds_per_1000_tokens=taken_s,
+        )
+    except BackhandError as error:
+        return ListedModel(stored.name, str(stored.path), stored.store, note=error.what)
+
+
+def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
+    """Family, parameters, bytes, and storage types of the weights."""
+    family = str(source.config.get("model_type"))
+    parameters = sum(math.prod(source.shape(name)) for name in source.tensor_names())
+    if isinstance(source, GGUFModel):
+        tensors = [source.stored_tensor(name)[0] for name in source.tensor_names()]
+        types: Counter[str] = Counter()
+        for tensor in tensors:
+            types[type_name(tensor.type_id)] += math.prod(tensor.shape)
+        return (
+            family,
+            parameters,
+            sum(tensor.byte_count for tensor in tensors),
+            tuple(kind for kind, _ in types.most_common()),
+        )
+    files = sorted(source.path.glob("*.safetensors"))
+    stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
+    return family, parameters, sum(file.stat().st_size for file in files), (stored.upper(),) if stored else ()
+
+
+def _memory(
+    engine: DecoderEngine, source: ModelSource, dtype: torch.dtype, process_bytes: int
+) -> tuple[MemoryPlan, bool]:
+    """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
+    layout = engine.layout(LoRAConfig())
+    rows = Rows((ROW_TOKENS,) * ROWS, (ROW_TOKENS,) * ROWS)
+    shapes = largest_shapes([range(ROWS)], rows, (ROWS,), torch.empty(0, dtype=dtype))
+    free = available_bytes()
+    budget = None if free is None else free + process_bytes
+
+    def plan(base: HeldBase, limit: int | None = budget, recompute: Recompute = "auto") -> MemoryPlan:
+        return choose(
+            engine.size(layout, base),
+            shapes,
+            budget_bytes=limit,
+            process_bytes=process_bytes,
+            micro_batch_rows=ROWS,
+            recompute=recompute,
+            base=base,
+        )
+
+    def smallest(base: HeldBase) -> MemoryPlan:
+        return plan(base, None, "block")
+
+    # Measuring what unpacking costs would read the file: with so many tokens it is little, but for slow types.
+    unpacking = math.inf if source.unpacked_slowly else 0.0
+    try:
+        choice = choose_base(
+            "auto",
+            engine.bases,
+            shapes,
+            plan,
+            smallest,
+            quantized_source=source.quantized,
+            unpacking_share=lambda _tokens: unpacking,
+        )
+        return choice.chosen, True
+    except ResourceError:
+        return smallest("quantized" if source.quantized else "dense"), False
+
+
+def models_command(options: ModelsOptions) -> list[ListedModel]:
+    """`models`, printed as a table, or as one JSON list with `json`."""
+    if options.json:
+        found = models(options)
+        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False) + "\n")
+        return found
+    with working("looking for models"):
+        found = models(options)
+    console = console_for_tables()
+    if not found:
+        looked = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"
+        console.print(f"no models in {looked}; `backhand models FOLDER` looks elsewhere", soft_wrap=True)
+        return found
+    console.print(_table(found))
+    for one in found:
+        if one.note:
+            console.print(f"{one.name}: {one.note}", soft_wrap=True)
+    return found
+
+
+def _table(found: Sequence[ListedModel]) -> Table:
+    threads = available_cores()
+    table = Table(title=f"memory and time: a step of {ROWS} × {ROW_TOKENS} tokens, {threads} threads")
+    table.add_column("--model", overflow="fold")
+    for heading in ("family", "size", "types", "engine"):
+        table.add_column(heading)
+    table.add_column("memory", justify="right")
+    table.add_column("s per 1,000 tokens", justify="right")
+    for one in found:
+        size = (
+            ""
+            if one.parameters is None or one.file_bytes is None
+            else f"{_short(one.parameters)}, {in_words(one.file_bytes)}"
+        )
+        memory = "" if one.memory_bytes is None else in_words(one.memory_bytes) + ("" if one.fits else ", not free")
+        seconds = "" if one.seconds_per_1000_tokens is None else f"{one.seconds_per_1000_tokens:.3g}"
+        kinds = ", ".join(one.types[:_SHOWN_TYPES]) + (" …" if len(one.types) > _SHOWN_TYPES else "")
+        table.add_row(one.name, one.family or "?", size, kinds, one.engine or "none", memory, seconds)
+    return table
+
+
+def _short(count: int) -> str:
+    """A number of parameters as model names have it: 135M, 1.5B."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"

@@ -1,0 +1,184 @@
+"""How fast this machine multiplies a model's matrices, dense and in their blocks, measured on pieces of both.
+
+Unpacking a matrix takes its own time, whatever the number of rows it is multiplied with, so that its share of the
+products falls with the tokens T of a micro-batch. For both products of the pieces, forward and backward, with q(T)
+seconds where they are unpacked first and d(T) where they are dense,
+
+    share(T) = Σ (q(t) - d(t)) · passes(T) / (Σ d(t) · T / t),    t = min(T, ENOUGH_TOKENS)
+
+passes(T) is 1 in the blocks, which take all tokens at once, and ⌈T / CHUNK_ROWS⌉ for the head, which is unpacked for
+each chunk of its logits. Both depend on processor, types and shapes by factors of two and more, and not on unpacking
+alone: a dense matrix comes from memory, an unpacked one lies in the cache. So no constant holds on two machines, and
+the pieces are taken from all over the file, more of them than most caches hold. What counts is the process's own time
+on its processors, shared by its threads, so that a busy machine gives nearly the figures of a free one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.nn.decoder.experts import mixture_of
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import empty_weights
+from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
+from backhand.ops.frozen_matrix import FrozenMatrix, drop_scratch, frozen_input_gradient, frozen_linear
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+
+ENOUGH_TOKENS = 256
+"""From here on a product takes about as long a token."""
+_SAMPLE_VALUES = 1 << 24
+_PIECE_VALUES = 1 << 23
+_ROUNDS = 3
+Clock = Callable[[], float]
+
+
+def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, clock: Clock = time.process_time) -> float:
+    """What unpacking adds to the products of a micro-batch of so many tokens, as a share of dense products' time.
+
+    Args:
+        source: an opened model with matrices in blocks, of a family that the decoder engine knows.
+        dtype: the compute dtype.
+        tokens: of a micro-batch.
+        clock: seconds of all threads together.
+    """
+    stacks = [QuantizedMatrix(stack, dtype) for stack in sampled(source, decoder_config(source.config))]
+    count = measured_tokens(tokens)
+    xs = {columns: drawn(count, columns, dtype) for columns in {int(stack.shape[1]) for stack in stacks}}
+
+    def product(matrix: FrozenMatrix) -> Callable[[], object]:
+        return lambda: _both(xs[matrix.shape[1]], matrix)
+
+    works = [product(matrix) for stack in stacks for matrix in (stack, stack.dense())]
+    taken = fastest(works, clock)
+    drop_scratch()
+    *blocks_s, head_s = (quantized - dense for quantized, dense in zip(taken[::2], taken[1::2], strict=True))
+    more_s = sum(blocks_s) + head_s * math.ceil(tokens / CHUNK_ROWS)
+    return max(0.0, more_s / (sum(taken[1::2]) * max(1.0, tokens) / count))
+
+
+def measured_tokens(tokens: float) -> int:
+    """How many tokens are measured in place of so many."""
+    return max(1, min(ENOUGH_TOKENS, round(tokens)))
+
+
+def sampled(source: ModelSource, config: DecoderConfig) -> list[list[StoredRows]]:
+    """The stacks of some blocks, and the head, as a token meets them: of each the same share, its first rows.
+
+    Args:
+        source: an opened model.
+        config: its family.
+    """
+    head = source.stored_rows(HEAD_WEIGHT if HEAD_WEIGHT in source.tensor_names() else EMBEDDING_WEIGHT)
+    layers = len(config.layers)
+    block = sum(_values(part) for stack in _stacks(source, config, 0) for part in stack)
+    share = min(1.0, _SAMPLE_VALUES / (layers * block + _values(head)))
+    count = math.ceil(share * layers)
+    chosen = [(2 * number + 1) * layers // (2 * count) for number in range(count)]
+    stacks = [stack for layer in chosen for stack in _stacks(source, config, layer)]
+    in_block = min(1.0, share * layers / count)
+    return [[_first(part, in_block) for part in stack] for stack in stacks] + [[_first(head, share)]]
+
+
+def _stacks(source: ModelSource, config: DecoderConfig, layer: int) -> list[list[StoredRows]]:
+    """Of the groups that are matrices in this layer."""
+    there = set(source.tensor_names())
+    names = [[f"model.layers.{layer}.{part}.weight" for part in group] for group in config.layer_groups[layer]]
+    return [[source.stored_rows(name) for name in group] for group in names if there.issuperset(group)]
+
+
+def _values(stored: StoredRows) -> int:
+    return stored.row_count * stored.columns
+
+
+def _first(stored: StoredRows, share: float) -> StoredRows:
+    return stored.part(0, math.ceil(share * stored.row_count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense products in the shapes of a model of which nothing is read.
+
+
+Matrices = Counter[tuple[int, int]]
+"""(out, in) of the frozen matrices that a token is multiplied with, and how many such there are."""
+
+
+def products_of(config: DecoderConfig) -> Matrices:
+    """Of a family's blocks, as they lie stacked, and its head."""
+    return blocks_of(config) + Counter({(config.vocab_size, config.hidden_size): 1})
+
+
+def blocks_of(config: DecoderConfig) -> Matrices:
+    """Of its blocks alone; of a layer's experts as many rows as those have that a token goes to."""
+    found: Matrices = Counter()
+    for layer, block in zip(config.layers, empty_weights(config, torch.float32, "meta").blocks, strict=True):
+        for field in fields(block):
+            matrix = getattr(block, field.name)
+            if isinstance(matrix, Tensor) and matrix.dim() == 2:
+                rows, columns = matrix.shape
+                if layer.experts and field.name in ("gate_up", "down"):
+                    mixture = mixture_of(config)
+                    rows = rows // mixture.experts * mixture.chosen
+                found[rows, columns] += 1
+    return found
+
+
+class Rates:
+    """What products take here, as far as it was measured; a second model of the same shapes measures nothing again.
+
+    Args:
+        dtype: the compute dtype.
+        clock: seconds of all threads together.
+    """
+
+    def __init__(self, dtype: torch.dtype, clock: Clock = time.process_time) -> None:
+        self._dtype = dtype
+        self._clock = clock
+        self._measured: dict[tuple[int, int, int], float] = {}
+
+    def products_s(self, matrices: Matrices, tokens: float) -> float:
+        """Seconds of a token's products with all frozen matrices, forward and backward, among so many tokens."""
+        return sum(count * self._matrix_s(shape, measured_tokens(tokens)) for shape, count in matrices.items())
+
+    def _matrix_s(self, shape: tuple[int, int], tokens: int) -> float:
+        """Seconds of a token's two products with a matrix, from those with its first rows."""
+        key = (*shape, tokens)
+        if key not in self._measured:
+            outputs, inputs = shape
+            rows = min(outputs, max(1, _PIECE_VALUES // inputs))
+            weight, x = drawn(rows, inputs, self._dtype), drawn(tokens, inputs, self._dtype)
+            (taken_s,) = fastest([lambda: _both(x, weight)], self._clock)
+            self._measured[key] = taken_s / tokens * outputs / rows
+        return self._measured[key]
+
+
+def _both(x: Tensor, weight: FrozenMatrix) -> Tensor:
+    return frozen_input_gradient(frozen_linear(x, weight), weight)
+
+
+def drawn(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Numbers like those of weights; with zeros or denormals a processor may be faster or slower."""
+    return torch.empty(rows, columns).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def fastest(works: Sequence[Callable[[], object]], clock: Clock) -> list[float]:
+    """Seconds of the fastest of a few times of each, in turns, after one that compiles kernels and reads pages.
+
+    In turns also so that what each of them reads has left the cache in between, as in a step.
+    """
+    fastest = [math.inf] * len(works)
+    for done in range(1 + _ROUNDS):
+        for number, work in enumerate(works):
+            began = clock()
+            work()
+            if done:
+                fastest[number] = min(fastest[number], clock() - began)
+    return [taken / torch.get_num_threads() for taken in fastest]

@@ -1,0 +1,299 @@
+"""The micro-batches of a run as far as its memory depends on them, for any number of rows in one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from backhand.data.packing import micro_batches, round_size
+from backhand.kernels.library import loops_are_there
+from backhand.nn.batch import document_runs
+from backhand.nn.compute import onednn_takes_bf16
+from backhand.ops.attention_blocks import block_bounds
+from backhand.ops.document_groups import Group, groups, takes_blocks
+from backhand.ops.gated_delta_rule import CHUNK_TOKENS
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+from backhand.ops.low_rank import low_rank_loops
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The micro-batches of a run under some number of rows.
+
+    Attributes:
+        tokens, supervised_tokens: of the largest one.
+        mean_tokens: of all of them.
+        gradient_copies: buffers that adding up the micro-batches of a step takes.
+        kernels: that oneDNN compiles for all of them, and for what is measured in between.
+        run_tokens: of the largest group of documents that attention takes at once, fillers behind their ends included.
+        run_products: queries by keys of one head's block of queries in the largest group, over its documents.
+        copied_tokens: as run_tokens, of groups whose documents do not fill them: these are copies.
+        step_tokens: that the gated delta rule takes in one step at most (`ops.delta_steps`).
+        neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
+    """
+
+    tokens: int
+    supervised_tokens: int
+    kernels: int = 0
+    run_tokens: int = 0
+    run_products: int = 0
+    copied_tokens: int = 0
+    step_tokens: int = 0
+    neutral_tokens: int = 0
+    mean_tokens: float = 0.0
+    gradient_copies: int = 0
+
+
+def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
+    """How many buffers as large as the gradient a process holds beside it to add it up, at most.
+
+    See `step.OneProcessSum`, and `gradient_sum` for several processes.
+    """
+    if processes == 1:
+        return int(micro_batches > 1)
+    own = -(-micro_batches // processes)
+    return 2 * own + 2 if ordered else 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows by their numbers.
+
+    Attributes:
+        lengths: tokens of each that enter the model.
+        supervised: of each.
+        shared: tokens with which all of some rows begin, and which stand in their micro-batch once.
+    """
+
+    lengths: Sequence[int]
+    supervised: Sequence[int]
+    shared: Callable[[Sequence[int]], int] = lambda _rows: 0
+
+
+_NO_ROWS = Rows((), ())
+
+
+def largest_shapes(
+    steps: Sequence[Sequence[int]],
+    rows: Rows,
+    rows_options: Iterable[int],
+    like: Tensor,
+    *,
+    held_out: Rows = _NO_ROWS,
+    neutral: Sequence[int] = (),
+) -> dict[int, StepShape]:
+    """For each number of rows per micro-batch, what micro-batches these steps will make.
+
+    Args:
+        steps: row numbers of each step.
+        rows: to train on.
+        rows_options: numbers of rows to look at.
+        like: anything with the compute dtype and device.
+        held_out: rows that are measured in between.
+        neutral: tokens of the neutral texts, which are measured one by one.
+    """
+    return {count: _shape(steps, rows, count, like, held_out, neutral) for count in rows_options}
+
+
+def _shape(
+    steps: Iterable[Sequence[int]], rows: Rows, count: int, like: Tensor, held_out: Rows, neutral: Sequence[int]
+) -> StepShape:
+    kernels = KernelCount(like)
+    trained = _cut(steps, rows, count)
+    attending: list[Group] = []
+    for number, micro_batch in enumerate(trained):
+        # Attention of the largest ones says what the others' takes at most.
+        attended = _attended(micro_batch, like) if number < _LOOKED_INTO else []
+        attending += attended
+        kernels.add(micro_batch.tokens, _blocks(attended), micro_batch.supervised_tokens)
+    for micro_batch in _cut([range(len(held_out.lengths))], held_out, count):
+        blocks = _blocks(_attended(micro_batch, like))
+        kernels.add(micro_batch.tokens, blocks, micro_batch.supervised_tokens, trained=False)
+    for length in neutral:
+        kernels.add(length, (), 0, trained=False)  # all rows pass all blocks
+    return StepShape(
+        tokens=trained[0].tokens,
+        supervised_tokens=max(micro_batch.supervised_tokens for micro_batch in trained),
+        kernels=kernels.total,
+        run_tokens=max((group.documents * group.length for group in attending), default=0),
+        run_products=max((math.prod(block) for block in _blocks(attending)), default=0),
+        copied_tokens=max((_copied(group) for group in attending), default=0),
+        step_tokens=max(sum(min(length, CHUNK_TOKENS) for length in one.lengths) for one in trained),
+        neutral_tokens=max(neutral, default=0),
+        mean_tokens=sum(micro_batch.tokens for micro_batch in trained) / len(trained),
+    )
+
+
+_LOOKED_INTO = 64
+
+
+class _MicroBatch(NamedTuple):
+    """Tokens, those supervised, the shared prefix, and the documents' lengths behind it; a filler counts as well."""
+
+    tokens: int
+    supervised_tokens: int
+    shared: int
+    lengths: tuple[int, ...]
+
+
+def _cut(steps: Iterable[Sequence[int]], rows: Rows, count: int) -> list[_MicroBatch]:
+    """The micro-batches of the steps, of so many rows each, largest first."""
+    cut = []
+    for step in steps:
+        for group in micro_batches(step, rows.lengths, max_rows=count):
+            shared = rows.shared(group)
+            lengths = sorted(rows.lengths[row] - shared for row in group)
+            tokens = shared + sum(lengths)
+            filler = round_size(tokens) - tokens
+            supervised = sum(rows.supervised[row] for row in group)
+            documents = (*lengths, filler) if filler else tuple(lengths)
+            cut.append(_MicroBatch(tokens + filler, supervised, shared, documents))
+    return sorted(cut, key=lambda micro_batch: -micro_batch.tokens)
+
+
+def _attended(micro_batch: _MicroBatch, like: Tensor) -> list[Group]:
+    """What attention takes at once, without what it leaves to torch's kernels, which is little."""
+    runs = document_runs(micro_batch.lengths, micro_batch.shared)
+    return [group for group in groups(runs, micro_batch.shared, like) if takes_blocks(like, group)]
+
+
+def _copied(group: Group) -> int:
+    """Places of a group whose documents do not fill them all, or see a shared prefix: its tokens are copied there."""
+    copied = group.places is not None or group.keys is not None
+    return group.documents * (group.before + group.length) if copied else 0
+
+
+def _blocks(attending: Iterable[Group]) -> set[Block]:
+    """Documents, queries and keys of every block; a window's fewer keys are not told apart."""
+    return {
+        (group.documents, stop - start, group.before + stop)
+        for group in attending
+        for start, stop in itertools.pairwise(block_bounds(group.length))
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many matrix kernels oneDNN compiles in a run, and keeps: one for each product of each size, half a megabyte each.
+#
+# A micro-batch brings products of four kinds, each kind with sizes of its own:
+#     the projections and their adapters    by the micro-batch's tokens (`data.packing.round_size` keeps these few);
+#     those of the last block               by its supervised tokens, behind attention;
+#     attention by blocks of queries        by documents, queries and keys of each block (`ops.attention_blocks`);
+#     the head                              by the supervised rows of its last chunk (`ops.linear_cross_entropy`).
+# Rows of many lengths therefore compile new ones for a long time, until as many are there as oneDNN keeps.
+
+
+Shape = TypeVar("Shape")
+KERNEL_BYTES = 580_000
+"""Of a kernel: every one takes its code's greatest size from the heap."""
+
+
+class _Compiled(NamedTuple):
+    """How many kernels a size of each kind brings: in a training pass, and in a forward pass."""
+
+    per_size: tuple[int, int]
+    per_last_block: tuple[int, int]
+    per_block: tuple[int, int]
+    per_chunk: tuple[int, int] = (2, 1)
+
+
+# Counted with oneDNN 3.12 (ONEDNN_VERBOSE=2) on AVX512-BF16, an adapter on every linear module of a block. Compiled
+# loops attend, and multiply by a rank's factors (`ops.low_rank`): all, or in float32 what is not added to a product.
+_BY_TORCH = _Compiled((31, 12), (20, 8), (6, 2))
+_LOOPS_ATTEND = _Compiled((31, 12), (20, 8), (0, 0))
+_LOOPS_ADD_TOO = _Compiled((8, 4), (6, 3), (0, 0))
+_LOOPS_DO_NOT_ADD = _Compiled((16, 8), (11, 5), (0, 0))
+
+
+def _compiled(dtype: torch.dtype) -> _Compiled:
+    if not loops_are_there():
+        return _BY_TORCH
+    if not low_rank_loops(dtype):
+        return _LOOPS_ATTEND
+    return _LOOPS_DO_NOT_ADD if dtype == torch.float32 else _LOOPS_ADD_TOO
+
+
+_KEPT = 1024
+"""oneDNN's own limit, where the environment names no other."""
+
+Block = tuple[int, int, int]
+"""Documents, queries and keys of a block of attention."""
+
+
+def kept_kernels() -> int:
+    """How many compiled kernels oneDNN keeps."""
+    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    return int(stated) if stated.isdecimal() else _KEPT
+
+
+def compiles_kernels(like: Tensor) -> bool:
+    """Whether products of such tensors go to oneDNN, which compiles them; MKL and graphics cards do not."""
+    if like.device.type != "cpu":
+        return False
+    if like.dtype == torch.bfloat16:
+        return onednn_takes_bf16()
+    return like.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+class KernelCount:
+    """Counts the kernels of all micro-batches it is shown.
+
+    Args:
+        like: anything with the compute dtype and device.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._compiles = compiles_kernels(like)
+        compiled = _compiled(like.dtype)
+        self._sizes = _Seen[int](*compiled.per_size)
+        self._last_sizes = _Seen[int](*compiled.per_last_block)
+        self._blocks = _Seen[Block](*compiled.per_block)
+        self._chunks = _Seen[int](*compiled.per_chunk)
+
+    def add(self, tokens: int, blocks: Iterable[Block], supervised_tokens: int, *, trained: bool = True) -> None:
+        """Count a micro-batch.
+
+        Args:
+            tokens: fillers included.
+            blocks: of its attention.
+            supervised_tokens: rows of the head and, from its attention's output on, of the last block; 0 if it computes
+                no loss.
+            trained: forward and backward; else forward alone.
+        """
+        self._sizes.add((tokens,), trained)
+        self._last_sizes.add({supervised_tokens} - {0}, trained)
+        self._blocks.add(blocks, trained)
+        chunks = {min(supervised_tokens, CHUNK_ROWS), supervised_tokens % CHUNK_ROWS} - {0}
+        self._chunks.add(chunks, trained)
+
+    @property
+    def total(self) -> int:
+        """Kernels that are there in the end."""
+        if not self._compiles:
+            return 0
+        kinds = (self._sizes, self._last_sizes, self._blocks, self._chunks)
+        return min(kept_kernels(), sum(kind.kernels for kind in kinds))
+
+
+class _Seen(Generic[Shape]):
+    """Shapes of one kind of product, and what each of them compiles."""
+
+    def __init__(self, per_training: int, per_forward: int) -> None:
+        self._per_training, self._per_forward = per_training, per_forward
+        self._trained: set[Shape] = set()
+        self._measured: set[Shape] = set()
+
+    def add(self, shapes: Iterable[Shape], trained: bool) -> None:
+        (self._trained if trained else self._measured).update(shapes)
+
+    @property
+    def kernels(self) -> int:
+        forward_only = len(self._measured - self._trained)
+        return len(self._trained) * self._per_training + forward_only * self._per_forward

@@ -1,0 +1,135 @@
+"""Who wants to know how a run goes: the terminal, the metrics file, a logger, a callback of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backhand.runs.directory import METRICS, RunDirectory
+
+if TYPE_CHECKING:
+    from backhand.runs.summary import RunSummary
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What is known before the first step.
+
+    Attributes:
+        total_steps: of the run.
+        step: steps done before, in a run that is continued.
+        facts: lines for a reader: model, engine, data, adapter, plan.
+        directory: of the run.
+        config: every option by the name of its part and its own, such as `optimization.learning_rate`.
+    """
+
+    total_steps: int
+    step: int
+    facts: tuple[str, ...]
+    directory: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Observer:
+    """Base of all observers; each method does nothing. Records have the keys of metrics.jsonl."""
+
+    def started(self, start: RunStart) -> None:
+        """The run is about to make its first step."""
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """A step is done: step, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, tokens_per_s, …."""
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation is done: step, eval_loss."""
+
+    def noted(self, text: str) -> None:
+        """Something worth a line: a warning, a checkpoint that is skipped."""
+
+    def ended(self, summary: RunSummary) -> None:
+        """The run is over."""
+
+    def closed(self) -> None:
+        """Nothing will come after this, whatever happened."""
+
+
+class Observers(Observer):
+    """Several observers as one, told in the order given."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self.observers = tuple(observers)
+
+    def started(self, start: RunStart) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.started(start)
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.stepped(record)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.evaluated(record)
+
+    def noted(self, text: str) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.noted(text)
+
+    def ended(self, summary: RunSummary) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.ended(summary)
+
+    def closed(self) -> None:
+        """Pass on."""
+        for observer in self.observers:
+            observer.closed()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callbacks of one's own: an observer, or a plain function that gets every record of metrics.jsonl.
+
+
+Callback = Observer | Callable[[Mapping[str, Any]], object]
+
+
+class _RecordFunction(Observer):
+    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+        self._function = function
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        self._function(record)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Pass on."""
+        self._function(record)
+
+
+def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
+    """Functions wrapped, observers as they are."""
+    return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.jsonl: a line for each logged step and each evaluation.
+
+
+class MetricsFile(Observer):
+    """Appends to the run's metrics.jsonl."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Write the step's line."""
+        self._directory.append(METRICS, record)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Write the evaluation's line."""
+        self._directory.append(METRICS, record)

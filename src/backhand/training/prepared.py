@@ -1,0 +1,434 @@
+"""A run before its first step: all that is known before a weight is read, memory too; then the job with weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from backhand.adapters.targets import in_numbers
+from backhand.data.examples import Example, PreparedData, check_vocabulary, summed
+from backhand.data.packing import RowPacker, Sampler, trained_length
+from backhand.data.prepare import prepare
+from backhand.files import free_bytes
+from backhand.nn.loading import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout
+from backhand.training.config import Recompute, TrainConfig
+from backhand.training.decoder_engine import choose_engine
+from backhand.training.engine import BoundModel, Engine
+from backhand.training.loop import default_warmup_steps
+from backhand.training.machine import Machine, memory_budget
+from backhand.training.measuring import ForgettingMeter
+from backhand.training.memory.bases import BaseChoice, choose_base
+from backhand.training.memory.model import ModelSize
+from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
+from backhand.training.memory.process import settled_rss_bytes
+from backhand.training.memory.rates import unpacking_share
+from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
+from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
+from backhand.training.quantized_loss import quantization_notes
+from backhand.training.resume import Identity
+from backhand.training.starting import adapter_config, set_values, start_notes
+from backhand.training.step import Processes
+
+_STEPS_LOOKED_AT = 2000
+
+
+@dataclass
+class Outline:
+    """A run before its weights are read.
+
+    Attributes:
+        config: the adapter in it is as it will be; what else is left to choose stays.
+        source: the opened base model.
+        engine: which one, and why.
+        layout: what the adapter consists of.
+        train, held_out: the rows.
+        packer: of the training rows.
+        sampler: which rows a step trains on.
+        total_steps: of the run.
+        size: what the memory's formulas need of the model.
+        budget_bytes: what the process may take; None for no limit.
+        memory: what it will take.
+        bases: what each way to hold the base would take.
+        states: where the hidden states that enter the lowest adapted layer are kept.
+        notes: what the files of the adapter to start from say, and a person should know.
+    """
+
+    config: TrainConfig
+    source: ModelSource
+    engine: Engine
+    layout: AdapterLayout
+    train: PreparedData
+    held_out: PreparedData | None
+    packer: RowPacker
+    sampler: Sampler
+    total_steps: int
+    size: ModelSize
+    budget_bytes: int | None
+    memory: MemoryPlan
+    bases: BaseChoice
+    states: StatesPlan
+    notes: tuple[str, ...] = ()
+
+
+def outline_run(
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    assumed_rows: bool = False,
+    watched: bool = False,
+    typed: frozenset[str] = frozenset(),
+) -> Outline:
+    """Everything about a run that is known before its weights are read; nothing is written.
+
+    Args:
+        config: validated; of a resumed run, as it is stored.
+        machine: where it computes.
+        assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
+        watched: count a second model beside it, which answers while this one trains.
+        typed: names of options that were given even where they have their default value.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: each says what to do.
+    """
+    source = open_model(config.model.model, quantize=config.model.quantize)
+    engine = choose_engine(config.model, source, machine.dtype)
+    config = replace(config, adapter=adapter_config(config, source, engine, typed))
+    layout = engine.layout(config.adapter)
+    config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
+    notes = start_notes(config, source, engine, layout)
+    tokenizer = source.tokenizer()
+    if assumed_rows and not config.data.data:
+        train, held_out = _assumed_rows(config), None
+    else:
+        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed)
+    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
+    total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
+    neutral = _neutral_texts(config, tokenizer, held_out)
+    _check_tokens(engine, train, held_out, neutral, tokenizer)
+    process = settled_rss_bytes(machine.dtype)
+    packer = _packer(train.examples, engine, layout)
+    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
+    sizes = {base: engine.size(layout, base) for base in engine.bases}
+
+    states = StatesPlan()
+
+    def sized(base: HeldBase) -> ModelSize:
+        return replace(sizes[base], states_bytes=states.bytes if states.where == "memory" else 0)
+
+    def budget(base: HeldBase) -> int | None:
+        shared = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
+        return memory_budget(config, machine, process, shared)
+
+    def plan(base: HeldBase) -> MemoryPlan:
+        return choose(
+            sized(base),
+            shapes,
+            budget_bytes=budget(base),
+            process_bytes=process,
+            micro_batch_rows=config.optimization.micro_batch_rows,
+            recompute=config.model.recompute,
+            watched=watched,
+            base=base,
+        )
+
+    def smallest(base: HeldBase) -> MemoryPlan:
+        modes = list(sizes[base].kept_bytes)
+        return choose(
+            sized(base),
+            shapes,
+            budget_bytes=None,
+            process_bytes=process,
+            micro_batch_rows=config.optimization.micro_batch_rows or min(shapes),
+            recompute=modes[-1] if config.model.recompute == "auto" else config.model.recompute,
+            watched=watched,
+            base=base,
+        )
+
+    def unpacking(tokens: float) -> float:
+        if machine.device.type != "cpu":
+            return math.inf  # the processor unpacks, and the card would wait for it
+        return unpacking_share(source, machine.dtype, tokens)
+
+    def chosen() -> BaseChoice:
+        return choose_base(
+            "quantized" if config.model.quantize else config.model.base,
+            engine.bases,
+            shapes,
+            plan,
+            smallest,
+            quantized_source=source.quantized,
+            unpacking_share=unpacking,
+        )
+
+    choice = chosen()
+    again = coming_again(
+        packer,
+        sampler,
+        total_steps,
+        () if held_out is None else held_out.examples,
+        share_prefixes=engine.shares_prefixes,
+    )
+    states = keep_states(
+        config.model.cache_frozen,
+        _below(engine, layout, machine, packer, held_out),
+        again,
+        choice.chosen,
+        budget_bytes=budget(choice.chosen.base),
+        disk_bytes=free_bytes(config.run.output.absolute()),
+        processes_here=machine.here,
+    )
+    if states.where == "memory":
+        choice = chosen()  # the same way, or where the base was the question perhaps another one, which fits as well
+    memory, size = choice.chosen, sized(choice.chosen.base)
+    return Outline(
+        config,
+        source,
+        engine,
+        layout,
+        train,
+        held_out,
+        packer,
+        sampler,
+        total_steps,
+        size,
+        budget(memory.base),
+        memory,
+        choice,
+        states,
+        (*notes, *_base_notes(source, memory), *([states.note] if states.note else [])),
+    )
+
+
+def _below(
+    engine: Engine, layout: AdapterLayout, machine: Machine, packer: RowPacker, held_out: PreparedData | None
+) -> Below:
+    """What lies below the lowest adapted layer, as this run computes it."""
+    longest = max((*packer.lengths, *map(trained_length, () if held_out is None else held_out.examples)), default=0)
+    below = engine.below(layout, longest)
+    if machine.device.type == "cpu" or below.dependent is not None:
+        return below
+    return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
+
+
+def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
+    """What a person should know of the base as it is held."""
+    slow = source.unpacked_slowly
+    if memory.base == "dense" or not slow:
+        return ()
+    return (
+        f"{', '.join(slow)}: the compiled loops do not unpack these here; the gguf package does, several times slower",
+    )
+
+
+def _neutral_texts(config: TrainConfig, tokenizer: Any, held_out: PreparedData | None) -> ForgettingMeter:
+    """What the run will measure forgetting on; on nothing where it does not."""
+    measured = held_out is not None or config.run.max_forgetting is not None
+    return ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
+
+
+def _check_tokens(
+    engine: Engine,
+    train: PreparedData,
+    held_out: PreparedData | None,
+    neutral: ForgettingMeter,
+    tokenizer: Any,
+) -> None:
+    """Raise DataError where the run would meet a token that the model does not have."""
+    vocab_size = engine.vocab_size
+    examples = (*train.examples, *(() if held_out is None else held_out.examples))
+    check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
+    check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
+
+
+def _packer(examples: Sequence[Example], engine: Engine, layout: AdapterLayout) -> RowPacker:
+    drops = any(slot.dropout > 0 for slot in layout.slots)
+    return RowPacker(examples, share_prefixes=engine.shares_prefixes and not drops)
+
+
+def _assumed_rows(config: TrainConfig) -> PreparedData:
+    """One step's rows of the greatest length, every token a target: more memory than any real rows take."""
+    length, count = config.data.max_length, config.optimization.batch_rows
+    supervised = np.ones(length, dtype=np.bool_)
+    supervised[0] = False
+    ids = np.ones(length, dtype=np.int32)
+    return summed([Example(ids, supervised, "assumed") for _ in range(count)], PreparedData(()).report)
+
+
+def _shapes(
+    config: TrainConfig,
+    machine: Machine,
+    engine: Engine,
+    packer: RowPacker,
+    train: PreparedData,
+    held_out: PreparedData | None,
+    sampler: Sampler,
+    total_steps: int,
+    neutral: Sequence[int],
+) -> Mapping[int, StepShape]:
+    """What the run's micro-batches are like, for each number of rows that may be chosen."""
+    options = config.optimization
+    most = min(options.batch_rows, len(train.examples))
+    batch_rows = -(-most // machine.world_size)  # so that there is a micro-batch for each process
+    rows_options = {1 << power for power in range(batch_rows.bit_length()) if 1 << power <= batch_rows} | {batch_rows}
+    if options.micro_batch_rows is not None:
+        rows_options = {1, options.micro_batch_rows}
+    looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
+    held_out_examples = () if held_out is None else held_out.examples
+    shapes = largest_shapes(
+        [sampler.rows_of(step) for step in range(looked_at)],
+        _rows(train.examples, packer),
+        rows_options,
+        torch.empty(0, dtype=machine.dtype, device=machine.device),
+        held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=engine.shares_prefixes)),
+        neutral=neutral,
+    )
+    ordered = config.run.reduce == "ordered"
+    return {
+        rows: replace(shape, gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered))
+        for rows, shape in shapes.items()
+    }
+
+
+def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
+    return Rows(packer.lengths, [int(example.supervised.sum()) for example in examples], packer.shared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
+#
+# What costs little is checked first: options, targets, rows and memory come before the weights are read.
+
+
+_EVALUATIONS = 5
+
+
+@dataclass
+class Job:
+    """A run before its first step.
+
+    Attributes:
+        config: resolved: nothing in it is left to choose.
+        source: the opened base model.
+        engine: which one, and why.
+        train, held_out: the rows.
+        packer: of the training rows.
+        sampler: which rows a step trains on.
+        total_steps: of the run.
+        memory: what it will take.
+        states: where the hidden states that enter the lowest adapted layer are kept.
+        bound: model and adapter, its values set.
+        identity: the digests.
+        notes: what the files of the adapter to start from say, and a person should know.
+    """
+
+    config: TrainConfig
+    source: ModelSource
+    engine: Engine
+    train: PreparedData
+    held_out: PreparedData | None
+    packer: RowPacker
+    sampler: Sampler
+    total_steps: int
+    memory: MemoryPlan
+    states: StatesPlan
+    bound: BoundModel
+    identity: Identity
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.bound.model.dtype
+
+
+def build_job(
+    config: TrainConfig,
+    machine: Machine,
+    typed: frozenset[str] = frozenset(),
+    processes: Processes | None = None,
+) -> Job:
+    """Everything up to the first step; nothing is written.
+
+    Args:
+        config: validated; of a resumed run, as it is stored.
+        machine: from `resolve_machine`.
+        typed: names of options that were given even where they have their default value.
+        processes: of the run; the first one says how a step is cut and the base is held, before any has read its
+            weights.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: each says what to do.
+    """
+    processes = Processes() if processes is None else processes
+    if not processes.leads:
+        config = _cut_as(config, *json.loads(processes.follow(b"")))
+    outline = outline_run(config, machine, typed=typed)
+    source, engine, memory, total_steps = outline.source, outline.engine, outline.memory, outline.total_steps
+    if processes.leads:
+        processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
+    bound = engine.load(
+        outline.config.adapter,
+        base_model=source.hub_id or str(source.path.resolve()),
+        device=machine.device,
+        recompute=memory.recompute,
+        base=memory.base,
+    )
+    resolved = _resolved(outline, machine)
+    set_values(resolved, bound)
+    train, held_out = outline.train, outline.held_out
+    measured = (*(() if held_out is None else held_out.examples), *train.examples)
+    quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
+    return Job(
+        config=resolved,
+        source=source,
+        engine=engine,
+        train=train,
+        held_out=held_out,
+        packer=outline.packer,
+        sampler=outline.sampler,
+        total_steps=total_steps,
+        memory=memory,
+        states=outline.states,
+        bound=bound,
+        identity=Identity(resolved, source, list(bound.lora.slots), train, held_out),
+        notes=(*outline.notes, *quantized, *bound.notes),
+    )
+
+
+def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, base: HeldBase) -> TrainConfig:
+    optimization = replace(config.optimization, micro_batch_rows=micro_batch_rows)
+    return replace(config, optimization=optimization, model=replace(config.model, recompute=recompute, base=base))
+
+
+def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
+    """The configuration with everything written down that was chosen."""
+    config, memory, total_steps = outline.config, outline.memory, outline.total_steps
+    often = max(1, -(-total_steps // _EVALUATIONS))
+    warmup = config.optimization.warmup_steps
+    return replace(
+        config,
+        model=replace(
+            config.model,
+            engine=outline.engine.name,
+            dtype="bfloat16" if machine.dtype == torch.bfloat16 else "float32",
+            device=str(machine.device),
+            threads=machine.threads,
+            recompute=memory.recompute,
+            base=memory.base,
+            cache_frozen=outline.states.where,
+        ),
+        optimization=replace(
+            config.optimization,
+            micro_batch_rows=memory.micro_batch_rows,
+            warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
+        ),
+        run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
+    )

@@ -1,0 +1,410 @@
+"""Continuing a run: its stored configuration, and everything that must be as it was, in one list of differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from backhand.adapters.checked_base import weight_names
+from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
+from backhand.data.chat import read_template
+from backhand.data.examples import PreparedData
+from backhand.errors import CheckError, UsageError
+from backhand.nn.loading.source import ModelSource
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.directory import CONFIG, Proof, ProofLog
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import config_from_table, config_table, load_config
+from backhand.training.loop import TrainingLoop
+from backhand.training.state import Progress, RunState
+from backhand.training.step import AdapterOptimizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
+#
+# They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
+
+
+# Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
+FREE_OPTIONS = frozenset(
+    {
+        "model.model",
+        "model.memory",
+        "model.cache_frozen",
+        "model.tune_allocator",
+        "model.force_base",
+        "model.allow_pickle",
+        "data.data",
+        "data.eval_data",
+        "run.output",
+        "run.save_every",
+        "run.keep",
+        "run.resume",
+        "run.overwrite",
+        "run.from_adapter",
+        "run.log_every",
+        "run.max_bad_steps",
+        "run.prove_resume",
+        "run.answers",
+        "run.report_to",
+        "run.workers",
+        "run.quiet",
+        "run.debug",
+    }
+)
+
+
+class Identity:
+    """The digests of one run.
+
+    Args:
+        config: resolved.
+        source: the opened base model.
+        modules: dotted paths of the adapted modules.
+        train, held_out: the rows.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: ModelSource,
+        modules: Sequence[str],
+        train: PreparedData,
+        held_out: PreparedData | None,
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._modules = modules
+        self._train = train
+        self._held_out = held_out
+
+    @cached_property
+    def base(self) -> str | None:
+        """Of the adapted base tensors, see `adapters.record`; None where their names in the files are not known."""
+        names = list(weight_names(self._modules, self._source.tensor_names()))
+        return base_digest(names, self._source.load_in_pieces) if names else None
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """Of what turns text into tokens."""
+        return tokenizer_digest(self._source.tokenizer())
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """Of the chat template in use."""
+        return text_digest(read_template(self._config.data.chat_template, self._source.tokenizer()))
+
+    @cached_property
+    def data(self) -> str:
+        """Of every training token and its supervision, in order."""
+        return self._train.digest
+
+    @cached_property
+    def held_out(self) -> str | None:
+        """Likewise of the held-out rows."""
+        return None if self._held_out is None else self._held_out.digest
+
+    @cached_property
+    def settings(self) -> str:
+        """Of all options that decide the trained bits."""
+        return settings_digest(self.decisive_settings)
+
+    @cached_property
+    def decisive_settings(self) -> dict[str, Any]:
+        """All options that decide the trained bits, `table.name` to a value that JSON holds."""
+        return decisive_settings(self._config)
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint's manifest."""
+        return {
+            "base_digest": self.base,
+            "tokenizer_digest": self.tokenizer,
+            "chat_template_digest": self.chat_template,
+            "data_digest": self.data,
+            "held_out_digest": self.held_out,
+            "settings_digest": self.settings,
+            "settings": self.decisive_settings,
+        }
+
+    def record(self) -> AdapterRecord:
+        """For backhand.json."""
+        return AdapterRecord(
+            origin=self._source.origin,
+            base_digest=self.base,
+            tokenizer_digest=self.tokenizer,
+            chat_template_digest=self.chat_template,
+            data_digest=f"sha256:{self.data}",
+            run_digest=self.settings,
+            config=self.decisive_settings,
+        )
+
+
+def decisive_settings(config: TrainConfig) -> dict[str, Any]:
+    """All options but `FREE_OPTIONS`, `table.name` to a value that JSON holds; those that are None are left out."""
+    # Once through the types of the fields, so that an alpha of 5 and one of 5.0, as a file has it, are the same.
+    table = config_table(config_from_table(config_table(config), "configuration"))
+    return {
+        f"{part}.{name}": value
+        for part, options in table.items()
+        for name, value in options.items()
+        if f"{part}.{name}" not in FREE_OPTIONS
+    }
+
+
+def settings_digest(decisive: Mapping[str, Any]) -> str:
+    """SHA-256 over `decisive_settings`."""
+    return "sha256:" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+_NOT_TO_CHOOSE = {"run.output", "run.resume", "run.overwrite", "run.from_adapter"}
+_CHANGEABLE = sorted("--" + name.split(".")[1].replace("_", "-") for name in FREE_OPTIONS - _NOT_TO_CHOOSE)
+_LEFT_OPEN = (None, "auto")
+
+_FACTS = {
+    "tokenizer_digest": "tokenizer: its tokens or merges have changed",
+    "chat_template_digest": "chat template: it has changed",
+    "data_digest": "data: the rows, or their tokens, have changed",
+    "held_out_digest": "held-out data: the rows, or their tokens, have changed",
+}
+
+_BASE_CHANGED = "base model: the adapted weights are not those the run began with"
+_FROZEN_CHANGED = "base model: weights beside the adapted ones are not those the run began with"
+
+
+def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = frozenset()) -> TrainConfig:
+    """The stored configuration, with the options that may change taken from what is given now.
+
+    What has its default value counts as not given, unless it is among those that were typed.
+
+    Args:
+        given: of this command.
+        directory: of the run.
+        typed: names of options that were given for certain.
+
+    Raises:
+        UsageError: options are given that differ from the run's and decide its result; lists them all.
+    """
+    stored = _as_it_was(load_config(directory / CONFIG))
+    default = TrainConfig()
+    differences = []
+    parts: dict[str, Any] = {}
+    for part in dataclasses.fields(TrainConfig):
+        here, there, usual = (getattr(config, part.name) for config in (given, stored, default))
+        changed: dict[str, Any] = {}
+        for option in dataclasses.fields(there):
+            value, before, normal = (getattr(options, option.name) for options in (here, there, usual))
+            # What was left open when the run began was chosen then; to leave it open again asks for nothing.
+            if value in (before, *_LEFT_OPEN) or (value == normal and option.name not in typed):
+                continue
+            if f"{part.name}.{option.name}" in FREE_OPTIONS:
+                changed[option.name] = value
+            else:
+                differences.append(f"{option.name}: {before!r} in the run, {value!r} given")
+        parts[part.name] = dataclasses.replace(there, **changed)
+    if differences:
+        raise _refused(differences, directory)
+    # What this command is about is its own: the run's file says how the run began.
+    run = dataclasses.replace(
+        parts["run"],
+        output=given.run.output,
+        resume=True,
+        overwrite=False,
+        from_adapter=None,  # its values are in the checkpoint, if there is one: see `begun_from`
+        workers=given.run.workers,
+        quiet=given.run.quiet,
+        debug=given.run.debug,
+        prove_resume=given.run.prove_resume,
+    )
+    return dataclasses.replace(stored, **{**parts, "run": run})
+
+
+def _as_it_was(stored: TrainConfig) -> TrainConfig:
+    """Of a run from before there were bases of two forms, what is left open in no other run: its base was dense."""
+    if stored.model.base != "auto":
+        return stored
+    return dataclasses.replace(stored, model=dataclasses.replace(stored.model, base="dense"))
+
+
+def begun_from(directory: Path) -> str | None:
+    """The adapter that a run started from: one that has no checkpoint yet starts from it again."""
+    return load_config(directory / CONFIG).run.from_adapter
+
+
+@dataclass(frozen=True)
+class BaseCheck:
+    """What to do about a base model that is not the one the run began with.
+
+    Attributes:
+        directory: of the run.
+        force: say so and go on.
+        warn: told, in one sentence.
+    """
+
+    directory: Path
+    force: bool
+    warn: Callable[[str], None]
+
+    def judge(self, differences: list[str]) -> None:
+        """Raise UsageError for the differences, unless they are forced and of the base alone."""
+        if self.force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
+            for difference in differences:
+                self.warn(f"{difference}; continuing all the same, as --force-base says")
+        elif differences:
+            raise _refused(differences, self.directory)
+
+
+def check_same_run(facts: Mapping[str, Any], identity: Identity, base: BaseCheck) -> None:
+    """Compare a checkpoint's digests and settings with those of today.
+
+    Raises:
+        UsageError: lists everything that is not as it was.
+    """
+    today = identity.facts()
+    differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
+    differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
+    differences += _changed_settings(facts.get("settings"), today["settings"])
+    base.judge(differences)
+
+
+def check_same_frozen(facts: Mapping[str, Any], frozen_digest: str, base: BaseCheck) -> None:
+    """Compare every frozen tensor, as loaded, with those of the checkpoint. Raises UsageError."""
+    base.judge([] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED])
+
+
+def _changed_settings(before: object, today: Mapping[str, Any]) -> Iterator[str]:
+    """config.toml is what a resumed run goes by: somebody may have written into it.
+
+    An option that a checkpoint does not name did not exist when it was written; what it says by default was done then.
+    """
+    before = {**decisive_settings(_as_it_was(TrainConfig())), **(before if isinstance(before, dict) else {})}
+    for name in sorted({*before, *today}):
+        if before.get(name) != today.get(name):
+            yield f"{name}: {before.get(name)!r} in the checkpoint, {today.get(name)!r} in {CONFIG}"
+
+
+def _refused(differences: list[str], directory: Path) -> UsageError:
+    return UsageError(
+        "the run cannot be continued to the same result: " + "; ".join(differences),
+        where=str(directory),
+        why=f"only these may change: {', '.join(_CHANGEABLE)}, as long as rows and base stay the same",
+        next_step=f"put them back, or start another run from this adapter: --from-adapter {directory / 'adapter'}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `--prove-resume K`: the last K steps once more, from a checkpoint, and every bit compared.
+
+
+def proof_begin(
+    store: CheckpointStore, checkpoint: Checkpoint | None, steps: int | None, total_steps: int
+) -> int | None:
+    """The step that the proof begins at: `steps` before the end, or the newest kept one before that.
+
+    Args:
+        store: the run's checkpoints.
+        checkpoint: that the run goes on from, if it does.
+        steps: to repeat; None for no proof, and then None is returned.
+        total_steps: of the run.
+
+    Raises:
+        UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
+    """
+    if steps is None:
+        return None
+    begin = total_steps - steps
+    if begin < 0:
+        raise UsageError(
+            f"prove_resume {steps} is more than the {total_steps} steps of the run",
+            where="prove_resume",
+            next_step=f"give --prove-resume {total_steps} or less",
+        )
+    if checkpoint is None or checkpoint.step <= begin:
+        return begin
+    earlier = store.newest_valid(before=begin)
+    if earlier is None:
+        raise UsageError(
+            f"the run is past step {begin}, and no checkpoint from before is kept",
+            where="prove_resume",
+            next_step=f"give --prove-resume {total_steps - store.steps()[0]}, which begins at the oldest that is kept",
+        )
+    return earlier.step
+
+
+def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:
+    """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
+
+    Args:
+        finished: a loop at its last step.
+        checkpoint: of an earlier step of the same run.
+        log: told the outcome.
+
+    Returns:
+        False if the repetition was asked to stop, and nothing is proved.
+
+    Raises:
+        CheckError: the repetition ends in other bits.
+    """
+    wanted = state_digests(finished.state)
+    steps = finished.state.progress.step - checkpoint.step
+    lora = finished.state.lora
+    values, gradients = lora.values.clone(), lora.gradients.clone()
+    again = RunState(lora, _like(finished.state.optimizer), Progress())
+    again.restore(checkpoint, finished.model.dtype)
+    loop = TrainingLoop(
+        finished.model,
+        again,
+        finished.packer,
+        finished.sampler,
+        finished.plan,
+        held_out=finished.held_out,
+        processes=finished.processes,
+    )
+    try:
+        completed = loop.run()
+        found = state_digests(again)
+    finally:
+        lora.values.copy_(values)
+        lora.gradients.copy_(gradients)
+        lora.refresh_compute(finished.model.dtype)
+    if not completed:
+        return False
+    different = [name for name, digest in wanted.items() if found[name] != digest]
+    log(
+        Proof(
+            f"the last {steps} steps, repeated from a checkpoint, end in the same bits",
+            not different,
+            len(different),
+            0,
+            kind="resume",
+        )
+    )
+    if different:
+        raise CheckError(
+            f"the last {steps} steps, repeated from the checkpoint of step {checkpoint.step}, end in other bits",
+            where=", ".join(different),
+            why="a kernel on this machine does not repeat its results",
+            next_step="try --threads 1; the adapter is saved, only its repetition differs",
+        )
+    return True
+
+
+def state_digests(state: RunState) -> dict[str, str]:
+    """SHA-256 of adapter, moments and counters; times are left out."""
+    tensors = {"adapter": state.lora.values, **state.optimizer.moments()}
+    digests = {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).numpy().data).hexdigest()
+        for name, tensor in tensors.items()
+    }
+    digests["progress"] = hashlib.sha256(dataclasses.replace(state.progress, train_s=0.0).to_json()).hexdigest()
+    return digests
+
+
+def _like(optimizer: AdapterOptimizer) -> AdapterOptimizer:
+    """A fresh optimizer of the same adapter with the same options."""
+    return AdapterOptimizer(optimizer.lora, optimizer.options)

@@ -1,0 +1,296 @@
+"""Saving a run as it stands: the checkpoint, the published adapter, and the checkpoints that are no longer needed.
+
+An adapter that holds NaN or infinity is never saved: whatever is on the disk can be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.errors import ArtifactError, CheckError
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.directory import RunDirectory
+from backhand.training.guards import first_names, is_finite, named_unusable
+from backhand.training.step import AdapterOptimizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything the next step depends on, and its form as files: what a checkpoint stores and a resumed run reads.
+
+
+STATE_FILE = "state.safetensors"
+PROGRESS_FILE = "progress.json"
+
+
+class RunState:
+    """Adapter, moments and counters.
+
+    There is no random state and no place in the data to store: the order of rows and every dropout mask follow from the
+    seed, the epoch and the step. There is no half-filled accumulation window either: checkpoints lie between steps.
+
+    Args:
+        lora: the adapter.
+        optimizer: of the adapter.
+        progress: counters, the step among them.
+    """
+
+    def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, progress: Progress) -> None:
+        self.lora = lora
+        self.optimizer = optimizer
+        self.progress = progress
+
+    def contents(self, adapter_files: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+        """The files of a checkpoint: the adapter as PEFT reads it, and beside it what else the next step needs."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.optimizer.moments().items()}
+        tensors["values"] = self.lora.values.cpu()
+        return {**adapter_files(), STATE_FILE: save(tensors), PROGRESS_FILE: self.progress.to_json()}
+
+    def restore(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            checkpoint: of what `contents` returned.
+            dtype: the compute dtype, for the copy of the factors that the model uses.
+
+        Raises:
+            ArtifactError: a file is missing, or is not of this adapter and optimizer.
+        """
+        contents = checkpoint.contents
+        tensors = _tensors(contents)
+        values = tensors.get("values")
+        if values is None or values.shape != self.lora.values.shape or values.dtype != self.lora.values.dtype:
+            raise ArtifactError("the checkpoint holds the values of another adapter", where=STATE_FILE)
+        progress = Progress.from_json(_file(contents, PROGRESS_FILE))
+        if progress.step != checkpoint.step:
+            raise ArtifactError(
+                f"the checkpoint of step {checkpoint.step} says that {progress.step} steps are done",
+                where=PROGRESS_FILE,
+            )
+        self.progress = progress
+        self.optimizer.load_moments(tensors)
+        self.lora.values.copy_(values)
+        self.lora.gradients.zero_()
+        self.lora.refresh_compute(dtype)
+
+
+def _file(contents: Mapping[str, bytes], name: str) -> bytes:
+    if name not in contents:
+        raise ArtifactError("the file is missing from the checkpoint", where=name)
+    return contents[name]
+
+
+def _tensors(contents: Mapping[str, bytes]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors: dict[str, Tensor] = load(_file(contents, STATE_FILE))
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
+    return tensors
+
+
+NOT_ADAPTER = (STATE_FILE, PROGRESS_FILE)
+
+
+class Saver:
+    """Makes checkpoints of one run.
+
+    Args:
+        directory: of the run.
+        store: its checkpoints.
+        state: what to save.
+        adapter_files: the adapter as PEFT reads it.
+        facts: for the manifest, of so many steps.
+        keep: how many checkpoints stay.
+        best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
+        protected: further steps whose checkpoints stay.
+        make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        store: CheckpointStore,
+        state: RunState,
+        adapter_files: Callable[[], Mapping[str, bytes]],
+        facts: Callable[[int], Mapping[str, Any]],
+        *,
+        keep: int,
+        best_only: bool,
+        protected: frozenset[int] = frozenset(),
+        make_room: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._directory = directory
+        self._store = store
+        self._state = state
+        self._adapter_files = adapter_files
+        self._facts = facts
+        self._keep = keep
+        self._best_only = best_only
+        self._protected = protected
+        self._make_room = make_room
+        self._saved: bytes | None = None
+
+    def save(self, better: bool) -> None:
+        """Save the state, unless it is saved already; publish the adapter if it is the one to publish.
+
+        Until some held-out loss is the best so far, the newest adapter is published.
+
+        Args:
+            better: whether the newest held-out loss is the best so far.
+
+        Raises:
+            ResourceError: with the bytes needed and free; what was saved before is intact.
+            CheckError: the adapter is not finite; nothing is saved.
+        """
+        progress = self._state.progress
+        if self._saved == progress.to_json():
+            return
+        self._require_finite()
+        self._directory.sync_lines()
+        self._make_room()
+        contents = self._state.contents(self._adapter_files)
+        self._store.save(progress.step, contents, self._facts(progress.step))
+        self._saved = contents[PROGRESS_FILE]
+        if better or not self._best_only or progress.best_step is None:
+            self._directory.publish_adapter(adapter_part(contents))
+        del contents
+        self._make_room()  # a step's buffers would not lie where these did
+        best = set() if progress.best_step is None else {progress.best_step}
+        self._store.prune(progress.step, self._keep, {progress.step} | best | self._protected)
+
+    def _require_finite(self) -> None:
+        """Look at the tensors themselves: a loss can be finite while they are not."""
+        if not is_finite(self._state.lora.values):
+            unusable = list(named_unusable(self._state.lora.named_tensors()))
+            raise CheckError(
+                f"{len(unusable)} adapter factors hold NaN or infinity after step {self._state.progress.step}; "
+                "they are not saved",
+                where=first_names(unusable),
+                next_step="use the adapter or the checkpoint saved before; start again with a lower --learning-rate, "
+                "or --dtype float32",
+            )
+
+    def restored(self, contents: Mapping[str, bytes]) -> None:
+        """Take note of the checkpoint that the state was restored from, and put `adapter/` in order.
+
+        A crash may have come between a checkpoint and the adapter that belongs to it.
+        """
+        progress = self._state.progress
+        self._saved = contents[PROGRESS_FILE]
+        wanted, best_step = contents, progress.best_step
+        if self._best_only and best_step is not None and best_step != progress.step:
+            try:
+                wanted = self._store.load(best_step).contents
+            except ArtifactError as error:
+                self._store.warn(f"adapter/ is left as it is: {error.what}")
+                return
+        files = adapter_part(wanted)
+        if any(not _same(self._directory, name, data) for name, data in files.items()):
+            self._directory.publish_adapter(files)
+
+
+def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those files of a checkpoint that are the adapter."""
+    return {name: data for name, data in contents.items() if name not in NOT_ADAPTER}
+
+
+def _same(directory: RunDirectory, name: str, data: bytes) -> bool:
+    try:
+        return (directory.adapter / name).read_bytes() == data
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run stands: every number besides the tensors that the next step depends on, as JSON.
+
+
+@dataclass
+class Progress:
+    """The counters of a run. They are what a checkpoint holds as progress.json.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        tokens, supervised_tokens: trained on so far.
+        train_s: seconds spent in steps.
+        first_loss, last_loss: mean nats per supervised token of the first and of the newest step.
+        smooth_loss: running mean of the loss, which spikes are measured against.
+        base_eval_loss: held-out loss of the base model.
+        first_eval_loss: held-out loss before the first step; the base's unless the run began from an adapter.
+        eval_loss, best_eval_loss, best_step: newest and lowest held-out loss, and the step of the lowest.
+        evaluations_without_improvement: in a row, for early stopping.
+        bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient.
+        pending_evaluation: the evaluation of this step was due and has not been made.
+        stopped_because: why the run ended before its last step, or None.
+        finished: nothing is left to do.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_s: float = 0.0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    smooth_loss: float | None = None
+    base_eval_loss: float | None = None
+    first_eval_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+    bad_steps_in_a_row: int = 0
+    skipped_steps: int = 0
+    pending_evaluation: bool = False
+    stopped_because: str | None = None
+    finished: bool = False
+
+    def to_json(self) -> bytes:
+        """As JSON, every float to the last bit."""
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Progress:
+        """What `to_json` wrote.
+
+        Raises:
+            ArtifactError: it is something else.
+        """
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError):
+            raise ArtifactError("the progress of the run is not JSON", where="progress.json") from None
+        hints = typing.get_type_hints(cls)
+        if not isinstance(values, dict) or set(values) != set(hints):
+            raise ArtifactError("the progress of the run has other fields than expected", where="progress.json")
+        for name, value in values.items():
+            allowed = typing.get_args(hints[name]) or (hints[name],)
+            if not (type(value) in allowed or (type(value) is int and float in allowed)):
+                raise ArtifactError(f"{name} is {value!r}", where="progress.json")
+            if type(value) is int and value < 0:
+                raise ArtifactError(f"{name} is {value}, which cannot be", where="progress.json")
+        return cls(**values)
+
+    def record_evaluation(self, loss: float) -> bool:
+        """Count a held-out loss; return whether it is the best so far."""
+        self.eval_loss = loss
+        self.pending_evaluation = False
+        better = math.isfinite(loss) and (self.best_eval_loss is None or loss < self.best_eval_loss)
+        if better:
+            self.best_eval_loss, self.best_step = loss, self.step
+            self.evaluations_without_improvement = 0
+        else:
+            self.evaluations_without_improvement += 1
+        return better

@@ -1,0 +1,358 @@
+"""One training step: the gradients of its micro-batches added up, clipped, and AdamW, all on one flat buffer.
+
+Every supervised token of the step weighs the same,
+
+    L = (1 / n) Σ over micro-batches Σ over supervised positions of nats,   n = supervised tokens of the whole step
+    g = g₀ + g₁ + … + g_{m-1},   gᵢ of one micro-batch, computed from zero, added from the left in float32
+
+where nats are -log p(target), the cross-entropy with the natural logarithm, so that the gradient of k micro-batches is
+that of one large batch, however unevenly the supervised tokens are spread. Then
+
+    m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
+    θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
+
+torch.optim's functional form computes it: `torch.optim.AdamW` itself imports torch's compiler when it is made, which
+takes a second and 70 MB, and compiles nothing here.
+
+`training_step` is the step, and `AdapterOptimizer` what moves the adapter; its buffers are those of
+`nn.lora_parameters`, values and gradients of all factors, one behind another. `Processes` are those that share the
+micro-batches of a step: here one alone; several, which come to the same bits unless --reduce sum is asked for, in
+`distributed`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from backhand.errors import ArtifactError, CheckError
+from backhand.nn.batch import PackedBatch
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.runs.interruption import Interruption
+from backhand.training.config import OptimizationOptions
+from backhand.training.engine import Trainable
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean nats per supervised token.
+        grad_norm: of the whole adapter's gradient, before clipping.
+        supervised_tokens: in all micro-batches.
+        attends: whether some supervised position of the step has one before it.
+        taken: whether the optimizer moved the adapter; a non-finite loss or gradient is skipped.
+        computed_s: seconds that each process spent on its micro-batches.
+        waited_s: seconds that each had waited in the exchange before, see `StepSum`.
+        computed_tokens: positions that each computed.
+    """
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+    attends: bool
+    taken: bool
+    computed_s: tuple[float, ...]
+    waited_s: tuple[float, ...]
+    computed_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """The micro-batches of a step, as every process knows them; each packs its own.
+
+    Attributes:
+        packed: makes one by its number.
+        positions: tokens that each computes.
+        supervised_tokens: of all of them.
+        dropout_seeds: one for each; None for no dropout.
+    """
+
+    packed: Callable[[int], PackedBatch]
+    positions: Sequence[int]
+    supervised_tokens: int
+    dropout_seeds: Sequence[int | None]
+
+
+def training_step(
+    model: Trainable,
+    optimizer: AdapterOptimizer,
+    work: StepWork,
+    processes: Processes,
+    learning_rate: float,
+) -> StepResult:
+    """Accumulate the gradients of all micro-batches, clip them, and move the adapter, unless something is not finite.
+
+    Its gradients stay in the buffer, clipped, until the next step.
+
+    Args:
+        model: with `optimizer.lora` attached; a `Decoder`, or what transformers computes (`training.engine`).
+        optimizer: of the adapter.
+        work: the micro-batches; together they hold at least one supervised token.
+        processes: to share them with.
+        learning_rate: of this step.
+
+    Raises:
+        CheckError: the processes do not come to the supervised tokens that the step has.
+    """
+    supervised_tokens = work.supervised_tokens
+    optimizer.clear()
+    shares = processes.shared_out(work.positions)
+    added = processes.gradient_sum(optimizer.gradients, shares)
+    began = time.perf_counter()
+    for number in shares[processes.rank]:
+        batch = work.packed(number)
+        nats = float(model.loss_and_gradients(batch, 1.0 / supervised_tokens, work.dropout_seeds[number]))
+        added.add(number, nats, batch.supervised_tokens, attends=batch.attends)
+    found = processes.total(added, time.perf_counter() - began)
+    if found.supervised_tokens != supervised_tokens:
+        raise CheckError(
+            f"the micro-batches of a step hold {found.supervised_tokens:,} supervised tokens, "
+            f"its rows {supervised_tokens:,}",
+            next_step="report this; it should not happen",
+        )
+    nats = left_sum(found.nats)
+    norm = optimizer.clip()
+    taken = math.isfinite(nats) and math.isfinite(norm)
+    if taken:
+        optimizer.step(learning_rate)
+        optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
+    return StepResult(
+        loss=nats / supervised_tokens,
+        grad_norm=norm,
+        supervised_tokens=supervised_tokens,
+        attends=found.attends,
+        taken=taken,
+        computed_s=found.computed_s,
+        waited_s=found.waited_s,
+        computed_tokens=tuple(sum(work.positions[number] for number in share) for share in shares),
+    )
+
+
+def left_sum(values: Iterable[float]) -> float:
+    """From the left, in float64; Python's own `sum` compensates from 3.12 on."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What moves the adapter.
+
+
+# Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does; steps agree with PyTorch's.
+_CLIP_EPSILON = 1e-6
+
+
+class AdapterOptimizer:
+    """Owns the moments of every trained element; the gradients come from and the values go to `lora`'s flat buffers.
+
+    Args:
+        lora: the adapter to train.
+        options: β₁, β₂, ε, weight decay λ, and the norm to clip at.
+
+    Attributes:
+        values, gradients: the buffers it updates and reads, (elements,) float32.
+        mean, squares: m and v, (elements,) float32.
+        updates: t, 0-d float32, the number of updates done.
+    """
+
+    def __init__(self, lora: LoRAParameters, options: OptimizationOptions) -> None:
+        self.lora = lora
+        self.options = options
+        self.max_grad_norm = options.max_grad_norm
+        self.values, self.gradients = lora.values, lora.gradients
+        self.mean, self.squares = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
+
+    def clear(self) -> None:
+        """Zero the gradients, for the next step to add to."""
+        self.lora.gradients.zero_()
+
+    def clip(self) -> float:
+        """Scale the gradients down to at most `max_grad_norm`, unless 0; return the norm they had, finite or not."""
+        norm = float(torch.linalg.vector_norm(self.lora.gradients))
+        if math.isfinite(norm) and 0 < self.max_grad_norm < norm:
+            self.lora.gradients.mul_(self.max_grad_norm / (norm + _CLIP_EPSILON))
+        return norm
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One AdamW update of all values."""
+        adamw(
+            [self.values],
+            [self.gradients],
+            [self.mean],
+            [self.squares],
+            [],
+            [self.updates],
+            fused=True,
+            amsgrad=False,
+            beta1=self.options.adam_beta1,
+            beta2=self.options.adam_beta2,
+            lr=learning_rate,
+            weight_decay=self.options.weight_decay,
+            eps=self.options.adam_epsilon,
+            maximize=False,
+        )
+
+    def moments(self) -> dict[str, Tensor]:
+        """`mean` and `squares` (elements,) float32, and `updates`, 0-d: everything AdamW remembers."""
+        return {"mean": self.mean, "squares": self.squares, "updates": self.updates}
+
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        """Continue from what `moments` returned.
+
+        Raises:
+            ArtifactError: tensors missing or of another shape or dtype.
+        """
+        expected = self.moments()
+        for name, tensor in expected.items():
+            given = moments.get(name)
+            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
+                found = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
+                raise ArtifactError(
+                    f"the optimizer state {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
+                    where=name,
+                )
+        for name, tensor in expected.items():
+            tensor.copy_(moments[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who computes the micro-batches of a step, and how their gradients add up.
+
+
+class Processes:
+    """The processes of a run: here one alone; see `distributed.Group` for more.
+
+    Attributes:
+        rank, size: number of this process; number of processes.
+        here: processes of the run on this machine.
+        local_rank: number of this process on its machine.
+        interruption: of this process, once it is entered.
+    """
+
+    rank = 0
+    size = 1
+    here = 1
+    local_rank = 0
+
+    def __init__(self) -> None:
+        self.interruption: Interruption | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process has been asked to stop, be it agreed upon or not."""
+        return self.interruption is not None and self.interruption.requested is not None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all processes know that one has been asked to stop."""
+        return self.asked
+
+    def shared_out(self, tokens: Sequence[int]) -> list[list[int]]:
+        """For each process the numbers of its pieces, rising, of pieces of so many tokens; the longest come first."""
+        return [list(range(len(tokens)))]
+
+    def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
+        """The sum of one step."""
+        return OneProcessSum(gradients, len(shares[0]))
+
+    def total(self, added: GradientSum, computed_s: float) -> StepSum:
+        """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
+        return added.total(computed_s, 0.0, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, as JSON holds it."""
+        return [value]
+
+    def follow(self, value: bytes) -> bytes:
+        """The value of the first process."""
+        return value
+
+    def same(self, facts: Mapping[str, Any]) -> None:
+        """Compare what processes must have alike. Raises ArtifactError naming what differs, and both sides."""
+
+    def same_adapter(self, digest: Callable[[], str], step: int) -> None:
+        """Compare the adapters. Raises CheckError naming the processes whose adapter is another one."""
+
+
+@dataclass(frozen=True)
+class StepSum:
+    """What all processes together found in a step; its gradient is in the buffer.
+
+    Attributes:
+        nats: of every micro-batch, in order.
+        supervised_tokens: of all of them.
+        attends: whether some supervised position of the step has one before it.
+        computed_s: seconds each process computed.
+        waited_s: seconds each process took for the exchange before this one, the others' delay included, by its own
+            clock; 0 in the first. How long this exchange takes is not known before it is over.
+        signal: the highest number of a signal that asked a process to stop, or 0.
+    """
+
+    nats: tuple[float, ...]
+    supervised_tokens: int
+    attends: bool
+    computed_s: tuple[float, ...]
+    waited_s: tuple[float, ...]
+    signal: int
+
+
+class GradientSum(Protocol):
+    """The sum of one step. The gradient buffer is zero at first."""
+
+    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
+        """Take what the buffer holds as the gradient of micro-batch `number`; in the order of the numbers."""
+        ...
+
+    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
+        """Put the whole step's gradient into the buffer; the others learn what this process gives of itself."""
+        ...
+
+
+class OneProcessSum:
+    """Of a process that computes every micro-batch itself.
+
+    Args:
+        gradients: the buffer, (elements,).
+        count: micro-batches of the step; one alone needs no second buffer.
+    """
+
+    def __init__(self, gradients: Tensor, count: int) -> None:
+        self._gradients = gradients
+        self._sum = torch.zeros_like(gradients) if count > 1 else None
+        self._nats: list[float] = []
+        self._supervised = 0
+        self._attends = False
+
+    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
+        """See `GradientSum.add`."""
+        assert number == len(self._nats)
+        self._nats.append(nats)
+        self._supervised += supervised_tokens
+        self._attends |= attends
+        if self._sum is not None:
+            self._sum.add_(self._gradients)
+            self._gradients.zero_()
+
+    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
+        """See `GradientSum.total`."""
+        if self._sum is not None:
+            self._gradients.copy_(self._sum)
+        return StepSum(tuple(self._nats), self._supervised, self._attends, (computed_s,), (waited_s,), signal)

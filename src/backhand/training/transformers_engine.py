@@ -1,0 +1,336 @@
+"""Any causal language model that transformers can load: adapters by `inject`, autograd for the rest.
+
+It costs what autograd costs: more time and several times the memory of the decoder engine. What is the same: the loop,
+the data, the flat buffers, the files, and the hand-written backward of every adapted layer.
+
+Documents never see each other: rows of a micro-batch are one pass of shape (documents, longest), padded on the right
+without a mask, where the model's logits show that nothing looks ahead; see `nn.right_padding`. The output head sees the
+supervised positions alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from backhand.adapters.checked_base import check_source, read_adapter
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.inject import InjectedAdapter, inject
+from backhand.adapters.injection_plan import plan_injection
+from backhand.adapters.record import AdapterRecord
+from backhand.errors import UsageError
+from backhand.generate.transformers_completer import TransformersCompleter
+from backhand.nn.batch import PackedBatch, document_runs
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
+from backhand.nn.right_padding import joined, supervised_losses, why_equal_lengths
+from backhand.training.engine import BoundModel, Trainable, wrapper_notes
+from backhand.training.memory.model import ModelSize, transformers_size
+from backhand.training.memory.plan import HeldBase
+from backhand.training.memory.states import Below
+
+
+class TransformersModel:
+    """A transformers causal language model and at most one adapter.
+
+    Args:
+        model: in evaluation mode; its own dropout stays off.
+
+    Attributes:
+        lora: the attached adapter's flat buffers, or None.
+        injected: the adapter inside the model, after `inject`.
+        shares_prefixes: no: each document goes through transformers whole.
+    """
+
+    shares_prefixes = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        self.lora: LoRAParameters | None = None
+        self.injected: InjectedAdapter | None = None
+
+    @cached_property
+    def why_equal_lengths(self) -> str | None:
+        """Why rows of unequal length are not computed together; None where they are."""
+        with nullcontext() if self.injected is None else self.injected.disabled():
+            return why_equal_lengths(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(parameter.dtype for _, parameter in self._base_parameters() if parameter.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(parameter.device for _, parameter in self._base_parameters())
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        model: Any = self.model
+        return int(model.get_input_embeddings().weight.shape[0])
+
+    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        adapter = set() if self.injected is None else {id(parameter) for parameter in self.injected.parameters()}
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) not in adapter)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every base parameter; a tied one appears once."""
+        return ((name, parameter.detach()) for name, parameter in self._base_parameters())
+
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear module by dotted path."""
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def inject(self, config: LoRAConfig) -> AdapterLayout:
+        """Put the adapter's modules into the model; `attach` then ties them to flat buffers of this layout.
+
+        Raises:
+            UsageError: a value out of range, modules that match nothing or cannot be adapted, or whole modules to train
+                in a model whose dtype is not the buffers'.
+        """
+        _check_saved_modules(config, self.dtype)
+        self.injected = inject(self.model, config)
+        return self.injected.layout
+
+    def attach(self, lora: LoRAParameters) -> None:
+        """Use and train this adapter: the modules' parameters become views of its buffers.
+
+        Raises:
+            ValueError: its slots are not those that `inject` returned.
+        """
+        injected = self._injected()
+        if list(lora.slots) != list(injected.modules):
+            raise ValueError("the adapter is for other modules than those injected")
+        if lora is not self.lora:
+            for name, parameter in injected.named_parameters():
+                parameter.data = lora.tensor(name).view(parameter.shape)
+                parameter.grad = lora.gradient(name).view(parameter.shape)
+        self.lora = lora
+        injected.enable()
+
+    def detach(self) -> None:
+        """Back to the base model; the modules stay, and do nothing."""
+        self.lora = None
+        self._injected().enable(False)
+
+    def _injected(self) -> InjectedAdapter:
+        if self.injected is None:
+            raise ValueError("there is no adapter in the model: inject one first")
+        return self.injected
+
+    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
+        """Add ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`; return Σ nats, 0-d float64.
+
+        Raises:
+            ValueError: without an attached adapter.
+        """
+        if self.lora is None:
+            raise ValueError("there is no adapter to train: attach one first")
+        total = torch.zeros((), dtype=torch.float64)
+        with _dropout(self._injected(), dropout_seed, self.device), torch.enable_grad():
+            for losses in self._losses(batch):
+                nats = losses.sum()
+                (nats * loss_scaling).backward()
+                total += nats.detach().double().cpu()
+        return total
+
+    @torch.no_grad()
+    def loss(self, batch: PackedBatch) -> Tensor:
+        """Σ nats over the supervised positions, 0-d float64."""
+        total = torch.zeros((), dtype=torch.float64)
+        for losses in self._losses(batch):
+            total += losses.sum().double().cpu()
+        return total
+
+    @torch.no_grad()
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats, in the order of the positions."""
+        return joined(self._losses(batch), self.device)
+
+    def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:
+        return supervised_losses(self.model, batch, lambda: self.why_equal_lengths is None)
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
+        """(tokens, vocab) logits of every position, documents kept apart."""
+        lengths = (input_ids.shape[0],) if document_lengths is None else tuple(document_lengths)
+        return torch.cat(
+            [
+                self._logits(input_ids[start : start + count * length].view(count, length)).flatten(0, 1)
+                for start, count, length in document_runs(lengths)
+            ]
+        )
+
+
+def _check_saved_modules(config: LoRAConfig, dtype: torch.dtype) -> None:
+    if config.modules_to_save and dtype != torch.float32:
+        raise UsageError(
+            f"modules_to_save cannot be trained by transformers in {dtype}",
+            where="modules_to_save",
+            why="the trained values are float32, and the modules compute with them as they are",
+            next_step="give --dtype float32",
+        )
+
+
+@contextmanager
+def _dropout(injected: InjectedAdapter, seed: int | None, device: torch.device) -> Iterator[None]:
+    """Inside, the adapter drops elements as the seed says; nothing is dropped without one.
+
+    The modules draw from torch's global generator, whose state is put back afterwards.
+    """
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for module in injected.modules.values():
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in injected.modules.values():
+                module.training = False
+
+
+class TransformersEngine:
+    """transformers and autograd for one model; see `engine.Engine`.
+
+    Args:
+        source: the opened base model.
+        dtype: the compute dtype.
+        note: why not the decoder engine; None where transformers was asked for.
+    """
+
+    name: Literal["backhand", "transformers"] = "transformers"
+    shares_prefixes = False
+    layers = 1  # counted whole: what a block is, only the model's own code knows
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype, note: str | None) -> None:
+        self.note = note
+        self.notes = wrapper_notes(source)
+        self._source = source
+        self._dtype = dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        model: Any = transformers_skeleton(self._source, dtype=self._dtype)
+        return int(model.get_input_embeddings().weight.shape[0])
+
+    def layout(self, config: LoRAConfig) -> AdapterLayout:
+        """What the adapter will consist of, from the model's modules without their weights."""
+        _check_saved_modules(config, self._dtype)
+        skeleton = transformers_skeleton(self._source, dtype=self._dtype)
+        return plan_injection(skeleton, config, None, skeleton=True).layout
+
+    def below(
+        self,
+        layout: AdapterLayout,  # noqa: ARG002 - which of its modules come first, only the model's own code knows
+        longest: int,  # noqa: ARG002
+    ) -> Below:
+        """Nothing that could be computed by itself."""
+        return Below()
+
+    bases: tuple[HeldBase, ...] = ("dense",)
+
+    def size(
+        self,
+        layout: AdapterLayout,
+        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
+    ) -> ModelSize:
+        """What the memory plan needs to know."""
+        source = self._source
+        elements = sum(math.prod(source.shape(name)) for name in source.tensor_names())
+        return transformers_size(source.config, elements, layout, self._dtype.itemsize)
+
+    def start_notes(
+        self, directory: str, layout: AdapterLayout, *, chat_template: str | None, force_base: bool, allow_pickle: bool
+    ) -> tuple[str, ...]:
+        """Hold the model against the record of the adapter to start from; its values are read with the weights."""
+        return check_source(
+            read_adapter(directory, self._source, allow_pickle=allow_pickle).record,
+            directory,
+            self._source,
+            [slot.name for slot in layout.slots],
+            chat_template=chat_template,
+            force_base=force_base,
+        )
+
+    def load(
+        self,
+        config: LoRAConfig,
+        *,
+        base_model: str | None,
+        device: torch.device,
+        recompute: str = "none",  # noqa: ARG002 - autograd keeps everything
+        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
+    ) -> BoundModel:
+        """Read the weights, and attach an adapter whose values are still zero; nothing is ever recomputed."""
+        model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))
+        slots, trained = model.inject(config)
+        lora = LoRAParameters(slots, trained=trained, device=device)
+        model.attach(lora)
+        return _BoundTransformers(model, lora, config, self._source, base_model)
+
+    def probes(
+        self,
+        config: LoRAConfig,
+        device: torch.device,
+        recompute: str,  # noqa: ARG002 - autograd keeps everything
+        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
+    ) -> list[tuple[Trainable, int]]:
+        """The model itself."""
+        bound = self.load(config, base_model=None, device=device)
+        bound.lora.refresh_compute(self._dtype)
+        return [(bound.model, self.layers)]
+
+
+class _BoundTransformers(BoundModel):
+    def __init__(
+        self,
+        model: TransformersModel,
+        lora: LoRAParameters,
+        config: LoRAConfig,
+        source: ModelSource,
+        base_model: str | None,
+    ) -> None:
+        assert model.injected is not None
+        why = model.why_equal_lengths
+        notes = [] if why is None else [f"rows of equal length alone are computed together: {why}"]
+        super().__init__(model, lora, config, (*model.injected.notes, *notes))
+        self._model = model
+        self._injected = model.injected
+        self._source = source
+        self._base_model = base_model
+
+    def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
+        """The adapter as PEFT reads it."""
+        wrapper = self._source.wrapper
+        return self._injected.files(base_model=self._base_model, record=record, card=card, wrapper=wrapper)
+
+    def completer(self) -> TransformersCompleter:
+        """transformers' own generation."""
+        return TransformersCompleter(self._model.model, self._injected)
+
+    def _start_beside_factors(self) -> None:
+        self._injected.reset_beside()
+
+    def _fill(self, directory: str, allow_pickle: bool) -> None:
+        self._injected.load_contents(read_adapter(directory, self._source, allow_pickle=allow_pickle))

@@ -1,0 +1,125 @@
+"""Causal depthwise convolution: cases and mutants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backhand.nn.batch import document_runs
+from backhand.ops.causal_conv import (
+    CausalConvSaved,
+    Taps,
+    causal_conv_backward,
+    causal_conv_forward,
+    causal_conv_reference,
+    convolved,
+)
+from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+
+
+def _case(
+    name: str,
+    documents: tuple[int, ...],
+    channels: int = 5,
+    width: int = 4,
+    *,
+    shared: int = 0,
+    silu: bool = True,
+    bias: bool = False,
+    size: float = 1.0,
+) -> Case:
+    draw = Draw(f"causal_conv: {name}")
+    tokens, runs = shared + sum(documents), document_runs(documents, shared)
+    tensors = {
+        "x": draw.normal(tokens, channels, size=size),
+        "d_y": draw.normal(tokens, channels),
+        "weight": draw.normal(channels, width),
+    }
+    if bias:
+        tensors["bias"] = draw.normal(channels)
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        y, saved = causal_conv_forward(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
+        return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
+
+    def reference(t: Tensors) -> Tensor:
+        return causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
+
+    def usual(t: Tensors) -> Tensor:
+        c = causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared)
+        return functional.silu(c) if silu else c
+
+    return Case(name, tensors, by_hand, reference, usual)
+
+
+CASES = (
+    _case("packed documents", (6, 6, 3, 1, 2)),
+    _case("no activation", (6, 3, 7), silu=False),
+    _case("bias", (6, 3, 7), bias=True),
+    _case("three taps", (6, 3, 7), width=3, silu=False),
+    _case("one tap", (6, 3), width=1),
+    _case("documents shorter than the taps", (1, 2, 3, 1), width=6),
+    _case("shared prefix", (5, 5, 1, 2), shared=7),
+    _case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
+    _case("shared prefix, no activation", (4, 3), shared=3, silu=False),
+    _case("nothing but a prefix", (), shared=4),
+    _case("large numbers", (5, 4), size=30.0),
+    _case("one token", (1,)),
+    _case("no tokens", ()),
+    _case("training size", (40, 40, 17), channels=48),
+)
+
+
+def documents_of(tokens: int, runs: tuple[tuple[int, int, int], ...], shared: int) -> Tensor:
+    """For each token its document's number, (tokens,); the prefix is 0."""
+    lengths = [shared] + [n for _, count, n in runs for _ in range(count)]
+    assert sum(lengths) == tokens
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def conv_matrices(saved: CausalConvSaved, *, apart: bool = True, prefix: bool = True) -> Tensor:
+    """∂c/∂x for each channel, (channels, tokens, tokens): what the mutants get wrong stands here in the open."""
+    x, (weight, _), runs, shared, _ = saved
+    tokens, width = x.shape[0], weight.shape[1]
+    document = documents_of(tokens, runs, shared)
+    starts = [0] + [shared] * int(document.max() if tokens else 0)
+    place = torch.cat([start + torch.arange(int((document == d).sum())) for d, start in enumerate(starts)])
+    if not apart:
+        place = torch.arange(tokens)
+    distance = place[:, None] - place[None, :]
+    seen = (distance >= 0) & (distance < width)
+    if apart:
+        same = document[:, None] == document[None, :]
+        seen &= same | (document[None, :] == 0) if prefix else same
+    columns = (width - 1 - distance).clamp(0, width - 1)
+    return weight[:, columns.to(weight.device)] * seen.to(weight.device)
+
+
+def _slope(saved: CausalConvSaved) -> Tensor:
+    if not saved.silu:
+        return torch.ones_like(saved.x)
+    c = convolved(saved.x, saved.taps, saved.runs, saved.shared)
+    sigmoid = torch.sigmoid(c)
+    return sigmoid * (1 + c * (1 - sigmoid))
+
+
+def _through(d_c: Tensor, matrices: Tensor) -> Tensor:
+    return torch.einsum("tc,cts->sc", d_c, matrices)
+
+
+MUTANTS = (
+    *standard_mutants("d_x"),
+    Mutant("slope forgotten", "d_x", lambda g, s, _right: _through(g, conv_matrices(s))),
+    Mutant("slope at x", "d_x", lambda g, s, _right: _through(functional.silu(s.x) * g, conv_matrices(s))),
+    Mutant(
+        "documents see each other", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, apart=False))
+    ),
+    Mutant("taps not turned round", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s).mT)),
+    Mutant(
+        "prefix's share missing", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, prefix=False))
+    ),
+    Mutant("its own tap alone", "d_x", lambda g, s, _right: g * _slope(s) * s.taps.weight[:, -1]),
+)
+
+PROOFS = (OpProof("causal_conv", causal_conv_backward, CASES, MUTANTS),)

@@ -1,0 +1,251 @@
+"""The frozen matrix: cases with dense and with quantized weights, and mutants.
+
+Blocks are drawn byte by byte but for their scales, which are of a usual size. What they mean is taken from the gguf
+package, whose arithmetic is the reference; the products are cut into tiles far smaller than in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backhand.kernels.dequantize import Bytes, block_shape
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.ops.frozen_matrix import (
+    FrozenLinearSaved,
+    FrozenMatrix,
+    column_tiles,
+    frozen_dense,
+    frozen_linear_backward,
+    frozen_linear_forward,
+    frozen_linear_reference,
+    tiles_of,
+)
+from backhand.verify.case import (
+    Backward,
+    ByHand,
+    Case,
+    Draw,
+    Mutant,
+    OpProof,
+    Tensors,
+    standard_mutants,
+    transposed_if_square,
+)
+
+_SMALL_TILES = 1
+"""Bytes; the edges then lie as near to one another as they may: 64 rows, 256 columns."""
+
+# Where the float16 numbers of a block stand: (its scale, its minimum), as far as it has them.
+_HALVES: dict[str, tuple[int, ...]] = {
+    "F16": (0,),
+    "BF16": (),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "IQ2_XS": (0,),
+}
+_MINIMA = {"Q4_1": 2, "Q5_1": 2, "Q2_K": 82, "Q4_K": 2, "Q5_K": 2}
+
+
+def random_blocks(draw: Draw, name: str, rows: int, columns: int) -> Bytes:
+    """(rows, bytes) of a type by its ggml name: any bytes, with scales of 1/32 to 1/4, of either sign."""
+    values, size = block_shape(int(gguf.GGMLQuantizationType[name]))
+    count = rows * columns // values
+    if name == "BF16":
+        return draw.normal(rows, columns).bfloat16().view(torch.uint8).numpy()
+    blocks = draw.integers(256, count, size).to(torch.uint8)
+    for place in _HALVES[name]:
+        scales = (1 + draw.integers(8, count).double()) / 32 * (1 - 2 * draw.integers(2, count))
+        blocks[:, place : place + 2] = scales.half().view(torch.uint8).view(count, 2)
+    return blocks.view(rows, columns // values * size).numpy()
+
+
+def _numbers(blocks: Bytes, name: str) -> Tensor:
+    """What the gguf package reads in them, float32."""
+    found = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[name])
+    return torch.from_numpy(np.array(found, dtype=np.float32))
+
+
+def _case(
+    name: str,
+    lead: tuple[int, ...],
+    columns: int,
+    parts: Sequence[tuple[str, int]],
+    *,
+    bias: bool = False,
+    residual: bool = False,
+    ordered: bool = False,
+    tile_bytes: int | None = _SMALL_TILES,
+) -> Case:
+    """A weight of parts (ggml type, rows) stacked; a part of type `dense` must be alone."""
+    draw = Draw(f"frozen_matrix: {name}")
+    outputs = sum(rows for _, rows in parts)
+    dense_only = parts[0][0] == "dense"
+    stored = [] if dense_only else [(kind, random_blocks(draw, kind, rows, columns)) for kind, rows in parts]
+    orders = [torch.randperm(rows, generator=draw.generator) if ordered else None for _, rows in parts]
+    plain = draw.normal(outputs, columns).float() if dense_only else None
+    tensors = {"x": draw.normal(*lead, columns), "d_y": draw.normal(*lead, outputs)}
+    if bias:
+        tensors["bias"] = draw.normal(outputs)
+    if residual:
+        tensors["residual"] = draw.normal(*lead, outputs)
+
+    def weight(like: Tensor) -> FrozenMatrix:
+        if plain is not None:
+            return plain.to(like)
+        made = [
+            StoredRows(blocks, int(gguf.GGMLQuantizationType[kind]), order)
+            for (kind, blocks), order in zip(stored, orders, strict=True)
+        ]
+        return QuantizedMatrix(made, like.dtype, like.device)
+
+    def numbers(like: Tensor) -> Tensor:
+        if plain is not None:
+            return plain.to(like)
+        made = [_numbers(blocks, kind) for kind, blocks in stored]
+        turned = [rows if order is None else rows[order] for rows, order in zip(made, orders, strict=True)]
+        return torch.cat(turned).to(like)
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        with tiles_of(tile_bytes if tile_bytes is not None else 1 << 40):
+            y, saved = frozen_linear_forward(t["x"], weight(t["x"]), t.get("bias"), t.get("residual"))
+            return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
+
+    def reference(t: Tensors) -> Tensor:
+        return frozen_linear_reference(t["x"], numbers(t["x"]), t.get("bias"), t.get("residual"))
+
+    def usual(t: Tensors) -> Tensor:
+        y = functional.linear(t["x"], numbers(t["x"]), t.get("bias"))
+        return y + t["residual"] if "residual" in t else y
+
+    return Case(name, tensors, by_hand, reference, usual)
+
+
+CASES = (
+    _case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
+    _case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
+    _case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
+    _case("parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True),
+    _case("rows in another order", (11,), 544, [("Q8_0", 130), ("Q5_1", 7)], ordered=True),
+    _case("square weight", (5,), 256, [("Q3_K", 256)]),
+    _case("one tile", (5,), 512, [("Q2_K", 9)], tile_bytes=None),
+    _case("dense in tiles", (9,), 544, [("dense", 130)], bias=True),
+    _case("dense in one", (5,), 37, [("dense", 11)], tile_bytes=None, residual=True),
+    _case("other types of one block", (3,), 256, [("Q5_K", 3), ("IQ4_XS", 5), ("IQ4_NL", 2), ("F16", 4), ("BF16", 6)]),
+    _case("by the gguf package", (3,), 512, [("IQ2_XS", 66)]),
+    _case("few rows, longer than a piece", (8,), 1312, [("Q4_0", 9), ("Q8_0", 6)], bias=True, residual=True),
+    _case("few rows in another order", (2,), 1024, [("Q6_K", 7), ("Q5_K", 5)], ordered=True),
+    _case("few dense rows of odd width", (3,), 1051, [("dense", 10)], bias=True, residual=True),
+    _case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
+    _case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
+)
+
+
+def _quantized(
+    change: Callable[[QuantizedMatrix], QuantizedMatrix],
+) -> Callable[[Tensor, FrozenLinearSaved, object], Tensor]:
+    """G W with a quantized W read wrongly."""
+
+    def value(d_y: Tensor, saved: FrozenLinearSaved, _right: object) -> Tensor:
+        weight = saved.weight if isinstance(saved.weight, Tensor) else change(saved.weight)
+        return frozen_linear_backward(d_y, FrozenLinearSaved(weight)).d_x
+
+    return value
+
+
+def _blocks_changed(change: Callable[[Bytes, str], None]) -> Callable[[QuantizedMatrix], QuantizedMatrix]:
+    """The matrix with every block changed in place, (blocks, bytes) at a time."""
+
+    def changed(matrix: QuantizedMatrix) -> QuantizedMatrix:
+        parts = []
+        for part in matrix.parts:
+            copy = part.blocks.copy()
+            change(copy.reshape(-1, block_shape(part.type_id)[1]), gguf.GGMLQuantizationType(part.type_id).name)
+            parts.append(StoredRows(copy, part.type_id, part.order))
+        return QuantizedMatrix(parts, matrix.dtype, matrix.device)
+
+    return changed
+
+
+def _neighbours_scale(blocks: Bytes, name: str) -> None:
+    for place in _HALVES[name][:1]:
+        blocks[:, place : place + 2] = np.roll(blocks[:, place : place + 2], 1, axis=0)
+
+
+def _no_minimum(blocks: Bytes, name: str) -> None:
+    if name in _MINIMA:
+        blocks[:, _MINIMA[name] : _MINIMA[name] + 2] = 0
+
+
+def _nibbles_swapped(blocks: Bytes, name: str) -> None:
+    if name in ("Q4_0", "Q4_1", "Q4_K"):
+        packed = blocks[:, -(128 if name == "Q4_K" else 16) :]
+        packed[:] = (packed << 4) | (packed >> 4)
+
+
+def _own_order(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    return QuantizedMatrix(
+        [StoredRows(part.blocks, part.type_id) for part in matrix.parts], matrix.dtype, matrix.device
+    )
+
+
+def _way_back_order(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The order's inverse in its place."""
+    parts = [
+        StoredRows(part.blocks, part.type_id, None if part.order is None else part.order.argsort())
+        for part in matrix.parts
+    ]
+    return QuantizedMatrix(parts, matrix.dtype, matrix.device)
+
+
+def _tiles_changed(
+    change: Callable[[list[Tensor]], list[Tensor]],
+) -> Callable[[Tensor, FrozenLinearSaved, object], Tensor]:
+    """The tiles of d_x put together wrongly."""
+
+    def value(d_y: Tensor, saved: FrozenLinearSaved, _right: object) -> Tensor:
+        dense = frozen_dense(saved.weight)
+        tiles = [d_y @ dense[:, tile] for tile in column_tiles(saved.weight)]
+        return torch.cat(change(tiles), -1)
+
+    return value
+
+
+def _edges_late(d_y: Tensor, saved: FrozenLinearSaved, _right: object) -> Tensor:
+    """Every tile but the first begins one block behind its edge: a block of the weight is left out at each."""
+    dense = frozen_dense(saved.weight)
+    for tile in column_tiles(saved.weight)[1:]:
+        dense = torch.cat([dense[:, : tile.start], torch.zeros_like(dense[:, :32]), dense[:, tile.start + 32 :]], 1)
+    return d_y @ dense
+
+
+MUTANTS = (
+    *standard_mutants("d_x"),
+    Mutant("weight transposed", "d_x", lambda g, s, _right: g @ transposed_if_square(frozen_dense(s.weight))),
+    Mutant("scale of the block before", "d_x", _quantized(_blocks_changed(_neighbours_scale))),
+    Mutant("minimum forgotten", "d_x", _quantized(_blocks_changed(_no_minimum))),
+    Mutant("halves of bytes swapped", "d_x", _quantized(_blocks_changed(_nibbles_swapped))),
+    Mutant("order of rows ignored", "d_x", _quantized(_own_order)),
+    Mutant("order of rows the other way", "d_x", _quantized(_way_back_order)),
+    Mutant("last column tile missing", "d_x", _tiles_changed(lambda tiles: [*tiles[:-1], torch.zeros_like(tiles[-1])])),
+    Mutant("column tiles in reverse", "d_x", _tiles_changed(lambda tiles: tiles[::-1])),
+    Mutant("block at a tile's edge missing", "d_x", _edges_late),
+    Mutant("last output missing", "d_x", lambda g, s, _right: g[..., :-1] @ frozen_dense(s.weight)[:-1]),
+)
+
+PROOFS = (OpProof("frozen_linear", frozen_linear_backward, CASES, MUTANTS),)
