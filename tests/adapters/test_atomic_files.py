@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from backhand.adapters import atomic_files
-from backhand.adapters.atomic_files import make_directory, write_atomically
+from backhand import files as atomic_files
 from backhand.errors import ResourceError, UsageError
+from backhand.files import make_directory, write_atomically
 
 
 @pytest.fixture(params=[0o022, 0o077])
@@ -45,7 +45,7 @@ def test_links_and_devices_are_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_bytes() == b"mine" and (tmp_path / "link").is_symlink()
 
 
-STEPS = ("_write_and_sync", "sync_directory")
+STEPS = ("open_new", "set_mode", "write", "sync", "rename", "sync_directory")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -55,7 +55,7 @@ def test_a_failure_on_the_way_leaves_a_whole_file(step: str, tmp_path: Path, mon
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_files, step, fail)
+    monkeypatch.setattr(atomic_files.FileLayer, step, fail)
     with pytest.raises(ResourceError, match="disk is full") as caught:
         write_atomically(tmp_path / "f", b"new")
     assert "3 bytes are needed" in str(caught.value) and caught.value.exit_code == 5

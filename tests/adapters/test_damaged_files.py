@@ -18,17 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from backhand.adapters import safetensors_file
-from backhand.adapters.adapter_directory import check_adapter_name
+from backhand.adapters import reading as safetensors_file
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.loading import load_adapter
 from backhand.adapters.peft_config import read_peft_config
-from backhand.adapters.peft_loading import load_adapter
-from backhand.adapters.peft_saving import save_adapter
-from backhand.adapters.safetensors_file import read_tensors
-from backhand.adapters.strict_json import parse_json_object
+from backhand.adapters.reading import parse_json_object, read_tensors
 from backhand.adapters.targets import resolve_slots
-from backhand.errors import ArtifactError, BackhandError, UsageError
+from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters
+from support.saved_adapters import save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -215,7 +213,7 @@ def test_json_that_is_none_or_no_object(saved: Path, data: bytes, shown: str) ->
 def test_a_configuration_of_many_megabytes_is_not_read(saved: Path) -> None:
     with (saved / "adapter_config.json").open("wb") as file:
         file.truncate(50 * 2**20)
-    with pytest.raises(ArtifactError, match="too many"):
+    with pytest.raises(ArtifactError, match="more than 8,388,608 bytes"):
         load_adapter(saved, SHAPES)
 
 
@@ -358,18 +356,6 @@ def test_any_names_and_shapes_of_tensors(saved: Path, tmp_path: Path, entries: d
         load_adapter(directory, SHAPES)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "/abs", "a/b", "", ".", "..", "a" * 65, "a\0", "-a", "_a", "ａ", "a b", "a\n", "a.b"]
-)
-def test_names_that_could_lead_outside(name: str) -> None:
-    with pytest.raises(UsageError):
-        check_adapter_name(name)
-
-
-def test_ordinary_names() -> None:
-    assert [check_adapter_name(name) for name in ("a", "A-1_b", "0" * 64)] == ["a", "A-1_b", "0" * 64]
-
-
 def test_reading_takes_no_more_memory_than_the_file_is_large(saved: Path) -> None:
     """A header that promises terabytes, in a process that may have one gibibyte more than it starts with."""
     header = {"a": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}
@@ -377,7 +363,7 @@ def test_reading_takes_no_more_memory_than_the_file_is_large(saved: Path) -> Non
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from backhand.adapters.safetensors_file import read_tensors
+from backhand.adapters.reading import read_tensors
 from backhand.errors import ArtifactError
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
+from backhand.adapters.record import base_digest, text_digest, tokenizer_digest
 from support.tiny_tokenizer import tiny_tokenizer
 
 

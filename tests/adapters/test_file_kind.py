@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from backhand.adapters.file_kind import kind_of
+from backhand.reading import kind_of
 
 
 def header_of_length(length: int) -> bytes:

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject, inject_from
+from backhand.adapters.reading import UnusableAdapterError
 from backhand.errors import ArtifactError, UsageError
-from backhand.nn.lora_module import LoRAModule
+from backhand.nn.modules.adapted_module import LoRAModule
 from support.any_models import (
     KINDS,
     PREFIX,

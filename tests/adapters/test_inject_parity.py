@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backhand.adapters.adapter_directory import UnusableAdapterError
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject, inject_from
+from backhand.adapters.reading import UnusableAdapterError
 from backhand.errors import UsageError
 from support.any_models import (
     KINDS,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject, inject_from
-from backhand.nn import lora_functions
+from backhand.nn.modules import functions as lora_functions
 
 
 def rows(count: int) -> list[dict[str, Tensor]]:

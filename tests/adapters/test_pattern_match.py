@@ -5,8 +5,8 @@ import re
 import pytest
 from peft.utils.other import get_pattern_key
 
-from backhand.adapters import pattern_match
-from backhand.adapters.pattern_match import key_matches, pattern_matches
+from backhand.adapters import targets as pattern_match
+from backhand.adapters.targets import key_matches, pattern_matches
 from backhand.errors import UsageError
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "model.layers.1.mlp.up_proj", "q_proj"]
@@ -41,17 +41,50 @@ def test_patterns_match_the_whole_path(pattern: str) -> None:
 
 
 def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 1)
-    for pattern in ("(a+)+b", "a*a*a*a*a*a*a*a*a*a*b"):
+    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 0.2)
+    for pattern in ("(a|aa)+$b", r"((?:a|aa|aaa)+)+\1x"):
         with pytest.raises(UsageError, match="takes longer") as caught:
-            pattern_matches(pattern, ["a" * 60], where="target_modules")
+            pattern_matches(pattern, ["a" * 400], where="target_modules")
         assert caught.value.where == "target_modules"
 
 
-def test_a_machine_that_is_too_busy_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pattern_match, "_WALL_LIMIT_S", 0.2)
+def test_the_time_is_for_all_names_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 0.2)
+    slow = "a" * 23 + "b"
+    assert pattern_matches("(a|aa)+$b", [slow], where="target_modules") == [False]
     with pytest.raises(UsageError, match="takes longer"):
-        pattern_matches("(a+)+b", ["a" * 60], where="target_modules")
+        pattern_matches("(a|aa)+$b", [slow] * 1_000, where="target_modules")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(((a{1000}){1000}){1000}){1000}",
+        "(?:q_proj){60000}",
+        "(?:q_prok){e<=1}",
+        "q_prok{s}",
+        "[a[:alpha:]]+",
+    ],
+)
+def test_what_regex_would_read_otherwise_or_write_out_is_refused(pattern: str) -> None:
+    re.compile(pattern)  # of Python's it is one
+    for matches in (pattern_matches, key_matches):
+        with pytest.raises(UsageError, match="is refused"):
+            matches(pattern, NAMES, where="target_modules")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.\d{1,2}\..*",
+        r"(?:model|layers|\.|\d{1,3}){1,9}self_attn\.q_proj",
+        r".{,200}_proj",
+        r"(?i).*Q_PROJ",
+    ],
+)
+def test_counted_repeats_are_matched_as_python_does(pattern: str) -> None:
+    ours = pattern_matches(pattern, NAMES, where="target_modules")
+    assert ours == [re.fullmatch(pattern, name) is not None for name in NAMES]
 
 
 @pytest.mark.parametrize("broken", ["(", "*a", "[z-a]", "a{99999999999}", "(" * 3000, "x" * 30_000])

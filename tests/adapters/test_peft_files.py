@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backhand.adapters.adapter_directory import UnusableAdapterError
-from backhand.adapters.adapter_record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_loading import load_adapter
-from backhand.adapters.peft_saving import save_adapter
+from backhand.adapters.loading import load_adapter
+from backhand.adapters.reading import UnusableAdapterError
+from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters
+from support.parity import decoder_like, relative_error
+from support.saved_adapters import save_adapter
 from support.tiny_models import attach_lora, full_logits, tiny_documents, tiny_model
 
 PREFIX = "base_model.model."
@@ -86,6 +87,70 @@ def test_peft_reads_what_we_write(
     expected, got = full_logits(by_hand, document), full_logits(theirs, document)
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
     assert torch.linalg.norm(got - full_logits(model, document)) > 0.01 * torch.linalg.norm(expected)
+
+
+def _to_peft_and_back(variant: str, folder: Path) -> set[str]:
+    """An adapter of all linear modules, saved, computed by PEFT as here, saved by PEFT and read again; its modules."""
+    model = tiny_model(variant)
+    shapes = linear_shapes(model)
+    parameters = random_parameters(CONFIGS["all-linear"], shapes)
+    save_adapter(folder / "a", CONFIGS["all-linear"], parameters, base_model="some/base", module_names=list(shapes))
+    theirs = peft.PeftModel.from_pretrained(model, str(folder / "a"))
+    (document,) = tiny_documents([11])
+    decoder = decoder_like(theirs, next(iter(parameters.slots.values())).scaling)
+    decoder.attach(parameters)
+    assert relative_error(decoder.logits(document), full_logits(theirs, document)) <= 1e-5
+    theirs.save_pretrained(str(folder / "back"), save_embedding_layers=False)
+    back = load_adapter(folder / "back", shapes).parameters()
+    assert torch.equal(back.values, parameters.values)
+    return set(parameters.slots)
+
+
+def test_modules_around_convolutions_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    slots = _to_peft_and_back("lfm2", tmp_path)
+    assert {name.split(".", 3)[3] for name in slots} == {
+        *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+        *(f"conv.{part}_proj" for part in ("in", "out")),
+        *(f"feed_forward.w{part}" for part in "123"),
+    }
+
+
+def test_modules_beside_the_layers_inputs_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    """Layers that use another's keys have no k_proj and no v_proj; what makes the inputs stands before all layers."""
+    slots = _to_peft_and_back("gemma4_text", tmp_path)
+    assert {"model.per_layer_model_projection", "model.layers.6.per_layer_input_gate"} <= slots
+    assert "model.layers.6.self_attn.k_proj" not in slots
+
+
+def test_modules_of_delta_rules_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    slots = _to_peft_and_back("qwen3_5_text", tmp_path)
+    assert {name.split(".", 3)[3] for name in slots} == {
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+        *("linear_attn.out_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    }
+
+
+@pytest.mark.parametrize("name", ["all-linear", "fused"])
+def test_fused_modules_go_to_peft_and_come_back(name: str, tmp_path: Path) -> None:
+    """Phi-3's q, k and v are one module, and so are gate and up: one pair of factors each, as PEFT has them."""
+    fused = tiny_model("phi3")
+    shapes = linear_shapes(fused)
+    config = {
+        "all-linear": CONFIGS["all-linear"],
+        "fused": LoRAConfig(rank=3, target_modules=("qkv_proj", "gate_up_proj")),
+    }[name]
+    parameters = random_parameters(config, shapes)
+    assert "model.layers.0.self_attn.qkv_proj" in parameters.slots
+    save_adapter(tmp_path / "a", config, parameters, base_model="some/base", module_names=list(shapes))
+    theirs = peft.PeftModel.from_pretrained(fused, str(tmp_path / "a"))
+    (document,) = tiny_documents([11])
+    decoder = decoder_like(theirs, parameters.slots["model.layers.0.self_attn.qkv_proj"].scaling)
+    decoder.attach(parameters)
+    assert relative_error(decoder.logits(document), full_logits(theirs, document)) <= 1e-5
+    theirs.save_pretrained(str(tmp_path / "back"), save_embedding_layers=False)
+    back = load_adapter(tmp_path / "back", shapes).parameters()
+    assert torch.equal(back.values, parameters.values)
 
 
 THEIRS: dict[str, dict[str, Any]] = {

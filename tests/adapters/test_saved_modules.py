@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.inject import inject
-from backhand.adapters.injected import InjectedAdapter
+from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.errors import UsageError
 from support.any_models import PREFIX, outputs, randomise, word_ids
 from support.tiny_models import tiny_model

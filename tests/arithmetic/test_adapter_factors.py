@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backhand.adapters.adapter_directory import UnusableAdapterError
+from backhand.adapters.reading import UnusableAdapterError
 from backhand.arithmetic.adapter_factors import base_weight, read_factors
-from backhand.arithmetic.module_paths import kind_of, layer_of
+from backhand.arithmetic.findings import kind_of, layer_of
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
 from support.tiny_models import save_tiny, tiny_model

@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from backhand.adapters.adapter_directory import read_adapter_directory
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import load_adapter_for, source_digests
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.peft_saving import save_adapter
+from backhand.adapters.reading import read_adapter_directory
+from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.combine import combine
 from backhand.arithmetic.combine_options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
-from backhand.nn.decoder_weights import module_shapes
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
+from support.saved_adapters import save_adapter
 from support.tiny_models import save_tiny, tiny_model
 
 BOTH = ("q_proj", "v_proj")

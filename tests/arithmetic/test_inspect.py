@@ -13,12 +13,11 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
-from backhand.arithmetic.inspect import inspect_adapter
-from backhand.arithmetic.inspection import effective_rank
+from backhand.adapters.record import AdapterRecord
+from backhand.arithmetic.inspect import effective_rank, inspect_adapter
 from backhand.arithmetic.look_options import InspectOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
@@ -118,7 +117,7 @@ def test_the_base_that_the_adapter_names_is_used_if_it_is_here_and_the_same(
 def test_a_base_that_is_not_here_is_not_fetched(
     model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backhand.nn.loading import hub
+    from backhand.nn.loading import huggingface as hub
 
     monkeypatch.setattr(hub, "_fetched", lambda *_: pytest.fail("a base model was fetched"))
     found = inspect_adapter(InspectOptions(recorded(model, base, tmp_path / "a", "owner/absent-model")))

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from backhand.arithmetic.subspaces import principal_angles, subspace_similarity
+from backhand.arithmetic.low_rank import principal_angles, subspace_similarity
 
 
 def basis(columns: int, seed: int) -> Tensor:

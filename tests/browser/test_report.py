@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from backhand.report.command import write_report
 from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
-from backhand.report.writing import write_report
 from support.poison import ATTACKS, poison_adapter, poison_run
 from support.tiny_run import TinyRun, with_options
 

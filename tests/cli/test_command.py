@@ -9,7 +9,8 @@ from pathlib import Path
 import cyclopts
 import pytest
 
-from backhand.cli.command import command
+from backhand.cli.command import Prepared, command
+from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
 from support import cli_commands
 from support.cli_commands import Files, Inner, Outer, end, files
@@ -18,7 +19,8 @@ from support.cli_commands import Files, Inner, Outer, end, files
 def run(function: object, *words: str) -> object:
     app = cyclopts.App(name="try", result_action="return_value", exit_on_error=False, print_error=False)
     app.default(function)
-    return app(list(words))
+    result = app(list(words))
+    return run_prepared(result) if isinstance(result, Prepared) else result
 
 
 def options(*words: str) -> Outer:
@@ -121,7 +123,5 @@ def test_a_field_without_docstring_and_a_doubled_name_are_refused() -> None:
 
 def test_defaults_pass_where_pydantic_is_loaded_as_loggers_load_it(capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("pydantic")  # cyclopts looks whether somebody has imported it
-    from backhand.cli.main import main
-
     assert main(["train", "--data", "absent.jsonl", "--output", "run"]) == 3
     assert "absent.jsonl" in capsys.readouterr().err

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from backhand.cli import commands
 from backhand.cli import main as cli
-from backhand.cli.commands import Command
 from backhand.cli.exit_codes import exit_code, explanation
 from backhand.errors import UsageError
+from support.cli_commands import END
 
-END = (Command("end", "End in some way.", "backhand end", "support.cli_commands:end"),)
 SCRIPT = (
     # A test run in the background of a shell has Ctrl-C ignored, and hands that down.
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "import sys, backhand.cli.main as cli; from backhand.cli.commands import Command; "
-    "cli.COMMANDS = (Command('end', 'End.', 'backhand end', 'support.cli_commands:end'),); "
+    "import sys; from backhand.cli import commands, main as cli; from support.cli_commands import END; "
+    "commands.COMMANDS = (END,); "
     "sys.exit(cli.main(sys.argv[1:]))"
 )
 
@@ -29,7 +29,7 @@ SCRIPT = (
 @pytest.fixture
 def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run `backhand end …` in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr(cli, "COMMANDS", END)
+    monkeypatch.setattr(commands, "COMMANDS", (END,))
 
     def run(*words: str) -> tuple[int, str, str]:
         code = cli.main(["end", *words])
@@ -106,7 +106,7 @@ def test_a_bug_says_how_to_report_it_and_shows_a_traceback_only_with_debug(end) 
 def test_debug_may_stand_before_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "COMMANDS", END)
+    monkeypatch.setattr(commands, "COMMANDS", (END,))
     assert cli.main(["--debug", "end", "--how", "data"]) == 3
     assert "Traceback" in capsys.readouterr().err
 
@@ -173,6 +173,9 @@ def test_a_device_out_of_memory_is_known_by_name() -> None:
     assert "Tried to allocate" in explanation(error, [])
 
 
-def test_other_os_errors_are_bugs() -> None:
-    assert exit_code(OSError(errno.EIO, "Input/output error")) == 1
-    assert exit_code(FileNotFoundError(errno.ENOENT, "No such file")) == 1
+def test_what_the_system_says_is_no_bug() -> None:
+    assert exit_code(OSError(errno.EIO, "Input/output error")) == 5
+    assert exit_code(FileNotFoundError(errno.ENOENT, "No such file")) == 2
+    assert exit_code(OSError(errno.ENAMETOOLONG, "File name too long")) == 2
+    assert exit_code(ImportError("libtorch.so: failed to map segment from shared object")) == 5
+    assert exit_code(OSError("of a library, without a number")) == 1

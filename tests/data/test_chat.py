@@ -104,14 +104,35 @@ def test_turns_that_are_not_rewritten_stay_together_in_a_rewriting_template() ->
     assert chat.split_conversations == 1
 
 
+def test_white_space_that_only_the_last_reply_has_splits_no_conversation() -> None:
+    end = "{{ '\\n\\n' if loop.last and m.role == 'assistant' else ' ' }}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    chat = renderer(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    (document,) = chat.documents(talk("u:q", "a:x", "u:q", "a:y"))
+    assert document.text == "user: q assistant: x user: q assistant: y\n\n"
+    assert spans(document) == ["x", "y\n\n"]
+    (first, second) = chat.documents(talk("u:q", "a: ", "u:q", "a:y"))
+    assert (spans(first), spans(second)) == ([" \n\n"], ["y\n\n"])
+
+
 def test_template_args_reach_the_template() -> None:
+    """The prompt then holds an empty thought, which is written before replies that have none."""
     chat = renderer(RETHINKING, template_args={"enable_thinking": False})
-    with pytest.raises(DataError) as raised:
-        chat.documents(talk("u:q", "a:x"))
-    assert "<think>" in str(raised.value.why)
-    assert raised.value.where == "f:1"
     (document,) = chat.documents(talk("u:q", "a:<think>\n\n</think>\n\nx"))
     assert spans(document) == ["x<|im_end|>"]
+    assert not chat.starts
+    (same,) = chat.documents(talk("u:q", "a:x"))
+    assert (same.text, same.spans) == (document.text, document.spans)
+    assert chat.starts == {("emptied", "<think>\n\n</think>\n\n"): 1}
+
+
+def test_a_reply_under_another_header_than_the_one_asked_with_is_refused() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    chat = renderer(template + "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
+    with pytest.raises(DataError, match="does not render this reply as it asks for one") as raised:
+        chat.documents(talk("u:q", "a:x"))
+    assert "model" in str(raised.value.why) and "assistant" in str(raised.value.why)
+    assert raised.value.where == "f:1"
 
 
 def test_a_template_without_a_generation_prompt() -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from backhand.data.demo_task import (
+    HELD_OUT,
     HELD_OUT_ROWS,
     SHOTS,
     TRAIN_ROWS,
+    TRAINING,
     ChatRow,
     demo_rows,
     few_shot,
     write_demo_data,
 )
-from backhand.data.demo_words import HELD_OUT, TRAINING
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.errors import ResourceError

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from backhand.data.lint import LintReport, lint
-from backhand.data.mojibake import find_mojibake
+from backhand.data.examples import token_lines, view_tokens
+from backhand.data.lint import LintReport, find_mojibake, lint, probe_template
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
-from backhand.data.template_probe import probe_template
-from backhand.data.token_view import token_lines, view_tokens
 from backhand.errors import DataError
 from support.tiny_tokenizer import CHAT_TEMPLATE
 from support.tokenizer_kinds import (

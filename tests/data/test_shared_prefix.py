@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backhand.data.examples import Example
-from backhand.data.packing import pack
-from backhand.data.shared_prefix import MIN_SAVED_TOKENS, common_tokens, shared_tokens
+from backhand.data.packing import MIN_SAVED_TOKENS, common_tokens, pack, shared_tokens
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from backhand.data.examples import DataReport, Example, PreparedData, summed
-from backhand.data.random_order import random_order
-from backhand.data.split import overlap, split
+from backhand.data.split import overlap, random_order, split
 from backhand.errors import DataError
 
 

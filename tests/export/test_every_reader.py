@@ -11,20 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import source_digests
-from backhand.adapters.peft_saving import save_adapter
+from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.adapter_factors import read_factors
-from backhand.arithmetic.difference import compare_updates
+from backhand.arithmetic.diff import compare_updates
 from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.export.command import export_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions
-from backhand.generate.greedy import complete_greedily
+from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from support.saved_adapters import save_adapter
 
 ADAPTER = "every-pattern"
 

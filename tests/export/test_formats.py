@@ -21,7 +21,7 @@ from backhand.export.command import export_command
 from backhand.export.kohya_file import kohya_name
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, Format
-from backhand.export.parity import factor_error
+from backhand.export.proving import factor_error
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 
@@ -275,9 +275,9 @@ def test_of_a_model_for_transformers_alone_it_says_how_peft_goes_on(
 ) -> None:
     base = save_tiny(tiny.model, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (base / "config.json").write_text(json.dumps(config))
     words = ["--model", str(base), "--adapter", str(tiny.adapters["plain"]), "--output", str(tmp_path / "o.gguf")]
     assert main([*command, *words]) == 4
     said = " ".join(capsys.readouterr().err.split())
-    assert "yarn" in said and "merge_and_unload()" in said and "--engine" not in said
+    assert "dynamic" in said and "merge_and_unload()" in said and "--engine" not in said

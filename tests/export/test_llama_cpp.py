@@ -7,19 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as StorageType
 from torch import Tensor
 
 from backhand.adapters.module_factors import parameters_of
+from backhand.errors import ArtifactError
 from backhand.export.command import export_command
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.export.merging import merge_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.gguf_tensors import StoredSizes
 from support.llama_cpp import LlamaCpp
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf
+from support.tiny_gguf import write_tiny_gguf, write_tiny_gguf_with_prediction
 from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_documents, tiny_model
 
 _LENGTHS = (1, 9, 20, 33)
@@ -30,7 +34,26 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {"head_dim": 10},
     "qwen3": {},
+    "qwen3-yarn": {},
+    "qwen3_5_text": {"rms_norm_eps": 1e-6},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "mixtral": {},
+    "olmo2": {"head_dim": 10, "attention_bias": False},
+    "olmo3": {"head_dim": 10},
+    "exaone4": {"num_hidden_layers": 64, "head_dim": 10},
+    "exaone4-full": {"head_dim": 10},
+    "ministral3": {},
+    "phi3": {},
+    "phi3-longrope": {"original_max_position_embeddings": 256, "max_position_embeddings": 1024},
+    "glm": {"head_dim": 10, "attention_bias": True},
+    "glm4": {},
+    "granite": {},
+    "granitemoehybrid": {},
+    "lfm2": {"head_dim": 10},
+    "smollm3": {},
 }
+_GEMMA = ("gemma2", "gemma3_text")
+_FUSED = ("phi3", "phi3-longrope")
 
 
 def _prompt() -> Tensor:
@@ -62,15 +85,18 @@ def test_a_gguf_adapter_means_the_same_in_llama_cpp(scaling: str, tiny: Any, tmp
     assert float((ours - _ours(tiny.directory, None)).abs().max()) > 1  # the adapter does something
 
 
-@pytest.mark.parametrize("family", [*_FAMILIES, "gemma3_text"])
+@pytest.mark.parametrize("family", [*_FAMILIES, *_GEMMA])
 def test_so_does_that_of_every_family(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family == "gemma3_text" else _FAMILIES[family]
+    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
     model = tiny_model(family, **overrides)
     base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
-    adapter = save_tiny_adapter(model, tmp_path / "adapter", **SCALINGS["every-pattern"])
+    lora = SCALINGS["every-pattern"]
+    if family in _FUSED:
+        lora = lora | {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"qkv_proj": 2.0}}
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", **lora)
     output = tmp_path / "adapter.gguf"
     export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
-    bound = 2e-2 if family == "gemma3_text" else 1e-4  # ggml's GELU is a table of float16
+    bound = 2e-2 if family in _GEMMA else 1e-4  # ggml's GELU is a table of float16
     assert _largest_difference(_ours(base, adapter), LlamaCpp(gguf, adapter=output)) < bound
 
 
@@ -104,7 +130,9 @@ def test_without_the_permutation_of_q_and_k_it_answers_otherwise(tiny: Any, tmp_
     adapter = tiny.adapters["plain"]
     opened = open_adapter(str(tiny.directory), adapter, force_base=False)
     path = tmp_path / "unpermuted.gguf"
-    write_gguf_adapter(path, opened.factors, architecture="llama", head_dim=2, tied_head=True)  # pairs of one: as it is
+    write_gguf_adapter(
+        path, opened.factors, architecture="llama", sizes=StoredSizes(2), tied_head=True
+    )  # pairs of one: as it is
     assert _largest_difference(_ours(tiny.directory, adapter), LlamaCpp(tiny.gguf, adapter=path)) > 0.05
 
 
@@ -123,17 +151,84 @@ def test_so_does_one_whose_head_was_the_embedding(tiny: Any, tmp_path: Path) -> 
     assert _largest_difference(_ours(tiny.gguf, adapter), LlamaCpp(output)) < 1e-4
 
 
-@pytest.mark.parametrize("family", [*_FAMILIES, "gemma3_text"])
+def test_a_merged_granite_4_is_left_to_llama_cpps_own_converter(tmp_path: Path) -> None:
+    """Its file is a Granite 3's, with two tensors for one of its modules."""
+    model = tiny_model("granitemoehybrid")
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    with pytest.raises(ArtifactError, match=r"no tensor for .*shared_mlp") as raised:
+        merge_command(MergeOptions(adapter=adapter, output=tmp_path / "m.gguf", model=str(base), quiet=True))
+    assert "merge into a Hugging Face directory" in str(raised.value)
+
+
+def test_a_granite_4s_adapter_comes_back_and_one_of_other_factors_does_not(tmp_path: Path) -> None:
+    model = tiny_model("granitemoehybrid")
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
+    output = tmp_path / "adapter.gguf"
+    export_command(ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True))
+    assert float((_ours(base, output) - _ours(base, adapter)).abs().max()) < 1e-4
+    of_parts = save_tiny_adapter(tiny_model("granite"), tmp_path / "parts", alpha=10)
+    factors = open_adapter(str(save_tiny(tiny_model("granite"), tmp_path / "g3")), of_parts, force_base=False).factors
+    write_gguf_adapter(tmp_path / "parts.gguf", factors, architecture="granite", sizes=StoredSizes(14), tied_head=True)
+    with pytest.raises(ArtifactError, match="gate and up are one module of this model"):
+        open_adapter(str(base), tmp_path / "parts.gguf", force_base=True)
+
+
+def test_blocks_that_predict_further_tokens_are_not_merged_and_not_missed(tmp_path: Path) -> None:
+    """llama.cpp opens the base with its one block more, and the merged file without."""
+    model = tiny_model("qwen3_5_text", rms_norm_eps=1e-6)
+    base = write_tiny_gguf_with_prediction(model, tmp_path / "base.gguf")
+    assert _largest_difference(_ours(base, None), LlamaCpp(base)) < 1e-4
+    adapter, output = save_tiny_adapter(model, tmp_path / "adapter", alpha=10), tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
+    assert _largest_difference(_ours(base, adapter), LlamaCpp(output)) < 1e-4
+
+
+@pytest.mark.parametrize("family", [*(name for name in _FAMILIES if name != "granitemoehybrid"), *_GEMMA])
 def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alike(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family == "gemma3_text" else _FAMILIES[family]
+    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
     model = tiny_model(family, **overrides)
     base = save_tiny(model, tmp_path / "base")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = tmp_path / "merged.gguf"
     merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
-    bound = 2e-2 if family == "gemma3_text" else 1e-4
+    bound = 2e-2 if family in _GEMMA else 1e-4
     peer = LlamaCpp(output)
     assert _largest_difference(_ours(base, adapter), peer) < bound
     tokenizer = open_model(base).tokenizer()
     for text in ("the user asks", "1234 names\n\n", "don't"):
         assert peer.token_ids(text) == list(tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("targets", [{}, {"target_modules": ["v_proj"]}], ids=["experts", "attention alone"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_a_file_with_stacks_of_experts_is_merged_into_one(family: str, targets: dict[str, Any], tmp_path: Path) -> None:
+    """Stacks that the adapter leaves alone keep their bytes, and so do routers."""
+    overrides = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96} | _FAMILIES[family]
+    overrides |= {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    model = tiny_model(family, **overrides)
+    base = write_tiny_gguf(model, tmp_path / "base.gguf", storage=StorageType.F16)
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10, **targets)
+    output = tmp_path / "merged.gguf"
+    options = MergeOptions(adapter=adapter, output=output, model=str(base), dtype="auto", quiet=True, tolerance=0.05)
+    merge_command(options)
+    assert _largest_difference(_ours(base, adapter), LlamaCpp(output)) < 0.05
+    before, after = GGUFModel(base), GGUFModel(output)
+    assert before.metadata.tensors.keys() == after.metadata.tensors.keys()
+    adapted = ("attn_v",) if targets else ("attn_q.", "attn_k.", "attn_v.", "attn_output", "_exps")
+    for name in before.metadata.tensors:
+        same = bool((before.bytes_of(name) == after.bytes_of(name)).all())
+        assert same != any(part in name for part in adapted), name
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "message"),
+    [("qwen3_moe", {}, "layers without experts"), ("qwen3_moe-shares", {"decoder_sparse_step": 1}, "norm_topk_prob")],
+)
+def test_a_mixture_that_llama_cpp_lacks_is_no_file(
+    variant: str, overrides: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = tiny_model(variant, **overrides)
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
+    options = MergeOptions(adapter=adapter, output=tmp_path / "merged.gguf", model=str(base), quiet=True)
+    with pytest.raises(ArtifactError, match=message):
+        merge_command(options)

@@ -15,8 +15,8 @@ from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.export.merging import merge_command
 from backhand.export.options import MergeOptions
-from backhand.nn.decoder import Decoder
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
 from support.llama_cpp import LlamaCpp
@@ -41,6 +41,8 @@ _LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 _LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+_OTHER_LOCAL = {"rope_type": "default", "rope_theta": 1e3}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 
 
 def merge(model: Any, folder: Path, change_tokenizer: Callable[[Any], object] | None = None) -> Path:
@@ -68,6 +70,39 @@ def difference(model: Any, length: int, peer: LlamaCpp) -> float:
         ("qwen3", {"rope_parameters": _LLAMA3}, "llama3 rope scaling"),
         ("qwen3", {"rope_parameters": _LONGROPE}, "longrope rope scaling"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("olmo2", {"attention_bias": False}, "84 wide together where the model is 60"),
+        ("olmo2", {"head_dim": 10}, "attention_bias"),
+        (
+            "olmo2",
+            {"head_dim": 10, "attention_bias": False, "tie_word_embeddings": True},
+            "a head that is the embedding",
+        ),
+        (
+            "olmo3",
+            {"head_dim": 10, "layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
+            "every fourth layer",
+        ),
+        (
+            "olmo3",
+            {"head_dim": 10, "rope_parameters": {"full_attention": _LOCAL, "sliding_attention": _OTHER_LOCAL}},
+            "sliding layers' own",
+        ),
+        ("exaone4-full", {}, "84 wide together where the model is 60"),
+        ("lfm2", {}, "84 wide together where the model is 60"),
+        ("qwen3_5_text", {}, "an epsilon of its own, 1e-06"),
+        ("qwen3_5_text", {"rms_norm_eps": 1e-6, "linear_value_head_dim": 12}, "another width than key heads"),
+        ("qwen3_5_text", {"rms_norm_eps": 1e-6, "attention_bias": True}, "attention_bias"),
+        ("exaone4", {}, "a sliding window in models of other than 64 layers"),
+        ("exaone4", {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]}, "every fourth layer"),
+        ("glm", {}, "84 wide together where the model is 60"),
+        ("glm4", {"rope_parameters": {**_LLAMA3, "partial_rotary_factor": 0.6}}, "llama3 rope scaling"),
+        ("phi3", {"head_dim": 10}, "60 wide together where the model is 84"),
+        ("llama", {"rope_parameters": {**_LONGROPE, "attention_factor": 1.2}}, "an attention factor"),
+        ("llama", {"rope_parameters": {**_LONGROPE, "short_factor": [1.0] * 7}}, "with two lists"),
+        ("qwen3", {"rope_parameters": {**_YARN, "truncate": False}}, "without truncate"),
+        ("qwen3", {"rope_parameters": {**_YARN, "beta_fast": 16.0}}, "betas other than 32 and 1"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "other than every fourth"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "sliding window"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
         ("gemma3_text", {"query_pre_attn_scalar": 14, "attention_bias": True}, "attention_bias"),
         (
@@ -95,13 +130,14 @@ def test_what_llama_files_have_of_it_is_computed_alike(rule: dict[str, Any], tmp
     assert difference(model, 33, LlamaCpp(merge(model, tmp_path))) < 1e-4
 
 
+@pytest.mark.parametrize(("variant", "architecture"), [("mistral", "llama"), ("phi3", "phi3")])
 def test_a_file_states_no_more_context_than_the_window_that_llama_cpp_does_not_have(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    variant: str, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_model("mistral")
+    model = tiny_model(variant, sliding_window=WINDOW)
     output = merge(model, tmp_path)
     assert f"a context of {WINDOW} tokens" in capsys.readouterr().out
-    assert GGUFFile(output).value("llama.context_length") == WINDOW
+    assert GGUFFile(output).value(f"{architecture}.context_length") == WINDOW
     peer = LlamaCpp(output)
     assert difference(model, WINDOW - 1, peer) < 1e-4
     with pytest.raises(HTTPError):
@@ -111,6 +147,18 @@ def test_a_file_states_no_more_context_than_the_window_that_llama_cpp_does_not_h
     prompt = tiny_documents([33])[0]
     found = Decoder.from_source(open_model(output), dtype=torch.float32).logits(prompt)
     torch.testing.assert_close(found, full_logits(adapted(model), prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_angles_that_depend_on_the_length_are_said_to_go_by_the_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("phi3-longrope", original_max_position_embeddings=256, max_position_embeddings=1024)
+    output = merge(model, tmp_path)
+    assert "-c 256" in " ".join(capsys.readouterr().out.split())
+    short, long = LlamaCpp(output), LlamaCpp(output, context=512)
+    assert difference(model, 200, short) < 1e-4
+    assert difference(model, 200, long) > 0.1
+    assert difference(model, 257, long) < 1e-4
 
 
 def test_a_window_as_long_as_the_context_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
 from support.tiny_adapters import SCALINGS, adapted, save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
+from support.tiny_models import FAMILIES, full_logits, save_tiny, tiny_documents, tiny_model
 
 
 def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Path:
@@ -58,7 +58,7 @@ def test_transformers_computes_from_the_merged_directory_what_peft_does(
     assert transformers.AutoTokenizer.from_pretrained(output)("the user")["input_ids"]
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "qwen2", "qwen3", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("variant", ["llama-biases", "exaone4-full", "qwen3-yarn", *FAMILIES])
 def test_so_it_does_for_every_family(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant)
     base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
@@ -303,7 +303,7 @@ def test_export_with_merge_is_the_same_merge(to: Any, tiny: Any, tmp_path: Path)
     file = output / "model.gguf" if to == "ollama" else output
     if to == "ollama":
         assert (output / "Modelfile").read_text() == "FROM ./model.gguf\n"
-    from backhand.nn.decoder import Decoder
+    from backhand.nn.decoder.decoder import Decoder
 
     found = Decoder.from_source(open_model(file), dtype=torch.float32).logits(tiny_documents([19])[0])
     assert distance(found, wanted) < 1e-5
@@ -348,7 +348,7 @@ def test_whatever_else_was_trained_is_merged_as_peft_computes_it(
     found = full_logits(load(output, dtype=torch.float32, attn_implementation="eager").eval(), document)
     assert distance(found, wanted) < 1e-5
     gguf = merge(base, tmp_path / "adapter", tmp_path / "merged.gguf")
-    from backhand.nn.decoder import Decoder
+    from backhand.nn.decoder.decoder import Decoder
 
     again = Decoder.from_source(open_model(gguf), dtype=torch.float32).logits(document)
     assert distance(again, wanted) < 1e-5

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from backhand.export.command import export_command
+from backhand.export.huggingface_writer import with_older_names
 from backhand.export.merging import merge_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
-from backhand.export.rotary_names import with_older_names
-from backhand.nn.decoder import Decoder
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_models import save_tiny, tiny_model

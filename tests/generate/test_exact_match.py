@@ -17,13 +17,14 @@ import torch
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt
-from backhand.generate.greedy import complete_greedily
+from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.nn.model_options import BaseModelOptions
-from backhand.train import evaluation
-from backhand.train.certain_replies import CERTAIN_NATS, certain_replies
-from backhand.train.evaluate_options import EvaluateRunOptions
-from backhand.train.run import train
+from backhand.training import evaluate as evaluation
+from backhand.training.evaluate import CERTAIN_NATS, certain_replies
+from backhand.training.evaluate_options import EvaluateRunOptions
+from backhand.training.run import train
+from backhand.training.step import Processes
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
 from support.tokenizer_kinds import THINKING, WITH_TOOLS, byte_level
@@ -150,7 +151,7 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
             found = evaluation.score(loaded, evaluated, run, adapter=adapter)
             right = count_by_decoding(loaded, evaluated.prompts, run.max_new_tokens)
             assert found.exact_match == right / len(evaluated.prompts), adapter
-            assert found.loss == pytest.approx(evaluated.held_out.loss(loaded.model.decoder), rel=1e-9)
+            assert found.loss == pytest.approx(evaluated.held_out.loss(loaded.model.decoder, Processes()), rel=1e-9)
     of_adapted, of_base = decoded
     assert of_base == len(rows) + len(others), "a model that has learned nothing is certain of nothing"
     assert len(others) <= of_adapted <= len(others) + 2, "what was learned by heart is certain"

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.generate import batch
-from backhand.generate.batch import shared_length
-from backhand.generate.engine_completer import EngineCompleter
-from backhand.generate.greedy import complete_greedily
-from backhand.nn.decoder import Decoder
-from backhand.nn.loading.in_memory import InMemoryModel
+from backhand.generate import engine_completer as batch
+from backhand.generate.engine_completer import EngineCompleter, complete_greedily, shared_length
+from backhand.nn.decoder import decoding
+from backhand.nn.decoder.decoder import Decoder
+from support.in_memory import InMemoryModel
 from support.parity import decoder_like
 from support.tiny_models import FAMILIES, attach_lora, tiny_documents, tiny_model
 
@@ -104,6 +103,30 @@ def test_a_shared_beginning_is_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     assert tokens_seen[5] == 4 * 20 + 19
 
 
+def test_a_conversation_goes_on_from_a_state_and_one_that_parts_inside_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A state stands for the whole text before it: there is none of a text's beginning."""
+    decoder = base_decoder("lfm2")
+    completer, asked = EngineCompleter(decoder), prompts(9)[0]
+    computed: list[int] = []
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda ids: computed.append(len(ids)) or embed(ids))
+
+    def answered(prompt: list[int]) -> list[int]:
+        computed.clear()
+        (answer,) = complete_greedily(completer, [prompt], max_new_tokens=NEW_TOKENS, stop_ids=())
+        assert answer == transformers_greedy(base_model("lfm2"), prompt, [])
+        return answer
+
+    first = answered(asked)
+    assert computed[0] == len(asked)
+    answered([*asked, *first, 7, 8])
+    assert computed[0] == 3  # the answer's last token has not been computed yet
+    answered([*asked, *first[:2], 9])
+    assert computed[0] == len(asked) + 3
+
+
 @pytest.mark.parametrize(
     ("asked", "length"),
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 3]], 1), ([[5, 6]], 1), ([[1], [2]], 0), ([[7, 7], [7, 7]], 1)],
@@ -118,8 +141,8 @@ def test_few_rows_at_once_where_keys_and_values_would_not_fit(monkeypatch: pytes
     expected = complete_greedily(decoder, asked, max_new_tokens=5, stop_ids=())
     monkeypatch.setattr(batch, "CACHE_BYTES", 1)
     rows: list[int] = []
-    head = decoder.head
-    monkeypatch.setattr(decoder, "head", lambda x: rows.append(len(x)) or head(x))
+    head = decoding.head_logits
+    monkeypatch.setattr(decoding, "head_logits", lambda decoder, x: rows.append(len(x)) or head(decoder, x))
     assert complete_greedily(decoder, asked, max_new_tokens=5, stop_ids=()) == expected
     assert set(rows) == {1}
 

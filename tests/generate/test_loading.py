@@ -8,22 +8,21 @@ import pytest
 import torch
 import transformers
 
-from backhand.adapters.adapter_record import AdapterRecord
 from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
-from backhand.adapters.peft_loading import load_adapter
-from backhand.adapters.peft_saving import save_adapter
+from backhand.adapters.loading import load_adapter
+from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
-from backhand.generate.engine_completer import EngineCompleter
-from backhand.generate.greedy import complete_greedily
+from backhand.generate.engine_completer import EngineCompleter, complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.generate.transformers_completer import TransformersCompleter
-from backhand.nn.config_fields import UnsupportedModel
-from backhand.nn.decoder_weights import module_shapes
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.config_fields import UnsupportedModel
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from support.saved_adapters import save_adapter
 from support.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [[5, 9, 40], [7, 100, 22, 60, 8]]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from backhand.generate.options import SamplingOptions
-from backhand.generate.sampling import kept_probabilities, next_token
+from backhand.generate.session import kept_probabilities, next_token
 
 
 def plain(**changes: float) -> SamplingOptions:

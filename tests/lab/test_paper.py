@@ -13,11 +13,11 @@ from matplotlib.image import imread
 
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError, UsageError
-from backhand.lab import paper_run
-from backhand.lab.paper import paper_command
-from backhand.lab.paper_memory import measure_memory
-from backhand.lab.paper_options import PaperOptions, PaperRunOptions, SweepOptions
-from backhand.train.run import train
+from backhand.lab.paper import analyses as paper_run
+from backhand.lab.paper.command import paper_command
+from backhand.lab.paper.memory import measure_memory
+from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptions
+from backhand.training.run import train
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
 
@@ -170,11 +170,11 @@ def test_more_than_factors_is_refused_where_it_would_count(
 
 
 def test_a_claim_that_fails_is_a_failed_check(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backhand.lab.paper.LARGEST_STANDARD_ERRORS", 0.0)
+    monkeypatch.setattr("backhand.lab.paper.command.LARGEST_STANDARD_ERRORS", 0.0)
     with pytest.raises(CheckError, match="depends on the rank"):
         paper_command(options(tiny, analyses=("updates",)))
     monkeypatch.undo()
-    monkeypatch.setattr("backhand.lab.paper_adam_path.EPSILON", 1e-2)
+    monkeypatch.setattr("backhand.lab.paper.optimizer_claims.EPSILON", 1e-2)
     monkeypatch.setattr(paper_run, "UPDATE_RANKS", (1, 4))
     with pytest.raises(CheckError, match="path changes"):
         paper_command(options(tiny, analyses=("updates",)))

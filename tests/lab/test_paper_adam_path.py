@@ -3,18 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.lab.paper_adam_path import (
+from backhand.lab.paper.optimizer_claims import (
     ALPHA,
     LARGEST_DIFFERENCE,
     LEARNING_RATE,
+    NAME,
     RANK,
     AdamPath,
+    OneLayer,
     PathComparison,
     adam_path,
     compare_paths,
     path_differences,
 )
-from backhand.lab.paper_one_layer import NAME, OneLayer
 
 
 def layer() -> OneLayer:

@@ -8,15 +8,16 @@ import pytest
 import scipy.stats
 import torch
 
-from backhand.lab.paper_first_update import (
-    ALPHA,
+from backhand.lab.paper.optimizer_claims import (
+    FIRST_UPDATE_ALPHA,
     LARGEST_STANDARD_ERRORS,
     LEARNING_RATE,
+    NAME,
     FirstUpdates,
+    OneLayer,
     first_updates,
     largest_disagreement,
 )
-from backhand.lab.paper_one_layer import NAME, OneLayer
 
 
 def layer() -> OneLayer:
@@ -48,8 +49,8 @@ def test_one_update_is_the_formula() -> None:
     update = first_updates(problem, (3,), seeds=2)[0]
     gradient = problem.weight_gradient()
     for seed, measured in enumerate(update.along_descent):
-        lora_A = problem.parameters(3, ALPHA / 3, seed).lora_A(NAME)
-        delta = -LEARNING_RATE * (ALPHA / 3) * torch.sign(gradient @ lora_A.T) @ lora_A
+        lora_A = problem.parameters(3, FIRST_UPDATE_ALPHA / 3, seed).lora_A(NAME)
+        delta = -LEARNING_RATE * (FIRST_UPDATE_ALPHA / 3) * torch.sign(gradient @ lora_A.T) @ lora_A
         assert measured == pytest.approx(float(-(delta * gradient).sum() / gradient.norm()), rel=1e-6)
 
 

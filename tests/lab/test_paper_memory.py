@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from backhand.errors import ResourceError
-from backhand.lab import paper_memory
-from backhand.lab.paper_memory import MemoryResult, StepMemory, measure_memory
+from backhand.lab.paper import memory as paper_memory
+from backhand.lab.paper.memory import MemoryResult, StepMemory, measure_memory
 
 
 def test_a_step_holds_what_is_computed() -> None:

@@ -5,10 +5,10 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_slots
-from backhand.lab import paper_merging
-from backhand.lab.paper_merging import Ratio, measure_merging
+from backhand.lab.paper import merging as paper_merging
+from backhand.lab.paper.merging import Ratio, measure_merging
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from support.tiny_run import TinyRun

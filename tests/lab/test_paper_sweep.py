@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.lab import paper_sweep
-from backhand.lab.paper_options import PaperOptions, PaperRunOptions, SweepOptions
-from backhand.lab.paper_sweep import plan_sweep, run_sweep
+from backhand.lab.paper import sweep as paper_sweep
+from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptions
+from backhand.lab.paper.sweep import plan_sweep, run_sweep
 from backhand.nn.loading import open_model
-from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
-from backhand.train.evaluation import evaluate
-from backhand.train.interruption import Interrupted
+from backhand.runs.interruption import Interrupted
+from backhand.training.evaluate import evaluate
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from support.tiny_run import TinyRun
 
 SHAPES = {

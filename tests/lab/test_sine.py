@@ -14,10 +14,10 @@ import pytest
 from matplotlib.image import imread
 
 from backhand.errors import CheckError, DataError, UsageError
-from backhand.lab import sine_run
-from backhand.lab.sine import sine_command
-from backhand.lab.sine_network import Network
-from backhand.lab.sine_options import ShiftedTargetOptions, SineOptions
+from backhand.lab.sine import experiment as sine_run
+from backhand.lab.sine.command import sine_command
+from backhand.lab.sine.network import Network
+from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
 
 SHORT = SineOptions(
     base_epochs=250,
@@ -86,7 +86,7 @@ def test_runs_again_into_the_same_directory(tmp_path: Path) -> None:
 
 def test_output_that_is_a_file_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("backhand.lab.sine.run_sine", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("backhand.lab.sine.command.run_sine", lambda *_: pytest.fail("ran"))
     with pytest.raises(UsageError):
         sine_command(replace(SHORT, output=tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
@@ -180,5 +180,5 @@ def test_missing_start_file(tmp_path: Path) -> None:
 
 
 def test_options_import_neither_torch_nor_numpy() -> None:
-    code = "import sys, backhand.lab.sine_options; sys.exit(bool({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, backhand.lab.sine.options; sys.exit(bool({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from backhand.lab.sine_network import draw_start
-from backhand.lab.sine_options import ShiftedTargetOptions, SineOptions
-from backhand.lab.sine_run import run_sine
+from backhand.lab.sine.experiment import run_sine
+from backhand.lab.sine.network import draw_start
+from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
 from support.original_script import original_losses, original_start
 
 ONLY_PARTS = ShiftedTargetOptions(shifted=False)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from backhand.errors import CheckError
-from backhand.lab import sine_check
-from backhand.lab.sine import sine_command
-from backhand.lab.sine_check import check_adapter, check_base
-from backhand.lab.sine_network import Network, draw_start
-from backhand.lab.sine_options import ShiftedTargetOptions, SineOptions
-from backhand.lab.sine_points import Points, make_points
-from backhand.lab.sine_run import run_sine
-from backhand.lab.sine_training import AdapterTraining, BaseTraining
+from backhand.lab.sine import check as sine_check
+from backhand.lab.sine.check import check_adapter, check_base
+from backhand.lab.sine.command import sine_command
+from backhand.lab.sine.experiment import run_sine
+from backhand.lab.sine.network import Network, Points, draw_start, make_points
+from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
+from backhand.lab.sine.training import AdapterTraining, BaseTraining
 
 CHAIN = ["dL", "do_seven", "dsquared_diff", "ddiff", "doutputs", "do3", "do2", "do1"]
 BASE_NAMES = [*CHAIN, "dl2w", "dl0bias", "dl0w"]

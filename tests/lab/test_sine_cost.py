@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from backhand.lab.sine_cost import break_even_rank, low_rank_first, parameter_counts, product_first
+from backhand.lab.sine.cost import break_even_rank, low_rank_first, parameter_counts, product_first
 
 
 def multiply_adds(*shapes: tuple[tuple[int, int], tuple[int, int]]) -> int:

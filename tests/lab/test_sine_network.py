@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from backhand.errors import DataError
-from backhand.lab.sine_files import write_files
-from backhand.lab.sine_network import draw_spread_start, draw_start, read_start
-from backhand.lab.sine_options import ShiftedTargetOptions, SineOptions
-from backhand.lab.sine_run import run_sine
+from backhand.lab.sine.command import write_files
+from backhand.lab.sine.experiment import run_sine
+from backhand.lab.sine.network import draw_spread_start, draw_start, read_start
+from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
 
 
 def arrays(width: int = 20, rank: int = 8) -> dict[str, np.ndarray]:

@@ -10,11 +10,18 @@ import torch
 from torch.nn.functional import relu
 
 from backhand.errors import CheckError
-from backhand.lab.flat_parameters import Adam, FlatParameters, GradientDescent
-from backhand.lab.sine_network import Network, draw_start
-from backhand.lab.sine_points import Points
-from backhand.lab.sine_run import read_only
-from backhand.lab.sine_training import AdapterTraining, BaseTraining, FullUpdateTraining, Trained, train
+from backhand.lab.sine.experiment import read_only
+from backhand.lab.sine.network import Network, Points, draw_start
+from backhand.lab.sine.training import (
+    Adam,
+    AdapterTraining,
+    BaseTraining,
+    FlatParameters,
+    FullUpdateTraining,
+    GradientDescent,
+    Trained,
+    train,
+)
 
 WIDTHS = (9, 7, 5)
 SCALING = 1.7

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backhand.lab.sine_options import ShiftedTargetOptions, SineOptions
-from backhand.lab.sine_run import run_sine
-from backhand.lab.sine_walk import WalkLine, number, products, summed
+from backhand.lab.sine.experiment import run_sine
+from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
+from backhand.lab.sine.walk import WalkLine, number, products, summed
 
 ONLY_PARTS = ShiftedTargetOptions(shifted=False)
 

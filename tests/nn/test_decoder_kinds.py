@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.adapters.peft_loading import load_adapter
-from backhand.nn import adapted_group
-from backhand.nn.decoder import Decoder
-from backhand.nn.decoding import IncrementalDecoder
-from backhand.nn.loading.in_memory import InMemoryModel
+from backhand.adapters.loading import load_adapter
+from backhand.nn.decoder import group_extras
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from support.any_models import their_factors
+from support.in_memory import InMemoryModel
 from support.no_autograd import autograd_raises
 from support.parity import peft_loss, relative_error, supervise
 from support.tiny_models import attach_lora, tiny_documents, tiny_model
@@ -44,6 +44,49 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied embedding in full": ("qwen2", {"modules_to_save": ["embed_tokens"], "target_modules": ["v_proj"]}),
     "norms": ("llama", {"modules_to_save": ["norm"], "target_modules": ["layers.1.mlp.down_proj"]}),
     "sandwich norms": ("gemma3_text", {"modules_to_save": ["norm", "layernorm"], "target_modules": ["2.mlp.up_proj"]}),
+    "norms after, q/k norms over all heads": (
+        "olmo2",
+        {"modules_to_save": ["norm", "layernorm", "q_norm", "k_norm"], "target_modules": ["2.mlp.up_proj"]},
+    ),
+    "DoRA, norms after": ("olmo3", {"use_dora": True}),
+    "norms by GLM's names": ("glm4", {"modules_to_save": ["norm", "layernorm"], "target_modules": ["gate_up_proj"]}),
+    "norms by LFM2's names": (
+        "lfm2",
+        {"modules_to_save": ["_norm", "_layernorm"], "target_modules": ["1.feed_forward.w2", "3.conv.out_proj"]},
+    ),
+    "modules around a convolution in full": (
+        "lfm2-biases",
+        {"modules_to_save": ["conv.in_proj", "conv.out_proj"], "target_modules": ["w1"]},
+    ),
+    "DoRA, convolutions": ("lfm2", {"use_dora": True}),
+    "norms, the delta rule's too": (
+        "qwen3_5_text",
+        {"modules_to_save": ["norm", "layernorm", "q_norm", "k_norm"], "target_modules": ["1.linear_attn.in_proj_qkv"]},
+    ),
+    "modules of the delta rule in full": (
+        "qwen3_5_text",
+        {"modules_to_save": ["in_proj_qkv", "in_proj_b", "out_proj"], "target_modules": ["in_proj_z"]},
+    ),
+    "DoRA, delta rules": ("qwen3_5_text", {"use_dora": True}),
+    "norms, of lenders and users of keys": (
+        "gemma4_text",
+        {
+            "modules_to_save": ["layernorm", "q_norm", "k_norm", "post_per_layer_input_norm"],
+            "target_modules": ["6.per_layer_projection"],
+        },
+    ),
+    "keys and gates of the layers' inputs in full": (
+        "gemma4_text",
+        {"modules_to_save": ["2.self_attn.k_proj", "per_layer_input_gate"], "target_modules": ["q_proj"]},
+    ),
+    "tied embedding in full, from which the inputs of layers come": (
+        "gemma4_text",
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["v_proj"]},
+    ),
+    "DoRA, inputs of layers": ("gemma4_text", {"use_dora": True}),
+    "DoRA, fused": ("phi3-longrope", {"use_dora": True}),
+    "lora_bias, fused": ("phi3", {"lora_bias": True, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "fused in full": ("phi3", {"modules_to_save": ["qkv_proj", "gate_up_proj"], "target_modules": ["down_proj"]}),
     "q/k norms": ("qwen3", {"modules_to_save": ["q_norm", "k_norm"], "target_modules": ["2.mlp.down_proj"]}),
     "linear modules in full": (
         "llama-biases",
@@ -214,12 +257,12 @@ def test_an_adapter_of_other_shapes_is_refused() -> None:
 
 
 def test_the_comparison_notices_a_magnitude_gradient_left_out(tmp_path: Path, monkeypatch: Any) -> None:
-    right = adapted_group.dora_linear_backward
+    right = group_extras.dora_linear_backward
 
     def wrong(d_y: torch.Tensor, saved: Any, **options: Any) -> Any:
         grads = right(d_y, saved, **options)
         return grads._replace(d_magnitude=grads.d_magnitude * 1.001)
 
-    monkeypatch.setattr(adapted_group, "dora_linear_backward", wrong)
+    monkeypatch.setattr(group_extras, "dora_linear_backward", wrong)
     with pytest.raises(AssertionError, match="magnitude"):
         test_logits_loss_and_every_gradient_equal_pefts("DoRA", tmp_path)

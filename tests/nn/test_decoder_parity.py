@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
+from backhand.errors import UsageError
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from support.no_autograd import autograd_raises
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
@@ -49,7 +52,7 @@ def test_loss_and_every_gradient_equal_peft(variant):
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_equals_kept(variant, recompute, dropout):
     _, kept, batch = adapted_pair(variant)
@@ -93,7 +96,7 @@ def test_one_adapter_serves_decoders_of_two_dtypes():
     assert torch.equal(decoder.logits(batch.input_ids, batch.document_lengths), expected)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("variant", ["llama", "mistral", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text"])
 def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     _, decoder, batch = adapted_pair(variant)
     total = decoder.loss_and_gradients(batch, 0.1)
@@ -108,9 +111,21 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     assert relative_error(decoder.lora.gradients, packed) <= 1e-5
 
 
+def test_no_prefix_is_shared_where_angles_depend_on_the_length():
+    _, decoder, batch = adapted_pair("phi3-longrope")
+    assert not decoder.shares_prefixes and adapted_pair("phi3")[1].shares_prefixes
+    lengths = batch.document_lengths
+    labels = batch.labels.clone()
+    labels[:4] = -100
+    shared = PackedBatch(batch.input_ids, labels, (lengths[0] - 4, *lengths[1:]), 4)
+    with pytest.raises(ValueError, match="shared prefix"):
+        decoder.loss(shared)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma4_text", "lfm2", "qwen3_5_text"])
 @pytest.mark.parametrize("share", [0.2, 1.0])
-def test_documents_never_see_each_other(share):
-    _, decoder, _ = adapted_pair("llama")
+def test_documents_never_see_each_other(share, variant):
+    _, decoder, _ = adapted_pair(variant)
     first, second = tiny_documents((17, 11))
     other = tiny_documents((17,), seed=9)[0]
     alone = decoder.token_losses(supervise([second], share=share, seed=4))
@@ -142,6 +157,64 @@ def test_parts_of_the_model_adapted(targets, expected):
     assert ours.keys() == theirs.keys() and len(theirs) == 2 * expected
     for name, gradient in theirs.items():
         assert relative_error(ours[name], gradient) <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("variant", "targets", "expected"),
+    [
+        ("lfm2", r"model\.layers\.2\.conv\.in_proj", 1),
+        ("lfm2", r"model\.layers\.[12]\.(conv|self_attn)\.out_proj", 2),
+        ("lfm2", r"model\.layers\.1\.feed_forward\.w[13]", 2),
+        ("lfm2", r"model\.layers\.3\.feed_forward\.w2", 1),
+        ("qwen3_5_text", r"model\.layers\.2\.linear_attn\.in_proj_a", 1),
+        ("qwen3_5_text", r"model\.layers\.1\.linear_attn\.(in_proj_z|in_proj_b|out_proj)", 3),
+        ("qwen3_5_text", r"model\.layers\.3\.self_attn\.q_proj|.*2\.mlp\.down_proj", 2),
+    ],
+)
+def test_parts_of_a_model_with_other_mixers_adapted(variant, targets, expected):
+    adapted = attach_lora(tiny_model(variant), rank=RANK, alpha=ALPHA, target_modules=targets)
+    decoder, batch = decoder_like(adapted, SCALING), supervise(tiny_documents(LENGTHS))
+    peft_loss(adapted, batch).backward()
+    decoder.loss_and_gradients(batch, 1.0)
+    ours, theirs = our_gradients(decoder.lora), peft_gradients(adapted)
+    assert ours.keys() == theirs.keys() and len(theirs) == 2 * expected
+    for name, gradient in theirs.items():
+        assert relative_error(ours[name], gradient) <= 1e-5, name
+
+
+@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases"])
+@pytest.mark.parametrize("shared", [1, 2, 9])
+def test_a_shared_prefix_with_convolutions_equals_whole_documents(variant, shared):
+    """Each document goes on from the prefix's last tokens, in the convolutions too."""
+    _, decoder, _ = adapted_pair(variant)
+    (prefix,), endings = tiny_documents((shared,), seed=5), tiny_documents((7, 1, 4), seed=6)
+    whole = [torch.cat([prefix, ending]) for ending in endings]
+    labels = [torch.cat([torch.full((shared,), -100), supervise([ending], share=1.0).labels]) for ending in endings]
+    apart = PackedBatch(torch.cat(whole), torch.cat(labels), tuple(len(one) for one in whole))
+    ids = torch.cat([prefix, *endings])
+    own = torch.cat([labels[0][:shared], *(each[shared:] for each in labels)])
+    together = PackedBatch(ids, own, tuple(len(one) for one in endings), shared)
+    found = []
+    for batch in (apart, together):
+        decoder.lora.gradients.zero_()
+        found.append((decoder.loss_and_gradients(batch, 0.1), decoder.lora.gradients.clone()))
+    (loss, gradient), (shared_loss, shared_gradient) = found
+    assert abs(loss - shared_loss).item() <= 1e-5 * loss.item()
+    assert relative_error(shared_gradient, gradient) <= 1e-5
+
+
+def test_the_convolution_itself_cannot_be_trained():
+    shapes = adapted_pair("lfm2")[1].module_shapes()
+    for name in ("0.conv", "conv.conv"):
+        with pytest.raises(UsageError, match=r"conv\.conv\.weight cannot be trained"):
+            resolve_adapter(LoRAConfig(target_modules=("w1",), modules_to_save=(name,)), shapes)
+
+
+def test_what_stands_around_the_delta_rule_cannot_be_trained():
+    shapes = adapted_pair("qwen3_5_text")[1].module_shapes()
+    for name in ("0.linear_attn", "conv1d"):
+        with pytest.raises(UsageError, match=r"linear_attn\.\S+ cannot be trained"):
+            resolve_adapter(LoRAConfig(target_modules=("up_proj",), modules_to_save=(name,)), shapes)
 
 
 def test_without_supervised_tokens_the_gradient_is_zero():

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.nn import decoding
-from backhand.nn.decoder import Decoder
-from backhand.nn.decoding import IncrementalDecoder
+from backhand.nn.decoder import block, decoding
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.ops.rms_norm import rms_norm_forward
 from support.parity import decoder_like, relative_error
 from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
@@ -31,6 +31,13 @@ def ids(length: int, seed: int = 2) -> list[int]:
     return tiny_documents([length], seed=seed)[0].tolist()
 
 
+def expected_at(decoder: Decoder, tokens: Sequence[int], positions: range) -> list[torch.Tensor]:
+    """Logits at these positions by the whole forward; each of its own text, where the angles depend on its length."""
+    if decoder.config.length_limits:
+        return [full(decoder, tokens[: position + 1])[-1] for position in positions]
+    return list(full(decoder, tokens)[positions.start : positions.stop])
+
+
 def full(decoder: Decoder, tokens: Sequence[int]) -> torch.Tensor:
     return decoder.logits(torch.tensor(tokens))
 
@@ -42,7 +49,7 @@ def test_one_row_token_by_token_equals_the_full_forward(variant: str, adapted: b
     if not adapted:
         decoder.detach()
     tokens = ids(37)
-    expected = full(decoder, tokens)
+    expected = expected_at(decoder, tokens, range(37))
     state = IncrementalDecoder(decoder, rows=1, capacity=16)
     state.cache.add_rows(1)
     assert relative_error(state.extend([0], [tokens[:11]])[0], expected[10]) < TOLERANCE
@@ -56,7 +63,7 @@ def test_rows_of_different_lengths_equal_each_alone(variant: str) -> None:
     decoder = adapted_decoder(variant)
     lengths = [3, 21, 9, 9, 1]
     rows = [ids(length + 12, seed=length) for length in lengths]
-    expected = [full(decoder, row) for row in rows]
+    expected = [expected_at(decoder, row, range(len(row))) for row in rows]
     state = IncrementalDecoder(decoder, rows=6, capacity=8)
     state.cache.add_rows(5)
     logits = state.extend(range(5), [row[:length] for row, length in zip(rows, lengths, strict=True)])
@@ -82,7 +89,7 @@ def test_extending_rows_that_hold_tokens_equals_the_full_forward(variant: str) -
         assert relative_error(logits[row], full(decoder, tokens)[-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "lfm2", "qwen3_5_text"])
 def test_long_prompts_pass_in_chunks(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "CHUNK_TOKENS", 10)
     decoder = adapted_decoder(variant)
@@ -105,8 +112,9 @@ def test_a_row_is_cut_only_where_it_fits_into_no_pass(monkeypatch: pytest.Monkey
     ]
 
 
-def test_a_removed_row_gives_its_number_to_the_last_one() -> None:
-    decoder = adapted_decoder("mistral")
+@pytest.mark.parametrize("variant", ["mistral", "lfm2", "qwen3_5_text"])
+def test_a_removed_row_gives_its_number_to_the_last_one(variant: str) -> None:
+    decoder = adapted_decoder(variant)
     rows = [ids(length, seed=length) for length in (5, 12, 17)]
     state = IncrementalDecoder(decoder, rows=3, capacity=8)
     state.cache.add_rows(3)
@@ -123,8 +131,10 @@ def test_a_removed_row_gives_its_number_to_the_last_one() -> None:
         state.cache.add_rows(1)
 
 
-def test_a_shared_prefix_is_computed_once_and_copied() -> None:
-    decoder = adapted_decoder("qwen3")
+@pytest.mark.parametrize("variant", ["qwen3", "phi3-longrope", "lfm2", "lfm2-biases", "qwen3_5_text"])
+def test_a_shared_prefix_is_computed_once_and_copied(variant: str) -> None:
+    """Or anew, where the angles change with the row's length."""
+    decoder = adapted_decoder(variant)
     prefix, endings = ids(14), [ids(4, seed=8), ids(6, seed=9), ids(4, seed=10)]
     shared = IncrementalDecoder(decoder, capacity=14)
     shared.cache.add_rows(1)
@@ -139,8 +149,9 @@ def test_a_shared_prefix_is_computed_once_and_copied() -> None:
         assert relative_error(logits[row], full(decoder, prefix + ending)[-1]) < TOLERANCE
 
 
-def test_a_truncated_row_continues_differently() -> None:
-    decoder = adapted_decoder("llama3")
+@pytest.mark.parametrize("variant", ["llama3", "phi3-longrope"])
+def test_a_truncated_row_continues_differently(variant: str) -> None:
+    decoder = adapted_decoder(variant)
     tokens = ids(20)
     state = IncrementalDecoder(decoder, capacity=8)
     state.cache.add_rows(1)
@@ -148,6 +159,58 @@ def test_a_truncated_row_continues_differently() -> None:
     state.cache.truncate(0, 12)
     logits = state.extend([0], [[4, 5, 6]])
     assert relative_error(logits[0], full(decoder, [*tokens[:12], 4, 5, 6])[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text"])
+def test_a_row_with_a_state_is_emptied_where_it_would_be_cut(variant: str) -> None:
+    decoder = adapted_decoder(variant)
+    tokens = ids(20)
+    state = IncrementalDecoder(decoder, rows=2, capacity=8)
+    state.cache.add_rows(2)
+    state.extend([0, 1], [tokens, tokens[:9]])
+    assert state.cache.truncate(1, 9) == 9 and state.cache.truncate(0, 12) == 0
+    assert state.cache.lengths == [0, 9] and state.cache.tokens == [[], tokens[:9]]
+    logits = state.extend([0, 1], [[*tokens[:12], 4, 5, 6], [7]])
+    assert relative_error(logits[0], full(decoder, [*tokens[:12], 4, 5, 6])[-1]) < TOLERANCE
+    assert relative_error(logits[1], full(decoder, [*tokens[:9], 7])[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["lfm2", "lfm2-biases", "qwen3_5_text"])
+def test_a_state_that_was_left_in_the_middle_is_not_used(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption between two layers: some have the new token in their states, and others do not."""
+    decoder = adapted_decoder(variant)
+    tokens = ids(10)
+    state = IncrementalDecoder(decoder)
+    state.cache.add_rows(1)
+    state.extend([0], [tokens])
+    with monkeypatch.context() as patched:
+        calls = iter([None, None])
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            if next(calls, "over") == "over":
+                raise KeyboardInterrupt
+            return block.mlp_half_forward(*arguments, **options)
+
+        patched.setattr(decoding, "mlp_half_forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            state.step([5])
+    assert state.cache.lengths == [10]
+    with pytest.raises(ValueError, match="row 0 was left in the middle"):
+        state.step([5])
+    assert state.cache.truncate(0, 10) == 0
+    logits = state.extend([0], [[*tokens, 8]])
+    assert relative_error(logits[0], full(decoder, [*tokens, 8])[-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["lfm2", "qwen3_5_text"])
+def test_a_row_that_is_taken_into_use_again_has_no_state(variant: str) -> None:
+    decoder = adapted_decoder(variant)
+    state = IncrementalDecoder(decoder)
+    state.cache.add_rows(1)
+    state.extend([0], [ids(9)])
+    state.cache.remove(0)
+    state.cache.add_rows(1)
+    assert relative_error(state.extend([0], [[3, 4]])[0], full(decoder, [3, 4])[-1]) < TOLERANCE
 
 
 def test_bfloat16_errs_no_more_than_the_full_forward() -> None:

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from backhand.errors import UsageError
-from backhand.nn import lora_functions
-from backhand.nn.lora_module import LoRAModule
-from backhand.nn.lora_modules import LORA_MODULES, lora_class
+from backhand.nn.modules import functions as lora_functions
+from backhand.nn.modules.adapted_module import LoRAModule
+from backhand.nn.modules.kinds import LORA_MODULES, lora_class
 
 # torch remarks that padding "same" with an even kernel copies its input; that case is wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -455,7 +455,6 @@ def hooked(module: nn.Module) -> nn.Module:
     ("module", "reason"),
     [
         (lambda: computed(nn.Linear(3, 4)), "computed from something else"),
-        (lambda: nn.Linear(3, 4, device="meta"), "meta device"),
         (lambda: hooked(nn.Linear(3, 4)), "forward has been replaced"),
         (lambda: nn.Embedding(5, 3, max_norm=1.0), "max_norm"),
         (lambda: nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),

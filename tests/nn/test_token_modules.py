@@ -13,8 +13,7 @@ import transformers
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.inject import inject
-from backhand.adapters.injected import InjectedAdapter
+from backhand.adapters.inject import InjectedAdapter, inject
 from support.any_models import distance, outputs, randomise, state, word_ids
 from support.tiny_models import tiny_model
 

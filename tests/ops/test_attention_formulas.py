@@ -15,7 +15,7 @@ from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 @pytest.fixture
 def blockwise(monkeypatch):
     """Every run by blocks, and blocks so small that the cases' documents have several."""
-    monkeypatch.setattr(document_groups, "_few_tokens", lambda _q: 0)
+    monkeypatch.setattr(document_groups, "_few_tokens", lambda _q, _cap: 0)
     monkeypatch.setattr(attention_blocks, "BLOCK_TOKENS", 5)
     monkeypatch.setattr(attention_blocks, "ALIGNMENT", 2)
 

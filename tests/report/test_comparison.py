@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
-from backhand.report import writing
+from backhand.report import command as writing
 from backhand.report.comparison import short_names
 from backhand.report.train import train
 from support.page import Page

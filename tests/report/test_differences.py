@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backhand.report.differences import differences
+from backhand.report.page import differences
 
 
 @given(st.text(), st.text())

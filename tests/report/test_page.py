@@ -16,8 +16,8 @@ from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
-from backhand.train.interruption import Interrupted
-from backhand.train.observer import Observer
+from backhand.runs.interruption import Interrupted
+from backhand.training.observer import Observer
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -121,6 +121,17 @@ def test_curves_hold_the_figures_of_metrics(finished: Path) -> None:
     assert predicted == [facts["memory"]["predicted_bytes"] / 2**20] * 2
     tooltip = charts["loss"]["layer"][-1]["encoding"]["tooltip"]
     assert {entry["field"] for entry in tooltip} == {"step", "value", "series"}
+
+
+def test_what_each_process_did_and_waited(finished: Path) -> None:
+    curves = Page(run_page(read_run(finished))).one("section", id="curves")
+    assert "rank 0" not in curves.text
+    for line in (recorded := lines(finished / "metrics.jsonl")):
+        if "loss" in line:
+            line |= {"computed_s": [3.0, 1.0], "waited_s": [1.0, 3.0]}
+    (finished / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recorded))
+    text = Page(run_page(read_run(finished))).one("section", id="curves").text
+    assert "25% waited" in text[text.index("rank 0") : text.index("rank 1")] and "75% waited" in text
 
 
 def test_the_rows_token_by_token(finished: Path, tiny: TinyRun) -> None:

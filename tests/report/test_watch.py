@@ -17,9 +17,8 @@ import pytest
 from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.report import prompt_box
-from backhand.report.watch import serving
-from backhand.report.watch_options import WatchOptions
-from backhand.report.watch_server import LONGEST_QUESTION_BYTES, WatchServer
+from backhand.report.options import WatchOptions
+from backhand.report.watch import LONGEST_QUESTION_BYTES, WatchServer, serving
 from support.page import Page
 from support.tiny_run import TinyRun
 
@@ -271,3 +270,51 @@ def test_ctrl_c_ends_it_well(finished: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def raw(server: WatchServer, data: bytes) -> bytes:
+    """What the server says to these bytes, up to where it closes the connection."""
+    import socket
+
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        said = b""
+        while more := connection.recv(65536):
+            said += more
+    return said
+
+
+def question(server: WatchServer, *lengths: bytes, body: bytes = b"{}", more: bytes = b"") -> bytes:
+    head = f"POST /{server.token}/answer HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n".encode()
+    head += b"Content-Type: application/json\r\n" + more
+    return head + b"".join(b"Content-Length: " + length + b"\r\n" for length in lengths) + b"\r\n" + body
+
+
+def test_half_of_a_surrogate_pair_is_no_prompt(server: WatchServer) -> None:
+    for body in ('{"prompt": "\\ud800"}', '{"prompt": "a\\udfffb"}'):
+        status, text, _ = ask(server, f"/{server.token}/answer", method="POST", body=body)
+        assert status == 400 and "no prompt" in text
+
+
+def test_lengths_that_are_none_are_answered(server: WatchServer) -> None:
+    assert raw(server, question(server, b"9" * 5000)).startswith(b"HTTP/1.1 413")
+    assert raw(server, question(server, b"9" * 60_000)).startswith(b"HTTP/1.1 413")
+    assert raw(server, question(server, b"2", b"3")).startswith(b"HTTP/1.1 400")
+    assert raw(server, question(server, b"2", b"2")).startswith(b"HTTP/1.1 400")
+    assert raw(server, question(server)).startswith(b"HTTP/1.1 400")
+    chunked = question(server, b"2", more=b"Transfer-Encoding: chunked\r\n")
+    assert raw(server, chunked).startswith(b"HTTP/1.1 400")
+
+
+def test_a_hundred_at_once_after_two_hundred_that_say_nothing(server: WatchServer) -> None:
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import ExitStack
+
+    with ExitStack() as held, ThreadPoolExecutor(100) as pool:
+        for number in range(200):
+            waiting = held.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=60))
+            waiting.sendall(b"GET / HT"[: number % 9])
+        answers = list(pool.map(lambda _: ask(server, f"/{server.token}/state")[0], range(100)))
+    assert answers == [200] * 100

@@ -16,8 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.inject import inject
-from backhand.adapters.injected import InjectedAdapter
+from backhand.adapters.inject import InjectedAdapter, inject
 from support.tiny_models import tiny_model
 
 PREFIX = "base_model.model."

@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from backhand.bounds import Words
 from backhand.cli.command import command
+from backhand.cli.commands import Command
 from backhand.errors import ArtifactError, BackhandError, CheckError, DataError, ResourceError, UsageError
 
 
@@ -23,6 +25,14 @@ class Stopped(BackhandError):
         super().__init__("terminated after step 3", next_step="go on with --resume")
 
 
+def _parse_names(words: tuple[str, ...]) -> str | tuple[str, ...]:
+    return words[0] if tuple(words) == ("all",) else tuple(name for word in words for name in word.split(","))
+
+
+def _parse_numbers(words: tuple[str, ...]) -> dict[str, int]:
+    return {name: int(number) for name, number in (word.split("=") for word in words)}
+
+
 @dataclass(frozen=True)
 class Inner:
     """A section."""
@@ -30,10 +40,10 @@ class Inner:
     size: int = 3
     """Size of the inner thing, in things."""
 
-    names: str | tuple[str, ...] = "all"
+    names: Annotated[str | tuple[str, ...], Words(_parse_names)] = "all"
     """Names, or `all`."""
 
-    numbers: Mapping[str, int] = field(default_factory=dict)
+    numbers: Annotated[Mapping[str, int], Words(_parse_numbers)] = field(default_factory=dict)
     """Numbers by name."""
 
 
@@ -65,7 +75,7 @@ class Outer:
 last_options: list[Outer] = []
 
 
-def _end(options: Outer) -> int | None:
+def run_end(options: Outer) -> int | None:
     last_options[:] = [options]
     if options.rate < 0:
         raise UsageError(f"rate {options.rate} is below 0", where="rate")
@@ -111,14 +121,6 @@ def _end(options: Outer) -> int | None:
     return None
 
 
-def _parse_names(words: tuple[str, ...]) -> str | tuple[str, ...]:
-    return words[0] if tuple(words) == ("all",) else tuple(name for word in words for name in word.split(","))
-
-
-def _parse_numbers(words: tuple[str, ...]) -> dict[str, int]:
-    return {name: int(number) for name, number in (word.split("=") for word in words)}
-
-
 def _load(path: Path) -> Outer:
     import tomllib
 
@@ -126,7 +128,17 @@ def _load(path: Path) -> Outer:
     return Outer(**{**table, "inner": Inner(**table.get("inner", {}))})
 
 
-end = command(Outer, _end, parse={"names": _parse_names, "numbers": _parse_numbers}, load=_load)
+end = command(Outer, run_end, load=_load)
+
+
+END = Command(
+    "end",
+    "End in some way.",
+    "backhand end",
+    "support.cli_commands:Outer",
+    "support.cli_commands:run_end",
+    file=_load,
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backhand.train.files import FileLayer
+from backhand.files import FileLayer
 
 CALLS = tuple(name for name in vars(FileLayer) if not name.startswith("_"))
 

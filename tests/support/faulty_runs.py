@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from backhand.train.config import TrainConfig
-from backhand.train.run import train
-from backhand.train.saver import Saver
+from backhand.training.config import TrainConfig
+from backhand.training.run import train
+from backhand.training.state import Saver
 from support.faulty_files import InterceptedFiles, half_written
 from support.tiny_run import with_options
 

@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from backhand.cli.main import main
-from backhand.nn.decoder import Decoder
-from backhand.train import job
-from backhand.train.console import TerminalObserver
-from backhand.train.files import FileLayer
+from backhand.files import FileLayer
+from backhand.nn.decoder.decoder import Decoder
+from backhand.runs.directory import SUMMARY
+from backhand.training.console import TerminalObserver
+from backhand.training.decoder_engine import DecoderEngine
+from backhand.training.distributed import Group
+from backhand.training.pulse import Pulse
 
 PLACES = ("load", "step", "save", "publish", "evaluation")
 """Reading the model; step 3; the checkpoint of step 2, all written and not in place; `adapter/` of step 2, the former
 one moved away; the evaluation after step 2, between two batches."""
+
+PLACES_OF_SEVERAL = ("exchange", "end", "summary", "close", "done")
+"""More places of a run on several processes: the exchange of step 3, gradients sent and no sums received; `adapter/` of
+the last step, the former one moved away; the summary, all written and not in place; a process that is about to say that
+it has done its part; one that has said so."""
 
 
 def held_train(words: list[str], place: str, connection: Connection) -> None:
@@ -36,26 +44,44 @@ def held_train(words: list[str], place: str, connection: Connection) -> None:
             connection.recv()
 
     TerminalObserver.noted = lambda _self, text: connection.send(text)  # type: ignore[method-assign]
-    _hold(place, wait)
+    hold(place, wait)
     sys.exit(main(["train", *words]))
 
 
-def _hold(place: str, wait: Callable[[], None]) -> None:
+def hold(place: str, wait: Callable[[], None]) -> None:
+    """Call `wait` at the place."""
+    third_sum = _on_call(3, wait)
     match place:
         case "load":
-            _before(job, "load_bound_model", lambda *_: wait())
+            before(DecoderEngine, "load", lambda *_: wait())
         case "step":
-            _before(Decoder, "loss_and_gradients", _on_call(5, wait))  # a step has two micro-batches
+            before(Decoder, "loss_and_gradients", _on_call(5, wait))  # a step has two micro-batches
         case "save":
-            _before(FileLayer, "sync_directory", lambda _, path: path.name.startswith(".tmp-step-2-") and wait())
+            before(FileLayer, "sync_directory", lambda _, path: path.name.startswith(".tmp-step-2-") and wait())
         case "publish":
-            _before(FileLayer, "rename", lambda _, source, target: _is_second_adapter(source, target) and wait())
+            before(FileLayer, "rename", lambda _, source, target: _is_second_adapter(source, target) and wait())
         case "evaluation":
-            _before(Decoder, "loss", _on_call(3, wait))  # an evaluation has two batches, and the base had one
+            before(Decoder, "loss", _on_call(3, wait))  # an evaluation has two batches, and the base had one
+        case "exchange":
+            before(Group, "all_gather", lambda _, __, sent: sent.is_floating_point() and third_sum())
+        case "end":
+            before(FileLayer, "rename", lambda _, source, target: _is_last_adapter(source, target) and wait())
+        case "summary":
+            before(FileLayer, "rename", lambda _, source, target: target.name == SUMMARY and wait())
+        case "close":
+            before(Group, "close", lambda _: wait())
+        case "done":
+            before(Pulse, "_all_left", lambda pulse, *_: pulse._peers[pulse._rank].left is not None and wait())
+        case _:
+            raise ValueError(place)
 
 
 def _is_second_adapter(source: Path, target: Path) -> bool:
     return target.name == "adapter" and any(target.parent.glob(".tmp-old-adapter-*"))
+
+
+def _is_last_adapter(source: Path, target: Path) -> bool:
+    return _is_second_adapter(source, target) and (target.parent / "checkpoints" / "step-4").exists()
 
 
 def _on_call(number: int, wait: Callable[[], None]) -> Callable[..., None]:
@@ -70,7 +96,7 @@ def _on_call(number: int, wait: Callable[[], None]) -> Callable[..., None]:
     return called
 
 
-def _before(owner: Any, name: str, call: Callable[..., Any]) -> None:
+def before(owner: Any, name: str, call: Callable[..., Any]) -> None:
     original = getattr(owner, name)
 
     def replacement(*arguments: Any, **options: Any) -> Any:

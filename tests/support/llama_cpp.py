@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xllamacpp
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 
@@ -87,3 +89,24 @@ class LlamaCpp:
         )
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
+
+
+def quantized_rows(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Rows of float32 numbers in ggml's blocks, (rows, bytes) uint8, by llama.cpp's own quantiser.
+
+    Args:
+        values: (rows, elements), each row a whole number of blocks.
+        kind: any type that ggml quantizes; those that need an importance of every column take all for equal.
+    """
+    rows, elements = values.shape
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    assert elements % block_size == 0
+    source = np.ascontiguousarray(values, dtype=np.float32)
+    stored = np.zeros((rows, elements // block_size * block_bytes), dtype=np.uint8)
+    importance = np.ones(elements, dtype=np.float32)
+    quantize = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    pointers = (source.ctypes.data, stored.ctypes.data)
+    assert quantize(int(kind), *pointers, 0, rows, elements, importance.ctypes.data) == stored.nbytes
+    return stored

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder import Decoder
-from backhand.nn.loading.in_memory import InMemoryModel
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from support.in_memory import InMemoryModel
+from support.tiny_models import expert_count
 
 _PREFIX = "base_model.model."
 
@@ -24,18 +26,14 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def lora_from_peft(adapted: Any, scaling: float, dtype: torch.dtype = torch.float32) -> LoRAParameters:
     """PEFT's factors in our flat buffer; the slots follow the model's order."""
-    factors = {
-        name.removeprefix(_PREFIX).replace(".default.weight", ""): parameter
-        for name, parameter in adapted.named_parameters()
-        if "lora_" in name
-    }
+    factors = {_our_name(name, adapted): tensor for name, tensor in adapted.named_parameters() if "lora_" in name}
     slots = []
     for name, lora_A in factors.items():
         if name.endswith(".lora_A"):
             lora_B = factors[name[: -len("A")] + "B"]
-            slots.append(
-                LoRASlot(name.removesuffix(".lora_A"), lora_A.shape[1], lora_B.shape[0], lora_A.shape[0], scaling)
-            )
+            experts = expert_count(adapted.get_base_model().config) if ".experts." in name else 0
+            rank, module = lora_A.shape[0] // max(1, experts), name.removesuffix(".lora_A")
+            slots.append(LoRASlot(module, lora_A.shape[1], lora_B.shape[0], rank, scaling, experts=experts))
     lora = LoRAParameters(slots, dtype=dtype)
     for name, view in lora.named_tensors():
         view.copy_(factors[name].detach())
@@ -44,11 +42,17 @@ def lora_from_peft(adapted: Any, scaling: float, dtype: torch.dtype = torch.floa
 
 def peft_gradients(adapted: Any) -> dict[str, Tensor]:
     """`<module>.lora_A|lora_B` → gradient."""
-    return {
-        name.removeprefix(_PREFIX).replace(".default.weight", ""): parameter.grad
-        for name, parameter in adapted.named_parameters()
-        if "lora_" in name
-    }
+    return {_our_name(name, adapted): tensor.grad for name, tensor in adapted.named_parameters() if "lora_" in name}
+
+
+def _our_name(name: str, adapted: Any) -> str:
+    """`<module>.lora_A|lora_B`; PEFT's wrappers around one module's parameters name theirs alone."""
+    path, _, rest = name.removeprefix(_PREFIX).partition(".lora_")
+    module = path.removesuffix(".base_layer")
+    if module.endswith(".mlp.experts"):
+        wrapper = adapted.get_submodule(_PREFIX + path)
+        module = f"{module}.{wrapper.parameter_name}"
+    return f"{module}.lora_{rest.removesuffix('.default.weight')}"
 
 
 def our_gradients(lora: LoRAParameters) -> dict[str, Tensor]:
@@ -72,7 +76,11 @@ def supervise(documents: Sequence[Tensor], *, share: float = 0.6, seed: int = 3)
 
 
 def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
-    """Σ nats over supervised positions, each document on its own, in the model's dtype with float32 cross-entropy."""
+    """Σ nats over supervised positions, each document on its own, in the model's dtype with float32 cross-entropy.
+
+    In float32 torch's cross-entropy rounds 1 - p of a token that is nearly certain to nothing, and torch's form of ours
+    with it. The compiled loop does not, so that it is held against float64 there.
+    """
     total = torch.zeros((), dtype=torch.float64)
     documents = zip(
         batch.input_ids.split(list(batch.document_lengths)),
@@ -82,6 +90,8 @@ def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
     for ids, labels in documents:
         logits = adapted(input_ids=ids[None]).logits[0]
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if wide.dtype == logits.dtype == torch.float32 and loops_are_there():
+            wide = logits.double()
         total = (
             total + torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum").double()
         )

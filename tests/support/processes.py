@@ -12,7 +12,16 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_PRELOADED = ["pytest", "torch", "transformers", "safetensors.torch", "backhand.cli.main", "backhand.train.run"]
+_PRELOADED = [
+    "pytest",
+    "torch.distributed",
+    "transformers.models.llama.configuration_llama",
+    "transformers.tokenization_utils_tokenizers",
+    "safetensors.torch",
+    "backhand.cli.main",
+    "backhand.report.command",
+    "backhand.training.run",
+]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import torch
 
-from backhand.nn.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from support.parity import decoder_like

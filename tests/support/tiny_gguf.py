@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,34 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from support.llama_cpp import quantized_rows
+from support.tiny_models import expert_count
 from support.tiny_tokenizer import tiny_tokenizer
 
 _ARCHITECTURE = {
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_5_text": "qwen35",
+    "qwen3_moe": "qwen3moe",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "exaone4": "exaone4",
+    "ministral3": "mistral3",
+    "phi3": "phi3",
+    "glm": "chatglm",
+    "glm4": "glm4",
+    "granite": "granite",
+    "granitemoehybrid": "granite",
+    "lfm2": "lfm2",
+    "smollm3": "smollm3",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
+
+_INTERLEAVED = ("llama", "mistral", "mixtral", "ministral3", "granite", "granitemoehybrid", "smollm3")
 
 _MODULES = {
     "model.embed_tokens": "token_embd",
@@ -38,14 +57,43 @@ _MODULES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate": "ffn_gate_inp",
+    "model.embedding_norm": "token_embd_norm",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "self_attn.out_proj": "attn_output",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
+    "shared_mlp.output_linear": "ffn_down",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+_QWEN35 = {
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+_QWEN35_WHOLE = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
+_GLM4_NORMS = {
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
 }
 _NORMS = {"post_attention_layernorm": "ffn_norm"}
-_GEMMA_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
+_NORMS_AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+_GEMMA_NORMS = _NORMS_AFTER | {"pre_feedforward_layernorm": "ffn_norm"}
 
+_DOWN = ("down_proj.weight", "feed_forward.w2.weight", "output_linear.weight")
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
 
@@ -53,22 +101,24 @@ def write_tiny_gguf(
     model: PreTrainedModel,
     path: Path,
     *,
-    storage: StorageType = StorageType.F32,
+    storage: StorageType | Callable[[str], StorageType] = StorageType.F32,
     tokenizer: PreTrainedTokenizerFast | None = None,
     pre: str = "gpt-2",
     parts: int = 1,
     extra: dict[str, Any] | None = None,
+    without: Collection[str] = (),
 ) -> Path:
     """Write a model with a byte-level tokenizer.
 
     Args:
         model: a tiny model; a tied head is left out, as converters do.
         path: where the file goes; with several parts, the stem before `-00001-of-0000N.gguf`.
-        storage: of the matrices; vectors are always F32.
+        storage: of the matrices, perhaps by a tensor's name; vectors and routers are always F32.
         tokenizer: a byte-level one; the tiny one if not given.
         pre: the name of its pre-tokenizer.
         parts: files to spread the tensors over.
-        extra: further integer metadata, e.g. {"llama.expert_count": 8}.
+        extra: further metadata, e.g. {"llama.expert_count": 8}; integers are 32-bit and unsigned.
+        without: keys to leave out.
 
     Returns:
         the path, of the first part if there are several.
@@ -76,18 +126,64 @@ def write_tiny_gguf(
     writer = _writer(model, path, parts)
     add_byte_level_tokenizer(writer, tokenizer or tiny_tokenizer(), model.config.vocab_size, pre)
     for key, value in (extra or {}).items():
-        writer.add_uint32(key, value)
+        if isinstance(value, bool | str | list):
+            (writer.add_bool if isinstance(value, bool) else _adder(writer, value))(key, value)
+        else:
+            writer.add_uint32(key, value)
+    for shard in writer.kv_data:
+        for key in without:
+            shard.pop(key, None)
     for name, values in tiny_gguf_tensors(model).items():
-        stored = StorageType.F32 if values.ndim == 1 else storage
+        plain = values.ndim == 1 or any(part in name for part in ("conv.conv", "conv1d", "ffn_gate_inp"))
+        stored = StorageType.F32 if plain else storage(name) if callable(storage) else storage
         if stored == StorageType.F32:
             writer.add_tensor(name, values)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+            writer.add_tensor(name, _quantized(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05d}.gguf")
+
+
+def write_tiny_gguf_with_prediction(model: PreTrainedModel, path: Path) -> Path:
+    """A file of architecture qwen35 with one block more, which predicts further tokens, as converters write it."""
+    plain = gguf.GGUFReader(write_tiny_gguf(model, path.with_name("plain.gguf")))
+    layers = model.config.num_hidden_layers
+    last, more = f"blk.{layers - 1}.", f"blk.{layers}."
+    writer = gguf.GGUFWriter(path, "qwen35")
+    for name, field in plain.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = field.contents() + 1 if name == "qwen35.block_count" else field.contents()
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    writer.add_uint32("qwen35.nextn_predict_layers", 1)
+    for tensor in plain.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+        if tensor.name.startswith(last):
+            writer.add_tensor(tensor.name.replace(last, more), tensor.data)
+    hidden = model.config.hidden_size
+    for name, shape in (("eh_proj", (hidden, 2 * hidden)), ("enorm", (hidden,)), ("hnorm", (hidden,))):
+        writer.add_tensor(f"{more}nextn.{name}.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _adder(writer: gguf.GGUFWriter, value: str | list[Any]) -> Callable[[str, Any], None]:
+    return writer.add_string if isinstance(value, str) else writer.add_array
+
+
+def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[Any, Any]:
+    """By the gguf package where it can, else by llama.cpp."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        rows = quantized_rows(values.reshape(-1, values.shape[-1]), kind)
+        return rows.reshape(*values.shape[:-1], rows.shape[-1])
 
 
 def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
@@ -101,34 +197,98 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    # What is stored: LFM2 makes another width of what its config says.
+    widths = (tensor.shape[1] for name, tensor in model.named_parameters() if name.endswith(_DOWN))
+    writer.add_feed_forward_length(next(widths, config.intermediate_size))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if config.model_type == "lfm2":
+        convolved = [kind == "conv" for kind in config.layer_types]
+        writer.add_head_count_kv([0 if here else config.num_key_value_heads for here in convolved])
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+    writer.add_layer_norm_rms_eps(config.norm_eps if config.model_type == "lfm2" else config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     rotary = config.rope_parameters
-    if config.model_type == "gemma3_text":
+    if config.model_type == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+    if config.model_type.startswith("granite"):
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if config.model_type == "qwen3_5_text":
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+        writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+        recurrent = [kind == "linear_attention" for kind in config.layer_types]
+        if recurrent == [bool((index + 1) % 4) for index in range(len(recurrent))]:
+            writer.add_full_attention_interval(4)
+        else:
+            writer.add_array("qwen35.attention.recurrent_layers", recurrent)
+        pairs = int(head_dim * config.rope_parameters["partial_rotary_factor"]) // 2
+        writer.add_rope_dimension_sections([pairs - 2 * (pairs // 3), pairs // 3, pairs // 3, 0])
+    if expert_count(config):
+        writer.add_expert_count(expert_count(config))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "gemma2":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.model_type in ("gemma3_text", "olmo3", "exaone4") and config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if "sliding_attention" in rotary:
         writer.add_rope_freq_base_swa(rotary["sliding_attention"]["rope_theta"])
         rotary = rotary["full_attention"]
+    if config.model_type == "ministral3":
+        writer.add_attn_temperature_scale(rotary["llama_4_scaling_beta"])
+        writer.add_rope_scaling_yarn_log_mul(rotary["mscale_all_dim"])
+    if config.model_type == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    if rotary.get("rope_type") == "longrope":
+        scale = config.max_position_embeddings / config.original_max_position_embeddings
+        lengthened = math.sqrt(1 + math.log(scale) / math.log(config.original_max_position_embeddings))
+        writer.add_rope_scaling_attn_factors(lengthened)
     writer.add_rope_freq_base(rotary["rope_theta"])
     if rotary["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rotary["factor"])
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotary["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotary["original_max_position_embeddings"])
+        if rotary.get("attention_factor") is not None:  # what llama.cpp multiplies its own factor by
+            writer.add_rope_scaling_attn_factors(rotary["attention_factor"] / (0.1 * math.log(rotary["factor"]) + 1))
     return writer
 
 
 def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
     """Tensors by GGUF name, in float32, laid out as in a file."""
     config = model.config
-    names = _MODULES | (_GEMMA_NORMS if config.model_type == "gemma3_text" else _NORMS)
+    norms = {
+        "gemma": _GEMMA_NORMS,
+        "olmo2": _NORMS_AFTER,
+        "olmo3": _NORMS_AFTER,
+        "exaon": _NORMS_AFTER,
+        "glm4": _GLM4_NORMS,
+        "qwen3_5_text": _QWEN35 | {"post_attention_layernorm": "post_attention_norm"},
+    }
+    names = _MODULES | norms.get(config.model_type, norms.get(config.model_type[:5], _NORMS))
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if ".mlp.experts." in name:
+            tensors |= _of_experts(name, tensor.detach().float())
             continue
         module, kind = name.rsplit(".", 1)
         block = ""
@@ -136,15 +296,60 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
             _, _, layer, module = module.split(".", 3)
             block = f"blk.{layer}."
         values = tensor.detach().float().numpy()
-        if config.model_type in ("llama", "mistral") and module.endswith(("q_proj", "k_proj")):
+        if config.model_type in _INTERLEAVED and module.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
             values = _interleaved(values, heads)
-        if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        if name.endswith("conv.conv.weight"):
+            values = values.squeeze(1)
+        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
-        tensors[f"{block}{names[module]}.{kind}"] = np.ascontiguousarray(values)
-    if config.model_type == "llama" and config.rope_parameters["rope_type"] == "llama3":
+        if config.model_type == "qwen3_5_text":
+            values = _of_qwen35(values, config, name)
+        if module == "shared_mlp.input_linear":  # gate and up, each a tensor of its own there
+            for part, half in zip(("ffn_gate", "ffn_up"), np.split(values, 2), strict=True):
+                tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)
+            continue
+        stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_QWEN35_WHOLE[kind]}"
+        tensors[stored] = np.ascontiguousarray(values)
+    if config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _llama3_divisors(config.rope_parameters, config.head_dim)
+    if config.rope_parameters.get("rope_type") == "longrope":
+        for length in ("short", "long"):
+            factors = np.array(config.rope_parameters[f"{length}_factor"], dtype=np.float32)
+            tensors[f"rope_factors_{length}.weight"] = factors
     return tensors
+
+
+def _of_qwen35(values: np.ndarray[Any, Any], config: Any, name: str) -> np.ndarray[Any, Any]:
+    """As the converter has it: rates for their logarithms, 1 + weight, and value head i of every key head together."""
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return values + 1
+    if ".linear_attn." not in name or name.endswith("norm.weight"):
+        return values
+    if name.endswith("A_log"):
+        values = -np.exp(values)
+    if ".conv1d." in name:
+        values = values.squeeze(1)
+    if name.endswith("out_proj.weight"):
+        return _together(values.T, config, config.linear_value_head_dim).T
+    if ".in_proj_qkv." in name or ".conv1d." in name:
+        keys = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+        return np.concatenate([values[:keys], _together(values[keys:], config, config.linear_value_head_dim)])
+    return _together(values, config, config.linear_value_head_dim if ".in_proj_z." in name else 1)
+
+
+def _together(values: np.ndarray[Any, Any], config: Any, width: int) -> np.ndarray[Any, Any]:
+    heads = values.reshape(config.linear_num_key_heads, -1, width, *values.shape[1:])
+    return heads.swapaxes(0, 1).reshape(values.shape)
+
+
+def _of_experts(name: str, stack: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """A parameter of experts, gate and up apart."""
+    block = f"blk.{name.split('.')[2]}."
+    if name.endswith("down_proj"):
+        return {f"{block}ffn_down_exps.weight": stack.numpy()}
+    gate, up = (part.contiguous().numpy() for part in stack.chunk(2, dim=1))
+    return {f"{block}ffn_gate_exps.weight": gate, f"{block}ffn_up_exps.weight": up}
 
 
 def _interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

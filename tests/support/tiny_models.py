@@ -21,7 +21,7 @@ VOCAB_SIZE = 307
 WINDOW = 8
 """Keys a query sees in a sliding layer, itself among them."""
 ORIGINAL_LENGTH = 16
-"""The original rope length of the Llama 3 variant."""
+"""The original rope length of the variants with Llama 3's rule and with yarn."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -46,6 +46,48 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL_LENGTH,
 }
+
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "original_max_position_embeddings": ORIGINAL_LENGTH,
+}
+
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.6}
+
+# Its class takes hidden / heads for head_dim where it looks at the lists of factors.
+_PHI3_SIZES = {"hidden_size": 84, "head_dim": None}
+
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.6,  # eight features of fourteen
+    "short_factor": [1.1, 1.3, 2.0, 1.7],
+    "long_factor": [1.6, 4.0, 3.0, 7.0],
+}
+
+# More experts than a short document has tokens for, each narrower than the hidden size; torch's product of groups wants
+# rows of 16 bytes.
+_EXPERTS: dict[str, Any] = {"num_experts": 11, "num_experts_per_tok": 3, "moe_intermediate_size": 36}
+
+_GRANITE4: dict[str, Any] = {
+    "intermediate_size": 31,  # of experts, of which there are none
+    "shared_intermediate_size": 76,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "layer_types": ["full_attention"] * 5,
+    "mamba_n_heads": 4,
+    "attention_multiplier": 0.37,
+    "embedding_multiplier": 3.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 1.7,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+# The delta rule's norm divides by what a state of few tokens answers, which in narrow heads is often next to nothing:
+# rounding is then enlarged in any program. With a small epsilon transformers' own float32 is 5e-5 from its float64.
+_DELTA_EPS = 1e-2
 
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
@@ -82,6 +124,201 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "qwen3_moe-shares": (
+        "qwen3_moe",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    # Of a base so small that some frequencies stay, some are divided, and some lie between.
+    "qwen3-yarn": ("qwen3", {"rope_parameters": {**_YARN_ROPE, "rope_theta": 20.0, "attention_factor": 1.37}}),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 4,
+            "rms_norm_eps": _DELTA_EPS,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 10,
+            "linear_value_head_dim": 10,
+            "linear_conv_kernel_dim": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.6},
+        },
+    ),
+    "qwen3_5_text-tied": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "rms_norm_eps": _DELTA_EPS,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 11,
+            "linear_conv_kernel_dim": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": _YARN_ROPE | {"partial_rotary_factor": 0.6, "rope_theta": 20.0},
+        },
+    ),
+    "olmo2": (
+        "olmo2",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": _YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "exaone4": (
+        "exaone4",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "exaone4-full": (
+        "exaone4",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 3,
+            "tie_word_embeddings": True,
+            "rope_parameters": _LLAMA3_ROPE,
+        },
+    ),
+    "phi3": ("phi3", {**_PHI3_SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "phi3-window": (
+        "phi3",
+        {
+            **_PHI3_SIZES,
+            "sliding_window": WINDOW,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": ORIGINAL_LENGTH,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "phi3-longrope": (
+        "phi3",
+        {
+            **_PHI3_SIZES,
+            "num_key_value_heads": 3,
+            "original_max_position_embeddings": ORIGINAL_LENGTH,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **_YARN_ROPE,
+                "rope_theta": 20.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+                "max_position_embeddings": 128,
+            }
+        },
+    ),
+    "glm": ("glm", {"attention_bias": False, "rope_parameters": _PARTIAL_ROPE}),
+    "glm4": ("glm4", {"tie_word_embeddings": True, "rope_parameters": _PARTIAL_ROPE}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.37,
+            "embedding_multiplier": 3.1,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 1.7,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "granitemoehybrid": ("granitemoehybrid", {**_GRANITE4, "position_embedding_type": "rope"}),
+    "granite4-nope": ("granitemoehybrid", {**_GRANITE4, "attention_bias": True, "tie_word_embeddings": True}),
+    "lfm2": (
+        "lfm2",
+        {
+            "num_hidden_layers": 4,
+            "full_attn_idxs": [1],
+            "norm_eps": 1e-5,
+            "rms_norm_eps": None,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "lfm2-biases": (
+        "lfm2",
+        {
+            "full_attn_idxs": [0, 2],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "norm_eps": 1e-5,
+            "rms_norm_eps": None,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+            "rope_parameters": _LLAMA3_ROPE,
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_hidden_layers": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "smollm3-window": (
+        "smollm3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "no_rope_layers": [0, 1, 0],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 23,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "gemma3_text": (
         "gemma3_text",
         {
@@ -97,12 +334,77 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"],
+            "sliding_window": WINDOW,
+            "global_head_dim": 18,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 10,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "final_logit_softcapping": 2.5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    # As the largest: no shared layers and no per-layer inputs, values made of keys.
+    "gemma4-keys": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": WINDOW,
+            "global_head_dim": 18,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 3,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
 }
 
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Every tiny model there is; a family may have several."""
 
-FAMILIES: tuple[str, ...] = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3_text")
+WITHOUT_GGUF: tuple[str, ...] = ("gemma4_text", "gemma4-keys")
+"""Variants of families whose GGUF files are not read."""
+
+FAMILIES: tuple[str, ...] = (
+    "llama",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "ministral3",
+    "phi3",
+    "phi3-longrope",
+    "glm",
+    "glm4",
+    "granite",
+    "granitemoehybrid",
+    "lfm2",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+)
 """One variant of each family, Llama also with Llama 3's rope scaling."""
 
 
@@ -110,8 +412,9 @@ def tiny_config(variant: str, **overrides: Any) -> PreTrainedConfig:
     """The transformers config of a variant; overrides replace its fields."""
     model_type, fields = _VARIANTS[variant]
     values = {**_SIZES, **fields, **overrides}
-    if values["head_dim"] is None:
-        del values["head_dim"]
+    values = {key: value for key, value in values.items() if value is not None or key not in _SIZES}
+    if values.get("layer_types") is not None:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
     # transformers fills the nested rope dictionaries in place: give it its own.
     values["rope_parameters"] = _copy(values["rope_parameters"])
     return transformers.AutoConfig.for_model(model_type, **values)
@@ -139,12 +442,22 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            is_plain_norm = name.endswith("norm.weight") and not type(model).__name__.startswith("Gemma")
-            parameter.copy_(0.3 * drawn + float(is_plain_norm))
+            parameter.copy_(0.3 * drawn + float(_multiplies_plainly(model, name)))
         elif "embed_tokens" in name:
             parameter.copy_(0.4 * drawn)
         else:
-            parameter.copy_(drawn / parameter.shape[1] ** 0.5)
+            inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
+            parameter.copy_(drawn / inputs**0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.copy_(1.0 + 0.3 * torch.randn(buffer.shape, generator=generator))
+
+
+def _multiplies_plainly(model: torch.nn.Module, name: str) -> bool:
+    """Whether it is a norm's weight, and not one from which the norm makes 1 + weight."""
+    if type(model).__name__.startswith("Qwen3_5"):
+        return name.endswith("linear_attn.norm.weight")
+    return name.endswith("norm.weight") and not type(model).__name__.startswith(("Gemma2", "Gemma3"))
 
 
 def save_tiny(model: PreTrainedModel, directory: Path, *, max_shard_size: str = "1GB", tokenizer: bool = True) -> Path:
@@ -165,10 +478,16 @@ def attach_lora(
     seed: int = 1,
     **lora: Any,
 ) -> Any:
-    """The model with PEFT's LoRA around it, lora_A and lora_B both random and not zero, in the model's own dtype."""
+    """The model with PEFT's LoRA around it, lora_A and lora_B both random and not zero, in the model's own dtype.
+
+    Of a mixture of experts `all-linear` is what we have for it, and the experts: PEFT would adapt the routers as well.
+    """
     import peft
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if targets == "all-linear" and expert_count(model.config):
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora = {"target_parameters": list(EXPERT_PARAMETERS), **lora}
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM", **lora
     )
@@ -180,6 +499,14 @@ def attach_lora(
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(drawn / max(parameter.shape) ** 0.5)
     return adapted
+
+
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def expert_count(config: PreTrainedConfig) -> int:
+    """Experts in a layer; 0 where there are none."""
+    return int(getattr(config, "num_local_experts", 0))
 
 
 def tiny_documents(lengths: Sequence[int], *, seed: int = 2, vocab_size: int = VOCAB_SIZE) -> list[torch.Tensor]:

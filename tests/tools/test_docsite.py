@@ -16,10 +16,10 @@ from docsite.mathematics import derivation, typeset
 from backhand.cli.commands import COMMANDS
 from backhand.cli.fields import option_fields
 from backhand.ops.registry import OPS
-from backhand.train.config import TrainConfig
+from backhand.training.config import TrainConfig
 
 PACKAGE = build.PACKAGE
-FILES = [*(f"ops/{file}.py" for file in sorted(set(OPS.values()))), "nn/block.py", "nn/decoder.py"]
+FILES = [*(f"ops/{file}.py" for file in sorted(set(OPS.values()))), "nn/decoder/block.py", "nn/decoder/decoder.py"]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,7 @@ def test_a_derivation_page_shows_the_code_and_the_mutants(site: Path) -> None:
     [
         ("[op](../src/backhand/ops/mse.py)", "guide.md", "[op](ops/mse.md)"),
         ("[op](../../src/backhand/ops/mse.py)", "recipes/guide.md", "[op](../ops/mse.md)"),
+        ("[block](../src/backhand/nn/decoder/block.py)", "guide.md", "[block](ops/block.md)"),
         ("[run](../.ci/run)", "guide.md", "`run`"),
         ("[a](data.md#forms)", "guide.md", "[a](data.md#forms)"),
         ("[a](docs/data.md)", "contributing.md", "[a](data.md)"),
@@ -159,16 +160,11 @@ def test_a_derivation_page_shows_the_code_and_the_mutants(site: Path) -> None:
     ],
 )
 def test_links_lead_to_pages(text: str, page: str, expected: str) -> None:
-    assert build.relink(text, Path(page), {"mse"}) == expected
+    assert build.relink(text, Path(page), {"mse", "block"}) == expected
 
 
-def test_the_benchmarks_are_a_page_as_soon_as_they_are_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "PROJECT", tmp_path)
-    table = tmp_path / "benchmarks" / "table.py"
-    table.parent.mkdir()
-    table.write_text("def section():\n    open('/nowhere/finetune.json')\n")
-    assert build.benchmark_page() is None
-    table.write_text("def section():\n    return '<!-- benchmarks -->\\n## How fast\\n\\n| a |\\n<!-- end -->'\n")
-    assert build.benchmark_page() == "# How fast\n\n| a |\n"
+def test_the_tables_are_pages(site: Path) -> None:
+    assert (site / "pages" / "benchmarks.md").read_text().startswith("# How fast\n")
+    line = next(line for line in (site / "zensical.toml").read_text().splitlines() if line.startswith("nav = "))
+    for title, page in (("How fast", "benchmarks"), ("Every file", "files"), ("Commands", "commands")):
+        assert f'"{title}" = "{page}.md"' in line

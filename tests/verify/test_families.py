@@ -7,11 +7,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from backhand.nn.block import RECOMPUTE_MODES
-from backhand.nn.decoder_weights import empty_weights, named_views
-from backhand.nn.family import DecoderConfig
+from backhand.nn.decoder.block import RECOMPUTE_MODES
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.verify.case import Draw, kind
-from backhand.verify.families import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
+from backhand.verify.model_setup import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 
 PROOFS = [proof for name in ("block", "decoder", "decoder_kinds") for proof in load_proofs(name)]
@@ -40,8 +40,9 @@ def test_the_families_use_every_feature_that_a_decoder_config_has():
         for field in fields(DecoderConfig)
     }
     for flag in (
-        "tied_head", "norm_offset", "sandwich_norms", "qk_norm", "activation", "qkv_bias", "output_bias", "mlp_bias",
-        "embedding_scaling", "layers", "rotary",
+        "tied_head", "norm_offset", "norms", "qk_norm", "activation", "qkv_bias", "output_bias", "mlp_bias",
+        "embedding_scaling", "residual_multiplier", "logits", "attention_cap",
+        "query_scaling", "groups", "layers", "rotary",
     ):  # fmt: skip
         assert len(values[flag]) > 1, flag
 
@@ -54,7 +55,7 @@ def test_a_family_hides_nothing(config):
     assert config.attention_scaling not in (1.0, config.head_dim**-0.5)
     draw = Draw("test")
     for name, weight in random_weights(config, draw).items():
-        assert weight.std() > 0.05, name
+        assert (weight - 1.0).abs() > 0.01 if weight.numel() == 1 else weight.std() > 0.05, name
     for name, factor in random_factors(adapter_slots(config, None), draw).items():
         assert (factor != 0).all(), name
     batch = random_batch(config, (9, 5, 1), draw)

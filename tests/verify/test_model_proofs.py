@@ -14,18 +14,19 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.nn import adapted_group
-from backhand.nn import block_adapter as block_adapter_module
-from backhand.nn import decoder as decoder_module
-from backhand.nn.merging import merge_into
-from backhand.verify import blockwise_step, merged_model
-from backhand.verify.blockwise_step import BlockwiseStep
+from backhand.nn.decoder import adapted_group
+from backhand.nn.decoder import decoder as decoder_module
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.merging import merge_into
+from backhand.nn.decoder.weights import module_shapes
+from backhand.verify import invariances as merged_model
+from backhand.verify import model_gradients as blockwise_step
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error
-from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_gradients import BlockwiseStep, GradientProofs
 from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_model
+from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,10 @@ def test_every_family_is_proved(variant, models, rows):
     report = verify(options(models(variant), rows))
     assert not report.failed_model
     exact = [proof for proof in report.model if proof.proof.endswith("float64")]
-    assert len(exact) == 11, "loss, seven kinds of modules, d_x, packing, merging"
+    # What the random adapter has; of a mixture of experts that is attention.
+    names = module_shapes(decoder_config(tiny_config(variant).to_dict()))
+    kinds = {name.rpartition(".")[2] for name in names if name != "lm_head"}
+    assert len(exact) == 4 + len(kinds), "loss, every kind of module, d_x, packing, merging"
     assert max(proof.measured for proof in exact) < 1e-12
     statements = " ".join(proof.proof for proof in report.model)
     for words in ("packed = unpacked", "accumulated = one batch", "recomputed (mlp)", "recomputed (block)", "merged"):
@@ -89,6 +93,15 @@ def test_one_document_is_said_to_be_alone(models, tmp_path):
     assert report.passed
     assert "packing and accumulation are not measured" in " ".join(report.notes)
     assert not any("packed" in proof.proof or "accumulated" in proof.proof for proof in report.model)
+
+
+def test_experts_of_an_adapter(models, rows, tmp_path):
+    attach_lora(tiny_model("qwen3_moe"), rank=3).save_pretrained(tmp_path)
+    report = verify(options(models("qwen3_moe"), rows, adapter=tmp_path))
+    assert report.passed
+    statements = [proof.proof for proof in report.model if proof.proof.endswith("float64")]
+    for kind in ("gate_up_proj", "down_proj"):
+        assert any(statement.startswith(f"3 × {kind}:") for statement in statements)
 
 
 def test_an_adapter_of_peft(models, rows, tmp_path):
@@ -121,8 +134,8 @@ def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monk
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     right = decoder_module.linear_cross_entropy_backward
 
-    def without(x, weight, targets, head=None, multiplier=1.0):
-        return right(x, weight, targets, head and head._replace(dropout=None), multiplier)
+    def without(x, weight, targets, head=None, *others):
+        return right(x, weight, targets, head and head._replace(dropout=None), *others)
 
     monkeypatch.setattr(decoder_module, "linear_cross_entropy_backward", without)
     failed = _failed(verify(options(models("llama"), rows, adapter=tmp_path)))
@@ -144,7 +157,8 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
     def wrong(*args, **kwargs):
         grads = right(*args, **kwargs)
-        return grads._replace(d_lora_B=grads.d_lora_B * (1 + 1e-6))
+        grads.d_lora_B.mul_(1 + 1e-6)  # what the gradients are added to
+        return grads
 
     monkeypatch.setattr(adapted_group, "lora_linear_backward", wrong)
     failed = _failed(verify(options(models("llama"), rows)))
@@ -154,9 +168,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
 
 def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
-    right = block_adapter_module.rms_norm_backward
+    right = adapted_group.rms_norm_backward
     monkeypatch.setattr(
-        block_adapter_module,
+        adapted_group,
         "rms_norm_backward",
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )
@@ -219,10 +233,10 @@ def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, 
 def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     right = decoder_module.Decoder.contexts
 
-    def leaking(self, batch, rows=None):
+    def leaking(self, batch, rows=None, carried=None):
         return [
             context._replace(runs=((0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
-            for context in right(self, batch, rows)
+            for context in right(self, batch, rows, carried)
         ]
 
     monkeypatch.setattr(decoder_module.Decoder, "contexts", leaking)
@@ -248,14 +262,22 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     assert exact.proof in _failed(verify(options(models("llama"), rows)))
 
 
+def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [("what comes after one", " two"), ("what comes after night", " the day")]
+    rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
+    report = verify(options(models("phi3-longrope"), rows))
+    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared prefix")]
+
+
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
     """Every document's rotary angles go on a little from where the one before it ended."""
-    right = blockwise_step.rotary_table
+    right = blockwise_step.angles
 
-    def leaking(positions, frequencies):
-        return right(positions + 1e-4 * torch.arange(len(positions)), frequencies)
+    def leaking(frequencies, positions, dtype, reach):
+        return right(frequencies, positions + 1e-4 * torch.arange(len(positions)), dtype, reach)
 
-    monkeypatch.setattr(blockwise_step, "rotary_table", leaking)
+    monkeypatch.setattr(blockwise_step, "angles", leaking)
     failed = _failed(verify(options(models("llama"), rows, dtype="bfloat16")))
     assert "packed = unpacked, gradient, float64" in failed
     assert "packed = unpacked, gradient" not in failed
@@ -307,8 +329,8 @@ def test_the_logits_error_is_measured_against_float64(models, rows):
 
 
 def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):
-    from backhand.train.config import ModelOptions, TrainConfig
-    from backhand.train.config_file import dump_config
+    from backhand.training.config import ModelOptions, TrainConfig
+    from backhand.training.config_file import dump_config
 
     config = TrainConfig(
         model=ModelOptions(model=str(models("llama")), dtype="float32", device="cpu"),
@@ -352,7 +374,7 @@ def test_a_measured_nan_does_not_pass():
 def test_a_model_without_gradients_by_hand_is_told_what_can_be_proved(tmp_path):
     base = save_tiny(tiny_model("llama"), tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="does not know how to compute") as raised:
         verify(VerifyOptions(model=VerifiedModelOptions(model=str(base))))

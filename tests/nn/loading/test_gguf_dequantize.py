@@ -10,8 +10,8 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading import gguf_dequantize
-from backhand.nn.loading.gguf_dequantize import dequantize_into, dequantized
+from backhand.kernels import dequantize as kernel
+from backhand.nn.loading.gguf_file import dequantize_into, dequantized
 
 _ROWS, _ROW_ELEMENTS = 6, 512
 
@@ -47,7 +47,7 @@ def test_there_are_many_kinds() -> None:
 @pytest.mark.parametrize("kind", _dequantisable(), ids=lambda kind: kind.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random bytes hold infinite scales too
 def test_equal_to_the_gguf_package(kind: StorageType, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_dequantize, "_PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(kernel, "_PIECE_VALUES", piece)
     data = _random_bytes(kind)
     expected = torch.from_numpy(gguf.dequantize(data, kind).astype(np.float32).reshape(-1))
     values = dequantized(data.reshape(-1), int(kind))

@@ -16,38 +16,60 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backhand.errors import ArtifactError
-from backhand.nn.config_fields import UnsupportedModel
-from backhand.nn.decoder import Decoder
-from backhand.nn.decoder_weights import empty_weights, named_views
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.rotary_frequencies import inverse_frequencies
+from support.in_memory import experts_apart
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_config, tiny_documents, tiny_model
+from support.tiny_models import (
+    ORIGINAL_LENGTH,
+    VARIANTS,
+    VOCAB_SIZE,
+    WITHOUT_GGUF,
+    full_logits,
+    tiny_config,
+    tiny_documents,
+    tiny_model,
+)
 
-# Sliding windows of these two cannot be written into a file of their architecture.
+_GRANITE4 = ("granitemoehybrid", "granite4-nope")
+
+# What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {
+    "lfm2-biases": {"conv_bias": False},
     "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 14},
     "gemma3_text": {"query_pre_attn_scalar": 14},
 }
-_VARIANTS = [variant for variant in VARIANTS if variant != "qwen2-window"]
+# Files say nothing of the window of these, nor that experts are weighed by their share among all; and llama.cpp's
+# converter makes a Granite 3 of a Granite 4 without Mamba layers and experts.
+_VARIANTS = [
+    variant
+    for variant in VARIANTS
+    if not variant.endswith(("-window", "-shares")) and variant not in (*_GRANITE4, *WITHOUT_GGUF)
+]
 
 
 @pytest.mark.parametrize("variant", _VARIANTS)
 def test_tensors_equal_the_model(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant, **_OVERRIDES.get(variant, {}))
     source = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf"))
-    expected = model.state_dict()
+    expected = experts_apart(model.state_dict())
     if model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
     assert set(source.tensor_names()) == set(expected)
     for name, tensor in expected.items():
         assert source.shape(name) == tuple(tensor.shape)
         loaded = source.load(name)
-        if variant == "gemma3_text" and name.endswith("norm.weight"):
+        if name.endswith("A_log"):
+            torch.testing.assert_close(loaded, tensor, rtol=1e-6, atol=1e-7)  # its exponential is stored
+        elif variant.startswith(("gemma", "qwen3_5")) and name.endswith("norm.weight"):
             # Stored with 1 added, the last bits of a small number are gone; 1 + weight, which is used, is exact.
             assert torch.equal(1 + loaded, 1 + tensor)
         else:
@@ -61,12 +83,31 @@ def test_configuration_equals_the_models(variant: str, tmp_path: Path) -> None:
     expected = decoder_config(model.config.to_dict())
     if variant == "mistral":
         expected = replace(expected, family="llama")
-    if variant == "llama3":
+    if variant in ("llama3", "lfm2-biases", "exaone4-full", "qwen3-yarn", "phi3-longrope"):  # float32 in the file
         for ours, theirs in zip(parsed.rotary, expected.rotary, strict=True):
-            frequencies = inverse_frequencies(ours, parsed.head_dim)
-            torch.testing.assert_close(frequencies, inverse_frequencies(theirs, parsed.head_dim), rtol=5e-7, atol=0)
+            for length in (ORIGINAL_LENGTH, ORIGINAL_LENGTH + 1):
+                found, wanted = (inverse_frequencies(each, parsed.head_dim, length=length) for each in (ours, theirs))
+                torch.testing.assert_close(found, wanted, rtol=5e-7, atol=0)
+            assert ours.attention_factor == pytest.approx(theirs.attention_factor, rel=1e-7)
+            assert ours.features == theirs.features
         parsed = replace(parsed, rotary=expected.rotary)
     assert parsed == expected
+
+
+def test_a_granite_4_of_attention_alone_is_read_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    model, ids = tiny_model("granitemoehybrid"), tiny_documents([20])[0]
+    source = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf"))
+    assert source.config["model_type"] == "granite"
+    decoder = Decoder.from_source(source, dtype=torch.float64)
+    expected = full_logits(model.double(), ids)
+    # The file has the multipliers in float32.
+    assert float((decoder.logits(ids) - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_one_without_rotary_embedding_is_no_granite_3(tmp_path: Path) -> None:
+    source = open_model(write_tiny_gguf(tiny_model("granite4-nope", attention_bias=False), tmp_path / "tiny.gguf"))
+    with pytest.raises(UnsupportedModel, match=r"granite\.rope\.scaling\.finetuned = False"):
+        decoder_config(source.config)
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "gemma3_text"])
@@ -98,7 +139,7 @@ def test_quantized_tensors_keep_their_rows_and_are_rounded_once(
             # Rows are quantized one by one, so that quantizing them in their own order gives the same numbers.
             stored = gguf.quants.quantize(expected.numpy(), storage)
             expected = torch.from_numpy(gguf.dequantize(stored, storage).astype(np.float32))
-        elif variant == "gemma3_text" and name.endswith("norm.weight"):
+        elif variant.startswith("gemma") and name.endswith("norm.weight"):
             expected = (expected + 1) - 1
         assert torch.equal(view, expected.to(dtype)), name
         assert torch.equal(source.load(name).to(dtype), view)
@@ -121,7 +162,8 @@ def test_published_llama3_scaling_is_recognised(tmp_path: Path) -> None:
 
 def test_a_config_from_a_file_is_transformers_own(tmp_path: Path) -> None:
     for variant in _VARIANTS:
-        source = open_model(write_tiny_gguf(tiny_model(variant), tmp_path / f"{variant}.gguf"))
+        model = tiny_model(variant, **_OVERRIDES.get(variant, {}))
+        source = open_model(write_tiny_gguf(model, tmp_path / f"{variant}.gguf"))
         theirs = transformers.AutoConfig.for_model(**source.config)
         assert decoder_config(theirs.to_dict()) == decoder_config(source.config)
 
@@ -141,8 +183,8 @@ def test_parts_of_a_split_model_open_by_any_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("llama.expert_count", 8, r"llama\.expert_count = 8"),
-        ("llama.some_new_field", 1, r"llama\.some_new_field = 1"),
+        ("llama.expert_shared_count", 8, r"llama\.expert_shared_count = 8"),
+        ("llama.attention.clamp_kqv", 1, r"llama\.attention\.clamp_kqv = 1"),
         ("llama.rope.dimension_count", 6, "partial_rotary_factor"),
         ("llama.attention.value_length", 12, r"llama\.attention\.value_length = 12"),
     ],
@@ -199,7 +241,7 @@ def test_rotary_divisors_that_are_not_one_for_each_frequency_are_an_error(tmp_pa
     path = write_tiny_gguf(tiny_model("llama3"), tmp_path / "tiny.gguf")
     file = GGUFFile(path)
     with pytest.raises(ArtifactError, match=r"rope_freqs\.weight has 6 numbers"):
-        huggingface_config(file, "llama", torch.full((6,), 2.0))
+        huggingface_config(file, "llama", {"rope_freqs.weight": torch.full((6,), 2.0)})
 
 
 def test_gemma_of_62_layers_scales_queries_by_hidden_over_heads(tmp_path: Path) -> None:
@@ -240,7 +282,7 @@ def test_a_bias_on_queries_alone_is_refused(tmp_path: Path) -> None:
         name = f"blk.{layer}.attn_output.bias".encode()
         _rewritten(path, name, name.replace(b"output", b"oooput"))
     source = open_model(path)
-    assert "blk.0.attn_q.bias" in source.config["tensors of the GGUF file"]
+    assert "blk.0.attn_q.bias" in source.config[UNREAD]["tensors of the GGUF file"]
     with pytest.raises(UnsupportedModel, match="tensors of the GGUF file"):
         decoder_config(source.config)
 

@@ -10,7 +10,7 @@ from gguf import GGUFWriter
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
-from backhand.nn.loading.gguf_pre_tokenizers import PRE_TOKENIZERS
+from backhand.nn.loading.gguf_tokenizer import PRE_TOKENIZERS
 from support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces
 from support.llama_cpp import LlamaCpp
 from support.odd_texts import ODD_TEXTS
@@ -53,7 +53,7 @@ def test_these_texts_tell_all_ways_to_cut_apart(tmp_path: Path) -> None:
     for pre in ways.values():
         tokenizer = open_model(_byte_level_file(tmp_path / f"{pre}.gguf", pre)).tokenizer()
         seen.append(tuple(tuple(ids) for ids in tokenizer(list(ODD_TEXTS), add_special_tokens=False).input_ids))
-    assert len(set(seen)) == len(ways) == 8
+    assert len(set(seen)) == len(ways) == 9
 
 
 @pytest.mark.parametrize("user_defined", [(), ("<think>", "  ", "\n\n")], ids=["plain", "user-defined"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from backhand.adapters.digests import base_digest
-from backhand.nn.decoder import Decoder
+from backhand.adapters.record import base_digest
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import save_tiny, tiny_model

@@ -9,10 +9,10 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 from transformers import PreTrainedModel
 
-from backhand.adapters.digests import base_digest, text_digest, tokenizer_digest
-from backhand.nn.decoder import Decoder
+from backhand.adapters.record import base_digest, text_digest, tokenizer_digest
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import ModelSource, open_model
-from backhand.nn.loading.in_memory import InMemoryModel
+from support.in_memory import InMemoryModel
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import save_tiny, tiny_documents, tiny_model
 
@@ -32,6 +32,8 @@ def test_digests_and_logits_agree(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant, dtype=torch.bfloat16)
     sources = _sources(model, tmp_path)
     digests = {kind: base_digest(source.tensor_names(), source.load) for kind, source in sources.items()}
+    pieces = {kind: base_digest(source.tensor_names(), source.load_in_pieces) for kind, source in sources.items()}
+    assert pieces == digests
     assert len(set(digests.values())) == 1, digests
     document = tiny_documents([20])[0]
     logits = [Decoder.from_source(source, dtype=torch.float32).logits(document) for source in sources.values()]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from backhand.export.merging import merge_command
 from backhand.export.options import MergeOptions
-from backhand.nn.decoder import Decoder
-from backhand.nn.family_parsing import decoder_config
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from backhand.nn.loading import tied_head as tied_heads
-from backhand.nn.loading.in_memory import InMemoryModel
+from backhand.nn.loading import source as tied_heads
+from support.in_memory import InMemoryModel
 from support.tiny_adapters import adapted, save_tiny_adapter
 from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
 

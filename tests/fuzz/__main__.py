@@ -1,0 +1,111 @@
+"""`python -m fuzz`: draw files of every kind, let commands read them, and keep what did not end as it should.
+
+    make fuzz                                    two minutes
+    make fuzz FUZZ_ARGS='--seconds 3600'         an hour
+    python -m fuzz --kind gguf --seed 41 --files 1    the one case again
+
+Case N of a kind is drawn from the seed "kind/N" alone: it is the same on every machine and after every other case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from fuzz.child import Attempt, run_attempts
+from fuzz.kinds import KINDS, World, lay_out, make_world
+
+AT_ONCE = 56
+"""Cases in one child."""
+
+
+def main() -> int:
+    """Run until the time or the files are up; 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="fuzz", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kind", choices=[*KINDS, "all"], default="all")
+    parser.add_argument("--files", type=int, help="of each kind; not given: as many as the time allows")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="where failing cases are kept")
+    options = parser.parse_args()
+    options.keep = options.keep.resolve()
+    kinds = list(KINDS) if options.kind == "all" else [options.kind]
+    place = Path(tempfile.mkdtemp(prefix="backhand-fuzz-"))
+    try:
+        world = make_world(place / "world")
+        _warm_up(world, place)
+        return _loop(kinds, world, place, options)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _warm_up(world: World, place: Path) -> None:
+    """Import here what commands import, so that children begin with it."""
+    from backhand.cli.main import main as command
+
+    os.chdir(place)
+    for words in (
+        ["lint", "--model", str(world.model), "--data", str(world.rows)],
+        ["inspect", str(world.adapter)],
+        ["generate", "--model", str(world.gguf), "--prompt", "a", "--max-new-tokens", "1", "--threads", "1"],
+        ["plan", "--model", str(world.model), "--data", str(world.rows)],
+    ):
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = command(words)
+        if code != 0:
+            raise SystemExit(f"the good files end with {code}: {' '.join(words)}")
+
+
+def _loop(kinds: list[str], world: World, place: Path, options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    codes: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
+    worst: dict[str, tuple[float, int]] = dict.fromkeys(kinds, (0.0, 0))
+    failures = 0
+    number = options.seed
+    last = None if options.files is None else options.seed + options.files
+    while (last is None or number < last) and time.monotonic() - began < options.seconds:
+        stop = number + AT_ONCE // len(kinds)
+        stop = stop if last is None else min(last, stop)
+        drawn = [
+            (kind, n, KINDS[kind](random.Random(f"{kind}/{n}"), world)) for n in range(number, stop) for kind in kinds
+        ]
+        attempts = [Attempt(case.command, place / f"{kind}-{n}") for kind, n, case in drawn]
+        for (_, _, case), attempt in zip(drawn, attempts, strict=True):
+            attempt.place.mkdir()
+            lay_out(case, attempt.place)
+        for (kind, n, case), attempt, outcome in zip(drawn, attempts, run_attempts(attempts), strict=True):
+            codes[kind][outcome.fault or str(outcome.code)] += 1
+            worst[kind] = max(worst[kind][0], outcome.cpu_s), max(worst[kind][1], outcome.peak_bytes)
+            if outcome.fault:
+                failures += 1
+                kept = options.keep / f"{kind}-{n}"
+                shutil.rmtree(kept, ignore_errors=True)
+                kept.mkdir(parents=True)
+                for name, data in case.files.items():
+                    (kept / Path(name).name).write_bytes(data)
+                said = f"{outcome.fault}\nbackhand {' '.join(case.command)}\n\n{outcome.said}"
+                (kept / "outcome.txt").write_text(said, encoding="utf-8", errors="replace")
+                print(f"{kind} {n}: {outcome.fault}: {outcome.said.strip().splitlines()[:1]}", flush=True)
+            shutil.rmtree(attempt.place)
+        number = stop
+    for kind in kinds:
+        counted = ", ".join(f"{count:,} × {code}" for code, count in sorted(codes[kind].items()))
+        seconds, peak = worst[kind]
+        print(f"{kind:15} {codes[kind].total():6,} files: {counted}; at most {seconds:.1f} s, {peak / 2**20:.0f} MB")
+    print(f"{failures} failures in {time.monotonic() - began:.0f} s, cases {options.seed} to {number - 1}")
+    if failures:
+        print(f"kept in {options.keep}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

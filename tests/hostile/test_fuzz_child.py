@@ -1,0 +1,81 @@
+"""The child in which `make fuzz` runs commands: every fault that it is to see, it sees, and blames on nobody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fuzz import child
+from fuzz.child import Attempt, Outcome, run_attempts
+
+
+def _turn() -> int:
+    while True:
+        pass
+
+
+def _fill() -> int:
+    room = bytearray(child.PEAK_BYTES + 2**26)
+    room[::4096] = b"a" * len(room[::4096])
+    return 0
+
+
+def _touch() -> int:
+    Path("there").write_text("another")
+    return 0
+
+
+def _write() -> int:
+    Path("out").write_text("mine")
+    return 0
+
+
+def _raise() -> int:
+    raise ValueError
+
+
+def _kill() -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+FAULTS: list[tuple[Callable[[], int], str]] = [
+    (lambda: 0, ""),
+    (_turn, "hang"),
+    (lambda: 1, "exit 1"),
+    (_fill, "memory"),
+    (_touch, "touched there"),
+    (_write, ""),
+    (_kill, "signal 9"),
+    (lambda: 4, ""),
+    (_raise, "exit 1"),
+    (lambda: os._exit(5), "exit 5"),
+    (lambda: 0, ""),
+]
+
+
+def _laid(place: Path) -> Path:
+    place.mkdir()
+    (place / "there").write_text("one")
+    return place
+
+
+def test_every_fault_is_seen_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A page takes a busy virtual machine microseconds: what is too much here must be there well within the limit of time.
+    monkeypatch.setattr(child, "HANG_S", 3)
+    monkeypatch.setattr(child, "PEAK_BYTES", 2**27)
+    attempts = [Attempt(function, _laid(tmp_path / str(number))) for number, (function, _) in enumerate(FAULTS)]
+    outcomes = run_attempts(attempts)
+    assert [outcome.fault for outcome in outcomes] == [fault for _, fault in FAULTS]
+    assert outcomes[1].code is None and outcomes[1].cpu_s >= 1
+    assert "ValueError" in outcomes[8].said
+    assert all(outcome.said == "" for outcome in outcomes if not outcome.fault)
+
+
+def test_a_command_line_is_run(tmp_path: Path) -> None:
+    outcome: Outcome = run_attempts([Attempt(["lint", "--data", "absent.jsonl"], _laid(tmp_path / "case"))])[0]
+    assert (outcome.code, outcome.fault) == (3, "") and "absent.jsonl" in outcome.said

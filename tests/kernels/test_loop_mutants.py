@@ -1,0 +1,98 @@
+"""Wrong versions of the loops, compiled into a library of the test's own: the cases of the ops notice each."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from backhand.kernels import build
+from backhand.kernels.library import POINTER, Library, proving_loops, usable, using
+from backhand.verify.differentiate import autograd_gradients
+from backhand.verify.measure import relative_error
+from backhand.verify.runner import FLOAT64_BOUND, load_proofs
+
+OP_OF = {
+    "rms_norm": "rms_norm",
+    "glu": "glu",
+    "rotary": "rotary",
+    "softmax_losses": "linear_cross_entropy",
+    "attention": "attention",
+    "low_rank": "lora_linear_group",
+    "few rows": "frozen_linear",
+}
+SOURCES = [path.read_text(encoding="utf-8") for path in sorted(build.SOURCES.glob("*.cpp"))]
+MUTANTS = sorted({name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)})
+
+pytestmark = pytest.mark.skipif(
+    build.find_compiler() is None or not usable(), reason="no C++ compiler, or no build of the library"
+)
+
+
+@pytest.fixture(scope="module")
+def spoilable(tmp_path_factory):
+    """A build for this machine in which a wrong version can be put in force."""
+    target = tmp_path_factory.mktemp("mutants") / "mutants.so"
+    name = usable()[-1]
+    flags = [*build.FLAGS, *build.INSTRUCTION_SETS[build.machine()][name], "-O1", f'-DBACKHAND_ISA="{name}"']
+    sources = map(str, sorted(build.SOURCES.glob("*.cpp")))
+    command = [build.find_compiler(), *flags, "-DBACKHAND_MUTANTS", "-shared", *sources, "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True)
+    library = Library(target)
+    choose = library.function("backhand_set_mutant", (POINTER,))
+    return library, lambda mutant: choose(mutant.encode())
+
+
+@pytest.fixture(scope="module")
+def truths():
+    """The right output and gradients of every case, by op."""
+    found = {}
+    for op in OP_OF.values():
+        (proof,) = load_proofs(op)
+        cases = []
+        for case in proof.cases:
+            with torch.no_grad():
+                names = list(case.by_hand(case.tensors, proof.backward).gradients)
+            y, gradients = autograd_gradients(case.reference, case.tensors, names)
+            cases.append((case, y, gradients))
+        found[op] = proof, cases
+    return found
+
+
+def largest_error(proof, cases, enough=float("inf")):
+    """Over the cases, until one exceeds `enough`."""
+    worst = 0.0
+    for case, right_y, right in cases:
+        with torch.no_grad():
+            y, gradients = case.by_hand(case.tensors, proof.backward)
+        errors = [relative_error(gradients[name], right[name], 1.0) for name in gradients]
+        worst = max(worst, relative_error(y, right_y, 1.0), *errors)
+        if worst > enough:
+            break
+    return worst
+
+
+def test_there_are_mutants_of_every_loop():
+    assert {name.partition(":")[0] for name in MUTANTS} == set(OP_OF)
+
+
+def test_without_one_the_same_build_is_right(spoilable, truths):
+    library, choose = spoilable
+    choose("")
+    with using(library), proving_loops():
+        for proof, cases in truths.values():
+            assert largest_error(proof, cases) < FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_loop_is_noticed(spoilable, truths, mutant):
+    library, choose = spoilable
+    choose(mutant)
+    try:
+        with using(library), proving_loops():
+            error = largest_error(*truths[OP_OF[mutant.partition(":")[0]]], enough=1e-7)
+    finally:
+        choose("")
+    assert error > 1e-7, "far above what rounding could explain"

@@ -1,0 +1,347 @@
+"""The compiled loops on every path of this machine: right, inside their buffers, and the same bits each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.kernels.library import load, loop, proving_loops, torch_form, usable, using
+from backhand.nn.batch import document_runs
+from backhand.ops import rms_norm
+from backhand.ops.attention import attention_backward, attention_forward
+from backhand.ops.frozen_matrix import frozen_linear
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
+from backhand.ops.linear_cross_entropy import _softmax_losses
+from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
+from backhand.ops.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
+from backhand.verify.differentiate import autograd_gradients
+from backhand.verify.measure import relative_error
+from backhand.verify.runner import FLOAT64_BOUND, load_proofs
+
+WITH_LOOPS = (
+    *("rms_norm", "glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
+    *("lora_linear", "lora_linear_group"),
+)
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
+MARK = 7.25  # what stands around a result that a loop writes
+
+pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
+
+
+@pytest.fixture(params=usable())
+def build(request):
+    """Each build of the library in turn, and float64 too."""
+    with using(load(request.param)), proving_loops(), torch.no_grad():
+        yield request.param
+
+
+def gapped(shape, dtype, seed, size=1.0):
+    """Numbers at an odd address, a gap of odd width behind each row."""
+    *leading, n = shape
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.full((*leading, n + 3), MARK, dtype=dtype).flatten()
+    whole = torch.cat([buffer.new_full((1,), MARK), buffer])[1:].view(*leading, n + 3)
+    part = whole[..., 1 : n + 1]
+    part.copy_(size * torch.randn(shape, generator=generator, dtype=torch.float64))
+    return part
+
+
+def marks_intact(part):
+    """Whether nothing but the part itself has been written to."""
+    base = part._base if part._base is not None else part
+    everything = base.as_strided((base.untyped_storage().nbytes() // base.element_size(),), (1,), 0)
+    outside = torch.ones_like(everything, dtype=torch.bool)
+    outside.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
+    return bool((everything[outside] == MARK).all())
+
+
+def both_forms(compute):
+    """By the loops, and in torch's form from the same numbers in float64."""
+    found = compute(lambda x: x)
+    with torch_form():
+        expected = compute(lambda x: x.double() if x.is_floating_point() else x)
+    return found, expected
+
+
+def assert_close(found, expected, dtype):
+    """Relative to the numbers, or to numbers of a hundredth where the right ones are zero or nearly."""
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.shape == right.shape
+        least = 0.01 * right.numel() ** 0.5
+        assert (ours.double() - right).norm() <= TOLERANCE[dtype] * max(float(right.norm()), least)
+
+
+@pytest.mark.parametrize("op", WITH_LOOPS)
+def test_cases_hold_in_float64_on_every_path(build, op):
+    for proof in load_proofs(op):
+        for case in proof.cases:
+            y, gradients = case.by_hand(case.tensors, proof.backward)
+            with torch.enable_grad():
+                expected_y, expected = autograd_gradients(case.reference, case.tensors, gradients)
+            assert relative_error(y, expected_y, 1.0) < FLOAT64_BOUND, case.name
+            for name, gradient in gradients.items():
+                assert relative_error(gradient, expected[name], 1.0) < FLOAT64_BOUND, (case.name, name)
+
+
+SIZES = [(0, 5), (1, 1), (3, 7), (2, 16), (5, 33), (4, 64), (3, 129)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "n"), SIZES)
+def test_rms_norm_of_any_size(build, dtype, rows, n):
+    x, d_y = gapped((rows, n), dtype, 0), gapped((rows, n), dtype, 1)
+    weight, residual = torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
+
+    def compute(cast):
+        y, saved = rms_norm_forward(cast(x), cast(weight), 1e-2, 1.0)
+        grads = rms_norm_backward(cast(d_y), saved, residual=cast(residual))
+        return y, rms_norm_apply(*saved), *grads
+
+    assert_close(*both_forms(compute), dtype)
+    assert marks_intact(x)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rms_norm_of_heads_that_are_a_view(build, dtype):
+    x, d_y, weight = gapped((5, 9, 24), dtype, 0), gapped((5, 9, 24), dtype, 1), torch.randn(24).to(dtype)
+
+    def compute(cast):
+        y, saved = rms_norm_forward(cast(x)[:, 2:6], cast(weight), 1e-2)
+        return y, *rms_norm_backward(cast(d_y)[:, 1:5], saved)
+
+    assert_close(*both_forms(compute), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "n"), SIZES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_glu_of_any_size(build, dtype, rows, n, activation):
+    gate, up, d_y = (gapped((rows, n), dtype, seed, size=3.0) for seed in range(3))
+    out, grads = gapped((rows, n), dtype, 3), gapped((rows, 2 * n), dtype, 4)
+
+    def compute(cast):
+        y, _ = glu_forward(cast(gate), cast(up), activation, out=cast(out))
+        return y, *glu_backward(cast(d_y), GLUSaved(cast(gate), cast(up), activation), out=cast(grads))
+
+    assert_close(*both_forms(compute), dtype)
+    assert marks_intact(out)
+    assert marks_intact(grads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "half"), [(0, 4), (1, 1), (3, 5), (2, 16), (5, 35)])
+def test_rotary_of_any_size(build, dtype, tokens, half):
+    x = gapped((tokens, 3, 2 * half), dtype, 0)
+    angles = torch.randn(tokens, half, dtype=torch.promote_types(dtype, torch.float32))
+
+    def compute(cast):
+        table = RotaryTable(*(cast(part) for part in (angles.cos(), angles.sin())))
+        copy = x.clone() if cast(x) is x else cast(x)
+        y, _ = rotary_forward(copy, table, out=copy)
+        return y.clone(), rotary_backward(cast(x), table).d_x
+
+    assert_close(*both_forms(compute), dtype)
+    y = gapped((tokens, 3, 2 * half), dtype, 1)
+    rotary_forward(x, RotaryTable(angles.cos(), angles.sin()), out=y)
+    assert marks_intact(y)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "n", "rank"),
+    [
+        *((0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1), (3, 7, 2), (2, 64, 16), (5, 33, 1), (129, 31, 17)),
+        *((259, 97, 8), (13, 530, 16), (31, 1027, 48), (49, 35, 130), (130, 192, 33)),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
+def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
+    v, h, y = gapped((rows, n), dtype, 0), gapped((rows, rank), dtype, 1), gapped((rows, n), dtype, 2)
+    factor = gapped((rank, n), dtype, 3, size=max(n, 1) ** -0.5) if transposed else gapped((n, rank), dtype, 3)
+    out, wide = gapped((rows, rank), dtype, 4), torch.promote_types(dtype, torch.float32)
+    receivers = [
+        gapped((part, n) if transposed else (n, part), wide, 5 + part) for part in (rank // 3, rank - rank // 3)
+    ]
+
+    def turned(x):
+        return x.T if transposed else x
+
+    def compute(cast):
+        f, copies = turned(cast(factor)), [cast(part) if cast(part) is not part else part.clone() for part in receivers]
+        low_rank_accumulate(cast(v), cast(h), 1.7, [turned(part) for part in copies])
+        copy = cast(y) if cast(y) is not y else y.clone()
+        shrunk = low_rank_shrink(cast(v), f, 0.3), low_rank_shrink(cast(v), f, 0.3, out=cast(out)).clone()
+        return *copies, low_rank_expand(copy, cast(h), f, -0.6), *shrunk, low_rank_gather(cast(v), cast(h), 1.7)
+
+    found, expected = both_forms(compute)
+    assert_close(found, expected, dtype)
+    assert_close([low_rank_expand(y, h, turned(factor), -0.6)], expected[2:3], dtype)
+    low_rank_accumulate(v, h, 1.7, [turned(part) for part in receivers])
+    assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:2], strict=True))
+    assert all(marks_intact(part) for part in (y, out, *receivers))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(("outputs", "n"), [(0, 5), (1, 1), (3, 0), (4, 7), (9, 64), (6, 1025), (67, 1100)])
+def test_few_rows_of_any_size(build, dtype, rows, outputs, n):
+    x, weight = gapped((rows, n), dtype, 0), gapped((outputs, n), dtype, 1, size=max(n, 1) ** -0.5)
+    residual, bias = gapped((rows, outputs), dtype, 2), gapped((1, outputs), dtype, 3)[0]
+    y = gapped((rows, outputs), dtype, 4)
+
+    def compute(cast):
+        return frozen_linear(cast(x), cast(weight)), frozen_linear(cast(x), cast(weight), cast(bias), cast(residual))
+
+    assert_close(*both_forms(compute), dtype)
+    expected = frozen_linear(x, weight, bias, residual)
+    assert torch.equal(frozen_linear(x, weight, bias, residual, out=y), expected)
+    assert marks_intact(y)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "n"), [(0, 5), (1, 1), (3, 7), (2, 64), (3, 4099), (2, 8200)])
+def test_softmax_losses_of_any_size(build, dtype, rows, n):
+    logits, targets = gapped((rows, n), dtype, 0, size=2.0), torch.arange(rows) * 5 % n
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def compute(cast):
+        z = cast(logits) if cast(logits) is not logits else logits.clone()
+        losses = torch.empty(rows, dtype=cast(torch.empty(0, dtype=wide)).dtype)
+        _softmax_losses(z, targets, losses, gradient=True)
+        return z, losses
+
+    assert_close(*both_forms(compute), dtype)
+    _softmax_losses(logits, targets, torch.empty(rows, dtype=wide), gradient=True)
+    assert marks_intact(logits)
+
+
+def test_a_target_that_is_no_class_is_an_error(build):
+    for target in (-100, 7):
+        with pytest.raises(IndexError):
+            _softmax_losses(torch.zeros(2, 7), torch.tensor([0, target]), torch.empty(2), gradient=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_shows(build, value, dtype):
+    """A guard that looks for numbers that are not finite must find what torch's form would show it."""
+    row = torch.randn(2, 37).to(dtype)
+    row[0, 5] = value
+    _, saved = rms_norm_forward(row, torch.ones(37, dtype=dtype), 1e-5)
+    assert not rms_norm_apply(*saved)[0].isfinite().all()
+    losses = torch.empty(2)
+    _softmax_losses(row.clone(), torch.tensor([5, 5]), losses, gradient=True)
+    assert not losses[0].isfinite()
+    assert losses[1].isfinite()
+    y, _ = glu_forward(torch.ones_like(row), row, "silu")
+    assert not y[0].isfinite().all()
+
+
+def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, shared=0):
+    """A function that runs it, forward and backward, on tensors cast by its argument."""
+    tokens = shared + sum(documents)
+    qkv = gapped((tokens, heads + 2 * kv_heads, head_dim), dtype, 0)
+    d_y = gapped((tokens, heads, head_dim), dtype, 1)
+    runs = document_runs(documents, shared)
+
+    def compute(cast):
+        q, k, v = cast(qkv).split([heads, kv_heads, kv_heads], dim=1)
+        y, saved = attention_forward(q, k, v, runs, 0.2, window, shared)
+        return y, *attention_backward(cast(d_y), saved)
+
+    return compute
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("documents", "heads", "kv_heads", "head_dim", "window", "shared"),
+    [
+        ((), 2, 1, 8, None, 0),
+        ((1,), 3, 1, 1, None, 0),
+        ((0, 5, 0), 2, 2, 7, None, 0),
+        ((33, 64, 31), 4, 2, 64, None, 0),
+        ((97,), 3, 1, 80, 40, 0),
+        ((70,), 2, 1, 128, 1, 0),
+        ((65,), 2, 1, 256, None, 0),
+        ((3, 40, 1, 17, 5, 5, 5, 29, 2, 66, 8), 3, 1, 33, None, 37),
+        ((5, 90), 2, 1, 16, 20, 50),
+        ((2065,), 2, 1, 16, 300, 0),
+    ],
+)
+def test_attention_of_any_shape(build, dtype, documents, heads, kv_heads, head_dim, window, shared):
+    compute = attention_of(documents, heads, kv_heads, head_dim, dtype, window=window, shared=shared)
+    assert_close(*both_forms(compute), dtype)
+
+
+def test_attention_writes_nothing_but_its_results(build):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, d_y = (gapped((35, heads, 24), dtype, seed) for seed, heads in enumerate((4, 2, 2, 4)))
+        out = gapped((35, 8, 24), dtype, 5)
+        _, saved = attention_forward(q, k, v, document_runs((30, 5), 0), 0.2)
+        attention_backward(d_y, saved, out=out)
+        assert marks_intact(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
+    attend = [
+        attention_of((130, 70, 90), 6, 2, 32, dtype),
+        attention_of((300,), 3, 1, 32, dtype),
+        attention_of((40, 30, 60), 4, 2, 32, dtype, shared=50, window=45),
+    ]
+    x, gate_up = torch.randn(600, 96).to(dtype), torch.randn(600, 192).to(dtype)
+
+    def everything():
+        results = [tensor for compute in attend for tensor in compute(lambda t: t)]
+        y, saved = rms_norm_forward(x, x[0], 1e-5)
+        results += [y, *rms_norm_backward(x, saved, residual=y)]
+        y, glu_saved = glu_forward(gate_up[:, :96], gate_up[:, 96:], "silu")
+        factor = x[:24, :].T
+        h = low_rank_shrink(x, factor, 0.5)
+        results += [h, low_rank_expand(x.clone(), h, factor), low_rank_gather(x, h)]
+        logits, losses = gate_up.clone(), torch.empty(600)
+        results.append(frozen_linear(x[:5], x.repeat(8, 1)))
+        _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)
+        return [*results, y, *glu_backward(x, glu_saved), logits, losses]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        once = everything()
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(once, everything(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_rows_with_gaps_inside_go_to_torch(build):
+    x, weight = torch.randn(7, 5).T, torch.randn(7)
+    right, _ = rms_norm_forward(x.double().contiguous(), weight.double(), 1e-5)
+    assert_close([rms_norm_forward(x, weight, 1e-5)[0]], [right], torch.float32)
+
+
+@pytest.mark.parametrize("name", usable())
+def test_what_a_loop_takes(name):
+    x = torch.randn(3, 5, dtype=torch.float64)
+    with using(load(name)):
+        assert_taken(x)
+        with proving_loops():
+            assert loop(rms_norm._FORWARD, x) is not None
+    with torch_form():
+        assert loop(rms_norm._FORWARD, x.float()) is None
+
+
+def assert_taken(x):
+    assert loop(rms_norm._FORWARD, x) is None
+    assert loop(rms_norm._FORWARD, x.float()) is not None
+    assert loop(rms_norm._FORWARD, x.float(), x) is None, "one dtype for all"
+    assert loop(rms_norm._FORWARD, x.float().T) is None, "the last axis without gaps"
+
+
+def test_what_autograd_follows_goes_to_torch(build):
+    x = torch.randn(3, 5, requires_grad=True)
+    assert loop(rms_norm._FORWARD, x) is not None
+    with torch.enable_grad():
+        assert loop(rms_norm._FORWARD, x) is None

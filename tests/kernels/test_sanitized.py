@@ -1,0 +1,61 @@
+"""The loops under the address and the undefined-behaviour sanitizer, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backhand.kernels import build
+from support.sanitizer import environment, runtime
+
+FUZZ = Path(__file__).with_name("sanitized_fuzz.py")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    if runtime("libasan.so") is None:
+        pytest.skip("no compiler with an address sanitizer")
+    folder = tmp_path_factory.mktemp("sanitized")
+    build.build(folder, sanitize=True)
+    return folder
+
+
+def fuzz(folder, rounds):
+    return subprocess.run(
+        [sys.executable, str(FUZZ), str(folder), str(rounds)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_random_blocks_are_read_and_written_within_their_bounds(sanitized):
+    done = fuzz(sanitized, 150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "calls of baseline" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_read_behind_the_end_is_noticed(monkeypatch, tmp_path):
+    """Otherwise the test above could not fail."""
+    if runtime("libasan.so") is None:
+        pytest.skip("no compiler with an address sanitizer")
+    sources = tmp_path / "native"
+    sources.mkdir()
+    for path in build.SOURCES.iterdir():
+        text = path.read_text(encoding="utf-8")
+        if path.name == "formats.h":
+            assert "static constexpr int values = 32, bytes = 34;" in text
+            text = text.replace("block + 2, 32);", "block + 3, 32);")
+        (sources / path.name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "INSTRUCTION_SETS", {build.machine(): {"baseline": ()}})
+    build.build(tmp_path / "lib", sanitize=True)
+    done = fuzz(tmp_path / "lib", 40)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -1,0 +1,45 @@
+"""Reads a mapped file after it was cut short, until the system sends a bus error: run by test_mapped_file.py.
+
+Arguments: the file, how it is read, how many bytes to leave of it. "read" comes out for a read that went well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.nn.loading.gguf_file import GGUFFile
+from backhand.ops.frozen_matrix import frozen_linear
+
+
+def main(path: Path, how: str, left: int) -> None:
+    torch.set_num_threads(2)
+    file = GGUFFile(path)
+    tensor = file.tensors["big.weight"]
+    blocks = file.bytes_of(tensor).reshape(tensor.shape[0], -1)
+    matrix = QuantizedMatrix([StoredRows(blocks, tensor.type_id)], torch.bfloat16)
+    x = torch.ones(2, tensor.shape[1], dtype=torch.bfloat16)
+    x @ x.T  # what is mapped for the first product is none of the file's pages
+    os.truncate(path, left)
+    if how == "product":
+        del file  # what reads is the matrix alone
+        frozen_linear(x, matrix)
+    elif how == "numpy":
+        np.array(blocks).sum()
+    elif how == "python":
+        file.forget(tensor)
+        bytes(memoryview(blocks[-1]))
+    elif how == "elsewhere":
+        other = np.memmap(path.with_name("other"), np.uint8, mode="r")
+        os.truncate(path.with_name("other"), 0)
+        other.sum()
+    print("read", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

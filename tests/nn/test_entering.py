@@ -1,0 +1,74 @@
+"""A pass that begins in the middle, at hidden states that are known: the same bits as one from the ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backhand.nn.batch import Entering
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import PER_LAYER_MODEL
+from backhand.nn.lora_parameters import LoRAParameters
+from support.parity import decoder_like, supervise
+from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
+
+LOWEST = 1
+
+
+def upper_layers(variant: str, dropout: float = 0.0, recompute: str = "none") -> Decoder:
+    """A decoder whose adapter leaves out the layers below the second one."""
+    adapted = attach_lora(tiny_model(variant), rank=5, alpha=8.5)
+    decoder = decoder_like(adapted, 1.7, recompute=recompute)
+    assert decoder.lora is not None
+    whole = decoder.lora
+    lora = LoRAParameters(
+        [
+            replace(slot, dropout=0.0 if slot.experts else dropout)
+            for slot in whole.slots.values()
+            if slot.name != PER_LAYER_MODEL  # which changes every layer's input
+            and not any(slot.name.startswith(f"model.layers.{layer}.") for layer in range(LOWEST))
+        ]
+    )
+    for name, view in lora.named_tensors():
+        view.copy_(whole.tensor(name))
+    decoder.attach(lora)
+    return decoder
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, recompute: str) -> None:
+    decoder, batch = upper_layers(variant, dropout, recompute), supervise(tiny_documents((23, 9, 9, 1, 18)))
+    assert decoder.lora is not None
+    entered = replace(batch, entering=Entering(LOWEST, decoder.entering(batch, LOWEST)))
+    found = []
+    for one in (batch, entered):
+        decoder.lora.gradients.zero_()
+        loss = decoder.loss_and_gradients(one, 0.1, dropout_seed=7)
+        found.append((loss, decoder.lora.gradients.clone(), decoder.loss(one), decoder.token_losses(one)))
+    assert found[0][1].abs().max() > 0
+    for whole, from_the_middle in zip(*found, strict=True):
+        assert torch.equal(whole, from_the_middle)
+
+
+def test_nothing_below_is_looked_at() -> None:
+    decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
+    entered = replace(batch, entering=Entering(LOWEST, decoder.entering(batch, LOWEST)))
+    expected = decoder.loss_and_gradients(entered, 0.1)
+    below = decoder.weights.blocks[0]
+    for weight in (below.input, below.gate_up, decoder.weights.embedding):
+        assert isinstance(weight, torch.Tensor)
+        weight.fill_(torch.nan)
+    assert torch.equal(decoder.loss_and_gradients(entered, 0.1), expected)
+    assert torch.isfinite(decoder.loss(entered))
+    assert not torch.isfinite(decoder.loss(batch))
+
+
+def test_entering_above_what_is_trained_is_refused() -> None:
+    decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
+    entered = replace(batch, entering=Entering(LOWEST + 1, decoder.entering(batch, LOWEST + 1)))
+    with pytest.raises(ValueError, match="the batch enters at layer 2, and layer 1 is trained"):
+        decoder.loss_and_gradients(entered, 0.1)

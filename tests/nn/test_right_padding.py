@@ -1,0 +1,234 @@
+"""Rows of unequal length in one pass: the same losses and gradients, and models for which it would not be so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from backhand.adapters.config import LoRAConfig
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.right_padding import chosen_positions, rows_together, why_equal_lengths
+from backhand.training.transformers_engine import TransformersModel
+from support.tiny_models import randomise, tiny_model
+
+LENGTHS = (13, 12, 9, 9, 5)
+VOCAB = 97
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+
+
+def _made(model_type: str, **config: Any) -> nn.Module:
+    known = transformers.AutoConfig.for_model(model_type, **config)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(known)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)  # far from the small start, where one token hardly moves another
+    return model.double().eval()
+
+
+def _tiny(variant: str, **overrides: Any) -> nn.Module:
+    model = tiny_model(variant, **overrides)
+    randomise(model, seed=0)
+    return model.double().eval()
+
+
+LOOK_BACK_ALONE: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: _tiny("llama"),
+    "windows": lambda: _tiny("gemma3_text"),
+    "softcapped": lambda: _made("gemma2", **_SMALL, query_pre_attn_scalar=12, final_logit_softcapping=3.0),
+    "scaled logits": lambda: _made("granite", **_SMALL, logits_scaling=3.0),
+    "learnt positions": lambda: _made("gpt2", vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, n_positions=32),
+    # Its product over experts knows no float64.
+    "experts": lambda: _made(
+        "qwen3_moe", **_SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
+    ).float(),
+    "state space": lambda: _made(
+        "mamba", vocab_size=VOCAB, hidden_size=24, state_size=4, num_hidden_layers=2, pad_token_id=0
+    ),
+    "short convolutions": lambda: _made(
+        "lfm2",
+        **{key: value for key, value in _SMALL.items() if key != "head_dim"},
+        layer_types=["conv", "full_attention"],
+    ),
+}
+
+LOOK_AHEAD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "both directions": (lambda: _tiny("gemma3_text", use_bidirectional_attention=True), "what comes after a token"),
+    "an encoder": (
+        lambda: _made(
+            "bert",
+            vocab_size=VOCAB,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=40,
+            is_decoder=False,
+        ),
+        "what comes after a token",
+    ),
+    "longrope": (
+        lambda: _made(
+            "phi3",
+            **_SMALL,
+            original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 6,
+                "long_factor": [2.0] * 6,
+            },
+        ),
+        r"rotary angles \(longrope\)",
+    ),
+    "dynamic": (
+        lambda: _tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        r"rotary angles \(dynamic\)",
+    ),
+}
+
+
+def _batch(lengths: tuple[int, ...] = LENGTHS) -> PackedBatch:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, VOCAB, (sum(lengths),), generator=generator)
+    labels = torch.randint(2, VOCAB, (sum(lengths),), generator=generator)
+    labels[torch.rand(len(labels), generator=generator) < 0.4] = IGNORE_INDEX
+    return PackedBatch(ids, labels, lengths)
+
+
+def _adapted(model: nn.Module) -> TransformersModel:
+    trained = TransformersModel(model)
+    slots, extra = trained.inject(LoRAConfig(rank=3, alpha=5.1, target_modules="all-linear", dropout=0.0))
+    lora = LoRAParameters(slots, trained=extra)
+    trained.attach(lora)
+    generator = torch.Generator().manual_seed(1)
+    for _, view in lora.named_tensors():
+        view.copy_(0.3 * torch.randn(view.shape, generator=generator))
+    lora.refresh_compute(trained.dtype)
+    return trained
+
+
+def _one_by_one(batch: PackedBatch) -> list[PackedBatch]:
+    ids, labels = batch.input_ids.split(batch.document_lengths), batch.labels.split(batch.document_lengths)
+    return [PackedBatch(a, b, (len(a),)) for a, b in zip(ids, labels, strict=True)]
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return float((ours - theirs).norm() / theirs.norm()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", LOOK_BACK_ALONE)
+def test_padded_rows_have_the_losses_and_gradients_of_rows_alone(kind: str) -> None:
+    batch = _batch()
+    model = _adapted(LOOK_BACK_ALONE[kind]())
+    assert model.why_equal_lengths is None
+    assert model.lora is not None
+    alone = sum(model.loss_and_gradients(part, 0.7) for part in _one_by_one(batch))
+    expected = model.lora.gradients.clone()
+    assert float(expected.norm()) > 0
+    model.lora.gradients.zero_()
+    assert len(list(rows_together(batch, padded=True))) == 1
+    together = model.loss_and_gradients(batch, 0.7)
+    assert float(together) == pytest.approx(float(alone), rel=1e-6)
+    assert _close(model.lora.gradients, expected, 1e-5)
+    assert float(model.loss(batch)) == pytest.approx(float(alone), rel=1e-6)
+    losses = torch.cat([model.token_losses(part) for part in _one_by_one(batch)])
+    assert _close(model.token_losses(batch), losses, 1e-5)
+
+
+@pytest.mark.parametrize("kind", LOOK_AHEAD)
+def test_models_that_look_ahead_are_found_and_keep_to_equal_lengths(kind: str) -> None:
+    make, reason = LOOK_AHEAD[kind]
+    model = TransformersModel(make())
+    assert model.why_equal_lengths is not None
+    assert re.search(reason, model.why_equal_lengths)
+    batch = _batch()
+    alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
+    assert float(model.loss(batch)) == pytest.approx(alone, rel=1e-6)
+
+
+def test_without_the_finding_the_losses_would_differ() -> None:
+    """So the finding matters, and the test above could fail."""
+    model = TransformersModel(LOOK_AHEAD["both directions"][0]())
+    batch = _batch()
+    alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
+    model.__dict__["why_equal_lengths"] = None
+    assert float(model.loss(batch)) != pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*LOOK_BACK_ALONE, "both directions"])
+def test_rounding_is_no_sign_of_looking_ahead(kind: str, dtype: torch.dtype) -> None:
+    looks_ahead = kind == "both directions"
+    make = LOOK_AHEAD[kind][0] if looks_ahead else LOOK_BACK_ALONE[kind]
+    assert (why_equal_lengths(make().to(dtype)) is not None) == looks_ahead
+
+
+def test_rows_stay_in_order_and_little_is_padded() -> None:
+    batch = _batch((200, 199, 60, 58, 57, 3, 200))
+    groups = [ids.shape for ids, _ in rows_together(batch, padded=True)]
+    assert groups == [(2, 200), (4, 60), (1, 200)]
+    real = [labels[labels != IGNORE_INDEX] for _, labels in rows_together(batch, padded=True)]
+    assert torch.equal(torch.cat(real), batch.labels[batch.labels != IGNORE_INDEX])
+    assert [ids.shape for ids, _ in rows_together(_batch((9, 9, 5)), padded=False)] == [(2, 9), (1, 5)]
+
+
+def test_documents_without_a_label_are_not_computed() -> None:
+    batch = _batch((9, 7, 5))
+    batch.labels[9:16] = IGNORE_INDEX
+    assert [ids.shape for ids, _ in rows_together(batch, padded=True)] == [(2, 9)]
+    batch.labels[:] = IGNORE_INDEX
+    assert list(rows_together(batch, padded=True)) == []
+    assert float(TransformersModel(tiny_model("llama")).loss(batch)) == 0.0
+
+
+def test_the_head_sees_the_supervised_positions_alone() -> None:
+    model = tiny_model("llama")
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(tuple(output.shape)))
+    batch = _batch()
+    TransformersModel(model).loss(batch)
+    assert seen[-1] == (1, batch.supervised_tokens, model.config.vocab_size)
+
+
+def test_a_head_that_is_no_module_gives_every_position() -> None:
+    class Bare(nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.inside, self.config, self.dtype = model, model.config, model.dtype
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.inside.get_input_embeddings()  # type: ignore[no-any-return]
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inside(**inputs)
+
+    model = tiny_model("llama")
+    batch = _batch()
+    assert float(TransformersModel(Bare(model)).loss(batch)) == pytest.approx(
+        float(TransformersModel(model).loss(batch))
+    )
+    with chosen_positions(None, torch.ones(1, 1, dtype=torch.bool)):
+        pass

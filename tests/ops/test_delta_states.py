@@ -1,0 +1,70 @@
+"""The gated delta rule with states that begin and end somewhere: what generation needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.nn.batch import document_runs
+from backhand.ops.gated_delta_rule import gated_delta_rule_forward, gated_delta_rule_reference
+
+HEADS, GROUP, WIDTHS = 2, 3, (5, 7)
+
+
+def inputs(tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k = normal(tokens, HEADS, WIDTHS[0]), normal(tokens, HEADS, WIDTHS[0]) / 3
+    v, decay = normal(tokens, HEADS * GROUP, WIDTHS[1]), -normal(tokens, HEADS * GROUP).abs()
+    return q, k, v, decay, torch.sigmoid(normal(tokens, HEADS * GROUP))
+
+
+def zero_states(documents):
+    return torch.zeros(documents, HEADS * GROUP, *WIDTHS, dtype=torch.float64)
+
+
+def rows(tensors, places):
+    return [x[places] for x in tensors]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 8, 10])
+def test_a_document_in_two_pieces_is_the_document(cut):
+    whole = inputs(11)
+    expected = gated_delta_rule_reference(*whole, document_runs((11,)))
+    states = zero_states(1)
+    first, _ = gated_delta_rule_forward(*rows(whole, slice(0, cut)), document_runs((cut,)), states=states, chunk=4)
+    rest = document_runs((11 - cut,))
+    second, _ = gated_delta_rule_forward(*rows(whole, slice(cut, None)), rest, states=states, chunk=4)
+    torch.testing.assert_close(torch.cat([first, second]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_documents_of_several_lengths_then_token_by_token():
+    lengths, more = (2, 9, 5), 3
+    whole = inputs(sum(lengths) + more * len(lengths))
+    total = [length + more for length in lengths]
+    expected = gated_delta_rule_reference(*whole, document_runs(total))
+    starts = [sum(total[:number]) for number in range(len(total))]
+    states = zero_states(len(lengths))
+    begin = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    y, _ = gated_delta_rule_forward(*rows(whole, begin), document_runs(lengths), states=states, chunk=4)
+    torch.testing.assert_close(y, expected[begin], rtol=1e-12, atol=1e-12)
+    for step in range(more):
+        now = torch.tensor([start + n + step for start, n in zip(starts, lengths, strict=True)])
+        y, _ = gated_delta_rule_forward(*rows(whole, now), document_runs((1,) * len(lengths)), states=states)
+        torch.testing.assert_close(y, expected[now], rtol=1e-12, atol=1e-12)
+
+
+def test_a_document_without_tokens_keeps_its_state():
+    states = zero_states(3).add_(1.5)
+    gated_delta_rule_forward(*inputs(5), ((0, 1, 2), (2, 1, 0), (2, 1, 3)), states=states, chunk=2)
+    assert states[1].eq(1.5).all()
+    assert states[0].ne(1.5).all()
+    assert states[2].ne(1.5).all()
+
+
+def test_a_shared_prefix_begins_with_no_state():
+    with pytest.raises(ValueError, match="shared prefix"):
+        gated_delta_rule_forward(*inputs(5), document_runs((2,), 3), 3, states=zero_states(1))

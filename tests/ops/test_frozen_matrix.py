@@ -1,0 +1,128 @@
+"""A quantized matrix gives the bits of the dense one, whatever the tiles, the path and the dtype."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as StorageType
+
+from backhand.kernels.library import load, usable, using
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.ops import frozen_matrix
+from backhand.ops.frozen_matrix import (
+    column_tiles,
+    frozen_dense,
+    frozen_input_gradient,
+    frozen_linear,
+    frozen_rows,
+    frozen_split,
+    frozen_tiles,
+    row_tiles,
+    tiles_of,
+)
+from backhand.verify.case import Draw
+from backhand.verify.cases.frozen_matrix import random_blocks
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def pair(parts, columns, dtype, *, ordered=False):
+    """The same matrix quantized and dense."""
+    draw = Draw(f"{parts} {columns}")
+    made, dense = [], []
+    for name, rows in parts:
+        blocks = random_blocks(draw, name, rows, columns)
+        order = torch.randperm(rows, generator=draw.generator) if ordered else None
+        made.append(StoredRows(blocks, int(StorageType[name]), order))
+        numbers = torch.from_numpy(np.array(gguf.dequantize(blocks, StorageType[name]), np.float32))
+        dense.append(numbers if order is None else numbers[order])
+    return QuantizedMatrix(made, dtype), torch.cat(dense).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile_bytes", [1, 100_000, 400_000, 1 << 40])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_products_have_the_bits_of_the_dense_matrix(dtype, tile_bytes, rows):
+    quantized, dense = pair([("Q4_K", 130), ("Q6_K", 65), ("Q5_0", 133)], 768, dtype, ordered=True)
+    x, d_y = torch.randn(rows, 768).to(dtype), torch.randn(rows, 328).to(dtype)
+    bias, residual = torch.randn(328).to(dtype), torch.randn(rows, 328).to(dtype)
+    with tiles_of(tile_bytes):
+        assert (len(row_tiles(dense)) > 1) == (tile_bytes < 1 << 40)
+        for options in ({}, {"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}):
+            expected = frozen_linear(x, dense, **options)
+            assert torch.equal(frozen_linear(x, quantized, **options), expected)
+            out = torch.empty_like(expected)
+            assert frozen_linear(x, quantized, **options, out=out) is out
+            assert torch.equal(out, expected)
+        expected = frozen_input_gradient(d_y, dense)
+        assert torch.equal(frozen_input_gradient(d_y, quantized), expected)
+        out = torch.empty_like(expected)
+        assert frozen_input_gradient(d_y, quantized, out=out) is out
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", [*usable(), None])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_products_have_the_same_bits_on_every_path(dtype, path, rows):
+    quantized, dense = pair([("Q4_1", 70), ("IQ2_XS", 9), ("Q3_K", 57)], 512, dtype, ordered=rows == 2)
+    x, d_y = torch.randn(rows, 512).to(dtype), torch.randn(rows, 136).to(dtype)
+    with using(None if path is None else load(path)), tiles_of(1):
+        assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
+        assert torch.equal(frozen_input_gradient(d_y, quantized), frozen_input_gradient(d_y, dense))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_one_tile_is_the_plain_product(dtype):
+    weight, x = torch.randn(11, 37).to(dtype), torch.randn(9, 37).to(dtype)
+    d_y, bias, residual = torch.randn(9, 11).to(dtype), torch.randn(11).to(dtype), torch.randn(9, 11).to(dtype)
+    assert torch.equal(frozen_linear(x, weight), x @ weight.T)
+    assert torch.equal(frozen_linear(x, weight, bias), torch.addmm(bias, x, weight.T))
+    assert torch.equal(frozen_linear(x, weight, None, residual), torch.addmm(residual, x, weight.T))
+    assert torch.equal(frozen_linear(x, weight, bias, residual), torch.addmm(residual, x, weight.T) + bias)
+    assert torch.equal(frozen_input_gradient(d_y, weight), d_y @ weight)
+
+
+def test_rows_split_dense_and_tiles():
+    quantized, dense = pair([("Q4_0", 130), ("Q8_0", 70)], 96, torch.bfloat16)
+    ids = torch.tensor([[199, 0], [130, 129]])
+    assert torch.equal(frozen_rows(quantized, ids), frozen_rows(dense, ids))
+    for one, other in zip(frozen_split(quantized, (100, 100)), frozen_split(dense, (100, 100)), strict=True):
+        assert torch.equal(frozen_dense(one), other)
+    assert frozen_dense(dense) is dense
+    assert torch.equal(frozen_dense(dense, torch.float32), dense.float())
+    assert torch.equal(frozen_dense(quantized, torch.float32).bfloat16(), dense)
+    with tiles_of(1):
+        for weight in (quantized, dense):
+            tiles = [(rows, tile.clone()) for rows, tile in frozen_tiles(weight)]
+            assert [rows for rows, _ in tiles] == [slice(0, 64), slice(64, 128), slice(128, 192), slice(192, 200)]
+            assert torch.equal(torch.cat([tile for _, tile in tiles]), dense)
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (64, 256), (65, 512), (1000, 4096), (4096, 1000), (0, 256), (3, 0)])
+@pytest.mark.parametrize("tile_bytes", [1, 50_000, 1_000_000, 1 << 40])
+def test_tiles_cover_the_matrix_once_at_whole_edges(shape, tile_bytes):
+    weight = torch.empty(shape, dtype=torch.bfloat16)
+    with tiles_of(tile_bytes):
+        for tiles, count, edge, across in (
+            (row_tiles(weight), shape[0], 64, shape[1]),
+            (column_tiles(weight), shape[1], 256, shape[0]),
+        ):
+            assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+            assert tiles[-1].stop == count
+            assert all(tile.start % edge == 0 for tile in tiles)
+            widths = [tile.stop - tile.start for tile in tiles]
+            assert max(widths) * across * 2 <= max(tile_bytes, edge * across * 2)
+            assert len(tiles) == 1 or min(widths) > 0
+
+
+def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):
+    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    quantized, _ = pair([("Q4_0", 512)], 2048, torch.bfloat16)
+    with tiles_of(300_000):
+        frozen_linear(torch.randn(3, 2048).bfloat16(), quantized)
+        frozen_input_gradient(torch.randn(3, 512).bfloat16(), quantized)
+    (buffer,) = frozen_matrix._KEPT.buffers.values()
+    assert buffer.numel() * 2 <= 300_000

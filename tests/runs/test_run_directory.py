@@ -1,0 +1,210 @@
+"""The place a run is written to: what may not be there, and what cannot be written to."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.runs.directory import opened
+from backhand.training.config import TrainConfig
+from backhand.training.run import train
+from support.fault_table import documented
+from support.processes import run
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+
+
+def a_file(place: Path) -> Path:
+    (place / "file").write_text("mine")
+    return place / "file"
+
+
+def below_a_file(place: Path) -> Path:
+    (place / "file").write_text("mine")
+    return place / "file" / "run"
+
+
+def a_dangling_link(place: Path) -> Path:
+    (place / "link").symlink_to(place / "nowhere")
+    return place / "link"
+
+
+def a_loop_of_links(place: Path) -> Path:
+    (place / "link").symlink_to(place / "link")
+    return place / "link"
+
+
+def a_link_inside(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "elsewhere").mkdir()
+    (place / "run" / "adapter").symlink_to(place / "elsewhere")
+    return place / "run"
+
+
+def a_linked_lock(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "elsewhere").write_text("mine")
+    (place / "run" / ".lock").symlink_to(place / "elsewhere")
+    return place / "run"
+
+
+def files_of_somebody(place: Path) -> Path:
+    (place / "run").mkdir()
+    (place / "run" / "notes.txt").write_text("mine")
+    return place / "run"
+
+
+def where_nobody_may_write(place: Path) -> Path:
+    return Path("/proc/run")
+
+
+Make = Callable[[Path], Path]
+OUTPUTS: tuple[tuple[Make, int], ...] = (
+    (a_file, 2),
+    (below_a_file, 2),
+    (a_dangling_link, 2),
+    (a_loop_of_links, 2),
+    (a_link_inside, 2),
+    (a_linked_lock, 2),
+    (files_of_somebody, 2),
+    (where_nobody_may_write, 5),
+)
+
+
+def tree(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in place.rglob("*")}
+
+
+@pytest.mark.parametrize(("make", "code"), OUTPUTS, ids=[case[0].__name__ for case in OUTPUTS])
+def test_an_output_that_cannot_be(make: Make, code: int, tiny: TinyRun, tmp_path: Path) -> None:
+    output = make(tmp_path)
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        if make is files_of_somebody and overwrite:
+            continue  # writes beside them: test_run.py
+        with pytest.raises(BackhandError) as caught:
+            train(tiny.config(output, overwrite=overwrite, model="absent, and never looked at"))
+        assert caught.value.exit_code == code, str(caught.value)
+        assert tree(tmp_path) == before
+
+
+def test_the_page_counts_the_outputs() -> None:
+    assert documented("an output that cannot be written to") == len(OUTPUTS)
+
+
+def test_a_place_that_is_not_utf8(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be written down in full: as the output's own place, or for what is given relative to it."""
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    for output in (Path("run"), tmp_path / "run"):
+        with pytest.raises(UsageError, match="is not UTF-8"):
+            train(tiny.config(output))
+    assert not any(place.iterdir()) and not (tmp_path / "run").exists()
+
+
+def test_a_linked_output_is_followed(tiny: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    train(tiny.config(tmp_path / "link", max_steps=1))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "adapter").is_dir()
+
+
+def open_as_nobody(path: Path, overwrite: bool = False) -> None:
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    with (
+        pytest.raises(ResourceError, match="not writable") as refused,
+        opened(path / "run", resume=False, overwrite=overwrite),
+    ):
+        pass
+    # There is nothing yet that --resume could go on with.
+    assert refused.value.where == "output"
+    assert refused.value.next_step == "make the directory writable, or give another --output"
+
+
+def test_a_directory_that_is_not_writable() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to anybody else
+        Path(name).chmod(0o555)
+        assert run(open_as_nobody, Path(name)) == 0
+        Path(name).chmod(0o755)
+        (Path(name) / "run").mkdir(mode=0o700)  # another user's: it cannot even be read
+        assert run(open_as_nobody, Path(name), True) == 0
+
+
+def train_under_a_limit(config: TrainConfig, limit: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(ResourceError, match=r"the file-size limit is reached; .* bytes are needed"):
+        train(config)
+
+
+def test_the_file_size_limit_of_the_system(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "straight", save_every=2)
+    train(config)
+    state = (tmp_path / "straight" / "checkpoints" / "latest").read_text().strip()
+    largest = (tmp_path / "straight" / "checkpoints" / state / "state.safetensors").stat().st_size
+    output = tmp_path / "run"
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(config, output=output), callbacks=[StopAfter(3)])
+    resumed = with_options(TrainConfig(), output=output, resume=True, quiet=True)
+    assert run(train_under_a_limit, resumed, largest - 100) == 0
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step-2"]
+    train(resumed)
+    assert final_bits(output) == final_bits(tmp_path / "straight")
+
+
+def train_on_a_small_disk(config: TrainConfig, place: Path, size: int) -> None:
+    """Mounts a file system of this many bytes that nobody else sees; exit code 77 where the system forbids that."""
+    user, group = os.getuid(), os.getgid()
+    library = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_users = 0x00020000, 0x10000000
+    if library.unshare(new_mounts | new_users) != 0:
+        os._exit(77)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if library.mount(b"none", str(place).encode(), b"tmpfs", 0, f"size={size}".encode()) != 0:
+        os._exit(77)
+    with pytest.raises(ResourceError, match=r"the disk is full; [\d,]+ bytes are needed, [\d,]+ are free") as caught:
+        train(config)
+    assert caught.value.exit_code == 5
+    checkpoints = config.run.output / "checkpoints"
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert "latest" in left and not any(name.startswith(".tmp") for name in left), left
+    assert (checkpoints / (checkpoints / "latest").read_text().strip()).is_dir()
+
+
+def test_a_disk_that_is_full(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "measured", max_steps=6, save_every=1, keep=6, eval_data=())
+    train(config)
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in (tmp_path / "measured").rglob("*"))
+    (tmp_path / "disk").mkdir()
+    config = with_options(config, output=tmp_path / "disk" / "run")
+    code = run(train_on_a_small_disk, config, tmp_path / "disk", used * 2 // 3)
+    if code == 77:
+        pytest.skip("this system lets nobody but root mount a file system")
+    assert code == 0
+
+
+def test_a_link_for_a_checkpoint_is_never_written_through(tiny: TinyRun, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = tiny.config(output, max_steps=3, save_every=1)
+    with pytest.raises(StopAfter.Stopped):
+        train(config, callbacks=[StopAfter(2)])
+    (tmp_path / "elsewhere").mkdir()
+    (output / "checkpoints" / "step-2").symlink_to(tmp_path / "elsewhere")
+    (output / "checkpoints" / "step-3").symlink_to(tmp_path / "nowhere")
+    assert train(with_options(TrainConfig(), output=output, resume=True, quiet=True)).steps == 3
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "nowhere").exists()
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(config)

@@ -1,0 +1,50 @@
+"""Adapters of linear modules written straight to a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.peft_saving import adapter_files, write_files
+from backhand.adapters.record import AdapterRecord
+from backhand.nn.lora_parameters import LoRAParameters
+
+
+def save_adapter(
+    directory: Path | str,
+    config: LoRAConfig,
+    parameters: LoRAParameters,
+    *,
+    base_model: str | None,
+    task_type: str | None = "CAUSAL_LM",
+    revision: str | None = None,
+    record: AdapterRecord | None = None,
+    card: Mapping[str, object] | None = None,
+    module_names: Collection[str] | None = None,
+) -> Path:
+    """Write an adapter of linear modules; the same adapter gives the same bytes.
+
+    Args:
+        directory: created if need be; files of an adapter that is there are replaced, each in one step.
+        config, parameters, base_model, record, module_names: see `backhand.adapters.peft_saving.adapter_files`.
+
+    Returns:
+        the directory.
+
+    Raises:
+        UsageError: the directory is a file, or a file in it is a link or a device.
+        ResourceError: disk full or not writable; no file is left half written.
+        CheckError: a value is not finite.
+    """
+    contents = adapter_files(
+        config,
+        parameters,
+        base_model=base_model,
+        task_type=task_type,
+        revision=revision,
+        record=record,
+        card=card,
+        module_names=module_names,
+    )
+    return write_files(Path(directory), contents)

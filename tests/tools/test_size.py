@@ -1,0 +1,114 @@
+"""tools/size.py: what it counts, on a small tree with an import upward and a circle, and on the package itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+PYPROJECT = """
+[[tool.importlinter.contracts]]
+name = "down"
+type = "layers"
+layers = ["backhand.cli", "backhand.training", "backhand.ops", "backhand.files | backhand.words"]
+"""
+FILES = {
+    "__init__.py": '"""A package."""\nfrom importlib import import_module\nimport_module("backhand.cli.main")\n',
+    "words.py": '"""Words."""\n',
+    # Beside each other in one layer: neither may import the other.
+    "files.py": '"""Files."""\nimport os\nfrom backhand import words\n',
+    "cli/__init__.py": "",
+    "cli/main.py": "def main():\n    from backhand.training.loop import (\n        Loop,\n    )\n    Loop()\n",
+    "training/__init__.py": "import importlib\nimportlib.import_module('backhand.cli.main')\n",
+    "training/loop.py": "from backhand.ops import linear\nclass Loop: ...\n",
+    "ops/__init__.py": "",
+    "ops/linear.py": "name = 'x'\nimport importlib\nimportlib.import_module(f'backhand.ops.{name}')\n"
+    "def f():\n    from backhand.ops.rows import rows\n",
+    "ops/rows.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from backhand.cli import main\n"
+    "else:\n    from backhand.ops.linear import f\n",
+}
+
+
+@pytest.fixture(scope="module")
+def size() -> ModuleType:
+    path = PROJECT / "tools" / "size.py"
+    spec = importlib.util.spec_from_file_location("size", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["size"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    for name, text in FILES.items():
+        path = tmp_path / "src" / "backhand" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_lines_and_import_lines(size: ModuleType, tree: Path) -> None:
+    modules = {module.path: module for module in size.read_modules(tree / "src" / "backhand")}
+    assert set(modules) == set(FILES)
+    assert (modules["cli/main.py"].lines, modules["cli/main.py"].import_lines) == (5, 3)
+    assert (modules["ops/rows.py"].lines, modules["ops/rows.py"].import_lines) == (5, 3)
+    assert (modules["words.py"].lines, modules["words.py"].import_lines) == (1, 0)
+
+
+def test_imports_upward_and_beside_are_found(size: ModuleType, tree: Path) -> None:
+    modules = size.read_modules(tree / "src" / "backhand")
+    layers = size.read_layers(tree / "pyproject.toml")
+    assert layers == [{"cli"}, {"training"}, {"ops"}, {"files", "words"}]
+    assert size.upward(modules, layers) == [
+        ("backhand.files", "backhand.words"),
+        ("backhand.training", "backhand.cli.main"),
+    ]
+
+
+def test_circles_are_found(size: ModuleType, tree: Path) -> None:
+    modules = size.read_modules(tree / "src" / "backhand")
+    assert size.circles(modules) == [["backhand.ops.linear", "backhand.ops.rows"]]
+    (tree / "src" / "backhand" / "ops" / "rows.py").write_text("")
+    assert size.circles(size.read_modules(tree / "src" / "backhand")) == []
+
+
+def test_another_tree_is_reported(
+    size: ModuleType, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["size.py", "--no-step", "--tree", str(tree)])
+    assert size.main() == 0
+    words = re.sub(r" +", " ", capsys.readouterr().out)
+    assert "files 10\n" in words
+    assert "upward imports 2\n backhand.files → backhand.words\n" in words
+    assert "circles 1\n backhand.ops.linear ⇄ backhand.ops.rows\n" in words
+    assert "\nops 3 10 3\n" in words
+
+
+def test_no_import_of_the_package_points_upward_or_in_a_circle(size: ModuleType) -> None:
+    modules = size.read_modules(PROJECT / "src" / "backhand")
+    assert len(modules) > 100
+    assert size.upward(modules, size.read_layers(PROJECT / "pyproject.toml")) == []
+    assert size.circles(modules) == []
+
+
+def test_the_files_of_one_step_are_those_that_a_reader_is_sent_through(size: ModuleType) -> None:
+    way = size.step_files(PROJECT)
+    assert next(iter(way)) == "cli/main.py"
+    assert "AdapterOptimizer.step" in way["training/step.py"]
+    assert not any(path.startswith(("nn/loading/", "verify/", "nn/modules/")) for path in way)
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    order = text[text.index("seven files") :].split("\n\n")[1]
+    seven = re.findall(r"^\d\. \[`(\S+\.py)`\]\(src/backhand/(\S+\.py)\)", order, re.MULTILINE)
+    assert len(seven) == 7
+    assert all(shown == target for shown, target in seven)
+    assert {target for _, target in seven} <= set(way)

@@ -1,0 +1,128 @@
+"""Micro-batches whose rows begin alike: the same loss and gradient from fewer tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backhand.data import packing as batches
+from backhand.data.examples import Example
+from backhand.data.packing import RowPacker, filled_up, round_size
+from backhand.nn.batch import PackedBatch
+from backhand.training.memory.shapes import Rows, largest_shapes
+from backhand.training.observer import Observer
+from backhand.training.run import train
+from backhand.training.transformers_engine import TransformersModel
+from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
+from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_run import TinyRun
+
+PROMPT = 24
+OWN = (6, 9, 9, 13, 7)
+
+
+def rows_with_a_system_prompt() -> list[Example]:
+    """Rows that begin with the same tokens, their last three supervised."""
+    draw = np.random.default_rng(3)
+    system = draw.integers(5, VOCAB_SIZE, PROMPT)
+    rows = []
+    for number, own in enumerate(OWN):
+        # The first own token is another one in each row.
+        ids = np.concatenate([system, [5 + number], draw.integers(5, VOCAB_SIZE, own)]).astype(np.int32)
+        supervised = np.zeros(len(ids), dtype=np.bool_)
+        supervised[-3:] = True
+        rows.append(Example(ids, supervised, "f:1"))
+    return rows
+
+
+def packed(*, share_prefixes: bool) -> PackedBatch:
+    rows = rows_with_a_system_prompt()
+    return RowPacker(rows, share_prefixes=share_prefixes).packed(range(len(rows)), "cpu")
+
+
+def test_a_micro_batch_holds_a_shared_prefix_once() -> None:
+    once, each = packed(share_prefixes=True), packed(share_prefixes=False)
+    assert (once.shared_prefix, each.shared_prefix) == (PROMPT, 0)
+    tokens = sum(PROMPT + own for own in OWN)
+    assert len(each.input_ids) == round_size(tokens)
+    assert len(once.input_ids) == round_size(tokens - (len(OWN) - 1) * PROMPT)
+    assert once.supervised_tokens == each.supervised_tokens == 3 * len(OWN)
+
+
+# The windows of mistral and gemma3_text are shorter than the prefix.
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen3", "gemma3_text"])
+def test_loss_and_gradients_of_a_shared_prefix_equal_pefts_of_whole_rows(variant: str, recompute: str) -> None:
+    adapted = attach_lora(tiny_model(variant), rank=5, alpha=8.5)
+    decoder = decoder_like(adapted, 8.5 / 5, recompute=recompute)
+    once, each = packed(share_prefixes=True), packed(share_prefixes=False)
+    loss = peft_loss(adapted, each)
+    loss.backward()
+    assert decoder.loss_and_gradients(once, 1.0).item() == pytest.approx(loss.item(), rel=1e-5)
+    ours, theirs = our_gradients(decoder.lora), peft_gradients(adapted)
+    worst = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert max(worst.values()) <= 1e-5, sorted(worst.items(), key=lambda item: -item[1])[:3]
+    assert relative_error(decoder.token_losses(once), decoder.token_losses(each)) <= 1e-5
+
+
+def test_transformers_refuses_a_shared_prefix() -> None:
+    model = TransformersModel(tiny_model("llama"))
+    with pytest.raises(ValueError, match="shared prefix"):
+        model.loss(packed(share_prefixes=True))
+
+
+def test_a_filler_follows_the_prefix_and_carries_no_loss() -> None:
+    batch = PackedBatch(torch.arange(20), torch.full((20,), -100), (9, 6), shared_prefix=5)
+    filled = filled_up(batch)
+    assert (filled.document_lengths, filled.shared_prefix) == ((9, 6, 12), 5)
+    assert filled.positions[-12:].tolist() == list(range(5, 17))
+    assert filled.supervised_tokens == 0
+
+
+def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
+    rows = rows_with_a_system_prompt()
+    packer = RowPacker(rows, share_prefixes=True)
+    every = range(len(rows))
+    given = Rows(packer.lengths, [3] * len(rows), packer.shared)
+    shapes = largest_shapes([every], given, [1, len(rows)], torch.empty(0))
+    assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
+    assert shapes[1].tokens == round_size(max(packer.lengths))
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TinyRun(tmp_path)
+    instruction = "answer in json with a list of names and one number for what the user asks and is a list of names: "
+    lines = [json.loads(line) for line in tiny.rows.read_text().splitlines()]
+    tiny.rows.write_text("".join(json.dumps({**row, "prompt": instruction + row["prompt"]}) + "\n" for row in lines))
+    shared: list[int] = []
+    pack, shared = batches.pack, []
+
+    def watched(examples: Iterable[Example], **options: Any) -> PackedBatch:
+        shared.append(options["shared"])
+        return pack(examples, **options)
+
+    monkeypatch.setattr(batches, "pack", watched)
+    opening: list[str] = []
+    watch = Observer()
+    watch.started = lambda start: opening.extend(start.facts)
+    train(tiny.config(tmp_path / "once", eval_data=()), callbacks=[watch])
+    assert shared and all(shared)
+    assert any("of their tokens are computed once for a whole micro-batch" in line for line in opening)
+    shared.clear()
+    train(tiny.config(tmp_path / "masked", eval_data=(), dropout=0.1))
+    assert shared and not any(shared), "dropout draws a mask for each row"
+    monkeypatch.setattr(batches, "shared_tokens", lambda _examples: 0)
+    opening.clear()
+    train(tiny.config(tmp_path / "each", eval_data=()), callbacks=[watch])
+    assert not any("computed once" in line for line in opening)
+    assert _losses(tmp_path / "once") == pytest.approx(_losses(tmp_path / "each"), rel=1e-5)

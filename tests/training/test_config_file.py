@@ -1,0 +1,111 @@
+"""A configuration survives TOML unchanged, and what is wrong in a file is named."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backhand.adapters.config import LoRAConfig
+from backhand.data.options import DataOptions
+from backhand.errors import UsageError
+from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.training.config_file import config_from_table, dump_config, load_config
+
+FULL = TrainConfig(
+    model=ModelOptions(model='a "quoted"\\path\n', dtype="bfloat16", threads=3, memory="6GB", recompute="mlp"),
+    data=DataOptions(data=("a.jsonl", "b.csv"), template_args={"enable_thinking": False, "n": 3}, system="Täst ✓"),
+    adapter=LoRAConfig(
+        rank=7, alpha=1.5, target_modules=("q_proj", "v_proj"), rank_pattern={"k_proj": 3}, layers_to_transform=(0, 2)
+    ),
+    optimization=OptimizationOptions(max_steps=9, learning_rate=3e-5, schedule="cosine", warmup_steps=0),
+    run=RunOptions(output=Path("out/x"), from_adapter="other", seed=5, max_forgetting=0.25, quiet=True),
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), FULL])
+def test_round_trip(config: TrainConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False), st.integers(0, 2**63 - 1))
+def test_any_text_and_number_survives(text: str, number: float, seed: int) -> None:
+    import tomllib
+
+    config = replace(
+        FULL,
+        model=replace(FULL.model, model=text),
+        adapter=replace(FULL.adapter, alpha=number),
+        run=RunOptions(seed=seed),
+    )
+    assert config_from_table(tomllib.loads(dump_config(config)), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimization]\nlearning_rat = 1.0", "did you mean 'optimization.learning_rate'?"),
+        ("[optimisation]\nepochs = 1", "did you mean 'optimization'?"),
+        ("rank = 3", "write it in the table [adapter]"),
+        ("[run]\nzzzzzz = 1", "known keys are"),
+        ("[run]\nseed = 1.5", "1.5 is a number, expected a whole number"),
+        ("[run]\nseed = true", "True is true or false, expected a whole number"),
+        ("[run]\nquiet = 1", "1 is a whole number, expected true or false"),
+        ("[model]\nengine = 'jax'", "'jax' is not one of auto, backhand, transformers"),
+        ("[data]\ndata = 3", "3 is a whole number, expected a list"),
+        ("[adapter]\nrank_pattern = 3", "3 is a whole number, expected a table"),
+        ("[data]\ntemplate_args = {a = [{d = 2024-01-01}]}", "data.template_args.a.d: 2024-01-01 is a date"),
+        ("run = 3", "run is a whole number, expected a table"),
+        ("[run", "not TOML"),
+        ("[run]\nseed = 1\nseed = 2", "not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_whole_number_is_a_rate_too() -> None:
+    assert config_from_table({"optimization": {"learning_rate": 1}}, "x").optimization.learning_rate == 1.0
+
+
+@given(st.binary(max_size=200))
+def test_only_our_error_escapes(data: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "run.toml"
+        path.write_bytes(data)
+        with contextlib.suppress(UsageError):
+            load_config(path)
+
+
+def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.toml"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_config(path)
+
+
+def test_a_key_in_the_wrong_table_is_sent_to_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nlearning_rate = 1e-3\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(file)
+    assert caught.value.next_step == "write it in the table [optimization]"
+
+
+def test_what_is_not_utf8_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes("[data]\n# caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        load_config(file)

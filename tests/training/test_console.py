@@ -1,0 +1,65 @@
+"""What the terminal shows: plain lines in a pipe, a bar with a sparkline on a terminal, nothing when quiet."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.training.console import TerminalObserver, sparkline
+from backhand.training.observer import RunStart
+from backhand.training.run import train
+from support.tiny_run import TinyRun
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def record(step: int) -> dict[str, Any]:
+    times = {"tokens_per_s": 900.0, "time_s": 40.0 * step}
+    return {"step": step, "loss": 2.0 / step, "learning_rate": 1e-4, "rss_bytes": 3 << 29, **times}
+
+
+def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
+    """What six steps and an evaluation print on standard error."""
+    observer = TerminalObserver(quiet=quiet)
+    observer.started(RunStart(6, 0, ("model: tiny",), Path("run")))
+    observer.evaluated({"step": 0, "eval_loss": 2.5})
+    for step in range(1, 7):
+        observer.stepped(record(step))
+    observer.closed()
+    return capsys.readouterr().err
+
+
+def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys).splitlines()
+    assert lines[0] == "model: tiny" and "\x1b" not in "".join(lines)
+    assert lines[-3].endswith("900 tokens/s  1.5 GB  1 min 20 s left")
+    assert lines[-1] == "step 6/6  loss 0.3333  held-out 2.5000  lr 1.0e-04  900 tokens/s  1.5 GB"
+    assert len([line for line in lines if line.startswith("step")]) == 7
+
+
+def test_on_a_terminal_there_is_a_bar_with_a_sparkline(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = shown(capsys)
+    assert "6/6" in text and "█" in text and "loss 0.3333" in text and _COLOUR.search(text)
+    monkeypatch.setenv("NO_COLOR", "1")
+    colours = {code for code in _COLOUR.findall(shown(capsys)) if re.search(r"\[(3|4|9|10)\d", code)}
+    assert colours == set()
+
+
+def test_quiet_prints_nothing(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys, quiet=True) == ""
+    train(tiny.config(tmp_path / "run", max_steps=1))
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_the_sparkline_fills_its_height() -> None:
+    assert sparkline(deque([3.0, 2.0, 1.0])) == "█▅▁" and sparkline(deque()) == "" and sparkline(deque([1.0])) == "▁"

@@ -1,0 +1,145 @@
+"""How micro-batches add up: in their own order, whoever computed them, or in one sum."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
+from backhand.training.step import GradientSum, OneProcessSum, StepSum, left_sum
+
+Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
+UNIT = 2.0**-24
+
+
+class Meeting:
+    """One thread's end of an exchange."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[object]) -> None:
+        self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
+
+    def _shown(self, mine: object) -> list[object]:
+        self._table[self.rank] = mine
+        self._barrier.wait(30)
+        seen = list(self._table)
+        self._barrier.wait(30)
+        return seen
+
+    def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        pieces = [theirs[self.rank] for theirs in self._shown(sent.split(sent_sizes))]  # type: ignore[index]
+        assert [piece.numel() for piece in pieces] == received_sizes
+        received.copy_(torch.cat(pieces))
+
+    def all_gather(self, received: list[Tensor], sent: Tensor) -> None:
+        for place, theirs in zip(received, self._shown(sent), strict=True):
+            place.copy_(theirs)  # type: ignore[arg-type]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        shown = self._shown(tensor.clone())
+        tensor.copy_(torch.stack(shown).sum(0))  # type: ignore[arg-type]
+
+
+def step(
+    kind: Kind, gradients: Tensor, nats: Sequence[float], shares: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, StepSum]]:
+    """What every process ends with, of micro-batches with these gradients, (count, elements)."""
+    size, found = len(shares), {}
+    barrier, table = threading.Barrier(size), [None] * size
+
+    def process(rank: int) -> None:
+        buffer = torch.zeros(gradients.shape[1])
+        added = kind(buffer, shares, Meeting(rank, size, barrier, table))  # type: ignore[arg-type]
+        for number in shares[rank]:
+            buffer += gradients[number]
+            added.add(number, nats[number], 3 + number, attends=number == 1)
+        found[rank] = (buffer, added.total(0.5 + rank, 0.25 * rank, 15 if rank == size - 1 else 0))
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(size)]
+
+
+def alone(gradients: Tensor, nats: Sequence[float]) -> tuple[Tensor, StepSum]:
+    buffer = torch.zeros(gradients.shape[1])
+    added = OneProcessSum(buffer, len(gradients))
+    for number, gradient in enumerate(gradients):
+        buffer += gradient
+        added.add(number, nats[number], 3 + number, attends=number == 1)
+    return buffer, added.total(0.1, 0.0, 0)
+
+
+def drawn(count: int, elements: int, seed: int) -> tuple[Tensor, list[float]]:
+    """Numbers of many sizes, so that every order of adding them has its own last bits."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(count, elements, generator=generator)
+    gradients *= 10 ** torch.randint(-3, 3, (count, 1), generator=generator).float()
+    return gradients, (100 * torch.rand(count, generator=generator, dtype=torch.float64)).tolist()
+
+
+@given(size=st.integers(1, 4), count=st.integers(1, 7), elements=st.integers(1, 40), seed=st.integers(0, 1 << 20))
+@settings(max_examples=40, deadline=None)
+def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int, seed: int) -> None:
+    gradients, nats = drawn(count, elements, seed)
+    wanted, alone_found = alone(gradients, nats)
+    shares = shared_out([7 + number % 3 for number in range(count)], size)
+    for buffer, found in step(OrderedSum, gradients, nats, shares):
+        assert torch.equal(buffer, wanted)
+        assert found.nats == tuple(nats) == alone_found.nats
+        assert found.supervised_tokens == sum(range(3, 3 + count)) and found.attends == (count > 1)
+        assert found.computed_s == tuple(0.5 + rank for rank in range(size)) and found.signal == 15
+        assert found.waited_s == tuple(0.25 * rank for rank in range(size))
+
+
+def test_another_order_has_other_bits() -> None:
+    """The proof above can fail: a sum that takes each process's micro-batches together is not the same."""
+    gradients, nats = drawn(6, 200, seed=1)
+    shares = [[0, 3, 4], [1, 2, 5]]
+    together = sum(gradients[share[0]] + gradients[share[1]] + gradients[share[2]] for share in shares)
+    wanted, _ = alone(gradients, nats)
+    assert isinstance(together, Tensor) and not torch.equal(together, wanted)
+    assert not torch.equal(step(PlainSum, gradients, nats, shares)[0][0], wanted)
+    assert torch.equal(step(OrderedSum, gradients, nats, shares)[0][0], wanted)
+
+
+@given(size=st.integers(2, 4), count=st.integers(1, 7), seed=st.integers(0, 1 << 20))
+@settings(max_examples=40, deadline=None)
+def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
+    gradients, nats = drawn(count, 50, seed)
+    wanted, _ = alone(gradients, nats)
+    share = (count - 1) * UNIT
+    bound = 2 * share / (1 - share) * gradients.abs().double().sum(0)
+    for buffer, found in step(PlainSum, gradients, nats, shared_out([5] * count, size)):
+        assert torch.all((buffer.double() - wanted.double()).abs() <= bound)
+        assert found.nats == tuple(nats) and found.signal == 15
+        assert found.supervised_tokens == sum(range(3, 3 + count))
+        assert found.computed_s == tuple(0.5 + rank for rank in range(size))
+        assert found.waited_s == tuple(0.25 * rank for rank in range(size))
+
+
+@pytest.mark.parametrize("kind", [OrderedSum, PlainSum])
+def test_what_is_not_finite_arrives_so(kind: Kind) -> None:
+    gradients, nats = drawn(3, 5, seed=2)
+    gradients[2, 1] = math.inf
+    buffer, found = step(kind, gradients, [nats[0], math.nan, 1e300], shared_out([1] * 3, 2))[0]
+    assert torch.isinf(buffer[1]) and torch.isfinite(buffer[0])
+    assert found.nats[0] == nats[0] and math.isnan(found.nats[1]) and math.isinf(found.nats[2])
+
+
+def test_shares_are_by_tokens_and_hold_each_once() -> None:
+    assert shared_out([90, 50, 40, 10], 2) == [[0, 3], [1, 2]]
+    assert shared_out([4], 3) == [[0], [], []]
+    assert sorted(number for share in shared_out([3] * 11, 4) for number in share) == list(range(11))
+
+
+def test_left_sum_does_not_compensate() -> None:
+    assert left_sum([1e16, 1.0, 1.0, -1e16]) == 0.0

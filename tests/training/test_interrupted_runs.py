@@ -1,0 +1,168 @@
+"""Ctrl-C and SIGTERM at every place of a run, once and twice; and two processes on one run directory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.errors import UsageError
+from backhand.runs.checkpoint import load_checkpoint
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import dump_config
+from backhand.training.run import train
+from support.fault_table import documented
+from support.faulty_runs import temporary
+from support.held_runs import PLACES, held_train
+from support.processes import start
+from support.tiny_run import TinyRun, final_bits, with_options
+
+CASES = [
+    (place, times, number)
+    for place in PLACES
+    for times in (1, 2)
+    for number in (signal.SIGINT, signal.SIGTERM)
+    if (place, times) != ("load", 2)  # there is nothing to save yet: the first one stops it
+]
+NAMES = [f"{place}-{('once', 'twice')[times - 1]}-{number.name}" for place, times, number in CASES]
+# The checkpoint that is left: a step that is under way is finished and saved, a save is finished, after one signal.
+LEFT_AFTER = {"load": (None, None), "step": (3, 2), "save": (2, 1), "publish": (2, 2), "evaluation": (2, 1)}
+
+
+@dataclass
+class Held:
+    """A run that waits at a place."""
+
+    process: BaseProcess
+    connection: Connection
+
+    def send(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def told(self) -> str:
+        """What the run says next."""
+        assert self.connection.poll(600), "the run says nothing"
+        return str(self.connection.recv())
+
+    def let_go(self) -> None:
+        self.connection.send("go")
+
+    def exit_code(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+@contextmanager
+def held(config: TrainConfig, place: str) -> Iterator[Held]:
+    """A real process that runs the command, and waits at the place."""
+    toml = config.run.output.with_suffix(".toml")
+    toml.write_text(dump_config(config))
+    ours, theirs = multiprocessing.Pipe()
+    process = start(held_train, [str(toml)], place, theirs)
+    theirs.close()  # so that a run that ends without coming to the place is noticed
+    try:
+        waiting = Held(process, ours)
+        assert waiting.told() == "here"
+        yield waiting
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    output = tmp_path_factory.mktemp("straight") / "run"
+    config = tiny.config(output, max_steps=4, save_every=1, eval_every=2, dropout=0.2, micro_batch_rows=2)
+    train(with_options(config, quiet=True))
+    return config
+
+
+def continued(output: Path) -> dict[str, bytes]:
+    train(with_options(TrainConfig(), output=output, resume=True, quiet=True))
+    return final_bits(output)
+
+
+@pytest.mark.parametrize(("place", "times", "number"), CASES, ids=NAMES)
+def test_signals(place: str, times: int, number: signal.Signals, straight: TrainConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with held(with_options(straight, output=output), place) as run:
+        run.send(number)
+        if place != "load":
+            assert run.told().startswith("stopping after this step and saving")
+            if times == 2:
+                run.send(number)
+            else:
+                run.let_go()
+        assert run.exit_code() == 128 + number
+    step = LEFT_AFTER[place][times - 1]
+    if step is None:
+        assert not output.exists()
+        return
+    assert load_checkpoint(output / "checkpoints" / f"step-{step}", step).step == step
+    newest = max(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
+    assert newest == step and (output / "adapter" / "adapter_model.safetensors").exists()
+    assert not temporary(output)
+    assert continued(output) == final_bits(straight.run.output)
+
+
+def test_the_page_counts_the_signals() -> None:
+    assert documented("Ctrl-C or SIGTERM, once or twice: while loading, in a step, a save, an evaluation") == len(CASES)
+
+
+def test_a_second_process_is_refused_and_a_stale_lock_taken_over(straight: TrainConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with held(with_options(straight, output=output), "step") as run:
+        refused = [{"resume": True}, {"overwrite": True}]
+        for options in refused:
+            with pytest.raises(UsageError, match=f"process {run.process.pid} holds its lock"):
+                train(with_options(straight, output=output, **options))
+        run.send(signal.SIGKILL)
+        assert run.exit_code() == -signal.SIGKILL
+    assert continued(output) == final_bits(straight.run.output)
+    assert documented("a second process on the run directory") == len(refused) + 1
+
+
+def test_a_second_process_is_refused_while_the_first_is_loading(straight: TrainConfig, tmp_path: Path) -> None:
+    config = with_options(straight, output=tmp_path / "run")
+    with held(config, "load") as run:
+        with pytest.raises(UsageError, match="another process is writing"):
+            train(config)
+        run.let_go()
+        assert run.exit_code() == 0
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(config)
+    assert final_bits(tmp_path / "run") == final_bits(straight.run.output)
+
+
+def test_interrupting_a_proof_of_resuming_proves_nothing(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backhand.runs.interruption import Interrupted
+    from backhand.training import run as job_run
+
+    said: list[str] = []
+    original = job_run.prove_resume
+
+    def interrupted(*arguments: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr("backhand.training.console.TerminalObserver.noted", lambda _self, text: said.append(text))
+    monkeypatch.setattr(job_run, "prove_resume", interrupted)
+    with pytest.raises(Interrupted, match="the run is finished and not yet proved") as caught:
+        train(tiny.config(tmp_path / "run", prove_resume=2))
+    assert caught.value.exit_code == 143 and not any("same bits" in text for text in said)
+    monkeypatch.undo()
+    again = with_options(TrainConfig(), output=tmp_path / "run", resume=True, prove_resume=2, quiet=True)
+    assert train(again).steps == 6
+    assert "end in the same bits" in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()[-1]

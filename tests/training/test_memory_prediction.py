@@ -1,0 +1,76 @@
+"""The predicted peak against the measured one, each run in a process of its own.
+
+`--dtype auto` is bfloat16 where the processor multiplies it; where torch emulates it, a run takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.peak_memory import WITHIN, peak_of, planned
+from support.tiny_models import save_tiny, tiny_model
+from support.tiny_run import write_rows
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measured and modelled on Linux")
+
+MODELS = {
+    "large-vocabulary": {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
+    "deep": {"vocab_size": 4_000, "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and rows."""
+    path = Path(tmp_path_factory.mktemp("prediction"))
+    for name, sizes in MODELS.items():
+        model = tiny_model("llama-tied", num_attention_heads=8, num_key_value_heads=4, head_dim=32, **sizes)
+        save_tiny(model, path / name)
+    write_rows(path / "short.jsonl", 64, seed=0, words=(5, 20), completion=10)
+    write_rows(path / "long.jsonl", 32, seed=1, words=(100, 140), completion=10)
+    write_rows(path / "long-heads.jsonl", 32, seed=1, words=(40, 60), completion=70)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "options"),
+    [
+        ("large-vocabulary", "long", "--dtype float32 --recompute none --micro-batch-rows 8"),
+        ("large-vocabulary", "long-heads", "--dtype auto --recompute mlp --micro-batch-rows 4"),
+        ("deep", "long", "--dtype auto --recompute none --micro-batch-rows 8"),
+        ("deep", "long", "--dtype float32 --recompute block --micro-batch-rows 4"),
+        ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
+    ],
+    ids=["head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows"],
+)
+def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
+    options += " --batch-rows 8 --max-steps 6"
+    predicted, measured = peak_of(folder / model, folder / f"{rows}.jsonl", options, tmp_path / "run")
+    assert predicted == pytest.approx(measured, rel=WITHIN), f"{predicted / measured:.2f} of {measured >> 20} MB"
+
+
+ANSWERING = """
+import subprocess
+import sys
+from pathlib import Path
+from backhand.report.prompt_box import PromptBox
+from backhand.training.memory.process import peak_rss_bytes
+box = PromptBox(Path(sys.argv[1]), threads=1, max_new_tokens=8)
+box.answer("the user asks for a list of names and one number")
+box.close()
+print(peak_rss_bytes())
+"""
+
+
+def test_the_second_model_of_the_live_view_is_counted(folder: Path, tmp_path: Path) -> None:
+    model, rows = folder / "large-vocabulary", folder / "short.jsonl"
+    options = "--dtype float32 --batch-rows 4 --max-steps 1"
+    predicted = planned(model, rows, f"{options} --watch")["live_view_bytes"]
+    peak_of(model, rows, options, tmp_path / "run")
+    command = [sys.executable, "-c", ANSWERING, str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)
+    assert predicted == pytest.approx(int(done.stdout), rel=WITHIN), done.stdout

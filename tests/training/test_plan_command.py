@@ -1,0 +1,157 @@
+"""`backhand plan` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.cli.main import main
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.decoder import Decoder
+from backhand.training.memory.calibration import _Token
+from support.tiny_run import TinyRun, write_rows
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plan(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> Plan:
+    def run(*words: str) -> tuple[int, str, str]:
+        model = ("--model", str(tiny.model), "--dtype", "float32", "--threads", "1", "--rank", "3")
+        code = main(["plan", *model, *words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_the_parts_add_up_and_nothing_is_written(
+    plan: Plan, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = plan("--data", str(tiny.rows), "--batch-rows", "4", "--epochs", "2", "--no-calibrate", "--json")
+    found: dict[str, Any] = json.loads(out)
+    assert (code, err, list(tmp_path.iterdir())) == (0, "", [])
+    assert found["peak_bytes"] == sum(found["parts"].values())
+    assert {"process", "base weights", "adapter and gradients", "moments", "kept activations"} < set(found["parts"])
+    assert found["steps"] == 6
+    assert found["rows"] == 11
+    assert found["tokens_per_s"] is None
+
+
+def test_the_tables_say_what_the_run_will_be(plan: Plan, tiny: TinyRun) -> None:
+    code, out, _ = plan("--data", str(tiny.rows), "--eval-data", str(tiny.held_out), "--no-calibrate", "--watch")
+    assert code == 0
+    for words in ("predicted peak", "base weights", "may be used", "live view, a second model", "11 rows"):
+        assert words in out
+
+
+def test_processes_share_the_steps_and_the_memory(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--data", str(tiny.rows), "--batch-rows", "4", "--memory", "15 GB", "--no-calibrate", "--json")
+    alone, three = (json.loads(plan(*words, "--workers", workers)[1]) for workers in ("1", "3"))
+    assert (alone["processes"], three["processes"]) == (1, 3)
+    assert three["budget_bytes"] == alone["budget_bytes"] // 3
+    assert three["micro_batch_rows"] <= 2 < alone["micro_batch_rows"]
+    copies = [one["parts"]["adapter and gradients"] for one in (alone, three)]
+    assert copies[0] < copies[1]
+    monkeypatch.setattr("backhand.training.memory.calibration._token", lambda *_: _Token(1e-3, 0.0))
+    monkeypatch.setattr("backhand.training.memory.calibration._optimizer_s", lambda *_: 0.0)
+    counted = ("--data", str(tiny.rows), "--batch-rows", "4", "--micro-batch-rows", "1", "--json")
+    alone, three = (json.loads(plan(*counted, "--workers", workers)[1]) for workers in ("1", "3"))
+    assert alone["tokens_per_s"] == pytest.approx(1000)
+    assert 1500 < three["tokens_per_s"] < 3000  # four micro-batches on three processes: one has two
+    assert "processes: 3 on this machine" in plan(*counted[:-1], "--no-calibrate", "--workers", "3")[1]
+
+
+def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 5, seed=3, words=(5, 6), completion=2).read_text().splitlines()
+    rows[3] = json.dumps({"prompt": "the user asks for a list of names and numbers", "completion": "one " * 30})
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    words = ("--data", str(tmp_path / "rows.jsonl"), "--no-calibrate", "--show", "2")
+    longest = json.loads(plan(*words, "--json")[1])["longest"]
+    assert longest[0]["where"].endswith("rows.jsonl:4")
+    assert longest[0]["tokens"] > longest[0]["supervised_tokens"] > 30 > longest[1]["supervised_tokens"] > 0
+    assert [len(longest), longest[0]["tokens"] > longest[1]["tokens"]] == [2, True]
+    out = plan(*words)[1]
+    assert "longest documents" in out and "rows.jsonl:4" in out.replace("\n", "")
+    assert json.loads(plan(*words[:-2], "--json")[1])["longest"] == []
+    code, _, err = plan(*words[:-1], "-1")
+    assert code == 2 and "--show" in err
+
+
+def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
+    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
+    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
+    assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
+    kept = [one["parts"]["kept activations"] for one in (short, long)]
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.02)
+    assert kept[0] > 0
+
+
+def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.training.memory.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    once = json.loads(plan("--data", str(tiny.rows), "--epochs", "1", "--eval-data", str(tiny.held_out), "--json")[1])
+    assert once["tokens_per_s"] > 0
+    tokens = once["tokens_per_s"] * once["train_s"]
+    stated = next(note for note in once["notes"] if "documents with" in note)
+    of_documents = int(stated.split("with ")[1].split(" token")[0].replace(",", ""))
+    assert 0.5 * of_documents < tokens < of_documents, "what stands behind the last target is not trained on"
+    assert once["evaluate_s"] > 0
+
+
+def test_under_transformers_the_model_itself_is_timed(
+    plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backhand.training.memory.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    ours, theirs = (
+        json.loads(plan("--data", str(tiny.rows), "--engine", engine, "--max-steps", "4", "--json")[1])
+        for engine in ("backhand", "transformers")
+    )
+    assert (theirs["engine"], theirs["recompute"], theirs["steps"]) == ("transformers", "none", 4)
+    assert theirs["trained_parameters"] == ours["trained_parameters"]
+    assert theirs["parts"]["base weights"] == pytest.approx(ours["parts"]["base weights"], rel=0.05)
+    assert theirs["peak_bytes"] == sum(theirs["parts"].values())
+    assert theirs["tokens_per_s"] > 0
+
+
+def test_a_slow_machine_measures_fewer_tokens(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass takes as long as its tokens say, on a clock of its own: eight seconds for the whole micro-batch."""
+    now, passes = [0.0], []
+
+    def slow(decoder: Decoder, batch: PackedBatch, *_: object) -> None:
+        tokens = batch.input_ids.shape[0]
+        passes.append(tokens)
+        now[0] += tokens * (0.01 + 0.01 * len(decoder.config.layers))
+
+    monkeypatch.setattr("backhand.training.memory.calibration.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
+    rows = write_rows(tmp_path / "long.jsonl", 8, seed=0, words=(30, 31), completion=3)
+    found = json.loads(plan("--data", str(rows), "--batch-rows", "8", "--micro-batch-rows", "8", "--json")[1])
+    assert found["measured_s"] <= 12
+    assert max(passes) < 8 * 100, "fewer than the micro-batch has"
+    # two blocks: 0.03 seconds a token, the filler's among them
+    assert found["tokens_per_s"] == pytest.approx(1 / 0.03, rel=0.25)
+
+
+def test_what_does_not_fit_is_refused_with_a_proposal(plan: Plan, tiny: TinyRun) -> None:
+    code, out, err = plan("--data", str(tiny.rows), "--memory", "100MB", "--no-calibrate")
+    assert (code, out) == (5, "")
+    assert "memory: training needs about" in err
+    assert "process:" in err and "next:" in err
+
+
+def test_a_wrong_target_is_an_error_before_anything_is_planned(plan: Plan) -> None:
+    code, _, err = plan("--target-modules", "q_prj")
+    assert code == 2
+    assert "did you mean" in err and "q_proj" in err
+
+
+def test_a_runs_configuration_can_be_planned(plan: Plan, tiny: TinyRun, tmp_path: Path) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(f'[data]\ndata = ["{tiny.rows}"]\n[optimization]\nmax_steps = 5\n')
+    found = json.loads(plan(str(settings), "--no-calibrate", "--json")[1])
+    assert (found["steps"], found["rows"]) == (5, 11)

@@ -1,0 +1,255 @@
+"""Whole runs on a base that stays in its file's blocks: the same adapter, bit for bit, as on a dense one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as StorageType
+
+from backhand.data.options import DataOptions
+from backhand.errors import CheckError, UsageError
+from backhand.kernels.library import library, torch_form
+from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.nn import held_base
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.held_base import stays_quantized
+from backhand.nn.loading import open_model
+from backhand.nn.loading.quantizing import QuantizingSource
+from backhand.nn.model_options import Base, BaseModelOptions
+from backhand.runs.directory import Proof
+from backhand.training.config import ModelOptions, TrainConfig
+from backhand.training.evaluate import evaluate
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.guards import BaseGuard
+from backhand.training.machine import resolve_machine
+from backhand.training.memory import bases
+from backhand.training.memory.bases import choose_base
+from backhand.training.memory.command import plan
+from backhand.training.memory.options import PlanOptions, PlanRunOptions
+from backhand.training.memory.plan import HeldBase, MemoryPlan
+from backhand.training.memory.shapes import StepShape
+from backhand.training.prepared import build_job
+from backhand.training.run import train
+from backhand.training.step import Processes
+from backhand.verify.command import verify
+from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
+from support.tiny_gguf import write_tiny_gguf
+from support.tiny_models import save_tiny, tiny_model
+from support.tiny_run import TinyRun, with_options
+
+_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    directory = tmp_path_factory.mktemp("quantized")
+    run = TinyRun(directory)
+    kinds = iter([StorageType.Q8_0, StorageType.Q4_0, StorageType.Q5_1] * 30)
+    run.model = write_tiny_gguf(
+        tiny_model("llama", num_hidden_layers=2, **_SIZES), directory / "tiny.gguf", storage=lambda _: next(kinds)
+    )
+    return run
+
+
+def _adapter(config: TrainConfig) -> bytes:
+    return (config.run.output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_adapter_is_the_same_to_the_bit(tiny: TinyRun, tmp_path: Path) -> None:
+    adapters = []
+    for base in ("dense", "quantized"):
+        config = tiny.config(tmp_path / base, base=base, dropout=0.1)
+        assert train(config).base == base
+        adapters.append(_adapter(config))
+        assert json.loads((config.run.output / "summary.json").read_text())["base"] == base
+        proofs = (config.run.output / "proofs.jsonl").read_text()
+        assert "the frozen base has not moved by one bit" in proofs
+    assert adapters[0] == adapters[1]
+
+
+def test_a_quantized_run_goes_on_to_the_same_bits(tiny: TinyRun, tmp_path: Path) -> None:
+    whole = tiny.config(tmp_path / "whole", base="quantized")
+    train(whole)
+    part = tiny.config(tmp_path / "part", base="quantized", prove_resume=2)
+    train(part)
+    assert _adapter(part) == _adapter(whole)
+
+
+def _looked_at(config: TrainConfig) -> PlanOptions:
+    return replace(PlanOptions.of(config), plan=PlanRunOptions(calibrate=False))
+
+
+def test_the_plan_tells_both(tiny: TinyRun, tmp_path: Path) -> None:
+    found = plan(_looked_at(tiny.config(tmp_path / "run"))).to_json()
+    assert found["base"] in found["bases"] and set(found["bases"]) == {"dense", "quantized"}
+    config = tiny.config(tmp_path / "run", base="quantized")
+    quantized = plan(_looked_at(config)).to_json()
+    assert quantized["base"] == "quantized" and quantized["parts"]["unpacked piece"] > 0
+    assert quantized["parts"]["base weights"] < found["bases"]["dense"]["peak_bytes"]
+
+
+def test_a_mapped_base_is_there_once_for_all_processes(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", base="quantized", memory="15 GB")
+    alone, three = (plan(_looked_at(with_options(config, workers=workers))).to_json() for workers in (1, 3))
+    mapped = alone["parts"]["base weights"]
+    assert 0 < mapped <= tiny.model.stat().st_size
+    assert three["budget_bytes"] == (alone["budget_bytes"] + 2 * mapped) // 3
+
+
+class Following(Processes):
+    """The second of several processes, whose first one says how the step is cut and the base is held."""
+
+    leads = False
+
+    def follow(self, value: bytes) -> bytes:
+        assert value == b""
+        return json.dumps([2, "mlp", "quantized"]).encode()
+
+
+def test_a_process_holds_the_base_as_the_first_one_does(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backhand.training.prepared.unpacking_share", lambda *_: math.inf)
+    config = tiny.config(tmp_path / "run")
+    assert build_job(config, resolve_machine(config)).memory.base == "dense", "by its own measurement"
+    job = build_job(config, resolve_machine(config), processes=Following())
+    found = job.memory
+    assert (found.micro_batch_rows, found.recompute, found.base) == (2, "mlp", "quantized")
+    assert job.config.model.base == "quantized"
+
+
+def _shapes(tokens: int) -> dict[int, StepShape]:
+    return {1: StepShape(tokens=tokens, supervised_tokens=tokens, mean_tokens=tokens)}
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.12, "quantized"), (0.13, "dense"), (math.inf, "dense")])
+def test_auto_stays_quantized_where_that_costs_little(share: float, chosen: HeldBase) -> None:
+    asked = []
+
+    def unpacking_share(tokens: float) -> float:
+        asked.append(tokens)
+        return share
+
+    def choice(base: Base, *, quantized_source: bool = True) -> HeldBase:
+        found = choose_base(
+            base,
+            ("dense", "quantized"),
+            _shapes(200),
+            lambda base: MemoryPlan(1, "none", base=base),
+            lambda base: MemoryPlan(1, "block", base=base),
+            quantized_source=quantized_source,
+            unpacking_share=unpacking_share,
+        )
+        return found.chosen.base
+
+    assert choice("auto") == chosen and asked == [200.0]
+    assert choice("quantized") == "quantized" and choice("dense") == "dense"
+    assert choice("auto", quantized_source=False) == "dense"
+    assert asked == [200.0], "where nothing depends on it nothing is measured"
+    assert bases.WORTH == 1.10
+
+
+def test_what_answers_is_dense_where_that_fits(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, device = open_model(tiny.model), torch.device("cpu")
+    options = BaseModelOptions(model=str(tiny.model))
+    for free, expected in ((10**12, False), (1000, True)):
+        monkeypatch.setattr(held_base, "available_bytes", lambda free=free: free)
+        assert stays_quantized(options, source, torch.float32, device) is expected
+        for base in ("dense", "quantized"):
+            assert stays_quantized(replace(options, base=base), source, torch.float32, device) is (base == "quantized")
+
+
+@pytest.mark.skipif(library() is None, reason="the compiled library is not built")
+def test_a_prompt_at_a_time_is_answered_from_the_blocks() -> None:
+    source = open_model("smollm2-135m")
+    options = BaseModelOptions(model="smollm2-135m")
+    kept = {
+        (dtype, one): stays_quantized(options, source, dtype, torch.device("cpu"), one_at_a_time=one)
+        for dtype in (torch.float32, torch.bfloat16)
+        for one in (False, True)
+    }
+    assert kept == {key: key[1] for key in kept}
+    with torch_form():
+        assert not stays_quantized(options, source, torch.float32, torch.device("cpu"), one_at_a_time=True)
+
+
+def test_a_directory_is_quantized_on_reading(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    run.model = save_tiny(tiny_model("llama", num_hidden_layers=2, **_SIZES), tmp_path / "other")
+    config = run.config(tmp_path / "run", quantize="q8_0")
+    assert train(config).base == "quantized"
+    source = open_model(run.model, quantize="q8_0")
+    assert isinstance(source, QuantizingSource) and source.quantized
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored, read = source.load(name), source.unquantized.load(name)
+    assert 0 < float((stored - read).norm() / read.norm()) < 0.02
+    assert source.stored_bytes(name) == source.stored_rows(name).blocks.nbytes
+
+
+def test_the_loss_of_the_quantized_base_is_told(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    run.model = save_tiny(tiny_model("llama", num_hidden_layers=2, **_SIZES), tmp_path / "other")
+    told = []
+    for kind in ("q8_0", "q4_0"):
+        config = run.config(tmp_path / kind, quantize=kind)
+        (note,) = [note for note in build_job(config, resolve_machine(config)).notes if "on reading" in note]
+        after, before, change = map(float, re.findall(r"[-+]?\d+\.\d{4}", note))
+        told.append((before, abs(change)))
+        assert change == pytest.approx(after - before, abs=1.1e-4)
+    assert told[0][0] == told[1][0] and 0 < told[0][1] < told[1][1]
+
+
+def test_contradictions_are_told(tiny: TinyRun) -> None:
+    with pytest.raises(UsageError, match="quantize"):
+        ModelOptions(quantize="q4_0", base="dense").validate()
+    with pytest.raises(UsageError, match="backhand engine"):
+        ModelOptions(base="quantized", engine="transformers").validate()
+    with pytest.raises(UsageError, match="GGUF file"):
+        open_model(tiny.model, quantize="q4_0")
+
+
+def test_evaluation_and_answers_are_the_same(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", base="quantized")
+    train(config)
+    found = []
+    for base in ("dense", "quantized"):
+        model = replace(config.model, base=base)
+        run = EvaluateRunOptions(adapter=str(config.run.output / "adapter"), max_new_tokens=4)
+        found.append(evaluate(EvaluateOptions(model, config.data, run)))
+    assert found[0] == found[1] and found[0].adapted is not None
+    assert found[0].adapted.loss < found[0].base.loss
+
+
+def test_the_gradients_of_a_quantized_model_are_proved(tiny: TinyRun) -> None:
+    model = VerifiedModelOptions(model=str(tiny.model), dtype="float32", device="cpu", base="quantized")
+    report = verify(VerifyOptions(VerifyRunOptions(max_tokens=40), model, DataOptions(data=(str(tiny.rows),))))
+    assert report.model and not report.failed_model
+
+
+def test_a_block_that_moves_is_noticed(tiny: TinyRun) -> None:
+    model = Decoder.from_source(open_model(tiny.model), dtype=torch.float32, quantized=True)
+    found: list[Proof] = []
+    guard = BaseGuard(model, found.append)
+    guard.check()
+    stored = dict(model.frozen_tensors())["model.layers.1.mlp.down_proj.weight"]
+    assert isinstance(stored, QuantizedMatrix)
+    stored.parts[0].blocks[3, 5] ^= 1
+    with pytest.raises(CheckError, match="1 frozen base weights have changed"):
+        guard.check()
+    stored.parts[0].blocks[3, 5] ^= 1
+    guard.check()
+
+
+def test_a_block_that_is_no_number_is_noticed(tiny: TinyRun) -> None:
+    model = Decoder.from_source(open_model(tiny.model), dtype=torch.float32, quantized=True)
+    stored = dict(model.frozen_tensors())["model.layers.1.mlp.down_proj.weight"]
+    assert isinstance(stored, QuantizedMatrix)
+    stored.parts[0].blocks[3, :2] = 0xFF  # the scale of the row's first block
+    with pytest.raises(CheckError, match="NaN or infinity"):
+        BaseGuard(model, lambda _: None)

@@ -1,0 +1,33 @@
+"""Which rows a step trains on."""
+
+from __future__ import annotations
+
+from backhand.data.packing import Sampler
+from backhand.training.loop import derived_seed
+
+
+def test_every_epoch_visits_every_row_once() -> None:
+    sampler = Sampler(rows=11, batch_rows=4, seed=3)
+    assert sampler.steps_per_epoch == 3
+    epochs = [[row for step in range(3 * e, 3 * e + 3) for row in sampler.rows_of(step)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [len(sampler.rows_of(step)) for step in range(3)] == [4, 4, 3]
+
+
+def test_the_order_follows_from_the_seed_alone() -> None:
+    first, again, other = (Sampler(50, 8, seed) for seed in (1, 1, 2))
+    assert [first.rows_of(step) for step in range(14)] == [again.rows_of(step) for step in reversed(range(14))][::-1]
+    assert first.rows_of(0) != other.rows_of(0)
+
+
+def test_the_place_in_the_data_follows_from_the_step() -> None:
+    sampler = Sampler(rows=10, batch_rows=4, seed=7)
+    assert [sampler.epochs_done(steps) for steps in range(5)] == [0.0, 0.4, 0.8, 1.0, 1.4]
+    assert sampler.position(4) == {"epoch": 1, "row": 4, "rows": 10, "batch_rows": 4, "seed": 7}
+
+
+def test_derived_seeds_differ_by_purpose_and_number() -> None:
+    seeds = {derived_seed(0, purpose, step, micro) for purpose in "ab" for step in range(20) for micro in range(5)}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
