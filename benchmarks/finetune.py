@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 PEERS = (
     "backhand",
     "backhand-unshared",
+    "backhand-transformers",
     "trl",
     "trl-no-checkpointing",
     "trl-no-checkpointing-tuned",
@@ -53,9 +54,9 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
 def held_out_loss(model: str, adapter: str | None, data: str, dtype: str) -> float:
     """Mean nats per supervised token, by this project's evaluation for every peer's adapter."""
     from backhand.data.options import DataOptions
-    from backhand.train.config import ModelOptions
-    from backhand.train.evaluate_options import EvaluateOptions, EvaluateRunOptions
-    from backhand.train.evaluation import evaluate
+    from backhand.training.config import ModelOptions
+    from backhand.training.evaluate import evaluate
+    from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 
     result = evaluate(
         EvaluateOptions(
@@ -120,6 +121,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = counts["tokens"] * arguments.epochs
     seconds: dict[str, list[float]] = {peer: [] for peer in arguments.peers}
     losses: dict[str, list[float]] = {peer: [] for peer in arguments.peers}
+    peak_bytes: dict[str, list[int]] = {peer: [] for peer in arguments.peers}
     for repeat in range(arguments.repeats):
         for peer in arguments.peers:
             if repeat and peer in MEASURED_ONCE:
@@ -131,20 +133,26 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 print(error, file=sys.stderr)
                 continue
             seconds[peer].append(done["train_s"])
+            peak_bytes[peer].append(done["peak_rss_bytes"])
             losses[peer].append(held_out_loss(arguments.model, done["adapter"], str(held_out), arguments.dtype))
     peers = {
         peer: {
             "train_s": {"min": min(times), "median": statistics.median(times), "max": max(times)},
             "tokens_per_s": tokens / statistics.median(times),
             "held_out_loss": losses[peer],
+            "peak_rss_bytes": statistics.median(peak_bytes[peer]),
         }
         for peer, times in seconds.items()
         if times
     }
     others = [peer for peer in peers if peer.startswith("trl")]
-    ours = peers["backhand"]["tokens_per_s"]
-    ratios = {f"speed_over_{peer}": ours / peers[peer]["tokens_per_s"] for peer in others}
-    ratios["speed_over_best_trl"] = min(ratios.values()) if ratios else float("nan")
+    ratios = {}
+    for name, prefix in (("backhand", ""), ("backhand-transformers", "transformers_")):
+        if name not in peers:
+            continue
+        ours = peers[name]["tokens_per_s"]
+        over = {f"{prefix}speed_over_{peer}": ours / peers[peer]["tokens_per_s"] for peer in others}
+        ratios |= over | {f"{prefix}speed_over_best_trl": min(over.values(), default=float("nan"))}
     return {
         "machine": describe_machine(),
         "workload": {**{k: v for k, v in task.items() if k not in ("train", "held_out")}, **counts},
@@ -157,13 +165,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """A plain table."""
     print(result["workload"], f"base held-out loss {result['base_held_out_loss']:.4f}")
-    print(f"{'peer':28} {'tokens/s':>9} {'train s: min':>12} {'median':>8} {'max':>8}  held-out losses")
+    print(f"{'peer':34} {'tokens/s':>9} {'train s: min':>12} {'median':>8} {'max':>8} {'GB':>6}  held-out losses")
     for peer, row in result["peers"].items():
         spread = row["train_s"]
         losses = ", ".join(f"{loss:.4f}" for loss in row["held_out_loss"])
         print(
-            f"{peer:28} {row['tokens_per_s']:9.0f} {spread['min']:12.2f} {spread['median']:8.2f} {spread['max']:8.2f}"
-            f"  {losses}"
+            f"{peer:34} {row['tokens_per_s']:9.0f} {spread['min']:12.2f} {spread['median']:8.2f} {spread['max']:8.2f}"
+            f" {row['peak_rss_bytes'] / 1e9:6.2f}  {losses}"
         )
     for name, value in result["ratios"].items():
         print(f"  {name:44} {value:6.2f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ class FineTune:
     seed: int = 0
 
 
-def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
+def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> dict[str, Any]:
     """`backhand.train` as the command calls it, without evaluations; its checkpoint at the end is part of its time."""
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
-    from backhand.train.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.train.observer import Observer
+    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.training.observer import Observer
 
     class Watch(Observer):
         """The clock at the first step's begin and behind the last checkpoint."""
@@ -50,7 +51,7 @@ def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
     watch = Watch()
     backhand.train(
         TrainConfig(
-            model=ModelOptions(model=task.model, dtype=task.dtype, engine="backhand"),
+            model=ModelOptions(model=task.model, dtype=task.dtype, engine=engine),
             data=DataOptions(data=(task.train,)),
             adapter=LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0),
             optimization=OptimizationOptions(
@@ -69,7 +70,7 @@ def run_backhand(task: FineTune, output: Path) -> dict[str, Any]:
 
 def run_backhand_unshared(task: FineTune, output: Path) -> dict[str, Any]:
     """The same, with the tokens that rows begin with computed in each row, as if no two began alike."""
-    from backhand.train import batches
+    from backhand.data import packing as batches
 
     batches.shared_tokens = lambda _examples: 0
     return run_backhand(task, output)
@@ -126,6 +127,7 @@ def run_trl(
 PEERS = {
     "backhand": run_backhand,
     "backhand-unshared": run_backhand_unshared,
+    "backhand-transformers": lambda task, output: run_backhand(task, output, engine="transformers"),
     "trl": lambda task, output: run_trl(task, output, checkpointing=True),
     "trl-no-checkpointing": lambda task, output: run_trl(task, output, checkpointing=False),
     "trl-no-checkpointing-tuned": lambda task, output: run_trl(task, output, checkpointing=False, tuned=True),
@@ -139,7 +141,9 @@ def main() -> None:
     peer, task, output = sys.argv[1], FineTune(**json.loads(sys.argv[2])), Path(sys.argv[3])
     torch.set_num_threads(int(sys.argv[4]))
     output.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(PEERS[peer](task, output)), flush=True)
+    done = PEERS[peer](task, output)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({**done, "peak_rss_bytes": peak_kib * 1024}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("torch", "transformers", "peft", "trl", "numpy", "backhand")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "numpy", "backhand")
 
 
 def describe_machine() -> dict[str, object]:

@@ -58,30 +58,36 @@ def initial_factor(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
 class BackhandPeer:
     """This project's decoder engine with its own optimizer wrapper."""
 
-    def __init__(self, workload: Workload, recompute: str = "none") -> None:
-        from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-        from backhand.nn.decoder import Decoder
+    def __init__(self, workload: Workload, recompute: str = "none", *, quantized: bool = False) -> None:
+        from backhand.nn.decoder.decoder import Decoder
         from backhand.nn.loading import open_model
         from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-        from backhand.train.config import OptimizationOptions
-        from backhand.train.optimizer import AdapterOptimizer
 
         tune_process()
-        self.decoder = Decoder.from_source(
-            open_model(workload.model), dtype=DTYPES[workload.dtype], recompute=recompute
+        decoder = Decoder.from_source(
+            open_model(workload.model), dtype=DTYPES[workload.dtype], recompute=recompute, quantized=quantized
         )
-        self.lora = LoRAParameters(
+        lora = LoRAParameters(
             LoRASlot(name, i, o, RANK, ALPHA / RANK)
-            for name, (o, i) in self.decoder.module_shapes().items()
+            for name, (o, i) in decoder.module_shapes().items()
             if name != "lm_head"
         )
+        self.train(decoder, lora, workload, decoder.config.vocab_size)
+
+    def train(self, model: Any, lora: Any, workload: Workload, vocab_size: int) -> None:
+        """Give the adapter its numbers, and make batch and optimizer."""
+        from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+        from backhand.training.config import OptimizationOptions
+        from backhand.training.step import AdapterOptimizer
+
+        self.model, self.lora = model, lora
         for index, (_, view) in enumerate(self.lora.named_tensors()):
             view.copy_(initial_factor(workload.seed, index, tuple(view.shape)))
-        self.decoder.attach(self.lora)
+        self.model.attach(self.lora)
         # Its moments are part of the step's memory, as torch.optim's are, which appear in the first step.
         self.make_optimizer = lambda: AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
         self.optimizer: AdapterOptimizer | None = None
-        ids = workload.tokens(self.decoder.config.vocab_size)
+        ids = workload.tokens(vocab_size)
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, :-1] = ids[:, 1:]
         self.batch = PackedBatch(ids.flatten(), labels.flatten(), (workload.length,) * workload.rows)
@@ -91,11 +97,25 @@ class BackhandPeer:
         supervised = self.batch.supervised_tokens
         self.optimizer = optimizer = self.optimizer or self.make_optimizer()
         optimizer.clear()
-        loss = self.decoder.loss_and_gradients(self.batch, 1 / supervised)
+        loss = self.model.loss_and_gradients(self.batch, 1 / supervised)
         norm = optimizer.clip()
         optimizer.step(LEARNING_RATE)
-        self.lora.refresh_compute(self.decoder.dtype)
+        self.lora.refresh_compute(self.model.dtype)
         return float(loss) / supervised, norm
+
+
+class TransformersPeer(BackhandPeer):
+    """This project's way through transformers and autograd, for models that the decoder engine does not know."""
+
+    def __init__(self, workload: Workload) -> None:
+        from backhand.adapters.config import LoRAConfig
+        from backhand.nn.lora_parameters import LoRAParameters
+        from backhand.training.transformers_engine import TransformersModel
+
+        tune_process()
+        model = TransformersModel(transformers_model(workload.model, DTYPES[workload.dtype]))
+        slots, _ = model.inject(LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0))
+        self.train(model, LoRAParameters(slots), workload, model.vocab_size)
 
 
 class PeftPeer:
@@ -104,15 +124,19 @@ class PeftPeer:
     Args:
         workload: model and batch.
         tuned: allocator settings, adapters in the base's dtype and a fused optimizer; else as PEFT's documentation
-        has it. checkpointing: gradient checkpointing as transformers turns it on.
+        has it. checkpointing: gradient checkpointing as transformers turns it on. nf4: the base in bitsandbytes' four
+        bits, the scales quantized as well; then the model is a Hugging Face directory.
     """
 
-    def __init__(self, workload: Workload, *, tuned: bool = False, checkpointing: bool = False) -> None:
+    def __init__(
+        self, workload: Workload, *, tuned: bool = False, checkpointing: bool = False, nf4: bool = False
+    ) -> None:
         import peft
 
         if tuned:
             tune_process()
-        base = transformers_model(workload.model, DTYPES[workload.dtype])
+        load = nf4_model if nf4 else transformers_model
+        base = load(workload.model, DTYPES[workload.dtype])
         config = peft.LoraConfig(
             r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
         )
@@ -161,11 +185,24 @@ def transformers_model(name: str, dtype: torch.dtype) -> Any:
     return load_transformers_model(open_model(name), dtype=dtype)
 
 
+def nf4_model(directory: str, dtype: torch.dtype) -> Any:
+    """A Hugging Face directory quantized by bitsandbytes as it is read, as its documentation has it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
+    )
+    return model.requires_grad_(False)
+
+
 class CeilingPeer:
     """The step's large matrix products alone, forward and input gradients, rank-sized ones included; nothing else."""
 
     def __init__(self, workload: Workload) -> None:
-        from backhand.nn.family_parsing import decoder_config
+        from backhand.nn.decoder.family_parsing import decoder_config
         from backhand.nn.loading import open_model
 
         tune_process()
@@ -207,7 +244,13 @@ PEERS = {
     "backhand": BackhandPeer,
     "backhand-recompute-mlp": lambda w: BackhandPeer(w, "mlp"),
     "backhand-recompute-block": lambda w: BackhandPeer(w, "block"),
+    "backhand-transformers": TransformersPeer,
+    "backhand-quantized": lambda w: BackhandPeer(w, quantized=True),
+    "backhand-quantized-torch": lambda w: BackhandPeer(w, quantized=True),
+    "backhand-quantized-recompute-block": lambda w: BackhandPeer(w, "block", quantized=True),
     "peft": PeftPeer,
+    "peft-nf4": lambda w: PeftPeer(w, nf4=True),
+    "peft-nf4-checkpointing": lambda w: PeftPeer(w, nf4=True, checkpointing=True),
     "peft-tuned": lambda w: PeftPeer(w, tuned=True),
     "peft-tuned-openmp": lambda w: PeftPeer(w, tuned=True),
     "peft-checkpointing": lambda w: PeftPeer(w, checkpointing=True),

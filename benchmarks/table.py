@@ -1,17 +1,17 @@
-"""The README's benchmark section from the stored results: `python benchmarks/table.py` rewrites it in place."""
+"""The stored results as tables: all in docs/benchmarks.md, five rows in the README. `make readme` puts them there."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 _NAMES = {
     "backhand": "**Backhand**",
     "backhand-unshared": "Backhand, as if no two rows began alike",
+    "backhand-transformers": "Backhand, `--engine transformers`",
     "backhand-recompute-mlp": "Backhand, `--recompute mlp`",
     "backhand-recompute-block": "Backhand, `--recompute block`",
     "peft": "PEFT as documented",
@@ -85,7 +85,14 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
         described,
         "",
         *table(
-            ["", "real tokens/s", "training, median (min to max)", "Backhand is faster by", "held-out loss"],
+            [
+                "",
+                "real tokens/s",
+                "training, median (min to max)",
+                "Backhand is faster by",
+                "held-out loss",
+                "peak memory",
+            ],
             [
                 [
                     _NAMES[name],
@@ -93,6 +100,7 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
                     "{median:.1f} s ({min:.1f} to {max:.1f})".format(**row["train_s"]),
                     "" if name == "backhand" else f"{ours / row['tokens_per_s']:.2f} ×",
                     f"{sum(row['held_out_loss']) / len(row['held_out_loss']):.3f}",
+                    f"{row['peak_rss_bytes'] / 2**30:.2f} GiB" if "peak_rss_bytes" in row else "",
                 ]
                 for name, row in peers.items()
             ],
@@ -100,11 +108,91 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
     ]
 
 
-# Of each machine: what it is, and the files of its results.
+_QUANTIZED_NAMES = {
+    "backhand": "Backhand, `--base dense`",
+    "backhand-quantized": "**Backhand, `--base quantized`**",
+    "backhand-quantized-torch": "the same without compiled loops",
+    "backhand-quantized-recompute-block": "`--base quantized --recompute block`",
+    "peft": "PEFT, bfloat16",
+    "peft-nf4": "PEFT on bitsandbytes' NF4, scales quantized too",
+    "peft-nf4-checkpointing": "the same with gradient checkpointing",
+}
+_MODELS = {"smollm2": "SmolLM2-135M (Q4_1)", "1.5b": "the shape of a Qwen2 of 1.5 billion (Q4_K_M)", "8b": "8B"}
+
+
+def quantized_section() -> str:
+    """The tables of `quantized_base.json`, or how to make them."""
+    if not (HERE / "results" / "quantized_base.json").exists():
+        return "`python benchmarks/quantized_base.py` measures it on your machine; no figures are stored yet."
+    results = _read("quantized_base.json")
+    lines = [machine_line(results["machine"])]
+    for run in results.get("runs", ()):
+        workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
+        model = _MODELS.get(workload["model"], workload["model"])
+        title = f"{model}, {workload['file_bytes'] / 2**30:.2f} GiB, {workload['rows']} × {workload['length']} tokens, "
+        head = [
+            "",
+            "tokens/s",
+            "step, median (min to max)",
+            "`--base quantized` is faster by",
+            "peak memory",
+            "loading",
+        ]
+        rows = [
+            [
+                _QUANTIZED_NAMES[name],
+                f"{row['tokens_per_s']:.1f}",
+                "{median:.2f} s ({min:.2f} to {max:.2f})".format(**row["step_s"]),
+                _ratio(ratios, name),
+                f"{row['peak_bytes'] / 2**30:.2f} GiB",
+                f"{row['load_s']:.1f} s",
+            ]
+            for name, row in peers.items()
+        ]
+        lines += ["", f"{title}{workload['dtype']}:", "", *table(head, rows)]
+    if "limited" in results:
+        lines += ["", _limited_line(results["limited"])]
+    return "\n".join(lines)
+
+
+def base_types_section() -> str:
+    """The tables of `base_types.json`, one for each task, or how to make them."""
+    if not (HERE / "results" / "base_types.json").exists():
+        return "`python benchmarks/base_types.py` measures it on your machine; no figures are stored yet."
+    lines: list[str] = []
+    for run in _read("base_types.json")["runs"]:
+        workload, bases, losses = run["workload"], run["bases"], run["loss_by_trained_and_served"]
+        first = next(iter(bases.values()))
+        title = (
+            f"SmolLM2-135M, the rows of the recipe `{workload['task']}`, {first['steps']} steps, {workload['dtype']}; "
+        )
+        title += f"held-out loss over {run['supervised_tokens']} supervised tokens:"
+        head = ["", "size", "peak memory of training", "loss of the base", *(f"served with {name}" for name in bases)]
+        rows = []
+        for name, base in bases.items():
+            sizes = [f"{base[what] / 2**20:.0f} MiB" for what in ("file_bytes", "peak_rss_bytes")]
+            served = [f"**{loss:.3f}**" if other == name else f"{loss:.3f}" for other, loss in losses[name].items()]
+            rows.append([f"trained on {name}", *sizes, f"{base['base_loss']:.3f}", *served])
+        lines += [*([""] if lines else []), title, "", *table(head, rows)]
+    return "\n".join(lines)
+
+
+def _limited_line(limited: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{step:.0f}" for step in limited["step_s"])
+    return (
+        f"Three steps of {limited['rows']} × {limited['length']} tokens on the shape of an 8B, a file of "
+        f"{limited['file_bytes'] / 1e9:.2f} GB, under a limit of {limited['limit_bytes'] / 1e9:.0f} GB "
+        f"({limited['limit_kind']}), stopped after the first and resumed: {seconds} s; the highest resident memory was "
+        f"{limited['peak_bytes'] / 1e9:.2f} GB, the file's pages in it."
+    )
+
+
+# Of each machine: what it is, its short name, and the files of its results.
 _MACHINES = (
-    ("A processor that multiplies bfloat16 (AVX512-BF16)", "train_step.json", "finetune.json"),
+    ("A processor that multiplies bfloat16 (AVX512-BF16)", "AVX512-BF16", "train_step.json", "finetune.json"),
     (
         "A processor that does not (AVX2): runs are float32 there by themselves",
+        "AVX2",
         "train_step_avx2.json",
         "finetune_avx2.json",
     ),
@@ -112,25 +200,201 @@ _MACHINES = (
 
 
 def section() -> str:
-    """Everything between the markers."""
-    setting = (
-        "SmolLM2-135M, rank 16 on all linear layers. Each peer in its own process, in turns; losses and gradients are "
-        "compared before a time is believed. `python benchmarks/train_step.py` and `python benchmarks/finetune.py` "
-        "repeat it."
+    """Every table, machine by machine."""
+    lines: list[str] = []
+    for title, _, step_file, finetune_file in _MACHINES:
+        step, finetune = _read(step_file), _read(finetune_file)
+        lines += ["", f"## {title}", "", machine_line(step["machine"])]
+        lines += [*step_section(step), *finetune_section(finetune)]
+    if (HERE / "results" / "upper_layers.json").exists():
+        lines += upper_layers_section(_read("upper_layers.json"))
+    return "\n".join(lines).strip()
+
+
+_UPPER_NAMES = {
+    "kept": "**upper layers, hidden states below kept**",
+    "computed": "upper layers, `--cache-frozen off`",
+    "all-layers": "all layers",
+}
+
+
+def upper_layers_section(results: dict[str, Any]) -> list[str]:
+    """The tables of `upper_layers.json`."""
+    options = results["options"]
+    what = f"`--layers {options['layers']}`, {options['epochs']} epochs, {options['batch_rows']} rows a step"
+    lines = ["", f"## Upper layers alone: {what}, {options['dtype']}", "", machine_line(results["machine"])]
+    lines += ["", "`python benchmarks/upper_layers.py`; the first two of each table leave the same adapter to the bit."]
+    for run in results["runs"]:
+        workload, ratios = run["workload"], run["ratios"]
+        tokens = f"{workload['tokens']:,} tokens in all, {workload['supervised_tokens']:,} of them supervised"
+        base = f"held-out loss of the base {workload['base_held_out_loss']:.2f}"
+        lines += ["", f"Task `{workload['task']}`, {workload['rows']} rows, {tokens}; {base}:", ""]
+        lines += table(
+            ["", "training, median (min to max)", "kept is faster by", "held-out loss", "peak memory"],
+            [
+                [
+                    name,
+                    "{median:.1f} s ({min:.1f} to {max:.1f})".format(**row["train_s"]),
+                    "" if peer == "kept" else f"{ratios['kept_over_' + peer.replace('-', '_')]:.2f} ×",
+                    f"{row['held_out_loss']:.3f}",
+                    f"{row['peak_rss_bytes'] / 2**30:.2f} GiB",
+                ]
+                for peer, name in _UPPER_NAMES.items()
+                for row in (run["peers"][peer],)
+            ],
+        )
+    return lines
+
+
+def summary() -> str:
+    """A row for each thing measured: Backhand, the peer as its documentation has it, and tuned as it comes closest.
+
+    Below the table, what a model takes that transformers has to compute.
+    """
+    rows: list[list[str]] = []
+    below: list[str] = []
+    for _, machine, step_file, finetune_file in _MACHINES:
+        for run in _read(step_file)["runs"]:
+            workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
+            what = f"one step of {workload['rows']} × {workload['length']} tokens, {workload['dtype']}, {machine}"
+            seconds = {peer: row["step_s"]["median"] for peer, row in peers.items()}
+            faster = {peer: ratios[f"speed_over_{peer.replace('-', '_')}"] for peer in peers if peer.startswith("peft")}
+            rows.append(_summary_row(what, "PEFT", seconds, faster, ".2f"))
+        finetune = _read(finetune_file)
+        workload, peers = finetune["workload"], finetune["peers"]
+        what = f"training on {workload['rows']} short rows, {workload['dtype']}, {machine}"
+        ours = peers["backhand"]["tokens_per_s"]
+        seconds = {peer: row["train_s"]["median"] for peer, row in peers.items()}
+        faster = {peer: ours / row["tokens_per_s"] for peer, row in peers.items() if peer.startswith("trl")}
+        rows.append(_summary_row(what, "TRL", seconds, faster, ".1f"))
+        if "backhand-transformers" in peers:
+            through = peers["backhand-transformers"]["tokens_per_s"]
+            faster = {peer: through / row["tokens_per_s"] for peer, row in peers.items() if peer.startswith("trl")}
+            seconds["backhand"] = seconds["backhand-transformers"]
+            _, taken, documented, tuned = _summary_row(what, "TRL", seconds, faster, ".1f")
+            below += ["", f"The same {what}, by `--engine transformers`: {taken}; {documented}, tuned {tuned}."]
+    return "\n".join([*table(["", "Backhand", "as documented", "tuned"], rows), *below])
+
+
+def _summary_row(what: str, peer: str, seconds: dict[str, float], faster: dict[str, float], digits: str) -> list[str]:
+    documented = peer.lower()
+    tuned = min((name for name in faster if name != documented), key=lambda name: faster[name])
+    others = [f"{peer} {seconds[name]:{digits}} s ({faster[name]:.2f} ×)" for name in (documented, tuned)]
+    return [what, f"**{seconds['backhand']:{digits}} s**", *others]
+
+
+_SCALING_PEERS = {"backhand": "**Backhand**", "trainer": "PEFT under transformers' Trainer"}
+
+
+def scaling_section(kind: str) -> str:
+    """A table of `scaling.json`: `exchange`, `turns`, `runs`, `peers` or `carried`."""
+    results = _read("scaling.json")
+    if kind not in results:
+        return f"`python benchmarks/scaling.py {kind}` measures it on your machine; no figures are stored yet."
+    rows = results[kind]
+    lines = {
+        "exchange": _exchange_table,
+        "turns": _turns_table,
+        "runs": _runs_table,
+        "peers": _peers_table,
+        "carried": _carried_table,
+    }[kind](rows)
+    return "\n".join([*([] if kind == "carried" else [machine_line(results["machine"]), _load_line(rows), ""]), *lines])
+
+
+def _load_line(rows: list[dict[str, Any]]) -> str:
+    loads = [row["load"] for row in rows]
+    return f"Load average while it ran: {min(loads):.1f} to {max(loads):.1f}."
+
+
+def _exchange_table(rows: list[dict[str, Any]]) -> list[str]:
+    head = ["link (found by TCP)", "`--reduce`", "micro-batches", "measured, median (min to max)", "predicted"]
+    return table(
+        head,
+        [
+            [
+                _link(row),
+                row["reduce"],
+                f"{row['micro_batches']}",
+                _spread(row["exchange_s"]),
+                f"{row['predicted_s']:.2f} s" if "predicted_s" in row else "",
+            ]
+            for row in rows
+        ],
     )
-    lines = [BEGIN, "", "## How fast", "", setting]
-    for title, step_file, finetune_file in _MACHINES:
-        step = json.loads((HERE / "results" / step_file).read_text())
-        finetune = json.loads((HERE / "results" / finetune_file).read_text())
-        lines += [
-            "",
-            f"### {title}",
-            "",
-            machine_line(step["machine"]),
-            *step_section(step),
-            *finetune_section(finetune),
+
+
+def _turns_table(rows: list[dict[str, Any]]) -> list[str]:
+    counts = sorted({row["processes"] for row in rows})
+    medians = {(row["reduce"], row["processes"]): f"{statistics.median(row['round_trips']):.1f}" for row in rows}
+    lines = [[f"`{reduce}`", *(medians[reduce, count] for count in counts)] for reduce in ("ordered", "sum")]
+    return table(["round trips of an exchange", *(f"{count} processes" for count in counts)], lines)
+
+
+def _link(row: dict[str, Any]) -> str:
+    found = f"{row['found']['rate_mbit']:,.0f} Mbit/s, {row['found']['round_trip_s'] * 1e3:.2f} ms"
+    if row["rate_mbit"] is None:
+        return f"no limit ({found})"
+    return f"{row['rate_mbit']:,} Mbit/s, {row['round_trip_s'] * 1e3:.1f} ms ({found})"
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def _runs_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a step takes, how much of it the exchange, and both by the model, for the same computation."""
+    lines = []
+    for row in rows:
+        step_s = statistics.median(row["step_s"])
+        speed = f"{row['tokens'] / sum(row['step_s']):.0f}"
+        if "exchange_s" not in row:
+            lines.append(["one machine", "", speed, f"{step_s:.2f} s", "", "", ""])
+            continue
+        share, predicted = statistics.median(row["exchange_s"]) / step_s, row.get("predicted_s")
+        computed_s = statistics.median(row["computed_s"])
+        lines.append(
+            [
+                f"two, {_link(row).partition(' (')[0]}",
+                row["reduce"],
+                speed,
+                f"{step_s:.2f} s",
+                _spread(row["exchange_s"]),
+                f"{share:.0%}",
+                "" if predicted is None else f"{predicted:.2f} s, {predicted / (computed_s + predicted):.0%}",
+            ]
+        )
+    return table(["machines", "`--reduce`", "tokens/s", "step", "exchange", "its share", "predicted"], lines)
+
+
+def _peers_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for peer, name in _SCALING_PEERS.items():
+        speeds = {
+            count: [row["tokens_per_s"] for row in rows if (row["peer"], row["processes"]) == (peer, count)]
+            for count in (1, 2)
+        }
+        ratio = statistics.median(two / one for one, two in zip(speeds[1], speeds[2], strict=True))
+        lines.append([name, *(f"{statistics.median(found):.0f}" for found in speeds.values()), f"{ratio:.2f} ×"])
+    return table(["", "one process, tokens/s", "two processes, tokens/s", "faster by"], lines)
+
+
+def _carried_table(rows: list[dict[str, Any]]) -> list[str]:
+    rates = {"100": "100 Mbit/s", "1000": "1 Gbit/s", "10000": "10 Gbit/s"}
+    lines = [
+        [
+            f"{row['machines']}",
+            f"{row['sent_bytes'] / 1e6:.1f} MB",
+            *(f"{row['exchange_s'][rate]:.2f} s" for rate in rates),
         ]
-    return "\n".join([*lines, "", END])
+        for row in rows
+    ]
+    return table(["machines", "sent by each", *rates.values()], lines)
+
+
+def _read(file: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((HERE / "results" / file).read_text(encoding="utf-8"))
+    return found
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -138,15 +402,3 @@ def machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     return f"{machine['cores']} cores ({machine['processor']}), {memory}; {versions}."
-
-
-def main() -> None:
-    """Rewrite the section in README.md."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + section() + after, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

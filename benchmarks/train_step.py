@@ -29,6 +29,7 @@ PEERS = (
     "peft-checkpointing",
     "backhand-recompute-mlp",
     "backhand-recompute-block",
+    "backhand-transformers",
     "products-alone",
 )
 # Relative difference of the first step's loss that two dtypes' roundings allow.
@@ -47,7 +48,8 @@ class Worker:
             text=True,
             env=peer_environment(peer),
         )
-        self.loaded_bytes = self._answer()["loaded_bytes"]
+        self.loading = self._answer()
+        self.loaded_bytes = self.loading["loaded_bytes"]
         self.steps: list[dict[str, float]] = []
 
     def _answer(self) -> dict[str, Any]:
@@ -116,8 +118,8 @@ def ratios(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str, 
     peers of a round.
     """
 
-    def speed_over(peer: str) -> float:
-        return statistics.median(theirs / ours for ours, theirs in zip(times["backhand"], times[peer], strict=True))
+    def speed_over(peer: str, ours: str = "backhand") -> float:
+        return statistics.median(theirs / own for own, theirs in zip(times[ours], times[peer], strict=True))
 
     found = {}
     for peer in ("peft", "peft-tuned", "peft-tuned-openmp", "peft-checkpointing"):
@@ -127,6 +129,13 @@ def ratios(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str, 
             found[f"memory_over_{name}"] = (
                 results["backhand"]["memory_above_model_bytes"] / results[peer]["memory_above_model_bytes"]
             )
+    if "backhand-transformers" in results:
+        memory = results["backhand-transformers"]["memory_above_model_bytes"]
+        for peer in ("backhand", "peft", "peft-tuned", "peft-tuned-openmp"):
+            if peer in results:
+                name = peer.replace("-", "_")
+                found[f"transformers_speed_over_{name}"] = speed_over(peer, "backhand-transformers")
+                found[f"transformers_memory_over_{name}"] = memory / results[peer]["memory_above_model_bytes"]
     if "products-alone" in results:
         found["share_of_products_alone"] = speed_over("products-alone")
     return found

@@ -27,14 +27,32 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def import_ahead(peer_name: str) -> None:
+    """What a peer imports to load its model is no part of the time of loading."""
+    if peer_name.startswith("peft"):
+        import peft  # noqa: F401
+    if "nf4" in peer_name:
+        import bitsandbytes  # noqa: F401
+    import gguf.quants  # noqa: F401
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    import backhand.nn.decoder.decoder
+    import backhand.nn.loading
+    import backhand.training.step  # noqa: F401
+
+
 def main() -> None:
     """Arguments: peer name, workload as JSON, threads."""
     peer_name, workload, threads = sys.argv[1], Workload(**json.loads(sys.argv[2])), int(sys.argv[3])
     torch.set_num_threads(threads)
+    import_ahead(peer_name)
+    reset_peak()
+    began = time.perf_counter()
     peer = PEERS[peer_name](workload)
+    ready = {"load_s": time.perf_counter() - began, "load_peak_bytes": resident_bytes("VmHWM")}
     loaded = resident_bytes("VmRSS")
     reset_peak()
-    print(json.dumps({"ready": True, "loaded_bytes": loaded}), flush=True)
+    print(json.dumps({"ready": True, "loaded_bytes": loaded, **ready}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         loss, norm = peer.step()

@@ -1,16 +1,19 @@
-"""Fill the generated sections of README.md from the code: the commands and the list of files.
+"""Fill the generated sections of README.md and docs/ from the code and from stored results.
 
-python tools/readme.py            # rewrite README.md
-python tools/readme.py --check    # exit 1 if it is not up to date
+python tools/readme.py            # rewrite the pages
+python tools/readme.py --check    # exit 1 if one is not up to date
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from backhand.cli.commands import COMMANDS
 
@@ -36,49 +39,106 @@ def files_section() -> str:
     return "\n\n".join(parts)
 
 
-def rooms() -> list[str]:
-    """The rooms that hold files, top to bottom, as the import contract has them."""
+def rooms_section() -> str:
+    """Every room with its sentence, top to bottom, as a list."""
+    return "\n".join(f"- `{room}`: {first_line(_source(room))}" for room in layers())
+
+
+def layers() -> list[str]:
+    """The rooms, and the files beside them, top to bottom as the import contract has them."""
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
-    layers = next(rule["layers"] for rule in project["tool"]["importlinter"]["contracts"] if rule["type"] == "layers")
-    names = [name.strip().removeprefix("backhand.") for layer in layers for name in layer.split("|")]
-    return [name for name in names if (PACKAGE / name).is_dir()]
+    found = next(rule["layers"] for rule in project["tool"]["importlinter"]["contracts"] if rule["type"] == "layers")
+    return [name.strip().removeprefix("backhand.") for layer in found for name in layer.split("|")]
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"commands": commands_section, "files": files_section}
+def rooms() -> list[str]:
+    """The layers that are folders."""
+    return [name for name in layers() if (PACKAGE / name).is_dir()]
 
 
-def fill(readme: str) -> str:
-    """The README with every generated section made anew.
+def _source(room: str) -> Path:
+    folder = PACKAGE / room
+    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
+def benchmarks() -> ModuleType:
+    """benchmarks/table.py, which is no package's."""
+    return _module(PROJECT / "benchmarks" / "table.py")
+
+
+def scaling_section(kind: str) -> str:
+    """A table of docs/scaling.md."""
+    return str(benchmarks().scaling_section(kind))
+
+
+def models_section(name: str) -> str:
+    """A section of docs/models.md."""
+    return str(getattr(_module(PROJECT / "tools" / "models_page.py"), name)())
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"speed": lambda: str(benchmarks().summary()), "rooms": rooms_section},
+    "docs/commands.md": {"commands": commands_section},
+    "docs/files.md": {"files": files_section},
+    "docs/quantized.md": {
+        "quantized": lambda: str(benchmarks().quantized_section()),
+        "base types": lambda: str(benchmarks().base_types_section()),
+    },
+    "docs/benchmarks.md": {"benchmarks": lambda: str(benchmarks().section())},
+    "docs/scaling.md": {
+        f"scaling {kind}": partial(scaling_section, kind) for kind in ("exchange", "turns", "runs", "peers", "carried")
+    },
+    "docs/models.md": {
+        name: partial(models_section, f"{name}_section") for name in ("families", "wrappers", "storage", "fallback")
+    },
+}
+
+
+def fill(page: str, text: str) -> str:
+    """The page with every generated section of it made anew.
 
     Raises:
         ValueError: a section's markers are not there exactly once.
     """
-    for name, section in SECTIONS.items():
+    for name, section in SECTIONS[page].items():
         begin, end = f"<!-- {name}: made by tools/readme.py -->", f"<!-- end of {name} -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise ValueError(f"README.md must hold {begin!r} and {end!r} once each")
-        before, after = readme[: readme.index(begin)], readme[readme.index(end) :]
-        readme = f"{before}{begin}\n\n{section()}\n\n{after}"
-    return readme
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} must hold {begin!r} and {end!r} once each")
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{before}{begin}\n\n{section()}\n\n{after}"
+    return text
 
 
 def main() -> int:
-    """Rewrite README.md, or with --check only compare; the exit code."""
-    path = PROJECT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = fill(before)
-    if "--check" in sys.argv[1:]:
+    """Rewrite the pages, or with --check only compare; the exit code."""
+    stale = []
+    for page in SECTIONS:
+        path = PROJECT / page
+        before = path.read_text(encoding="utf-8")
+        after = fill(page, before)
         if before != after:
-            print("README.md is not up to date: run make readme", file=sys.stderr)
-        return int(before != after)
-    path.write_text(after, encoding="utf-8")
+            stale.append(page)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(after, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        print(f"not up to date: {', '.join(stale)}: run make readme", file=sys.stderr)
+        return 1
     return 0
 
 
 def _file_rows(title: str, folder: Path, files: tuple[Path, ...] | list[Path]) -> str:
     purpose = first_line(folder / "__init__.py")
     rows = [f"| `{path.relative_to(folder)}` | {first_line(path)} |" for path in files]
-    return "\n".join([f"**{title}** {purpose}", "", "| file | |", "|---|---|", *rows])
+    return "\n".join([f"## {title}", "", purpose, "", "| file | |", "|---|---|", *rows])
 
 
 def first_line(path: Path) -> str:

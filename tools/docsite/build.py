@@ -6,7 +6,6 @@ docs/ are turned to the page of the same thing: an op's file to its derivation, 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -29,16 +28,27 @@ TUTORIALS = ("sine.md",)
 # In the order in which one needs them; a guide that is not named here comes last.
 GUIDES = (
     "data.md",
+    "models.md",
     "plan.md",
     "report.md",
     "kinds.md",
     "interop.md",
     "adapters.md",
     "reliability.md",
+    "scaling.md",
     "verify.md",
     "paper.md",
 )
-PROJECT_PAGES = ("architecture.md", "contributing.md", "log.md", "changelog.md")
+PROJECT_PAGES = (
+    "architecture.md",
+    "files.md",
+    "benchmarks.md",
+    "comparison.md",
+    "contributing.md",
+    "log.md",
+    "changelog.md",
+)
+COMMANDS = ("commands.md",)
 REFERENCE = ("errors.md", "error_messages.md", "toml.md", "python.md")
 # Files outside docs/ that are pages too.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -63,8 +73,6 @@ def assemble(target: Path) -> None:
     made = {f"ops/{name}.md": text for name, text in ops.items()}
     made |= {f"commands/{name}.md": text for name, text in commands.items()}
     made |= {"toml.md": toml_page(), "error_messages.md": error_page(PACKAGE), "python.md": python_page()}
-    if (benchmarks := benchmark_page()) is not None:
-        made["benchmarks.md"] = benchmarks
     for name, text in made.items():
         (pages / name).parent.mkdir(exist_ok=True)
         (pages / name).write_text(text, encoding="utf-8")
@@ -79,7 +87,7 @@ def assemble(target: Path) -> None:
 def navigation(pages: Path, ops: list[str], commands: list[str]) -> Nav:
     """Every page of the folder, each once."""
     recipes = [f"recipes/{path.name}" for path in sorted((pages / "recipes").glob("*.md"))]
-    placed = {"index.md", *START, *BY_HAND, *TUTORIALS, *PROJECT_PAGES, *REFERENCE}
+    placed = {"index.md", *START, *BY_HAND, *TUTORIALS, *PROJECT_PAGES, *REFERENCE, *COMMANDS}
     others = [path.name for path in sorted(pages.glob("*.md")) if path.name not in placed]
     guides = [name for name in GUIDES if name in others] + [name for name in others if name not in GUIDES]
 
@@ -96,7 +104,7 @@ def navigation(pages: Path, ops: list[str], commands: list[str]) -> Nav:
         {"Recipes": listed(recipes)},
         {"LoRA by hand": [*listed([*BY_HAND, *TUTORIALS]), *derivations]},
         {"Guides": listed(guides)},
-        {"Commands": listed([f"commands/{name}.md" for name in commands])},
+        {"Commands": listed([*COMMANDS, *(f"commands/{name}.md" for name in commands)])},
         {"Reference": listed(REFERENCE)},
         {"Project": listed(PROJECT_PAGES)},
     ]
@@ -115,7 +123,7 @@ def relink(text: str, page: Path, ops: set[str]) -> str:
         up = "../" * len(page.parent.parts)
         if path.is_relative_to(DOCS) and path.suffix != "":
             return f"[{label}]({up}{path.relative_to(DOCS)}{anchor})"
-        if path.parent in (PACKAGE / "ops", PACKAGE / "nn") and path.stem in ops:
+        if path.parent in (PACKAGE / "ops", PACKAGE / "nn" / "decoder") and path.stem in ops:
             return f"[{label}]({up}ops/{path.stem}.md)"
         if path.parent == PROJECT and path.name in ROOT_PAGES:
             return f"[{label}]({up}{ROOT_PAGES[path.name]}{anchor})"
@@ -127,21 +135,6 @@ def relink(text: str, page: Path, ops: set[str]) -> str:
         parts += [_LINK.sub(turned, text[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, _LINK.sub(turned, text[end:])])
-
-
-def benchmark_page() -> str | None:
-    """The README's benchmark section as a page; None as long as a result it needs has not been measured."""
-    path = PROJECT / "benchmarks" / "table.py"
-    spec = importlib.util.spec_from_file_location("table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    try:
-        section: str = table.section()
-    except FileNotFoundError:
-        return None
-    return re.sub(r"<!--.*?-->", "", section).strip().replace("## How fast", "# How fast", 1) + "\n"
 
 
 def _title(page: Path) -> str:

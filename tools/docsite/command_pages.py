@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import types
 import typing
-from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
+from backhand.bounds import union_members
 from backhand.cli.commands import COMMANDS, Command
 from backhand.cli.fields import option_fields
-from backhand.train.config import TrainConfig
+from backhand.training.config import TrainConfig
 
 
 def command_pages() -> dict[str, str]:
@@ -44,10 +42,8 @@ def toml_page() -> str:
 
 
 def _page(command: Command) -> str:
-    module, _, function = command.target.partition(":")
-    called: Callable[..., Any] = getattr(importlib.import_module(module), function)
     groups: dict[str, list[str]] = {}
-    for parameter in inspect.signature(called).parameters.values():
+    for parameter in inspect.signature(command.parsed()).parameters.values():
         hint, said = _annotated(parameter)
         title = next((group.name for group in _several(said.group) if isinstance(group, Group)), "Arguments")
         groups.setdefault(title, []).append(_row(parameter, hint, said))
@@ -79,10 +75,7 @@ def _row(parameter: inspect.Parameter, hint: Any, said: Parameter) -> str:
 
 def _kind(hint: Any) -> str:
     """What may be given, for a reader: `int`, `text`, the choices, … several."""
-    members = [hint]
-    if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
-        members = [member for member in get_args(hint) if member is not type(None)]
-    return " or ".join(dict.fromkeys(_one_kind(member) for member in members))
+    return " or ".join(dict.fromkeys(_one_kind(member) for member in union_members(hint)))
 
 
 def _one_kind(hint: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 from backhand.ops.registry import OPS
@@ -13,7 +14,6 @@ from docsite.mathematics import derivation
 # LoRA first, then what a decoder is made of from bottom to top, then the ops for other nets.
 READING_ORDER = (
     "lora_linear",
-    "lora_linear_group",
     "dropout",
     "lora_bias",
     "dora",
@@ -45,7 +45,7 @@ def op_pages(package: Path) -> dict[str, str]:
     order = [name for name in READING_ORDER if name in files]
     order += [name for name in files if name not in order]
     pages = {name: _page(package, "ops", name, [op for op, file in OPS.items() if file == name]) for name in order}
-    return pages | {name: _page(package, "nn", name, [name]) for name in COMPOSITES}
+    return pages | {name: _page(package, "nn/decoder", name, [name]) for name in COMPOSITES}
 
 
 def _page(package: Path, room: str, name: str, ops: list[str]) -> str:
@@ -64,14 +64,24 @@ def _page(package: Path, room: str, name: str, ops: list[str]) -> str:
             f"# {docstring.splitlines()[0].rstrip('.')}",
             f"`src/backhand/{room}/{name}.py` · " + ", ".join(f"`backhand verify --op {op}`" for op in ops),
             derivation(docstring),
+            *_sections(source),
             *(_code(source, backward) if backward else ()),
             "## Wrong versions that the proof must reject",
             *_mutants(name, ops),
             "## Functions",
-            *(f"::: backhand.{room}.{name}.{node.name}" for node in members),
+            *(f"::: backhand.{room.replace('/', '.')}.{name}.{node.name}" for node in members),
             "",
         ]
     )
+
+
+def _sections(source: str) -> list[str]:
+    """The comments that head a file's sections, which may derive another op, as the docstring derives the first."""
+    parts: list[str] = []
+    for block in re.findall(r"^# -{20,}\n((?:#.*\n)+)", source, re.MULTILINE):
+        text = re.sub(r"^# ?", "", block, flags=re.MULTILINE)
+        parts += [f"## {text.splitlines()[0].rstrip('.')}", derivation(text)]
+    return parts
 
 
 def _code(source: str, functions: list[ast.FunctionDef]) -> list[str]:

@@ -1,0 +1,236 @@
+"""How large the package is, room by room, and what one has to read: `make size`, so that growth is seen.
+
+python tools/size.py                   # of this project
+python tools/size.py --tree PATH       # of another checkout of it, an older one too
+python tools/size.py --no-step         # without running a training step
+
+What is counted, over every *.py file under src/backhand:
+
+- lines: all of them, blank ones and docstrings too. Import lines: those of import statements, at the top or inside
+  functions.
+- imports: from module to module, at the top or inside functions, and `import_module("backhand.…")`; those under
+  `if TYPE_CHECKING` are read by type checkers alone and do not count. Upward: from a room to one that stands above it
+  in the layers of that tree's pyproject.toml, or beside it. A circle: modules of which each can be reached from each
+  other by imports.
+- files on the way of one step: see one_step.py. Their lines are the files' own, not those that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+_NAME = "backhand"
+_SHOWN = 8
+LONG, SHORT = 450, 80
+"""Lines above which a file wants a reason, and below which it may belong to its neighbour."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file of the package.
+
+    Attributes:
+        path: relative to the package.
+        name: dotted, `backhand` included.
+        lines: of the file.
+        import_lines: of them, those of import statements.
+        imports: modules of the package that it imports.
+    """
+
+    path: str
+    name: str
+    lines: int
+    import_lines: int
+    imports: frozenset[str]
+
+    @property
+    def room(self) -> str:
+        """The folder under the package, or the file's own name where it stands beside the rooms."""
+        return room_of(self.name)
+
+
+@dataclass
+class _Imports(ast.NodeVisitor):
+    """Import statements of one file: their lines, and the names that they may mean."""
+
+    lines: set[int] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    _for_types: bool = False
+
+    def visit_If(self, node: ast.If) -> None:
+        """What stands under `if TYPE_CHECKING` has lines and no names."""
+        before = self._for_types
+        self._for_types |= "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in node.body:
+            self.visit(child)
+        self._for_types = before
+        for child in node.orelse:
+            self.visit(child)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        """`import a.b`."""
+        self._add(node, {alias.name for alias in node.names})
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        """`from a import b`: b may be a module or a name in one."""
+        self._add(node, {f"{node.module}.{alias.name}" for alias in node.names})
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """`import_module("a.b")`; of an f-string the part before the first hole."""
+        if ast.unparse(node.func).rpartition(".")[2] == "import_module" and node.args:
+            named = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(named, ast.Constant) and isinstance(named.value, str):
+                self.names.add(named.value.removesuffix("."))
+        self.generic_visit(node)
+
+    def _add(self, node: ast.stmt, names: set[str]) -> None:
+        self.lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if not self._for_types:
+            self.names |= names
+
+
+def room_of(module: str) -> str:
+    """The room a module belongs to; "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def read_modules(package: Path) -> list[Module]:
+    """Every module of the package, by path."""
+    paths = sorted(package.rglob("*.py"))
+    names = {path: ".".join([_NAME, *path.relative_to(package).with_suffix("").parts]) for path in paths}
+    names = {path: name.removesuffix(".__init__") for path, name in names.items()}
+    known = set(names.values())
+    modules = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        found = _Imports()
+        found.visit(ast.parse(text))
+        imports = {_known(name, known) for name in found.names} - {None, _NAME, names[path]}
+        relative = path.relative_to(package).as_posix()
+        lines = len(text.splitlines())
+        modules.append(Module(relative, names[path], lines, len(found.lines), frozenset(filter(None, imports))))
+    return modules
+
+
+def _known(name: str, known: set[str]) -> str | None:
+    """The module that an imported name is, or stands in; None for other packages."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def read_layers(pyproject: Path) -> list[set[str]]:
+    """The rooms of the import contract, top to bottom; rooms of one layer stand together."""
+    contracts = tomllib.loads(pyproject.read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return [{name.strip().removeprefix(f"{_NAME}.") for name in layer.split("|")} for layer in layers]
+
+
+def upward(modules: list[Module], layers: list[set[str]]) -> list[tuple[str, str]]:
+    """Imports from a room to one above it, or beside it in the same layer, or to one that no layer has."""
+    height = {room: -depth for depth, rooms in enumerate(layers) for room in rooms}
+    found = []
+    for module in modules:
+        # The package and its command stand outside: what they hand on comes from every room.
+        if module.room in height:
+            for target in sorted(module.imports):
+                room = room_of(target)
+                if room != module.room and (room not in height or height[room] >= height[module.room]):
+                    found.append((module.name, target))
+    return found
+
+
+def circles(modules: list[Module]) -> list[list[str]]:
+    """Groups of modules that import each other in a circle, each group as large as it can be."""
+    reached = {module.name: set(module.imports) for module in modules}
+    for middle, beyond in reached.items():
+        for targets in reached.values():
+            if middle in targets:
+                targets |= beyond
+    groups = {
+        tuple(sorted(other for other in targets if name in reached.get(other, ())))
+        for name, targets in reached.items()
+        if name in targets
+    }
+    return sorted(map(list, groups))
+
+
+def step_files(tree: Path) -> dict[str, list[str]]:
+    """What one_step.py finds in that tree.
+
+    Raises:
+        RuntimeError: it found nothing; the text is what it printed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("one_step.py"))]
+    finished = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise RuntimeError(f"one_step.py: exit code {finished.returncode}\n{finished.stderr}")
+    found: dict[str, list[str]] = json.loads(finished.stdout)
+    return found
+
+
+def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[str]] | None) -> Iterator[str]:
+    """The lines of the report."""
+    counts = [module.lines for module in modules]
+    total = sum(counts)
+    imports = sum(module.import_lines for module in modules)
+    climbing, round_trips = upward(modules, layers), circles(modules)
+    yield f"files           {len(modules):>7,}"
+    mean, median = total / len(modules), statistics.median(counts)
+    yield f"lines           {total:>7,}   a file {mean:.0f} on average, {median:.0f} median"
+    yield f"import lines    {imports:>7,}   {imports / total:.1%}"
+    yield f"below {SHORT} lines  {sum(count < SHORT for count in counts):>7,}"
+    yield f"above {LONG} lines {sum(count > LONG for count in counts):>7,}"
+    yield f"upward imports  {len(climbing):>7,}"
+    yield from (f"    {source} → {target}" for source, target in climbing)
+    yield f"circles         {len(round_trips):>7,}"
+    yield from (f"    {' ⇄ '.join(group)}" for group in round_trips)
+    if way is not None:
+        lines = {module.path: module.lines for module in modules}
+        of_them = sum(lines[path] for path in way)
+        yield f"on the way of one step, from the command to the optimizer: {len(way)} files of {of_them:,} lines"
+        yield from (f"    {lines[path]:>5}  {path}" for path in way)
+    yield ""
+    yield f"{'room':<14}{'files':>6}{'lines':>8}{'a file':>8}"
+    order = ["", *(room for rooms in layers for room in sorted(rooms))]
+    rooms = [*order, *sorted({module.room for module in modules} - set(order))]
+    for room in rooms:
+        of_room = [module.lines for module in modules if module.room == room]
+        if of_room:
+            yield f"{room or _NAME:<14}{len(of_room):>6}{sum(of_room):>8,}{sum(of_room) / len(of_room):>8.0f}"
+    ordered = sorted(modules, key=lambda module: (-module.lines, module.path))
+    long = max(_SHOWN, sum(count > LONG for count in counts))
+    written = [module for module in ordered if not module.path.endswith("__init__.py")]
+    for title, shown in (("longest", ordered[:long]), ("shortest, without __init__.py", written[: -_SHOWN - 1 : -1])):
+        yield ""
+        yield title
+        yield from (f"    {module.lines:>5}  {module.path}" for module in shown)
+
+
+def main() -> int:
+    """Print the report; the exit code."""
+    parser = argparse.ArgumentParser(description="Files and lines of the package, room by room.")
+    parser.add_argument("--tree", type=Path, default=PROJECT, help="a checkout of this project; this one unless given")
+    parser.add_argument("--no-step", action="store_true", help="do not run a training step to see its files")
+    options = parser.parse_args()
+    tree: Path = options.tree.resolve()
+    modules = read_modules(tree / "src" / _NAME)
+    way = None if options.no_step else step_files(tree)
+    print("\n".join(tables(modules, read_layers(tree / "pyproject.toml"), way)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
