@@ -125,8 +125,8 @@ def quantized_section() -> str:
     if not (HERE / "results" / "quantized_base.json").exists():
         return "`python benchmarks/quantized_base.py` measures it on your machine; no figures are stored yet."
     results = _read("quantized_base.json")
-    lines = [machine_line(results["machine"])]
-    for run in results.get("runs", ()):
+    lines: list[str] = []
+    for run in results["runs"]:
         workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
         model = _MODELS.get(workload["model"], workload["model"])
         title = f"{model}, {workload['file_bytes'] / 2**30:.2f} GiB, {workload['rows']} × {workload['length']} tokens, "
@@ -149,10 +149,10 @@ def quantized_section() -> str:
             ]
             for name, row in peers.items()
         ]
-        lines += ["", f"{title}{workload['dtype']}:", "", *table(head, rows)]
+        lines += ["", machine_line(run["machine"]), "", f"{title}{workload['dtype']}:", "", *table(head, rows)]
     if "limited" in results:
-        lines += ["", _limited_line(results["limited"])]
-    return "\n".join(lines)
+        lines += ["", machine_line(results["limited"]["machine"]), _limited_line(results["limited"])]
+    return "\n".join(lines).strip()
 
 
 def base_types_section() -> str:
