@@ -87,6 +87,7 @@ class BackhandPeer:
         # Its moments are part of the step's memory, as torch.optim's are, which appear in the first step.
         self.make_optimizer = lambda: AdapterOptimizer(self.lora, OptimizationOptions(learning_rate=LEARNING_RATE))
         self.optimizer: AdapterOptimizer | None = None
+        self.first = True
         ids = workload.tokens(vocab_size)
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[:, :-1] = ids[:, 1:]
@@ -101,6 +102,13 @@ class BackhandPeer:
         norm = optimizer.clip()
         optimizer.step(LEARNING_RATE)
         self.lora.refresh_compute(self.model.dtype)
+        if self.first:
+            from backhand.nn.compute import release_freed_memory
+
+            # What the first step compiles settles among its buffers; a run gives the gaps back as well
+            # (`training.memory.process.MemoryKeeper`).
+            release_freed_memory()
+            self.first = False
         return float(loss) / supervised, norm
 
 

@@ -29,9 +29,11 @@ Two ways to carry this out, for one group of documents after another (`document_
   the short ones too.
 
 Where the compiled library has its loop (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
-and multiplies bfloat16 by the processor's own pairwise products where it has them.
+and multiplies bfloat16 by the processor's own pairwise products where it has them. It has no use for O in the backward
+either, δ being a sum over P and ∂L/∂P: whoever wants O there for something else gets it once more from P V, for one
+product in six, and need not keep it (`gives_output_again`).
 
-Saved: Q, K, V, O, and ℓ (one float32 a token and head) of what torch's kernels attended.
+Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch's kernels attended.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ from backhand.ops.document_groups import Run, groups, keys_of, set_keys, set_par
 _HEADS = (POINTER, INT64, INT64)
 _PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE)
 _FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
-_BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 7, *_PROBLEM, result=INT)
+_BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
+_NOWHERE = (0, 0, 0)
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -63,13 +66,14 @@ _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 class AttentionSaved(NamedTuple):
     """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (≤ tokens · heads,).
 
-    log_sum_exp is float32 or wider, for what the kernels attended, in their order (documents, heads, tokens).
+    log_sum_exp is float32 or wider, for what the kernels attended, in their order (documents, heads, tokens). output is
+    None where it was not kept.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    output: Tensor
+    output: Tensor | None
     log_sum_exp: Tensor
     runs: tuple[Run, ...]
     scaling: float
@@ -86,6 +90,15 @@ class AttentionGrads(NamedTuple):
     d_v: Tensor
 
 
+def gives_output_again(q: Tensor, cap: float | None = None) -> bool:
+    """Whether `attention_backward` gives O of such queries again for next to nothing, so that it need not be kept.
+
+    That is so in the compiled loop. In bfloat16, where O is half as large and P V takes as long as in float32, it is
+    kept.
+    """
+    return cap is None and q.dtype != torch.bfloat16 and loop(_BACKWARD, q) is not None
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -95,6 +108,8 @@ def attention_forward(
     window: int | None = None,
     shared: int = 0,
     cap: float | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, AttentionSaved]:
     """Attend within each document.
 
@@ -107,11 +122,12 @@ def attention_forward(
         window: a query sees itself and window - 1 tokens before it; None for all before it.
         shared: tokens at the front with which every document begins.
         cap: κ, which no score exceeds, or None.
+        out: of q's shape and dtype, to receive the output, or None.
 
     Returns:
         output (tokens, heads, head_dim) in q's dtype, and what backward needs.
     """
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     run = loop(_FORWARD, q, k, v) if cap is None else None
     if run is not None:
@@ -139,23 +155,29 @@ def attention_forward(
     return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap)
 
 
-def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None) -> AttentionGrads:
+def attention_backward(
+    d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None, again: Tensor | None = None
+) -> AttentionGrads:
     """Map d_y, (tokens, heads, head_dim), to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂O.
         saved: from the forward pass.
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
+        again: (tokens, heads, head_dim) to receive O, or None.
     """
     q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
-    run = loop(_BACKWARD, q, k, v, d_y, out) if cap is None else None
+    run = loop(_BACKWARD, q, k, v, d_y, out, again) if cap is None else None
     if run is not None:
-        _check(run(*_heads(q, k, v, d_y, *grads), *_problem(q, k, runs, scaling, window, shared)))
+        once_more = _NOWHERE if again is None else _heads(again)
+        _check(run(*_heads(q, k, v, d_y, *grads), *once_more, *_problem(q, k, runs, scaling, window, shared)))
         return grads
+    if again is not None:
+        again.copy_(attention_forward(q, k, v, runs, scaling, window, shared, cap)[0] if output is None else output)
     # What the documents add to the prefix's gradients; rounded once.
     wide = torch.promote_types(q.dtype, torch.float32)
     prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
@@ -179,6 +201,7 @@ def attention_backward(d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None
         lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
         filled += lse.numel()
         mask = _window_mask(group.length, window, lse.dtype, q.device)
+        assert output is not None  # where these kernels have attended, it is kept
         operands = _for_kernel(g_group, q_group, k_group, v_group, together(output, group))
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):

@@ -137,11 +137,17 @@ def _softmax_losses(
             z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
 
 
-def _buffers(rows: int, x: Tensor, weight: FrozenMatrix) -> tuple[Tensor, Tensor]:
-    """One chunk's logits, and the losses of all rows in float32 or wider."""
+def chunk_shape(rows: int, weight: FrozenMatrix) -> tuple[int, int]:
+    """(chunk, vocab) of the logits that are there at once."""
+    return min(rows, CHUNK_ROWS), weight.shape[0]
+
+
+def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One chunk's logits, in a buffer that may be given, and the losses of all rows in float32 or wider."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    logits = torch.empty(min(rows, CHUNK_ROWS), weight.shape[0], dtype=x.dtype, device=x.device)
-    return logits, torch.empty(rows, dtype=wide, device=x.device)
+    if logits is None:
+        logits = torch.empty(chunk_shape(x.shape[0], weight), dtype=x.dtype, device=x.device)
+    return logits, torch.empty(x.shape[0], dtype=wide, device=x.device)
 
 
 def linear_cross_entropy_forward(
@@ -159,7 +165,7 @@ def linear_cross_entropy_forward(
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
-    logits, losses = _buffers(x.shape[0], x, weight)
+    logits, losses = _buffers(x, weight)
     for start in range(0, x.shape[0], CHUNK_ROWS):
         part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
         n = part.stop - part.start
@@ -175,6 +181,9 @@ def linear_cross_entropy_backward(
     head: HeadFactors | None = None,
     multiplier: float = 1.0,
     rule: LogitsRule = PLAIN,
+    *,
+    out: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, LinearCrossEntropyGrads]:
     """ℓ of every row and the gradients of multiplier · Σ ℓ, forward and backward in one pass over the chunks.
 
@@ -185,12 +194,14 @@ def linear_cross_entropy_backward(
         head: the head's adapter, if it has one.
         multiplier: w, e.g. 1 / supervised tokens of the whole step.
         rule: the logits' multiplier and cap.
+        out: of x's shape and dtype, to receive d_x: perhaps x itself, where the head has no adapter.
+        logits: of `chunk_shape` and x's dtype, to work in, or None.
 
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
     """
-    logits, losses = _buffers(x.shape[0], x, weight)
-    d_x = torch.empty_like(x)
+    logits, losses = _buffers(x, weight, logits)
+    d_x = torch.empty_like(x) if out is None else out
     d_lora_A = None if head is None else torch.zeros_like(head.lora_A)
     d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
     mask = None if head is None else lora_linear.multiplier(x, head.dropout)

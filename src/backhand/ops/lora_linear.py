@@ -129,12 +129,23 @@ def lora_linear_backward(
         low_rank_accumulate(g, rows(saved.h), saved.scaling, [into[1]])
     if not input_gradient:
         return LoRAGrads(None, *into)
-    d_x = frozen_input_gradient(g, saved.weight)
-    if mask is None:
-        low_rank_expand(d_x, d_h, saved.lora_A.T)
-    else:
-        d_x.addcmul_(mask, d_h @ saved.lora_A)
+    d_x = _with_low_rank(frozen_input_gradient(g, saved.weight), d_h, saved.lora_A, mask)
     return LoRAGrads(d_x.view(saved.x.shape), *into)
+
+
+def lora_linear_input_gradient(
+    d_y: Tensor, weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: Dropout | None = None
+) -> Tensor:
+    """∂L/∂x alone, (rows, in), from d_y, (rows, out), where x is not there yet; the rest as in the forward."""
+    d_x = frozen_input_gradient(d_y, weight)
+    return _with_low_rank(d_x, low_rank_shrink(d_y, lora_B, scaling), lora_A, multiplier(d_x, dropout))
+
+
+def _with_low_rank(d_x: Tensor, d_h: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
+    """d_x + m ⊙ ((∂L/∂h) A), in d_x's place."""
+    if mask is None:
+        return low_rank_expand(d_x, d_h, lora_A.T)
+    return d_x.addcmul_(mask, d_h @ lora_A)
 
 
 def lora_linear_reference(

@@ -5,7 +5,7 @@
 // that it sees, their softmax, and the products that follow, while all of it lies in the second-level cache. Keys
 // behind the block's last query, and before its window, are never multiplied. The backward normalises P afresh and
 // works on transposed blocks (keys, queries), so that every product finds its operands as packed, and sums over keys
-// run down the lanes.
+// run down the lanes. Where it is asked to, it gives O once more from the same P, for one product in six.
 //
 // Results do not depend on the number of threads: each task writes places of its own, and what several add up (the
 // shared prefix's ∂L/∂K and ∂L/∂V, and those of a group whose heads are tasks) goes to buffers, added in a fixed order.
@@ -202,25 +202,26 @@ struct Backward {
   typedef typename Op::Unit U;
   Shape shape;
   Heads<const T> q, k, v, d_y;
-  Heads<T> d_q, d_k, d_v;
+  Heads<T> d_q, d_k, d_v, again;  // the last one's data is null where O is not wanted
 
   size_t scratch(int64_t keys) const {
     const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
-    const int64_t numbers = n * width * 6 + block * (5 * n + 8 * width);
-    return static_cast<size_t>(numbers) * sizeof(C) + 32 * 64;
+    const int64_t numbers = n * width * 7 + block * (5 * n + 8 * width);
+    return static_cast<size_t>(numbers) * sizeof(C) + 33 * 64;
   }
 
-  // Adds to `into` (keys, width); writes ∂L/∂Q.
+  // Adds to `into` (keys, width); writes ∂L/∂Q, and O where it is wanted.
   void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
             Accumulated<C> into) const {
     const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
     const int64_t block = block_of(doc.keys());
     E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
     U *mixed = arena.take<U>(n / Op::PACK * width), *k_mixed = arena.take<U>(width * (n / Op::PACK));
+    U* v_mixed = again.data == nullptr ? nullptr : arena.take<U>(width * (n / Op::PACK));
     C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
     C* sums = arena.take<C>(width * block);
     E *p = arena.take<E>(n * block), *d_s = arena.take<E>(n * block);
-    U* d_s_mixed = Op::PACK == 1 ? nullptr : arena.take<U>(n / Op::PACK * block);
+    U* right_mixed = Op::PACK == 1 ? nullptr : arena.take<U>(n / Op::PACK * block);
     E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
     U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
     U *q_mixed = arena.take<U>(block / Op::PACK * width), *g_mixed = arena.take<U>(block / Op::PACK * width);
@@ -228,6 +229,25 @@ struct Backward {
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
     interleave<Op>(k_rows, width, n, width, mixed, width);
     transpose(mixed, width, n / Op::PACK, width, k_mixed, n / Op::PACK);
+    if (again.data != nullptr) {
+      interleave<Op>(v_rows, width, n, width, mixed, width);
+      transpose(mixed, width, n / Op::PACK, width, v_mixed, n / Op::PACK);
+    }
+    // rows (count, head_dim) of one head = (values · right)ᵀ, with right (keys seen, queries) = P or ∂L/∂S.
+    const auto write_product = [&](const U* values, const E* right, const Range& range, int64_t begin, int64_t count,
+                                   const Heads<T>& rows, int64_t head) {
+      const int64_t span = range.high - range.low;
+      const U* mixed_right = reinterpret_cast<const U*>(right);
+      if constexpr (Op::PACK == 2) {
+        interleave<Op>(right, block, span, block, right_mixed, block);
+        mixed_right = right_mixed;
+      }
+      product<Op>(width, block, span / Op::PACK, values + range.low / Op::PACK, n / Op::PACK, mixed_right, block, sums,
+                  block, false);
+      transpose(sums, block, width, block, scores, width);
+      for (int64_t i = 0; i < count; ++i)
+        write_row<C>(scores + i * width, rows.at(doc.token(doc.before + begin + i), head), shape.head_dim);
+    };
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
@@ -249,16 +269,9 @@ struct Backward {
                     into.d_v + range.low * width, width, true);
         product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(d_s), block / Op::PACK, q_mixed, width,
                     into.d_k + range.low * width, width, true);
-        const U* right = reinterpret_cast<const U*>(d_s);
-        if constexpr (Op::PACK == 2) {
-          interleave<Op>(d_s, block, span, block, d_s_mixed, block);
-          right = d_s_mixed;
-        }
-        product<Op>(width, block, span / Op::PACK, k_mixed + range.low / Op::PACK, n / Op::PACK, right, block, sums,
-                    block, false);
-        transpose(sums, block, width, block, scores, width);
-        for (int64_t i = 0; i < count; ++i)
-          write_row<C>(scores + i * width, d_q.at(doc.token(first + i), head), shape.head_dim);
+        write_product(k_mixed, d_s, range, begin, count, d_q, head);
+        if (again.data != nullptr)
+          write_product(MUTATED("attention: output made of keys", v_mixed, k_mixed), p, range, begin, count, again, head);
       }
   }
 
@@ -482,13 +495,15 @@ BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t
   });
 }
 
-// The gradients of q, k and v from d_y, the gradient of the output; the rest as in the forward.
+// The gradients of q, k and v from d_y, the gradient of the output; the output once more in `again`, if that is not null.
+// The rest as in the forward.
 BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
-    int64_t d_v_head, const int64_t* starts, const int64_t* lengths, int64_t documents, int64_t shared, int64_t heads,
-    int64_t kv_heads, int64_t head_dim, int64_t window, double scaling) {
+    int64_t d_v_head, void* again, int64_t again_token, int64_t again_head, const int64_t* starts,
+    const int64_t* lengths, int64_t documents, int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
+    int64_t window, double scaling) {
   const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling};
   BY_DTYPE(dtype, T, {
     const Backward<Operands<T>, T> run{shape,
@@ -498,7 +513,8 @@ BACKHAND_EXPORT int backhand_attention_backward(
                                        {static_cast<const T*>(d_y), d_y_token, d_y_head},
                                        {static_cast<T*>(d_q), d_q_token, d_q_head},
                                        {static_cast<T*>(d_k), d_k_token, d_k_head},
-                                       {static_cast<T*>(d_v), d_v_token, d_v_head}};
+                                       {static_cast<T*>(d_v), d_v_token, d_v_head},
+                                       {static_cast<T*>(again), again_token, again_head}};
     return backward(run);
   });
 }

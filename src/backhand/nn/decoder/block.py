@@ -16,10 +16,10 @@ Backward is the same list from the bottom up, each line by its op's backward; at
 goes both ways, so d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention); with a residual multiplier m
 the branches begin from m d_x₂ and m d_x₁, the sums stay.
 
-Kept for backward: x₀, q, k, v, o, log-sum-exp, x₁, a, u, the norm factors, and every rank-sized h = x Aᵀ. With q/k
-norms, q and k are kept as they were before the norm, plus their factors; with norms behind the halves, the two normed
-outputs as they were before the norm, plus their factors. n₁, n₂, p and the rotated q, k of q/k-normed families are
-recomputed.
+Kept for backward: x₀, q, k, v, x₁, a, u, the norm factors, every rank-sized h = x Aᵀ, and o with its log-sum-exp where
+attention's backward does not give o again (`ops.attention`). With q/k norms, q and k are kept as they were before the
+norm, plus their factors; with norms behind the halves, the two normed outputs as they were before the norm, plus their
+factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
 `recompute="mlp"` keeps no a, u and none of their h; `recompute="block"` keeps x₀ alone and runs the forward again.
 
 Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value
@@ -40,12 +40,12 @@ from backhand.nn.decoder.adapted_group import (
     INPUT,
     OUTPUT,
     BlockAdapter,
-    Scratch,
     enter_again,
     enter_backward,
     enter_forward,
     group_backward,
     group_forward,
+    input_gradient_alone,
     join_backward,
     join_forward,
     norm_backward,
@@ -63,11 +63,13 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.per_layer_input import EndKept, end_backward, end_forward
+from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
+from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
+from backhand.ops.document_groups import Run
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -130,18 +132,29 @@ def mixing_half_forward(
     x1, h_output, projected = join_forward(
         stream, wanted, weights.output, weights.output_bias, adapter.output, weights.after_attention_norm, config
     )
-    return x1, MixingKept(factor, entering, output, own, h_input, h_output, projected)
+    kept_output = None if mixer == ATTENTION and _comes_again(output, config) else output
+    return x1, MixingKept(factor, entering, kept_output, own, h_input, h_output, projected)
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
     """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
     config = context.config
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
-    output, attended = attention_forward(
-        q, k, v, context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
-    )
+    place = context.scratch.take("attended", q.shape, q) if _comes_again(qkv, config) else None
+    output, attended = attention_forward(q, k, v, *_setting(context), out=place)
     kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
     return gated_output(qkv, output, config), kept
+
+
+def _comes_again(x: Tensor, config: DecoderConfig) -> bool:
+    """Whether attention in x's dtype and place gives o again in the backward: gates need what it gave before that."""
+    return not config.attention_gate and gives_output_again(x, config.attention_cap)
+
+
+def _setting(context: BlockContext) -> tuple[tuple[Run, ...], float, int | None, int, float | None]:
+    """What attention takes behind q, k and v."""
+    config = context.config
+    return context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
@@ -352,25 +365,32 @@ def mixing_half_backward(
     lowest_group: int,
 ) -> Tensor | None:
     """d_x₀, (T, hidden), from d_x₁, of its wanted rows, or None when nothing below needs it."""
-    config, mixer, rows = context.config, context.layer.mixer, context.rows
+    config, mixer, rows, output = context.config, context.layer.mixer, context.rows, kept.output
     d_projected = join_backward(d_x1, kept.projected, adapter, config.norms.after_attention, config)
-    d_output = group_backward(
-        d_projected,
-        _rows(kept.output, rows),
-        weights.output,
-        (config.hidden_size,),
-        adapter.output,
-        kept.h_output,
-        lora,
-        input_gradient=lowest_group < OUTPUT,
+    of_output = weights.output, (config.hidden_size,), adapter.output, kept.h_output, lora
+    below = lowest_group < OUTPUT
+    if output is None and (adapter.output.extras is not None or not below):
+        # Wanted before attention's own backward, or without it.
+        q, k, v = _attending_again(kept, weights, context)
+        output = attention_forward(q, k, v, *_setting(context))[0].flatten(1)
+    d_output = (
+        input_gradient_alone(d_projected, weights.output, adapter.output)
+        if output is None
+        else group_backward(d_projected, _rows(output, rows), *of_output, input_gradient=below)
     )
-    del d_projected
     if d_output is None:
         return None
     if rows is not None:
         d_output = d_output.new_zeros(x0.shape[0], d_output.shape[1]).index_copy_(0, rows, d_output)
 
-    d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
+    if output is None:
+        again = context.scratch.take("attended", d_output.shape, d_output) if adapter.output.adapted else None
+        d_input = attention_input_gradient(d_output, kept, weights, context, adapter, again)
+        if again is not None:
+            group_backward(d_projected, _rows(again, rows), *of_output, input_gradient=False)
+    else:
+        d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
+    del d_projected
     n1 = enter_again(x0, weights.attention_norm, kept.factor, config)
     sizes = config.mixers[mixer].sizes
     d_n1 = group_backward(
@@ -384,39 +404,45 @@ def mixing_half_backward(
     return d_x0 if rows is None else d_x0.index_add_(0, rows, d_x1)
 
 
+def _attending_again(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
+    own = kept.own
+    if own.q_factor is not None and own.k_factor is not None:
+        return prepare_qkv(kept.input, weights, context, (own.q_factor, own.k_factor))[:3]
+    q, _, k, v = _parts(kept.input, context.config)
+    return q, k, v
+
+
 def attention_input_gradient(
-    d_output: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
+    d_output: Tensor,
+    kept: MixingKept,
+    weights: BlockWeights,
+    context: BlockContext,
+    adapter: BlockAdapter,
+    again: Tensor | None = None,
 ) -> Tensor:
-    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm."""
+    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm.
+
+    `again`, (T, q), receives o where it is not kept.
+    """
     config, own = context.config, kept.own
     heads, kv_heads = config.num_heads, config.num_key_value_heads
-    q, gate, k, v = _parts(kept.input, config)
+    by_head = (heads, config.head_dim)
     d_qkv = torch.empty_like(kept.input)
     d_parts = _parts(d_qkv, config)
-    d_attended, attended = d_output.unflatten(1, (heads, config.head_dim)), own.attended
+    d_attended, attended = d_output.unflatten(1, by_head), own.attended
     if attended is None:
-        attended = kept.output.unflatten(1, (heads, config.head_dim))
+        attended = None if kept.output is None else kept.output.unflatten(1, by_head)
         d_by_head = d_qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
     else:
         # Gates stand between the queries, so that attention's own gradients get a place of their own first.
+        gate = _parts(kept.input, config).gate
         d_gate, d_attended = glu_backward(d_attended, GLUSaved(gate, attended, "sigmoid"))
         d_parts.gate.copy_(d_gate)
         d_by_head = torch.empty(len(gate), heads + 2 * kv_heads, config.head_dim, dtype=gate.dtype, device=gate.device)
-    if own.q_factor is not None and own.k_factor is not None:
-        q, k, _, _, _ = prepare_qkv(kept.input, weights, context, (own.q_factor, own.k_factor))
-    saved = AttentionSaved(
-        q,
-        k,
-        v,
-        attended,
-        own.log_sum_exp,
-        context.runs,
-        config.attention_scaling,
-        context.layer.window,
-        context.shared,
-        config.attention_cap,
-    )
-    attention_backward(d_attended, saved, out=d_by_head)
+    q, k, v = _attending_again(kept, weights, context)
+    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(context))
+    attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else again.unflatten(1, by_head))
     for turned, table in _turning(d_by_head, context):
         rotary_backward(turned, table, out=turned)
     (raw_q, raw_k), (d_q, d_k) = under_norm(kept.input, config), under_norm(d_qkv, config)

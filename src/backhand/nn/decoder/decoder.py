@@ -21,7 +21,6 @@ from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     BlockAdapter,
     GroupAdapter,
-    Scratch,
     before_blocks_adapter,
     block_adapter,
     group_adapter,
@@ -38,6 +37,7 @@ from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.row_products import keeps_rows
+from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.trained_ends import (
     adapted_rows,
     embedding_gradients,
@@ -57,6 +57,7 @@ from backhand.nn.lora_parameters import TOKENS, LoRAParameters, ModuleShapes, ch
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
+    chunk_shape,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     ruled,
@@ -378,6 +379,11 @@ class Decoder:
         if carried is not None and carried.inputs is not None and (lowest_layer, lowest_group) == (0, -1):
             carried.d_inputs = torch.zeros_like(carried.inputs)
 
+        scratch = contexts[-1].scratch
+        if self.recompute == "none" and self._head_is_plain():
+            # Under recomputation blocks allocate more that nobody keeps, where the logits will stand afterwards.
+            supervised = len(batch.supervised_positions)
+            scratch.reserve(chunk_shape(supervised, self.active.head), self.active.final_norm)
         adapters = self.block_adapters(dropout_seed)
         kept: list[BlockSaved | None] = []
         first, x = self._begun(batch)
@@ -392,7 +398,7 @@ class Decoder:
             )
             kept.append(None if below else saved)
 
-        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed)
+        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
             saved_block = kept.pop()
@@ -426,16 +432,25 @@ class Decoder:
         return d_x if more is None else d_x + more
 
     def _head_loss_and_gradient(
-        self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None
+        self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None, scratch: Scratch
     ) -> tuple[Tensor | None, Tensor]:
         """∂L/∂x and Σ nats, from x: the last block's output at the supervised positions, (supervised, hidden) both."""
         lora = self.lora
         assert lora is not None
+        scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
         if self._head_is_plain():
             # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
+            factors = self.head_factors(dropout_seed)
             losses, grads = linear_cross_entropy_backward(
-                normed, self.active.head, targets, self.head_factors(dropout_seed), loss_scaling, self.config.logits
+                normed,
+                self.active.head,
+                targets,
+                factors,
+                loss_scaling,
+                self.config.logits,
+                out=normed if factors is None else None,
+                logits=scratch.take("logits", chunk_shape(len(x), self.active.head), x),
             )
             if grads.d_lora_A is not None and grads.d_lora_B is not None:
                 lora.d_lora_A(HEAD).add_(grads.d_lora_A)
@@ -452,6 +467,7 @@ class Decoder:
                 self.config.logits,
                 self._head_rows(),
             )
+        scratch.let_go(room=True)
         name = f"{self.config.final_norm}.weight"
         trained = name in lora.trained
         d_x, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)

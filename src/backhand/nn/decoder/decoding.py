@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.nn.batch import document_runs
-from backhand.nn.decoder.adapted_group import Scratch, enter_forward, group_forward, join_forward
+from backhand.nn.decoder.adapted_group import enter_forward, group_forward, join_forward
 from backhand.nn.decoder.block import MIXERS, gated_output, mlp_half_forward
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
+from backhand.nn.decoder.scratch import Scratch
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import attention_blocks_forward
 from backhand.ops.frozen_matrix import frozen_rows

@@ -29,7 +29,6 @@ from backhand.nn.decoder.adapted_group import (
     GATE_UP,
     BlockAdapter,
     GroupAdapter,
-    Scratch,
     enter_again,
     enter_backward,
     enter_forward,
@@ -37,6 +36,7 @@ from backhand.nn.decoder.adapted_group import (
     joined,
 )
 from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors
 from backhand.ops.expert_linear import (

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import BlockAdapter, Scratch
+from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
+from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved
@@ -47,7 +48,7 @@ class MixingKept(NamedTuple):
 
     factor: Tensor | None  # (T, 1) of the norm before, if any
     input: Tensor  # (T, Σ sizes): what the first group gave; attention's turned in place, where no norm is before it
-    output: Tensor  # (T, width): what the mixer gave
+    output: Tensor | None  # (T, width): what the mixer gave; None where its backward gives it again
     own: Any  # what the mixer's forward returned for its backward
     h_input: Tensor  # (T, Σ rank)
     h_output: Tensor  # (T, rank), or of the wanted rows

@@ -129,7 +129,7 @@ def shared_attention_backward(
         q,
         k,
         v,
-        kept.output.unflatten(1, (heads, config.head_dim)),
+        None if kept.output is None else kept.output.unflatten(1, (heads, config.head_dim)),
         own.log_sum_exp,
         context.runs,
         config.attention_scaling,

@@ -5,6 +5,7 @@ width, f feed-forward width, H heads, K key/value heads, R the ranks of the bloc
     none    2d + 2q + 2k + 2f + R     and in float32 2
     mlp     2d + 2q + 2k + R'         and in float32 2                R' without gate's and up's ranks
     block   d                         and the largest block's `none` while it is computed again
+less one q where attention's loop gives its output again (float32, no gates, no cap);
 with another mixer the widths of its input and its output in the place of 2q + 2k; with the gated delta rule or a gate
 behind attention that of its output once more, with the former as many float32 as it has value heads; with experts, c of
 them chosen, 2cf' in the place of 2f, c times their ranks, and what the router decided;
@@ -15,9 +16,9 @@ tokens only; blocks below the lowest adapted layer keep nothing.
 Where layers have sizes of their own (`DecoderConfig.at`), theirs count; where they have inputs of their own, each keeps
 2d and the input's width more. What a pass carries beside the stream is counted with the stream.
 
-Workspace, on top of what is kept: the largest of what is alive
-    while a block's MLP is differentiated:  2d + 5f, or 3d + 2f beside three float32 copies of d for its norm;
-    while a block's experts are:            2d + 2cd + 3cf', or 2d + cd + 5cf' before, one c f' less in loops;
+Workspace, on top of what is kept: the largest of what is alive, in torch's form (see `_looped_block` for loops),
+    while a block's MLP is differentiated:  d + 4f, or 2d + f beside three float32 copies of d for its norm;
+    while a block's experts are:            d + 2cd + 2cf', or d + cd + 4cf' before, one c f' less in loops;
     while its rotation is:                  3d + 2q + 2k, and in float32 3q + 3k;
     while its attention is:                 2d + 2q + 2k; for the documents at work 2q + 2k, in float32 2k, and three
                                             matrices of `attention_blocks`' queries by keys for each head, five where
@@ -25,8 +26,8 @@ Workspace, on top of what is kept: the largest of what is alive
                                             differ in length also 3q + 4k, their copies;
     while the gated delta rule is: its input and output, their gradients, q and k in float32 twice, and for the key
                                             heads at work what `ops.gated_delta_rule` keeps of every token;
-    while the head is:                      the last block's output, 3d a supervised token, and the chunk of logits with
-                                            the softmax of some of its rows (`linear_cross_entropy`);
+    while the head is:                      2d a supervised token, 3d where something is trained in it, and the chunk of
+                                            logits with the softmax of some of its rows (`linear_cross_entropy`);
     between steps:                          a checkpoint's bytes, or the logits of a neutral text.
 Each is compared with torch's own allocations in tests/training/test_memory_model.py. Between steps nothing is kept, and
 a checkpoint's large buffers find their place because freed memory is given back before (`memory.process`).
@@ -105,6 +106,7 @@ def decoder_size(
     none = mlp + (sum(gate_ups) + gate_up_ranks) * b
     blocks = [half + gate_up * b for half, gate_up in zip(halves, gate_ups, strict=True)]
     again = max(blocks) + ranks // above * b if above else 0
+    scratch = (d if config.norms.before_attention else 0) + max(gate_ups, default=0) // 2
     last = f"model.layers.{layers - 1}."
     last_ranks = dict.fromkeys((INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION), 0)
     for slot in in_blocks:
@@ -129,6 +131,8 @@ def decoder_size(
     largest = max(mlp_matrix, *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
     adapter_elements = layout.element_count
     head_ranks = sum(slot.rank for slot in slots if slot.name == HEAD)
+    head_is_trained = head_ranks > 0 or any(tensor.token_ids is not None for tensor in layout.trained)
+    head_is_trained = head_is_trained or any(tensor.base_name.startswith(HEAD) for tensor in layout.trained)
     dropout = any(slot.dropout > 0 for slot in in_blocks)
     # Compiled loops hold next to nothing besides what goes in and comes out; capped scores take torch's form.
     looped = loops_are_there() and config.attention_cap is None
@@ -156,12 +160,16 @@ def decoder_size(
         attending_bytes={mode: _fullest(mixing[lowest:], of_each[mode], no_reading[mode]) for mode in _MODES},
         delta_bytes={mode: _fullest(delta[lowest:], of_each[mode], no_reading[mode]) for mode in _MODES},
         delta_heads=_delta_heads(config, b) if any(delta[lowest:]) else None,
-        again_bytes={"none": 0, "mlp": max(gate_ups, default=0) * b, "block": again},
+        again_bytes={
+            "none": 0,
+            "mlp": max(gate_ups, default=0) * b,
+            "block": again + (scratch * b if above else 0),
+        },
         run_token_bytes=0 if looped else (2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
         run_product_bytes=0 if looped else (3 if config.attention_cap is None else 5) * heads * b,
         copied_token_bytes=0 if looped else (3 * q + 4 * k) * b,
         stream_bytes=d * b + _BATCH_BYTES + sum(config.rotary_dims) * FLOAT32_BYTES + _carried(config, layout, b),
-        head_row_bytes=3 * d * b,
+        head_row_bytes=(3 if head_is_trained else 2) * d * b,
         head_chunk_bytes=config.vocab_size * b,
         softmax_rows=0 if softmax_in_place else max(1, SOFTMAX_ELEMENTS // config.vocab_size),
         softmax_row_bytes=config.vocab_size * FLOAT32_BYTES * _softmax_copies(config, b),
@@ -198,8 +206,15 @@ def _halves(config: DecoderConfig, layer: LayerConfig, b: int) -> int:
         ungated = mixer.width
     elif layer.mixer in (VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS):
         wide += config.num_heads + (0 if layer.mixer == SHARED_KEYS else 2 * config.num_key_value_heads)
-    elements = (2 + norms_after) * config.hidden_size + sum(mixer.sizes) + mixer.width + ungated
+    output = 0 if _comes_again(config, layer, b) else mixer.width
+    elements = (2 + norms_after) * config.hidden_size + sum(mixer.sizes) + output + ungated
     return elements * b + wide * FLOAT32_BYTES + _decided(config, layer, b) + _end(config, b)
+
+
+def _comes_again(config: DecoderConfig, layer: LayerConfig, b: int) -> bool:
+    """Whether a layer's attention gives its output again in the backward (`ops.attention`), so that it is not kept."""
+    plain = layer.mixer == ATTENTION and not config.attention_gate and config.attention_cap is None
+    return plain and loops_are_there() and b == FLOAT32_BYTES
 
 
 def _end(config: DecoderConfig, b: int) -> int:
@@ -285,21 +300,19 @@ def _fullest(at_work: Sequence[int], kept: Sequence[int], unread: int) -> int:
 def _looped_block(config: DecoderConfig, b: int, dropout: bool) -> tuple[int, list[int]]:
     """Bytes per token that are alive under compiled loops, besides what is kept: in MLPs, and in each layer's mixing.
 
-    In both the two buffers that every block fills (a normed stream and the MLP's product) are among them. In the MLP's
-    half p, d_p, d_gate_up and the stream's gradients are; of experts the rows that enter and their gradient, or those
-    that leave and p, p̂ and theirs; in attention's d_x₁, n₁, d_n₁, d_o, d_qkv and a norm's, with another mixer the
-    gradients of its output and its input. Where the stream enters the halves as it is, there is neither the buffer nor
-    n₁.
+    In the MLP's half p, d_p, d_gate_up and the stream's gradients are; of experts the rows that enter and their
+    gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, n₁, d_n₁, d_o, d_qkv and a norm's, with
+    another mixer the gradients of its output and its input. Where the stream enters the halves as it is, there is no
+    n₁. In both is attention's output where it is made again, in a buffer that stays for the block below.
     """
     d, f = config.hidden_size, max(config.at(layer).intermediate_size for layer in config.layers)
     masked = max(f, d) * (b + 2) if dropout else 0
-    normed, n1 = (d, d) if config.norms.before_attention else (0, 0)
-    product = max(_width(config, layer) for layer in config.layers) if config.layers else f
-    mixing = [
-        (normed + n1 + 3 * d + product + _mixing(config.at(layer), layer)) * b + masked for layer in config.layers
-    ]
+    n1 = d if config.norms.before_attention else 0
+    sized = [(config.at(layer), layer) for layer in config.layers]
+    output = max((one.mixers[layer.mixer].width for one, layer in sized if _comes_again(one, layer, b)), default=0)
+    mixing = [(n1 + 3 * d + output + _mixing(one, layer)) * b + masked for one, layer in sized]
     mlp = max(d + 3 * f, d + _experts_at_work(config, 3))
-    return (normed + product + mlp) * b + masked, mixing
+    return (output + mlp) * b + masked, mixing
 
 
 def _experts_at_work(config: DecoderConfig, narrow: int) -> int:
@@ -333,9 +346,9 @@ def _block_at_work(config: DecoderConfig, b: int, dropout: bool) -> tuple[int, l
     q, k = (max(heads * one.head_dim for one in sized) for heads in (config.num_heads, config.num_key_value_heads))
     norm = 3 * d * FLOAT32_BYTES
     masked = max(f, d) * (b + 2) if dropout else 0
-    mlp = max((2 * d + 5 * f) * b, (3 * d + 2 * f) * b + norm) + masked
+    mlp = max((d + 4 * f) * b, (2 * d + f) * b + norm) + masked
     if config.mixture is not None:
-        mlp = max(mlp, (2 * d + config.mixture.chosen * config.mixture.width + _experts_at_work(config, 4)) * b)
+        mlp = max(mlp, (d + _experts_at_work(config, 4)) * b)
     rotation = (3 * d + 2 * q + 2 * k) * b + max(norm, (3 * q + 3 * k) * FLOAT32_BYTES)
     others = [
         one.mixers[layer.mixer] for one, layer in zip(sized, config.layers, strict=True) if layer.mixer != ATTENTION

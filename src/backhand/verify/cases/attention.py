@@ -44,12 +44,14 @@ def _case(
         if not side_by_side:
             y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
             return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
-        # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
+        # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients; the output that
+        # is compared is the one that the backward gives again.
         qkv = torch.cat([q, k, v], dim=1)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
-        grads = backward(t["d_y"], saved, out=torch.empty_like(qkv))
-        return ByHand(y, dict(zip(("q", "k", "v"), grads, strict=True)))
+        again = torch.full_like(y, float("nan"))
+        grads = backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
+        return ByHand(again, dict(zip(("q", "k", "v"), grads, strict=True)))
 
     def reference(t: Tensors) -> Tensor:
         return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared, cap)
@@ -99,6 +101,8 @@ CASES = (
     _case("no tokens", ()),
     _case("empty documents between", (3, 0, 2)),
     _case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
+    _case("several blocks side by side", (131, 64, 40), heads=4, kv_heads=2, head_dim=16, side_by_side=True),
+    _case("few tasks side by side", (90,), heads=4, kv_heads=1, head_dim=16, side_by_side=True),
     _case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
     _case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
     _case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
@@ -138,6 +142,7 @@ def _dense(
 ) -> _Dense:
     """P and the gradients around it, where asked with a mask that leaves something out."""
     group = s.q.shape[1] // s.k.shape[1]
+    assert s.output is not None
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, s.output, g))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (s.k, s.v))
     tokens = s.q.shape[0]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import document_runs
-from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, Scratch, block_adapter
+from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.experts import ExpertsKept
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
@@ -471,4 +472,4 @@ MUTANTS = (
     Mutant("gradients of the next module", "d_lora_B", lambda _g, _s, right: rotated_where_alike(right.d_lora_B)),
 )
 
-PROOFS = (OpProof("block", _backward, CASES, MUTANTS),)
+PROOFS = (OpProof("block", _backward, CASES, MUTANTS, loops=True),)

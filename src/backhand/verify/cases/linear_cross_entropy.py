@@ -45,8 +45,10 @@ class _Inputs(NamedTuple):
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
     """The fused pass as a backward like any other; the losses' gradient is the multiplier in every row."""
-    _, grads = linear_cross_entropy_backward(*inputs)
-    return grads
+    if inputs.head is not None:
+        return linear_cross_entropy_backward(*inputs)[1]
+    x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
+    return linear_cross_entropy_backward(x, *inputs[1:], out=x)[1]
 
 
 def _case(

@@ -1,0 +1,157 @@
+"""Attention's output, which its loop gives again in the backward: the same gradients as where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
+from backhand.kernels.library import loops_are_there, proving_loops, torch_form
+from backhand.nn.decoder import block
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
+from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, lora_linear_input_gradient
+from support.parity import relative_error, supervise
+from support.tiny_models import tiny_config, tiny_documents
+
+needs_loops = pytest.mark.skipif(not loops_are_there(), reason="no compiled loops here")
+RUNS = ((0, 2, 9), (18, 1, 5))
+
+
+def gradients(
+    variant: str, adapter: LoRAConfig, recompute: str = "none", dropout_seed: int | None = None
+) -> torch.Tensor:
+    """All gradients of a tiny model in one pass, in float64; the bits do not depend on how often it is asked."""
+    config = decoder_config(tiny_config(variant).to_dict())
+    weights = empty_weights(config, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    for _, tensor in dense_views(weights, config):
+        tensor.normal_(std=0.3, generator=generator)
+    decoder = Decoder(config, weights, recompute=recompute)
+    layout = resolve_adapter(adapter, module_shapes(config))
+    lora = LoRAParameters(layout.slots, trained=layout.trained, dtype=torch.float64)
+    decoder.start_values(lora)
+    for _, tensor in lora.named_tensors():
+        tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator), alpha=0.3)
+    decoder.attach(lora)
+    decoder.loss_and_gradients(supervise(tiny_documents((23, 9, 9))), 0.1, dropout_seed)
+    return lora.gradients.clone()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each pass back through attention, whether it gave its output again."""
+    seen: list[bool] = []
+    right: Callable[..., Any] = block.attention_backward
+
+    def counting(*arguments: Any, again: torch.Tensor | None = None, **options: Any) -> Any:
+        seen.append(again is not None)
+        return right(*arguments, again=again, **options)
+
+    monkeypatch.setattr(block, "attention_backward", counting)
+    return seen
+
+
+@needs_loops
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "olmo2"])
+def test_gradients_are_those_of_a_kept_output(variant, recompute, monkeypatch):
+    with torch_form():
+        kept = gradients(variant, LoRAConfig(rank=3), recompute, 5)
+    seen = counted(monkeypatch)
+    with proving_loops():
+        again = gradients(variant, LoRAConfig(rank=3), recompute, 5)
+    assert seen
+    assert all(seen)
+    assert relative_error(again, kept) < 1e-12
+
+
+@needs_loops
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoRAConfig(rank=3, dropout=0.3),
+        LoRAConfig(rank=3, use_dora=True),
+        LoRAConfig(rank=3, target_modules=("o_proj",)),
+        LoRAConfig(rank=3, target_modules=("o_proj", "down_proj"), layers="last:1"),
+        LoRAConfig(rank=3, target_modules=("q_proj", "v_proj")),
+    ],
+    ids=["dropout", "dora", "o_proj alone", "o_proj of the last layer", "o_proj frozen"],
+)
+def test_every_adapter_of_the_output_projection_gets_its_gradient(adapter):
+    with torch_form():
+        kept = gradients("llama", adapter, dropout_seed=7)
+    with proving_loops():
+        again = gradients("llama", adapter, dropout_seed=7)
+    assert kept.count_nonzero() > 0.9 * kept.numel()
+    assert relative_error(again, kept) < 1e-12
+
+
+@needs_loops
+def test_the_output_is_not_asked_for_where_nothing_needs_it(monkeypatch):
+    seen = counted(monkeypatch)
+    with proving_loops():
+        gradients("llama", LoRAConfig(rank=3, target_modules=("q_proj", "v_proj")))
+    assert seen
+    assert not any(seen)
+
+
+@needs_loops
+@pytest.mark.parametrize("variant", ["gemma2", "qwen3_5_text"])
+def test_capped_and_gated_attention_keeps_its_output(variant, monkeypatch):
+    seen = counted(monkeypatch)
+    with proving_loops():
+        gradients(variant, LoRAConfig(rank=3))
+    assert not any(seen)
+
+
+def attended(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """What attention saved, its output, and a gradient of it."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v, d_y = (torch.randn(23, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2, 4))
+    y, saved = attention_forward(q, k, v, RUNS, 0.3)
+    return saved, y, d_y
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_given_again_is_the_forward_s(dtype):
+    saved, y, d_y = attended(dtype)
+    assert gives_output_again(saved.q) == (dtype == torch.float32)
+    again, other = torch.full_like(y, float("nan")), torch.full_like(y, float("nan"))
+    plain = attention_backward(d_y, saved)
+    both = attention_backward(d_y, saved._replace(output=None), again=again)
+    attention_backward(d_y, saved, again=other)
+    assert all(torch.equal(one, two) for one, two in zip(plain, both, strict=True))
+    assert torch.equal(again, other)
+    assert relative_error(again, y) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_torch_s_form_gives_the_output_that_it_is_given_or_attends_once_more():
+    with torch_form():
+        saved, y, d_y = attended(torch.float64)
+        assert not gives_output_again(saved.q)
+        again = torch.empty_like(y)
+        attention_backward(d_y, saved, again=again)
+        assert torch.equal(again, y)
+    with proving_loops():  # keeps nothing that torch's form needs
+        saved, y, d_y = attended(torch.float64)
+    with torch_form():
+        attention_backward(d_y, saved._replace(output=None), again=again.zero_())
+    assert relative_error(again, y) < 1e-12
+
+
+@pytest.mark.parametrize("dropout", [None, Dropout(0.4, 9)])
+def test_an_input_gradient_needs_no_input(dropout):
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((7, 5), (6, 5), (3, 5), (6, 3), (7, 6))
+    x, weight, lora_A, lora_B, d_y = (torch.randn(*size, generator=generator) for size in sizes)
+    _, saved = lora_linear_forward(x, weight, None, lora_A, lora_B, 1.7, dropout)
+    expected = lora_linear_backward(d_y, saved).d_x
+    assert torch.equal(lora_linear_input_gradient(d_y, weight, lora_A, lora_B, 1.7, dropout), expected)
