@@ -13,6 +13,7 @@ from backhand.kernels.library import POINTER, Library, proving_loops, usable, us
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
+from support.decode_steps import adapted, stepped
 
 OP_OF = {
     "rms_norm": "rms_norm",
@@ -23,8 +24,13 @@ OP_OF = {
     "low_rank": "lora_linear_group",
     "few rows": "frozen_linear",
 }
-SOURCES = [path.read_text(encoding="utf-8") for path in sorted(build.SOURCES.glob("*.cpp"))]
-MUTANTS = sorted({name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)})
+SOURCES = [path.read_text(encoding="utf-8") for path in sorted(build.SOURCES.iterdir())]
+ALL_MUTANTS = {name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)}
+OF_A_STEP = sorted(name for name in ALL_MUTANTS if name.startswith("decode step:"))
+MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP))
+# What no op computes: heads that share keys and an adapter; caps, windows and norms behind; a multiplied sum; queries
+# that grow with their position.
+STEPPED = ("llama", "gemma2", "granite", "ministral3")
 
 pytestmark = pytest.mark.skipif(
     build.find_compiler() is None or not usable(), reason="no C++ compiler, or no build of the library"
@@ -96,3 +102,33 @@ def test_a_wrong_loop_is_noticed(spoilable, truths, mutant):
     finally:
         choose("")
     assert error > 1e-7, "far above what rounding could explain"
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """Decoders, and what a token gives them block by block."""
+    return [(adapted(variant), stepped(adapted(variant), whole=False)) for variant in STEPPED]
+
+
+def largest_step_error(steps):
+    return max(relative_error(stepped(decoder, whole=True), right, 1.0) for decoder, right in steps)
+
+
+def test_there_are_mutants_of_a_step(spoilable, steps):
+    library, choose = spoilable
+    choose("")
+    assert len(OF_A_STEP) > 5
+    with using(library), proving_loops():
+        assert largest_step_error(steps) < FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("mutant", OF_A_STEP)
+def test_a_wrong_step_is_noticed(spoilable, steps, mutant):
+    library, choose = spoilable
+    choose(mutant)
+    try:
+        with using(library), proving_loops():
+            error = largest_step_error(steps)
+    finally:
+        choose("")
+    assert error > 1e-7

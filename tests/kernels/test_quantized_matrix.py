@@ -7,7 +7,14 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels.dequantize import block_shape
+from backhand.kernels.library import load, usable, using
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.ops.frozen_matrix import frozen_linear
+
+KINDS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"),
+    *("F16", "BF16"),
+)
 
 
 def stored(name, rows, columns, *, order=None, seed=0):
@@ -97,3 +104,28 @@ def test_dense_in_another_dtype_is_rounded_once(matrix):
 def test_parts_of_different_widths_cannot_be_stacked():
     with pytest.raises(ValueError, match="256, 512"):
         QuantizedMatrix([stored("Q4_K", 2, 512), stored("Q4_K", 2, 256)], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("build", usable())
+def test_a_new_tokens_product_has_the_bits_of_the_dense_one(build, kind, dtype):
+    """Whether a block is unpacked in registers or through memory, for one row or for several."""
+    order = torch.tensor([10, 3, 3, 0, 7, 1])
+    matrix = QuantizedMatrix([stored(kind, 11, 1536), stored(kind, 11, 1536, order=order, seed=1)], dtype)
+    x = torch.randn(5, 1536, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with using(load(build)):
+        several = frozen_linear(x, matrix)
+        assert torch.equal(several, frozen_linear(x, matrix.dense()))
+        for row in range(5):
+            assert torch.equal(frozen_linear(x[row : row + 1], matrix)[0], several[row])
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "IQ4_NL"])
+@pytest.mark.parametrize("build", usable())
+def test_a_scale_that_is_not_finite_shows(build, kind):
+    part = stored(kind, 3, 1536)
+    part.blocks[1, :2] = (0x00, 0x7C)  # infinity
+    with using(load(build)):
+        y = frozen_linear(torch.ones(1, 1536, dtype=torch.bfloat16), QuantizedMatrix([part], torch.bfloat16))
+    assert y.isfinite().tolist() == [[True, False, True]]

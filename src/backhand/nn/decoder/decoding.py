@@ -11,6 +11,8 @@ The attention of new tokens on seen ones is torch's fused kernel, or where score
 the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
 once, and rows of other lengths are masked.
 
+In families for which there is one, a single row's `step` is one compiled call for all blocks (`decode_step`).
+
 Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
 
 Where rotary angles depend on the document's length (longrope with two lists), everything that a row holds was computed
@@ -27,14 +29,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import document_runs
 from backhand.nn.decoder.adapted_group import enter_forward, group_forward, join_forward
 from backhand.nn.decoder.block import MIXERS, gated_output, mlp_half_forward
+from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
 from backhand.nn.decoder.scratch import Scratch
+from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import attention_blocks_forward
 from backhand.ops.frozen_matrix import frozen_rows
@@ -80,6 +85,9 @@ class IncrementalDecoder:
         decoder.refresh()
         self._adapters = decoder.block_adapters(None)
         self._limits = decoder.config.length_limits
+        # One row's steps as a whole, if that can be had, and the weights for which it was looked for.
+        self._whole_step: DecodeStep | None = None
+        self._looked_for: DecoderWeights | None = None
 
     @torch.no_grad()
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -173,9 +181,29 @@ class IncrementalDecoder:
             return output.flatten(1, 2)
 
         rows = [Rows(0, len(lengths), 0, 1)]
-        x = self._blocks(torch.tensor(token_ids, device=device), positions, positions + 1, attend, rows)
+        ids = torch.tensor(token_ids, device=device)
+        x = self._whole(ids, positions) if len(lengths) == 1 else None
+        if x is None:
+            x = self._blocks(ids, positions, positions + 1, attend, rows)
         self.cache.arrive(range(len(lengths)), [1] * len(lengths))
         return head_logits(self.decoder, x)
+
+    def _whole(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """The last block's output, (1, hidden), for the only row's new token by one call, or None where it needs more.
+
+        Its keys and values are then cached.
+        """
+        decoder = self.decoder
+        if not loops_are_there():
+            return None
+        if self._looked_for is not decoder.active:
+            self._looked_for = decoder.active
+            self._whole_step = decode_step(decoder, self._adapters, self.cache)
+        if self._whole_step is None:
+            return None
+        x, tables = decoder.embed(token_ids), decoder.rotary_tables(positions, positions + 1)
+        self.cache.go_on([0])
+        return x if self._whole_step(x, self.cache.lengths[0], tables) else None
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
         """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""

@@ -1,0 +1,164 @@
+// Few rows times a frozen matrix, y = r + x Wᵀ + b: each row of W is read once, and a quantized one never leaves the
+// cache. The product of a new token is bound by reading W; torch unpacks a whole piece first, or reads no faster.
+//
+// A row of W is taken in pieces, several rows side by side, and multiplied by every row of x while it is there. Sums are
+// kept in `Wide` of the storage type; a dense and a quantized W of the same numbers go through the same sums.
+#pragma once
+
+#include "block_dots.h"
+#include "dtypes.h"
+#include "kinds.h"
+#include "mutants.h"
+#include "products.h"
+
+namespace {
+
+constexpr int SIDE_BY_SIDE = 4;     // rows of W
+constexpr int64_t PIECE = 1024;     // numbers of a row at a time: whole blocks of every type
+constexpr int MOST_ROWS = 8;        // of x
+
+// What is multiplied and added at a time, `STEP` numbers.
+template <class T>
+struct Dot {
+  typedef Wide<T> C;
+  static constexpr int64_t STEP = lanes<C>;
+  static inline Vector<C> whole(const T* w, const T* x, Vector<C> sum) { return fma(load<C>(w), load<C>(x), sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bfloat16> {
+  typedef float C;
+  static constexpr int64_t STEP = 2 * lanes<float>;
+  static inline Vector<float> whole(const bfloat16* w, const bfloat16* x, Vector<float> sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
+
+template <class T>
+inline Vector<Wide<T>> some(const T* w, const T* x, int64_t count, Vector<Wide<T>> sum) {
+  T few_w[Dot<T>::STEP] = {}, few_x[Dot<T>::STEP] = {};
+  std::memcpy(few_w, w, static_cast<size_t>(count) * sizeof(T));
+  std::memcpy(few_x, x, static_cast<size_t>(count) * sizeof(T));
+  return Dot<T>::whole(few_w, few_x, sum);
+}
+
+// sums[r] += Σ w[r] x over `count` numbers, for `ROWS` rows of W and one of x; `AHEAD`: W is read from memory, once.
+template <class T, int ROWS, bool AHEAD = false>
+inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T>>* sums) {
+  Vector<Wide<T>> sum[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) sum[r] = sums[r];
+  int64_t i = 0;
+  for (; i + Dot<T>::STEP <= count; i += Dot<T>::STEP)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      if (AHEAD) fetch_ahead(w[r] + i);
+      sum[r] = Dot<T>::whole(w[r] + i, x + i, sum[r]);
+    }
+  if (i < count)
+    for (int r = 0; r < ROWS; ++r)
+      sum[r] = MUTATED("few rows: tail forgotten", some(w[r] + i, x + i, count - i, sum[r]), sum[r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
+}
+
+// Numbers of a stored row as T; `room` is used where they are not there as they are.
+inline const float* expanded(const Kind& kind, const uint8_t* source, int64_t values, float* room) {
+  kind.to_float32(source, values / kind.values, room);
+  return room;
+}
+inline const bfloat16* expanded(const Kind& kind, const uint8_t* source, int64_t values, bfloat16* room) {
+  kind.to_bfloat16(source, values / kind.values, room);
+  return room;
+}
+inline const double* expanded(const Kind& kind, const uint8_t* source, int64_t values, double* room) {
+  float narrow[PIECE];
+  kind.to_float32(source, values / kind.values, narrow);
+  for (int64_t i = 0; i < values; ++i) room[i] = narrow[i];
+  return room;
+}
+
+template <class T>
+struct FewRows {
+  const Kind* kind;  // of W's rows; null where they hold T themselves
+  const uint8_t* weight;
+  int64_t weight_row;  // bytes
+  const int64_t* row_ids;
+  int64_t outputs, columns;
+  const T* x;
+  int64_t x_row, rows;
+  const T *bias, *residual;
+  int64_t residual_row;
+  T* y;
+  int64_t y_row;
+
+  void operator()(int64_t begin, int64_t end) const {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * SIDE_BY_SIDE;
+      if (outputs - first >= SIDE_BY_SIDE) {
+        some_outputs<SIDE_BY_SIDE>(first);
+      } else {
+        for (int64_t output = first; output < outputs; ++output) some_outputs<1>(output);
+      }
+    }
+  }
+
+  const uint8_t* row_of(int64_t output) const {
+    return weight + (row_ids == nullptr ? output : row_ids[output]) * weight_row;
+  }
+
+  // A piece of rows at a time, as numbers in memory.
+  template <int ROWS>
+  void sums_by_pieces(int64_t first, Vector<Wide<T>> (*sums)[ROWS]) const {
+    alignas(64) T room[ROWS][PIECE];
+    for (int64_t start = 0; start < columns; start += PIECE) {
+      const int64_t count = columns - start < PIECE ? columns - start : PIECE;
+      const T* w[ROWS];
+      for (int r = 0; r < ROWS; ++r) {
+        const uint8_t* row = row_of(first + r);
+        if (kind == nullptr) {
+          w[r] = reinterpret_cast<const T*>(row) + start;
+          continue;
+        }
+        const uint8_t* blocks = row + start / kind->values * kind->bytes;
+        for (int64_t line = 0; line < count / kind->values * kind->bytes; line += LINE) fetch_ahead(blocks + line);
+        w[r] = expanded(*kind, blocks, count, room[r]);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* part = x + i * x_row + start;
+        if (i == 0 && kind == nullptr) multiply<T, ROWS, true>(w, part, count, sums[i]);
+        else multiply<T, ROWS>(w, part, count, sums[i]);
+      }
+    }
+  }
+
+  template <int ROWS>
+  void some_outputs(int64_t first) const {
+    typedef Wide<T> C;
+    Vector<C> sums[MOST_ROWS][ROWS] = {};
+    bool added = false;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == sizeof(bfloat16)) {
+      if (rows == 1 && kind != nullptr) {
+        const uint8_t* w[ROWS];
+        for (int r = 0; r < ROWS; ++r) w[r] = row_of(first + r);
+        added = take_block_dots<ROWS>(kind->type, w, columns, x, sums[0]);
+      }
+    }
+#endif
+    if (!added) sums_by_pieces<ROWS>(first, sums);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int r = 0; r < ROWS; ++r) {
+        C value = sum_of<C>(sums[i][r]);
+        if (bias != nullptr) value += widened(MUTATED("few rows: bias of the first output", bias[first + r], bias[0]));
+        if (residual != nullptr) {
+          value += widened(residual[MUTATED("few rows: first residual", i, 0) * residual_row + first + r]);
+        }
+        put(y + i * y_row + first + r, value);
+      }
+  }
+};
+
+}  // namespace

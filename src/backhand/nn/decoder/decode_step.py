@@ -1,0 +1,259 @@
+"""One new token through all blocks by one compiled call (native/decode_step.cpp), for families that are Llama-like.
+
+A token's products are small: between them, waking threads and calling ops cost more than the products themselves. Here
+threads are woken once a token, and one call computes what `nn.decoder.block` does by the loops of the same ops: norms,
+projections with their adapters, rotation, attention over the KV cache, gated units. A decoder with anything else
+(another mixer than attention, experts, gates, DoRA) goes block by block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.dequantize import is_compiled
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.quantized_matrix import StoredRows
+from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import ATTENTION, DecoderConfig
+from backhand.nn.decoder.kv_cache import KVCache
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.rotary import RotaryTable
+
+_STEP = Declared("backhand_decode_step", INT, POINTER, POINTER, INT64, INT64, result=INT)
+# As in native/glu.h.
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+
+Tables = Sequence[tuple[RotaryTable | None, RotaryTable | None]]
+"""Of each layer the token's angles, and those of queries where they are others; None where nothing turns."""
+
+
+class _StoredRows(ctypes.Structure):
+    _fields_ = (
+        *(("type", INT64), ("weight", POINTER), ("row_bytes", INT64), ("row_ids", POINTER)),
+        ("outputs", INT64),
+    )
+
+
+class _LowRank(ctypes.Structure):
+    _fields_ = (
+        *(("lora_A", POINTER), ("lora_B", POINTER), ("rank", INT64), ("first", INT64), ("outputs", INT64)),
+        ("scaling", ctypes.c_double),
+    )
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        *(("parts", POINTER), ("part_count", INT64), ("adapters", POINTER), ("adapter_count", INT64)),
+        *(("bias", POINTER), ("inputs", INT64), ("outputs", INT64)),
+    )
+
+
+_NORMS = ("attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm", "q_norm", "k_norm")
+_TABLES = ("cosines", "sines", "query_cosines", "query_sines")
+_GROUPS = ("input", "output", "gate_up", "down")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Projection) for name in _GROUPS),
+        *((name, POINTER) for name in (*_NORMS, *_TABLES, "keys", "values")),
+        *(("pairs", INT64), ("window", INT64)),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", POINTER),
+        *((name, INT64) for name in ("layer_count", "hidden", "heads", "kv_heads", "head_dim", "width")),
+        *((name, INT64) for name in ("norm_over_heads", "activation", "capacity", "most_ranks")),
+        *(
+            (name, ctypes.c_double)
+            for name in ("eps", "offset", "attention_scaling", "attention_cap", "residual_multiplier")
+        ),
+    )
+
+
+class DecodeStep:
+    """A decoder's blocks as the compiled call takes them: addresses of its weights, of an adapter and of a cache.
+
+    Args:
+        decoder: one of which `decode_step` has found that it is computed.
+        adapters: of its blocks, in the compute dtype.
+        cache: of one row.
+
+    Attributes:
+        weights: the decoder's active ones, from which this was made; others need another one.
+    """
+
+    def __init__(self, decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCache) -> None:
+        config = decoder.config
+        self.weights = decoder.active
+        self._decoder, self._cache = decoder, cache
+        # What addresses are of, beside weights, cache and adapters.
+        self._kept: list[Any] = [adapters]
+        self._tables: dict[int, list[Tensor]] = {}
+        self._layers = (_Layer * len(config.layers))()
+        for place, block, adapter in zip(self._layers, self.weights.blocks, adapters, strict=True):
+            for name in _GROUPS:
+                setattr(place, name, self._projection(block, name, getattr(adapter, name)))
+            for name in _NORMS:
+                setattr(place, name, _address(getattr(block, name)))
+        for place, layer in zip(self._layers, config.layers, strict=True):
+            place.window = layer.window or 0
+        ranks = [_ranks(getattr(adapter, name)) for adapter in adapters for name in _GROUPS]
+        self._model = _Model(
+            layers=ctypes.addressof(self._layers),
+            layer_count=len(config.layers),
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            width=config.intermediate_size,
+            norm_over_heads=config.qk_norm == "width",
+            activation=_ACTIVATIONS[config.activation],
+            capacity=0,
+            most_ranks=max(ranks),
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+            attention_scaling=config.attention_scaling,
+            attention_cap=config.attention_cap or 0.0,
+            residual_multiplier=config.residual_multiplier,
+        )
+
+    def __call__(self, x: Tensor, position: int, tables: Tables) -> bool:
+        """Put the token through all blocks, its keys and values into the cache's first row; False where no loop is.
+
+        Args:
+            x: (1, hidden), what enters the first block; then the last one's output.
+            position: of the token, tokens before it in the row; the cache has room for it.
+            tables: the token's angles.
+
+        Raises:
+            MemoryError: there is none left to work in.
+        """
+        run = loop(_STEP, x)
+        if run is None:
+            return False
+        self._point(tables)
+        status: int = run(ctypes.addressof(self._model), x.data_ptr(), position, torch.get_num_threads())
+        if status:
+            raise MemoryError("no memory left for a token" if status == 2 else f"no room for a token at {position}")
+        return True
+
+    def _point(self, tables: Tables) -> None:
+        """Set what changes: where keys and values lie, and the angles."""
+        cache = self._cache
+        if self._model.capacity != cache.capacity:
+            self._model.capacity = cache.capacity
+            for place, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
+                place.keys, place.values = keys.data_ptr(), values.data_ptr()
+        fresh = not self._tables
+        copied: set[int] = set()
+        for place, layer, (table, queries) in zip(self._layers, self._decoder.config.layers, tables, strict=True):
+            if table is None or layer.rotary is None:
+                continue
+            angles = (table.cos, table.sin, *(queries or table)[:2])
+            held = self._tables.setdefault(layer.rotary, [torch.empty_like(angle) for angle in angles])
+            if layer.rotary not in copied:
+                copied.add(layer.rotary)
+                for place_of_angle, angle in zip(held, angles, strict=True):
+                    place_of_angle.copy_(angle)
+            if fresh:
+                place.pairs = table.cos.shape[-1]
+                for name, angle in zip(_TABLES, held, strict=True):
+                    setattr(place, name, angle.data_ptr())
+
+    def _projection(self, block: BlockWeights, name: str, adapter: GroupAdapter) -> _Projection:
+        weight: FrozenMatrix = getattr(block, name)
+        parts = _parts(weight)
+        assert parts is not None
+        lows, first = [], 0
+        sizes = self._sizes(name)
+        for size, factors in zip(sizes, adapter.factors, strict=True):
+            if factors is not None:
+                lora_A, lora_B = factors.lora_A, factors.lora_B
+                lows.append(
+                    _LowRank(lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0], first, size, factors.scaling)
+                )
+            first += size
+        held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
+        self._kept += [held_parts, held_lows]
+        return _Projection(
+            *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
+            *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
+        )
+
+    def _sizes(self, name: str) -> Sequence[int]:
+        config = self._decoder.config
+        if name == "input":
+            return config.mixers[ATTENTION].sizes
+        return config.gate_up_sizes if name == "gate_up" else (config.hidden_size,)
+
+
+def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCache) -> DecodeStep | None:
+    """The compiled call for this decoder as it is, or None where it has something that the call does not compute."""
+    if not _takes_family(decoder.config) or decoder.device.type != "cpu":
+        return None
+    for block, adapter in zip(decoder.active.blocks, adapters, strict=True):
+        for name in _GROUPS:
+            group, weight = getattr(adapter, name), getattr(block, name)
+            if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
+                return None
+            if not all(_lies_dense(factor) for one in group.factors if one is not None for factor in one[:2]):
+                return None
+        if not all(_lies_dense(getattr(block, name)) for name in _NORMS if getattr(block, name) is not None):
+            return None
+    return DecodeStep(decoder, adapters, cache)
+
+
+def _takes_family(config: DecoderConfig) -> bool:
+    return (
+        config.activation in _ACTIVATIONS
+        and not config.attention_gate
+        and not config.value_norm
+        and not config.layer_scalar
+        and config.per_layer is None
+        and not any(rotary.interleaved for rotary in config.rotary)
+        and all(layer.mixer == ATTENTION and not layer.experts and layer.sizes is None for layer in config.layers)
+    )
+
+
+def _parts(weight: FrozenMatrix) -> list[_StoredRows] | None:
+    """The rows of a matrix as the call reads them, or None where it cannot."""
+    if isinstance(weight, Tensor):
+        if weight.stride(1) != 1:
+            return None
+        return [_StoredRows(-1, weight.data_ptr(), weight.stride(0) * weight.element_size(), None, weight.shape[0])]
+    return [_stored(part) for part in weight.parts] if all(map(_is_readable, weight.parts)) else None
+
+
+def _is_readable(part: StoredRows) -> bool:
+    order = part.order
+    inside = order is None or not len(order) or 0 <= int(order.min()) <= int(order.max()) < len(part.blocks)
+    plain = part.column_order is None and part.blocks.flags.c_contiguous
+    return plain and inside and is_compiled(part.type_id) and (order is None or _lies_dense(order))
+
+
+def _stored(part: StoredRows) -> _StoredRows:
+    blocks = part.blocks
+    return _StoredRows(part.type_id, blocks.ctypes.data, blocks.shape[1], _address(part.order), part.row_count)
+
+
+def _lies_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.is_cpu
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _ranks(adapter: GroupAdapter) -> int:
+    return sum(factors.lora_A.shape[0] for factors in adapter.factors if factors is not None)

@@ -1,0 +1,98 @@
+"""A token's blocks in one compiled call give what block by block gives, on every path of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
+from backhand.kernels.library import load, proving_loops, usable, using
+from backhand.nn.decoder.decode_step import decode_step
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
+from backhand.nn.lora_parameters import LoRAParameters
+from support.decode_steps import adapted, stepped
+from support.parity import relative_error
+from support.tiny_models import VARIANTS
+
+# Experts, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
+BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "qwen3_5", "lfm2", "glm", "gemma4", "granitemoehybrid-experts")
+TAKEN = tuple(variant for variant in VARIANTS if not variant.startswith(BLOCK_BY_BLOCK))
+
+pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
+
+
+@pytest.fixture(params=usable())
+def build(request):
+    with using(load(request.param)), proving_loops():
+        yield request.param
+
+
+def test_which_families_are_taken() -> None:
+    for variant in VARIANTS:
+        decoder = adapted(variant)
+        cache = IncrementalDecoder(decoder).cache
+        found = decode_step(decoder, decoder.block_adapters(None), cache)
+        assert (found is not None) == (variant in TAKEN), variant
+
+
+@pytest.mark.parametrize("variant", TAKEN)
+def test_a_token_is_the_same_as_block_by_block(build: str, variant: str) -> None:
+    decoder = adapted(variant)
+    assert relative_error(stepped(decoder, whole=True), stepped(decoder, whole=False)) < 1e-12
+    decoder.detach()
+    assert relative_error(stepped(decoder, whole=True), stepped(decoder, whole=False)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "granite", "olmo2"])
+def test_it_errs_no_more_than_block_by_block(build: str, variant: str, dtype: torch.dtype) -> None:
+    exact = stepped(adapted(variant), whole=False)
+    errors = [relative_error(stepped(adapted(variant, dtype), whole=whole), exact) for whole in (True, False)]
+    assert errors[0] < max(1.5 * errors[1], 1e-6)
+
+
+def test_the_same_bits_whatever_the_threads(build: str) -> None:
+    decoder, threads = adapted("qwen3", torch.bfloat16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        once = stepped(decoder, whole=True)
+        for count in (2, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(stepped(decoder, whole=True), once)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def with_adapter(config: LoRAConfig) -> tuple[Decoder, LoRAParameters]:
+    decoder = adapted("llama")
+    decoder.detach()
+    layout = resolve_adapter(config, decoder.module_shapes())
+    lora = LoRAParameters(layout.slots, dtype=torch.float64, trained=layout.trained)
+    decoder.attach(lora)
+    decoder.start_values(lora)
+    lora.values.add_(0.05 * torch.randn(lora.values.shape, generator=torch.Generator().manual_seed(5)))
+    lora.refresh_compute(decoder.dtype)
+    return decoder, lora
+
+
+def test_weights_that_the_adapter_trains_are_those_of_now(build: str) -> None:
+    decoder, lora = with_adapter(
+        LoRAConfig(rank=3, alpha=8.5, target_modules=("q_proj",), modules_to_save=("o_proj", "input_layernorm"))
+    )
+    state = IncrementalDecoder(decoder)
+    state.cache.add_rows(1)
+    for change in (1.0, 1.5):
+        lora.values.mul_(change)
+        lora.refresh_compute(decoder.dtype)
+        decoder.refresh()
+        state.cache.truncate(0, 0)
+        state.extend([0], [[3, 4, 5]])
+        assert relative_error(state.step([6])[0], decoder.logits(torch.tensor([3, 4, 5, 6]))[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_is_more_than_factors_goes_block_by_block(build: str, more: dict[str, bool]) -> None:
+    decoder, _ = with_adapter(LoRAConfig(rank=3, alpha=8.5, target_modules=("k_proj", "down_proj"), **more))
+    assert decode_step(decoder, decoder.block_adapters(None), IncrementalDecoder(decoder).cache) is None

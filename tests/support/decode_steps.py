@@ -1,0 +1,42 @@
+"""One token after another through a tiny decoder with an adapter, by one compiled call each or block by block."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.library import torch_form
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
+from support.parity import decoder_like
+from support.tiny_models import attach_lora, tiny_documents, tiny_model
+
+SCALING = 8.5 / 5
+SEEN = 21
+
+
+@cache
+def peft_model(variant: str) -> Any:
+    return attach_lora(tiny_model(variant), rank=5, alpha=8.5, seed=7)
+
+
+def adapted(variant: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    return decoder_like(peft_model(variant), SCALING, dtype=dtype)
+
+
+def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5) -> Tensor:
+    """Logits after each token behind the first `SEEN`, one by one, in a cache that has to grow."""
+    ids = tiny_documents([tokens], seed=2)[0].tolist()
+    state = IncrementalDecoder(decoder, capacity=4)
+    state.cache.add_rows(1)
+    with torch_form():
+        state.extend([0], [ids[:SEEN]])
+    if whole:
+        found = torch.cat([state.step([token]) for token in ids[SEEN:]])
+        assert state._whole_step is not None
+        return found
+    with torch_form():
+        return torch.cat([state.step([token]) for token in ids[SEEN:]])
