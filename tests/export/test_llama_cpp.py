@@ -19,8 +19,8 @@ from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.gguf_tensors import StoredSizes
 from support.llama_cpp import LlamaCpp
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf, write_tiny_gguf_with_prediction
@@ -52,7 +52,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"head_dim": 10},
     "smollm3": {},
 }
-_GEMMA = ("gemma2", "gemma3_text")
+_GEMMA: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 14},
+    "gemma3_text": {"query_pre_attn_scalar": 14},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma4-keys": {"attention_bias": False},
+}
 _FUSED = ("phi3", "phi3-longrope")
 
 
@@ -87,10 +92,11 @@ def test_a_gguf_adapter_means_the_same_in_llama_cpp(scaling: str, tiny: Any, tmp
 
 @pytest.mark.parametrize("family", [*_FAMILIES, *_GEMMA])
 def test_so_does_that_of_every_family(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
-    model = tiny_model(family, **overrides)
+    model = tiny_model(family, **(_FAMILIES | _GEMMA)[family])
     base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
     lora = SCALINGS["every-pattern"]
+    if family == "gemma4_text":
+        lora = lora | {"exclude_modules": ["per_layer_model_projection"]}
     if family in _FUSED:
         lora = lora | {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"qkv_proj": 2.0}}
     adapter = save_tiny_adapter(model, tmp_path / "adapter", **lora)
@@ -185,8 +191,7 @@ def test_blocks_that_predict_further_tokens_are_not_merged_and_not_missed(tmp_pa
 
 @pytest.mark.parametrize("family", [*(name for name in _FAMILIES if name != "granitemoehybrid"), *_GEMMA])
 def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alike(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
-    model = tiny_model(family, **overrides)
+    model = tiny_model(family, **(_FAMILIES | _GEMMA)[family])
     base = save_tiny(model, tmp_path / "base")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = tmp_path / "merged.gguf"

@@ -377,9 +377,6 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Every tiny model there is; a family may have several."""
 
-WITHOUT_GGUF: tuple[str, ...] = ("gemma4_text", "gemma4-keys")
-"""Variants of families whose GGUF files are not read."""
-
 FAMILIES: tuple[str, ...] = (
     "llama",
     "llama3",
