@@ -24,8 +24,8 @@ _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 
 # llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
 # exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale
-# from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys and
-# values of the last two that have their own.
+# from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys
+# and values of the last two that have their own.
 _CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {},

@@ -74,7 +74,9 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
         sizes |= {"shared_intermediate_size": 768}
     if variant.startswith("lfm2"):  # a width of whole blocks, and no biases, which a file cannot have
         sizes |= {"block_auto_adjust_ff_dim": False, "conv_bias": False}
-    if variant.startswith("gemma4"):  # two layers of each kind, half of them with the others' keys, or all with their own
+    if variant.startswith(
+        "gemma4"
+    ):  # two layers of each kind, half of them with the others' keys, or all with their own
         sizes |= {"num_hidden_layers": 4, "global_head_dim": 48}
     if variant == "gemma4_text":
         sizes |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 256}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import gguf
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 NAMES = {
     "model.embed_tokens_per_layer": "per_layer_token_embd",
@@ -47,6 +50,30 @@ def add_gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
     own = full.get("num_key_value_heads")
     writer.add_head_count_kv(heads if own is None else [heads if here else own for here in slides])
     writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+
+
+def add_gemma4_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A vocabulary of the kind `gemma4`."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])]
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-1000.0] * len(tokens))
+    writer.add_token_types([_type(token, special) for token in tokens])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(True)
+
+
+def _type(token: str, special: set[str]) -> gguf.TokenType:
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL
 
 
 def gemma4_frequencies(config: Any) -> np.ndarray[Any, Any]:

@@ -1,13 +1,15 @@
 """What a GGUF file of architecture gemma4 says beside what every file says: two kinds of layers, and what they share.
 
-- `key_length` is the size of a head in full layers, `key_length_swa` in sliding ones. Key/value heads and widths of MLPs
-  are a number, or a list with one for each layer: heads differ by kind of layer, widths double in layers that share.
+- `key_length` is the size of a head in full layers, `key_length_swa` in sliding ones. Key/value heads and widths of
+  MLPs are a number, or a list with one for each layer: heads differ by kind of layer, widths double in layers that
+  share.
 - The last `shared_kv_layers` layers use keys and values of layers below. Files have attn_k and attn_v of these layers
   as the checkpoint has them, and llama.cpp reads over them, as is done here. A full layer without attn_v makes its
   values of its keys.
 - `rope_freqs.weight` counts in full layers alone, and must be there. It divides the frequencies of the pairs that turn
   by one number and those of the others by 1e30: Gemma's rule `proportional`. Linear scaling is of full layers too.
-- The table of layers' inputs has a row for each token. Logits are capped at 30 where nothing is said, and not where 0 is.
+- The table of layers' inputs has a row for each token. Logits are capped at 30 where nothing is said, and not where
+  0 is.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Files of architectures `llama`, `granite`, `smollm3` and `mistral3` have the rows of attn_q and attn_k in another order:
 ggml rotates neighbouring features 2i and 2i + 1 of a head where Hugging Face rotates i and i + head_dim/2, so that row
-(head, half, i) there is row (head, i, half) here; biases likewise. Other architectures keep the order. Gemma 2's and 3's
-norm weights are stored with the 1 already added, and so are Qwen3.5's but for that of its delta rule's output.
+(head, half, i) there is row (head, i, half) here; biases likewise. Other architectures keep the order. Norm weights of
+Gemma 2 and 3 are stored with the 1 already added, and so are Qwen3.5's but for that of its delta rule's output.
 
 Qwen3.5's delta rule has several value heads for each key head, which are neighbours in Hugging Face's order. ggml
 repeats the key heads as a whole, so that in a file value head (key head, i) stands at (i, key head): in the rows of
