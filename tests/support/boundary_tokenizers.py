@@ -47,11 +47,12 @@ def boundary_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def spaced_tokenizer() -> PreTrainedTokenizerFast:
+def spaced_tokenizer(*, across_lines: bool = False) -> PreTrainedTokenizerFast:
     """Pairs of characters, as Gemma's: ▁ for a space, bytes for what has no token, merges that end at line ends."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|[\n]+"), behavior="isolated")
+    if not across_lines:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|[\n]+"), behavior="isolated")
     special = [AddedToken(text, special=True, normalized=False) for text in ("<pad>", "<eos>", "<bos>", "<unk>")]
     pieces = [AddedToken(f"<0x{byte:02X}>", special=False, normalized=False) for byte in range(256)]
     trainer = trainers.BpeTrainer(

@@ -87,5 +87,5 @@ def gemma4_frequencies(config: Any) -> np.ndarray[Any, Any]:
 
 def _of_full_layers(config: Any) -> dict[str, int]:
     """What full layers have otherwise than sliding ones."""
-    own: dict[str, int] = next(iter(config.per_layer_config.values()))
+    own: dict[str, int] = next(iter(getattr(config, "per_layer_config", {}).values()), {"head_dim": config.head_dim})
     return own

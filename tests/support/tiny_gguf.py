@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +120,7 @@ def write_tiny_gguf(
         tokenizer: a byte-level one; the tiny one if not given.
         pre: the name of its pre-tokenizer.
         parts: files to spread the tensors over.
-        extra: further metadata, e.g. {"llama.expert_count": 8}; integers are 32-bit and unsigned.
+        extra: further metadata, e.g. {"llama.expert_count": 8}; integers are 32-bit and unsigned, floats 32-bit.
         without: keys to leave out.
 
     Returns:
@@ -132,7 +132,7 @@ def write_tiny_gguf(
         if isinstance(value, bool | str | list):
             (writer.add_bool if isinstance(value, bool) else _adder(writer, value))(key, value)
         else:
-            writer.add_uint32(key, value)
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     for shard in writer.kv_data:
         for key in without:
             shard.pop(key, None)
@@ -152,23 +152,38 @@ def write_tiny_gguf(
 
 def write_tiny_gguf_with_prediction(model: PreTrainedModel, path: Path) -> Path:
     """A file of architecture qwen35 with one block more, which predicts further tokens, as converters write it."""
-    plain = gguf.GGUFReader(write_tiny_gguf(model, path.with_name("plain.gguf")))
-    layers = model.config.num_hidden_layers
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     last, more = f"blk.{layers - 1}.", f"blk.{layers}."
-    writer = gguf.GGUFWriter(path, "qwen35")
+    plain = write_tiny_gguf(model, path.with_name("plain.gguf"), extra={"qwen35.nextn_predict_layers": 1})
+    one_more = {
+        tensor.name.replace(last, more): np.array(tensor.data)
+        for tensor in gguf.GGUFReader(plain).tensors
+        if tensor.name.startswith(last)
+    }
+    for name, shape in (("eh_proj", (hidden, 2 * hidden)), ("enorm", (hidden,)), ("hnorm", (hidden,))):
+        one_more[f"{more}nextn.{name}.weight"] = np.ones(shape, dtype=np.float32)
+    return rewritten(plain, path, changed={"qwen35.block_count": layers + 1}, tensors=one_more)
+
+
+def rewritten(
+    original: Path,
+    path: Path,
+    *,
+    changed: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray[Any, Any] | None] | None = None,
+) -> Path:
+    """A file of float32 tensors with other values of metadata, and tensors more, others, or, where None, fewer."""
+    plain, changed, tensors = gguf.GGUFReader(original), changed or {}, tensors or {}
+    writer = gguf.GGUFWriter(path, plain.fields["general.architecture"].contents())
     for name, field in plain.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
-        value = field.contents() + 1 if name == "qwen35.block_count" else field.contents()
+        value = changed.get(name, field.contents())
         writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    writer.add_uint32("qwen35.nextn_predict_layers", 1)
-    for tensor in plain.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-        if tensor.name.startswith(last):
-            writer.add_tensor(tensor.name.replace(last, more), tensor.data)
-    hidden = model.config.hidden_size
-    for name, shape in (("eh_proj", (hidden, 2 * hidden)), ("enorm", (hidden,)), ("hnorm", (hidden,))):
-        writer.add_tensor(f"{more}nextn.{name}.weight", np.ones(shape, dtype=np.float32))
+    there = {tensor.name: tensor.data for tensor in plain.tensors}
+    for name, data in (there | tensors).items():
+        if data is not None:
+            writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -32,9 +32,12 @@ _NO_CUTS = (
 )
 """Ways to cut where no space is left that make no difference, given what tokens consist of."""
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_ALWAYS_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>")
+_ALWAYS_SHOWN = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+    '<|"|>',
+)
 """Gemma 4's tokens that llama.cpp's chat must see in an answer, and that its converter therefore calls no control
-tokens; a quotation mark of tools' arguments, <|"|>, is one more."""
+tokens."""
 
 
 def add_vocabulary(
@@ -63,7 +66,7 @@ def add_vocabulary(
         raise ArtifactError(
             "its tokenizer cannot be written into a GGUF file here",
             where=where,
-            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name, and Gemma's kind",
+            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name, and Gemma's",
             next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
         )
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -111,7 +114,7 @@ def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any], spaced
         return gguf.TokenType.UNUSED
     if spaced and by_id[index] in _BYTES:
         return gguf.TokenType.BYTE
-    if spaced and by_id[index] in (*_ALWAYS_SHOWN, '<|"|>'):
+    if spaced and by_id[index] in _ALWAYS_SHOWN:
         return gguf.TokenType.USER_DEFINED
     if index not in added:
         return gguf.TokenType.NORMAL

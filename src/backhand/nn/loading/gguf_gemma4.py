@@ -33,7 +33,7 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, 
     """Add to a Hugging Face config in the making what Gemma 4 has of its own.
 
     Raises:
-        ArtifactError: for metadata that no model has, or without the table of frequencies.
+        ArtifactError: for metadata that no model has, and a table of frequencies that is missing or another rule's.
     """
     layers, full_size = config["num_hidden_layers"], config["head_dim"]
     slides = sliding_layers(metadata, layers, _PATTERN)
@@ -69,7 +69,10 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, 
         "num_kv_shared_layers": shared,
         "sliding_window": metadata.integer("attention.sliding_window"),
         "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
-        "rope_parameters": {"full_attention": _full_rotary(rotary, full_size, metadata), "sliding_attention": local},
+        "rope_parameters": {
+            "full_attention": _full_rotary(rotary, full_size, metadata, file),
+            "sliding_attention": local,
+        },
         "final_logit_softcapping": None if cap == 0 else 30.0 if cap is None else cap,
         "hidden_size_per_layer_input": width,
         "vocab_size_per_layer_input": file.tensors[_TABLE].shape[0] if _TABLE in file.tensors else config["vocab_size"],
@@ -78,15 +81,20 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, 
     _add_widths(config, metadata)
 
 
-def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata) -> dict[str, Any]:
-    """The angles of full layers: by the rule `proportional` where the file's divisors say it, else as they are."""
+def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GGUFFile) -> dict[str, Any]:
+    """The angles of full layers, by the rule `proportional`."""
     if rotary["rope_type"] not in ("default", "linear", "longrope"):
         metadata.not_understood("rope.scaling.type")
         return rotary
     divisors = rotary.get("short_factor", [rotary.get("factor", 1.0)] * (size // 2))
     turning = [divisor for divisor in divisors if divisor < _STANDS]
     if len(set(turning)) != 1 or divisors[: len(turning)] != turning:
-        return rotary
+        raise ArtifactError(
+            f"{ROPE_FACTORS} divides frequencies in a way that Gemma 4 has not",
+            where=str(file.path),
+            why="the first pairs turn, each divided by one number, and the others stand still",
+            next_step="use the model's Hugging Face directory",
+        )
     rule = {
         "rope_type": "proportional",
         "rope_theta": rotary["rope_theta"],
