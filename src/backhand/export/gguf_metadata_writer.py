@@ -17,7 +17,7 @@ from backhand.export.gguf_adapter_writer import context_length, refuse_for_llama
 from backhand.export.gguf_vocabulary import add_vocabulary
 from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary import llama3_factors, yarn_length
+from backhand.nn.decoder.rotary import inverse_frequencies, llama3_factors, yarn_length
 from backhand.nn.loading.gguf_delta import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import STILL
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
@@ -141,10 +141,10 @@ def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     rotary = parsed.rotary[_full_rotary(parsed)]
     scaling = dict(rotary.scaling or ())
     if gguf_architecture(config) == "gemma4":
-        pairs = _full_head_dim(parsed) // 2
-        turning = int(scaling.get("share", 1.0) * 2 * pairs // 2)
+        frequencies = inverse_frequencies(rotary, _full_head_dim(parsed))
+        turning = int(frequencies.count_nonzero())
         factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "proportional" else 1.0
-        return {ROPE_FACTORS: np.array([factor] * turning + [STILL] * (pairs - turning), dtype=np.float32)}
+        return {ROPE_FACTORS: np.array([factor] * turning + [STILL] * (len(frequencies) - turning), dtype=np.float32)}
     if scaling.get("rope_type") == "llama3":
         return {ROPE_FACTORS: llama3_factors(rotary.theta, parsed.head_dim, scaling).numpy()}
     if scaling.get("rope_type") == "longrope":
