@@ -32,7 +32,7 @@ from backhand.arithmetic.combine_options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
-from backhand.nn.loading.gguf_tensors import StoredSizes
+from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.lora_parameters import LoRAParameters
 from support.saved_adapters import save_adapter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from backhand.adapters.module_factors import parameters_of
 from backhand.errors import ArtifactError
+from backhand.export import gguf_adapter_writer
 from backhand.export.command import export_command
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.export.merging import merge_command
@@ -19,11 +21,13 @@ from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.gguf_tensors import StoredSizes
+from support.boundary_tokenizers import spaced_tokenizer
 from support.llama_cpp import LlamaCpp
+from support.odd_texts import ODD_TEXTS
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
-from support.tiny_gguf import write_tiny_gguf, write_tiny_gguf_with_prediction
+from support.tiny_gguf import rewritten, write_tiny_gguf, write_tiny_gguf_with_prediction
 from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_documents, tiny_model
 
 _LENGTHS = (1, 9, 20, 33)
@@ -52,7 +56,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"head_dim": 10},
     "smollm3": {},
 }
-_GEMMA = ("gemma2", "gemma3_text")
+_GEMMA: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 14},
+    "gemma3_text": {"query_pre_attn_scalar": 14},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma4-keys": {"attention_bias": False},
+}
 _FUSED = ("phi3", "phi3-longrope")
 
 
@@ -87,10 +96,11 @@ def test_a_gguf_adapter_means_the_same_in_llama_cpp(scaling: str, tiny: Any, tmp
 
 @pytest.mark.parametrize("family", [*_FAMILIES, *_GEMMA])
 def test_so_does_that_of_every_family(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
-    model = tiny_model(family, **overrides)
+    model = tiny_model(family, **(_FAMILIES | _GEMMA)[family])
     base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
     lora = SCALINGS["every-pattern"]
+    if family == "gemma4_text":
+        lora = lora | {"exclude_modules": ["per_layer_model_projection"]}
     if family in _FUSED:
         lora = lora | {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"qkv_proj": 2.0}}
     adapter = save_tiny_adapter(model, tmp_path / "adapter", **lora)
@@ -173,6 +183,61 @@ def test_a_granite_4s_adapter_comes_back_and_one_of_other_factors_does_not(tmp_p
         open_adapter(str(base), tmp_path / "parts.gguf", force_base=True)
 
 
+def test_an_adapter_of_what_llama_cpp_multiplies_without_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be read there, and do nothing."""
+    model = tiny_model("gemma4_text", **_GEMMA["gemma4_text"])
+    base, gguf = save_tiny(model, tmp_path / "base"), write_tiny_gguf(model, tmp_path / "base.gguf")
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=60, target_modules=["per_layer_model_projection"])
+    output = tmp_path / "adapter.gguf"
+    options = ExportOptions(adapter=adapter, to="gguf", output=output, model=str(base), quiet=True)
+    with pytest.raises(ArtifactError, match="--exclude-modules per_layer_model_projection") as raised:
+        export_command(options)
+    assert "give --merge" in str(raised.value)
+    monkeypatch.setattr(gguf_adapter_writer, "_obstacle", lambda *_: None)
+    export_command(options)
+    assert _largest_difference(_ours(base, None), LlamaCpp(gguf, adapter=output)) < 2e-2
+    assert float((_ours(base, adapter) - _ours(base, None)).abs().max()) > 1
+
+
+def test_a_gemma_4_file_becomes_a_merged_one(tmp_path: Path) -> None:
+    """Whatever is adapted, and with keys that no layer reads."""
+    model = tiny_model("gemma4_text", **_GEMMA["gemma4_text"])
+    unread = {"blk.3.attn_k.weight": np.ones((36, 60), dtype=np.float32)}
+    base = rewritten(write_tiny_gguf(model, tmp_path / "plain.gguf"), tmp_path / "base.gguf", tensors=unread)
+    adapter, output = save_tiny_adapter(model, tmp_path / "adapter", alpha=10), tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
+    assert _largest_difference(_ours(base, adapter), LlamaCpp(output)) < 2e-2
+    assert "blk.3.attn_k.weight" not in GGUFModel(output).metadata.tensors
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text"])
+def test_gemmas_own_vocabulary_gives_the_same_ids_there(family: str, tmp_path: Path) -> None:
+    tokenizer = spaced_tokenizer()
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
+    sizes |= {"vocab_size_per_layer_input": len(tokenizer)} if family == "gemma4_text" else {}
+    model = tiny_model(family, **_GEMMA[family], **sizes)
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
+    tokenizer.save_pretrained(base)
+    output = tmp_path / "merged.gguf"
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
+    peer, ours = LlamaCpp(output), open_model(output).tokenizer()
+    for text in (*ODD_TEXTS, "a\n\n\n\n\n\n b", "<bos> x<eos>"):
+        ids = list(tokenizer(text)["input_ids"])
+        assert peer.token_ids(text, add_special=True) == ids == list(ours(text)["input_ids"]), text
+
+
+def test_one_whose_tokens_go_across_line_ends_is_refused(tmp_path: Path) -> None:
+    """llama.cpp cuts there, and would give other ids."""
+    tokenizer = spaced_tokenizer(across_lines=True)
+    model = tiny_model("gemma3_text", query_pre_attn_scalar=14, vocab_size=len(tokenizer))
+    base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ArtifactError, match="tokenizer cannot be written"):
+        merge_command(MergeOptions(adapter=adapter, output=tmp_path / "m.gguf", model=str(base), quiet=True))
+
+
 def test_blocks_that_predict_further_tokens_are_not_merged_and_not_missed(tmp_path: Path) -> None:
     """llama.cpp opens the base with its one block more, and the merged file without."""
     model = tiny_model("qwen3_5_text", rms_norm_eps=1e-6)
@@ -185,8 +250,7 @@ def test_blocks_that_predict_further_tokens_are_not_merged_and_not_missed(tmp_pa
 
 @pytest.mark.parametrize("family", [*(name for name in _FAMILIES if name != "granitemoehybrid"), *_GEMMA])
 def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alike(family: str, tmp_path: Path) -> None:
-    overrides = {"query_pre_attn_scalar": 14} if family in _GEMMA else _FAMILIES[family]
-    model = tiny_model(family, **overrides)
+    model = tiny_model(family, **(_FAMILIES | _GEMMA)[family])
     base = save_tiny(model, tmp_path / "base")
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = tmp_path / "merged.gguf"

@@ -105,6 +105,9 @@ def difference(model: Any, length: int, peer: LlamaCpp) -> float:
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "sliding window"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
         ("gemma3_text", {"query_pre_attn_scalar": 14, "attention_bias": True}, "attention_bias"),
+        ("gemma4-keys", {}, "attention_bias"),
+        ("gemma4_text", {}, "other layers than the last two that have their own"),
+        ("gemma4_text", {"num_kv_shared_layers": 3, "vocab_size_per_layer_input": 400}, "another number of tokens"),
         (
             "gemma3_text",
             {

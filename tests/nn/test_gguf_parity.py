@@ -24,7 +24,8 @@ _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 
 # llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
 # exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale
-# from head_dim, and the delta rule's queries and keys are normed with the norms' epsilon.
+# from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys
+# and values of the last two that have their own.
 _CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {},
@@ -54,6 +55,8 @@ _CASES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "gemma2": {"query_pre_attn_scalar": 14},
     "gemma3_text": {"query_pre_attn_scalar": 14},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma4-keys": {"attention_bias": False},
 }
 
 
@@ -92,7 +95,7 @@ def _gelu_of_ggml(gelu: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rounded
 
 
-@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("variant", [variant for variant in _CASES if variant.startswith("gemma")])
 def test_gemma_equals_llama_cpp_up_to_its_gelu_table(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,17 @@ import json
 from collections.abc import Sequence
 from functools import cache
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from support.odd_texts import ODD_TEXTS
@@ -34,6 +44,32 @@ def boundary_tokenizer() -> PreTrainedTokenizerFast:
     content["model"]["vocab"][_UNREACHABLE] = len(content["model"]["vocab"])
     backend = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<u>")
+
+
+@cache
+def spaced_tokenizer(*, across_lines: bool = False) -> PreTrainedTokenizerFast:
+    """Pairs of characters, as Gemma's: ▁ for a space, bytes for what has no token, merges that end at line ends."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    if not across_lines:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|[\n]+"), behavior="isolated")
+    special = [AddedToken(text, special=True, normalized=False) for text in ("<pad>", "<eos>", "<bos>", "<unk>")]
+    pieces = [AddedToken(f"<0x{byte:02X}>", special=False, normalized=False) for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, limit_alphabet=110, special_tokens=special + pieces, show_progress=False
+    )
+    backend.train_from_iterator(list(ODD_TEXTS) * 3, trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
+    backend = Tokenizer.from_str(json.dumps(content))
+    # As released tokenizers cut: there is no space left to cut at.
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
+    )
+    ends = {f"{role}_token": f"<{role}>" for role in ("pad", "eos", "bos", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
 
 
 def sentencepiece_pieces(user_defined: Sequence[str] = ()) -> list[tuple[str, float, int]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,6 +16,7 @@ from gguf import GGMLQuantizationType as StorageType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from support.llama_cpp import quantized_rows
+from support.tiny_gemma4 import NAMES, SCALAR, add_gemma4, gemma4_frequencies
 from support.tiny_models import expert_count
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -39,6 +41,7 @@ _ARCHITECTURE = {
     "smollm3": "smollm3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
 }
 
 _INTERLEAVED = ("llama", "mistral", "mixtral", "ministral3", "granite", "granitemoehybrid", "smollm3")
@@ -83,7 +86,7 @@ _QWEN35 = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
-_QWEN35_WHOLE = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
+_WHOLE = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias", "layer_scalar": SCALAR}
 _GLM4_NORMS = {
     "post_self_attn_layernorm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -117,7 +120,7 @@ def write_tiny_gguf(
         tokenizer: a byte-level one; the tiny one if not given.
         pre: the name of its pre-tokenizer.
         parts: files to spread the tensors over.
-        extra: further metadata, e.g. {"llama.expert_count": 8}; integers are 32-bit and unsigned.
+        extra: further metadata, e.g. {"llama.expert_count": 8}; integers are 32-bit and unsigned, floats 32-bit.
         without: keys to leave out.
 
     Returns:
@@ -129,7 +132,7 @@ def write_tiny_gguf(
         if isinstance(value, bool | str | list):
             (writer.add_bool if isinstance(value, bool) else _adder(writer, value))(key, value)
         else:
-            writer.add_uint32(key, value)
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     for shard in writer.kv_data:
         for key in without:
             shard.pop(key, None)
@@ -149,23 +152,38 @@ def write_tiny_gguf(
 
 def write_tiny_gguf_with_prediction(model: PreTrainedModel, path: Path) -> Path:
     """A file of architecture qwen35 with one block more, which predicts further tokens, as converters write it."""
-    plain = gguf.GGUFReader(write_tiny_gguf(model, path.with_name("plain.gguf")))
-    layers = model.config.num_hidden_layers
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
     last, more = f"blk.{layers - 1}.", f"blk.{layers}."
-    writer = gguf.GGUFWriter(path, "qwen35")
+    plain = write_tiny_gguf(model, path.with_name("plain.gguf"), extra={"qwen35.nextn_predict_layers": 1})
+    one_more = {
+        tensor.name.replace(last, more): np.array(tensor.data)
+        for tensor in gguf.GGUFReader(plain).tensors
+        if tensor.name.startswith(last)
+    }
+    for name, shape in (("eh_proj", (hidden, 2 * hidden)), ("enorm", (hidden,)), ("hnorm", (hidden,))):
+        one_more[f"{more}nextn.{name}.weight"] = np.ones(shape, dtype=np.float32)
+    return rewritten(plain, path, changed={"qwen35.block_count": layers + 1}, tensors=one_more)
+
+
+def rewritten(
+    original: Path,
+    path: Path,
+    *,
+    changed: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray[Any, Any] | None] | None = None,
+) -> Path:
+    """A file of float32 tensors with other values of metadata, and tensors more, others, or, where None, fewer."""
+    plain, changed, tensors = gguf.GGUFReader(original), changed or {}, tensors or {}
+    writer = gguf.GGUFWriter(path, plain.fields["general.architecture"].contents())
     for name, field in plain.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
-        value = field.contents() + 1 if name == "qwen35.block_count" else field.contents()
+        value = changed.get(name, field.contents())
         writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    writer.add_uint32("qwen35.nextn_predict_layers", 1)
-    for tensor in plain.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-        if tensor.name.startswith(last):
-            writer.add_tensor(tensor.name.replace(last, more), tensor.data)
-    hidden = model.config.hidden_size
-    for name, shape in (("eh_proj", (hidden, 2 * hidden)), ("enorm", (hidden,)), ("hnorm", (hidden,))):
-        writer.add_tensor(f"{more}nextn.{name}.weight", np.ones(shape, dtype=np.float32))
+    there = {tensor.name: tensor.data for tensor in plain.tensors}
+    for name, data in (there | tensors).items():
+        if data is not None:
+            writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -187,7 +205,7 @@ def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[An
 
 
 def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
-    config = model.config
+    config = _readable(model.config)
     tensors = len(tiny_gguf_tensors(model))
     writer = gguf.GGUFWriter(
         path, _ARCHITECTURE[config.model_type], split_max_tensors=-(-tensors // parts) if parts > 1 else 0
@@ -199,17 +217,20 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     writer.add_embedding_length(config.hidden_size)
     # What is stored: LFM2 makes another width of what its config says.
     widths = (tensor.shape[1] for name, tensor in model.named_parameters() if name.endswith(_DOWN))
-    writer.add_feed_forward_length(next(widths, config.intermediate_size))
     writer.add_head_count(config.num_attention_heads)
+    if config.model_type == "gemma4_text":
+        add_gemma4(writer, config)
+    else:
+        writer.add_feed_forward_length(next(widths, config.intermediate_size))
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     if config.model_type == "lfm2":
         convolved = [kind == "conv" for kind in config.layer_types]
         writer.add_head_count_kv([0 if here else config.num_key_value_heads for here in convolved])
         writer.add_shortconv_l_cache(config.conv_L_cache)
-    else:
+    elif config.model_type != "gemma4_text":
         writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     writer.add_layer_norm_rms_eps(config.norm_eps if config.model_type == "lfm2" else config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     rotary = config.rope_parameters
@@ -271,14 +292,20 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     return writer
 
 
+def _readable(config: Any) -> Any:
+    """Gemma 4's own lets nobody ask for a size that layers differ in."""
+    return SimpleNamespace(**config.to_dict()) if config.model_type == "gemma4_text" else config
+
+
 def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
     """Tensors by GGUF name, in float32, laid out as in a file."""
-    config = model.config
+    config = _readable(model.config)
     norms = {
         "gemma": _GEMMA_NORMS,
         "olmo2": _NORMS_AFTER,
         "olmo3": _NORMS_AFTER,
         "exaon": _NORMS_AFTER,
+        "gemma4_text": NAMES,
         "glm4": _GLM4_NORMS,
         "qwen3_5_text": _QWEN35 | {"post_attention_layernorm": "post_attention_norm"},
     }
@@ -290,18 +317,18 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
         if ".mlp.experts." in name:
             tensors |= _of_experts(name, tensor.detach().float())
             continue
-        module, kind = name.rsplit(".", 1)
-        block = ""
-        if module.startswith("model.layers."):
-            _, _, layer, module = module.split(".", 3)
+        block, inside = "", name
+        if name.startswith("model.layers."):
+            _, _, layer, inside = name.split(".", 3)
             block = f"blk.{layer}."
+        module, _, kind = inside.rpartition(".")
         values = tensor.detach().float().numpy()
         if config.model_type in _INTERLEAVED and module.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
             values = _interleaved(values, heads)
         if name.endswith("conv.conv.weight"):
             values = values.squeeze(1)
-        if config.model_type.startswith("gemma") and name.endswith("norm.weight"):
+        if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
             values = values + 1
         if config.model_type == "qwen3_5_text":
             values = _of_qwen35(values, config, name)
@@ -309,10 +336,12 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
             for part, half in zip(("ffn_gate", "ffn_up"), np.split(values, 2), strict=True):
                 tensors[f"{block}{part}.weight"] = np.ascontiguousarray(half)
             continue
-        stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_QWEN35_WHOLE[kind]}"
+        stored = f"{block}{names[module]}.{kind}" if module in names else f"{block}{_WHOLE[kind]}"
         tensors[stored] = np.ascontiguousarray(values)
     if config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _llama3_divisors(config.rope_parameters, config.head_dim)
+    if config.model_type == "gemma4_text":
+        tensors["rope_freqs.weight"] = gemma4_frequencies(config)
     if config.rope_parameters.get("rope_type") == "longrope":
         for length in ("short", "long"):
             factors = np.array(config.rope_parameters[f"{length}_factor"], dtype=np.float32)

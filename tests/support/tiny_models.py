@@ -86,8 +86,8 @@ _GRANITE4: dict[str, Any] = {
 }
 
 # The delta rule's norm divides by what a state of few tokens answers, which in narrow heads is often next to nothing:
-# rounding is then enlarged in any program. With a small epsilon transformers' own float32 is 5e-5 from its float64, with
-# 1e-2 up to 1.4e-5 on some processors.
+# rounding is then enlarged in any program. With a small epsilon transformers' own float32 is 5e-5 from its float64,
+# with 1e-2 up to 1.4e-5 on some processors.
 _DELTA_EPS = 1e-1
 
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -344,7 +344,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "global_head_dim": 18,
             "num_kv_shared_layers": 4,
             "use_double_wide_mlp": True,
-            # Wide enough for the norm behind it: of 10, in which a gated unit leaves few, it enlarges rounding fivefold.
+            # Wide enough for the norm behind it: of 10, of which a gated unit leaves few, it enlarges rounding fivefold.
             "hidden_size_per_layer_input": 26,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "final_logit_softcapping": 2.5,
@@ -378,9 +378,6 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Every tiny model there is; a family may have several."""
-
-WITHOUT_GGUF: tuple[str, ...] = ("gemma4_text", "gemma4-keys")
-"""Variants of families whose GGUF files are not read."""
 
 FAMILIES: tuple[str, ...] = (
     "llama",

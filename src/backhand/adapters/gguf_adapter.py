@@ -29,14 +29,8 @@ from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
 from backhand.nn.loading.expert_tensors import parameter_of, parts_of
 from backhand.nn.loading.gguf_file import GGUFFile, dequantized
-from backhand.nn.loading.gguf_tensors import (
-    StoredSizes,
-    gguf_architecture,
-    huggingface_name,
-    huggingface_names,
-    layout,
-    stored_sizes,
-)
+from backhand.nn.loading.gguf_layouts import StoredSizes, layout, stored_sizes
+from backhand.nn.loading.gguf_tensors import gguf_architecture, huggingface_name, huggingface_names
 from backhand.reading import open_plain
 
 ALPHA_KEY = "adapter.lora.alpha"

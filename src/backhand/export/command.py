@@ -26,7 +26,8 @@ from backhand.export.other_formats import (
 )
 from backhand.export.proving import Prover, prove_factors, prove_logits
 from backhand.files import staged, write_atomically
-from backhand.nn.loading.gguf_tensors import gguf_architecture, stored_sizes
+from backhand.nn.loading.gguf_layouts import stored_sizes
+from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.terminal import console
 
 

@@ -20,11 +20,12 @@ from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family import PER_LAYER_MODEL, DecoderConfig
 from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import expert_of
-from backhand.nn.loading.gguf_config import EXAONE4_32B_LAYERS, FULL_INTERVAL, NO_ROPE_INTERVAL
-from backhand.nn.loading.gguf_tensors import StoredSizes, gguf_names, layout
+from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, NO_ROPE_INTERVAL
+from backhand.nn.loading.gguf_layouts import StoredSizes, layout
+from backhand.nn.loading.gguf_tensors import gguf_names
 
 _OUTPUT = "lm_head"
 
@@ -122,6 +123,11 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
         return "the embedding is the head's matrix, and llama.cpp would use the factors there too, and stop"
     if module == _OUTPUT and tied_head:
         return "the head is the embedding's matrix, and the file of the base has no tensor of its own for it"
+    if architecture == "gemma4" and module == PER_LAYER_MODEL:
+        return (
+            "llama.cpp multiplies by this matrix as it is and would leave the factors out without a word; an adapter "
+            "trained with --exclude-modules per_layer_model_projection has none of it"
+        )
     if not gguf_names(architecture, module):
         return f"files of architecture {architecture} have no tensor for it"
     return None
@@ -188,6 +194,8 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
             obstacles.append(f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys")
     if architecture == "olmo2":
         obstacles += _olmo_obstacles(config)
+    if architecture == "gemma4":
+        obstacles += _gemma4_obstacles(config)
     if config.mixture is not None and config.mixture.of_all:
         obstacles.append("experts weighed by their share among all (norm_topk_prob false)")
     if architecture == "qwen3moe" and not all(layer.experts for layer in config.layers):
@@ -210,6 +218,18 @@ def _olmo_obstacles(config: DecoderConfig) -> list[str]:
     full, *sliding = config.rotary
     if any(one.scaling is not None or one.theta != full.theta for one in sliding):
         obstacles.append("a rotary base or scaling of the sliding layers' own")
+    return obstacles
+
+
+def _gemma4_obstacles(config: DecoderConfig) -> list[str]:
+    """Layers that share take keys and values of the last two layers before them there: full ones of the last."""
+    obstacles = []
+    sharing = [layer for layer in config.layers if layer.keys_of is not None]
+    own = len(config.layers) - len(sharing)
+    if any(layer.keys_of != own - (1 if layer.window is None else 2) for layer in sharing):
+        obstacles.append("keys and values shared by other layers than the last two that have their own")
+    if config.per_layer is not None and config.per_layer.vocab_size != config.vocab_size:
+        obstacles.append("inputs of layers for another number of tokens than there are")
     return obstacles
 
 

@@ -1,19 +1,22 @@
-"""A byte-level BPE tokenizer as a GGUF file's vocabulary.
+"""A BPE tokenizer as a GGUF file's vocabulary: byte-level, or one of characters with ▁ for a space, as Gemma's.
 
-The name under tokenizer.ggml.pre stands for the patterns by which text is cut; it is found by comparing the
-tokenizer's own patterns with those of the names that are known. Anything else is refused, since a wrong name gives
-other token ids without a word. Sentencepiece vocabularies have scores, which a fast tokenizer's file does not.
+Of a byte-level one the name under tokenizer.ggml.pre stands for the patterns by which text is cut; it is found by
+comparing the tokenizer's own patterns with those of the names that are known. Anything else is refused, since a wrong
+name gives other token ids without a word. llama.cpp cuts the second kind at line ends, where the tokenizer does not:
+that is the same as long as no token is made of line ends and other characters. Sentencepiece vocabularies with a space
+put in front have scores, which a fast tokenizer's file does not.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import gguf
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading.gguf_tokenizer import PRE_TOKENIZERS
+from backhand.nn.loading.gguf_tokenizer import LINES, PRE_TOKENIZERS, SPACED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -21,6 +24,20 @@ if TYPE_CHECKING:
 
 _NORMALIZERS = (None, {"type": "NFC"})
 _DIGITS = r"\p{N}"
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_NO_CUTS = (
+    None,
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    {"type": "Split", "pattern": {"Regex": LINES}, "behavior": "Isolated", "invert": False},
+)
+"""Ways to cut where no space is left that make no difference, given what tokens consist of."""
+_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_ALWAYS_SHOWN = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+    '<|"|>',
+)
+"""Gemma 4's tokens that llama.cpp's chat must see in an answer, and that its converter therefore calls no control
+tokens."""
 
 
 def add_vocabulary(
@@ -43,12 +60,13 @@ def add_vocabulary(
             tokens are more than the rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = _pre_tokenizer_name(described)
-    if pre is None:
+    spaced = _is_spaced(described)
+    pre = None if spaced else _pre_tokenizer_name(described)
+    if not spaced and pre is None:
         raise ArtifactError(
             "its tokenizer cannot be written into a GGUF file here",
             where=where,
-            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name",
+            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name, and Gemma's",
             next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
         )
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -64,9 +82,12 @@ def add_vocabulary(
     tokens, types = [], []
     for index in range(vocab_size):
         tokens.append(by_id.get(index, f"[PAD{index}]"))
-        types.append(_token_type(index, by_id, added))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+        types.append(_token_type(index, by_id, added, spaced))
+    writer.add_tokenizer_model(SPACED if pre is None else "gpt2")
+    if pre is None:
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = described["model"]["merges"]
@@ -88,12 +109,27 @@ def add_vocabulary(
     return [by_id[index] for index in without_row]
 
 
-def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any]) -> gguf.TokenType:
+def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any], spaced: bool) -> gguf.TokenType:
     if index not in by_id:
         return gguf.TokenType.UNUSED
+    if spaced and by_id[index] in _BYTES:
+        return gguf.TokenType.BYTE
+    if spaced and by_id[index] in _ALWAYS_SHOWN:
+        return gguf.TokenType.USER_DEFINED
     if index not in added:
         return gguf.TokenType.NORMAL
     return gguf.TokenType.CONTROL if added[index].special else gguf.TokenType.USER_DEFINED
+
+
+def _is_spaced(described: dict[str, Any]) -> bool:
+    """Whether it is of the kind that llama.cpp calls gemma4."""
+    model = described["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or model.get("ignore_merges"):
+        return False
+    if described.get("normalizer") != _SPACES or described.get("pre_tokenizer") not in _NO_CUTS:
+        return False
+    made = ("".join(merge) if not isinstance(merge, str) else merge.replace(" ", "") for merge in model["merges"])
+    return set(_BYTES) <= model["vocab"].keys() and not any(re.search(r"\n[^\n]|[^\n]\n", token) for token in made)
 
 
 def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:

@@ -294,15 +294,14 @@ def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
 
 
 def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
-    def same(one: RotaryConfig, other: RotaryConfig) -> bool:
-        features = ours.head_dim if one.features is None else one.features
-        if features != (theirs.head_dim if other.features is None else other.features):
+    def same(one: RotaryConfig, other: RotaryConfig, head_dim: int) -> bool:
+        if (one.features or head_dim) != (other.features or head_dim):
             return False
         if one.interleaved != other.interleaved:
             return False
         # Of a short document and of one longer than any list of factors is for.
         pairs = [
-            tuple(inverse_frequencies(each, ours.head_dim, length=length) for each in (one, other))
+            tuple(inverse_frequencies(each, head_dim, length=length) for each in (one, other))
             for length in (0, _LONGER_THAN_ANY)
         ]
         return math.isclose(one.attention_factor, other.attention_factor, rel_tol=1e-6) and all(
@@ -310,5 +309,5 @@ def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
         )
 
     return len(ours.rotary) == len(theirs.rotary) and all(
-        same(one, other) for one, other in zip(ours.rotary, theirs.rotary, strict=True)
+        same(*each) for each in zip(ours.rotary, theirs.rotary, ours.rotary_dims, strict=True)
     )

@@ -11,9 +11,10 @@ from gguf import GGUFWriter
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_tokenizer import PRE_TOKENIZERS
-from support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces
+from support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces, spaced_tokenizer
 from support.llama_cpp import LlamaCpp
 from support.odd_texts import ODD_TEXTS
+from support.tiny_gemma4 import add_gemma4_tokenizer
 from support.tiny_gguf import (
     add_byte_level_tokenizer,
     add_sentencepiece_tokenizer,
@@ -74,6 +75,20 @@ def test_sentencepiece_ids_equal_llama_cpp(
         assert ids == peer.token_ids(text, add_special=True), text
         if not space_prefix:
             assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_spaced_ids_equal_llama_cpp_and_the_original(tmp_path: Path) -> None:
+    original = spaced_tokenizer()
+    path = write_vocabulary_gguf(
+        tmp_path / "v.gguf", len(original), lambda writer: add_gemma4_tokenizer(writer, original)
+    )
+    tokenizer, peer = open_model(path).tokenizer(), LlamaCpp(path)
+    for text in (*ODD_TEXTS, "<bos> a", "x<eos>y", *("a" + "\n" * count + "b" for count in range(1, 40))):
+        ids = tokenizer(text).input_ids
+        assert ids == peer.token_ids(text, add_special=True), text
+        assert ids == original(text).input_ids, text
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<pad>")
 
 
 @pytest.mark.smollm2

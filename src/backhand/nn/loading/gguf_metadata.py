@@ -53,6 +53,22 @@ class Metadata:
             )
         return value
 
+    def first(self, key: str, default: int | None = None) -> int:
+        """A number from 1 on, or the first in a list of such; an ArtifactError where it is none."""
+        value = self.get(key, default)
+        return self.checked(key, value[0] if isinstance(value, list) and value else value)
+
+    def by_layer(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """A number from 1 on for each layer; an ArtifactError where it is none, or the list has another length."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return [self.checked(key, value)] * layers
+        if len(value) != layers:
+            raise ArtifactError(
+                f"{self._prefix}{key} has {len(value)} numbers for {layers} layers", where=str(self._file.path)
+            )
+        return [self.checked(key, item) for item in value]
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number above zero; an ArtifactError where it is none."""
         value = self.get(key, default)
@@ -96,6 +112,23 @@ class Metadata:
             else:
                 foreign.append(key)
         return unread, foreign
+
+
+def sliding_layers(metadata: Metadata, layers: int, interval: int) -> list[bool]:
+    """Which layers slide: as the file lists them, or all but every so-manieth, as it says or as is usual."""
+    pattern = metadata.get("attention.sliding_window_pattern", interval)
+    if isinstance(pattern, bool):
+        return [pattern] * layers
+    if isinstance(pattern, list):
+        return [bool(item) for item in pattern]
+    period = metadata.integer("attention.sliding_window_pattern", interval)
+    return [bool((layer + 1) % period) for layer in range(layers)]
+
+
+def share_of(rotated: int, head_dim: int) -> float:
+    """A share of which, multiplied and cut as transformers does it, is that number again."""
+    share = rotated / head_dim
+    return share if int(head_dim * share) == rotated else math.nextafter(share, 1.0)
 
 
 @cache

@@ -25,19 +25,18 @@ from backhand.nn.loading.gguf_file import (
     dequantized,
     is_readable,
 )
+from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
     ARCHITECTURES,
     LONG_FACTORS,
     ROPE_FACTORS,
     SHORT_FACTORS,
-    Layout,
     huggingface_names,
     is_skipped,
-    layout,
-    stored_sizes,
 )
 from backhand.nn.loading.gguf_tokenizer import build_tokenizer
 from backhand.nn.loading.source import ModelSource, mismatch
+from backhand.nn.loading.wrappers import is_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +90,7 @@ class GGUFModel(ModelSource):
         stored: dict[str, GGUFTensor] = {}
         for name, tensor in self._main.tensors.items():
             names = huggingface_names(self.architecture, name, tensor.shape)
-            if names:
+            if names and not is_beside(self.config, names[0]):
                 whole = expert_of(names[0]) is None
                 stored.update(zip(names, [tensor] if whole else _pieces(tensor, len(names)), strict=True))
         return stored

@@ -1,12 +1,14 @@
 """A transformers fast tokenizer from a GGUF file's vocabulary.
 
 The tokenizers library does the work; what is built here gives llama.cpp's own ids, which is what the file was made for.
-Two kinds of vocabulary:
+Three kinds of vocabulary:
 
 - `gpt2`: byte-level pairs. Text is cut by the patterns named in tokenizer.ggml.pre, bytes are spelled as letters, and
   tokenizer.ggml.merges says in which order to join.
 - `llama`: sentencepiece pairs with scores. A space is ▁, one more may be put in front, and of neighbours whose union is
   a token the union with the highest score is made first; characters without a token fall back to byte tokens.
+- `gemma4`: pairs of characters. A space is ▁, runs of line ends are cut from what lies between them, merges say in
+  which order to join, and characters without a token fall back to byte tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
+SPACED, LINES = "gemma4", r"[^\n]+|[\n]+"
+"""The third kind's name, and how it cuts text."""
 _KEY = "tokenizer.ggml."
 MOST_MERGES = 2**22
 MOST_COMPARED = 2**30
@@ -51,11 +55,13 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         backend, adds_bos = _byte_level(file, tokens)
     elif kind == "llama":
         backend, adds_bos = _sentencepiece(file, tokens), True
+    elif kind == SPACED:
+        backend, adds_bos = _spaced(file, tokens), True
     else:
         raise ArtifactError(
             f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
             where=str(file.path),
-            why="known are gpt2 and llama",
+            why=f"known are gpt2, llama and {SPACED}",
             next_step="use the model's Hugging Face directory",
         )
     _add_marked_tokens(backend, file, tokens)
@@ -132,9 +138,29 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     has_prefix = bool(file.value(_KEY + "add_space_prefix", True))
     steps = [normalizers.Prepend(_SPACE)] if has_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    undo = _undone()
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if has_prefix else undo)
     return backend
+
+
+def _spaced(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary = _vocabulary(tokens)
+    unknown = _token(file, tokens, "unknown")
+    model = models.BPE(vocabulary, _merges(file, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
+    backend.decoder = decoders.Sequence(_undone())
+    return backend
+
+
+def _undone() -> list[Any]:
+    """From pieces to text: ▁ is a space again, and byte tokens are characters."""
+    from tokenizers import decoders
+
+    return [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
 
 
 def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

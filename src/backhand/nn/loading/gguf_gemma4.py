@@ -1,0 +1,161 @@
+"""What a GGUF file of architecture gemma4 says beside what every file says: two kinds of layers, and what they share.
+
+- `key_length` is the size of a head in full layers, `key_length_swa` in sliding ones. Key/value heads and widths of
+  MLPs are a number, or a list with one for each layer: heads differ by kind of layer, widths double in layers that
+  share.
+- The last `shared_kv_layers` layers use keys and values of layers below. Files have attn_k and attn_v of these layers
+  as the checkpoint has them, and llama.cpp reads over them, as is done here. A full layer without attn_v makes its
+  values of its keys.
+- `rope_freqs.weight` counts in full layers alone, and must be there. It divides the frequencies of the pairs that turn
+  by one number and those of the others by 1e30: Gemma's rule `proportional`. Linear scaling is of full layers too.
+- The table of layers' inputs has a row for each token. Logits are capped at 30 where nothing is said, and not where
+  0 is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backhand.errors import ArtifactError
+from backhand.nn.loading.gguf_file import GGUFFile
+from backhand.nn.loading.gguf_metadata import Metadata, share_of, sliding_layers
+from backhand.nn.loading.gguf_tensors import ROPE_FACTORS
+
+STILL = 1e30
+"""What divides the frequency of a pair that does not turn."""
+_STANDS = 1e20
+"""From here on it does not, in any text."""
+_PATTERN = 6
+_TABLE = "per_layer_token_embd.weight"
+
+
+def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+    """Add to a Hugging Face config in the making what Gemma 4 has of its own.
+
+    Raises:
+        ArtifactError: for metadata that no model has, and a table of frequencies that is missing or another rule's.
+    """
+    layers, full_size = config["num_hidden_layers"], config["head_dim"]
+    slides = sliding_layers(metadata, layers, _PATTERN)
+    if len(slides) != layers:
+        raise ArtifactError(
+            f"gemma4.attention.sliding_window_pattern does not say of each of {layers} layers whether it slides",
+            where=str(file.path),
+        )
+    if slides[-1]:  # transformers takes the last layer for a full one whatever its config says
+        metadata.not_understood("attention.sliding_window_pattern")
+    if ROPE_FACTORS not in file.tensors:
+        raise ArtifactError(f"the tensor {ROPE_FACTORS} is missing", where=str(file.path))
+    size = metadata.integer("attention.key_length_swa")
+    metadata.agrees("attention.value_length_swa", size)
+    metadata.agrees("rope.dimension_count_swa", size)
+    if config.pop("partial_rotary_factor", None) is not None:
+        metadata.not_understood("rope.dimension_count")
+    shared = metadata.optional("attention.shared_kv_layers", int) or 0
+    width = metadata.optional("embedding_length_per_layer_input", int) or 0
+    as_values = not any(
+        f"blk.{layer}.attn_v.weight" in file.tensors for layer in range(layers - shared) if not slides[layer]
+    )
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
+    cap = metadata.optional("final_logit_softcapping", float)
+    del config["hidden_act"]
+    config |= {
+        "model_type": "gemma4_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
+        "head_dim": size,
+        "global_head_dim": full_size,
+        "attention_k_eq_v": as_values and not all(slides),
+        "num_kv_shared_layers": shared,
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
+        "rope_parameters": {
+            "full_attention": _full_rotary(rotary, full_size, metadata, file),
+            "sliding_attention": local,
+        },
+        "final_logit_softcapping": None if cap == 0 else 30.0 if cap is None else cap,
+        "hidden_size_per_layer_input": width,
+        "vocab_size_per_layer_input": file.tensors[_TABLE].shape[0] if _TABLE in file.tensors else config["vocab_size"],
+    }
+    _add_key_value_heads(config, metadata, slides)
+    _add_widths(config, metadata)
+
+
+def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GGUFFile) -> dict[str, Any]:
+    """The angles of full layers, by the rule `proportional`."""
+    if rotary["rope_type"] not in ("default", "linear", "longrope"):
+        metadata.not_understood("rope.scaling.type")
+        return rotary
+    divisors = rotary.get("short_factor", [rotary.get("factor", 1.0)] * (size // 2))
+    turning = [divisor for divisor in divisors if divisor < _STANDS]
+    if len(set(turning)) != 1 or divisors[: len(turning)] != turning:
+        raise ArtifactError(
+            f"{ROPE_FACTORS} divides frequencies in a way that Gemma 4 has not",
+            where=str(file.path),
+            why="the first pairs turn, each divided by one number, and the others stand still",
+            next_step="use the model's Hugging Face directory",
+        )
+    rule = {
+        "rope_type": "proportional",
+        "rope_theta": rotary["rope_theta"],
+        "partial_rotary_factor": share_of(2 * len(turning), size),
+    }
+    return rule if turning[0] == 1.0 else rule | {"factor": turning[0]}
+
+
+def _add_key_value_heads(config: dict[str, Any], metadata: Metadata, slides: list[bool]) -> None:
+    """Of sliding layers and, where values are made of keys, of full ones; a config cannot say other differences."""
+    key = "attention.head_count_kv"
+    counts = metadata.by_layer(key, len(slides), config["num_attention_heads"])
+    sliding, full = ({count for count, here in zip(counts, slides, strict=True) if here == kind} for kind in (True, 0))
+    config["num_key_value_heads"] = min(sliding or full)
+    if max(map(len, (sliding, full))) > 1 or (sliding and full and full != sliding and not config["attention_k_eq_v"]):
+        metadata.not_understood(key)
+    elif sliding and full and full != sliding:
+        config["num_global_key_value_heads"] = min(full)
+
+
+def _add_widths(config: dict[str, Any], metadata: Metadata) -> None:
+    """Widths of MLPs: all alike, or doubled in the layers that share keys and values."""
+    key, layers = "feed_forward_length", config["num_hidden_layers"]
+    widths = metadata.by_layer(key, layers)
+    first, own = widths[0], max(layers - config["num_kv_shared_layers"], 0)
+    config["intermediate_size"] = first
+    config["use_double_wide_mlp"] = doubled = widths != [first] * layers
+    if doubled and widths != [first] * own + [2 * first] * (layers - own):
+        metadata.not_understood(key)
+
+
+def gemma4_shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, tuple[int, ...]]]]:
+    """Shapes of the tensors that Gemma 4 alone has, or has in another shape: outside of the blocks, and in each."""
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    p, own = config["hidden_size_per_layer_input"], layers - config["num_kv_shared_layers"]
+    blocks: list[dict[str, tuple[int, ...]]] = []
+    for layer, kind in enumerate(config["layer_types"]):
+        slides = kind == "sliding_attention"
+        size = config["head_dim" if slides else "global_head_dim"]
+        kv_heads = config["num_key_value_heads"]
+        keys = size * (kv_heads if slides else config.get("num_global_key_value_heads", kv_heads))
+        inner = config["intermediate_size"] * (2 if config["use_double_wide_mlp"] and layer >= own else 1)
+        blocks.append(
+            {
+                "attn_q.weight": (heads * size, hidden),
+                "attn_q.bias": (heads * size,),
+                "attn_output.weight": (hidden, heads * size),
+                **dict.fromkeys(("attn_k.weight", "attn_v.weight"), (keys, hidden)),
+                **dict.fromkeys(("attn_k.bias", "attn_v.bias"), (keys,)),
+                **dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (size,)),
+                **dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), (inner, hidden)),
+                "ffn_down.weight": (hidden, inner),
+                "inp_gate.weight": (p, hidden),
+                "proj.weight": (hidden, p),
+                "post_norm.weight": (hidden,),
+                "layer_output_scale.weight": (1,),
+            }
+        )
+    whole = {
+        _TABLE: (config["vocab_size_per_layer_input"], layers * p),
+        "per_layer_model_proj.weight": (layers * p, hidden),
+        "per_layer_proj_norm.weight": (p,),
+    }
+    return whole, blocks
