@@ -23,8 +23,12 @@ OP_OF = {
     "attention": "attention",
     "low_rank": "lora_linear_group",
     "few rows": "frozen_linear",
+    "causal_conv": "causal_conv",
+    "gated_conv": "gated_conv",
+    "gated_delta_rule": "gated_delta_rule",
 }
-SOURCES = [path.read_text(encoding="utf-8") for path in sorted(build.SOURCES.iterdir())]
+FILES = sorted(path for path in build.SOURCES.iterdir() if path.suffix in (".cpp", ".h") and path.stem != "mutants")
+SOURCES = [path.read_text(encoding="utf-8") for path in FILES]
 ALL_MUTANTS = {name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)}
 OF_A_STEP = sorted(name for name in ALL_MUTANTS if name.startswith("decode step:"))
 MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP))

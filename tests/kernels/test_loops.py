@@ -9,7 +9,10 @@ from backhand.kernels.library import load, loop, proving_loops, torch_form, usab
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
 from backhand.ops.attention import attention_backward, attention_forward
+from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.frozen_matrix import frozen_linear
+from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
+from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
 from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
@@ -21,7 +24,7 @@ from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 
 WITH_LOOPS = (
     *("rms_norm", "glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
-    *("lora_linear", "lora_linear_group"),
+    *("lora_linear", "lora_linear_group", "causal_conv", "gated_conv", "gated_delta_rule"),
 )
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
 MARK = 7.25  # what stands around a result that a loop writes
@@ -283,6 +286,75 @@ def test_attention_writes_nothing_but_its_results(build):
         assert marks_intact(out)
 
 
+DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((), 3)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("documents", "shared"), DOCUMENTS)
+@pytest.mark.parametrize(("channels", "width"), [(1, 1), (5, 3), (16, 4), (259, 4), (530, 8), (33, 11)])
+def test_convolutions_of_any_shape(build, dtype, documents, shared, channels, width):
+    """More taps than the loops take too."""
+    tokens, runs = shared + sum(documents), document_runs(documents, shared)
+    x, d_y, bcx = (gapped((tokens, n), dtype, n) for n in (channels, channels, 3 * channels))
+    weight, bias = gapped((channels, width), dtype, 1), gapped((1, channels), dtype, 2)[0]
+    out, out_gated = gapped((tokens, channels), dtype, 3), gapped((tokens, 3 * channels), dtype, 4)
+
+    def compute(cast):
+        results, taps = [], Taps(cast(weight), cast(bias))
+        for silu in (False, True):
+            y, saved = causal_conv_forward(cast(x), taps, runs, shared, silu=silu)
+            results += [y, causal_conv_backward(cast(d_y), saved, out=cast(out)).d_x.clone()]
+        y, gated = gated_conv_forward(cast(bcx), Taps(cast(weight)), runs, shared)
+        return *results, y, gated_conv_backward(cast(d_y), gated, out=cast(out_gated)).d_bcx
+
+    assert_close(*both_forms(compute), dtype)
+    assert marks_intact(out)
+    assert marks_intact(out_gated)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_convolution_goes_on(build, dtype):
+    x, weight = gapped((22, 19), dtype, 0).view(2, 11, 19), gapped((19, 4), dtype, 1)
+
+    def compute(cast):
+        seen = cast(x).new_zeros(2, 3, 19)
+        taps, pieces = Taps(cast(weight)), cast(x).split([2, 1, 8], 1)
+        return torch.cat([causal_conv_continued(piece, taps, seen, silu=True) for piece in pieces], 1), seen
+
+    assert_close(*both_forms(compute), dtype)
+
+
+def delta_rule_of(documents, heads, group, widths, dtype, *, shared=0, chunk=64, states=False):
+    """A function that runs it, forward and backward, on tensors cast by its argument."""
+    tokens, runs = shared + sum(documents), document_runs(documents, shared)
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k = (gapped((tokens, heads, widths[0]), wide, seed, size=widths[0] ** -0.5) for seed in range(2))
+    v, d_y = (gapped((tokens, heads * group, widths[1]), dtype, seed) for seed in (2, 3))
+    decay, beta = -gapped((tokens, heads * group), wide, 4).abs(), gapped((tokens, heads * group), dtype, 5).sigmoid()
+    begin = torch.randn(len(documents), heads * group, *widths, generator=torch.Generator().manual_seed(6)).to(wide)
+
+    def compute(cast):
+        inputs = [cast(x) for x in (q, k, v, decay, beta)]
+        own = cast(begin).clone() if states else None
+        y, saved = gated_delta_rule_forward(*inputs, runs, shared, states=own, chunk=chunk)
+        return (y, own) if own is not None else (y, *gated_delta_rule_backward(cast(d_y), saved))
+
+    return compute
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("documents", "shared"), [*DOCUMENTS, ((150, 64, 1), 0), ((70, 3), 129)])
+@pytest.mark.parametrize(
+    ("heads", "group", "widths", "chunk"),
+    [(1, 1, (1, 1), 64), (2, 3, (5, 17), 3), (3, 1, (64, 64), 64), (2, 2, (33, 20), 17), (1, 2, (16, 144), 50)],
+)
+def test_delta_rule_of_any_shape(build, dtype, documents, shared, heads, group, widths, chunk):
+    assert_close(*both_forms(delta_rule_of(documents, heads, group, widths, dtype, shared=shared, chunk=chunk)), dtype)
+    if not shared:
+        both = both_forms(delta_rule_of(documents, heads, group, widths, dtype, chunk=chunk, states=True))
+        assert_close(*both, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
     attend = [
@@ -290,10 +362,17 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
         attention_of((300,), 3, 1, 32, dtype),
         attention_of((40, 30, 60), 4, 2, 32, dtype, shared=50, window=45),
     ]
+    attend += [
+        delta_rule_of((130, 70, 90), 3, 2, (32, 24), dtype),
+        delta_rule_of((40, 30, 60), 3, 1, (32, 24), dtype, shared=50),
+    ]
     x, gate_up = torch.randn(600, 96).to(dtype), torch.randn(600, 192).to(dtype)
+    wide, taps = torch.randn(300, 700).to(dtype), Taps(torch.randn(700, 4).to(dtype))
 
     def everything():
         results = [tensor for compute in attend for tensor in compute(lambda t: t)]
+        y, conv = causal_conv_forward(wide, taps, document_runs((90, 180), 30), 30, silu=True)
+        results += [y, *causal_conv_backward(wide, conv)]
         y, saved = rms_norm_forward(x, x[0], 1e-5)
         results += [y, *rms_norm_backward(x, saved, residual=y)]
         y, glu_saved = glu_forward(gate_up[:, :96], gate_up[:, 96:], "silu")

@@ -38,7 +38,6 @@ Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch'
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -51,7 +50,16 @@ from backhand.ops.attention_blocks import (
     attention_blocks_backward,
     attention_blocks_forward,
 )
-from backhand.ops.document_groups import Run, groups, keys_of, set_keys, set_part, takes_blocks, together
+from backhand.ops.document_groups import (
+    Run,
+    groups,
+    keys_of,
+    set_keys,
+    set_part,
+    starts_and_lengths,
+    takes_blocks,
+    together,
+)
 
 _HEADS = (POINTER, INT64, INT64)
 _PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE)
@@ -220,19 +228,10 @@ def _problem(
     q: Tensor, k: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None, shared: int
 ) -> tuple[float, ...]:
     """What the loops take behind the tensors; without a window, one that reaches further than any document."""
-    starts, lengths = _documents(runs)
+    starts, lengths = starts_and_lengths(runs)
     reach = q.shape[0] + 1 if window is None else window
     where = (starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared)
     return (*where, q.shape[1], k.shape[1], q.shape[2], reach, scaling)
-
-
-# Every layer asks for the same ones.
-@functools.lru_cache(maxsize=16)
-def _documents(runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
-    """Start and length of each document, (documents,) int64."""
-    own = [(first + i * length, length) for first, count, length in runs for i in range(count)]
-    starts, lengths = torch.tensor(own, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    return starts, lengths
 
 
 def _check(outcome: int) -> None:

@@ -11,8 +11,9 @@ Backward, w and b being frozen. With G = ∂L/∂y and C = G, or C = G ⊙ φ'(c
 where C_{t+s} is zero behind the document's end: the same taps, read forward in time. A token near the prefix's end is
 read by the first tokens of every document, and its gradient is the sum over all of them.
 
-Saved: x; c is made again where SiLU's slope needs it, for J multiplications an element. All passes go over tiles of so
-many tokens that what lies between two of them stays in the caches.
+Saved: x; c is made again where SiLU's slope needs it, for J multiplications an element. The compiled loops
+(native/causal_conv.cpp) read each number once and round each sum once; torch's passes go over tiles of so many tokens
+that what lies between two of them stays in the caches.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.document_groups import Run, spans
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.ops.document_groups import Run, spans, starts_and_lengths
 from backhand.ops.elementwise import SiLUSaved, silu_backward
+
+_MATRIX = (POINTER, INT64)
+_PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, POINTER, *(INT64,) * 4)
+_FORWARD = Declared("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
+_BACKWARD = Declared("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
+# As in native/causal_conv.cpp: what stands around the convolution, and the most taps.
+PLAIN, WITH_SILU, GATED = range(3)
+MOST_TAPS = 8
 
 # Input and output of a tile stay in the second-level cache.
 TILE_ELEMENTS = 1 << 16
@@ -68,24 +78,75 @@ def causal_conv_forward(
     Returns:
         y (tokens, channels) in x's dtype, and what backward needs.
     """
+    saved = CausalConvSaved(x, taps, runs, shared, silu)
     c = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if compiled_conv(WITH_SILU if silu else PLAIN, x, taps, runs, shared, c):
+        return c, saved
     for tile in _tiles(x, runs, shared):
         part = _convolve(x, taps, tile, shared, tile.of(c))
         if silu:
             torch.nn.functional.silu(part, inplace=True)
-    return c, CausalConvSaved(x, taps, runs, shared, silu)
+    return c, saved
 
 
-def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved) -> CausalConvGrads:
-    """Map d_y, (tokens, channels), to the gradient derived in the module docstring."""
+def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | None = None) -> CausalConvGrads:
+    """Map d_y, (tokens, channels), to the gradient derived in the module docstring.
+
+    Args:
+        d_y: ∂L/∂y.
+        saved: from the forward pass.
+        out: (tokens, channels) to receive d_x, or None.
+    """
     x, taps, runs, shared, silu = saved
+    out = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device) if out is None else out
+    if compiled_conv_back(WITH_SILU if silu else PLAIN, d_y, x, taps, runs, shared, out):
+        return CausalConvGrads(out)
     d_c = d_y
     if silu:
         d_c = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device)
         for tile in _tiles(x, runs, shared):
             c = _convolve(x, taps, tile, shared, torch.empty_like(tile.of(x)))
             tile.of(d_c).copy_(silu_backward(tile.of(d_y), SiLUSaved(c)).d_x)
-    return CausalConvGrads(convolved_back(d_c, taps, runs, shared))
+    return CausalConvGrads(_convolve_back(d_c, taps, runs, shared, out))
+
+
+def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, y: Tensor) -> bool:
+    """Whether the compiled loop applied; y (tokens, channels) is then filled.
+
+    Args:
+        mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `gated_conv`.
+        x: the input.
+        taps: weight and bias.
+        runs: the documents.
+        shared: tokens of the prefix.
+        y: to receive the result.
+    """
+    run = loop(_FORWARD, x, *taps, y)
+    if run is None or taps.weight.shape[1] > MOST_TAPS:
+        return False
+    run(mode, *_problem(x, taps, runs, shared), y.data_ptr(), y.stride(0))
+    return True
+
+
+def compiled_conv_back(
+    mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, d_x: Tensor
+) -> bool:
+    """Whether the compiled loop applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
+    run = loop(_BACKWARD, d_y, x, *taps, d_x)
+    if run is None or taps.weight.shape[1] > MOST_TAPS:
+        return False
+    places = (d_y.data_ptr(), d_y.stride(0), d_x.data_ptr(), d_x.stride(0))
+    run(mode, *_problem(x, taps, runs, shared), *places)
+    return True
+
+
+def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> tuple[int | None, ...]:
+    """Input, taps and documents as the loops take them."""
+    (weight, bias), (starts, lengths) = taps, starts_and_lengths(runs)
+    return (
+        *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr()),
+        *(starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared, *weight.shape),
+    )
 
 
 def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = False) -> Tensor:
@@ -112,15 +173,17 @@ def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = F
 
 def convolved(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
     """c, (tokens, channels), a fresh tensor."""
-    c = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for tile in _tiles(x, runs, shared):
-        _convolve(x, taps, tile, shared, tile.of(c))
-    return c
+    return causal_conv_forward(x, taps, runs, shared)[0]
 
 
 def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
     """∂L/∂x from ∂L/∂c, (tokens, channels), a fresh tensor."""
-    weight, d_x = taps.weight, torch.empty(d_c.shape, dtype=d_c.dtype, device=d_c.device)
+    return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, shared, silu=False)).d_x
+
+
+def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, d_x: Tensor) -> Tensor:
+    """Write ∂L/∂x from ∂L/∂c to d_x, (tokens, channels), and return it."""
+    weight = taps.weight
     # What the documents add to the prefix's gradient; rounded once.
     d_prefix = torch.zeros(shared, d_c.shape[1], dtype=torch.promote_types(d_c.dtype, torch.float32), device=d_c.device)
     for tile in _tiles(d_c, runs, shared):

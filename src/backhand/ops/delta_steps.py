@@ -16,6 +16,8 @@ from torch import Tensor
 
 from backhand.ops.document_groups import Places, Run, spans
 
+CHUNK_TOKENS = 64
+
 
 class Step(NamedTuple):
     """One chunk of each of some documents, (documents, length).

@@ -9,7 +9,8 @@ with G = ∂L/∂y and Z = convᵀ(C ⊙ G)
     ∂L/∂C = G ⊙ c,   ∂L/∂B = Z ⊙ x,   ∂L/∂x = Z ⊙ B      (tokens, channels) each
 The convolution's weight and bias are frozen.
 
-Saved: the projections' output, [B | C | x]; z and c are made again, for a few multiplications an element.
+Saved: the projections' output, [B | C | x]; z and c are made again, for a few multiplications an element. The compiled
+loops are those of `causal_conv`, which multiply by the gates on the way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.causal_conv import Taps, convolved, convolved_back
+from backhand.ops.causal_conv import GATED, Taps, compiled_conv, compiled_conv_back, convolved, convolved_back
 from backhand.ops.document_groups import Run, spans
 
 
@@ -53,7 +54,11 @@ def gated_conv_forward(
         y (tokens, channels) in bcx's dtype, and what backward needs.
     """
     b, c, x = bcx.chunk(3, dim=-1)
-    return convolved(b * x, taps, runs, shared).mul_(c), GatedConvSaved(bcx, taps, runs, shared)
+    saved = GatedConvSaved(bcx, taps, runs, shared)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if compiled_conv(GATED, bcx, taps, runs, shared, y):
+        return y, saved
+    return torch.mul(convolved(b * x, taps, runs, shared), c, out=y), saved
 
 
 def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | None = None) -> GatedConvGrads:
@@ -67,6 +72,8 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
     bcx, taps, runs, shared = saved
     b, c, x = bcx.chunk(3, dim=-1)
     out = torch.empty_like(bcx) if out is None else out
+    if compiled_conv_back(GATED, d_y, bcx, taps, runs, shared, out):
+        return GatedConvGrads(out)
     d_b, d_c, d_x = out.chunk(3, dim=-1)
     torch.mul(d_y, convolved(b * x, taps, runs, shared), out=d_c)
     d_z = convolved_back(d_y * c, taps, runs, shared)

@@ -15,18 +15,11 @@
 
 #include "arena.h"
 #include "dtypes.h"
+#include "heads.h"
 #include "mutants.h"
 #include "products.h"
 
 namespace {
-
-// Heads of `head_dim` numbers: token t, head h lies at data + t · token + h · head.
-template <class T>
-struct Heads {
-  T* data;
-  int64_t token, head;
-  T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
-};
 
 struct Shape {
   const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
@@ -80,20 +73,6 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
     std::fill(to + head_dim, to + width, E(0));
   }
   std::fill(rows + count * width, rows + padded * width, E(0));
-}
-
-template <class C, class T>
-inline void write_row(const C* from, T* to, int64_t n) {
-  along<C>(
-      n, [=](int64_t i) { store(to + i, load<C>(from + i)); },
-      [=](int64_t i, int64_t count) { store_some<C>(to + i, load_some<C>(from + i, count), count); });
-}
-
-template <class C>
-inline Bits<C> counted_from(int64_t first) {
-  Bits<C> numbers;
-  for (int i = 0; i < lanes<C>; ++i) numbers[i] = static_cast<decltype(numbers[0] + 0)>(first + i);
-  return numbers;
 }
 
 // Tasks in parallel, whichever thread is free takes the next one.

@@ -99,7 +99,7 @@ def delta_backward(
     d_raw_k.copy_(rms_norm_backward(d_k, rule.k_norm, weight_gradient=False).d_x)
     d_raw_v.copy_(d_v)
     del rule, convolved, d_q, d_k, d_v
-    d_qkv.copy_(causal_conv_backward(d_convolved, conv).d_x)
+    causal_conv_backward(d_convolved, conv, out=d_qkv)
     return d_x
 
 

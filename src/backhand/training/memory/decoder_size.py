@@ -24,8 +24,9 @@ Workspace, on top of what is kept: the largest of what is alive, in torch's form
                                             matrices of `attention_blocks`' queries by keys for each head, five where
                                             scores are capped; where they
                                             differ in length also 3q + 4k, their copies;
-    while the gated delta rule is: its input and output, their gradients, q and k in float32 twice, and for the key
-                                            heads at work what `ops.gated_delta_rule` keeps of every token;
+    while the gated delta rule is: its input and output, their gradients, q and k in float32 twice, and in loops
+                                            what each thread keeps of a document, else for the key heads at work what
+                                            `ops.delta_chunks` keeps of every token;
     while the head is:                      2d a supervised token, 3d where something is trained in it, and the chunk of
                                             logits with the softmax of some of its rows (`linear_cross_entropy`);
     between steps:                          a checkpoint's bytes, or the logits of a neutral text.
@@ -37,8 +38,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
 
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import (
@@ -61,11 +60,11 @@ from backhand.nn.decoder.family import (
     LayerConfig,
 )
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import TILE_BYTES
-from backhand.ops.gated_delta_rule import bytes_of_a_head
 from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS
 from backhand.training.config import Recompute
-from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, DeltaHeads, ModelSize
+from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
 
 INTEGER_BYTES = 8
 HEAD = "lm_head"
@@ -149,6 +148,12 @@ def decoder_size(
         here + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
         for here, layer in zip(_looped_block(config, b, dropout)[1], config.layers, strict=True)
     ]
+    # What is computed again beside the rule is of its own layer, not of the largest.
+    less = [max(blocks) - own for own in blocks]
+    delta_again = [max(0, here - saved) for here, saved in zip(delta[lowest:], less, strict=True)]
+    of_rule = {"none": delta[lowest:], "mlp": delta[lowest:], "block": delta_again}
+    # The last layer computes its MLP again for supervised tokens alone.
+    of_mixer = {"none": mixing[lowest:], "mlp": mixing[lowest:], "block": [*mixing[lowest:-1], 0][:above]}
     softmax_in_place = loops_are_there() and config.logits.cap is None
     return ModelSize(
         dtype_bytes=b,
@@ -157,9 +162,9 @@ def decoder_size(
         kept_bytes=kept,
         unread_bytes=no_reading if above else dict.fromkeys(_MODES, 0),
         block_bytes=block,
-        attending_bytes={mode: _fullest(mixing[lowest:], of_each[mode], no_reading[mode]) for mode in _MODES},
-        delta_bytes={mode: _fullest(delta[lowest:], of_each[mode], no_reading[mode]) for mode in _MODES},
-        delta_heads=_delta_heads(config, b) if any(delta[lowest:]) else None,
+        attending_bytes={mode: _fullest(of_mixer[mode], of_each[mode], no_reading[mode]) for mode in _MODES},
+        delta_bytes={mode: _fullest(of_rule[mode], of_each[mode], no_reading[mode]) for mode in _MODES},
+        delta_heads=_delta_heads(config) if any(delta[lowest:]) else None,
         again_bytes={
             "none": 0,
             "mlp": max(gate_ups, default=0) * b,
@@ -183,6 +188,8 @@ def decoder_size(
         ),
         unpacked_bytes=0 if quantized_bytes is None else min(TILE_BYTES, largest * b),
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
+        last_attending_bytes=mixing[-1] if above else 0,
+        last_unread_bytes=unread + gate_up,
     )
 
 
@@ -245,13 +252,10 @@ def _delta_rule(config: DecoderConfig, b: int) -> int:
     return (2 * values + sizes.channels) * b + (2 * keys + 4 * sizes.value_heads) * max(b, FLOAT32_BYTES)
 
 
-def _delta_heads(config: DecoderConfig, b: int) -> DeltaHeads:
+def _delta_heads(config: DecoderConfig) -> HeadSizes:
     sizes = config.delta
     assert sizes is not None
-    group = sizes.value_heads // sizes.key_heads
-    dtype = torch.float64 if b > FLOAT32_BYTES else torch.float32
-    of_one = bytes_of_a_head(sizes.key_width, sizes.value_width, group, dtype)
-    return DeltaHeads(sizes.key_heads, group * max(sizes.key_width, sizes.value_width), of_one)
+    return HeadSizes(sizes.key_heads, sizes.value_heads // sizes.key_heads, sizes.key_width, sizes.value_width)
 
 
 def _width(config: DecoderConfig, layer: LayerConfig) -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+
+import torch
 
 from backhand.nn.lora_parameters import AdapterLayout
-from backhand.ops.gated_delta_rule import HeadBytes, heads_at_once
+from backhand.ops.delta_chunks import HeadSizes, bytes_of_a_head, heads_at_once
+from backhand.ops.gated_delta_rule import bytes_in_loops
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.training.config import Recompute
 from backhand.training.memory.shapes import KERNEL_BYTES, StepShape, kept_kernels
@@ -26,14 +28,6 @@ _COPIES_OF_ADAPTER = 5
 CHECKPOINT_COPIES = 8
 # logits with and without the adapter
 NEUTRAL_COPIES = 2
-
-
-class DeltaHeads(NamedTuple):
-    """Key heads of the gated delta rule, the features of a head's group of values or of its key, and a head's bytes."""
-
-    heads: int
-    width: int
-    bytes: HeadBytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,9 @@ class ModelSize:
         attending_bytes: per token, while it is, by recompute mode: of the layer for which most is held then, since the
             layers above it have let go what they kept.
         delta_bytes: per token, while the gated delta rule is differentiated, by recompute mode; likewise.
-        delta_heads: of that rule, which heads there are and what each takes; None without it.
+        delta_heads: of that rule, which heads there are; None without it.
+        last_attending_bytes, last_unread_bytes: with recompute `block` the last layer's, which the others' are without;
+            and what of it is not computed again of a token without supervision.
         again_bytes: per token, of what is computed again for the block at work, by recompute mode.
         run_token_bytes, run_product_bytes, copied_token_bytes: of attention, see `StepShape`.
         stream_bytes: per token, of the batch itself and the residual stream outside the blocks.
@@ -75,7 +71,7 @@ class ModelSize:
     block_bytes: int
     attending_bytes: Mapping[Recompute, int]
     delta_bytes: Mapping[Recompute, int]
-    delta_heads: DeltaHeads | None
+    delta_heads: HeadSizes | None
     again_bytes: Mapping[Recompute, int]
     run_token_bytes: int
     run_product_bytes: int
@@ -92,6 +88,8 @@ class ModelSize:
     unpacked_bytes: int = 0
     kernels_a_token: int = 0
     states_bytes: int = 0
+    last_attending_bytes: int = 0
+    last_unread_bytes: int = 0
 
 
 def transformers_size(
@@ -181,6 +179,10 @@ def block_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
     attention = shape.run_tokens * size.run_token_bytes + shape.run_products * size.run_product_bytes
     attention += shape.copied_tokens * size.copied_token_bytes
     attending = shape.tokens * size.attending_bytes[recompute] + attention
+    if recompute == "block":
+        unread = shape.tokens - shape.supervised_tokens
+        last = shape.tokens * size.last_attending_bytes - unread * size.last_unread_bytes
+        attending = max(attending, last + attention)
     attending = max(attending, shape.tokens * size.delta_bytes[recompute] + delta_rule_bytes(size, shape))
     again = shape.tokens * size.again_bytes[recompute]
     # Gate and up are let go before attention's turn comes.
@@ -188,11 +190,16 @@ def block_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
 
 
 def delta_rule_bytes(size: ModelSize, shape: StepShape) -> int:
-    """What the gated delta rule's backward holds of the key heads that it takes at once."""
+    """What the gated delta rule's backward holds: of a document for each thread, or of the heads it takes at once."""
     if size.delta_heads is None:
         return 0
-    heads, width, (kept, at_work) = size.delta_heads
-    at_once = heads_at_once(heads, shape.tokens, shape.step_tokens, width, kept)
+    dtype = torch.float64 if size.dtype_bytes > FLOAT32_BYTES else torch.float32
+    in_loops = bytes_in_loops(size.delta_heads, shape.longest_tokens, dtype)
+    if in_loops is not None:
+        return in_loops
+    heads, group, *widths = size.delta_heads
+    kept, at_work = bytes_of_a_head(size.delta_heads, dtype)
+    at_once = heads_at_once(heads, shape.tokens, shape.step_tokens, group * max(widths), kept)
     return at_once * (shape.tokens * kept + shape.step_tokens * at_work)
 
 

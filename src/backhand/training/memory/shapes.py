@@ -17,8 +17,8 @@ from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import document_runs
 from backhand.nn.compute import onednn_takes_bf16
 from backhand.ops.attention_blocks import block_bounds
+from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import Group, groups, takes_blocks
-from backhand.ops.gated_delta_rule import CHUNK_TOKENS
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.ops.low_rank import low_rank_loops
 
@@ -36,6 +36,7 @@ class StepShape:
         run_products: queries by keys of one head's block of queries in the largest group, over its documents.
         copied_tokens: as run_tokens, of groups whose documents do not fill them: these are copies.
         step_tokens: that the gated delta rule takes in one step at most (`ops.delta_steps`).
+        longest_tokens: of the longest document, with what is shared before it.
         neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
     """
 
@@ -46,6 +47,7 @@ class StepShape:
     run_products: int = 0
     copied_tokens: int = 0
     step_tokens: int = 0
+    longest_tokens: int = 0
     neutral_tokens: int = 0
     mean_tokens: float = 0.0
     gradient_copies: int = 0
@@ -126,6 +128,7 @@ def _shape(
         run_products=max((math.prod(block) for block in _blocks(attending)), default=0),
         copied_tokens=max((_copied(group) for group in attending), default=0),
         step_tokens=max(sum(min(length, CHUNK_TOKENS) for length in one.lengths) for one in trained),
+        longest_tokens=max(one.shared + max(one.lengths, default=0) for one in trained),
         neutral_tokens=max(neutral, default=0),
         mean_tokens=sum(micro_batch.tokens for micro_batch in trained) / len(trained),
     )

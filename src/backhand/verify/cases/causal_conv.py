@@ -122,4 +122,4 @@ MUTANTS = (
     Mutant("its own tap alone", "d_x", lambda g, s, _right: g * _slope(s) * s.taps.weight[:, -1]),
 )
 
-PROOFS = (OpProof("causal_conv", causal_conv_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("causal_conv", causal_conv_backward, CASES, MUTANTS, loops=True),)

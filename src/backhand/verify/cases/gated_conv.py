@@ -103,4 +103,4 @@ MUTANTS = (
     Mutant("output gate's gradient missing", "d_bcx", lambda _g, _s, right: _input_gate_alone(right.d_bcx)),
 )
 
-PROOFS = (OpProof("gated_conv", gated_conv_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("gated_conv", gated_conv_backward, CASES, MUTANTS, loops=True),)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import document_runs
+from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import spans
 from backhand.ops.gated_delta_rule import (
-    CHUNK_TOKENS,
     GatedDeltaRuleSaved,
     gated_delta_rule_backward,
     gated_delta_rule_forward,
@@ -147,4 +147,4 @@ MUTANTS = (
     _changed("of the logit, not the rate", "beta", lambda d, s: d * s.beta * (1 - s.beta)),
 )
 
-PROOFS = (OpProof("gated_delta_rule", gated_delta_rule_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("gated_delta_rule", gated_delta_rule_backward, CASES, MUTANTS, loops=True),)

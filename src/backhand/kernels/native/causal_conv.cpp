@@ -1,0 +1,237 @@
+// Causal depthwise convolution over packed documents, forward and backward: plain or with SiLU behind it, by the
+// formulas of ops/causal_conv.py, or between two gates, by those of ops/gated_conv.py.
+//
+// A piece of work is a block of channels of all documents, token by token: of the input the last few rows are at work,
+// of the backward's C as many, and both stay in the first-level cache. Sums are rounded once. What documents add to the
+// shared prefix's gradient is added in their order.
+#include <algorithm>
+
+#include "activations.h"
+#include "dtypes.h"
+
+namespace {
+
+enum : int { PLAIN = 0, WITH_SILU = 1, GATED = 2 };
+constexpr int64_t CHANNELS = 256, MOST_TAPS = 8;
+
+template <class T>
+struct Convolution {
+  const T* x;  // rows of `channels` numbers, or, gated, of [B | C | x]
+  int64_t x_row;
+  const T* weight;  // (channels, taps), the tap of the token itself last
+  int64_t weight_row;
+  const T* bias;  // or null
+  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
+  int64_t documents, shared, channels, taps;
+};
+
+template <class T>
+struct Rows {
+  T* data;
+  int64_t row;
+  T* at(int64_t i) const { return data + i * row; }
+};
+
+template <class C, class T>
+inline Vector<C> get(const T* place, int64_t count) {
+  return count >= lanes<C> ? load<C>(place) : load_some<C>(place, count);
+}
+
+template <class C, class T>
+inline void set(T* place, Vector<C> value, int64_t count) {
+  if (count >= lanes<C>) store(place, value);
+  else store_some<C>(place, value, count);
+}
+
+template <class T, int mode>
+class Block {
+ public:
+  typedef Wide<T> C;
+
+  Block(const Convolution<T>& op, int64_t first)
+      : op_(op), first_(first), width_(std::min(CHANNELS, op.channels - first)) {
+    for (int64_t j = 0; j < width_; ++j) {
+      const T* taps = op.weight + (first + j) * op.weight_row;
+      for (int64_t s = 0; s < op.taps; ++s) w_[s][j] = widened(taps[op.taps - 1 - s]);
+      bias_[j] = op.bias == nullptr ? C(0) : C(widened(op.bias[first + j]));
+    }
+  }
+
+  void forward(Rows<T> y) {
+    for_documents([&](int64_t start, int64_t length, int64_t before) {
+      for (int64_t t = 0; t < length; ++t) {
+        T* out = y.at(start + t) + first_;
+        const T* gates = row(start + t) + op_.channels;
+        summed(start, t, before, [=](int64_t j, int64_t count, Vector<C> c) {
+          if constexpr (mode == WITH_SILU) c = divided<T, C>(c, 1 + power_of<SILU, T, C>(c));
+          if constexpr (mode == GATED) c = c * get<C>(gates + j, count);
+          set<C>(out + j, c, count);
+        });
+      }
+    });
+  }
+
+  void backward(Rows<const T> d_y, Rows<T> d_x) {
+    const int64_t reach = op_.taps - 1;
+    std::fill(&tail_[0][0], &tail_[0][0] + MOST_TAPS * CHANNELS, C(0));
+    for_documents([&](int64_t start, int64_t length, int64_t before) {
+      const bool prefix = op_.shared > 0 && start == 0;
+      for (int64_t t = 0; t < length + reach; ++t) {
+        if (t < length) {
+          through_activation(d_y, d_x, start, t, before);
+          // Tokens of the prefix that this one reads.
+          for (int64_t s = t + 1; s < op_.taps && s - t <= before; ++s)
+            add(s, d_c_[t % op_.taps], tail_[reach + t - s]);
+        }
+        const int64_t at = t - reach;
+        if (at < 0) continue;
+        const bool kept = prefix && at >= length - reach;  // until all documents have been there
+        C* sum = kept ? tail_[reach + at - length] : sum_;
+        if (!kept) std::fill(sum_, sum_ + CHANNELS, C(0));
+        for (int64_t s = 0; s < op_.taps && at + s < length; ++s)
+          add(MUTATED("causal_conv: taps not turned round", s, op_.taps - 1 - s), d_c_[(at + s) % op_.taps], sum);
+        if (!kept) write(d_x, start + at, sum);
+      }
+    });
+    for (int64_t token = std::max<int64_t>(0, op_.shared - reach); token < op_.shared; ++token)
+      write(d_x, token, tail_[reach + token - op_.shared]);
+  }
+
+ private:
+  // body(start, length, tokens before it) of the prefix, then of each document.
+  template <class Body>
+  void for_documents(const Body& body) const {
+    if (op_.shared > 0) body(int64_t{0}, op_.shared, int64_t{0});
+    for (int64_t i = 0; i < op_.documents; ++i)
+      body(op_.starts[i], op_.lengths[i], MUTATED("causal_conv: prefix not seen", op_.shared, int64_t{0}));
+  }
+
+  const T* row(int64_t token) const { return op_.x + token * op_.x_row + first_; }
+
+  // finish(j, count, c) for the channels j … of the block, c at place t of a document.
+  template <class Finish>
+  void summed(int64_t start, int64_t t, int64_t before, const Finish& finish) const {
+    const T* rows[MOST_TAPS];
+    int64_t seen = 0;
+    for (int64_t s = 0; s < op_.taps && s <= t + before; ++s)
+      rows[seen++] = row(s <= t ? start + t - s : op_.shared + t - s);
+    if (seen == 4) return summed_of<4>(rows, seen, finish);
+    if (seen == 3) return summed_of<3>(rows, seen, finish);
+    summed_of<0>(rows, seen, finish);
+  }
+
+  // Of so many rows, or, 0, of `seen`.
+  template <int ROWS, class Finish>
+  void summed_of(const T* const* rows, int64_t seen, const Finish& finish) const {
+    for (int64_t j = 0; j < width_; j += lanes<C>) {
+      const int64_t count = std::min<int64_t>(lanes<C>, width_ - j);
+      Vector<C> c = load<C>(bias_ + j);
+      for (int64_t s = 0; s < (ROWS > 0 ? ROWS : seen); ++s) {
+        Vector<C> x = get<C>(rows[s] + j, count);
+        if constexpr (mode == GATED) x = x * get<C>(rows[s] + 2 * op_.channels + j, count);
+        c = fma(load<C>(w_[s] + j), x, c);
+      }
+      finish(j, count, c);
+    }
+  }
+
+  // ∂L/∂c at place t, into its row of d_c_; and what the gate behind the convolution gets.
+  void through_activation(Rows<const T> d_y, Rows<T> d_x, int64_t start, int64_t t, int64_t before) {
+    const T* up = d_y.at(start + t) + first_;
+    C* out = d_c_[t % op_.taps];
+    if constexpr (mode == PLAIN) {
+      for (int64_t j = 0; j < width_; j += lanes<C>) store(out + j, get<C>(up + j, width_ - j));
+    } else {
+      const T* gates = row(start + t) + op_.channels;
+      T* d_gates = d_x.at(start + t) + op_.channels + first_;
+      summed(start, t, before, [=](int64_t j, int64_t count, Vector<C> c) {
+        const Vector<C> g = get<C>(up + j, count);
+        if constexpr (mode == WITH_SILU) {
+          store(out + j, g * MUTATED("causal_conv: slope forgotten", (activated<SILU, T, C>(c).slope), all<C>(1)));
+        } else {
+          set<C>(d_gates + j, g * c, count);
+          store(out + j, g * MUTATED("gated_conv: gate forgotten", get<C>(gates + j, count), all<C>(1)));
+        }
+      });
+    }
+  }
+
+  // into += w_s ⊙ d_c
+  void add(int64_t s, const C* d_c, C* into) const {
+    for (int64_t j = 0; j < width_; j += lanes<C>)
+      store(into + j, fma(load<C>(w_[s] + j), load<C>(d_c + j), load<C>(into + j)));
+  }
+
+  void write(Rows<T> d_x, int64_t token, const C* sum) const {
+    T* out = d_x.at(token) + first_;
+    const T* in = row(token);
+    const int64_t behind = 2 * op_.channels;
+    for (int64_t j = 0; j < width_; j += lanes<C>) {
+      const int64_t count = width_ - j;
+      const Vector<C> d = load<C>(sum + j);
+      if constexpr (mode == GATED) {
+        set<C>(out + j, d * get<C>(in + behind + j, count), count);
+        const Vector<C> b = MUTATED("gated_conv: by the wrong factor", get<C>(in + j, count), all<C>(1));
+        set<C>(out + behind + j, d * b, count);
+      } else {
+        set<C>(out + j, d, count);
+      }
+    }
+  }
+
+  const Convolution<T>& op_;
+  const int64_t first_, width_;
+  // Taps by distance, ∂L/∂c of the last tokens, and gradients of the prefix's last tokens, which end with row taps - 2.
+  alignas(64) C w_[MOST_TAPS][CHANNELS] = {};
+  alignas(64) C bias_[CHANNELS] = {};
+  alignas(64) C d_c_[MOST_TAPS][CHANNELS], tail_[MOST_TAPS][CHANNELS], sum_[CHANNELS];
+};
+
+template <class T, class Body>
+void by_mode(int mode, const Convolution<T>& op, const Body& body) {
+  parallel((op.channels + CHANNELS - 1) / CHANNELS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * CHANNELS;
+      if (mode == GATED) {
+        Block<T, GATED> one(op, first);
+        body(one);
+      } else if (mode == WITH_SILU) {
+        Block<T, WITH_SILU> one(op, first);
+        body(one);
+      } else {
+        Block<T, PLAIN> one(op, first);
+        body(one);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// y (tokens, channels) of x (tokens, channels), or (tokens, 3 channels) with mode 2; rows of each so many numbers
+// apart. At most eight taps.
+BACKHAND_EXPORT void backhand_causal_conv_forward(int dtype, int mode, const void* x, int64_t x_row, const void* weight,
+                                                  int64_t weight_row, const void* bias, const int64_t* starts,
+                                                  const int64_t* lengths, int64_t documents, int64_t shared,
+                                                  int64_t channels, int64_t taps, void* y, int64_t y_row) {
+  BY_DTYPE(dtype, T, {
+    const Convolution<T> op{static_cast<const T*>(x), x_row, static_cast<const T*>(weight), weight_row,
+                            static_cast<const T*>(bias), starts, lengths, documents, shared, channels, taps};
+    by_mode(mode, op, [=](auto& block) { block.forward({static_cast<T*>(y), y_row}); });
+  });
+}
+
+// d_x, shaped as x; tokens that are in no document get nothing.
+BACKHAND_EXPORT void backhand_causal_conv_backward(int dtype, int mode, const void* x, int64_t x_row,
+                                                   const void* weight, int64_t weight_row, const void* bias,
+                                                   const int64_t* starts, const int64_t* lengths, int64_t documents,
+                                                   int64_t shared, int64_t channels, int64_t taps, const void* d_y,
+                                                   int64_t d_y_row, void* d_x, int64_t d_x_row) {
+  BY_DTYPE(dtype, T, {
+    const Convolution<T> op{static_cast<const T*>(x), x_row, static_cast<const T*>(weight), weight_row,
+                            static_cast<const T*>(bias), starts, lengths, documents, shared, channels, taps};
+    by_mode(mode, op, [=](auto& block) {
+      block.backward({static_cast<const T*>(d_y), d_y_row}, {static_cast<T*>(d_x), d_x_row});
+    });
+  });
+}
