@@ -64,7 +64,8 @@ def _ours(model: Path, adapter: Path | None) -> Tensor:
     """(tokens, vocab) log-probabilities, float64."""
     decoder = Decoder.from_source(open_model(model), dtype=torch.float32)
     if adapter is not None:
-        decoder.attach(parameters_of(open_adapter(str(model), adapter, force_base=False).factors))
+        opened = open_adapter(str(model), adapter, force_base=False)
+        decoder.attach(parameters_of(opened.factors, opened.source.config["model_type"]))
     return decoder.logits(_prompt()).double().log_softmax(-1)
 
 

@@ -138,7 +138,15 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
     config = context.config
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     output, attended = attention_forward(
-        q, k, v, context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
+        q,
+        k,
+        v,
+        context.runs,
+        config.attention_scaling,
+        context.layer.window,
+        context.shared,
+        config.attention_cap,
+        weights.sinks,
     )
     kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
     return gated_output(qkv, output, config), kept
@@ -415,6 +423,7 @@ def attention_input_gradient(
         context.layer.window,
         context.shared,
         config.attention_cap,
+        weights.sinks,
     )
     attention_backward(d_attended, saved, out=d_by_head)
     for turned, table in _turning(d_by_head, context):

@@ -9,6 +9,10 @@ Checked against the modelling sources of transformers 5.24:
   width of an expert is Mixtral's `intermediate_size` and Qwen3-MoE's `moe_intermediate_size`.
 - A sliding window is that of all layers: Mixtral's where the field is there, Qwen3-MoE's with `use_sliding_window`.
 - Qwen3-MoE has Qwen3's attention.
+- gpt-oss: every second layer slides, the first one does (`layer_types`); the softmax of each head has a sink; q, k, v and
+  o have biases (`attention_bias`), and router and experts always. The experts' gated unit is clamped at `swiglu_limit`,
+  with a gain of `swiglu_alpha` inside the sigmoid; their outputs are Mixtral's, with the router's softmax over the
+  logits of the chosen alone. Rotary angles are yarn's where the config is silent, of base 150000.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import DecoderConfig, Mixture
 from backhand.nn.decoder.rotary import FULL, SLIDING
+from backhand.ops.clamped_glu import Clamp
 
 
 def mixtral(fields: ConfigFields) -> DecoderConfig:
@@ -49,6 +54,40 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
         qk_norm="head",
         mixture=mixture if any(sparse) else None,
         layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
+    )
+
+
+_GPT_OSS_THETA = 150_000.0
+_GPT_OSS_ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": _GPT_OSS_THETA,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""What its class takes where a config is silent."""
+
+
+def gpt_oss(fields: ConfigFields) -> DecoderConfig:
+    """gpt-oss: experts in every layer, attention with sinks."""
+    fields.must_equal("hidden_act", "silu")
+    if fields.value("rope_scaling") is None:
+        fields.assume("rope_parameters", _GPT_OSS_ROTARY)
+    fields.assume("rope_theta", _GPT_OSS_THETA)
+    window = None if fields.stated("sliding_window") and fields.value("sliding_window") is None else window_size(fields)
+    bias = fields.flag("attention_bias", True)
+    decoder = common_fields(fields, window=window, is_sliding=lambda index: index % 2 == 0, reads_layer_types=True)
+    mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
+    clamp = Clamp(fields.number("swiglu_alpha", 1.702), fields.number("swiglu_limit", 7.0))
+    return replace(
+        decoder,
+        qkv_bias=bias,
+        output_bias=bias,
+        sinks=True,
+        mixture=mixture._replace(router="mlp.router", bias=True, clamp=clamp, interleaved=True),
+        layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ class HuggingFaceDirectory(ModelSource):
         if self.wrapper is not None:
             named = ((text_name(name), name, file) for name, file in stored.items())
             inside = {name: (file, own) for name, own, file in named if name and not is_beside(self.config, name)}
-            return _with_experts(inside)
+            return _with_experts(inside, self.config)
         # A model saved without its head, as transformers' bare models are, has no `model.` in front.
         bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
         places = {}
@@ -96,7 +97,7 @@ class HuggingFaceDirectory(ModelSource):
             if is_beside(self.config, name):
                 continue
             places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
-        return _with_experts(places)
+        return _with_experts(places, self.config)
 
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
         weight_map = read_json(index).get("weight_map")
@@ -181,12 +182,14 @@ class HuggingFaceDirectory(ModelSource):
         return any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab*"))
 
 
-def _with_experts(places: dict[str, tuple[_SafetensorsFile, str]]) -> dict[str, _Place]:
+def _with_experts(places: dict[str, tuple[_SafetensorsFile, str]], config: Mapping[str, Any]) -> dict[str, _Place]:
     """Where everything lies, the experts' matrices one by one."""
     return {
         ours: (file, stored, piece)
         for name, (file, stored) in places.items()
-        for ours, piece in experts_within(name, file.shape(stored) if may_hold_experts(name) else ())
+        for ours, piece in experts_within(
+            name, file.shape(stored) if may_hold_experts(name) else (), config.get("model_type")
+        )
     }
 
 
