@@ -388,10 +388,17 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+GPT_OSS_OF_LLAMA_CPP: dict[str, Any] = {
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "rope_parameters": {**_YARN_ROPE, "rope_theta": 20.0},
+}
+"""A gpt-oss with the numbers that llama.cpp has in its code, and with yarn's range rounded outward."""
+
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Every tiny model there is; a family may have several."""
 
-WITHOUT_GGUF: tuple[str, ...] = ("gemma4_text", "gemma4-keys", "gpt_oss")
+WITHOUT_GGUF: tuple[str, ...] = ("gemma4_text", "gemma4-keys")
 """Variants of families whose GGUF files are not read."""
 
 FAMILIES: tuple[str, ...] = (

@@ -26,7 +26,7 @@ from backhand.export.gguf_adapter_writer import context_length, llama_cpp_notes,
 from backhand.export.gguf_vocabulary import add_vocabulary
 from backhand.export.merged_weights import MergedWeights
 from backhand.kernels.dequantize import native_dtype
-from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, ROUTER, DecoderConfig
+from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, GPT_OSS_ROUTER, ROUTER, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
 from backhand.nn.loading.expert_tensors import expert_of
@@ -178,7 +178,7 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
             continue
         kind = storage if storage is not None else _own_type(weights, ours, in_base)
         # llama.cpp's converter leaves routers as they are, too.
-        kind = StorageType.F32 if ours.endswith(f".{ROUTER}.weight") else kind
+        kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
         planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
     return planned
 
@@ -341,7 +341,7 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     if config.mixture is not None:
         writer.add_expert_count(config.mixture.experts)
         writer.add_expert_used_count(config.mixture.chosen)
-    if config.mixture is not None and writer.arch == "qwen3moe":
+    if config.mixture is not None and writer.arch in ("qwen3moe", "gpt-oss"):
         writer.add_expert_feed_forward_length(config.mixture.width)
     if writer.arch == "granite":
         writer.add_attention_scale(config.attention_scaling)

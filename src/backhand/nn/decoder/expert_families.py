@@ -22,7 +22,7 @@ from dataclasses import replace
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_layer_type, window_size
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.family import GPT_OSS_ROUTER, DecoderConfig, Mixture
 from backhand.nn.decoder.rotary import FULL, SLIDING
 from backhand.ops.clamped_glu import Clamp
 
@@ -57,6 +57,8 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     )
 
 
+GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
+"""Of the models that there are."""
 _GPT_OSS_THETA = 150_000.0
 _GPT_OSS_ROTARY = {
     "rope_type": "yarn",
@@ -76,17 +78,19 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _GPT_OSS_ROTARY)
     fields.assume("rope_theta", _GPT_OSS_THETA)
-    window = None if fields.stated("sliding_window") and fields.value("sliding_window") is None else window_size(fields)
     bias = fields.flag("attention_bias", True)
-    decoder = common_fields(fields, window=window, is_sliding=lambda index: index % 2 == 0, reads_layer_types=True)
+    decoder = common_fields(
+        fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
+    )
     mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
-    clamp = Clamp(fields.number("swiglu_alpha", 1.702), fields.number("swiglu_limit", 7.0))
+    gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
+    limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
     return replace(
         decoder,
         qkv_bias=bias,
         output_bias=bias,
         sinks=True,
-        mixture=mixture._replace(router="mlp.router", bias=True, clamp=clamp, interleaved=True),
+        mixture=mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True),
         layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
     )
 

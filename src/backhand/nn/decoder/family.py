@@ -181,7 +181,7 @@ class DeltaSizes(NamedTuple):
         return self.channels, self.value_heads * self.value_width, self.value_heads, self.value_heads
 
 
-ROUTER = "mlp.gate"
+ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
 
 
 class Mixture(NamedTuple):

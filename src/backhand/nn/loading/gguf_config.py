@@ -18,6 +18,8 @@ no converter of llama.cpp writes and none of its models reads, are handed on und
   `rope_factors_short.weight` and `rope_factors_long.weight` do so by the text's length; its window of 0 is none.
 - Mixtral files have architecture `llama` too, and experts. In llama.cpp the weights of a token's experts add up to 1,
   and every layer of `qwen3moe` has experts; here one without a router in the file has none.
+- gpt-oss: every second layer slides, the first one does; files do not say so, nor the numbers of the experts' gated unit,
+  1.702 and 7, which llama.cpp has in its code.
 - A layer of LFM2 with 0 key/value heads is a convolution.
 - Qwen3.5: see `gguf_delta`.
 - Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config. OLMo 3 files
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
+from backhand.nn.decoder.expert_families import GPT_OSS_CLAMP
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
 from backhand.nn.loading.gguf_delta import delta_config, delta_shapes, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile
@@ -54,6 +57,8 @@ NO_ROPE_INTERVAL = 4
 """In files of architecture smollm3 every fourth layer has no rotary embedding; none says it."""
 FULL_INTERVAL = 4
 """llama.cpp reads no pattern of windows from files of architectures olmo2 and exaone4: every fourth layer is full."""
+GPT_OSS_INTERVAL = 2
+"""Nor from those of architecture gpt-oss: every second one is full."""
 EXAONE4_32B_LAYERS = 64
 """llama.cpp has the windows of EXAONE 4 in models of so many layers alone."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -243,6 +248,25 @@ def _qwen3moe(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any]
     }
 
 
+def _gpt_oss(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+    layers = config["num_hidden_layers"]
+    metadata.agrees("rope.freq_base_swa", rotary["rope_theta"])
+    config |= {
+        "model_type": "gpt_oss",
+        "rope_parameters": rotary,
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
+        "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if here else "full_attention" for here in _sliding(metadata, layers, GPT_OSS_INTERVAL)
+        ],
+        "swiglu_alpha": GPT_OSS_CLAMP.gain,
+        "swiglu_limit": GPT_OSS_CLAMP.limit,
+    }
+
+
 def _granite(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
     _biases(config, file)
     if metadata.get("rope.scaling.finetuned") is False:  # here it says that nothing turns, which no config of it can
@@ -399,6 +423,7 @@ _FAMILY_PARTS = {
     "qwen3": _qwen,
     "qwen35": delta_config,
     "qwen3moe": _qwen3moe,
+    "gpt-oss": _gpt_oss,
     "granite": _granite,
     "lfm2": _lfm2,
     "smollm3": _smollm3,
@@ -465,6 +490,10 @@ def _check_sizes(file: GGUFFile, config: dict[str, Any]) -> None:
             "ffn_gate_inp.weight": (experts, hidden),
             **dict.fromkeys(("ffn_gate_exps.weight", "ffn_up_exps.weight"), (experts, width, hidden)),
             "ffn_down_exps.weight": (experts, hidden, width),
+            "ffn_gate_inp.bias": (experts,),
+            **dict.fromkeys(("ffn_gate_exps.bias", "ffn_up_exps.bias"), (experts, width)),
+            "ffn_down_exps.bias": (experts, hidden),
+            "attn_sinks.weight": (config["num_attention_heads"],),
         }
     whole: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "token_embd_norm.weight": (hidden,)}
     whole |= {
