@@ -72,7 +72,7 @@ def write_huggingface(
 
 
 class _Stored(NamedTuple):
-    """A tensor of the files: its name there, its shape and dtype, and what it holds: one of ours, or a stack of them."""
+    """A tensor of the files: its name there, shape and dtype, and what it holds: one of ours, or a stack of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,6 +81,7 @@ class _Stored(NamedTuple):
 
     @property
     def byte_count(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

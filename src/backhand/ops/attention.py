@@ -29,10 +29,10 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula a
 Two ways to carry this out, for one group of documents after another (`document_groups`):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
 - by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with no
-  prefix before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the float32
-  kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32 products
-  routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks take
-  the short ones too.
+  prefix before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
+  float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
+  products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
+  take the short ones too.
 
 Where the compiled library has its loop (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
 and multiplies bfloat16 by the processor's own pairwise products where it has them.

@@ -13,9 +13,9 @@ Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ T + M with T
 dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S takes the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is made again with
 P; where a key is hidden P is zero, whatever T is.
 
-Some families have a sink σ_h for each head, one more term of the softmax's sum whose key has no value (`attention`): the
-scores get a column more, of σ, and P is what stands before it after the softmax. Its rows add up to less than one; that
-changes no formula above, since ∂L/∂P of the column is zero.
+Some families have a sink σ_h for each head, one more term of the softmax's sum whose key has no value (`attention`):
+the scores get a column more, of σ, and P is what stands before it after the softmax. Its rows add up to less than one;
+that changes no formula above, since ∂L/∂P of the column is zero.
 
 In bfloat16 the products run at the processor's bfloat16 rate, which torch's flash kernel does not reach on the CPU:
 forward and backward of 4 × 256 tokens take 11 ms in place of 18, of 2 × 512 tokens 15 in place of 30, with errors

@@ -9,10 +9,10 @@ Checked against the modelling sources of transformers 5.24:
   width of an expert is Mixtral's `intermediate_size` and Qwen3-MoE's `moe_intermediate_size`.
 - A sliding window is that of all layers: Mixtral's where the field is there, Qwen3-MoE's with `use_sliding_window`.
 - Qwen3-MoE has Qwen3's attention.
-- gpt-oss: every second layer slides, the first one does (`layer_types`); the softmax of each head has a sink; q, k, v and
-  o have biases (`attention_bias`), and router and experts always. The experts' gated unit is clamped at `swiglu_limit`,
-  with a gain of `swiglu_alpha` inside the sigmoid; their outputs are Mixtral's, with the router's softmax over the
-  logits of the chosen alone. Rotary angles are yarn's where the config is silent, of base 150000.
+- gpt-oss: every second layer slides, the first one does (`layer_types`); the softmax of each head has a sink; q, k, v
+  and o have biases (`attention_bias`), and router and experts always. A chosen expert's weight is its share among the
+  chosen ones. The experts' gated unit is clamped at `swiglu_limit`, with a gain of `swiglu_alpha` inside the sigmoid.
+  Rotary angles are yarn's where the config is silent, of base 150000.
 """
 
 from __future__ import annotations

@@ -92,13 +92,21 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
     for key, value in FIXED.items():
         fields.must_equal(key, value)
     for key in QUANTIZED:
-        fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
+        if not _is_mxfp4(fields.value(key), str(model_type)):
+            fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
     result = parse(fields)
     fields.take_unread()
     fields.close()
     if fields.problems:
         raise _unsupported(fields, str(model_type))
     return replace(result, padding_id=_padding_id(fields, result.vocab_size), notes=_notes(fields, str(model_type)))
+
+
+def _is_mxfp4(quantization: object, model_type: str) -> bool:
+    """Whether it is that of OpenAI's checkpoints, whose blocks are read."""
+    if not isinstance(quantization, Mapping) or model_type != "gpt_oss":
+        return False
+    return quantization.get("quant_method") == "mxfp4"
 
 
 def _unsupported(fields: ConfigFields, model_type: str) -> UnsupportedModel:

@@ -44,8 +44,9 @@ class BlockWeights:
     Of a short convolution: conv (hidden, 1, taps), conv_bias (hidden,). Of a gated delta rule: conv
     (channels, 1, taps), log_rate and rate_bias (value heads,), delta_norm (value width,). Of a layer of experts: router
     (experts, hidden), router_bias (experts,), and all of their matrices below one another in gate_up
-    (experts · 2f, hidden), down (experts · hidden, f), and their biases likewise. sinks (heads,). Of a per-layer input of p features: per_layer_gate (p, hidden), per_layer_projection
-    (hidden, p), per_layer_norm (hidden,); layer_scalar (1,).
+    (experts · 2f, hidden), down (experts · hidden, f), their biases likewise. Of attention with sinks: sinks (heads,).
+    Of a per-layer input of p features: per_layer_gate (p, hidden), per_layer_projection (hidden, p), per_layer_norm
+    (hidden,); layer_scalar (1,).
     """
 
     input: FrozenMatrix

@@ -145,7 +145,7 @@ def _renamed(name: str) -> str:
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
-    """(path of the block, number of the expert, `gate_proj` and so on) of an expert's matrix or bias by its name here."""
+    """(path of the block, number of the expert, `gate_proj` and so on) of an expert's matrix or bias by its name."""
     match = _ONE.fullmatch(name)
     return None if match is None else (match["block"], int(match["expert"]), match["part"])
 

@@ -18,8 +18,8 @@ no converter of llama.cpp writes and none of its models reads, are handed on und
   `rope_factors_short.weight` and `rope_factors_long.weight` do so by the text's length; its window of 0 is none.
 - Mixtral files have architecture `llama` too, and experts. In llama.cpp the weights of a token's experts add up to 1,
   and every layer of `qwen3moe` has experts; here one without a router in the file has none.
-- gpt-oss: every second layer slides, the first one does; files do not say so, nor the numbers of the experts' gated unit,
-  1.702 and 7, which llama.cpp has in its code.
+- gpt-oss: every second layer slides, the first one does; files say neither that nor the numbers of the experts' gated
+  unit, 1.702 and 7, which llama.cpp has in its code.
 - A layer of LFM2 with 0 key/value heads is a convolution.
 - Qwen3.5: see `gguf_delta`.
 - Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config. OLMo 3 files

@@ -336,7 +336,7 @@ def gguf_name(architecture: str, name: str) -> str | None:
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        name: such as `model.layers.0.self_attn.q_proj.weight`; of an expert's matrix or bias, all experts share a tensor.
+        name: such as `model.layers.0.self_attn.q_proj.weight`; an expert's matrix, or bias, is in a tensor of all.
     """
     if (expert := expert_of(name)) is not None:
         block, _, part = expert

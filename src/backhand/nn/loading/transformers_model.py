@@ -102,7 +102,7 @@ def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], model_type: object) -> dict[str, Tensor]:
-    """A parameter of experts, of the matrices or biases of each, which leave `tensors`; nothing where one is missing."""
+    """A parameter of experts, of each expert's matrix or bias, which leave `tensors`; nothing where one is missing."""
     pieces = [(one, piece) for one, piece in experts_within(name, shape, model_type) if piece is not None]
     if not pieces or not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
         return {}

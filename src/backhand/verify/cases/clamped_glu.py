@@ -87,7 +87,7 @@ def _through(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
     return d_y * gate * torch.sigmoid(s.clamp.gain * gate)
 
 
-def _lower_bound_too(d_y: Tensor, s: ClampedGLUSaved, right: Tensor) -> Tensor:
+def _lower_bound_too(s: ClampedGLUSaved, right: Tensor) -> Tensor:
     """As if the gate were clamped from below as well."""
     return right.masked_fill(s.gate < -s.clamp.limit, 0.0)
 
@@ -96,13 +96,13 @@ def _upper_bound_alone(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
     return _through(d_y, s).masked_fill(s.up > s.clamp.limit, 0.0)
 
 
-def _without_one(d_y: Tensor, s: ClampedGLUSaved, right: Tensor) -> Tensor:
+def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
     """As if y were û ⊙ â σ."""
     up = s.up.clamp(-s.clamp.limit, s.clamp.limit)
     return right / (up + 1) * up
 
 
-def _with_gain(d_y: Tensor, s: ClampedGLUSaved, gain: float) -> ClampedGLUSaved:
+def _with_gain(s: ClampedGLUSaved, gain: float) -> ClampedGLUSaved:
     return s._replace(clamp=Clamp(gain, s.clamp.limit))
 
 
@@ -112,10 +112,10 @@ MUTANTS = (
     Mutant("clamp ignored", "d_up", lambda g, s, _right: clamped_glu_backward(g, _unclamped(s)).d_up),
     Mutant("bounds let the gradient through", "d_up", lambda g, s, _right: _through(g, s)),
     Mutant("upper bound alone", "d_up", lambda g, s, _right: _upper_bound_alone(g, s)),
-    Mutant("gate clamped from below", "d_gate", lambda g, s, right: _lower_bound_too(g, s, right.d_gate)),
-    Mutant("one not added", "d_gate", lambda g, s, right: _without_one(g, s, right.d_gate)),
-    Mutant("gain forgotten", "d_gate", lambda g, s, _right: clamped_glu_backward(g, _with_gain(g, s, 1.0)).d_gate),
-    Mutant("gain forgotten", "d_up", lambda g, s, _right: clamped_glu_backward(g, _with_gain(g, s, 1.0)).d_up),
+    Mutant("gate clamped from below", "d_gate", lambda _g, s, right: _lower_bound_too(s, right.d_gate)),
+    Mutant("one not added", "d_gate", lambda _g, s, right: _without_one(s, right.d_gate)),
+    Mutant("gain forgotten", "d_gate", lambda g, s, _right: clamped_glu_backward(g, _with_gain(s, 1.0)).d_gate),
+    Mutant("gain forgotten", "d_up", lambda g, s, _right: clamped_glu_backward(g, _with_gain(s, 1.0)).d_up),
     Mutant("gate and up swapped", "d_up", lambda _g, _s, right: right.d_gate),
     Mutant("rows reversed", "d_up", lambda _g, _s, right: right.d_up.flip(0)),
 )
