@@ -46,6 +46,7 @@ def foreign(family: str) -> dict[str, Any]:
         "granitemoehybrid": {"residual_multiplier", "num_experts_per_tok"},
         "mixtral": {"num_experts_per_tok"},
         "qwen3_moe": {"num_experts_per_tok"},
+        "gpt_oss": {"num_experts_per_tok"},
     }
     return {key: value for key, value in FOREIGN.items() if key not in read.get(family, ())}
 
@@ -63,6 +64,7 @@ _IN_THE_WAY_OF: dict[str, set[str]] = {
     "qwen3": {"sliding_window_pattern", "rope_local_base_freq"},
     "qwen3_moe": {"sliding_window_pattern", "rope_local_base_freq"},
     "mixtral": {"sliding_window_pattern", "rope_local_base_freq"},
+    "gpt_oss": {"sliding_window_pattern", "rope_local_base_freq"},
     "gemma3_text": {"original_max_position_embeddings"},
     "gemma2": {"sliding_window_pattern", "rope_local_base_freq"},
     "gemma4_text": {

@@ -20,8 +20,7 @@ from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
-from backhand.nn.decoder.expert_families import GPT_OSS_CLAMP
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family import GPT_OSS_CLAMP, DecoderConfig
 from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import expert_of
 from backhand.nn.loading.gguf_config import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL

@@ -22,7 +22,7 @@ from dataclasses import replace
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_layer_type, window_size
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import GPT_OSS_ROUTER, DecoderConfig, Mixture
+from backhand.nn.decoder.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
 from backhand.nn.decoder.rotary import FULL, SLIDING
 from backhand.ops.clamped_glu import Clamp
 
@@ -57,8 +57,6 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     )
 
 
-GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
-"""Of the models that there are."""
 _GPT_OSS_THETA = 150_000.0
 _GPT_OSS_ROTARY = {
     "rope_type": "yarn",

@@ -184,6 +184,10 @@ class DeltaSizes(NamedTuple):
 ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
 
 
+GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
+"""Of the models that there are."""
+
+
 class Mixture(NamedTuple):
     """What layers of experts have.
 

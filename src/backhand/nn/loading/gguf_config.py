@@ -37,7 +37,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
-from backhand.nn.decoder.expert_families import GPT_OSS_CLAMP
+from backhand.nn.decoder.family import GPT_OSS_CLAMP
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
 from backhand.nn.loading.gguf_delta import delta_config, delta_shapes, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile
