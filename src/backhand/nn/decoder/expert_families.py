@@ -60,7 +60,6 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
 _GPT_OSS_THETA = 150_000.0
 _GPT_OSS_ROTARY = {
     "rope_type": "yarn",
-    "rope_theta": _GPT_OSS_THETA,
     "factor": 32.0,
     "beta_fast": 32.0,
     "beta_slow": 1.0,

@@ -347,6 +347,8 @@ def _is_file_name(value: object) -> bool:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 """Configuration, weights, chat template and every kind of tokenizer file; no pickles."""
+_IN_FOLDERS = "*/*"
+"""What is not fetched: the same weights for other programs, as gpt-oss has them."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -392,7 +394,13 @@ def _snapshot(hub_id: str, revision: str | None, *, local_files_only: bool) -> P
     from huggingface_hub import snapshot_download
 
     return Path(
-        snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=local_files_only)
+        snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=_PATTERNS,
+            ignore_patterns=_IN_FOLDERS,
+            local_files_only=local_files_only,
+        )
     )
 
 
