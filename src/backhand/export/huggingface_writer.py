@@ -133,7 +133,8 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
 
 def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
     """The tensor, contiguous; of a stack every member, each in its place."""
-    kind, stack = weights.source.config.get("model_type"), None
+    kind = weights.source.config.get("model_type")
+    stack: Tensor | None = None
     pieces = dict(experts_within(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
     for name in tensor.ours:
         stored = weights.make(name, _rounding(tensor.dtype)).to(tensor.dtype)

@@ -283,7 +283,8 @@ def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor
 
 def in_turns(lora_B: Tensor) -> Tensor:
     """View of experts' lora_B whose rows are gate's and up's in turns, (experts, 2f, rank): (experts, 2, f, rank)."""
-    return lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
+    turns: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
+    return turns
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ from backhand.ops.expert_rows import (
     weigh_forward,
 )
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_part
-from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
+from backhand.ops.glu import Activated, GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.router import RouterSaved, router_backward, router_forward
 
@@ -164,7 +164,8 @@ def experts_half_backward(
         gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
 
     # p and p̂ again: of the first the shares' gradient, of the second that of the down projection's lora_A.
-    gate, up, ready = gate_up[:, : mixture.width], gate_up[:, mixture.width :], None
+    gate, up = gate_up[:, : mixture.width], gate_up[:, mixture.width :]
+    ready: Activated | None = None
     if mixture.clamp is not None:
         p, _ = clamped_glu_forward(gate, up, mixture.clamp)
     else:
