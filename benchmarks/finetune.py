@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import peer_environment
-from machine import describe_machine
+from machine import CAPS, cap_instructions, describe_machine
 from short_rows import write_rows
 
 HERE = Path(__file__).parent
@@ -96,7 +96,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "finetune.json")
+    parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
     arguments = parser.parse_args()
+    cap_instructions(arguments.instructions)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(arguments, Path(folder))
     show(result)
@@ -154,7 +156,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         over = {f"{prefix}speed_over_{peer}": ours / peers[peer]["tokens_per_s"] for peer in others}
         ratios |= over | {f"{prefix}speed_over_best_trl": min(over.values(), default=float("nan"))}
     return {
-        "machine": describe_machine(),
+        "machine": describe_machine(arguments.instructions),
         "workload": {**{k: v for k, v in task.items() if k not in ("train", "held_out")}, **counts},
         "base_held_out_loss": held_out_loss(arguments.model, None, str(held_out), arguments.dtype),
         "peers": peers,

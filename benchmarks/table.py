@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 _NAMES = {
@@ -125,8 +125,8 @@ def quantized_section() -> str:
     if not (HERE / "results" / "quantized_base.json").exists():
         return "`python benchmarks/quantized_base.py` measures it on your machine; no figures are stored yet."
     results = _read("quantized_base.json")
-    lines = [machine_line(results["machine"])]
-    for run in results.get("runs", ()):
+    lines: list[str] = []
+    for run in results["runs"]:
         workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
         model = _MODELS.get(workload["model"], workload["model"])
         title = f"{model}, {workload['file_bytes'] / 2**30:.2f} GiB, {workload['rows']} × {workload['length']} tokens, "
@@ -149,10 +149,10 @@ def quantized_section() -> str:
             ]
             for name, row in peers.items()
         ]
-        lines += ["", f"{title}{workload['dtype']}:", "", *table(head, rows)]
+        lines += ["", machine_line(run["machine"]), "", f"{title}{workload['dtype']}:", "", *table(head, rows)]
     if "limited" in results:
-        lines += ["", _limited_line(results["limited"])]
-    return "\n".join(lines)
+        lines += ["", machine_line(results["limited"]["machine"]), _limited_line(results["limited"])]
+    return "\n".join(lines).strip()
 
 
 def base_types_section() -> str:
@@ -189,6 +189,7 @@ def _limited_line(limited: dict[str, Any]) -> str:
 
 # Of each machine: what it is, its short name, and the files of its results.
 _MACHINES = (
+    ("A processor that multiplies tiles of bfloat16 (AMX)", "AMX", "train_step_amx.json", "finetune_amx.json"),
     ("A processor that multiplies bfloat16 (AVX512-BF16)", "AVX512-BF16", "train_step.json", "finetune.json"),
     (
         "A processor that does not (AVX2): runs are float32 there by themselves",
@@ -206,9 +207,33 @@ def section() -> str:
         step, finetune = _read(step_file), _read(finetune_file)
         lines += ["", f"## {title}", "", machine_line(step["machine"])]
         lines += [*step_section(step), *finetune_section(finetune)]
+    if (HERE / "results" / "shapes.json").exists():
+        lines += shapes_section(_read("shapes.json"))
     if (HERE / "results" / "upper_layers.json").exists():
         lines += upper_layers_section(_read("upper_layers.json"))
     return "\n".join(lines).strip()
+
+
+def shapes_section(results: dict[str, Any]) -> list[str]:
+    """The table of `shapes.json`: one step of other sizes and rows, beside its products alone."""
+    lines = ["", "## Larger models, short and long rows", "", machine_line(results["machine"]), ""]
+    lines += ["Shapes of a Qwen2 with random weights; 135M is SmolLM2. `train_step.py --add`.", ""]
+    head = ["", "dtype", "tokens/s", "step, median (min to max)", "of the products alone", "memory above the model"]
+    rows = []
+    for run in results["runs"]:
+        workload, ours = run["workload"], run["peers"]["backhand"]
+        model = workload["model"].removeprefix("smollm2-").upper()
+        rows.append(
+            [
+                f"{model}, {workload['rows']} × {workload['length']} tokens",
+                workload["dtype"],
+                f"{ours['tokens_per_s']:.0f}",
+                "{median:.2f} s ({min:.2f} to {max:.2f})".format(**ours["step_s"]),
+                f"{run['ratios']['share_of_products_alone']:.2f} ×",
+                f"{ours['memory_above_model_bytes'] / 2**20:.0f} MiB",
+            ]
+        )
+    return [*lines, *table(head, rows)]
 
 
 _UPPER_NAMES = {
@@ -247,40 +272,69 @@ def upper_layers_section(results: dict[str, Any]) -> list[str]:
 
 
 def summary() -> str:
-    """A row for each thing measured: Backhand, the peer as its documentation has it, and tuned as it comes closest.
+    """A row for each thing measured, from the machine where Backhand gains least to the one where it gains most.
 
     Below the table, what a model takes that transformers has to compute.
     """
-    rows: list[list[str]] = []
-    below: list[str] = []
+    found: dict[tuple[str, str], list[_Gain]] = {}
+    through: dict[tuple[str, str], list[_Gain]] = {}
     for _, machine, step_file, finetune_file in _MACHINES:
         for run in _read(step_file)["runs"]:
             workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
-            what = f"one step of {workload['rows']} × {workload['length']} tokens, {workload['dtype']}, {machine}"
-            seconds = {peer: row["step_s"]["median"] for peer, row in peers.items()}
+            what = f"one step of {workload['rows']} × {workload['length']} tokens, {workload['dtype']}"
             faster = {peer: ratios[f"speed_over_{peer.replace('-', '_')}"] for peer in peers if peer.startswith("peft")}
-            rows.append(_summary_row(what, "PEFT", seconds, faster, ".2f"))
+            gain = _gain(machine, "peft", peers["backhand"]["step_s"]["median"], faster)
+            found.setdefault((what, "PEFT"), []).append(gain)
         finetune = _read(finetune_file)
         workload, peers = finetune["workload"], finetune["peers"]
-        what = f"training on {workload['rows']} short rows, {workload['dtype']}, {machine}"
-        ours = peers["backhand"]["tokens_per_s"]
-        seconds = {peer: row["train_s"]["median"] for peer, row in peers.items()}
-        faster = {peer: ours / row["tokens_per_s"] for peer, row in peers.items() if peer.startswith("trl")}
-        rows.append(_summary_row(what, "TRL", seconds, faster, ".1f"))
-        if "backhand-transformers" in peers:
-            through = peers["backhand-transformers"]["tokens_per_s"]
-            faster = {peer: through / row["tokens_per_s"] for peer, row in peers.items() if peer.startswith("trl")}
-            seconds["backhand"] = seconds["backhand-transformers"]
-            _, taken, documented, tuned = _summary_row(what, "TRL", seconds, faster, ".1f")
-            below += ["", f"The same {what}, by `--engine transformers`: {taken}; {documented}, tuned {tuned}."]
-    return "\n".join([*table(["", "Backhand", "as documented", "tuned"], rows), *below])
+        key = f"training on {workload['rows']} short rows, {workload['dtype']}", "TRL"
+        for peer, rows in (("backhand", found), ("backhand-transformers", through)):
+            if peer in peers:
+                ours, seconds = peers[peer]["tokens_per_s"], peers[peer]["train_s"]["median"]
+                faster = {name: ours / row["tokens_per_s"] for name, row in peers.items() if name.startswith("trl")}
+                rows.setdefault(key, []).append(_gain(machine, "trl", seconds, faster))
+    rows = [
+        [what, _range([gain.seconds for gain in gains], "s"), *_faster(peer, gains), _machines(gains)]
+        for (what, peer), gains in found.items()
+    ]
+    below = []
+    for (what, peer), gains in through.items():
+        documented, tuned = _faster(peer, gains)
+        seconds = _range([gain.seconds for gain in gains], "s")
+        below.append(
+            f"The same {what} by `--engine transformers` ({_machines(gains)}): {seconds}; faster than {documented} as "
+            f"documented, and {tuned.removeprefix(f'{peer} ')} tuned."
+        )
+    head = ["", "Backhand", "faster than as documented", "than tuned", "processors"]
+    return "\n".join([*table(head, rows), *(line for text in below for line in ("", text))])
 
 
-def _summary_row(what: str, peer: str, seconds: dict[str, float], faster: dict[str, float], digits: str) -> list[str]:
-    documented = peer.lower()
-    tuned = min((name for name in faster if name != documented), key=lambda name: faster[name])
-    others = [f"{peer} {seconds[name]:{digits}} s ({faster[name]:.2f} ×)" for name in (documented, tuned)]
-    return [what, f"**{seconds['backhand']:{digits}} s**", *others]
+class _Gain(NamedTuple):
+    """Of one machine: seconds of ours, and how many times faster that is than a peer as documented and tuned."""
+
+    machine: str
+    seconds: float
+    documented: float
+    tuned: float
+
+
+def _gain(machine: str, documented: str, seconds: float, faster: dict[str, float]) -> _Gain:
+    tuned = min(ratio for name, ratio in faster.items() if name != documented)
+    return _Gain(machine, seconds, faster[documented], tuned)
+
+
+def _faster(peer: str, gains: list[_Gain]) -> list[str]:
+    documented, tuned = [gain.documented for gain in gains], [gain.tuned for gain in gains]
+    return [f"{peer} {_range(ratios, '×')}" for ratios in (documented, tuned)]
+
+
+def _machines(gains: list[_Gain]) -> str:
+    return ", ".join(gain.machine for gain in gains)
+
+
+def _range(values: list[float], unit: str) -> str:
+    ends = dict.fromkeys(f"{value:.{1 if value >= 5 else 2}f}" for value in (min(values), max(values)))
+    return f"{' to '.join(ends)} {unit}"
 
 
 _SCALING_PEERS = {"backhand": "**Backhand**", "trainer": "PEFT under transformers' Trainer"}
@@ -401,4 +455,7 @@ def machine_line(machine: dict[str, Any]) -> str:
     """Cores, memory and versions, as they were measured on."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    return f"{machine['cores']} cores ({machine['processor']}), {memory}; {versions}."
+    processor = ", ".join([machine["processor"], *([machine["instructions"]] if "instructions" in machine else [])])
+    if "capped_to" in machine:
+        processor += f", kept from more than {machine['capped_to'].upper()}"
+    return f"{machine['cores']} cores ({processor}), {memory}; {versions}."

@@ -1,10 +1,13 @@
 """One training step on the same batch: this project against PEFT, and against its matrix products alone.
 
     python benchmarks/train_step.py [--dtype bfloat16 float32] [--rows 4] [--length 256] [--steps 7]
+    python benchmarks/train_step.py --instructions avx2 --dtype float32 --output benchmarks/results/train_step_avx2.json
+    python benchmarks/train_step.py --model 1.5b --add --output benchmarks/results/shapes.json
 
 Every peer runs in its own process; the processes take turns step by step, so that drift of the machine hits all
 alike. Before a time is believed, all peers must agree on the first loss and have a gradient norm above zero. The
-medians, spreads and ratios, with machine and versions, go to benchmarks/results/train_step.json.
+medians, spreads and ratios, with machine and versions, go to benchmarks/results/train_step.json; with --add beside what
+is there of other workloads. A model is a file, a directory, a known name, or the shape of one in random_gguf.py.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from environment import peer_environment
-from machine import describe_machine
+from machine import CAPS, cap_instructions, describe_machine
+from random_gguf import SHAPES, write_random_model
 
 HERE = Path(__file__).parent
 PEERS = (
@@ -86,10 +91,11 @@ def check_parity(workers: list[Worker], dtype: str) -> None:
             raise SystemExit(f"{worker.peer}: first loss {first['loss']}, {trainers[0].peer} has {expected}")
 
 
-def measure(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(dtype: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Interleaved steps of all peers in one dtype."""
-    workload = {"model": arguments.model, "rows": arguments.rows, "length": arguments.length, "dtype": dtype}
+    workload = {"model": model, "rows": arguments.rows, "length": arguments.length, "dtype": dtype}
     workers = [Worker(peer, workload, arguments.threads) for peer in arguments.peers]
+    workload["model"] = arguments.model
     for _ in range(arguments.warmup + arguments.steps):
         for worker in workers:
             worker.step()
@@ -167,10 +173,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "train_step.json")
+    parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
+    parser.add_argument("--add", action="store_true", help="leave what --output has of other workloads")
     arguments = parser.parse_args()
-    results = {"machine": describe_machine(), "runs": [measure(dtype, arguments) for dtype in arguments.dtype]}
-    for run in results["runs"]:
+    cap_instructions(arguments.instructions)
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model
+        if model in SHAPES:
+            model = str(write_random_model(Path(folder) / f"{model}.gguf", SHAPES[model]))
+        runs = [measure(dtype, model, arguments) for dtype in arguments.dtype]
+    for run in runs:
         show(run)
+    if arguments.add and arguments.output.exists():
+        measured = [run["workload"] for run in runs]
+        before = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"]
+        runs = [run for run in before if run["workload"] not in measured] + runs
+    results = {"machine": describe_machine(arguments.instructions), "runs": runs}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 

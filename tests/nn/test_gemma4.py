@@ -137,6 +137,6 @@ def test_older_and_newer_ways_to_say_the_sizes_agree() -> None:
 @pytest.mark.parametrize("name", ["embed_tokens_per_layer", PER_LAYER_MODEL.rpartition(".")[2]])
 def test_what_makes_the_inputs_is_trained_by_factors_alone(name: str) -> None:
     shapes = adapted_pair("gemma4_text")[1].module_shapes()
-    assert shapes[PER_LAYER_MODEL] == (70, 60)
+    assert shapes[PER_LAYER_MODEL] == (182, 60)
     with pytest.raises(UsageError, match="cannot be trained"):
         resolve_adapter(LoRAConfig(target_modules=("q_proj",), modules_to_save=(name,)), shapes)
