@@ -295,7 +295,7 @@ FAMILIES: dict[str, DecoderConfig] = {
         output_bias=True,
         sinks=True,
         rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3),),
-        mixture=Mixture(5, 2, 18, router="mlp.router", bias=True, clamp=Clamp(1.4, 2.5), interleaved=True),
+        mixture=Mixture(5, 2, 7, router="mlp.router", bias=True, clamp=Clamp(1.4, 2.6), interleaved=True),
         layers=(LayerConfig(window=WINDOW, experts=True), LayerConfig(experts=True)),
     ),
     "granite, four multipliers": replace(
