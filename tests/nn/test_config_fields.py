@@ -145,8 +145,8 @@ def _attributes_read(family: str) -> tuple[type[transformers.PreTrainedConfig], 
 
     watched = type(known.__name__, (known,), {"__getattribute__": watch, "__module__": known.__module__})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    # torch's kernel has no cap of the scores.
-    for attention in ("eager",) if family == "gemma2" else ("eager", "sdpa"):
+    # torch's kernel has no cap of the scores, and no sinks.
+    for attention in ("eager",) if family in ("gemma2", "gpt_oss") else ("eager", "sdpa"):
         own = watched(**values)
         own._attn_implementation = attention
         model = MODEL_FOR_CAUSAL_LM_MAPPING[known](own)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from backhand.ops.clamped_glu import (
+    CHUNK_ELEMENTS,
     Clamp,
     ClampedGLUSaved,
     clamped_glu_backward,
     clamped_glu_forward,
     clamped_glu_reference,
 )
-from backhand.ops.glu import CHUNK_ELEMENTS
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 CLAMP = Clamp(1.702, 1.1)
