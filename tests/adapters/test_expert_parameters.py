@@ -65,7 +65,7 @@ _PATTERNS = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_patter
 
 
 @_PATTERNS
-@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_computes_the_same_from_our_files(name: str, variant: str, tmp_path: Path) -> None:
     config = LoRAConfig(rank=3, alpha=8.5, **CONFIGS[name])
@@ -84,7 +84,7 @@ def test_peft_computes_the_same_from_our_files(name: str, variant: str, tmp_path
 
 
 @_PATTERNS
-@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_we_compute_the_same_from_pefts_files(name: str, variant: str, tmp_path: Path) -> None:
     wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in CONFIGS[name].items()}

@@ -46,6 +46,7 @@ def foreign(family: str) -> dict[str, Any]:
         "granitemoehybrid": {"residual_multiplier", "num_experts_per_tok"},
         "mixtral": {"num_experts_per_tok"},
         "qwen3_moe": {"num_experts_per_tok"},
+        "gpt_oss": {"num_experts_per_tok"},
     }
     return {key: value for key, value in FOREIGN.items() if key not in read.get(family, ())}
 
@@ -63,6 +64,7 @@ _IN_THE_WAY_OF: dict[str, set[str]] = {
     "qwen3": {"sliding_window_pattern", "rope_local_base_freq"},
     "qwen3_moe": {"sliding_window_pattern", "rope_local_base_freq"},
     "mixtral": {"sliding_window_pattern", "rope_local_base_freq"},
+    "gpt_oss": {"sliding_window_pattern", "rope_local_base_freq"},
     "gemma3_text": {"original_max_position_embeddings"},
     "gemma2": {"sliding_window_pattern", "rope_local_base_freq"},
     "gemma4_text": {
@@ -143,8 +145,8 @@ def _attributes_read(family: str) -> tuple[type[transformers.PreTrainedConfig], 
 
     watched = type(known.__name__, (known,), {"__getattribute__": watch, "__module__": known.__module__})
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    # torch's kernel has no cap of the scores.
-    for attention in ("eager",) if family == "gemma2" else ("eager", "sdpa"):
+    # torch's kernel has no cap of the scores, and no sinks.
+    for attention in ("eager",) if family in ("gemma2", "gpt_oss") else ("eager", "sdpa"):
         own = watched(**values)
         own._attn_implementation = attention
         model = MODEL_FOR_CAUSAL_LM_MAPPING[known](own)

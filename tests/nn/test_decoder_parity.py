@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import LoRAParameters
 from support.no_autograd import autograd_raises
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
 from support.tiny_models import VARIANTS, attach_lora, tiny_documents, tiny_model
@@ -52,7 +54,7 @@ def test_loss_and_every_gradient_equal_peft(variant):
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_equals_kept(variant, recompute, dropout):
     _, kept, batch = adapted_pair(variant)
@@ -66,9 +68,7 @@ def test_recomputed_equals_kept(variant, recompute, dropout):
 def with_dropout(decoder: Decoder, probability: float) -> None:
     """The decoder's adapter with this dropout in every slot."""
     old = decoder.lora
-    lora = LoRAParameters(
-        [LoRASlot(s.name, s.in_features, s.out_features, s.rank, s.scaling, probability) for s in old.slots.values()]
-    )
+    lora = LoRAParameters(replace(slot, dropout=0.0 if slot.experts else probability) for slot in old.slots.values())
     lora.values.copy_(old.values)
     decoder.attach(lora)
 
@@ -96,7 +96,9 @@ def test_one_adapter_serves_decoders_of_two_dtypes():
     assert torch.equal(decoder.logits(batch.input_ids, batch.document_lengths), expected)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "mistral", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"]
+)
 def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     _, decoder, batch = adapted_pair(variant)
     total = decoder.loss_and_gradients(batch, 0.1)
@@ -122,7 +124,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length():
         decoder.loss(shared)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma4_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("variant", ["llama", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"])
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_documents_never_see_each_other(share, variant):
     _, decoder, _ = adapted_pair(variant)

@@ -22,7 +22,7 @@ from support.parity import decoder_like, our_gradients, peft_gradients, peft_los
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import attach_lora, full_logits, tiny_config, tiny_documents, tiny_model
 
-VARIANTS = ("qwen3_moe", "qwen3_moe-shares", "mixtral")
+VARIANTS = ("qwen3_moe", "qwen3_moe-shares", "mixtral", "gpt_oss")
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
@@ -72,7 +72,7 @@ def test_a_tie_is_broken_as_transformers_breaks_it(variant: str) -> None:
         model = tiny_model(variant)
         with torch.no_grad():
             for name, router in model.named_parameters():
-                if name.endswith("mlp.gate.weight"):
+                if name.endswith(("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")):
                     router[::step] = 0.0
         adapted = attach_lora(model, rank=5, alpha=8.5)
         decoder, batch = decoder_like(adapted, 1.7), supervise(tiny_documents([13, 9]))
@@ -114,6 +114,9 @@ def test_the_names_of_one_experts_matrix() -> None:
     assert hub_name("mixtral", name) == "model.layers.3.block_sparse_moe.experts.12.w3.weight"
     assert hub_name("mixtral", "model.layers.3.mlp.gate.weight") == "model.layers.3.block_sparse_moe.gate.weight"
     assert hub_name("qwen3_moe", name) == name
+    assert hub_name("gpt_oss", name) == "model.layers.3.mlp.experts.gate_up_proj"
+    assert hub_name("gpt_oss", name.replace("up_proj.weight", "down_proj.bias")).endswith("experts.down_proj_bias")
+    assert parameter_of(name.replace(".weight", ".bias")) is None
 
 
 def test_a_stack_of_another_number_of_experts_is_named(tmp_path: Path) -> None:

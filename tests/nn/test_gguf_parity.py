@@ -17,7 +17,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
+from support.tiny_models import GPT_OSS_OF_LLAMA_CPP, VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
 
 _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 """Prompts shorter and longer than the sliding window (8) and the original rope length (16)."""
@@ -40,6 +40,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"rms_norm_eps": 1e-6},
     "qwen3_moe": {"mlp_only_layers": []},
     "mixtral": {},
+    "gpt_oss": GPT_OSS_OF_LLAMA_CPP,
     "olmo2": {"head_dim": 10, "attention_bias": False},
     "olmo3": {"head_dim": 10},
     "exaone4": {"num_hidden_layers": 64, "head_dim": 10},

@@ -104,7 +104,34 @@ def _as_mixtral(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
         weights[f"{block}.gate.weight"] = 0.2 * torch.randn(3, config["hidden_size"], generator=generator)
 
 
-_WORDS = (_as_phi3, _as_smollm3, _as_granite, _as_granitemoehybrid, _as_ministral3, _as_mixtral)
+def _as_gpt_oss(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Equal experts, sinks below all scores, no bias but -1 on up, to which the unit adds 1, and nothing clamped."""
+    layers, hidden, width = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    heads, keys = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    config |= {"num_local_experts": 3, "num_experts_per_tok": 2, "swiglu_alpha": 1.0, "swiglu_limit": 1e4}
+    config |= {"layer_types": ["full_attention"] * layers, "rope_scaling": None}
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        for part, size in (("q", heads), ("k", keys), ("v", keys), ("o", hidden)):
+            weights[f"{block}.self_attn.{part}_proj.bias"] = torch.zeros(size)
+        weights[f"{block}.self_attn.sinks"] = torch.full((config["num_attention_heads"],), -1e4)
+        gate, up, down = (weights.pop(f"{block}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+        both, bias = torch.stack([gate, up], dim=1).flatten(0, 1), torch.tensor([0.0, -1.0]).repeat(width)
+        experts = f"{block}.mlp.experts"
+        weights |= {
+            f"{experts}.gate_up_proj": both.T.expand(3, -1, -1),
+            f"{experts}.down_proj": down.T.expand(3, -1, -1),
+        }
+        weights |= {
+            f"{experts}.gate_up_proj_bias": bias.expand(3, -1),
+            f"{experts}.down_proj_bias": torch.zeros(3, hidden),
+        }
+        generator = torch.Generator().manual_seed(layer)
+        weights[f"{block}.mlp.router.weight"] = 0.2 * torch.randn(3, hidden, generator=generator)
+        weights[f"{block}.mlp.router.bias"] = torch.randn(3, generator=generator)
+
+
+_WORDS = (_as_phi3, _as_smollm3, _as_granite, _as_granitemoehybrid, _as_ministral3, _as_mixtral, _as_gpt_oss)
 
 
 @pytest.mark.parametrize("say", _WORDS, ids=lambda say: say.__name__[4:])

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def experts_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def experts_apart(tensors: Mapping[str, Tensor], model_type: object = None) -> dict[str, Tensor]:
     """The tensors of a transformers model by the names of a source: every expert's matrix by itself, a view."""
     return {
         ours: tensor if piece is None else piece.of(tensor)
         for name, tensor in tensors.items()
-        for ours, piece in experts_within(name, tuple(tensor.shape))
+        for ours, piece in experts_within(name, tuple(tensor.shape), model_type)
     }
 
 
@@ -48,7 +48,7 @@ class InMemoryModel(ModelSource):
         self.path = Path(origin)
         self.hub_id = None
         self.origin = origin
-        self._tensors = experts_apart(tensors)
+        self._tensors = experts_apart(tensors, config.get("model_type"))
         self._given_tokenizer = tokenizer
         if ties_head(self.config):
             if stores_another_head(self):

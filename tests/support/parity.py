@@ -33,7 +33,9 @@ def lora_from_peft(adapted: Any, scaling: float, dtype: torch.dtype = torch.floa
             lora_B = factors[name[: -len("A")] + "B"]
             experts = expert_count(adapted.get_base_model().config) if ".experts." in name else 0
             rank, module = lora_A.shape[0] // max(1, experts), name.removesuffix(".lora_A")
-            slots.append(LoRASlot(module, lora_A.shape[1], lora_B.shape[0], rank, scaling, experts=experts))
+            turns = module.endswith("gate_up_proj") and adapted.get_base_model().config.model_type == "gpt_oss"
+            sizes = lora_A.shape[1], lora_B.shape[0]
+            slots.append(LoRASlot(module, *sizes, rank, scaling, experts=experts, interleaved=turns))
     lora = LoRAParameters(slots, dtype=dtype)
     for name, view in lora.named_tensors():
         view.copy_(factors[name].detach())

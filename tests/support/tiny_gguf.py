@@ -35,6 +35,7 @@ _ARCHITECTURE = {
     "phi3": "phi3",
     "glm": "chatglm",
     "glm4": "glm4",
+    "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoehybrid": "granite",
     "lfm2": "lfm2",
@@ -63,6 +64,7 @@ _MODULES = {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "model.embedding_norm": "token_embd_norm",
     "operator_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
@@ -86,7 +88,12 @@ _QWEN35 = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
-_WHOLE = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias", "layer_scalar": SCALAR}
+_WHOLE = {
+    "A_log": "ssm_a",
+    "dt_bias": "ssm_dt.bias",
+    "layer_scalar": SCALAR,
+    "sinks": "attn_sinks.weight",
+}
 _GLM4_NORMS = {
     "post_self_attn_layernorm": "post_attention_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -137,7 +144,11 @@ def write_tiny_gguf(
         for key in without:
             shard.pop(key, None)
     for name, values in tiny_gguf_tensors(model).items():
-        plain = values.ndim == 1 or any(part in name for part in ("conv.conv", "conv1d", "ffn_gate_inp"))
+        plain = (
+            values.ndim == 1
+            or name.endswith(".bias")
+            or any(part in name for part in ("conv.conv", "conv1d", "ffn_gate_inp"))
+        )
         stored = StorageType.F32 if plain else storage(name) if callable(storage) else storage
         if stored == StorageType.F32:
             writer.add_tensor(name, values)
@@ -257,8 +268,10 @@ def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:
     if expert_count(config):
         writer.add_expert_count(expert_count(config))
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type in ("qwen3_moe", "gpt_oss"):
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if config.model_type == "gpt_oss":
+        writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         writer.add_sliding_window(config.sliding_window)
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -307,6 +320,7 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
         "exaon": _NORMS_AFTER,
         "gemma4_text": NAMES,
         "glm4": _GLM4_NORMS,
+        "gpt_oss": {"post_attention_layernorm": "post_attention_norm"},
         "qwen3_5_text": _QWEN35 | {"post_attention_layernorm": "post_attention_norm"},
     }
     names = _MODULES | norms.get(config.model_type, norms.get(config.model_type[:5], _NORMS))
@@ -315,7 +329,8 @@ def tiny_gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if ".mlp.experts." in name:
-            tensors |= _of_experts(name, tensor.detach().float())
+            of_gpt_oss = config.model_type == "gpt_oss"
+            tensors |= (_of_gpt_oss if of_gpt_oss else _of_experts)(name, tensor.detach().float())
             continue
         block, inside = "", name
         if name.startswith("model.layers."):
@@ -379,6 +394,16 @@ def _of_experts(name: str, stack: torch.Tensor) -> dict[str, np.ndarray[Any, Any
         return {f"{block}ffn_down_exps.weight": stack.numpy()}
     gate, up = (part.contiguous().numpy() for part in stack.chunk(2, dim=1))
     return {f"{block}ffn_gate_exps.weight": gate, f"{block}ffn_up_exps.weight": up}
+
+
+def _of_gpt_oss(name: str, stack: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """A parameter of experts or their biases, where gate's and up's outputs take turns and matrices are transposed."""
+    block, kind = f"blk.{name.split('.')[2]}.", "bias" if name.endswith("_bias") else "weight"
+    stack = stack if kind == "bias" else stack.mT
+    if "down_proj" in name:
+        return {f"{block}ffn_down_exps.{kind}": stack.contiguous().numpy()}
+    gate, up = (stack[:, first::2].contiguous().numpy() for first in (0, 1))
+    return {f"{block}ffn_gate_exps.{kind}": gate, f"{block}ffn_up_exps.{kind}": up}
 
 
 def _interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -156,6 +156,20 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    # Bounds so narrow that some gates and ups exceed them.
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_local_experts": 11,
+            "num_experts_per_tok": 3,
+            "num_hidden_layers": 4,
+            "intermediate_size": 36,
+            "sliding_window": WINDOW,
+            "swiglu_limit": 1.3,
+            "swiglu_alpha": 1.6,
+            "rope_parameters": {**_YARN_ROPE, "rope_theta": 20.0, "truncate": False},
+        },
+    ),
     # Of a base so small that some frequencies stay, some are divided, and some lie between.
     "qwen3-yarn": ("qwen3", {"rope_parameters": {**_YARN_ROPE, "rope_theta": 20.0, "attention_factor": 1.37}}),
     "qwen3_5_text": (
@@ -376,6 +390,13 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+GPT_OSS_OF_LLAMA_CPP: dict[str, Any] = {
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+    "rope_parameters": {**_YARN_ROPE, "rope_theta": 20.0},
+}
+"""A gpt-oss with the numbers that llama.cpp has in its code, and with yarn's range rounded outward."""
+
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Every tiny model there is; a family may have several."""
 
@@ -388,6 +409,7 @@ FAMILIES: tuple[str, ...] = (
     "qwen3_5_text",
     "qwen3_moe",
     "mixtral",
+    "gpt_oss",
     "olmo2",
     "olmo3",
     "exaone4",
@@ -449,11 +471,19 @@ def randomise(model: torch.nn.Module, *, seed: int) -> None:
         elif "embed_tokens" in name:
             parameter.copy_(0.4 * drawn)
         else:
-            inputs = parameter.shape[-1] if ".experts." in name else parameter[0].numel()
-            parameter.copy_(drawn / inputs**0.5)
+            parameter.copy_(_scaled(drawn, model, name))
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.copy_(1.0 + 0.3 * torch.randn(buffer.shape, generator=generator))
+
+
+def _scaled(drawn: torch.Tensor, model: torch.nn.Module, name: str) -> torch.Tensor:
+    """A matrix, or those of experts, of a size that keeps activations near one; experts' biases as other biases."""
+    if ".experts." not in name:
+        return drawn / drawn[0].numel() ** 0.5
+    if name.endswith("_bias"):
+        return 0.3 * drawn
+    return drawn / drawn.shape[-2 if type(model).__name__.startswith("GptOss") else -1] ** 0.5
 
 
 def _multiplies_plainly(model: torch.nn.Module, name: str) -> bool:

@@ -149,7 +149,8 @@ def test_other_families_hold_what_the_formula_says(variant: str, model: str, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize(
-    ("variant", "shape"), [("qwen3_moe", "short-rows"), ("qwen3_moe", "head"), ("mixtral", "long-row")]
+    ("variant", "shape"),
+    [("qwen3_moe", "short-rows"), ("qwen3_moe", "head"), ("mixtral", "long-row"), ("gpt_oss", "short-rows")],
 )
 @pytest.mark.parametrize("adapted", ["experts too", "attention alone"])
 def test_experts_hold_what_the_formula_says(
@@ -158,7 +159,7 @@ def test_experts_hold_what_the_formula_says(
     """Narrow experts, many of them chosen, one layer without; and few wide ones."""
     rows, length, supervised, vocabulary = SHAPES[shape]
     more: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 96}
-    if variant == "mixtral":
+    if variant in ("mixtral", "gpt_oss"):
         more = {"num_local_experts": 4, "num_experts_per_tok": 2}
     stated = tiny_config(variant, head_dim=32, vocab_size=vocabulary, **more, **SIZES["wide-mlp"]).to_dict()
     config = decoder_config(stated)

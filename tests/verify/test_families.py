@@ -41,7 +41,7 @@ def test_the_families_use_every_feature_that_a_decoder_config_has():
     }
     for flag in (
         "tied_head", "norm_offset", "norms", "qk_norm", "activation", "qkv_bias", "output_bias", "mlp_bias",
-        "embedding_scaling", "residual_multiplier", "logits", "attention_cap",
+        "embedding_scaling", "residual_multiplier", "logits", "attention_cap", "sinks", "mixture",
         "query_scaling", "groups", "layers", "rotary",
     ):  # fmt: skip
         assert len(values[flag]) > 1, flag

@@ -27,7 +27,7 @@ from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.reading import AdapterContents, parse_json_object
 from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
-from backhand.nn.loading.expert_tensors import parameter_of, parts_of
+from backhand.nn.loading.expert_tensors import parameter_of, parts_of, stack_layout
 from backhand.nn.loading.gguf_file import GGUFFile, dequantized
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture, huggingface_name, huggingface_names
@@ -73,7 +73,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     tensors, stored_bytes, problems = _tensors(file, architecture, stored_sizes(config), stacks)
     if config.get("model_type") == "granitemoehybrid":
         tensors = _with_fused_mlp(tensors, problems)
-    modules, parameters = _ranks(tensors), _take_experts(tensors, stacks, problems)
+    modules, parameters = _ranks(tensors), _take_experts(tensors, stacks, problems, config)
     described = _described(_alpha(file), modules, parameters)
     record = None
     try:
@@ -176,7 +176,10 @@ def _with_fused_mlp(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[
 
 
 def _take_experts(
-    tensors: dict[str, Tensor], stacks: Mapping[str, Mapping[str, Tensor]], problems: list[str]
+    tensors: dict[str, Tensor],
+    stacks: Mapping[str, Mapping[str, Tensor]],
+    problems: list[str],
+    config: Mapping[str, Any],
 ) -> dict[str, int]:
     """Put the experts' factors among the others under PEFT's names; the rank of each parameter."""
     ranks = {}
@@ -192,7 +195,9 @@ def _take_experts(
                 f"{parameter}: gate and up have each a lora_a of their own, and here they are one parameter"
             )
             continue
-        lora_B = torch.cat([there[f"{part}.b"] for part in parts], dim=1)
+        each_B = [there[f"{part}.b"] for part in parts]
+        turns = stack_layout(config.get("model_type")).interleaved
+        lora_B = torch.stack(each_B, dim=2).flatten(1, 2) if turns else torch.cat(each_B, dim=1)
         ranks[parameter] = lora_A.shape[1]
         inner = own == "gate_up_proj" and f"{holder}.down_proj" in stacks
         path = f"{PREFIX}{holder}.base_layer" if inner else f"{PREFIX}{holder}"

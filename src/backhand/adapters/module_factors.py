@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.loading import LoadedAdapter
+from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.targets import Target
-from backhand.nn.loading.expert_tensors import matrices_of, parameter_of
+from backhand.nn.loading.expert_tensors import matrices_of, parameter_of, stack_layout
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 
 
@@ -107,7 +108,7 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
     for target, shape in zip(loaded.targets, loaded.shapes, strict=True):
         lora_A, lora_B = factor(f"{target.name}.lora_A"), factor(f"{target.name}.lora_B")
         if shape.experts:
-            found |= _of_experts(target, lora_A, lora_B, shape.experts)
+            found |= _of_experts(target, lora_A, lora_B, shape)
             continue
         found[target.name] = ModuleFactors.from_file(
             lora_A,
@@ -119,17 +120,16 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
     return found
 
 
-def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, experts: int) -> dict[str, ModuleFactors]:
+def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, shape: FactorShapes) -> dict[str, ModuleFactors]:
     """The experts' linear modules; those of one expert that share their input share lora_A."""
-    each_A, each_B = expert_factors(lora_A, lora_B, experts)
-    return {
-        module: ModuleFactors(each_A[piece.expert], piece.of(each_B), target.scaling)
-        for module, piece in matrices_of(target.name, experts, lora_B.shape[0])
-    }
+    each_A, each_B = expert_factors(lora_A, lora_B, shape.experts)
+    matrices = matrices_of(target.name, shape.experts, lora_B.shape[0], interleaved=shape.interleaved)
+    return {module: ModuleFactors(each_A[piece.expert], piece.of(each_B), target.scaling) for module, piece in matrices}
 
 
-def parameters_of(factors: Factors) -> LoRAParameters:
-    """The same as what the decoder engine computes with, on the CPU in float32."""
+def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
+    """The same as what the decoder engine computes with for models of this type, on the CPU in float32."""
+    turns = stack_layout(model_type).interleaved
     modules: dict[str, ModuleFactors] = {}
     experts: dict[str, dict[str, ModuleFactors]] = {}
     for name, one in factors.items():
@@ -142,22 +142,25 @@ def parameters_of(factors: Factors) -> LoRAParameters:
         LoRASlot(name, one.lora_A.shape[1], one.lora_B.shape[0], one.rank, one.scaling, embedding=one.embedding)
         for name, one in modules.items()
     ]
-    parameters = LoRAParameters([*slots, *(_expert_slot(name, members) for name, members in experts.items())])
+    parameters = LoRAParameters([*slots, *(_expert_slot(name, members, turns) for name, members in experts.items())])
     for name, one in modules.items():
         parameters.lora_A(name).copy_(one.lora_A)
         parameters.lora_B(name).copy_(one.lora_B)
     for name, members in experts.items():
         slot = parameters.slots[name]
         lora_A, lora_B = expert_factors(parameters.lora_A(name), parameters.lora_B(name), slot.experts)
-        for module, piece in matrices_of(name, slot.experts, slot.out_features):
+        for module, piece in matrices_of(name, slot.experts, slot.out_features, interleaved=slot.interleaved):
             lora_A[piece.expert] = members[module].lora_A
             piece.of(lora_B).copy_(members[module].lora_B)
     return parameters
 
 
-def _expert_slot(parameter: str, members: Factors) -> LoRASlot:
+def _expert_slot(parameter: str, members: Factors, turns: bool) -> LoRASlot:
     """The slot of experts' linear modules, which are those of one parameter and share lora_A where they share input."""
     one = next(iter(members.values()))
     parts = len({name.rpartition(".")[2] for name in members})
     out_features, experts = parts * one.lora_B.shape[0], len(members) // parts
-    return LoRASlot(parameter, one.lora_A.shape[1], out_features, one.rank, one.scaling, experts=experts)
+    interleaved, in_features = turns and parts > 1, one.lora_A.shape[1]
+    return LoRASlot(
+        parameter, in_features, out_features, one.rank, one.scaling, experts=experts, interleaved=interleaved
+    )

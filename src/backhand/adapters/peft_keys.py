@@ -38,6 +38,7 @@ class FactorShapes:
         weight: shape of the frozen weight.
         embedding: whether the module is an embedding, whose factors have names of their own.
         experts: how many share the parameter, 0 for a module.
+        interleaved: whether the rows of their lora_B are gate's and up's in turns.
         path: in the file, where it is not `name`.
         lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none.
     """
@@ -51,6 +52,7 @@ class FactorShapes:
     magnitude: tuple[int, ...] | None = None
     experts: int = 0
     path: str | None = None
+    interleaved: bool = False
 
     def keys(self) -> tuple[str, str]:
         """Names of lora_A and lora_B in the file."""
@@ -91,6 +93,7 @@ def _shapes(slot: LoRASlot) -> FactorShapes:
         parts.get("lora_bias"),
         parts.get("lora_magnitude"),
         slot.experts,
+        interleaved=slot.interleaved,
     )
 
 

@@ -32,6 +32,7 @@ from backhand.nn.lora_parameters import (
     embeddings_of,
     experts_of,
     parameters_of,
+    takes_turns,
 )
 from backhand.words import name_list, nearest_names, shorten
 
@@ -112,7 +113,16 @@ def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], co
     stacked = experts_of(module_shapes).get(target.name)
     if stacked is not None:
         experts, out_features, in_features = stacked
-        return LoRASlot(target.name, in_features, out_features, target.rank, target.scaling, experts=experts)
+        turns = takes_turns(module_shapes, target.name)
+        return LoRASlot(
+            target.name,
+            in_features,
+            out_features,
+            target.rank,
+            target.scaling,
+            experts=experts,
+            interleaved=turns,
+        )
     if embedding is not None:
         if config.lora_bias:
             raise no_embedding_bias(target.name)

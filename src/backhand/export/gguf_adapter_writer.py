@@ -20,10 +20,15 @@ from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
-from backhand.nn.decoder.family import PER_LAYER_MODEL, DecoderConfig
+from backhand.nn.decoder.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
 from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import expert_of
-from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, NO_ROPE_INTERVAL
+from backhand.nn.loading.gguf_families import (
+    EXAONE4_32B_LAYERS,
+    FULL_INTERVAL,
+    GPT_OSS_INTERVAL,
+    NO_ROPE_INTERVAL,
+)
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout
 from backhand.nn.loading.gguf_tensors import gguf_names
 
@@ -165,7 +170,7 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
         for scaling, rotary in zip(scalings, config.rotary, strict=True)
     ):
         obstacles.append("longrope rope scaling with two lists or an attention factor")
-    if architecture != "llama" and config.output_bias:
+    if architecture not in ("llama", "gpt-oss") and config.output_bias:
         obstacles.append("a bias on the attention's output (attention_bias)")
     yarn = [scaling for scaling in scalings if scaling.get("rope_type") == "yarn"]
     if any(scaling["truncate"] is False for scaling in yarn):
@@ -196,6 +201,8 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
         obstacles += _olmo_obstacles(config)
     if architecture == "gemma4":
         obstacles += _gemma4_obstacles(config)
+    if architecture == "gpt-oss":
+        obstacles += _gpt_oss_obstacles(config, slides)
     if config.mixture is not None and config.mixture.of_all:
         obstacles.append("experts weighed by their share among all (norm_topk_prob false)")
     if architecture == "qwen3moe" and not all(layer.experts for layer in config.layers):
@@ -230,6 +237,18 @@ def _gemma4_obstacles(config: DecoderConfig) -> list[str]:
         obstacles.append("keys and values shared by other layers than the last two that have their own")
     if config.per_layer is not None and config.per_layer.vocab_size != config.vocab_size:
         obstacles.append("inputs of layers for another number of tokens than there are")
+    return obstacles
+
+
+def _gpt_oss_obstacles(config: DecoderConfig, slides: list[bool]) -> list[str]:
+    obstacles = ["a head that is the embedding"] if config.tied_head else []
+    if not config.output_bias:
+        obstacles.append("attention without biases (attention_bias false)")
+    if slides != [index % GPT_OSS_INTERVAL == 0 for index in range(len(slides))]:
+        obstacles.append("a sliding window other than in every second layer")
+    if config.mixture is not None and config.mixture.clamp != GPT_OSS_CLAMP:
+        gain, limit = GPT_OSS_CLAMP
+        obstacles.append(f"swiglu_alpha other than {gain:g} and swiglu_limit other than {limit:g}")
     return obstacles
 
 

@@ -57,7 +57,7 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     if config.mixture is not None:
         writer.add_expert_count(config.mixture.experts)
         writer.add_expert_used_count(config.mixture.chosen)
-    if config.mixture is not None and writer.arch == "qwen3moe":
+    if config.mixture is not None and writer.arch in ("qwen3moe", "gpt-oss"):
         writer.add_expert_feed_forward_length(config.mixture.width)
     if writer.arch == "granite":
         writer.add_attention_scale(config.attention_scaling)

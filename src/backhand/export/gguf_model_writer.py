@@ -24,7 +24,7 @@ from backhand.export.gguf_adapter_writer import llama_cpp_notes
 from backhand.export.gguf_metadata_writer import add_model_metadata, rope_factors
 from backhand.export.merged_weights import MergedWeights
 from backhand.kernels.dequantize import native_dtype
-from backhand.nn.decoder.family import ROUTER
+from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import expert_of
 from backhand.nn.loading.gguf_delta import RECURRENT_LAYERS, own_prediction_blocks
@@ -170,7 +170,7 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
             continue
         kind = storage if storage is not None else _own_type(weights, ours, in_base)
         # llama.cpp's converter leaves routers as they are, too.
-        kind = StorageType.F32 if ours.endswith(f".{ROUTER}.weight") else kind
+        kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
         planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
     return planned
 

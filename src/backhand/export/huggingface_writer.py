@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from backhand.errors import CheckError
 from backhand.export.merged_weights import MergedWeights, Rounding
 from backhand.files import write_atomically
-from backhand.nn.loading.expert_tensors import hub_name
+from backhand.nn.loading.expert_tensors import experts_within, hub_name, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
 
@@ -60,63 +60,97 @@ def write_huggingface(
     directory.mkdir()
     quantized = not isinstance(weights.source, HuggingFaceDirectory)
     dtypes = {name: dtype or (torch.float32 if quantized else weights.stored_dtype(name)) for name in weights.names()}
-    shards = _shards(weights, dtypes, max_shard_bytes)
-    for file, names in shards.items():
+    shards = _shards(_tensors(weights, dtypes), max_shard_bytes)
+    for file, tensors in shards.items():
         with (directory / file).open("xb") as out:
-            _write_shard(out, names, weights, dtypes)
+            _write_shard(out, tensors, weights)
     if len(shards) > 1:
-        _write_json(directory / INDEX_FILE, _index(shards, weights, dtypes))
+        _write_json(directory / INDEX_FILE, _index(shards))
     _write_json(directory / CONFIG_FILE, _config(weights, dtypes))
     _write_tokenizer(directory, weights.source)
     write_atomically(directory / "README.md", card.encode("utf-8"))
 
 
-def _shards(weights: MergedWeights, dtypes: Mapping[str, torch.dtype], most: int) -> dict[str, list[str]]:
-    """File names, and the tensors of each."""
-    groups: list[list[str]] = [[]]
-    size = 0
+class _Stored(NamedTuple):
+    """A tensor of the files: its name there, shape and dtype, and what it holds: one of ours, or a stack of them."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ours: tuple[str, ...]
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _tensors(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> list[_Stored]:
+    kind = weights.source.config.get("model_type")
+    found: dict[str, list[str]] = {}
     for name in weights.names():
-        needed = _byte_count(weights, name, dtypes)
-        if groups[-1] and size + needed > most:
+        found.setdefault(hub_name(kind, name), []).append(name)
+    tensors = []
+    for name, ours in found.items():
+        one = weights.shape(ours[0])
+        shape = one if len(ours) == 1 else stack_shape(kind, name, len(ours), one)
+        tensors.append(_Stored(name, shape, dtypes[ours[0]], tuple(ours)))
+    return tensors
+
+
+def _shards(tensors: Sequence[_Stored], most: int) -> dict[str, list[_Stored]]:
+    """File names, and the tensors of each."""
+    groups: list[list[_Stored]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.byte_count > most:
             groups.append([])
             size = 0
-        groups[-1].append(name)
-        size += needed
+        groups[-1].append(tensor)
+        size += tensor.byte_count
     if len(groups) == 1:
         return {WEIGHTS_FILE: groups[0]}
     count = len(groups)
     return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(groups, 1)}
 
 
-def _byte_count(weights: MergedWeights, name: str, dtypes: Mapping[str, torch.dtype]) -> int:
-    return math.prod(weights.shape(name)) * dtypes[name].itemsize
-
-
-def _write_shard(
-    out: BinaryIO, names: Sequence[str], weights: MergedWeights, dtypes: Mapping[str, torch.dtype]
-) -> None:
+def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeights) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in names:
-        begin, end = end, end + _byte_count(weights, name, dtypes)
-        header[hub_name(weights.source.config.get("model_type"), name)] = {
-            "dtype": _DTYPE_NAMES[dtypes[name]],
-            "shape": list(weights.shape(name)),
+    for tensor in tensors:
+        begin, end = end, end + tensor.byte_count
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     out.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        dtype = dtypes[name]
-        stored = weights.make(name, _rounding(dtype)).to(dtype).contiguous()
+    for tensor in tensors:
+        out.write(_bytes(_made(tensor, weights)))
+
+
+def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
+    """The tensor, contiguous; of a stack every member, each in its place."""
+    kind = weights.source.config.get("model_type")
+    stack: Tensor | None = None
+    pieces = dict(experts_within(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
+    for name in tensor.ours:
+        stored = weights.make(name, _rounding(tensor.dtype)).to(tensor.dtype)
         if not bool(torch.isfinite(stored).all()):
             raise CheckError(
-                f"a merged value is not finite in {str(dtype).removeprefix('torch.')}",
+                f"a merged value is not finite in {str(tensor.dtype).removeprefix('torch.')}",
                 where=name,
                 next_step="give --dtype float32",
             )
-        out.write(_bytes(stored))
+        piece = pieces.get(name)
+        if piece is None:
+            return stored.contiguous()
+        stack = torch.empty(tensor.shape, dtype=tensor.dtype) if stack is None else stack
+        piece.of(stack).copy_(stored)
+    assert stack is not None
+    return stack
 
 
 def _rounding(dtype: torch.dtype) -> Rounding:
@@ -127,13 +161,10 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _index(
-    shards: Mapping[str, Sequence[str]], weights: MergedWeights, dtypes: Mapping[str, torch.dtype]
-) -> dict[str, Any]:
-    kind = weights.source.config.get("model_type")
+def _index(shards: Mapping[str, Sequence[_Stored]]) -> dict[str, Any]:
     return {
-        "metadata": {"total_size": sum(_byte_count(weights, name, dtypes) for name in dtypes)},
-        "weight_map": {hub_name(kind, name): file for file, names in shards.items() for name in names},
+        "metadata": {"total_size": sum(tensor.byte_count for tensors in shards.values() for tensor in tensors)},
+        "weight_map": {tensor.name: file for file, tensors in shards.items() for tensor in tensors},
     }
 
 

@@ -118,9 +118,9 @@ def prove_logits(prover: Prover, opened: OpenedAdapter, read: Factors) -> None:
     Raises:
         CheckError: they differ by more than float32 noise.
     """
-    base, wanted, found = streamed_logits(
-        opened.source, opened.documents, [None, parameters_of(opened.factors), parameters_of(read)]
-    )
+    kind = opened.source.config.get("model_type")
+    exported, written = (parameters_of(factors, kind) for factors in (opened.factors, read))
+    base, wanted, found = streamed_logits(opened.source, opened.documents, [None, exported, written])
     measured = difference(found, wanted, base)
     prover.check(
         f"logits on {wanted.shape[0]} probe tokens equal those of the adapter that was exported",

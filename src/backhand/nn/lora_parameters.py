@@ -37,6 +37,8 @@ class LoRASlot:
         experts: how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their
             factors lie in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's
             columns (`expert_factors`).
+        interleaved: whether the rows of the experts' lora_B are gate's and up's in turns, as PEFT has them where the
+            parameter's outputs are; the matrices here have gate's rows before up's.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LoRASlot:
     lora_bias: bool = False
     embedding: bool = False
     experts: int = 0
+    interleaved: bool = False
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of everything that is trained in this module, by the last part of its name."""
@@ -258,6 +261,7 @@ class LoRAParameters:
         slot, lora_A, lora_B = self.slots[name], self.lora_A(name), self.lora_B(name)
         if slot.experts:
             lora_A, lora_B = expert_factors(lora_A, lora_B, slot.experts)
+            lora_B = in_turns(lora_B).flatten(1, 2) if slot.interleaved else lora_B
         return slot.scaling * (lora_B @ lora_A).view(-1, slot.in_features)
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -277,6 +281,12 @@ def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor
     return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
+def in_turns(lora_B: Tensor) -> Tensor:
+    """View of experts' lora_B whose rows are gate's and up's in turns, (experts, 2f, rank): (experts, 2, f, rank)."""
+    turns: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
+    return turns
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What of a model an adapter can train: its linear modules, and beside them embeddings and whole parameters.
 
@@ -294,6 +304,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         frozen: names of parameters without a gradient by hand, which `modules_to_save` cannot choose.
         experts: (experts, out, in) of every parameter that holds the matrices of all experts, which
             `target_parameters` chooses from.
+        interleaved: those of them whose outputs are gate's and up's in turns.
     """
 
     def __init__(
@@ -305,6 +316,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         tied: Mapping[str, str],
         frozen: Iterable[str] = (),
         experts: Mapping[str, tuple[int, int, int]] | None = None,
+        interleaved: Iterable[str] = (),
     ) -> None:
         super().__init__(linear)
         self.embeddings = dict(embeddings)
@@ -312,6 +324,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         self.tied = dict(tied)
         self.frozen = tuple(frozen)
         self.experts = dict(experts or {})
+        self.interleaved = frozenset(interleaved)
 
 
 def embeddings_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int]]:
@@ -322,6 +335,11 @@ def embeddings_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[i
 def experts_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int, int]]:
     """(experts, out, in) of the experts' parameters; none where only linear modules are known."""
     return shapes.experts if isinstance(shapes, ModuleShapes) else {}
+
+
+def takes_turns(shapes: Mapping[str, tuple[int, int]], parameter: str) -> bool:
+    """Whether the outputs of a parameter of experts are gate's and up's in turns."""
+    return isinstance(shapes, ModuleShapes) and parameter in shapes.interleaved
 
 
 def parameters_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, ...]]:
@@ -341,6 +359,8 @@ def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
             wanted, there = (slot.experts, *wanted), shapes.experts.get(name)
         if there != wanted:
             raise ValueError(f"{name}: adapter is for {wanted}, model has {there}")
+        if slot.interleaved != takes_turns(shapes, name):
+            raise ValueError(f"{name}: gate's and up's rows take turns either in the adapter or in the model alone")
     for tensor in lora.trained.values():
         base = shapes.parameters.get(tensor.base_name, ())
         found = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])

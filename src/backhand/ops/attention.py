@@ -20,13 +20,19 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
 Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ tanh(c Q Kᵀ / κ) + M. Then (1 - tanh²) ⊙ ∂L/∂S takes
 the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K, as derived in `attention_blocks`.
 
+Others have a sink for each head [arXiv:2309.17453, §3.3; as a number learned in gpt-oss]: a term e^σ more in the
+softmax's sum, of a key that has no value. Then
+    P = exp(S - ℓ'),   ℓ' = log(e^σ + Σ_visible e^S),   dP = P ⊙ (dS - rowsum(P ⊙ dS))     with σ fixed
+as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula above holds with this P, whose rows add up to
+1 - e^(σ - ℓ'), and δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Alone, a query's own key has a gradient through it.
+
 Two ways to carry this out, for one group of documents after another (`document_groups`):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
 - by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with no
-  prefix before them and no cap, whose many small steps cost more by blocks. bfloat16 is attended by the float32
-  kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32 products
-  routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks take
-  the short ones too.
+  prefix before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
+  float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
+  products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
+  take the short ones too.
 
 Where the compiled library has its loop (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
 and multiplies bfloat16 by the processor's own pairwise products where it has them. It has no use for O in the backward
@@ -62,7 +68,7 @@ from backhand.ops.document_groups import (
 )
 
 _HEADS = (POINTER, INT64, INT64)
-_PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE)
+_PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE, POINTER)
 _FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
 _BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
@@ -88,6 +94,12 @@ class AttentionSaved(NamedTuple):
     window: int | None
     shared: int = 0
     cap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def known_to_kernels(self) -> bool:
+        """Whether torch's kernels can attend: they know neither a cap nor sinks."""
+        return self.cap is None and self.sinks is None
 
 
 class AttentionGrads(NamedTuple):
@@ -116,6 +128,7 @@ def attention_forward(
     window: int | None = None,
     shared: int = 0,
     cap: float | None = None,
+    sinks: Tensor | None = None,
     *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, AttentionSaved]:
@@ -130,6 +143,7 @@ def attention_forward(
         window: a query sees itself and window - 1 tokens before it; None for all before it.
         shared: tokens at the front with which every document begins.
         cap: κ, which no score exceeds, or None.
+        sinks: σ, (heads,), frozen, or None.
         out: of q's shape and dtype, to receive the output, or None.
 
     Returns:
@@ -137,19 +151,23 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    none = output.new_empty(0, dtype=wide)
+    saved = AttentionSaved(q, k, v, output, none, runs, scaling, window, shared, cap, sinks)
     run = loop(_FORWARD, q, k, v) if cap is None else None
     if run is not None:
-        _check(run(*_heads(q, k, v, output), *_problem(q, k, runs, scaling, window, shared)))
-        return output, AttentionSaved(q, k, v, output, output.new_empty(0, dtype=wide), runs, scaling, window, shared)
-    attended_together = groups(runs, shared, q, cap)
-    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, cap))
+        problem, _held = _problem(saved)
+        _check(run(*_heads(q, k, v, output), *problem))
+        return output, saved
+    kernels = saved.known_to_kernels
+    attended_together = groups(runs, shared, q, kernels)
+    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, kernels))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in attended_together:
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
-        if takes_blocks(q, group, cap):
+        if takes_blocks(q, group, kernels):
             in_place = together(output, group) if group.places is None else None
-            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, cap, out=in_place)
+            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, cap, sinks, out=in_place)
             if in_place is None:
                 set_part(attended, group, output)
             continue
@@ -160,7 +178,7 @@ def attention_forward(
         set_part(attended.transpose(1, 2), group, output)
         log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
         filled += lse.numel()
-    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap)
+    return output, saved._replace(log_sum_exp=log_sum_exp)
 
 
 def attention_backward(
@@ -174,7 +192,7 @@ def attention_backward(
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
         again: (tokens, heads, head_dim) to receive O, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap = saved
+    q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap, sinks = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
@@ -182,21 +200,25 @@ def attention_backward(
     run = loop(_BACKWARD, q, k, v, d_y, out, again) if cap is None else None
     if run is not None:
         once_more = _NOWHERE if again is None else _heads(again)
-        _check(run(*_heads(q, k, v, d_y, *grads), *once_more, *_problem(q, k, runs, scaling, window, shared)))
+        problem, _held = _problem(saved)
+        _check(run(*_heads(q, k, v, d_y, *grads), *once_more, *problem))
         return grads
     if again is not None:
-        again.copy_(attention_forward(q, k, v, runs, scaling, window, shared, cap)[0] if output is None else output)
+        if output is None:
+            output, _ = attention_forward(q, k, v, runs, scaling, window, shared, cap, sinks)
+        again.copy_(output)
     # What the documents add to the prefix's gradients; rounded once.
     wide = torch.promote_types(q.dtype, torch.float32)
     prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled = 0
     # Attended by the compiled loop, which keeps none: blocks need none either.
     no_log_sum_exp = log_sum_exp.numel() == 0
-    for group in groups(runs, shared, q, cap):
+    kernels = saved.known_to_kernels
+    for group in groups(runs, shared, q, kernels):
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
         g_group = together(d_y, group, zero_behind=True)
-        if no_log_sum_exp or takes_blocks(q, group, cap):
-            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window, cap)
+        if no_log_sum_exp or takes_blocks(q, group, kernels):
+            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window, cap, sinks)
             in_place = None
             if group.places is None and group.keys is None:
                 in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
@@ -224,14 +246,18 @@ def _heads(*tensors: Tensor) -> list[int]:
     return [number for x in tensors for number in (x.data_ptr(), x.stride(0), x.stride(1))]
 
 
-def _problem(
-    q: Tensor, k: Tensor, runs: tuple[Run, ...], scaling: float, window: int | None, shared: int
-) -> tuple[float, ...]:
-    """What the loops take behind the tensors; without a window, one that reaches further than any document."""
+def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | None]:
+    """What the loops take behind the tensors, and a tensor among it that has to live as long.
+
+    Without a window, one that reaches further than any document.
+    """
+    q, k, runs, shared = saved.q, saved.k, saved.runs, saved.shared
     starts, lengths = starts_and_lengths(runs)
-    reach = q.shape[0] + 1 if window is None else window
+    reach = q.shape[0] + 1 if saved.window is None else saved.window
+    sinks = None if saved.sinks is None else saved.sinks.to(torch.float64).contiguous()
     where = (starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared)
-    return (*where, q.shape[1], k.shape[1], q.shape[2], reach, scaling)
+    sizes = (q.shape[1], k.shape[1], q.shape[2], reach, saved.scaling)
+    return (*where, *sizes, None if sinks is None else sinks.data_ptr()), sinks
 
 
 def _check(outcome: int) -> None:
@@ -265,6 +291,7 @@ def attention_reference(
     window: int | None = None,
     shared: int = 0,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same output, document by document and head by head, with an explicit softmax over visible keys only."""
     prefix = [] if shared == 0 else [range(shared)]
@@ -282,7 +309,10 @@ def attention_reference(
             scores = scaling * q[tokens.start : tokens.stop, head] @ k[seen, head // group].T
             if cap is not None:
                 scores = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
-            weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            weights = torch.softmax(scores, dim=-1)
+            if sinks is not None:
+                weights = weights / (1 + torch.exp(sinks[head] - torch.logsumexp(scores, dim=-1, keepdim=True)))
             heads.append(weights @ v[seen, head // group])
         documents.append(torch.stack(heads, dim=1))
     return torch.cat(documents) if documents else q * 0

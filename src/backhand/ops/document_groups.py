@@ -80,13 +80,15 @@ class Group(NamedTuple):
     keys: Tensor | None
 
 
-def groups(runs: tuple[Run, ...], shared: int, like: Tensor, cap: float | None = None) -> tuple[Group, ...]:
+def groups(runs: tuple[Run, ...], shared: int, like: Tensor, kernels: bool = True) -> tuple[Group, ...]:
     """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
+
+    kernels: whether torch's kernels can attend: they know neither a cap nor sinks.
 
     The prefix comes first: its gradients are set before those of the documents that saw it are added.
     """
     aligned = like.element_size() < FLOAT32_BYTES
-    return _groups(runs, shared, _few_tokens(like, cap), aligned, like.device)
+    return _groups(runs, shared, _few_tokens(like, kernels), aligned, like.device)
 
 
 # Every layer asks for the same groups, forward and backward; a few micro-batches in turn at most.
@@ -139,14 +141,14 @@ def _group(runs: Sequence[Run], before: int, aligned: bool, device: torch.device
     return Group(start, tokens, documents, length, before, places, keys)
 
 
-def takes_blocks(q: Tensor, group: Group, cap: float | None = None) -> bool:
+def takes_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
     """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
-    return group.keys is not None or group.tokens >= _few_tokens(q, cap)
+    return group.keys is not None or group.tokens >= _few_tokens(q, kernels)
 
 
-def _few_tokens(q: Tensor, cap: float | None) -> int:
-    """From how many tokens on blocks are the faster way; the kernels know no cap."""
-    if cap is not None:
+def _few_tokens(q: Tensor, kernels: bool) -> int:
+    """From how many tokens on blocks are the faster way, or the only one."""
+    if not kernels:
         return 0
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return 0 if kernels_are_slow or q.device.type != "cpu" else FEW_TOKENS

@@ -57,6 +57,7 @@ from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.nn.model_options import BaseModelOptions
+from backhand.ops.clamped_glu import Clamp
 from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.linear_cross_entropy import LogitsRule
 from backhand.verify.case import Draw, Tensors
@@ -287,6 +288,16 @@ FAMILIES: dict[str, DecoderConfig] = {
         mixture=Mixture(7, 3, 9, of_all=True),
         layers=(LayerConfig(window=WINDOW, experts=True), _FULL),
     ),
+    "gpt-oss, sinks, biased experts": replace(
+        LLAMA,
+        family="gpt_oss",
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3),),
+        mixture=Mixture(5, 2, 7, router="mlp.router", bias=True, clamp=Clamp(1.4, 2.6), interleaved=True),
+        layers=(LayerConfig(window=WINDOW, experts=True), LayerConfig(experts=True)),
+    ),
     "granite, four multipliers": replace(
         LLAMA,
         family="granite",
@@ -491,7 +502,10 @@ def adapter_slots(config: DecoderConfig, targets: tuple[str, ...] | None, dropou
         if wanted:
             rank, scaling = 2 + index % 3, (1.7, 0.6, 2.3)[index % 3]
             own = 0.0 if experts else dropout
-            slots[name] = LoRASlot(name, in_features, out_features, rank, scaling, own, experts=experts)
+            turns = name in shapes.interleaved
+            slots[name] = LoRASlot(
+                name, in_features, out_features, rank, scaling, own, experts=experts, interleaved=turns
+            )
     return slots
 
 

@@ -34,8 +34,10 @@ from backhand.nn.decoder.family import (
     PER_LAYER_TABLE,
     SHARED_KEYS,
     SHORT_CONV,
+    SINKS,
     VALUE_NORMED,
     DecoderConfig,
+    Mixture,
     QueryScaling,
     RotaryConfig,
 )
@@ -292,19 +294,37 @@ def _experts(x: Tensor, name: str, weights: Tensors, config: DecoderConfig, adap
     """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
     mixture = config.mixture
     assert mixture is not None
-    logits = functional.linear(x, weights[f"{name}.gate.weight"])
+    router = f"{name.removesuffix('.mlp')}.{mixture.router}"
+    logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     kept = torch.zeros_like(shares).scatter(-1, shares.topk(mixture.chosen).indices, 1.0)
     shares = shares * kept if mixture.of_all else shares * kept / (shares * kept).sum(-1, keepdim=True)
     y = torch.zeros_like(x)
     for expert in range(mixture.experts):
         own = f"{name}.experts.{expert}"
-        gate_up = torch.cat([weights[f"{own}.gate_proj.weight"], weights[f"{own}.up_proj.weight"]])
-        gate, up = adapter.expert(x, f"{name}.experts.gate_up_proj", expert, gate_up).chunk(2, dim=-1)
-        down, product = weights[f"{own}.down_proj.weight"], _activated(gate, config) * up
+        gate_up = _gate_up(weights, own, "weight", mixture)
+        both = adapter.expert(x, f"{name}.experts.gate_up_proj", expert, gate_up)
+        down = weights[f"{own}.down_proj.weight"]
+        if mixture.bias:
+            both = both + _gate_up(weights, own, "bias", mixture)
+        gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if mixture.interleaved else both.chunk(2, dim=-1)
+        product = _activated(gate, config) * up if mixture.clamp is None else _clamped(gate, up, *mixture.clamp)
         output = adapter.expert(product, f"{name}.experts.down_proj", expert, down)
+        if mixture.bias:
+            output = output + weights[f"{own}.down_proj.bias"]
         y = y + output * shares[:, expert, None].to(x.dtype)
     return y
+
+
+def _gate_up(weights: Tensors, expert: str, kind: str, mixture: Mixture) -> Tensor:
+    """gate_up_proj of one expert as transformers has it: gate's rows and up's in turns, or one below the other."""
+    both = [weights[f"{expert}.{part}.{kind}"] for part in ("gate_proj", "up_proj")]
+    return torch.stack(both, dim=1).flatten(0, 1) if mixture.interleaved else torch.cat(both)
+
+
+def _clamped(gate: Tensor, up: Tensor, gain: float, limit: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * gain))
 
 
 def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
@@ -352,7 +372,8 @@ def _attention(
         q_turned, k_turned = (part if rotary is None else _turn(part, rotary) for part in (q_one, k_one))
         if config.query_scaling is not None:
             q_turned = q_turned * _growth(q_turned, config.query_scaling)
-        outputs.append(_attended(q_turned, k_turned, v_one, config, config.layers[layer].window))
+        sinks = weights.get(f"{name}.{SINKS}")
+        outputs.append(_attended(q_turned, k_turned, v_one, config, config.layers[layer].window, sinks))
     output = torch.cat(outputs)
     if gate is not None:
         output = output / (1 + torch.exp(-gate.flatten(1)))
@@ -386,15 +407,19 @@ def _gated_delta(
     return adapter.linear(normed.flatten(1) * functional.silu(z), f"{name}.{leaving}", weights, wanted)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, window: int | None) -> Tensor:
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, window: int | None, sinks: Tensor | None = None
+) -> Tensor:
     """One document's attention, (length, heads · head_dim), by an explicit softmax."""
     k_each, v_each = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k_each) * config.attention_scaling
     if config.attention_cap is not None:
         scores = config.attention_cap * torch.tanh(scores / config.attention_cap)
     scores = scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
+    if sinks is not None:  # a key more, that has no value
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+    probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
 
 

@@ -28,6 +28,7 @@ from support.in_memory import experts_apart
 from support.llama_cpp import LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import (
+    GPT_OSS_OF_LLAMA_CPP,
     ORIGINAL_LENGTH,
     VARIANTS,
     VOCAB_SIZE,
@@ -45,6 +46,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma2": {"query_pre_attn_scalar": 14},
     "gemma3_text": {"query_pre_attn_scalar": 14},
+    "gpt_oss": GPT_OSS_OF_LLAMA_CPP,
 }
 # Files say nothing of the window of these, nor that experts are weighed by their share among all; and llama.cpp's
 # converter makes a Granite 3 of a Granite 4 without Mamba layers and experts.
@@ -57,7 +59,7 @@ _VARIANTS = [
 def test_tensors_equal_the_model(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant, **_OVERRIDES.get(variant, {}))
     source = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf"))
-    expected = experts_apart(model.state_dict())
+    expected = experts_apart(model.state_dict(), model.config.model_type)
     if model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
     assert set(source.tensor_names()) == set(expected)

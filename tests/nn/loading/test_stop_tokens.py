@@ -22,6 +22,17 @@ def test_special_end_of_turn_tokens_count_and_plain_ones_do_not() -> None:
     assert tokenizer.convert_tokens_to_ids("<end_of_turn>") not in ids
 
 
+def test_what_ends_a_thought_does_not_end_the_answer() -> None:
+    """<|end|> ends a turn of Phi-3, and in gpt-oss's answers what stands before <|return|>."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in stop_token_ids(tokenizer, [])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|return|>", "<|call|>"]})
+    ids = stop_token_ids(tokenizer, [])
+    assert tokenizer.convert_tokens_to_ids("<|end|>") not in ids
+    assert set(tokenizer.convert_tokens_to_ids(["<|return|>", "<|call|>"])) <= set(ids)
+
+
 def test_a_tokenizer_without_an_end() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None

@@ -25,6 +25,7 @@ struct Shape {
   const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
   int64_t documents, shared, heads, kv_heads, head_dim, window;
   double scaling;
+  const double* sinks;  // of each head one more term of the softmax's sum, whose key has no value; or null
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return rounded_up(head_dim, SIDE); }
 };
@@ -122,7 +123,7 @@ struct Forward {
         product<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), units, keys + range.low, n, scores, n,
                     false);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span);
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
         product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
                     values + range.low / Op::PACK * width, width, sums, width, false);
@@ -135,7 +136,7 @@ struct Forward {
   }
 
   // e^(c s - largest) of the visible keys into p, zeros elsewhere; returns one over their sum.
-  C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span) const {
+  C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span, int64_t head) const {
     constexpr int W = lanes<C>;
     const int64_t from = std::max<int64_t>(low, position - MUTATED("attention: window ignored", shape.window, position + 1) + 1) - low;
     const int64_t to = MUTATED("attention: next key seen", position, position + 1) + 1 - low;
@@ -151,8 +152,12 @@ struct Forward {
       if (j < from || j + W > to) s = visible(j) ? s : least;
       most = larger(s, most);
     }
-    const Vector<C> top = all<C>(largest_of<C>(most));
+    C largest = largest_of<C>(most);
+    const C sink = shape.sinks == nullptr ? C(0) : static_cast<C>(shape.sinks[head] * Op::POWER_OF);
+    if (shape.sinks != nullptr) largest = std::max(largest, sink);
+    const Vector<C> top = all<C>(largest);
     Vector<C> sum = {};
+    if (shape.sinks != nullptr) sum[0] = MUTATED("attention: sink missing", Op::power(all<C>(sink) - top)[0], C(0));
     for (int64_t j = 0; j < begin; j += W) Op::put(p + j, Vector<C>{});
     int64_t j = begin;
     for (; j < to; j += W) {
@@ -243,7 +248,7 @@ struct Backward {
         product<Op>(span, block, units, reinterpret_cast<const U*>(values), units, g_turned, block, d_p, block, false);
         for (int64_t column = 0; column < block; column += CHUNK * lanes<C>)
           softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
-                          span);
+                          span, head);
         product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(p), block / Op::PACK, g_mixed, width,
                     into.d_v + range.low * width, width, true);
         product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(d_s), block / Op::PACK, q_mixed, width,
@@ -257,16 +262,18 @@ struct Backward {
   static constexpr int CHUNK = 2;  // registers of queries at a time
 
   // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on.
-  void softmax_columns(C* scores, const C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low,
-                       int64_t span) const {
+  void softmax_columns(C* scores, const C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
+                       int64_t head) const {
     constexpr int W = lanes<C>;
     const C scaling = static_cast<C>(shape.scaling);
     const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
     Bits<C> position[CHUNK];
     Vector<C> most[CHUNK], sum[CHUNK] = {}, delta[CHUNK] = {};
+    const bool sinks = shape.sinks != nullptr;
+    const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
     for (int c = 0; c < CHUNK; ++c) {
       position[c] = counted_from<C>(first + c * W);
-      most[c] = least;
+      most[c] = sinks ? sink : least;
     }
     const int64_t last = first + CHUNK * W - 1, window = shape.window;
     // Some of the queries see key j only from here on, and up to here all that are not masked by the window.
@@ -282,6 +289,8 @@ struct Backward {
         if (!clear(low + i)) s = visible(low + i, position[c]) ? s : least;
         most[c] = larger(s, most[c]);
       }
+    for (int c = 0; c < CHUNK && sinks; ++c)
+      sum[c] = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
     for (int64_t i = 0; i < span; ++i)
       for (int c = 0; c < CHUNK; ++c) {
         // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
@@ -456,14 +465,14 @@ int backward(const Backward<Op, T>& run) {
 
 // output (tokens, heads, head_dim) from q, k and v, each given by its address and the distances of its tokens and of
 // its heads. starts and lengths: of the documents behind the shared prefix, which is the first `shared` tokens. A query
-// sees itself and window - 1 keys before it. Returns 1 when there is no memory, else 0.
+// sees itself and window - 1 keys before it. sinks: (heads,) or null. Returns 1 when there is no memory, else 0.
 BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                                                int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
                                                int64_t v_head, void* output, int64_t output_token, int64_t output_head,
                                                const int64_t* starts, const int64_t* lengths, int64_t documents,
                                                int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                               int64_t window, double scaling) {
-  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling};
+                                               int64_t window, double scaling, const double* sinks) {
+  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling, sinks};
   BY_DTYPE(dtype, T, {
     const Forward<Operands<T>, T> run{shape,
                                       {static_cast<const T*>(q), q_token, q_head},
@@ -482,8 +491,8 @@ BACKHAND_EXPORT int backhand_attention_backward(
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
     int64_t d_v_head, void* again, int64_t again_token, int64_t again_head, const int64_t* starts,
     const int64_t* lengths, int64_t documents, int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
-    int64_t window, double scaling) {
-  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling};
+    int64_t window, double scaling, const double* sinks) {
+  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling, sinks};
   BY_DTYPE(dtype, T, {
     const Backward<Operands<T>, T> run{shape,
                                        {static_cast<const T*>(q), q_token, q_head},

@@ -141,7 +141,7 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
     config = context.config
     q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
     place = context.scratch.take("attended", q.shape, q) if _comes_again(qkv, config) else None
-    output, attended = attention_forward(q, k, v, *_setting(context), out=place)
+    output, attended = attention_forward(q, k, v, *_setting(weights, context), out=place)
     kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
     return gated_output(qkv, output, config), kept
 
@@ -151,10 +151,12 @@ def _comes_again(x: Tensor, config: DecoderConfig) -> bool:
     return not config.attention_gate and gives_output_again(x, config.attention_cap)
 
 
-def _setting(context: BlockContext) -> tuple[tuple[Run, ...], float, int | None, int, float | None]:
+def _setting(
+    weights: BlockWeights, context: BlockContext
+) -> tuple[tuple[Run, ...], float, int | None, int, float | None, Tensor | None]:
     """What attention takes behind q, k and v."""
-    config = context.config
-    return context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
+    config, layer = context.config, context.layer
+    return context.runs, config.attention_scaling, layer.window, context.shared, config.attention_cap, weights.sinks
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
@@ -372,7 +374,7 @@ def mixing_half_backward(
     if output is None and (adapter.output.extras is not None or not below):
         # Wanted before attention's own backward, or without it.
         q, k, v = _attending_again(kept, weights, context)
-        output = attention_forward(q, k, v, *_setting(context))[0].flatten(1)
+        output = attention_forward(q, k, v, *_setting(weights, context))[0].flatten(1)
     d_output = (
         input_gradient_alone(d_projected, weights.output, adapter.output)
         if output is None
@@ -441,7 +443,7 @@ def attention_input_gradient(
         d_parts.gate.copy_(d_gate)
         d_by_head = torch.empty(len(gate), heads + 2 * kv_heads, config.head_dim, dtype=gate.dtype, device=gate.device)
     q, k, v = _attending_again(kept, weights, context)
-    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(context))
+    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
     attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else again.unflatten(1, by_head))
     for turned, table in _turning(d_by_head, context):
         rotary_backward(turned, table, out=turned)

@@ -7,7 +7,8 @@ in: `extend` takes several new tokens a row (prompts, packed without padding; fu
 one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward
 pass.
 
-The attention of new tokens on seen ones is torch's fused kernel, or where scores are capped plain products. In `step`
+The attention of new tokens on seen ones is torch's fused kernel, or where scores are capped or there are sinks plain
+products. In `step`
 the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
 once, and rows of other lengths are masked.
 
@@ -175,8 +176,9 @@ class IncrementalDecoder:
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
             keys, values = self.cache.keys[held][span], self.cache.values[held][span]
             scaling, cap = self.decoder.config.attention_scaling, self.decoder.config.attention_cap
-            if cap is not None:
-                return _capped_step(grouped, keys, values, mask, scaling, cap).flatten(1, 2)
+            sinks = self.decoder.active.blocks[layer].sinks
+            if cap is not None or sinks is not None:
+                return _written_out_step(grouped, keys, values, mask, scaling, cap, sinks).flatten(1, 2)
             output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
             return output.flatten(1, 2)
 
@@ -220,9 +222,10 @@ class IncrementalDecoder:
                 self.cache.write(layer, piece.row, piece.seen, k[span], v[span])
             held = layer if source is None else source
             window, scaling, cap = config.layers[layer].window, config.attention_scaling, config.attention_cap
+            sinks = self.decoder.active.blocks[layer].sinks
             if not any(piece.seen for piece in pieces):
                 documents = document_runs(tuple(piece.new for piece in pieces))
-                return attention_forward(q, k, v, documents, scaling, window, cap=cap)[0]
+                return attention_forward(q, k, v, documents, scaling, window, cap=cap, sinks=sinks)[0]
             output = torch.empty_like(q)
             for run in runs:
                 (_, piece), count = run[0], len(run)
@@ -231,10 +234,10 @@ class IncrementalDecoder:
                     buffers[held][piece.row : piece.row + count, :, : piece.seen + piece.new]
                     for buffers in (self.cache.keys, self.cache.values)
                 )
-                if cap is not None:
+                if cap is not None or sinks is not None:
                     by_row = q[span].unflatten(0, (count, piece.new))
                     attended, _ = attention_blocks_forward(
-                        by_row, keys.transpose(1, 2), values.transpose(1, 2), scaling, window, cap
+                        by_row, keys.transpose(1, 2), values.transpose(1, 2), scaling, window, cap, sinks
                     )
                     output[span] = attended.flatten(0, 1)
                     continue
@@ -290,19 +293,32 @@ class IncrementalDecoder:
         return x2 if weights.layer_scalar is None else end_forward(x2, weights, adapter, context)[0]
 
 
-def _capped_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, cap: float) -> Tensor:
-    """Attention with capped scores, which torch's kernel does not have: one query a head.
+def _written_out_step(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with capped scores or with sinks, which torch's kernel does not have: one query a head.
 
     Args:
         q: (rows, key/value heads, group, head_dim).
         keys, values: (rows, key/value heads, n, head_dim).
         mask: as `_step_mask` makes it.
-        scaling, cap: c and κ of `ops.attention`.
+        scaling, cap, sinks: c, κ and σ of `ops.attention`.
     """
-    scores, _ = capped((q @ keys.mT) * scaling, cap)
+    scores = (q @ keys.mT) * scaling
+    if cap is not None:
+        scores, _ = capped(scores, cap)
     if mask is not None:
         scores.masked_fill_(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1).to(q.dtype) @ values
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, q.shape[1], q.shape[2], 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return torch.softmax(scores, dim=-1)[..., : keys.shape[2]].to(q.dtype) @ values
 
 
 def head_logits(decoder: Decoder, x: Tensor) -> Tensor:

@@ -9,6 +9,10 @@ Checked against the modelling sources of transformers 5.24:
   width of an expert is Mixtral's `intermediate_size` and Qwen3-MoE's `moe_intermediate_size`.
 - A sliding window is that of all layers: Mixtral's where the field is there, Qwen3-MoE's with `use_sliding_window`.
 - Qwen3-MoE has Qwen3's attention.
+- gpt-oss: every second layer slides, the first one does (`layer_types`); the softmax of each head has a sink; q, k, v
+  and o have biases (`attention_bias`), and router and experts always. A chosen expert's weight is its share among the
+  chosen ones. The experts' gated unit is clamped at `swiglu_limit`, with a gain of `swiglu_alpha` inside the sigmoid.
+  Rotary angles are yarn's where the config is silent, of base 150000.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from dataclasses import replace
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_layer_type, window_size
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
 from backhand.nn.decoder.rotary import FULL, SLIDING
+from backhand.ops.clamped_glu import Clamp
 
 
 def mixtral(fields: ConfigFields) -> DecoderConfig:
@@ -49,6 +54,41 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
         qk_norm="head",
         mixture=mixture if any(sparse) else None,
         layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
+    )
+
+
+_GPT_OSS_THETA = 150_000.0
+_GPT_OSS_ROTARY = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""What its class takes where a config is silent."""
+
+
+def gpt_oss(fields: ConfigFields) -> DecoderConfig:
+    """gpt-oss: experts in every layer, attention with sinks."""
+    fields.must_equal("hidden_act", "silu")
+    if fields.value("rope_scaling") is None:
+        fields.assume("rope_parameters", _GPT_OSS_ROTARY)
+    fields.assume("rope_theta", _GPT_OSS_THETA)
+    bias = fields.flag("attention_bias", True)
+    decoder = common_fields(
+        fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
+    )
+    mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
+    gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
+    limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
+    return replace(
+        decoder,
+        qkv_bias=bias,
+        output_bias=bias,
+        sinks=True,
+        mixture=mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True),
+        layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
     )
 
 

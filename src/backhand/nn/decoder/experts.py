@@ -5,8 +5,11 @@
     p̂ = s ⊙ (φ(a) ⊙ u)                x₂ = x₁ + combine(p̂ W_d,eᵀ (+ LoRA of e))
 
 A token becomes k rows, sorted by expert, so that each expert that was chosen takes few large products and no other is
-computed or read (`ops.expert_rows`, `ops.expert_linear`). The shares stand in front of the last layer, which has no
-bias: what the experts put out is then neither kept nor computed again.
+computed or read (`ops.expert_rows`, `ops.expert_linear`). The shares stand in front of the last layer: what the experts
+put out is then neither kept nor computed again. Where that layer has a bias (gpt-oss), the shares' sum of the chosen
+experts' biases is added to x₂ apart (`ops.expert_bias`), through which the shares have another part of their gradient.
+There the gated unit is `ops.clamped_glu`, and an adapter's file has gate's and up's outputs in turns, while a lies
+before u here: lora_B is put in this order, and its gradient back.
 
 Backward is the list from the bottom up. d_n₂ comes through the experts and, since the shares depend on it, through the
 router, whose own weight is frozen. Which experts are chosen does not change in between.
@@ -35,10 +38,12 @@ from backhand.nn.decoder.adapted_group import (
     join_backward,
     joined,
 )
-from backhand.nn.decoder.family import DecoderConfig, Mixture
+from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
 from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters, expert_factors
+from backhand.nn.lora_parameters import LoRAParameters, expert_factors, in_turns
+from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
+from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
 from backhand.ops.expert_linear import (
     ExpertFactors,
     ExpertLinearSaved,
@@ -58,7 +63,7 @@ from backhand.ops.expert_rows import (
     weigh_forward,
 )
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_part
-from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
+from backhand.ops.glu import Activated, GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.router import RouterSaved, router_backward, router_forward
 
@@ -118,16 +123,22 @@ def experts_half_forward(
     mixture = mixture_of(config)
     n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
     assert weights.router is not None
-    logits = frozen_linear(n2, weights.router)
+    logits = frozen_linear(n2, weights.router, weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
     gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
     product = scratch.take("product", (gate_up.shape[0], mixture.width), x1)
-    p, _ = glu_forward(gate_up[:, : mixture.width], gate_up[:, mixture.width :], config.activation, out=product)
+    gate, up = gate_up[:, : mixture.width], gate_up[:, mixture.width :]
+    if mixture.clamp is not None:
+        p, _ = clamped_glu_forward(gate, up, mixture.clamp, out=product)
+    else:
+        p, _ = glu_forward(gate, up, config.activation, out=product)
     weigh_forward(p, shares, routing, out=p)
     matrices = ExpertMatrices(weights.down, mixture.experts)
     z, down = expert_linear_forward(p, matrices, routing.counts, _factors(adapter.down, mixture))
     y, _ = combine_forward(z, routing)
+    if weights.down_bias is not None:
+        y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
     x2, projected = joined(x1, y, weights.after_mlp_norm, config)
     if not keep_gate_up:
         return x2, ExpertsKept(factor, routed, shares, routing, None, None, down.h, projected)
@@ -153,19 +164,30 @@ def experts_half_backward(
         gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
 
     # p and p̂ again: of the first the shares' gradient, of the second that of the down projection's lora_A.
-    glu_saved = GLUSaved(gate_up[:, : mixture.width], gate_up[:, mixture.width :], config.activation)
-    p, ready = glu_recompute(glu_saved)
+    gate, up = gate_up[:, : mixture.width], gate_up[:, mixture.width :]
+    ready: Activated | None = None
+    if mixture.clamp is not None:
+        p, _ = clamped_glu_forward(gate, up, mixture.clamp)
+    else:
+        p, ready = glu_recompute(GLUSaved(gate, up, config.activation))
     weighed, weighing = weigh_forward(p, kept.shares, routing)
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
     needed = lowest_group < DOWN
     d_weighed = _backward(d_z, weighed, weights.down, kept.h_down, adapter.down, kept, mixture, lora, needed)
-    del d_z, weighed, d_y
+    del d_z, weighed
     if d_weighed is None:
         return None
     d_p, d_shares = weigh_backward(d_weighed, weighing)
+    if weights.down_bias is not None:
+        biases = ExpertBiasSaved(_by_expert(weights.down_bias, mixture), kept.routed.chosen)
+        d_shares += expert_bias_backward(d_y, biases).d_weights
+    del d_y
     del d_weighed, weighing, p
     d_gate_up = torch.empty_like(gate_up)
-    glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
+    if mixture.clamp is not None:
+        clamped_glu_backward(d_p, ClampedGLUSaved(gate, up, mixture.clamp), out=d_gate_up)
+    else:
+        glu_backward(d_p, GLUSaved(gate, up, config.activation), ready=ready, out=d_gate_up)
     del d_p, ready
 
     rows, _ = dispatch_forward(n2, routing)
@@ -193,8 +215,15 @@ def _gate_up(
     """[a | u], (T · k, 2f), and h, of every token's rows."""
     rows, _ = dispatch_forward(n2, routing)
     matrices = ExpertMatrices(weights.gate_up, mixture.experts)
-    gate_up, saved = expert_linear_forward(rows, matrices, routing.counts, _factors(adapter.gate_up, mixture))
+    factors, bias = _factors(adapter.gate_up, mixture), weights.gate_up_bias
+    biases = None if bias is None else _by_expert(bias, mixture)
+    gate_up, saved = expert_linear_forward(rows, matrices, routing.counts, factors, biases)
     return gate_up, saved.h
+
+
+def _by_expert(bias: Tensor, mixture: Mixture) -> Tensor:
+    """(experts, out) of the biases one behind the other."""
+    return bias.view(mixture.experts, -1)
 
 
 def _backward(
@@ -210,11 +239,17 @@ def _backward(
 ) -> Tensor | None:
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
     factors, into = _factors(adapter, mixture), None
+    turned = None
     if factors is not None:
         (name,) = adapter.names
         into = expert_factors(lora.d_lora_A(name), lora.d_lora_B(name), mixture.experts)
+        if _takes_turns(adapter, mixture):
+            turned, into = in_turns(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
     saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
-    return expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
+    d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
+    if turned is not None and into is not None:
+        turned += into[1].view_as(turned)
+    return d_x
 
 
 def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
@@ -223,4 +258,11 @@ def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     if member is None:
         return None
     lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
+    if _takes_turns(adapter, mixture):
+        lora_B = in_turns(lora_B).flatten(1, 2)
     return ExpertFactors(lora_A, lora_B.contiguous(), member.scaling)
+
+
+def _takes_turns(adapter: GroupAdapter, mixture: Mixture) -> bool:
+    """Whether the rows of lora_B are gate's and up's in turns."""
+    return mixture.interleaved and adapter.names[0].endswith(EXPERT_GROUPS[0])

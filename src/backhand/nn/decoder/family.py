@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from backhand.ops.clamped_glu import Clamp
 from backhand.ops.linear_cross_entropy import PLAIN, LogitsRule
 
 ATTENTION, SHORT_CONV, GATED_DELTA = "attention", "short_conv", "gated_delta"
@@ -180,6 +181,13 @@ class DeltaSizes(NamedTuple):
         return self.channels, self.value_heads * self.value_width, self.value_heads, self.value_heads
 
 
+ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
+
+
+GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
+"""Of the models that there are."""
+
+
 class Mixture(NamedTuple):
     """What layers of experts have.
 
@@ -188,15 +196,24 @@ class Mixture(NamedTuple):
         chosen: of them, for each token.
         width: of an expert: what gate and up make of the hidden size, each.
         of_all: whether a chosen expert's weight is its share among all experts, else among the chosen.
+        router: what the router is called.
+        bias: whether the router and all of the experts' matrices have one (gpt-oss).
+        clamp: of the experts' gated unit (gpt-oss); None where it is that of an MLP.
+        interleaved: in the parameter that holds them, gate's and up's outputs take turns (gpt-oss); so do the rows of
+            its lora_B. Here gate's rows lie before up's.
     """
 
     experts: int
     chosen: int
     width: int
     of_all: bool = False
+    router: str = ROUTER
+    bias: bool = False
+    clamp: Clamp | None = None
+    interleaved: bool = False
 
 
-ROUTER = "mlp.gate"
+SINKS = "self_attn.sinks"
 
 EXPERT_GROUPS: tuple[tuple[str, ...], ...] = (("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",))
 """The third and the fourth group of a layer of experts: parameters that hold the matrices of all of them."""
@@ -252,10 +269,11 @@ class DecoderConfig:
         attention_scaling: multiplier of query-key products.
         query_scaling: by how much queries grow with their position (Ministral 3); None where they do not.
         attention_cap: what no score exceeds, softly (Gemma 2); None where scores are as they come.
+        sinks: whether the softmax of each head has one more term, of no key (gpt-oss).
         attention_gate: beside each head's query q_proj makes a gate, whose sigmoid attention's output is multiplied by
             (Qwen3.5); q and k then have norms over each head.
         delta: of layers whose mixer is the gated delta rule (Qwen3.5); None without any.
-        mixture: of layers of experts (Mixtral, Qwen3-MoE); None without any.
+        mixture: of layers of experts (Mixtral, Qwen3-MoE, gpt-oss); None without any.
         short_conv: of layers with this mixer (LFM2); None without any.
         value_norm: a norm without weight on values, and layers that may share keys (Gemma 4).
         per_layer: what each layer is given beside the stream (Gemma 4), see `nn.decoder.per_layer_input`; None without.
@@ -295,6 +313,7 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     query_scaling: QueryScaling | None = None
     attention_cap: float | None = None
+    sinks: bool = False
     attention_gate: bool = False
     delta: DeltaSizes | None = None
     mixture: Mixture | None = None
@@ -323,7 +342,7 @@ class DecoderConfig:
                     field: (f"{name}.weight", (size,))
                     for field, name, size in zip(("q_norm", "k_norm"), self.qk_norms, normed, strict=False)
                 },
-                {},
+                {"sinks": (SINKS, (self.num_heads,))} if self.sinks else {},
             )
         }
         if self.short_conv is not None:

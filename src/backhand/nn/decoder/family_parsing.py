@@ -27,8 +27,8 @@ sources of transformers 5.24:
   their halves; OLMo has one over all of q, one over all of k.
 - Gemma's embedding is multiplied by √hidden, made in float32 and then rounded to the weight's dtype:
   `embedding_scaling` is the float32 number, and whoever multiplies rounds it to the dtype of the weight.
-- LFM2 and Granite 4: see `nn.decoder.mixed_families`; Mixtral and Qwen3-MoE: see `nn.decoder.expert_families`; Gemma 4:
-  see `nn.decoder.gemma4_fields`.
+- LFM2 and Granite 4: see `nn.decoder.mixed_families`; Mixtral, Qwen3-MoE and gpt-oss: see
+  `nn.decoder.expert_families`; Gemma 4: see `nn.decoder.gemma4_fields`.
 - Rotary: see `nn.decoder.rotary`. Full layers of Gemma 3 turn with base 1e6 and perhaps scaling, sliding ones with 1e4;
   both kinds of OLMo 3 with 5e5, the full ones perhaps scaled.
 """
@@ -48,7 +48,7 @@ from backhand.nn.decoder.common_fields import (
     with_multipliers,
 )
 from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
-from backhand.nn.decoder.expert_families import mixtral, qwen3_moe
+from backhand.nn.decoder.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.decoder.family import (
     FUSED_GATE_UP,
     FUSED_QKV,
@@ -92,13 +92,21 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
     for key, value in FIXED.items():
         fields.must_equal(key, value)
     for key in QUANTIZED:
-        fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
+        if not _is_mxfp4(fields.value(key), str(model_type)):
+            fields.must_equal(key, reason="the engine reads quantized weights from GGUF files only")
     result = parse(fields)
     fields.take_unread()
     fields.close()
     if fields.problems:
         raise _unsupported(fields, str(model_type))
     return replace(result, padding_id=_padding_id(fields, result.vocab_size), notes=_notes(fields, str(model_type)))
+
+
+def _is_mxfp4(quantization: object, model_type: str) -> bool:
+    """Whether it is that of OpenAI's checkpoints, whose blocks are read."""
+    if not isinstance(quantization, Mapping) or model_type != "gpt_oss":
+        return False
+    return quantization.get("quant_method") == "mxfp4"
 
 
 def _unsupported(fields: ConfigFields, model_type: str) -> UnsupportedModel:
@@ -362,6 +370,7 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
     "gemma4_text": gemma4_text,
     "glm": _glm,
     "glm4": _glm4,
+    "gpt_oss": gpt_oss,
     "granite": _granite,
     "granitemoehybrid": granite4,
     "lfm2": lfm2,

@@ -25,7 +25,6 @@ from backhand.nn.decoder.family import (
     PER_LAYER_MODEL_NORM,
     PER_LAYER_NORM,
     PER_LAYER_TABLE,
-    ROUTER,
     DecoderConfig,
     LayerConfig,
 )
@@ -44,9 +43,10 @@ class BlockWeights:
     (k,) where they go over all heads; q = heads · head_dim, k = key/value heads · head_dim, f = intermediate size.
     Of a short convolution: conv (hidden, 1, taps), conv_bias (hidden,). Of a gated delta rule: conv
     (channels, 1, taps), log_rate and rate_bias (value heads,), delta_norm (value width,). Of a layer of experts: router
-    (experts, hidden), and all of their matrices below one another in gate_up (experts · 2f, hidden), down
-    (experts · hidden, f). Of a per-layer input of p features: per_layer_gate (p, hidden), per_layer_projection
-    (hidden, p), per_layer_norm (hidden,); layer_scalar (1,).
+    (experts, hidden), router_bias (experts,), and all of their matrices below one another in gate_up
+    (experts · 2f, hidden), down (experts · hidden, f), their biases likewise. Of attention with sinks: sinks (heads,).
+    Of a per-layer input of p features: per_layer_gate (p, hidden), per_layer_projection (hidden, p), per_layer_norm
+    (hidden,); layer_scalar (1,).
     """
 
     input: FrozenMatrix
@@ -69,6 +69,8 @@ class BlockWeights:
     rate_bias: Tensor | None = None
     delta_norm: Tensor | None = None
     router: Tensor | None = None
+    router_bias: Tensor | None = None
+    sinks: Tensor | None = None
     per_layer_gate: FrozenMatrix | None = None
     per_layer_projection: FrozenMatrix | None = None
     per_layer_norm: Tensor | None = None
@@ -108,6 +110,8 @@ def empty_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
         mixer = config.at(layer).mixers[layer.mixer]
         inputs, (input_bias, output_bias) = sum(mixer.sizes), mixer.biases
         (_, _, gate_up), (_, _, down) = _mlp_stacks(config, layer)
+        mixture = config.mixture if layer.experts else None
+        mlp_bias = config.mlp_bias if mixture is None else mixture.bias
         return BlockWeights(
             input=new(inputs, hidden),
             output=new(hidden, mixer.width),
@@ -117,11 +121,12 @@ def empty_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.devic
             mlp_norm=new(hidden) if norms.before_mlp else None,
             input_bias=new(inputs) if input_bias else None,
             output_bias=new(hidden) if output_bias else None,
-            gate_up_bias=new(sum(gate_up)) if config.mlp_bias else None,
-            down_bias=new(hidden) if config.mlp_bias else None,
+            gate_up_bias=new(sum(gate_up)) if mlp_bias else None,
+            down_bias=new(sum(down)) if mlp_bias else None,
             after_attention_norm=new(hidden) if norms.after_attention else None,
             after_mlp_norm=new(hidden) if norms.after_mlp else None,
-            router=new(config.mixture.experts, hidden) if layer.experts and config.mixture else None,
+            router=new(mixture.experts, hidden) if mixture else None,
+            router_bias=new(mixture.experts) if mixture and mixture.bias else None,
             per_layer_gate=new(own.width, hidden) if own else None,
             per_layer_projection=new(hidden, own.width) if own else None,
             per_layer_norm=new(hidden) if own else None,
@@ -205,7 +210,10 @@ def _singles(config: DecoderConfig, layer: LayerConfig, *, trained: bool = False
     mixer = config.at(layer).mixers[layer.mixer]
     fields = ("attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm")
     inside = mixer.norms if trained else mixer.norms | mixer.frozen
-    behind = {f"{ROUTER}.weight": "router"} if layer.experts and not trained else {}
+    behind: dict[str, str] = {}
+    if layer.experts and config.mixture is not None and not trained:
+        router = config.mixture.router
+        behind = {f"{router}.weight": "router"} | ({f"{router}.bias": "router_bias"} if config.mixture.bias else {})
     behind |= {f"{PER_LAYER_NORM}.weight": "per_layer_norm"} if config.per_layer is not None else {}
     behind |= {LAYER_SCALAR: "layer_scalar"} if config.layer_scalar and not trained else {}
     return (
@@ -333,7 +341,8 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     ]
     fixed += [f"{name}.weight" for name in _PER_LAYER_NAMES] if own is not None else []
     parameters = {name: tuple(view.shape) for name, view in views}
-    fixed += [name for name in parameters if expert_of(name) is not None or name.endswith(f".{ROUTER}.weight")]
+    routers = () if mixture is None else tuple(f".{mixture.router}.{kind}" for kind in ("weight", "bias"))
+    fixed += [name for name in parameters if expert_of(name) is not None or name.endswith(routers)]
     held = set(fixed)
     parameters = {name: shape for name, shape in parameters.items() if name not in held}
     parameters.setdefault("lm_head.weight", shapes["lm_head"])
@@ -344,6 +353,7 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
         tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tied_head else {},
         frozen=fixed,
         experts=experts,
+        interleaved=[name for name in experts if mixture and mixture.interleaved and name.endswith(EXPERT_GROUPS[0])],
     )
 
 

@@ -230,6 +230,10 @@ def _check_sizes(file: GGUFFile, config: dict[str, Any]) -> None:
             "ffn_gate_inp.weight": (experts, hidden),
             **dict.fromkeys(("ffn_gate_exps.weight", "ffn_up_exps.weight"), (experts, width, hidden)),
             "ffn_down_exps.weight": (experts, hidden, width),
+            "ffn_gate_inp.bias": (experts,),
+            **dict.fromkeys(("ffn_gate_exps.bias", "ffn_up_exps.bias"), (experts, width)),
+            "ffn_down_exps.bias": (experts, hidden),
+            "attn_sinks.weight": (config["num_attention_heads"],),
         }
     whole: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "token_embd_norm.weight": (hidden,)}
     whole |= {

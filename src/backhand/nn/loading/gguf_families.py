@@ -8,6 +8,8 @@ Each part gets the config in the making, with what every family has, the metadat
   window, in every fourth, and there is one of 4096 in EXAONE's largest (64 layers).
 - Mixtral files have architecture `llama` too, and experts. In llama.cpp the weights of a token's experts add up to 1,
   and every layer of `qwen3moe` has experts; here one without a router in the file has none.
+- gpt-oss: every second layer slides, the first one does; files say neither that nor the numbers of the experts' gated
+  unit, 1.702 and 7, which llama.cpp has in its code.
 - A layer of LFM2 with 0 key/value heads is a convolution.
 - Qwen3.5: see `gguf_delta`. Gemma 4: see `gguf_gemma4`.
 - Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config. OLMo 3 files
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backhand.errors import ArtifactError
+from backhand.nn.decoder.family import GPT_OSS_CLAMP
 from backhand.nn.loading.gguf_delta import delta_config
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
@@ -33,6 +36,8 @@ NO_ROPE_INTERVAL = 4
 """In files of architecture smollm3 every fourth layer has no rotary embedding; none says it."""
 FULL_INTERVAL = 4
 """llama.cpp reads no pattern of windows from files of architectures olmo2 and exaone4: every fourth layer is full."""
+GPT_OSS_INTERVAL = 2
+"""Nor from those of architecture gpt-oss: every second one is full."""
 EXAONE4_32B_LAYERS = 64
 """llama.cpp has the windows of EXAONE 4 in models of so many layers alone."""
 
@@ -76,6 +81,23 @@ def _qwen3moe(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any]
             for layer in range(config["num_hidden_layers"])
             if f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors
         ],
+    }
+
+
+def _gpt_oss(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+    slides = sliding_layers(metadata, config["num_hidden_layers"], GPT_OSS_INTERVAL)
+    metadata.agrees("rope.freq_base_swa", rotary["rope_theta"])
+    config |= {
+        "model_type": "gpt_oss",
+        "rope_parameters": rotary,
+        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
+        "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
+        "swiglu_alpha": GPT_OSS_CLAMP.gain,
+        "swiglu_limit": GPT_OSS_CLAMP.limit,
     }
 
 
@@ -224,6 +246,7 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "qwen3": _qwen,
     "qwen35": delta_config,
     "qwen3moe": _qwen3moe,
+    "gpt-oss": _gpt_oss,
     "granite": _granite,
     "lfm2": _lfm2,
     "smollm3": _smollm3,

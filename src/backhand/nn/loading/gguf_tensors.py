@@ -1,6 +1,6 @@
 """GGUF tensor names against Hugging Face's; how their values lie is in `gguf_layouts`.
 
-The matrices of all experts of a layer lie in one tensor a projection.
+The matrices of all experts of a layer lie in one tensor a projection, and so do their biases (gpt-oss).
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ _BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"
 _ROUTER = {"ffn_gate_inp": "mlp.gate"}
 
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-_OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})\.weight")
-_WITH_EXPERTS = ("llama", "qwen3moe")
+_OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})\.(?P<kind>weight|bias)")
+_WITH_EXPERTS = ("llama", "qwen3moe", "gpt-oss")
+_WITH_EXPERT_BIASES = ("gpt-oss",)
 
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 
@@ -110,11 +111,22 @@ _QWEN35 = {
 
 _GEMMA4 = {"inp_gate": PER_LAYER_GROUPS[0][0], "proj": PER_LAYER_GROUPS[1][0], "post_norm": PER_LAYER_NORM}
 
+_GPT_OSS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+}
+
 _WHOLE_NAMES = {
     "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
     "gemma4": {"layer_output_scale.weight": LAYER_SCALAR},
+    "gpt-oss": {"attn_sinks.weight": "self_attn.sinks"},
 }
-"""Tensors of a block that are no weight or bias of a module."""
+"""Tensors of a block that are no weight or bias of a module, by architecture."""
 
 _BLOCK_OF: dict[str, dict[str, str]] = {
     "llama": _BLOCK | _ROUTER,
@@ -122,6 +134,7 @@ _BLOCK_OF: dict[str, dict[str, str]] = {
     "qwen3": _BLOCK | _QK_NORM,
     "qwen35": _PROJECTIONS | _QK_NORM | _QWEN35,
     "qwen3moe": _BLOCK | _QK_NORM | _ROUTER,
+    "gpt-oss": _GPT_OSS,
     "granite": _BLOCK,
     "lfm2": _LFM2,
     "smollm3": _BLOCK,
@@ -147,6 +160,7 @@ _ARCHITECTURE_OF = {
     "qwen3": "qwen3",
     "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
     "granite": "granite",
     "granitemoehybrid": "granite",
     "lfm2": "lfm2",
@@ -179,12 +193,14 @@ def gguf_name(architecture: str, name: str) -> str | None:
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        name: such as `model.layers.0.self_attn.q_proj.weight`; of an expert's matrix, all experts share a tensor.
+        name: such as `model.layers.0.self_attn.q_proj.weight`; an expert's matrix, or bias, is in a tensor of all.
     """
     if (expert := expert_of(name)) is not None:
         block, _, part = expert
         stack = next(stack for stack, ours in _EXPERTS.items() if ours == part)
-        return f"blk.{block.rpartition('.')[2]}.{stack}.weight" if architecture in _WITH_EXPERTS else None
+        kind = name.rpartition(".")[2]
+        there = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
+        return f"blk.{block.rpartition('.')[2]}.{stack}.{kind}" if there else None
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     block, inside, names = "", name, _WHOLE_OF.get(architecture, _WHOLE)
     if match is not None:
@@ -231,11 +247,12 @@ def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> lis
         shape: of the tensor.
     """
     match = _OF_EXPERTS.fullmatch(name)
-    if match is None or architecture not in _WITH_EXPERTS or len(shape) != 3:
+    dimensions = {"weight": 3, "bias": 2 if architecture in _WITH_EXPERT_BIASES else None}
+    if match is None or architecture not in _WITH_EXPERTS or len(shape) != dimensions[match["kind"]]:
         only = huggingface_name(architecture, name)
         return [] if only is None else [only]
     block, part = f"model.layers.{match['layer']}", _EXPERTS[match["stack"]]
-    return [f"{block}.mlp.experts.{expert}.{part}.weight" for expert in range(shape[0])]
+    return [f"{block}.mlp.experts.{expert}.{part}.{match['kind']}" for expert in range(shape[0])]
 
 
 def huggingface_name(architecture: str, name: str) -> str | None:
@@ -256,7 +273,7 @@ def huggingface_name(architecture: str, name: str) -> str | None:
         whole = _WHOLE_OF.get(architecture, _WHOLE)
         return f"{whole[module]}.weight" if module in whole and kind == "weight" else None
     in_block = _BLOCK_OF[architecture].get(module)
-    has_bias = in_block is not None and in_block.endswith("_proj") and architecture != "lfm2"
+    has_bias = in_block is not None and in_block.endswith(("_proj", ".router")) and architecture != "lfm2"
     if in_block is None or (kind == "bias" and not has_bias):
         return None
     return f"model.layers.{layer}.{in_block}.{kind}"

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError, first_line, short_reason
+from backhand.kernels.dequantize import block_shape
+from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.loading.expert_tensors import Piece, experts_within, may_hold_experts
+from backhand.nn.loading.mxfp4_experts import (
+    MXFP4,
+    PackedMatrix,
+    is_packed_shape,
+    packed_matrices,
+    packed_parameters,
+    unpacked,
+)
 from backhand.nn.loading.smollm2 import NAME
 from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, floating, stores_another_head, ties_head
 from backhand.nn.loading.tokenizer_patterns import check_patterns
@@ -50,6 +62,7 @@ class HuggingFaceDirectory(ModelSource):
         self.origin = origin or str(path)
         self.config, self.wrapper = unwrapped(read_json(path / CONFIG_FILE))
         self._files: dict[str, _SafetensorsFile] = {}
+        self._packed: dict[str, _Packed] = {}
         self._places = self._tensor_places()
         if ties_head(self.config):
             if stores_another_head(self):
@@ -59,17 +72,37 @@ class HuggingFaceDirectory(ModelSource):
 
     def tensor_names(self) -> tuple[str, ...]:
         """Names of all tensors."""
-        return tuple(self._places)
+        return (*self._places, *self._packed)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header of its file."""
+        if name in self._packed:
+            return self._packed[name].shape
         file, stored, piece = self._place(name)
         return file.shape(stored) if piece is None else piece.shape(file.shape(stored))
 
     def load(self, name: str) -> Tensor:
-        """The tensor as it is stored, mapped."""
+        """The tensor as it is stored, mapped; what is stored in blocks, in bfloat16."""
+        if name in self._packed:
+            return unpacked(self._packed[name].rows())
         file, stored, piece = self._place(name)
         return file.load(stored) if piece is None else piece.of(file.load(stored))
+
+    def stored_rows(self, name: str) -> StoredRows:
+        """A matrix as it is stored; its blocks are put in the order in which they are multiplied, in memory."""
+        return self._packed[name].rows() if name in self._packed else super().stored_rows(name)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored."""
+        if name not in self._packed:
+            return super().stored_bytes(name)
+        values, size = block_shape(MXFP4)
+        return math.prod(self.shape(name)) // values * size
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the experts are stored in blocks."""
+        return bool(self._packed)
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:
@@ -88,7 +121,7 @@ class HuggingFaceDirectory(ModelSource):
         if self.wrapper is not None:
             named = ((text_name(name), name, file) for name, file in stored.items())
             inside = {name: (file, own) for name, own, file in named if name and not is_beside(self.config, name)}
-            return _with_experts(inside)
+            return self._with_experts(inside)
         # A model saved without its head, as transformers' bare models are, has no `model.` in front.
         bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
         places = {}
@@ -96,7 +129,27 @@ class HuggingFaceDirectory(ModelSource):
             if is_beside(self.config, name):
                 continue
             places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
-        return _with_experts(places)
+        return self._with_experts(places)
+
+    def _with_experts(self, places: dict[str, tuple[_SafetensorsFile, str]]) -> dict[str, _Place]:
+        """Where everything lies, the experts' matrices one by one; those in blocks are put beside."""
+        kind, places = self.config.get("model_type"), dict(places)
+        for parameter, (blocks, scales) in packed_parameters(places).items():
+            both = places.pop(blocks), places.pop(scales)
+            (file, stored), (scale_file, stored_scales) = both
+            shape = file.shape(stored)
+            if not is_packed_shape(shape, scale_file.shape(stored_scales)):
+                raise ArtifactError(
+                    f"{blocks} of shape {shape} are no blocks with a scale each",
+                    where=str(file.path),
+                    next_step=_FETCH_AGAIN,
+                )
+            self._packed |= {ours: _Packed(*both, matrix) for ours, matrix in packed_matrices(parameter, shape, kind)}
+        return {
+            ours: (file, stored, piece)
+            for name, (file, stored) in places.items()
+            for ours, piece in experts_within(name, file.shape(stored) if may_hold_experts(name) else (), kind)
+        }
 
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
         weight_map = read_json(index).get("weight_map")
@@ -181,15 +234,6 @@ class HuggingFaceDirectory(ModelSource):
         return any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab*"))
 
 
-def _with_experts(places: dict[str, tuple[_SafetensorsFile, str]]) -> dict[str, _Place]:
-    """Where everything lies, the experts' matrices one by one."""
-    return {
-        ours: (file, stored, piece)
-        for name, (file, stored) in places.items()
-        for ours, piece in experts_within(name, file.shape(stored) if may_hold_experts(name) else ())
-    }
-
-
 class _SafetensorsFile:
     """One safetensors file: its header stays open, its data is mapped anew for each tensor.
 
@@ -221,13 +265,16 @@ class _SafetensorsFile:
         return tuple(self._header.get_slice(name).get_shape())
 
     def load(self, name: str) -> Tensor:
+        return floating(self.raw(name), name, str(self.path))
+
+    def raw(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
         try:
             tensor: Tensor = self._opened().get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
-        return floating(tensor, name, str(self.path))
+        return tensor
 
     def _damaged(self, error: Exception) -> ArtifactError:
         try:
@@ -246,6 +293,30 @@ class _SafetensorsFile:
 
 _Place = tuple[_SafetensorsFile, str, Piece | None]
 """The file of a tensor, its name there, and which piece of that it is; None for all."""
+
+
+class _Packed(NamedTuple):
+    """An expert's matrix in blocks: file and name of all blocks, of all scales, and which of them are its."""
+
+    blocks: tuple[_SafetensorsFile, str]
+    scales: tuple[_SafetensorsFile, str]
+    matrix: PackedMatrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        file, name = self.blocks
+        return self.matrix.shape(file.shape(name))
+
+    def rows(self) -> StoredRows:
+        blocks, scales = (_bytes(file, name) for file, name in (self.blocks, self.scales))
+        return self.matrix.rows(blocks, scales)
+
+
+def _bytes(file: _SafetensorsFile, name: str) -> Tensor:
+    tensor = file.raw(name)
+    if tensor.dtype != torch.uint8:
+        raise ArtifactError(f"{name} is no tensor of bytes", where=str(file.path), next_step=_FETCH_AGAIN)
+    return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -276,6 +347,8 @@ def _is_file_name(value: object) -> bool:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 """Configuration, weights, chat template and every kind of tokenizer file; no pickles."""
+_IN_FOLDERS = "*/*"
+"""What is not fetched: the same weights for other programs, as gpt-oss has them."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -321,7 +394,13 @@ def _snapshot(hub_id: str, revision: str | None, *, local_files_only: bool) -> P
     from huggingface_hub import snapshot_download
 
     return Path(
-        snapshot_download(hub_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=local_files_only)
+        snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=_PATTERNS,
+            ignore_patterns=_IN_FOLDERS,
+            local_files_only=local_files_only,
+        )
     )
 
 

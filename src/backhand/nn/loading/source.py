@@ -250,8 +250,13 @@ _END_TOKENS = (
     "<end_of_turn>",
     "<|end|>",
     "<|end_of_turn|>",
+    "<|return|>",
+    "<|call|>",
 )
 """Special tokens by which the supported families' chat templates end a turn or a text."""
+
+_ENDS_A_PART = {"<|end|>": "<|return|>"}
+"""What ends a part of an answer alone where there is another token too that ends the whole (gpt-oss's thoughts)."""
 
 
 def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
@@ -266,7 +271,8 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
         stated: ids that the model's files name.
     """
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = {*stated, *(special[token] for token in _END_TOKENS if token in special)}
+    ends = [token for token in _END_TOKENS if token in special and _ENDS_A_PART.get(token) not in special]
+    ids = {*stated, *(special[token] for token in ends)}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids))

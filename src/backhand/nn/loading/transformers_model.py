@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, short_reason
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
-from backhand.nn.loading.expert_tensors import matrices_of, may_hold_experts
+from backhand.nn.loading.expert_tensors import experts_within, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
@@ -93,18 +93,18 @@ def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_config(_config(source), dtype=dtype, trust_remote_code=False)
     tensors = {name: source.load(name) for name in source.tensor_names()}
     for name, parameter in model.named_parameters():
-        if may_hold_experts(name) and parameter.dim() == 3 and name not in tensors:
-            tensors |= _stacked(name, parameter.shape, tensors)
+        if may_hold_experts(name) and name not in tensors:
+            tensors |= _stacked(name, tuple(parameter.shape), tensors, source.config.get("model_type"))
     missing, _ = model.load_state_dict(tensors, strict=False)
     tied = set(model.all_tied_weights_keys)
     _refuse(source, [name for name in missing if name not in tied])
     return model
 
 
-def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter of experts, of the matrices of each, which leave `tensors`; nothing where one is missing."""
-    pieces = [(f"{module}.weight", piece) for module, piece in matrices_of(name, shape[0], shape[1])]
-    if not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
+def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], model_type: object) -> dict[str, Tensor]:
+    """A parameter of experts, of each expert's matrix or bias, which leave `tensors`; nothing where one is missing."""
+    pieces = [(one, piece) for one, piece in experts_within(name, shape, model_type) if piece is not None]
+    if not pieces or not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
         return {}
     stack = tensors[pieces[0][0]].new_empty(shape)
     for one, piece in pieces:

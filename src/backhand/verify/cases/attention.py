@@ -28,6 +28,7 @@ def _case(
     side_by_side: bool = False,
     shared: int = 0,
     cap: float | None = None,
+    sinks: float | None = None,
 ) -> Case:
     draw = Draw(f"attention: {name}")
     tokens = shared + sum(documents)
@@ -38,23 +39,25 @@ def _case(
         "v": draw.normal(tokens, kv_heads, head_dim),
         "d_y": draw.normal(tokens, heads, head_dim),
     }
+    if sinks is not None:
+        tensors["sinks"] = draw.normal(heads) + sinks
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         q, k, v = t["q"], t["k"], t["v"]
         if not side_by_side:
-            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
+            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap, t.get("sinks"))
             return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
         # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients; the output that
         # is compared is the one that the backward gives again.
         qkv = torch.cat([q, k, v], dim=1)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap)
+        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap, t.get("sinks"))
         again = torch.full_like(y, float("nan"))
         grads = backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
         return ByHand(again, dict(zip(("q", "k", "v"), grads, strict=True)))
 
     def reference(t: Tensors) -> Tensor:
-        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared, cap)
+        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared, cap, t.get("sinks"))
 
     def usual(t: Tensors) -> Tensor:
         ends = list(accumulate(documents, initial=shared))
@@ -63,10 +66,10 @@ def _case(
             seen = list(own) if own.start < shared else [*range(shared), *own]
             q, k, v = (t[part][seen].transpose(0, 1)[None] for part in ("q", "k", "v"))
             mask = visible(len(seen), window, q.device)
-            if cap is None:
+            if cap is None and sinks is None:
                 attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
             else:
-                attended = softly_capped(q, k, v, mask, SCALING, cap)
+                attended = written_out(q, k, v, mask, SCALING, cap, t.get("sinks"))
             outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
         return torch.cat(outputs)
 
@@ -79,11 +82,18 @@ def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
-def softly_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, cap: float) -> Tensor:
-    """Attention with capped scores as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = (torch.tanh(q @ k.mT * scaling / cap) * cap).masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    scores = q @ k.mT * scaling
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]] @ v
 
 
 CASES = (
@@ -118,6 +128,16 @@ CASES = (
     _case("capped scores, shared prefix", (5, 4, 2), heads=3, kv_heads=1, cap=0.8, size=2.0, shared=3, window=4),
     _case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
     _case("capped scores, one token", (1,), cap=1.3),
+    _case("sinks", (4, 4, 7, 1), sinks=0.5),
+    _case("sinks, window, side by side", (9, 3, 6), sinks=0.5, window=4, side_by_side=True),
+    _case("sinks, shared prefix", (5, 4, 2), heads=3, kv_heads=1, sinks=0.0, shared=3, window=4),
+    _case("sinks above all scores", (6, 3), sinks=8.0),
+    _case("sinks below all scores, sharp", (6, 3), sinks=-4.0, size=3.0),
+    _case("sinks, one token", (1,), sinks=0.5),
+    _case("sinks, long document", (310,), heads=2, kv_heads=1, head_dim=16, sinks=2.0),
+    _case("sinks, short documents as one group", (50, 46, 41), heads=4, kv_heads=2, head_dim=16, sinks=1.0, window=30),
+    _case("sinks, capped scores", (5, 3), sinks=0.5, cap=0.9, size=2.0),
+    _case("sinks, no tokens", (), sinks=0.5),
 )
 
 
@@ -165,7 +185,10 @@ def _dense(
     if s.cap is not None:
         capped = torch.tanh(scores / s.cap)
         scores, slope = s.cap * capped, 1 - capped * capped
-    p = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if s.sinks is not None:
+        scores = torch.cat([scores, s.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., :tokens]
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True), slope)
 
 
@@ -202,6 +225,15 @@ def _uncapped(d: _Dense) -> _Dense:
     return d._replace(slope=torch.ones_like(d.slope))
 
 
+def _sinks_turned(s: AttentionSaved) -> AttentionSaved:
+    return s if s.sinks is None else s._replace(sinks=s.sinks.roll(1))
+
+
+def _delta_by_shares(d: _Dense) -> _Dense:
+    """As if P were normalised over the visible keys alone when δ is taken."""
+    return d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))
+
+
 def _no_delta(d: _Dense) -> _Dense:
     return d._replace(delta=torch.zeros_like(d.delta))
 
@@ -221,6 +253,13 @@ MUTANTS = (
     Mutant("cap's slope missing", "d_k", lambda g, s, _right: _d_k(_uncapped(_dense(g, s)), s)),
     Mutant("scores not capped", "d_v", lambda g, s, _right: _d_v(_dense(g, s._replace(cap=None)), s)),
     Mutant("scores not capped", "d_k", lambda g, s, _right: _d_k(_dense(g, s._replace(cap=None)), s)),
+    Mutant("sinks forgotten", "d_q", lambda g, s, _right: _d_q(_dense(g, s._replace(sinks=None)), s)),
+    Mutant("sinks forgotten", "d_k", lambda g, s, _right: _d_k(_dense(g, s._replace(sinks=None)), s)),
+    Mutant("sinks forgotten", "d_v", lambda g, s, _right: _d_v(_dense(g, s._replace(sinks=None)), s)),
+    Mutant("sinks of other heads", "d_q", lambda g, s, _right: _d_q(_dense(g, _sinks_turned(s)), s)),
+    Mutant("sinks of other heads", "d_v", lambda g, s, _right: _d_v(_dense(g, _sinks_turned(s)), s)),
+    Mutant("a sink's P in δ", "d_q", lambda g, s, _right: _d_q(_delta_by_shares(_dense(g, s)), s)),
+    Mutant("a sink's P in δ", "d_k", lambda g, s, _right: _d_k(_delta_by_shares(_dense(g, s)), s)),
     Mutant("δ of another row", "d_q", lambda g, s, _right: _d_q(_neighbour_delta(_dense(g, s)), s)),
     Mutant("documents see each other", "d_q", lambda g, s, _right: _d_q(_dense(g, s, documents_apart=False), s)),
     Mutant("documents see each other", "d_v", lambda g, s, _right: _d_v(_dense(g, s, documents_apart=False), s)),

@@ -34,6 +34,7 @@ def _case(
     size: float = 1.0,
     cap: float | None = None,
     queries: int | None = None,
+    sinks: float | None = None,
 ) -> Case:
     draw = Draw(f"attention_blocks: {name}")
     m = n if queries is None else queries
@@ -43,19 +44,21 @@ def _case(
         "v": draw.normal(documents, n, kv_heads, head_dim),
         "d_y": draw.normal(documents, m, heads, head_dim),
     }
+    if sinks is not None:
+        tensors["sinks"] = draw.normal(heads) + sinks
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = attention_blocks_forward(t["q"], t["k"], t["v"], SCALING, window, cap)
+        y, saved = attention_blocks_forward(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
         return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
 
     def reference(t: Tensors) -> Tensor:
-        return attention_blocks_reference(t["q"], t["k"], t["v"], SCALING, window, cap)
+        return attention_blocks_reference(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
 
     def usual(t: Tensors) -> Tensor:
         q, k, v = (t[part].transpose(1, 2) for part in ("q", "k", "v"))
         mask = attention.visible(n, window, q.device)[n - m :]
-        if cap is not None:
-            return attention.softly_capped(q, k, v, mask, SCALING, cap).transpose(1, 2)
+        if cap is not None or sinks is not None:
+            return attention.written_out(q, k, v, mask, SCALING, cap, t.get("sinks")).transpose(1, 2)
         attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
         return attended.transpose(1, 2)
 
@@ -82,6 +85,12 @@ CASES = (
     _case("capped scores", 2, 9, cap=1.3, size=2.0),
     _case("capped scores, window, fewer queries than keys", 2, 9, cap=0.7, size=2.0, window=4, queries=5),
     _case("capped scores, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, cap=0.9, size=2.0),
+    _case("sinks", 2, 9, sinks=0.5),
+    _case("sinks, window, fewer queries than keys", 2, 9, sinks=0.5, window=4, queries=5),
+    _case("sinks above all scores", 2, 7, heads=3, kv_heads=1, sinks=8.0),
+    _case("sinks, one query", 3, 6, queries=1, sinks=0.5),
+    _case("sinks, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, sinks=3.0),
+    _case("sinks, capped scores", 2, 6, sinks=0.5, cap=0.9, size=2.0),
     _case("two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6),
     _case("three blocks, window shorter than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=50),
     _case("three blocks, window longer than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=BLOCK_TOKENS + 20),
@@ -99,10 +108,10 @@ def _packed(
     def spoiled(d_y: Tensor, s: AttentionBlocksSaved, right: Any) -> Tensor:
         documents, m, n = s.q.shape[0], s.q.shape[1], s.k.shape[1]
         q, g, d_q = (functional.pad(x, (0, 0, 0, 0, n - m, 0)) for x in (s.q, d_y, right.d_q))
-        output = attention_blocks_reference(q, s.k, s.v, s.scaling, s.window, s.cap)
+        output = attention_blocks_reference(q, s.k, s.v, s.scaling, s.window, s.cap, s.sinks)
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         runs = ((0, documents, n),)
-        packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scaling, s.window, cap=s.cap)
+        packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scaling, s.window, cap=s.cap, sinks=s.sinks)
         given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
         apart: Tensor = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
         return apart[:, n - m :] if gradient == "d_q" else apart

@@ -20,6 +20,7 @@ from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.ops.clamped_glu import Clamp
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, spoiled, standard_mutants
@@ -229,6 +230,21 @@ CASES = (
     _case("attention adapted, experts frozen", "mixtral, two of five experts", targets=("q_proj", "o_proj")),
     _case("experts' down adapted", "qwen3-moe, shares of all, a dense layer", targets=("down_proj",)),
     _case("experts without rows", "qwen3-moe, shares of all, a dense layer", documents=(1,), rows=(0,)),
+    _case(
+        "gpt-oss, full attention, dropout, recompute mlp",
+        "gpt-oss, sinks, biased experts",
+        layer=1,
+        dropout=0.3,
+        recompute="mlp",
+    ),
+    _case(
+        "gpt-oss, some rows wanted, recompute block",
+        "gpt-oss, sinks, biased experts",
+        rows=(0, 5, 17),
+        recompute="block",
+    ),
+    _case("gpt-oss, experts frozen", "gpt-oss, sinks, biased experts", targets=("q_proj", "v_proj", "o_proj")),
+    _case("gpt-oss, gate and up adapted", "gpt-oss, sinks, biased experts", targets=("gate_up_proj",)),
     _case("experts, no token", "mixtral, two of five experts", documents=(0,)),
     _case("gemma4, full attention", "gemma4, shared keys, inputs of layers", layer=1, dropout=0.3, recompute="mlp"),
     _case("gemma4, keys of another layer", "gemma4, shared keys, inputs of layers", layer=2, dropout=0.3),
@@ -362,6 +378,22 @@ def _next_expert(inputs: BlockInputs) -> BlockWeights:
     return replace(weights, down=weights.down.roll(weights.down.shape[0] // mixture.experts, 0))
 
 
+def _without_expert_biases(inputs: BlockInputs) -> BlockWeights:
+    """The shares as if the experts' last layers had no bias."""
+    return replace(inputs.weights, down_bias=None)
+
+
+def _in_mixture(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
+    mixture = inputs.context.config.mixture
+    return _of_family(d_y, inputs, mixture=mixture and mixture._replace(**changes))
+
+
+def _less_clamped(inputs: BlockInputs) -> Clamp | None:
+    mixture = inputs.context.config.mixture
+    clamp = None if mixture is None else mixture.clamp
+    return clamp and clamp._replace(limit=2 * clamp.limit)
+
+
 def _equal_shares(inputs: BlockInputs) -> BlockSaved:
     saved = inputs.saved
     if not isinstance(saved.mlp, ExpertsKept):
@@ -467,6 +499,25 @@ MUTANTS = (
     Mutant("another expert's matrix", "d_lora_A", lambda g, s, _right: _redo(g, s, weights=_next_expert(s)).d_lora_A),
     Mutant("shares forgotten", "d_x0", lambda g, s, _right: _redo(g, s, saved=_equal_shares(s)).d_x0),
     Mutant("shares forgotten", "d_lora_B", lambda g, s, _right: _redo(g, s, saved=_equal_shares(s)).d_lora_B),
+    Mutant("sinks forgotten", "d_x0", lambda g, s, _right: _redo(g, s, weights=replace(s.weights, sinks=None)).d_x0),
+    Mutant(
+        "sinks forgotten",
+        "d_lora_A",
+        lambda g, s, _right: _redo(g, s, weights=replace(s.weights, sinks=None)).d_lora_A,
+    ),
+    Mutant(
+        "experts' biases forgotten in the shares",
+        "d_x0",
+        lambda g, s, _right: _redo(g, s, weights=_without_expert_biases(s)).d_x0,
+    ),
+    Mutant("gate and up in turns unnoticed", "d_x0", lambda g, s, _right: _in_mixture(g, s, interleaved=False).d_x0),
+    Mutant(
+        "gate and up in turns unnoticed",
+        "d_lora_B",
+        lambda g, s, _right: _in_mixture(g, s, interleaved=False).d_lora_B,
+    ),
+    Mutant("another bound", "d_x0", lambda g, s, _right: _in_mixture(g, s, clamp=_less_clamped(s)).d_x0),
+    Mutant("another bound", "d_lora_B", lambda g, s, _right: _in_mixture(g, s, clamp=_less_clamped(s)).d_lora_B),
     Mutant("experts take turns", "d_lora_A", lambda _g, s, right: _rank_by_rank(right.d_lora_A, s)),
     Mutant("gradients of the next module", "d_lora_A", lambda _g, _s, right: rotated_where_alike(right.d_lora_A)),
     Mutant("gradients of the next module", "d_lora_B", lambda _g, _s, right: rotated_where_alike(right.d_lora_B)),

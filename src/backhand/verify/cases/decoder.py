@@ -168,6 +168,7 @@ CASES = (
         dropout=0.2,
         recompute="mlp",
     ),
+    _case("shared prefix, attention with sinks", "gpt-oss, sinks, biased experts", shared=5, recompute="mlp"),
     _case("values made of keys, shared prefix", "gemma4, values made of keys", shared=3),
     _case("shared prefix, delta rule", "qwen3.5, delta rule and gated attention", shared=5, recompute="block"),
     _case("shared prefix shorter than the delta rule's taps", "qwen3.5, delta rule and gated attention", shared=1),

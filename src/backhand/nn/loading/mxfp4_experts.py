@@ -1,0 +1,84 @@
+"""Experts' matrices as OpenAI's own checkpoints of gpt-oss have them: MXFP4 blocks and their scales, in two tensors.
+
+    model.layers.0.mlp.experts.gate_up_proj_blocks   (experts, 2f, hidden / 32, 16)  uint8; rows of gate and up in turns
+    model.layers.0.mlp.experts.gate_up_proj_scales   (experts, 2f, hidden / 32)      uint8
+    model.layers.0.mlp.experts.down_proj_blocks      (experts, hidden, f / 32, 16)
+    model.layers.0.mlp.experts.down_proj_scales      (experts, hidden, f / 32)
+
+A block is 32 numbers of four bits [OCP Microscaling Formats 1.0, §5.2 and §6.3], each times 2^(scale - 127). Here byte
+i holds numbers 2i, in its lower half, and 2i + 1; in ggml's MXFP4, which the loops unpack and multiply, the scale comes
+first, and byte i holds numbers i and i + 16. Put in this order the blocks are the same numbers to the last bit, and all
+of them are numbers of bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backhand.kernels.dequantize import block_shape, dequantize
+from backhand.kernels.quantized_matrix import StoredRows
+from backhand.nn.loading.expert_tensors import Piece, matrices_of, stack_layout
+
+MXFP4 = 39
+"""ggml's number of the type."""
+_PACKED = re.compile(r"(?P<parameter>.*\.mlp\.experts\.(?:gate_up_proj|down_proj))_blocks")
+_BLOCK_BYTES = 16
+
+
+def packed_parameters(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The parameters of experts that are stored so: by path, names of their blocks and their scales."""
+    there = set(names)
+    found = {}
+    for name in sorted(there):
+        match = _PACKED.fullmatch(name)
+        if match is not None and (scales := f"{match['parameter']}_scales") in there:
+            found[match["parameter"]] = (name, scales)
+    return found
+
+
+def is_packed_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes are blocks and their scales."""
+    return len(blocks) == 4 and blocks[3] == _BLOCK_BYTES and scales == blocks[:3]
+
+
+class PackedMatrix(NamedTuple):
+    """One expert's matrix: which piece of the blocks and of the scales it is."""
+
+    piece: Piece
+
+    def shape(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """(out, in), from the shape of all blocks."""
+        rows, groups, _ = self.piece.shape(blocks)
+        return rows, groups * block_shape(MXFP4)[0]
+
+    def rows(self, blocks: Tensor, scales: Tensor) -> StoredRows:
+        """Its blocks in ggml's order, a copy."""
+        own, scale = self.piece.of(blocks), self.piece.of(scales)
+        numbers = torch.stack([own & 15, own >> 4], dim=-1).flatten(-2)
+        first, second = numbers.chunk(2, dim=-1)
+        stored = torch.cat([scale.unsqueeze(-1), first | second << 4], dim=-1)
+        return StoredRows(np.ascontiguousarray(stored.flatten(1).numpy()), MXFP4)
+
+
+def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, PackedMatrix]]:
+    """What a parameter of experts holds: (name inside Backhand, which matrix) each.
+
+    Args:
+        parameter: its path.
+        blocks: shape of its blocks.
+        model_type: of the model.
+    """
+    turns = stack_layout(model_type).interleaved
+    for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=turns):
+        yield f"{module}.weight", PackedMatrix(piece)
+
+
+def unpacked(rows: StoredRows) -> Tensor:
+    """The matrix, (out, in), in bfloat16, which has all of its numbers."""
+    return dequantize(rows.blocks, rows.type_id, torch.empty(rows.row_count, rows.columns, dtype=torch.bfloat16))

@@ -1,0 +1,60 @@
+"""The biases of the chosen experts' last layers, each times its choice's weight.
+
+A mixture whose experts end in a linear layer with a bias [arXiv:1701.06538, eq. 1] is
+    y_t = Σ_c w_tc (W_e p_tc + b_e) = Σ_c W_e (w_tc p_tc) + Σ_c w_tc b_e      e = e(t, c), the expert of choice c
+The first sum is `expert_rows`' and `expert_linear`'s, with the weights in front of the matrix; the second is this op:
+    y_t = Σ_c w_tc b_{e(t, c)}                       (tokens, n)
+
+Backward, with the biases frozen and G = ∂L/∂y:
+    ∂L/∂w_tc = ⟨b_{e(t, c)}, G_t⟩                    (tokens, k)
+Which experts are chosen does not change. Both ways are one product with the (experts, n) matrix of all biases, the
+forward's from w put at its experts' places, (tokens, experts); a row for each choice, (tokens · k, n), is never formed.
+
+Saved: the biases and the choices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertBiasSaved(NamedTuple):
+    """biases (experts, n), chosen (tokens, k) int64."""
+
+    biases: Tensor
+    chosen: Tensor
+
+
+class ExpertBiasGrads(NamedTuple):
+    """d_weights (tokens, k)."""
+
+    d_weights: Tensor
+
+
+def expert_bias_forward(weights: Tensor, chosen: Tensor, biases: Tensor) -> tuple[Tensor, ExpertBiasSaved]:
+    """The weighted sum of the chosen biases.
+
+    Args:
+        weights: w, (tokens, k).
+        chosen: (tokens, k) int64, the expert of each choice, none of a token's twice.
+        biases: b, (experts, n), frozen.
+
+    Returns:
+        y (tokens, n) in the weights' dtype, and what backward needs.
+    """
+    placed = weights.new_zeros(len(weights), len(biases)).scatter_(1, chosen, weights)
+    return placed @ biases, ExpertBiasSaved(biases, chosen)
+
+
+def expert_bias_backward(d_y: Tensor, saved: ExpertBiasSaved) -> ExpertBiasGrads:
+    """Map d_y, (tokens, n), to the gradient derived in the module docstring."""
+    return ExpertBiasGrads((d_y @ saved.biases.T).gather(1, saved.chosen))
+
+
+def expert_bias_reference(weights: Tensor, chosen: Tensor, biases: Tensor) -> Tensor:
+    """The same y choice by choice, each bias picked by a one-hot row."""
+    one_hot = torch.nn.functional.one_hot(chosen, len(biases)).to(weights.dtype)
+    return torch.einsum("tk,tke,en->tn", weights, one_hot, biases)
