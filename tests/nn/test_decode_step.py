@@ -16,8 +16,8 @@ from support.decode_steps import adapted, stepped
 from support.parity import relative_error
 from support.tiny_models import VARIANTS
 
-# Experts, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
-BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "qwen3_5", "lfm2", "glm", "gemma4", "granitemoehybrid-experts")
+# Experts, sinks, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
+BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "gpt_oss", "qwen3_5", "lfm2", "glm", "gemma4", "granitemoehybrid-experts")
 TAKEN = tuple(variant for variant in VARIANTS if not variant.startswith(BLOCK_BY_BLOCK))
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")

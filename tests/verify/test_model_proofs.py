@@ -134,8 +134,8 @@ def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monk
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     right = decoder_module.linear_cross_entropy_backward
 
-    def without(x, weight, targets, head=None, *others):
-        return right(x, weight, targets, head and head._replace(dropout=None), *others)
+    def without(x, weight, targets, head=None, *others, **room):
+        return right(x, weight, targets, head and head._replace(dropout=None), *others, **room)
 
     monkeypatch.setattr(decoder_module, "linear_cross_entropy_backward", without)
     failed = _failed(verify(options(models("llama"), rows, adapter=tmp_path)))

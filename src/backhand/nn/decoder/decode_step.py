@@ -3,7 +3,7 @@
 A token's products are small: between them, waking threads and calling ops cost more than the products themselves. Here
 threads are woken once a token, and one call computes what `nn.decoder.block` does by the loops of the same ops: norms,
 projections with their adapters, rotation, attention over the KV cache, gated units. A decoder with anything else
-(another mixer than attention, experts, gates, DoRA) goes block by block.
+(another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
 """
 
 from __future__ import annotations
@@ -222,6 +222,7 @@ def _takes_family(config: DecoderConfig) -> bool:
         and not config.layer_scalar
         and config.per_layer is None
         and not any(rotary.interleaved for rotary in config.rotary)
+        and not config.sinks
         and all(layer.mixer == ATTENTION and not layer.experts and layer.sizes is None for layer in config.layers)
     )
 
