@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, UsageError
+from backhand.export.merging import describe_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import UnsupportedModel, decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies
@@ -22,6 +23,7 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.held_base import held_bytes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.quantizing import QuantizingSource
 from support.llama_cpp import LlamaCpp
 from support.parity import decoder_like, relative_error, supervise
 from support.tiny_gguf import write_tiny_gguf
@@ -134,6 +136,14 @@ def test_as_they_are_stored_they_are_the_same_numbers(dtype: torch.dtype, tmp_pa
     quantized = Decoder.from_source(source, dtype=dtype, quantized=True)
     assert {part.type_id for part in quantized.weights.blocks[0].down.parts} == {int(StorageType.MXFP4)}
     assert torch.equal(quantized.logits(document), dense.logits(document))
+
+
+def test_blocks_are_not_rounded_again_and_a_merge_names_them(tmp_path: Path) -> None:
+    _packed(tmp_path)
+    source = open_model(tmp_path)
+    assert "MXFP4" in describe_base(source)
+    with pytest.raises(UsageError, match="rounded twice"):
+        QuantizingSource(source, "q8_0")
 
 
 def test_so_are_those_of_a_file_in_circulation(tmp_path: Path) -> None:

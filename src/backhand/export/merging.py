@@ -189,7 +189,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 def describe_base(source: ModelSource) -> str:
     """Where the base came from and, if it is quantized, that the update was added to dequantized weights."""
     if not isinstance(source, GGUFModel):
-        return source.origin
+        in_blocks = f"{source.origin}, experts quantized: MXFP4; the update was added to these dequantized weights"
+        return in_blocks if source.quantized else source.origin
     types: Counter[int] = Counter()
     for tensor in source.metadata.tensors.values():
         if len(tensor.shape) > 1 and native_dtype(tensor.type_id) is None:

@@ -199,7 +199,7 @@ def _workers(tasks: int) -> int:
 
 
 def bytes_in_loops(sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: int = CHUNK_TOKENS) -> int | None:
-    """What the backward's compiled loops work in, or None where torch's form does.
+    """What the backward's compiled loops work in at most, or None where torch's form does: an area for each thread.
 
     Args:
         sizes: of the rule's heads.
@@ -211,7 +211,7 @@ def bytes_in_loops(sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: in
     if memory_of is None:
         return None
     numbers: int = memory_of(True, (INT64 * 5)(*sizes, max(1, min(chunk, longest))), 0, longest)
-    return _workers(sizes.heads) * numbers * torch.promote_types(dtype, torch.float32).itemsize
+    return torch.get_num_threads() * numbers * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def gated_delta_rule_reference(

@@ -125,11 +125,12 @@ def shared_attention_backward(
     config, own, carried = context.config, kept.own, _carried(context)
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     q, k, v, _ = _prepared(kept.input, weights, context, (own.q_factor, own.k_factor, own.v_factor))
+    assert kept.output is not None  # plain attention alone gives it again
     saved = AttentionSaved(
         q,
         k,
         v,
-        None if kept.output is None else kept.output.unflatten(1, (heads, config.head_dim)),
+        kept.output.unflatten(1, (heads, config.head_dim)),
         own.log_sum_exp,
         context.runs,
         config.attention_scaling,

@@ -31,7 +31,7 @@ class QuantizingSource(ModelSource):
         type_name: ggml's name of the type.
 
     Raises:
-        UsageError: the source is a GGUF file: what is quantized there already would be rounded twice.
+        UsageError: the source is a GGUF file, or has blocks of its own: what is quantized would be rounded twice.
     """
 
     def __init__(self, source: ModelSource, kind: str) -> None:
@@ -42,6 +42,12 @@ class QuantizingSource(ModelSource):
                 f"{source.origin} is a GGUF file, whose matrices are what they are",
                 where="quantize",
                 next_step="leave out --quantize, or give the model's Hugging Face directory",
+            )
+        if source.quantized:
+            raise UsageError(
+                f"{source.origin} has matrices in blocks already, which would be rounded twice",
+                where="quantize",
+                next_step="leave out --quantize, and give --base quantized to leave them in their blocks",
             )
         self.unquantized = source
         self.config, self.path, self.hub_id = source.config, source.path, source.hub_id

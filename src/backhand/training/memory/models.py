@@ -128,7 +128,8 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
         )
     files = sorted(source.path.glob("*.safetensors"))
     stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
-    return family, parameters, sum(file.stat().st_size for file in files), (stored.upper(),) if stored else ()
+    kinds = (*(("MXFP4",) if source.quantized else ()), *((stored.upper(),) if stored else ()))
+    return family, parameters, sum(file.stat().st_size for file in files), kinds
 
 
 def _memory(
