@@ -206,7 +206,9 @@ def section() -> str:
     for title, _, step_file, finetune_file in _MACHINES:
         step, finetune = _read(step_file), _read(finetune_file)
         lines += ["", f"## {title}", "", machine_line(step["machine"])]
-        lines += [*step_section(step), *finetune_section(finetune)]
+        other = finetune["machine"] != step["machine"]
+        lines += [*step_section(step), *(["", machine_line(finetune["machine"])] if other else [])]
+        lines += finetune_section(finetune)
     if (HERE / "results" / "shapes.json").exists():
         lines += shapes_section(_read("shapes.json"))
     if (HERE / "results" / "upper_layers.json").exists():
