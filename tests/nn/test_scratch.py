@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.nn.decoder.scratch import Scratch
+from backhand.nn.batch import Scratch
 
 LIKE = torch.empty(0)
 

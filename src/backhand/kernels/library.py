@@ -268,3 +268,18 @@ def torch_form() -> Iterator[None]:
 def loops_are_there() -> bool:
     """Whether ops take loops at all."""
     return library() is not None
+
+
+# Every layer asks for the same ones.
+@functools.lru_cache(maxsize=16)
+def starts_and_lengths(runs: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
+    """Start and length of each document, (documents,) int64, as loops take them.
+
+    Args:
+        runs: (first token, documents behind one another, tokens of each).
+    """
+    import torch
+
+    own = [(first + place * length, length) for first, count, length in runs for place in range(count)]
+    starts, lengths = torch.tensor(own, dtype=torch.int64).reshape(-1, 2).T.contiguous()
+    return starts, lengths

@@ -49,7 +49,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, starts_and_lengths
 from backhand.ops.attention_blocks import (
     AttentionBlocksGrads,
     AttentionBlocksSaved,
@@ -62,7 +62,6 @@ from backhand.ops.document_groups import (
     keys_of,
     set_keys,
     set_part,
-    starts_and_lengths,
     takes_blocks,
     together,
 )

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
-from backhand.ops.document_groups import Run, spans, starts_and_lengths
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, starts_and_lengths
+from backhand.ops.document_groups import Run, spans
 from backhand.ops.elementwise import SiLUSaved, silu_backward
 
 _MATRIX = (POINTER, INT64)

@@ -39,18 +39,6 @@ def spans(runs: tuple[Run, ...], shared: int) -> list[tuple[int, int]]:
     return [(0, shared), *own]
 
 
-# Every layer asks for the same ones.
-@functools.lru_cache(maxsize=16)
-def starts_and_lengths(runs: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
-    """Start and length of each document behind the shared prefix, (documents,) int64, as compiled loops take them."""
-    starts, lengths = (
-        torch.tensor([(start, stop - start) for start, stop in spans(runs, 0)[1:]], dtype=torch.int64)
-        .reshape(-1, 2)
-        .T.contiguous()
-    )
-    return starts, lengths
-
-
 class Places(NamedTuple):
     """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
 

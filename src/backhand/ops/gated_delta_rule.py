@@ -44,10 +44,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, starts_and_lengths
 from backhand.ops.delta_chunks import HeadSizes, backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS
-from backhand.ops.document_groups import Run, spans, starts_and_lengths
+from backhand.ops.document_groups import Run, spans
 
 _INPUTS = (POINTER, POINTER, POINTER)
 _OUTPUT = (POINTER, INT64, INT64)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch
 from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried, KeysAndValues
@@ -29,7 +29,6 @@ from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PE
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense

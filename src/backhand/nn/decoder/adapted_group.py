@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from backhand.nn.batch import Scratch
 from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.family import (
     EXPERT_GROUPS,
@@ -34,7 +35,6 @@ from backhand.nn.decoder.family import (
     SHORT_CONV_GROUPS,
     DecoderConfig,
 )
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import (

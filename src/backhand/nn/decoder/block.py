@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import (
     DOWN,
     GATE_UP,
@@ -63,7 +64,6 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.per_layer_input import EndKept, end_backward, end_forward
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.weights import BlockWeights

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     BlockAdapter,
@@ -37,7 +37,6 @@ from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.row_products import keeps_rows
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.trained_ends import (
     adapted_rows,
     embedding_gradients,

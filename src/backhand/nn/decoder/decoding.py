@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.kernels.library import loops_are_there
-from backhand.nn.batch import document_runs
+from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import enter_forward, group_forward, join_forward
 from backhand.nn.decoder.block import MIXERS, gated_output, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
@@ -39,7 +39,6 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import attention_blocks_forward

@@ -27,6 +27,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import (
     DOWN,
     GATE_UP,
@@ -39,7 +40,6 @@ from backhand.nn.decoder.adapted_group import (
     joined,
 )
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors, in_turns
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward

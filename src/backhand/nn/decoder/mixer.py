@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import document_runs
+from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
@@ -17,7 +17,6 @@ from backhand.nn.decoder.experts import ExpertsKept
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.rotary import frequencies_of
-from backhand.nn.decoder.scratch import Scratch
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.clamped_glu import Clamp
