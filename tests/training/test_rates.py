@@ -105,6 +105,10 @@ def test_what_seems_to_cost_less_than_nothing_costs_nothing(
     assert unpacking_share(source, torch.float32, 100, Ticking(monkeypatch, unpacking=-3)) == 0.0
 
 
+def test_what_the_clock_cannot_tell_costs_nothing(source: ModelSource) -> None:
+    assert unpacking_share(source, torch.float32, 40, clock=lambda: 7.0) == 0.0
+
+
 def test_products_are_those_of_the_shapes(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, head = _values(source)
     for piece in (rates._PIECE_VALUES, 3000):  # whole matrices, and their first rows

@@ -49,6 +49,9 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
         dtype: the compute dtype.
         tokens: of a micro-batch.
         clock: seconds of all threads together.
+
+    Returns:
+        the share; 0 where the dense products are too small for the clock to tell.
     """
     stacks = [QuantizedMatrix(stack, dtype) for stack in sampled(source, decoder_config(source.config))]
     count = measured_tokens(tokens)
@@ -62,7 +65,8 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
     drop_scratch()
     *blocks_s, head_s = (quantized - dense for quantized, dense in zip(taken[::2], taken[1::2], strict=True))
     more_s = sum(blocks_s) + head_s * math.ceil(tokens / CHUNK_ROWS)
-    return max(0.0, more_s / (sum(taken[1::2]) * max(1.0, tokens) / count))
+    dense_s = sum(taken[1::2]) * max(1.0, tokens) / count
+    return max(0.0, more_s / dense_s) if dense_s > 0 else 0.0
 
 
 def measured_tokens(tokens: float) -> int:
