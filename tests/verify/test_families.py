@@ -11,8 +11,8 @@ from backhand.nn.decoder.block import RECOMPUTE_MODES
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.verify.case import Draw, kind
-from backhand.verify.model_setup import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 from backhand.verify.runner import forms, load_proofs, prove_case, reject_mutants
+from backhand.verify.tiny_decoders import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 
 PROOFS = [proof for name in ("block", "decoder", "decoder_kinds") for proof in load_proofs(name)]
 CASES = [pytest.param(proof, case, id=f"{proof.op}-{case.name}") for proof in PROOFS for case in proof.cases]

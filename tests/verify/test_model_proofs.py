@@ -21,9 +21,10 @@ from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
 from backhand.verify import invariances as merged_model
 from backhand.verify import model_gradients as blockwise_step
+from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error
-from backhand.verify.model_gradients import BlockwiseStep, GradientProofs
+from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model

@@ -31,8 +31,9 @@ from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.rms_norm import rms_norm_forward
+from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, BlockwiseStep, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, ModelProof
 
 MICRO_BATCHES = 3
 

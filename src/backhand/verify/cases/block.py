@@ -4,266 +4,116 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.block import BlockSaved
 from backhand.nn.decoder.experts import ExpertsKept
-from backhand.nn.decoder.family import ATTENTION, DecoderConfig, LayerConfig
-from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.family import ATTENTION, LayerConfig
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.document_groups import Run
-from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, spoiled, standard_mutants
-from backhand.verify.model_setup import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
-from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, reference_block
-
-DOCUMENTS = (9, 4, 4, 1)
-DROPOUT_SEED = 12345
-LENDER = 7
-"""Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
-
-
-class BlockInputs(NamedTuple):
-    """What the backward is given besides d_y."""
-
-    saved: BlockSaved
-    weights: BlockWeights
-    adapter: BlockAdapter
-    context: BlockContext
-    lora: LoRAParameters
-    dropout_seed: int | None
-
-
-class BlockGrads(NamedTuple):
-    """d_x0 (tokens, hidden); d_lora_A and d_lora_B of the block's adapted modules in the order of their slots."""
-
-    d_x0: Tensor
-    d_lora_A: tuple[Tensor, ...]
-    d_lora_B: tuple[Tensor, ...]
-    d_k: tuple[Tensor, ...] = ()  # of the keys that another layer has lent, if it has
-    d_v: tuple[Tensor, ...] = ()
-    d_inputs: tuple[Tensor, ...] = ()  # of the per-layer inputs, if there are any
-
-
-def _backward(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
-    """`block_backward` with a gradient buffer of its own."""
-    inputs.lora.gradients.zero_()
-    carried = inputs.context.carried
-    assert carried is not None
-    carried.returned(LENDER)
-    if carried.inputs is not None:
-        carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = block_backward(d_y.clone(), inputs.saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
-    assert d_x0 is not None
-    names = list(inputs.lora.slots)
-    lent = carried.held(LENDER)
-    return BlockGrads(
-        d_x0,
-        tuple(inputs.lora.d_lora_A(name).clone() for name in names),
-        tuple(inputs.lora.d_lora_B(name).clone() for name in names),
-        () if lent is None else (lent.k.to(d_x0.dtype),),
-        () if lent is None else (lent.v.to(d_x0.dtype),),
-        () if carried.d_inputs is None else (carried.d_inputs,),
-    )
-
-
-def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each module's gradient put in the place of the next one of the same shape."""
-    result = list(gradients)
-    for shape in {gradient.shape for gradient in gradients}:
-        places = [place for place, gradient in enumerate(gradients) if gradient.shape == shape]
-        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
-            result[place] = gradients[neighbour]
-    return tuple(result)
-
-
-def lora_parameters(slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype) -> LoRAParameters:
-    """The factors of a case in the engine's flat buffer: float32 or wider, used in the compute dtype."""
-    device = next(iter(tensors.values())).device
-    lora = LoRAParameters(slots.values(), device=device, dtype=torch.promote_types(dtype, torch.float32))
-    for name, view in lora.named_tensors():
-        view.copy_(tensors[name])
-    lora.refresh_compute(dtype)
-    return lora
-
-
-def _case(
-    name: str,
-    family: str,
-    *,
-    layer: int = 0,
-    documents: tuple[int, ...] = DOCUMENTS,
-    targets: tuple[str, ...] | None = None,
-    dropout: float = 0.0,
-    recompute: str = "none",
-    rows: tuple[int, ...] | None = None,
-) -> Case:
-    draw = Draw(f"block: {name}")
-    config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
-    if config.layers[0].keys_of is not None:
-        config = replace(config, layers=(replace(config.layers[0], keys_of=LENDER),))
-    slots = adapter_slots(config, targets, dropout)
-    tokens = sum(documents)
-    tensors = {
-        "x0": draw.normal(tokens, config.hidden_size),
-        "d_y": draw.normal(tokens if rows is None else len(rows), config.hidden_size),
-        **random_weights(config, draw),
-        **random_factors(slots, draw),
-    }
-    seed = DROPOUT_SEED if dropout else None
-    sized = config.at(config.layers[0])
-    if config.layers[0].keys_of is not None:
-        shape = tokens, sized.num_key_value_heads, sized.head_dim
-        tensors |= {"k": draw.normal(*shape), "v": draw.normal(*shape)}
-    if config.per_layer is not None:
-        tensors["inputs"] = draw.normal(tokens, config.per_layer.layers, config.per_layer.width)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        lora = lora_parameters(slots, t, t["x0"].dtype)
-        weights = engine_weights(config, t).blocks[0]
-        adapter = block_adapter(lora, 0, seed, groups=config.layer_groups[0])
-        table, queries = _rotary_tables(config, documents, t["x0"])
-        wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
-        carried = Carried((LENDER,), t.get("inputs"))
-        if "k" in t:
-            carried.lend(LENDER, t["k"], t["v"])
-        context = BlockContext(sized, config.layers[0], table, document_runs(documents), Scratch(), queries, wanted)
-        context = context._replace(carried=carried)
-        y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
-        grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
-        gradients = {"x0": grads.d_x0}
-        for key, d_lora_A, d_lora_B in zip(slots, grads.d_lora_A, grads.d_lora_B, strict=True):
-            gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
-        for name, several in (("k", grads.d_k), ("v", grads.d_v), ("inputs", grads.d_inputs)):
-            if several:
-                (gradients[name],) = several
-        return ByHand(y, gradients)
-
-    def reference(t: Tensors) -> Tensor:
-        wanted = torch.zeros(tokens, dtype=torch.bool, device=t["x0"].device)
-        wanted[slice(None) if rows is None else list(rows)] = True
-        carried = ReferenceCarried(t.get("inputs"), {LENDER: (t["k"], t["v"])} if "k" in t else {})
-        adapter = ReferenceAdapter(slots, t, seed)
-        return reference_block(t["x0"], 0, t, config, documents, adapter, wanted, carried)[wanted]
-
-    return Case(name, tensors, by_hand, reference, pooled=True)
-
-
-def _rotary_tables(
-    config: DecoderConfig, documents: tuple[int, ...], like: Tensor
-) -> tuple[RotaryTable | None, RotaryTable | None]:
-    """The angles of the layer's rotary configuration at every token, and those of queries where they are others."""
-    which = config.layers[0].rotary
-    if which is None:
-        return None, None
-    positions = torch.cat([torch.arange(length) for length in documents]).to(like.device)
-    reach = torch.cat([torch.full((length,), length) for length in documents]).to(like.device)
-    frequencies = frequencies_of(config.rotary[which], config.at(config.layers[0]).head_dim, like.device)
-    table = angles(frequencies, positions, torch.promote_types(like.dtype, torch.float32), reach)
-    scaling = config.query_scaling
-    return table, None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
-
+from backhand.ops.rotary import RotaryTable
+from backhand.verify.block_case import BlockGrads, BlockInputs, block_case, block_gradients, rotated_where_alike
+from backhand.verify.case import Mutant, OpProof, spoiled, standard_mutants
+from backhand.verify.tiny_decoders import FAMILIES
 
 CASES = (
-    *(_case(family, family) for family in FAMILIES),
-    _case("gemma3, full attention", "gemma3", layer=1),
-    _case("olmo3, full attention", "olmo3, yarn", layer=1),
-    _case("llama, dropout, recompute mlp", "llama, biases everywhere", dropout=0.3, recompute="mlp"),
-    _case("llama, dropout, recompute block", "llama", dropout=0.3, recompute="block"),
-    _case("qwen2, dropout", "qwen2, qkv bias, tied head", dropout=0.3),
-    _case("qwen3, dropout, recompute block", "qwen3, q/k norm", dropout=0.3, recompute="block"),
-    _case("gemma3, dropout, recompute mlp", "gemma3", dropout=0.3, recompute="mlp"),
-    _case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
-    _case("q and v adapted", "llama", targets=("q_proj", "v_proj"), dropout=0.3),
-    _case("down adapted", "gemma3", targets=("down_proj",)),
-    _case("some rows wanted", "llama, biases everywhere", rows=(3, 8, 9, 16), dropout=0.3),
-    _case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
-    _case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
-    _case("no row wanted", "llama", rows=(), dropout=0.3),
-    _case("granite, recompute mlp", "granite, four multipliers", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
-    _case(
+    *(block_case(family, family) for family in FAMILIES),
+    block_case("gemma3, full attention", "gemma3", layer=1),
+    block_case("olmo3, full attention", "olmo3, yarn", layer=1),
+    block_case("llama, dropout, recompute mlp", "llama, biases everywhere", dropout=0.3, recompute="mlp"),
+    block_case("llama, dropout, recompute block", "llama", dropout=0.3, recompute="block"),
+    block_case("qwen2, dropout", "qwen2, qkv bias, tied head", dropout=0.3),
+    block_case("qwen3, dropout, recompute block", "qwen3, q/k norm", dropout=0.3, recompute="block"),
+    block_case("gemma3, dropout, recompute mlp", "gemma3", dropout=0.3, recompute="mlp"),
+    block_case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
+    block_case("q and v adapted", "llama", targets=("q_proj", "v_proj"), dropout=0.3),
+    block_case("down adapted", "gemma3", targets=("down_proj",)),
+    block_case("some rows wanted", "llama, biases everywhere", rows=(3, 8, 9, 16), dropout=0.3),
+    block_case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
+    block_case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
+    block_case("no row wanted", "llama", rows=(), dropout=0.3),
+    block_case("granite, recompute mlp", "granite, four multipliers", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
+    block_case(
         "olmo2, recompute mlp", "olmo2, norms after, q/k norm over all heads", recompute="mlp", dropout=0.3, rows=(1, 9)
     ),
-    _case("olmo2, recompute block", "olmo2, norms after, q/k norm over all heads", recompute="block"),
-    _case("exaone4, recompute block", "exaone4, norms after, a layer without rotary", layer=1, recompute="block"),
-    _case(
+    block_case("olmo2, recompute block", "olmo2, norms after, q/k norm over all heads", recompute="block"),
+    block_case("exaone4, recompute block", "exaone4, norms after, a layer without rotary", layer=1, recompute="block"),
+    block_case(
         "phi3, dropout, recompute mlp",
         "phi3, fused, longrope, part of the features",
         recompute="mlp",
         dropout=0.3,
         rows=(2, 11),
     ),
-    _case("qwen3.5, gated attention", "qwen3.5, delta rule and gated attention", layer=1, dropout=0.3),
-    _case(
+    block_case("qwen3.5, gated attention", "qwen3.5, delta rule and gated attention", layer=1, dropout=0.3),
+    block_case(
         "qwen3.5, gated attention, some rows wanted",
         "qwen3.5, delta rule and gated attention",
         layer=1,
         rows=(2, 9, 17),
         recompute="block",
     ),
-    _case(
+    block_case(
         "qwen3.5, delta rule, some rows wanted",
         "qwen3.5, delta rule and gated attention",
         rows=(2, 9, 17),
         dropout=0.3,
         recompute="mlp",
     ),
-    _case("qwen3.5, delta rule, recompute block", "qwen3.5, delta rule and gated attention", recompute="block"),
-    _case("lfm2, attention", "lfm2, short convolutions", layer=1, dropout=0.3),
-    _case("lfm2, some rows wanted", "lfm2, short convolutions", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
-    _case("lfm2, biases, recompute block", "lfm2, biases, attention above", recompute="block", dropout=0.3),
-    _case("lfm2, documents shorter than the taps", "lfm2, biases, attention above", documents=(2, 1, 1, 3)),
-    _case(
+    block_case("qwen3.5, delta rule, recompute block", "qwen3.5, delta rule and gated attention", recompute="block"),
+    block_case("lfm2, attention", "lfm2, short convolutions", layer=1, dropout=0.3),
+    block_case("lfm2, some rows wanted", "lfm2, short convolutions", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    block_case("lfm2, biases, recompute block", "lfm2, biases, attention above", recompute="block", dropout=0.3),
+    block_case("lfm2, documents shorter than the taps", "lfm2, biases, attention above", documents=(2, 1, 1, 3)),
+    block_case(
         "mixtral, dropout, recompute mlp", "mixtral, two of five experts", dropout=0.3, recompute="mlp", rows=(1, 4, 12)
     ),
-    _case("mixtral, recompute block", "mixtral, two of five experts", recompute="block"),
-    _case("attention adapted, experts frozen", "mixtral, two of five experts", targets=("q_proj", "o_proj")),
-    _case("experts' down adapted", "qwen3-moe, shares of all, a dense layer", targets=("down_proj",)),
-    _case("experts without rows", "qwen3-moe, shares of all, a dense layer", documents=(1,), rows=(0,)),
-    _case(
+    block_case("mixtral, recompute block", "mixtral, two of five experts", recompute="block"),
+    block_case("attention adapted, experts frozen", "mixtral, two of five experts", targets=("q_proj", "o_proj")),
+    block_case("experts' down adapted", "qwen3-moe, shares of all, a dense layer", targets=("down_proj",)),
+    block_case("experts without rows", "qwen3-moe, shares of all, a dense layer", documents=(1,), rows=(0,)),
+    block_case(
         "gpt-oss, full attention, dropout, recompute mlp",
         "gpt-oss, sinks, biased experts",
         layer=1,
         dropout=0.3,
         recompute="mlp",
     ),
-    _case(
+    block_case(
         "gpt-oss, some rows wanted, recompute block",
         "gpt-oss, sinks, biased experts",
         rows=(0, 5, 17),
         recompute="block",
     ),
-    _case("gpt-oss, experts frozen", "gpt-oss, sinks, biased experts", targets=("q_proj", "v_proj", "o_proj")),
-    _case("gpt-oss, gate and up adapted", "gpt-oss, sinks, biased experts", targets=("gate_up_proj",)),
-    _case("experts, no token", "mixtral, two of five experts", documents=(0,)),
-    _case("gemma4, full attention", "gemma4, shared keys, inputs of layers", layer=1, dropout=0.3, recompute="mlp"),
-    _case("gemma4, keys of another layer", "gemma4, shared keys, inputs of layers", layer=2, dropout=0.3),
-    _case(
+    block_case("gpt-oss, experts frozen", "gpt-oss, sinks, biased experts", targets=("q_proj", "v_proj", "o_proj")),
+    block_case("gpt-oss, gate and up adapted", "gpt-oss, sinks, biased experts", targets=("gate_up_proj",)),
+    block_case("experts, no token", "mixtral, two of five experts", documents=(0,)),
+    block_case(
+        "gemma4, full attention", "gemma4, shared keys, inputs of layers", layer=1, dropout=0.3, recompute="mlp"
+    ),
+    block_case("gemma4, keys of another layer", "gemma4, shared keys, inputs of layers", layer=2, dropout=0.3),
+    block_case(
         "gemma4, keys of another layer, some rows wanted",
         "gemma4, shared keys, inputs of layers",
         layer=5,
         rows=(1, 4, 7, 8, 9, 12, 14, 17),
         recompute="block",
     ),
-    _case("gemma4, values made of keys, sliding", "gemma4, values made of keys", layer=1, recompute="block"),
-    _case("one token", "qwen3, q/k norm", documents=(1,)),
-    _case("one-token documents", "mistral, window", documents=(1, 1, 1)),
-    _case("no tokens", "llama", documents=(0,), dropout=0.3),
+    block_case("gemma4, values made of keys, sliding", "gemma4, values made of keys", layer=1, recompute="block"),
+    block_case("one token", "qwen3, q/k norm", documents=(1,)),
+    block_case("one-token documents", "mistral, window", documents=(1, 1, 1)),
+    block_case("no tokens", "llama", documents=(0,), dropout=0.3),
 )
 
 
 def _redo(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
     """The right backward in a changed setting."""
-    return _backward(d_y, inputs._replace(**changes))
+    return block_gradients(d_y, inputs._replace(**changes))
 
 
 def _rows_turned(inputs: BlockInputs) -> Tensor | None:
@@ -522,4 +372,4 @@ MUTANTS = (
     Mutant("gradients of the next module", "d_lora_B", lambda _g, _s, right: rotated_where_alike(right.d_lora_B)),
 )
 
-PROOFS = (OpProof("block", _backward, CASES, MUTANTS, loops=True),)
+PROOFS = (OpProof("block", block_gradients, CASES, MUTANTS, loops=True),)

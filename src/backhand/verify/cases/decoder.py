@@ -15,9 +15,11 @@ from backhand.nn.decoder.decoder import HEAD, Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.linear_cross_entropy import PLAIN
+from backhand.verify.block_case import DROPOUT_SEED, lora_parameters, rotated_where_alike
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
-from backhand.verify.cases.block import DROPOUT_SEED, lora_parameters, rotated_where_alike
-from backhand.verify.model_setup import (
+from backhand.verify.reference_adapter import ReferenceAdapter
+from backhand.verify.reference_decoder import reference_loss
+from backhand.verify.tiny_decoders import (
     FAMILIES,
     WINDOW,
     adapter_slots,
@@ -26,7 +28,6 @@ from backhand.verify.model_setup import (
     random_factors,
     random_weights,
 )
-from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
 
 DOCUMENTS = (9, 5, 5, 1, 11)
 LOSS_SCALING = 0.043

@@ -18,11 +18,12 @@ from backhand.nn.decoder.decoder import HEAD, Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
+from backhand.verify.block_case import DROPOUT_SEED, rotated_where_alike
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
-from backhand.verify.cases.block import DROPOUT_SEED, rotated_where_alike
 from backhand.verify.cases.decoder import LOSS_SCALING, DecoderInputs
-from backhand.verify.model_setup import FAMILIES, adapter_slots, engine_weights, random_batch, random_weights
-from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
+from backhand.verify.reference_adapter import ReferenceAdapter
+from backhand.verify.reference_decoder import reference_loss
+from backhand.verify.tiny_decoders import FAMILIES, adapter_slots, engine_weights, random_batch, random_weights
 
 DOCUMENTS = (9, 5, 1, 11)
 PARTS = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")

@@ -1,0 +1,182 @@
+"""One decoder block on the tensors of a case: forward and backward by hand, and the reference, for any family."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.batch import Scratch, document_runs
+from backhand.nn.decoder.adapted_group import BlockAdapter, block_adapter
+from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
+from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
+from backhand.verify.reference_adapter import ReferenceAdapter
+from backhand.verify.reference_decoder import ReferenceCarried, reference_block
+from backhand.verify.tiny_decoders import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
+
+DOCUMENTS = (9, 4, 4, 1)
+DROPOUT_SEED = 12345
+LENDER = 7
+"""Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
+
+
+class BlockInputs(NamedTuple):
+    """What the backward is given besides d_y."""
+
+    saved: BlockSaved
+    weights: BlockWeights
+    adapter: BlockAdapter
+    context: BlockContext
+    lora: LoRAParameters
+    dropout_seed: int | None
+
+
+class BlockGrads(NamedTuple):
+    """d_x0 (tokens, hidden); d_lora_A and d_lora_B of the block's adapted modules in the order of their slots."""
+
+    d_x0: Tensor
+    d_lora_A: tuple[Tensor, ...]
+    d_lora_B: tuple[Tensor, ...]
+    d_k: tuple[Tensor, ...] = ()  # of the keys that another layer has lent, if it has
+    d_v: tuple[Tensor, ...] = ()
+    d_inputs: tuple[Tensor, ...] = ()  # of the per-layer inputs, if there are any
+
+
+def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
+    """`block_backward` with a gradient buffer of its own."""
+    inputs.lora.gradients.zero_()
+    carried = inputs.context.carried
+    assert carried is not None
+    carried.returned(LENDER)
+    if carried.inputs is not None:
+        carried.d_inputs = torch.zeros_like(carried.inputs)
+    d_x0 = block_backward(d_y.clone(), inputs.saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
+    assert d_x0 is not None
+    names = list(inputs.lora.slots)
+    lent = carried.held(LENDER)
+    return BlockGrads(
+        d_x0,
+        tuple(inputs.lora.d_lora_A(name).clone() for name in names),
+        tuple(inputs.lora.d_lora_B(name).clone() for name in names),
+        () if lent is None else (lent.k.to(d_x0.dtype),),
+        () if lent is None else (lent.v.to(d_x0.dtype),),
+        () if carried.d_inputs is None else (carried.d_inputs,),
+    )
+
+
+def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each module's gradient put in the place of the next one of the same shape."""
+    result = list(gradients)
+    for shape in {gradient.shape for gradient in gradients}:
+        places = [place for place, gradient in enumerate(gradients) if gradient.shape == shape]
+        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
+            result[place] = gradients[neighbour]
+    return tuple(result)
+
+
+def lora_parameters(slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype) -> LoRAParameters:
+    """The factors of a case in the engine's flat buffer: float32 or wider, used in the compute dtype."""
+    device = next(iter(tensors.values())).device
+    lora = LoRAParameters(slots.values(), device=device, dtype=torch.promote_types(dtype, torch.float32))
+    for name, view in lora.named_tensors():
+        view.copy_(tensors[name])
+    lora.refresh_compute(dtype)
+    return lora
+
+
+def block_case(
+    name: str,
+    family: str,
+    *,
+    layer: int = 0,
+    documents: tuple[int, ...] = DOCUMENTS,
+    targets: tuple[str, ...] | None = None,
+    dropout: float = 0.0,
+    recompute: str = "none",
+    rows: tuple[int, ...] | None = None,
+) -> Case:
+    """A block of a tiny decoder on random documents, all its tensors drawn by `name`.
+
+    Args:
+        name: of the case.
+        family: one of `FAMILIES`.
+        layer: which of its layers.
+        documents: their lengths, tokens.
+        targets: ends of the adapted modules' names, None for all of them.
+        dropout: in front of lora_A.
+        recompute: as in `block_forward`.
+        rows: numbers of the rows that somebody reads, (n,), None for all.
+    """
+    draw = Draw(f"block: {name}")
+    config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
+    if config.layers[0].keys_of is not None:
+        config = replace(config, layers=(replace(config.layers[0], keys_of=LENDER),))
+    slots = adapter_slots(config, targets, dropout)
+    tokens = sum(documents)
+    tensors = {
+        "x0": draw.normal(tokens, config.hidden_size),
+        "d_y": draw.normal(tokens if rows is None else len(rows), config.hidden_size),
+        **random_weights(config, draw),
+        **random_factors(slots, draw),
+    }
+    seed = DROPOUT_SEED if dropout else None
+    sized = config.at(config.layers[0])
+    if config.layers[0].keys_of is not None:
+        shape = tokens, sized.num_key_value_heads, sized.head_dim
+        tensors |= {"k": draw.normal(*shape), "v": draw.normal(*shape)}
+    if config.per_layer is not None:
+        tensors["inputs"] = draw.normal(tokens, config.per_layer.layers, config.per_layer.width)
+
+    def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        lora = lora_parameters(slots, t, t["x0"].dtype)
+        weights = engine_weights(config, t).blocks[0]
+        adapter = block_adapter(lora, 0, seed, groups=config.layer_groups[0])
+        table, queries = _rotary_tables(config, documents, t["x0"])
+        wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
+        carried = Carried((LENDER,), t.get("inputs"))
+        if "k" in t:
+            carried.lend(LENDER, t["k"], t["v"])
+        context = BlockContext(sized, config.layers[0], table, document_runs(documents), Scratch(), queries, wanted)
+        context = context._replace(carried=carried)
+        y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
+        grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
+        gradients = {"x0": grads.d_x0}
+        for key, d_lora_A, d_lora_B in zip(slots, grads.d_lora_A, grads.d_lora_B, strict=True):
+            gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
+        for name, several in (("k", grads.d_k), ("v", grads.d_v), ("inputs", grads.d_inputs)):
+            if several:
+                (gradients[name],) = several
+        return ByHand(y, gradients)
+
+    def reference(t: Tensors) -> Tensor:
+        wanted = torch.zeros(tokens, dtype=torch.bool, device=t["x0"].device)
+        wanted[slice(None) if rows is None else list(rows)] = True
+        carried = ReferenceCarried(t.get("inputs"), {LENDER: (t["k"], t["v"])} if "k" in t else {})
+        adapter = ReferenceAdapter(slots, t, seed)
+        return reference_block(t["x0"], 0, t, config, documents, adapter, wanted, carried)[wanted]
+
+    return Case(name, tensors, by_hand, reference, pooled=True)
+
+
+def _rotary_tables(
+    config: DecoderConfig, documents: tuple[int, ...], like: Tensor
+) -> tuple[RotaryTable | None, RotaryTable | None]:
+    """The angles of the layer's rotary configuration at every token, and those of queries where they are others."""
+    which = config.layers[0].rotary
+    if which is None:
+        return None, None
+    positions = torch.cat([torch.arange(length) for length in documents]).to(like.device)
+    reach = torch.cat([torch.full((length,), length) for length in documents]).to(like.device)
+    frequencies = frequencies_of(config.rotary[which], config.at(config.layers[0]).head_dim, like.device)
+    table = angles(frequencies, positions, torch.promote_types(like.dtype, torch.float32), reach)
+    scaling = config.query_scaling
+    return table, None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)

@@ -1,0 +1,185 @@
+"""The engine's training step in float64, by hand, with only one block's weights in float64 at a time.
+
+A model of any size is differentiated so, block after block, with the engine's own blocks: forward keeps each block's
+input x₀; at the head the loss gives ∂L/∂x; from the top block down ∂L/∂x₂ becomes ∂L/∂x₀ and the block's adapter
+gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from backhand.nn.batch import PackedBatch, Scratch
+from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.block import block_backward, block_forward
+from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
+from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
+from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from backhand.ops.rotary import angles, scaled_for_queries
+from backhand.verify.case import Tensors
+
+
+class BlockwiseStep:
+    """One training step of a decoder with its attached adapter, in float64.
+
+    Args:
+        decoder: with an adapter of nothing but factors.
+        batch: the packed documents, on the decoder's device.
+        dropout_seed: draws the masks; None for no dropout.
+        loss_scaling: the factor of the summed loss.
+
+    Attributes:
+        lora: the adapter's values as the decoder computes with them, and their gradients.
+        carried: what the last pass carried beside the stream.
+    """
+
+    def __init__(self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, loss_scaling: float) -> None:
+        if decoder.lora is None:
+            raise ValueError("there is no adapter to prove: attach one first")
+        self.decoder = decoder
+        self.batch = batch
+        self.dropout_seed = dropout_seed
+        self.loss_scaling = loss_scaling
+        self.carried = Carried()
+        self._begun: BeginKept | None = None
+        self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
+        for name in self.lora.slots:
+            self.lora.lora_A(name).copy_(decoder.lora.compute_A(name))
+            self.lora.lora_B(name).copy_(decoder.lora.compute_B(name))
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the blocks."""
+        return range(len(self.decoder.config.layers))
+
+    def gradient(self) -> Tensor:
+        """The whole gradient in the order of the flat buffer."""
+        self.lora.gradients.zero_()
+        inputs = self.forward(self.dropout_seed, self.batch.supervised_positions)
+        d_x, _ = self.head(inputs.pop())
+        for layer in reversed(self.layers):
+            d_x = self.block(layer, inputs.pop(), d_x)
+        self.begin()
+        return self.lora.gradients
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What is adapted before the first block gets its gradients."""
+        weights, d_inputs = self._per_layer_weights(), self.carried.d_inputs
+        if weights is None or d_inputs is None or self._begun is None:
+            return
+        adapter = before_blocks_adapter(self.lora, self.dropout_seed, weights.projection)
+        config = self.decoder.config
+        inputs_backward(d_inputs, self._begun, weights, config, adapter, self.lora, input_gradient=False)
+
+    def _per_layer_weights(self) -> PerLayerWeights | None:
+        """The same in float64 but for the table, of which only rows are read."""
+        there = self.decoder.weights.per_layer
+        return there and there._replace(projection=float64_dense(there.projection), norm=float64_dense(there.norm))
+
+    def _carry(self, h: Tensor, dropout_seed: int | None) -> None:
+        """Begin a pass from the embedded tokens: nothing is lent yet, and no gradient has come back."""
+        weights, config = self._per_layer_weights(), self.decoder.config
+        self.carried = Carried(config.lenders)
+        if weights is None:
+            return
+        adapter = before_blocks_adapter(self.lora, dropout_seed, weights.projection)
+        inputs, self._begun = inputs_forward(h, self.batch.input_ids, weights, config, adapter)
+        self.carried = Carried(config.lenders, inputs)
+        self.carried.d_inputs = torch.zeros_like(inputs)
+
+    @torch.no_grad()
+    def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
+        """x₀ of every block and the last block's output, or these rows of it."""
+        # Whatever embedding does in the compute dtype is part of the function.
+        inputs = [self.decoder.embed(self.batch.input_ids).double()]
+        self._carry(inputs[0], dropout_seed)
+        for layer in self.layers:
+            adapter = block_adapter(self.lora, layer, dropout_seed, groups=self.decoder.config.layer_groups[layer])
+            context = self.context(layer, rows)
+            x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, context, "block")
+            inputs.append(x)
+        return inputs
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """∂L/∂x of the last block's output x, both at the supervised positions, and their losses."""
+        config, weights = self.decoder.config, self.decoder.weights
+        labels = self.batch.labels[self.batch.supervised_positions]
+        factors = self.decoder.head_factors(self.dropout_seed)
+        if factors is not None:
+            factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
+        normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+        losses, grads = linear_cross_entropy_backward(
+            normed, float64_dense(weights.head), labels, factors, self.loss_scaling, config.logits
+        )
+        if grads.d_lora_A is not None and grads.d_lora_B is not None:
+            self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
+            self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
+        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, losses
+
+    @torch.no_grad()
+    def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
+        """∂L/∂x₀ of the block; its adapter gradients are added to the buffer."""
+        weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
+        adapter = block_adapter(self.lora, layer, self.dropout_seed, groups=self.decoder.config.layer_groups[layer])
+        _, saved = block_forward(x0, weights, adapter, context, "none")
+        d_x0 = block_backward(d_x2.clone(), saved, weights, adapter, context, self.lora)
+        assert d_x0 is not None
+        return d_x0
+
+    def block_weights(self, layer: int) -> BlockWeights:
+        """A copy of the block's weights in float64."""
+        block = self.decoder.weights.blocks[layer]
+        parts = {part.name: getattr(block, part.name) for part in fields(BlockWeights)}
+        return replace(block, **{name: float64_dense(part) for name, part in parts.items() if part is not None})
+
+    def named_weights(self, layer: int, block: BlockWeights) -> Tensors:
+        """One block's tensors by their Hugging Face names."""
+        config, weights = self.decoder.config, self.decoder.weights
+        alone = replace(config, layers=(config.layers[layer],))
+        views = dense_views(DecoderWeights(weights.embedding, [block], weights.final_norm, weights.head), alone)
+        first = "model.layers.0."
+        return {
+            f"model.layers.{layer}.{name.removeprefix(first)}": view for name, view in views if name.startswith(first)
+        }
+
+    def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
+        """The block's, of whose last one only these rows are wanted, None for all."""
+        config = self.decoder.config
+        which, table, queries = config.layers[layer].rotary, None, None
+        if which is not None:
+            frequencies = frequencies_of(config.rotary[which], config.rotary_dims[which], self.decoder.device)
+            table = angles(frequencies, self.batch.positions, torch.float64, self.batch.reach)
+            if config.query_scaling is not None:
+                queries = scaled_for_queries(
+                    table, self.batch.positions, config.query_scaling.beta, config.query_scaling.length
+                )
+        wanted = rows if layer == len(config.layers) - 1 else None
+        return BlockContext(
+            config.at(config.layers[layer]),
+            config.layers[layer],
+            table,
+            self.batch.runs,
+            Scratch(),
+            queries,
+            wanted,
+            self.batch.shared_prefix,
+            layer,
+            self.carried,
+        )
+
+
+def float64_dense(weight: FrozenMatrix) -> Tensor:
+    """A copy in float64: of the numbers that the compute dtype has."""
+    return frozen_dense(weight).to(torch.float64, copy=True)
