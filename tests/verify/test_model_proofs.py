@@ -19,8 +19,8 @@ from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
+from backhand.verify import blockwise_step
 from backhand.verify import invariances as merged_model
-from backhand.verify import model_gradients as blockwise_step
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error
