@@ -134,7 +134,7 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
         for column, lora_B, scaling, into in members:
             n, rank = lora_B.shape
             part, ranks = g[:, column : column + n], slice(first, first + rank)
-            torch.mul(part @ lora_B, scaling, out=d_h[:, ranks])
+            d_h[:, ranks] = (part @ lora_B).mul_(scaling)
             into.add_((h[:, ranks].T @ part).mul_(scaling).T)
             first = ranks.stop
         return d_h
