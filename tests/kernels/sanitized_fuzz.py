@@ -16,7 +16,9 @@ from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library, libra
 
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 _MATRIX = (POINTER, INT64)
-_SIZES = (INT64, INT64, INT64, DOUBLE)
+_SIZES = (INT64, INT64, INT64)
+_GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64)
+_BACKWARD = (*_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT64)
 
 
 def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int) -> None:
@@ -34,24 +36,31 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
         wide = np.float64 if dtype is np.float64 else np.float32
         rows, n, rank = (int(generator.integers(0, high)) for high in (160, 150, 40))
         transposed = int(generator.integers(2))
-        kept, (v, h, factor, receiver) = zip(
+        kept, (v, h, d_h, factor, receiver) = zip(
             matrix(rows, n, dtype),
+            matrix(rows, rank, dtype),
             matrix(rows, rank, dtype),
             matrix(*((rank, n) if transposed else (n, rank)), dtype),
             matrix(*((rank, n) if transposed else (n, rank)), wide),
             strict=True,
         )
+        added, layer = (*v, *h, *factor), (INT64 * 7)(0, n, rank, *factor, *receiver)
         parts = (POINTER * 1)(receiver[0]), (INT64 * 1)(receiver[1]), (INT64 * 1)(rank)
         for build in builds:
             for name, types, arguments in (
-                ("shrink", (*_MATRIX, *_MATRIX, INT, *_MATRIX), (*v, *factor, transposed, *h)),
-                ("expand", (*_MATRIX, *_MATRIX, *_MATRIX, INT), (*v, *h, *factor, transposed)),
+                ("shrink", (*_MATRIX, *_MATRIX, INT, *_MATRIX, *_SIZES), (*v, *factor, transposed, *h, rows, n, rank)),
+                (
+                    "expand",
+                    (*_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE),
+                    (*added, transposed, rows, n, rank, 0.5),
+                ),
+                ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, rows, n)),
+                ("backward", _BACKWARD, (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, rows)),
             ):
-                function = build.function(f"backhand_low_rank_{name}", (INT, *types, *_SIZES), INT)
-                assert function(number, *arguments, rows, n, rank, 0.5) == 0
-            types = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, DOUBLE)
-            gather = build.function("backhand_low_rank_gather", (INT, *types), INT)
-            assert gather(number, *v, *h, 1, *parts, transposed, 1, 1, rows, n, 0.5) == 0
+                if name == "backward" and transposed:
+                    continue  # takes lora_B as it is
+                function = build.function(f"backhand_low_rank_{name}", (INT, *types), INT)
+                assert function(number, *arguments) == 0
         assert all(np.isfinite(memory).all() for memory in kept if memory.dtype != np.uint16)
 
 

@@ -15,7 +15,7 @@ from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
-from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 from backhand.ops.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.differentiate import autograd_gradients
@@ -172,17 +172,47 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
 
     def compute(cast):
         f, copies = turned(cast(factor)), [cast(part) if cast(part) is not part else part.clone() for part in receivers]
-        low_rank_accumulate(cast(v), cast(h), 1.7, [turned(part) for part in copies])
+        low_rank_accumulate(cast(v), cast(h), [turned(part) for part in copies])
         copy = cast(y) if cast(y) is not y else y.clone()
-        shrunk = low_rank_shrink(cast(v), f, 0.3), low_rank_shrink(cast(v), f, 0.3, out=cast(out)).clone()
-        return *copies, low_rank_expand(copy, cast(h), f, -0.6), *shrunk, low_rank_gather(cast(v), cast(h), 1.7)
+        shrunk = low_rank_shrink(cast(v), f), low_rank_shrink(cast(v), f, out=cast(out)).clone()
+        return *copies, low_rank_expand(copy, cast(h), f, -0.6), *shrunk
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
     assert_close([low_rank_expand(y, h, turned(factor), -0.6)], expected[2:3], dtype)
-    low_rank_accumulate(v, h, 1.7, [turned(part) for part in receivers])
+    low_rank_accumulate(v, h, [turned(part) for part in receivers])
     assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:2], strict=True))
     assert all(marks_intact(part) for part in (y, out, *receivers))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("same", [False, True], ids=["wide", "same"])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "ranks"),
+    [
+        *((0, (5,), (3,)), (5, (0, 4), (2, 3)), (5, (4,), (0,)), (1, (1,), (1,)), (3, (7, 5), (2, 16))),
+        *((49, (35, 3, 65), (17, 1, 8)), (130, (192, 129), (16, 16)), (97, (300,), (130,))),
+    ],
+)
+def test_both_products_with_a_gradient_of_any_size(build, dtype, same, rows, sizes, ranks):
+    g, h = gapped((rows, sum(sizes) + 2), dtype, 0), gapped((rows, sum(ranks)), dtype, 1)
+    factors = [gapped(size, dtype, 2 + i) for i, size in enumerate(zip(sizes, ranks, strict=True))]
+    wide = dtype if same else torch.promote_types(dtype, torch.float32)
+    receivers = [gapped(factor.shape, wide, 5 + i) for i, factor in enumerate(factors)]
+
+    def compute(cast):
+        copies = [cast(part) if cast(part) is not part else part.clone() for part in receivers]
+        members, column = [], 2
+        for factor, into in zip(factors, copies, strict=True):
+            members.append(Member(column, cast(factor), 0.7 + column, into))
+            column += len(factor)
+        return low_rank_backward(cast(g), cast(h), members), *copies
+
+    found, expected = both_forms(compute)
+    assert_close(found, expected, dtype)
+    low_rank_backward(g, h, [Member(2, factors[0], 2.7, receivers[0])])
+    assert torch.equal(receivers[0], found[1])
+    assert marks_intact(receivers[0])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -377,8 +407,11 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
         results += [y, *rms_norm_backward(x, saved, residual=y)]
         y, glu_saved = glu_forward(gate_up[:, :96], gate_up[:, 96:], "silu")
         factor = x[:24, :].T
-        h = low_rank_shrink(x, factor, 0.5)
-        results += [h, low_rank_expand(x.clone(), h, factor), low_rank_gather(x, h)]
+        h = low_rank_shrink(x, factor)
+        d_factors = [torch.zeros(96, 24), torch.zeros(96, 24)]
+        low_rank_accumulate(x, h, d_factors[:1])
+        d_h = low_rank_backward(x, h, [Member(0, factor.contiguous(), 0.5, d_factors[1])])
+        results += [h, low_rank_expand(x.clone(), h, factor), d_h, *d_factors]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 
 
 class ExpertFactors(NamedTuple):
@@ -125,9 +125,9 @@ def expert_linear_backward(
         if factors is None or d_lora_A is None or d_lora_B is None:
             continue
         lora_A = factors.lora_A[expert]
-        d_h = low_rank_shrink(g, factors.lora_B[expert], factors.scaling)
-        low_rank_accumulate(x[part] if mask is None else x[part] * mask[part], d_h, 1.0, [d_lora_A[expert].T])
-        low_rank_accumulate(g, h[part], factors.scaling, [d_lora_B[expert]])
+        member = Member(0, factors.lora_B[expert], factors.scaling, d_lora_B[expert])
+        d_h = low_rank_backward(g, h[part], [member])
+        low_rank_accumulate(x[part] if mask is None else x[part] * mask[part], d_h, [d_lora_A[expert].T])
         if d_x is not None and mask is None:
             low_rank_expand(d_x[part], d_h, lora_A.T)
         elif d_x is not None and mask is not None:

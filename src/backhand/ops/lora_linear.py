@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
-from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 
 
 class Dropout(NamedTuple):
@@ -120,25 +120,40 @@ def lora_linear_backward(
     """
     g, x = rows(d_y), rows(saved.x)
     mask = multiplier(saved.x, saved.dropout)
-    d_h = low_rank_shrink(g, saved.lora_B, saved.scaling)
-    dropped = x if mask is None else x * mask
-    if into is None:
-        into = low_rank_gather(dropped, d_h).T, low_rank_gather(g, rows(saved.h), saved.scaling)
-    else:
-        low_rank_accumulate(dropped, d_h, 1.0, [into[0].T])
-        low_rank_accumulate(g, rows(saved.h), saved.scaling, [into[1]])
+    d_lora_A, d_lora_B = (torch.zeros_like(saved.lora_A), torch.zeros_like(saved.lora_B)) if into is None else into
+    d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)])
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
     if not input_gradient:
-        return LoRAGrads(None, *into)
+        return LoRAGrads(None, d_lora_A, d_lora_B)
     d_x = _with_low_rank(frozen_input_gradient(g, saved.weight), d_h, saved.lora_A, mask)
-    return LoRAGrads(d_x.view(saved.x.shape), *into)
+    return LoRAGrads(d_x.view(saved.x.shape), d_lora_A, d_lora_B)
 
 
-def lora_linear_input_gradient(
-    d_y: Tensor, weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: Dropout | None = None
-) -> Tensor:
-    """∂L/∂x alone, (rows, in), from d_y, (rows, out), where x is not there yet; the rest as in the forward."""
+def lora_linear_backward_without_input(
+    d_y: Tensor, weight: FrozenMatrix, factors: Factors, h: Tensor, d_lora_B: Tensor, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """What of the backward needs no x, where x is not there yet.
+
+    Args:
+        d_y: (rows, out).
+        weight: as in the forward, like factors and dropout.
+        factors: the adapter.
+        h: from the forward, (rows, rank).
+        d_lora_B: of lora_B's shape, in d_y's dtype or wider, to which its gradient is added.
+        dropout: None, or probability and seed of the mask.
+
+    Returns:
+        ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
+    """
+    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)])
     d_x = frozen_input_gradient(d_y, weight)
-    return _with_low_rank(d_x, low_rank_shrink(d_y, lora_B, scaling), lora_A, multiplier(d_x, dropout))
+    return _with_low_rank(d_x, d_h, factors.lora_A, multiplier(d_x, dropout)), d_h
+
+
+def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
+    """Add (∂L/∂h)ᵀ x̃ to d_lora_A, (rank, in), from x, (rows, in), and ∂L/∂h, (rows, rank)."""
+    mask = multiplier(x, dropout)
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
 
 
 def _with_low_rank(d_x: Tensor, d_h: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
@@ -278,41 +293,27 @@ def lora_linear_group_backward(
         into: for each member with an adapter its pair, as in `lora_linear_backward`; None for fresh gradients.
     """
     g, x, h = rows(d_y), rows(saved.x), rows(saved.h)
-    d_h = torch.empty_like(h)
-    d_lora_B: list[Tensor | None] = []
-    column = rank_column = 0
-    for place, (size, member) in enumerate(zip(saved.sizes, saved.factors, strict=True)):
-        receiver = None if into is None else into[place]
-        if member is None:
-            d_lora_B.append(None)
-        else:
-            rank = member.lora_A.shape[0]
-            g_i, ranks = g[:, column : column + size], slice(rank_column, rank_column + rank)
-            low_rank_shrink(g_i, member.lora_B, member.scaling, out=d_h[:, ranks])
-            if receiver is None:
-                d_lora_B.append(low_rank_gather(g_i, h[:, ranks], member.scaling))
-            else:
-                low_rank_accumulate(g_i, h[:, ranks], member.scaling, [receiver[1]])
-                d_lora_B.append(receiver[1])
-            rank_column += rank
+    if into is None:
+        into = [
+            None if member is None else (torch.zeros_like(member.lora_A), torch.zeros_like(member.lora_B))
+            for member in saved.factors
+        ]
+    members, column = [], 0
+    for size, member, receiver in zip(saved.sizes, saved.factors, into, strict=True):
+        if member is not None and receiver is not None:
+            members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
-
-    d_lora_A: list[Tensor | None] = [None] * len(saved.factors)
-    mask = multiplier(saved.x, saved.dropout) if h.shape[1] else None
-    dropped = x if mask is None else x * mask
-    if into is not None:
-        d_lora_A = [None if receiver is None else receiver[0] for receiver in into]
-        low_rank_accumulate(dropped, d_h, 1.0, [d_A.T for d_A in d_lora_A if d_A is not None])
-    elif h.shape[1]:
-        ranks_present = [m.lora_A.shape[0] for m in saved.factors if m is not None]
-        blocks = iter(low_rank_gather(dropped, d_h).T.split(ranks_present))
-        d_lora_A = [None if member is None else next(blocks) for member in saved.factors]
-    d_x = frozen_input_gradient(g, saved.weight) if input_gradient else None
-    if d_x is not None and mask is not None:
-        d_x.addcmul_(mask, d_h @ stacked_A(saved.factors))
-    elif d_x is not None and h.shape[1]:
-        low_rank_expand(d_x, d_h, stacked_A(saved.factors).T)
-    return LoRAGroupGrads(None if d_x is None else d_x.view(saved.x.shape), tuple(d_lora_A), tuple(d_lora_B))
+    d_h = low_rank_backward(g, h, members)
+    mask = multiplier(saved.x, saved.dropout) if members else None
+    d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_A.T for d_A in d_lora_A if d_A is not None])
+    d_x = None
+    if input_gradient:
+        d_x = frozen_input_gradient(g, saved.weight)
+        if members:
+            d_x = _with_low_rank(d_x, d_h, stacked_A(saved.factors), mask)
+        d_x = d_x.view(saved.x.shape)
+    return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 
 
 def lora_linear_group_reference(

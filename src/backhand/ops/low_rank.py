@@ -1,10 +1,10 @@
 """Products with a low-rank factor: what LoRA adds to a frozen layer, forward and backward.
 
 With V and Y (rows, n) activations or their gradients, F (n, rank) lora_B or lora_Aᵀ, and H (rank-sized) beside them:
-    low_rank_shrink     H = s V F          (rows, rank)      h = x Aᵀ, ∂L/∂h = s G B
+    low_rank_shrink     H = V F            (rows, rank)      h = x Aᵀ
     low_rank_expand     Y += s H Fᵀ        (rows, n)         y += s h Bᵀ, ∂L/∂x += (∂L/∂h) A
-    low_rank_gather     s Vᵀ H             (n, rank)         ∂L/∂B = s Gᵀ h, ∂L/∂Aᵀ = xᵀ (∂L/∂h)
-    low_rank_accumulate                    the same, added to what is there
+    low_rank_accumulate += Vᵀ H            (n, rank)         ∂L/∂Aᵀ = xᵀ (∂L/∂h)
+    low_rank_backward   s V F and s Vᵀ H   at once           ∂L/∂h and ∂L/∂B = s Gᵀ h, of all layers of one input
 The formulas are derived in `lora_linear`, whose cases prove both forms of these.
 
 At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank.cpp) read V once and read and
@@ -16,7 +16,7 @@ use and the loops do not, bfloat16 is left to torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,17 @@ from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, libr
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
-_SIZES = (INT64, INT64, INT64, DOUBLE)
+_SIZES = (INT64, INT64, INT64)
 _SHRINK = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_FACTOR, *_MATRIX, *_SIZES, result=INT)
-_EXPAND = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_FACTOR, *_SIZES, result=INT)
+_EXPAND = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_FACTOR, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
-    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, DOUBLE),
+    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64),
+    result=INT,
+)
+
+_BACKWARD = Declared(
+    *("backhand_low_rank_backward", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT64),
     result=INT,
 )
 
@@ -38,23 +43,21 @@ _GATHER = Declared(
 _ARRAYS = tuple((POINTER * count, INT64 * count) for count in range(1, 4))
 
 
-def low_rank_shrink(v: Tensor, factor: Tensor, scaling: float = 1.0, *, out: Tensor | None = None) -> Tensor:
-    """s V F, (rows, rank).
+def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """V F, (rows, rank).
 
     Args:
         v: V, (rows, n).
         factor: F, (n, rank), or a view of its transpose, as lora_A.T is.
-        scaling: s.
         out: (rows, rank) to receive it, or None.
     """
     stored = _stored(factor)
     run = _loop(_SHRINK, v, stored, out)
     if run is None:
-        h = v @ factor if scaling == 1.0 else (v @ factor).mul_(scaling)
-        return h if out is None else out.copy_(h)
+        return v @ factor if out is None else out.copy_(v @ factor)
     if out is None:
         out = torch.empty(v.shape[0], factor.shape[1], dtype=v.dtype)
-    _check(run(*_matrix(v), *_matrix(stored), stored is not factor, *_matrix(out), *v.shape, out.shape[1], scaling))
+    _check(run(*_matrix(v), *_matrix(stored), stored is not factor, *_matrix(out), *v.shape, out.shape[1]))
     return out
 
 
@@ -75,31 +78,12 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
     return y
 
 
-def low_rank_gather(v: Tensor, h: Tensor, scaling: float = 1.0) -> Tensor:
-    """s Vᵀ H, (n, rank).
-
-    Args:
-        v: V, (rows, n).
-        h: H, (rows, rank).
-        scaling: s.
-    """
-    run = _loop(_GATHER, v, h)
-    if run is None:
-        # As the transpose of s Hᵀ V: long rows in place of short ones take half the time.
-        product = h.T @ v
-        return product.T if scaling == 1.0 else product.mul_(scaling).T
-    out = torch.empty(h.shape[1], v.shape[1], dtype=v.dtype)
-    _check(run(*_matrix(v), *_matrix(h), *_places([out], True), True, False, False, *v.shape, scaling))
-    return out.T
-
-
-def low_rank_accumulate(v: Tensor, h: Tensor, scaling: float, into: Sequence[Tensor]) -> None:
-    """Add s Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
+def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+    """Add Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
 
     Args:
         v: V, (rows, n).
         h: H, (rows, Σ rank).
-        scaling: s.
         into: (n, rank) each, or views of their transposes; in V's dtype or wider; perhaps none.
     """
     if not into:
@@ -111,12 +95,57 @@ def low_rank_accumulate(v: Tensor, h: Tensor, scaling: float, into: Sequence[Ten
     alike = all(part.dtype == dtype and part.stride(1) == 1 for part in stored)
     alike = alike and all((part is not given) == transposed for part, given in zip(stored, into, strict=True))
     if run is None or dtype not in (v.dtype, wide) or not alike or len(stored) > len(_ARRAYS):
-        product = low_rank_gather(v, h, scaling)
-        for part, added in zip(into, product.split([part.shape[1] for part in into], 1), strict=True):
-            part.add_(added)
+        # As the transpose of Hᵀ V: long rows in place of short ones take half the time.
+        for part, added in zip(into, (h.T @ v).split([part.shape[1] for part in into]), strict=True):
+            part.add_(added.T)
         return
     places = _places(stored, transposed)
-    _check(run(*_matrix(v), *_matrix(h), *places, transposed, dtype == wide, True, *v.shape, scaling))
+    _check(run(*_matrix(v), *_matrix(h), *places, transposed, dtype == wide, *v.shape))
+
+
+class Member(NamedTuple):
+    """One of the layers that share an input: its first column of G, its lora_B (n, rank) and scaling.
+
+    into: (n, rank), in G's dtype or wider, to which ∂L/∂B is added.
+    """
+
+    column: int
+    lora_B: Tensor
+    scaling: float
+    into: Tensor
+
+
+def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor:
+    """∂L/∂h = [s_1 G_1 B_1 | … | s_n G_n B_n], (rows, Σ rank); ∂L/∂B_i = s_i G_iᵀ h_i is added to `into`.
+
+    Args:
+        g: G, (rows, Σ out_i), of all layers, adapted or not.
+        h: (rows, Σ rank), of the members in their order.
+        members: the adapted ones.
+    """
+    d_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    if not members:
+        return d_h
+    run = _loop(_BACKWARD, g, h, *(member.lora_B for member in members))
+    dtype, wide = members[0].into.dtype, torch.promote_types(g.dtype, torch.float32)
+    alike = all(member.into.dtype == dtype and member.into.stride(1) == 1 for member in members)
+    if run is None or dtype not in (g.dtype, wide) or not alike:
+        first = 0
+        for column, lora_B, scaling, into in members:
+            n, rank = lora_B.shape
+            part, ranks = g[:, column : column + n], slice(first, first + rank)
+            d_h[:, ranks] = (part @ lora_B).mul_(scaling)
+            into.add_((h[:, ranks].T @ part).mul_(scaling).T)
+            first = ranks.stop
+        return d_h
+    numbers: list[int] = []
+    for column, lora_B, _, into in members:
+        numbers += (column, *lora_B.shape, *_matrix(lora_B), *_matrix(into))
+    table = (INT64 * len(numbers))(*numbers)
+    scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
+    places = (*_matrix(g), *_matrix(h), *_matrix(d_h))
+    _check(run(*places, len(members), table, scalings, dtype == wide, g.shape[0]))
+    return d_h
 
 
 def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:

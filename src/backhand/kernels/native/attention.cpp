@@ -10,7 +10,6 @@
 // Results do not depend on the number of threads: each task writes places of its own, and what several add up (the
 // shared prefix's ∂L/∂K and ∂L/∂V, and those of a group whose heads are tasks) goes to buffers, added in a fixed order.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 
 #include "arena.h"
@@ -74,13 +73,6 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
     std::fill(to + head_dim, to + width, E(0));
   }
   std::fill(rows + count * width, rows + padded * width, E(0));
-}
-
-// Tasks in parallel, whichever thread is free takes the next one.
-template <class Body>
-inline void by_turns(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  parallel(std::min<int64_t>(tasks, 1024), 1, [&](int64_t, int64_t) { body(next); });
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward

@@ -4,6 +4,7 @@
 // copy, compiled for the instruction set of the shared object it becomes part of.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -29,6 +30,13 @@ inline void parallel(int64_t count, int64_t grain, const Body& body) {
       0, count, grain,
       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Tasks in parallel, whichever thread is free takes the next one.
+template <class Body>
+inline void by_turns(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel(tasks < 1024 ? tasks : 1024, 1, [&](int64_t, int64_t) { body(next); });
 }
 
 typedef uint16_t bfloat16;  // its bits

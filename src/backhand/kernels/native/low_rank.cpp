@@ -1,73 +1,17 @@
 // Products with the factors of an adapter, whose rank is small beside all else: the formulas of ops/low_rank.py.
-//     shrink   H = s V F        (rows, rank)
+//     shrink   H = V F          (rows, rank)
 //     expand   Y += s H Fᵀ      (rows, n)
-//     gather   s Vᵀ H           (n, rank), or its transpose
-// F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and written)
-// once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
-#include <algorithm>
-
-#include "arena.h"
-#include "dtypes.h"
-#include "mutants.h"
-#include "products.h"
+//     gather   += Vᵀ H          (n, rank), or its transpose
+// F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and
+// written) once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
+#include "low_rank.h"
 
 namespace {
 
-// Multiplications that are worth a thread of their own.
-constexpr int64_t WORTH_A_THREAD = int64_t{1} << 18;
-
 // Of the large operand, so much is at work at a time: a block of rows, whose sums and operands stay near the processor.
-constexpr int64_t SHRUNK_ROWS = 24, SHRUNK_RANKS = 64, EXPANDED_ROWS = 24, GATHERED_ROWS = 128, GATHERED_COLUMNS = 64;
+constexpr int64_t SHRUNK_ROWS = 24, SHRUNK_RANKS = 64, EXPANDED_ROWS = 24, GATHERED_ROWS = 48, GATHERED_COLUMNS = 64;
 // Threads divide the columns of a gathered product in these.
 constexpr int64_t FEWEST_COLUMNS = 32;
-
-inline int64_t grain_of(int64_t multiplications) {
-  return 1 + WORTH_A_THREAD / std::max<int64_t>(multiplications, 1);
-}
-
-template <class T>
-struct Matrix {
-  T* data;
-  int64_t row;
-  T* at(int64_t i, int64_t j = 0) const { return data + i * row + j; }
-};
-
-// A factor, (n, rank), or stored as (rank, n).
-template <class T>
-struct Factor {
-  Matrix<const T> stored;
-  bool transposed;
-};
-
-template <class Op>
-inline int64_t units_of(int64_t elements) {
-  return (elements + Op::PACK - 1) / Op::PACK;
-}
-
-// The first n elements of a row, zeros behind them up to `room`.
-template <class Op, class T>
-inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t room) {
-  typedef typename Op::Element E;
-  if constexpr (sizeof(E) == sizeof(T)) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(E));
-  } else {
-    for (int64_t j = 0; j < n; ++j) to[j] = widened(from[j]);
-  }
-  for (int64_t j = n; j < room; ++j) to[j] = E(0);
-}
-
-// Rows of n elements as units: where they lie, if they can be read as that, else a copy.
-template <class Op, class T>
-inline Rows<typename Op::Unit> rows_as_units(Matrix<const T> x, int64_t rows, int64_t n, typename Op::Element* copy) {
-  typedef typename Op::Unit U;
-  if constexpr (sizeof(typename Op::Element) == sizeof(T)) {
-    const bool whole = reinterpret_cast<uintptr_t>(x.data) % sizeof(U) == 0 && x.row % Op::PACK == 0;
-    if (whole && n % Op::PACK == 0) return {reinterpret_cast<const U*>(x.data), x.row / Op::PACK};
-  }
-  const int64_t units = units_of<Op>(n), room = units * Op::PACK;
-  for (int64_t i = 0; i < rows; ++i) copy_row<Op>(x.at(i), n, copy + i * room, room);
-  return {reinterpret_cast<const U*>(copy), units};
-}
 
 // (rows, columns) as units along the columns' number: (units, to_row ≥ rows), zeros behind the rows.
 template <class Op, class T>
@@ -107,8 +51,7 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
 }
 
 template <class Op, class T>
-int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank,
-           double scaling) {
+int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
   typedef typename Op::Sum C;
   typedef typename Op::Element E;
   typedef typename Op::Unit U;
@@ -122,7 +65,6 @@ int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows
   } else {
     interleave<Op>(factor.stored.data, factor.stored.row, n, rank, packed, width);
   }
-  const C s = static_cast<C>(MUTATED("low_rank: scaling of h forgotten", scaling, 1));
   parallel(rows, grain_of(n * width), [=](int64_t begin, int64_t end) {
     alignas(64) C sums[SHRUNK_ROWS * SHRUNK_RANKS];
     alignas(64) E copy[SHRUNK_ROWS * DEPTH * Op::PACK];
@@ -139,8 +81,8 @@ int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows
           const C* from = sums + y * SHRUNK_RANKS;
           T* to = h.at(i + y, r);
           along<C>(
-              std::min(wide, rank - r), [=](int64_t j) { store(to + j, load<C>(from + j) * s); },
-              [=](int64_t j, int64_t some) { store_some<C>(to + j, load<C>(from + j) * s, some); });
+              std::min(wide, rank - r), [=](int64_t j) { store(to + j, load<C>(from + j)); },
+              [=](int64_t j, int64_t some) { store_some<C>(to + j, load<C>(from + j), some); });
         }
       }
   });
@@ -188,16 +130,6 @@ int expand(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64_t rows
   return 0;
 }
 
-// s · value, added to what stands at `to` or not, count ≤ a register of it.
-template <class C, class O>
-inline void put_some(O* to, Vector<C> value, int64_t count, bool add) {
-  if (count >= lanes<C>) {
-    store(to, add ? load<C>(to) + value : value);
-  } else {
-    store_some<C>(to, add ? load_some<C>(to, count) + value : value, count);
-  }
-}
-
 // One of several results that stand side by side: the columns first … first + rank - 1 of H belong to it.
 template <class O>
 struct Part {
@@ -208,7 +140,7 @@ struct Part {
 // O: of the results, that of the storage or the wide one.
 template <class Op, class T, class O>
 int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool transposed,
-           int64_t rows, int64_t n, double scaling, bool add) {
+           int64_t rows, int64_t n) {
   typedef typename Op::Sum C;
   typedef typename Op::Unit U;
   constexpr int64_t STEP = 16;
@@ -221,7 +153,6 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
   C* sums = arena.take<C>(high * width);
   if (!arena.there()) return 1;
   interleave<Op>(h.data, h.row, rows, rank, left, rank);
-  const C s = static_cast<C>(MUTATED("low_rank: scaling of a gradient forgotten", scaling, 1));
   parallel(width / FEWEST_COLUMNS, grain_of(rows * rank * FEWEST_COLUMNS), [=](int64_t begin, int64_t end) {
     alignas(64) U right[GATHERED_ROWS / Op::PACK * GATHERED_COLUMNS];
     const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
@@ -235,23 +166,16 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
                             MUTATED("low_rank: first rows of a gradient lost", t > 0, false));
       }
     }
-    alignas(64) C square[STEP * STEP];
     for (const Part<O>* part = parts; part < parts + part_count; ++part) {
       const C* of_part = sums + MUTATED("low_rank: every gradient the first", part->first, int64_t{0}) * width;
-      if (transposed) {
-        for (int64_t r = 0; r < part->rank; ++r)
-          for (int64_t j = first; j < std::min(last, n); j += lanes<C>)
-            put_some<C>(part->out.at(r, j), load<C>(of_part + r * width + j) * s, n - j, add);
+      if (!transposed) {
+        const int64_t columns = std::min(last, n) - first;
+        add_turned(of_part + first, width, columns, part->rank, C(1), part->out.at(first), part->out.row);
         continue;
       }
-      for (int64_t j = first; j < std::min(last, n); j += STEP)
-        for (int64_t r = 0; r < part->rank; r += STEP) {
-          transpose(of_part + r * width + j, width, STEP, STEP, square, STEP);
-          for (int64_t x = 0; x < std::min(STEP, n - j); ++x)
-            for (int64_t c = 0; c < std::min(STEP, part->rank - r); c += lanes<C>)
-              put_some<C>(part->out.at(j + x, r + c), load<C>(square + x * STEP + c) * s, part->rank - r - c,
-                          MUTATED("low_rank: gradient not added", add, false));
-        }
+      for (int64_t r = 0; r < part->rank; ++r)
+        for (int64_t j = first; j < std::min(last, n); j += lanes<C>)
+          add_some<C>(part->out.at(r, j), load<C>(of_part + r * width + j), n - j);
     }
   });
   return 0;
@@ -259,27 +183,27 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
 
 template <class T, class O>
 int gather_parts(Matrix<const T> v, Matrix<const T> h, int64_t count, void* const* outs, const int64_t* out_rows,
-                 const int64_t* ranks, bool transposed, int64_t rows, int64_t n, double scaling, bool add) {
+                 const int64_t* ranks, bool transposed, int64_t rows, int64_t n) {
   Arena arena(static_cast<size_t>(count) * sizeof(Part<O>) + 64);
   Part<O>* parts = arena.take<Part<O>>(count);
   if (!arena.there()) return 1;
   int64_t first = 0;
   for (int64_t i = 0; i < count; first += ranks[i++])
     parts[i] = {{static_cast<O*>(outs[i]), out_rows[i]}, first, ranks[i]};
-  return gather<Operands<T>, T, O>(v, h, parts, count, transposed, rows, n, scaling, add);
+  return gather<Operands<T>, T, O>(v, h, parts, count, transposed, rows, n);
 }
 
 }  // namespace
 
-// h (rows, rank) = scaling · v F, v (rows, n); the factor F is (n, rank), or stored as its transpose. Rows of each are
+// h (rows, rank) = v F, v (rows, n); the factor F is (n, rank), or stored as its transpose. Rows of each are
 // so many numbers apart. Returns 1 when there is no memory, else 0, as do the others.
 BACKHAND_EXPORT int backhand_low_rank_shrink(int dtype, const void* v, int64_t v_row, const void* factor,
                                              int64_t factor_row, int transposed, void* h, int64_t h_row, int64_t rows,
-                                             int64_t n, int64_t rank, double scaling) {
+                                             int64_t n, int64_t rank) {
   BY_DTYPE(dtype, T, {
     return shrink<Operands<T>, T>({static_cast<const T*>(v), v_row},
                                   {{static_cast<const T*>(factor), factor_row}, transposed != 0},
-                                  {static_cast<T*>(h), h_row}, rows, n, rank, scaling);
+                                  {static_cast<T*>(h), h_row}, rows, n, rank);
   });
 }
 
@@ -294,15 +218,14 @@ BACKHAND_EXPORT int backhand_low_rank_expand(int dtype, void* y, int64_t y_row, 
   });
 }
 
-// = or += scaling · vᵀ h, with v (rows, n) and h (rows, Σ ranks), in `count` parts side by side: outs[i] is
+// += vᵀ h, with v (rows, n) and h (rows, Σ ranks), in `count` parts side by side: outs[i] is
 // (n, ranks[i]), or (ranks[i], n) if transposed; float (double for double) if `wide`, else of the storage dtype.
 BACKHAND_EXPORT int backhand_low_rank_gather(int dtype, const void* v, int64_t v_row, const void* h, int64_t h_row,
                                              int64_t count, void* const* outs, const int64_t* out_rows,
-                                             const int64_t* ranks, int transposed, int wide, int add, int64_t rows,
-                                             int64_t n, double scaling) {
+                                             const int64_t* ranks, int transposed, int wide, int64_t rows, int64_t n) {
   BY_DTYPE(dtype, T, {
     const Matrix<const T> large{static_cast<const T*>(v), v_row}, small{static_cast<const T*>(h), h_row};
     const auto run = wide ? gather_parts<T, Wide<T>> : gather_parts<T, T>;
-    return run(large, small, count, outs, out_rows, ranks, transposed != 0, rows, n, scaling, add != 0);
+    return run(large, small, count, outs, out_rows, ranks, transposed != 0, rows, n);
   });
 }

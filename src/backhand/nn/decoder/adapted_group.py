@@ -42,11 +42,12 @@ from backhand.ops.lora_linear import (
     Factors,
     LoRAGroupSaved,
     LoRASaved,
+    add_lora_A_gradient,
     lora_linear_backward,
+    lora_linear_backward_without_input,
     lora_linear_forward,
     lora_linear_group_backward,
     lora_linear_group_forward,
-    lora_linear_input_gradient,
 )
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 
@@ -170,19 +171,35 @@ def group_backward(
     return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers).d_x
 
 
-def input_gradient_alone(d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter) -> Tensor:
+def group_backward_without_input(
+    d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter, h: Tensor, lora: LoRAParameters
+) -> tuple[Tensor, Tensor | None]:
     """∂L/∂x, (rows, in), of a lone projection that trains nothing but factors, where x is not there yet.
 
-    `group_backward` adds what is trained later, with x and without an input gradient.
+    lora_B's gradient is added to the flat buffer; `lone_lora_A_gradient` is left, of the ∂L/∂h, (rows, rank), that is
+    returned as well, None without an adapter.
 
     Args:
         d_y: ∂L/∂y, (rows, out).
-        weight, adapter: as in the forward.
+        weight, adapter, h, lora: as in `group_backward`.
     """
     (factors,) = adapter.factors
     if factors is None:
-        return frozen_input_gradient(d_y, weight)
-    return lora_linear_input_gradient(d_y, weight, *factors, adapter.dropout)
+        return frozen_input_gradient(d_y, weight), None
+    receiver = lora.d_lora_B(adapter.names[0])
+    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout)
+
+
+def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters) -> None:
+    """What `group_backward_without_input` has left: lora_A's gradient, added to the flat buffer.
+
+    Args:
+        x: as in the forward, (rows, in).
+        d_h: ∂L/∂h, (rows, rank).
+        adapter: of the projection.
+        lora: whose gradient buffer receives.
+    """
+    add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout)
 
 
 def norm_backward(

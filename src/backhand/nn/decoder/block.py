@@ -45,10 +45,11 @@ from backhand.nn.decoder.adapted_group import (
     enter_backward,
     enter_forward,
     group_backward,
+    group_backward_without_input,
     group_forward,
-    input_gradient_alone,
     join_backward,
     join_forward,
+    lone_lora_A_gradient,
     norm_backward,
 )
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
@@ -369,27 +370,27 @@ def mixing_half_backward(
     """d_x₀, (T, hidden), from d_x₁, of its wanted rows, or None when nothing below needs it."""
     config, mixer, rows, output = context.config, context.layer.mixer, context.rows, kept.output
     d_projected = join_backward(d_x1, kept.projected, adapter, config.norms.after_attention, config)
-    of_output = weights.output, (config.hidden_size,), adapter.output, kept.h_output, lora
     below = lowest_group < OUTPUT
     if output is None and (adapter.output.extras is not None or not below):
         # Wanted before attention's own backward, or without it.
         q, k, v = _attending_again(kept, weights, context)
         output = attention_forward(q, k, v, *_setting(weights, context))[0].flatten(1)
-    d_output = (
-        input_gradient_alone(d_projected, weights.output, adapter.output)
-        if output is None
-        else group_backward(d_projected, _rows(output, rows), *of_output, input_gradient=below)
-    )
+    d_h: Tensor | None = None
+    if output is None:
+        d_output, d_h = group_backward_without_input(d_projected, weights.output, adapter.output, kept.h_output, lora)
+    else:
+        of_output = weights.output, (config.hidden_size,), adapter.output, kept.h_output, lora
+        d_output = group_backward(d_projected, _rows(output, rows), *of_output, input_gradient=below)
     if d_output is None:
         return None
     if rows is not None:
         d_output = d_output.new_zeros(x0.shape[0], d_output.shape[1]).index_copy_(0, rows, d_output)
 
     if output is None:
-        again = context.scratch.take("attended", d_output.shape, d_output) if adapter.output.adapted else None
+        again = None if d_h is None else context.scratch.take("attended", d_output.shape, d_output)
         d_input = attention_input_gradient(d_output, kept, weights, context, adapter, again)
-        if again is not None:
-            group_backward(d_projected, _rows(again, rows), *of_output, input_gradient=False)
+        if again is not None and d_h is not None:
+            lone_lora_A_gradient(_rows(again, rows), d_h, adapter.output, lora)
     else:
         d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
     del d_projected

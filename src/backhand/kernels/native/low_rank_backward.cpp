@@ -1,0 +1,179 @@
+// ∂L/∂h = s G B (rows, rank) and ∂L/∂B += s Gᵀ h (n, rank) in one pass over G (rows, n), for all layers that share an
+// input, each of which has columns of G: the formulas of ops/low_rank.py.
+//
+// A task takes some columns of G. It copies a few rows of them at a time to where both products find them near the
+// processor. Its rows of ∂L/∂B are its own; what it adds to ∂L/∂h goes to a buffer, and these are added in the order of
+// the columns, so that nothing depends on the number of threads.
+#include "low_rank.h"
+
+namespace {
+
+// One of several layers with a common input: its columns of G, its factor, and of h and ∂L/∂h the columns from `first`.
+template <class T, class O>
+struct Member {
+  Matrix<const T> g, factor, h;
+  Matrix<T> d_h;
+  Matrix<O> gradient;
+  int64_t n, rank;
+  double scaling;
+};
+
+// Some columns of a member, for one thread; what they add to ∂L/∂h goes to `partial`, (rows, width).
+template <class T, class O>
+struct Piece {
+  const Member<T, O>* member;
+  int64_t column;
+  Wide<T>* partial;
+};
+
+template <class T, class O>
+struct Backward {
+  typedef Operands<T> Op;
+  typedef typename Op::Sum C;
+  typedef typename Op::Element E;
+  typedef typename Op::Unit U;
+  static constexpr bool AS_IT_IS = Op::PACK == 1 && sizeof(E) == sizeof(T);
+  // So much of G is at work at a time, and so many columns are a task.
+  static constexpr int64_t ROWS = 48, COLUMNS = 64, TASK = 2 * COLUMNS;
+
+  static int64_t width(int64_t rank) { return rounded_up(rank, lanes<C>); }
+  static int64_t pieces_of(int64_t n) { return std::max<int64_t>(1, (n + TASK - 1) / TASK); }
+
+  // Bytes of one thread's own: the factor's rows of a piece, h of all rows, the sums of a piece.
+  static size_t scratch(int64_t rows, int64_t rank) {
+    const int64_t units = units_of<Op>(TASK) * width(rank) + units_of<Op>(rows) * rank;
+    return static_cast<size_t>(units) * sizeof(U) + static_cast<size_t>((rank + 16) * TASK) * sizeof(C) + 256;
+  }
+
+  static void piece(const Piece<T, O>& here, int64_t rows, Arena& arena) {
+    arena.clear();
+    const Member<T, O>& member = *here.member;
+    const int64_t rank = member.rank, wide = width(rank), there = std::min(TASK, member.n - here.column);
+    const U* factor = reinterpret_cast<const U*>(member.factor.at(here.column));
+    int64_t factor_row = member.factor.row;
+    if (!AS_IT_IS || rank != wide) {
+      U* packed = arena.take<U>(units_of<Op>(TASK) * wide);
+      interleave<Op>(member.factor.at(here.column), factor_row, there, rank, packed, wide);
+      factor = packed;
+      factor_row = wide;
+    }
+    Interleaved<U> h{reinterpret_cast<const U*>(member.h.data), member.h.row};
+    if (!AS_IT_IS) {
+      U* packed = arena.take<U>(units_of<Op>(rows) * rank);
+      interleave<Op>(member.h.data, member.h.row, rows, rank, packed, rank);
+      h = {packed, rank};
+    }
+    C* sums = arena.take<C>((rank + 16) * TASK);
+    alignas(64) U right[ROWS / Op::PACK * COLUMNS];
+    alignas(64) E copy[ROWS * COLUMNS];
+    for (int64_t t = 0; t < rows; t += ROWS) {
+      const int64_t count = std::min(ROWS, rows - t);
+      for (int64_t j = 0; j == 0 || j < there; j += COLUMNS) {
+        const Matrix<const T> g{member.g.at(t, here.column + j), member.g.row};
+        const int64_t some = std::min(COLUMNS, there - j);
+        interleave<Op>(g.data, g.row, count, some, right, COLUMNS);
+        product_of_part<Op>(rank, rounded_up(some, 16), units_of<Op>(count),
+                            Interleaved<U>{h.data + t / Op::PACK * h.place, h.place}, right, COLUMNS, sums + j,
+                            TASK, MUTATED("low_rank: first rows of a pass lost", t > 0, false));
+        Rows<U> left{right, COLUMNS};
+        if (Op::PACK > 1) left = rows_as_units<Op>(g, count, some, copy);
+        product_of_part<Op>(count, wide, units_of<Op>(some), left, factor + j / Op::PACK * factor_row, factor_row,
+                            here.partial + t * wide, wide,
+                            MUTATED("low_rank: first columns of a pass lost", j > 0, false));
+      }
+    }
+    const C s = static_cast<C>(MUTATED("low_rank: scaling of dB forgotten", member.scaling, 1));
+    add_turned(sums, TASK, there, rank, s, member.gradient.at(here.column), member.gradient.row);
+  }
+
+  // ∂L/∂h of some rows: what the pieces have, added in their order.
+  static void add_up(const Piece<T, O>* pieces, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t p = 0; p < count;) {
+      const Member<T, O>& member = *pieces[p].member;
+      int64_t last = p;
+      while (last < count && pieces[last].member == &member) ++last;
+      const int64_t wide = width(member.rank);
+      const C s = static_cast<C>(MUTATED("low_rank: scaling of dh forgotten", member.scaling, 1));
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t r = 0; r < member.rank; r += lanes<C>) {
+          Vector<C> sum = load<C>(pieces[p].partial + i * wide + r);
+          for (int64_t q = p + 1; q < MUTATED("low_rank: last piece of dh forgotten", last, last - 1); ++q)
+            sum += load<C>(pieces[q].partial + i * wide + r);
+          if (member.rank - r >= lanes<C>) {
+            store(member.d_h.at(i, r), sum * s);
+          } else {
+            store_some<C>(member.d_h.at(i, r), sum * s, member.rank - r);
+          }
+        }
+      p = last;
+    }
+  }
+
+  static int run(const Member<T, O>* members, int64_t count, int64_t rows) {
+    int64_t piece_count = 0, partials = 0, rank = 0;
+    for (const Member<T, O>* member = members; member < members + count; ++member) {
+      piece_count += pieces_of(member->n);
+      partials += pieces_of(member->n) * width(member->rank);
+      rank = std::max(rank, member->rank);
+    }
+    const size_t bytes = static_cast<size_t>(piece_count) * (sizeof(Piece<T, O>) + 64);
+    Arena arena(bytes + static_cast<size_t>(partials * rows) * sizeof(C) + 64);
+    Piece<T, O>* pieces = arena.take<Piece<T, O>>(piece_count);
+    if (!arena.there()) return 1;
+    int64_t filled = 0;
+    for (const Member<T, O>* member = members; member < members + count; ++member)
+      for (int64_t j = 0; j == 0 || j < member->n; j += TASK)
+        pieces[filled++] = {member, j, arena.take<C>(rows * width(member->rank))};
+    std::atomic<int> outcome{0};
+    by_turns(filled, [&](std::atomic<int64_t>& next) {
+      Arena own(scratch(rows, rank));
+      if (!own.there()) {
+        outcome = 1;
+        return;
+      }
+      for (int64_t i = next++; i < filled; i = next++) piece(pieces[i], rows, own);
+    });
+    if (outcome) return outcome;
+    parallel(rows, 1 + WORTH_A_THREAD / std::max<int64_t>(8 * partials, 1),
+             [=](int64_t begin, int64_t end) { add_up(pieces, filled, begin, end); });
+    return 0;
+  }
+};
+
+template <class T, class O>
+int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int64_t count, const int64_t* numbers,
+                        const double* scalings, int64_t rows) {
+  if (rows <= 0) return 0;
+  Arena arena(static_cast<size_t>(count) * sizeof(Member<T, O>) + 64);
+  Member<T, O>* members = arena.take<Member<T, O>>(count);
+  if (!arena.there()) return 1;
+  int64_t first = 0;
+  for (int64_t i = 0; i < count; ++i, numbers += 7) {
+    const int64_t column = numbers[0], n = numbers[1], rank = numbers[2];
+    members[i] = {{g.at(0, column), g.row},
+                  {reinterpret_cast<const T*>(numbers[3]), numbers[4]},
+                  {h.at(0, MUTATED("low_rank: every member with the first's h", first, int64_t{0})), h.row},
+                  {d_h.at(0, first), d_h.row},
+                  {reinterpret_cast<O*>(numbers[5]), numbers[6]},
+                  n,
+                  rank,
+                  scalings[i]};
+    first += rank;
+  }
+  return Backward<T, O>::run(members, count, rows);
+}
+
+}  // namespace
+
+// Of `count` layers that share their input: d_h (rows, Σ rank) = s g B, and += s gᵀ h, of B's shape, (n, rank). A layer
+// is seven numbers: its first column of g, n, its rank; address of B and distance of its rows; the same of the gradient
+// of B, float (double for double) if `wide`, else of the storage dtype. Returns 1 when there is no memory, else 0.
+BACKHAND_EXPORT int backhand_low_rank_backward(int dtype, const void* g, int64_t g_row, const void* h, int64_t h_row,
+                                               void* d_h, int64_t d_h_row, int64_t count, const int64_t* numbers,
+                                               const double* scalings, int wide, int64_t rows) {
+  BY_DTYPE(dtype, T, {
+    const Matrix<const T> large{static_cast<const T*>(g), g_row}, small{static_cast<const T*>(h), h_row};
+    const auto run = wide ? backward_of_members<T, Wide<T>> : backward_of_members<T, T>;
+    return run(large, small, {static_cast<T*>(d_h), d_h_row}, count, numbers, scalings, rows);
+  });
+}
