@@ -15,7 +15,13 @@ from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
-from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
+from backhand.ops.low_rank import (
+    low_rank_accumulate,
+    low_rank_expand,
+    low_rank_gather,
+    low_rank_shrink,
+    low_rank_shrink_and_accumulate,
+)
 from backhand.ops.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.differentiate import autograd_gradients
@@ -186,6 +192,29 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "n", "rank"),
+    [(0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1), (3, 7, 2), (31, 64, 16), (129, 31, 17), (259, 97, 8), (545, 192, 33)],
+)
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_both_products_of_a_gradient_in_one_pass(build, dtype, rows, n, rank, wide):
+    v, h, factor = (gapped(shape, dtype, i) for i, shape in enumerate([(rows, n), (rows, rank), (n, rank)]))
+    out, kept = gapped((rows, rank), dtype, 3), torch.promote_types(dtype, torch.float32) if wide else dtype
+    receiver = gapped((n, rank), kept, 4)
+
+    def compute(cast):
+        given = receiver.clone() if cast(receiver) is receiver else cast(receiver)
+        shrunk = low_rank_shrink_and_accumulate(cast(v), cast(h), cast(factor), 1.7, given)
+        return shrunk, given
+
+    found, expected = both_forms(compute)
+    assert_close(found, expected, dtype)
+    assert torch.equal(low_rank_shrink_and_accumulate(v, h, factor, 1.7, receiver, out=out), found[0])
+    assert torch.equal(receiver, found[1])
+    assert marks_intact(out) and marks_intact(receiver)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize(("outputs", "n"), [(0, 5), (1, 1), (3, 0), (4, 7), (9, 64), (6, 1025), (67, 1100)])
 def test_few_rows_of_any_size(build, dtype, rows, outputs, n):
@@ -270,6 +299,8 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
         ((3, 40, 1, 17, 5, 5, 5, 29, 2, 66, 8), 3, 1, 33, None, 37),
         ((5, 90), 2, 1, 16, 20, 50),
         ((2065,), 2, 1, 16, 300, 0),
+        ((641, 3), 3, 1, 48, None, 0),
+        ((513, 2, 130), 4, 2, 64, None, 470),
     ],
 )
 def test_attention_of_any_shape(build, dtype, documents, heads, kv_heads, head_dim, window, shared):
@@ -379,6 +410,8 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
         factor = x[:24, :].T
         h = low_rank_shrink(x, factor, 0.5)
         results += [h, low_rank_expand(x.clone(), h, factor), low_rank_gather(x, h)]
+        receiver = torch.ones(96, 24)
+        results += [low_rank_shrink_and_accumulate(x, h, factor.contiguous(), 0.5, receiver), receiver]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

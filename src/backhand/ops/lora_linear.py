@@ -31,7 +31,13 @@ from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
-from backhand.ops.low_rank import low_rank_accumulate, low_rank_expand, low_rank_gather, low_rank_shrink
+from backhand.ops.low_rank import (
+    low_rank_accumulate,
+    low_rank_expand,
+    low_rank_gather,
+    low_rank_shrink,
+    low_rank_shrink_and_accumulate,
+)
 
 
 class Dropout(NamedTuple):
@@ -120,13 +126,13 @@ def lora_linear_backward(
     """
     g, x = rows(d_y), rows(saved.x)
     mask = multiplier(saved.x, saved.dropout)
-    d_h = low_rank_shrink(g, saved.lora_B, saved.scaling)
     dropped = x if mask is None else x * mask
     if into is None:
+        d_h = low_rank_shrink(g, saved.lora_B, saved.scaling)
         into = low_rank_gather(dropped, d_h).T, low_rank_gather(g, rows(saved.h), saved.scaling)
     else:
+        d_h = low_rank_shrink_and_accumulate(g, rows(saved.h), saved.lora_B, saved.scaling, into[1])
         low_rank_accumulate(dropped, d_h, 1.0, [into[0].T])
-        low_rank_accumulate(g, rows(saved.h), saved.scaling, [into[1]])
     if not input_gradient:
         return LoRAGrads(None, *into)
     d_x = _with_low_rank(frozen_input_gradient(g, saved.weight), d_h, saved.lora_A, mask)
@@ -288,11 +294,12 @@ def lora_linear_group_backward(
         else:
             rank = member.lora_A.shape[0]
             g_i, ranks = g[:, column : column + size], slice(rank_column, rank_column + rank)
-            low_rank_shrink(g_i, member.lora_B, member.scaling, out=d_h[:, ranks])
+            of_member, d_h_i = (h[:, ranks], member.lora_B, member.scaling), d_h[:, ranks]
             if receiver is None:
+                low_rank_shrink(g_i, member.lora_B, member.scaling, out=d_h_i)
                 d_lora_B.append(low_rank_gather(g_i, h[:, ranks], member.scaling))
             else:
-                low_rank_accumulate(g_i, h[:, ranks], member.scaling, [receiver[1]])
+                low_rank_shrink_and_accumulate(g_i, *of_member, receiver[1], out=d_h_i)
                 d_lora_B.append(receiver[1])
             rank_column += rank
         column += size

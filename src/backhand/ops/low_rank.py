@@ -5,23 +5,24 @@ With V and Y (rows, n) activations or their gradients, F (n, rank) lora_B or lor
     low_rank_expand     Y += s H Fᵀ        (rows, n)         y += s h Bᵀ, ∂L/∂x += (∂L/∂h) A
     low_rank_gather     s Vᵀ H             (n, rank)         ∂L/∂B = s Gᵀ h, ∂L/∂Aᵀ = xᵀ (∂L/∂h)
     low_rank_accumulate                    the same, added to what is there
+    low_rank_shrink_and_accumulate         ∂L/∂h and ∂L/∂B from one pass over G
 The formulas are derived in `lora_linear`, whose cases prove both forms of these.
 
 At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank.cpp) read V once and read and
 write Y once, round each sum once, and add a gradient straight to a float32 buffer. In torch's form each is a matrix
-product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it; where there is AMX, whose tiles torch's products
-use and the loops do not, bfloat16 is left to torch.
+product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it. The one pass is taken in bfloat16, where reading
+takes longer than multiplying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
@@ -33,6 +34,7 @@ _GATHER = Declared(
     *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, DOUBLE),
     result=INT,
 )
+_SHRINK_AND_GATHER = Declared("backhand_low_rank_shrink_and_gather", INT, *_MATRIX * 5, INT, *_SIZES, result=INT)
 
 # Groups have three members at most; a type of ctypes is made once.
 _ARRAYS = tuple((POINTER * count, INT64 * count) for count in range(1, 4))
@@ -48,7 +50,7 @@ def low_rank_shrink(v: Tensor, factor: Tensor, scaling: float = 1.0, *, out: Ten
         out: (rows, rank) to receive it, or None.
     """
     stored = _stored(factor)
-    run = _loop(_SHRINK, v, stored, out)
+    run = loop(_SHRINK, v, stored, out)
     if run is None:
         h = v @ factor if scaling == 1.0 else (v @ factor).mul_(scaling)
         return h if out is None else out.copy_(h)
@@ -68,7 +70,7 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
         scaling: s.
     """
     stored = _stored(factor)
-    run = None if y.dtype == torch.float32 else _loop(_EXPAND, y, h, stored)
+    run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
         return y.addmm_(h, factor.T, alpha=scaling)
     _check(run(*_matrix(y), *_matrix(h), *_matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
@@ -83,7 +85,7 @@ def low_rank_gather(v: Tensor, h: Tensor, scaling: float = 1.0) -> Tensor:
         h: H, (rows, rank).
         scaling: s.
     """
-    run = _loop(_GATHER, v, h)
+    run = loop(_GATHER, v, h)
     if run is None:
         # As the transpose of s Hᵀ V: long rows in place of short ones take half the time.
         product = h.T @ v
@@ -104,7 +106,7 @@ def low_rank_accumulate(v: Tensor, h: Tensor, scaling: float, into: Sequence[Ten
     """
     if not into:
         return
-    run = _loop(_GATHER, v, h)
+    run = loop(_GATHER, v, h)
     stored = [_stored(part) for part in into]
     dtype, transposed = stored[0].dtype, stored[0] is not into[0]
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -119,6 +121,32 @@ def low_rank_accumulate(v: Tensor, h: Tensor, scaling: float, into: Sequence[Ten
     _check(run(*_matrix(v), *_matrix(h), *places, transposed, dtype == wide, True, *v.shape, scaling))
 
 
+def low_rank_shrink_and_accumulate(
+    v: Tensor, h: Tensor, factor: Tensor, scaling: float, into: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """s V F, (rows, rank), as `low_rank_shrink` gives it, and s Vᵀ H added to `into`: where loops do it, in one pass.
+
+    Args:
+        v: V, (rows, n).
+        h: H, (rows, rank).
+        factor: F, (n, rank).
+        scaling: s, of both.
+        into: (n, rank), in V's dtype or wider.
+        out: (rows, rank) to receive the first, or None.
+    """
+    run = loop(_SHRINK_AND_GATHER, v, h, factor, out) if v.dtype != torch.float32 else None
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if run is None or into.dtype not in (v.dtype, wide) or into.stride(1) != 1:
+        shrunk = low_rank_shrink(v, factor, scaling, out=out)
+        low_rank_accumulate(v, h, scaling, [into])
+        return shrunk
+    if out is None:
+        out = torch.empty(v.shape[0], factor.shape[1], dtype=v.dtype)
+    matrices = (part for matrix in (v, h, factor, out, into) for part in _matrix(matrix))
+    _check(run(*matrices, into.dtype == wide, *v.shape, factor.shape[1], scaling))
+    return out
+
+
 def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
     """How many there are, and address, distance of rows and rank of each."""
     count = len(stored)
@@ -129,18 +157,6 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
         distances(*(part.stride(0) for part in stored)),
         distances(*(part.shape[0 if transposed else 1] for part in stored)),
     )
-
-
-def low_rank_loops(dtype: torch.dtype) -> bool:
-    """Whether loops multiply tensors of this dtype: everything, or in float32 everything but `low_rank_expand`."""
-    build = library()
-    return build is not None and not (dtype == torch.bfloat16 and build.name == "amx")
-
-
-def _loop(declared: Declared, large: Tensor, *small: Tensor | None) -> Callable[..., Any] | None:
-    """The loop, or None where torch's form has to do, or does better: in bfloat16 on processors with AMX."""
-    run = loop(declared, large, *small)
-    return run if run is not None and low_rank_loops(large.dtype) else None
 
 
 def _stored(factor: Tensor) -> Tensor:
