@@ -18,7 +18,7 @@ TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT6
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
 _GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64)
-_BACKWARD = (*_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT64)
+_BACKWARD = (*_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64)
 
 
 def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int) -> None:
@@ -34,7 +34,7 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
     for _ in range(rounds):
         number, dtype = ((0, np.float32), (1, np.uint16), (2, np.float64))[generator.integers(3)]
         wide = np.float64 if dtype is np.float64 else np.float32
-        rows, n, rank = (int(generator.integers(0, high)) for high in (160, 150, 40))
+        rows, n, rank = (int(generator.integers(0, high)) for high in (300, 150, 40))
         transposed = int(generator.integers(2))
         kept, (v, h, d_h, factor, receiver) = zip(
             matrix(rows, n, dtype),
@@ -55,7 +55,7 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
                     (*added, transposed, rows, n, rank, 0.5),
                 ),
                 ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, rows, n)),
-                ("backward", _BACKWARD, (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, rows)),
+                ("backward", _BACKWARD, (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, int(generator.integers(2)), rows)),
             ):
                 if name == "backward" and transposed:
                     continue  # takes lora_B as it is

@@ -22,6 +22,7 @@ OP_OF = {
     "softmax_losses": "linear_cross_entropy",
     "attention": "attention",
     "low_rank": "lora_linear_group",
+    "low_rank_rows": "lora_linear_group",
     "few rows": "frozen_linear",
     "causal_conv": "causal_conv",
     "gated_conv": "gated_conv",
@@ -88,7 +89,9 @@ def test_there_are_mutants_of_every_loop():
     assert {name.partition(":")[0] for name in MUTANTS} == set(OP_OF)
 
 
-def test_without_one_the_same_build_is_right(spoilable, truths):
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_without_one_the_same_build_is_right(spoilable, truths, by_parts, monkeypatch):
+    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     library, choose = spoilable
     choose("")
     with using(library), proving_loops():
@@ -97,7 +100,9 @@ def test_without_one_the_same_build_is_right(spoilable, truths):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_loop_is_noticed(spoilable, truths, mutant):
+def test_a_wrong_loop_is_noticed(spoilable, truths, mutant, monkeypatch):
+    by_parts = mutant.startswith("low_rank_rows:")
+    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     library, choose = spoilable
     choose(mutant)
     try:

@@ -187,14 +187,17 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("same", [False, True], ids=["wide", "same"])
+@pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
 @pytest.mark.parametrize(
     ("rows", "sizes", "ranks"),
     [
         *((0, (5,), (3,)), (5, (0, 4), (2, 3)), (5, (4,), (0,)), (1, (1,), (1,)), (3, (7, 5), (2, 16))),
         *((49, (35, 3, 65), (17, 1, 8)), (130, (192, 129), (16, 16)), (97, (300,), (130,))),
+        *((31, (64,), (16,)), (259, (97, 31), (8, 17)), (545, (192,), (33,))),
     ],
 )
-def test_both_products_with_a_gradient_of_any_size(build, dtype, same, rows, sizes, ranks):
+def test_both_products_with_a_gradient_of_any_size(build, dtype, same, by_parts, rows, sizes, ranks, monkeypatch):
+    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     g, h = gapped((rows, sum(sizes) + 2), dtype, 0), gapped((rows, sum(ranks)), dtype, 1)
     factors = [gapped(size, dtype, 2 + i) for i, size in enumerate(zip(sizes, ranks, strict=True))]
     wide = dtype if same else torch.promote_types(dtype, torch.float32)
@@ -300,6 +303,8 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
         ((3, 40, 1, 17, 5, 5, 5, 29, 2, 66, 8), 3, 1, 33, None, 37),
         ((5, 90), 2, 1, 16, 20, 50),
         ((2065,), 2, 1, 16, 300, 0),
+        ((641, 3), 3, 1, 48, None, 0),
+        ((513, 2, 130), 4, 2, 64, None, 470),
     ],
 )
 def test_attention_of_any_shape(build, dtype, documents, heads, kv_heads, head_dim, window, shared):
@@ -386,7 +391,9 @@ def test_delta_rule_of_any_shape(build, dtype, documents, shared, heads, group, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_each_time_whatever_the_threads(build, dtype):
+@pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
+def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, monkeypatch):
+    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     attend = [
         attention_of((130, 70, 90), 6, 2, 32, dtype),
         attention_of((300,), 3, 1, 32, dtype),

@@ -9,13 +9,12 @@ The formulas are derived in `lora_linear`, whose cases prove both forms of these
 
 At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank.cpp) read V once and read and
 write Y once, round each sum once, and add a gradient straight to a float32 buffer. In torch's form each is a matrix
-product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it; where there is AMX, whose tiles torch's products
-use and the loops do not, bfloat16 is left to torch.
+product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ _GATHER = Declared(
 )
 
 _BACKWARD = Declared(
-    *("backhand_low_rank_backward", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT64),
+    *("backhand_low_rank_backward", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64),
     result=INT,
 )
 
@@ -52,7 +51,7 @@ def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None) -> 
         out: (rows, rank) to receive it, or None.
     """
     stored = _stored(factor)
-    run = _loop(_SHRINK, v, stored, out)
+    run = loop(_SHRINK, v, stored, out)
     if run is None:
         return v @ factor if out is None else out.copy_(v @ factor)
     if out is None:
@@ -71,7 +70,7 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
         scaling: s.
     """
     stored = _stored(factor)
-    run = None if y.dtype == torch.float32 else _loop(_EXPAND, y, h, stored)
+    run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
         return y.addmm_(h, factor.T, alpha=scaling)
     _check(run(*_matrix(y), *_matrix(h), *_matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
@@ -88,7 +87,7 @@ def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
     """
     if not into:
         return
-    run = _loop(_GATHER, v, h)
+    run = loop(_GATHER, v, h)
     stored = [_stored(part) for part in into]
     dtype, transposed = stored[0].dtype, stored[0] is not into[0]
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -126,7 +125,7 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
     d_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if not members:
         return d_h
-    run = _loop(_BACKWARD, g, h, *(member.lora_B for member in members))
+    run = loop(_BACKWARD, g, h, *(member.lora_B for member in members))
     dtype, wide = members[0].into.dtype, torch.promote_types(g.dtype, torch.float32)
     alike = all(member.into.dtype == dtype and member.into.stride(1) == 1 for member in members)
     if run is None or dtype not in (g.dtype, wide) or not alike:
@@ -144,7 +143,8 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
     table = (INT64 * len(numbers))(*numbers)
     scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
     places = (*_matrix(g), *_matrix(h), *_matrix(d_h))
-    _check(run(*places, len(members), table, scalings, dtype == wide, g.shape[0]))
+    by_parts = by_parts_of_rows(g.dtype)
+    _check(run(*places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0]))
     return d_h
 
 
@@ -160,16 +160,10 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
     )
 
 
-def low_rank_loops(dtype: torch.dtype) -> bool:
-    """Whether loops multiply tensors of this dtype: everything, or in float32 everything but `low_rank_expand`."""
+def by_parts_of_rows(dtype: torch.dtype) -> bool:
+    """Whether `low_rank_backward` divides rows among threads, which suits AMX's tiles, and not the columns of G."""
     build = library()
-    return build is not None and not (dtype == torch.bfloat16 and build.name == "amx")
-
-
-def _loop(declared: Declared, large: Tensor, *small: Tensor | None) -> Callable[..., Any] | None:
-    """The loop, or None where torch's form has to do, or does better: in bfloat16 on processors with AMX."""
-    run = loop(declared, large, *small)
-    return run if run is not None and low_rank_loops(large.dtype) else None
+    return dtype == torch.bfloat16 and build is not None and build.name == "amx"
 
 
 def _stored(factor: Tensor) -> Tensor:

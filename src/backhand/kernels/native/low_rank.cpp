@@ -2,91 +2,68 @@
 //     shrink   H = V F          (rows, rank)
 //     expand   Y += s H Fᵀ      (rows, n)
 //     gather   += Vᵀ H          (n, rank), or its transpose
-// F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and
-// written) once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
+// F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and written)
+// once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
 #include "low_rank.h"
 
 namespace {
 
-// Of the large operand, so much is at work at a time: a block of rows, whose sums and operands stay near the processor.
-constexpr int64_t SHRUNK_ROWS = 24, SHRUNK_RANKS = 64, EXPANDED_ROWS = 24, GATHERED_ROWS = 48, GATHERED_COLUMNS = 64;
-// Threads divide the columns of a gathered product in these.
-constexpr int64_t FEWEST_COLUMNS = 32;
-
-// (rows, columns) as units along the columns' number: (units, to_row ≥ rows), zeros behind the rows.
-template <class Op, class T>
-inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::Unit* to, int64_t to_row) {
-  typedef typename Op::Element E;
-  typedef typename Op::Unit U;
-  constexpr int64_t STEP = 16, LENGTH = STEP * Op::PACK;
-  alignas(64) E square[STEP * LENGTH];
-  alignas(64) U turned[STEP * STEP];
-  const int64_t units = units_of<Op>(columns);
-  for (int64_t i = 0; i < to_row; i += STEP)
-    for (int64_t k = 0; k < units; k += STEP) {
-      const int64_t there = std::min(LENGTH, columns - k * Op::PACK);
-      for (int64_t y = 0; y < STEP; ++y) {
-        const int64_t n = i + y < rows ? there : 0;
-#if defined(__AVX512BF16__)
-        if constexpr (Op::PACK == 2) {
-          const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-          const __m512i row = _mm512_maskz_loadu_epi16(mask, x.data + (n > 0 ? (i + y) * x.row + k * Op::PACK : 0));
-          _mm512_store_si512(square + y * LENGTH, row);
-          continue;
-        }
-#endif
-        copy_row<Op>(x.data + (n > 0 ? (i + y) * x.row + k * Op::PACK : 0), n, square + y * LENGTH, LENGTH);
-      }
-      transpose(reinterpret_cast<const U*>(square), STEP, STEP, STEP, turned, STEP);
-      const int64_t width = std::min(STEP, to_row - i), last = std::min(STEP, units - k);
-      for (int64_t y = 0; y < last; ++y) {
-        U* place = to + (k + y) * to_row + i;
-        if (width == STEP) {
-          std::memcpy(place, turned + y * STEP, STEP * sizeof(U));
-        } else {
-          std::copy(turned + y * STEP, turned + y * STEP + width, place);
-        }
-      }
-    }
-}
+constexpr int64_t EXPANDED_ROWS = 24, EXPANDED_COLUMNS = 64;
 
 template <class Op, class T>
 int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
   typedef typename Op::Sum C;
-  typedef typename Op::Element E;
-  typedef typename Op::Unit U;
-  constexpr int64_t DEPTH = LONGEST_SUM;
-  const int64_t width = rounded_up(rank, lanes<C>), units = units_of<Op>(n);
-  Arena arena(static_cast<size_t>(units * width) * sizeof(U) + 64);
-  U* packed = arena.take<U>(units * width);
-  if (!arena.there()) return 1;
-  if (factor.transposed) {
-    turn<Op>(factor.stored, rank, n, packed, width);
-  } else {
-    interleave<Op>(factor.stored.data, factor.stored.row, n, rank, packed, width);
-  }
-  parallel(rows, grain_of(n * width), [=](int64_t begin, int64_t end) {
-    alignas(64) C sums[SHRUNK_ROWS * SHRUNK_RANKS];
-    alignas(64) E copy[SHRUNK_ROWS * DEPTH * Op::PACK];
-    for (int64_t i = begin; i < end; i += SHRUNK_ROWS)
-      for (int64_t r = 0; r < width; r += SHRUNK_RANKS) {
-        const int64_t count = std::min(SHRUNK_ROWS, end - i), wide = std::min(SHRUNK_RANKS, width - r);
-        for (int64_t k = 0; k == 0 || k < units; k += DEPTH) {
-          const int64_t elements = std::min(DEPTH * Op::PACK, n - k * Op::PACK);
-          const auto left = rows_as_units<Op>(Matrix<const T>{v.at(i, k * Op::PACK), v.row}, count, elements, copy);
-          product_of_part<Op>(count, wide, units_of<Op>(elements), left, packed + k * width + r, width, sums,
-                              SHRUNK_RANKS, MUTATED("low_rank: first part of a sum lost", k > 0, false));
-        }
-        for (int64_t y = 0; y < count; ++y) {
-          const C* from = sums + y * SHRUNK_RANKS;
-          T* to = h.at(i + y, r);
-          along<C>(
-              std::min(wide, rank - r), [=](int64_t j) { store(to + j, load<C>(from + j)); },
-              [=](int64_t j, int64_t some) { store_some<C>(to + j, load<C>(from + j), some); });
-        }
-      }
+  const int64_t width = rounded_up(rank, lanes<C>);
+  Arena arena(bytes_of_units<Op>(n, width));
+  const auto* packed = units_along_n<Op>(factor, n, rank, width, arena);
+  if (packed == nullptr) return 1;
+  by_rows<Op>(rows, n * width, [=](int64_t begin, int64_t end) {
+    shrink_rows<Op>(v, packed, width, h, begin, end, n, rank, C(1));
   });
   return 0;
+}
+
+// Rows begin … end - 1 of y += s h Fᵀ, with Fᵀ as units (rank / PACK, width).
+template <class Op, class T>
+inline void expand_rows(Matrix<T> y, Rows<typename Op::Unit> left, const typename Op::Unit* packed, int64_t width,
+                        int64_t begin, int64_t end, int64_t n, int64_t rank, Vector<typename Op::Sum> s) {
+  typedef typename Op::Sum C;
+  const int64_t whole = n / lanes<C> * lanes<C>;
+  const auto add = [=](T* place, Vector<C> sum) {
+    store(place, fma(sum, s, MUTATED("low_rank: y overwritten", load<C>(place), Vector<C>{})));
+  };
+  const auto add_last = [=](T* place, Vector<C> sum) {
+    const Vector<C> by = MUTATED("low_rank: sign of the tail", s, -s);
+    store_some<C>(place, fma(sum, by, load_some<C>(place, n - whole)), n - whole);
+  };
+  if constexpr (by_tiles<Op>) {
+    alignas(64) C sums[TILE * EXPANDED_COLUMNS];
+    for (int64_t i = begin; i < end; i += TILE)
+      for (int64_t j = 0; j < n; j += EXPANDED_COLUMNS) {
+        expand_tiles(left.row / TILE, left.from(i), packed + j, width, sums);
+        const int64_t full = std::min(EXPANDED_COLUMNS, whole - j);
+        for (int64_t line = 0; line < std::min(TILE, end - i); ++line) {
+          T* place = y.at(i + line, j);
+          // The same place 16 rows on.
+          __builtin_prefetch(place + TILE * y.row, 1);
+          __builtin_prefetch(place + TILE * y.row + TILE_LENGTH, 1);
+          const C* sum = sums + line * EXPANDED_COLUMNS;
+          for (int64_t x = 0; x < full; x += lanes<C>) add(place + x, load<C>(sum + x));
+          if (full < EXPANDED_COLUMNS && j + full < n) add_last(place + full, load<C>(sum + full));
+        }
+      }
+  } else {
+    const int64_t units = units_of<Op>(rank);
+    for (int64_t i = begin; i < end; i += EXPANDED_ROWS) {
+      const int64_t count = std::min(EXPANDED_ROWS, end - i);
+      const Rows<typename Op::Unit> some{left.from(i), left.row};
+      finished_product<Op>(count, whole, units, some, packed, width, [=](int64_t line, int64_t j, Vector<C> sum) {
+        add(y.at(i + line, j), sum);
+      });
+      finished_product<Op>(count, width - whole, units, some, packed + whole, width,
+                           [=](int64_t line, int64_t, Vector<C> sum) { add_last(y.at(i + line, whole), sum); });
+    }
+  }
 }
 
 template <class Op, class T>
@@ -95,37 +72,31 @@ int expand(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64_t rows
   typedef typename Op::Sum C;
   typedef typename Op::Element E;
   typedef typename Op::Unit U;
-  const int64_t width = rounded_up(n, lanes<C>), units = units_of<Op>(rank);
-  Arena arena(static_cast<size_t>(units * width) * sizeof(U) + static_cast<size_t>(rows * units) * sizeof(U) + 192);
-  U* packed = arena.take<U>(units * width);
-  E* copy = reinterpret_cast<E*>(arena.take<U>(rows * units));
+  const int64_t units = units_of<Op>(rank), room = rounded_up(units, by_tiles<Op> ? TILE : 1);
+  const int64_t width = rounded_up(n, by_tiles<Op> ? EXPANDED_COLUMNS : lanes<C>);
+  const int64_t copied = rounded_up(rows, TILE) * room;
+  Arena arena(static_cast<size_t>(room * width + copied) * sizeof(U) + 192);
+  U *packed = arena.take<U>(room * width), *copy = arena.take<U>(copied);
   if (!arena.there()) return 1;
   if (factor.transposed) {
     interleave<Op>(factor.stored.data, factor.stored.row, rank, n, packed, width);
   } else {
     turn<Op>(factor.stored, n, rank, packed, width);
   }
-  const auto left = rows_as_units<Op>(h, rows, rank, copy);
+  std::fill(packed + units * width, packed + room * width, U(0));
+  Rows<U> left{copy, room};
+  if constexpr (by_tiles<Op>) {
+    // Of each 16 rows one tile behind another.
+    for (int64_t i = 0; i < rows; i += TILE)
+      for (int64_t k = 0; k < room; k += TILE)
+        copy_tile(h.at(i, k * Op::PACK), h.row, std::min(TILE, rows - i),
+                  std::min(TILE_LENGTH, rank - k * Op::PACK), reinterpret_cast<E*>(copy + i * room + k * TILE));
+  } else {
+    left = rows_as_units<Op>(h, rows, rank, reinterpret_cast<E*>(copy));
+  }
   const Vector<C> s = all<C>(static_cast<C>(MUTATED("low_rank: scaling of y forgotten", scaling, 1)));
-  const int64_t whole = n / lanes<C> * lanes<C>;
-  parallel(rows, grain_of(n * rank), [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += EXPANDED_ROWS) {
-      const int64_t count = std::min(EXPANDED_ROWS, end - i);
-      const Rows<U> some{left.from(i), left.row};
-      T* first = y.at(i);
-      const int64_t row = y.row;
-      finished_product<Op>(count, whole, units, some, packed, width, [=](int64_t line, int64_t j, Vector<C> sum) {
-        T* place = first + line * row + j;
-        store(place, fma(sum, s, MUTATED("low_rank: y overwritten", load<C>(place), Vector<C>{})));
-      });
-      finished_product<Op>(count, width - whole, units, some, packed + whole, width,
-                           [=](int64_t line, int64_t, Vector<C> sum) {
-                             T* place = first + line * row + whole;
-                             const Vector<C> before = load_some<C>(place, n - whole);
-                             const Vector<C> by = MUTATED("low_rank: sign of the tail", s, -s);
-                             store_some<C>(place, fma(sum, by, before), n - whole);
-                           });
-    }
+  by_rows<Op>(rows, n * rank, [=](int64_t begin, int64_t end) {
+    expand_rows<Op>(y, left, packed, width, begin, end, n, rank, s);
   });
   return 0;
 }
@@ -137,35 +108,27 @@ struct Part {
   int64_t first, rank;
 };
 
-// O: of the results, that of the storage or the wide one.
 template <class Op, class T, class O>
 int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool transposed,
            int64_t rows, int64_t n) {
   typedef typename Op::Sum C;
   typedef typename Op::Unit U;
-  constexpr int64_t STEP = 16;
   const int64_t rank = parts[part_count - 1].first + parts[part_count - 1].rank;
-  const int64_t width = rounded_up(n, FEWEST_COLUMNS), units = units_of<Op>(rows);
+  const int64_t width = rounded_up(n, FEWEST_COLUMNS);
   // A square of sums may begin in the last row.
-  const int64_t high = rank + STEP;
-  Arena arena(static_cast<size_t>(units * rank) * sizeof(U) + static_cast<size_t>(high * width) * sizeof(C) + 192);
-  U* left = arena.take<U>(units * rank);
-  C* sums = arena.take<C>(high * width);
+  const int64_t high = rounded_up(rank, TILE) + TILE;
+  Arena arena(bytes_of_left<Op>(rows, rank) + static_cast<size_t>(high * width) * sizeof(C) + 192);
   if (!arena.there()) return 1;
-  interleave<Op>(h.data, h.row, rows, rank, left, rank);
-  parallel(width / FEWEST_COLUMNS, grain_of(rows * rank * FEWEST_COLUMNS), [=](int64_t begin, int64_t end) {
-    alignas(64) U right[GATHERED_ROWS / Op::PACK * GATHERED_COLUMNS];
+  const Left<Op> left = left_of<Op>(h, rows, rank, arena);
+  C* sums = arena.take<C>(high * width);
+  parallel(width / FEWEST_COLUMNS, grain_of<Op>(rows * rank * FEWEST_COLUMNS), [=](int64_t begin, int64_t end) {
+    const TilesOf<Op> tiles;
+    alignas(64) U right[GATHERED_ROWS<Op> / Op::PACK * GATHERED_COLUMNS];
     const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
-    for (int64_t t = 0; t == 0 || t < rows; t += GATHERED_ROWS) {
-      const int64_t count = std::min(GATHERED_ROWS, rows - t);
-      for (int64_t j = first; j < last; j += GATHERED_COLUMNS) {
-        const int64_t wide = std::min(GATHERED_COLUMNS, last - j);
-        interleave<Op>(v.at(t, j), v.row, count, std::min(wide, n - j), right, GATHERED_COLUMNS);
-        product_of_part<Op>(rank, wide, units_of<Op>(count), Interleaved<U>{left + t / Op::PACK * rank, rank}, right,
-                            GATHERED_COLUMNS, sums + j, width,
-                            MUTATED("low_rank: first rows of a gradient lost", t > 0, false));
-      }
-    }
+    for (int64_t t = 0; t == 0 || t < rows; t += GATHERED_ROWS<Op>)
+      for (int64_t j = first; j < last; j += GATHERED_COLUMNS)
+        gather_block<Op>(v, left, t, std::min(GATHERED_ROWS<Op>, rows - t), j, std::min(GATHERED_COLUMNS, last - j), n,
+                         right, sums, width, MUTATED("low_rank: first rows of a gradient lost", t > 0, false));
     for (const Part<O>* part = parts; part < parts + part_count; ++part) {
       const C* of_part = sums + MUTATED("low_rank: every gradient the first", part->first, int64_t{0}) * width;
       if (!transposed) {

@@ -5,16 +5,22 @@
 
 #include "arena.h"
 #include "dtypes.h"
+#include "low_rank_tiles.h"
 #include "mutants.h"
-#include "products.h"
 
 namespace {
 
-// Multiplications that are worth a thread of their own.
-constexpr int64_t WORTH_A_THREAD = int64_t{1} << 18;
+// Of the large operand, so much is at work at a time: a block of rows, whose sums and operands stay near the processor.
+constexpr int64_t SHRUNK_ROWS = 24, SHRUNK_RANKS = 64, GATHERED_COLUMNS = 64;
+template <class Op>
+constexpr int64_t GATHERED_ROWS = by_tiles<Op> ? 128 : 48;
+// Threads divide the columns of a gathered product in these, and the rows of the others by tiles.
+constexpr int64_t FEWEST_COLUMNS = 32;
 
+// Multiplications that are worth a thread of their own; tiles do them several times as fast.
+template <class Op>
 inline int64_t grain_of(int64_t multiplications) {
-  return 1 + WORTH_A_THREAD / std::max<int64_t>(multiplications, 1);
+  return 1 + (int64_t{1} << (by_tiles<Op> ? 20 : 18)) / std::max<int64_t>(multiplications, 1);
 }
 
 template <class T>
@@ -83,6 +89,164 @@ inline void add_turned(const C* sums, int64_t width, int64_t columns, int64_t ra
         for (int64_t c = 0; c < std::min(STEP, rank - r); c += lanes<C>)
           add_some<C>(out + (j + x) * out_row + r + c, load<C>(square + x * STEP + c) * s, rank - r - c);
     }
+}
+
+// body(first row, last row) on parts of all rows, side by side where threads are.
+template <class Op, class Body>
+inline void by_rows(int64_t rows, int64_t multiplications, const Body& body) {
+  constexpr int64_t STEP = by_tiles<Op> ? TILE : 1;
+  parallel((rows + STEP - 1) / STEP, grain_of<Op>(multiplications * STEP), [=](int64_t begin, int64_t end) {
+    const TilesOf<Op> tiles;
+    body(begin * STEP, std::min(rows, end * STEP));
+  });
+}
+
+// (rows, columns) as units along the columns' number: (units, to_row ≥ rows), zeros behind the rows.
+template <class Op, class T>
+inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::Unit* to, int64_t to_row) {
+  typedef typename Op::Element E;
+  typedef typename Op::Unit U;
+  constexpr int64_t STEP = 16, LENGTH = STEP * Op::PACK;
+  alignas(64) E square[STEP * LENGTH];
+  alignas(64) U turned[STEP * STEP];
+  const int64_t units = units_of<Op>(columns);
+  for (int64_t i = 0; i < to_row; i += STEP)
+    for (int64_t k = 0; k < units; k += STEP) {
+      const int64_t there = std::min(LENGTH, columns - k * Op::PACK);
+      for (int64_t y = 0; y < STEP; ++y) {
+        const int64_t n = i + y < rows ? there : 0;
+#if defined(__AVX512BF16__)
+        if constexpr (Op::PACK == 2) {
+          const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+          const __m512i row = _mm512_maskz_loadu_epi16(mask, x.data + (n > 0 ? (i + y) * x.row + k * Op::PACK : 0));
+          _mm512_store_si512(square + y * LENGTH, row);
+          continue;
+        }
+#endif
+        copy_row<Op>(x.data + (n > 0 ? (i + y) * x.row + k * Op::PACK : 0), n, square + y * LENGTH, LENGTH);
+      }
+      transpose(reinterpret_cast<const U*>(square), STEP, STEP, STEP, turned, STEP);
+      const int64_t width = std::min(STEP, to_row - i), last = std::min(STEP, units - k);
+      for (int64_t y = 0; y < last; ++y) {
+        U* place = to + (k + y) * to_row + i;
+        if (width == STEP) {
+          std::memcpy(place, turned + y * STEP, STEP * sizeof(U));
+        } else {
+          std::copy(turned + y * STEP, turned + y * STEP + width, place);
+        }
+      }
+    }
+}
+
+// A factor as units along n, (rounded up to whole tiles, width), zeros behind n and the rank; null without memory.
+template <class Op, class T>
+inline typename Op::Unit* units_along_n(const Factor<T>& factor, int64_t n, int64_t rank, int64_t width, Arena& arena) {
+  typedef typename Op::Unit U;
+  const int64_t units = units_of<Op>(n), room = rounded_up(units, by_tiles<Op> ? SIDE : 1);
+  U* packed = arena.there() ? arena.take<U>(room * width) : nullptr;
+  if (packed == nullptr) return nullptr;
+  if (factor.transposed) {
+    turn<Op>(factor.stored, rank, n, packed, width);
+  } else {
+    interleave<Op>(factor.stored.data, factor.stored.row, n, rank, packed, width);
+  }
+  std::fill(packed + units * width, packed + room * width, U(0));
+  return packed;
+}
+
+template <class Op>
+inline size_t bytes_of_units(int64_t n, int64_t width) {
+  return static_cast<size_t>(rounded_up(units_of<Op>(n), SIDE) * width) * sizeof(typename Op::Unit) + 64;
+}
+
+// Rows begin … end - 1 of h = s v F.
+template <class Op, class T>
+inline void shrink_rows(Matrix<const T> v, const typename Op::Unit* packed, int64_t width, Matrix<T> h, int64_t begin,
+                        int64_t end, int64_t n, int64_t rank, typename Op::Sum s) {
+  typedef typename Op::Sum C;
+  typedef typename Op::Element E;
+  const auto write = [=](const C* from, int64_t i, int64_t r, int64_t count) {
+    T* to = h.at(i, r);
+    along<C>(
+        count, [=](int64_t j) { store(to + j, load<C>(from + j) * s); },
+        [=](int64_t j, int64_t some) { store_some<C>(to + j, load_some<C>(from + j, some) * s, some); });
+  };
+  if constexpr (by_tiles<Op>) {
+    alignas(64) C sums[16 * 16];
+    for (int64_t i = begin; i < end; i += 16)
+      for (int64_t r = 0; r < rank; r += 16) {
+        shrink_tile(v.at(i), v.row, std::min<int64_t>(16, end - i), n, packed + r, width, sums);
+        for (int64_t y = 0; y < std::min<int64_t>(16, end - i); ++y)
+          write(sums + y * 16, i + y, r, std::min<int64_t>(16, rank - r));
+      }
+  } else {
+    constexpr int64_t DEPTH = LONGEST_SUM;
+    const int64_t units = units_of<Op>(n);
+    alignas(64) C sums[SHRUNK_ROWS * SHRUNK_RANKS];
+    alignas(64) E copy[SHRUNK_ROWS * DEPTH * Op::PACK];
+    for (int64_t i = begin; i < end; i += SHRUNK_ROWS)
+      for (int64_t r = 0; r < width; r += SHRUNK_RANKS) {
+        const int64_t count = std::min(SHRUNK_ROWS, end - i), wide = std::min(SHRUNK_RANKS, width - r);
+        for (int64_t k = 0; k == 0 || k < units; k += DEPTH) {
+          const int64_t elements = std::min(DEPTH * Op::PACK, n - k * Op::PACK);
+          const auto left = rows_as_units<Op>(Matrix<const T>{v.at(i, k * Op::PACK), v.row}, count, elements, copy);
+          product_of_part<Op>(count, wide, units_of<Op>(elements), left, packed + k * width + r, width, sums,
+                              SHRUNK_RANKS, MUTATED("low_rank: first part of a sum lost", k > 0, false));
+        }
+        for (int64_t y = 0; y < count; ++y) write(sums + y * SHRUNK_RANKS, i + y, r, std::min(wide, rank - r));
+      }
+  }
+}
+
+// Hᵀ as the left operand of a gathered product: units along the rows, of one rank after another or, for tiles, turned.
+template <class Op>
+struct Left {
+  const typename Op::Unit* data;
+  int64_t row, rank;
+};
+
+template <class Op>
+inline size_t bytes_of_left(int64_t rows, int64_t rank) {
+  const int64_t units = rounded_up(units_of<Op>(rows), SIDE);
+  return 2 * (static_cast<size_t>(units * rounded_up(rank, TILE)) * sizeof(typename Op::Unit) + 64);
+}
+
+template <class Op, class T>
+inline Left<Op> left_of(Matrix<const T> h, int64_t rows, int64_t rank, Arena& arena) {
+  typedef typename Op::Unit U;
+  const int64_t units = units_of<Op>(rows);
+  if constexpr (by_tiles<Op>) {
+    const int64_t high = rounded_up(rank, TILE), room = rounded_up(units, TILE);
+    U *by_place = arena.take<U>(room * high), *turned = arena.take<U>(room * high);
+    interleave<Op>(h.data, h.row, rows, rank, by_place, high);
+    std::fill(by_place + units * high, by_place + room * high, U(0));
+    transpose(by_place, high, room, high, turned, room);
+    return {turned, room, rank};
+  } else {
+    U* by_place = arena.take<U>(units * rank);
+    interleave<Op>(h.data, h.row, rows, rank, by_place, rank);
+    return {by_place, rank, rank};
+  }
+}
+
+// Columns j … of sums (rank, width) = or += Hᵀ V over the rows t … t + count - 1, at most a block of each.
+template <class Op, class T>
+inline void gather_block(Matrix<const T> v, const Left<Op>& left, int64_t t, int64_t count, int64_t j, int64_t wide,
+                         int64_t n, typename Op::Unit* right, typename Op::Sum* sums, int64_t width, bool add) {
+  typedef typename Op::Unit U;
+  const int64_t units = units_of<Op>(count);
+  if constexpr (by_tiles<Op>) {
+    interleave_block(v.at(t, j), v.row, count, std::min(wide, n - j), right);
+    const int64_t room = rounded_up(units, TILE);
+    std::fill(right + units * GATHERED_COLUMNS, right + room * GATHERED_COLUMNS, U(0));
+    for (int64_t r = 0; r < left.rank; r += TILE)
+      gather_tiles(room / TILE, left.data + r * left.row + t / Op::PACK, left.row, right, sums + r * width + j,
+                   width, wide > FEWEST_COLUMNS, add);
+  } else {
+    interleave<Op>(v.at(t, j), v.row, count, std::min(wide, n - j), right, GATHERED_COLUMNS);
+    product_of_part<Op>(left.rank, wide, units, Interleaved<U>{left.data + t / Op::PACK * left.row, left.row}, right,
+                        GATHERED_COLUMNS, sums + j, width, add);
+  }
 }
 
 }  // namespace

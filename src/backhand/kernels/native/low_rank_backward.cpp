@@ -134,15 +134,65 @@ struct Backward {
       for (int64_t i = next++; i < filled; i = next++) piece(pieces[i], rows, own);
     });
     if (outcome) return outcome;
-    parallel(rows, 1 + WORTH_A_THREAD / std::max<int64_t>(8 * partials, 1),
+    parallel(rows, grain_of<Op>(8 * partials),
              [=](int64_t begin, int64_t end) { add_up(pieces, filled, begin, end); });
     return 0;
   }
 };
 
+// The same for one member by parts of the rows, for tiles, which multiply faster than they are fed: blocks of rows are
+// read for the first product and are still near the processor for the second. Parts, whose number does not depend on
+// that of the threads, have sums of ∂L/∂B of their own, added in their order.
+template <class T, class O>
+int by_parts_of_rows(const Member<T, O>& member, int64_t rows) {
+  typedef Operands<T> Op;
+  typedef typename Op::Sum C;
+  typedef typename Op::Unit U;
+  const int64_t n = member.n, rank = member.rank;
+  constexpr int64_t PART_ROWS = 256, MOST_PARTS = 8, STEP = TILE_LENGTH, MOST_ROWS = 128;
+  const int64_t parts = std::max<int64_t>(1, std::min(MOST_PARTS, (rows + PART_ROWS - 1) / PART_ROWS));
+  const int64_t steps = (rows + STEP - 1) / STEP, block = n <= 4096 ? MOST_ROWS : MOST_ROWS / 2;
+  const int64_t width = rounded_up(n, FEWEST_COLUMNS), high = rounded_up(rank, TILE);
+  const int64_t shrunk_width = rounded_up(rank, lanes<C>);
+  Arena arena(bytes_of_units<Op>(n, shrunk_width) + bytes_of_left<Op>(rows, rank) +
+              static_cast<size_t>((parts * high + TILE) * width) * sizeof(C) + 192);
+  const U* packed = units_along_n<Op>(Factor<T>{member.factor, false}, n, rank, shrunk_width, arena);
+  if (packed == nullptr) return 1;
+  const Left<Op> left = left_of<Op>(member.h, rows, rank, arena);
+  C* sums = arena.take<C>((parts * high + TILE) * width);
+  const C s = static_cast<C>(MUTATED("low_rank_rows: scaling forgotten", member.scaling, 1));
+  parallel(parts, grain_of<Op>(2 * rows / parts * n * rank), [=, &member](int64_t begin, int64_t end) {
+    const TilesOf<Op> tiles;
+    alignas(64) U right[MOST_ROWS / Op::PACK * GATHERED_COLUMNS];
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = steps * part / parts * STEP, last = std::min(rows, steps * (part + 1) / parts * STEP);
+      C* own = sums + part * high * width;
+      for (int64_t t = first; t == first || t < last; t += block) {
+        const int64_t count = std::min(block, last - t);
+        shrink_rows<Op>(member.g, packed, shrunk_width, member.d_h, t, t + count, n, rank, s);
+        for (int64_t j = 0; j < width; j += GATHERED_COLUMNS)
+          gather_block<Op>(member.g, left, t, count, j, std::min(GATHERED_COLUMNS, width - j), n, right, own, width,
+                           MUTATED("low_rank_rows: first rows of a part lost", t > first, false));
+      }
+    }
+  });
+  parallel(width / FEWEST_COLUMNS, grain_of<Op>(parts * rank * FEWEST_COLUMNS), [=, &member](int64_t begin, int64_t end) {
+    const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t r = 0; r < rank; ++r)
+        for (int64_t j = first; j < last; j += lanes<C>) {
+          C* place = sums + r * width + j;
+          store(place, load<C>(place) + MUTATED("low_rank_rows: first part only",
+                                                load<C>(place + part * high * width), Vector<C>{}));
+        }
+    add_turned(sums + first, width, std::min(last, n) - first, rank, s, member.gradient.at(first), member.gradient.row);
+  });
+  return 0;
+}
+
 template <class T, class O>
 int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int64_t count, const int64_t* numbers,
-                        const double* scalings, int64_t rows) {
+                        const double* scalings, bool by_parts, int64_t rows) {
   if (rows <= 0) return 0;
   Arena arena(static_cast<size_t>(count) * sizeof(Member<T, O>) + 64);
   Member<T, O>* members = arena.take<Member<T, O>>(count);
@@ -160,20 +210,24 @@ int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int
                   scalings[i]};
     first += rank;
   }
-  return Backward<T, O>::run(members, count, rows);
+  if (!by_parts) return Backward<T, O>::run(members, count, rows);
+  int outcome = 0;
+  for (int64_t i = 0; i < count && !outcome; ++i) outcome = by_parts_of_rows(members[i], rows);
+  return outcome;
 }
 
 }  // namespace
 
 // Of `count` layers that share their input: d_h (rows, Σ rank) = s g B, and += s gᵀ h, of B's shape, (n, rank). A layer
 // is seven numbers: its first column of g, n, its rank; address of B and distance of its rows; the same of the gradient
-// of B, float (double for double) if `wide`, else of the storage dtype. Returns 1 when there is no memory, else 0.
+// of B, float (double for double) if `wide`, else of the storage dtype. Tasks are parts of the rows if `by_parts`, else
+// columns of g. Returns 1 when there is no memory, else 0.
 BACKHAND_EXPORT int backhand_low_rank_backward(int dtype, const void* g, int64_t g_row, const void* h, int64_t h_row,
                                                void* d_h, int64_t d_h_row, int64_t count, const int64_t* numbers,
-                                               const double* scalings, int wide, int64_t rows) {
+                                               const double* scalings, int wide, int by_parts, int64_t rows) {
   BY_DTYPE(dtype, T, {
     const Matrix<const T> large{static_cast<const T*>(g), g_row}, small{static_cast<const T*>(h), h_row};
     const auto run = wide ? backward_of_members<T, Wide<T>> : backward_of_members<T, T>;
-    return run(large, small, {static_cast<T*>(d_h), d_h_row}, count, numbers, scalings, rows);
+    return run(large, small, {static_cast<T*>(d_h), d_h_row}, count, numbers, scalings, by_parts != 0, rows);
   });
 }

@@ -55,6 +55,14 @@ struct Pairs {
 };
 #endif
 
+// Whether products in such units go by AMX's tiles.
+template <class Op>
+#if defined(__AMX_BF16__)
+constexpr bool by_tiles = Op::PACK == 2;
+#else
+constexpr bool by_tiles = false;
+#endif
+
 // The left operand of a product: units row by row, or, as `interleave` leaves them, those of all rows at one place of K
 // after those at the place before.
 template <class Unit>

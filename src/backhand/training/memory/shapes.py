@@ -20,7 +20,6 @@ from backhand.ops.attention_blocks import block_bounds
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import Group, groups, takes_blocks
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
-from backhand.ops.low_rank import low_rank_loops
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,6 @@ class _Compiled(NamedTuple):
 # Counted with oneDNN 3.12 (ONEDNN_VERBOSE=2) on AVX512-BF16, an adapter on every linear module of a block. Compiled
 # loops attend, and multiply by a rank's factors (`ops.low_rank`): all, or in float32 what is not added to a product.
 _BY_TORCH = _Compiled((31, 12), (20, 8), (6, 2))
-_LOOPS_ATTEND = _Compiled((31, 12), (20, 8), (0, 0))
 _LOOPS_ADD_TOO = _Compiled((8, 4), (6, 3), (0, 0))
 _LOOPS_DO_NOT_ADD = _Compiled((16, 8), (11, 5), (0, 0))
 
@@ -218,8 +216,6 @@ _LOOPS_DO_NOT_ADD = _Compiled((16, 8), (11, 5), (0, 0))
 def _compiled(dtype: torch.dtype) -> _Compiled:
     if not loops_are_there():
         return _BY_TORCH
-    if not low_rank_loops(dtype):
-        return _LOOPS_ATTEND
     return _LOOPS_DO_NOT_ADD if dtype == torch.float32 else _LOOPS_ADD_TOO
 
 

@@ -129,6 +129,7 @@ CASES = (
     _case("added to what is there", (5,), accumulated=True),
     _case("added, rank 1, dropout", (5,), rank=1, dropout=Dropout(0.4, 17), accumulated=True),
     _case("added, several blocks", (139,), 141, 35, 19, accumulated=True),
+    _case("added, several parts of rows", (300,), 5, 33, 4, accumulated=True),
 )
 
 
@@ -254,6 +255,7 @@ GROUP_CASES = (
     _group_case("training size", (67,), sizes=(96, 40, 48), ranks=(8, 6, 4), inputs=88, dropout=Dropout(0.1, 5)),
     _group_case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
     _group_case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
+    _group_case("added, several parts of rows", (541,), sizes=(33, 4), ranks=(4, None), inputs=5, accumulated=True),
 )
 
 
