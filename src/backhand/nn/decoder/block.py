@@ -375,6 +375,7 @@ def mixing_half_backward(
         # Wanted before attention's own backward, or without it.
         q, k, v = _attending_again(kept, weights, context)
         output = attention_forward(q, k, v, *_setting(weights, context))[0].flatten(1)
+    d_output: Tensor | None
     d_h: Tensor | None = None
     if output is None:
         d_output, d_h = group_backward_without_input(d_projected, weights.output, adapter.output, kept.h_output, lora)
