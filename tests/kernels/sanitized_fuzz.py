@@ -32,7 +32,7 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
     for _ in range(rounds):
         number, dtype = ((0, np.float32), (1, np.uint16), (2, np.float64))[generator.integers(3)]
         wide = np.float64 if dtype is np.float64 else np.float32
-        rows, n, rank = (int(generator.integers(0, high)) for high in (160, 150, 40))
+        rows, n, rank = (int(generator.integers(0, high)) for high in (300, 150, 40))
         transposed = int(generator.integers(2))
         kept, (v, h, factor, receiver) = zip(
             matrix(rows, n, dtype),
@@ -52,6 +52,10 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
             types = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, DOUBLE)
             gather = build.function("backhand_low_rank_gather", (INT, *types), INT)
             assert gather(number, *v, *h, 1, *parts, transposed, 1, 1, rows, n, 0.5) == 0
+            if not transposed:
+                types = (INT, *_MATRIX * 5, INT, *_SIZES)
+                both = build.function("backhand_low_rank_shrink_and_gather", types, INT)
+                assert both(number, *v, *h, *factor, *h, *receiver, 1, rows, n, rank, 0.5) == 0
         assert all(np.isfinite(memory).all() for memory in kept if memory.dtype != np.uint16)
 
 
