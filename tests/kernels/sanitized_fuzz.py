@@ -55,7 +55,11 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
                     (*added, transposed, rows, n, rank, 0.5),
                 ),
                 ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, rows, n)),
-                ("backward", _BACKWARD, (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, int(generator.integers(2)), rows)),
+                (
+                    "backward",
+                    _BACKWARD,
+                    (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, int(generator.integers(2)), rows),
+                ),
             ):
                 if name == "backward" and transposed:
                     continue  # takes lora_B as it is
