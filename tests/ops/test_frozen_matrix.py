@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import gguf
 import numpy as np
 import pytest
@@ -116,6 +118,34 @@ def test_tiles_cover_the_matrix_once_at_whole_edges(shape, tile_bytes):
             widths = [tile.stop - tile.start for tile in tiles]
             assert max(widths) * across * 2 <= max(tile_bytes, edge * across * 2)
             assert len(tiles) == 1 or min(widths) > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((17_920, 1536), 4480), ((4096, 14_336), 2048), ((2048, 8192), 2048), ((1000, 65_536), 512), ((9, 256), 9)],
+)
+def test_rows_are_taken_so_many_at_a_time(shape, rows):
+    """16 MB, or 2,048 rows where these are more, and never more than 64 MB."""
+    assert row_tiles(torch.empty(shape, dtype=torch.bfloat16, device="meta"))[0] == slice(0, rows)
+
+
+def test_a_tile_stands_in_large_pages(monkeypatch):
+    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    quantized, dense = pair([("Q8_0", 2048)], 1024, torch.bfloat16)
+    x = torch.randn(9, 1024).bfloat16()
+    assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
+    (buffer,) = frozen_matrix._KEPT.buffers.values()
+    assert buffer.shape == (2048 * 1024,)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert buffer.data_ptr() % (2 << 20) == 0
+    frozen_matrix.drop_scratch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen_matrix.mmap, "mmap", _no_room)
+        assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
+
+
+def _no_room(*_arguments, **_options):
+    raise OSError(12, "Cannot allocate memory")
 
 
 def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):

@@ -23,10 +23,16 @@ from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
 SIZES = {
     "wide-mlp": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "wide-head": {"hidden_size": 1536, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
     "many-heads": {"hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 12, "num_key_value_heads": 12},
 }
 # rows of equal length, tokens of each, supervised tokens in all, vocabulary
-SHAPES = {"short-rows": (8, 64, 200, 500), "long-row": (1, 768, 700, 500), "head": (4, 128, 300, 20_000)}
+SHAPES = {
+    "short-rows": (8, 64, 200, 500),
+    "long-row": (1, 768, 700, 500),
+    "head": (4, 128, 300, 20_000),
+    "chunks": (4, 160, 600, 9_000),
+}
 
 
 def allocated_peak(
@@ -58,7 +64,8 @@ def allocated_peak(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize(
-    ("model", "shape"), [("wide-mlp", "short-rows"), ("wide-mlp", "head"), ("many-heads", "long-row")]
+    ("model", "shape"),
+    [("wide-mlp", "short-rows"), ("wide-mlp", "head"), ("many-heads", "long-row"), ("wide-head", "chunks")],
 )
 def test_a_step_holds_what_the_formula_says(model: str, shape: str, recompute: str, dtype: torch.dtype) -> None:
     rows, length, supervised, vocabulary = SHAPES[shape]

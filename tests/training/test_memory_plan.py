@@ -183,6 +183,10 @@ def test_kernels_are_counted_once_for_each_shape_of_product() -> None:
     assert count.total == 61 + 20 + 8, "the last block of 15 rows, and of 256 that are not trained"
     count.add(25, [], 0, trained=False)
     assert count.total == 89 + 12
+    wide = KernelCount(LIKE[torch.bfloat16], 512)
+    wide.add(640, [], 271)
+    wide.add(640, [], 513)
+    assert wide.total == 31 + 2 * 20 + 3 * 2, "chunks of 271, of 512 and of 1 row"
     other = KernelCount(LIKE[torch.float64])
     other.add(640, [(8, 103, 103)], 271)
     assert other.total == 0, "float64 products are not compiled"

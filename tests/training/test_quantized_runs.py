@@ -128,8 +128,18 @@ def _shapes(tokens: int) -> dict[int, StepShape]:
     return {1: StepShape(tokens=tokens, supervised_tokens=tokens, mean_tokens=tokens)}
 
 
-@pytest.mark.parametrize(("share", "chosen"), [(0.12, "quantized"), (0.13, "dense"), (math.inf, "dense")])
-def test_auto_stays_quantized_where_that_costs_little(share: float, chosen: HeldBase) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "share", "chosen"),
+    [
+        (200, 0.20, "quantized"),
+        (200, 0.21, "dense"),
+        (200, math.inf, "dense"),
+        (1 << 20, 0.12, "quantized"),
+        (1 << 20, 0.13, "dense"),
+    ],
+)
+def test_auto_stays_quantized_where_that_costs_little(tokens: int, share: float, chosen: HeldBase) -> None:
+    """0.8 of a step of many tokens are products, of one of 200 tokens 0.8 · 200 / 328."""
     asked = []
 
     def unpacking_share(tokens: float) -> float:
@@ -140,7 +150,7 @@ def test_auto_stays_quantized_where_that_costs_little(share: float, chosen: Held
         found = choose_base(
             base,
             ("dense", "quantized"),
-            _shapes(200),
+            _shapes(tokens),
             lambda base: MemoryPlan(1, "none", base=base),
             lambda base: MemoryPlan(1, "block", base=base),
             quantized_source=quantized_source,
@@ -148,10 +158,10 @@ def test_auto_stays_quantized_where_that_costs_little(share: float, chosen: Held
         )
         return found.chosen.base
 
-    assert choice("auto") == chosen and asked == [200.0]
+    assert choice("auto") == chosen and asked == [tokens]
     assert choice("quantized") == "quantized" and choice("dense") == "dense"
     assert choice("auto", quantized_source=False) == "dense"
-    assert asked == [200.0], "where nothing depends on it nothing is measured"
+    assert asked == [tokens], "where nothing depends on it nothing is measured"
     assert bases.WORTH == 1.10
 
 

@@ -18,6 +18,8 @@ D needs nothing but the chunk's own logits, and the loss is the root of the grap
 same chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk,
 vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
 re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
+Every chunk reads W twice, and unpacks it where it is quantized: wide models, whose W is more than three times as large
+as 512 rows of logits, take so many (`chunk_rows`).
 The compiled loop (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
 """
 
@@ -39,7 +41,8 @@ _SOFTMAX_LOSSES = Declared(
 # As in native/softmax_losses.cpp.
 _OUTCOMES: dict[int, type[Exception]] = {1: MemoryError, 2: IndexError}
 
-CHUNK_ROWS = 256
+CHUNK_ROWS, LONG_CHUNK_ROWS = 256, 512
+LONG_CHUNK_WIDTH = 3 * LONG_CHUNK_ROWS
 # Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
 SOFTMAX_ELEMENTS = 3 << 19
 
@@ -137,9 +140,21 @@ def _softmax_losses(
             z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
 
 
+def chunk_rows(hidden: int) -> int:
+    """Rows of a chunk in a model of this width: the same for a dense and a quantized head."""
+    return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH else CHUNK_ROWS
+
+
+def chunks(x: Tensor) -> list[slice]:
+    """Of the rows of x, (rows, hidden), those that go through the head at once."""
+    step = chunk_rows(x.shape[1])
+    return [slice(start, min(start + step, x.shape[0])) for start in range(0, x.shape[0], step)]
+
+
 def chunk_shape(rows: int, weight: FrozenMatrix) -> tuple[int, int]:
     """(chunk, vocab) of the logits that are there at once."""
-    return min(rows, CHUNK_ROWS), weight.shape[0]
+    vocab, hidden = weight.shape
+    return min(rows, chunk_rows(hidden)), vocab
 
 
 def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -166,8 +181,7 @@ def linear_cross_entropy_forward(
         (rows,) losses in nats, float32 or wider.
     """
     logits, losses = _buffers(x, weight)
-    for start in range(0, x.shape[0], CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
+    for part in chunks(x):
         n = part.stop - part.start
         chunk, _ = _logits(x[part], weight, head, rule, logits[:n])
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=False)
@@ -206,8 +220,7 @@ def linear_cross_entropy_backward(
     d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
     mask = None if head is None else lora_linear.multiplier(x, head.dropout)
     multiplier = multiplier * rule.scaling
-    for start in range(0, x.shape[0], CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, x.shape[0]))
+    for part in chunks(x):
         n = part.stop - part.start
         chunk_mask = None if mask is None else mask[part]
         chunk, h = _logits(x[part], weight, head, rule, logits[:n], chunk_mask)

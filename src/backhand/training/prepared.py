@@ -115,8 +115,9 @@ def outline_run(
     _check_tokens(engine, train, held_out, neutral, tokenizer)
     process = settled_rss_bytes(machine.dtype)
     packer = _packer(train.examples, engine, layout)
-    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
+    chunk = sizes[engine.bases[0]].head_chunk_rows
+    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths, chunk)
 
     states = StatesPlan()
 
@@ -272,6 +273,7 @@ def _shapes(
     sampler: Sampler,
     total_steps: int,
     neutral: Sequence[int],
+    chunk: int,
 ) -> Mapping[int, StepShape]:
     """What the run's micro-batches are like, for each number of rows that may be chosen."""
     options = config.optimization
@@ -289,6 +291,7 @@ def _shapes(
         torch.empty(0, dtype=machine.dtype, device=machine.device),
         held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=engine.shares_prefixes)),
         neutral=neutral,
+        chunk=chunk,
     )
     ordered = config.run.reduce == "ordered"
     return {

@@ -7,10 +7,12 @@
 //
 //   expand_levels   32 codes of 4 bits that name one of 16 integers. The 16 values are computed and rounded once and then
 //                   looked up: by a permutation of words (AVX-512), or of their low and high bytes (AVX2, NEON).
+//   expand_nibbles  64 codes that stand for themselves: the low halves of 32 bytes in one group, the high ones in the
+//                   next. One register holds the values of both groups; with AVX-512 alone.
 //   expand_signed   16 integers of 8 bits, each multiplied.
 //   expand_halves, expand_floats    16 stored numbers as they are.
 //
-// The first two ask for a finite scale and minimum. `expand_careful` takes any, and makes every NaN the same one: which NaN an
+// The first three ask for a finite scale and minimum. `expand_careful` takes any, and makes every NaN the same one: which NaN an
 // instruction gives depends on the order of its operands, and so on the compiler.
 #pragma once
 
@@ -55,6 +57,14 @@ inline __m256i rounded16_normal(__m512 values) {
   return (__m256i)_mm512_cvtneps_pbh(values);
 #else
   return rounded16(values);
+#endif
+}
+
+inline __m512i rounded32_normal(__m512 low, __m512 high) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(rounded16(low)), rounded16(high), 1);
 #endif
 }
 #elif defined(__AVX2__)
@@ -162,6 +172,23 @@ inline void expand_levels(const uint8_t* codes, const int8_t* levels, float scal
   }
 #endif
   for (int i = 0; i < 32; ++i) out[i] = table[codes[i]];
+}
+#endif
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// Scales and minima are of half precision, times integers: what comes out is zero or normal.
+inline void expand_nibbles(const uint8_t* packed, const float* scales, const float* minima, bfloat16* out) {
+  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 values[2];
+  for (int group = 0; group < 2; ++group) {
+    values[group] = _mm512_sub_ps(_mm512_mul_ps(_mm512_set1_ps(scales[group]), levels), _mm512_set1_ps(minima[group]));
+  }
+  const __m512i table = rounded32_normal(values[0], values[1]);
+  const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  const __m512i low = _mm512_and_si512(both, _mm512_set1_epi16(15));
+  const __m512i high = _mm512_or_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi16(16));  // the second 16 values
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(low, table));
+  _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(high, table));
 }
 #endif
 

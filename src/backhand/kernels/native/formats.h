@@ -248,6 +248,14 @@ struct Q4_K {
     const uint8_t* packed = block + 16;
     float scales[8], minima[8];
     const bool finite = grouped_scales(block, scales, minima);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    if constexpr (sizeof(T) == 2) {
+      if (finite) {
+        for (int g = 0; g < 4; ++g) expand_nibbles(packed + 32 * g, scales + 2 * g, minima + 2 * g, out + 64 * g);
+        return;
+      }
+    }
+#endif
     uint8_t codes[256];
     for (int g = 0; g < 4; ++g) {
       for (int i = 0; i < 32; ++i) {

@@ -61,8 +61,8 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
-from backhand.ops.frozen_matrix import TILE_BYTES
-from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS
+from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES
+from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS, chunk_rows
 from backhand.training.config import Recompute
 from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
 
@@ -128,6 +128,7 @@ def decoder_size(
     matrices = block_weights + vocabulary
     mlp_matrix = max(2 * d * _width(config, layer) // (chosen if layer.experts else 1) for layer in config.layers)
     largest = max(mlp_matrix, *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
+    piece = max(TILE_BYTES, COLUMN_EDGE * config.vocab_size * b)
     adapter_elements = layout.element_count
     head_ranks = sum(slot.rank for slot in slots if slot.name == HEAD)
     head_is_trained = head_ranks > 0 or any(tensor.token_ids is not None for tensor in layout.trained)
@@ -186,10 +187,11 @@ def decoder_size(
             for one, layer in zip(sized, config.layers, strict=True)
             if layer.mixer in (ATTENTION, VALUE_NORMED, KEYS_AS_VALUES)
         ),
-        unpacked_bytes=0 if quantized_bytes is None else min(TILE_BYTES, largest * b),
+        unpacked_bytes=0 if quantized_bytes is None else min(piece, largest * b),
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
+        head_chunk_rows=chunk_rows(d),
     )
 
 

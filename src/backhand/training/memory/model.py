@@ -61,6 +61,7 @@ class ModelSize:
         kernels_a_token: matrix kernels, where they are compiled: an expert's products have a size of their own for
             every number of tokens that choose it.
         states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
+        head_chunk_rows: of a chunk of logits, at most.
     """
 
     dtype_bytes: int
@@ -90,6 +91,7 @@ class ModelSize:
     states_bytes: int = 0
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
+    head_chunk_rows: int = CHUNK_ROWS
 
 
 def transformers_size(
@@ -206,7 +208,7 @@ def delta_rule_bytes(size: ModelSize, shape: StepShape) -> int:
 def head_bytes(size: ModelSize, shape: StepShape) -> int:
     """What is alive while the head's loss and gradient are computed, besides what is kept."""
     rows = shape.supervised_tokens
-    chunk = min(rows, CHUNK_ROWS)
+    chunk = min(rows, size.head_chunk_rows)
     softmax = min(chunk, size.softmax_rows) * size.softmax_row_bytes
     return rows * size.head_row_bytes + chunk * size.head_chunk_bytes + softmax + size.head_adapter_bytes
 

@@ -138,7 +138,8 @@ def _memory(
     """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
     layout = engine.layout(LoRAConfig())
     rows = Rows((ROW_TOKENS,) * ROWS, (ROW_TOKENS,) * ROWS)
-    shapes = largest_shapes([range(ROWS)], rows, (ROWS,), torch.empty(0, dtype=dtype))
+    chunk = engine.size(layout).head_chunk_rows
+    shapes = largest_shapes([range(ROWS)], rows, (ROWS,), torch.empty(0, dtype=dtype), chunk=chunk)
     free = available_bytes()
     budget = None if free is None else free + process_bytes
 

@@ -6,11 +6,12 @@ seconds where they are unpacked first and d(T) where they are dense,
 
     share(T) = Σ (q(t) - d(t)) · passes(T) / (Σ d(t) · T / t),    t = min(T, ENOUGH_TOKENS)
 
-passes(T) is 1 in the blocks, which take all tokens at once, and ⌈T / CHUNK_ROWS⌉ for the head, which is unpacked for
-each chunk of its logits. Both depend on processor, types and shapes by factors of two and more, and not on unpacking
-alone: a dense matrix comes from memory, an unpacked one lies in the cache. So no constant holds on two machines, and
-the pieces are taken from all over the file, more of them than most caches hold. What counts is the process's own time
-on its processors, shared by its threads, so that a busy machine gives nearly the figures of a free one.
+passes(T) is 1 in the blocks, which take all tokens at once, and ⌈T / `chunk_rows`⌉ for the head, which is unpacked
+for each chunk of its logits. Both depend on processor, types and shapes by factors of two and more, and not on
+unpacking alone: a dense matrix comes from memory, an unpacked one lies in the cache. So no constant holds on two
+machines, and the pieces are taken from all over the file, more of them than most caches hold. What counts is the
+process's own time on its processors, shared by its threads, so that a busy machine gives nearly the figures of a free
+one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import empty_weights
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
 from backhand.ops.frozen_matrix import FrozenMatrix, drop_scratch, frozen_input_gradient, frozen_linear
-from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+from backhand.ops.linear_cross_entropy import chunk_rows
 
 ENOUGH_TOKENS = 256
 """From here on a product takes about as long a token."""
@@ -53,7 +54,8 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
     Returns:
         the share; 0 where the dense products are too small for the clock to tell.
     """
-    stacks = [QuantizedMatrix(stack, dtype) for stack in sampled(source, decoder_config(source.config))]
+    config = decoder_config(source.config)
+    stacks = [QuantizedMatrix(stack, dtype) for stack in sampled(source, config)]
     count = measured_tokens(tokens)
     xs = {columns: drawn(count, columns, dtype) for columns in {int(stack.shape[1]) for stack in stacks}}
 
@@ -64,7 +66,7 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
     taken = fastest(works, clock)
     drop_scratch()
     *blocks_s, head_s = (quantized - dense for quantized, dense in zip(taken[::2], taken[1::2], strict=True))
-    more_s = sum(blocks_s) + head_s * math.ceil(tokens / CHUNK_ROWS)
+    more_s = sum(blocks_s) + head_s * math.ceil(tokens / chunk_rows(config.hidden_size))
     dense_s = sum(taken[1::2]) * max(1.0, tokens) / count
     return max(0.0, more_s / dense_s) if dense_s > 0 else 0.0
 

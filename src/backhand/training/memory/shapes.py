@@ -89,6 +89,7 @@ def largest_shapes(
     *,
     held_out: Rows = _NO_ROWS,
     neutral: Sequence[int] = (),
+    chunk: int = CHUNK_ROWS,
 ) -> dict[int, StepShape]:
     """For each number of rows per micro-batch, what micro-batches these steps will make.
 
@@ -99,14 +100,21 @@ def largest_shapes(
         like: anything with the compute dtype and device.
         held_out: rows that are measured in between.
         neutral: tokens of the neutral texts, which are measured one by one.
+        chunk: rows that go through the head at once.
     """
-    return {count: _shape(steps, rows, count, like, held_out, neutral) for count in rows_options}
+    return {count: _shape(steps, rows, count, like, held_out, neutral, chunk) for count in rows_options}
 
 
 def _shape(
-    steps: Iterable[Sequence[int]], rows: Rows, count: int, like: Tensor, held_out: Rows, neutral: Sequence[int]
+    steps: Iterable[Sequence[int]],
+    rows: Rows,
+    count: int,
+    like: Tensor,
+    held_out: Rows,
+    neutral: Sequence[int],
+    chunk: int,
 ) -> StepShape:
-    kernels = KernelCount(like)
+    kernels = KernelCount(like, chunk)
     trained = _cut(steps, rows, count)
     attending: list[Group] = []
     for number, micro_batch in enumerate(trained):
@@ -246,10 +254,11 @@ class KernelCount:
 
     Args:
         like: anything with the compute dtype and device.
+        chunk: rows that go through the head at once.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self._compiles = compiles_kernels(like)
+    def __init__(self, like: Tensor, chunk: int = CHUNK_ROWS) -> None:
+        self._compiles, self._chunk = compiles_kernels(like), chunk
         compiled = _compiled(like.dtype)
         self._sizes = _Seen[int](*compiled.per_size)
         self._last_sizes = _Seen[int](*compiled.per_last_block)
@@ -269,7 +278,7 @@ class KernelCount:
         self._sizes.add((tokens,), trained)
         self._last_sizes.add({supervised_tokens} - {0}, trained)
         self._blocks.add(blocks, trained)
-        chunks = {min(supervised_tokens, CHUNK_ROWS), supervised_tokens % CHUNK_ROWS} - {0}
+        chunks = {min(supervised_tokens, self._chunk), supervised_tokens % self._chunk} - {0}
         self._chunks.add(chunks, trained)
 
     @property

@@ -11,10 +11,13 @@ from torch.nn import functional
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.ops.linear_cross_entropy import (
     CHUNK_ROWS,
+    LONG_CHUNK_ROWS,
+    LONG_CHUNK_WIDTH,
     PLAIN,
     HeadFactors,
     LinearCrossEntropyGrads,
     LogitsRule,
+    chunk_rows,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_reference,
@@ -131,6 +134,7 @@ CASES = (
     _case("wide vocabulary", 3, vocab=4133),
     _case("several chunks", CHUNK_ROWS + 3, rank=3),
     _case("exactly one chunk", CHUNK_ROWS),
+    _case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
     _case("large logits", 6, size=300.0, rank=2),
     _case("square head", 6, 7, 7, 7),
     _case("one row", 1, rank=3),
@@ -194,7 +198,7 @@ def _plain_softmax(s: _Inputs) -> Any:
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
     """Every chunk masked as the first one."""
-    return s.mask[torch.arange(len(s.x)) % CHUNK_ROWS]
+    return s.mask[torch.arange(len(s.x)) % chunk_rows(s.x.shape[1])]
 
 
 def _next_seed(s: _Inputs) -> _Inputs:
@@ -210,7 +214,8 @@ def _unscaled(s: _Inputs) -> Any:
 
 def _last_chunk(s: _Inputs) -> Any:
     """The factors' gradients overwritten by each chunk instead of added up."""
-    start = (max(s.x.shape[0] - 1, 0) // CHUNK_ROWS) * CHUNK_ROWS
+    step = chunk_rows(s.x.shape[1])
+    start = (max(s.x.shape[0] - 1, 0) // step) * step
     return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:]))
 
 
