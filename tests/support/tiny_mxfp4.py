@@ -20,13 +20,17 @@ QUANTIZATION = {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_m
 """What config.json says of it."""
 
 
-def save_packed(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def save_packed(directory: Path, **sizes: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Write the directory, of random blocks.
+
+    Args:
+        directory: made here.
+        sizes: of the configuration, beside those that divide into blocks.
 
     Returns:
         (blocks, scales) by parameter of experts.
     """
-    save_tiny(tiny_model("gpt_oss", **IN_BLOCKS), directory)
+    save_tiny(tiny_model("gpt_oss", **IN_BLOCKS, **sizes), directory)
     generator = torch.Generator().manual_seed(5)
     with safe_open(directory / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
