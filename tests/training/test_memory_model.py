@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.memory.decoder_size import decoder_size
-from backhand.training.memory.model import block_bytes, head_bytes, kept_bytes
+from backhand.training.memory.model import block_bytes, head_bytes, kept_bytes, second_model_bytes
 from backhand.training.memory.shapes import Rows, largest_shapes
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
@@ -173,3 +175,18 @@ def test_experts_hold_what_the_formula_says(
     at_work = max(head_bytes(size, counted), block_bytes(size, counted, recompute))
     predicted = kept_bytes(size, counted, recompute) + counted.tokens * size.stream_bytes + at_work
     assert predicted == pytest.approx(allocated_peak(config, batch, dtype, recompute, adapter), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
+def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.dtype) -> None:
+    """Of each token, and of a row as a whole; a model that answers beside the run holds them."""
+    config = decoder_config(tiny_config(variant).to_dict())
+    size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), dtype.itemsize)
+    cache = KVCache(config, 1, 37, dtype=dtype)
+    states = sum(state.nbytes for layer in cache.states for state in layer)
+    held = sum(part.nbytes for part in (*cache.keys, *cache.values)) + states
+    assert 37 * size.cache_bytes + size.mixer_state_bytes == held
+    assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text"))
+    without = replace(size, mixer_state_bytes=0)
+    assert second_model_bytes(size, 1000, 37) - second_model_bytes(without, 1000, 37) == states

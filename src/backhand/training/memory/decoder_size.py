@@ -39,6 +39,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import (
     DOWN,
@@ -59,6 +61,7 @@ from backhand.nn.decoder.family import (
     DecoderConfig,
     LayerConfig,
 )
+from backhand.nn.decoder.kv_cache import bytes_per_row
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import TILE_BYTES
@@ -69,6 +72,8 @@ from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEU
 INTEGER_BYTES = 8
 HEAD = "lm_head"
 _MODES: tuple[Recompute, ...] = ("none", "mlp", "block")
+_FLOATING = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+"""A compute dtype of each size."""
 # gate and up, down, and the gradients of what enters them
 _EXPERT_PRODUCTS = 4
 # Integers of the batch, and what finds the supervised ones.
@@ -181,11 +186,8 @@ def decoder_size(
         head_adapter_bytes=head_ranks * (config.vocab_size + d) * b,
         checkpoint_bytes=adapter_elements * CHECKPOINT_COPIES * FLOAT32_BYTES,
         neutral_token_bytes=NEUTRAL_COPIES * config.vocab_size * b,
-        cache_bytes=sum(
-            2 * one.num_key_value_heads * one.head_dim * b
-            for one, layer in zip(sized, config.layers, strict=True)
-            if layer.mixer in (ATTENTION, VALUE_NORMED, KEYS_AS_VALUES)
-        ),
+        cache_bytes=bytes_per_row(config, _FLOATING[b], 1) - bytes_per_row(config, _FLOATING[b], 0),
+        mixer_state_bytes=bytes_per_row(config, _FLOATING[b], 0),
         unpacked_bytes=0 if quantized_bytes is None else min(TILE_BYTES, largest * b),
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
         last_attending_bytes=mixing[-1] if above else 0,

@@ -57,6 +57,7 @@ class ModelSize:
         checkpoint_bytes: of a checkpoint while it is saved.
         neutral_token_bytes: per token of a neutral text while forgetting is measured.
         cache_bytes: per token of a conversation, of keys and values.
+        mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
         unpacked_bytes: of the piece of a quantized matrix that is unpacked at a time.
         kernels_a_token: matrix kernels, where they are compiled: an expert's products have a size of their own for
             every number of tokens that choose it.
@@ -90,6 +91,7 @@ class ModelSize:
     states_bytes: int = 0
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
+    mixer_state_bytes: int = 0
 
 
 def transformers_size(
@@ -220,4 +222,5 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
         tokens: of the longest conversation.
     """
     adapter = size.adapter_elements * (FLOAT32_BYTES + size.dtype_bytes)
-    return process_bytes + size.weight_bytes + size.unpacked_bytes + adapter + tokens * size.cache_bytes
+    conversation = tokens * size.cache_bytes + size.mixer_state_bytes
+    return process_bytes + size.weight_bytes + size.unpacked_bytes + adapter + conversation
