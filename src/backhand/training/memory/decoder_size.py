@@ -37,7 +37,8 @@ a checkpoint's large buffers find their place because freed memory is given back
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 
 import torch
 
@@ -56,18 +57,21 @@ from backhand.nn.decoder.family import (
     ATTENTION,
     GATED_DELTA,
     KEYS_AS_VALUES,
+    PER_LAYER_MODEL,
     SHARED_KEYS,
     VALUE_NORMED,
     DecoderConfig,
     LayerConfig,
 )
 from backhand.nn.decoder.kv_cache import bytes_per_row
+from backhand.nn.decoder.weights import BlockWeights, empty_weights, module_shapes
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import TILE_BYTES
 from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS
 from backhand.training.config import Recompute
 from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
+from backhand.training.memory.shapes import USUAL, USUAL_LAST, Products
 
 INTEGER_BYTES = 8
 HEAD = "lm_head"
@@ -192,7 +196,49 @@ def decoder_size(
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
+        more_kernels=_more_kernels(config, layout, _FLOATING[b]),
     )
+
+
+def _more_kernels(config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """What `ModelSize` has: in a pass of a size that is trained on and in one that is not, and of the last block's."""
+    shapes, adapted = module_shapes(config), {slot.name for slot in layout.slots}
+    every, last = range(len(config.layers)), len(config.layers) - 1
+    groups = [[f"model.layers.{layer}.{part}" for part in group] for layer in every for group in _groups(config, layer)]
+    behind = [[f"model.layers.{last}.{part}" for part in group] for group in _groups(config, last)[1:]]
+    groups += [[PER_LAYER_MODEL]] if config.per_layer is not None else []
+    weights = empty_weights(config, dtype, "meta").blocks
+    frozen = {shape for layer in every for shape in _matrices(config, weights[layer], layer)}
+    frozen |= {shapes[PER_LAYER_MODEL]} if config.per_layer is not None else set()
+    of_last = _matrices(config, weights[last], last) - {tuple(weights[last].input.shape)}
+
+    def products(of: Sequence[Sequence[str]], matrices: Collection[tuple[int, ...]]) -> Products:
+        inputs, outputs = set(), set()
+        for group in of:
+            own, width = [shapes[name] for name in group if name in adapted], sum(shapes[name][0] for name in group)
+            inputs |= {(columns, len(own)) for _, columns in own}
+            outputs |= {(rows, width, len(own)) for rows, _ in own}
+        # lora_B's gradient of a module that stands alone is a product like that of lora_A with as many inputs.
+        alone = {(rows, 1) for rows, width, _ in outputs if rows == width}
+        return Products(len(matrices), len(inputs), len(outputs), len(inputs | alone) + len(outputs) - len(alone))
+
+    more = []
+    for found, usual in ((products(groups, frozen), USUAL), (products(behind, of_last), USUAL_LAST)):
+        more += [own - there for own, there in zip(found.kernels(dtype), usual.kernels(dtype), strict=True)]
+    return more[0], more[1], more[2], more[3]
+
+
+def _groups(config: DecoderConfig, layer: int) -> list[tuple[str, ...]]:
+    """Linear modules of a layer that a token passes with all others, by group; where it has experts, not its MLP's."""
+    groups = config.layer_groups[layer]
+    return [group for number, group in enumerate(groups) if config.mixture is None or number not in (GATE_UP, DOWN)]
+
+
+def _matrices(config: DecoderConfig, block: BlockWeights, layer: int) -> set[tuple[int, ...]]:
+    """Shapes of the matrices that all tokens are multiplied with."""
+    experts = ("gate_up", "down") if config.layers[layer].experts else ()
+    named = ((field.name, getattr(block, field.name)) for field in fields(block) if field.name not in experts)
+    return {tuple(matrix.shape) for _, matrix in named if matrix is not None and len(matrix.shape) == 2}
 
 
 def _softmax_copies(config: DecoderConfig, b: int) -> int:

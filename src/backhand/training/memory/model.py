@@ -61,6 +61,7 @@ class ModelSize:
         unpacked_bytes: of the piece of a quantized matrix that is unpacked at a time.
         kernels_a_token: matrix kernels, where they are compiled: an expert's products have a size of their own for
             every number of tokens that choose it.
+        more_kernels: that one of each of `StepShape.kernel_sizes` brings beside those of a usual block.
         states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
     """
 
@@ -92,6 +93,7 @@ class ModelSize:
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
     mixer_state_bytes: int = 0
+    more_kernels: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def transformers_size(
@@ -165,9 +167,10 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
 
 def _kernels(size: ModelSize, shape: StepShape) -> int:
     """Compiled kernels that are there in the end; none where none are compiled."""
-    if not shape.kernels or not size.kernels_a_token:
-        return shape.kernels
-    return min(kept_kernels(), shape.kernels + size.kernels_a_token * shape.tokens)
+    if not shape.kernels:
+        return 0
+    more = sum(count * each for count, each in zip(shape.kernel_sizes, size.more_kernels, strict=True))
+    return min(kept_kernels(), shape.kernels + more + size.kernels_a_token * shape.tokens)
 
 
 def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
@@ -196,7 +199,7 @@ def delta_rule_bytes(size: ModelSize, shape: StepShape) -> int:
     if size.delta_heads is None:
         return 0
     dtype = torch.float64 if size.dtype_bytes > FLOAT32_BYTES else torch.float32
-    in_loops = bytes_in_loops(size.delta_heads, shape.longest_tokens, dtype)
+    in_loops = bytes_in_loops(size.delta_heads, shape.longest_tokens, dtype, shared=shape.shared_tokens)
     if in_loops is not None:
         return in_loops
     heads, group, *widths = size.delta_heads
