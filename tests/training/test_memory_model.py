@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter, resolve_slots
-from backhand.kernels.library import loops_are_there
+from backhand.kernels.library import loops_are_there, torch_form
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
@@ -31,6 +30,7 @@ from backhand.training.memory.model import (
     second_model_bytes,
 )
 from backhand.training.memory.shapes import KERNEL_BYTES, USUAL, Rows, StepShape, largest_shapes
+from support.allocations import held_at_most
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
 SIZES = {
@@ -57,14 +57,7 @@ def allocated_peak(
     lora.initialise(torch.Generator().manual_seed(0))
     decoder.attach(lora)
     decoder.loss_and_gradients(batch, 1.0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        decoder.loss_and_gradients(batch, 1.0)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return held_at_most(lambda: decoder.loss_and_gradients(batch, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -185,6 +178,26 @@ def test_experts_hold_what_the_formula_says(
     at_work = max(head_bytes(size, counted), block_bytes(size, counted, recompute))
     predicted = kept_bytes(size, counted, recompute) + counted.tokens * size.stream_bytes + at_work
     assert predicted == pytest.approx(allocated_peak(config, batch, dtype, recompute, adapter), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_sinks_take_no_memory_of_their_own_in_torchs_form(recompute: str) -> None:
+    """Attention of a long row by blocks of queries, whose matrices are the most that a block holds."""
+    rows, length, supervised, vocabulary = SHAPES["long-row"]
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96, "num_hidden_layers": 3}
+    sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 16}
+    stated = tiny_config("gpt_oss", vocab_size=vocabulary, sliding_window=1024, **sizes, **more).to_dict()
+    config = decoder_config(stated)
+    labels = torch.full((rows * length,), IGNORE_INDEX)
+    labels[torch.randperm(rows * length)[:supervised]] = 7
+    batch = PackedBatch(torch.randint(vocabulary, labels.shape), labels, (length,) * rows)
+    same = Rows([length] * rows, [supervised // rows] * rows)
+    with torch_form():
+        size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), 4)
+        (counted,) = largest_shapes([range(rows)], same, [rows], torch.empty(0)).values()
+        at_work = block_bytes(size, counted, recompute)
+        predicted = kept_bytes(size, counted, recompute) + counted.tokens * size.stream_bytes + at_work
+        assert predicted == pytest.approx(allocated_peak(config, batch, torch.float32, recompute), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

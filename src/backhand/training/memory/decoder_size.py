@@ -22,8 +22,7 @@ Workspace, on top of what is kept: the largest of what is alive, in torch's form
     while its rotation is:                  3d + 2q + 2k, and in float32 3q + 3k;
     while its attention is:                 2d + 2q + 2k; for the documents at work 2q + 2k, in float32 2k, and three
                                             matrices of `attention_blocks`' queries by keys for each head, five where
-                                            scores are capped or there are sinks; where they
-                                            differ in length also 3q + 4k, their copies;
+                                            scores are capped; where they differ in length also 3q + 4k, their copies;
     while the gated delta rule is: its input and output, their gradients, q and k in float32 twice, and in loops
                                             what each thread keeps of a document, else for the key heads at work what
                                             `ops.delta_chunks` keeps of every token;
@@ -180,7 +179,7 @@ def decoder_size(
             "block": again + (scratch * b if above else 0),
         },
         run_token_bytes=0 if looped else (2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
-        run_product_bytes=0 if looped else (3 if config.attention_cap is None and not config.sinks else 5) * heads * b,
+        run_product_bytes=0 if looped else (3 if config.attention_cap is None else 5) * heads * b,
         copied_token_bytes=0 if looped else (3 * q + 4 * k) * b,
         stream_bytes=d * b + _BATCH_BYTES + sum(config.rotary_dims) * FLOAT32_BYTES + _carried(config, layout, b),
         head_row_bytes=(3 if head_is_trained else 2) * d * b,
