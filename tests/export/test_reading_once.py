@@ -20,11 +20,13 @@ from backhand.export.options import ExportOptions, MergeOptions
 from backhand.export.probes import BlockWalk, Difference, difference, probe_documents, streamed_logits
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.loading import gguf_file, open_model
+from backhand.nn.loading import gguf_file, huggingface, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.quantizing import QuantizingSource
 from support.tiny_adapters import save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import save_tiny, tiny_model
+from support.tiny_models import GPT_OSS_OF_LLAMA_CPP, save_tiny, tiny_model
+from support.tiny_mxfp4 import IN_BLOCKS, save_packed
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 3}
 _TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -123,6 +125,48 @@ def test_an_export_unpacks_each_matrix_once(
     times = found.times("base.gguf")
     assert {count for name, count in times.items() if name.startswith("model.layers.")} == {1.0}
     assert times["lm_head.weight"] == 3.0
+
+
+@pytest.mark.parametrize("output", ["merged.gguf", "merged"])
+def test_a_merge_unpacks_each_expert_of_a_directory_once(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of OpenAI's own files, of which a matrix is put in order before it is unpacked."""
+    save_packed(tmp_path / "base", **GPT_OSS_OF_LLAMA_CPP)
+    model = tiny_model("gpt_oss", **IN_BLOCKS)
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    ordered: Counter[str] = Counter()
+    real = huggingface._Packed.rows
+
+    def rows(packed: Any) -> Any:
+        ordered[f"{packed.blocks[1]} {packed.matrix}"] += 1
+        return real(packed)
+
+    monkeypatch.setattr(huggingface._Packed, "rows", rows)
+    options = MergeOptions(
+        adapter=adapter, output=tmp_path / output, model=str(tmp_path / "base"), quiet=True, tolerance=1.0
+    )
+    merge_command(options)
+    assert len(ordered) == 2 * 11 * 3 and set(ordered.values()) == {1}
+
+
+def test_the_dtype_is_that_of_what_is_loaded(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And known without unpacking anything."""
+    save_packed(tmp_path / "mxfp4")
+    sources = [open_model(base), open_model(tmp_path / "mxfp4")]
+    dense = open_model(save_tiny(tiny_model("llama", **_SIZES).to(torch.float16), tmp_path / "dense"))
+    sources += [dense, QuantizingSource(dense, "q8_0")]
+    wanted = [{name: source.load(name).dtype for name in source.tensor_names()} for source in sources]
+    assert set(wanted[1].values()) == {torch.float32, torch.bfloat16}
+    assert set(wanted[3].values()) == {torch.float32, torch.float16}
+
+    def unpacks(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    for place in ("nn.loading.gguf_file", "kernels.quantized_matrix", "nn.loading.mxfp4_experts"):
+        monkeypatch.setattr(f"backhand.{place}.dequantize", unpacks)
+    for source, dtypes in zip(sources, wanted, strict=True):
+        assert {name: source.dtype(name) for name in source.tensor_names()} == dtypes
 
 
 def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

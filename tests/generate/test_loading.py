@@ -147,6 +147,26 @@ def test_the_adapter_must_belong_to_model_tokenizer_and_template(
 
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])
+def test_other_variables_of_the_template_are_said(
+    model_directory: Path, recorded_adapter: Path, tmp_path: Path, engine: str
+) -> None:
+    record = json.loads((recorded_adapter / "backhand.json").read_text())
+    for config, given, said in (
+        ({}, {"enable_thinking": False}, False),  # says nothing of its rows
+        ({"data.system": "x"}, {}, False),
+        ({"data.system": "x"}, {"enable_thinking": False}, True),
+        ({"data.template_args": {"enable_thinking": False}}, {"enable_thinking": False}, False),
+        ({"data.template_args": {"enable_thinking": False}}, {}, True),
+        ({"data.template_args": {"enable_thinking": False}}, None, False),
+    ):
+        directory = shutil.copytree(recorded_adapter, tmp_path / "other", dirs_exist_ok=True)
+        (directory / "backhand.json").write_text(json.dumps(record | {"config": config}))
+        with loaded_model(options(model_directory, engine=engine), directory, template_args=given) as loaded:
+            notes = [note for note in loaded.notes if note.startswith("template_args: ")]
+        assert bool(notes) == said
+
+
+@pytest.mark.parametrize("engine", ["backhand", "transformers"])
 def test_an_adapter_of_another_shape_is_refused(model_directory: Path, tmp_path: Path, engine: str) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from sanitized_loops import LOOPS, Draw
 
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library, library_path, usable
 
@@ -71,6 +72,10 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
 def main(folder: Path, rounds: int) -> None:
     builds = [Library(library_path(name, folder)) for name in usable(folder)]
     low_rank(builds, np.random.default_rng(2), rounds)
+    for seed, one_problem in enumerate(LOOPS):
+        draw = Draw(seed)
+        for _ in range(rounds):
+            one_problem(builds, draw)
     room = (INT * 64)()
     count = builds[0].function("backhand_dequantize_types", (POINTER, INT), INT)(room, 64)
     generator = np.random.default_rng(20210617)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
@@ -15,50 +14,12 @@ from torch import Tensor
 from backhand.kernels.library import torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from support.llama_cpp import LlamaCpp
+from support.llama_cpp import FAMILIES, LlamaCpp
 from support.tiny_gguf import write_tiny_gguf
-from support.tiny_models import GPT_OSS_OF_LLAMA_CPP, VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
+from support.tiny_models import VOCAB_SIZE, WINDOW, tiny_documents, tiny_model
 
 _LENGTHS = (1, WINDOW - 1, WINDOW + 1, 20, 33, 60)
 """Prompts shorter and longer than the sliding window (8) and the original rope length (16)."""
-
-# llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
-# exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale
-# from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys
-# and values of the last two that have their own.
-_CASES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {},
-    "llama-biases": {},
-    "llama3": {},
-    "llama-linear": {},
-    "tinyllama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"head_dim": 10},
-    "qwen3": {},
-    "qwen3-yarn": {},
-    "qwen3_5_text": {"rms_norm_eps": 1e-6},
-    "qwen3_moe": {"mlp_only_layers": []},
-    "mixtral": {},
-    "gpt_oss": GPT_OSS_OF_LLAMA_CPP,
-    "olmo2": {"head_dim": 10, "attention_bias": False},
-    "olmo3": {"head_dim": 10},
-    "exaone4": {"num_hidden_layers": 64, "head_dim": 10},
-    "exaone4-full": {"head_dim": 10},
-    "ministral3": {},
-    "phi3": {},
-    "phi3-longrope": {"original_max_position_embeddings": 256, "max_position_embeddings": 1024},
-    "glm": {"head_dim": 10},
-    "glm4": {},
-    "granite": {},
-    "granitemoehybrid": {},
-    "lfm2": {"head_dim": 10},
-    "smollm3": {},
-    "gemma2": {"query_pre_attn_scalar": 14},
-    "gemma3_text": {"query_pre_attn_scalar": 14},
-    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
-    "gemma4-keys": {"attention_bias": False},
-}
 
 
 def _differences(path: Path, ids: list[int]) -> list[float]:
@@ -80,9 +41,9 @@ def _prompt() -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("variant", [variant for variant in _CASES if not variant.startswith("gemma")])
+@pytest.mark.parametrize("variant", [variant for variant in FAMILIES if not variant.startswith("gemma")])
 def test_log_probabilities_equal_llama_cpp(variant: str, tmp_path: Path) -> None:
-    path = write_tiny_gguf(tiny_model(variant, **_CASES[variant]), tmp_path / "tiny.gguf")
+    path = write_tiny_gguf(tiny_model(variant, **FAMILIES[variant]), tmp_path / "tiny.gguf")
     assert max(_differences(path, _prompt())) < 5e-5
 
 
@@ -96,11 +57,11 @@ def _gelu_of_ggml(gelu: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rounded
 
 
-@pytest.mark.parametrize("variant", [variant for variant in _CASES if variant.startswith("gemma")])
+@pytest.mark.parametrize("variant", [variant for variant in FAMILIES if variant.startswith("gemma")])
 def test_gemma_equals_llama_cpp_up_to_its_gelu_table(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_tiny_gguf(tiny_model(variant, **_CASES[variant]), tmp_path / "tiny.gguf")
+    path = write_tiny_gguf(tiny_model(variant, **FAMILIES[variant]), tmp_path / "tiny.gguf")
     assert max(_differences(path, _prompt())) < 1e-2
     monkeypatch.setattr(torch.ops.aten.gelu, "out", _gelu_of_ggml(torch.nn.functional.gelu))
     with torch_form():  # the compiled loop has a GELU of its own

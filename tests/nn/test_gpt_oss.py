@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,10 @@ from support.tiny_models import (
     VOCAB_SIZE,
     attach_lora,
     full_logits,
-    save_tiny,
     tiny_documents,
     tiny_model,
 )
-
-_BLOCKS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 2}
-"""Sizes that divide into blocks of 32."""
+from support.tiny_mxfp4 import IN_BLOCKS, QUANTIZATION, save_packed
 
 _PUBLISHED: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"],
@@ -62,7 +58,7 @@ _PUBLISHED: dict[str, Any] = {
     "num_local_experts": 32,
     "output_router_logits": False,
     "pad_token_id": 199999,
-    "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_method": "mxfp4"},
+    "quantization_config": QUANTIZATION,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
         "beta_fast": 32.0,
@@ -83,30 +79,9 @@ _PUBLISHED: dict[str, Any] = {
 """config.json as the 20-billion-parameter model has it."""
 
 
-def _packed(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Write a directory whose experts are random blocks; (blocks, scales) by parameter."""
-    save_tiny(tiny_model("gpt_oss", **_BLOCKS), directory)
-    generator = torch.Generator().manual_seed(5)
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    packed = {}
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        shape = experts, outputs, inputs // 32
-        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
-        packed[name] = blocks, scales
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save_file(tensors, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = _PUBLISHED["quantization_config"]
-    (directory / "config.json").write_text(json.dumps(config))
-    return packed
-
-
 def _transformers_model(packed: dict[str, tuple[Tensor, Tensor]]) -> Any:
     """The same in memory, unpacked by transformers."""
-    model = tiny_model("gpt_oss", **_BLOCKS)
+    model = tiny_model("gpt_oss", **IN_BLOCKS)
     with torch.no_grad():
         for name, (blocks, scales) in packed.items():
             unpacked = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
@@ -115,7 +90,7 @@ def _transformers_model(packed: dict[str, tuple[Tensor, Tensor]]) -> Any:
 
 
 def test_blocks_of_a_checkpoint_are_the_numbers_that_transformers_makes_of_them(tmp_path: Path) -> None:
-    model = _transformers_model(_packed(tmp_path))
+    model = _transformers_model(save_packed(tmp_path))
     source = open_model(tmp_path)
     document = tiny_documents([19])[0]
     decoder = Decoder.from_source(source, dtype=torch.float32)
@@ -128,7 +103,7 @@ def test_blocks_of_a_checkpoint_are_the_numbers_that_transformers_makes_of_them(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_they_are_stored_they_are_the_same_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
-    _packed(tmp_path)
+    save_packed(tmp_path)
     source = open_model(tmp_path)
     assert source.quantized and held_bytes(source, dtype, quantized=True) < held_bytes(source, dtype, quantized=False)
     document = tiny_documents([19])[0]
@@ -139,7 +114,7 @@ def test_as_they_are_stored_they_are_the_same_numbers(dtype: torch.dtype, tmp_pa
 
 
 def test_blocks_are_not_rounded_again_and_a_merge_names_them(tmp_path: Path) -> None:
-    _packed(tmp_path)
+    save_packed(tmp_path)
     source = open_model(tmp_path)
     assert "MXFP4" in describe_base(source)
     with pytest.raises(UsageError, match="rounded twice"):
@@ -148,7 +123,7 @@ def test_blocks_are_not_rounded_again_and_a_merge_names_them(tmp_path: Path) -> 
 
 def test_so_are_those_of_a_file_in_circulation(tmp_path: Path) -> None:
     """Experts in MXFP4, all else in Q8_0 or float32."""
-    model = tiny_model("gpt_oss", **_BLOCKS, **GPT_OSS_OF_LLAMA_CPP)
+    model = tiny_model("gpt_oss", **IN_BLOCKS, **GPT_OSS_OF_LLAMA_CPP)
     path = write_tiny_gguf(
         model,
         tmp_path / "tiny.gguf",
@@ -165,7 +140,7 @@ def test_so_are_those_of_a_file_in_circulation(tmp_path: Path) -> None:
 
 
 def test_blocks_without_scales_are_said(tmp_path: Path) -> None:
-    packed = _packed(tmp_path)
+    packed = save_packed(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     name = next(iter(packed))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from backhand.ops import attention_blocks, document_groups
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
+from support.allocations import held_at_most
 
 (PROOF,) = load_proofs("attention")
 
@@ -38,3 +40,34 @@ def test_blocks_cover_a_document_in_order(length):
     assert bounds[0] == 0
     assert bounds[-1] == length
     assert all(0 < size <= attention_blocks.BLOCK_TOKENS + attention_blocks.ALIGNMENT for size in sizes)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_sinks_copy_no_scores(passes: str, window: int | None) -> None:
+    q, k = torch.randn(1, 320, 8, 16), torch.randn(1, 1300, 4, 16)
+
+    def held(sinks: torch.Tensor | None) -> int:
+        _, saved = attention_blocks.attention_blocks_forward(q, k, k, 0.25, window, None, sinks)
+        if passes == "backward":
+            return held_at_most(lambda: attention_blocks.attention_blocks_backward(q, saved))
+        return held_at_most(lambda: attention_blocks.attention_blocks_forward(q, k, k, 0.25, window, None, sinks))
+
+    assert held(torch.randn(8)) <= 1.1 * held(None)
+
+
+def test_a_long_prompt_forms_few_scores_at_once() -> None:
+    """Of one key/value head after another, to the same numbers."""
+    q, k, v = torch.randn(1, 160, 16, 8), torch.randn(1, 20_000, 8, 8), torch.randn(1, 20_000, 8, 8)
+    sinks, found = torch.randn(16), []
+    kept = [tensor.numel() * 4 for tensor in (q, k, v)]
+
+    def attend() -> None:
+        found[:] = [attention_blocks.attention_blocks_forward(q, k, v, 0.3, sinks=sinks)[0]]
+
+    held = held_at_most(attend)
+    of_one_head = 160 * 2 * 20_001 * 4
+    assert attention_blocks.SCORES_BYTES // of_one_head == 2
+    assert held < 2 * 2 * of_one_head + 3 * sum(kept)
+    wanted = attention_blocks.attention_blocks_reference(q.double(), k.double(), v.double(), 0.3, sinks=sinks.double())
+    assert float((found[0].double() - wanted).norm() / wanted.norm()) < 1e-6

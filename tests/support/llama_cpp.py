@@ -15,6 +15,47 @@ import xllamacpp
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from support.tiny_models import GPT_OSS_OF_LLAMA_CPP
+
+# llama.cpp reads no sliding window for mistral, no layer without experts for qwen3moe, no head_dim for qwen2, olmo2,
+# exaone4 and glm, no bias for olmo2, no windows in exaone4's models of other than 64 layers, it derives Gemma's scale
+# from head_dim, the delta rule's queries and keys are normed with the norms' epsilon, and Gemma 4's layers share keys
+# and values of the last two that have their own.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {},
+    "llama-biases": {},
+    "llama3": {},
+    "llama-linear": {},
+    "tinyllama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"head_dim": 10},
+    "qwen3": {},
+    "qwen3-yarn": {},
+    "qwen3_5_text": {"rms_norm_eps": 1e-6},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "mixtral": {},
+    "gpt_oss": GPT_OSS_OF_LLAMA_CPP,
+    "olmo2": {"head_dim": 10, "attention_bias": False},
+    "olmo3": {"head_dim": 10},
+    "exaone4": {"num_hidden_layers": 64, "head_dim": 10},
+    "exaone4-full": {"head_dim": 10},
+    "ministral3": {},
+    "phi3": {},
+    "phi3-longrope": {"original_max_position_embeddings": 256, "max_position_embeddings": 1024},
+    "glm": {"head_dim": 10},
+    "glm4": {},
+    "granite": {},
+    "granitemoehybrid": {},
+    "lfm2": {"head_dim": 10},
+    "smollm3": {},
+    "gemma2": {"query_pre_attn_scalar": 14},
+    "gemma3_text": {"query_pre_attn_scalar": 14},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
+    "gemma4-keys": {"attention_bias": False},
+}
+"""Tiny models of which llama.cpp computes what transformers does, with what has to be said for it."""
+
 
 class LlamaCpp:
     """A loaded GGUF file; one thread, everything in float32 where the file is.

@@ -211,7 +211,13 @@ def test_a_silent_rank_is_named(straight: TrainConfig, tmp_path: Path) -> None:
     assert "is lost" in ranks.said()[1]
 
 
-@pytest.mark.parametrize("name", ["data_digest", "optimization.learning_rate", "base_digest", "base model", "torch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data_digest", "optimization.learning_rate", "base_digest", "base model", "torch"),
+        *("run.from_adapter", "data.chat_template"),
+    ],
+)
 def test_what_is_not_alike_is_refused_before_the_first_step(
     name: str, tiny: TinyRun, straight: TrainConfig, tmp_path: Path
 ) -> None:
@@ -222,6 +228,10 @@ def test_what_is_not_alike_is_refused_before_the_first_step(
             other = with_options(config, data=(str(write_rows(tmp_path / "other.jsonl", 11, seed=5)),))
         case "optimization.learning_rate":
             other = with_options(config, learning_rate=1e-3)
+        case "run.from_adapter":
+            other = with_options(config, from_adapter=str(straight.run.output / "adapter"))
+        case "data.chat_template":
+            other = with_options(config, chat_template="none")
         case "base_digest":
             other = with_options(config, model=str(changed(tiny.model, "q_proj.weight", tmp_path / "model")))
         case "base model":

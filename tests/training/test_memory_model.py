@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter, resolve_slots
+from backhand.kernels.library import loops_are_there, torch_form
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops import gated_delta_rule
+from backhand.ops.delta_chunks import HeadSizes
 from backhand.training.memory.decoder_size import decoder_size
-from backhand.training.memory.model import block_bytes, head_bytes, kept_bytes
-from backhand.training.memory.shapes import Rows, largest_shapes
+from backhand.training.memory.model import (
+    block_bytes,
+    delta_rule_bytes,
+    head_bytes,
+    kept_bytes,
+    parts_of,
+    second_model_bytes,
+)
+from backhand.training.memory.shapes import KERNEL_BYTES, USUAL, Rows, StepShape, largest_shapes
+from support.allocations import held_at_most
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
 SIZES = {
@@ -51,14 +63,7 @@ def allocated_peak(
     lora.initialise(torch.Generator().manual_seed(0))
     decoder.attach(lora)
     decoder.loss_and_gradients(batch, 1.0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        decoder.loss_and_gradients(batch, 1.0)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return held_at_most(lambda: decoder.loss_and_gradients(batch, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -180,3 +185,92 @@ def test_experts_hold_what_the_formula_says(
     at_work = max(head_bytes(size, counted), block_bytes(size, counted, recompute))
     predicted = kept_bytes(size, counted, recompute) + counted.tokens * size.stream_bytes + at_work
     assert predicted == pytest.approx(allocated_peak(config, batch, dtype, recompute, adapter), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_sinks_take_no_memory_of_their_own_in_torchs_form(recompute: str) -> None:
+    """Attention of a long row by blocks of queries, whose matrices are the most that a block holds."""
+    rows, length, supervised, vocabulary = SHAPES["long-row"]
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96, "num_hidden_layers": 3}
+    sizes = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 16}
+    stated = tiny_config("gpt_oss", vocab_size=vocabulary, sliding_window=1024, **sizes, **more).to_dict()
+    config = decoder_config(stated)
+    labels = torch.full((rows * length,), IGNORE_INDEX)
+    labels[torch.randperm(rows * length)[:supervised]] = 7
+    batch = PackedBatch(torch.randint(vocabulary, labels.shape), labels, (length,) * rows)
+    same = Rows([length] * rows, [supervised // rows] * rows)
+    with torch_form():
+        size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), 4)
+        (counted,) = largest_shapes([range(rows)], same, [rows], torch.empty(0)).values()
+        at_work = block_bytes(size, counted, recompute)
+        predicted = kept_bytes(size, counted, recompute) + counted.tokens * size.stream_bytes + at_work
+        assert predicted == pytest.approx(allocated_peak(config, batch, torch.float32, recompute), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
+def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.dtype) -> None:
+    """Of each token, and of a row as a whole; a model that answers beside the run holds them."""
+    config = decoder_config(tiny_config(variant).to_dict())
+    size = decoder_size(config, resolve_adapter(LoRAConfig(rank=8), module_shapes(config)), dtype.itemsize)
+    cache = KVCache(config, 1, 37, dtype=dtype)
+    states = sum(state.nbytes for layer in cache.states for state in layer)
+    held = sum(part.nbytes for part in (*cache.keys, *cache.values)) + states
+    assert 37 * size.cache_bytes + size.mixer_state_bytes == held
+    assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text"))
+    without = replace(size, mixer_state_bytes=0)
+    assert second_model_bytes(size, 1000, 37) - second_model_bytes(without, 1000, 37) == states
+
+
+@pytest.mark.parametrize(
+    ("variant", "counted"),
+    [("llama", 32), ("lfm2", 41), ("qwen3_moe", 25), ("gemma4-keys", 45), ("gemma4_text", 78)],
+)
+def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what oneDNN said that it compiled for one number of tokens, experts left aside; by torch's products."""
+    monkeypatch.setattr("backhand.training.memory.shapes.loops_are_there", lambda: False)
+    config = decoder_config(tiny_config(variant).to_dict())
+    shapes, usual = module_shapes(config), USUAL.kernels(torch.bfloat16)[0]
+    size = decoder_size(config, resolve_adapter(LoRAConfig(rank=16), shapes), 2)
+    assert usual + size.more_kernels[0] == pytest.approx(counted, rel=0.02)
+    one = decoder_size(config, resolve_adapter(LoRAConfig(rank=16, target_modules=("q_proj",)), shapes), 2)
+    assert all(few < all_of for few, all_of in zip(one.more_kernels, size.more_kernels, strict=True))
+    shape = StepShape(100, 10, kernels=usual * 3, kernel_sizes=(3, 2, 1, 0))
+    more = 3 * size.more_kernels[0] + 2 * size.more_kernels[1] + size.more_kernels[2]
+    more += size.kernels_a_token * 100
+    found = parts_of(size, shape, "none", 0)["compiled kernels"]
+    assert found == (usual * 3 + more) * KERNEL_BYTES
+
+
+@pytest.mark.skipif(not loops_are_there(), reason="torch's form keeps other things")
+@pytest.mark.parametrize(("shared", "own"), [(0, 300), (100, 200), (128, 30), (190, 0)])
+def test_the_delta_rule_works_in_what_is_counted(shared: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a shared prefix one state more, and a chunk that is not full on each side."""
+    found: list[int] = []
+    real = gated_delta_rule._problem
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        problem = real(*arguments, **options)
+        found.append(problem.memory.nbytes)
+        return problem
+
+    monkeypatch.setattr(gated_delta_rule, "_problem", noting)
+    tokens, heads, group = shared + 2 * own, 3, 2
+    q, k = torch.randn(tokens, heads, 24), torch.randn(tokens, heads, 24)
+    v = torch.randn(tokens, heads * group, 40)
+    rates = torch.rand(tokens, heads * group)
+    saved = gated_delta_rule.GatedDeltaRuleSaved(q, k, v, -rates, rates, ((shared, 2, own),), shared)
+    gated_delta_rule.gated_delta_rule_backward(torch.randn_like(v), saved)
+    heads_of = HeadSizes(heads, group, 24, 40)
+    with monkeypatch.context() as one_thread:
+        one_thread.setattr(torch, "get_num_threads", lambda: 1)
+        gated_delta_rule.gated_delta_rule_backward(torch.randn_like(v), saved)
+        counted = gated_delta_rule.bytes_in_loops(heads_of, shared + own, torch.float32, shared=shared)
+    assert found[1] == counted
+    shape = StepShape(tokens, 10, longest_tokens=shared + own, shared_tokens=shared)
+    size = decoder_size(decoder_config(tiny_config("qwen3_5_text").to_dict()), _LAYOUT, 4)
+    planned = delta_rule_bytes(replace(size, delta_heads=heads_of), shape)
+    assert planned == counted * torch.get_num_threads() >= found[0]
+
+
+_LAYOUT = resolve_adapter(LoRAConfig(rank=8), module_shapes(decoder_config(tiny_config("qwen3_5_text").to_dict())))

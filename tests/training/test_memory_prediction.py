@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sizes in MODELS.items():
         model = tiny_model("llama-tied", num_attention_heads=8, num_key_value_heads=4, head_dim=32, **sizes)
         save_tiny(model, path / name)
+    save_tiny(tiny_model("gemma4_text"), path / "kinds-of-layers")
     write_rows(path / "short.jsonl", 64, seed=0, words=(5, 20), completion=10)
     write_rows(path / "long.jsonl", 32, seed=1, words=(100, 140), completion=10)
     write_rows(path / "long-heads.jsonl", 32, seed=1, words=(40, 60), completion=70)
@@ -44,8 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deep", "long", "--dtype auto --recompute none --micro-batch-rows 8"),
         ("deep", "long", "--dtype float32 --recompute block --micro-batch-rows 4"),
         ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
+        ("kinds-of-layers", "short", "--dtype auto"),
+        ("kinds-of-layers", "short", "--dtype auto --target-modules per_layer_model_projection"),
     ],
-    ids=["head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows"],
+    ids=["head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows", "gemma4", "gemma4-one"],
 )
 def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
     options += " --batch-rows 8 --max-steps 6"

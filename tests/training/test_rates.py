@@ -21,6 +21,7 @@ from backhand.training.memory.rates import Rates, products_of, sampled, unpackin
 from backhand.training.memory.token_seconds import TokenSeconds, numbers_in_blocks
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
+from support.tiny_mxfp4 import IN_BLOCKS, save_packed
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 
@@ -65,7 +66,7 @@ def test_a_token_meets_every_matrix_once(source: ModelSource) -> None:
     blocks, head = _values(source)
     config = decoder_config(source.config)
     assert sum(rows * columns * count for (rows, columns), count in products_of(config).items()) == blocks + head
-    stacks = sampled(source, config)
+    stacks = [sample.parts for sample in sampled(source, config)]
     assert sum(part.row_count * part.columns for stack in stacks for part in stack) == blocks + head
     weights = Decoder.from_source(source, dtype=torch.float32, quantized=True).weights
     block = weights.blocks[2]
@@ -81,7 +82,7 @@ def test_a_large_model_is_sampled_evenly(source: ModelSource, monkeypatch: pytes
     for share in (0.5, 0.1):
         monkeypatch.setattr(rates, "_SAMPLE_VALUES", share * (blocks + head))
         *of_blocks, of_head = [
-            sum(part.row_count * part.columns for part in stack) for stack in sampled(source, config)
+            sum(part.row_count * part.columns for part in stack) for stack, _ in sampled(source, config)
         ]
         assert len(of_blocks) == (12 if share == 0.5 else 4)
         assert sum(of_blocks) == pytest.approx(share * blocks, rel=0.05)
@@ -97,6 +98,60 @@ def test_the_share_is_the_formula(source: ModelSource, tokens: int, monkeypatch:
     wanted = 7 * (blocks + head * math.ceil(tokens / 256)) / (tokens * (blocks + head))
     assert found == pytest.approx(wanted, rel=1e-9)
     assert {count for _, _, count in clock.products} == {min(tokens, 256)}
+
+
+@pytest.fixture(scope="module", params=["directory", "file"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """gpt-oss, its experts in MXFP4."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "directory":
+        save_packed(folder)
+        return open_model(folder)
+    model = tiny_model("gpt_oss", **IN_BLOCKS)
+    packed = {True: StorageType.MXFP4, False: StorageType.F32}
+    return open_model(write_tiny_gguf(model, folder / "tiny.gguf", storage=lambda name: packed["_exps" in name]))
+
+
+def test_experts_are_sampled_as_they_are_stored(mixture: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = decoder_config(mixture.config)
+    blocks, head = _values(mixture)
+    samples = sampled(mixture, config)
+    assert sum(part.row_count * part.columns for parts, _ in samples for part in parts) == blocks + head - _ROUTERS
+    experts = [parts for parts, met in samples if met == 3 / 11]
+    assert len(experts) == 2 * 11 * len(config.layers)
+    assert {part.type_id for parts in experts for part in parts} == {int(StorageType.MXFP4)}
+    block = Decoder.from_source(mixture, dtype=torch.float32, quantized=True).weights.blocks[1]
+    for matrix, stack in zip((block.gate_up, block.down), (experts[22:33], experts[33:44]), strict=True):
+        assert isinstance(matrix, QuantizedMatrix)
+        rows = [QuantizedMatrix(parts, torch.float32).dense() for parts in stack]
+        assert torch.equal(matrix.dense(), torch.cat(rows))
+    monkeypatch.setattr(rates, "_SAMPLE_VALUES", 0.1 * (blocks + head))
+    few = [parts for parts, met in sampled(mixture, config) if met < 1]
+    assert len(few) == 2 * 3
+    held = sum(part.row_count * part.columns for parts in few for part in parts)
+    every = sum(part.row_count * part.columns for parts in experts for part in parts)
+    assert held == pytest.approx(0.1 * every, rel=0.05)
+
+
+_ROUTERS = 2 * 11 * 64
+"""Numbers in matrices that are held dense."""
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40, 2000])
+def test_the_share_of_experts_is_the_formula(
+    mixture: ModelSource, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of eleven are chosen: each is unpacked once, or by so few tokens not always, and multiplied by its own."""
+    clock = Ticking(monkeypatch, unpacking=7)
+    found = unpacking_share(mixture, torch.float32, tokens, clock)
+    blocks, head = _values(mixture)
+    names = [name for name in mixture.tensor_names() if ".experts." in name and name.endswith(".weight")]
+    experts = sum(math.prod(mixture.shape(name)) for name in names)
+    others = blocks - experts - _ROUTERS
+    own = tokens * 3 / 11
+    unpacked = 7 * (others + experts * min(1.0, own) + head * math.ceil(tokens / 256))
+    assert found == pytest.approx(unpacked / (tokens * (others + head) + own * experts), rel=1e-9)
+    assert {count for _, _, count in clock.products} == {min(tokens, 256), max(1, min(256, round(own)))}
 
 
 def test_what_seems_to_cost_less_than_nothing_costs_nothing(

@@ -199,6 +199,7 @@ def test_proving_that_a_run_resumes(tiny: TinyRun, tmp_path: Path) -> None:
         ({"rank": 2, "dtype": "bfloat16"}, ["rank", "dtype"]),
         ({"target_modules": ("q_proj",)}, ["target_modules"]),
         ({"learning_rate": 1.0, "max_steps": 50, "threads": 2}, ["learning_rate", "max_steps", "threads"]),
+        ({"template_args": {"enable_thinking": False}}, ["template_args"]),
     ],
 )
 def test_other_settings_are_refused_with_a_list(

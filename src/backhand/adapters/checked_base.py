@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from backhand.adapters.record import (
     AdapterRecord,
     base_differences,
     base_digest,
+    other_template_args,
     text_digest,
     tokenizer_digest,
     wrong_base,
@@ -34,6 +36,7 @@ def load_adapter_for(
     module_shapes: Mapping[str, tuple[int, int]],
     *,
     chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     force_base: bool = False,
     allow_pickle: bool = False,
 ) -> LoadedAdapter:
@@ -44,6 +47,7 @@ def load_adapter_for(
         directory: of the adapter, or a GGUF file.
         module_shapes: (out, in) of every linear module of the model, by dotted path.
         chat_template: the template in use; None where there is none, or it does not matter.
+        template_args: variables it is given; None where they do not matter.
         force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -58,6 +62,7 @@ def load_adapter_for(
         source,
         [target.name for target in loaded.targets],
         chat_template=chat_template,
+        template_args=template_args,
         base_copies=loaded.base_copies,
         force_base=force_base,
     )
@@ -95,6 +100,7 @@ def check_source(
     module_names: Iterable[str],
     *,
     chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     base_copies: Mapping[str, Tensor] | None = None,
     force_base: bool = False,
 ) -> tuple[str, ...]:
@@ -106,11 +112,12 @@ def check_source(
         source: the base model at hand.
         module_names: the adapted modules.
         chat_template: the template in use; None is not compared.
+        template_args: variables it is given, for a note; None is not compared.
         base_copies: whole base weights that the adapter's file holds, by module.
         force_base: return what differs in place of raising.
 
     Returns:
-        a sentence for each thing that differs, for people to see; none unless `force_base`.
+        a sentence for each thing that differs, for people to see: other variables, and with `force_base` all else.
 
     Raises:
         ArtifactError: names everything that differs.
@@ -123,7 +130,8 @@ def check_source(
     different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
     if different and not force_base:
         raise wrong_base(different, where)
-    return tuple(f"used by force: {sentence}" for sentence in different)
+    notes = other_template_args(record, template_args) if record is not None else ()
+    return (*(f"used by force: {sentence}" for sentence in different), *notes)
 
 
 def source_digests(

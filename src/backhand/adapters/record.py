@@ -49,6 +49,13 @@ class AdapterRecord:
     packages: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def template_args(self) -> Mapping[str, Any] | None:
+        """Variables that the chat template was given; None where the record says nothing of the rows."""
+        says = any(name.startswith("data.") for name in self.config)
+        found: Mapping[str, Any] | None = self.config.get("data.template_args", {}) if says else None
+        return found
+
 
 def installed_packages() -> dict[str, str]:
     """Versions of Python and of the packages that decide what an adapter is."""
@@ -133,6 +140,18 @@ def base_differences(
         for what, recorded, present in compared
         if recorded is not None and present is not None and recorded != present
     ]
+
+
+def other_template_args(record: AdapterRecord, template_args: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """A sentence where the chat template is given other variables than in training; no error, since it may have to be.
+
+    A reply that begins where the prompt with the other `enable_thinking` ends was trained without that variable.
+    """
+    recorded = record.template_args
+    if recorded is None or template_args is None or dict(recorded) == dict(template_args):
+        return ()
+    given, before = (json.dumps(dict(one), ensure_ascii=False, sort_keys=True) for one in (template_args, recorded))
+    return (f"template_args: {given} here, and {before} when the adapter was trained",)
 
 
 def wrong_base(different: Sequence[str], where: str) -> ArtifactError:

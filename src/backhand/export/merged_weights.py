@@ -20,7 +20,6 @@ from torch import Tensor
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
 from backhand.export.probes import BlockWalk, layer_of
-from backhand.nn.loading.huggingface import HuggingFaceDirectory
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
 from backhand.ops.frozen_matrix import FrozenMatrix
 
@@ -94,7 +93,7 @@ class MergedWeights:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of the tensor in the base; float32 if it is quantized there."""
-        return self.source.load(self._base_name(name)).dtype
+        return self.source.dtype(self._base_name(name))
 
     def make(self, name: str, rounded: Rounding) -> Tensor:
         """The merged tensor in Hugging Face layout: float32 (float64 if the base is), or the base's own if unchanged.
@@ -121,11 +120,9 @@ class MergedWeights:
         self.digests[name] = base_digest([name], self.source.load_in_pieces)
 
     def _load(self, name: str) -> Tensor:
-        if isinstance(self.source, HuggingFaceDirectory):
-            stored = self.source.load(name)  # a view, of which nothing is read yet
-            if stored.dtype == torch.float64:
-                return stored
-        walked = None if self.walk is None else self.walk.tensor(name)
+        if self.walk is None or self.source.dtype(name) == torch.float64:  # a walk is in float32
+            return self.source.load(name)
+        walked = self.walk.tensor(name)
         return self.source.load(name) if walked is None else walked
 
     def _base_name(self, name: str) -> str:

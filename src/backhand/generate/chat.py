@@ -38,7 +38,11 @@ def chat_command(options: ChatOptions) -> None:
     """
     options.validate()
     with loaded_model(
-        options.model, options.chat.adapter, chat_template=options.template.chat_template, one_at_a_time=True
+        options.model,
+        options.chat.adapter,
+        chat_template=options.template.chat_template,
+        template_args=options.template.template_args,
+        one_at_a_time=True,
     ) as loaded:
         show_notes(loaded.notes)
         session = GenerationSession(loaded, options.template)

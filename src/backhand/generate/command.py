@@ -47,6 +47,7 @@ def generate_command(options: GenerateOptions) -> None:
         options.model,
         answer.adapter,
         chat_template=options.template.chat_template,
+        template_args=options.template.template_args,
         one_at_a_time=prompt is not None,
     ) as loaded:
         if not answer.quiet:

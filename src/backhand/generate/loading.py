@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ def loaded_model(
     adapter: Path | str | None = None,
     *,
     chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     one_at_a_time: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads as long as it is used.
@@ -55,6 +56,7 @@ def loaded_model(
         options: which model, and how it is computed.
         adapter: directory of an adapter to put on it, or a GGUF file.
         chat_template: the option of that name; the adapter's record is held against the template in use.
+        template_args: likewise; None where the template is not asked.
         one_at_a_time: whether prompts come one after the other; a quantized base then stays so.
 
     Raises:
@@ -69,20 +71,20 @@ def loaded_model(
         template = read_template(chat_template, tokenizer)
         try:
             if options.engine == "transformers":
-                model, notes = _by_transformers(source, options, adapter, template, dtype, device)
+                model, notes = _by_transformers(source, options, adapter, template, template_args, dtype, device)
             else:
                 model, notes = _by_engine(
-                    source, options, adapter, template, dtype, device, one_at_a_time=one_at_a_time
+                    source, options, adapter, template, template_args, dtype, device, one_at_a_time=one_at_a_time
                 )
         except UnsupportedModel as error:
             if options.engine == "backhand":
                 raise
-            model, notes = _by_transformers(source, options, adapter, template, dtype, device)
+            model, notes = _by_transformers(source, options, adapter, template, template_args, dtype, device)
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         stop_ids = (
             *source.stop_token_ids(),
-            *stopping_role_ids(tokenizer, template, from_option=chat_template is not None),
+            *stopping_role_ids(tokenizer, template, from_option=chat_template is not None, template_args=template_args),
         )
         yield LoadedModel(model, tokenizer, stop_ids, notes)
 
@@ -92,6 +94,7 @@ def _by_engine(
     options: BaseModelOptions,
     adapter: Path | str | None,
     template: str | None,
+    template_args: Mapping[str, Any] | None,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -106,6 +109,7 @@ def _by_engine(
             adapter,
             decoder.module_shapes(),
             chat_template=template,
+            template_args=template_args,
             force_base=options.force_base,
             allow_pickle=options.allow_pickle,
         )
@@ -119,6 +123,7 @@ def _by_transformers(
     options: BaseModelOptions,
     adapter: Path | str | None,
     template: str | None,
+    template_args: Mapping[str, Any] | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Completer, tuple[str, ...]]:
@@ -137,6 +142,7 @@ def _by_transformers(
         source,
         [target.name for target in injected.targets],
         chat_template=template,
+        template_args=template_args,
         force_base=options.force_base,
     )
     return TransformersCompleter(model, injected), (*forced, *injected.notes)

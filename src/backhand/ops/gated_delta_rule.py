@@ -198,7 +198,9 @@ def _workers(tasks: int) -> int:
     return max(1, min(torch.get_num_threads(), tasks))
 
 
-def bytes_in_loops(sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: int = CHUNK_TOKENS) -> int | None:
+def bytes_in_loops(
+    sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: int = CHUNK_TOKENS, *, shared: int = 0
+) -> int | None:
     """What the backward's compiled loops work in at most, or None where torch's form does: an area for each thread.
 
     Args:
@@ -206,11 +208,13 @@ def bytes_in_loops(sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: in
         longest: tokens of the longest document, with what is shared before it.
         dtype: of v.
         chunk: tokens of a chunk.
+        shared: of these tokens, what is shared.
     """
     memory_of = loop(_MEMORY, torch.empty(0, dtype=dtype))
     if memory_of is None:
         return None
-    numbers: int = memory_of(True, (INT64 * 5)(*sizes, max(1, min(chunk, longest))), 0, longest)
+    own = longest - shared
+    numbers: int = memory_of(True, (INT64 * 5)(*sizes, max(1, min(chunk, max(own, shared)))), shared, own)
     return torch.get_num_threads() * numbers * torch.promote_types(dtype, torch.float32).itemsize
 
 

@@ -130,7 +130,11 @@ class PromptBox:
                 (directory / name).write_bytes(data)
             self._loaded = self._held.enter_context(
                 loaded_model(
-                    self._options, directory, chat_template=self._config.data.chat_template, one_at_a_time=True
+                    self._options,
+                    directory,
+                    chat_template=self._config.data.chat_template,
+                    template_args=self._config.data.template_args,
+                    one_at_a_time=True,
                 )
             )
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -118,6 +118,7 @@ class DecoderEngine:
         layout: AdapterLayout,  # noqa: ARG002 - the adapter's own modules are held against the model's
         *,
         chat_template: str | None,
+        template_args: Mapping[str, Any],
         force_base: bool,
         allow_pickle: bool,
     ) -> tuple[str, ...]:
@@ -127,6 +128,7 @@ class DecoderEngine:
             directory,
             module_shapes(self.config),
             chat_template=chat_template,
+            template_args=template_args,
             force_base=force_base,
             allow_pickle=allow_pickle,
         ).notes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -208,7 +208,14 @@ class Engine(Protocol):
         ...
 
     def start_notes(
-        self, directory: str, layout: AdapterLayout, *, chat_template: str | None, force_base: bool, allow_pickle: bool
+        self,
+        directory: str,
+        layout: AdapterLayout,
+        *,
+        chat_template: str | None,
+        template_args: Mapping[str, Any],
+        force_base: bool,
+        allow_pickle: bool,
     ) -> tuple[str, ...]:
         """Hold an adapter to start from against the base model; what a person should know of it.
 

@@ -184,7 +184,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     check_kind("options", options, EvaluateOptions)
     options.validate()
     run = options.run
-    with loaded_model(options.model, run.adapter, chat_template=options.data.chat_template) as loaded:
+    data = options.data
+    with loaded_model(
+        options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
+    ) as loaded:
         show_notes(loaded.notes)
         rows = evaluation_rows(options.data, loaded, run)
         show_notes(rows.notes)

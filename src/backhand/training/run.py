@@ -369,7 +369,8 @@ def _train(
     processes: Processes,
 ) -> RunSummary:
     """One process's part of `train`."""
-    processes.same(alike(decisive_settings(config)) | versions())
+    begun_from_option = {"run.from_adapter": config.run.from_adapter}  # of rank 0 in what follows
+    processes.same(alike(decisive_settings(config)) | begun_from_option | versions())
     if not processes.leads:
         config = replace(config, run=replace(config.run, quiet=True, report_to=()))
         callbacks = ()

@@ -84,6 +84,7 @@ def start_notes(config: TrainConfig, source: ModelSource, engine: Engine, layout
         config.run.from_adapter,
         layout,
         chat_template=read_template(config.data.chat_template, source.tokenizer()),
+        template_args=config.data.template_args,
         force_base=config.model.force_base,
         allow_pickle=config.model.allow_pickle,
     )

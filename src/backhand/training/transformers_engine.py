@@ -261,7 +261,14 @@ class TransformersEngine:
         return transformers_size(source.config, elements, layout, self._dtype.itemsize)
 
     def start_notes(
-        self, directory: str, layout: AdapterLayout, *, chat_template: str | None, force_base: bool, allow_pickle: bool
+        self,
+        directory: str,
+        layout: AdapterLayout,
+        *,
+        chat_template: str | None,
+        template_args: Mapping[str, Any],
+        force_base: bool,
+        allow_pickle: bool,
     ) -> tuple[str, ...]:
         """Hold the model against the record of the adapter to start from; its values are read with the weights."""
         return check_source(
@@ -270,6 +277,7 @@ class TransformersEngine:
             self._source,
             [slot.name for slot in layout.slots],
             chat_template=chat_template,
+            template_args=template_args,
             force_base=force_base,
         )
 

@@ -91,6 +91,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
             adapter,
             decoder.module_shapes(),
             chat_template=template,
+            template_args=data.template_args,
             force_base=model.force_base,
             allow_pickle=model.allow_pickle,
         )

@@ -353,7 +353,7 @@ struct DeltaBackward {
     Memory m = lay_out(pieces);
     const int64_t before = rule.chunks(rule.shared), size = rule.sizes.state();
     if (before > 0) {
-      scan(m, key_head, 0, rule.shared, 0, document < last);
+      scan(m, key_head, 0, rule.shared, 0, rule.longest() > 0);  // there is no place for a state that nobody reads
       std::fill(m.d_begin, m.d_begin + size, C(0));
     }
     bool continued = false;

@@ -197,7 +197,10 @@ def _row(
 def _train_and_evaluate(options: PaperOptions, config: TrainConfig, held_out: EvaluationRows) -> dict[str, Any]:
     summary = train(config)
     run = EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens)
-    with loaded_model(options.model, summary.adapter, chat_template=config.data.chat_template) as loaded:
+    data = config.data
+    with loaded_model(
+        options.model, summary.adapter, chat_template=data.chat_template, template_args=data.template_args
+    ) as loaded:
         found = score(loaded, held_out, run, adapter=True)
     return {
         "base_eval_loss": summary.base_eval_loss,

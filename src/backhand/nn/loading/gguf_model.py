@@ -110,6 +110,10 @@ class GGUFModel(ModelSource):
         self._place_of[tensor.name].forget(tensor)
         return self._layout(name).restored(values.view(tensor.shape))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored; float32 if it is quantized."""
+        return native_dtype(self._tensor(name).type_id) or torch.float32
+
     def check_unchanged(self) -> None:
         """Raises ArtifactError naming the part that is no longer what it was when it was opened."""
         for file in self._files:

@@ -88,6 +88,10 @@ class HuggingFaceDirectory(ModelSource):
         file, stored, piece = self._place(name)
         return file.load(stored) if piece is None else piece.of(file.load(stored))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor as it is stored; of what is stored in blocks, bfloat16."""
+        return torch.bfloat16 if name in self._packed else super().dtype(name)
+
     def stored_rows(self, name: str) -> StoredRows:
         """A matrix as it is stored; its blocks are put in the order in which they are multiplied, in memory."""
         return self._packed[name].rows() if name in self._packed else super().stored_rows(name)

@@ -70,6 +70,10 @@ class QuantizingSource(ModelSource):
             return self.unquantized.load(name)
         return QuantizedMatrix([self.stored_rows(name)], torch.float32).dense()
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The source's own, and float32 where it is quantized."""
+        return torch.float32 if self._quantizes(name) else self.unquantized.dtype(name)
+
     def stored_rows(self, name: str) -> StoredRows:
         """A matrix in blocks."""
         if not self._quantizes(name):

@@ -64,6 +64,14 @@ class ModelSource(ABC):
             ArtifactError: if there is no such tensor, or its data cannot be read.
         """
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of what `load` gives; nothing is unpacked for it.
+
+        Raises:
+            ArtifactError: if there is no such tensor.
+        """
+        return self.load(name).dtype
+
     def check_unchanged(self) -> None:  # noqa: B027 - most kinds of files are read once
         """Look whether the files that stay mapped are as they were when they were opened; cheap enough for each step.
 
@@ -109,7 +117,7 @@ class ModelSource(ABC):
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of a tensor as it is stored."""
-        return math.prod(self.shape(name)) * self.load(name).element_size()
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     @property
     def quantized(self) -> bool:

@@ -22,8 +22,7 @@ Workspace, on top of what is kept: the largest of what is alive, in torch's form
     while its rotation is:                  3d + 2q + 2k, and in float32 3q + 3k;
     while its attention is:                 2d + 2q + 2k; for the documents at work 2q + 2k, in float32 2k, and three
                                             matrices of `attention_blocks`' queries by keys for each head, five where
-                                            scores are capped or there are sinks; where they
-                                            differ in length also 3q + 4k, their copies;
+                                            scores are capped; where they differ in length also 3q + 4k, their copies;
     while the gated delta rule is: its input and output, their gradients, q and k in float32 twice, and in loops
                                             what each thread keeps of a document, else for the key heads at work what
                                             `ops.delta_chunks` keeps of every token;
@@ -37,7 +36,10 @@ a checkpoint's large buffers find their place because freed memory is given back
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+
+import torch
 
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import (
@@ -54,21 +56,27 @@ from backhand.nn.decoder.family import (
     ATTENTION,
     GATED_DELTA,
     KEYS_AS_VALUES,
+    PER_LAYER_MODEL,
     SHARED_KEYS,
     VALUE_NORMED,
     DecoderConfig,
     LayerConfig,
 )
+from backhand.nn.decoder.kv_cache import bytes_per_row
+from backhand.nn.decoder.weights import BlockWeights, empty_weights, module_shapes
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES
 from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS, chunk_rows
 from backhand.training.config import Recompute
 from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
+from backhand.training.memory.shapes import USUAL, USUAL_LAST, Products
 
 INTEGER_BYTES = 8
 HEAD = "lm_head"
 _MODES: tuple[Recompute, ...] = ("none", "mlp", "block")
+_FLOATING = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+"""A compute dtype of each size."""
 # gate and up, down, and the gradients of what enters them
 _EXPERT_PRODUCTS = 4
 # Integers of the batch, and what finds the supervised ones.
@@ -172,7 +180,7 @@ def decoder_size(
             "block": again + (scratch * b if above else 0),
         },
         run_token_bytes=0 if looped else (2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
-        run_product_bytes=0 if looped else (3 if config.attention_cap is None and not config.sinks else 5) * heads * b,
+        run_product_bytes=0 if looped else (3 if config.attention_cap is None else 5) * heads * b,
         copied_token_bytes=0 if looped else (3 * q + 4 * k) * b,
         stream_bytes=d * b + _BATCH_BYTES + sum(config.rotary_dims) * FLOAT32_BYTES + _carried(config, layout, b),
         head_row_bytes=(3 if head_is_trained else 2) * d * b,
@@ -182,17 +190,56 @@ def decoder_size(
         head_adapter_bytes=head_ranks * (config.vocab_size + d) * b,
         checkpoint_bytes=adapter_elements * CHECKPOINT_COPIES * FLOAT32_BYTES,
         neutral_token_bytes=NEUTRAL_COPIES * config.vocab_size * b,
-        cache_bytes=sum(
-            2 * one.num_key_value_heads * one.head_dim * b
-            for one, layer in zip(sized, config.layers, strict=True)
-            if layer.mixer in (ATTENTION, VALUE_NORMED, KEYS_AS_VALUES)
-        ),
+        cache_bytes=bytes_per_row(config, _FLOATING[b], 1) - bytes_per_row(config, _FLOATING[b], 0),
+        mixer_state_bytes=bytes_per_row(config, _FLOATING[b], 0),
         unpacked_bytes=0 if quantized_bytes is None else min(piece, largest * b),
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
         head_chunk_rows=chunk_rows(d),
+        more_kernels=_more_kernels(config, layout, _FLOATING[b]),
     )
+
+
+def _more_kernels(config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """What `ModelSize` has: in a pass of a size that is trained on and in one that is not, and of the last block's."""
+    shapes, adapted = module_shapes(config), {slot.name for slot in layout.slots}
+    every, last = range(len(config.layers)), len(config.layers) - 1
+    groups = [[f"model.layers.{layer}.{part}" for part in group] for layer in every for group in _groups(config, layer)]
+    behind = [[f"model.layers.{last}.{part}" for part in group] for group in _groups(config, last)[1:]]
+    groups += [[PER_LAYER_MODEL]] if config.per_layer is not None else []
+    weights = empty_weights(config, dtype, "meta").blocks
+    frozen = {shape for layer in every for shape in _matrices(config, weights[layer], layer)}
+    frozen |= {shapes[PER_LAYER_MODEL]} if config.per_layer is not None else set()
+    of_last = _matrices(config, weights[last], last) - {tuple(weights[last].input.shape)}
+
+    def products(of: Sequence[Sequence[str]], matrices: Collection[tuple[int, ...]]) -> Products:
+        inputs, outputs = set(), set()
+        for group in of:
+            own, width = [shapes[name] for name in group if name in adapted], sum(shapes[name][0] for name in group)
+            inputs |= {(columns, len(own)) for _, columns in own}
+            outputs |= {(rows, width, len(own)) for rows, _ in own}
+        # lora_B's gradient of a module that stands alone is a product like that of lora_A with as many inputs.
+        alone = {(rows, 1) for rows, width, _ in outputs if rows == width}
+        return Products(len(matrices), len(inputs), len(outputs), len(inputs | alone) + len(outputs) - len(alone))
+
+    more = []
+    for found, usual in ((products(groups, frozen), USUAL), (products(behind, of_last), USUAL_LAST)):
+        more += [own - there for own, there in zip(found.kernels(dtype), usual.kernels(dtype), strict=True)]
+    return more[0], more[1], more[2], more[3]
+
+
+def _groups(config: DecoderConfig, layer: int) -> list[tuple[str, ...]]:
+    """Linear modules of a layer that a token passes with all others, by group; where it has experts, not its MLP's."""
+    groups = config.layer_groups[layer]
+    return [group for number, group in enumerate(groups) if config.mixture is None or number not in (GATE_UP, DOWN)]
+
+
+def _matrices(config: DecoderConfig, block: BlockWeights, layer: int) -> set[tuple[int, ...]]:
+    """Shapes of the matrices that all tokens are multiplied with."""
+    experts = ("gate_up", "down") if config.layers[layer].experts else ()
+    named = ((field.name, getattr(block, field.name)) for field in fields(block) if field.name not in experts)
+    return {tuple(matrix.shape) for _, matrix in named if matrix is not None and len(matrix.shape) == 2}
 
 
 def _softmax_copies(config: DecoderConfig, b: int) -> int:

@@ -57,9 +57,11 @@ class ModelSize:
         checkpoint_bytes: of a checkpoint while it is saved.
         neutral_token_bytes: per token of a neutral text while forgetting is measured.
         cache_bytes: per token of a conversation, of keys and values.
+        mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
         unpacked_bytes: of the piece of a quantized matrix that is unpacked at a time.
         kernels_a_token: matrix kernels, where they are compiled: an expert's products have a size of their own for
             every number of tokens that choose it.
+        more_kernels: that one of each of `StepShape.kernel_sizes` brings beside those of a usual block.
         states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
         head_chunk_rows: of a chunk of logits, at most.
     """
@@ -92,6 +94,8 @@ class ModelSize:
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
     head_chunk_rows: int = CHUNK_ROWS
+    mixer_state_bytes: int = 0
+    more_kernels: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 def transformers_size(
@@ -165,9 +169,10 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
 
 def _kernels(size: ModelSize, shape: StepShape) -> int:
     """Compiled kernels that are there in the end; none where none are compiled."""
-    if not shape.kernels or not size.kernels_a_token:
-        return shape.kernels
-    return min(kept_kernels(), shape.kernels + size.kernels_a_token * shape.tokens)
+    if not shape.kernels:
+        return 0
+    more = sum(count * each for count, each in zip(shape.kernel_sizes, size.more_kernels, strict=True))
+    return min(kept_kernels(), shape.kernels + more + size.kernels_a_token * shape.tokens)
 
 
 def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:
@@ -196,7 +201,7 @@ def delta_rule_bytes(size: ModelSize, shape: StepShape) -> int:
     if size.delta_heads is None:
         return 0
     dtype = torch.float64 if size.dtype_bytes > FLOAT32_BYTES else torch.float32
-    in_loops = bytes_in_loops(size.delta_heads, shape.longest_tokens, dtype)
+    in_loops = bytes_in_loops(size.delta_heads, shape.longest_tokens, dtype, shared=shape.shared_tokens)
     if in_loops is not None:
         return in_loops
     heads, group, *widths = size.delta_heads
@@ -222,4 +227,5 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
         tokens: of the longest conversation.
     """
     adapter = size.adapter_elements * (FLOAT32_BYTES + size.dtype_bytes)
-    return process_bytes + size.weight_bytes + size.unpacked_bytes + adapter + tokens * size.cache_bytes
+    conversation = tokens * size.cache_bytes + size.mixer_state_bytes
+    return process_bytes + size.weight_bytes + size.unpacked_bytes + adapter + conversation

@@ -4,14 +4,15 @@ Unpacking a matrix takes its own time, whatever the number of rows it is multipl
 products falls with the tokens T of a micro-batch. For both products of the pieces, forward and backward, with q(T)
 seconds where they are unpacked first and d(T) where they are dense,
 
-    share(T) = Σ (q(t) - d(t)) · passes(T) / (Σ d(t) · T / t),    t = min(T, ENOUGH_TOKENS)
+    share(T) = Σ (q(t) - d(t)) · passes(T') / (Σ d(t) · T' / t),    t = min(T', ENOUGH_TOKENS)
 
-passes(T) is 1 in the blocks, which take all tokens at once, and ⌈T / `chunk_rows`⌉ for the head, which is unpacked
-for each chunk of its logits. Both depend on processor, types and shapes by factors of two and more, and not on
-unpacking alone: a dense matrix comes from memory, an unpacked one lies in the cache. So no constant holds on two
-machines, and the pieces are taken from all over the file, more of them than most caches hold. What counts is the
-process's own time on its processors, shared by its threads, so that a busy machine gives nearly the figures of a free
-one.
+T' is T, but for an expert T · chosen / experts. passes(T') is 1 in the blocks, which take all tokens at once, and
+⌈T / `chunk_rows`⌉ for the head, which is unpacked for each chunk of its logits; an expert that nobody chooses stays
+packed, so that of less than one token its passes are T' too. Both q and d depend on processor, types and shapes by
+factors of two and more, and not on unpacking alone: a dense matrix comes from memory, an unpacked one lies in the
+cache. So no constant holds on two machines, and the pieces are taken from all over the file, more of them than most
+caches hold. What counts is the process's own time on its processors, shared by its threads, so that a busy machine
+gives nearly the figures of a free one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.nn.decoder.experts import mixture_of
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import empty_weights
+from backhand.nn.loading.expert_tensors import matrices_of
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
 from backhand.ops.frozen_matrix import FrozenMatrix, drop_scratch, frozen_input_gradient, frozen_linear
 from backhand.ops.linear_cross_entropy import chunk_rows
@@ -54,20 +59,25 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
     Returns:
         the share; 0 where the dense products are too small for the clock to tell.
     """
+    tokens = max(1.0, tokens)
     config = decoder_config(source.config)
-    stacks = [QuantizedMatrix(stack, dtype) for stack in sampled(source, config)]
-    count = measured_tokens(tokens)
-    xs = {columns: drawn(count, columns, dtype) for columns in {int(stack.shape[1]) for stack in stacks}}
-
-    def product(matrix: FrozenMatrix) -> Callable[[], object]:
-        return lambda: _both(xs[matrix.shape[1]], matrix)
-
-    works = [product(matrix) for stack in stacks for matrix in (stack, stack.dense())]
+    samples = sampled(source, config)
+    rows = [tokens * sample.met for sample in samples]
+    xs: dict[tuple[int, int], Tensor] = {}
+    works: list[Callable[[], object]] = []
+    for sample, own in zip(samples, rows, strict=True):
+        stack = QuantizedMatrix(sample.parts, dtype)
+        size = measured_tokens(own), stack.shape[1]
+        if size not in xs:
+            xs[size] = drawn(*size, dtype)
+        works += [partial(_both, xs[size], matrix) for matrix in (stack, stack.dense())]
     taken = fastest(works, clock)
     drop_scratch()
-    *blocks_s, head_s = (quantized - dense for quantized, dense in zip(taken[::2], taken[1::2], strict=True))
-    more_s = sum(blocks_s) + head_s * math.ceil(tokens / chunk_rows(config.hidden_size))
-    dense_s = sum(taken[1::2]) * max(1.0, tokens) / count
+    passes = [*(min(1.0, own) for own in rows[:-1]), math.ceil(tokens / chunk_rows(config.hidden_size))]
+    more_s = dense_s = 0.0
+    for own, times, quantized, dense in zip(rows, passes, taken[::2], taken[1::2], strict=True):
+        more_s += (quantized - dense) * times
+        dense_s += dense * own / measured_tokens(own)
     return max(0.0, more_s / dense_s) if dense_s > 0 else 0.0
 
 
@@ -76,8 +86,15 @@ def measured_tokens(tokens: float) -> int:
     return max(1, min(ENOUGH_TOKENS, round(tokens)))
 
 
-def sampled(source: ModelSource, config: DecoderConfig) -> list[list[StoredRows]]:
-    """The stacks of some blocks, and the head, as a token meets them: of each the same share, its first rows.
+class Sample(NamedTuple):
+    """Matrices that lie stacked, or the first rows of each, and which share of all tokens is multiplied with them."""
+
+    parts: list[StoredRows]
+    met: float = 1.0
+
+
+def sampled(source: ModelSource, config: DecoderConfig) -> list[Sample]:
+    """The stacks of some blocks, in them those of some experts, and last the head: the same share of each.
 
     Args:
         source: an opened model.
@@ -85,20 +102,44 @@ def sampled(source: ModelSource, config: DecoderConfig) -> list[list[StoredRows]
     """
     head = source.stored_rows(HEAD_WEIGHT if HEAD_WEIGHT in source.tensor_names() else EMBEDDING_WEIGHT)
     layers = len(config.layers)
-    block = sum(_values(part) for stack in _stacks(source, config, 0) for part in stack)
+    names = [name for group in _stacks(source, config, 0) for stack in group for name in stack]
+    block = sum(math.prod(source.shape(name)) for name in names)
     share = min(1.0, _SAMPLE_VALUES / (layers * block + _values(head)))
     count = math.ceil(share * layers)
-    chosen = [(2 * number + 1) * layers // (2 * count) for number in range(count)]
-    stacks = [stack for layer in chosen for stack in _stacks(source, config, layer)]
     in_block = min(1.0, share * layers / count)
-    return [[_first(part, in_block) for part in stack] for stack in stacks] + [[_first(head, share)]]
+    samples = []
+    for layer in _evenly(layers, count):
+        for group in _stacks(source, config, layer):
+            chosen = math.ceil(in_block * len(group))
+            of_each = in_block * len(group) / chosen
+            met = 1.0 if len(group) == 1 else mixture_of(config).chosen / len(group)
+            samples += [
+                Sample([_first(source.stored_rows(name), of_each) for name in group[number]], met)
+                for number in _evenly(len(group), chosen)
+            ]
+    return [*samples, Sample([_first(head, share)])]
 
 
-def _stacks(source: ModelSource, config: DecoderConfig, layer: int) -> list[list[StoredRows]]:
-    """Of the groups that are matrices in this layer."""
+def _evenly(count: int, chosen: int) -> list[int]:
+    """Numbers below `count`, so many of them."""
+    return [(2 * number + 1) * count // (2 * chosen) for number in range(chosen)]
+
+
+def _stacks(source: ModelSource, config: DecoderConfig, layer: int) -> list[list[list[str]]]:
+    """Of the groups that are matrices in this layer, the names of these: one stack of them, or each expert's."""
     there = set(source.tensor_names())
-    names = [[f"model.layers.{layer}.{part}.weight" for part in group] for group in config.layer_groups[layer]]
-    return [[source.stored_rows(name) for name in group] for group in names if there.issuperset(group)]
+    found = []
+    for group in config.layer_groups[layer]:
+        paths = [f"model.layers.{layer}.{part}" for part in group]
+        if group in EXPERT_GROUPS:
+            modules = matrices_of(paths[0], mixture_of(config).experts, 1)  # for their names alone
+            stacks = [[path for path, _ in own] for _, own in groupby(modules, lambda module: module[1].expert)]
+        else:
+            stacks = [paths]
+        named = [[f"{path}.weight" for path in stack] for stack in stacks]
+        if there.issuperset(name for stack in named for name in stack):
+            found.append(named)
+    return found
 
 
 def _values(stored: StoredRows) -> int:

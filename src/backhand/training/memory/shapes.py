@@ -30,12 +30,14 @@ class StepShape:
         tokens, supervised_tokens: of the largest one.
         mean_tokens: of all of them.
         gradient_copies: buffers that adding up the micro-batches of a step takes.
-        kernels: that oneDNN compiles for all of them, and for what is measured in between.
+        kernels: that oneDNN compiles for all of them, and for what is measured in between, of a usual block's products.
+        kernel_sizes: how many sizes of micro-batch these are of, see `KernelCount`.
         run_tokens: of the largest group of documents that attention takes at once, fillers behind their ends included.
         run_products: queries by keys of one head's block of queries in the largest group, over its documents.
         copied_tokens: as run_tokens, of groups whose documents do not fill them: these are copies.
         step_tokens: that the gated delta rule takes in one step at most (`ops.delta_steps`).
         longest_tokens: of the longest document, with what is shared before it.
+        shared_tokens: that stand before all documents of a micro-batch, at most.
         neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
     """
 
@@ -50,6 +52,8 @@ class StepShape:
     neutral_tokens: int = 0
     mean_tokens: float = 0.0
     gradient_copies: int = 0
+    kernel_sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
+    shared_tokens: int = 0
 
 
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
@@ -131,10 +135,12 @@ def _shape(
         tokens=trained[0].tokens,
         supervised_tokens=max(micro_batch.supervised_tokens for micro_batch in trained),
         kernels=kernels.total,
+        kernel_sizes=kernels.sizes,
         run_tokens=max((group.documents * group.length for group in attending), default=0),
         run_products=max((math.prod(block) for block in _blocks(attending)), default=0),
         copied_tokens=max((_copied(group) for group in attending), default=0),
         step_tokens=max(sum(min(length, CHUNK_TOKENS) for length in one.lengths) for one in trained),
+        shared_tokens=max(one.shared for one in trained),
         longest_tokens=max(one.shared + max(one.lengths, default=0) for one in trained),
         neutral_tokens=max(neutral, default=0),
         mean_tokens=sum(micro_batch.tokens for micro_batch in trained) / len(trained),
@@ -205,26 +211,40 @@ KERNEL_BYTES = 580_000
 """Of a kernel: every one takes its code's greatest size from the heap."""
 
 
-class _Compiled(NamedTuple):
-    """How many kernels a size of each kind brings: in a training pass, and in a forward pass."""
+class Products(NamedTuple):
+    """How many products of other sizes a micro-batch brings with an adapter on every linear module, by their kind.
 
-    per_size: tuple[int, int]
-    per_last_block: tuple[int, int]
-    per_block: tuple[int, int]
-    per_chunk: tuple[int, int] = (2, 1)
+    What compiles a kernel is a product's sizes and the distances of its rows, however many layers it comes in.
+
+    Attributes:
+        frozen: x Wᵀ of matrices as they lie stacked; as many are G W.
+        inputs: x Aᵀ of modules that share an input; as many are (∂L/∂h) A.
+        outputs: h Bᵀ of modules; as many are G B.
+        gradients: those of lora_A and of lora_B.
+    """
+
+    frozen: int
+    inputs: int
+    outputs: int
+    gradients: int
+
+    def kernels(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Compiled in a training pass and in a forward pass, but for those that compiled loops take (`ops.low_rank`).
+
+        The loops take all products with factors, but in float32 what is added to another product.
+        """
+        if not loops_are_there():
+            forward = self.frozen + self.inputs + self.outputs
+            return forward + self.frozen + self.inputs + self.outputs + self.gradients, forward
+        if dtype == torch.float32:
+            return 2 * self.frozen + self.inputs + self.outputs, self.frozen + self.outputs
+        return 2 * self.frozen, self.frozen
 
 
-# Counted with oneDNN 3.12 (ONEDNN_VERBOSE=2) on AVX512-BF16, an adapter on every linear module of a block. Compiled
-# loops attend, and multiply by a rank's factors (`ops.low_rank`): all, or in float32 what is not added to a product.
-_BY_TORCH = _Compiled((31, 12), (20, 8), (6, 2))
-_LOOPS_ADD_TOO = _Compiled((8, 4), (6, 3), (0, 0))
-_LOOPS_DO_NOT_ADD = _Compiled((16, 8), (11, 5), (0, 0))
-
-
-def _compiled(dtype: torch.dtype) -> _Compiled:
-    if not loops_are_there():
-        return _BY_TORCH
-    return _LOOPS_DO_NOT_ADD if dtype == torch.float32 else _LOOPS_ADD_TOO
+# As counted with oneDNN 3.12 (ONEDNN_VERBOSE=2). In a Llama the gradients of o_proj's lora_A and lora_B are one size.
+USUAL, USUAL_LAST = Products(4, 4, 4, 7), Products(3, 3, 2, 4)
+"""Of blocks of one kind, and of what the last one multiplies supervised tokens with."""
+_PER_BLOCK, _PER_CHUNK = (6, 2), (2, 1)
 
 
 _KEPT = 1024
@@ -259,11 +279,10 @@ class KernelCount:
 
     def __init__(self, like: Tensor, chunk: int = CHUNK_ROWS) -> None:
         self._compiles, self._chunk = compiles_kernels(like), chunk
-        compiled = _compiled(like.dtype)
-        self._sizes = _Seen[int](*compiled.per_size)
-        self._last_sizes = _Seen[int](*compiled.per_last_block)
-        self._blocks = _Seen[Block](*compiled.per_block)
-        self._chunks = _Seen[int](*compiled.per_chunk)
+        self._sizes = _Seen[int](*USUAL.kernels(like.dtype))
+        self._last_sizes = _Seen[int](*USUAL_LAST.kernels(like.dtype))
+        self._blocks = _Seen[Block](*((0, 0) if loops_are_there() else _PER_BLOCK))
+        self._chunks = _Seen[int](*_PER_CHUNK)
 
     def add(self, tokens: int, blocks: Iterable[Block], supervised_tokens: int, *, trained: bool = True) -> None:
         """Count a micro-batch.
@@ -289,6 +308,11 @@ class KernelCount:
         kinds = (self._sizes, self._last_sizes, self._blocks, self._chunks)
         return min(kept_kernels(), sum(kind.kernels for kind in kinds))
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Numbers of tokens that are trained on, and that pass forward alone; and likewise of the last block's."""
+        return (*self._sizes.counts, *self._last_sizes.counts) if self._compiles else (0, 0, 0, 0)
+
 
 class _Seen(Generic[Shape]):
     """Shapes of one kind of product, and what each of them compiles."""
@@ -302,6 +326,10 @@ class _Seen(Generic[Shape]):
         (self._trained if trained else self._measured).update(shapes)
 
     @property
+    def counts(self) -> tuple[int, int]:
+        return len(self._trained), len(self._measured - self._trained)
+
+    @property
     def kernels(self) -> int:
-        forward_only = len(self._measured - self._trained)
-        return len(self._trained) * self._per_training + forward_only * self._per_forward
+        trained, forward_only = self.counts
+        return trained * self._per_training + forward_only * self._per_forward

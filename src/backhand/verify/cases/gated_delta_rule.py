@@ -70,6 +70,7 @@ CASES = (
     _case("shared prefix", (5, 5, 1, 2), shared=4),
     _case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
     _case("nothing but a prefix", (), shared=5),
+    _case("a prefix before empty documents", (0, 0), shared=5),
     _case("strong forgetting", (9, 4), forgetting=8.0),
     _case("no forgetting", (9, 4), forgetting=0.0),
     _case("empty documents between", (3, 0, 2)),

@@ -1,0 +1,284 @@
+"""Random problems through the loops that take whole documents or a whole decoder, for `sanitized_fuzz`.
+
+Sizes of 0, 1 and odd ones, gaps between rows, and memory that begins at odd addresses and ends with the last number.
+What is computed is proved elsewhere: here nothing outside the arrays may be touched, and nothing may become infinite.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library
+
+DTYPES = ((0, np.float32, np.float32), (1, np.uint16, np.float32), (2, np.float64, np.float64))
+"""Number, how numbers are stored, and what is computed in."""
+_FEW = (0, 1, 1, 2, 3, 5, 8, 17, 33)
+_MATRIX = (POINTER, INT64)
+_HEADS = (POINTER, INT64, INT64)
+
+
+class Array(NamedTuple):
+    """Memory, and where (tokens, heads, width) lie in it: the address, and the distances of tokens and of heads."""
+
+    memory: Any
+    place: tuple[int, int, int]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of one head: the address, and the distance of rows."""
+        return self.place[:2]
+
+
+class Draw:
+    """Draws sizes and arrays."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+
+    def size(self, least: int = 0, most: int = 40) -> int:
+        """Often a small or an odd one."""
+        found = int(self.random.choice(_FEW)) if self.random.random() < 0.6 else int(self.random.integers(0, most))
+        return min(max(least, found), most)
+
+    def chance(self) -> bool:
+        """True or false."""
+        return bool(self.random.random() < 0.5)
+
+    def array(self, dtype: Any, tokens: int, width: int, heads: int = 1, low: float = -1, high: float = 1) -> Array:
+        """Numbers between two bounds, with gaps."""
+        first, gap, head_gap = (int(number) for number in self.random.integers(0, 4, 3))
+        by_head = width + head_gap
+        by_token = heads * by_head + gap
+        empty = 0 in (tokens, width, heads)
+        count = 0 if empty else (tokens - 1) * by_token + (heads - 1) * by_head + width
+        numbers = self.random.uniform(low, high, first + count)
+        memory = _stored(numbers, dtype)
+        return Array(memory, (memory.ctypes.data + first * memory.itemsize, by_token, by_head))
+
+    def documents(self, most: int = 40) -> tuple[Any, Any, int, int]:
+        """Starts, lengths, tokens that are shared before them, and tokens in all."""
+        lengths = np.array([self.size(0, most) for _ in range(int(self.random.integers(0, 4)))], np.int64)
+        shared = self.size(0, most) if self.chance() else 0
+        starts = shared + np.cumsum(lengths) - lengths
+        return starts.astype(np.int64), lengths, shared, shared + int(lengths.sum())
+
+
+def _stored(numbers: Any, dtype: Any) -> Any:
+    if dtype is np.uint16:
+        return np.ascontiguousarray((numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16))
+    return numbers.astype(dtype)
+
+
+def _finite(*arrays: Array) -> None:
+    for array in arrays:
+        memory = array.memory
+        if memory.dtype == np.uint16:
+            memory = (memory.astype(np.uint32) << 16).view(np.float32)
+        assert np.isfinite(memory).all()
+
+
+def glu(builds: Sequence[Library], draw: Draw) -> None:
+    """Gated units of both activations."""
+    number, dtype, _ = DTYPES[draw.random.integers(3)]
+    rows, n, activation = draw.size(), draw.size(0, 150), int(draw.random.integers(2))
+    d_y, gate, up, y, d_gate, d_up = (draw.array(dtype, rows, n, low=-4, high=4) for _ in range(6))
+    for build in builds:
+        forward = build.function("backhand_glu_forward", (INT, INT, *_MATRIX * 3, INT64, INT64), None)
+        forward(number, activation, *gate.rows, *up.rows, *y.rows, rows, n)
+        backward = build.function("backhand_glu_backward", (INT, INT, *_MATRIX * 5, INT64, INT64), None)
+        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *d_gate.rows, *d_up.rows, rows, n)
+        _finite(y, d_gate, d_up)
+
+
+def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
+    """Convolutions as they are, with SiLU, and gated."""
+    number, dtype, _ = DTYPES[draw.random.integers(3)]
+    mode, channels, taps = int(draw.random.integers(3)), draw.size(0, 70), int(draw.random.integers(1, 9))
+    starts, lengths, shared, tokens = draw.documents()
+    inputs = 3 * channels if mode == 2 else channels
+    x, d_x = draw.array(dtype, tokens, inputs), draw.array(dtype, tokens, inputs)
+    y, d_y = draw.array(dtype, tokens, channels), draw.array(dtype, tokens, channels)
+    weight, bias = draw.array(dtype, channels, taps), draw.array(dtype, 1, channels)
+    where = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, channels, taps)
+    given = (*x.rows, *weight.rows, bias.place[0] if draw.chance() else None, *where)
+    problem = (INT, INT, *_MATRIX, *_MATRIX, POINTER, POINTER, POINTER, *(INT64,) * 4)
+    for build in builds:
+        build.function("backhand_causal_conv_forward", (*problem, *_MATRIX), None)(number, mode, *given, *y.rows)
+        backward = build.function("backhand_causal_conv_backward", (*problem, *_MATRIX, *_MATRIX), None)
+        backward(number, mode, *given, *d_y.rows, *d_x.rows)
+        _finite(y, d_x)
+
+
+def attention(builds: Sequence[Library], draw: Draw) -> None:
+    """Documents behind a prefix, windows, sinks, heads that share keys and values; the output once more or not."""
+    number, dtype, _ = DTYPES[draw.random.integers(3)]
+    kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 70))
+    starts, lengths, shared, tokens = draw.documents(70)
+    window = int(draw.random.integers(1, 20)) if draw.chance() else tokens + 1
+    heads = kv_heads * group
+    q, output, again, d_y, d_q = (draw.array(dtype, tokens, head_dim, heads) for _ in range(5))
+    k, v, d_k, d_v = (draw.array(dtype, tokens, head_dim, kv_heads) for _ in range(4))
+    sinks = draw.random.normal(size=heads)
+    where = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, heads, kv_heads, head_dim, window)
+    problem = (POINTER, POINTER, *(INT64,) * 6, DOUBLE, POINTER)
+    given = (*where, 0.3, sinks.ctypes.data if draw.chance() else None)
+    nowhere = (None, 0, 0)
+    for build in builds:
+        forward = build.function("backhand_attention_forward", (INT, *_HEADS * 4, *problem), INT)
+        assert forward(number, *q.place, *k.place, *v.place, *output.place, *given) == 0
+        backward = build.function("backhand_attention_backward", (INT, *_HEADS * 8, *problem), INT)
+        places = [part for x in (q, k, v, d_y, d_q, d_k, d_v) for part in x.place]
+        assert backward(number, *places, *(again.place if draw.chance() else nowhere), *given) == 0
+        _finite(output, again, d_q, d_k, d_v)
+
+
+def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
+    """Documents behind a prefix, or from states of their own; forward and backward in the memory that was asked for."""
+    number, dtype, wide = DTYPES[draw.random.integers(3)]
+    key_heads, group = (int(draw.random.integers(1, 4)) for _ in range(2))
+    key_width, value_width = draw.size(1, 24), draw.size(1, 24)
+    starts, lengths, shared, tokens = draw.documents()
+    heads, longest = key_heads * group, int(lengths.max(initial=0))
+    chunk = max(1, min(int(draw.random.choice((1, 3, 8, 64))), max(longest, shared)))
+    sizes = (INT64 * 5)(key_heads, group, key_width, value_width, chunk)
+    small = key_width**-0.5
+
+    def inputs() -> list[Array]:
+        return [
+            *(draw.array(wide, tokens, key_width, key_heads, -small, small) for _ in range(2)),
+            draw.array(dtype, tokens, value_width, heads),
+            draw.array(wide, tokens, 1, heads, -1, 0),
+            draw.array(dtype, tokens, 1, heads, 0, 1),
+        ]
+
+    def places(arrays: Sequence[Array]) -> tuple[Any, Any]:
+        distances = [distance for array in arrays for distance in array.place[1:]]
+        return (POINTER * 5)(*(array.place[0] for array in arrays)), (INT64 * 10)(*distances)
+
+    given, found = inputs(), inputs()
+    output, d_y = (draw.array(dtype, tokens, value_width, heads) for _ in range(2))
+    begun = shared == 0 and draw.chance()
+    states = draw.random.uniform(-1, 1, len(lengths) * heads * key_width * value_width).astype(wide)
+    workers = int(draw.random.integers(1, 3))
+    where = (POINTER, POINTER, INT64, INT64, POINTER, INT64)
+    types = (INT, POINTER, POINTER, POINTER, *_HEADS)
+    for build in builds:
+        needed = build.function("backhand_gated_delta_rule_memory", (INT, INT, POINTER, INT64, INT64), INT64)
+        for backward in (0, 1):
+            memory = np.zeros(workers * needed(number, backward, sizes, shared, longest), wide)
+            rest = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, memory.ctypes.data, workers)
+            if backward:
+                run = build.function("backhand_gated_delta_rule_backward", (*types, POINTER, POINTER, *where), None)
+                run(number, sizes, *places(given), *d_y.place, *places(found), *rest)
+            else:
+                run = build.function("backhand_gated_delta_rule_forward", (*types, POINTER, *where), None)
+                run(number, sizes, *places(given), *output.place, states.ctypes.data if begun else None, *rest)
+        _finite(output, *found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One token through a decoder. The structures are those of nn/decoder/decode_step.py, which needs torch.
+
+
+def _structure(name: str, **members: Any) -> Any:
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(members.items())})
+
+
+def _named(kind: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+_Stored = _structure("_Stored", type=INT64, weight=POINTER, row_bytes=INT64, row_ids=POINTER, outputs=INT64)
+_LowRank = _structure("_LowRank", **_named(POINTER, "A B"), **_named(INT64, "rank first outputs"), scaling=DOUBLE)
+_Projection = _structure(
+    "_Projection",
+    parts=POINTER,
+    count=INT64,
+    adapters=POINTER,
+    adapter_count=INT64,
+    bias=POINTER,
+    ins=INT64,
+    outs=INT64,
+)
+_Layer = _structure(
+    "_Layer",
+    **_named(_Projection, "input output gate_up down"),
+    **_named(POINTER, "norm after_attention mlp_norm after_mlp q_norm k_norm"),
+    **_named(POINTER, "cosines sines query_cosines query_sines keys values"),
+    **_named(INT64, "pairs window"),
+)
+_Model = _structure(
+    "_Model",
+    layers=POINTER,
+    **_named(INT64, "count hidden heads kv_heads head_dim width over_heads activation capacity most_ranks"),
+    **_named(DOUBLE, "eps offset scaling cap multiplier"),
+)
+
+
+def decode_step(builds: Sequence[Library], draw: Draw) -> None:
+    """One layer or two of dense numbers, with and without norms, biases, adapters, a window, a cap and turning."""
+    number, dtype, wide = DTYPES[draw.random.integers(3)]
+    kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 20))
+    heads, hidden, width = kv_heads * group, draw.size(1, 60), draw.size(1, 60)
+    capacity = draw.size(1, 40)
+    q, k = heads * head_dim, kv_heads * head_dim
+    held: list[Any] = []
+
+    def numbers(count: int, low: float = -1, high: float = 1, kind: Any = dtype) -> int:
+        held.append(_stored(draw.random.uniform(low, high, count), kind))
+        return int(held[-1].ctypes.data)
+
+    def perhaps(make: Callable[[], int]) -> int | None:
+        return make() if draw.chance() else None
+
+    def projection(ins: int, outs: int) -> Any:
+        parts = (_Stored * 1)(_Stored(-1, numbers(ins * outs, -0.2, 0.2), ins * held[-1].itemsize, None, outs))
+        rank = draw.size(1, 9)
+        adapters = (_LowRank * 1)(_LowRank(numbers(rank * ins), numbers(rank * outs), rank, 0, outs, 0.5))
+        held.extend((parts, adapters))
+        ranks.append(rank)
+        places = ctypes.addressof(parts), 1, ctypes.addressof(adapters), int(draw.chance())
+        return _Projection(*places, perhaps(lambda: numbers(outs)), ins, outs)
+
+    ranks: list[int] = []
+    layers = (_Layer * int(draw.random.integers(1, 3)))()
+    over_heads, turns = draw.chance(), draw.chance()
+    pairs = int(draw.random.integers(1, head_dim // 2 + 1)) if turns and head_dim > 1 else 0
+    for number_of, _ in enumerate(layers):
+        table = [numbers(pairs, kind=wide) for _ in range(4)]
+        layers[number_of] = _Layer(
+            projection(hidden, q + 2 * k),
+            projection(q, hidden),
+            projection(hidden, 2 * width),
+            projection(width, hidden),
+            *(perhaps(lambda: numbers(hidden)) for _ in range(4)),
+            *(
+                (numbers(q if over_heads else head_dim), numbers(k if over_heads else head_dim))
+                if draw.chance()
+                else (None, None)
+            ),
+            *table,
+            *(numbers(k * capacity) for _ in range(2)),
+            pairs,
+            int(draw.random.integers(1, 12)) if draw.chance() else 0,
+        )
+    cap = 5.0 if draw.chance() else 0.0
+    model = _Model(
+        *(ctypes.addressof(layers), len(layers), hidden, heads, kv_heads, head_dim, width, over_heads),
+        *(int(draw.random.integers(2)), capacity, max(ranks), 1e-5, 0.0, 0.3, cap, 1.0),
+    )
+    held.append(model)
+    for build in builds:
+        step = build.function("backhand_decode_step", (INT, POINTER, POINTER, INT64, INT64), INT)
+        x = draw.array(dtype, 1, hidden)
+        assert step(number, ctypes.addressof(model), x.place[0], capacity, 1) == 1, "there is no room"
+        position = int(draw.random.integers(capacity))
+        assert step(number, ctypes.addressof(model), x.place[0], position, int(draw.random.integers(1, 3))) == 0
+        _finite(x)
+
+
+LOOPS = (glu, causal_conv, attention, gated_delta_rule, decode_step)
