@@ -206,6 +206,19 @@ def test_held_out_rows_from_a_fraction_or_from_the_file_beside(tmp_path: Path) -
     assert (len(train.examples), len(held_out.examples)) == (10, 1)
 
 
+def test_a_list_on_one_line_is_held_out_from_as_one_row_a_line_is(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{number}", "completion": "yes"} for number in range(10)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    sides = [
+        prepare(DataOptions(data=(data,), eval_fraction=0.3), byte_level(), seed=1)
+        for data in (write(tmp_path / "rows.jsonl", rows), str(tmp_path / "list.json"))
+    ]
+    (train, held_out), (listed, listed_out) = sides
+    assert held_out is not None and listed_out is not None
+    assert (len(listed.examples), listed.report.rows, listed_out.report.rows) == (7, 7, 3)
+    assert (listed.digest, listed_out.digest) == (train.digest, held_out.digest)
+
+
 def test_no_data_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no data"):
         prepare(DataOptions(), byte_level())
