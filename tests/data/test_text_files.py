@@ -152,7 +152,7 @@ def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path: Path, name: str
 def test_rows_on_one_line_are_told_apart(tmp_path: Path, joined: Callable[[list[str]], str]) -> None:
     """As `json.dump` writes a list: a row's source says which documents are one row's."""
     objects = joined([json.dumps({"text": text}) for text in "abc"])
-    content = f"[{objects},\n{{\"text\": \"d\"}}]" if ", {" in objects else f"{objects}\n{{\"text\": \"d\"}}"
+    content = f'[{objects},\n{{"text": "d"}}]' if ", {" in objects else f'{objects}\n{{"text": "d"}}'
     path = write(tmp_path / "rows.json", content)
     rows = read(path)
     assert [row.values["text"] for row in rows] == list("abcd")
