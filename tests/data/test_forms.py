@@ -220,3 +220,18 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
     assert len(list(reader.read_all(raws, bad))) == 1
     assert bad.count == 1
     assert reader.form is not None and reader.form.name == "prompt/completion"
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"question": "q", "response": "a", "system_prompt": "s"}, "call the column response answer"),
+        ({"instruction": "q", "answer": "a"}, "call the column answer output"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen alone, and call it messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and call the latter completion"),
+    ],
+)
+def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(DataError) as raised:
+        read(values)
+    assert remedy in str(raised.value.next_step)

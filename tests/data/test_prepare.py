@@ -206,6 +206,19 @@ def test_held_out_rows_from_a_fraction_or_from_the_file_beside(tmp_path: Path) -
     assert (len(train.examples), len(held_out.examples)) == (10, 1)
 
 
+def test_a_list_on_one_line_is_held_out_from_as_one_row_a_line_is(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{number}", "completion": "yes"} for number in range(10)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    sides = [
+        prepare(DataOptions(data=(data,), eval_fraction=0.3), byte_level(), seed=1)
+        for data in (write(tmp_path / "rows.jsonl", rows), str(tmp_path / "list.json"))
+    ]
+    (train, held_out), (listed, listed_out) = sides
+    assert held_out is not None and listed_out is not None
+    assert (len(listed.examples), listed.report.rows, listed_out.report.rows) == (7, 7, 3)
+    assert (listed.digest, listed_out.digest) == (train.digest, held_out.digest)
+
+
 def test_no_data_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no data"):
         prepare(DataOptions(), byte_level())
@@ -290,3 +303,37 @@ def test_a_date_in_the_template_is_pointed_out(tmp_path: Path) -> None:
     assert "date_string" in prepared(tmp_path, [CHAT], chat_template=template).report.notes[-1]
     fixed = prepared(tmp_path, [CHAT], chat_template=template, template_args={"date_string": "1"})
     assert fixed.report.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (
+            {"prompt": "q", "completion": "yes", "system": "s", "system_prompt": "p"},
+            "not read: the column system_prompt",
+        ),
+        ({**CHAT, "system": "s", "tools": None, "id": 3, "lang": "en"}, "not read: the columns id, lang"),
+        ({"instruction": "q", "input": "", "output": "yes", "history": []}, "not read: the column history"),
+        ({"text": "t", "system": "s"}, "not read: the column system"),
+    ],
+)
+def test_columns_that_nothing_is_taken_from_are_named(tmp_path: Path, row: dict[str, Any], note: str) -> None:
+    assert note in prepared(tmp_path, [row]).report.notes
+
+
+def test_lists_of_messages_in_prompt_and_completion_read_what_stands_beside_them(tmp_path: Path) -> None:
+    lists = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:], "system": "s", "tools": None}
+    assert not [note for note in prepared(tmp_path, [lists]).report.notes if "not read" in note]
+
+
+def test_what_carries_no_loss_is_explained_by_its_own_cause(tmp_path: Path) -> None:
+    turns = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "q"}]
+    with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
+        prepared(tmp_path, [{"messages": turns}])
+    assert raised.value.why == "1 without a supervised token, 1 row beginning with a reply, which carries no loss"
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
+        prepared(tmp_path, [{"messages": turns}], skip_bad=True)
+    assert str(raised.value.why).startswith("1 malformed row, the first malformed: ")
+    assert "assistant turns" not in str(raised.value.next_step)

@@ -89,7 +89,7 @@ def test_a_cut_parquet_file_is_an_error(tmp_path: Path) -> None:
     [
         ("owner/name", ("owner/name", None, None), False, "owner/name:train row 1"),
         ("owner/name", ("owner/name", None, None), True, "owner/name:validation row 1"),
-        ("owner/name@fr:test", ("owner/name", "fr", "test"), False, "owner/name:test row 1"),
+        ("owner/name@fr:test", ("owner/name", "fr", "test"), False, "owner/name@fr:test row 1"),
         ("owner/name:train[:10]", ("owner/name", None, "train[:10]"), False, "owner/name:train[:10] row 1"),
     ],
 )

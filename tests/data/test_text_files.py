@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,17 @@ def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path: Path, name: str
     rows = read(path)
     assert [row.values["text"] for row in rows] == ["a", "b"]
     assert [row.source for row in rows] == [f"{path}:3", f"{path}:6"]
+
+
+@pytest.mark.parametrize("joined", [", ".join, "".join], ids=["list", "one after the other"])
+def test_rows_on_one_line_are_told_apart(tmp_path: Path, joined: Callable[[list[str]], str]) -> None:
+    """As `json.dump` writes a list: a row's source says which documents are one row's."""
+    objects = joined([json.dumps({"text": text}) for text in "abc"])
+    content = f'[{objects},\n{{"text": "d"}}]' if ", {" in objects else f'{objects}\n{{"text": "d"}}'
+    path = write(tmp_path / "rows.json", content)
+    rows = read(path)
+    assert [row.values["text"] for row in rows] == list("abcd")
+    assert [row.source for row in rows] == [f"{path}:1", f"{path}:1 row 2", f"{path}:1 row 3", f"{path}:2"]
 
 
 def test_json_files_may_also_hold_objects_one_after_the_other(tmp_path: Path) -> None:

@@ -103,3 +103,17 @@ def test_interruption_passes_through(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         TransformersCompleter(model("gpt2")).complete([[5]], lambda _, logits: [0], interrupt, max_new_tokens=3)
+
+
+def test_an_answer_does_not_depend_on_the_prompts_before_it() -> None:
+    """Angles of the rule `dynamic` grow with the longest text so far, and transformers keeps them."""
+    angles = {"rope_type": "dynamic", "rope_theta": 20.0, "factor": 9.0}
+
+    def fresh() -> TransformersCompleter:
+        return TransformersCompleter(tiny_model("llama", max_position_embeddings=8, rope_parameters=angles))
+
+    short, long = prompts(11, 60)
+    expected = complete_greedily(fresh(), [short], max_new_tokens=12, stop_ids=())
+    used = fresh()
+    complete_greedily(used, [long], max_new_tokens=1, stop_ids=())
+    assert complete_greedily(used, [short], max_new_tokens=12, stop_ids=()) == expected

@@ -232,3 +232,40 @@ def test_a_head_that_is_no_module_gives_every_position() -> None:
     )
     with chosen_positions(None, torch.ones(1, 1, dtype=torch.bool)):
         pass
+
+
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+REMEMBERS_LENGTHS: dict[str, Callable[[], nn.Module]] = {
+    "all layers": lambda: _tiny("llama", max_position_embeddings=8, rope_parameters=_DYNAMIC),
+    "some layers": lambda: _tiny(
+        "gemma3_text",
+        max_position_embeddings=8,
+        rope_parameters={
+            "full_attention": _DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REMEMBERS_LENGTHS)
+def test_a_row_costs_what_it_costs_whatever_was_computed_before(kind: str) -> None:
+    """transformers keeps the `dynamic` angles of the longest row so far, and turns shorter ones by them."""
+    make = REMEMBERS_LENGTHS[kind]
+    rows = _one_by_one(_batch((20, 13, 9, 5)))
+    fresh = [_adapted(make()).token_losses(row) for row in rows]
+    model = _adapted(make())
+    for row, expected in zip(rows, fresh, strict=True):
+        assert torch.equal(model.token_losses(row), expected)
+    for row in rows:
+        model.logits(rows[0].input_ids)
+        assert torch.equal(model.logits(row.input_ids), _adapted(make()).logits(row.input_ids))
+
+
+def test_the_angles_of_rows_of_several_lengths_differ() -> None:
+    """Else the test above would hold of any model."""
+    model: Any = REMEMBERS_LENGTHS["all layers"]()
+    long, short = (row.input_ids[None] for row in _one_by_one(_batch((20, 13))))
+    alone = model(input_ids=short).logits
+    model(input_ids=long)
+    assert not torch.allclose(model(input_ids=short).logits, alone)

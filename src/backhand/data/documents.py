@@ -152,7 +152,7 @@ class RowRenderer:
                 chat.split_conversations if chat else 0,
                 "made into several documents, because the chat template rewrites earlier turns",
             ),
-            (chat.leading_replies if chat else 0, "that begin with a reply; it carries no loss"),
+            (chat.leading_replies if chat else 0, "beginning with a reply, which carries no loss"),
             (chat.unseen_tools if chat else 0, "with tools that the chat template does not write down for the model"),
             (
                 chat.unseen_thoughts if chat else 0,

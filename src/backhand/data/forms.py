@@ -64,6 +64,19 @@ class Form:
         """The column that holds what a model should say."""
         return self.columns[-1]
 
+    def unread(self, columns: Iterable[str], *, conversation: bool) -> list[str]:
+        """Those of a row's columns that nothing is taken from.
+
+        Args:
+            columns: of a row, or of many.
+            conversation: whether rows of this form hold lists of messages.
+        """
+        beside = _BESIDE_MESSAGES if conversation else () if self.kind == "text" else _BESIDE_MESSAGES[:1]
+        return [column for column in columns if column not in (*self.columns, *self.optional, *beside)]
+
+
+_BESIDE_MESSAGES = ("system", "tools", "functions")
+"""Columns that are read beside a conversation, the first one beside a question as well."""
 
 FORMS = (
     Form(("messages",), "conversation"),
@@ -106,17 +119,22 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
                 break
             return form
     if present.issuperset(_PREFERENCE):
+        alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
         raise DataError(
             "these are preference pairs (chosen, rejected), which this training has no loss for",
             where=raw.source,
-            next_step="to train on the chosen answers, keep prompt and chosen, and call the latter completion",
+            next_step="to train on the chosen answers, keep chosen alone, and call it messages"
+            if alone
+            else "to train on the chosen answers, keep prompt and chosen, and call the latter completion",
         )
     asking = next((form for form in ASKING_FORMS if present.issuperset(form.columns)), None)
     if asking is not None:
         answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
+        meant_so = sorted(present & ({form.answers for form in FORMS if len(form.columns) > 1} - {answer}))
         raise DataError(
             f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
             where=raw.source,
+            next_step=f"call the column {meant_so[0]} {answer}" if meant_so else None,
         )
     columns = ", ".join(sorted(raw.values)) or "none"
     small = {name.strip().lower() for name in present}

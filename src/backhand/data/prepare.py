@@ -11,13 +11,14 @@ from backhand.bounds import check_fields
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
 from backhand.data.forms import FormReader, Row, has_empty_answer
+from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import DataError, UsageError
-from backhand.words import count_of
+from backhand.words import count_of, name_list, shorten
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def read_examples(
         truncated=len(cut_here.truncated),
         dropped_long=len(cut_here.dropped_long),
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
-        notes=(*renderer.notes(), *_about_empty(report)),
+        notes=(*renderer.notes(), *_about_empty(report), *report.notes),
     )
     if cut_rows is not None:
         cut_rows.add(cut_here)
@@ -185,6 +186,7 @@ def _read_into(
     """
     forms: list[SourceForm] = []
     total = empty = 0
+    unread: dict[str, None] = {}
     skipped_before, kept_before = bad.count, len(bad.errors)
 
     def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
@@ -202,14 +204,17 @@ def _read_into(
             break
         reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask), bad.count, None
         rows = answered = 0
+        conversation = False
         for row in islice(good_rows(name, reader), left):
             rows += 1
             answered += not has_empty_answer(row)
+            conversation |= isinstance(row, Conversation)
         if reader.form is None:
             raise _no_rows(name, bad.first_of_file, bad.count - bad_before)
         if teaches and rows and not answered:
             raise _no_answers(name, reader, rows)
         empty += rows - answered
+        unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
     return DataReport(
@@ -218,6 +223,9 @@ def _read_into(
         empty_answers=empty,
         skipped_bad=bad.count - skipped_before,
         bad_rows=tuple(bad.errors[kept_before:]),
+        notes=(f"not read: the column{'s' if len(unread) > 1 else ''} {name_list(map(shorten, unread))}",)
+        if unread
+        else (),
     )
 
 
@@ -231,8 +239,8 @@ def _about_empty(report: DataReport) -> list[str]:
 def _no_answers(name: str, reader: FormReader, rows: int) -> DataError:
     form = reader.form
     assert form is not None
-    others = [column for column in reader.columns if column not in (*form.columns, *form.optional)]
     conversation = form.kind == "conversation"
+    others = form.unread(reader.columns, conversation=conversation)
     return DataError(
         f"every answer is empty, in {count_of(rows, 'row')}",
         where=name,
@@ -259,19 +267,20 @@ def _no_rows(name: str, first: DataError | None, count: int) -> DataError:
 
 def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions) -> DataError:
     facts = (
-        (report.skipped_bad, "{} malformed rows"),
-        (report.dropped_long, "{} documents longer than max_length"),
-        (report.dropped_unsupervised, "{} without a supervised token"),
-        (report.truncated, f"{{}} truncated to {options.max_length} tokens"),
+        (report.skipped_bad, f"malformed row{'' if report.skipped_bad == 1 else 's'}"),
+        (report.dropped_long, "documents longer than max_length"),
+        (report.dropped_unsupervised, "without a supervised token"),
+        (report.truncated, f"truncated to {options.max_length} tokens"),
     )
-    reasons = [sentence.format(f"{count:,}") for count, sentence in facts if count]
+    reasons = [f"{count:,} {what}" for count, what in facts if count]
     reasons += [f"the first malformed: {error.where}: {error.what}" for error in report.bad_rows[:1]]
-    too_short = report.truncated or report.dropped_long
+    reasons += report.notes
+    if report.truncated or report.dropped_long:
+        remedy = "raise --max-length: the replies begin behind it"
+    elif report.skipped_bad and not report.dropped_unsupervised:
+        remedy = report.bad_rows[0].next_step or "correct the rows"
+    else:
+        remedy = "the rows need assistant turns (with a weight other than 0), completions, outputs or text"
     return DataError(
-        "nothing in the data carries loss",
-        where=", ".join(names),
-        why=", ".join(reasons) or None,
-        next_step="raise --max-length: the replies begin behind it"
-        if too_short
-        else "the rows need assistant turns (with a weight other than 0), completions, outputs or text",
+        "nothing in the data carries loss", where=", ".join(names), why=", ".join(reasons) or None, next_step=remedy
     )

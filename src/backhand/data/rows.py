@@ -16,7 +16,8 @@ class RawRow:
 
     Attributes:
         values: column name to value, as the file has it (JSON types).
-        source: where it stands: `file:line`, or `name row N` where there are no lines.
+        source: where it stands, and no other row: `file:line`, `name row N` where there are no lines, both where
+            several rows share a line.
     """
 
     values: Mapping[str, Any]

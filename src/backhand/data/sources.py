@@ -174,7 +174,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator[RawRow]:
-    """Rows of a data set of the hub, the cache first; the source is `name:split row N`, counted from 1.
+    """Rows of a data set of the hub, the cache first; the source is `name[@config]:split row N`, counted from 1.
 
     Args:
         name: `owner/name`, `owner/name:split` or `owner/name@config:split`.
@@ -207,8 +207,9 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
                 next_step=f"name one of its splits: {', '.join(f'{name}:{key}' for key in loaded)}",
             )
         loaded = loaded[split]
+    chosen = match["name"] if match["config"] is None else f"{match['name']}@{match['config']}"
     for number, values in enumerate(loaded, 1):
-        yield from _checked(values, f"{match['name']}:{split} row {number}", bad)
+        yield from _checked(values, f"{chosen}:{split} row {number}", bad)
 
 
 def _checked(values: object, source: str, bad: BadRows) -> Iterator[RawRow]:

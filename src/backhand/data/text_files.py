@@ -93,7 +93,9 @@ def _json_error(error: json.JSONDecodeError, text: str, source: str) -> DataErro
 def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) -> Iterator[RawRow]:
     """A JSON list of objects, or objects one after the other that may each run over several lines.
 
-    The whole file is read at once. A syntax error ends the reading, whatever `bad` says: nothing after it is sure.
+    The whole file is read at once. A syntax error ends the reading, whatever `bad` says: nothing after it is sure. A
+    row that begins on the line of the one before it, as all do in a list that is written without line breaks, is named
+    by its number as well: a row's source is its own.
 
     Raises:
         DataError: with the line.
@@ -101,6 +103,7 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
     text = _decode_whole(_read_whole(reader, path), path)
     decoder = _DECODER
     position, line, counted = 0, 1, 0
+    number, line_before = 0, 0
     position = _skip_space(text, position)
     in_list = text[position : position + 1] == "["
     position += in_list
@@ -109,7 +112,9 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
         position = _skip_space(text, position)
         line += text.count("\n", counted, position)
         counted = position
-        source = f"{path}:{line}"
+        number += 1
+        source = f"{path}:{line} row {number}" if line == line_before else f"{path}:{line}"
+        line_before = line
         if position >= len(text):
             if in_list:
                 raise _not_closed(source)

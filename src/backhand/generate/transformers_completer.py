@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.generate.completer import Choose, Finished
 from backhand.nn.batch import PackedBatch
-from backhand.nn.right_padding import joined, supervised_losses, why_equal_lengths
+from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
 
 if TYPE_CHECKING:
     from backhand.adapters.inject import InjectedAdapter
@@ -130,6 +130,7 @@ class TransformersCompleter:
 
         input_ids = torch.tensor([list(prompts[number]) for number in numbers], device=self.model.device)
         caller = _Caller(numbers, choose, finished)
+        forget_lengths(self.model)
         self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

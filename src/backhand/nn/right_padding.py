@@ -10,6 +10,10 @@ both directions), or where the angles of the rotary embedding depend on the leng
 `longrope`), rows of equal length alone are computed together. `why_equal_lengths` finds out: the former by computing a
 few tokens with and without others behind them, the latter by the configuration. The output head sees the supervised
 positions alone (`chosen_positions`).
+
+With `dynamic` angles a model of transformers also remembers the longest row since it was made, and turns shorter ones
+by that row's angles: what a row costs would depend on the rows before it, and a run that is resumed would end in other
+bits. So every pass begins with the angles that the model was made with (`forget_lengths`).
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ def _losses(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor | None:
     supervised = labels != IGNORE_INDEX
     if not bool(supervised.any()):
         return None
+    forget_lengths(model)
     with chosen_positions(model.get_output_embeddings(), supervised):
         logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     # A model that multiplies by the head's weight itself has computed every position.
@@ -153,6 +158,23 @@ def _rule_by_length(config: Mapping[str, object]) -> str | None:
         if isinstance(value, Mapping) and (found := _rule_by_length(value)) is not None:
             return found
     return None
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Let `dynamic` rotary angles be those of the rows that come next, whatever was computed before; else nothing.
+
+    Args:
+        model: of transformers, whose rotary modules keep the angles they were made with as `original_inv_freq`, in
+            models with several kinds of layers under the kind's name.
+    """
+    for module in model.modules():
+        rules = getattr(module, "rope_type", None)
+        for kind, rule in (rules if isinstance(rules, Mapping) else {"": rules}).items():
+            prefix = f"{kind}_" if kind else ""
+            angles = getattr(module, f"{prefix}original_inv_freq", None)
+            if rule == "dynamic" and angles is not None:
+                module.register_buffer(f"{prefix}inv_freq", angles, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", 0))
 
 
 @contextmanager

@@ -145,6 +145,23 @@ def left_sum(values: Iterable[float]) -> float:
     return total
 
 
+# Long enough for a wide loop, short enough for float32 to add up.
+_NORM_PIECE = 16_384
+
+
+def flat_norm(values: Tensor) -> float:
+    """‖values‖ of a long float32 vector, to float32's rounding.
+
+    torch adds a vector's squares up in a few float32 numbers: of 42 million elements, an 8B's adapter at rank 16, its
+    norm is 0.3 % too small, and of more it is worse. So norms of pieces, and the norm of these in float64; pieces do
+    not depend on the threads either.
+    """
+    whole = values.numel() // _NORM_PIECE * _NORM_PIECE
+    pieces = torch.linalg.vector_norm(values[:whole].view(-1, _NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(values[whole:])
+    return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What moves the adapter.
 
@@ -180,7 +197,7 @@ class AdapterOptimizer:
 
     def clip(self) -> float:
         """Scale the gradients down to at most `max_grad_norm`, unless 0; return the norm they had, finite or not."""
-        norm = float(torch.linalg.vector_norm(self.lora.gradients))
+        norm = flat_norm(self.lora.gradients)
         if math.isfinite(norm) and 0 < self.max_grad_norm < norm:
             self.lora.gradients.mul_(self.max_grad_norm / (norm + _CLIP_EPSILON))
         return norm

@@ -30,7 +30,7 @@ from backhand.nn.batch import PackedBatch, document_runs
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.nn.right_padding import joined, supervised_losses, why_equal_lengths
+from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
 from backhand.training.engine import BoundModel, Trainable, wrapper_notes
 from backhand.training.memory.model import ModelSize, transformers_size
 from backhand.training.memory.plan import HeldBase
@@ -164,6 +164,7 @@ class TransformersModel:
         return supervised_losses(self.model, batch, lambda: self.why_equal_lengths is None)
 
     def _logits(self, input_ids: Tensor) -> Tensor:
+        forget_lengths(self.model)
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 

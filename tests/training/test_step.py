@@ -1,0 +1,36 @@
+"""What moves the adapter, on one long buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.training.config import OptimizationOptions
+from backhand.training.step import AdapterOptimizer, flat_norm
+
+
+@pytest.mark.parametrize("elements", [0, 1, 16_384, 16_385, 20_000_003])
+def test_the_norm_of_a_long_buffer_is_that_of_float64(elements: int) -> None:
+    values = torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 1e-3
+    assert flat_norm(values) == pytest.approx(float(values.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", [3, 70_000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_norm_of_what_is_not_finite_is_not_finite(value: float, place: int) -> None:
+    values = torch.ones(70_001)
+    values[place] = value
+    assert not torch.isfinite(torch.tensor(flat_norm(values)))
+
+
+def test_a_long_buffer_is_clipped_to_the_norm_that_was_asked_for() -> None:
+    lora = LoRAParameters([LoRASlot("layers.0.proj", 500_000, 500_000, 9, 1.7)])
+    lora.gradients.copy_(torch.randn(lora.gradients.shape, generator=torch.Generator().manual_seed(1)))
+    AdapterOptimizer(lora, OptimizationOptions(max_grad_norm=0.7)).clip()
+    assert _norm(lora.gradients) == pytest.approx(0.7, rel=1e-5)
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
