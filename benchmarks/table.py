@@ -212,7 +212,8 @@ def section() -> str:
     if (HERE / "results" / "shapes.json").exists():
         lines += shapes_section(_read("shapes.json"))
     if (HERE / "results" / "upper_layers.json").exists():
-        lines += upper_layers_section(_read("upper_layers.json"))
+        for results in _read("upper_layers.json")["places"]:
+            lines += upper_layers_section(results)
     return "\n".join(lines).strip()
 
 
@@ -246,10 +247,12 @@ _UPPER_NAMES = {
 
 
 def upper_layers_section(results: dict[str, Any]) -> list[str]:
-    """The tables of `upper_layers.json`."""
+    """The tables of one of the places in `upper_layers.json`."""
     options = results["options"]
+    machine = results["machine"]
     what = f"`--layers {options['layers']}`, {options['epochs']} epochs, {options['batch_rows']} rows a step"
-    lines = ["", f"## Upper layers alone: {what}, {options['dtype']}", "", machine_line(results["machine"])]
+    where = machine.get("capped_to", machine["instructions"])
+    lines = ["", f"## Upper layers alone: {what}, {options['dtype']}, {where}", "", machine_line(machine)]
     lines += ["", "`python benchmarks/upper_layers.py`; the first two of each table leave the same adapter to the bit."]
     for run in results["runs"]:
         workload, ratios = run["workload"], run["ratios"]

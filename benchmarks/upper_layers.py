@@ -2,12 +2,14 @@
 
     python benchmarks/upper_layers.py [--tasks short faq pirate tickets] [--layers last:10] [--repeats 3]
     python benchmarks/upper_layers.py --tasks short --rows 96 --repeats 2
+    python benchmarks/upper_layers.py --tasks short --instructions avx512bf16 --add
 
 `backhand train`, three epochs, each run a process of its own, in turns: all layers; upper layers with
 `--cache-frozen off`; the same with `--cache-frozen memory`. The last two must leave the same adapter, bit for bit,
 before a time is believed. `short` are the rows of finetune.py, the others those of docs/recipes. Seconds are those of
 the training steps (`train_s` of summary.json), in which a row's hidden states are computed, kept and looked at; ratios
-are medians over the rounds. Results go to benchmarks/results/upper_layers.json.
+are medians over the rounds. Results go to benchmarks/results/upper_layers.json, one of `places` for each machine with
+its instructions and options; with --add beside what stands there of other machines, instructions, options and tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import peer_environment
-from machine import describe_machine
+from machine import CAPS, cap_instructions, describe_machine
 from short_rows import write_rows
 
 HERE = Path(__file__).parent
@@ -120,15 +122,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "upper_layers.json")
+    parser.add_argument("--instructions", choices=sorted(CAPS), help="use no newer ones than these")
+    parser.add_argument("--add", action="store_true", help="leave what --output has of other machines and tasks")
     arguments = parser.parse_args()
+    cap_instructions(arguments.instructions)
     described = {name: getattr(arguments, name) for name in ("model", "layers", "dtype", "epochs", "batch_rows")}
-    stored: dict[str, Any] = {"machine": describe_machine(), "options": described, "runs": []}
+    place: dict[str, Any] = {"machine": describe_machine(arguments.instructions), "options": described}
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         for task in arguments.tasks:
-            stored["runs"].append(measure(task, arguments, Path(folder)))
-            show(stored["runs"][-1])
+            runs.append(measure(task, arguments, Path(folder)))
+            show(runs[-1])
+    stored: list[dict[str, Any]] = []
+    if arguments.add and arguments.output.exists():
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))["places"]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+    results = {"places": with_runs(stored, place, runs)}
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def with_runs(stored: list[dict[str, Any]], place: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is stored, with these runs in the place of those of the same tasks on this machine with these options."""
+    measured = [run["workload"]["task"] for run in runs]
+    here = [other for other in stored if all(other[name] == value for name, value in place.items())]
+    before = [run for other in here for run in other["runs"] if run["workload"]["task"] not in measured]
+    return [*(other for other in stored if other not in here), {**place, "runs": [*before, *runs]}]
 
 
 if __name__ == "__main__":
