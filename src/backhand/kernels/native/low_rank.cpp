@@ -492,17 +492,17 @@ BACKHAND_EXPORT int backhand_low_rank_gather(int dtype, const void* v, int64_t v
 // d_h (rows, rank) = scaling · v F and out (n, rank) += scaling · vᵀ h, with v (rows, n), h (rows, rank) and F (n, rank);
 // `out` is float (double for double) if `wide`, else of the storage dtype.
 BACKHAND_EXPORT int backhand_low_rank_shrink_and_gather(int dtype, const void* v, int64_t v_row, const void* h,
-                                                        int64_t h_row, const void* factor, int64_t factor_row, void* d_h,
-                                                        int64_t d_h_row, void* out, int64_t out_row, int wide,
-                                                        int64_t rows, int64_t n, int64_t rank, double scaling) {
+                                                        int64_t h_row, const void* factor, int64_t factor_row,
+                                                        void* d_h, int64_t d_h_row, void* out, int64_t out_row,
+                                                        int wide, int64_t rows, int64_t n, int64_t rank,
+                                                        double scaling) {
   BY_DTYPE(dtype, T, {
     const Matrix<const T> large{static_cast<const T*>(v), v_row}, small{static_cast<const T*>(h), h_row};
     const Factor<T> f{{static_cast<const T*>(factor), factor_row}, false};
     const Matrix<T> shrunk{static_cast<T*>(d_h), d_h_row};
-    if (wide)
-      return shrink_and_gather<Operands<T>, T>(large, small, f, shrunk, Matrix<Wide<T>>{static_cast<Wide<T>*>(out), out_row},
-                                               rows, n, rank, scaling);
-    return shrink_and_gather<Operands<T>, T>(large, small, f, shrunk, Matrix<T>{static_cast<T*>(out), out_row}, rows, n,
-                                             rank, scaling);
+    const Matrix<Wide<T>> as_wide{static_cast<Wide<T>*>(out), out_row};
+    const Matrix<T> as_stored{static_cast<T*>(out), out_row};
+    return wide ? shrink_and_gather<Operands<T>, T>(large, small, f, shrunk, as_wide, rows, n, rank, scaling)
+                : shrink_and_gather<Operands<T>, T>(large, small, f, shrunk, as_stored, rows, n, rank, scaling);
   });
 }
