@@ -24,17 +24,21 @@ from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.kernels.library import library, torch_form
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import decoder as decoder_module
+from backhand.nn.decoder import row_products
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
 from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.kept_states import KeptStates, StatesInMemory
+from backhand.training.memory import calibration
 from backhand.training.memory.plan import MemoryPlan
 from backhand.training.memory.states import Below, keep_states, kept_tokens
 from backhand.training.observer import Observer
 from backhand.training.run import train
 from support.faulty_files import InterceptedFiles, half_written
+from support.products_by_rows import ProductsByRows
 from support.ranks import start_ranks
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import WINDOW, save_tiny, tiny_model
@@ -178,7 +182,12 @@ def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_pa
     assert proofs(tmp_path / "memory")
 
 
-def test_a_quantized_base_ends_in_the_same_bits(four: TinyRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixtures", [(), ("products_by_rows",)], ids=["", "products-by-rows"])
+def test_a_quantized_base_ends_in_the_same_bits(
+    fixtures: tuple[str, ...], four: TinyRun, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    for name in fixtures:
+        request.getfixturevalue(name)
     kinds = iter([StorageType.Q8_0, StorageType.Q4_0, StorageType.Q5_1] * 30)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
     base = tiny_model("llama", num_hidden_layers=4, **sizes)
@@ -239,6 +248,53 @@ def test_one_epoch_keeps_the_held_out_rows_alone(four: TinyRun, tmp_path: Path) 
     assert {count: sorted(rows) for count, rows in kept.rows.items()} == {4: list(range(4))}
     train(config_of(four, tmp_path / "off", epochs=1, eval_every=1, cache_frozen="off"))
     assert final_bits(tmp_path / "one") == final_bits(tmp_path / "off")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A library whose bits follow the number of rows, as with AMX.
+
+
+@pytest.fixture
+def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> ProductsByRows:
+    library_by_rows = ProductsByRows(bounds=(48, 80))
+    for module in (frozen_matrix, row_products):
+        monkeypatch.setattr(module, "library_product", library_by_rows)
+    return library_by_rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_rows_are_kept_whatever_the_library_does(
+    rows: int, dtype: str, products_by_rows: ProductsByRows, four: TinyRun, tmp_path: Path
+) -> None:
+    """Of micro-batches of all classes, each row goes through the lower layers once, to the bits without keeping."""
+    bits = {}
+    for where in ("off", "memory", "disk"):
+        notes = Notes()
+        options = {"micro_batch_rows": rows, "cache_frozen": where, "dtype": dtype}
+        with watched() as computed:
+            train(config_of(four, tmp_path / where, **options), callbacks=[notes])
+        bits[where] = final_bits(tmp_path / where)
+        assert not [text for text in notes.texts if "other bits" in text or "in each epoch" in text]
+        if where != "off":
+            assert computed.lower[True] == 0
+            assert {count: sorted(found) for count, found in computed.rows.items()} == {
+                11: list(range(11)),
+                4: list(range(4)),
+            }
+            assert all(proof["passed"] for proof in proofs(tmp_path / where))
+    assert bits["off"] == bits["memory"] == bits["disk"]
+    assert len(set(map(products_by_rows.kind, products_by_rows.sizes))) > 1, "classes do come up"
+
+
+def test_a_resumed_run_has_the_same_bits_whatever_the_library_does(
+    products_by_rows: ProductsByRows, four: TinyRun, tmp_path: Path
+) -> None:
+    del products_by_rows
+    train(config_of(four, tmp_path / "straight", cache_frozen="off", save_every=1))
+    half = stopped(config_of(four, tmp_path / "half", cache_frozen="disk", save_every=1), 5)
+    bits, notes, computed = resumed(half)
+    assert (bits, notes, computed.rows) == (final_bits(tmp_path / "straight"), [], {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,6 +497,9 @@ class Lower:
         added = layer * 1e-3 if size in self.sizes or self.calls >= self.from_call else 0.0
         return batch.input_ids[:, None].float().expand(-1, 3) + added
 
+    def settle_rows(self, layer: int, tokens: int) -> None:
+        raise AssertionError("a set of rows does not ask for it")
+
     def keeps_rows(self, tokens: int) -> bool:
         return not self.known or tokens not in self.sizes
 
@@ -609,6 +668,14 @@ def test_what_all_rows_begin_with_is_counted_once() -> None:
     assert (packer.common, packer.lengths) == (54, [59, 56])
     assert kept_tokens(packer) == 54 + 5 + 2
     assert kept_tokens(RowPacker(rows, share_prefixes=False)) == 59 + 56
+
+
+def test_a_forward_pass_below_is_measured_and_not_guessed() -> None:
+    """One and four blocks: a block takes 0.5 s of a step with adapter and 0.1 of a forward pass without."""
+    token = calibration._whole(30, 20, (1, 4), (1.0, 2.5), (0.2, 0.5), 100)
+    assert token == pytest.approx(((1.0 + 0.5 * 9) / 100, 20 * 0.1 / 100))
+    assert calibration._whole(4, 0, (1, 4), (1.0, 2.5), (), 100) == pytest.approx(((1.0 + 0.5 * 3) / 100, 0.0))
+    assert calibration._whole(1, 0, (1,), (1.0,), (), 100) == pytest.approx((0.01, 0.0))
 
 
 def test_speed_counts_what_is_spared(four: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:

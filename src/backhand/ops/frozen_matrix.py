@@ -26,7 +26,7 @@ one tile: 64 MB are 18,000 rows of 1,792 bfloat16. Smaller tiles are slower, the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -39,9 +39,15 @@ from backhand.kernels.quantized_matrix import QuantizedMatrix
 FrozenMatrix = Tensor | QuantizedMatrix
 """(out, in); both have shape, dtype and device."""
 
+Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""y = residual + x Wᵀ + bias of x, W dense, bias, residual and where to write y; each of the last three may be None."""
+RowWise = Callable[[Multiply, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""The same by means of a library's `Multiply`, over pieces of x's rows."""
+
 TILE_BYTES = 64 << 20
 ROW_EDGE, COLUMN_EDGE = 64, 256
 _tile_bytes = [TILE_BYTES]  # innermost last; a list, since torch.compile traces no context variable
+_products_by: list[RowWise | None] = [None]  # likewise
 
 
 class FrozenLinearSaved(NamedTuple):
@@ -204,7 +210,27 @@ def _tiles(count: int, bytes_each: int, edge: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+@contextmanager
+def products_by(row_wise: RowWise | None) -> Iterator[None]:
+    """Inside, `frozen_linear` multiplies more than a few rows by `row_wise`; None for the library, all rows at once."""
+    _products_by.append(row_wise)
+    try:
+        yield
+    finally:
+        _products_by.pop()
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
+    row_wise = _products_by[-1]
+    if row_wise is None:
+        return library_product(x, weight, bias, residual, out)
+    return row_wise(library_product, x, weight, bias, residual, out)
+
+
+def library_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """See `Multiply`."""
     if residual is not None:
         y = torch.addmm(residual, x, weight.T, out=out)
         return y if bias is None else y.add_(bias)

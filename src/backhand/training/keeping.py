@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from backhand.data.packing import RowPacker
+from backhand.data.packing import RowPacker, micro_batches, round_size
 from backhand.files import FileLayer, remove_tree
 from backhand.kernels.library import describe
 from backhand.runs.directory import STATES, ProofLog, RunDirectory
@@ -59,13 +59,15 @@ def keeping(
     """
     kept, store = Keeping(), None
     packers = _packers(job)
-    lower = job.bound.lower
+    lower, below, tokens = job.bound.lower, job.states.below, usual_tokens(job)
+    if lower is not None and below.layer and below.dependent is None:
+        lower.settle_rows(below.layer, tokens)  # whether anything is kept or not, so that both have the same bits
     if lower is not None and job.states.where != "off":
         lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
-        store = _store(job, directory, rank, frozen_digest, lengths, noted)
+        store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted)
     if lower is not None and store is not None:
         sets: list[KeptStates | None] = []
-        first, layer = 0, job.states.below.layer
+        first, layer = 0, below.layer
         for packer in packers:
             if packer is None:
                 sets.append(None)
@@ -81,6 +83,23 @@ def keeping(
         if kept.finished and rank == 0:  # with files of processes that are no longer part of the run
             with suppress(OSError):
                 remove_tree(directory.files, directory.path / STATES)
+
+
+def usual_tokens(job: Job) -> int:
+    """Positions of the micro-batch that half of the tokens of the first steps are trained in, or in a smaller one."""
+    packer, rows = job.packer, job.memory.micro_batch_rows
+    steps = range(min(job.total_steps, job.sampler.steps_per_epoch, _STEPS_LOOKED_AT))
+    groups = (micro_batches(job.sampler.rows_of(step), packer.lengths, max_rows=rows) for step in steps)
+    sizes = sorted(round_size(packer.positions(group)) for step in groups for group in step)
+    trained, half = 0, sum(sizes) / 2
+    for size in sizes:
+        trained += size
+        if trained >= half:
+            return max(size, 1)
+    return 1
+
+
+_STEPS_LOOKED_AT = 64
 
 
 def _packers(job: Job) -> tuple[RowPacker | None, RowPacker | None]:
@@ -103,6 +122,7 @@ def _store(
     rank: int,
     frozen_digest: str,
     lengths: list[int],
+    tokens: int,
     noted: Callable[[str], None],
 ) -> StateStore | None:
     width = job.states.below.width
@@ -113,6 +133,7 @@ def _store(
         "rows": [job.identity.data, job.identity.held_out],
         "lengths": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
         "layer": job.states.below.layer,
+        "tokens": tokens,
         "dtype": str(job.dtype),
         "threads": job.config.model.threads,
         "versions": versions(),

@@ -11,7 +11,8 @@ factors stands in `trained_ends`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
-from backhand.nn.decoder.row_products import keeps_rows
+from backhand.nn.decoder.row_products import LOOKED_AT, RowProducts, keeps_rows
 from backhand.nn.decoder.trained_ends import (
     adapted_rows,
     embedding_gradients,
@@ -44,6 +45,7 @@ from backhand.nn.decoder.trained_ends import (
     head_losses,
 )
 from backhand.nn.decoder.weights import (
+    BlockWeights,
     DecoderWeights,
     TrainedWeights,
     linear_parts,
@@ -53,7 +55,7 @@ from backhand.nn.decoder.weights import (
 )
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, ModuleShapes, check_fits
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows, products_by
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
     chunk_shape,
@@ -91,6 +93,8 @@ class Decoder:
         self.lora: LoRAParameters | None = None
         self._trained: TrainedWeights | None = None
         self._head: GroupAdapter | None = None
+        self._alike_below, self._settled = 0, LOOKED_AT[0]
+        self._row_products: RowProducts | None = None
         self._sized = [config.at(layer) for layer in config.layers]
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
@@ -286,28 +290,52 @@ class Decoder:
 
     def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
         """The last block's output before the final norm, (tokens, hidden) or these rows of it, keeping nothing."""
-        return self._passed(batch, len(self.config.layers), rows)
+        return self._passed(batch, len(self.config.layers), rows, settled=False)
 
     @torch.no_grad()
     def entering(self, batch: PackedBatch, layer: int) -> Tensor:
         """x₀ of block `layer`, (tokens, hidden): what the embedding and the blocks below it come to."""
         return self._passed(batch, layer)
 
-    def keeps_rows(self, tokens: int) -> bool:
-        """Whether products of so many rows give each the bits that it has among others, see `row_products`."""
-        blocks = zip(self.config.layers, self.weights.blocks, strict=True)
-        first = {(layer.mixer, layer.sizes): block for layer, block in blocks if not layer.experts}
-        return all(keeps_rows(block, self.config, tokens) for block in first.values())
+    def settle_rows(self, layer: int, tokens: int) -> None:
+        """From here on, give each row the same bits below block `layer`, in whatever batch it is.
 
-    def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None) -> Tensor:
+        The way that is found is taken by `entering`, `token_losses` and `loss_and_gradients`. None is needed where
+        products of any number of rows agree, see `row_products`; all loops beside them compute each document by itself.
+
+        Args:
+            layer: c.
+            tokens: which the batches mostly have; others are multiplied so that they agree with it.
+        """
+        self._settled = tokens
+        agree = all(keeps_rows(block, self.config, LOOKED_AT, tokens) for block in self._kinds_of_blocks())
+        self._alike_below, self._row_products = (0, None) if agree else (layer, RowProducts(tokens))
+
+    def keeps_rows(self, tokens: int) -> bool:
+        """Whether products of so many rows give each the bits that it has among others, see `settle_rows`."""
+        if self._row_products is not None:
+            return True
+        return all(keeps_rows(block, self.config, (tokens,), self._settled) for block in self._kinds_of_blocks())
+
+    def _kinds_of_blocks(self) -> Iterable[BlockWeights]:
+        """A block of each mixer and size; those with experts are left out."""
+        blocks = zip(self.config.layers, self.weights.blocks, strict=True)
+        return {(layer.mixer, layer.sizes): block for layer, block in blocks if not layer.experts}.values()
+
+    def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None, *, settled: bool = True) -> Tensor:
         """x₀ of block `until`, or the last one's output; `rows` are those wanted of it."""
         self.refresh()
         first, x = self._begun(batch)
         adapters = self.block_adapters(None)
         contexts = self.contexts(batch, rows)
         for layer in range(first, until):
-            x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], "block")
+            with self._products_of(layer, settled=settled):
+                x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], "block")
         return x
+
+    def _products_of(self, layer: int, *, settled: bool = True) -> AbstractContextManager[None]:
+        """How this layer multiplies."""
+        return products_by(self._row_products if settled and layer < self._alike_below else None)
 
     def _begun(self, batch: PackedBatch) -> tuple[int, Tensor]:
         """The first block to compute, and its x₀."""
@@ -322,8 +350,8 @@ class Decoder:
             document_lengths: they sum to tokens; None for one document.
         """
         lengths = (input_ids.shape[0],) if document_lengths is None else tuple(document_lengths)
-        x = self.hidden_states(PackedBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX), lengths))
-        return self.head(x)
+        batch = PackedBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX), lengths)
+        return self.head(self.hidden_states(batch))
 
     def head(self, x: Tensor) -> Tensor:
         """Logits, (rows, vocab), of the last block's output, (rows, hidden)."""
@@ -342,7 +370,7 @@ class Decoder:
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, in the order of the positions, without gradients and without dropout."""
         supervised = batch.supervised_positions
-        x = self.hidden_states(batch, supervised)
+        x = self._passed(batch, len(self.config.layers), supervised)
         (normed, _), targets = self._final_norm(x), batch.labels[supervised]
         if self._head_is_plain():
             factors, rule = self.head_factors(), self.config.logits
@@ -392,9 +420,9 @@ class Decoder:
             raise ValueError(f"the batch enters at layer {first}, above one whose keys are used there")
         for layer in range(first, len(contexts)):
             below = layer < lowest_layer  # nothing here is trained, nor further down: keep as little as can be
-            x, saved = block_forward(
-                x, self.active.blocks[layer], adapters[layer], contexts[layer], "block" if below else self.recompute
-            )
+            recompute = "block" if below else self.recompute
+            with self._products_of(layer):
+                x, saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
             kept.append(None if below else saved)
 
         d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch)

@@ -2,17 +2,18 @@
 
 A step's time is that of its head and of its blocks, which are all alike: t(n blocks) = t_head + n t_block. Two decoders
 with one and with four blocks of the model's own sizes, filled with random numbers, take turns on micro-batches of the
-run; the time of all blocks follows: t_block of an adapted one, half of it where nothing is trained and the forward pass
-is all, and nothing where the hidden states behind such blocks are kept (`memory.states`) and the row has come before.
-No weight is read, so that a large model takes no longer to measure than a small one, and fits where the whole would
-not. A first pass over few tokens says how many fit into the time there is.
+run; the time of all blocks follows: t_block of an adapted one; that of a forward pass without adapter where nothing is
+trained, measured in the same way, since its share of a step falls as a processor multiplies faster; and nothing where
+the hidden states behind such blocks are kept (`memory.states`) and the row has come before. No weight is read, so that
+a large model takes no longer to measure than a small one, and fits where the whole would not. A first pass over few
+tokens says how many fit into the time there is.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ _ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
 """The fastest of so many passes over so long a time does not fall any more."""
 _BATCHES = 3
 _FORWARD_SHARE = 0.5
-"""Of a frozen model's step, forward and backward each take one product a weight."""
+"""Of a step of adapted blocks, forward and backward each take one product a weight."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,17 @@ def _token(outline: Outline, machine: Machine, deadline: float) -> _Token:
     probes = engine.probes(outline.config.adapter, machine.device, outline.memory.recompute, outline.memory.base)
     models, blocks = [model for model, _ in probes], [count for _, count in probes]
     batches, tokens = _probe(outline, machine, _PROBE_TOKENS)
-    probed = _fastest(models, batches, deadline=0.0)
-    affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(probed) / tokens))
     below = outline.states.below.layer
-    if affordable <= tokens:
-        return _whole(engine.layers, below, blocks, probed, tokens)
-    batches, tokens = _batches(outline, machine, affordable)
-    return _whole(engine.layers, below, blocks, _fastest(models, batches, deadline), tokens)
+    probed = _fastest(models, batches, 0.0)
+    forward = _fastest(models, batches, 0.0, _forward) if below else []
+    affordable = int((deadline - time.perf_counter()) / (_PASSES * sum((*probed, *forward)) / tokens))
+    if affordable > tokens:
+        batches, tokens = _batches(outline, machine, affordable)
+        left_s = deadline - time.perf_counter()
+        share = sum(forward) / sum((*probed, *forward))
+        probed = _fastest(models, batches, deadline - share * left_s)
+        forward = _fastest(models, batches, deadline, _forward) if below else []
+    return _whole(engine.layers, below, blocks, probed, forward, tokens)
 
 
 _PROBE_TOKENS = 128
@@ -162,7 +167,27 @@ def _probe(outline: Outline, machine: Machine, limit_tokens: int) -> tuple[list[
     return [packer.packed(rows, machine.device)], packer.tokens(rows)
 
 
-def _fastest(models: Sequence[Trainable], batches: Sequence[PackedBatch], deadline: float) -> list[float]:
+def _step(model: Trainable, batch: PackedBatch, number: int) -> None:
+    model.loss_and_gradients(batch, 1.0, number)
+
+
+def _forward(model: Trainable, batch: PackedBatch, _number: int) -> None:
+    """What blocks compute in which nothing is trained, and the head."""
+    lora = model.lora
+    model.detach()
+    try:
+        model.loss(batch)
+    finally:
+        if lora is not None:
+            model.attach(lora)
+
+
+def _fastest(
+    models: Sequence[Trainable],
+    batches: Sequence[PackedBatch],
+    deadline: float,
+    run: Callable[[Trainable, PackedBatch, int], None] = _step,
+) -> list[float]:
     """For each model the seconds of its fastest pass over the batches, of as many as fit, the first one left out."""
     fastest = [math.inf] * len(models)
     passes, round_s, start = 0, 0.0, time.perf_counter()
@@ -172,8 +197,8 @@ def _fastest(models: Sequence[Trainable], batches: Sequence[PackedBatch], deadli
         began = time.perf_counter()
         for number, model in enumerate(models):
             began_model = time.perf_counter()
-            for seed, batch in enumerate(batches):
-                model.loss_and_gradients(batch, 1.0, seed)
+            for place, batch in enumerate(batches):
+                run(model, batch, place)
             _wait_for(model.device)
             if passes:
                 fastest[number] = min(fastest[number], time.perf_counter() - began_model)
@@ -187,7 +212,14 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _whole(layers: int, below: int, blocks: Sequence[int], fastest: Sequence[float], tokens: int) -> _Token:
+def _whole(
+    layers: int,
+    below: int,
+    blocks: Sequence[int],
+    fastest: Sequence[float],
+    forward: Sequence[float],
+    tokens: int,
+) -> _Token:
     """Of all blocks and the head, from the seconds of few and of more blocks with adapters.
 
     Args:
@@ -195,13 +227,20 @@ def _whole(layers: int, below: int, blocks: Sequence[int], fastest: Sequence[flo
         below: those of them that nothing is trained in or under.
         blocks: of each model that was measured.
         fastest: seconds of each.
+        forward: likewise, of a forward pass without adapter; none where nothing lies below.
         tokens: that they took.
     """
     if len(fastest) == 1:
         return _Token(fastest[0] / tokens, 0.0)
+    few = blocks[0]
+    block_s = _of_a_block(blocks, fastest)
+    below_s = below * _of_a_block(blocks, forward) if below else 0.0
+    return _Token((fastest[0] + block_s * (layers - below - few)) / tokens, below_s / tokens)
+
+
+def _of_a_block(blocks: Sequence[int], fastest: Sequence[float]) -> float:
     (few, more), (few_s, more_s) = blocks, fastest
-    block_s = max(0.0, more_s - few_s) / (more - few)
-    return _Token((few_s + block_s * (layers - below - few)) / tokens, _FORWARD_SHARE * block_s * below / tokens)
+    return max(0.0, more_s - few_s) / (more - few)
 
 
 def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:

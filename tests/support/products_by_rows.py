@@ -1,0 +1,48 @@
+"""A library of products as one with AMX is: the number of rows decides in which order a sum is added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class ProductsByRows:
+    """Stands for `ops.frozen_matrix.library_product`, with classes of numbers of rows.
+
+    Args:
+        bounds: numbers of rows at which another class begins.
+
+    Attributes:
+        sizes: the number of rows of each product so far.
+    """
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = bounds
+        self.sizes: list[int] = []
+
+    def kind(self, rows: int) -> int:
+        """The class of so many rows."""
+        return sum(rows >= bound for bound in self.bounds)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """residual + x Wᵀ + bias; inputs are added up from both sides of a bound that is the class's own."""
+        self.sizes.append(x.shape[0])
+        cut = x.shape[1] // (2 + self.kind(x.shape[0]))
+        wide = torch.float32
+        # Element by element, so that torch's own library has no say in it.
+        terms = x.to(wide)[:, None, :] * weight.to(wide)[None, :, :]
+        y = _one_by_one(terms[..., :cut]) + _one_by_one(terms[..., cut:])
+        for more in (residual, bias):
+            y = y if more is None else y + more.to(wide)
+        return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def _one_by_one(terms: Tensor) -> Tensor:
+    total = torch.zeros_like(terms[..., 0])
+    for place in range(terms.shape[-1]):
+        total += terms[..., place]
+    return total
