@@ -16,7 +16,7 @@ from backhand.nn.held_base import available_bytes
 from backhand.training.memory.model import ModelSize, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
 from backhand.training.memory.process import MemoryKeeper
-from backhand.training.memory.shapes import KernelCount, Rows, StepShape, kept_kernels, largest_shapes
+from backhand.training.memory.shapes import KERNEL_BYTES, KernelCount, Rows, StepShape, kept_kernels, largest_shapes
 
 MB = 1 << 20
 SIZE = ModelSize(
@@ -213,10 +213,16 @@ def test_the_kernels_that_are_kept_are_those_of_the_environment(monkeypatch: pyt
     count = KernelCount(LIKE[torch.bfloat16])
     for tokens in range(32, 3200, 32):
         count.add(tokens, [], 1)
+    shape = StepShape(100, 10, kernels=count.total, kernel_sizes=count.sizes)
+    few_modules = replace(SIZE, more_kernels=(-14, -5, -14, -5))
+
+    def kept(size: ModelSize) -> int:
+        return parts_of(size, shape, "none", 0)["compiled kernels"] // KERNEL_BYTES
+
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-    assert kept_kernels() == count.total == 100
+    assert kept_kernels() == kept(SIZE) == kept(few_modules) == 100
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    assert count.total == 1024
+    assert kept(SIZE) == kept(few_modules) == 1024
 
 
 def test_the_keeper_releases_before_the_plan_is_exceeded_and_not_before() -> None:

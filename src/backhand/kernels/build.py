@@ -29,10 +29,10 @@ SOURCES = HERE / "native"
 BUILT = HERE / "lib"
 
 # Contracted or reordered sums would differ between instruction sets; fast-math would, besides, make older compilers
-# flush subnormal numbers in the whole process.
+# flush subnormal numbers in the whole process. Two bfloat16 side by side are read as one number of 32 bits.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"),
-    *("-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"),
+    *("-fno-rtti", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"),
 )
 _SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 

@@ -7,7 +7,7 @@ With V and Y (rows, n) activations or their gradients, F (n, rank) lora_B or lor
     low_rank_backward   s V F and s Vᵀ H   at once           ∂L/∂h and ∂L/∂B = s Gᵀ h, of all layers of one input
 The formulas are derived in `lora_linear`, whose cases prove both forms of these.
 
-At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank.cpp) read V once and read and
+At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank*.cpp) read V once and read and
 write Y once, round each sum once, and add a gradient straight to a float32 buffer. In torch's form each is a matrix
 product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it.
 """

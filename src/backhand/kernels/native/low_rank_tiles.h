@@ -46,28 +46,28 @@ inline void shrink_tile(const bfloat16* v, int64_t row, int64_t count, int64_t n
     // The rows of the next tile, which the processor does not guess when they are many.
     for (int64_t y = TILE; y < 2 * TILE; ++y)
       for (int64_t x = 0; x < 4; ++x) __builtin_prefetch(v + y * row + x * TILE_LENGTH, 0, 2);
-    _tile_loadd(4, v, bytes);
-    _tile_loadd(5, units, unit_bytes);
+    LOAD_TILE(4, v, bytes);
+    LOAD_TILE(5, units, unit_bytes);
     _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, v + TILE_LENGTH, bytes);
-    _tile_loadd(7, units + step, unit_bytes);
+    LOAD_TILE(6, v + TILE_LENGTH, bytes);
+    LOAD_TILE(7, units + step, unit_bytes);
     _tile_dpbf16ps(1, 6, 7);
-    _tile_loadd(4, v + 2 * TILE_LENGTH, bytes);
-    _tile_loadd(5, units + 2 * step, unit_bytes);
+    LOAD_TILE(4, v + 2 * TILE_LENGTH, bytes);
+    LOAD_TILE(5, units + 2 * step, unit_bytes);
     _tile_dpbf16ps(2, 4, 5);
-    _tile_loadd(6, v + 3 * TILE_LENGTH, bytes);
-    _tile_loadd(7, units + 3 * step, unit_bytes);
+    LOAD_TILE(6, v + 3 * TILE_LENGTH, bytes);
+    LOAD_TILE(7, units + 3 * step, unit_bytes);
     _tile_dpbf16ps(3, 6, 7);
   }
   for (; k < steps; ++k, v += TILE_LENGTH, units += step) {
     if (k < whole) {
-      _tile_loadd(4, v, bytes);
+      LOAD_TILE(4, v, bytes);
     } else {
       const int64_t left = n - k * TILE_LENGTH;
       copy_tile(v, row, count, left < TILE_LENGTH ? left : TILE_LENGTH, edge);
-      _tile_loadd(4, edge, 64);
+      LOAD_TILE(4, edge, 64);
     }
-    _tile_loadd(5, units, unit_bytes);
+    LOAD_TILE(5, units, unit_bytes);
     switch (k % 4) {
       case 0: _tile_dpbf16ps(0, 4, 5); break;
       case 1: _tile_dpbf16ps(1, 4, 5); break;
@@ -94,12 +94,12 @@ inline void expand_tiles(int64_t steps, const uint32_t* h, const uint32_t* units
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < steps; ++k, h += TILE * TILE, units += TILE * width) {
-    _tile_loadd(4, h, 64);
-    _tile_loadd(5, units, unit_bytes);
-    _tile_loadd(6, units + TILE, unit_bytes);
-    _tile_loadd(7, units + 2 * TILE, unit_bytes);
+    LOAD_TILE(4, h, 64);
+    LOAD_TILE(5, units, unit_bytes);
+    LOAD_TILE(6, units + TILE, unit_bytes);
+    LOAD_TILE(7, units + 2 * TILE, unit_bytes);
     _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, units + 3 * TILE, unit_bytes);
+    LOAD_TILE(5, units + 3 * TILE, unit_bytes);
     _tile_dpbf16ps(1, 4, 6);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 4, 5);
@@ -131,11 +131,11 @@ inline void gather_tiles(int64_t steps, const uint32_t* h, int64_t row, const ui
                          int64_t sums_row, bool all, bool add) {
   const int64_t bytes = row * 4, sum_bytes = sums_row * 4;
   if (add) {
-    _tile_loadd(0, sums, sum_bytes);
-    _tile_loadd(1, sums + TILE, sum_bytes);
+    LOAD_TILE(0, sums, sum_bytes);
+    LOAD_TILE(1, sums + TILE, sum_bytes);
     if (all) {
-      _tile_loadd(2, sums + 2 * TILE, sum_bytes);
-      _tile_loadd(3, sums + 3 * TILE, sum_bytes);
+      LOAD_TILE(2, sums + 2 * TILE, sum_bytes);
+      LOAD_TILE(3, sums + 3 * TILE, sum_bytes);
     }
   } else {
     _tile_zero(0);
@@ -144,14 +144,14 @@ inline void gather_tiles(int64_t steps, const uint32_t* h, int64_t row, const ui
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps; ++k, h += TILE, units += TILE * 64) {
-    _tile_loadd(4, h, bytes);
-    _tile_loadd(5, units, 256);
-    _tile_loadd(6, units + TILE, 256);
+    LOAD_TILE(4, h, bytes);
+    LOAD_TILE(5, units, 256);
+    LOAD_TILE(6, units + TILE, 256);
     _tile_dpbf16ps(0, 4, 5);
     _tile_dpbf16ps(1, 4, 6);
     if (all) {
-      _tile_loadd(7, units + 2 * TILE, 256);
-      _tile_loadd(5, units + 3 * TILE, 256);
+      LOAD_TILE(7, units + 2 * TILE, 256);
+      LOAD_TILE(5, units + 3 * TILE, 256);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 4, 5);
     }

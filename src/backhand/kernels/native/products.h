@@ -166,6 +166,15 @@ inline void product_of_part(int64_t m, int64_t n, int64_t k_units, Left a, const
 constexpr int64_t LONGEST_SUM = 128;
 
 #if defined(__AMX_BF16__)
+// Loads a tile. GCC's own `_tile_loadd` does not say that it reads memory: stores before it, as to a local array in a
+// loop, may end up behind it.
+#define LOAD_TILE(tile, from, bytes)   \
+  do {                                 \
+    __asm__ volatile("" ::: "memory"); \
+    _tile_loadd(tile, from, bytes);    \
+    __asm__ volatile("" ::: "memory"); \
+  } while (0)
+
 // While it lives, this thread's tiles are 16 rows of 64 bytes each.
 class Tiles {
  public:
@@ -193,10 +202,10 @@ inline void product_by_tiles(int64_t m, int64_t n, int64_t k_units, const uint32
     for (int64_t i = 0; i < m; i += 32) {
       float* place = c + i * c_row + j;
       if (add) {
-        _tile_loadd(0, place, c_bytes);
-        _tile_loadd(1, place + 16, c_bytes);
-        _tile_loadd(2, place + 16 * c_row, c_bytes);
-        _tile_loadd(3, place + 16 * c_row + 16, c_bytes);
+        LOAD_TILE(0, place, c_bytes);
+        LOAD_TILE(1, place + 16, c_bytes);
+        LOAD_TILE(2, place + 16 * c_row, c_bytes);
+        LOAD_TILE(3, place + 16 * c_row + 16, c_bytes);
       } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -204,10 +213,10 @@ inline void product_by_tiles(int64_t m, int64_t n, int64_t k_units, const uint32
         _tile_zero(3);
       }
       for (int64_t k = 0; k < k_units; k += 16) {
-        _tile_loadd(4, a + i * a_row + k, a_bytes);
-        _tile_loadd(6, b + k * b_row + j, b_bytes);
-        _tile_loadd(7, b + k * b_row + j + 16, b_bytes);
-        _tile_loadd(5, a + (i + 16) * a_row + k, a_bytes);
+        LOAD_TILE(4, a + i * a_row + k, a_bytes);
+        LOAD_TILE(6, b + k * b_row + j, b_bytes);
+        LOAD_TILE(7, b + k * b_row + j + 16, b_bytes);
+        LOAD_TILE(5, a + (i + 16) * a_row + k, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);

@@ -67,7 +67,7 @@ from backhand.nn.decoder.weights import BlockWeights, empty_weights, module_shap
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES
-from backhand.ops.linear_cross_entropy import SOFTMAX_ELEMENTS, chunk_rows
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS, SOFTMAX_ELEMENTS, chunk_rows
 from backhand.training.config import Recompute
 from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
 from backhand.training.memory.shapes import USUAL, USUAL_LAST, Products
@@ -138,9 +138,13 @@ def decoder_size(
     largest = max(mlp_matrix, *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
     piece = max(TILE_BYTES, COLUMN_EDGE * config.vocab_size * b)
     adapter_elements = layout.element_count
-    head_ranks = sum(slot.rank for slot in slots if slot.name == HEAD)
-    head_is_trained = head_ranks > 0 or any(tensor.token_ids is not None for tensor in layout.trained)
-    head_is_trained = head_is_trained or any(tensor.base_name.startswith(HEAD) for tensor in layout.trained)
+    head_slots = [slot for slot in slots if slot.name == HEAD]
+    head_ranks = sum(slot.rank for slot in head_slots)
+    # More than plain factors, which `trained_ends` computes.
+    some_tokens = any(tensor.token_ids is not None for tensor in layout.trained)
+    more_of_head = any(slot.use_dora or slot.lora_bias for slot in head_slots) or (some_tokens and config.tied_head)
+    more_of_head = more_of_head or any(tensor.base_name.startswith(HEAD) for tensor in layout.trained)
+    head_is_trained = more_of_head or some_tokens or head_ranks > 0
     dropout = any(slot.dropout > 0 for slot in in_blocks)
     # Compiled loops hold next to nothing besides what goes in and comes out; capped scores take torch's form.
     looped = loops_are_there() and config.attention_cap is None
@@ -196,7 +200,7 @@ def decoder_size(
         kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
-        head_chunk_rows=chunk_rows(d),
+        head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d),
         more_kernels=_more_kernels(config, layout, _FLOATING[b]),
     )
 
