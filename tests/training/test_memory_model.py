@@ -29,7 +29,7 @@ from backhand.training.memory.model import (
     parts_of,
     second_model_bytes,
 )
-from backhand.training.memory.shapes import KERNEL_BYTES, USUAL, Rows, StepShape, largest_shapes
+from backhand.training.memory.shapes import USUAL, Rows, StepShape, kernel_bytes, largest_shapes
 from support.allocations import held_at_most
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
@@ -239,7 +239,7 @@ def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, mo
     more = 3 * size.more_kernels[0] + 2 * size.more_kernels[1] + size.more_kernels[2]
     more += size.kernels_a_token * 100
     found = parts_of(size, shape, "none", 0)["compiled kernels"]
-    assert found == (usual * 3 + more) * KERNEL_BYTES
+    assert found == (usual * 3 + more) * kernel_bytes()
 
 
 @pytest.mark.skipif(not loops_are_there(), reason="torch's form keeps other things")

@@ -16,9 +16,10 @@ from backhand.nn.held_base import available_bytes
 from backhand.training.memory.model import ModelSize, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
 from backhand.training.memory.process import MemoryKeeper
-from backhand.training.memory.shapes import KERNEL_BYTES, KernelCount, Rows, StepShape, kept_kernels, largest_shapes
+from backhand.training.memory.shapes import KernelCount, Rows, StepShape, kept_kernels, largest_shapes
 
 MB = 1 << 20
+KERNEL_BYTES = 580_000
 SIZE = ModelSize(
     dtype_bytes=2,
     weight_bytes=200 * MB,
@@ -61,6 +62,12 @@ def chosen(
         recompute=recompute,  # type: ignore[arg-type]
         watched=watched,
     )
+
+
+@pytest.fixture(autouse=True)
+def _same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large on every processor."""
+    monkeypatch.setattr("backhand.training.memory.model.kernel_bytes", lambda: KERNEL_BYTES)
 
 
 def test_without_a_limit_the_fastest_way_is_taken() -> None:

@@ -169,5 +169,13 @@ def _multiplies_bf16() -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return True
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
+    return multiplies_tiles() or _processor_has("_is_avx512_bf16_supported")
+
+
+def multiplies_tiles() -> bool:
+    """Whether the processor has AMX, whose tiles oneDNN multiplies bfloat16 with."""
+    return _processor_has("_is_amx_tile_supported")
+
+
+def _processor_has(check: str) -> bool:
+    return hasattr(torch.cpu, check) and bool(getattr(torch.cpu, check)())

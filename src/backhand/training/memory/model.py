@@ -18,7 +18,7 @@ from backhand.ops.delta_chunks import HeadSizes, bytes_of_a_head, heads_at_once
 from backhand.ops.gated_delta_rule import bytes_in_loops
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.training.config import Recompute
-from backhand.training.memory.shapes import KERNEL_BYTES, StepShape, kept_kernels
+from backhand.training.memory.shapes import StepShape, kept_kernels, kernel_bytes
 
 FLOAT32_BYTES = 4
 STATES = "hidden states of frozen layers"
@@ -163,7 +163,7 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
         **({STATES: size.states_bytes} if size.states_bytes else {}),
         "kept activations": kept,
         fullest: workspace,
-        "compiled kernels": _kernels(size, shape) * KERNEL_BYTES,
+        "compiled kernels": _kernels(size, shape) * kernel_bytes(),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from backhand.data.packing import micro_batches, round_size
 from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import document_runs
-from backhand.nn.compute import onednn_takes_bf16
+from backhand.nn.compute import multiplies_tiles, onednn_takes_bf16
 from backhand.ops.attention_blocks import block_bounds
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import Group, groups, takes_blocks
@@ -207,8 +207,12 @@ def _blocks(attending: Iterable[Group]) -> set[Block]:
 
 
 Shape = TypeVar("Shape")
-KERNEL_BYTES = 580_000
-"""Of a kernel: every one takes its code's greatest size from the heap."""
+_KERNEL_BYTES, _TILE_KERNEL_BYTES = 580_000, 1_000_000
+
+
+def kernel_bytes() -> int:
+    """Of a kernel: every one takes its code's greatest size from the heap; a product by AMX's tiles has several."""
+    return _TILE_KERNEL_BYTES if multiplies_tiles() else _KERNEL_BYTES
 
 
 class Products(NamedTuple):
