@@ -59,12 +59,13 @@ def keeping(
     """
     kept, store = Keeping(), None
     packers = _packers(job)
-    lower, below, tokens = job.bound.lower, job.states.below, usual_tokens(job)
+    lower, below = job.bound.lower, job.states.below
     if lower is not None and below.layer and below.dependent is None:
+        tokens = usual_tokens(job)
         lower.settle_rows(below.layer, tokens)  # whether anything is kept or not, so that both have the same bits
-    if lower is not None and job.states.where != "off":
-        lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
-        store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted)
+        if job.states.where != "off":
+            lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
+            store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted)
     if lower is not None and store is not None:
         sets: list[KeptStates | None] = []
         first, layer = 0, below.layer
