@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, dora_backward, gain
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import FrozenMatrix, Term, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, multiplier, rows
-from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import low_rank_shrink
 
 
 class DoRALinearSaved(NamedTuple):
@@ -98,7 +98,7 @@ def dora_linear_forward(
 
 def _rescaled(x: Tensor, weight: FrozenMatrix, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
     """z = x Wᵀ + s h Bᵀ on rows: what the magnitude multiplies."""
-    return low_rank_expand(frozen_linear(x, weight), h, lora_B, scaling)
+    return frozen_linear(x, weight, terms=[Term(0, h, lora_B, scaling)])
 
 
 def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient: bool = True) -> DoRALinearGrads:

@@ -6,6 +6,9 @@ Backward. Only x is varied: dy = dx Wᵀ, and with G = ∂L/∂y, ⟨G, dx Wᵀ�
     ∂L/∂x = G W             (..., in)
 (∂L/∂r is G itself). Saved: W, which is there anyway. A quantized W is dequantised again; autograd would keep it.
 
+To either, products with the factors of an adapter can be added, + s h Fᵀ (`Term`, `ops.lora_linear`): within the same
+sums where a loop of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
+
 In tiles. W is cut into pieces of at most TILE_BYTES in the compute dtype, so that a quantized matrix never stands
 there in full; a dense one is cut in the same way, although it need not be: how a library adds up a product depends on
 the product's width (oneDNN with AMX: some sums in ten thousand end in another bit), and then
@@ -29,7 +32,6 @@ in tiles of 64 MB, 146 in these; dense 136 and 143).
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +40,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import Term, dense_product, drop_room, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
+from backhand.kernels.large_pages import in_large_pages
 from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.ops.low_rank import low_rank_expand
 
 FrozenMatrix = Tensor | QuantizedMatrix
 """(out, in); both have shape, dtype and device."""
@@ -52,7 +57,6 @@ RowWise = Callable[[Multiply, Tensor, Tensor, Tensor | None, Tensor | None, Tens
 TILE_BYTES = 64 << 20
 ROWS_BYTES, FEWEST_ROWS = 16 << 20, 2048
 ROW_EDGE, COLUMN_EDGE = 64, 256
-_LARGE_PAGE = 2 << 20
 _tile_bytes = [TILE_BYTES]  # innermost last; a list, since torch.compile traces no context variable
 _products_by: list[RowWise | None] = [None]  # likewise
 
@@ -115,8 +119,9 @@ def frozen_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    terms: Sequence[Term] = (),
 ) -> Tensor:
-    """residual + x Wᵀ + bias on rows, with one of the sums folded into the product.
+    """residual + x Wᵀ + bias + the terms on rows, with one of the first two sums folded into the product.
 
     Args:
         x: (rows, in).
@@ -124,35 +129,39 @@ def frozen_linear(
         bias: (out,) or None.
         residual: (rows, out) or None.
         out: (rows, out) to write into; a new one if not given.
+        terms: s h Fᵀ added to columns of the result, in their order.
     """
     if 0 < x.shape[0] <= MOST_ROWS:
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
-            return few
-    tiles = row_tiles(weight)
+            return _with_terms(few, terms)
+    tiles = [slice(0, weight.shape[0])] if isinstance(weight, Tensor) and takes_tiles(x) else row_tiles(weight)
     if len(tiles) == 1:
-        return _product(x, _rows_of(weight, tiles[0]), bias, residual, out)
+        return _product(x, _rows_of(weight, tiles[0]), bias, residual, out, terms)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     for tile in tiles:
-        part_bias = None if bias is None else bias[tile]
-        _product(x, _rows_of(weight, tile), part_bias, None if residual is None else residual[:, tile], y[:, tile])
+        part_bias, around = None if bias is None else bias[tile], None if residual is None else residual[:, tile]
+        _product(x, _rows_of(weight, tile), part_bias, around, y[:, tile], _terms_of(terms, tile))
     return y
 
 
-def frozen_input_gradient(d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None) -> Tensor:
-    """G W on rows.
+def frozen_input_gradient(
+    d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None, terms: Sequence[Term] = ()
+) -> Tensor:
+    """G W + the terms on rows.
 
     Args:
         d_y: G, (rows, out).
         weight: (out, in).
         out: (rows, in) to write into; a new one if not given.
+        terms: as in `frozen_linear`.
     """
-    tiles = column_tiles(weight)
+    tiles = [slice(0, weight.shape[1])] if isinstance(weight, Tensor) and takes_tiles(d_y) else column_tiles(weight)
     if len(tiles) == 1:
-        return torch.mm(d_y, _columns_of(weight, tiles[0]), out=out)
+        return _gradient_product(d_y, _columns_of(weight, tiles[0]), out, terms)
     d_x = torch.empty(d_y.shape[0], weight.shape[1], dtype=d_y.dtype, device=d_y.device) if out is None else out
     for tile in tiles:
-        torch.mm(d_y, _columns_of(weight, tile), out=d_x[:, tile])
+        _gradient_product(d_y, _columns_of(weight, tile), d_x[:, tile], _terms_of(terms, tile))
     return d_x
 
 
@@ -229,11 +238,48 @@ def products_by(row_wise: RowWise | None) -> Iterator[None]:
         _products_by.pop()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
+def takes_tiles(operand: FrozenMatrix) -> bool:
+    """Whether products of it go by a loop of ours, in which a row's bits never depend on the others' number."""
+    return operand.device.type == "cpu" and is_taken(operand.dtype)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    terms: Sequence[Term],
+) -> Tensor:
+    y = dense_product(x, weight.T, bias, residual, out, terms)
+    if y is not None:
+        return y
     row_wise = _products_by[-1]
     if row_wise is None:
-        return library_product(x, weight, bias, residual, out)
-    return row_wise(library_product, x, weight, bias, residual, out)
+        return _with_terms(library_product(x, weight, bias, residual, out), terms)
+    return _with_terms(row_wise(library_product, x, weight, bias, residual, out), terms)
+
+
+def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    d_x = dense_product(d_y, weight, None, None, out, terms)
+    return _with_terms(torch.mm(d_y, weight, out=out), terms) if d_x is None else d_x
+
+
+def _with_terms(y: Tensor, terms: Sequence[Term]) -> Tensor:
+    """y + the terms, in y's place."""
+    for column, h, factor, scaling in terms:
+        low_rank_expand(y[:, column : column + factor.shape[0]], h, factor, scaling)
+    return y
+
+
+def _terms_of(terms: Sequence[Term], tile: slice) -> list[Term]:
+    """What of them falls on these columns of the result."""
+    found = []
+    for column, h, factor, scaling in terms:
+        begin, end = max(column, tile.start), min(column + factor.shape[0], tile.stop)
+        if begin < end:
+            found.append(Term(begin - tile.start, h, factor[begin - column : end - column], scaling))
+    return found
 
 
 def library_product(
@@ -276,24 +322,17 @@ def _scratch(rows: int, columns: int, like: FrozenMatrix) -> Tensor:
     buffer = _KEPT.buffers.get(key)
     if buffer is None or buffer.numel() < elements:
         _KEPT.buffers.pop(key, None)
-        buffer = _KEPT.buffers[key] = _in_large_pages(elements, like)
+        buffer = _KEPT.buffers[key] = _elements(elements, like)
     return buffer[:elements].view(rows, columns)
 
 
-def _in_large_pages(elements: int, like: FrozenMatrix) -> Tensor:
-    """(elements,), uninitialised, in pages of 2 MB where the system has such: small ones are looked up too often."""
-    size = elements * like.dtype.itemsize
-    if like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE") and size >= _LARGE_PAGE:
-        try:
-            room = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            room.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a system without them, or without the memory: torch says which
-            return torch.empty(elements, dtype=like.dtype)
-        begin = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
-        return torch.frombuffer(room, dtype=like.dtype, count=elements, offset=begin)
-    return torch.empty(elements, dtype=like.dtype, device=like.device)
+def _elements(count: int, like: FrozenMatrix) -> Tensor:
+    if like.device.type == "cpu":
+        return in_large_pages(count, like.dtype)
+    return torch.empty(count, dtype=like.dtype, device=like.device)
 
 
 def drop_scratch() -> None:
     """Give this thread's tiles back: what comes next multiplies no quantized matrix, or others."""
     _KEPT.buffers.clear()
+    drop_room()

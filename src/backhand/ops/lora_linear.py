@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
+from backhand.ops.frozen_matrix import FrozenMatrix, Term, frozen_input_gradient, frozen_linear
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 
 
 class Dropout(NamedTuple):
@@ -101,9 +101,9 @@ def lora_linear_forward(
     x_rows, mask = rows(x), multiplier(x, dropout)
     # First: x is still near the processor, which the large product fills.
     h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A.T)
-    y = frozen_linear(x_rows, weight, bias, None if residual is None else rows(residual))
-    y = low_rank_expand(y, h, lora_B, scaling).view(*x.shape[:-1], weight.shape[0])
-    return y, LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout)
+    around = None if residual is None else rows(residual)
+    y = frozen_linear(x_rows, weight, bias, around, terms=[Term(0, h, lora_B, scaling)])
+    return y.view(*x.shape[:-1], weight.shape[0]), LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout)
 
 
 def lora_linear_backward(
@@ -125,7 +125,7 @@ def lora_linear_backward(
     low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
     if not input_gradient:
         return LoRAGrads(None, d_lora_A, d_lora_B)
-    d_x = _with_low_rank(frozen_input_gradient(g, saved.weight), d_h, saved.lora_A, mask)
+    d_x = _input_gradient(g, saved.weight, d_h, saved.lora_A, mask)
     return LoRAGrads(d_x.view(saved.x.shape), d_lora_A, d_lora_B)
 
 
@@ -146,8 +146,10 @@ def lora_linear_backward_without_input(
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
     d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)])
-    d_x = frozen_input_gradient(d_y, weight)
-    return _with_low_rank(d_x, d_h, factors.lora_A, multiplier(d_x, dropout)), d_h
+    mask = None
+    if dropout is not None:
+        mask = multiplier(d_y.new_empty(d_y.shape[0], weight.shape[1]), dropout)
+    return _input_gradient(d_y, weight, d_h, factors.lora_A, mask), d_h
 
 
 def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
@@ -156,11 +158,11 @@ def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropo
     low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
 
 
-def _with_low_rank(d_x: Tensor, d_h: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
-    """d_x + m ⊙ ((∂L/∂h) A), in d_x's place."""
+def _input_gradient(g: Tensor, weight: FrozenMatrix, d_h: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
+    """G W + m ⊙ ((∂L/∂h) A)."""
     if mask is None:
-        return low_rank_expand(d_x, d_h, lora_A.T)
-    return d_x.addcmul_(mask, d_h @ lora_A)
+        return frozen_input_gradient(g, weight, terms=[Term(0, d_h, lora_A.T)])
+    return frozen_input_gradient(g, weight).addcmul_(mask, d_h @ lora_A)
 
 
 def lora_linear_reference(
@@ -262,15 +264,14 @@ def lora_linear_group_forward(
         h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors).T)
     else:
         h = x_rows.new_empty(x_rows.shape[0], 0)
-    y = frozen_linear(x_rows, weight, bias)
-    column = rank_column = 0
+    terms, column, rank_column = [], 0, 0
     for size, member in zip(sizes, factors, strict=True):
         if member is not None:
             rank = member.lora_A.shape[0]
-            h_i = h[:, rank_column : rank_column + rank]
-            low_rank_expand(y[:, column : column + size], h_i, member.lora_B, member.scaling)
+            terms.append(Term(column, h[:, rank_column : rank_column + rank], member.lora_B, member.scaling))
             rank_column += rank
         column += size
+    y = frozen_linear(x_rows, weight, bias, terms=terms)
     lead = x.shape[:-1]
     return y.view(*lead, weight.shape[0]), LoRAGroupSaved(
         x, weight, tuple(sizes), tuple(factors), h.view(*lead, h.shape[1]), dropout
@@ -309,9 +310,10 @@ def lora_linear_group_backward(
     low_rank_accumulate(x if mask is None else x * mask, d_h, [d_A.T for d_A in d_lora_A if d_A is not None])
     d_x = None
     if input_gradient:
-        d_x = frozen_input_gradient(g, saved.weight)
         if members:
-            d_x = _with_low_rank(d_x, d_h, stacked_A(saved.factors), mask)
+            d_x = _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask)
+        else:
+            d_x = frozen_input_gradient(g, saved.weight)
         d_x = d_x.view(saved.x.shape)
     return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 

@@ -3,7 +3,8 @@
     y = x Wᵀ,   y[i] is a function of x[i] and W alone, and so are its bits if each sum is added up in one order
 
 A library chooses kernels, blocks and threads by the number of rows. MKL and oneDNN with AVX-512 and AVX2 keep the order
-within a row's sums from 9 rows on (fewer take `kernels.few_rows`). oneDNN with AMX goes along the rows or along the
+within a row's sums from 9 rows on (fewer take `kernels.few_rows`), and so does our own product with AMX, by its making
+(`kernels.dense_product`). oneDNN with AMX, where our loops are not there, goes along the rows or along the
 outputs, as there are more of these or those for a thread, and cuts the sums otherwise then: numbers of rows fall into
 two or three classes, and between classes one element in ten thousand ends in another bit. So it is looked at, with the
 products of a block, in the forms that `nn.decoder.block` takes. What holds for two numbers against a third one holds
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.ops.frozen_matrix import Multiply, frozen_tiles, library_product
+from backhand.ops.frozen_matrix import Multiply, frozen_tiles, library_product, takes_tiles
 
 LOOKED_AT = (16, 48, 128, 256, 512, 1024)
 """Where these agree with each other, a machine is taken to have no classes."""
@@ -51,6 +52,8 @@ def keeps_rows(
         numbers: of rows, each at least 1.
         reference: rows, at least 1.
     """
+    if takes_tiles(weights.input):
+        return True
     plain = config.residual_multiplier == 1.0
     sizes = tuple(numbers)
     return all(

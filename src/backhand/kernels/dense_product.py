@@ -1,0 +1,123 @@
+"""A dense bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
+
+A library's product knows nothing of an adapter, so that y = x Wᵀ is written, read again, added to and written once
+more. Here the products with the factors go on with the same sums, and an element is rounded once
+(native/dense_product.h). A row's bits do not depend on how many rows, columns or threads there are.
+
+Other instruction sets keep their library, which multiplies float32, and bfloat16 without tiles, at its processor's
+rate; oneDNN gives small products of 32-row tiles one thread of two.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.large_pages import in_large_pages
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+
+MOST_TERMS = 8
+_MATRIX = (POINTER, INT64)
+_PRODUCT = Declared(
+    "backhand_dense_product",
+    *(INT, *_MATRIX, *_MATRIX, INT, *_MATRIX, *_MATRIX, POINTER),
+    *(INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, POINTER, INT64),
+    result=INT64,
+)
+# Types of ctypes are made once.
+_NUMBERS = tuple(INT64 * (8 * count) for count in range(MOST_TERMS + 1))
+_SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
+
+
+class Term(NamedTuple):
+    """scaling · h factorᵀ, added to the columns from `column` on.
+
+    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is.
+    """
+
+    column: int
+    h: Tensor
+    factor: Tensor
+    scaling: float = 1.0
+
+
+def is_taken(dtype: torch.dtype) -> bool:
+    """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
+    build = library()
+    return build is not None and (dtype == torch.float64 or (dtype == torch.bfloat16 and build.name == "amx"))
+
+
+def dense_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    terms: Sequence[Term] = (),
+) -> Tensor | None:
+    """residual + x W + bias + the terms, or None where a library has to do.
+
+    Args:
+        x: (rows, in).
+        weight: W, (in, out), or a view of its transpose.
+        bias: (out,) or None.
+        residual: (rows, out) or None; may be `out`.
+        out: (rows, out) to write into; a new one if not given.
+        terms: `MOST_TERMS` at most, in the order of their columns.
+    """
+    if torch.compiler.is_compiling() or not is_taken(x.dtype) or len(terms) > MOST_TERMS:
+        return None
+    stored, turned = as_stored(weight)
+    factors = [as_stored(term.factor) for term in terms]
+    run = loop(
+        _PRODUCT, x, stored, bias, residual, out, *(term.h for term in terms), *(factor for factor, _ in factors)
+    )
+    if run is None:
+        return None
+    (rows, inputs), outputs = x.shape, weight.shape[1]
+    y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
+    numbers: list[int] = []
+    for (column, h, factor, _), (kept, transposed) in zip(terms, factors, strict=True):
+        numbers += (column, *factor.shape, *_matrix(h), *_matrix(kept), transposed)
+    call = (
+        *(*_matrix(x), *_matrix(stored), turned, *_matrix(y)),
+        *((None, 0) if residual is None else _matrix(residual)),
+        *(None if bias is None else bias.data_ptr(), len(terms)),
+        *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
+        *(rows, outputs, inputs, torch.get_num_threads()),
+    )
+    room = _KEPT.room
+    needed: int = run(*call, room.data_ptr(), room.numel())
+    if needed:
+        room = _KEPT.room = in_large_pages(needed, torch.uint8)
+        run(*call, room.data_ptr(), room.numel())
+    return y
+
+
+def as_stored(factor: Tensor) -> tuple[Tensor, bool]:
+    """A matrix as it lies row by row, and whether that is its transpose."""
+    rows, columns = factor.stride()
+    return (factor, False) if columns == 1 or rows != 1 else (factor.T, True)
+
+
+class _Kept(threading.local):
+    """What a thread's products work in, from one to the next."""
+
+    def __init__(self) -> None:
+        self.room = torch.empty(0, dtype=torch.uint8)
+
+
+_KEPT = _Kept()
+
+
+def drop_room() -> None:
+    """Give it back."""
+    _KEPT.room = torch.empty(0, dtype=torch.uint8)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.stride(0)

@@ -1,0 +1,390 @@
+// y (m, n) = r + x W + b + Σ s h Fᵀ: one dense product with all that is added to it, W packed a panel at a time.
+//
+// W's panel, as many columns as stay in the second-level cache, is brought into units along K, which AMX multiplies
+// without rearranging; 32 rows of x pass along it. The products with an adapter's factors go on with the same sums, as
+// further places of K, and each element is rounded once. Its sum runs along K in one order, whatever the number of rows
+// and threads and wherever a panel begins.
+#pragma once
+
+#include <cmath>
+
+#include "low_rank.h"
+
+namespace {
+
+// Rows and columns that are summed at once, and units along K in a step.
+constexpr int64_t BLOCK = 32, STEP_UNITS = 16;
+// What a panel of W may take of the second-level cache, and the places of K of one: a longer sum waits in memory, of so
+// many rows at a time.
+constexpr int64_t PANEL_BYTES = 11 << 17, LONGEST_PART = 1536, WAITING_ROWS = 1024;
+// Multiplications that are worth a thread of their own.
+constexpr int64_t FEWEST_MULTIPLICATIONS = 1 << 21;
+
+// s h Fᵀ of one layer, added to the columns first … first + n - 1; F is (n, rank), or stored as its transpose.
+template <class T>
+struct Term {
+  int64_t first, n, rank;
+  Factor<T> factor;
+  Matrix<const T> h;
+  double scaling;
+};
+
+template <class T>
+struct DenseProduct {
+  Matrix<const T> x, w;
+  bool turned;  // W lies as (n, k)
+  Matrix<T> y;
+  const T* residual;  // (m, n), or null
+  int64_t residual_row;
+  const T* bias;  // (n), or null
+  const Term<T>* terms;
+  int64_t term_count, m, n, k;
+};
+
+// s h in the units' own type loses nothing where s only moves the point; elsewhere what it loses is a summand of its own.
+template <class Op>
+inline int64_t summands_of(double scaling) {
+  int exponent;
+  return Op::PACK == 1 || std::fabs(std::frexp(scaling, &exponent)) == 0.5 ? 1 : 2;
+}
+template <class Op, class T>
+inline int64_t steps_of(const Term<T>& term) {
+  return rounded_up(summands_of<Op>(term.scaling) * units_of<Op>(term.rank), STEP_UNITS) / STEP_UNITS;
+}
+
+// How a thread's share is cut.
+template <class Op>
+struct Cut {
+  int64_t part, parts;   // places of K at a time, in elements, and how often
+  int64_t columns;       // of a panel
+  int64_t rows;          // that wait at a time
+  int64_t term_steps;
+
+  Cut(int64_t m, int64_t n, int64_t k, int64_t steps) : term_steps(steps) {
+    constexpr int64_t STEP = STEP_UNITS * Op::PACK;
+    parts = std::max<int64_t>(1, (k + LONGEST_PART - 1) / LONGEST_PART);
+    part = std::max(STEP, rounded_up((k + parts - 1) / parts, STEP));
+    const int64_t most = PANEL_BYTES / (part / Op::PACK * static_cast<int64_t>(sizeof(typename Op::Unit)));
+    const int64_t widest = std::max(BLOCK, most / BLOCK * BLOCK), panels = std::max<int64_t>(1, (n + widest - 1) / widest);
+    columns = rounded_up((n + panels - 1) / panels, BLOCK);
+    rows = rounded_up(parts == 1 ? m : std::min(m, WAITING_ROWS), BLOCK);
+  }
+  int64_t right_units() const { return columns * (part / Op::PACK); }
+  int64_t term_units() const { return columns * term_steps * STEP_UNITS; }
+  size_t bytes() const {
+    const int64_t units = right_units() + term_units() + BLOCK * (part / Op::PACK + term_steps * STEP_UNITS);
+    const int64_t waiting = parts == 1 ? 0 : rows * columns;
+    return static_cast<size_t>(units) * sizeof(typename Op::Unit) +
+           static_cast<size_t>(waiting) * sizeof(typename Op::Sum) + 6 * 64;
+  }
+};
+
+// Pieces of room that somebody else owns, each on a cache line of its own.
+struct Room {
+  char* next;
+  template <class U>
+  U* take(int64_t count) {
+    next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64;
+    U* piece = reinterpret_cast<U*>(next);
+    next += static_cast<size_t>(count) * sizeof(U);
+    return piece;
+  }
+};
+
+template <class T, class V>
+inline void store_two(T* to, V low, V high) {
+  store(to, low);
+  store(to + sizeof(V) / sizeof(Wide<T>), high);
+}
+#if defined(__AVX512BF16__)
+inline void store_two(bfloat16* to, Vector<float> low, Vector<float> high) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+#endif
+
+// Sums (32, 32) on their way to y: with the residual and the bias, rounded once.
+template <class T>
+struct Leaving {
+  const Wide<T>* sums = nullptr;
+  T* y = nullptr;
+  const T *residual = nullptr, *bias = nullptr;
+  int64_t y_row = 0, residual_row = 0, rows = 0, columns = 0, done = 0;
+
+  void one_row() {
+    typedef Wide<T> C;
+    const C* from = sums + done * BLOCK;
+    T* to = y + done * y_row;
+    const T* around = residual == nullptr ? nullptr : residual + done * residual_row;
+    if (columns == BLOCK) {
+      for (int64_t j = 0; j < BLOCK; j += 2 * lanes<C>) {
+        Vector<C> low = load<C>(from + j), high = load<C>(from + j + lanes<C>);
+        if (bias != nullptr) {
+          low += MUTATED("dense_product: bias lost", load<C>(bias + j), Vector<C>{});
+          high += load<C>(bias + j + lanes<C>);
+        }
+        if (around != nullptr) {
+          low += MUTATED("dense_product: residual lost", load<C>(around + j), Vector<C>{});
+          high += load<C>(around + j + lanes<C>);
+        }
+        store_two(to + j, low, high);
+      }
+      ++done;
+      return;
+    }
+    along<C>(
+        columns,
+        [=](int64_t j) {
+          Vector<C> value = load<C>(from + j);
+          if (bias != nullptr) value += load<C>(bias + j);
+          if (around != nullptr) value += load<C>(around + j);
+          store(to + j, value);
+        },
+        [=](int64_t j, int64_t count) {
+          Vector<C> value = load_some<C>(from + j, count);
+          if (bias != nullptr) value += load_some<C>(bias + j, count);
+          if (around != nullptr) value += load_some<C>(around + j, count);
+          store_some<C>(to + j, MUTATED("dense_product: sign of the tail", value, -value), count);
+        });
+    ++done;
+  }
+  void all_rows() {
+    while (done < rows) one_row();
+  }
+};
+
+// Rows of x that come next: a line of each is asked for at every step.
+struct Coming {
+  const char* place = nullptr;
+  int64_t row_bytes = 0, rows = 0;
+
+  void ask(int64_t step) const {
+    for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(place + i * row_bytes + step * LINE, 0, 2);
+  }
+};
+
+// sums (32, 32) = or += left right, then on along the terms' steps; beside it others leave and come. Of the left
+// operand a step's units stand row by row, of the right one place by place.
+template <class Op, class T>
+inline void block(int64_t steps, const typename Op::Unit* left, const typename Op::Unit* right, int64_t term_steps,
+                  const typename Op::Unit* term_left, const typename Op::Unit* term_right, typename Op::Sum* sums,
+                  bool add, Leaving<T>& leaving, const Coming& coming) {
+  typedef typename Op::Unit U;
+  constexpr int64_t STEP = STEP_UNITS * BLOCK;
+#if defined(__AMX_BF16__)
+  if constexpr (by_tiles<Op>) {
+    constexpr int64_t ROW_BYTES = BLOCK * 4, HALF = TILE * BLOCK;
+    if (add) {
+      LOAD_TILE(0, sums, ROW_BYTES);
+      LOAD_TILE(1, sums + TILE, ROW_BYTES);
+      LOAD_TILE(2, sums + HALF, ROW_BYTES);
+      LOAD_TILE(3, sums + HALF + TILE, ROW_BYTES);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    const auto step = [](const U* a, const U* b) {
+      LOAD_TILE(4, a, 64);
+      LOAD_TILE(6, b, ROW_BYTES);
+      _tile_dpbf16ps(0, 4, 6);
+      LOAD_TILE(7, b + TILE, ROW_BYTES);
+      _tile_dpbf16ps(1, 4, 7);
+      LOAD_TILE(5, a + STEP / 2, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    };
+    for (int64_t s = 0; s < steps; ++s, left += STEP, right += STEP) {
+      step(left, right);
+      coming.ask(s);
+      if (leaving.done < leaving.rows) leaving.one_row();
+      if (leaving.done < leaving.rows) leaving.one_row();
+    }
+    for (int64_t s = 0; s < term_steps; ++s, term_left += STEP, term_right += STEP) step(term_left, term_right);
+    leaving.all_rows();
+    _tile_stored(0, sums, ROW_BYTES);
+    _tile_stored(1, sums + TILE, ROW_BYTES);
+    _tile_stored(2, sums + HALF, ROW_BYTES);
+    _tile_stored(3, sums + HALF + TILE, ROW_BYTES);
+    __asm__ volatile("" ::: "memory");
+    return;
+  }
+#endif
+  leaving.all_rows();
+  const auto along_steps = [=](int64_t count, const U* a, const U* b, bool onto) {
+    for (int64_t s = 0; s < count; ++s, a += STEP, b += STEP, onto = true)
+      product<Op>(BLOCK, BLOCK, STEP_UNITS, a, STEP_UNITS, b, BLOCK, sums, BLOCK, onto);
+  };
+  along_steps(steps, left, right, add);
+  along_steps(term_steps, term_left, term_right, MUTATED("dense_product: terms alone", true, false));
+}
+
+// Of W (k, n) or (n, k) the places k0 … k0 + length - 1 of the columns j … j + columns - 1: (units, 32) a block.
+template <class Op, class T>
+inline void pack_panel(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t j, int64_t columns,
+                       typename Op::Unit* to, int64_t block_units) {
+  typedef typename Op::Unit U;
+  const int64_t units = units_of<Op>(length), room = rounded_up(units, STEP_UNITS);
+  if (p.turned) {
+    for (int64_t i = 0; i < columns; i += BLOCK, to += block_units) {
+      turn<Op>(Matrix<const T>{p.w.at(j + i, k0), p.w.row}, std::min(BLOCK, columns - i), length, to, BLOCK);
+      std::fill(to + units * BLOCK, to + room * BLOCK, U(0));
+    }
+    return;
+  }
+  // Rows outermost: that is how they lie in memory.
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t i = 0; i < columns; i += BLOCK)
+      interleave<Op>(p.w.at(k0 + u * Op::PACK, j + i), p.w.row, std::min<int64_t>(Op::PACK, length - u * Op::PACK),
+                     std::min(BLOCK, columns - i), to + i / BLOCK * block_units + u * BLOCK, BLOCK);
+  for (int64_t i = 0; i < columns; i += BLOCK, to += block_units)
+    std::fill(to + units * BLOCK, to + room * BLOCK, U(0));
+}
+
+// Rows i … i + count - 1 of x, the places k0 … k0 + length - 1, a step behind another.
+template <class Op, class T>
+inline void pack_rows(const DenseProduct<T>& p, int64_t i, int64_t count, int64_t k0, int64_t length,
+                      typename Op::Unit* to) {
+  typedef typename Op::Element E;
+  constexpr int64_t LENGTH = STEP_UNITS * Op::PACK;
+  for (int64_t y = 0; y < BLOCK; ++y) {
+    const T* from = y < count ? p.x.at(i + y, k0) : nullptr;
+    E* place = reinterpret_cast<E*>(to + y * STEP_UNITS);
+    int64_t k = 0;
+    if constexpr (sizeof(E) == sizeof(T))
+      for (; y < count && k + LENGTH <= length; k += LENGTH, place += LENGTH * BLOCK)
+        std::memcpy(place, from + k, LENGTH * sizeof(E));
+    for (; k < length; k += LENGTH, place += LENGTH * BLOCK)
+      copy_row<Op>(from + (y < count ? k : 0), y < count ? std::min(LENGTH, length - k) : 0, place, LENGTH);
+  }
+}
+
+// The same of s h, of one term behind another: the left operand behind x.
+template <class Op, class T>
+inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, typename Op::Unit* to,
+                           int64_t steps) {
+  typedef typename Op::Unit U;
+  typedef typename Op::Element E;
+  typedef typename Op::Sum C;
+  std::fill(to, to + steps * STEP_UNITS * BLOCK, U(0));
+  for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
+    const C s = static_cast<C>(MUTATED("dense_product: scaling forgotten", term->scaling, 1.0));
+    const bool two = summands_of<Op>(term->scaling) == 2;
+    const auto place = [=](int64_t y, int64_t k) {
+      constexpr int64_t LENGTH = STEP_UNITS * Op::PACK;
+      return reinterpret_cast<E*>(to + (k / LENGTH * BLOCK + y) * STEP_UNITS) + k % LENGTH;
+    };
+    const int64_t second = units_of<Op>(term->rank) * Op::PACK;
+    for (int64_t y = 0; y < count; ++y) {
+      const T* h = term->h.at(i + y);
+      for (int64_t r = 0; r < term->rank; ++r) {
+        const C value = s * widened(h[r]);
+        put(place(y, r), value);
+        if (two) put(place(y, second + r), value - widened(*place(y, r)));
+      }
+    }
+    to += steps_of<Op>(*term) * STEP_UNITS * BLOCK;
+  }
+}
+
+// The factors' part for the block of columns from j on: (steps · 16 units, 32) of the terms that reach into it.
+template <class Op, class T>
+inline void pack_factors(const DenseProduct<T>& p, int64_t j, typename Op::Unit* to, int64_t& first_step,
+                         int64_t& steps) {
+  typedef typename Op::Unit U;
+  typedef typename Op::Element E;
+  first_step = steps = 0;
+  int64_t before = 0;
+  for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
+    const int64_t own = steps_of<Op>(*term), units = units_of<Op>(term->rank);
+    const int64_t begin = std::max(j, term->first), end = std::min(j + BLOCK, term->first + term->n);
+    if (begin < end) {
+      if (steps == 0) first_step = before;
+      U* place = to + (before - first_step) * STEP_UNITS * BLOCK;
+      std::fill(place, place + own * STEP_UNITS * BLOCK, U(0));
+      const Matrix<const T>& stored = term->factor.stored;
+      const int64_t offset = begin - j, count = end - begin, row = begin - term->first;
+      for (int64_t summand = 0; summand < summands_of<Op>(term->scaling); ++summand, place += units * BLOCK) {
+        if (count == BLOCK && !term->factor.transposed) {
+          turn<Op>(Matrix<const T>{stored.at(row), stored.row}, BLOCK, term->rank, place, BLOCK);
+        } else if (count == BLOCK) {
+          interleave<Op>(stored.at(0, row), stored.row, term->rank, BLOCK, place, BLOCK);
+        } else {
+          for (int64_t x = 0; x < count; ++x)
+            for (int64_t r = 0; r < term->rank; ++r) {
+              const T value = term->factor.transposed ? *stored.at(r, row + x) : *stored.at(row + x, r);
+              E* units_there = reinterpret_cast<E*>(place + r / Op::PACK * BLOCK + offset + x);
+              put(units_there + r % Op::PACK, widened(value));
+            }
+        }
+      }
+      steps = before + own - first_step;
+    }
+    before += own;
+  }
+}
+
+// The rows row_begin … row_end - 1 and the columns column_begin … column_end - 1.
+template <class Op, class T>
+void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                const Cut<Op>& cut, char* room) {
+  typedef typename Op::Unit U;
+  typedef typename Op::Element E;
+  typedef typename Op::Sum C;
+  Room pieces{room};
+  U *right = pieces.take<U>(cut.right_units()), *term_right = pieces.take<U>(cut.term_units());
+  const int64_t of_terms = cut.term_steps * STEP_UNITS * BLOCK;
+  U *left = pieces.take<U>(BLOCK * (cut.part / Op::PACK)), *term_left = pieces.take<U>(of_terms);
+  C* waiting = pieces.take<C>(cut.parts == 1 ? 0 : cut.rows * cut.columns);
+  alignas(64) C sums[BLOCK * BLOCK];
+  const TilesOf<Op> tiles;
+  struct Reach {
+    int64_t first_step, steps;
+  } reach[PANEL_BYTES / (STEP_UNITS * 4 * BLOCK)];
+
+  for (int64_t top = row_begin; top < row_end; top += cut.rows)
+    for (int64_t j = column_begin; j < column_end; j += cut.columns) {
+      const int64_t bottom = std::min(row_end, top + cut.rows), columns = std::min(cut.columns, column_end - j);
+      const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+      for (int64_t q = 0; q < blocks; ++q)
+        pack_factors<Op>(p, j + q * BLOCK, term_right + q * of_terms, reach[q].first_step, reach[q].steps);
+      for (int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += cut.part) {
+        const int64_t length = std::min(cut.part, p.k - k0), steps = (units_of<Op>(length) + STEP_UNITS - 1) / STEP_UNITS;
+        const bool add = MUTATED("dense_product: first part of a sum lost", k0 > 0, false), last = k0 + cut.part >= p.k;
+        const int64_t block_units = steps * STEP_UNITS * BLOCK;
+        pack_panel<Op>(p, k0, length, j, columns, right, block_units);
+        Leaving<T> leaving;
+        for (int64_t i = top; i < bottom; i += BLOCK) {
+          const int64_t count = std::min(BLOCK, bottom - i);
+          pack_rows<Op>(p, i, count, k0, length, left);
+          if (last && cut.term_steps > 0) pack_term_rows<Op>(p, i, count, term_left, cut.term_steps);
+          const int64_t next = std::max<int64_t>(0, std::min(BLOCK, bottom - i - BLOCK)), at_once = (next + blocks - 1) / blocks;
+          for (int64_t q = 0; q < blocks; ++q) {
+            C* place = cut.parts == 1 ? sums : waiting + ((i - top) / BLOCK * blocks + q) * BLOCK * BLOCK;
+            const Reach terms = last ? reach[q] : Reach{0, 0};
+            Coming coming;
+            coming.rows = std::min(at_once, next - q * at_once);
+            coming.row_bytes = p.x.row * static_cast<int64_t>(sizeof(T));
+            if (coming.rows > 0) coming.place = reinterpret_cast<const char*>(p.x.at(i + BLOCK + q * at_once, k0));
+            block<Op, T>(steps, left, right + q * block_units, terms.steps,
+                         term_left + terms.first_step * STEP_UNITS * BLOCK, term_right + q * of_terms, place, add, leaving,
+                         coming);
+            if (!last) continue;
+            const int64_t column = j + q * BLOCK;
+            leaving = Leaving<T>();
+            leaving.sums = place;
+            leaving.y = p.y.at(i, column);
+            leaving.y_row = p.y.row;
+            if (p.residual != nullptr) leaving.residual = p.residual + i * p.residual_row + column;
+            leaving.residual_row = p.residual_row;
+            if (p.bias != nullptr) leaving.bias = p.bias + column;
+            leaving.rows = count;
+            leaving.columns = std::min(BLOCK, columns - q * BLOCK);
+          }
+        }
+        leaving.all_rows();
+      }
+    }
+}
+
+}  // namespace
