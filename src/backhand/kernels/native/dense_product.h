@@ -17,6 +17,8 @@ constexpr int64_t BLOCK = 32, STEP_UNITS = 16;
 // What a panel of W may take of the second-level cache, and the places of K of one: a longer sum waits in memory, of so
 // many rows at a time.
 constexpr int64_t PANEL_BYTES = 11 << 17, LONGEST_PART = 1536, WAITING_ROWS = 1024;
+// A result of so many bytes is written past the caches.
+constexpr int64_t FEWEST_BYTES_PAST = 2 << 20;
 // Multiplications that are worth a thread of their own.
 constexpr int64_t FEWEST_MULTIPLICATIONS = 1 << 21;
 
@@ -91,15 +93,25 @@ struct Room {
   }
 };
 
+// Two registers side by side; `past` the caches, where `to` is a cache line of its own.
 template <class T, class V>
-inline void store_two(T* to, V low, V high) {
+inline void store_two(T* to, V low, V high, bool past) {
+  (void)past;
   store(to, low);
   store(to + sizeof(V) / sizeof(Wide<T>), high);
 }
 #if defined(__AVX512BF16__)
-inline void store_two(bfloat16* to, Vector<float> low, Vector<float> high) {
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+inline void store_two(bfloat16* to, Vector<float> low, Vector<float> high, bool past) {
+  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (past) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
+  } else {
+    _mm512_storeu_si512(to, values);
+  }
 }
+inline void end_of_stores() { _mm_sfence(); }
+#else
+inline void end_of_stores() {}
 #endif
 
 // Sums (32, 32) on their way to y: with the residual and the bias, rounded once.
@@ -109,6 +121,7 @@ struct Leaving {
   T* y = nullptr;
   const T *residual = nullptr, *bias = nullptr;
   int64_t y_row = 0, residual_row = 0, rows = 0, columns = 0, done = 0;
+  bool past = false;
 
   void one_row() {
     typedef Wide<T> C;
@@ -126,7 +139,7 @@ struct Leaving {
           low += MUTATED("dense_product: residual lost", load<C>(around + j), Vector<C>{});
           high += load<C>(around + j + lanes<C>);
         }
-        store_two(to + j, low, high);
+        store_two(to + j, low, high, past);
       }
       ++done;
       return;
@@ -329,7 +342,6 @@ template <class Op, class T>
 void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                 const Cut<Op>& cut, char* room) {
   typedef typename Op::Unit U;
-  typedef typename Op::Element E;
   typedef typename Op::Sum C;
   Room pieces{room};
   U *right = pieces.take<U>(cut.right_units()), *term_right = pieces.take<U>(cut.term_units());
@@ -338,6 +350,10 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
   C* waiting = pieces.take<C>(cut.parts == 1 ? 0 : cut.rows * cut.columns);
   alignas(64) C sums[BLOCK * BLOCK];
   const TilesOf<Op> tiles;
+  // Written past the caches, y need not be read before: what stays in none of them anyway.
+  const int64_t line_bytes = p.y.row * static_cast<int64_t>(sizeof(T));
+  const bool past = p.m * p.n * static_cast<int64_t>(sizeof(T)) >= FEWEST_BYTES_PAST && line_bytes % LINE == 0 &&
+                    reinterpret_cast<uintptr_t>(p.y.data) % LINE == 0;
   struct Reach {
     int64_t first_step, steps;
   } reach[PANEL_BYTES / (STEP_UNITS * 4 * BLOCK)];
@@ -379,12 +395,14 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
             leaving.residual_row = p.residual_row;
             if (p.bias != nullptr) leaving.bias = p.bias + column;
             leaving.rows = count;
+            leaving.past = past;
             leaving.columns = std::min(BLOCK, columns - q * BLOCK);
           }
         }
         leaving.all_rows();
       }
     }
+  end_of_stores();
 }
 
 }  // namespace

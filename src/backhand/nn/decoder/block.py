@@ -327,19 +327,28 @@ def mlp_half_backward(
     if gate_up is None or h_gate_up is None:
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
 
-    # p again, for the down projection's lora_A gradient.
+    # p comes again, for the down projection's lora_A gradient: with the gradients of gate and up, in the place of d_p.
     glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
-    p, ready = glu_recompute(glu_saved)
-    hidden = (config.hidden_size,)
-    d_p = group_backward(
-        d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=lowest_group < DOWN
-    )
-    del p, d_down
-    if d_p is None:
-        return None
-    d_gate_up = torch.empty_like(gate_up)
-    glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
-    del d_p, ready
+    if adapter.down.extras is None and lowest_group < DOWN:
+        d_p, d_h_down = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
+        del d_down
+        d_gate_up = torch.empty_like(gate_up)
+        glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h_down is None else d_p)
+        if d_h_down is not None:
+            lone_lora_A_gradient(d_p, d_h_down, adapter.down, lora)
+        del d_p
+    else:
+        p, ready = glu_recompute(glu_saved)
+        hidden = (config.hidden_size,)
+        d_before = group_backward(
+            d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=lowest_group < DOWN
+        )
+        del p, d_down
+        if d_before is None:
+            return None
+        d_gate_up = torch.empty_like(gate_up)
+        glu_backward(d_before, glu_saved, ready=ready, out=d_gate_up)
+        del d_before, ready
 
     d_n2 = group_backward(
         d_gate_up,
