@@ -29,20 +29,22 @@ _PRODUCT = Declared(
     result=INT64,
 )
 # Types of ctypes are made once.
-_NUMBERS = tuple(INT64 * (8 * count) for count in range(MOST_TERMS + 1))
+_NUMBERS = tuple(INT64 * (10 * count) for count in range(MOST_TERMS + 1))
 _SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
 
 
 class Term(NamedTuple):
     """scaling · h factorᵀ, added to the columns from `column` on.
 
-    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is.
+    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is. shrink: A, (rank, in), if h is to be
+    made of it first, x Aᵀ, and written; None if it is there.
     """
 
     column: int
     h: Tensor
     factor: Tensor
     scaling: float = 1.0
+    shrink: Tensor | None = None
 
 
 def is_taken(dtype: torch.dtype) -> bool:
@@ -74,15 +76,18 @@ def dense_product(
     stored, turned = as_stored(weight)
     factors = [as_stored(term.factor) for term in terms]
     run = loop(
-        _PRODUCT, x, stored, bias, residual, out, *(term.h for term in terms), *(factor for factor, _ in factors)
+        *(_PRODUCT, x, stored, bias, residual, out),
+        *(tensor for term in terms for tensor in (term.h, term.shrink)),
+        *(factor for factor, _ in factors),
     )
     if run is None:
         return None
     (rows, inputs), outputs = x.shape, weight.shape[1]
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
     numbers: list[int] = []
-    for (column, h, factor, _), (kept, transposed) in zip(terms, factors, strict=True):
+    for (column, h, factor, _, shrink), (kept, transposed) in zip(terms, factors, strict=True):
         numbers += (column, *factor.shape, *_matrix(h), *_matrix(kept), transposed)
+        numbers += (0, 0) if shrink is None else _matrix(shrink)
     call = (
         *(*_matrix(x), *_matrix(stored), turned, *_matrix(y)),
         *((None, 0) if residual is None else _matrix(residual)),

@@ -44,7 +44,7 @@ from backhand.kernels.dense_product import Term, dense_product, drop_room, is_ta
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.ops.low_rank import low_rank_expand
+from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
 
 FrozenMatrix = Tensor | QuantizedMatrix
 """(out, in); both have shape, dtype and device."""
@@ -129,12 +129,12 @@ def frozen_linear(
         bias: (out,) or None.
         residual: (rows, out) or None.
         out: (rows, out) to write into; a new one if not given.
-        terms: s h Fᵀ added to columns of the result, in their order.
+        terms: s h Fᵀ added to columns of the result, in their order; where `makes_shrunk`, an h may be made of its A.
     """
     if 0 < x.shape[0] <= MOST_ROWS:
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
-            return _with_terms(few, terms)
+            return _with_terms(few, x, terms)
     tiles = [slice(0, weight.shape[0])] if isinstance(weight, Tensor) and takes_tiles(x) else row_tiles(weight)
     if len(tiles) == 1:
         return _product(x, _rows_of(weight, tiles[0]), bias, residual, out, terms)
@@ -243,6 +243,11 @@ def takes_tiles(operand: FrozenMatrix) -> bool:
     return operand.device.type == "cpu" and is_taken(operand.dtype)
 
 
+def makes_shrunk(x: Tensor) -> bool:
+    """Whether `frozen_linear` makes the h = x Aᵀ of terms that have an A; else they have to be there."""
+    return x.shape[0] > MOST_ROWS and takes_tiles(x)
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -256,29 +261,33 @@ def _product(
         return y
     row_wise = _products_by[-1]
     if row_wise is None:
-        return _with_terms(library_product(x, weight, bias, residual, out), terms)
-    return _with_terms(row_wise(library_product, x, weight, bias, residual, out), terms)
+        return _with_terms(library_product(x, weight, bias, residual, out), x, terms)
+    return _with_terms(row_wise(library_product, x, weight, bias, residual, out), x, terms)
 
 
 def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term]) -> Tensor:
     d_x = dense_product(d_y, weight, None, None, out, terms)
-    return _with_terms(torch.mm(d_y, weight, out=out), terms) if d_x is None else d_x
+    return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms) if d_x is None else d_x
 
 
-def _with_terms(y: Tensor, terms: Sequence[Term]) -> Tensor:
+def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     """y + the terms, in y's place."""
-    for column, h, factor, scaling in terms:
+    for column, h, factor, scaling, shrink in terms:
+        if shrink is not None:
+            low_rank_shrink(x, shrink.T, out=h)
         low_rank_expand(y[:, column : column + factor.shape[0]], h, factor, scaling)
     return y
 
 
 def _terms_of(terms: Sequence[Term], tile: slice) -> list[Term]:
-    """What of them falls on these columns of the result."""
-    found = []
-    for column, h, factor, scaling in terms:
-        begin, end = max(column, tile.start), min(column + factor.shape[0], tile.stop)
-        if begin < end:
-            found.append(Term(begin - tile.start, h, factor[begin - column : end - column], scaling))
+    """What of them falls on these columns of the result; in the first tile each h is made, also of those elsewhere."""
+    found, first = [], tile.start == 0
+    for column, h, factor, scaling, shrink in terms:
+        begin = min(max(column, tile.start), tile.stop)
+        end = max(begin, min(column + factor.shape[0], tile.stop))
+        if begin < end or (first and shrink is not None):
+            part = factor[begin - column : end - column] if begin < end else factor[:0]
+            found.append(Term(begin - tile.start, h, part, scaling, shrink if first else None))
     return found
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, Term, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import FrozenMatrix, Term, frozen_input_gradient, frozen_linear, makes_shrunk
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 
 
@@ -99,10 +99,14 @@ def lora_linear_forward(
         y (..., out) in x's dtype, and what backward needs.
     """
     x_rows, mask = rows(x), multiplier(x, dropout)
-    # First: x is still near the processor, which the large product fills.
-    h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A.T)
+    inside = mask is None and makes_shrunk(x_rows)
+    if inside:
+        h = x_rows.new_empty(x_rows.shape[0], lora_A.shape[0])
+    else:  # first: x is still near the processor, which the large product fills
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A.T)
     around = None if residual is None else rows(residual)
-    y = frozen_linear(x_rows, weight, bias, around, terms=[Term(0, h, lora_B, scaling)])
+    term = Term(0, h, lora_B, scaling, lora_A if inside else None)
+    y = frozen_linear(x_rows, weight, bias, around, terms=[term])
     return y.view(*x.shape[:-1], weight.shape[0]), LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout)
 
 
@@ -259,16 +263,20 @@ def lora_linear_group_forward(
         y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
     """
     x_rows = rows(x)
-    if any(member is not None for member in factors):
+    mask, inside = None, makes_shrunk(x_rows)
+    ranks = sum(member.lora_A.shape[0] for member in factors if member is not None)
+    if ranks > 0:
         mask = multiplier(x, dropout)
-        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors).T)
+        inside = inside and mask is None
+    if inside or ranks == 0:
+        h = x_rows.new_empty(x_rows.shape[0], ranks)
     else:
-        h = x_rows.new_empty(x_rows.shape[0], 0)
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors).T)
     terms, column, rank_column = [], 0, 0
     for size, member in zip(sizes, factors, strict=True):
         if member is not None:
-            rank = member.lora_A.shape[0]
-            terms.append(Term(column, h[:, rank_column : rank_column + rank], member.lora_B, member.scaling))
+            rank, shrink = member.lora_A.shape[0], member.lora_A if inside else None
+            terms.append(Term(column, h[:, rank_column : rank_column + rank], member.lora_B, member.scaling, shrink))
             rank_column += rank
         column += size
     y = frozen_linear(x_rows, weight, bias, terms=terms)

@@ -19,18 +19,19 @@ inline Shares shares_of(int64_t m, int64_t n, int64_t k, int64_t threads) {
 }
 
 template <class Op>
-inline Cut<Op> cut_of(const Shares& shares, int64_t m, int64_t n, int64_t k, int64_t term_steps) {
+inline Cut<Op> cut_of(const Shares& shares, int64_t m, int64_t n, int64_t k, int64_t term_steps, int64_t shrunk) {
   const int64_t own = shares.each * BLOCK;
-  return Cut<Op>(shares.by_columns ? m : std::min(m, own), shares.by_columns ? std::min(n, own) : n, k, term_steps);
+  return Cut<Op>(shares.by_columns ? m : std::min(m, own), shares.by_columns ? std::min(n, own) : n, k, term_steps,
+                 shrunk);
 }
 
 template <class T>
 inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operands<T>>& cut, char* room) {
-  const size_t apart = (cut.bytes() + 63) / 64 * 64;
+  const int64_t apart = rounded_up(static_cast<int64_t>(cut.bytes()), 64);
   parallel(shares.count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       const int64_t first = share * shares.each * BLOCK, last = first + shares.each * BLOCK;
-      char* own = room + static_cast<size_t>(share) * apart;
+      char* own = room + share * apart;
       if (shares.by_columns) {
         dense_part<Operands<T>, T>(p, 0, p.m, first, std::min(p.n, last), cut, own);
       } else {
@@ -40,20 +41,13 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
   });
 }
 
-template <class Op>
-inline int64_t room_for(int64_t m, int64_t n, int64_t k, int64_t term_steps, int64_t threads) {
-  const Shares shares = shares_of(m, n, k, threads);
-  const size_t apart = (cut_of<Op>(shares, m, n, k, term_steps).bytes() + 63) / 64 * 64;
-  return shares.count * static_cast<int64_t>(apart);
-}
-
 }  // namespace
 
 // y (m, n) = residual + x W + bias + Σ scalingᵢ hᵢ Fᵢᵀ, with x (m, k) and W (k, n), or (n, k) if `turned`.
 //
 //   residual  (m, n), or null; may be y itself.    bias  (n), or null
-//   table     8 numbers a term: first column, n and rank; address and row of h (m, rank); of F, (n, rank), or of its
-//             transpose if the last one is not 0
+//   table     10 numbers a term: first column, n and rank; address and row of h (m, rank); of F, (n, rank), or of its
+//             transpose if the number behind them is not 0; of A (rank, k), if h is to be written, x Aᵀ, else 0 and 0
 //   room      of `room_bytes`, for what threads work with
 //
 // Returns the bytes of room that it needs where it was given fewer, and then does nothing; else 0.
@@ -62,7 +56,7 @@ BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t
                                                int64_t residual_row, const void* bias, int64_t term_count,
                                                const int64_t* table, const double* scalings, int64_t m, int64_t n,
                                                int64_t k, int64_t threads, void* room, int64_t room_bytes) {
-  constexpr int64_t MOST_TERMS = 8, NUMBERS = 8;
+  constexpr int64_t MOST_TERMS = 8, NUMBERS = 10;
   if (term_count > MOST_TERMS) return -1;
   BY_DTYPE(dtype, T, {
     typedef Operands<T> Op;
@@ -71,16 +65,18 @@ BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t
     for (int64_t i = 0; i < term_count; ++i, table += NUMBERS) {
       terms[i] = {table[0], table[1], table[2],
                   {{reinterpret_cast<const T*>(table[5]), table[6]}, table[7] != 0},
-                  {reinterpret_cast<const T*>(table[3]), table[4]}, scalings[i]};
+                  {reinterpret_cast<T*>(table[3]), table[4]},
+                  {reinterpret_cast<const T*>(table[8]), table[9]}, scalings[i]};
       term_steps += steps_of<Op>(terms[i]);
     }
-    const int64_t needed = room_for<Op>(m, n, k, term_steps, threads);
-    if (needed > room_bytes) return needed;
-    const Shares shares = shares_of(m, n, k, threads);
     const DenseProduct<T> product{{static_cast<const T*>(x), x_row}, {static_cast<const T*>(w), w_row}, turned != 0,
                                   {static_cast<T*>(y), y_row}, static_cast<const T*>(residual), residual_row,
                                   static_cast<const T*>(bias), terms, term_count, m, n, k};
-    if (m > 0 && n > 0) run<T>(product, shares, cut_of<Op>(shares, m, n, k, term_steps), static_cast<char*>(room));
+    const Shares shares = shares_of(m, n, k, threads);
+    const Cut<Op> cut = cut_of<Op>(shares, m, n, k, term_steps, product.shrunk());
+    const int64_t needed = shares.count * static_cast<int64_t>(rounded_up(static_cast<int64_t>(cut.bytes()), 64));
+    if (needed > room_bytes) return needed;
+    if (m > 0 && n > 0) run<T>(product, shares, cut, static_cast<char*>(room));
     return 0;
   });
 }

@@ -1,4 +1,5 @@
-// y (m, n) = r + x W + b + Σ s h Fᵀ: one dense product with all that is added to it, W packed a panel at a time.
+// y (m, n) = r + x W + b + Σ s h Fᵀ: one dense product with all that is added to it, W packed a panel at a time. Where
+// an h is x Aᵀ of the same x, it is made on the way.
 //
 // W's panel, as many columns as stay in the second-level cache, is brought into units along K, which AMX multiplies
 // without rearranging; 32 rows of x pass along it. The products with an adapter's factors go on with the same sums, as
@@ -22,12 +23,14 @@ constexpr int64_t FEWEST_BYTES_PAST = 2 << 20;
 // Multiplications that are worth a thread of their own.
 constexpr int64_t FEWEST_MULTIPLICATIONS = 1 << 21;
 
-// s h Fᵀ of one layer, added to the columns first … first + n - 1; F is (n, rank), or stored as its transpose.
+// s h Fᵀ of one layer, added to the columns first … first + n - 1; F is (n, rank), or stored as its transpose. With A
+// (rank, k), h is written: x Aᵀ, rounded as it is there.
 template <class T>
 struct Term {
   int64_t first, n, rank;
   Factor<T> factor;
-  Matrix<const T> h;
+  Matrix<T> h;
+  Matrix<const T> shrink;
   double scaling;
 };
 
@@ -41,6 +44,13 @@ struct DenseProduct {
   const T* bias;  // (n), or null
   const Term<T>* terms;
   int64_t term_count, m, n, k;
+
+  // Columns of all h that are made on the way, side by side.
+  int64_t shrunk() const {
+    int64_t ranks = 0;
+    for (const Term<T>* term = terms; term < terms + term_count; ++term) ranks += term->shrink.data ? term->rank : 0;
+    return ranks;
+  }
 };
 
 // s h in the units' own type loses nothing where s only moves the point; elsewhere what it loses is a summand of its own.
@@ -60,9 +70,10 @@ struct Cut {
   int64_t part, parts;   // places of K at a time, in elements, and how often
   int64_t columns;       // of a panel
   int64_t rows;          // that wait at a time
-  int64_t term_steps;
+  int64_t term_steps, shrunk;
 
-  Cut(int64_t m, int64_t n, int64_t k, int64_t steps) : term_steps(steps) {
+  Cut(int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks)
+      : term_steps(steps), shrunk(rounded_up(ranks, BLOCK)) {
     constexpr int64_t STEP = STEP_UNITS * Op::PACK;
     parts = std::max<int64_t>(1, (k + LONGEST_PART - 1) / LONGEST_PART);
     part = std::max(STEP, rounded_up((k + parts - 1) / parts, STEP));
@@ -74,10 +85,11 @@ struct Cut {
   int64_t right_units() const { return columns * (part / Op::PACK); }
   int64_t term_units() const { return columns * term_steps * STEP_UNITS; }
   size_t bytes() const {
-    const int64_t units = right_units() + term_units() + BLOCK * (part / Op::PACK + term_steps * STEP_UNITS);
-    const int64_t waiting = parts == 1 ? 0 : rows * columns;
+    const int64_t units = right_units() + term_units() + BLOCK * (part / Op::PACK + term_steps * STEP_UNITS) +
+                          shrunk * (part / Op::PACK);
+    const int64_t waiting = (parts == 1 ? 0 : rows * columns) + rows * shrunk;
     return static_cast<size_t>(units) * sizeof(typename Op::Unit) +
-           static_cast<size_t>(waiting) * sizeof(typename Op::Sum) + 6 * 64;
+           static_cast<size_t>(waiting) * sizeof(typename Op::Sum) + 8 * 64;
   }
 };
 
@@ -272,32 +284,72 @@ inline void pack_rows(const DenseProduct<T>& p, int64_t i, int64_t count, int64_
   }
 }
 
-// The same of s h, of one term behind another: the left operand behind x.
+// The same of s h, of one term behind another: the left operand behind x. Sums that `made` holds, (32, 32) for 32 ranks,
+// are the h of those that are made on the way; `out` says whether this thread writes them.
 template <class Op, class T>
-inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, typename Op::Unit* to,
-                           int64_t steps) {
+inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, const typename Op::Sum* made, bool out,
+                           typename Op::Unit* to, int64_t steps) {
   typedef typename Op::Unit U;
   typedef typename Op::Element E;
   typedef typename Op::Sum C;
+  constexpr int64_t LENGTH = STEP_UNITS * Op::PACK, W = lanes<C>;
   std::fill(to, to + steps * STEP_UNITS * BLOCK, U(0));
+  T rounded[W];
+  int64_t column = 0;
   for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
     const C s = static_cast<C>(MUTATED("dense_product: scaling forgotten", term->scaling, 1.0));
-    const bool two = summands_of<Op>(term->scaling) == 2;
+    const bool two = summands_of<Op>(term->scaling) == 2, make = term->shrink.data != nullptr;
     const auto place = [=](int64_t y, int64_t k) {
-      constexpr int64_t LENGTH = STEP_UNITS * Op::PACK;
       return reinterpret_cast<E*>(to + (k / LENGTH * BLOCK + y) * STEP_UNITS) + k % LENGTH;
     };
     const int64_t second = units_of<Op>(term->rank) * Op::PACK;
     for (int64_t y = 0; y < count; ++y) {
-      const T* h = term->h.at(i + y);
+      T* h = term->h.at(i + y);
       for (int64_t r = 0; r < term->rank; ++r) {
-        const C value = s * widened(h[r]);
+        const int64_t at = MUTATED("dense_product: every h the first", column, int64_t{0}) + r;
+        const C* sums = made + (at / BLOCK * BLOCK + y) * BLOCK + at % BLOCK;
+        if (r + W <= term->rank && at % BLOCK + W <= BLOCK && r % W == 0 && (!two || second % W == 0)) {
+          if (make && out) store(h + r, load<C>(sums));
+          if (make) store(rounded, load<C>(sums));
+          const Vector<C> value = load<C>(make ? rounded : h + r) * s;
+          store(place(y, r), value);
+          if (two) store(place(y, second + r), value - load<C>(place(y, r)));
+          r += W - 1;
+          continue;
+        }
+        if (make) put(rounded, *sums);
+        if (make && out) h[r] = *rounded;
+        const C value = s * widened(make ? *rounded : h[r]);
         put(place(y, r), value);
         if (two) put(place(y, second + r), value - widened(*place(y, r)));
       }
     }
+    column += make ? term->rank : 0;
     to += steps_of<Op>(*term) * STEP_UNITS * BLOCK;
   }
+}
+
+// Of all A, one below another, the places k0 … k0 + length - 1: (units, 32) for 32 ranks each.
+template <class Op, class T>
+inline void pack_shrinks(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t ranks, typename Op::Unit* to,
+                         int64_t block_units) {
+  typedef typename Op::Unit U;
+  typedef typename Op::Element E;
+  constexpr int64_t LENGTH = STEP_UNITS * Op::PACK;
+  alignas(64) E rows[BLOCK * LENGTH];
+  for (int64_t from = 0; from < ranks; from += BLOCK, to += block_units)
+    for (int64_t k = 0; k < length; k += LENGTH) {
+      std::fill(rows, rows + BLOCK * LENGTH, E(0));
+      int64_t before = 0;
+      for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
+        if (term->shrink.data == nullptr) continue;
+        for (int64_t r = std::max<int64_t>(0, from - before); r < std::min(term->rank, from + BLOCK - before); ++r)
+          copy_row<Op>(term->shrink.at(r, k0 + k), std::min(LENGTH, length - k), rows + (before + r - from) * LENGTH,
+                       LENGTH);
+        before += term->rank;
+      }
+      transpose(reinterpret_cast<const U*>(rows), STEP_UNITS, BLOCK, STEP_UNITS, to + k / Op::PACK * BLOCK, BLOCK);
+    }
 }
 
 // The factors' part for the block of columns from j on: (steps · 16 units, 32) of the terms that reach into it.
@@ -348,6 +400,9 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
   const int64_t of_terms = cut.term_steps * STEP_UNITS * BLOCK;
   U *left = pieces.take<U>(BLOCK * (cut.part / Op::PACK)), *term_left = pieces.take<U>(of_terms);
   C* waiting = pieces.take<C>(cut.parts == 1 ? 0 : cut.rows * cut.columns);
+  const int64_t shrunk_blocks = cut.shrunk / BLOCK;
+  U* shrink_right = pieces.take<U>(cut.shrunk * (cut.part / Op::PACK));
+  C* made = pieces.take<C>(cut.rows * cut.shrunk);  // x Aᵀ of all rows at hand, for every panel
   alignas(64) C sums[BLOCK * BLOCK];
   const TilesOf<Op> tiles;
   // Written past the caches, y need not be read before: what stays in none of them anyway.
@@ -369,11 +424,18 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
         const bool add = MUTATED("dense_product: first part of a sum lost", k0 > 0, false), last = k0 + cut.part >= p.k;
         const int64_t block_units = steps * STEP_UNITS * BLOCK;
         pack_panel<Op>(p, k0, length, j, columns, right, block_units);
+        const bool make = shrunk_blocks > 0 && j == column_begin;
+        if (make) pack_shrinks<Op>(p, k0, length, cut.shrunk, shrink_right, block_units);
         Leaving<T> leaving;
         for (int64_t i = top; i < bottom; i += BLOCK) {
           const int64_t count = std::min(BLOCK, bottom - i);
           pack_rows<Op>(p, i, count, k0, length, left);
-          if (last && cut.term_steps > 0) pack_term_rows<Op>(p, i, count, term_left, cut.term_steps);
+          C* of_rows = made + (i - top) * cut.shrunk;
+          for (int64_t q = 0; make && q < shrunk_blocks; ++q)
+            block<Op, T>(steps, left, shrink_right + q * block_units, 0, nullptr, nullptr,
+                         of_rows + q * BLOCK * BLOCK, add, leaving, Coming());
+          if (last && cut.term_steps > 0)
+            pack_term_rows<Op>(p, i, count, of_rows, j == 0, term_left, cut.term_steps);
           const int64_t next = std::max<int64_t>(0, std::min(BLOCK, bottom - i - BLOCK)), at_once = (next + blocks - 1) / blocks;
           for (int64_t q = 0; q < blocks; ++q) {
             C* place = cut.parts == 1 ? sums : waiting + ((i - top) / BLOCK * blocks + q) * BLOCK * BLOCK;
