@@ -96,6 +96,46 @@ def glu(builds: Sequence[Library], draw: Draw) -> None:
         _finite(y, d_gate, d_up)
 
 
+def dense_product(builds: Sequence[Library], draw: Draw) -> None:
+    """Products with all that can be added to them, in the room that was asked for; sums in parts now and then."""
+    number, dtype, _ = DTYPES[draw.random.integers(3)]
+    rows, outputs, inputs = draw.size(0, 80), draw.size(0, 170), draw.size(0, 90)
+    if draw.random.random() < 0.1:
+        rows, inputs = draw.size(0, 1100), int(draw.random.integers(1500, 1640))
+        outputs = draw.size(0, 40)
+    x, y, bias = draw.array(dtype, rows, inputs), draw.array(dtype, rows, outputs), draw.array(dtype, 1, outputs)
+    turned = draw.chance()
+    w = draw.array(dtype, *((outputs, inputs) if turned else (inputs, outputs)))
+    around = y if draw.chance() else draw.array(dtype, rows, outputs)
+    residual = around.rows if draw.chance() else (None, 0)
+    held: list[Array] = []
+    table: list[int] = []
+    first, count = 0, int(draw.random.integers(0, 5))
+    for _ in range(count):
+        first = min(outputs, first + draw.size(0, 9))
+        columns, rank, transposed = min(outputs - first, draw.size(0, 70)), draw.size(0, 45), draw.chance()
+        h, factor = (
+            draw.array(dtype, rows, rank),
+            draw.array(dtype, *((rank, columns) if transposed else (columns, rank))),
+        )
+        held.extend((h, factor))
+        table.extend((first, columns, rank, *h.rows, *factor.rows, transposed))
+        first += columns
+    scalings = (DOUBLE * count)(*draw.random.choice((0.5, 1.0, 0.3, -1.7), count))
+    threads = int(draw.random.integers(1, 4))
+    types = (INT, *_MATRIX * 2, INT, *_MATRIX * 2, POINTER, INT64, POINTER, POINTER, *(INT64,) * 4, POINTER, INT64)
+    for build in builds:
+        run = build.function("backhand_dense_product", types, INT64)
+        given = (
+            *(number, *x.rows, *w.rows, turned, *y.rows, *residual, bias.place[0] if draw.chance() else None, count),
+            *((INT64 * len(table))(*table), scalings, rows, outputs, inputs, threads),
+        )
+        needed = run(*given, None, 0)
+        room = np.full(needed + 1, 255, np.uint8)  # no numbers, wherever something is read before it is written
+        assert run(*given, room.ctypes.data + 1, needed) == 0
+        _finite(y)
+
+
 def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
     """Convolutions as they are, with SiLU, and gated."""
     number, dtype, _ = DTYPES[draw.random.integers(3)]
@@ -283,4 +323,4 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
         _finite(x)
 
 
-LOOPS = (glu, causal_conv, attention, gated_delta_rule, decode_step)
+LOOPS = (glu, dense_product, causal_conv, attention, gated_delta_rule, decode_step)

@@ -24,6 +24,7 @@ OP_OF = {
     "low_rank": "lora_linear_group",
     "low_rank_rows": "lora_linear_group",
     "few rows": "frozen_linear",
+    "dense_product": "lora_linear",
     "causal_conv": "causal_conv",
     "gated_conv": "gated_conv",
     "gated_delta_rule": "gated_delta_rule",

@@ -21,13 +21,13 @@ from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
+from support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
     *("rms_norm", "glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
     *("lora_linear", "lora_linear_group", "causal_conv", "gated_conv", "gated_delta_rule"),
 )
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
-MARK = 7.25  # what stands around a result that a loop writes
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
 
@@ -37,26 +37,6 @@ def build(request):
     """Each build of the library in turn, and float64 too."""
     with using(load(request.param)), proving_loops(), torch.no_grad():
         yield request.param
-
-
-def gapped(shape, dtype, seed, size=1.0):
-    """Numbers at an odd address, a gap of odd width behind each row."""
-    *leading, n = shape
-    generator = torch.Generator().manual_seed(seed)
-    buffer = torch.full((*leading, n + 3), MARK, dtype=dtype).flatten()
-    whole = torch.cat([buffer.new_full((1,), MARK), buffer])[1:].view(*leading, n + 3)
-    part = whole[..., 1 : n + 1]
-    part.copy_(size * torch.randn(shape, generator=generator, dtype=torch.float64))
-    return part
-
-
-def marks_intact(part):
-    """Whether nothing but the part itself has been written to."""
-    base = part._base if part._base is not None else part
-    everything = base.as_strided((base.untyped_storage().nbytes() // base.element_size(),), (1,), 0)
-    outside = torch.ones_like(everything, dtype=torch.bool)
-    outside.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(False)
-    return bool((everything[outside] == MARK).all())
 
 
 def both_forms(compute):

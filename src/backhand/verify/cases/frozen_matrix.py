@@ -151,6 +151,10 @@ CASES = (
     _case("few rows, longer than a piece", (8,), 1312, [("Q4_0", 9), ("Q8_0", 6)], bias=True, residual=True),
     _case("few rows in another order", (2,), 1024, [("Q6_K", 7), ("Q5_K", 5)], ordered=True),
     _case("few dense rows of odd width", (3,), 1051, [("dense", 10)], bias=True, residual=True),
+    _case("dense of odd sizes", (37,), 61, [("dense", 45)], bias=True, residual=True, tile_bytes=None),
+    _case("dense, outputs of whole blocks", (33,), 64, [("dense", 96)], tile_bytes=None),
+    _case("dense, sums in parts, several panels", (13,), 1551, [("dense", 231)], bias=True, tile_bytes=None),
+    _case("dense, gradients' sums in parts", (11,), 35, [("dense", 1539)], residual=True, tile_bytes=None),
     _case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
     _case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
 )
@@ -248,4 +252,4 @@ MUTANTS = (
     Mutant("last output missing", "d_x", lambda g, s, _right: g[..., :-1] @ frozen_dense(s.weight)[:-1]),
 )
 
-PROOFS = (OpProof("frozen_linear", frozen_linear_backward, CASES, MUTANTS),)
+PROOFS = (OpProof("frozen_linear", frozen_linear_backward, CASES, MUTANTS, loops=True),)
