@@ -262,6 +262,7 @@ GROUP_CASES = (
     _group_case("members within a block", (37,), sizes=(45, 7, 13), ranks=(3, 16, 1), inputs=61, bias=True),
     _group_case("members over blocks", (19,), sizes=(33, 70, 40), ranks=(40, None, 3), inputs=64),
     _group_case("the one in the middle adapted", (70,), sizes=(5, 59, 33), ranks=(None, 16, None), inputs=35),
+    _group_case("dropout, long sums", (37,), sizes=(45, 7), ranks=(3, 16), inputs=141, dropout=Dropout(0.4, 17)),
     _group_case("sums in parts", (9,), sizes=(20, 30, 17), ranks=(2, 1, None), inputs=1539),
     _group_case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
     _group_case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
