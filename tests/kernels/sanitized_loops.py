@@ -114,12 +114,11 @@ def dense_product(builds: Sequence[Library], draw: Draw) -> None:
     for _ in range(count):
         first = min(outputs, first + draw.size(0, 9))
         columns, rank, transposed = min(outputs - first, draw.size(0, 70)), draw.size(0, 45), draw.chance()
-        h, factor = (
-            draw.array(dtype, rows, rank),
-            draw.array(dtype, *((rank, columns) if transposed else (columns, rank))),
-        )
-        held.extend((h, factor))
+        h, shrink = draw.array(dtype, rows, rank), draw.array(dtype, rank, inputs)
+        factor = draw.array(dtype, *((rank, columns) if transposed else (columns, rank)))
+        held.extend((h, factor, shrink))
         table.extend((first, columns, rank, *h.rows, *factor.rows, transposed))
+        table.extend(shrink.rows if draw.chance() else (0, 0))
         first += columns
     scalings = (DOUBLE * count)(*draw.random.choice((0.5, 1.0, 0.3, -1.7), count))
     threads = int(draw.random.integers(1, 4))
@@ -133,7 +132,7 @@ def dense_product(builds: Sequence[Library], draw: Draw) -> None:
         needed = run(*given, None, 0)
         room = np.full(needed + 1, 255, np.uint8)  # no numbers, wherever something is read before it is written
         assert run(*given, room.ctypes.data + 1, needed) == 0
-        _finite(y)
+        _finite(y, *held)
 
 
 def causal_conv(builds: Sequence[Library], draw: Draw) -> None:

@@ -50,8 +50,10 @@ class Problem(NamedTuple):
     terms: tuple[Term, ...]
 
     def __call__(self, out: Tensor | None = None) -> Tensor:
-        """By the loop."""
+        """By the loop, but where there is nothing to multiply or nowhere to write: then as ops ask for it."""
         y = dense_product(*self[:4], out, self.terms)
+        if y is None and 0 in self.weight.shape:
+            y = frozen_linear(self.x, self.weight.T, *self[2:4], out, self.terms)
         assert y is not None
         return y
 
@@ -59,10 +61,10 @@ class Problem(NamedTuple):
         """The same for some of the rows and columns."""
         start, stop, _ = columns.indices(self.weight.shape[1])
         terms = []
-        for column, h, factor, scaling in self.terms:
+        for column, h, factor, scaling, shrink in self.terms:
             begin, end = max(column, start), min(column + len(factor), stop)
             if begin < end:
-                terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling))
+                terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling, shrink))
         residual = None if self.residual is None else self.residual[rows, columns]
         bias = None if self.bias is None else self.bias[columns]
         return Problem(self.x[rows], self.weight[:, columns], bias, residual, tuple(terms))
@@ -73,7 +75,7 @@ class Problem(NamedTuple):
         for more in (self.bias, self.residual):
             if more is not None:
                 y, sizes = y + more.double(), sizes + more.double().abs()
-        for column, h, factor, scaling in self.terms:
+        for column, h, factor, scaling, _ in self.terms:
             place = slice(column, column + len(factor))
             y[:, place] += scaling * (h.double() @ factor.double().T)
             sizes[:, place] += abs(scaling) * (h.double().abs() @ factor.double().abs().T)
@@ -83,7 +85,7 @@ class Problem(NamedTuple):
         """The product, and each summand added to what was rounded before."""
         y = self.x @ self.weight if self.residual is None else torch.addmm(self.residual, self.x, self.weight)
         y = y if self.bias is None else y + self.bias
-        for column, h, factor, scaling in self.terms:
+        for column, h, factor, scaling, _ in self.terms:
             y[:, column : column + len(factor)].addmm_(h, factor.T, alpha=scaling)
         return y
 
@@ -93,17 +95,19 @@ def problem(rows, outputs, inputs, dtype, *, turned=True, bias=True, residual=Tr
 
     Args:
         turned: W lies as (out, in), as a weight does.
-        members: columns and rank of each term, the next behind the one before; no rank for none.
+        members: columns, rank and scaling of each term, the next behind the one before, and whether its h has yet to be
+            made; no rank for none.
         size: of the terms.
     """
     width = max(inputs, 1) ** -0.5
     weight = gapped((outputs, inputs), dtype, 1, width).T if turned else gapped((inputs, outputs), dtype, 1, width)
     terms, column = [], 0
-    for place, (columns, rank, scaling) in enumerate(members):
+    for place, (columns, rank, scaling, *made) in enumerate(members):
         if rank is not None:
             h, shape = gapped((rows, rank), dtype, 10 + place, size), (columns, rank)
             factor = gapped(shape[::-1], dtype, 20 + place).T if place % 2 else gapped(shape, dtype, 20 + place)
-            terms.append(Term(column, h, factor, scaling))
+            shrink = gapped((rank, inputs), dtype, 30 + place, size * width) if any(made) else None
+            terms.append(Term(column, h, factor, scaling, shrink))
         column += columns
     assert column <= outputs
     return Problem(
@@ -116,8 +120,16 @@ def problem(rows, outputs, inputs, dtype, *, turned=True, bias=True, residual=Tr
 
 
 def assert_right(y: Tensor, wanted: Problem) -> None:
-    """In float64 nearly exact; in bfloat16 every element is rounded once, to the nearest."""
-    right, sizes = wanted.in_float64()
+    """In float64 nearly exact; in bfloat16 every element is rounded once, to the nearest. So is an h that is made."""
+    assert_rounded_once(y, *wanted.in_float64())
+    for _, h, _, _, shrink in wanted.terms:
+        if shrink is not None:
+            x, turned = wanted.x.double(), shrink.double().T
+            assert_rounded_once(h, x @ turned, x.abs() @ turned.abs())
+            assert marks_intact(h)
+
+
+def assert_rounded_once(y: Tensor, right: Tensor, sizes: Tensor) -> None:
     assert y.shape == right.shape
     if y.dtype == torch.float64:
         bound = 1e-14 * sizes
@@ -135,6 +147,8 @@ MEMBERS = {
     "alone": lambda n: (),
     "one": lambda n: ((n, 3, 0.6),),
     "two": lambda n: ((n // 3, 1, -1.7), (n - n // 3, 16, 0.25)),
+    "made": lambda n: ((n, 8, 1.7, True),),
+    "some made": lambda n: ((n // 3, 20, 0.6, True), (n // 4, 5, 1.0), (n // 5, None, 0.0), (n // 6, 33, 0.3, True)),
     "gap": lambda n: ((n // 4, 40, 2.3), (n // 3, None, 0.0), (n // 5, 3, 0.6), (n // 6, 17, 2.0)),
 }
 
@@ -158,19 +172,41 @@ def test_of_any_size(dtype, size, members, turned):
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 15, 16, 31, 32, 33, 40, 130])
 @pytest.mark.parametrize("scaling", [1.0, -0.5, 1.7, 0.1, 0.0])
-def test_terms_of_any_rank_and_scaling(dtype, rank, scaling):
+@pytest.mark.parametrize("made", [False, True], ids=["", "made"])
+def test_terms_of_any_rank_and_scaling(dtype, rank, scaling, made):
     """They are the larger part, so that what is lost of s h would be seen."""
-    one = problem(43, 77, 19, dtype, members=((20, rank, scaling), (41, rank, 1.7), (16, 3, 0.3)), size=30.0)
+    members = ((20, rank, scaling, made), (41, rank, 1.7), (16, 3, 0.3, made))
+    one = problem(43, 77, 19, dtype, members=members, size=30.0)
     assert_right(one(), one)
 
 
 def test_a_scaled_h_that_is_rounded_would_be_seen():
     one = problem(43, 77, 19, torch.bfloat16, members=((77, 16, 1.7),), size=30.0, bias=False, residual=False)
-    (column, h, factor, scaling), *_ = one.terms
+    (column, h, factor, scaling, _), *_ = one.terms
     rounded = one._replace(terms=(Term(column, (scaling * h.float()).bfloat16(), factor, 1.0),))
     y = rounded.in_float64()[0].bfloat16()
     with pytest.raises(AssertionError):
         assert_right(y, one)
+
+
+def test_where_nothing_is_written_an_h_is_made(dtype):
+    """A product without columns: what comes later reads h."""
+    one = problem(35, 0, 40, dtype, members=((0, 5, 1.7, True),))
+    assert_right(one(), one)
+
+
+def test_an_h_is_made_of_a_term_behind_the_last_column(dtype):
+    """As of a matrix in tiles, where the first one makes each h."""
+    whole = problem(35, 83, 40, dtype, members=((64, 5, 1.7, True), (19, 20, 0.6, True)))
+    y, made = whole(), [term.h.clone() for term in whole.terms]
+    first, second = whole.terms
+    for term in whole.terms:
+        term.h.fill_(torch.nan)
+    beyond = second._replace(column=64, factor=second.factor[:0])
+    left = whole.part(slice(None), slice(0, 64))._replace(terms=(first, beyond))
+    right = whole.part(slice(None), slice(64, 83))._replace(terms=(second._replace(column=0, shrink=None),))
+    assert torch.equal(torch.cat([left(), right()], 1), y)
+    assert all(torch.equal(term.h, h) for term, h in zip(whole.terms, made, strict=True))
 
 
 def test_a_term_of_no_columns_changes_nothing(dtype):
@@ -212,32 +248,37 @@ def test_bfloat16_errs_no_more_than_a_product_and_an_addition(size, members):
     [(70, 150, 1300), (9, 700, 400), (700, 33, 190), (WAITING_ROWS + 70, 70, LONGEST_PART + 9), (40, 1500, 240)],
     ids=str,
 )
+@pytest.mark.parametrize("members", ["gap", "some made"])
 @pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_any_number_of_threads_gives_the_same_bits(dtype, size, turned):
-    one = problem(*size, dtype, turned=turned, members=MEMBERS["gap"](size[1]))
+def test_any_number_of_threads_gives_the_same_bits(dtype, size, turned, members):
+    one = problem(*size, dtype, turned=turned, members=MEMBERS[members](size[1]))
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(one())
-    assert_right(found[0], one)
-    assert all(torch.equal(y, found[0]) for y in found)
+        found.append((one(), *(term.h.clone() for term in one.terms)))
+        assert_right(found[0][0], one)
+    for other in found[1:]:
+        assert all(torch.equal(part, first) for part, first in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("inputs", [77, 1300, LONGEST_PART + 5, 3100])
+@pytest.mark.parametrize("members", ["two", "some made"])
 @pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, turned):
+def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, turned, members):
     rows, outputs = WAITING_ROWS + 10, 45
-    one = problem(rows, outputs, inputs, dtype, turned=turned, members=MEMBERS["two"](outputs))
-    whole = one()
+    one = problem(rows, outputs, inputs, dtype, turned=turned, members=MEMBERS[members](outputs))
+    whole, made = one(), [term.h.clone() for term in one.terms]
     for count in (1, 5, 9, 31, 32, 33, 70, 300):
         assert torch.equal(one.part(slice(0, count))(), whole[:count])
         assert torch.equal(one.part(slice(rows - count, rows))(), whole[-count:])
+        assert all(torch.equal(term.h, h) for term, h in zip(one.terms, made, strict=True)), "made again, or as it was"
 
 
 @pytest.mark.parametrize("inputs", [77, 1300, LONGEST_PART + 5])
+@pytest.mark.parametrize("members", ["gap", "some made"])
 @pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_a_column_has_the_same_bits_among_any_columns(dtype, inputs, turned):
-    one = problem(40, 420, inputs, dtype, turned=turned, members=MEMBERS["gap"](420))
+def test_a_column_has_the_same_bits_among_any_columns(dtype, inputs, turned, members):
+    one = problem(40, 420, inputs, dtype, turned=turned, members=MEMBERS[members](420))
     whole = one()
     for start, stop in ((0, 1), (0, 33), (5, 150), (64, 300), (97, 420), (419, 420)):
         out = gapped((40, stop - start), dtype, 6)
