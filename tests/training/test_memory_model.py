@@ -240,6 +240,11 @@ def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, mo
     more += size.kernels_a_token * 100
     found = parts_of(size, shape, "none", 0)["compiled kernels"]
     assert found == (usual * 3 + more) * kernel_bytes()
+    monkeypatch.setattr("backhand.training.memory.shapes.loops_are_there", lambda: True)
+    monkeypatch.setattr("backhand.training.memory.shapes.is_taken", lambda dtype: dtype == torch.bfloat16)
+    none = decoder_size(config, resolve_adapter(LoRAConfig(rank=16), shapes), 2)
+    assert parts_of(none, replace(shape, kernels=0), "none", 0)["compiled kernels"] == 0, "by loops with tiles"
+    assert none.more_kernels == (0, 0, 0, 0)
 
 
 @pytest.mark.skipif(not loops_are_there(), reason="torch's form keeps other things")

@@ -208,6 +208,15 @@ def test_loops_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert count.total == 8 + 6 + 2, "no block of attention"
 
 
+@pytest.mark.skipif("amx" not in usable(), reason="this processor has no such build")
+def test_where_loops_multiply_by_tiles_nothing_is_compiled() -> None:
+    with using(load("amx")):
+        count = KernelCount(LIKE[torch.bfloat16])
+        count.add(640, [(8, 103, 103)], 256)
+        count.add(320, [(8, 103, 103)], 100, trained=False)
+        assert count.total == 0
+
+
 def test_where_torch_multiplies_by_itself_no_kernel_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backhand.training.memory.shapes.onednn_takes_bf16", lambda: False)
     count = KernelCount(LIKE[torch.bfloat16])

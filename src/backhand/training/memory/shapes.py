@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import micro_batches, round_size
+from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import document_runs
 from backhand.nn.compute import multiplies_tiles, onednn_takes_bf16
@@ -235,11 +236,14 @@ class Products(NamedTuple):
     def kernels(self, dtype: torch.dtype) -> tuple[int, int]:
         """Compiled in a training pass and in a forward pass, but for those that compiled loops take (`ops.low_rank`).
 
-        The loops take all products with factors, but in float32 what is added to another product.
+        The loops take all products with factors, but in float32 what is added to another product; and all others too
+        where they multiply by tiles.
         """
         if not loops_are_there():
             forward = self.frozen + self.inputs + self.outputs
             return forward + self.frozen + self.inputs + self.outputs + self.gradients, forward
+        if is_taken(dtype):
+            return 0, 0
         if dtype == torch.float32:
             return 2 * self.frozen + self.inputs + self.outputs, self.frozen + self.outputs
         return 2 * self.frozen, self.frozen
@@ -286,7 +290,7 @@ class KernelCount:
         self._sizes = _Seen[int](*USUAL.kernels(like.dtype))
         self._last_sizes = _Seen[int](*USUAL_LAST.kernels(like.dtype))
         self._blocks = _Seen[Block](*((0, 0) if loops_are_there() else _PER_BLOCK))
-        self._chunks = _Seen[int](*_PER_CHUNK)
+        self._chunks = _Seen[int](*((0, 0) if is_taken(like.dtype) else _PER_CHUNK))
 
     def add(self, tokens: int, blocks: Iterable[Block], supervised_tokens: int, *, trained: bool = True) -> None:
         """Count a micro-batch.
