@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import dense_product
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.row_products import RowProducts, keeps_rows, ways
+from backhand.nn.decoder.row_products import RowProducts, disagreeing, keeps_rows, ways
 from backhand.nn.decoder.weights import empty_weights
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_linear, library_product, products_by, tiles_of
-from support.products_by_rows import ProductsByRows
+from support.products_by_rows import ProductsByRows, by_library
 from support.tiny_models import tiny_config
 
 CONFIG = decoder_config(tiny_config("llama-biases", num_hidden_layers=1).to_dict())
@@ -39,14 +40,37 @@ def block(config=CONFIG, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [CONFIG, SANDWICH], ids=["joined", "sandwich"])
 @pytest.mark.parametrize("rows", [16, 48, 64, 80, 320])
-def test_here_they_do(rows, config, dtype):
+@pytest.mark.parametrize("library", [False, True], ids=["", "library"])
+def test_here_they_do(rows, config, dtype, library, monkeypatch):
+    if library:
+        by_library(monkeypatch)
     assert keeps_rows(block(config, dtype), config, [rows], 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("outputs", "inputs", "joined"), SHAPES.values(), ids=SHAPES)
+def test_what_is_not_looked_at_keeps_them(outputs, inputs, joined, dtype, monkeypatch):
+    """Where products go by tiles of ours no library is looked at: there the numbers do agree."""
+    weights, looked_at = block(dtype=dtype), []
+
+    def looked(_multiply: object, tile: Tensor, *_rest: object, **_named: object) -> list[int]:
+        looked_at.append(tile)
+        return []
+
+    monkeypatch.setattr(row_products, "disagreeing", looked)
+    assert keeps_rows(weights, CONFIG, NUMBERS, 64)
+    if not looked_at:
+        weight = torch.randn(outputs, inputs).to(dtype)
+        y = dense_product(torch.randn(16, inputs).to(dtype), weight.T)
+        assert y is not None, "they do go by tiles"
+        assert not disagreeing(frozen_linear, weight, NUMBERS, 64, bias=torch.randn(outputs).to(dtype), joined=joined)
 
 
 @pytest.mark.parametrize("rows", [16, 48, 80, 320])
 @pytest.mark.parametrize("product", [0, 1, 2, 3])
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_one_bit_of_one_row_of_one_product_is_seen(rows, product, place, monkeypatch):
+    by_library(monkeypatch)
     weights = block()
     changed = [weights.input, weights.output, weights.gate_up, weights.down][product]
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
-from backhand.kernels.library import load, usable, using
+from backhand.kernels import large_pages
+from backhand.kernels.dense_product import Term, is_taken
+from backhand.kernels.library import load, proving_loops, usable, using
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import (
@@ -26,6 +28,7 @@ from backhand.ops.frozen_matrix import (
 )
 from backhand.verify.case import Draw
 from backhand.verify.cases.frozen_matrix import random_blocks
+from support.products_by_rows import by_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -76,8 +79,50 @@ def test_products_have_the_same_bits_on_every_path(dtype, path, rows):
         assert torch.equal(frozen_input_gradient(d_y, quantized), frozen_input_gradient(d_y, dense))
 
 
+def terms_of(rows, sizes, inputs, dtype, *, shrink):
+    """Of members behind one another but for each second one, their h made of x or there."""
+    terms, column = [], 0
+    for place, size in enumerate(sizes):
+        if place % 2 == 0:
+            rank = 3 + 5 * place
+            h, factor = torch.randn(rows, rank).to(dtype), torch.randn(size, rank).to(dtype)
+            terms.append(Term(column, h, factor, 0.6 + place, torch.randn(rank, inputs).to(dtype) if shrink else None))
+        column += size
+    return terms
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_one_tile_is_the_plain_product(dtype):
+@pytest.mark.parametrize("path", [*usable(), None])
+@pytest.mark.parametrize("tile_bytes", [1, 400_000, 1 << 40])
+@pytest.mark.parametrize("shrink", [False, True], ids=["", "made"])
+@pytest.mark.parametrize("rows", [5, 40])
+def test_products_with_terms_have_the_bits_of_the_dense_matrix(dtype, path, tile_bytes, shrink, rows):
+    quantized, dense = pair([("Q4_K", 70), ("Q6_K", 59)], 512, dtype)
+    x, d_y = torch.randn(rows, 512).to(dtype), torch.randn(rows, 129).to(dtype)
+    terms = terms_of(rows, (50, 9, 70), 512, dtype, shrink=shrink and rows > 8)
+    back = [Term(0, torch.randn(rows, 7).to(dtype), torch.randn(7, 512).to(dtype).T)]
+    with using(None if path is None else load(path)), proving_loops(), tiles_of(tile_bytes):
+        expected, made = frozen_linear(x, dense, terms=terms), [term.h.clone() for term in terms]
+        for term, h in zip(terms, made, strict=True):
+            if term.shrink is not None:
+                assert (h.double() - x.double() @ term.shrink.double().T).norm() < 1e-2 * h.double().norm()
+                term.h.fill_(torch.nan)
+        assert torch.equal(frozen_linear(x, quantized, terms=terms), expected)
+        assert all(torch.equal(term.h, h) for term, h in zip(terms, made, strict=True))
+        gradient = frozen_input_gradient(d_y, dense, terms=back)
+        assert torch.equal(frozen_input_gradient(d_y, quantized, terms=back), gradient)
+        if not is_taken(dtype):
+            return
+        separate = frozen_linear(x, dense)
+    for term in terms:
+        place = slice(term.column, term.column + len(term.factor))
+        separate[:, place] += term.scaling * (term.h.double() @ term.factor.double().T).to(dtype)
+    assert (expected.double() - separate.double()).norm() < 2e-2 * separate.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_one_tile_is_the_plain_product(dtype, monkeypatch):
+    by_library(monkeypatch)
     weight, x = torch.randn(11, 37).to(dtype), torch.randn(9, 37).to(dtype)
     d_y, bias, residual = torch.randn(9, 11).to(dtype), torch.randn(11).to(dtype), torch.randn(9, 11).to(dtype)
     assert torch.equal(frozen_linear(x, weight), x @ weight.T)
@@ -140,7 +185,7 @@ def test_a_tile_stands_in_large_pages(monkeypatch):
         assert buffer.data_ptr() % (2 << 20) == 0
     frozen_matrix.drop_scratch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frozen_matrix.mmap, "mmap", _no_room)
+        patch.setattr(large_pages.mmap, "mmap", _no_room)
         assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
 
 

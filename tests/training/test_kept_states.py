@@ -38,7 +38,7 @@ from backhand.training.memory.states import Below, keep_states, kept_tokens
 from backhand.training.observer import Observer
 from backhand.training.run import train
 from support.faulty_files import InterceptedFiles, half_written
-from support.products_by_rows import ProductsByRows
+from support.products_by_rows import ProductsByRows, by_library
 from support.ranks import start_ranks
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import WINDOW, save_tiny, tiny_model
@@ -251,12 +251,13 @@ def test_one_epoch_keeps_the_held_out_rows_alone(four: TinyRun, tmp_path: Path) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A library whose bits follow the number of rows, as with AMX.
+# A library whose bits follow the number of rows, as oneDNN with AMX where products do not go by our own tiles.
 
 
 @pytest.fixture
 def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> ProductsByRows:
     library_by_rows = ProductsByRows(bounds=(48, 80))
+    by_library(monkeypatch)
     for module in (frozen_matrix, row_products):
         monkeypatch.setattr(module, "library_product", library_by_rows)
     return library_by_rows
