@@ -89,8 +89,9 @@ def glu(builds: Sequence[Library], draw: Draw) -> None:
     for build in builds:
         forward = build.function("backhand_glu_forward", (INT, INT, *_MATRIX * 3, INT64, INT64), None)
         forward(number, activation, *gate.rows, *up.rows, *y.rows, rows, n)
-        backward = build.function("backhand_glu_backward", (INT, INT, *_MATRIX * 5, INT64, INT64), None)
-        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *d_gate.rows, *d_up.rows, rows, n)
+        backward = build.function("backhand_glu_backward", (INT, INT, *_MATRIX * 6, INT64, INT64), None)
+        again = y.rows if draw.chance() else (None, 0)
+        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *d_gate.rows, *d_up.rows, *again, rows, n)
         _finite(y, d_gate, d_up)
 
 
