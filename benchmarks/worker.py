@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import PEERS, Workload
 
+from backhand.nn.waiting import briefly_beside_others
+
 
 def resident_bytes(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
@@ -53,12 +55,13 @@ def main() -> None:
     loaded = resident_bytes("VmRSS")
     reset_peak()
     print(json.dumps({"ready": True, "loaded_bytes": loaded, **ready}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss, norm = peer.step()
-        seconds = time.perf_counter() - start
-        answer = {"step_s": seconds, "loss": loss, "grad_norm": norm, "peak_bytes": resident_bytes("VmHWM")}
-        print(json.dumps(answer), flush=True)
+    with briefly_beside_others():
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            loss, norm = peer.step()
+            seconds = time.perf_counter() - start
+            answer = {"step_s": seconds, "loss": loss, "grad_norm": norm, "peak_bytes": resident_bytes("VmHWM")}
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

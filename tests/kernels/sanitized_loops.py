@@ -90,9 +90,8 @@ def glu(builds: Sequence[Library], draw: Draw) -> None:
         forward = build.function("backhand_glu_forward", (INT, INT, *_MATRIX * 3, INT64, INT64), None)
         forward(number, activation, *gate.rows, *up.rows, *y.rows, rows, n)
         backward = build.function("backhand_glu_backward", (INT, INT, *_MATRIX * 6, INT64, INT64), None)
-        gradients = (*d_gate.rows, *d_up.rows)
-        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *gradients, None, 0, rows, n)
-        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *gradients, *d_y.rows, rows, n)
+        again = y.rows if draw.chance() else (None, 0)
+        backward(number, activation, *d_y.rows, *gate.rows, *up.rows, *d_gate.rows, *d_up.rows, *again, rows, n)
         _finite(y, d_gate, d_up)
 
 

@@ -101,14 +101,18 @@ def test_rms_norm_of_heads_that_are_a_view(build, dtype):
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_glu_of_any_size(build, dtype, rows, n, activation):
     gate, up, d_y = (gapped((rows, n), dtype, seed, size=3.0) for seed in range(3))
-    out, grads = gapped((rows, n), dtype, 3), gapped((rows, 2 * n), dtype, 4)
+    out, grads, again = gapped((rows, n), dtype, 3), gapped((rows, 2 * n), dtype, 4), gapped((rows, n), dtype, 5)
 
     def compute(cast):
         y, _ = glu_forward(cast(gate), cast(up), activation, out=cast(out))
-        return y, *glu_backward(cast(d_y), GLUSaved(cast(gate), cast(up), activation), out=cast(grads))
+        saved, once_more = GLUSaved(cast(gate), cast(up), activation), cast(again)
+        return y, *glu_backward(cast(d_y), saved, out=cast(grads), again=once_more), once_more
 
     assert_close(*both_forms(compute), dtype)
+    compute(lambda x: x)
+    assert torch.equal(again, out), "the forward's bits"
     assert marks_intact(out)
+    assert marks_intact(again)
     assert marks_intact(grads)
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from backhand.errors import UsageError
+from backhand.nn.waiting import briefly_beside_others, set_waiting
 
 if TYPE_CHECKING:
     import cyclopts
@@ -59,17 +60,6 @@ def make_app() -> cyclopts.App:
     return app
 
 
-def _set_environment() -> None:
-    """What OpenMP reads when it is loaded; what a user has set stays. `nn.compute` sets what is read later.
-
-    Threads are to sleep soon when they wait for one another: by default they spin for milliseconds, and where another
-    program wants the same cores every product waits for its turn; a training step beside a busy machine took 3.5 times
-    as long, while alone it makes no difference.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
@@ -78,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    _set_environment()
+    set_waiting()  # what is read later, `nn.compute` sets
     _open_closed_streams()
     _write_anything()
     try:
@@ -98,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_prepared(prepared: Prepared) -> int:
     """Run what was parsed, and return its exit code; an error about an option says where it was written."""
     with ExitStack() as around:
+        around.enter_context(briefly_beside_others())
         if prepared.report_of is not None:
             from backhand.report.command import report_kept
 

@@ -11,10 +11,10 @@ GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a�
       φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
 σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
 
-Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. A backward pass that needs y again gets it from
-`glu_backward` itself, or, if it needs it before, from `glu_recompute`, in torch's form together with φ and φ', so that
-the exponentials, the dearest part, are evaluated once for both. The compiled loops (native/glu.cpp) hold no φ and φ' at
-all: there an exponential costs less than memory does.
+Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. The backward gives y again for little more than
+the writing, perhaps in G's place. What needs y before there is a G gets it from `glu_recompute`, in torch's form with φ
+and φ' beside it, so that the exponentials, the dearest part, are evaluated once for both. The compiled loops
+(native/glu.cpp) hold no φ and φ' at all: there an exponential costs less than memory does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT
 _BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
 # As in native/glu.cpp.
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_NOWHERE = (0, 0)
 
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
@@ -170,7 +171,7 @@ def glu_backward(
         saved: from the forward pass.
         ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
         out: (..., 2n) to receive [d_gate | d_up] side by side, or None.
-        again: of d_y's shape, to receive y, in d_y's own place if it is that; or None.
+        again: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
     """
     n = d_y.shape[-1]
     if out is None:
@@ -182,7 +183,7 @@ def glu_backward(
     torch.mul(d_y, value, out=d_up)
     torch.mul(slope.mul_(d_y), saved.up, out=d_gate)
     if again is not None:
-        torch.mul(value, saved.up, out=again)
+        torch.mul(value, saved.up, out=again)  # last: d_y may be there
     return GLUGrads(d_gate, d_up)
 
 
@@ -190,9 +191,12 @@ def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tenso
     """Whether the compiled loop applied; d_gate, d_up and `again` are then filled."""
     gate, up, activation = saved
     run = loop(_BACKWARD, d_y, gate, up, d_gate, again)
-    operands = _operands(d_y, gate, up, d_gate, d_up, *(() if again is None else (again,)))
+    places = (d_y, gate, up, d_gate, d_up)
+    operands = _operands(*places) if again is None else _operands(*places, again)
     if run is None or operands is None or activation not in _ACTIVATIONS:
         return False
+    if again is None:
+        operands += _NOWHERE
     n = d_y.shape[-1]
     operands += [] if again is not None else [0, 0]
     run(_ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)

@@ -57,6 +57,12 @@ inline Range seen(const Shape& shape, int64_t first, int64_t count) {
   return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
 }
 
+// A block's first queries do not see its last keys: so many of either, and where these meet nothing is multiplied. None in
+// blocks that are no longer than that, or whose last keys begin earlier.
+inline int64_t unseen(const Range& range, int64_t first, int64_t block) {
+  return block > KEYS && range.high - KEYS >= first + MUTATED("attention: corner cut too early", KEYS, 0) ? KEYS : 0;
+}
+
 // count rows of one head, widened or kept, with zeros up to (padded, width).
 template <class Op, class T>
 inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64_t first, int64_t count, int64_t padded,
@@ -109,16 +115,23 @@ struct Forward {
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low;
-        const int64_t rows_of_block = rounded_up(count, 32);
+        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
+        const int64_t rows_of_block = rounded_up(count, 32), later = rows_of_block - corner;
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
-        product<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), units, keys + range.low, n, scores, n,
-                    false);
+        const U *left = reinterpret_cast<const U*>(queries), *right = keys + range.low;
+        product<Op>(rows_of_block, most, units, left, units, right, n, scores, n, false);
+        if (corner > 0)
+          product<Op>(later, corner, units, left + corner * units, units, right + most, n, scores + corner * n + most, n,
+                      false);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, i < corner ? most : span, head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
-        product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
-                    values + range.low / Op::PACK * width, width, sums, width, false);
+        const U *shares = reinterpret_cast<const U*>(p), *mixed = values + range.low / Op::PACK * width;
+        product<Op>(rows_of_block, width, most / Op::PACK, shares, n / Op::PACK, mixed, width, sums, width, false);
+        if (corner > 0)
+          product<Op>(later, width, corner / Op::PACK, shares + (corner * n + most) / Op::PACK, n / Op::PACK,
+                      mixed + most / Op::PACK * width, width, sums + corner * width, width,
+                      MUTATED("attention: values of earlier keys lost", true, false));
         for (int64_t i = 0; i < count; ++i) {
           C* row = sums + i * width;
           for (int64_t j = 0; j < width; j += lanes<C>) store(row + j, load<C>(row + j) * inverse[i]);
@@ -212,14 +225,19 @@ struct Backward {
     // rows (count, head_dim) of one head = (values · right)ᵀ, with right (keys seen, queries) = P or ∂L/∂S.
     const auto write_product = [&](const U* values, const E* right, const Range& range, int64_t begin, int64_t count,
                                    const Heads<T>& rows, int64_t head) {
-      const int64_t span = range.high - range.low;
+      const int64_t span = range.high - range.low, corner = unseen(range, doc.before + begin, block);
+      const int64_t most = span - corner, place = (range.low + most) / Op::PACK;
       const U* mixed_right = reinterpret_cast<const U*>(right);
       if constexpr (Op::PACK == 2) {
         interleave<Op>(right, block, span, block, right_mixed, block);
         mixed_right = right_mixed;
       }
-      product<Op>(width, block, span / Op::PACK, values + range.low / Op::PACK, n / Op::PACK, mixed_right, block, sums,
+      product<Op>(width, block, most / Op::PACK, values + range.low / Op::PACK, n / Op::PACK, mixed_right, block, sums,
                   block, false);
+      if (corner > 0)
+        product<Op>(width, block - corner, corner / Op::PACK, values + place, n / Op::PACK,
+                    mixed_right + most / Op::PACK * block + corner, block, sums + corner, block,
+                    MUTATED("attention: earlier keys lost in backward", true, false));
       transpose(sums, block, width, block, scores, width);
       for (int64_t i = 0; i < count; ++i)
         write_row<C>(scores + i * width, rows.at(doc.token(doc.before + begin + i), head), shape.head_dim);
@@ -228,23 +246,38 @@ struct Backward {
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low;
+        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
         pack_rows<Op>(q, head, doc, first, count, block, shape.head_dim, width, q_rows);
         pack_rows<Op>(d_y, head, doc, first, count, block, shape.head_dim, width, g_rows);
         transpose(reinterpret_cast<const U*>(q_rows), units, block, units, q_turned, block);
         transpose(reinterpret_cast<const U*>(g_rows), units, block, units, g_turned, block);
         interleave<Op>(q_rows, width, block, width, q_mixed, width);
         interleave<Op>(g_rows, width, block, width, g_mixed, width);
-        const E *keys = k_rows + range.low * width, *values = v_rows + range.low * width;
-        product<Op>(span, block, units, reinterpret_cast<const U*>(keys), units, q_turned, block, scores, block, false);
-        product<Op>(span, block, units, reinterpret_cast<const U*>(values), units, g_turned, block, d_p, block, false);
+        const U* keys = reinterpret_cast<const U*>(k_rows + range.low * width);
+        const U* values = reinterpret_cast<const U*>(v_rows + range.low * width);
+        // (keys, queries) from rows of keys and turned queries, but for the corner.
+        const auto multiply = [&](const U* rows, const U* turned, C* result) {
+          product<Op>(most, block, units, rows, units, turned, block, result, block, false);
+          if (corner > 0)
+            product<Op>(corner, block - corner, units, rows + most * units, units, turned + corner, block,
+                        result + most * block + corner, block, false);
+        };
+        multiply(keys, q_turned, scores);
+        multiply(values, g_turned, d_p);
         for (int64_t column = 0; column < block; column += CHUNK * lanes<C>)
           softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
-                          span, head);
-        product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(p), block / Op::PACK, g_mixed, width,
-                    into.d_v + range.low * width, width, true);
-        product<Op>(span, width, block / Op::PACK, reinterpret_cast<const U*>(d_s), block / Op::PACK, q_mixed, width,
-                    into.d_k + range.low * width, width, true);
+                          column < corner ? most : span, head);
+        // Adds (keys, width), from (keys, queries) and rows of queries.
+        const auto add = [&](const E* left, const U* rows, C* sum) {
+          const U* units_of = reinterpret_cast<const U*>(left);
+          product<Op>(most, width, block / Op::PACK, units_of, block / Op::PACK, rows, width, sum, width, true);
+          if (corner > 0)
+            product<Op>(MUTATED("attention: gradient of last keys lost", corner, 0), width, (block - corner) / Op::PACK,
+                        units_of + (most * block + corner) / Op::PACK, block / Op::PACK,
+                        rows + corner / Op::PACK * width, width, sum + most * width, width, true);
+        };
+        add(p, g_mixed, into.d_v + range.low * width);
+        add(d_s, q_mixed, into.d_k + range.low * width);
         write_product(k_mixed, d_s, range, begin, count, d_q, head);
         if (again.data != nullptr)
           write_product(MUTATED("attention: output made of keys", v_mixed, k_mixed), p, range, begin, count, again, head);

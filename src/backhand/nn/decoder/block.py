@@ -322,34 +322,36 @@ def mlp_half_backward(
         return experts_half_backward(d_x2, x1, kept, weights, adapter, config, lora, lowest_group)
     ffn = config.intermediate_size
     d_down = join_backward(d_x2, kept.projected, adapter, config.norms.after_mlp, config)
-    n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
+    n2: Tensor | None = None
     gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
     if gate_up is None or h_gate_up is None:
+        n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
 
-    # p comes again, for the down projection's lora_A gradient: with the gradients of gate and up, in the place of d_p.
     glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
-    if adapter.down.extras is None and lowest_group < DOWN:
-        d_p, d_h_down = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
-        del d_down
-        d_gate_up = torch.empty_like(gate_up)
-        glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h_down is None else d_p)
-        if d_h_down is not None:
-            lone_lora_A_gradient(d_p, d_h_down, adapter.down, lora)
-        del d_p
-    else:
+    below = lowest_group < DOWN
+    if adapter.down.extras is not None or not below:
+        # p is wanted before there is a ∂L/∂p, or without one.
         p, ready = glu_recompute(glu_saved)
         hidden = (config.hidden_size,)
-        d_before = group_backward(
-            d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=lowest_group < DOWN
-        )
-        del p, d_down
-        if d_before is None:
+        d_p = group_backward(d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=below)
+        del p
+        if d_p is None:
             return None
         d_gate_up = torch.empty_like(gate_up)
-        glu_backward(d_before, glu_saved, ready=ready, out=d_gate_up)
-        del d_before, ready
+        glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
+        del ready
+    else:
+        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
+        d_gate_up = torch.empty_like(gate_up)
+        # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
+        glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h is None else d_p)
+        if d_h is not None:
+            lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
+    del d_p, d_down
 
+    if n2 is None:
+        n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
     d_n2 = group_backward(
         d_gate_up,
         n2,

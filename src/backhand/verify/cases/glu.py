@@ -31,12 +31,12 @@ def _case(
             y, saved = glu_forward(t["gate"], t["up"], activation)
             grads = backward(t["d_y"], saved)
         else:
-            # As the decoder block calls it: both are columns of one buffer, and so are their gradients; y goes to a
-            # buffer that held something else.
+            # As the decoder block calls it: both are columns of one buffer, and so are their gradients; the y that is
+            # compared is the one that the backward leaves in d_y's place. The mutants read d_y afterwards, too.
             gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
-            used = torch.full_like(t["gate"], math.nan)
-            y, saved = glu_forward(gate_up[..., :n], gate_up[..., n:], activation, out=used)
-            grads = backward(t["d_y"], saved, out=torch.empty_like(gate_up))
+            used, y = torch.full_like(t["gate"], math.nan), t["d_y"].clone()
+            _, saved = glu_forward(gate_up[..., :n], gate_up[..., n:], activation, out=used)
+            grads = backward(y, saved, out=torch.empty_like(gate_up), again=y)
         return ByHand(y, {"gate": grads.d_gate, "up": grads.d_up})
 
     def reference(t: Tensors) -> Tensor:
