@@ -24,6 +24,7 @@ from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot
@@ -244,9 +245,9 @@ class _BoundDecoder(BoundModel):
         return EngineCompleter(self._decoder)
 
     @property
-    def lower(self) -> Decoder:
-        """The decoder itself."""
-        return self._decoder
+    def lower(self) -> LowerLayers:
+        """The decoder's layers below the lowest adapted one."""
+        return LowerLayers(self._decoder)
 
     def _start_beside_factors(self) -> None:
         self._decoder.start_values(self.lora)
