@@ -38,7 +38,8 @@ def completion(values: dict[str, Any], *, may_ask: bool = False) -> Completion:
         ({"prompt": "p", "completion": "c", "text": "t"}, "prompt/completion"),
         ({"instruction": "i", "input": "", "output": "o", "text": "t"}, "instruction/input/output"),
         ({"instruction": "i", "context": "x", "response": "o", "category": "z"}, "instruction/context/response"),
-        ({"question": "q", "answer": "a"}, "question/answer"),
+        ({"question": "q", "answer": "a", "response": "r"}, "question/answer"),
+        ({"id": "1", "system_prompt": "", "question": "q", "response": "a"}, "question/response"),
         ({"input": "q", "output": "a"}, "input/output"),
         ({"messages": None, "text": "t", "id": 3}, "text"),
     ],
@@ -137,6 +138,18 @@ def test_prompts_stay_as_they_are() -> None:
     assert read({"text": "t "}) == PlainText("t ", "f:1")
 
 
+def test_a_form_may_call_its_system_message_something_else() -> None:
+    """As OpenOrca does; in no other form is system_prompt read."""
+    row = completion({"system_prompt": "s", "question": "q", "response": "a"})
+    assert (row.prompt, row.completion, row.system) == ("q", "a", "s")
+    assert completion({"system_prompt": None, "system": "s", "question": "q", "response": "a"}).system == "s"
+    assert completion({"system_prompt": "s", "question": "q", "answer": "a"}).system is None
+    assert conversation({"system_prompt": "s", "question": [USER], "response": [REPLY]}).messages[0]["content"] == "s"
+    reader = FormReader()
+    reader.read(RawRow({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, "f:1"))
+    assert reader.form is not None and reader.form.unread(reader.columns, conversation=False) == ["id"]
+
+
 def test_rows_that_only_ask_are_for_generation() -> None:
     assert completion({"prompt": "p"}, may_ask=True).completion is None
     assert completion({"instruction": "i", "input": "x"}, may_ask=True).prompt == "i\n\nx"
@@ -185,6 +198,8 @@ def test_rows_that_only_ask_are_for_generation() -> None:
         ({"messages": [USER, REPLY], "tools": 3}, "tools is the number 3"),
         ({"messages": [USER, REPLY], "tools": "["}, "not valid JSON"),
         ({"messages": [USER, REPLY], "system": 3}, "system is the number 3"),
+        ({"question": "q", "response": "a", "system_prompt": 3}, "system_prompt is the number 3"),
+        ({"question": "q", "response": "a", "system_prompt": "s", "system": ""}, "two system messages"),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], said: str) -> None:
@@ -225,7 +240,7 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
 @pytest.mark.parametrize(
     ("values", "remedy"),
     [
-        ({"question": "q", "response": "a", "system_prompt": "s"}, "call the column response answer"),
+        ({"question": "q", "output": "a", "system_prompt": "s"}, "call the column output answer"),
         ({"instruction": "q", "answer": "a"}, "call the column answer output"),
         ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen alone, and call it messages"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and call the latter completion"),

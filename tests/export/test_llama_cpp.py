@@ -135,13 +135,37 @@ def test_so_does_one_whose_head_was_the_embedding(tiny: Any, tmp_path: Path) -> 
     assert _largest_difference(_ours(tiny.gguf, adapter), LlamaCpp(output)) < 1e-4
 
 
-def test_a_merged_granite_4_is_left_to_llama_cpps_own_converter(tmp_path: Path) -> None:
-    """Its file is a Granite 3's, with two tensors for one of its modules."""
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank_pattern": {"input_linear": 3}, "alpha_pattern": {"output_linear": 5}},
+        {"use_dora": True},
+        {"modules_to_save": ["input_linear"], "target_modules": ["q_proj", "output_linear"]},
+        {"target_modules": ["v_proj"]},
+    ],
+    ids=["factors", "dora", "in-full", "attention-alone"],
+)
+def test_a_merged_granite_4_is_a_granite_3_there(lora: dict[str, Any], tmp_path: Path) -> None:
+    """With two tensors for one of its modules, whatever is trained in it."""
     model = tiny_model("granitemoehybrid")
+    base, output = save_tiny(model, tmp_path / "base"), tmp_path / "merged.gguf"
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10, **lora)
+    merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
+    decoder = Decoder.from_source(open_model(base), dtype=torch.float32)
+    decoder.attach(open_adapter(str(base), adapter, force_base=False).loaded.parameters())
+    ours = decoder.logits(_prompt()).double().log_softmax(-1)
+    assert _largest_difference(ours, LlamaCpp(output)) < 1e-4
+    assert float((ours - _ours(base, None)).abs().max()) > 0.1
+    assert GGUFModel(output).config["model_type"] == "granite"
+
+
+def test_a_granite_4_in_which_nothing_turns_is_left_to_llama_cpps_own_converter(tmp_path: Path) -> None:
+    model = tiny_model("granite4-nope")
     base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
-    with pytest.raises(ArtifactError, match=r"no tensor for .*shared_mlp") as raised:
+    with pytest.raises(ArtifactError, match="without rotary embeddings") as raised:
         merge_command(MergeOptions(adapter=adapter, output=tmp_path / "m.gguf", model=str(base), quiet=True))
     assert "merge into a Hugging Face directory" in str(raised.value)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_granite_4s_adapter_comes_back_and_one_of_other_factors_does_not(tmp_path: Path) -> None:
@@ -222,7 +246,7 @@ def test_blocks_that_predict_further_tokens_are_not_merged_and_not_missed(tmp_pa
     assert _largest_difference(_ours(base, adapter), LlamaCpp(output)) < 1e-4
 
 
-@pytest.mark.parametrize("family", [name for name in _FAMILIES if name != "granitemoehybrid"])
+@pytest.mark.parametrize("family", _FAMILIES)
 def test_a_directory_of_every_family_becomes_a_file_that_llama_cpp_computes_alike(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, **_FAMILIES[family])
     base = save_tiny(model, tmp_path / "base")

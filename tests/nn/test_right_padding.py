@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.nn.right_padding import chosen_positions, rows_together, why_equal_lengths
+from backhand.nn.right_padding import chosen_positions, forget_lengths, rows_together, why_equal_lengths
 from backhand.training.transformers_engine import TransformersModel
 from support.tiny_models import randomise, tiny_model
 
@@ -260,6 +260,22 @@ def test_a_row_costs_what_it_costs_whatever_was_computed_before(kind: str) -> No
     for row in rows:
         model.logits(rows[0].input_ids)
         assert torch.equal(model.logits(row.input_ids), _adapted(make()).logits(row.input_ids))
+
+
+@pytest.mark.parametrize("kind", REMEMBERS_LENGTHS)
+def test_modules_are_looked_through_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = REMEMBERS_LENGTHS[kind]()
+    (long,) = _one_by_one(_batch((20,)))
+    rotary = model.model.rotary_emb
+    before = {name: angles.clone() for name, angles in rotary.named_buffers()}
+    forget_lengths(model)
+    monkeypatch.setattr(model, "modules", None)
+    with monkeypatch.context() as patch:
+        patch.delattr(model, "modules")
+        model(input_ids=long.input_ids[None])
+    assert any(not torch.equal(angles, before[name]) for name, angles in rotary.named_buffers())
+    forget_lengths(model)
+    assert all(torch.equal(angles, before[name]) for name, angles in rotary.named_buffers())
 
 
 def test_the_angles_of_rows_of_several_lengths_differ() -> None:

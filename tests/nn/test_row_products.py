@@ -11,7 +11,12 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
+<<<<<<< HEAD
 from backhand.nn.decoder.row_products import RowProducts, disagreeing, keeps_rows, ways
+=======
+from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.row_products import RowProducts, keeps_rows, ways
+>>>>>>> house
 from backhand.nn.decoder.weights import empty_weights
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_linear, library_product, products_by, tiles_of
@@ -196,8 +201,9 @@ def test_rows_have_the_same_bits_below_the_layer_and_as_ever_above(classes, monk
     before = decoder.logits(few.input_ids, few.document_lengths)
     alike = torch.equal(decoder.entering(few, 2), decoder.entering(many, 2)[:32])
     assert alike is not classes
-    decoder.settle_rows(2, 64)
-    assert decoder.keeps_rows(32)
+    lower = LowerLayers(decoder)
+    lower.settle_rows(2, 64)
+    assert lower.keeps_rows(32)
     assert torch.equal(decoder.entering(few, 2), decoder.entering(many, 2)[:32])
     library.sizes.clear()
     decoder.token_losses(few)

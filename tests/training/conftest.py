@@ -1,5 +1,6 @@
-"""One tiny model and its rows for all tests of this room."""
+"""Tiny models and their rows for all tests of this room."""
 
 from support.finished_runs import tiny
+from support.kept_runs import four
 
-__all__ = ["tiny"]
+__all__ = ["four", "tiny"]

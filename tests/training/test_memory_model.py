@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import gated_delta_rule
 from backhand.ops.delta_chunks import HeadSizes
+from backhand.ops.low_rank import Member, low_rank_backward
 from backhand.training.memory.decoder_size import decoder_size
 from backhand.training.memory.model import (
+    ModelSize,
     block_bytes,
     delta_rule_bytes,
     head_bytes,
@@ -29,8 +32,8 @@ from backhand.training.memory.model import (
     parts_of,
     second_model_bytes,
 )
-from backhand.training.memory.shapes import USUAL, Rows, StepShape, kernel_bytes, largest_shapes
-from support.allocations import held_at_most
+from backhand.training.memory.shapes import USUAL, Rows, StepShape, expert_kernel_bytes, kernel_bytes, largest_shapes
+from support.allocations import held_at_most, resident_growth
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
 SIZES = {
@@ -237,7 +240,6 @@ def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, mo
     assert all(few < all_of for few, all_of in zip(one.more_kernels, size.more_kernels, strict=True))
     shape = StepShape(100, 10, kernels=usual * 3, kernel_sizes=(3, 2, 1, 0))
     more = 3 * size.more_kernels[0] + 2 * size.more_kernels[1] + size.more_kernels[2]
-    more += size.kernels_a_token * 100
     found = parts_of(size, shape, "none", 0)["compiled kernels"]
     assert found == (usual * 3 + more) * kernel_bytes()
     monkeypatch.setattr("backhand.training.memory.shapes.loops_are_there", lambda: True)
@@ -245,6 +247,50 @@ def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, mo
     none = decoder_size(config, resolve_adapter(LoRAConfig(rank=16), shapes), 2)
     assert parts_of(none, replace(shape, kernels=0), "none", 0)["compiled kernels"] == 0, "by loops with tiles"
     assert none.more_kernels == (0, 0, 0, 0)
+
+
+def test_kernels_of_experts_are_those_of_the_numbers_of_tokens_that_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few draws all differ, of many most numbers come up; and what is compiled in another's place leaves something."""
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+    config = decoder_config(tiny_config("mixtral").to_dict())
+    experts, layers = 5, len(config.layers)
+    shapes = module_shapes(config)
+    size = decoder_size(config, resolve_adapter(LoRAConfig(rank=16), shapes), 2)
+    size = replace(size, more_kernels=(0, 0, 0, 0))
+    assert (size.expert_products, size.expert_choices) == (4, experts * layers)
+
+    def of_experts(tokens: int, micro_batches: int, size: ModelSize = size) -> int:
+        shape = StepShape(tokens, 10, kernels=1, micro_batches=micro_batches)
+        return parts_of(size, shape, "none", 0)["compiled kernels"] - kernel_bytes()
+
+    one = expert_kernel_bytes(1, 1)
+    assert of_experts(100_000, 1) == pytest.approx(4 * experts * layers * one, rel=0.01)
+    assert of_experts(10, 1000) == pytest.approx(4 * 8 * one), "two of five experts: up to four fifths of the tokens"
+    most, one_more = (of_experts(100_000, count) for count in (1_000, 10_000))
+    assert 511 * one < most == one_more < 1000 * one
+    adapted = LoRAConfig(rank=16, target_modules=(), target_parameters=EXPERT_PARAMETERS)
+    more = replace(decoder_size(config, resolve_adapter(adapted, shapes), 2), more_kernels=(0, 0, 0, 0))
+    assert more.expert_products == (8 if loops_are_there() else 16)
+    assert of_experts(100, 1, more) > 1.9 * of_experts(100, 1)
+
+
+@pytest.mark.skipif(not loops_are_there() or sys.platform != "linux", reason="of compiled loops, measured on Linux")
+def test_a_large_rank_is_added_up_in_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate and up, of which each 128 columns have sums of their own for every token, beside both gradients."""
+    monkeypatch.setattr("backhand.training.memory.decoder_size.by_parts_of_rows", lambda dtype: False)
+    config = decoder_config(tiny_config("llama", **SIZES["wide-mlp"]).to_dict())
+    d, f, tokens, rank, columns = 128, 384, 8192, 500, 3 + 3
+
+    def at_work(*targets: str) -> int:
+        adapter = LoRAConfig(rank=rank, target_modules=targets)
+        return decoder_size(config, resolve_adapter(adapter, module_shapes(config)), 4).block_bytes
+
+    assert at_work("gate_proj", "up_proj") - at_work("v_proj") == (d - f + columns * 512) * 4
+    g, h = torch.zeros(tokens, 2 * f), torch.zeros(tokens, 2 * rank)
+    factors = [torch.zeros(f, rank) for _ in range(2)]
+    members = [Member(place * f, factor, 1.0, factor) for place, factor in enumerate(factors)]
+    taken = resident_growth(lambda: low_rank_backward(g, h, members)) - h.nbytes
+    assert taken == pytest.approx(tokens * columns * 512 * 4, rel=0.1)
 
 
 @pytest.mark.skipif(not loops_are_there(), reason="torch's form keeps other things")

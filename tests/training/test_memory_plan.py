@@ -133,7 +133,13 @@ def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     shapes = largest_shapes([[0, 1], [2, 3]], rows, [1, 2], LIKE[torch.float64])
     # 200 tokens lie in two blocks of queries, of which the second sees all keys, and in steps of 64
     assert shapes[1] == StepShape(
-        208, 8, 0, run_tokens=200, run_products=200 * 104, step_tokens=72, longest_tokens=200, mean_tokens=116
+        *(208, 8, 0),
+        run_tokens=200,
+        run_products=200 * 104,
+        step_tokens=72,
+        longest_tokens=200,
+        mean_tokens=116,
+        micro_batches=4,
     )
     assert shapes[2] == StepShape(
         *(400, 15, 0),
@@ -142,6 +148,7 @@ def test_shapes_of_the_micro_batches_that_steps_make() -> None:
         step_tokens=128,
         longest_tokens=200,
         mean_tokens=216,
+        micro_batches=2,
     )
 
 

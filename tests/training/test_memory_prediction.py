@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.peak_memory import WITHIN, peak_of, planned
-from support.tiny_models import save_tiny, tiny_model
+from support.tiny_models import EXPERT_PARAMETERS, save_tiny, tiny_model
 from support.tiny_run import write_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measured and modelled on Linux")
@@ -21,6 +21,7 @@ MODELS = {
     "large-vocabulary": {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
     "deep": {"vocab_size": 4_000, "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 10},
 }
+ADAPTED_EXPERTS = f"--target-parameters {','.join(EXPERT_PARAMETERS)}"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = tiny_model("llama-tied", num_attention_heads=8, num_key_value_heads=4, head_dim=32, **sizes)
         save_tiny(model, path / name)
     save_tiny(tiny_model("gemma4_text"), path / "kinds-of-layers")
+    save_tiny(tiny_model("qwen3_moe"), path / "many-experts")
+    save_tiny(tiny_model("mixtral"), path / "few-experts")
     write_rows(path / "short.jsonl", 64, seed=0, words=(5, 20), completion=10)
     write_rows(path / "long.jsonl", 32, seed=1, words=(100, 140), completion=10)
     write_rows(path / "long-heads.jsonl", 32, seed=1, words=(40, 60), completion=70)
@@ -47,8 +50,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
         ("kinds-of-layers", "short", "--dtype auto"),
         ("kinds-of-layers", "short", "--dtype auto --target-modules per_layer_model_projection"),
+        ("many-experts", "long", "--dtype auto"),
+        ("many-experts", "long", f"--dtype auto {ADAPTED_EXPERTS}"),
+        ("many-experts", "short", "--dtype auto"),
+        ("few-experts", "long", "--dtype auto"),
     ],
-    ids=["head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows", "gemma4", "gemma4-one"],
+    ids=[
+        *("head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows", "gemma4", "gemma4-one"),
+        *("experts", "adapted-experts", "experts-short-rows", "few-experts"),
+    ],
 )
 def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
     options += " --batch-rows 8 --max-steps 6"

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from backhand.adapters.config import LoRAConfig
 from backhand.cli.main import main
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
+from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.memory.calibration import _Token
+from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, write_rows
 
 Plan = Callable[..., tuple[int, str, str]]
@@ -103,6 +108,27 @@ def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, m
     of_documents = int(stated.split("with ")[1].split(" token")[0].replace(",", ""))
     assert 0.5 * of_documents < tokens < of_documents, "what stands behind the last target is not trained on"
     assert once["evaluate_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers", "more"),
+    [
+        ("llama", "last:2", {"num_hidden_layers": 6}),
+        ("lfm2", "last:2", {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}),
+        ("lfm2", "0-5", {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}),
+    ],
+)
+def test_every_block_that_is_timed_has_an_adapter_of_its_kind(
+    variant: str, layers: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where fewer are adapted than are timed, or where these have another mixer than the first ones."""
+    source = open_model(str(save_tiny(tiny_model(variant, **more), tmp_path / "model")))
+    adapter = LoRAConfig(rank=2, layers=layers)
+    probes = DecoderEngine(source, torch.float32).probes(adapter, torch.device("cpu"), "none")
+    assert [blocks for _, blocks in probes] == [1, 4]
+    for model, _ in probes:
+        assert isinstance(model, Decoder) and model.lora is not None
+        assert set(model.lora.slots) == {name for name in model.module_shapes() if name.startswith("model.layers.")}
 
 
 def test_under_transformers_the_model_itself_is_timed(

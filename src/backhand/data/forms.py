@@ -48,11 +48,13 @@ class Form:
         columns: all of these must be there.
         kind: how they are read.
         optional: further columns that belong to the form.
+        system: a column of the form's own for what `system` holds beside the others.
     """
 
     columns: tuple[str, ...]
     kind: str
     optional: tuple[str, ...] = ()
+    system: str | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +74,8 @@ class Form:
             conversation: whether rows of this form hold lists of messages.
         """
         beside = _BESIDE_MESSAGES if conversation else () if self.kind == "text" else _BESIDE_MESSAGES[:1]
-        return [column for column in columns if column not in (*self.columns, *self.optional, *beside)]
+        read = (*self.columns, *self.optional, self.system, *beside)
+        return [column for column in columns if column not in read]
 
 
 _BESIDE_MESSAGES = ("system", "tools", "functions")
@@ -87,6 +90,7 @@ FORMS = (
     Form(("instruction", "output"), "instruction", ("input",)),
     Form(("instruction", "response"), "instruction", ("context",)),
     Form(("question", "answer"), "completion"),
+    Form(("question", "response"), "completion", system="system_prompt"),
     Form(("query", "response"), "completion"),
     Form(("input", "output"), "completion"),
     Form(("text",), "text"),
@@ -227,7 +231,7 @@ def has_empty_answer(row: Row) -> bool:
 
 
 def _read(form: Form, raw: RawRow) -> Row:
-    values, source = raw.values, raw.source
+    values, source = _under_usual_names(form, raw), raw.source
     if form.kind == "conversation":
         return read_conversation(form.columns[0], values[form.columns[0]], values, source)
     if form.kind == "text":
@@ -242,6 +246,20 @@ def _read(form: Form, raw: RawRow) -> Row:
         return _read_message_lists(prompt_column, completion_column, values, source)
     completion = _text(values, completion_column[0], source) if completion_column else None
     return Completion(_text(values, prompt_column, source), completion, "", _optional(values, "system", source), source)
+
+
+def _under_usual_names(form: Form, raw: RawRow) -> Mapping[str, Any]:
+    """A row's columns, the form's own for a system message as `system`."""
+    own = None if form.system is None else _optional(raw.values, form.system, raw.source)
+    if own is None:
+        return raw.values
+    if raw.values.get("system") is not None:
+        raise DataError(
+            f"the row has two system messages, in system and in {form.system}",
+            where=raw.source,
+            next_step="keep one of these columns",
+        )
+    return {**raw.values, "system": own}
 
 
 def _read_instruction(form: Form, values: Mapping[str, Any], source: str) -> Completion:

@@ -17,6 +17,7 @@ from backhand.data.split import neutral_texts
 from backhand.errors import ArtifactError
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
+from backhand.export.granite4_parts import in_parts
 from backhand.export.huggingface_writer import write_huggingface
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
@@ -86,10 +87,11 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
-    weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
+    walk = weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
+        weights = in_parts(weights)
         description = f"{opened.loaded.directory} merged into {base}"
         for note in write_gguf_model(path, weights, dtype=options.dtype, description=description):
             prover.say(note)
@@ -104,7 +106,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
             card=merge_card(opened, base),
         )
     print_losses(weights.losses, prover)
-    base_logits, wanted = weights.walk.logits()
+    base_logits, wanted = walk.logits()
     _prove(options, opened, weights, path, prover, base_logits, wanted)
     return weights.losses
 
@@ -143,7 +145,7 @@ def _prove(
 ) -> None:
     """What was written, read once, against the digests and the logits of base and adapter."""
     written = open_model(path)
-    check_same_model(opened.source, written, untied=weights.unties_head)
+    check_same_model(weights.source, written, untied=weights.unties_head)
     walk = BlockWalk(written, opened.documents)
     wrong = weights.wrong_tensors(written, walk)
     prover.check(

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -167,14 +168,27 @@ def forget_lengths(model: nn.Module) -> None:
         model: of transformers, whose rotary modules keep the angles they were made with as `original_inv_freq`, in
             models with several kinds of layers under the kind's name.
     """
-    for module in model.modules():
-        rules = getattr(module, "rope_type", None)
-        for kind, rule in (rules if isinstance(rules, Mapping) else {"": rules}).items():
-            prefix = f"{kind}_" if kind else ""
-            angles = getattr(module, f"{prefix}original_inv_freq", None)
-            if rule == "dynamic" and angles is not None:
-                module.register_buffer(f"{prefix}inv_freq", angles, persistent=False)
-                setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", 0))
+    for module, prefix in _turning_by_length(model):
+        module.register_buffer(f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"), persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", 0))
+
+
+_DYNAMIC: WeakKeyDictionary[nn.Module, tuple[tuple[nn.Module, str], ...]] = WeakKeyDictionary()
+"""What `_turning_by_length` found: looking through all modules takes longer than a pass of few tokens can spare."""
+
+
+def _turning_by_length(model: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
+    """Modules of this model with `dynamic` angles, and how the names begin under which each keeps them."""
+    if model not in _DYNAMIC:
+        found = []
+        for module in model.modules():
+            rules = getattr(module, "rope_type", None)
+            for kind, rule in (rules if isinstance(rules, Mapping) else {"": rules}).items():
+                prefix = f"{kind}_" if kind else ""
+                if rule == "dynamic" and getattr(module, f"{prefix}original_inv_freq", None) is not None:
+                    found.append((module, prefix))
+        _DYNAMIC[model] = tuple(found)
+    return _DYNAMIC[model]
 
 
 @contextmanager

@@ -7,15 +7,19 @@ where everything is supervised, the first half is given and the second half is w
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.examples import Example
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
+from backhand.nn.loading.source import ModelSource
+from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
 
 MAX_NEW_TOKENS = 64
@@ -40,6 +44,28 @@ class HeldOutAnswer:
     reference: str
     base: str
     adapted: str
+
+
+def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig) -> str:
+    """answers.jsonl: as many rows as `config` wants, each with its answers, a line each.
+
+    Args:
+        bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
+        source: of the model.
+        examples: the held-out rows.
+        config: of the run.
+    """
+    tokenizer, data = source.tokenizer(), config.data
+    ends_of_roles = stopping_role_ids(
+        tokenizer,
+        read_template(data.chat_template, tokenizer),
+        from_option=data.chat_template is not None,
+        template_args=data.template_args,
+    )
+    answers = held_out_answers(
+        bound, examples, tokenizer, (*source.stop_token_ids(), *ends_of_roles), config.run.answers
+    )
+    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
 
 def held_out_answers(

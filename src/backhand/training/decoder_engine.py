@@ -24,6 +24,7 @@ from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot
@@ -35,6 +36,7 @@ from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
 
 _FEW, _MORE = 1, 4
+_BLOCKS = "model.layers."
 _DRAWN = 1 << 20
 
 
@@ -173,9 +175,9 @@ class DecoderEngine:
         """The first blocks of the model with these weights, and on them a random adapter as the lowest adapted have."""
         cut = replace(self.config, layers=self.config.layers[:layers])
         decoder = Decoder(cut, replace(weights, blocks=weights.blocks[:layers]), recompute=recompute)
-        there, device = decoder.module_shapes(), decoder.device
+        there, device, slots = decoder.module_shapes(), decoder.device, self._on_first_layers(config, layers)
         lora = LoRAParameters(
-            (slot for slot in self._lowered(config) if there.get(slot.name) == (slot.out_features, slot.in_features)),
+            (slot for slot in slots if there.get(slot.name) == (slot.out_features, slot.in_features)),
             device=device,
         )
         lora.initialise(torch.Generator(device=device).manual_seed(0))
@@ -184,17 +186,27 @@ class DecoderEngine:
         lora.refresh_compute(self._dtype)
         return decoder
 
-    def _lowered(self, config: LoRAConfig) -> list[LoRASlot]:
-        """The adapter's modules, so many layers lower that the lowest adapted one is the first."""
-        layout = self.layout(config)
+    def _on_first_layers(self, config: LoRAConfig, count: int) -> list[LoRASlot]:
+        """The adapter as the lowest adapted layers have it, on as many of the model's first ones.
+
+        Where there are fewer adapted layers, or one has another mixer than the layer that it would stand for, another
+        adapted one of this layer's kind takes its place: what is measured stands for all blocks with an adapter.
+        """
+        layout, kinds = self.layout(config), [(one.mixer, one.sizes, one.experts) for one in self.config.layers]
         lowest, _ = lowest_trained_group(layout, self.layers)
-        slots = []
+        slots = [slot for slot in layout.slots if not slot.name.startswith(_BLOCKS)]
+        in_layer: dict[int, list[LoRASlot]] = {}
         for slot in layout.slots:
-            name = slot.name
-            if name.startswith("model.layers."):
-                _, _, layer, part = name.split(".", 3)
-                name = f"model.layers.{int(layer) - lowest}.{part}"
-            slots.append(replace(slot, name=name))
+            if slot.name.startswith(_BLOCKS):
+                in_layer.setdefault(int(slot.name.split(".")[2]), []).append(slot)
+        for layer in range(count):
+            there = lowest + layer
+            if there >= self.layers or kinds[there] != kinds[layer]:
+                alike = [other for other in sorted(in_layer) if kinds[other] == kinds[layer]]
+                there = alike[layer % len(alike)] if alike else self.layers
+            slots += [
+                replace(slot, name=f"{_BLOCKS}{layer}.{slot.name.split('.', 3)[3]}") for slot in in_layer.get(there, ())
+            ]
         return slots
 
 
@@ -244,9 +256,9 @@ class _BoundDecoder(BoundModel):
         return EngineCompleter(self._decoder)
 
     @property
-    def lower(self) -> Decoder:
-        """The decoder itself."""
-        return self._decoder
+    def lower(self) -> LowerLayers:
+        """The decoder's layers below the lowest adapted one."""
+        return LowerLayers(self._decoder)
 
     def _start_beside_factors(self) -> None:
         self._decoder.start_values(self.lora)

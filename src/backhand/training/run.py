@@ -9,11 +9,10 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backhand.data.chat import read_template, stopping_role_ids
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.nn.compute import compute_settings
@@ -35,7 +34,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.answers import held_out_answers
+from backhand.training.answers import answers_file
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import TerminalObserver, opening_facts
@@ -193,16 +192,7 @@ class JobRun:
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
             return
         job.bound.fill(str(self.directory.adapter))
-        tokenizer, data = job.source.tokenizer(), job.config.data
-        ends_of_roles = stopping_role_ids(
-            tokenizer,
-            read_template(data.chat_template, tokenizer),
-            from_option=data.chat_template is not None,
-            template_args=data.template_args,
-        )
-        stop_ids = (*job.source.stop_token_ids(), *ends_of_roles)
-        answers = held_out_answers(job.bound, job.held_out.examples, tokenizer, stop_ids, job.config.run.answers)
-        self.directory.write(ANSWERS, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+        self.directory.write(ANSWERS, answers_file(job.bound, job.source, job.held_out.examples, job.config))
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import PackedBatch, Scratch
-from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import HEAD, Decoder
@@ -78,9 +78,8 @@ class BlockwiseStep:
         weights, d_inputs = self._per_layer_weights(), self.carried.d_inputs
         if weights is None or d_inputs is None or self._begun is None:
             return
-        adapter = before_blocks_adapter(self.lora, self.dropout_seed, weights.projection)
         config = self.decoder.config
-        inputs_backward(d_inputs, self._begun, weights, config, adapter, self.lora, input_gradient=False)
+        inputs_backward(d_inputs, self._begun, weights, config, self.lora, self.dropout_seed, input_gradient=False)
 
     def _per_layer_weights(self) -> PerLayerWeights | None:
         """The same in float64 but for the table, of which only rows are read."""
@@ -93,8 +92,7 @@ class BlockwiseStep:
         self.carried = Carried(config.lenders)
         if weights is None:
             return
-        adapter = before_blocks_adapter(self.lora, dropout_seed, weights.projection)
-        inputs, self._begun = inputs_forward(h, self.batch.input_ids, weights, config, adapter)
+        inputs, self._begun = inputs_forward(h, self.batch.input_ids, weights, config, self.lora, dropout_seed)
         self.carried = Carried(config.lenders, inputs)
         self.carried.d_inputs = torch.zeros_like(inputs)
 

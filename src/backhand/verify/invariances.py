@@ -22,7 +22,7 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import common_tokens, pack
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.decoder import HEAD, Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
@@ -181,8 +181,7 @@ def _inputs_error(step: BlockwiseStep, x: Tensor) -> float:
     assert own is not None and unmerged is not None
     merged = merged_weight(frozen_dense(own.projection).double(), step.lora, PER_LAYER_MODEL)
     weights = own._replace(projection=merged, norm=own.norm.double())
-    none = before_blocks_adapter(None, None, merged)
-    return relative_error(inputs_forward(x, step.batch.input_ids, weights, config, none)[0], unmerged)
+    return relative_error(inputs_forward(x, step.batch.input_ids, weights, config, None)[0], unmerged)
 
 
 def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:

@@ -6,6 +6,7 @@
     p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
 
 W_qkv and W_gu are projections stacked (`nn.decoder.weights`), a and u the gate and up halves, φ the activation.
+Norms of q and k, and gates, are `nn.decoder.attention_extras`'s.
 Sandwich norms are norms also behind attention and MLP, as in Gemma 3. OLMo 2 has norms there alone: n₁ = x₀, n₂ = x₁.
 T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
 projections (`nn.decoder.mixer`); what is said here of q, k, v and o holds there for what enters and leaves it.
@@ -50,8 +51,8 @@ from backhand.nn.decoder.adapted_group import (
     join_backward,
     join_forward,
     lone_lora_A_gradient,
-    norm_backward,
 )
+from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
 from backhand.nn.decoder.family import (
@@ -72,7 +73,7 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
 from backhand.ops.document_groups import Run
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
 RECOMPUTE_MODES = ("none", "mlp", "block")
@@ -167,22 +168,13 @@ def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor
     return glu_forward(_parts(qkv, config).gate, attended, "sigmoid")[0].flatten(1)
 
 
-class _Parts(NamedTuple):
-    """Views of what the first group gave, (T, heads, head_dim) each; gate is q where the family has none."""
-
-    q: Tensor
-    gate: Tensor
-    k: Tensor
-    v: Tensor
-
-
-def _parts(qkv: Tensor, config: DecoderConfig) -> _Parts:
+def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
     """The heads in qkv, (T, q + 2k); beside each head's query stands its gate, where the family has gates."""
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     each = 2 if config.attention_gate else 1
     by_head = qkv.unflatten(1, (each * heads + 2 * kv_heads, config.head_dim))
     queries, k, v = by_head.split([each * heads, kv_heads, kv_heads], dim=1)
-    return _Parts(queries[:, ::each], queries[:, each - 1 :: each], k, v)
+    return Parts(queries[:, ::each], queries[:, each - 1 :: each], k, v)
 
 
 def prepare_qkv(
@@ -198,26 +190,17 @@ def prepare_qkv(
     Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
     """
     config = context.config
-    heads, kv_heads = config.num_heads, config.num_key_value_heads
-    q, _, k, v = _parts(qkv, config)
+    parts = _parts(qkv, config)
     if weights.q_norm is None or weights.k_norm is None:
-        by_head = qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+        by_head = qkv.unflatten(1, (config.num_heads + 2 * config.num_key_value_heads, config.head_dim))
         for turned, table in _turning(by_head, context):
             rotary_forward(turned, table, out=turned)
-        return q, k, v, None, None
-    raw_q, raw_k = under_norm(qkv, config)
-    if kept_factors is None:
-        q, q_saved = rms_norm_forward(raw_q, weights.q_norm, config.norm_eps, config.norm_offset)
-        k, k_saved = rms_norm_forward(raw_k, weights.k_norm, config.norm_eps, config.norm_offset)
-        kept_factors = (q_saved.factor, k_saved.factor)
-    else:
-        q = rms_norm_apply(raw_q, weights.q_norm, kept_factors[0], config.norm_offset)
-        k = rms_norm_apply(raw_k, weights.k_norm, kept_factors[1], config.norm_offset)
-    q, k = q.view(-1, heads, config.head_dim), k.view(-1, kv_heads, config.head_dim)
+        return parts.q, parts.k, parts.v, None, None
+    q, k, factors = normed(qkv, parts, weights, config, kept_factors)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
         rotary_forward(k, context.rotary, out=k)
-    return q, k, v, *kept_factors
+    return q, k, parts.v, *factors
 
 
 def _turning(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
@@ -228,15 +211,6 @@ def _turning(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, Rotar
     if context.query_rotary is None:
         return [(by_head[:, :turned], context.rotary)]
     return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:turned], context.rotary)]
-
-
-def under_norm(qkv: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Views of q and k in qkv, (T, q + 2k), as their norms take them: (T, heads, head_dim), or (T, q) and (T, k)."""
-    heads, kv_heads, head_dim = config.num_heads, config.num_key_value_heads, config.head_dim
-    if config.qk_norm == "width":
-        return qkv[:, : heads * head_dim], qkv[:, heads * head_dim : (heads + kv_heads) * head_dim]
-    parts = _parts(qkv, config)
-    return parts.q, parts.k
 
 
 def mlp_half_forward(
@@ -441,37 +415,23 @@ def attention_input_gradient(
     `again`, (T, q), receives o where it is not kept.
     """
     config, own = context.config, kept.own
-    heads, kv_heads = config.num_heads, config.num_key_value_heads
-    by_head = (heads, config.head_dim)
+    by_head = (config.num_heads, config.head_dim)
     d_qkv = torch.empty_like(kept.input)
-    d_parts = _parts(d_qkv, config)
+    parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
     d_attended, attended = d_output.unflatten(1, by_head), own.attended
     if attended is None:
         attended = None if kept.output is None else kept.output.unflatten(1, by_head)
-        d_by_head = d_qkv.unflatten(1, (heads + 2 * kv_heads, config.head_dim))
+        d_by_head = d_qkv.unflatten(1, (config.num_heads + 2 * config.num_key_value_heads, config.head_dim))
     else:
-        # Gates stand between the queries, so that attention's own gradients get a place of their own first.
-        gate = _parts(kept.input, config).gate
-        d_gate, d_attended = glu_backward(d_attended, GLUSaved(gate, attended, "sigmoid"))
-        d_parts.gate.copy_(d_gate)
-        d_by_head = torch.empty(len(gate), heads + 2 * kv_heads, config.head_dim, dtype=gate.dtype, device=gate.device)
+        d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
     q, k, v = _attending_again(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
     attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else again.unflatten(1, by_head))
     for turned, table in _turning(d_by_head, context):
         rotary_backward(turned, table, out=turned)
-    (raw_q, raw_k), (d_q, d_k) = under_norm(kept.input, config), under_norm(d_qkv, config)
-    d_normed_q, d_normed_k = d_q, d_k
-    if own.attended is not None:
-        d_normed_q, d_normed_k, d_v = d_by_head.split([heads, kv_heads, kv_heads], dim=1)
-        d_parts.v.copy_(d_v)
-    for name, raw, factor, weight, d_normed, d_raw in (
-        (config.qk_norms[0], raw_q, own.q_factor, weights.q_norm, d_normed_q, d_q),
-        (config.qk_norms[1], raw_k, own.k_factor, weights.k_norm, d_normed_k, d_k),
-    ):
-        if factor is not None and weight is not None:
-            norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
-            d_raw.copy_(norm_backward(d_normed, norm, adapter, name))
+    if own.q_factor is not None and own.k_factor is not None:
+        apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)
+        normed_backward(apart, kept.input, d_qkv, (parts, d_parts), factors, weights, adapter, config)
     return d_qkv
 
 

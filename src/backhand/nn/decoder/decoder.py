@@ -11,7 +11,7 @@ factors stands in `trained_ends`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,7 +22,6 @@ from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     BlockAdapter,
     GroupAdapter,
-    before_blocks_adapter,
     block_adapter,
     group_adapter,
     group_forward,
@@ -35,17 +34,11 @@ from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
+from backhand.nn.decoder.per_layer_input import BeginKept, embedded_gradient, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
-from backhand.nn.decoder.row_products import LOOKED_AT, RowProducts, keeps_rows
-from backhand.nn.decoder.trained_ends import (
-    adapted_rows,
-    embedding_gradients,
-    head_loss_and_gradients,
-    head_losses,
-)
+from backhand.nn.decoder.row_products import RowProducts
+from backhand.nn.decoder.trained_ends import adapted_rows, embedding_gradients, head_loss_and_gradients, head_losses
 from backhand.nn.decoder.weights import (
-    BlockWeights,
     DecoderWeights,
     TrainedWeights,
     linear_parts,
@@ -93,8 +86,7 @@ class Decoder:
         self.lora: LoRAParameters | None = None
         self._trained: TrainedWeights | None = None
         self._head: GroupAdapter | None = None
-        self._alike_below, self._settled = 0, LOOKED_AT[0]
-        self._row_products: RowProducts | None = None
+        self.multiply_below(0, None)
         self._sized = [config.at(layer) for layer in config.layers]
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
@@ -221,17 +213,7 @@ class Decoder:
         tables, scratch = self.rotary_tables(batch.positions, batch.reach), Scratch()
         carried = carried or self.carried(batch.input_ids)[0]
         contexts = [
-            BlockContext(
-                sized,
-                layer,
-                table,
-                batch.runs,
-                scratch,
-                queries,
-                shared=batch.shared_prefix,
-                number=number,
-                carried=carried,
-            )
+            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, batch.shared_prefix, number, carried)
             for number, (sized, layer, (table, queries)) in enumerate(
                 zip(self._sized, self.config.layers, tables, strict=True)
             )
@@ -246,8 +228,8 @@ class Decoder:
         weights = self.active.per_layer
         if weights is None:
             return Carried(self.config.lenders), None
-        adapter = before_blocks_adapter(self.lora, dropout_seed, weights.projection)
-        inputs, kept = inputs_forward(self.embed(token_ids), token_ids, weights, self.config, adapter)
+        h = self.embed(token_ids)
+        inputs, kept = inputs_forward(h, token_ids, weights, self.config, self.lora, dropout_seed)
         return Carried(self.config.lenders, inputs), kept
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
@@ -297,30 +279,9 @@ class Decoder:
         """x₀ of block `layer`, (tokens, hidden): what the embedding and the blocks below it come to."""
         return self._passed(batch, layer)
 
-    def settle_rows(self, layer: int, tokens: int) -> None:
-        """From here on, give each row the same bits below block `layer`, in whatever batch it is.
-
-        The way that is found is taken by `entering`, `token_losses` and `loss_and_gradients`. None is needed where
-        products of any number of rows agree, see `row_products`; all loops beside them compute each document by itself.
-
-        Args:
-            layer: c.
-            tokens: which the batches mostly have; others are multiplied so that they agree with it.
-        """
-        self._settled = tokens
-        agree = all(keeps_rows(block, self.config, LOOKED_AT, tokens) for block in self._kinds_of_blocks())
-        self._alike_below, self._row_products = (0, None) if agree else (layer, RowProducts(tokens))
-
-    def keeps_rows(self, tokens: int) -> bool:
-        """Whether products of so many rows give each the bits that it has among others, see `settle_rows`."""
-        if self._row_products is not None:
-            return True
-        return all(keeps_rows(block, self.config, (tokens,), self._settled) for block in self._kinds_of_blocks())
-
-    def _kinds_of_blocks(self) -> Iterable[BlockWeights]:
-        """A block of each mixer and size; those with experts are left out."""
-        blocks = zip(self.config.layers, self.weights.blocks, strict=True)
-        return {(layer.mixer, layer.sizes): block for layer, block in blocks if not layer.experts}.values()
+    def multiply_below(self, layer: int, products: RowProducts | None) -> None:
+        """From here on, multiply below block `layer` so in all passes but `hidden_states`; None as above it."""
+        self._alike_below, self._row_products = layer, products
 
     def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None, *, settled: bool = True) -> Tensor:
         """x₀ of block `until`, or the last one's output; `rows` are those wanted of it."""
@@ -430,33 +391,17 @@ class Decoder:
         for layer in reversed(range(lowest_layer, len(contexts))):
             saved_block = kept.pop()
             assert saved_block is not None and d_x is not None
-            d_x = block_backward(
-                d_x,
-                saved_block,
-                self.active.blocks[layer],
-                adapters[layer],
-                contexts[layer],
-                lora,
-                lowest_group if layer == lowest_layer else -1,
-            )
+            lowest = lowest_group if layer == lowest_layer else -1
+            weights, adapter, context = self.active.blocks[layer], adapters[layer], contexts[layer]
+            d_x = block_backward(d_x, saved_block, weights, adapter, context, lora, lowest)
         if (lowest_layer, lowest_group) == (0, -1) and d_x is not None:
             # The embedding is trained, or what makes the layers' inputs.
             if begin is not None and carried is not None:
-                d_x = self._begin_gradient(d_x, carried, begin, dropout_seed)
+                d_x = embedded_gradient(d_x, carried, begin, self.active.per_layer, self.config, lora, dropout_seed)
             if trains_embedding(lora):
                 d_x = self._embedding_scaled(d_x)
                 embedding_gradients(d_x, batch.input_ids, self.active.embedding, self.config, lora)
         return loss
-
-    def _begin_gradient(self, d_x: Tensor, carried: Carried, begin: BeginKept, dropout_seed: int | None) -> Tensor:
-        """∂L/∂h of the embedded tokens, (tokens, hidden): the stream's and what the per-layer inputs add to it."""
-        lora, weights = self.lora, self.active.per_layer
-        assert lora is not None and weights is not None and carried.d_inputs is not None
-        adapter = before_blocks_adapter(lora, dropout_seed, weights.projection)
-        more = inputs_backward(
-            carried.d_inputs, begin, weights, self.config, adapter, lora, input_gradient=trains_embedding(lora)
-        )
-        return d_x if more is None else d_x + more
 
     def _head_loss_and_gradient(
         self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None, scratch: Scratch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import before_blocks_adapter, block_adapter
+from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import HEAD, Decoder
@@ -95,9 +95,8 @@ def _carried(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tens
     if weights is None or PER_LAYER_MODEL not in lora:
         return None
     merged = merged_weight(frozen_dense(weights.projection), lora, PER_LAYER_MODEL)
-    none = before_blocks_adapter(None, None, merged)
     own = weights._replace(projection=merged)
-    return Carried(decoder.config.lenders, inputs_forward(x, batch.input_ids, own, decoder.config, none)[0])
+    return Carried(decoder.config.lenders, inputs_forward(x, batch.input_ids, own, decoder.config, None)[0])
 
 
 def _check_plain(lora: LoRAParameters) -> None:

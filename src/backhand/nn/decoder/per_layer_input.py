@@ -34,11 +34,14 @@ from backhand.nn.decoder.adapted_group import (
     PER_LAYER_PROJECTION,
     BlockAdapter,
     GroupAdapter,
+    before_blocks_adapter,
     group_backward,
     group_forward,
     join_backward,
     join_forward,
+    trains_embedding,
 )
+from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig, PerLayerInput
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights
@@ -155,10 +158,15 @@ class BeginKept(NamedTuple):
 
 
 def inputs_forward(
-    h: Tensor, token_ids: Tensor, weights: PerLayerWeights, config: DecoderConfig, adapter: GroupAdapter
+    h: Tensor,
+    token_ids: Tensor,
+    weights: PerLayerWeights,
+    config: DecoderConfig,
+    lora: LoRAParameters | None,
+    dropout_seed: int | None = None,
 ) -> tuple[Tensor, BeginKept]:
     """e, (T, L, p), from the embedded tokens, (T, hidden), and their ids, (T,); and what backward needs."""
-    sizes = _of(config)
+    sizes, adapter = _of(config), before_blocks_adapter(lora, dropout_seed, weights.projection)
     y, h_projection = group_forward(h, weights.projection, None, (sizes.layers * sizes.width,), adapter)
     y = y.mul_(config.hidden_size**-0.5).unflatten(1, (sizes.layers, sizes.width))
     e, norm = rms_norm_forward(y, weights.norm, config.norm_eps)
@@ -173,13 +181,13 @@ def inputs_backward(
     kept: BeginKept,
     weights: PerLayerWeights,
     config: DecoderConfig,
-    adapter: GroupAdapter,
     lora: LoRAParameters,
+    dropout_seed: int | None,
     *,
     input_gradient: bool,
 ) -> Tensor | None:
     """∂L/∂h, (T, hidden), where asked for, from ∂L/∂e, (T, L, p); W_m's adapter gets its gradient."""
-    sizes = _of(config)
+    sizes, adapter = _of(config), before_blocks_adapter(lora, dropout_seed, weights.projection)
     d_y = rms_norm_backward(d_e * _HALF_ROOT, kept.norm, weight_gradient=False).d_x.mul_(config.hidden_size**-0.5)
     return group_backward(
         d_y.flatten(1),
@@ -191,6 +199,22 @@ def inputs_backward(
         lora,
         input_gradient=input_gradient,
     )
+
+
+def embedded_gradient(
+    d_x: Tensor,
+    carried: Carried,
+    kept: BeginKept,
+    weights: PerLayerWeights | None,
+    config: DecoderConfig,
+    lora: LoRAParameters,
+    dropout_seed: int | None,
+) -> Tensor:
+    """∂L/∂h, (T, hidden): the stream's, d_x, and what the per-layer inputs add where the embedding is trained."""
+    assert weights is not None and carried.d_inputs is not None
+    below = trains_embedding(lora)
+    more = inputs_backward(carried.d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
+    return d_x if more is None else d_x + more
 
 
 def _of(config: DecoderConfig) -> PerLayerInput:

@@ -20,6 +20,8 @@ Workspace, on top of what is kept: the largest of what is alive, in torch's form
     while a block's MLP is differentiated:  d + 4f, or 2d + f beside three float32 copies of d for its norm;
     while a block's experts are:            d + 2cd + 2cf', or d + cd + 4cf' before, one c f' less in loops;
     while its rotation is:                  3d + 2q + 2k, and in float32 3q + 3k;
+    while factors' gradients are:           2d + 2f, and in loops without tiles R / 2 bytes for each output of the group
+                                            (16 numbers of float32 for 128 outputs, where a rank is 16);
     while its attention is:                 2d + 2q + 2k; for the documents at work 2q + 2k, in float32 2k, and three
                                             matrices of `attention_blocks`' queries by keys for each head, five where
                                             scores are capped; where they differ in length also 3q + 4k, their copies;
@@ -36,8 +38,8 @@ a checkpoint's large buffers find their place because freed memory is given back
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import fields
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -56,29 +58,28 @@ from backhand.nn.decoder.family import (
     ATTENTION,
     GATED_DELTA,
     KEYS_AS_VALUES,
-    PER_LAYER_MODEL,
     SHARED_KEYS,
     VALUE_NORMED,
     DecoderConfig,
     LayerConfig,
 )
 from backhand.nn.decoder.kv_cache import bytes_per_row
-from backhand.nn.decoder.weights import BlockWeights, empty_weights, module_shapes
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
 from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, SOFTMAX_ELEMENTS, chunk_rows
+from backhand.ops.low_rank import by_parts_of_rows
 from backhand.training.config import Recompute
+from backhand.training.memory.decoder_kernels import expert_products, more_kernels
 from backhand.training.memory.model import CHECKPOINT_COPIES, FLOAT32_BYTES, NEUTRAL_COPIES, ModelSize
-from backhand.training.memory.shapes import USUAL, USUAL_LAST, Products
 
 INTEGER_BYTES = 8
 HEAD = "lm_head"
 _MODES: tuple[Recompute, ...] = ("none", "mlp", "block")
 _FLOATING = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 """A compute dtype of each size."""
-# gate and up, down, and the gradients of what enters them
-_EXPERT_PRODUCTS = 4
+# Of `low_rank_backward`: columns of a task, and numbers of a register, up to which a rank is filled.
+_TASK_COLUMNS, _LANES = 128, 16
 # Integers of the batch, and what finds the supervised ones.
 _BATCH_BYTES = 32
 
@@ -148,7 +149,8 @@ def decoder_size(
     dropout = any(slot.dropout > 0 for slot in in_blocks)
     # Compiled loops hold next to nothing besides what goes in and comes out; capped scores take torch's form.
     looped = loops_are_there() and config.attention_cap is None
-    block, mixing = _looped_block(config, b, dropout) if looped else _block_at_work(config, b, dropout)
+    sums = _sums_of_factors(layout, b)
+    block, mixing = _looped_block(config, b, dropout, sums) if looped else _block_at_work(config, b, dropout)
     kept: dict[Recompute, int] = {"none": none, "mlp": mlp, "block": above * d * b}
     no_reading: dict[Recompute, int] = {"none": unread + gate_up, "mlp": unread, "block": 0}
     beside_halves = {mode: (kept[mode] - sum(halves)) // max(1, above) for mode in ("none", "mlp")}
@@ -159,7 +161,7 @@ def decoder_size(
     }
     delta = [
         here + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
-        for here, layer in zip(_looped_block(config, b, dropout)[1], config.layers, strict=True)
+        for here, layer in zip(_looped_block(config, b, dropout, sums)[1], config.layers, strict=True)
     ]
     # What is computed again beside the rule is of its own layer, not of the largest.
     less = [max(blocks) - own for own in blocks]
@@ -197,53 +199,14 @@ def decoder_size(
         cache_bytes=bytes_per_row(config, _FLOATING[b], 1) - bytes_per_row(config, _FLOATING[b], 0),
         mixer_state_bytes=bytes_per_row(config, _FLOATING[b], 0),
         unpacked_bytes=0 if quantized_bytes is None else min(piece, largest * b),
-        kernels_a_token=_EXPERT_PRODUCTS if config.mixture else 0,
+        expert_products=expert_products(config, layout),
+        expert_choices=config.mixture.experts * sum(layer.experts for layer in config.layers) if config.mixture else 0,
+        expert_share=min(1.0, 2 * chosen / config.mixture.experts) if config.mixture else 1.0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
         head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d),
-        more_kernels=_more_kernels(config, layout, _FLOATING[b]),
+        more_kernels=more_kernels(config, layout, _FLOATING[b]),
     )
-
-
-def _more_kernels(config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """What `ModelSize` has: in a pass of a size that is trained on and in one that is not, and of the last block's."""
-    shapes, adapted = module_shapes(config), {slot.name for slot in layout.slots}
-    every, last = range(len(config.layers)), len(config.layers) - 1
-    groups = [[f"model.layers.{layer}.{part}" for part in group] for layer in every for group in _groups(config, layer)]
-    behind = [[f"model.layers.{last}.{part}" for part in group] for group in _groups(config, last)[1:]]
-    groups += [[PER_LAYER_MODEL]] if config.per_layer is not None else []
-    weights = empty_weights(config, dtype, "meta").blocks
-    frozen = {shape for layer in every for shape in _matrices(config, weights[layer], layer)}
-    frozen |= {shapes[PER_LAYER_MODEL]} if config.per_layer is not None else set()
-    of_last = _matrices(config, weights[last], last) - {tuple(weights[last].input.shape)}
-
-    def products(of: Sequence[Sequence[str]], matrices: Collection[tuple[int, ...]]) -> Products:
-        inputs, outputs = set(), set()
-        for group in of:
-            own, width = [shapes[name] for name in group if name in adapted], sum(shapes[name][0] for name in group)
-            inputs |= {(columns, len(own)) for _, columns in own}
-            outputs |= {(rows, width, len(own)) for rows, _ in own}
-        # lora_B's gradient of a module that stands alone is a product like that of lora_A with as many inputs.
-        alone = {(rows, 1) for rows, width, _ in outputs if rows == width}
-        return Products(len(matrices), len(inputs), len(outputs), len(inputs | alone) + len(outputs) - len(alone))
-
-    more = []
-    for found, usual in ((products(groups, frozen), USUAL), (products(behind, of_last), USUAL_LAST)):
-        more += [own - there for own, there in zip(found.kernels(dtype), usual.kernels(dtype), strict=True)]
-    return more[0], more[1], more[2], more[3]
-
-
-def _groups(config: DecoderConfig, layer: int) -> list[tuple[str, ...]]:
-    """Linear modules of a layer that a token passes with all others, by group; where it has experts, not its MLP's."""
-    groups = config.layer_groups[layer]
-    return [group for number, group in enumerate(groups) if config.mixture is None or number not in (GATE_UP, DOWN)]
-
-
-def _matrices(config: DecoderConfig, block: BlockWeights, layer: int) -> set[tuple[int, ...]]:
-    """Shapes of the matrices that all tokens are multiplied with."""
-    experts = ("gate_up", "down") if config.layers[layer].experts else ()
-    named = ((field.name, getattr(block, field.name)) for field in fields(block) if field.name not in experts)
-    return {tuple(matrix.shape) for _, matrix in named if matrix is not None and len(matrix.shape) == 2}
 
 
 def _softmax_copies(config: DecoderConfig, b: int) -> int:
@@ -354,7 +317,24 @@ def _fullest(at_work: Sequence[int], kept: Sequence[int], unread: int) -> int:
     return most
 
 
-def _looped_block(config: DecoderConfig, b: int, dropout: bool) -> tuple[int, list[int]]:
+def _sums_of_factors(layout: AdapterLayout, b: int) -> dict[int, int]:
+    """Bytes per token that `ops.low_rank.low_rank_backward` adds ∂L/∂h up in, by group: those of the layer with most.
+
+    Columns of what comes in are its tasks, and each has sums of its own. By parts of the rows, for tiles, what it works
+    in does not grow with the tokens, and is left out as small; so is what the few rows of an expert take.
+    """
+    found: Counter[tuple[str, int]] = Counter()
+    for slot in layout.slots:
+        if slot.name.startswith("model.layers.") and not slot.experts:
+            wide = -(-slot.rank // _LANES) * _LANES * max(b, FLOAT32_BYTES)
+            found[slot.name.split(".")[2], _group(slot.name)] += -(-slot.out_features // _TASK_COLUMNS) * wide
+    if not loops_are_there() or by_parts_of_rows(_FLOATING[b]):
+        found.clear()
+    groups = INPUT, OUTPUT, GATE_UP, DOWN
+    return {group: max((size for (_, own), size in found.items() if own == group), default=0) for group in groups}
+
+
+def _looped_block(config: DecoderConfig, b: int, dropout: bool, sums: Mapping[int, int]) -> tuple[int, list[int]]:
     """Bytes per token that are alive under compiled loops, besides what is kept: in MLPs, and in each layer's mixing.
 
     In the MLP's half p, d_p, d_gate_up and the stream's gradients are; of experts the rows that enter and their
@@ -368,8 +348,11 @@ def _looped_block(config: DecoderConfig, b: int, dropout: bool) -> tuple[int, li
     sized = [(config.at(layer), layer) for layer in config.layers]
     output = max((one.mixers[layer.mixer].width for one, layer in sized if _comes_again(one, layer, b)), default=0)
     mixing = [(n1 + 3 * d + output + _mixing(one, layer)) * b + masked for one, layer in sized]
-    mlp = max(d + 3 * f, d + _experts_at_work(config, 3))
-    return (output + mlp) * b + masked, mixing
+    # The sums of a group are there before the gradient of what enters it, those of the output before anything else.
+    mixing = [max(here, here - d * b + sums[INPUT], (2 * d + output) * b + sums[OUTPUT]) for here in mixing]
+    factors = (2 * d + 2 * f) * b + max(sums[GATE_UP], sums[DOWN])
+    mlp = max((d + 3 * f) * b, (d + _experts_at_work(config, 3)) * b, factors)
+    return output * b + mlp + masked, mixing
 
 
 def _experts_at_work(config: DecoderConfig, narrow: int) -> int:

@@ -8,6 +8,7 @@ oneDNN compiles on the CPU (`memory.shapes`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from backhand.ops.delta_chunks import HeadSizes, bytes_of_a_head, heads_at_once
 from backhand.ops.gated_delta_rule import bytes_in_loops
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
 from backhand.training.config import Recompute
-from backhand.training.memory.shapes import StepShape, kept_kernels, kernel_bytes
+from backhand.training.memory.shapes import StepShape, expert_kernel_bytes, kept_kernels, kernel_bytes
 
 FLOAT32_BYTES = 4
 STATES = "hidden states of frozen layers"
@@ -59,8 +60,9 @@ class ModelSize:
         cache_bytes: per token of a conversation, of keys and values.
         mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
         unpacked_bytes: of the piece of a quantized matrix that is unpacked at a time.
-        kernels_a_token: matrix kernels, where they are compiled: an expert's products have a size of their own for
-            every number of tokens that choose it.
+        expert_products: of an expert, which are compiled, where any are, for every number of tokens that choose it.
+        expert_choices: how many such numbers a micro-batch brings: layers by experts.
+        expert_share: of a micro-batch's tokens, up to which most of these numbers lie: twice their mean.
         more_kernels: that one of each of `StepShape.kernel_sizes` brings beside those of a usual block.
         states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
         head_chunk_rows: of a chunk of logits, at most.
@@ -89,7 +91,9 @@ class ModelSize:
     neutral_token_bytes: int
     cache_bytes: int
     unpacked_bytes: int = 0
-    kernels_a_token: int = 0
+    expert_products: int = 0
+    expert_choices: int = 0
+    expert_share: float = 1.0
     states_bytes: int = 0
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
@@ -163,16 +167,21 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
         **({STATES: size.states_bytes} if size.states_bytes else {}),
         "kept activations": kept,
         fullest: workspace,
-        "compiled kernels": _kernels(size, shape) * kernel_bytes(),
+        "compiled kernels": _bytes_of_kernels(size, shape),
     }
 
 
-def _kernels(size: ModelSize, shape: StepShape) -> int:
-    """Compiled kernels that are there in the end; none where none are compiled."""
+def _bytes_of_kernels(size: ModelSize, shape: StepShape) -> int:
+    """Of compiled kernels that are there in the end; none where none are compiled."""
     if not shape.kernels:
         return 0
     more = sum(count * each for count, each in zip(shape.kernel_sizes, size.more_kernels, strict=True))
-    return min(kept_kernels(), shape.kernels + more + size.kernels_a_token * shape.tokens)
+    all_tokens = min(kept_kernels(), shape.kernels + more)
+    likely = max(1.0, size.expert_share * shape.tokens)
+    # Of as many draws among these, so many differ.
+    numbers = likely * -math.expm1(-size.expert_choices * shape.micro_batches / likely)
+    experts = round(size.expert_products * numbers)
+    return all_tokens * kernel_bytes() + expert_kernel_bytes(experts, kept_kernels() - all_tokens)
 
 
 def kept_bytes(size: ModelSize, shape: StepShape, recompute: Recompute) -> int:

@@ -30,6 +30,7 @@ class StepShape:
     Attributes:
         tokens, supervised_tokens: of the largest one.
         mean_tokens: of all of them.
+        micro_batches: how many they are, of the steps that were looked at.
         gradient_copies: buffers that adding up the micro-batches of a step takes.
         kernels: that oneDNN compiles for all of them, and for what is measured in between, of a usual block's products.
         kernel_sizes: how many sizes of micro-batch these are of, see `KernelCount`.
@@ -55,6 +56,7 @@ class StepShape:
     gradient_copies: int = 0
     kernel_sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
     shared_tokens: int = 0
+    micro_batches: int = 0
 
 
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
@@ -145,6 +147,7 @@ def _shape(
         longest_tokens=max(one.shared + max(one.lengths, default=0) for one in trained),
         neutral_tokens=max(neutral, default=0),
         mean_tokens=sum(micro_batch.tokens for micro_batch in trained) / len(trained),
+        micro_batches=len(trained),
     )
 
 
@@ -214,6 +217,23 @@ _KERNEL_BYTES, _TILE_KERNEL_BYTES = 580_000, 1_000_000
 def kernel_bytes() -> int:
     """Of a kernel: every one takes its code's greatest size from the heap; a product by AMX's tiles has several."""
     return _TILE_KERNEL_BYTES if multiplies_tiles() else _KERNEL_BYTES
+
+
+_EXPERT_KERNEL_BYTES, _LEFT_BYTES = 660_000, 400_000
+
+
+def expert_kernel_bytes(compiled: int, kept: int) -> int:
+    """Of so many kernels that are compiled for an expert's few rows, of which oneDNN keeps no more than `kept`.
+
+    Each that is compiled in the place of another leaves something for good until most kinds of tails have come up.
+    """
+    there = min(compiled, kept)
+    replaced = min(compiled - there, _LEFT_AT_MOST * kept_kernels() // 4)
+    return there * _EXPERT_KERNEL_BYTES + replaced * _LEFT_BYTES
+
+
+_LEFT_AT_MOST = 5
+"""Quarters of the number of kernels that are kept."""
 
 
 class Products(NamedTuple):

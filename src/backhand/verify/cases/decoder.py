@@ -189,13 +189,18 @@ def _redo(inputs: DecoderInputs, **changes: Any) -> DecoderGrads:
     return _backward(torch.empty(0), inputs._replace(**changes))
 
 
-def _as_family(inputs: DecoderInputs, change: Callable[[DecoderConfig], DecoderConfig]) -> DecoderGrads:
-    """The step of a decoder with the same weights that takes itself for something else."""
-    decoder = Decoder(change(inputs.decoder.config), inputs.decoder.weights, recompute=inputs.decoder.recompute)
+def _by(inputs: DecoderInputs, decoder: Decoder) -> DecoderGrads:
+    """The step of another decoder."""
     decoder.attach(inputs.lora)
     grads = _redo(inputs, decoder=decoder)
     inputs.decoder.attach(inputs.lora)
     return grads
+
+
+def _as_family(inputs: DecoderInputs, change: Callable[[DecoderConfig], DecoderConfig]) -> DecoderGrads:
+    """The step of a decoder with the same weights that takes itself for something else."""
+    right = inputs.decoder
+    return _by(inputs, Decoder(change(right.config), right.weights, recompute=right.recompute))
 
 
 def _batch(inputs: DecoderInputs, **changes: Any) -> PackedBatch:
@@ -247,11 +252,8 @@ def _flipped(inputs: DecoderInputs) -> DecoderGrads:
     """The step with the taps of every convolution in reverse."""
     weights = inputs.decoder.weights
     blocks = [block if block.conv is None else replace(block, conv=block.conv.flip(2)) for block in weights.blocks]
-    decoder = Decoder(inputs.decoder.config, replace(weights, blocks=blocks), recompute=inputs.decoder.recompute)
-    decoder.attach(inputs.lora)
-    grads = _redo(inputs, decoder=decoder)
-    inputs.decoder.attach(inputs.lora)
-    return grads
+    config, recompute = inputs.decoder.config, inputs.decoder.recompute
+    return _by(inputs, Decoder(config, replace(weights, blocks=blocks), recompute=recompute))
 
 
 def _turned_everywhere(config: DecoderConfig) -> DecoderConfig:
@@ -340,11 +342,8 @@ def _carrying(inputs: DecoderInputs, kind: type[Carried]) -> DecoderGrads:
             right, begin = super().carried(token_ids, dropout_seed)
             return (None if right is None else kind(right.lenders, right.inputs)), begin
 
-    decoder = Other(inputs.decoder.config, inputs.decoder.weights, recompute=inputs.decoder.recompute)
-    decoder.attach(inputs.lora)
-    grads = _redo(inputs, decoder=decoder)
-    inputs.decoder.attach(inputs.lora)
-    return grads
+    right = inputs.decoder
+    return _by(inputs, Other(right.config, right.weights, recompute=right.recompute))
 
 
 def _other_lender(config: DecoderConfig) -> DecoderConfig:
@@ -373,11 +372,8 @@ def _layers_unscaled(inputs: DecoderInputs) -> DecoderGrads:
         block if block.layer_scalar is None else replace(block, layer_scalar=torch.ones_like(block.layer_scalar))
         for block in weights.blocks
     ]
-    decoder = Decoder(inputs.decoder.config, replace(weights, blocks=blocks), recompute=inputs.decoder.recompute)
-    decoder.attach(inputs.lora)
-    grads = _redo(inputs, decoder=decoder)
-    inputs.decoder.attach(inputs.lora)
-    return grads
+    config, recompute = inputs.decoder.config, inputs.decoder.recompute
+    return _by(inputs, Decoder(config, replace(weights, blocks=blocks), recompute=recompute))
 
 
 def _per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Tensor, ...]:

@@ -1,0 +1,124 @@
+"""What some families have around attention: norms of queries and keys, and gates on what is attended.
+
+    q = norm(z_q),   k = norm(z_k)          before the rotation, over each head or over all heads at once
+    o = σ(z_gate) ⊙ attention(q, k, v)      with a gate beside each head's query
+
+A plain step (Llama, Mistral, Qwen2) never comes here. Backward is each line by its op's backward, gates first. They
+stand between the queries in what the projections gave, and so do their gradients: attention's own get a place apart,
+from which they go through the norms to where they belong. Families with gates have the norms as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.nn.decoder.adapted_group import BlockAdapter, norm_backward
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.glu import GLUSaved, glu_backward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
+
+
+class Parts(NamedTuple):
+    """Views of what the first group gave, (T, heads, head_dim) each; gate is q where the family has none."""
+
+    q: Tensor
+    gate: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def normed(
+    qkv: Tensor,
+    parts: Parts,
+    weights: BlockWeights,
+    config: DecoderConfig,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """q and k normed, (T, heads, head_dim), in memory of their own, and the norms' factors, (T, heads, 1) or (T, 1).
+
+    Args:
+        qkv: what the first group gave, (T, q + 2k) or (T, 2q + 2k).
+        parts: its views.
+        weights: of the block.
+        config: the family.
+        known: the factors, where they need not be computed again.
+    """
+    assert weights.q_norm is not None and weights.k_norm is not None
+    raw_q, raw_k = _under_norm(qkv, parts, config)
+    if known is None:
+        q, q_saved = rms_norm_forward(raw_q, weights.q_norm, config.norm_eps, config.norm_offset)
+        k, k_saved = rms_norm_forward(raw_k, weights.k_norm, config.norm_eps, config.norm_offset)
+        known = (q_saved.factor, k_saved.factor)
+    else:
+        q = rms_norm_apply(raw_q, weights.q_norm, known[0], config.norm_offset)
+        k = rms_norm_apply(raw_k, weights.k_norm, known[1], config.norm_offset)
+    heads, kv_heads = config.num_heads, config.num_key_value_heads
+    return q.view(-1, heads, config.head_dim), k.view(-1, kv_heads, config.head_dim), known
+
+
+def normed_backward(
+    d_by_head: Tensor | None,
+    qkv: Tensor,
+    d_qkv: Tensor,
+    parts: tuple[Parts, Parts],
+    factors: tuple[Tensor, Tensor],
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+) -> None:
+    """∂L/∂[q k v] as the projections gave them, put where it belongs in d_qkv; a gain that is trained gets its own.
+
+    Args:
+        d_by_head: ∂L/∂(q, k, v) as the norms gave them, (T, H + 2 key/value heads, head_dim); None where it stands in
+            d_qkv already.
+        qkv: as in `normed`.
+        d_qkv: of its shape.
+        parts: the views of both.
+        factors: from `normed`.
+        weights: of the block.
+        adapter: of the block.
+        config: the family.
+    """
+    (raw_q, raw_k), (d_q, d_k) = _under_norm(qkv, parts[0], config), _under_norm(d_qkv, parts[1], config)
+    d_normed_q, d_normed_k = d_q, d_k
+    if d_by_head is not None:
+        heads, kv_heads = config.num_heads, config.num_key_value_heads
+        d_normed_q, d_normed_k, d_v = d_by_head.split([heads, kv_heads, kv_heads], dim=1)
+        parts[1].v.copy_(d_v)
+    for name, raw, factor, weight, d_normed, d_raw in (
+        (config.qk_norms[0], raw_q, factors[0], weights.q_norm, d_normed_q, d_q),
+        (config.qk_norms[1], raw_k, factors[1], weights.k_norm, d_normed_k, d_k),
+    ):
+        assert weight is not None
+        norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
+        d_raw.copy_(norm_backward(d_normed, norm, adapter, name))
+
+
+def gate_backward(
+    d_gated: Tensor, gate: Tensor, attended: Tensor, d_gate: Tensor, config: DecoderConfig
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂(what attention gave), (T, H, head_dim), and room for the gradients of q, k and v behind one another.
+
+    Args:
+        d_gated: ∂L/∂o, (T, H, head_dim), as all that follow.
+        gate: before the sigmoid.
+        attended: what attention gave.
+        d_gate: receives ∂L/∂gate.
+        config: the family.
+    """
+    of_gate, d_attended = glu_backward(d_gated, GLUSaved(gate, attended, "sigmoid"))
+    d_gate.copy_(of_gate)
+    heads = config.num_heads + 2 * config.num_key_value_heads
+    return d_attended, torch.empty(len(gate), heads, config.head_dim, dtype=gate.dtype, device=gate.device)
+
+
+def _under_norm(qkv: Tensor, parts: Parts, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Views of q and k as their norms take them: (T, heads, head_dim), or (T, q) and (T, k)."""
+    if config.qk_norm == "width":
+        queries = config.num_heads * config.head_dim
+        return qkv[:, :queries], qkv[:, queries : queries + config.num_key_value_heads * config.head_dim]
+    return parts.q, parts.k
