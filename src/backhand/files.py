@@ -12,6 +12,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -186,8 +187,9 @@ def taking_directory(path: Path) -> Iterator[None]:
                 why=f"{error.strerror}: {error.filename or path}",
                 next_step="move away what is in its place, or give another --output",
             ) from error
+        remedy = _remedy(error, otherwise="look after the disk")
         raise ResourceError(
-            what, where="output", why=reason(error), next_step=f"{_remedy(error)}, or give another --output"
+            what, where="output", why=reason(error), next_step=f"{remedy}, or give another --output"
         ) from error
 
 
@@ -202,18 +204,28 @@ def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: 
             why=error.strerror,
             next_step=f"move away what is in its place, then {again}",
         )
+    if error.errno == errno.ENOENT and not path.exists():
+        return ResourceError(
+            f"{what} cannot be saved",
+            where=str(path),
+            why="the directory is gone: it was removed or renamed while this command ran",
+            next_step=f"put it back under this name, then {again}; if it is lost, begin anew",
+        )
     why = reason(error)
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
         why += f"; {needed_bytes:,} bytes are needed{_free(path)}"
+    remedy = _remedy(error, otherwise="look after the disk, or copy the run to another one")
     return ResourceError(
         f"{what} cannot be saved",
         where=str(path),
         why=why,
-        next_step=f"what was saved before is intact: {_remedy(error)}, then {again}",
+        next_step=f"what was saved before is intact: {remedy}, then {again}",
     )
 
 
-def _remedy(error: OSError) -> str:
+def _remedy(error: OSError, *, otherwise: str) -> str:
+    if _short_write(error):
+        return "free space"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return "free space"
@@ -221,7 +233,7 @@ def _remedy(error: OSError) -> str:
             return "raise the limit (ulimit -f)"
         case errno.EROFS | errno.EACCES | errno.EPERM:
             return "make the directory writable"
-    return "look after the disk, or copy the run to another one"
+    return otherwise
 
 
 def _free(path: Path) -> str:
@@ -362,16 +374,24 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _short_write(error: OSError) -> bool:
+    """Whether NumPy wrote less than it should: its `tofile` keeps the system's reason to itself."""
+    return error.errno is None and re.search(r"\d requested and \d|^Not enough free space", str(error)) is not None
+
+
 def reason(error: OSError) -> str:
     """Why the system did not write, in words."""
+    if _short_write(error):
+        return "the disk is full, or the file-size limit is reached"
     return _REASONS.get(error.errno or 0, error.strerror or str(error))
 
 
 def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
     """Our error for what the system said about writing to `path`."""
     needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
+    remedy = _remedy(error, otherwise="look after the disk")
     return ResourceError(
-        what, where=str(path), why=reason(error) + needed, next_step="free space, or choose another directory"
+        what, where=str(path), why=reason(error) + needed, next_step=f"{remedy}, or choose another directory"
     )
 
 

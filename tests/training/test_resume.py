@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from dataclasses import dataclass
@@ -210,6 +211,14 @@ def test_other_settings_are_refused_with_a_list(
         resumed(tmp_path / "run", **options)
     assert all(name in caught.value.what for name in named)
     assert "--keep" in str(caught.value) and "--from-adapter" in str(caught.value)
+
+
+def test_what_is_proposed_can_be_typed_into_a_shell(tiny: TinyRun, tmp_path: Path) -> None:
+    stopped(tiny.config(tmp_path / "a $run", save_every=1), 3)
+    with pytest.raises(UsageError) as caught:
+        resumed(tmp_path / "a $run", seed=4)
+    assert caught.value.next_step is not None
+    assert shlex.split(caught.value.next_step)[-2:] == ["--from-adapter", str(tmp_path / "a $run" / "adapter")]
 
 
 def test_changed_rows_and_a_changed_base_are_refused(tiny: TinyRun, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import backhand
 from backhand.adapters.reading import read_adapter_directory
-from backhand.errors import CheckError, DataError, UsageError
+from backhand.errors import CheckError, DataError, ResourceError, UsageError
 from backhand.training.config_file import load_config
 from backhand.training.measuring import Forgetting, ForgettingMeter
 from backhand.training.memory.process import MemoryKeeper
@@ -27,6 +27,25 @@ from support.tiny_run import TinyRun
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = train(tiny.config(tmp_path / "old", max_steps=2))
+    needed = 16 * summary.trained_parameters
+    files = [path.stat().st_size for path in (tmp_path / "old/checkpoints/step-2").iterdir()]
+    assert needed <= sum(files) <= needed + 60_000
+    monkeypatch.setattr("backhand.training.state.free_bytes", lambda _: needed - 1)
+    told: list[object] = []
+    with pytest.raises(ResourceError, match=f"takes {needed:,} bytes, and {needed - 1:,} are free"):
+        train(tiny.config(tmp_path / "run"), callbacks=[told.append])
+    assert not told and not (tmp_path / "run/checkpoints").exists()
+    before = (tmp_path / "old/adapter/adapter_model.safetensors").read_bytes()
+    with pytest.raises(ResourceError):
+        train(tiny.config(tmp_path / "old", max_steps=2, overwrite=True))
+    assert (tmp_path / "old/adapter/adapter_model.safetensors").read_bytes() == before
+    assert train(tiny.config(tmp_path / "old", max_steps=2, resume=True)).steps == 2  # finished: nothing is to be saved
 
 
 def test_what_a_run_leaves_behind(tiny: TinyRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,7 +62,7 @@ class MergeOptions:
             raise UsageError(
                 f"dtype {self.dtype} is a type of GGUF files",
                 where="dtype",
-                next_step=f"give --output {output}.gguf, or one of {', '.join(FLOATING)}",
+                next_step=f"give --output {shlex.quote(str(output))}.gguf, or one of {', '.join(FLOATING)}",
             )
         return self
 

@@ -114,7 +114,13 @@ def nearest_option(name: str, known: typing.Iterable[str]) -> str | None:
 
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
-        raise UsageError(f"{prefix.rstrip('.')} is {_kind(table)}, expected a table", where=origin)
+        name = prefix.rstrip(".")
+        inner = typing.get_type_hints(cls).get(name)
+        raise UsageError(
+            f"{name} is {_kind(table)}, expected a table",
+            where=origin,
+            next_step=f"write [{name}], and in a line below it {name} = {_example(inner)}" if inner else None,
+        )
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -128,12 +134,24 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     return cls(**values)
 
 
+def _example(hint: Any) -> str:
+    return '["…"]' if tuple in (get_origin(hint), *map(get_origin, get_args(hint))) else '"…"'
+
+
 def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    for part, hint in typing.get_type_hints(TrainConfig).items():
-        if key in typing.get_type_hints(hint):
-            return f"write it in the table [{part}]"
-    near = nearest_option(key, hints)
-    return f"did you mean {prefix + near!r}?" if near else f"known keys are {', '.join(sorted(hints))}"
+    """Where a key belongs that stands elsewhere; else the nearest one, here before in other tables."""
+    name = key.replace("-", "_")
+    places = {
+        option: part
+        for part, hint in typing.get_type_hints(TrainConfig).items()
+        for option in typing.get_type_hints(hint)
+    }
+    if name in places and name not in hints:
+        return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
+    near = nearest_option(key, hints if prefix else [*hints, *places])
+    if near in hints:
+        return f"did you mean {prefix + near!r}?"
+    return f"did you mean {near!r}, in the table [{places[near]}]?" if near else f"known keys are {', '.join(hints)}"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -165,7 +183,13 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return Path(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    raise UsageError(f"{value!r} is {_kind(value)}, expected {_kind_wanted(hint, origin)}", where=where)
+    raise UsageError(
+        f"{value!r} is {_kind(value)}, expected {_kind_wanted(hint, origin)}",
+        where=where,
+        next_step=f"write it in brackets: [{_toml_value(value)}]"
+        if origin is tuple and isinstance(value, str)
+        else None,
+    )
 
 
 def _json_value(value: Any, where: str) -> Any:

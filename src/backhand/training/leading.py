@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -101,5 +102,6 @@ def continued_after_restart(config: TrainConfig) -> TrainConfig:
             return config  # a run of before, which this one is to replace
     status = read_status(run.output)
     if status is not None and status.state == "interrupted" and (number := signal_in(status.reason)) is not None:
-        raise Interrupted(number, status.step, f"continue with backhand train --resume --output {run.output}")
+        again = f"backhand train --resume --output {shlex.quote(str(run.output))}"
+        raise Interrupted(number, status.step, f"continue with {again}")
     return replace(config, run=replace(run, resume=True, overwrite=False, from_adapter=None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -289,11 +290,12 @@ def _changed_settings(before: object, today: Mapping[str, Any]) -> Iterator[str]
 
 
 def _refused(differences: list[str], directory: Path) -> UsageError:
+    adapter = shlex.quote(str(directory / "adapter"))
     return UsageError(
         "the run cannot be continued to the same result: " + "; ".join(differences),
         where=str(directory),
         why=f"only these may change: {', '.join(_CHANGEABLE)}, as long as rows and base stay the same",
-        next_step=f"put them back, or start another run from this adapter: --from-adapter {directory / 'adapter'}",
+        next_step=f"put them back, or start another run from this adapter: --from-adapter {adapter}",
     )
 
 

@@ -107,6 +107,8 @@ class JobRun:
                 protected=frozenset(() if begin is None else {begin}),
                 make_room=memory.make_room if memory else lambda: None,
             )
+            if self.processes.leads and (self.checkpoint is None or self.checkpoint.step < job.total_steps):
+                saver.require_room()
             self._begin(store, state, saver)
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.leads else _unwritten

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.errors import ArtifactError, CheckError
+from backhand.errors import ArtifactError, CheckError, ResourceError
+from backhand.files import free_bytes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import RunDirectory
@@ -142,6 +143,24 @@ class Saver:
         self._protected = protected
         self._make_room = make_room
         self._saved: bytes | None = None
+
+    def require_room(self) -> None:
+        """Whether the disk has room for one checkpoint, asked before hours go into what could not be saved.
+
+        Raises:
+            ResourceError: with the bytes needed and free.
+        """
+        # Values and two moments in state.safetensors, and the values as PEFT reads them; the rest is small.
+        values = self._state.lora.values
+        needed = 4 * values.numel() * values.element_size()
+        free = free_bytes(self._directory.path)
+        if free is not None and free < needed:
+            raise ResourceError(
+                f"a checkpoint of this run takes {needed:,} bytes, and {free:,} are free",
+                where=str(self._directory.path),
+                why="nothing of it could be saved; nothing has been trained yet",
+                next_step="free space, give another --output, or train less: a smaller --rank, fewer --target-modules",
+            )
 
     def save(self, better: bool) -> None:
         """Save the state, unless it is saved already; publish the adapter if it is the one to publish.
