@@ -11,12 +11,8 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-<<<<<<< HEAD
-from backhand.nn.decoder.row_products import RowProducts, disagreeing, keeps_rows, ways
-=======
 from backhand.nn.decoder.lower_layers import LowerLayers
-from backhand.nn.decoder.row_products import RowProducts, keeps_rows, ways
->>>>>>> house
+from backhand.nn.decoder.row_products import RowProducts, disagreeing, keeps_rows, ways
 from backhand.nn.decoder.weights import empty_weights
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_linear, library_product, products_by, tiles_of

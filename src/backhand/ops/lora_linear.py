@@ -29,8 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import Term
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, Term, frozen_input_gradient, frozen_linear, makes_shrunk
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, makes_shrunk
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 
 
@@ -107,7 +108,9 @@ def lora_linear_forward(
     around = None if residual is None else rows(residual)
     term = Term(0, h, lora_B, scaling, lora_A if inside else None)
     y = frozen_linear(x_rows, weight, bias, around, terms=[term])
-    return y.view(*x.shape[:-1], weight.shape[0]), LoRASaved(x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout)
+    return y.view(*x.shape[:-1], weight.shape[0]), LoRASaved(
+        x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout
+    )
 
 
 def lora_linear_backward(

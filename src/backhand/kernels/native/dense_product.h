@@ -235,6 +235,7 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
     return;
   }
 #endif
+  (void)coming;  // the processor's own guesses do
   leaving.all_rows();
   const auto along_steps = [=](int64_t count, const U* a, const U* b, bool onto) {
     for (int64_t s = 0; s < count; ++s, a += STEP, b += STEP, onto = true)
