@@ -108,6 +108,20 @@ def test_an_unknown_option_names_the_nearest(command: Command, capsys: pytest.Ca
     assert "Did you mean --debug?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--lr", "--learning-rate or --long-rows"),
+        ("--lr=1e-4", "--learning-rate or --long-rows"),
+        ("--wd", "--weight-decay"),
+        ("--raank", "--rank"),
+    ],
+)
+def test_an_option_is_found_by_its_initials_too(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", typed, "1"]) == 2
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", backhand.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert name == "__version__" or callable(getattr(backhand, name))

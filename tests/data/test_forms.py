@@ -163,6 +163,9 @@ def test_rows_that_only_ask_are_for_generation() -> None:
     [
         ({}, "fit no form"),
         ({"foo": "a", "bar": "b"}, "bar, foo"),
+        ({"messages": None}, "messages is null"),
+        ({"prompt": None, "completion": None, "n": 1}, "prompt and completion are null"),
+        ({"prompt": None, "completion": "c"}, "prompt is null"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preference"),
         ({"prompt": "p", "completion": 5}, "completion is the number 5"),
         ({"prompt": ["p"], "completion": "c"}, "prompt[0] is the text 'p'"),

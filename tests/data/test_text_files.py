@@ -124,6 +124,10 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         assert "cannot be read" in failure(locked).what
 
 
+def test_a_device_is_named_in_words() -> None:
+    assert failure(Path(os.devnull)).why == "it is a device, not a plain file"
+
+
 def test_gzip_is_unpacked_whatever_it_is_called(tmp_path: Path) -> None:
     packed = gzip.compress(b'{"text": "a"}\n' * 2000)
     for name in ("rows.jsonl.gz", "rows.jsonl"):

@@ -54,6 +54,12 @@ def test_on_a_terminal_there_is_a_bar_with_a_sparkline(
     assert colours == set()
 
 
+def test_one_step_is_not_called_steps(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny.config(tmp_path / "run", max_steps=1, batch_rows=1, quiet=False))
+    captured = capsys.readouterr()
+    assert "plan: 1 step of 1 row, " in captured.err and " rows: 1 step, " in captured.out
+
+
 def test_quiet_prints_nothing(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, quiet=True) == ""
     train(tiny.config(tmp_path / "run", max_steps=1))

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import CycloptsError, UnknownCommandError, UnusedCliTokensError
+from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, bounded
 
@@ -130,7 +130,18 @@ def _usage(error: CycloptsError) -> str:
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
+    if isinstance(error, UnknownOptionError) and (meant := _by_initials(error)):
+        return f"Unknown option: {error.token.keyword or error.token.value}. Did you mean {' or '.join(meant)}?"
     return str(error).strip()
+
+
+def _by_initials(error: UnknownOptionError) -> list[str]:
+    """Options whose words begin with these letters: `--lr` looks more like --layers than what it means."""
+    letters = (error.token.keyword or error.token.value or "").partition("=")[0].removeprefix("--").lower()
+    names = {name for argument in error.argument_collection if argument.parse for name in argument.names}
+    if len(letters) < 2:
+        return []
+    return sorted(name for name in names if "".join(word[:1] for word in name[2:].split("-")) == letters)
 
 
 def _help_command(error: CycloptsError) -> str:

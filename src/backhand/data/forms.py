@@ -140,6 +140,10 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
             where=raw.source,
             next_step=f"call the column {meant_so[0]} {answer}" if meant_so else None,
         )
+    for form in FORMS:
+        empty = [name for name in form.columns if name in raw.values and name not in present]
+        if empty and present.union(empty).issuperset(form.columns):
+            raise DataError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null", where=raw.source)
     columns = ", ".join(sorted(raw.values)) or "none"
     small = {name.strip().lower() for name in present}
     meant = next((form for form in FORMS if small.issuperset(form.columns)), None)

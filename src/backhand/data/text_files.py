@@ -286,7 +286,8 @@ def open_bytes(path: str | Path) -> Iterator[io.BufferedReader]:
     except IsADirectoryError:
         raise DataError("this is a folder, not a file", where=str(path)) from None
     except _READ_FAULTS as error:
-        raise DataError("the file cannot be read", where=str(path), why=str(error)) from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError("the file cannot be read", where=str(path), why=why) from None
 
 
 def is_parquet(reader: io.BufferedReader) -> bool:

@@ -149,9 +149,13 @@ def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
     if name in places and name not in hints:
         return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
     near = nearest_option(key, hints if prefix else [*hints, *places])
-    if near is not None and near in hints:
-        return f"did you mean {prefix + near!r}?"
-    return f"did you mean {near!r}, in the table [{places[near]}]?" if near else f"known keys are {', '.join(hints)}"
+    if near is None:
+        return f"known keys are {', '.join(sorted(hints))}"
+    return (
+        f"did you mean {prefix + near!r}?"
+        if near in hints
+        else f"did you mean {near!r}, in the table [{places[near]}]?"
+    )
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

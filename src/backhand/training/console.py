@@ -20,7 +20,7 @@ from backhand.terminal import console
 from backhand.training.observer import Observer, RunStart
 from backhand.training.prepared import Job
 from backhand.training.step import Processes
-from backhand.words import duration, in_words, labelled
+from backhand.words import count_of, duration, in_words, labelled
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -156,7 +156,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     """The closing summary, a line a fact."""
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
-        f"on {summary.rows:,} rows: {summary.steps:,} steps, {summary.tokens:,} tokens "
+        f"on {count_of(summary.rows, 'row')}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
         f"({summary.supervised_tokens:,} supervised) in {duration(summary.train_s)}, "
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
@@ -238,7 +238,7 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
         f"{report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
     )
     facts.append(
-        f"plan: {job.total_steps:,} steps of {options.batch_rows} rows, {cut}; "
+        f"plan: {count_of(job.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(job.memory.peak_bytes)}"
     )
     facts += _shared_facts(job)
