@@ -444,7 +444,6 @@ def attention_input_gradient(
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     by_head = (heads, config.head_dim)
     d_qkv = torch.empty_like(kept.input)
-    d_parts = _parts(d_qkv, config)
     d_attended, attended = d_output.unflatten(1, by_head), own.attended
     if attended is None:
         attended = None if kept.output is None else kept.output.unflatten(1, by_head)
@@ -453,18 +452,20 @@ def attention_input_gradient(
         # Gates stand between the queries, so that attention's own gradients get a place of their own first.
         gate = _parts(kept.input, config).gate
         d_gate, d_attended = glu_backward(d_attended, GLUSaved(gate, attended, "sigmoid"))
-        d_parts.gate.copy_(d_gate)
+        _parts(d_qkv, config).gate.copy_(d_gate)
         d_by_head = torch.empty(len(gate), heads + 2 * kv_heads, config.head_dim, dtype=gate.dtype, device=gate.device)
     q, k, v = _attending_again(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
     attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else again.unflatten(1, by_head))
     for turned, table in _turning(d_by_head, context):
         rotary_backward(turned, table, out=turned)
+    if own.attended is None and own.q_factor is None and own.k_factor is None:
+        return d_qkv
     (raw_q, raw_k), (d_q, d_k) = under_norm(kept.input, config), under_norm(d_qkv, config)
     d_normed_q, d_normed_k = d_q, d_k
     if own.attended is not None:
         d_normed_q, d_normed_k, d_v = d_by_head.split([heads, kv_heads, kv_heads], dim=1)
-        d_parts.v.copy_(d_v)
+        _parts(d_qkv, config).v.copy_(d_v)
     for name, raw, factor, weight, d_normed, d_raw in (
         (config.qk_norms[0], raw_q, own.q_factor, weights.q_norm, d_normed_q, d_q),
         (config.qk_norms[1], raw_k, own.k_factor, weights.k_norm, d_normed_k, d_k),
