@@ -10,6 +10,8 @@ import threading
 
 import pytest
 
+from backhand.cli.command import Prepared
+from backhand.cli.main import run_prepared
 from backhand.nn import waiting
 from backhand.nn.waiting import CALM_LOOKS, SPINS, UNWATCHED, WAITED_SHARE, Decision, briefly_beside_others, set_waiting
 
@@ -50,6 +52,17 @@ def test_ours_is_watched_until_the_end(monkeypatch):
     with briefly_beside_others():
         assert "waiting" in [thread.name for thread in threading.enumerate()]
     assert "waiting" not in [thread.name for thread in threading.enumerate()]
+
+
+@needs_counts
+def test_a_command_is_watched_while_it_runs(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    set_waiting()
+    seen: list[str] = []
+    run_prepared(Prepared(lambda: seen.extend(t.name for t in threading.enumerate()), None, lambda _: None))
+    assert "waiting" in seen
+    monkeypatch.delenv("GOMP_SPINCOUNT")
 
 
 class Recorded:

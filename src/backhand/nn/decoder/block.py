@@ -417,12 +417,12 @@ def attention_input_gradient(
     config, own = context.config, kept.own
     by_head = (config.num_heads, config.head_dim)
     d_qkv = torch.empty_like(kept.input)
-    parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
     d_attended, attended = d_output.unflatten(1, by_head), own.attended
     if attended is None:
         attended = None if kept.output is None else kept.output.unflatten(1, by_head)
         d_by_head = d_qkv.unflatten(1, (config.num_heads + 2 * config.num_key_value_heads, config.head_dim))
     else:
+        parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
     q, k, v = _attending_again(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
@@ -430,8 +430,9 @@ def attention_input_gradient(
     for turned, table in _turning(d_by_head, context):
         rotary_backward(turned, table, out=turned)
     if own.q_factor is not None and own.k_factor is not None:
+        both = _parts(kept.input, config), _parts(d_qkv, config)
         apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)
-        normed_backward(apart, kept.input, d_qkv, (parts, d_parts), factors, weights, adapter, config)
+        normed_backward(apart, kept.input, d_qkv, both, factors, weights, adapter, config)
     return d_qkv
 
 
