@@ -116,22 +116,19 @@ struct Forward {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
         const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
-        const int64_t rows_of_block = rounded_up(count, 32), later = rows_of_block - corner;
+        const int64_t rows_of_block = rounded_up(count, 32);
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
         const U *left = reinterpret_cast<const U*>(queries), *right = keys + range.low;
         product<Op>(rows_of_block, most, units, left, units, right, n, scores, n, false);
         if (corner > 0)
-          product<Op>(later, corner, units, left + corner * units, units, right + most, n, scores + corner * n + most, n,
-                      false);
+          product<Op>(rows_of_block - corner, corner, units, left + corner * units, units, right + most, n,
+                      scores + corner * n + most, n, false);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, i < corner ? most : span, head);
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
-        const U *shares = reinterpret_cast<const U*>(p), *mixed = values + range.low / Op::PACK * width;
-        product<Op>(rows_of_block, width, most / Op::PACK, shares, n / Op::PACK, mixed, width, sums, width, false);
-        if (corner > 0)
-          product<Op>(later, width, corner / Op::PACK, shares + (corner * n + most) / Op::PACK, n / Op::PACK,
-                      mixed + most / Op::PACK * width, width, sums + corner * width, width,
-                      MUTATED("attention: values of earlier keys lost", true, false));
+        // Whole: with a sum in two parts, a row's bits would depend on where its block begins, and so on the prefix.
+        product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
+                    values + range.low / Op::PACK * width, width, sums, width, false);
         for (int64_t i = 0; i < count; ++i) {
           C* row = sums + i * width;
           for (int64_t j = 0; j < width; j += lanes<C>) store(row + j, load<C>(row + j) * inverse[i]);
