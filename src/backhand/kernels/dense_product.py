@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop, loops_take_float64
 
 MOST_TERMS = 8
 _MATRIX = (POINTER, INT64)
@@ -49,8 +49,10 @@ class Term(NamedTuple):
 
 def is_taken(dtype: torch.dtype) -> bool:
     """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
-    build = library()
-    return build is not None and (dtype == torch.float64 or (dtype == torch.bfloat16 and build.name == "amx"))
+    build = None if torch.compiler.is_compiling() else library()  # what is traced has no addresses
+    if build is None:
+        return False
+    return loops_take_float64() if dtype == torch.float64 else dtype == torch.bfloat16 and build.name == "amx"
 
 
 def dense_product(
@@ -71,7 +73,7 @@ def dense_product(
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
     """
-    if torch.compiler.is_compiling() or not is_taken(x.dtype) or len(terms) > MOST_TERMS:
+    if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
     stored, turned = as_stored(weight)
     factors = [as_stored(term.factor) for term in terms]

@@ -258,6 +258,11 @@ def proving_loops() -> Iterator[None]:
         _float64_too.reset(before)
 
 
+def loops_take_float64() -> bool:
+    """Whether float64 takes the loops here and now."""
+    return _float64_too.get()
+
+
 @contextmanager
 def torch_form() -> Iterator[None]:
     """Inside, every op takes torch's form."""

@@ -355,19 +355,19 @@ inline void pack_shrinks(const DenseProduct<T>& p, int64_t k0, int64_t length, i
 
 // The factors' part for the block of columns from j on: (steps · 16 units, 32) of the terms that reach into it.
 template <class Op, class T>
-inline void pack_factors(const DenseProduct<T>& p, int64_t j, typename Op::Unit* to, int64_t& first_step,
-                         int64_t& steps) {
+inline void pack_factors(const DenseProduct<T>& p, int64_t j, int64_t all_steps, typename Op::Unit* to,
+                         int64_t& first_step, int64_t& steps) {
   typedef typename Op::Unit U;
   typedef typename Op::Element E;
   first_step = steps = 0;
   int64_t before = 0;
+  std::fill(to, to + all_steps * STEP_UNITS * BLOCK, U(0));  // also of what stands between two that reach into it
   for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
     const int64_t own = steps_of<Op>(*term), units = units_of<Op>(term->rank);
     const int64_t begin = std::max(j, term->first), end = std::min(j + BLOCK, term->first + term->n);
     if (begin < end) {
       if (steps == 0) first_step = before;
       U* place = to + (before - first_step) * STEP_UNITS * BLOCK;
-      std::fill(place, place + own * STEP_UNITS * BLOCK, U(0));
       const Matrix<const T>& stored = term->factor.stored;
       const int64_t offset = begin - j, count = end - begin, row = begin - term->first;
       for (int64_t summand = 0; summand < summands_of<Op>(term->scaling); ++summand, place += units * BLOCK) {
@@ -419,7 +419,7 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
       const int64_t bottom = std::min(row_end, top + cut.rows), columns = std::min(cut.columns, column_end - j);
       const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
       for (int64_t q = 0; q < blocks; ++q)
-        pack_factors<Op>(p, j + q * BLOCK, term_right + q * of_terms, reach[q].first_step, reach[q].steps);
+        pack_factors<Op>(p, j + q * BLOCK, cut.term_steps, term_right + q * of_terms, reach[q].first_step, reach[q].steps);
       for (int64_t k0 = 0; k0 == 0 || k0 < p.k; k0 += cut.part) {
         const int64_t length = std::min(cut.part, p.k - k0), steps = (units_of<Op>(length) + STEP_UNITS - 1) / STEP_UNITS;
         const bool add = MUTATED("dense_product: first part of a sum lost", k0 > 0, false), last = k0 + cut.part >= p.k;

@@ -47,7 +47,7 @@ template <class Op, class T>
 inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t room) {
   typedef typename Op::Element E;
   if constexpr (sizeof(E) == sizeof(T)) {
-    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(E));
+    if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(E));
   } else {
     for (int64_t j = 0; j < n; ++j) to[j] = widened(from[j]);
   }
