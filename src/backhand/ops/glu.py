@@ -198,7 +198,6 @@ def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tenso
     if again is None:
         operands += _NOWHERE
     n = d_y.shape[-1]
-    operands += [] if again is not None else [0, 0]
     run(_ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
     return True
 
