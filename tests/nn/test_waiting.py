@@ -62,7 +62,7 @@ def test_a_command_is_watched_while_it_runs(monkeypatch):
     seen: list[str] = []
     run_prepared(Prepared(lambda: seen.extend(t.name for t in threading.enumerate()), None, lambda _: None))
     assert "waiting" in seen
-    monkeypatch.delenv("GOMP_SPINCOUNT")
+    del os.environ["GOMP_SPINCOUNT"]  # what this test has not set, monkeypatch would put back
 
 
 class Recorded:

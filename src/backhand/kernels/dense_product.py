@@ -100,6 +100,8 @@ def dense_product(
     room = _KEPT.room
     needed: int = run(*call, room.data_ptr(), room.numel())
     if needed:
+        del room
+        drop_room()  # before there is a larger one
         room = _KEPT.room = in_large_pages(needed, torch.uint8)
         run(*call, room.data_ptr(), room.numel())
     return y

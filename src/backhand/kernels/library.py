@@ -225,14 +225,19 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
             continue
         if dtype is None:
             dtype = tensor.dtype
-        if tensor.dtype != dtype or not tensor.is_cpu or not _last_axis_dense(tensor):
-            return None
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor.dtype != dtype or not is_loopable(tensor):
             return None
     number = _numbers().get(dtype)
     if number is None or (dtype == torch.float64 and not _float64_too.get()):
         return None
     return partial(function, number)
+
+
+def is_loopable(tensor: Tensor) -> bool:
+    """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
+    import torch
+
+    return tensor.is_cpu and _last_axis_dense(tensor) and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _last_axis_dense(tensor: Tensor) -> bool:

@@ -11,7 +11,8 @@ for a core (/proc/self/task/*/schedstat). From a tenth of the time on, somebody 
 been over for a second, more OpenMP threads are held than there are cores. They sleep; that they are there is all.
 Nothing is computed differently.
 
-Where that time cannot be read, UNWATCHED is set and stays. What the environment says about waiting always stays.
+Where that time cannot be read, and on machines of many cores, which would take as many threads, UNWATCHED is set and
+stays. What the environment says about waiting always stays.
 Nothing here imports torch, so that the command line can ask before it is loaded.
 """
 
@@ -36,6 +37,7 @@ INTERVAL_S = 0.2
 WAITED_SHARE = 0.1
 """Measured: below 0.05 alone, above 0.45 beside one busy process on two cores."""
 CALM_LOOKS = 5
+MOST_CORES = 32
 
 
 def set_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -45,7 +47,8 @@ def set_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
         environment: this process's, or that of one to be started.
     """
     if VARIABLE not in environment and _POLICY not in environment:
-        environment[VARIABLE] = str(SPINS if _time_waited() is not None else UNWATCHED)
+        watched = _time_waited() is not None and (os.cpu_count() or 1) <= MOST_CORES
+        environment[VARIABLE] = str(SPINS if watched else UNWATCHED)
 
 
 @contextmanager
@@ -70,13 +73,15 @@ def _watch(done: threading.Event) -> None:
     more = MoreThreads()
     decide = Decision(more)
     waited, at = _time_waited(), time.monotonic()
-    while not done.wait(INTERVAL_S):
-        waited_before, at_before = waited, at
-        waited, at = _time_waited(), time.monotonic()
-        if waited is not None and waited_before is not None:
-            # A thread that ends takes along what it has waited.
-            decide(max(0.0, waited - waited_before) / (at - at_before))
-    more.let_go()
+    try:
+        while not done.wait(INTERVAL_S):
+            waited_before, at_before = waited, at
+            waited, at = _time_waited(), time.monotonic()
+            if waited is not None and waited_before is not None:
+                # A thread that ends takes along what it has waited.
+                decide(max(0.0, waited - waited_before) / (at - at_before))
+    finally:
+        more.let_go()
 
 
 class _Held(Protocol):
@@ -119,8 +124,8 @@ class MoreThreads:
     def hold(self) -> None:
         """Have them; nothing happens where they are there already, or torch has no libgomp, or is not loaded yet."""
         torch: Any = sys.modules.get("torch")
-        if self._release is not None or not hasattr(torch, "get_num_threads"):
-            return
+        if self._release is not None or not hasattr(torch, "get_num_threads") or torch.get_num_threads() == 1:
+            return  # one thread waits for none
         openmp = _libgomp(torch)
         if openmp is None:
             return
@@ -130,8 +135,10 @@ class MoreThreads:
 
         def keep() -> None:
             # Every thread of the team frees nothing.
-            openmp.GOMP_parallel(ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p), None, team, 0)
-            entered.set()
+            try:
+                openmp.GOMP_parallel(ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p), None, team, 0)
+            finally:
+                entered.set()
             over.wait()
 
         thread = threading.Thread(target=keep, name="more OpenMP threads", daemon=True)

@@ -10,8 +10,8 @@ To either, products with the factors of an adapter can be added, + s h Fᵀ (`Te
 sums where a loop of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
 
 In tiles. W is cut into pieces of at most TILE_BYTES in the compute dtype, so that a quantized matrix never stands
-there in full; a dense one is cut in the same way, although it need not be: how a library adds up a product depends on
-the product's width (oneDNN with AMX: some sums in ten thousand end in another bit), and then
+there in full. For a library, a dense one is cut in the same way, although it need not be: how it adds up a product
+depends on the product's width (oneDNN with AMX: some sums in ten thousand end in another bit), and then
 
     the same calls on the same numbers give dense and quantized the same bits, on every processor.
 
@@ -43,6 +43,7 @@ from torch import Tensor
 from backhand.kernels.dense_product import Term, dense_product, drop_room, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
+from backhand.kernels.library import is_loopable
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
 
@@ -240,12 +241,22 @@ def products_by(row_wise: RowWise | None) -> Iterator[None]:
 
 def takes_tiles(operand: FrozenMatrix) -> bool:
     """Whether products of it go by a loop of ours, in which a row's bits never depend on the others' number."""
-    return operand.device.type == "cpu" and is_taken(operand.dtype)
+    if operand.device.type != "cpu" or not is_taken(operand.dtype):
+        return False
+    return not isinstance(operand, Tensor) or is_loopable(operand)
 
 
-def makes_shrunk(x: Tensor) -> bool:
-    """Whether `frozen_linear` makes the h = x Aᵀ of terms that have an A; else they have to be there."""
-    return x.shape[0] > MOST_ROWS and takes_tiles(x)
+def makes_shrunk(x: Tensor, outputs: int, ranks: int) -> bool:
+    """Whether `frozen_linear` is to make the h = x Aᵀ of its terms; else they have to be there.
+
+    A thread that has columns of the result makes h for itself: not where that is much beside what it multiplies.
+
+    Args:
+        x: (rows, in).
+        outputs: columns of the result.
+        ranks: of all h, in all.
+    """
+    return x.shape[0] > MOST_ROWS and ranks * torch.get_num_threads() * 4 <= outputs and takes_tiles(x)
 
 
 def _product(

@@ -100,7 +100,7 @@ def lora_linear_forward(
         y (..., out) in x's dtype, and what backward needs.
     """
     x_rows, mask = rows(x), multiplier(x, dropout)
-    inside = mask is None and makes_shrunk(x_rows)
+    inside = mask is None and makes_shrunk(x_rows, weight.shape[0], lora_A.shape[0])
     if inside:
         h = x_rows.new_empty(x_rows.shape[0], lora_A.shape[0])
     else:  # first: x is still near the processor, which the large product fills
@@ -266,11 +266,11 @@ def lora_linear_group_forward(
         y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
     """
     x_rows = rows(x)
-    mask, inside = None, makes_shrunk(x_rows)
+    mask, inside = None, False
     ranks = sum(member.lora_A.shape[0] for member in factors if member is not None)
     if ranks > 0:
         mask = multiplier(x, dropout)
-        inside = inside and mask is None
+        inside = mask is None and makes_shrunk(x_rows, weight.shape[0], ranks)
     if inside or ranks == 0:
         h = x_rows.new_empty(x_rows.shape[0], ranks)
     else:

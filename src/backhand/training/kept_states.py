@@ -9,7 +9,7 @@ as shared prefix, x is a function of the row alone, to the bit, and may be put t
 
     x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
 
-The engine says where its own loops promise that (`memory.states`). Products are a library's, whose kernels follow the
+The engine says where its own loops promise that (`memory.states`). A library's products have kernels that follow the
 number of rows: before the first batch the model is told to give rows the same bits in all of them, which changes how it
 multiplies where numbers of rows do not agree (`nn.decoder.row_products`). Where all that were looked at do agree, each
 number of tokens is looked at before it is first used, and batches of a size that does not are computed as ever.

@@ -80,7 +80,7 @@ struct Cut {
     const int64_t most = PANEL_BYTES / (part / Op::PACK * static_cast<int64_t>(sizeof(typename Op::Unit)));
     const int64_t widest = std::max(BLOCK, most / BLOCK * BLOCK), panels = std::max<int64_t>(1, (n + widest - 1) / widest);
     columns = rounded_up((n + panels - 1) / panels, BLOCK);
-    rows = rounded_up(parts == 1 ? m : std::min(m, WAITING_ROWS), BLOCK);
+    rows = rounded_up(parts == 1 && ranks == 0 ? m : std::min(m, WAITING_ROWS), BLOCK);
   }
   int64_t right_units() const { return columns * (part / Op::PACK); }
   int64_t term_units() const { return columns * term_steps * STEP_UNITS; }

@@ -309,7 +309,7 @@ def mlp_half_backward(
         p, ready = glu_recompute(glu_saved)
         hidden = (config.hidden_size,)
         d_p = group_backward(d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=below)
-        del p
+        del p, d_down
         if d_p is None:
             return None
         d_gate_up = torch.empty_like(gate_up)
@@ -317,12 +317,13 @@ def mlp_half_backward(
         del ready
     else:
         d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
+        del d_down
         d_gate_up = torch.empty_like(gate_up)
         # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
         glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h is None else d_p)
         if d_h is not None:
             lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
-    del d_p, d_down
+    del d_p
 
     if n2 is None:
         n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
