@@ -10,6 +10,7 @@ from dataclasses import fields
 
 import torch
 
+from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, group_of
 from backhand.nn.decoder.family import PER_LAYER_MODEL, DecoderConfig
@@ -18,11 +19,12 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.training.memory.shapes import USUAL, USUAL_LAST, Products
 
 
-def expert_products(config: DecoderConfig, layout: AdapterLayout) -> int:
+def expert_products(config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype) -> int:
     """What `ModelSize` has: of gate and up, of down, of the gradients of what enters them, and of their factors.
 
-    Loops take products with factors but for those of lora_B in the backward, whose gradient lies in PEFT's order; where
-    gate's and up's outputs take turns, it is put in this order afterwards.
+    Loops take the first four where they multiply by tiles, and products with factors but for those of lora_B in the
+    backward, whose gradient lies in PEFT's order; where gate's and up's outputs take turns, it is put in this order
+    afterwards.
     """
     if config.mixture is None:
         return 0
@@ -30,7 +32,7 @@ def expert_products(config: DecoderConfig, layout: AdapterLayout) -> int:
     by_torch = [2 if loops_are_there() else 6 for _ in adapted]
     if loops_are_there() and config.mixture.interleaved and GATE_UP in adapted:
         by_torch.remove(2)
-    return 4 + sum(by_torch)
+    return (0 if is_taken(dtype) else 4) + sum(by_torch)
 
 
 def more_kernels(config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype) -> tuple[int, int, int, int]:

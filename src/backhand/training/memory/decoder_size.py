@@ -199,7 +199,7 @@ def decoder_size(
         cache_bytes=bytes_per_row(config, _FLOATING[b], 1) - bytes_per_row(config, _FLOATING[b], 0),
         mixer_state_bytes=bytes_per_row(config, _FLOATING[b], 0),
         unpacked_bytes=0 if quantized_bytes is None else min(piece, largest * b),
-        expert_products=expert_products(config, layout),
+        expert_products=expert_products(config, layout, _FLOATING[b]),
         expert_choices=config.mixture.experts * sum(layer.experts for layer in config.layers) if config.mixture else 0,
         expert_share=min(1.0, 2 * chosen / config.mixture.experts) if config.mixture else 1.0,
         last_attending_bytes=mixing[-1] if above else 0,
@@ -337,10 +337,10 @@ def _sums_of_factors(layout: AdapterLayout, b: int) -> dict[int, int]:
 def _looped_block(config: DecoderConfig, b: int, dropout: bool, sums: Mapping[int, int]) -> tuple[int, list[int]]:
     """Bytes per token that are alive under compiled loops, besides what is kept: in MLPs, and in each layer's mixing.
 
-    In the MLP's half p, d_p, d_gate_up and the stream's gradients are; of experts the rows that enter and their
-    gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, n₁, d_n₁, d_o, d_qkv and a norm's, with
-    another mixer the gradients of its output and its input. Where the stream enters the halves as it is, there is no
-    n₁. In both is attention's output where it is made again, in a buffer that stays for the block below.
+    In the MLP's half d_p, in whose place p is later, d_gate_up and the stream's gradients are; of experts the rows that
+    enter and their gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, n₁, d_n₁, d_o, d_qkv and a
+    norm's, with another mixer the gradients of its output and its input. Where the stream enters the halves as it is,
+    there is no n₁. In both is attention's output where it is made again, in a buffer that stays for the block below.
     """
     d, f = config.hidden_size, max(config.at(layer).intermediate_size for layer in config.layers)
     masked = max(f, d) * (b + 2) if dropout else 0

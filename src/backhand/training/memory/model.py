@@ -173,7 +173,7 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
 
 def _bytes_of_kernels(size: ModelSize, shape: StepShape) -> int:
     """Of compiled kernels that are there in the end; none where none are compiled."""
-    if not shape.kernels:
+    if not shape.kernels and not any(shape.kernel_sizes):
         return 0
     more = sum(count * each for count, each in zip(shape.kernel_sizes, size.more_kernels, strict=True))
     all_tokens = min(kept_kernels(), shape.kernels + more)
