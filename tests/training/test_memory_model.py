@@ -252,6 +252,7 @@ def test_kernels_are_those_of_all_kinds_of_layers(variant: str, counted: int, mo
 def test_kernels_of_experts_are_those_of_the_numbers_of_tokens_that_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few draws all differ, of many most numbers come up; and what is compiled in another's place leaves something."""
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+    monkeypatch.setattr("backhand.training.memory.decoder_kernels.is_taken", lambda dtype: False)
     config = decoder_config(tiny_config("mixtral").to_dict())
     experts, layers = 5, len(config.layers)
     shapes = module_shapes(config)
@@ -272,6 +273,11 @@ def test_kernels_of_experts_are_those_of_the_numbers_of_tokens_that_come_up(monk
     more = replace(decoder_size(config, resolve_adapter(adapted, shapes), 2), more_kernels=(0, 0, 0, 0))
     assert more.expert_products == (8 if loops_are_there() else 16)
     assert of_experts(100, 1, more) > 1.9 * of_experts(100, 1)
+    monkeypatch.setattr("backhand.training.memory.decoder_kernels.is_taken", lambda dtype: True)
+    by_tiles = decoder_size(config, resolve_adapter(adapted, shapes), 2)
+    assert by_tiles.expert_products == more.expert_products - 4, "what goes by tiles compiles none"
+    alone = StepShape(100, 10, kernel_sizes=(1, 0, 0, 0), micro_batches=1)
+    assert parts_of(by_tiles, alone, "none", 0)["compiled kernels"] > 0, "where nothing else does"
 
 
 @pytest.mark.skipif(not loops_are_there() or sys.platform != "linux", reason="of compiled loops, measured on Linux")
@@ -285,7 +291,7 @@ def test_a_large_rank_is_added_up_in_what_is_counted(monkeypatch: pytest.MonkeyP
         adapter = LoRAConfig(rank=rank, target_modules=targets)
         return decoder_size(config, resolve_adapter(adapter, module_shapes(config)), 4).block_bytes
 
-    assert at_work("gate_proj", "up_proj") - at_work("v_proj") == (d - f + columns * 512) * 4
+    assert at_work("gate_proj", "up_proj") - at_work("v_proj") == (2 * d - f + columns * 512) * 4
     g, h = torch.zeros(tokens, 2 * f), torch.zeros(tokens, 2 * rank)
     factors = [torch.zeros(f, rank) for _ in range(2)]
     members = [Member(place * f, factor, 1.0, factor) for place, factor in enumerate(factors)]

@@ -182,7 +182,8 @@ def decoder_size(
         delta_heads=_delta_heads(config) if any(delta[lowest:]) else None,
         again_bytes={
             "none": 0,
-            "mlp": max(gate_ups, default=0) * b,
+            # What gate and up are made of stays until their own gradients are there.
+            "mlp": (max(gate_ups, default=0) + (d if looped and gate_ups else 0)) * b,
             "block": again + (scratch * b if above else 0),
         },
         run_token_bytes=0 if looped else (2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
@@ -351,7 +352,7 @@ def _looped_block(config: DecoderConfig, b: int, dropout: bool, sums: Mapping[in
     # The sums of a group are there before the gradient of what enters it, those of the output before anything else.
     mixing = [max(here, here - d * b + sums[INPUT], (2 * d + output) * b + sums[OUTPUT]) for here in mixing]
     factors = (2 * d + 2 * f) * b + max(sums[GATE_UP], sums[DOWN])
-    mlp = max((d + 3 * f) * b, (d + _experts_at_work(config, 3)) * b, factors)
+    mlp = max(3 * f * b, (2 * d + 2 * f) * b, (d + _experts_at_work(config, 3)) * b, factors)
     return output * b + mlp + masked, mixing
 
 
