@@ -241,6 +241,7 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
     for (int64_t s = 0; s < count; ++s, a += STEP, b += STEP, onto = true)
       product<Op>(BLOCK, BLOCK, STEP_UNITS, a, STEP_UNITS, b, BLOCK, sums, BLOCK, onto);
   };
+  if (steps == 0 && !add) std::fill(sums, sums + BLOCK * BLOCK, typename Op::Sum(0));
   along_steps(steps, left, right, add);
   along_steps(term_steps, term_left, term_right, MUTATED("dense_product: terms alone", true, false));
 }
