@@ -5,7 +5,7 @@ more. Here the products with the factors go on with the same sums, and an elemen
 (native/dense_product.h). A row's bits do not depend on how many rows, columns or threads there are.
 
 Other instruction sets keep their library, which multiplies float32, and bfloat16 without tiles, at its processor's
-rate; oneDNN gives small products of 32-row tiles one thread of two.
+rate; with AMX oneDNN gives products of few outputs one thread of two.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def dense_product(
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
     numbers: list[int] = []
     for (column, h, factor, _, shrink), (kept, transposed) in zip(terms, factors, strict=True):
-        numbers += (column, *factor.shape, *_matrix(h), *_matrix(kept), transposed)
-        numbers += (0, 0) if shrink is None else _matrix(shrink)
+        numbers += (column, *factor.shape, *matrix(h), *matrix(kept), transposed)
+        numbers += (0, 0) if shrink is None else matrix(shrink)
     call = (
-        *(*_matrix(x), *_matrix(stored), turned, *_matrix(y)),
-        *((None, 0) if residual is None else _matrix(residual)),
+        *(*matrix(x), *matrix(stored), turned, *matrix(y)),
+        *((None, 0) if residual is None else matrix(residual)),
         *(None if bias is None else bias.data_ptr(), len(terms)),
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
@@ -113,6 +113,11 @@ def as_stored(factor: Tensor) -> tuple[Tensor, bool]:
     return (factor, False) if columns == 1 or rows != 1 else (factor.T, True)
 
 
+def matrix(x: Tensor) -> tuple[int, int]:
+    """Address, and how far rows are apart."""
+    return x.data_ptr(), x.stride(0)
+
+
 class _Kept(threading.local):
     """What a thread's products work in, from one to the next."""
 
@@ -126,7 +131,3 @@ _KEPT = _Kept()
 def drop_room() -> None:
     """Give it back."""
     _KEPT.room = torch.empty(0, dtype=torch.uint8)
-
-
-def _matrix(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.stride(0)

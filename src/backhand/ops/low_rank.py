@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import as_stored, matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
 
 _MATRIX = (POINTER, INT64)
@@ -50,13 +51,13 @@ def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None) -> 
         factor: F, (n, rank), or a view of its transpose, as lora_A.T is.
         out: (rows, rank) to receive it, or None.
     """
-    stored = _stored(factor)
+    stored = as_stored(factor)[0]
     run = loop(_SHRINK, v, stored, out)
     if run is None:
         return v @ factor if out is None else out.copy_(v @ factor)
     if out is None:
         out = torch.empty(v.shape[0], factor.shape[1], dtype=v.dtype)
-    _check(run(*_matrix(v), *_matrix(stored), stored is not factor, *_matrix(out), *v.shape, out.shape[1]))
+    _check(run(*matrix(v), *matrix(stored), stored is not factor, *matrix(out), *v.shape, out.shape[1]))
     return out
 
 
@@ -69,11 +70,11 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
         factor: F, (n, rank), or a view of its transpose.
         scaling: s.
     """
-    stored = _stored(factor)
+    stored = as_stored(factor)[0]
     run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
         return y.addmm_(h, factor.T, alpha=scaling)
-    _check(run(*_matrix(y), *_matrix(h), *_matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
+    _check(run(*matrix(y), *matrix(h), *matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
     return y
 
 
@@ -88,7 +89,7 @@ def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
     if not into:
         return
     run = loop(_GATHER, v, h)
-    stored = [_stored(part) for part in into]
+    stored = [as_stored(part)[0] for part in into]
     dtype, transposed = stored[0].dtype, stored[0] is not into[0]
     wide = torch.promote_types(v.dtype, torch.float32)
     alike = all(part.dtype == dtype and part.stride(1) == 1 for part in stored)
@@ -99,7 +100,7 @@ def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
             part.add_(added.T)
         return
     places = _places(stored, transposed)
-    _check(run(*_matrix(v), *_matrix(h), *places, transposed, dtype == wide, *v.shape))
+    _check(run(*matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape))
 
 
 class Member(NamedTuple):
@@ -139,10 +140,10 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
         return d_h
     numbers: list[int] = []
     for column, lora_B, _, into in members:
-        numbers += (column, *lora_B.shape, *_matrix(lora_B), *_matrix(into))
+        numbers += (column, *lora_B.shape, *matrix(lora_B), *matrix(into))
     table = (INT64 * len(numbers))(*numbers)
     scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
-    places = (*_matrix(g), *_matrix(h), *_matrix(d_h))
+    places = (*matrix(g), *matrix(h), *matrix(d_h))
     by_parts = by_parts_of_rows(g.dtype)
     _check(run(*places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0]))
     return d_h
@@ -164,16 +165,6 @@ def by_parts_of_rows(dtype: torch.dtype) -> bool:
     """Whether `low_rank_backward` divides rows among threads, which suits AMX's tiles, and not the columns of G."""
     build = library()
     return dtype == torch.bfloat16 and build is not None and build.name == "amx"
-
-
-def _stored(factor: Tensor) -> Tensor:
-    """The factor, or its transpose if that is what lies row by row."""
-    rows, columns = factor.stride()
-    return factor if columns == 1 or rows != 1 else factor.T
-
-
-def _matrix(x: Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.stride(0)
 
 
 def _check(outcome: int) -> None:
