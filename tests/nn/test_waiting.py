@@ -9,6 +9,7 @@ import textwrap
 import threading
 
 import pytest
+import torch
 
 from backhand.cli.command import Prepared
 from backhand.cli.main import run_prepared
@@ -159,6 +160,27 @@ def test_more_threads_than_cores_do_not_spin():
     if answer == "none":
         pytest.skip("torch computes with another OpenMP here")
     assert answer == "True True True True True"
+
+
+@pytest.mark.parametrize("torch_threads", [2, 5, 8])
+def test_as_many_are_held_whatever_becomes_of_torch_s_threads_and_of_the_cores(torch_threads, monkeypatch):
+    """Eight cores when libgomp was loaded: the count of its threads stays above, with one of torch's threads or two."""
+    teams: list[int] = []
+
+    class OpenMP:
+        def GOMP_parallel(self, _function, _data, team, _flags):
+            teams.append(team)
+
+        def omp_get_num_procs(self):
+            return 2  # as many as are allowed by now
+
+    monkeypatch.setattr(waiting, "_libgomp", lambda _: OpenMP())
+    monkeypatch.setattr(waiting.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    more = waiting.MoreThreads()
+    more.hold()
+    more.let_go()
+    assert [1 + team - 1 > 8 for team in teams] == [True]
 
 
 def test_nothing_is_held_where_there_is_no_libgomp(monkeypatch):

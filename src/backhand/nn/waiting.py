@@ -129,8 +129,9 @@ class MoreThreads:
         openmp = _libgomp(torch)
         if openmp is None:
             return
-        # The pool of torch's threads and this one's, whose own thread is not counted.
-        team = max(2, openmp.omp_get_num_procs() - torch.get_num_threads() + 2)
+        # More than libgomp can have counted cores when it was loaded, whatever the allowed cores and the number of
+        # torch's threads become while these are held. This team's own thread is not counted, the program's first is.
+        team = (os.cpu_count() or 1) + 1
         entered, over = threading.Event(), threading.Event()
 
         def keep() -> None:
@@ -165,7 +166,6 @@ def _libgomp(torch: Any) -> Any | None:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         library.GOMP_parallel.restype = None
-        library.omp_get_num_procs.restype = ctypes.c_int
     except (OSError, AttributeError):
         return None
     return library
