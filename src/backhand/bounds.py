@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -174,8 +175,21 @@ def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
         raise UsageError(f"{where} {text!r} is not text", where=where)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if half is None:
+        return
+    encoding = sys.getfilesystemencoding()
+    if not "\udc80" <= half <= "\udcff":
         raise UsageError(f"{where} holds half of a surrogate pair, which no tokenizer can read", where=where)
+    # What Python makes of a byte of the command line that it cannot read.
+    raise UsageError(
+        f"{where} cannot be read",
+        where=where,
+        why=f"byte 0x{ord(half) & 0xFF:02x} in it is none of {encoding}, as which this command line is read",
+        next_step="convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
+        if encoding == "utf-8"
+        else "set LC_ALL=C.UTF-8, and leave PYTHONUTF8 unset",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,23 @@ def test_a_prompt_that_is_not_utf8(
     assert "standard input: the prompt is not UTF-8" in error and "byte 0xe9" in error
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_prompt_in_the_c_locale(
+    errors: str, base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python without its UTF-8 mode takes standard input for ASCII there."""
+    expected = answered(capsys, [*base, "--prompt", "café", "--greedy"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("café\n".encode()), encoding="ascii", errors=errors))
+    assert answered(capsys, [*base, "--prompt", "-", "--greedy"]) == expected
+
+
+def test_a_typed_prompt_that_cannot_be_read(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*base, "--prompt", "caf\udce9"]) == 2
+    error = capsys.readouterr().err
+    assert "--prompt: prompt cannot be read" in error and "byte 0xe9 in it is none of utf-8" in error
+    assert "iconv" in error and "surrogate" not in error
+
+
 def test_an_answer_that_fills_the_context_says_so(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*base[:-1], "100000", "--prompt", QUESTION, "--greedy"]) == 0
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ run.
 
 from __future__ import annotations
 
+import codecs
 import os
 import signal
 import sys
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     set_waiting()  # what is read later, `nn.compute` sets
     _open_closed_streams()
-    _write_anything()
+    _carry_anything()
     try:
         with _terminated_as_exit():
             given = words[1:] if words[:1] == ["--debug"] else words
@@ -111,12 +112,21 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - open until the end
 
 
-def _write_anything() -> None:
-    """Standard output takes what standard error takes: half of a surrogate pair, from a file, as its code."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)  # what a program has put in its place may have none
-    if reconfigure is not None:
+def _carry_anything() -> None:
+    """Standard output takes what standard error takes, half of a surrogate pair, from a file, as its code.
+
+    Streams that Python takes for ASCII, as in the C locale without its UTF-8 mode, carry UTF-8: what is piped in has
+    to be that, and JSON is.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # what a program has put in its place may have none
+        if reconfigure is None:
+            continue
         with suppress(OSError, ValueError):  # it is written out first, and may be closed
-            reconfigure(errors="backslashreplace")
+            if codecs.lookup(stream.encoding).name == "ascii":
+                reconfigure(encoding="utf-8", errors=stream.errors)
+            if stream is sys.stdout:
+                reconfigure(errors="backslashreplace")
 
 
 def _values_joined(words: Sequence[str]) -> list[str]:
