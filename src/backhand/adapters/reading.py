@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ class AdapterContents:
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The directory that holds the adapter: `path` itself, or its only sub-folder that does.
+    """The directory that holds the adapter: `path` itself, a run's `adapter/`, or its only sub-folder that does.
 
     Raises:
         ArtifactError: there is none, or several to choose from.
@@ -118,22 +119,39 @@ def find_adapter(path: Path | str) -> Path:
             raise ArtifactError(what, where=str(path), next_step="give the directory that holds adapter_config.json")
         if (path / CONFIG_FILE).exists():
             return path
-        named = sorted(folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists())
+        named = sorted((folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists()), key=_by_number)
+        begun = (path / "config.toml").exists() and (path / "checkpoints").is_dir()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise ArtifactError(f"cannot be read: {error}", where=str(path)) from None
+    if path / _OF_RUN in named:
+        return path / _OF_RUN  # what else lies in a run's directory was made of it
     if len(named) == 1:
         return named[0]
     if named:
         raise ArtifactError(
             f"holds several adapters: {name_list(folder.name for folder in named)}",
             where=str(path),
-            next_step=f"give one of them, such as {named[0]}",
+            next_step=f"give one of them, such as {named[-1]}",
+        )
+    if begun:
+        raise ArtifactError(
+            "this run has saved no adapter yet",
+            where=str(path),
+            next_step="wait for its first checkpoint; where it was stopped before, go on with --resume",
         )
     raise ArtifactError(
         f"holds no adapter: there is no {CONFIG_FILE}",
         where=str(path),
         next_step="give the directory that training or PEFT wrote",
     )
+
+
+_OF_RUN = "adapter"
+
+
+def _by_number(folder: Path) -> list[str | int]:
+    """Checkpoints in their order, step-8 before step-16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,18})", folder.name)]
 
 
 def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> AdapterContents:
