@@ -177,6 +177,14 @@ def test_a_signal_before_there_is_anything_to_save(
     ranks = ranks_of(straight, tmp_path / "run", 2, at_place={rank: ("load", number)})
     assert ranks.exit_codes() == [code, code], ranks.said()
     assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "KeyboardInterrupt" not in "".join(ranks.said()) and "SystemExit" not in "".join(ranks.said())
+
+
+def test_processes_that_are_interrupted_together_say_so_once(straight: TrainConfig, tmp_path: Path) -> None:
+    both = dict.fromkeys((0, 1), ("load", "interrupt"))
+    ranks = ranks_of(straight, tmp_path / "run", 2, at_place=both)
+    assert ranks.exit_codes() == [130, 130]
+    assert ranks.said() == ["interrupted\n", ""]
 
 
 @pytest.mark.parametrize(("rank", "place"), KILLED)

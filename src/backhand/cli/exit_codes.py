@@ -76,7 +76,7 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
         case CycloptsError():
             return f"error: {bounded(_usage(error))}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():
-            return "interrupted"
+            return "" if _is_another_s_follower() else "interrupted"
         case BrokenPipeError() | SystemExit():
             return ""
         case _ if _is_out_of_memory(error):
@@ -94,6 +94,11 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
                 "  next: take the model's files from where they come from, once more"
             )
     return _explain_bug(error, arguments)
+
+
+def _is_another_s_follower() -> bool:
+    """Whether this is one of a run's processes on this machine, and not the first of them: that one speaks for all."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:

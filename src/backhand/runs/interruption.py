@@ -25,10 +25,18 @@ class Interrupted(BackhandError):
     """
 
     def __init__(self, number: int, step: int, next_step: str) -> None:
-        name = _NAMES.get(signal.Signals(number).name, "stopped")
+        name = stop_word(number) or "stopped"
         super().__init__(f"{name} after step {step}; everything up to it is saved", next_step=next_step)
         self.step = step
         self.exit_code = 128 + number
+
+
+def stop_word(number: int) -> str | None:
+    """What a process that ends by a signal was; None for numbers that are none of those it is stopped by."""
+    for name, word in _NAMES.items():
+        if number == getattr(signal, name, None):
+            return word
+    return None
 
 
 def signal_in(reason: str) -> int | None:

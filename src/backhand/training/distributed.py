@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError, short_reason
+from backhand.runs.interruption import stop_word
 from backhand.training.config import Reduce
 from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
 from backhand.training.pulse import Pulse, StoppedElsewhere
@@ -301,7 +302,8 @@ class Group(Processes):
         elif isinstance(error, BackhandError):
             error.said_elsewhere = self._pulse.leave(exit_code, error.one_line, echo=False)
         else:
-            self._pulse.leave(exit_code, f"{type(error).__name__}: {error}", echo=False)
+            word = stop_word(exit_code - 128) if isinstance(error, KeyboardInterrupt | SystemExit) else None
+            self._pulse.leave(exit_code, word or f"{type(error).__name__}: {error}", echo=False)
         if self._waiting:
             # A thread of gloo's still waits for a process that is gone, and Python would wait for that thread.
             atexit.register(_end_now, exit_code)
