@@ -100,3 +100,10 @@ def test_lint_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert "every answer is empty, in 1 row" in error
     assert "other columns: chosen_answer" in error
+
+
+def test_a_file_without_a_good_row_says_why_the_first_is_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a",}\n')
+    with pytest.raises(DataError) as raised:
+        prepare(DataOptions(data=(str(tmp_path / "rows.jsonl"),), skip_bad=True), tiny_tokenizer())
+    assert "this is not valid JSON" in str(raised.value.why) and "at column" in str(raised.value.why)

@@ -87,6 +87,29 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, said: str) 
 
 
 @pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("{'text': 'a'}", "JSON has double quotes"),
+        ('{"text": "it\'s", \'n\': 1}', "JSON has double quotes"),
+        ('{"text":', "call the file .json"),
+        ("{", "call the file .json"),
+        ('{"text": "a",}', None),
+    ],
+)
+def test_usual_slips_in_json_have_their_remedy(tmp_path: Path, line: str, remedy: str | None) -> None:
+    path = write(tmp_path / "rows.jsonl", f"{line}\n")
+    said = BadRows(skip_bad=True)
+    assert list(read_rows(str(path), said)) == []
+    found = said.errors[0].next_step
+    assert found is None if remedy is None else remedy in str(found)
+
+
+def test_a_spreadsheet_is_called_one(tmp_path: Path) -> None:
+    error = failure(write(tmp_path / "rows.xlsx", b"PK\x03\x04rest"))
+    assert "spreadsheet" in error.what and "CSV" in str(error.next_step)
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "empty"),

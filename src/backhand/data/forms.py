@@ -9,6 +9,7 @@ from typing import Any
 from backhand.data.messages import Conversation, read_conversation, read_turns
 from backhand.data.rows import BadRows, RawRow, describe
 from backhand.errors import DataError
+from backhand.words import name_list
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
         raise DataError(
             f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
             where=raw.source,
+            why=f"its other columns: {name_list(others)}" if (others := sorted(present - {*asking.columns})) else None,
             next_step=f"call the column {meant_so[0]} {answer}" if meant_so else None,
         )
     for form in FORMS:

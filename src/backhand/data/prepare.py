@@ -260,7 +260,7 @@ def _no_rows(name: str, first: DataError | None, count: int) -> DataError:
     return DataError(
         f"no row can be used: {count:,} malformed",
         where=name,
-        why=f"the first: {first.where}: {first.what}",
+        why="; ".join(part for part in (f"the first: {first.where}: {first.what}", first.why) if part),
         next_step=first.next_step or "correct the file; --skip-bad is for a few bad rows among good ones",
     )
 

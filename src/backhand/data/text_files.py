@@ -45,6 +45,8 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -
         except UnicodeDecodeError as error:
             bad.add(latin1_error(source, line[error.start]))
         except DataError as error:
+            if text.startswith("{") and not text.endswith("}"):
+                error.next_step = "write a row on one line, or call the file .json, where it may go on over several"
             bad.add(error)
 
 
@@ -87,7 +89,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 def _json_error(error: json.JSONDecodeError, text: str, source: str) -> DataError:
     around = text[max(0, error.pos - 20) : error.pos + 20]
     shown = f" near {around!r}" if around.strip() else ""
-    return DataError(f"this is not valid JSON{shown}", where=source, why=f"{error.msg}, at column {error.colno}")
+    remedy = None
+    if text[error.pos : error.pos + 1] == "'":
+        remedy = "JSON has double quotes: write rows with json.dumps, not with str or repr"
+    return DataError(
+        f"this is not valid JSON{shown}",
+        where=source,
+        why=f"{error.msg}, at column {error.colno}",
+        next_step=remedy,
+    )
 
 
 def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) -> Iterator[RawRow]:
@@ -318,6 +328,8 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
             next_step=f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW",
         )
     if head.startswith(b"PK\x03\x04"):
+        if Path(path).suffix.lower() in (".xlsx", ".ods"):
+            raise DataError("the file is a spreadsheet", where=where, next_step="save it as CSV, in UTF-8")
         raise DataError("the file is a zip archive", where=where, next_step="unpack it first")
     if head.startswith(b"version https://git-lfs"):
         raise DataError(
