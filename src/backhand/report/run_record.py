@@ -76,7 +76,7 @@ def read_run(path: Path) -> RunRecord:
         config = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"there is no run in {path}", where="runs", next_step="give a directory that `backhand train` made"
+            f"there is no run in {path}", next_step="give a directory that `backhand train` made"
         ) from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None

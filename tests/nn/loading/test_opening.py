@@ -120,6 +120,24 @@ def test_a_hub_model_that_is_neither_cached_nor_reachable(cache: Path, tmp_path:
         open_model("owner/tiny", revision="other")
 
 
+def test_a_name_that_is_nearly_that_of_a_model_here(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not cache.exists()
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tiny_model("llama"), tmp_path / "models" / "mine")
+    (tmp_path / "models" / "notes").mkdir()
+    (tmp_path / "small.gguf").touch()
+    for typed, meant in (("models/mime", "models/mine"), ("smal.gguf", "small.gguf"), ("smollm2-135", "smollm2-135m")):
+        with pytest.raises(ArtifactError) as raised:
+            open_model(typed)
+        assert str(raised.value.next_step).startswith(f"did you mean {meant}? Else "), typed
+    for typed in ("models/note", "owner/tiny"):
+        with pytest.raises(ArtifactError) as raised:
+            open_model(typed)
+        assert "did you mean" not in str(raised.value.next_step), typed
+
+
 def test_an_interrupted_download_is_completed_or_named(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -394,6 +396,16 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
     return HuggingFaceDirectory(path, hub_id=hub_id, origin=f"{hub_id} at {path.name}")
 
 
+def nearest_here(name: str) -> str:
+    """A question where the name looks much like that of a model here; "" otherwise."""
+    near = {NAME: NAME}
+    with suppress(OSError):
+        there = Path(name).parent.iterdir()
+        near |= {place.name: str(place) for place in there if place.suffix == ".gguf" or (place / CONFIG_FILE).is_file()}
+    found = difflib.get_close_matches(Path(name).name, near, n=1, cutoff=0.75)
+    return f"did you mean {near[found[0]]}? Else " if found else ""
+
+
 def _snapshot(hub_id: str, revision: str | None, *, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -420,8 +432,10 @@ def _fetched(hub_id: str, revision: str | None) -> Path:
         elif isinstance(error, RevisionNotFoundError):
             what, next_step = f"has no revision {revision}", "name a branch, tag or commit of it"
         elif isinstance(error, RepositoryNotFoundError):
-            what, next_step = "is not on the hub, or is private", "check the spelling, or set HF_TOKEN"
+            what, next_step = "is not on the hub, or is private", f"{nearest_here(hub_id)}check the spelling, or set HF_TOKEN"
         else:
             what, why = "is neither cached nor reachable", first_line(error)
-            next_step = f"connect to the network once, or give a local directory or .gguf file, or {NAME}"
+            next_step = (
+                f"{nearest_here(hub_id)}connect to the network once, or give a local directory or .gguf file, or {NAME}"
+            )
         raise ArtifactError(f"the model {hub_id} {what}", why=why, next_step=next_step) from None
