@@ -168,13 +168,14 @@ def test_closed_standard_streams(closed: str) -> None:
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
-def test_an_interruption_while_the_command_line_is_imported_ends_quietly() -> None:
-    """The interruption comes from within the import, at the first of its own modules that it asks for."""
+@pytest.mark.parametrize("module", ["backhand.cli.commands", "cyclopts.group"])
+def test_an_interruption_while_the_command_line_is_imported_ends_quietly(module: str) -> None:
+    """The interruption comes from within the import: of its own modules, or in the middle of its parser's."""
     script = (
         "import os, signal, sys\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'backhand.cli.commands':\n"
+        f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "            signal.sigtimedwait([], 10)\n"
         "sys.meta_path.insert(0, Interrupts())\n"

@@ -9,10 +9,12 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
-
-from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+from typing import TYPE_CHECKING
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, bounded
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError, UnknownOptionError
 
 BUG = 1
 USAGE = 2
@@ -41,14 +43,14 @@ def exit_code(error: BaseException) -> int:
     match error:
         case BackhandError():
             return error.exit_code
-        case CycloptsError():
-            return USAGE
         case KeyboardInterrupt():
             return INTERRUPTED
         case BrokenPipeError():
             return BROKEN_PIPE
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case _ if _of_the_parser(error) is not None:
+            return USAGE
         case _ if _is_out_of_memory(error):
             return RESOURCES
         case OSError() if error.errno in _USAGE_ERRNOS:
@@ -73,12 +75,12 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
         case BackhandError():
             # Stopping when asked to is no error, although the shell gets a code for it.
             return str(error) if error.exit_code > SIGNAL else f"error: {error}{_general_advice(error, arguments)}"
-        case CycloptsError():
-            return f"error: {bounded(_usage(error))}\n  next: {_help_command(error)}"
         case KeyboardInterrupt():
             return "" if _is_another_s_follower() else "interrupted"
         case BrokenPipeError() | SystemExit():
             return ""
+        case _ if (wrong := _of_the_parser(error)) is not None:
+            return f"error: {bounded(_usage(wrong))}\n  next: {_help_command(wrong)}"
         case _ if _is_out_of_memory(error):
             return (
                 "error: not enough memory\n"
@@ -94,6 +96,15 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
                 "  next: take the model's files from where they come from, once more"
             )
     return _explain_bug(error, arguments)
+
+
+def _of_the_parser(error: BaseException) -> CycloptsError | None:
+    """The error as cyclopts' own, if it is.
+
+    Nothing is imported for that: an import may be what was interrupted, and what is there of it in pieces.
+    """
+    kind = getattr(sys.modules.get("cyclopts"), "CycloptsError", ())
+    return error if isinstance(error, kind) else None
 
 
 def _is_another_s_follower() -> bool:
@@ -129,6 +140,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _usage(error: CycloptsError) -> str:
+    from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
         return f"Unexpected {' '.join(map(repr, words))}: there is no place for it."
