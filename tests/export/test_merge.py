@@ -192,6 +192,22 @@ def test_an_update_that_bfloat16_rounds_away_fails_and_leaves_nothing(
     assert main([*words, str(tmp_path / "lossy"), "--tolerance", "2"]) == 0
 
 
+def test_rounding_that_takes_more_than_the_update_is_no_share_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
+    base = write_tiny_gguf(model, tmp_path / "base.gguf")
+    adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=0.01)
+    words = ["merge", "--model", str(base), "--adapter", str(adapter), "--tolerance", "1000", "--dtype"]
+    assert main([*words, "q8_0", "--output", str(tmp_path / "q8_0.gguf")]) == 0
+    rounded = capsys.readouterr().out
+    assert min(float(mean) for mean in re.findall(r"mean (\S+) +most", rounded)) > 1
+    assert "above 1: the base's own numbers are rounded too" in rounded and "share of the update" not in rounded
+    assert "differ by a small share of what the adapter changes (" in rounded
+    assert main([*words, "float32", "--output", str(tmp_path / "float32.gguf")]) == 0
+    assert "above 1" not in capsys.readouterr().out
+
+
 def test_the_share_lost_is_one_where_all_is_lost_and_small_where_nothing_is() -> None:
     weight = torch.ones(8, 6)
     factors = ModuleFactors(torch.full((1, 6), 1e-2), torch.full((8, 1), 1e-2), 1.0)  # 1e-4 beside 1: gone in bfloat16

@@ -165,8 +165,8 @@ def _prove(
         f"largest {measured.largest:.2g}"
     )
     prover.check(
-        f"on {wanted.shape[0]} probe tokens the merged model does what base and adapter do, "
-        "but for this share of what the adapter changes",
+        f"on {wanted.shape[0]} probe tokens the logits of the merged model and of base with adapter differ by a small "
+        "share of what the adapter changes",
         measured.share,
         tolerance,
         "store it in a wider type (--dtype float32), or, if so much may be lost, give a higher --tolerance",
@@ -204,13 +204,13 @@ def describe_base(source: ModelSource) -> str:
 
 
 def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
-    """Per layer: the largest and the mean share of the update that rounding took, and its size against the weights."""
+    """Per layer: the largest and the mean error of rounding over the update, and the update over the weights."""
     layers: dict[tuple[int, str], list[ModuleLoss]] = {}
     for loss in losses:
         match = _LAYER.search(loss.name)
         place = (int(match[1]), f"layer {match[1]}") if match else (_BEHIND_ALL_LAYERS, loss.name)
         layers.setdefault(place, []).append(loss)
-    prover.say("share of the update lost to rounding, by layer:")
+    prover.say("error of rounding over the size of the update, by layer:")
     for (_, layer), members in sorted(layers.items()):
         worst = max(members, key=lambda loss: loss.lost)
         mean = sum(loss.lost for loss in members) / len(members)
@@ -219,6 +219,8 @@ def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
             f"  {layer:>9}  mean {mean:.2g}  most {worst.lost:.2g} ({worst.name.rpartition('.')[2]})  "
             f"update {size:.2g} of the weight"
         )
+    if any(loss.lost > 1 for loss in losses):
+        prover.say("above 1: the base's own numbers are rounded too, by more than the update; see the logits, below")
 
 
 def merge_card(opened: OpenedAdapter, base: str) -> str:
