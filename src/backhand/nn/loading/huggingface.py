@@ -401,7 +401,8 @@ def nearest_here(name: str) -> str:
     near = {NAME: NAME}
     with suppress(OSError):
         there = Path(name).parent.iterdir()
-        near |= {place.name: str(place) for place in there if place.suffix == ".gguf" or (place / CONFIG_FILE).is_file()}
+        models = (place for place in there if place.suffix == ".gguf" or (place / CONFIG_FILE).is_file())
+        near |= {place.name: str(place) for place in models}
     found = difflib.get_close_matches(Path(name).name, near, n=1, cutoff=0.75)
     return f"did you mean {near[found[0]]}? Else " if found else ""
 
@@ -432,7 +433,8 @@ def _fetched(hub_id: str, revision: str | None) -> Path:
         elif isinstance(error, RevisionNotFoundError):
             what, next_step = f"has no revision {revision}", "name a branch, tag or commit of it"
         elif isinstance(error, RepositoryNotFoundError):
-            what, next_step = "is not on the hub, or is private", f"{nearest_here(hub_id)}check the spelling, or set HF_TOKEN"
+            what = "is not on the hub, or is private"
+            next_step = f"{nearest_here(hub_id)}check the spelling, or set HF_TOKEN"
         else:
             what, why = "is neither cached nor reachable", first_line(error)
             next_step = (

@@ -52,8 +52,8 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         f"there is no model {name or 'without a name'}",
         why="it is no file, no directory, and no hub id of the form owner/model",
         next_step=(
-            f"{nearest_here(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, or {NAME}; "
-            "`backhand models` lists what is on this machine"
+            f"{nearest_here(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
+            f"or {NAME}; `backhand models` lists what is on this machine"
         ),
     )
 
