@@ -186,6 +186,26 @@ def test_an_interruption_while_the_command_line_is_imported_ends_quietly(module:
     assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", "interrupted\n")
 
 
+def test_an_interruption_that_a_library_makes_an_error_of_is_one_all_the_same() -> None:
+    """As extensions written in C do, whose import fails by whatever happens within it."""
+    script = (
+        "import os, signal, sys\n"
+        "class Swallows:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'backhand.cli.commands':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "                signal.sigtimedwait([], 10)\n"
+        "            except KeyboardInterrupt:\n"
+        "                raise RuntimeError('it cannot be imported') from None\n"
+        "sys.meta_path.insert(0, Swallows())\n"
+        "from backhand.__main__ import run\n"
+        "sys.exit(run())\n"
+    )
+    finished = run("-c", script)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", "interrupted\n")
+
+
 def test_the_whole_version_names_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKHAND_KERNELS", "none")
     finished = run("-m", "backhand", "--version", "--verbose")

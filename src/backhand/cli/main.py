@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -69,11 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    interrupted: list[float] = []
     set_waiting()  # what is read later, `nn.compute` sets
     _open_closed_streams()
     _carry_anything()
     try:
-        with _terminated_as_exit():
+        with _signals_unwind(interrupted):
             given = words[1:] if words[:1] == ["--debug"] else words
             if sorted(given) == ["--verbose", "--version"]:
                 print(_verbose_version())
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
-        return _report(error, words, debug)
+        return _report(error, words, debug, interrupted)
 
 
 def run_prepared(prepared: Prepared) -> int:
@@ -144,11 +146,15 @@ def _values_joined(words: Sequence[str]) -> list[str]:
     return joined
 
 
-def _report(error: BaseException, words: Sequence[str], debug: bool) -> int:
+def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted: Sequence[float]) -> int:
     import traceback
 
-    from backhand.cli.exit_codes import exit_code, explanation
+    from backhand.cli.exit_codes import BUG, exit_code, explanation
 
+    just_now = bool(interrupted) and time.monotonic() - interrupted[-1] < _JUST_NOW_S
+    if just_now and isinstance(error, Exception) and exit_code(error) == BUG:
+        # A library whose import Ctrl-C ends makes an error of its own of it.
+        error = KeyboardInterrupt().with_traceback(error.__traceback__)
     if isinstance(error, BrokenPipeError):
         # The reader has left; what is still buffered must not raise again when Python closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,23 +172,38 @@ def _stderr_in_colour() -> bool:
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+_JUST_NOW_S = 2.0
+
+
 @contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed; training installs its own handler."""
+def _signals_unwind(interrupted: list[float]) -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed; training installs its own handlers.
+
+    Args:
+        interrupted: the times of Ctrl-C go here.
+    """
     from backhand.cli.exit_codes import TERMINATED
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        interrupted.append(time.monotonic())
+        raise KeyboardInterrupt
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
 
-    previous = signal.getsignal(signal.SIGTERM)
-    if previous is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
-        yield  # what was asked to ignore it goes on ignoring it; other threads may not set handlers
+    if threading.current_thread() is not threading.main_thread():
+        yield  # other threads may not set handlers
         return
-    signal.signal(signal.SIGTERM, terminate)
+    before = {}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # what was asked to ignore it goes on ignoring it
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _version() -> str:
