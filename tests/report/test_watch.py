@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,36 @@ def test_a_port_that_is_taken_is_named(server: WatchServer, finished: Path) -> N
         serving(WatchOptions(run=finished, port=server.server_port)),
     ):
         pass
+
+
+def test_an_answer_that_is_being_given_holds_up_no_end(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = threading.Event()
+
+    def endless(*_: Any, on_text: Any = lambda _: None, **__: Any) -> None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            on_text("and ")
+            given.set()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(prompt_box.GenerationSession, "answer", endless)
+    box = prompt_box.PromptBox(finished, threads=1, max_new_tokens=8)
+    refused: list[BaseException] = []
+
+    def asked() -> None:
+        try:
+            box.answer("name a list")
+        except UsageError as error:
+            refused.append(error)
+
+    asking = threading.Thread(target=asked)
+    asking.start()
+    assert given.wait(20)
+    began = time.monotonic()
+    box.close()
+    asking.join()
+    assert time.monotonic() - began < 10
+    assert "has been ended" in str(refused[0])
 
 
 def test_ctrl_c_ends_it_well(finished: Path) -> None:

@@ -64,10 +64,12 @@ class PromptBox:
         self._held = ExitStack()
         self._loaded: LoadedModel | None = None
         self._step = -1
+        self._closing = threading.Event()
         self._needs: Future[int] = self._worker.submit(self._weigh)
 
     def close(self) -> None:
-        """Wait for the answer that is being given, and let the model go."""
+        """End the answer that is being given, and let the model go."""
+        self._closing.set()
         self._worker.submit(self._held.close).result()
         self._worker.shutdown()
 
@@ -94,7 +96,7 @@ class PromptBox:
         """Answer by the base and with the newest adapter.
 
         Raises:
-            UsageError: there is no checkpoint yet, or no prompt.
+            UsageError: there is no checkpoint yet, or no prompt, or the box is closed meanwhile.
             ResourceError: the model does not fit the memory that is free.
             BackhandError: whatever loading and answering raise.
         """
@@ -108,10 +110,14 @@ class PromptBox:
         session = GenerationSession(loaded, self._config.data)
         ids = session.prompt_ids(prompt)
         loaded.model.use_adapter(False)
-        base = session.answer(ids, self._sampling).text
+        base = session.answer(ids, self._sampling, on_text=self._go_on).text
         loaded.model.use_adapter(True)
-        adapted = session.answer(ids, self._sampling).text
+        adapted = session.answer(ids, self._sampling, on_text=self._go_on).text
         return BoxAnswer(base, adapted, self._step, round(time.perf_counter() - began, 2))
+
+    def _go_on(self, _piece: str) -> None:
+        if self._closing.is_set():
+            raise UsageError("`backhand watch` has been ended")
 
     def _with_newest_adapter(self) -> LoadedModel:
         """The model with the adapter of the newest checkpoint, loaded again only where that is another one."""
