@@ -86,8 +86,7 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
             local_addr="127.0.0.1",
             shutdown_timeout=_SHUTDOWN_S,
         )
-        # What the launcher logs of a worker that ended is said better by the worker, and below.
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        _quiet_launcher()
         with _environment(_for_workers(config, typed)), _signals_kept():
             try:
                 elastic_launch(launch, sys.executable)("-m", "backhand", "train", str(toml))
@@ -99,6 +98,13 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
     if summary is None:
         raise ResourceError("the run has left no summary", where=str(config.run.output / SUMMARY))
     return summary
+
+
+def _quiet_launcher() -> None:
+    """What the launcher logs of a worker that ended is said better by the worker, and by us."""
+    room = "torch.distributed.elastic"
+    for name in (room, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{room}."))):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
 
 
 def _failure(failures: Mapping[int, Any]) -> BackhandError:

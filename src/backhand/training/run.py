@@ -425,7 +425,7 @@ def _inputs(config: TrainConfig) -> dict[str, Path | str | None]:
 def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> Iterator[RunDirectory]:
     """The directory, locked, for the process that writes; for the others its name."""
     if not processes.leads:
-        yield RunDirectory(run.output, files or FileLayer())
+        yield RunDirectory(run.output.resolve(), files or FileLayer())  # all of them say the same of it
         return
     with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
         yield directory
