@@ -101,6 +101,8 @@ def test_signals(place: str, times: int, number: signal.Signals, straight: Train
             assert run.told().startswith("stopping after this step and saving")
             if times == 2:
                 run.send(number)
+                after = f"after the checkpoint of step {LEFT_AFTER[place][1]}: continue"
+                assert run.told() == f"stopped at once, {after} with backhand train --resume --output {output}"
             else:
                 run.let_go()
         assert run.exit_code() == 128 + number
@@ -113,6 +115,27 @@ def test_signals(place: str, times: int, number: signal.Signals, straight: Train
     assert newest == step and (output / "adapter" / "adapter_model.safetensors").exists()
     assert not temporary(output)
     assert continued(output) == final_bits(straight.run.output)
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: TrainConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    if replacing:
+        train(with_options(straight, output=output))
+    config = with_options(straight, output=output, save_every=4, eval_every=4, overwrite=replacing)
+    with held(config, "step") as run:
+        run.send(signal.SIGTERM)
+        assert run.told().startswith("stopping after this step")
+        run.send(signal.SIGTERM)
+        back = "; the run that was here before is back"
+        again = f": begin with backhand train --resume --output {output}"
+        assert run.told() == f"stopped at once, before the first checkpoint{back if replacing else again}"
+        assert run.exit_code() == 143
+    if replacing:
+        assert final_bits(output) == final_bits(straight.run.output)
+    else:
+        assert not (output / "adapter").exists()
+        assert continued(output)["state"]
 
 
 def test_the_page_counts_the_signals() -> None:

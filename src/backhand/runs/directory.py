@@ -95,21 +95,27 @@ class RunDirectory:
             if (self.path / REPLACED).exists():
                 remove_tree(self.files, self.path / REPLACED)
 
-    def put_back(self) -> None:
-        """Bring back the run that this one was to replace, unless it has a whole checkpoint. Raises ResourceError."""
+    def put_back(self) -> bool:
+        """Bring back the run that this one was to replace, unless it has a whole checkpoint; return whether it is back.
+
+        Raises:
+            ResourceError: something cannot be moved.
+        """
         with saving("the run directory", self.path, 0):
             if (self.path / REPLACED).exists():
                 if self._has_checkpoint():
                     remove_tree(self.files, self.path / REPLACED)
-                    return
+                    return False
                 for name in OWNED:
                     remove_tree(self.files, self.path / name)
                 self.files.rename(self.path / REPLACED, self.path / _MOVING)
-            if (self.path / _MOVING).exists():
-                for child in sorted((self.path / _MOVING).iterdir()):
-                    self.files.rename(child, self.path / child.name)
-                self.files.remove_directory(self.path / _MOVING)
-                self.files.sync_directory(self.path)
+            if not (self.path / _MOVING).exists():
+                return False
+            for child in sorted((self.path / _MOVING).iterdir()):
+                self.files.rename(child, self.path / child.name)
+            self.files.remove_directory(self.path / _MOVING)
+            self.files.sync_directory(self.path)
+            return True
 
     def recover(self, *, resume: bool) -> None:
         """Put in order what a process left that was killed while it replaced a run. Raises ResourceError."""

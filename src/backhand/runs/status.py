@@ -71,7 +71,7 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
     except BaseException as error:
         # What went wrong matters more than that it cannot be written down.
         with suppress(BackhandError, OSError):
-            stopped = isinstance(error, Interrupted) or _by_signal(error)
+            stopped = isinstance(error, Interrupted) or by_signal(error)
             write("interrupted" if stopped else "failed", _reason(error))
         raise
     write("finished")
@@ -79,13 +79,13 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
 
 def _reason(error: BaseException) -> str:
     """What ended a run, as a sentence for its page."""
-    if _by_signal(error):
+    if by_signal(error):
         return "stopped at once by a signal; what came after the last checkpoint is lost"
     return str(error) or type(error).__name__
 
 
-def _by_signal(error: BaseException) -> bool:
-    """Whether a second signal ended the run, see `Interruption`."""
+def by_signal(error: BaseException) -> bool:
+    """Whether a signal ended the run at once, a second one as a rule, see `Interruption`."""
     code = error.code if isinstance(error, SystemExit) else None
     return isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
 

@@ -32,7 +32,7 @@ from backhand.runs.directory import (
     proof_log,
 )
 from backhand.runs.interruption import Interrupted, Interruption
-from backhand.runs.status import status_kept
+from backhand.runs.status import by_signal, status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.answers import answers_file
 from backhand.training.config import RunOptions, TrainConfig
@@ -305,6 +305,15 @@ class JobRun:
             card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} nats per token"
         return card
 
+    def left(self, *, back: bool) -> str:
+        """What a run leaves that was stopped at once; `back` tells that the run that it was to replace is back."""
+        if back:
+            return "stopped at once, before the first checkpoint; the run that was here before is back"
+        places = self.directory.checkpoints
+        steps = CheckpointStore(places, self.directory.files, self.observer.noted).steps() if places.is_dir() else []
+        after = f"after the checkpoint of step {steps[-1]}: continue" if steps else "before the first checkpoint: begin"
+        return f"stopped at once, {after} with {self._resume_command()}"
+
     def _resume_command(self) -> str:
         return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
 
@@ -401,12 +410,16 @@ def _train(
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine, typed, processes)
                 told = Observers([*everyone, *([MetricsFile(directory)] if processes.leads else [])])
+                job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
                 try:
-                    return JobRun(job, directory, told, interruption, checkpoint, processes).train()
-                except BaseException:
+                    return job_run.train()
+                except BaseException as error:
+                    back = False
                     if run.overwrite and processes.leads:  # the run that was here stays until this one has a checkpoint
                         with suppress(BackhandError):
-                            directory.put_back()
+                            back = directory.put_back()
+                    if processes.leads and by_signal(error):
+                        terminal.noted(job_run.left(back=back))
                     raise
     finally:
         for observer in everyone:
