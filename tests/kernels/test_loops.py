@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -168,6 +170,23 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
     low_rank_accumulate(v, h, [turned(part) for part in receivers])
     assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:2], strict=True))
     assert all(marks_intact(part) for part in (y, out, *receivers))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("path", ["loops", "torch"])
+def test_low_rank_factors_may_be_given_turned(build, dtype, transposed, path):
+    v, h, y = gapped((13, 53), dtype, 0), gapped((13, 9), dtype, 1), gapped((13, 53), dtype, 2)
+    factor = gapped((9, 53), dtype, 3).T if transposed else gapped((53, 9), dtype, 3)
+    sums = [torch.zeros(3, 53).T if transposed else torch.zeros(53, 3) for _ in range(6)]
+    with nullcontext() if path == "loops" else torch_form():
+        assert torch.equal(low_rank_shrink(v, factor.T, turned=True), low_rank_shrink(v, factor))
+        expected = low_rank_expand(y.clone(), h, factor, 0.6)
+        assert torch.equal(low_rank_expand(y.clone(), h, factor.T, 0.6, turned=True), expected)
+        low_rank_accumulate(v, h, sums[:3])
+        low_rank_accumulate(v, h, [part.T for part in sums[3:]], turned=True)
+    assert sums[0].abs().max() > 0
+    assert all(torch.equal(part, other) for part, other in zip(sums[:3], sums[3:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

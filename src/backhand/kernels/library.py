@@ -219,13 +219,15 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     function = declared.function()
     if function is None:
         return None
-    dtype = None
+    dtype, recording = None, torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
         if dtype is None:
             dtype = tensor.dtype
-        if tensor.dtype != dtype or not is_loopable(tensor):
+        elif tensor.dtype != dtype:
+            return None
+        if not _has_address(tensor, recording):
             return None
     number = _numbers().get(dtype)
     if number is None or (dtype == torch.float64 and not _float64_too.get()):
@@ -237,12 +239,13 @@ def is_loopable(tensor: Tensor) -> bool:
     """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
     import torch
 
-    return tensor.is_cpu and _last_axis_dense(tensor) and not (tensor.requires_grad and torch.is_grad_enabled())
+    return _has_address(tensor, torch.is_grad_enabled())
 
 
-def _last_axis_dense(tensor: Tensor) -> bool:
+def _has_address(tensor: Tensor, recording: bool) -> bool:
     strides = tensor.stride()
-    return not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
+    dense = not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
+    return dense and tensor.is_cpu and not (recording and tensor.requires_grad)
 
 
 @functools.cache

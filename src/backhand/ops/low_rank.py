@@ -43,25 +43,27 @@ _BACKWARD = Declared(
 _ARRAYS = tuple((POINTER * count, INT64 * count) for count in range(1, 4))
 
 
-def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
+def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None, turned: bool = False) -> Tensor:
     """V F, (rows, rank).
 
     Args:
         v: V, (rows, n).
         factor: F, (n, rank), or a view of its transpose, as lora_A.T is.
         out: (rows, rank) to receive it, or None.
+        turned: whether `factor` is Fᵀ, (rank, n), as lora_A is: here and below, a view less to be made.
     """
-    stored = as_stored(factor)[0]
+    stored, transposed = as_stored(factor, turned)
     run = loop(_SHRINK, v, stored, out)
     if run is None:
-        return v @ factor if out is None else out.copy_(v @ factor)
+        h = v @ (factor.T if turned else factor)
+        return h if out is None else out.copy_(h)
     if out is None:
-        out = torch.empty(v.shape[0], factor.shape[1], dtype=v.dtype)
-    _check(run(*matrix(v), *matrix(stored), stored is not factor, *matrix(out), *v.shape, out.shape[1]))
+        out = torch.empty(v.shape[0], factor.shape[0 if turned else 1], dtype=v.dtype)
+    _check(run(*matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1]))
     return out
 
 
-def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
+def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, turned: bool = False) -> Tensor:
     """Y + s H Fᵀ, (rows, n), in Y's place.
 
     Args:
@@ -69,37 +71,39 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
         h: H, (rows, rank).
         factor: F, (n, rank), or a view of its transpose.
         scaling: s.
+        turned: whether `factor` is Fᵀ, (rank, n).
     """
-    stored = as_stored(factor)[0]
+    stored, transposed = as_stored(factor, turned)
     run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
-        return y.addmm_(h, factor.T, alpha=scaling)
-    _check(run(*matrix(y), *matrix(h), *matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
+        return y.addmm_(h, factor if turned else factor.T, alpha=scaling)
+    _check(run(*matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling))
     return y
 
 
-def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor], *, turned: bool = False) -> None:
     """Add Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
 
     Args:
         v: V, (rows, n).
         h: H, (rows, Σ rank).
         into: (n, rank) each, or views of their transposes; in V's dtype or wider; perhaps none.
+        turned: whether each is given as its transpose, (rank, n), as ∂L/∂A is.
     """
     if not into:
         return
     run = loop(_GATHER, v, h)
-    stored = [as_stored(part)[0] for part in into]
-    dtype, transposed = stored[0].dtype, stored[0] is not into[0]
+    lying = [as_stored(part, turned) for part in into]
+    dtype, transposed = into[0].dtype, lying[0][1]
     wide = torch.promote_types(v.dtype, torch.float32)
-    alike = all(part.dtype == dtype and part.stride(1) == 1 for part in stored)
-    alike = alike and all((part is not given) == transposed for part, given in zip(stored, into, strict=True))
-    if run is None or dtype not in (v.dtype, wide) or not alike or len(stored) > len(_ARRAYS):
+    alike = all(part.dtype == dtype and part.stride(1) == 1 and way == transposed for part, way in lying)
+    if run is None or dtype not in (v.dtype, wide) or not alike or len(into) > len(_ARRAYS):
         # As the transpose of Hᵀ V: long rows in place of short ones take half the time.
-        for part, added in zip(into, (h.T @ v).split([part.shape[1] for part in into]), strict=True):
-            part.add_(added.T)
+        parts = into if turned else [part.T for part in into]
+        for part, added in zip(parts, (h.T @ v).split([part.shape[0] for part in parts]), strict=True):
+            part.add_(added)
         return
-    places = _places(stored, transposed)
+    places = _places([part for part, _ in lying], transposed)
     _check(run(*matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape))
 
 
