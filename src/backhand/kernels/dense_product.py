@@ -11,14 +11,26 @@ rate; with AMX oneDNN gives products of few outputs one thread of two.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop, loops_take_float64
+from backhand.kernels.library import (
+    DOUBLE,
+    INT,
+    INT64,
+    POINTER,
+    Declared,
+    InARow,
+    library,
+    loop,
+    loops_take_float64,
+    now_or_in,
+)
 
 MOST_TERMS = 8
 _MATRIX = (POINTER, INT64)
@@ -72,6 +84,7 @@ def dense_product(
     terms: Sequence[Term] = (),
     *,
     turned: bool = False,
+    row: InARow | None = None,
 ) -> Tensor | None:
     """residual + x W + bias + the terms, or None where a library has to do.
 
@@ -83,6 +96,7 @@ def dense_product(
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
         turned: whether `weight` is Wᵀ, (out, in): a view less to be made.
+        row: where the product is to be made in its turn, or None to make it now.
     """
     if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
@@ -108,14 +122,19 @@ def dense_product(
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
+    now_or_in(row, partial(_multiply, run, call), x, weight, bias, residual, y, terms)
+    return y
+
+
+def _multiply(run: Callable[..., int], call: tuple[Any, ...]) -> None:
+    """Make the call with room to work in."""
     room = _KEPT.room
-    needed: int = run(*call, room.data_ptr(), room.numel())
+    needed = run(*call, room.data_ptr(), room.numel())
     if needed:
         del room
         drop_room()  # before there is a larger one
         room = _KEPT.room = in_large_pages(needed, torch.uint8)
         run(*call, room.data_ptr(), room.numel())
-    return y
 
 
 def as_stored(factor: Tensor, turned: bool = False) -> tuple[Tensor, bool]:

@@ -235,6 +235,37 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     return partial(function, number)
 
 
+class InARow:
+    """Calls that are put together one after the other, and made one after the other, in the same order.
+
+    A large loop leaves nothing of Python's and torch's code in the caches, so that to put a call together takes several
+    times as long behind it as behind another call that is put together.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Callable[[], object], tuple[object, ...]]] = []
+
+    def add(self, call: Callable[[], object], *lasting: object) -> None:
+        """Make this call behind those that are there; what has addresses in it lasts until then, and no longer."""
+        self._calls.append((call, lasting))
+
+    def make(self) -> None:
+        """Make all of them; there are none then."""
+        self._calls.reverse()
+        while self._calls:
+            call, lasting = self._calls.pop()
+            call()
+            del call, lasting
+
+
+def now_or_in(row: InARow | None, call: Callable[[], object], *lasting: object) -> None:
+    """Make the call: now, or in its turn where a row is collected."""
+    if row is None:
+        call()
+    else:
+        row.add(call, *lasting)
+
+
 def is_loopable(tensor: Tensor) -> bool:
     """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
     import torch

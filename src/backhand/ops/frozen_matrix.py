@@ -35,6 +35,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from torch import Tensor
 from backhand.kernels.dense_product import Term, dense_product, drop_room, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import is_loopable
+from backhand.kernels.library import InARow, is_loopable
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
 
@@ -144,6 +145,17 @@ def frozen_linear(
         part_bias, around = None if bias is None else bias[tile], None if residual is None else residual[:, tile]
         _product(x, _rows_of(weight, tile), part_bias, around, y[:, tile], _terms_of(terms, tile))
     return y
+
+
+def frozen_input_gradient_in_a_row(
+    d_y: Tensor, weight: FrozenMatrix, out: Tensor, terms: Sequence[Term], row: InARow
+) -> None:
+    """`frozen_input_gradient` in its turn."""
+    d_x = None
+    if isinstance(weight, Tensor) and takes_tiles(d_y):
+        d_x = dense_product(d_y, weight, None, None, out, terms, row=row)
+    if d_x is None:
+        row.add(partial(frozen_input_gradient, d_y, weight, out, terms))
 
 
 def frozen_input_gradient(

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term
+from backhand.kernels.library import InARow
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, makes_shrunk
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient_in_a_row, frozen_linear, makes_shrunk
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 
 
@@ -135,13 +136,18 @@ def lora_linear_backward(
     """
     g, x = rows(d_y), rows(saved.x)
     mask = multiplier(saved.x, saved.dropout)
-    d_x = _empty(g, saved.weight.shape[1]) if input_gradient else None
     d_lora_A, d_lora_B = (torch.zeros_like(saved.lora_A), torch.zeros_like(saved.lora_B)) if into is None else into
-    d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)])
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True)
-    if d_x is not None:
-        d_x = _with_axes(_input_gradient(g, saved.weight, d_h, saved.lora_A, mask, d_x), d_y)
-    return LoRAGrads(d_x, d_lora_A, d_lora_B)
+    row = InARow()
+    d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)], row=row)
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True, row=row)
+    if mask is not None:
+        row.make()  # x̃ is let go before there is a ∂L/∂x
+    d_x = None
+    if input_gradient:
+        d_x = _empty(g, saved.weight.shape[1])
+        _input_gradient(g, saved.weight, d_h, saved.lora_A, mask, d_x, row)
+    row.make()
+    return LoRAGrads(None if d_x is None else _with_axes(d_x, d_y), d_lora_A, d_lora_B)
 
 
 def lora_linear_backward_without_input(
@@ -167,11 +173,13 @@ def lora_linear_backward_without_input(
     Returns:
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
-    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)])
-    mask = None
+    d_x, mask, row = _empty(d_y, weight.shape[1]) if out is None else out, None, InARow()
     if dropout is not None:
-        mask = multiplier(d_y.new_empty(d_y.shape[0], weight.shape[1]), dropout)
-    return _input_gradient(d_y, weight, d_h, factors.lora_A, mask, out), d_h
+        mask = multiplier(d_x, dropout)
+    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=row)
+    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, row)
+    row.make()
+    return d_x, d_h
 
 
 def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
@@ -181,12 +189,14 @@ def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropo
 
 
 def _input_gradient(
-    g: Tensor, weight: FrozenMatrix, d_h: Tensor, lora_A: Tensor, mask: Tensor | None, out: Tensor | None
-) -> Tensor:
-    """G W + m ⊙ ((∂L/∂h) A)."""
+    g: Tensor, weight: FrozenMatrix, d_h: Tensor, lora_A: Tensor, mask: Tensor | None, out: Tensor, row: InARow
+) -> None:
+    """G W + m ⊙ ((∂L/∂h) A) into `out`, (rows, in), in its turn."""
     if mask is None:
-        return frozen_input_gradient(g, weight, out, [Term(0, d_h, lora_A, turned=True)])
-    return frozen_input_gradient(g, weight, out).addcmul_(mask, d_h @ lora_A)
+        frozen_input_gradient_in_a_row(g, weight, out, [Term(0, d_h, lora_A, turned=True)], row)
+    else:
+        frozen_input_gradient_in_a_row(g, weight, out, [], row)
+        row.add(lambda: out.addcmul_(mask, d_h @ lora_A))
 
 
 def lora_linear_reference(
@@ -324,25 +334,28 @@ def lora_linear_group_backward(
             None if member is None else (torch.zeros_like(member.lora_A), torch.zeros_like(member.lora_B))
             for member in saved.factors
         ]
-    # Whatever is made is made here, before the loops sweep the caches.
-    d_x = _empty(g, saved.weight.shape[1]) if input_gradient else None
     members, column = [], 0
     for size, member, receiver in zip(saved.sizes, saved.factors, into, strict=True):
         if member is not None and receiver is not None:
             members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
-    lora_A = stacked_A(saved.factors) if members and input_gradient else None
     mask = multiplier(saved.x, saved.dropout) if members else None
-    d_h = low_rank_backward(g, h, members)
+    row = InARow()
+    d_h = low_rank_backward(g, h, members, row=row)
     d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
     receiving_A = [d_A for d_A in d_lora_A if d_A is not None]
-    low_rank_accumulate(x if mask is None else x * mask, d_h, receiving_A, turned=True)
-    if d_x is not None:
-        if lora_A is not None:
-            _input_gradient(g, saved.weight, d_h, lora_A, mask, d_x)
+    low_rank_accumulate(x if mask is None else x * mask, d_h, receiving_A, turned=True, row=row)
+    if mask is not None:
+        row.make()  # x̃ is let go before there is a ∂L/∂x
+    d_x = None
+    if input_gradient:
+        d_x = _empty(g, saved.weight.shape[1])
+        if members:
+            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, row)
         else:
-            frozen_input_gradient(g, saved.weight, d_x)
-        d_x = _with_axes(d_x, d_y)
+            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], row)
+    row.make()
+    d_x = None if d_x is None else _with_axes(d_x, d_y)
     return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 
 

@@ -235,7 +235,8 @@ def mlp_half_forward(
     n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
     gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
     product = scratch.take("product", (x1.shape[0], ffn), x1)
-    p, _ = glu_forward(*gate_up.split(ffn, dim=1), config.activation, out=product)
+    gate, up = gate_up.split(ffn, dim=1)
+    p, _ = glu_forward(gate, up, config.activation, out=product)
     x2, h_down, projected = join_forward(
         x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
     )
@@ -308,7 +309,8 @@ def mlp_half_backward(
         n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
 
-    glu_saved = GLUSaved(*gate_up.split(ffn, dim=1), config.activation)
+    gate, up = gate_up.split(ffn, dim=1)
+    glu_saved = GLUSaved(gate, up, config.activation)
     below = lowest_group < DOWN
     if adapter.down.extras is not None or not below:
         # p is wanted before there is a ∂L/∂p, or without one.
