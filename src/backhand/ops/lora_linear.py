@@ -157,7 +157,6 @@ def lora_linear_backward_without_input(
     h: Tensor,
     d_lora_B: Tensor,
     dropout: Dropout | None = None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What of the backward needs no x, where x is not there yet.
 
@@ -168,12 +167,11 @@ def lora_linear_backward_without_input(
         h: from the forward, (rows, rank).
         d_lora_B: of lora_B's shape, in d_y's dtype or wider, to which its gradient is added.
         dropout: None, or probability and seed of the mask.
-        out: (rows, in) to receive ∂L/∂x, or None.
 
     Returns:
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
-    d_x, mask, row = _empty(d_y, weight.shape[1]) if out is None else out, None, InARow()
+    d_x, mask, row = _empty(d_y, weight.shape[1]), None, InARow()
     if dropout is not None:
         mask = multiplier(d_x, dropout)
     d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=row)

@@ -172,7 +172,7 @@ def group_backward(
 
 
 def group_backward_without_input(
-    d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter, h: Tensor, lora: LoRAParameters, out: Tensor | None = None
+    d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter, h: Tensor, lora: LoRAParameters
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂x, (rows, in), of a lone projection that trains nothing but factors, where x is not there yet.
 
@@ -182,13 +182,12 @@ def group_backward_without_input(
     Args:
         d_y: ∂L/∂y, (rows, out).
         weight, adapter, h, lora: as in `group_backward`.
-        out: (rows, in) to receive ∂L/∂x, or None.
     """
     (factors,) = adapter.factors
     if factors is None:
-        return frozen_input_gradient(d_y, weight, out), None
+        return frozen_input_gradient(d_y, weight), None
     receiver = lora.d_lora_B(adapter.names[0])
-    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout, out)
+    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout)
 
 
 def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters) -> None:

@@ -324,10 +324,9 @@ def mlp_half_backward(
         glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
         del ready
     else:
-        # All that is made is made here, before the loops sweep the caches.
-        d_p, d_gate_up = gate_up.new_empty(gate_up.shape[0], ffn), torch.empty_like(gate_up)
-        _, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora, d_p)
+        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
         del d_down
+        d_gate_up = torch.empty_like(gate_up)
         # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
         glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h is None else d_p)
         if d_h is not None:
