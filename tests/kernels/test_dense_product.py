@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         """The same for some of the rows and columns."""
         start, stop, _ = columns.indices(self.weight.shape[1])
         terms = []
-        for column, h, factor, scaling, shrink in self.terms:
+        for column, h, factor, scaling, shrink, _ in self.terms:
             begin, end = max(column, start), min(column + len(factor), stop)
             if begin < end:
                 terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling, shrink))
@@ -75,7 +75,7 @@ class Problem(NamedTuple):
         for more in (self.bias, self.residual):
             if more is not None:
                 y, sizes = y + more.double(), sizes + more.double().abs()
-        for column, h, factor, scaling, _ in self.terms:
+        for column, h, factor, scaling, *_ in self.terms:
             place = slice(column, column + len(factor))
             y[:, place] += scaling * (h.double() @ factor.double().T)
             sizes[:, place] += abs(scaling) * (h.double().abs() @ factor.double().abs().T)
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
         """The product, and each summand added to what was rounded before."""
         y = self.x @ self.weight if self.residual is None else torch.addmm(self.residual, self.x, self.weight)
         y = y if self.bias is None else y + self.bias
-        for column, h, factor, scaling, _ in self.terms:
+        for column, h, factor, scaling, *_ in self.terms:
             y[:, column : column + len(factor)].addmm_(h, factor.T, alpha=scaling)
         return y
 
@@ -129,7 +129,7 @@ def assert_right(y: Tensor, wanted: Problem) -> None:
         assert ((y.double() - right).abs() <= (2 + len(wanted.terms)) * UNIT * sizes).all()
     else:
         assert_rounded_once(y, right, sizes)
-    for _, h, _, _, shrink in wanted.terms:
+    for _, h, _, _, shrink, _ in wanted.terms:
         if shrink is not None:
             x, turned = wanted.x.double(), shrink.double().T
             assert_rounded_once(h, x @ turned, x.abs() @ turned.abs())
@@ -189,7 +189,7 @@ def test_terms_of_any_rank_and_scaling(dtype, rank, scaling, made):
 
 def test_a_scaled_h_that_is_rounded_would_be_seen():
     one = problem(43, 77, 19, torch.bfloat16, members=((77, 16, 1.7),), size=30.0, bias=False, residual=False)
-    (column, h, factor, scaling, _), *_ = one.terms
+    (column, h, factor, scaling, *_), *_ = one.terms
     rounded = one._replace(terms=(Term(column, (scaling * h.float()).bfloat16(), factor, 1.0),))
     y = rounded.in_float64()[0].bfloat16()
     with pytest.raises(AssertionError):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from backhand.kernels.library import load, loop, proving_loops, torch_form, usable, using
+from backhand.kernels.dense_product import Term
+from backhand.kernels.library import InARow, load, loop, proving_loops, torch_form, usable, using
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
-from backhand.ops.frozen_matrix import frozen_linear
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_input_gradient_in_a_row, frozen_linear
 from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
@@ -168,6 +171,49 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
     low_rank_accumulate(v, h, [turned(part) for part in receivers])
     assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:2], strict=True))
     assert all(marks_intact(part) for part in (y, out, *receivers))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("path", ["loops", "torch"])
+def test_calls_in_a_row_are_made_in_turn_of_what_they_were_put_together_for(build, dtype, path):
+    """Nothing happens before, what they read lasts, and the bits are those of calls made one by one."""
+    g, v, h = gapped((13, 53), dtype, 0), gapped((13, 40), dtype, 1), gapped((13, 9), dtype, 2)
+    lora_B, weight, d_v = gapped((53, 9), dtype, 3), gapped((53, 40), dtype, 4), torch.zeros(13, 40, dtype=dtype)
+    sums = [(torch.zeros(53, 9, dtype=dtype), torch.zeros(9, 40, dtype=dtype)) for _ in range(2)]
+
+    def gradients(into, row):
+        d_h = low_rank_backward(g, h.clone(), [Member(0, lora_B, 0.6, into[0])], row=row)
+        low_rank_accumulate(v.clone(), d_h, [into[1]], turned=True, row=row)
+        return d_h
+
+    with nullcontext() if path == "loops" else torch_form():
+        row = InARow()
+        d_h = gradients(sums[0], row)
+        frozen_input_gradient_in_a_row(g.clone(), weight, d_v, [Term(0, d_h, lora_B[:40])], row)
+        torch.full((13, 40), torch.nan, dtype=dtype)  # where something was let go
+        assert not any(part.any() for part in (*sums[0], d_v))
+        row.make()
+        expected = gradients(sums[1], None)
+        assert torch.equal(d_h, expected)
+        assert torch.equal(d_v, frozen_input_gradient(g, weight, terms=[Term(0, expected, lora_B[:40])]))
+    assert all(torch.equal(part, other) and part.any() for part, other in zip(*sums, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("path", ["loops", "torch"])
+def test_low_rank_factors_may_be_given_turned(build, dtype, transposed, path):
+    v, h, y = gapped((13, 53), dtype, 0), gapped((13, 9), dtype, 1), gapped((13, 53), dtype, 2)
+    factor = gapped((9, 53), dtype, 3).T if transposed else gapped((53, 9), dtype, 3)
+    sums = [torch.zeros(3, 53).T if transposed else torch.zeros(53, 3) for _ in range(6)]
+    with nullcontext() if path == "loops" else torch_form():
+        assert torch.equal(low_rank_shrink(v, factor.T, turned=True), low_rank_shrink(v, factor))
+        expected = low_rank_expand(y.clone(), h, factor, 0.6)
+        assert torch.equal(low_rank_expand(y.clone(), h, factor.T, 0.6, turned=True), expected)
+        low_rank_accumulate(v, h, sums[:3])
+        low_rank_accumulate(v, h, [part.T for part in sums[3:]], turned=True)
+    assert sums[0].abs().max() > 0
+    assert all(torch.equal(part, other) for part, other in zip(sums[:3], sums[3:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

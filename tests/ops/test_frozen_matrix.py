@@ -111,6 +111,9 @@ def test_products_with_terms_have_the_bits_of_the_dense_matrix(dtype, path, tile
         assert all(torch.equal(term.h, h) for term, h in zip(terms, made, strict=True))
         gradient = frozen_input_gradient(d_y, dense, terms=back)
         assert torch.equal(frozen_input_gradient(d_y, quantized, terms=back), gradient)
+        turned = [term._replace(factor=term.factor.T, turned=True) for term in (*terms, *back)]
+        assert torch.equal(frozen_linear(x, quantized, terms=turned[:-1]), expected)
+        assert torch.equal(frozen_input_gradient(d_y, quantized, terms=turned[-1:]), gradient)
         if not is_taken(dtype):
             return
         separate = frozen_linear(x, dense)

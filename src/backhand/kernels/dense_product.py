@@ -11,14 +11,26 @@ rate; with AMX oneDNN gives products of few outputs one thread of two.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop, loops_take_float64
+from backhand.kernels.library import (
+    DOUBLE,
+    INT,
+    INT64,
+    POINTER,
+    Declared,
+    InARow,
+    library,
+    loop,
+    loops_take_float64,
+    now_or_in,
+)
 
 MOST_TERMS = 8
 _MATRIX = (POINTER, INT64)
@@ -36,8 +48,8 @@ _SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
 class Term(NamedTuple):
     """scaling · h factorᵀ, added to the columns from `column` on.
 
-    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is. shrink: A, (rank, in), if h is to be
-    made of it first, x Aᵀ, and written; None if it is there.
+    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is; with `turned`, its transpose itself.
+    shrink: A, (rank, in), if h is to be made of it first, x Aᵀ, and written; None if it is there.
     """
 
     column: int
@@ -45,11 +57,19 @@ class Term(NamedTuple):
     factor: Tensor
     scaling: float = 1.0
     shrink: Tensor | None = None
+    turned: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """n."""
+        return self.factor.shape[1 if self.turned else 0]
 
 
 def is_taken(dtype: torch.dtype) -> bool:
     """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
-    build = None if torch.compiler.is_compiling() else library()  # what is traced has no addresses
+    if dtype == torch.float32 or torch.compiler.is_compiling():  # what is traced has no addresses
+        return False
+    build = library()
     if build is None:
         return False
     return loops_take_float64() if dtype == torch.float64 else dtype == torch.bfloat16 and build.name == "amx"
@@ -62,6 +82,9 @@ def dense_product(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     terms: Sequence[Term] = (),
+    *,
+    turned: bool = False,
+    row: InARow | None = None,
 ) -> Tensor | None:
     """residual + x W + bias + the terms, or None where a library has to do.
 
@@ -72,11 +95,13 @@ def dense_product(
         residual: (rows, out) or None; may be `out`.
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
+        turned: whether `weight` is Wᵀ, (out, in): a view less to be made.
+        row: where the product is to be made in its turn, or None to make it now.
     """
     if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
-    stored, turned = as_stored(weight)
-    factors = [as_stored(term.factor) for term in terms]
+    stored, transposed = as_stored(weight, turned)
+    factors = [as_stored(term.factor, term.turned) for term in terms]
     run = loop(
         *(_PRODUCT, x, stored, bias, residual, out),
         *(tensor for term in terms for tensor in (term.h, term.shrink)),
@@ -84,33 +109,38 @@ def dense_product(
     )
     if run is None:
         return None
-    (rows, inputs), outputs = x.shape, weight.shape[1]
+    (rows, inputs), outputs = x.shape, weight.shape[0 if turned else 1]
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
     numbers: list[int] = []
-    for (column, h, factor, _, shrink), (kept, transposed) in zip(terms, factors, strict=True):
-        numbers += (column, *factor.shape, *matrix(h), *matrix(kept), transposed)
-        numbers += (0, 0) if shrink is None else matrix(shrink)
+    for term, (kept, lies_turned) in zip(terms, factors, strict=True):
+        numbers += (term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(kept), lies_turned)
+        numbers += (0, 0) if term.shrink is None else matrix(term.shrink)
     call = (
-        *(*matrix(x), *matrix(stored), turned, *matrix(y)),
+        *(*matrix(x), *matrix(stored), transposed, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
         *(None if bias is None else bias.data_ptr(), len(terms)),
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
+    now_or_in(row, partial(_multiply, run, call), x, weight, bias, residual, y, terms)
+    return y
+
+
+def _multiply(run: Callable[..., int], call: tuple[Any, ...]) -> None:
+    """Make the call with room to work in."""
     room = _KEPT.room
-    needed: int = run(*call, room.data_ptr(), room.numel())
+    needed = run(*call, room.data_ptr(), room.numel())
     if needed:
         del room
         drop_room()  # before there is a larger one
         room = _KEPT.room = in_large_pages(needed, torch.uint8)
         run(*call, room.data_ptr(), room.numel())
-    return y
 
 
-def as_stored(factor: Tensor) -> tuple[Tensor, bool]:
-    """A matrix as it lies row by row, and whether that is its transpose."""
+def as_stored(factor: Tensor, turned: bool = False) -> tuple[Tensor, bool]:
+    """A matrix as it lies row by row, and whether that is its transpose; `turned` where its transpose is given."""
     rows, columns = factor.stride()
-    return (factor, False) if columns == 1 or rows != 1 else (factor.T, True)
+    return (factor, turned) if columns == 1 or rows != 1 else (factor.T, not turned)
 
 
 def matrix(x: Tensor) -> tuple[int, int]:

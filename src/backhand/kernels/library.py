@@ -219,13 +219,15 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     function = declared.function()
     if function is None:
         return None
-    dtype = None
+    dtype, recording = None, torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
         if dtype is None:
             dtype = tensor.dtype
-        if tensor.dtype != dtype or not is_loopable(tensor):
+        elif tensor.dtype != dtype:
+            return None
+        if not _has_address(tensor, recording):
             return None
     number = _numbers().get(dtype)
     if number is None or (dtype == torch.float64 and not _float64_too.get()):
@@ -233,16 +235,48 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     return partial(function, number)
 
 
+class InARow:
+    """Calls that are put together one after the other, and made one after the other, in the same order.
+
+    A large loop leaves nothing of Python's and torch's code in the caches, so that to put a call together takes several
+    times as long behind it as behind another call that is put together.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Callable[[], object], tuple[object, ...]]] = []
+
+    def add(self, call: Callable[[], object], *lasting: object) -> None:
+        """Make this call behind those that are there; what has addresses in it lasts until then, and no longer."""
+        self._calls.append((call, lasting))
+
+    def make(self) -> None:
+        """Make all of them; there are none then."""
+        self._calls.reverse()
+        while self._calls:
+            call, lasting = self._calls.pop()
+            call()
+            del call, lasting
+
+
+def now_or_in(row: InARow | None, call: Callable[[], object], *lasting: object) -> None:
+    """Make the call: now, or in its turn where a row is collected."""
+    if row is None:
+        call()
+    else:
+        row.add(call, *lasting)
+
+
 def is_loopable(tensor: Tensor) -> bool:
     """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
     import torch
 
-    return tensor.is_cpu and _last_axis_dense(tensor) and not (tensor.requires_grad and torch.is_grad_enabled())
+    return _has_address(tensor, torch.is_grad_enabled())
 
 
-def _last_axis_dense(tensor: Tensor) -> bool:
+def _has_address(tensor: Tensor, recording: bool) -> bool:
     strides = tensor.stride()
-    return not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
+    dense = not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
+    return dense and tensor.is_cpu and not (recording and tensor.requires_grad)
 
 
 @functools.cache

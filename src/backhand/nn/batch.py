@@ -121,6 +121,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[str, Tensor] = {}  # of the buffers, as last taken
         self._room: Tensor | None = None
         self._taken = 0
 
@@ -130,11 +131,15 @@ class Scratch:
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialised tensor of this shape, of `like`'s dtype and device."""
+        view = self._views.get(name)
+        if view is not None and view.shape == shape:
+            return view
         elements = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < elements:
             buffer = self._buffers[name] = self._new(elements, like)
-        return buffer[:elements].view(*shape)
+        view = self._views[name] = buffer[:elements].view(*shape)
+        return view
 
     def _new(self, elements: int, like: Tensor) -> Tensor:
         end = self._taken + elements
@@ -147,6 +152,7 @@ class Scratch:
     def let_go(self, *, room: bool = False) -> None:
         """Forget the buffers: whoever takes one next gets a new one; with `room`, what is reserved as well."""
         self._buffers.clear()
+        self._views.clear()
         self._taken = 0
         if room:
             self._room = None

@@ -148,7 +148,8 @@ class LoRAParameters:
             offset = end
         self.values = torch.zeros(offset, device=device, dtype=dtype)
         self.gradients = torch.zeros(offset, device=device, dtype=dtype)
-        self._compute = self.values
+        self._values, self._gradients = self._views(self.values), self._views(self.gradients)
+        self._compute, self._computed = self.values, self._values
 
     @property
     def layout(self) -> AdapterLayout:
@@ -204,27 +205,32 @@ class LoRAParameters:
     def refresh_compute(self, dtype: torch.dtype) -> None:
         """Cast everything to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
         if dtype == self.values.dtype:
-            self._compute = self.values
-        elif self._compute.dtype == dtype and self._compute is not self.values:
+            self._compute, self._computed = self.values, self._values
+        elif self._compute.dtype == dtype:
             self._compute.copy_(self.values)
         else:
             self._compute = self.values.to(dtype)
+            self._computed = self._views(self._compute)
 
-    def _view(self, buffer: Tensor, name: str) -> Tensor:
-        start, end, shape = self._places[name]
-        return buffer[start:end].view(shape)
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Views of all tensors in a buffer, by name.
+
+        A step asks for each several times, and making one takes longer than finding it. All are made at once: what is
+        made for good between activations that come and go keeps their places from being filled again.
+        """
+        return {name: buffer[start:end].view(shape) for name, (start, end, shape) in self._places.items()}
 
     def tensor(self, name: str) -> Tensor:
         """View of the trained values of one tensor, such as `<module>.lora_magnitude`."""
-        return self._view(self.values, name)
+        return self._values[name]
 
     def compute(self, name: str) -> Tensor:
         """View of one tensor in the compute dtype, as of the last `refresh_compute`."""
-        return self._view(self._compute, name)
+        return self._computed[name]
 
     def gradient(self, name: str) -> Tensor:
         """View of the gradient buffer for one tensor."""
-        return self._view(self.gradients, name)
+        return self._gradients[name]
 
     def token_ids(self, name: str) -> Tensor:
         """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
@@ -234,27 +240,27 @@ class LoRAParameters:
 
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""
-        return self._view(self.values, f"{name}.lora_A")
+        return self._values[f"{name}.lora_A"]
 
     def lora_B(self, name: str) -> Tensor:
         """(out, rank) view of the trained values."""
-        return self._view(self.values, f"{name}.lora_B")
+        return self._values[f"{name}.lora_B"]
 
     def compute_A(self, name: str) -> Tensor:
         """(rank, in) view in the compute dtype, as of the last `refresh_compute`."""
-        return self._view(self._compute, f"{name}.lora_A")
+        return self._computed[f"{name}.lora_A"]
 
     def compute_B(self, name: str) -> Tensor:
         """(out, rank) view in the compute dtype, as of the last `refresh_compute`."""
-        return self._view(self._compute, f"{name}.lora_B")
+        return self._computed[f"{name}.lora_B"]
 
     def d_lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the gradient buffer."""
-        return self._view(self.gradients, f"{name}.lora_A")
+        return self._gradients[f"{name}.lora_A"]
 
     def d_lora_B(self, name: str) -> Tensor:
         """(out, rank) view of the gradient buffer."""
-        return self._view(self.gradients, f"{name}.lora_B")
+        return self._gradients[f"{name}.lora_B"]
 
     def delta_weight(self, name: str) -> Tensor:
         """s B A, (out, in) in the buffer's dtype; of experts (experts · out, in), one below the other."""

@@ -44,6 +44,7 @@ Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch'
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -150,8 +151,7 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    none = output.new_empty(0, dtype=wide)
-    saved = AttentionSaved(q, k, v, output, none, runs, scaling, window, shared, cap, sinks)
+    saved = AttentionSaved(q, k, v, output, _none(wide, q.device), runs, scaling, window, shared, cap, sinks)
     run = loop(_FORWARD, q, k, v) if cap is None else None
     if run is not None:
         problem, _held = _problem(saved)
@@ -178,6 +178,12 @@ def attention_forward(
         log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
         filled += lse.numel()
     return output, saved._replace(log_sum_exp=log_sum_exp)
+
+
+@cache
+def _none(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The log-sum-exp of nothing."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def attention_backward(

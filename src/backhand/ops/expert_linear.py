@@ -127,7 +127,7 @@ def expert_linear_backward(
         lora_A = factors.lora_A[expert]
         member = Member(0, factors.lora_B[expert], factors.scaling, d_lora_B[expert])
         d_h = low_rank_backward(g, h[part], [member])
-        low_rank_accumulate(x[part] if mask is None else x[part] * mask[part], d_h, [d_lora_A[expert].T])
+        low_rank_accumulate(x[part] if mask is None else x[part] * mask[part], d_h, [d_lora_A[expert]], turned=True)
         if d_x is not None and mask is None:
             low_rank_expand(d_x[part], d_h, lora_A.T)
         elif d_x is not None and mask is not None:

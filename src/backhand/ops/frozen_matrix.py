@@ -35,6 +35,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from torch import Tensor
 from backhand.kernels.dense_product import Term, dense_product, drop_room, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import is_loopable
+from backhand.kernels.library import InARow, is_loopable
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
 
@@ -146,6 +147,17 @@ def frozen_linear(
     return y
 
 
+def frozen_input_gradient_in_a_row(
+    d_y: Tensor, weight: FrozenMatrix, out: Tensor, terms: Sequence[Term], row: InARow
+) -> None:
+    """`frozen_input_gradient` in its turn."""
+    d_x = None
+    if isinstance(weight, Tensor) and takes_tiles(d_y):
+        d_x = dense_product(d_y, weight, None, None, out, terms, row=row)
+    if d_x is None:
+        row.add(partial(frozen_input_gradient, d_y, weight, out, terms))
+
+
 def frozen_input_gradient(
     d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None, terms: Sequence[Term] = ()
 ) -> Tensor:
@@ -241,9 +253,9 @@ def products_by(row_wise: RowWise | None) -> Iterator[None]:
 
 def takes_tiles(operand: FrozenMatrix) -> bool:
     """Whether products of it go by a loop of ours, in which a row's bits never depend on the others' number."""
-    if operand.device.type != "cpu" or not is_taken(operand.dtype):
-        return False
-    return not isinstance(operand, Tensor) or is_loopable(operand)
+    if isinstance(operand, Tensor):
+        return is_taken(operand.dtype) and is_loopable(operand)
+    return is_taken(operand.dtype) and operand.device.type == "cpu"
 
 
 def makes_shrunk(x: Tensor, outputs: int, ranks: int) -> bool:
@@ -267,7 +279,7 @@ def _product(
     out: Tensor | None,
     terms: Sequence[Term],
 ) -> Tensor:
-    y = dense_product(x, weight.T, bias, residual, out, terms)
+    y = dense_product(x, weight, bias, residual, out, terms, turned=True)
     if y is not None:
         return y
     row_wise = _products_by[-1]
@@ -283,21 +295,24 @@ def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Se
 
 def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     """y + the terms, in y's place."""
-    for column, h, factor, scaling, shrink in terms:
+    for column, h, factor, scaling, shrink, turned in terms:
         if shrink is not None:
-            low_rank_shrink(x, shrink.T, out=h)
-        low_rank_expand(y[:, column : column + factor.shape[0]], h, factor, scaling)
+            low_rank_shrink(x, shrink, out=h, turned=True)
+        n = factor.shape[1 if turned else 0]
+        columns = y if n == y.shape[1] else y[:, column : column + n]
+        low_rank_expand(columns, h, factor, scaling, turned=turned)
     return y
 
 
 def _terms_of(terms: Sequence[Term], tile: slice) -> list[Term]:
     """What of them falls on these columns of the result; in the first tile each h is made, also of those elsewhere."""
     found, first = [], tile.start == 0
-    for column, h, factor, scaling, shrink in terms:
+    for column, h, factor, scaling, shrink, turned in terms:
+        by_outputs = factor.T if turned else factor
         begin = min(max(column, tile.start), tile.stop)
-        end = max(begin, min(column + factor.shape[0], tile.stop))
+        end = max(begin, min(column + by_outputs.shape[0], tile.stop))
         if begin < end or (first and shrink is not None):
-            part = factor[begin - column : end - column] if begin < end else factor[:0]
+            part = by_outputs[begin - column : end - column] if begin < end else by_outputs[:0]
             found.append(Term(begin - tile.start, h, part, scaling, shrink if first else None))
     return found
 
@@ -313,16 +328,16 @@ def library_product(
 
 
 def _rows_of(weight: FrozenMatrix, tile: slice) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight[tile]
     rows = tile.stop - tile.start
+    if isinstance(weight, Tensor):
+        return weight if rows == weight.shape[0] else weight[tile]
     return weight.rows_into(tile.start, tile.stop, _scratch(rows, weight.shape[1], weight))
 
 
 def _columns_of(weight: FrozenMatrix, tile: slice) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight[:, tile]
     columns = tile.stop - tile.start
+    if isinstance(weight, Tensor):
+        return weight if columns == weight.shape[1] else weight[:, tile]
     return weight.columns_into(tile.start, tile.stop, _scratch(weight.shape[0], columns, weight))
 
 

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term
+from backhand.kernels.library import InARow
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, makes_shrunk
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient_in_a_row, frozen_linear, makes_shrunk
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 
 
@@ -64,7 +65,17 @@ class LoRAGrads(NamedTuple):
 
 def rows(x: Tensor) -> Tensor:
     """All leading axes as one: (..., n) → (rows, n)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _with_axes(y: Tensor, x: Tensor) -> Tensor:
+    """The leading axes of x again: (rows, n) → (..., n)."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _empty(like: Tensor, columns: int) -> Tensor:
+    """(rows, columns) as (rows, n) is given, uninitialised."""
+    return torch.empty(like.shape[0], columns, dtype=like.dtype, device=like.device)
 
 
 def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
@@ -102,15 +113,13 @@ def lora_linear_forward(
     x_rows, mask = rows(x), multiplier(x, dropout)
     inside = mask is None and makes_shrunk(x_rows, weight.shape[0], lora_A.shape[0])
     if inside:
-        h = x_rows.new_empty(x_rows.shape[0], lora_A.shape[0])
+        h = _empty(x_rows, lora_A.shape[0])
     else:  # first: x is still near the processor, which the large product fills
-        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A.T)
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A, turned=True)
     around = None if residual is None else rows(residual)
     term = Term(0, h, lora_B, scaling, lora_A if inside else None)
     y = frozen_linear(x_rows, weight, bias, around, terms=[term])
-    return y.view(*x.shape[:-1], weight.shape[0]), LoRASaved(
-        x, weight, lora_A, lora_B, h.view(*x.shape[:-1], h.shape[1]), scaling, dropout
-    )
+    return _with_axes(y, x), LoRASaved(x, weight, lora_A, lora_B, _with_axes(h, x), scaling, dropout)
 
 
 def lora_linear_backward(
@@ -128,16 +137,26 @@ def lora_linear_backward(
     g, x = rows(d_y), rows(saved.x)
     mask = multiplier(saved.x, saved.dropout)
     d_lora_A, d_lora_B = (torch.zeros_like(saved.lora_A), torch.zeros_like(saved.lora_B)) if into is None else into
-    d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)])
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
-    if not input_gradient:
-        return LoRAGrads(None, d_lora_A, d_lora_B)
-    d_x = _input_gradient(g, saved.weight, d_h, saved.lora_A, mask)
-    return LoRAGrads(d_x.view(saved.x.shape), d_lora_A, d_lora_B)
+    row = InARow()
+    d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)], row=row)
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True, row=row)
+    if mask is not None:
+        row.make()  # x̃ is let go before there is a ∂L/∂x
+    d_x = None
+    if input_gradient:
+        d_x = _empty(g, saved.weight.shape[1])
+        _input_gradient(g, saved.weight, d_h, saved.lora_A, mask, d_x, row)
+    row.make()
+    return LoRAGrads(None if d_x is None else _with_axes(d_x, d_y), d_lora_A, d_lora_B)
 
 
 def lora_linear_backward_without_input(
-    d_y: Tensor, weight: FrozenMatrix, factors: Factors, h: Tensor, d_lora_B: Tensor, dropout: Dropout | None = None
+    d_y: Tensor,
+    weight: FrozenMatrix,
+    factors: Factors,
+    h: Tensor,
+    d_lora_B: Tensor,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What of the backward needs no x, where x is not there yet.
 
@@ -152,24 +171,30 @@ def lora_linear_backward_without_input(
     Returns:
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
-    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)])
-    mask = None
+    d_x, mask, row = _empty(d_y, weight.shape[1]), None, InARow()
     if dropout is not None:
-        mask = multiplier(d_y.new_empty(d_y.shape[0], weight.shape[1]), dropout)
-    return _input_gradient(d_y, weight, d_h, factors.lora_A, mask), d_h
+        mask = multiplier(d_x, dropout)
+    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=row)
+    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, row)
+    row.make()
+    return d_x, d_h
 
 
 def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
     """Add (∂L/∂h)ᵀ x̃ to d_lora_A, (rank, in), from x, (rows, in), and ∂L/∂h, (rows, rank)."""
     mask = multiplier(x, dropout)
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A.T])
+    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True)
 
 
-def _input_gradient(g: Tensor, weight: FrozenMatrix, d_h: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
-    """G W + m ⊙ ((∂L/∂h) A)."""
+def _input_gradient(
+    g: Tensor, weight: FrozenMatrix, d_h: Tensor, lora_A: Tensor, mask: Tensor | None, out: Tensor, row: InARow
+) -> None:
+    """G W + m ⊙ ((∂L/∂h) A) into `out`, (rows, in), in its turn."""
     if mask is None:
-        return frozen_input_gradient(g, weight, terms=[Term(0, d_h, lora_A.T)])
-    return frozen_input_gradient(g, weight).addcmul_(mask, d_h @ lora_A)
+        frozen_input_gradient_in_a_row(g, weight, out, [Term(0, d_h, lora_A, turned=True)], row)
+    else:
+        frozen_input_gradient_in_a_row(g, weight, out, [], row)
+        row.add(lambda: out.addcmul_(mask, d_h @ lora_A))
 
 
 def lora_linear_reference(
@@ -267,26 +292,23 @@ def lora_linear_group_forward(
     """
     x_rows = rows(x)
     mask, inside = None, False
-    ranks = sum(member.lora_A.shape[0] for member in factors if member is not None)
-    if ranks > 0:
+    ranks = [member.lora_A.shape[0] for member in factors if member is not None]
+    if ranks:
         mask = multiplier(x, dropout)
-        inside = mask is None and makes_shrunk(x_rows, weight.shape[0], ranks)
-    if inside or ranks == 0:
-        h = x_rows.new_empty(x_rows.shape[0], ranks)
+        inside = mask is None and makes_shrunk(x_rows, weight.shape[0], sum(ranks))
+    if inside or not ranks:
+        h = _empty(x_rows, sum(ranks))
     else:
-        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors).T)
-    terms, column, rank_column = [], 0, 0
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors), turned=True)
+    terms, column, parts = [], 0, iter(h.split(ranks, dim=1))
     for size, member in zip(sizes, factors, strict=True):
         if member is not None:
-            rank, shrink = member.lora_A.shape[0], member.lora_A if inside else None
-            terms.append(Term(column, h[:, rank_column : rank_column + rank], member.lora_B, member.scaling, shrink))
-            rank_column += rank
+            shrink = member.lora_A if inside else None
+            terms.append(Term(column, next(parts), member.lora_B, member.scaling, shrink))
         column += size
     y = frozen_linear(x_rows, weight, bias, terms=terms)
-    lead = x.shape[:-1]
-    return y.view(*lead, weight.shape[0]), LoRAGroupSaved(
-        x, weight, tuple(sizes), tuple(factors), h.view(*lead, h.shape[1]), dropout
-    )
+    saved = LoRAGroupSaved(x, weight, tuple(sizes), tuple(factors), _with_axes(h, x), dropout)
+    return _with_axes(y, x), saved
 
 
 def lora_linear_group_backward(
@@ -315,17 +337,23 @@ def lora_linear_group_backward(
         if member is not None and receiver is not None:
             members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
-    d_h = low_rank_backward(g, h, members)
     mask = multiplier(saved.x, saved.dropout) if members else None
+    row = InARow()
+    d_h = low_rank_backward(g, h, members, row=row)
     d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_A.T for d_A in d_lora_A if d_A is not None])
+    receiving_A = [d_A for d_A in d_lora_A if d_A is not None]
+    low_rank_accumulate(x if mask is None else x * mask, d_h, receiving_A, turned=True, row=row)
+    if mask is not None:
+        row.make()  # x̃ is let go before there is a ∂L/∂x
     d_x = None
     if input_gradient:
+        d_x = _empty(g, saved.weight.shape[1])
         if members:
-            d_x = _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask)
+            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, row)
         else:
-            d_x = frozen_input_gradient(g, saved.weight)
-        d_x = d_x.view(saved.x.shape)
+            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], row)
+    row.make()
+    d_x = None if d_x is None else _with_axes(d_x, d_y)
     return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 
 

@@ -14,14 +14,15 @@ product. MKL's own Y += s H Fᵀ is as fast in float32 and is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import as_stored, matrix
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, library, loop, now_or_in
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
@@ -43,25 +44,27 @@ _BACKWARD = Declared(
 _ARRAYS = tuple((POINTER * count, INT64 * count) for count in range(1, 4))
 
 
-def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None) -> Tensor:
+def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None, turned: bool = False) -> Tensor:
     """V F, (rows, rank).
 
     Args:
         v: V, (rows, n).
         factor: F, (n, rank), or a view of its transpose, as lora_A.T is.
         out: (rows, rank) to receive it, or None.
+        turned: whether `factor` is Fᵀ, (rank, n), as lora_A is: here and below, a view less to be made.
     """
-    stored = as_stored(factor)[0]
+    stored, transposed = as_stored(factor, turned)
     run = loop(_SHRINK, v, stored, out)
     if run is None:
-        return v @ factor if out is None else out.copy_(v @ factor)
+        h = v @ (factor.T if turned else factor)
+        return h if out is None else out.copy_(h)
     if out is None:
-        out = torch.empty(v.shape[0], factor.shape[1], dtype=v.dtype)
-    _check(run(*matrix(v), *matrix(stored), stored is not factor, *matrix(out), *v.shape, out.shape[1]))
+        out = torch.empty(v.shape[0], factor.shape[0 if turned else 1], dtype=v.dtype)
+    _checked(run, *matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1])
     return out
 
 
-def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
+def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, turned: bool = False) -> Tensor:
     """Y + s H Fᵀ, (rows, n), in Y's place.
 
     Args:
@@ -69,38 +72,47 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
         h: H, (rows, rank).
         factor: F, (n, rank), or a view of its transpose.
         scaling: s.
+        turned: whether `factor` is Fᵀ, (rank, n).
     """
-    stored = as_stored(factor)[0]
+    stored, transposed = as_stored(factor, turned)
     run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
-        return y.addmm_(h, factor.T, alpha=scaling)
-    _check(run(*matrix(y), *matrix(h), *matrix(stored), stored is not factor, *y.shape, h.shape[1], scaling))
+        return y.addmm_(h, factor if turned else factor.T, alpha=scaling)
+    _checked(run, *matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling)
     return y
 
 
-def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+def low_rank_accumulate(
+    v: Tensor, h: Tensor, into: Sequence[Tensor], *, turned: bool = False, row: InARow | None = None
+) -> None:
     """Add Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
 
     Args:
         v: V, (rows, n).
         h: H, (rows, Σ rank).
         into: (n, rank) each, or views of their transposes; in V's dtype or wider; perhaps none.
+        turned: whether each is given as its transpose, (rank, n), as ∂L/∂A is.
+        row: where this is to be done in its turn, or None to do it now.
     """
     if not into:
         return
     run = loop(_GATHER, v, h)
-    stored = [as_stored(part)[0] for part in into]
-    dtype, transposed = stored[0].dtype, stored[0] is not into[0]
+    lying = [as_stored(part, turned) for part in into]
+    dtype, transposed = into[0].dtype, lying[0][1]
     wide = torch.promote_types(v.dtype, torch.float32)
-    alike = all(part.dtype == dtype and part.stride(1) == 1 for part in stored)
-    alike = alike and all((part is not given) == transposed for part, given in zip(stored, into, strict=True))
-    if run is None or dtype not in (v.dtype, wide) or not alike or len(stored) > len(_ARRAYS):
-        # As the transpose of Hᵀ V: long rows in place of short ones take half the time.
-        for part, added in zip(into, (h.T @ v).split([part.shape[1] for part in into]), strict=True):
-            part.add_(added.T)
+    alike = all(part.dtype == dtype and part.stride(1) == 1 and way == transposed for part, way in lying)
+    if run is None or dtype not in (v.dtype, wide) or not alike or len(into) > len(_ARRAYS):
+        now_or_in(row, partial(_accumulate_by_torch, v, h, into if turned else [part.T for part in into]))
         return
-    places = _places(stored, transposed)
-    _check(run(*matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape))
+    places = _places([part for part, _ in lying], transposed)
+    call = partial(_checked, run, *matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape)
+    now_or_in(row, call, v, h, into)
+
+
+def _accumulate_by_torch(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+    """Add Hᵀ V to (rank, n) each: of the transpose long rows in place of short ones, which takes half the time."""
+    for part, added in zip(into, (h.T @ v).split([part.shape[0] for part in into]), strict=True):
+        part.add_(added)
 
 
 class Member(NamedTuple):
@@ -115,13 +127,14 @@ class Member(NamedTuple):
     into: Tensor
 
 
-def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor:
+def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member], *, row: InARow | None = None) -> Tensor:
     """∂L/∂h = [s_1 G_1 B_1 | … | s_n G_n B_n], (rows, Σ rank); ∂L/∂B_i = s_i G_iᵀ h_i is added to `into`.
 
     Args:
         g: G, (rows, Σ out_i), of all layers, adapted or not.
         h: (rows, Σ rank), of the members in their order.
         members: the adapted ones.
+        row: where this is to be done in its turn, or None to do it now.
     """
     d_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if not members:
@@ -130,13 +143,7 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
     dtype, wide = members[0].into.dtype, torch.promote_types(g.dtype, torch.float32)
     alike = all(member.into.dtype == dtype and member.into.stride(1) == 1 for member in members)
     if run is None or dtype not in (g.dtype, wide) or not alike:
-        first = 0
-        for column, lora_B, scaling, into in members:
-            n, rank = lora_B.shape
-            part, ranks = g[:, column : column + n], slice(first, first + rank)
-            d_h[:, ranks] = (part @ lora_B).mul_(scaling)
-            into.add_((h[:, ranks].T @ part).mul_(scaling).T)
-            first = ranks.stop
+        now_or_in(row, partial(_backward_by_torch, g, h, members, d_h))
         return d_h
     numbers: list[int] = []
     for column, lora_B, _, into in members:
@@ -145,8 +152,19 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor
     scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
     places = (*matrix(g), *matrix(h), *matrix(d_h))
     by_parts = by_parts_of_rows(g.dtype)
-    _check(run(*places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0]))
+    call = partial(_checked, run, *places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0])
+    now_or_in(row, call, g, h, members, d_h)
     return d_h
+
+
+def _backward_by_torch(g: Tensor, h: Tensor, members: Sequence[Member], d_h: Tensor) -> None:
+    first = 0
+    for column, lora_B, scaling, into in members:
+        n, rank = lora_B.shape
+        part, ranks = g[:, column : column + n], slice(first, first + rank)
+        d_h[:, ranks] = (part @ lora_B).mul_(scaling)
+        into.add_((h[:, ranks].T @ part).mul_(scaling).T)
+        first = ranks.stop
 
 
 def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
@@ -167,6 +185,6 @@ def by_parts_of_rows(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and build is not None and build.name == "amx"
 
 
-def _check(outcome: int) -> None:
-    if outcome:
+def _checked(run: Callable[..., int], *arguments: Any) -> None:
+    if run(*arguments):
         raise MemoryError("low-rank products: no memory for what they work with")

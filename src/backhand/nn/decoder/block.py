@@ -171,10 +171,17 @@ def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor
 def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
     """The heads in qkv, (T, q + 2k); beside each head's query stands its gate, where the family has gates."""
     heads, kv_heads = config.num_heads, config.num_key_value_heads
-    each = 2 if config.attention_gate else 1
-    by_head = qkv.unflatten(1, (each * heads + 2 * kv_heads, config.head_dim))
-    queries, k, v = by_head.split([each * heads, kv_heads, kv_heads], dim=1)
-    return Parts(queries[:, ::each], queries[:, each - 1 :: each], k, v)
+    by_head = _by_head(qkv, config)
+    if not config.attention_gate:
+        q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
+        return Parts(q, q, k, v)
+    queries, k, v = by_head.split([2 * heads, kv_heads, kv_heads], dim=1)
+    return Parts(queries[:, ::2], queries[:, 1::2], k, v)
+
+
+def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
+    """A view of x, (T, heads of any kind · head_dim): (T, heads, head_dim)."""
+    return x.view(x.shape[0], x.shape[1] // config.head_dim, config.head_dim)
 
 
 def prepare_qkv(
@@ -192,8 +199,7 @@ def prepare_qkv(
     config = context.config
     parts = _parts(qkv, config)
     if weights.q_norm is None or weights.k_norm is None:
-        by_head = qkv.unflatten(1, (config.num_heads + 2 * config.num_key_value_heads, config.head_dim))
-        for turned, table in _turning(by_head, context):
+        for turned, table in _turning(_by_head(qkv, config), context):
             rotary_forward(turned, table, out=turned)
         return parts.q, parts.k, parts.v, None, None
     q, k, factors = normed(qkv, parts, weights, config, kept_factors)
@@ -229,7 +235,8 @@ def mlp_half_forward(
     n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
     gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
     product = scratch.take("product", (x1.shape[0], ffn), x1)
-    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=product)
+    gate, up = gate_up.split(ffn, dim=1)
+    p, _ = glu_forward(gate, up, config.activation, out=product)
     x2, h_down, projected = join_forward(
         x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
     )
@@ -302,7 +309,8 @@ def mlp_half_backward(
         n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
 
-    glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+    gate, up = gate_up.split(ffn, dim=1)
+    glu_saved = GLUSaved(gate, up, config.activation)
     below = lowest_group < DOWN
     if adapter.down.extras is not None or not below:
         # p is wanted before there is a ∂L/∂p, or without one.
@@ -416,19 +424,19 @@ def attention_input_gradient(
     `again`, (T, q), receives o where it is not kept.
     """
     config, own = context.config, kept.own
-    by_head = (config.num_heads, config.head_dim)
     d_qkv = torch.empty_like(kept.input)
-    d_attended, attended = d_output.unflatten(1, by_head), own.attended
+    d_attended, attended = _by_head(d_output, config), own.attended
     if attended is None:
-        attended = None if kept.output is None else kept.output.unflatten(1, by_head)
-        d_by_head = d_qkv.unflatten(1, (config.num_heads + 2 * config.num_key_value_heads, config.head_dim))
+        attended = None if kept.output is None else _by_head(kept.output, config)
+        d_by_head = _by_head(d_qkv, config)
     else:
         parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
     q, k, v = _attending_again(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
-    attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else again.unflatten(1, by_head))
-    for turned, table in _turning(d_by_head, context):
+    turning = _turning(d_by_head, context)
+    attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else _by_head(again, config))
+    for turned, table in turning:
         rotary_backward(turned, table, out=turned)
     if own.q_factor is not None and own.k_factor is not None:
         both = _parts(kept.input, config), _parts(d_qkv, config)
