@@ -17,7 +17,7 @@ VENV ?= .venv
 PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,$(shell \
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(python))))
 PYTEST_ARGS ?=
-FUZZ_ARGS ?= --seconds 120
+FUZZ_ARGS ?= --seconds 60
 CONSTRAINTS ?=
 # Two test processes at least, four at most; each computes with one thread, so that they do not fight for cores.
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
@@ -114,7 +114,7 @@ test-browser: $(VENV)/.browser $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 # Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
-# Two minutes; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
+# A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
 fuzz: $(VENV)/.test
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m fuzz --keep runs/fuzz $(FUZZ_ARGS)
