@@ -101,9 +101,10 @@ test: $(VENV)/.test $(VENV)/.model kernels
 	$(BIN)/backhand verify
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-# One test at a time: each holds the whole model and may use every core.
+# Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
+# a file's tests share, a trained run for one, is made once.
 test-smollm2: $(VENV)/.test $(VENV)/.model kernels
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'smollm2 and not slow and not bench and not browser' $(PYTEST_ARGS)
+	$(PYTEST) -m 'smollm2 and not slow and not bench and not browser' -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
