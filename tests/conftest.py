@@ -12,12 +12,17 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Started in the background of a shell this process ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))
+
+# A busy machine is no defect: neither an example nor drawing one has a time limit.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

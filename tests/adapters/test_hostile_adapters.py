@@ -38,7 +38,7 @@ from support.saved_adapters import save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
-MANY = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))
 FILES = ("adapter_config.json", "adapter_model.safetensors", "backhand.json")
 
 

@@ -49,11 +49,23 @@ def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch: pytest.Mo
 
 
 def test_the_time_is_for_all_names_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 0.2)
-    slow = "a" * 23 + "b"
-    assert pattern_matches("(a|aa)+$b", [slow], where="target_modules") == [False]
-    with pytest.raises(UsageError, match="takes longer"):
-        pattern_matches("(a|aa)+$b", [slow] * 1_000, where="target_modules")
+    """A second for each name, by a clock of its own."""
+    now, given = [5.0], []
+
+    class Slow:
+        def fullmatch(self, name: str, timeout: float) -> None:
+            given.append(timeout)
+            now[0] += min(1.0, timeout)
+            if timeout < 1:
+                raise TimeoutError
+
+    monkeypatch.setattr(pattern_match, "_compile", lambda *_: Slow())
+    monkeypatch.setattr(pattern_match.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(pattern_match, "MATCH_LIMIT_S", 3.5)
+    assert pattern_matches("q", NAMES[:3], where="target_modules") == [False] * 3
+    with pytest.raises(UsageError, match=r"takes longer than 3\.5 s"):
+        pattern_matches("q", NAMES, where="target_modules")
+    assert given == [3.5, 2.5, 1.5, 3.5, 2.5, 1.5, 0.5]
 
 
 @pytest.mark.parametrize(

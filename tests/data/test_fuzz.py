@@ -79,14 +79,14 @@ def outcome(content: bytes, suffix: str, **options: Any) -> None:
             assert made.input_ids.dtype == np.int32
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200), SUFFIXES, st.booleans())
 @example(b'{"text": "a"}\n\xff', ".jsonl", True)
 def test_any_bytes(content: bytes, suffix: str, skip_bad: bool) -> None:
     outcome(content, suffix, skip_bad=skip_bad)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ROWS, min_size=1, max_size=4), TEMPLATES, st.booleans(), st.sampled_from(["completions", "all"]))
 def test_any_rows(rows: list[Any], template: str | None, skip_bad: bool, train_on: str) -> None:
     content = "\n".join(json.dumps(row) for row in rows).encode()
@@ -94,7 +94,7 @@ def test_any_rows(rows: list[Any], template: str | None, skip_bad: bool, train_o
     outcome(json.dumps(rows).encode(), ".json", skip_bad=skip_bad, chat_template=template, train_on=train_on)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), st.booleans())
 def test_good_rows_with_bytes_changed(data: st.DataObject, skip_bad: bool) -> None:
     good = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}] * 3
@@ -104,7 +104,7 @@ def test_good_rows_with_bytes_changed(data: st.DataObject, skip_bad: bool) -> No
     outcome(bytes(content), ".jsonl", skip_bad=skip_bad)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.text(alphabet='a",;\n\r\x00é ', max_size=6), max_size=3), max_size=4), st.booleans())
 def test_any_csv(table: list[list[str]], skip_bad: bool) -> None:
     lines = ["prompt,completion", *(",".join(cells) for cells in table), "q,yes"]

@@ -44,7 +44,7 @@ def test_ordinary_text_is_encoded_as_the_tokenizer_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=8))
 def test_no_text_becomes_a_control_token_and_none_is_lost(kind: str, pieces: list[str]) -> None:
     tokenizer = KINDS[kind]()

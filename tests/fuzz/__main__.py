@@ -1,6 +1,6 @@
 """`python -m fuzz`: draw files of every kind, let commands read them, and keep what did not end as it should.
 
-    make fuzz                                    two minutes
+    make fuzz                                    a minute, on two cores
     make fuzz FUZZ_ARGS='--seconds 3600'         an hour
     python -m fuzz --kind gguf --seed 41 --files 1    the one case again
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from fuzz.child import Attempt, run_attempts
 from fuzz.kinds import KINDS, World, lay_out, make_world
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, help="of each kind; not given: as many as the time allows")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that share the cases")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="where failing cases are kept")
     options = parser.parse_args()
     options.keep = options.keep.resolve()
@@ -43,7 +46,11 @@ def main() -> int:
     try:
         world = make_world(place / "world")
         _warm_up(world, place)
-        return _loop(kinds, world, place, options)
+        began = time.monotonic()
+        shares = [(kinds, world, place, options, number) for number in range(options.processes)]
+        with multiprocessing.get_context("fork").Pool(options.processes) as pool:  # with what has been imported here
+            tallies = pool.starmap(_share, shares, chunksize=1)
+        return _told(kinds, tallies, options, time.monotonic() - began)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -65,20 +72,38 @@ def _warm_up(world: World, place: Path) -> None:
             raise SystemExit(f"the good files end with {code}: {' '.join(words)}")
 
 
-def _loop(kinds: list[str], world: World, place: Path, options: argparse.Namespace) -> int:
+class Tally(NamedTuple):
+    """Of the cases of one process.
+
+    Attributes:
+        codes: how often a kind ended in each exit code or fault.
+        worst: of each kind, the most processor seconds and bytes of a case.
+        failures: how many there were.
+        stop: the number behind its last case.
+    """
+
+    codes: dict[str, Counter[str]]
+    worst: dict[str, tuple[float, int]]
+    failures: int
+    stop: int
+
+
+def _share(kinds: list[str], world: World, place: Path, options: argparse.Namespace, share: int) -> Tally:
+    """Every so many cases in turn, of which this process takes the batch of its number."""
     began = time.monotonic()
+    own = place / f"share-{share}"
+    own.mkdir()
     codes: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     worst: dict[str, tuple[float, int]] = dict.fromkeys(kinds, (0.0, 0))
-    failures = 0
-    number = options.seed
+    failures, batch = 0, AT_ONCE // len(kinds)
+    number, stop = options.seed + share * batch, options.seed
     last = None if options.files is None else options.seed + options.files
     while (last is None or number < last) and time.monotonic() - began < options.seconds:
-        stop = number + AT_ONCE // len(kinds)
-        stop = stop if last is None else min(last, stop)
+        stop = number + batch if last is None else min(last, number + batch)
         drawn = [
             (kind, n, KINDS[kind](random.Random(f"{kind}/{n}"), world)) for n in range(number, stop) for kind in kinds
         ]
-        attempts = [Attempt(case.command, place / f"{kind}-{n}") for kind, n, case in drawn]
+        attempts = [Attempt(case.command, own / f"{kind}-{n}") for kind, n, case in drawn]
         for (_, _, case), attempt in zip(drawn, attempts, strict=True):
             attempt.place.mkdir()
             lay_out(case, attempt.place)
@@ -96,12 +121,20 @@ def _loop(kinds: list[str], world: World, place: Path, options: argparse.Namespa
                 (kept / "outcome.txt").write_text(said, encoding="utf-8", errors="replace")
                 print(f"{kind} {n}: {outcome.fault}: {outcome.said.strip().splitlines()[:1]}", flush=True)
             shutil.rmtree(attempt.place)
-        number = stop
+        number += options.processes * batch
+    return Tally(codes, worst, failures, stop)
+
+
+def _told(kinds: list[str], tallies: list[Tally], options: argparse.Namespace, took_s: float) -> int:
+    """Print what all processes have found; 1 if anything failed."""
     for kind in kinds:
-        counted = ", ".join(f"{count:,} × {code}" for code, count in sorted(codes[kind].items()))
-        seconds, peak = worst[kind]
-        print(f"{kind:15} {codes[kind].total():6,} files: {counted}; at most {seconds:.1f} s, {peak / 2**20:.0f} MB")
-    print(f"{failures} failures in {time.monotonic() - began:.0f} s, cases {options.seed} to {number - 1}")
+        codes = sum((tally.codes[kind] for tally in tallies), Counter[str]())
+        counted = ", ".join(f"{count:,} × {code}" for code, count in sorted(codes.items()))
+        seconds, peak = (max(most) for most in zip(*(tally.worst[kind] for tally in tallies), strict=True))
+        print(f"{kind:15} {codes.total():6,} files: {counted}; at most {seconds:.1f} s, {peak / 2**20:.0f} MB")
+    failures = sum(tally.failures for tally in tallies)
+    last = max(tally.stop for tally in tallies) - 1
+    print(f"{failures} failures in {took_s:.0f} s, cases {options.seed} to {last}")
     if failures:
         print(f"kept in {options.keep}")
     return 1 if failures else 0

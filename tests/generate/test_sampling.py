@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -30,7 +30,6 @@ def transformers_probabilities(logits: torch.Tensor, sampling: SamplingOptions) 
     return scores.softmax(-1)[0]
 
 
-@settings(deadline=None)
 @given(
     vocab=st.sampled_from([1, 2, 7, 300, 1000]),
     seed=st.integers(0, 10_000),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -36,13 +36,11 @@ def streamed(token_ids: Sequence[int], stop: Sequence[str] = (), tokenizer: PreT
     return stream.text
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=40))
 def test_parts_make_the_whole_for_any_tokens(token_ids: list[int]) -> None:
     assert streamed(token_ids) == decode(TOKENIZER, token_ids)
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_no_part_holds_half_a_character(text: str) -> None:
     token_ids = TOKENIZER.encode(text, add_special_tokens=False)
@@ -54,7 +52,6 @@ def test_no_part_holds_half_a_character(text: str) -> None:
     assert so_far + stream.finish() == text
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from("the a b cé名\U0001f642"), max_size=20))
 def test_byte_fallback_and_stripped_first_spaces_stream_as_they_decode(text: str) -> None:
     pieces = {" ": "▁", "b": "b", "c": "c", "é": "é", "名": "名"}
@@ -78,7 +75,6 @@ def test_an_unfinished_character_appears_at_the_end() -> None:
     assert stream.finish() == "\ufffd"
 
 
-@settings(deadline=None)
 @given(
     st.text(st.sampled_from("abcé\n"), max_size=40),
     st.lists(st.text(st.sampled_from("abcé\n"), min_size=1, max_size=5), max_size=3),

@@ -43,7 +43,7 @@ def read(
             reader(Path(place))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=SEEDS)
 def test_gguf(seed: int, files: Files) -> None:
     def reader(place: Path) -> None:
@@ -57,7 +57,7 @@ def test_gguf(seed: int, files: Files) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "adapter_config"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_adapters(kind: str, seed: int, files: Files) -> None:
     def reader(place: Path) -> None:
@@ -87,7 +87,7 @@ def test_half_a_surrogate_pair_is_printed(files: Files, tmp_path: Path) -> None:
     assert (outcome.fault, outcome.code) == ("", 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=SEEDS)
 def test_templates(seed: int, files: Files) -> None:
     case = KINDS["template"](random.Random(seed), files)

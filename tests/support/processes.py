@@ -12,14 +12,17 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+# Without transformers.modeling_utils, which tests' own models need, each process imported it for itself: in 1.2 s.
 _PRELOADED = [
     "pytest",
     "torch.distributed",
+    "transformers.modeling_utils",
     "transformers.models.llama.configuration_llama",
     "transformers.tokenization_utils_tokenizers",
     "safetensors.torch",
     "backhand.cli.main",
     "backhand.report.command",
+    "backhand.training.distributed",
     "backhand.training.run",
 ]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch.distributed
 
 from backhand.cli.main import main
+from backhand.nn.decoder.decoder import Decoder
 from backhand.training import distributed, leading, pulse
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
+from backhand.training.distributed import Group
 from backhand.training.step import AdapterOptimizer
 from support.held_runs import before, hold
 from support.processes import start
@@ -97,8 +99,9 @@ def start_ranks(
         configs: of each rank.
         directory: for configurations and what is printed.
         at_place: for some ranks a place of `held_runs` and the signal that it sends itself there, or "pause" for one
-            that is late by `PAUSE_S`; or ("adapter", "other") for one whose adapter is changed in every step, and
-            ("versions", "other") for one that has another torch.
+            that is late by `PAUSE_S`; or ("adapter", "other") for one whose adapter is changed in every step,
+            ("versions", "other") for one that has another torch, and ("clock", "other") for one by whose clock a
+            micro-batch takes a second, an exchange a quarter, and nothing else any time.
         environment: for all of them.
         join_s, silent_s: patience of the ranks.
         quick: otherwise they are as patient as a user's are.
@@ -175,6 +178,11 @@ def _train_as_rank(
     elif at == ("versions", "other"):
         packages = leading.installed_packages()
         leading.installed_packages = lambda: {**packages, "torch": "0.0"}
+    elif at == ("clock", "other"):
+        took = []
+        before(Decoder, "loss_and_gradients", lambda *_: took.append(1.0))
+        before(Group, "all_gather", lambda *_: took.append(0.25))
+        time.perf_counter = lambda: sum(took)
     elif at is not None:
         hold(at[0], _once(_ACTIONS[at[1]]))
     if connected:

@@ -129,11 +129,15 @@ def mapped_bytes(pid: int, path: Path) -> tuple[int, int]:
 def test_fewer_micro_batches_than_processes(straight: TrainConfig, tmp_path: Path) -> None:
     config = with_options(straight, micro_batch_rows=3, max_steps=3, output=tmp_path / "alone")
     train(config)
-    ranks = ranks_of(config, tmp_path / "run", 3)  # micro-batches of 3 and 1 rows, and one of 3 in the last step
+    clocks = dict.fromkeys(range(3), ("clock", "other"))
+    # Micro-batches of 3 and 1 rows, and one of 3 in the last step.
+    ranks = ranks_of(config, tmp_path / "run", 3, at_place=clocks)
     assert ranks.exit_codes() == [0] * 3, ranks.said()
     assert bits_of_several(tmp_path / "run") == bits_of_several(tmp_path / "alone")
-    idle = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["computed_s"][2]
-    assert idle < 1e-3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [step["computed_s"] for step in steps] == [[1.0, 1.0, 0.0]] * 2 + [[1.0, 0.0, 0.0]]
+    assert [step["waited_s"] for step in steps] == [[0.0] * 3] + [[0.25] * 3] * 2
 
 
 def test_each_process_waits_by_its_own_clock(straight: TrainConfig, tmp_path: Path) -> None:

@@ -31,9 +31,8 @@ RUNS, CONFIGURATIONS, DAMAGES, CHECKPOINTS = 40, 150, 40, 150
 
 
 def cases(count: int) -> settings:
-    return settings(
-        max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    patient = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=count, derandomize=True, suppress_health_check=patient)
 
 
 def exit_code(config: TrainConfig) -> int:

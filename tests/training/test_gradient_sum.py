@@ -87,7 +87,7 @@ def drawn(count: int, elements: int, seed: int) -> tuple[Tensor, list[float]]:
 
 
 @given(size=st.integers(1, 4), count=st.integers(1, 7), elements=st.integers(1, 40), seed=st.integers(0, 1 << 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int, seed: int) -> None:
     gradients, nats = drawn(count, elements, seed)
     wanted, alone_found = alone(gradients, nats)
@@ -112,7 +112,7 @@ def test_another_order_has_other_bits() -> None:
 
 
 @given(size=st.integers(2, 4), count=st.integers(1, 7), seed=st.integers(0, 1 << 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
     gradients, nats = drawn(count, 50, seed)
     wanted, _ = alone(gradients, nats)

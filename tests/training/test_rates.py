@@ -218,8 +218,14 @@ def test_a_rest_that_seems_less_than_nothing_is_nothing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.smollm2
-def test_a_real_file_costs_some_and_the_less_the_more_tokens() -> None:
-    """Coarsely, as a machine that is shared allows."""
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_the_share_of_a_real_file_is_the_formula(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part of its matrices, and by whole rows: so nearly, that one chunk of the head's more or less would show."""
     source = open_model("smollm2-135m")
-    few, many = (unpacking_share(source, torch.float32, tokens) for tokens in (64, 2048))
-    assert few > 0 and 0 <= many < few
+    blocks, head = _values(source)
+    clock = Ticking(monkeypatch, unpacking=7)
+    found = unpacking_share(source, torch.float32, tokens, clock)
+    passes = math.ceil(tokens / 256)
+    assert found == pytest.approx(7 * (blocks + head * passes) / (tokens * (blocks + head)), rel=1e-3)
+    assert {count for _, _, count in clock.products} == {min(tokens, 256)}
+    assert {columns for _, columns, _ in clock.products} == {576, 1536}

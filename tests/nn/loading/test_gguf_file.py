@@ -152,7 +152,7 @@ def test_every_truncation_is_an_error(tiny: Path, tmp_path: Path) -> None:
             GGUFFile(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(changes=st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_are_read_or_refused(changes: list[tuple[int, int]], tiny: Path, tmp_path: Path) -> None:
     content = bytearray(tiny.read_bytes())

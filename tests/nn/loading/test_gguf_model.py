@@ -306,7 +306,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write_tiny_gguf(tiny_model("gemma3_text"), path).read_bytes()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(changes=st.lists(st.tuples(st.integers(0, 1600), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_metadata_is_read_or_refused(changes: list[tuple[int, int]], gemma: bytes, tmp_path: Path) -> None:
     content = bytearray(gemma)
