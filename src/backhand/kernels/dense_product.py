@@ -1,8 +1,11 @@
-"""A dense bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
+"""A bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
 
 A library's product knows nothing of an adapter, so that y = x Wᵀ is written, read again, added to and written once
 more. Here the products with the factors go on with the same sums, and an element is rounded once
 (native/dense_product.h). A row's bits do not depend on how many rows, columns or threads there are.
+
+A quantized W is unpacked where the product packs it, a few rows at a time within the cache (native/panels.h): the bits
+are those of the dense W, which never stands in memory.
 
 Other instruction sets keep their library, which multiplies float32, and bfloat16 without tiles, at its processor's
 rate; with AMX oneDNN gives products of few outputs one thread of two.
@@ -12,25 +15,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.large_pages import in_large_pages
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop, loops_take_float64
+from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
-MOST_TERMS = 8
+MOST_TERMS = MOST_PARTS = 8
 _MATRIX = (POINTER, INT64)
 _PRODUCT = Declared(
     "backhand_dense_product",
-    *(INT, *_MATRIX, *_MATRIX, INT, *_MATRIX, *_MATRIX, POINTER),
+    *(INT, *_MATRIX, *_MATRIX, INT, INT64, POINTER, *_MATRIX, *_MATRIX, POINTER),
     *(INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, POINTER, INT64),
     result=INT64,
 )
 # Types of ctypes are made once.
 _NUMBERS = tuple(INT64 * (10 * count) for count in range(MOST_TERMS + 1))
 _SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
+_PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS + 1))
 
 
 class Term(NamedTuple):
@@ -47,6 +52,19 @@ class Term(NamedTuple):
     shrink: Tensor | None = None
 
 
+class Blocks(NamedTuple):
+    """A quantized W: the matrix as it is, or its transpose if `turned`."""
+
+    stored: QuantizedMatrix
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.turned else (rows, columns)
+
+
 def is_taken(dtype: torch.dtype) -> bool:
     """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
     build = None if torch.compiler.is_compiling() else library()  # what is traced has no addresses
@@ -57,28 +75,41 @@ def is_taken(dtype: torch.dtype) -> bool:
 
 def dense_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Blocks,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     terms: Sequence[Term] = (),
 ) -> Tensor | None:
-    """residual + x W + bias + the terms, or None where a library has to do.
+    """residual + x W + bias + the terms, or None where a library has to do, or W has to be unpacked before.
 
     Args:
         x: (rows, in).
-        weight: W, (in, out), or a view of its transpose.
+        weight: W, (in, out), a view of its transpose, or one of x's dtype in blocks.
         bias: (out,) or None.
         residual: (rows, out) or None; may be `out`.
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
+
+    Raises:
+        ValueError: parts of a quantized W take rows that are not there.
     """
     if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
-    stored, turned = as_stored(weight)
+    lying: Tensor | None = None
+    right: tuple[Any, ...]
+    if isinstance(weight, Blocks):
+        parts = weight.stored.table() if weight.stored.dtype == x.dtype else None
+        if parts is None or len(parts) > MOST_PARTS * NUMBERS_OF_PART:
+            return None
+        count = len(parts) // NUMBERS_OF_PART
+        right = (None, 0, weight.turned, count, _PARTS[count](*parts))
+    else:
+        lying, turned = as_stored(weight)
+        right = (*matrix(lying), turned, 0, None)
     factors = [as_stored(term.factor) for term in terms]
     run = loop(
-        *(_PRODUCT, x, stored, bias, residual, out),
+        *(_PRODUCT, x, lying, bias, residual, out),
         *(tensor for term in terms for tensor in (term.h, term.shrink)),
         *(factor for factor, _ in factors),
     )
@@ -91,7 +122,7 @@ def dense_product(
         numbers += (column, *factor.shape, *matrix(h), *matrix(kept), transposed)
         numbers += (0, 0) if shrink is None else matrix(shrink)
     call = (
-        *(*matrix(x), *matrix(stored), turned, *matrix(y)),
+        *(*matrix(x), *right, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
         *(None if bias is None else bias.data_ptr(), len(terms)),
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
@@ -99,6 +130,8 @@ def dense_product(
     )
     room = _KEPT.room
     needed: int = run(*call, room.data_ptr(), room.numel())
+    if needed < 0:
+        raise ValueError(f"rows outside those of the stored matrix, or more than {tuple(weight.shape)} has")
     if needed:
         del room
         drop_room()  # before there is a larger one
