@@ -95,6 +95,29 @@ def glu(builds: Sequence[Library], draw: Draw) -> None:
         _finite(y, d_gate, d_up)
 
 
+class _Parts:
+    """Parts of a stored matrix, each in memory that ends with its last block, as the product takes them."""
+
+    def __init__(self, draw: Draw) -> None:
+        wide = draw.random.random() < 0.1
+        columns = 256 * int(draw.random.integers(6, 9) if wide else draw.random.integers(0, 3))
+        self.held: list[Any] = []
+        self.table: list[int] = []
+        rows = 0
+        for _ in range(int(draw.random.integers(1, 4))):
+            type_id, values, size = ((2, 32, 18), (12, 256, 144), (14, 256, 210), (30, 1, 2))[draw.random.integers(4)]
+            there = draw.size(0, 60)
+            memory = draw.random.integers(0, 256, (there, columns // values * size), np.uint8) & 0x3B
+            ids = draw.random.integers(0, there, draw.size(0, 60)) if there and draw.chance() else None
+            taken = there if ids is None else len(ids)
+            self.held += (memory, ids)
+            self.table += (type_id, memory.ctypes.data, memory.shape[1], there)
+            self.table += (0 if ids is None else ids.ctypes.data, taken)
+            rows += taken
+        self.numbers = np.array(self.table, np.int64)
+        self.shape = rows, columns
+
+
 def dense_product(builds: Sequence[Library], draw: Draw) -> None:
     """Products with all that can be added to them, in the room that was asked for; sums in parts now and then."""
     number, dtype, _ = DTYPES[draw.random.integers(3)]
@@ -102,9 +125,16 @@ def dense_product(builds: Sequence[Library], draw: Draw) -> None:
     if draw.random.random() < 0.1:
         rows, inputs = draw.size(0, 1100), int(draw.random.integers(1500, 1640))
         outputs = draw.size(0, 40)
-    x, y, bias = draw.array(dtype, rows, inputs), draw.array(dtype, rows, outputs), draw.array(dtype, 1, outputs)
     turned = draw.chance()
-    w = draw.array(dtype, *((outputs, inputs) if turned else (inputs, outputs)))
+    blocks = _Parts(draw) if draw.chance() else None
+    if blocks is not None:
+        outputs, inputs = blocks.shape if turned else blocks.shape[::-1]
+    x, y, bias = draw.array(dtype, rows, inputs), draw.array(dtype, rows, outputs), draw.array(dtype, 1, outputs)
+    if blocks is None:
+        w = draw.array(dtype, *((outputs, inputs) if turned else (inputs, outputs)))
+        right = (*w.rows, turned, 0, None)
+    else:
+        right = (None, 0, turned, len(blocks.table) // 6, blocks.numbers.ctypes.data)
     around = y if draw.chance() else draw.array(dtype, rows, outputs)
     residual = around.rows if draw.chance() else (None, 0)
     held: list[Array] = []
@@ -121,11 +151,12 @@ def dense_product(builds: Sequence[Library], draw: Draw) -> None:
         first += columns
     scalings = (DOUBLE * count)(*draw.random.choice((0.5, 1.0, 0.3, -1.7), count))
     threads = int(draw.random.integers(1, 4))
-    types = (INT, *_MATRIX * 2, INT, *_MATRIX * 2, POINTER, INT64, POINTER, POINTER, *(INT64,) * 4, POINTER, INT64)
+    types = (INT, *_MATRIX * 2, INT, INT64, POINTER, *_MATRIX * 2, POINTER, INT64, POINTER, POINTER)
+    types = (*types, *(INT64,) * 4, POINTER, INT64)
     for build in builds:
         run = build.function("backhand_dense_product", types, INT64)
         given = (
-            *(number, *x.rows, *w.rows, turned, *y.rows, *residual, bias.place[0] if draw.chance() else None, count),
+            *(number, *x.rows, *right, *y.rows, *residual, bias.place[0] if draw.chance() else None, count),
             *((INT64 * len(table))(*table), scalings, rows, outputs, inputs, threads),
         )
         needed = run(*given, None, 0)

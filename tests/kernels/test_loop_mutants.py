@@ -25,6 +25,7 @@ OPS_OF = {
     "low_rank_rows": ("lora_linear_group",),
     "few rows": ("frozen_linear",),
     "dense_product": ("lora_linear", "lora_linear_group"),
+    "panels": ("frozen_linear",),
     "causal_conv": ("causal_conv",),
     "gated_conv": ("gated_conv",),
     "gated_delta_rule": ("gated_delta_rule",),

@@ -178,6 +178,7 @@ def test_rows_are_taken_so_many_at_a_time(shape, rows):
 
 
 def test_a_tile_stands_in_large_pages(monkeypatch):
+    by_library(monkeypatch)
     monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
     quantized, dense = pair([("Q8_0", 2048)], 1024, torch.bfloat16)
     x = torch.randn(9, 1024).bfloat16()
@@ -197,6 +198,7 @@ def _no_room(*_arguments, **_options):
 
 
 def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):
+    by_library(monkeypatch)
     monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
     quantized, _ = pair([("Q4_0", 512)], 2048, torch.bfloat16)
     with tiles_of(300_000):

@@ -12,21 +12,26 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.errors import CheckError, UsageError
 from backhand.kernels.library import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.weights import load_weights, named_views
 from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.model_options import Base, BaseModelOptions
+from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
+from backhand.training import decoder_engine
 from backhand.training.config import ModelOptions, TrainConfig
+from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.evaluate import evaluate
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.guards import BaseGuard
+from backhand.training.guards import BaseGuard, named_unusable
 from backhand.training.machine import resolve_machine
 from backhand.training.memory import bases
 from backhand.training.memory.bases import choose_base
@@ -92,6 +97,27 @@ def test_the_plan_tells_both(tiny: TinyRun, tmp_path: Path) -> None:
     quantized = plan(_looked_at(config)).to_json()
     assert quantized["base"] == "quantized" and quantized["parts"]["unpacked piece"] > 0
     assert quantized["parts"]["base weights"] < found["bases"]["dense"]["peak_bytes"]
+
+
+@pytest.mark.parametrize("least_bytes", [1 << 12, 1 << 14, 1 << 30])
+def test_the_plan_holds_the_tile_that_is_looked_at(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, least_bytes: int
+) -> None:
+    """Where products unpack for themselves, the largest tile of rows is what remains of a look at every number."""
+    monkeypatch.setattr(frozen_matrix, "ROWS_BYTES", least_bytes)
+    monkeypatch.setattr(frozen_matrix, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    monkeypatch.setattr(decoder_engine, "is_taken", lambda dtype: True)
+    source = open_model(str(tiny.model))
+    engine = DecoderEngine(source, torch.bfloat16)
+    weights = load_weights(source, engine.config, torch.bfloat16, quantized=True)
+    assert not list(named_unusable(named_views(weights, engine.config)))
+    (buffer,) = frozen_matrix._KEPT.buffers.values()
+    planned = engine.size(engine.layout(LoRAConfig(rank=4)), "quantized").unpacked_bytes
+    # Of gate and up as one matrix, which are looked at one by one here.
+    assert buffer.nbytes <= planned <= 2 * buffer.nbytes
+    monkeypatch.setattr(decoder_engine, "is_taken", lambda dtype: False)
+    assert engine.size(engine.layout(LoRAConfig(rank=4)), "quantized").unpacked_bytes >= planned
 
 
 def test_a_mapped_base_is_there_once_for_all_processes(tiny: TinyRun, tmp_path: Path) -> None:

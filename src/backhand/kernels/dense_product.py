@@ -1,8 +1,11 @@
-"""A dense bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
+"""A bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
 
 A library's product knows nothing of an adapter, so that y = x Wᵀ is written, read again, added to and written once
 more. Here the products with the factors go on with the same sums, and an element is rounded once
 (native/dense_product.h). A row's bits do not depend on how many rows, columns or threads there are.
+
+A quantized W is unpacked where the product packs it, a few rows at a time within the cache (native/panels.h): the bits
+are those of the dense W, which never stands in memory.
 
 Other instruction sets keep their library, which multiplies float32, and bfloat16 without tiles, at its processor's
 rate; with AMX oneDNN gives products of few outputs one thread of two.
@@ -31,18 +34,20 @@ from backhand.kernels.library import (
     loops_take_float64,
     now_or_in,
 )
+from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
-MOST_TERMS = 8
+MOST_TERMS = MOST_PARTS = 8
 _MATRIX = (POINTER, INT64)
 _PRODUCT = Declared(
     "backhand_dense_product",
-    *(INT, *_MATRIX, *_MATRIX, INT, *_MATRIX, *_MATRIX, POINTER),
+    *(INT, *_MATRIX, *_MATRIX, INT, INT64, POINTER, *_MATRIX, *_MATRIX, POINTER),
     *(INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, POINTER, INT64),
     result=INT64,
 )
 # Types of ctypes are made once.
 _NUMBERS = tuple(INT64 * (10 * count) for count in range(MOST_TERMS + 1))
 _SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
+_PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS + 1))
 
 
 class Term(NamedTuple):
@@ -65,6 +70,19 @@ class Term(NamedTuple):
         return self.factor.shape[1 if self.turned else 0]
 
 
+class Blocks(NamedTuple):
+    """A quantized W: the matrix as it is, or its transpose if `turned`."""
+
+    stored: QuantizedMatrix
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.turned else (rows, columns)
+
+
 def is_taken(dtype: torch.dtype) -> bool:
     """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
     if dtype == torch.float32 or torch.compiler.is_compiling():  # what is traced has no addresses
@@ -77,7 +95,7 @@ def is_taken(dtype: torch.dtype) -> bool:
 
 def dense_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Blocks,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
@@ -86,24 +104,37 @@ def dense_product(
     turned: bool = False,
     row: InARow | None = None,
 ) -> Tensor | None:
-    """residual + x W + bias + the terms, or None where a library has to do.
+    """residual + x W + bias + the terms, or None where a library has to do, or W has to be unpacked before.
 
     Args:
         x: (rows, in).
-        weight: W, (in, out), or a view of its transpose.
+        weight: W, (in, out), a view of its transpose, or one of x's dtype in blocks.
         bias: (out,) or None.
         residual: (rows, out) or None; may be `out`.
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
-        turned: whether `weight` is Wᵀ, (out, in): a view less to be made.
+        turned: whether a dense `weight` is Wᵀ, (out, in): a view less to be made.
         row: where the product is to be made in its turn, or None to make it now.
+
+    Raises:
+        ValueError: parts of a quantized W take rows that are not there.
     """
     if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
-    stored, transposed = as_stored(weight, turned)
+    lying: Tensor | None = None
+    right: tuple[Any, ...]
+    if isinstance(weight, Blocks):
+        parts = weight.stored.table() if weight.stored.dtype == x.dtype else None
+        if parts is None or len(parts) > MOST_PARTS * NUMBERS_OF_PART:
+            return None
+        count = len(parts) // NUMBERS_OF_PART
+        right = (None, 0, weight.turned, count, _PARTS[count](*parts))
+    else:
+        lying, transposed = as_stored(weight, turned)
+        right = (*matrix(lying), transposed, 0, None)
     factors = [as_stored(term.factor, term.turned) for term in terms]
     run = loop(
-        *(_PRODUCT, x, stored, bias, residual, out),
+        *(_PRODUCT, x, lying, bias, residual, out),
         *(tensor for term in terms for tensor in (term.h, term.shrink)),
         *(factor for factor, _ in factors),
     )
@@ -116,20 +147,22 @@ def dense_product(
         numbers += (term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(kept), lies_turned)
         numbers += (0, 0) if term.shrink is None else matrix(term.shrink)
     call = (
-        *(*matrix(x), *matrix(stored), transposed, *matrix(y)),
+        *(*matrix(x), *right, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
         *(None if bias is None else bias.data_ptr(), len(terms)),
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
-    now_or_in(row, partial(_multiply, run, call), x, weight, bias, residual, y, terms)
+    now_or_in(row, partial(_multiply, run, call, tuple(weight.shape)), x, weight, bias, residual, y, terms)
     return y
 
 
-def _multiply(run: Callable[..., int], call: tuple[Any, ...]) -> None:
-    """Make the call with room to work in."""
+def _multiply(run: Callable[..., int], call: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    """Make the call with room to work in; `shape` is W's."""
     room = _KEPT.room
     needed = run(*call, room.data_ptr(), room.numel())
+    if needed < 0:
+        raise ValueError(f"rows outside those of the stored matrix, or more than {shape} has")
     if needed:
         del room
         drop_room()  # before there is a larger one

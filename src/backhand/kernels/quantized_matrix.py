@@ -16,7 +16,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from backhand.kernels.dequantize import Bytes, block_shape, dequantize
+from backhand.kernels.dequantize import Bytes, block_shape, dequantize, is_compiled
+
+NUMBERS_OF_PART = 6
+"""In `QuantizedMatrix.table`."""
 
 # Rows that are dequantised at a time where their columns have to be put in order.
 _ROWS_IN_ORDER = 512
@@ -150,6 +153,24 @@ class QuantizedMatrix:
         """All of it, (out, in), in another dtype if one is given: the stored numbers rounded once."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         return self.rows_into(0, self.shape[0], out)
+
+    def table(self) -> list[int] | None:
+        """What a loop has to know that unpacks the blocks itself, for as long as the matrix is there.
+
+        Returns:
+            of each part ggml's type, address, bytes of a row, stored rows, address of the order or 0, and rows; None
+            where no loop can: columns in another order, or a type that is not compiled.
+        """
+        numbers: list[int] = []
+        for part in self.parts:
+            blocks, order = part.blocks, part.order
+            if part.column_order is not None or not is_compiled(part.type_id) or not blocks.flags.c_contiguous:
+                return None
+            if order is not None and (order.dtype != torch.int64 or not order.is_contiguous() or not order.is_cpu):
+                return None
+            numbers += (part.type_id, blocks.ctypes.data, blocks.shape[1], len(blocks))
+            numbers += (0 if order is None or not len(order) else order.data_ptr(), part.row_count)
+        return numbers
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[StoredRows, int, slice]]:
         """(part, its first row that is wanted, where its rows go) for all parts of rows start to stop."""

@@ -9,9 +9,11 @@ Backward. Only x is varied: dy = dx Wᵀ, and with G = ∂L/∂y, ⟨G, dx Wᵀ�
 To either, products with the factors of an adapter can be added, + s h Fᵀ (`Term`, `ops.lora_linear`): within the same
 sums where a loop of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
 
-In tiles. W is cut into pieces of at most TILE_BYTES in the compute dtype, so that a quantized matrix never stands
-there in full. For a library, a dense one is cut in the same way, although it need not be: how it adds up a product
-depends on the product's width (oneDNN with AMX: some sums in ten thousand end in another bit), and then
+Where a loop of ours multiplies (`kernels.dense_product`), it unpacks a quantized matrix itself, a few rows at a time
+where it packs its operand, and gives the bits of the dense one. Otherwise in tiles: W is cut into pieces of at most
+TILE_BYTES in the compute dtype, so that a quantized matrix never stands there in full. For a library, a dense one is
+cut in the same way, although it need not be: how it adds up a product depends on the product's width (oneDNN with AMX:
+some sums in ten thousand end in another bit), and then
 
     the same calls on the same numbers give dense and quantized the same bits, on every processor.
 
@@ -41,7 +43,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term, dense_product, drop_room, is_taken
+from backhand.kernels.dense_product import Blocks, Term, dense_product, drop_room, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
 from backhand.kernels.library import InARow, is_loopable
@@ -137,6 +139,10 @@ def frozen_linear(
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
             return _with_terms(few, x, terms)
+    if isinstance(weight, QuantizedMatrix) and takes_tiles(x):
+        unpacked_within = dense_product(x, Blocks(weight, turned=True), bias, residual, out, terms)
+        if unpacked_within is not None:
+            return unpacked_within
     tiles = [slice(0, weight.shape[0])] if isinstance(weight, Tensor) and takes_tiles(x) else row_tiles(weight)
     if len(tiles) == 1:
         return _product(x, _rows_of(weight, tiles[0]), bias, residual, out, terms)
@@ -169,6 +175,10 @@ def frozen_input_gradient(
         out: (rows, in) to write into; a new one if not given.
         terms: as in `frozen_linear`.
     """
+    if isinstance(weight, QuantizedMatrix) and takes_tiles(d_y):
+        unpacked_within = dense_product(d_y, Blocks(weight, turned=False), None, None, out, terms)
+        if unpacked_within is not None:
+            return unpacked_within
     tiles = [slice(0, weight.shape[1])] if isinstance(weight, Tensor) and takes_tiles(d_y) else column_tiles(weight)
     if len(tiles) == 1:
         return _gradient_product(d_y, _columns_of(weight, tiles[0]), out, terms)

@@ -18,11 +18,12 @@ from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
 from backhand.generate.engine_completer import EngineCompleter
+from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig
+from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, load_weights, module_shapes
@@ -106,8 +107,17 @@ class DecoderEngine:
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
         return decoder_size(
-            self.config, layout, self._dtype.itemsize, self._quantized_bytes if base == "quantized" else None
+            self.config,
+            layout,
+            self._dtype.itemsize,
+            self._quantized_bytes if base == "quantized" else None,
+            unpacked_within=is_taken(self._dtype) and not self._source.unpacked_slowly and not self._reorders_columns,
         )
+
+    @property
+    def _reorders_columns(self) -> bool:
+        """Whether some matrices may have to be unpacked before a product: the delta rule's outputs in a GGUF file."""
+        return any(layer.mixer == GATED_DELTA for layer in self.config.layers)
 
     @cached_property
     def _quantized_bytes(self) -> int:

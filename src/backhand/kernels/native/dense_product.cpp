@@ -1,4 +1,4 @@
-// A dense product with all that is added to it, by torch's threads; see dense_product.h.
+// A product with all that is added to it, by torch's threads; see dense_product.h.
 #include "dense_product.h"
 
 namespace {
@@ -8,9 +8,10 @@ struct Shares {
   int64_t count, each;  // shares, and the blocks of 32 of one
 };
 
-inline Shares shares_of(int64_t m, int64_t n, int64_t k, int64_t threads) {
-  // Each thread packs the other operand for itself; W is packed at half the speed, and columns have to suffice.
-  const bool by_columns = n >= m || (2 * n >= m && n >= 4 * threads * BLOCK);
+inline Shares shares_of(bool stored, int64_t m, int64_t n, int64_t k, int64_t threads) {
+  // Each thread packs the other operand for itself; W is packed at half the speed, unpacked at a fraction of that, and
+  // columns have to suffice.
+  const bool by_columns = n >= m || ((stored ? 8 : 2) * n >= m && n >= 4 * threads * BLOCK);
   const int64_t blocks = std::max<int64_t>(1, ((by_columns ? n : m) + BLOCK - 1) / BLOCK);
   const int64_t worth = 1 + static_cast<int64_t>(static_cast<double>(m) * n * k / FEWEST_MULTIPLICATIONS);
   const int64_t wanted = std::max<int64_t>(1, std::min({threads, blocks, worth}));
@@ -18,11 +19,28 @@ inline Shares shares_of(int64_t m, int64_t n, int64_t k, int64_t threads) {
   return {by_columns, (blocks + each - 1) / each, each};
 }
 
-template <class Op>
-inline Cut<Op> cut_of(const Shares& shares, int64_t m, int64_t n, int64_t k, int64_t term_steps, int64_t shrunk) {
+template <class Op, class T>
+inline Cut<Op> cut_of(const DenseProduct<T>& p, const Shares& shares, int64_t term_steps) {
   const int64_t own = shares.each * BLOCK;
-  return Cut<Op>(shares.by_columns ? m : std::min(m, own), shares.by_columns ? std::min(n, own) : n, k, term_steps,
-                 shrunk);
+  return Cut<Op>(p.w, shares.by_columns ? p.m : std::min(p.m, own), shares.by_columns ? std::min(p.n, own) : p.n, p.k,
+                 term_steps, p.shrunk());
+}
+
+// The parts of a stored matrix (rows, columns) of the table below; false for what cannot be.
+inline bool stored_rows(const int64_t* table, int64_t count, int64_t rows, int64_t columns, StoredRows* parts) {
+  int64_t before = 0;
+  for (StoredRows* part = parts; part < parts + count; ++part, table += 6) {
+    const int64_t there = table[3], taken = table[5];
+    const int64_t* ids = reinterpret_cast<const int64_t*>(table[4]);
+    *part = {kind_of(static_cast<int>(table[0])), reinterpret_cast<const uint8_t*>(table[1]), table[2], ids, before,
+             before + taken};
+    before += taken;
+    if (part->kind == nullptr || columns % part->kind->values != 0) return false;
+    if (columns / part->kind->values * part->kind->bytes > part->row_bytes || (ids == nullptr && taken > there)) return false;
+    for (int64_t i = 0; ids != nullptr && i < taken; ++i)
+      if (ids[i] < 0 || ids[i] >= there) return false;
+  }
+  return count == 0 || before == rows;
 }
 
 template <class T>
@@ -45,19 +63,26 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
 
 // y (m, n) = residual + x W + bias + Σ scalingᵢ hᵢ Fᵢᵀ, with x (m, k) and W (k, n), or (n, k) if `turned`.
 //
+//   w         numbers, w_row apart; not read where there are stored parts
+//   stored    of a W in blocks 6 numbers a part, one below the other as W lies: ggml's type, address, bytes of a row, how
+//             many rows there are, address of the numbers of those that are taken (int64; 0 for all), how many are
 //   residual  (m, n), or null; may be y itself.    bias  (n), or null
 //   table     10 numbers a term: first column, n and rank; address and row of h (m, rank); of F, (n, rank), or of its
 //             transpose if the number behind them is not 0; of A (rank, k), if h is to be written, x Aᵀ, else 0 and 0
 //   room      of `room_bytes`, for what threads work with
 //
-// Returns the bytes of room that it needs where it was given fewer, and then does nothing; else 0.
+// Returns the bytes of room that it needs where it was given fewer, and then does nothing; else 0; -1 for too many terms
+// or parts, -2 for a part of a type it does not know, or with rows or columns that are not there.
 BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                                               int turned, void* y, int64_t y_row, const void* residual,
-                                               int64_t residual_row, const void* bias, int64_t term_count,
-                                               const int64_t* table, const double* scalings, int64_t m, int64_t n,
-                                               int64_t k, int64_t threads, void* room, int64_t room_bytes) {
-  constexpr int64_t MOST_TERMS = 8, NUMBERS = 10;
-  if (term_count > MOST_TERMS) return -1;
+                                               int turned, int64_t part_count, const int64_t* stored, void* y,
+                                               int64_t y_row, const void* residual, int64_t residual_row,
+                                               const void* bias, int64_t term_count, const int64_t* table,
+                                               const double* scalings, int64_t m, int64_t n, int64_t k,
+                                               int64_t threads, void* room, int64_t room_bytes) {
+  constexpr int64_t MOST_TERMS = 8, NUMBERS = 10, MOST_PARTS = 8;
+  if (term_count > MOST_TERMS || part_count > MOST_PARTS) return -1;
+  StoredRows parts[MOST_PARTS];
+  if (!stored_rows(stored, part_count, turned ? n : k, turned ? k : n, parts)) return -2;
   BY_DTYPE(dtype, T, {
     typedef Operands<T> Op;
     Term<T> terms[MOST_TERMS];
@@ -69,11 +94,12 @@ BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t
                   {reinterpret_cast<const T*>(table[8]), table[9]}, scalings[i]};
       term_steps += steps_of<Op>(terms[i]);
     }
-    const DenseProduct<T> product{{static_cast<const T*>(x), x_row}, {static_cast<const T*>(w), w_row}, turned != 0,
-                                  {static_cast<T*>(y), y_row}, static_cast<const T*>(residual), residual_row,
-                                  static_cast<const T*>(bias), terms, term_count, m, n, k};
-    const Shares shares = shares_of(m, n, k, threads);
-    const Cut<Op> cut = cut_of<Op>(shares, m, n, k, term_steps, product.shrunk());
+    const RightOperand<T> right{{static_cast<const T*>(w), w_row}, turned != 0, parts, part_count};
+    const DenseProduct<T> product{{static_cast<const T*>(x), x_row}, right, {static_cast<T*>(y), y_row},
+                                  static_cast<const T*>(residual), residual_row, static_cast<const T*>(bias), terms,
+                                  term_count, m, n, k};
+    const Shares shares = shares_of(right.stored(), m, n, k, threads);
+    const Cut<Op> cut = cut_of<Op>(product, shares, term_steps);
     const int64_t needed = shares.count * static_cast<int64_t>(rounded_up(static_cast<int64_t>(cut.bytes()), 64));
     if (needed > room_bytes) return needed;
     if (m > 0 && n > 0) run<T>(product, shares, cut, static_cast<char*>(room));

@@ -1,23 +1,24 @@
-// y (m, n) = r + x W + b + Σ s h Fᵀ: one dense product with all that is added to it, W packed a panel at a time. Where
-// an h is x Aᵀ of the same x, it is made on the way.
+// y (m, n) = r + x W + b + Σ s h Fᵀ: one product with all that is added to it, W packed a panel at a time. Where an h is
+// x Aᵀ of the same x, it is made on the way.
 //
-// W's panel, as many columns as stay in the second-level cache, is brought into units along K, which AMX multiplies
-// without rearranging; 32 rows of x pass along it. The products with an adapter's factors go on with the same sums, as
+// W's panel, as many columns as stay in the second-level cache, is brought into units along K (panels.h), which AMX
+// multiplies without rearranging; 32 rows of x pass along it. The products with an adapter's factors go on with the same sums, as
 // further places of K, and each element is rounded once. Its sum runs along K in one order, whatever the number of rows
 // and threads and wherever a panel begins.
 #pragma once
 
 #include <cmath>
 
-#include "low_rank.h"
+#include "panels.h"
 
 namespace {
 
-// Rows and columns that are summed at once, and units along K in a step.
-constexpr int64_t BLOCK = 32, STEP_UNITS = 16;
 // What a panel of W may take of the second-level cache, and the places of K of one: a longer sum waits in memory, of so
 // many rows at a time.
 constexpr int64_t PANEL_BYTES = 11 << 17, LONGEST_PART = 1536, WAITING_ROWS = 1024;
+// The same of a stored W: unpacking costs more than what is saved, so that it is done for more rows, and panels whose
+// columns must be whole blocks are larger.
+constexpr int64_t PANEL_BYTES_OF_BLOCKS = 12 << 17, WAITING_ROWS_OF_BLOCKS = 4096;
 // A result of so many bytes is written past the caches.
 constexpr int64_t FEWEST_BYTES_PAST = 2 << 20;
 // Multiplications that are worth a thread of their own.
@@ -36,8 +37,8 @@ struct Term {
 
 template <class T>
 struct DenseProduct {
-  Matrix<const T> x, w;
-  bool turned;  // W lies as (n, k)
+  Matrix<const T> x;
+  RightOperand<T> w;
   Matrix<T> y;
   const T* residual;  // (m, n), or null
   int64_t residual_row;
@@ -67,21 +68,26 @@ inline int64_t steps_of(const Term<T>& term) {
 // How a thread's share is cut.
 template <class Op>
 struct Cut {
-  int64_t part, parts;   // places of K at a time, in elements, and how often
-  int64_t columns;       // of a panel
-  int64_t rows;          // that wait at a time
+  int64_t part, parts;    // places of K at a time, in elements, and how often
+  int64_t columns, edge;  // of a panel, and at what multiples one ends
+  int64_t rows;           // that wait at a time
   int64_t term_steps, shrunk;
 
-  Cut(int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks)
-      : term_steps(steps), shrunk(rounded_up(ranks, BLOCK)) {
-    constexpr int64_t STEP = STEP_UNITS * Op::PACK;
+  template <class T>
+  Cut(const RightOperand<T>& w, int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks)
+      : edge(w.column_edge()), term_steps(steps), shrunk(rounded_up(ranks, BLOCK)) {
+    const int64_t step = w.k_edge(STEP_UNITS * Op::PACK);
     parts = std::max<int64_t>(1, (k + LONGEST_PART - 1) / LONGEST_PART);
-    part = std::max(STEP, rounded_up((k + parts - 1) / parts, STEP));
-    const int64_t most = PANEL_BYTES / (part / Op::PACK * static_cast<int64_t>(sizeof(typename Op::Unit)));
-    const int64_t widest = std::max(BLOCK, most / BLOCK * BLOCK), panels = std::max<int64_t>(1, (n + widest - 1) / widest);
-    columns = rounded_up((n + panels - 1) / panels, BLOCK);
-    rows = rounded_up(parts == 1 && ranks == 0 ? m : std::min(m, WAITING_ROWS), BLOCK);
+    part = std::max(step, rounded_up((k + parts - 1) / parts, step));
+    const int64_t bytes = edge > BLOCK ? PANEL_BYTES_OF_BLOCKS : PANEL_BYTES;
+    const int64_t most = bytes / (part / Op::PACK * static_cast<int64_t>(sizeof(typename Op::Unit)));
+    const int64_t widest = std::max(edge, most / edge * edge), panels = std::max<int64_t>(1, (n + widest - 1) / widest);
+    columns = rounded_up((n + panels - 1) / panels, edge);
+    const int64_t waiting = w.stored() ? WAITING_ROWS_OF_BLOCKS : WAITING_ROWS;
+    rows = rounded_up(parts == 1 && ranks == 0 ? m : std::min(m, waiting), BLOCK);
   }
+  // Where the panel from this column on ends.
+  int64_t panel_end(int64_t column) const { return (column + columns) / edge * edge; }
   int64_t right_units() const { return columns * (part / Op::PACK); }
   int64_t term_units() const { return columns * term_steps * STEP_UNITS; }
   size_t bytes() const {
@@ -246,28 +252,6 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
   along_steps(term_steps, term_left, term_right, MUTATED("dense_product: terms alone", true, false));
 }
 
-// Of W (k, n) or (n, k) the places k0 … k0 + length - 1 of the columns j … j + columns - 1: (units, 32) a block.
-template <class Op, class T>
-inline void pack_panel(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t j, int64_t columns,
-                       typename Op::Unit* to, int64_t block_units) {
-  typedef typename Op::Unit U;
-  const int64_t units = units_of<Op>(length), room = rounded_up(units, STEP_UNITS);
-  if (p.turned) {
-    for (int64_t i = 0; i < columns; i += BLOCK, to += block_units) {
-      turn<Op>(Matrix<const T>{p.w.at(j + i, k0), p.w.row}, std::min(BLOCK, columns - i), length, to, BLOCK);
-      std::fill(to + units * BLOCK, to + room * BLOCK, U(0));
-    }
-    return;
-  }
-  // Rows outermost: that is how they lie in memory.
-  for (int64_t u = 0; u < units; ++u)
-    for (int64_t i = 0; i < columns; i += BLOCK)
-      interleave<Op>(p.w.at(k0 + u * Op::PACK, j + i), p.w.row, std::min<int64_t>(Op::PACK, length - u * Op::PACK),
-                     std::min(BLOCK, columns - i), to + i / BLOCK * block_units + u * BLOCK, BLOCK);
-  for (int64_t i = 0; i < columns; i += BLOCK, to += block_units)
-    std::fill(to + units * BLOCK, to + room * BLOCK, U(0));
-}
-
 // Rows i … i + count - 1 of x, the places k0 … k0 + length - 1, a step behind another.
 template <class Op, class T>
 inline void pack_rows(const DenseProduct<T>& p, int64_t i, int64_t count, int64_t k0, int64_t length,
@@ -413,11 +397,11 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
                     reinterpret_cast<uintptr_t>(p.y.data) % LINE == 0;
   struct Reach {
     int64_t first_step, steps;
-  } reach[PANEL_BYTES / (STEP_UNITS * 4 * BLOCK)];
+  } reach[PANEL_BYTES_OF_BLOCKS / (STEP_UNITS * 4 * BLOCK)];
 
   for (int64_t top = row_begin; top < row_end; top += cut.rows)
-    for (int64_t j = column_begin; j < column_end; j += cut.columns) {
-      const int64_t bottom = std::min(row_end, top + cut.rows), columns = std::min(cut.columns, column_end - j);
+    for (int64_t j = column_begin; j < column_end; j = cut.panel_end(j)) {
+      const int64_t bottom = std::min(row_end, top + cut.rows), columns = std::min(cut.panel_end(j), column_end) - j;
       const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
       for (int64_t q = 0; q < blocks; ++q)
         pack_factors<Op>(p, j + q * BLOCK, cut.term_steps, term_right + q * of_terms, reach[q].first_step, reach[q].steps);
@@ -425,7 +409,7 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
         const int64_t length = std::min(cut.part, p.k - k0), steps = (units_of<Op>(length) + STEP_UNITS - 1) / STEP_UNITS;
         const bool add = MUTATED("dense_product: first part of a sum lost", k0 > 0, false), last = k0 + cut.part >= p.k;
         const int64_t block_units = steps * STEP_UNITS * BLOCK;
-        pack_panel<Op>(p, k0, length, j, columns, right, block_units);
+        pack_panel<Op>(p.w, k0, length, j, columns, right, block_units);
         const bool make = shrunk_blocks > 0 && j == column_begin;
         if (make) pack_shrinks<Op>(p, k0, length, cut.shrunk, shrink_right, block_units);
         Leaving<T> leaving;

@@ -64,22 +64,6 @@ inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T
   for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
 }
 
-// Numbers of a stored row as T; `room` is used where they are not there as they are.
-inline const float* expanded(const Kind& kind, const uint8_t* source, int64_t values, float* room) {
-  kind.to_float32(source, values / kind.values, room);
-  return room;
-}
-inline const bfloat16* expanded(const Kind& kind, const uint8_t* source, int64_t values, bfloat16* room) {
-  kind.to_bfloat16(source, values / kind.values, room);
-  return room;
-}
-inline const double* expanded(const Kind& kind, const uint8_t* source, int64_t values, double* room) {
-  float narrow[PIECE];
-  kind.to_float32(source, values / kind.values, narrow);
-  for (int64_t i = 0; i < values; ++i) room[i] = narrow[i];
-  return room;
-}
-
 template <class T>
 struct FewRows {
   const Kind* kind;  // of W's rows; null where they hold T themselves
@@ -124,7 +108,8 @@ struct FewRows {
         }
         const uint8_t* blocks = row + start / kind->values * kind->bytes;
         for (int64_t line = 0; line < count / kind->values * kind->bytes; line += LINE) fetch_ahead(blocks + line);
-        w[r] = expanded(*kind, blocks, count, room[r]);
+        expand(*kind, blocks, count, room[r]);
+        w[r] = room[r];
       }
       for (int64_t i = 0; i < rows; ++i) {
         const T* part = x + i * x_row + start;

@@ -1,6 +1,8 @@
 // The types of stored matrices, and how a run of whole blocks of each becomes numbers. The table is in dequantize.cpp.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 struct Kind {
@@ -12,3 +14,24 @@ struct Kind {
 
 // Null for a type that is not known.
 const Kind* kind_of(int type);
+
+namespace {
+
+// Whole blocks as numbers of any storage type.
+inline void expand(const Kind& kind, const uint8_t* source, int64_t values, float* out) {
+  kind.to_float32(source, values / kind.values, out);
+}
+inline void expand(const Kind& kind, const uint8_t* source, int64_t values, bfloat16* out) {
+  kind.to_bfloat16(source, values / kind.values, out);
+}
+inline void expand(const Kind& kind, const uint8_t* source, int64_t values, double* out) {
+  constexpr int64_t AT_ONCE = 256;  // whole blocks of every type
+  float narrow[AT_ONCE];
+  for (int64_t i = 0; i < values; i += AT_ONCE) {
+    const int64_t count = std::min(AT_ONCE, values - i);
+    kind.to_float32(source + i / kind.values * kind.bytes, count / kind.values, narrow);
+    for (int64_t j = 0; j < count; ++j) out[i + j] = narrow[j];
+  }
+}
+
+}  // namespace

@@ -66,7 +66,7 @@ from backhand.nn.decoder.family import (
 from backhand.nn.decoder.kv_cache import bytes_per_row
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
-from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES
+from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES, row_tiles
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, SOFTMAX_ELEMENTS, chunk_rows
 from backhand.ops.low_rank import by_parts_of_rows
 from backhand.training.config import Recompute
@@ -85,7 +85,12 @@ _BATCH_BYTES = 32
 
 
 def decoder_size(
-    config: DecoderConfig, layout: AdapterLayout, dtype_bytes: int, quantized_bytes: int | None = None
+    config: DecoderConfig,
+    layout: AdapterLayout,
+    dtype_bytes: int,
+    quantized_bytes: int | None = None,
+    *,
+    unpacked_within: bool = False,
 ) -> ModelSize:
     """The decoder engine's memory by its formulas.
 
@@ -94,6 +99,7 @@ def decoder_size(
         layout: the adapter.
         dtype_bytes: of the compute dtype.
         quantized_bytes: of the matrices in their blocks, where they stay in them.
+        unpacked_within: whether products unpack these themselves; what looks at every number still takes tiles of rows.
     """
     slots = layout.slots
     d, b, heads, layers = config.hidden_size, dtype_bytes, config.num_heads, len(config.layers)
@@ -135,9 +141,13 @@ def decoder_size(
     beside = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
     beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
     matrices = block_weights + vocabulary
-    mlp_matrix = max(2 * d * _width(config, layer) // (chosen if layer.experts else 1) for layer in config.layers)
-    largest = max(mlp_matrix, *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
+    widths = [_width(config, layer) // (chosen if layer.experts else 1) for layer in config.layers]
+    largest = max(2 * d * max(widths), *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
     piece = max(TILE_BYTES, COLUMN_EDGE * config.vocab_size * b)
+    if unpacked_within:
+        shapes = {(config.vocab_size, d), *((2 * width, d) for width in widths), *((d, width) for width in widths)}
+        shapes |= {shape for mixer in mixers for shape in ((sum(mixer.sizes), d), (d, mixer.width))}
+        piece = max(_tile_of_rows(shape, _FLOATING[b]) for shape in shapes)
     adapter_elements = layout.element_count
     head_slots = [slot for slot in slots if slot.name == HEAD]
     head_ranks = sum(slot.rank for slot in head_slots)
@@ -273,6 +283,12 @@ def _delta_heads(config: DecoderConfig) -> HeadSizes:
     sizes = config.delta
     assert sizes is not None
     return HeadSizes(sizes.key_heads, sizes.value_heads // sizes.key_heads, sizes.key_width, sizes.value_width)
+
+
+def _tile_of_rows(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of the largest of them."""
+    first, *_ = row_tiles(torch.empty(shape, dtype=dtype, device="meta"))
+    return int(first.stop) * shape[1] * dtype.itemsize
 
 
 def _width(config: DecoderConfig, layer: LayerConfig) -> int:

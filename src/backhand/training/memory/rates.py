@@ -6,13 +6,13 @@ seconds where they are unpacked first and d(T) where they are dense,
 
     share(T) = Σ (q(t) - d(t)) · passes(T') / (Σ d(t) · T' / t),    t = min(T', ENOUGH_TOKENS)
 
-T' is T, but for an expert T · chosen / experts. passes(T') is 1 in the blocks, which take all tokens at once, and
-⌈T / `chunk_rows`⌉ for the head, which is unpacked for each chunk of its logits; an expert that nobody chooses stays
-packed, so that of less than one token its passes are T' too. Both q and d depend on processor, types and shapes by
-factors of two and more, and not on unpacking alone: a dense matrix comes from memory, an unpacked one lies in the
-cache. So no constant holds on two machines, and the pieces are taken from all over the file, more of them than most
-caches hold. What counts is the process's own time on its processors, shared by its threads, so that a busy machine
-gives nearly the figures of a free one.
+T' is T, but for an expert T · chosen / experts. passes(T') is 1 in the blocks, which take all tokens at once (a loop of
+ours thousands, beside whose products unpacking is nothing), and ⌈T / `chunk_rows`⌉ for the head, which is unpacked for
+each chunk of its logits; an expert that nobody chooses stays packed, so that of less than one token its passes are T'
+too. Both q and d depend on processor, types and shapes by factors of two and more, and not on unpacking alone: a dense
+matrix comes from memory, an unpacked one lies in the cache. So no constant holds on two machines, and the pieces are
+taken from all over the file, more of them than most caches hold. What counts is the process's own time on its
+processors, shared by its threads, so that a busy machine gives nearly the figures of a free one.
 """
 
 from __future__ import annotations

@@ -155,6 +155,7 @@ CASES = (
     _case("dense, outputs of whole blocks", (33,), 64, [("dense", 96)], tile_bytes=None),
     _case("dense, sums in parts, several panels", (13,), 1551, [("dense", 231)], bias=True, tile_bytes=None),
     _case("dense, gradients' sums in parts", (11,), 35, [("dense", 1539)], residual=True, tile_bytes=None),
+    _case("blocks, sums in parts", (10,), 1792, [("Q4_K", 37), ("Q8_0", 9)], bias=True, ordered=True),
     _case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
     _case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
 )
