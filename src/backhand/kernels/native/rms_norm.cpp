@@ -16,6 +16,9 @@ void backward(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const 
       const C dot = total<C>(
           n,
           [=](int64_t i, Vector<C> sum) {
+            fetch_ahead(up + i);
+            fetch_ahead(in + i);
+            if (more) fetch_ahead(more + i);
             return fma(load<C>(up + i) * (load<C>(weight + i) + c), load<C>(in + i), sum);
           },
           [=](int64_t i, int64_t count, Vector<C> sum) {
