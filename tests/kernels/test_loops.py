@@ -79,6 +79,10 @@ def test_rms_norm_of_any_size(build, dtype, rows, n):
     def compute(cast):
         y, saved = rms_norm_forward(cast(x), cast(weight), 1e-2, 1.0)
         grads = rms_norm_backward(cast(d_y), saved, residual=cast(residual))
+        own = cast(d_y).clone()
+        again = rms_norm_backward(own, saved, residual=cast(residual), out=own)
+        assert again.d_x is own
+        assert all(map(torch.equal, grads, again))
         return y, rms_norm_apply(*saved), *grads
 
     assert_close(*both_forms(compute), dtype)

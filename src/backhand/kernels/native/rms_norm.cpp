@@ -85,7 +85,7 @@ BACKHAND_EXPORT void backhand_rms_norm_forward(int dtype, const void* x, int64_t
   });
 }
 
-// d_x (rows, n), contiguous, with `residual` (rows, n) added, or null.
+// d_x (rows, n), contiguous, with `residual` (rows, n) added, or null; it may be d_y itself.
 BACKHAND_EXPORT void backhand_rms_norm_backward(int dtype, const void* d_y, int64_t inner_count, int64_t d_y_outer,
                                                 int64_t d_y_inner, const void* x, int64_t x_outer, int64_t x_inner,
                                                 const void* weight, const void* factor, const void* residual,
