@@ -205,7 +205,7 @@ def decoder_size(
         expert_share=min(1.0, 2 * chosen / config.mixture.experts) if config.mixture else 1.0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
-        head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d),
+        head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d, _FLOATING[b]),
         more_kernels=more_kernels(config, layout, _FLOATING[b]),
     )
 
