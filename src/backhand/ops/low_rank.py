@@ -3,7 +3,7 @@
 With V and Y (rows, n) activations or their gradients, F (n, rank) lora_B or lora_Aᵀ, and H (rank-sized) beside them:
     low_rank_shrink     H = V F            (rows, rank)      h = x Aᵀ
     low_rank_expand     Y += s H Fᵀ        (rows, n)         y += s h Bᵀ, ∂L/∂x += (∂L/∂h) A
-    low_rank_accumulate += Vᵀ H            (n, rank)         ∂L/∂Aᵀ = xᵀ (∂L/∂h)
+    low_rank_accumulate += Vᵀ H            (n, rank)         ∂L/∂Aᵀ = xᵀ (∂L/∂h), x perhaps by the norm that made it
     low_rank_backward   s V F and s Vᵀ H   at once           ∂L/∂h and ∂L/∂B = s Gᵀ h, of all layers of one input
 The formulas are derived in `lora_linear`, whose cases prove both forms of these.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import as_stored, matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
@@ -30,7 +31,8 @@ _SHRINK = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_FACTOR, *_MATRIX
 _EXPAND = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_FACTOR, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
-    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64),
+    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT),
+    *(INT64, INT64, POINTER, POINTER, DOUBLE),
     result=INT,
 )
 
@@ -78,29 +80,36 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0) 
     return y
 
 
-def low_rank_accumulate(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+def low_rank_accumulate(v: Tensor | RMSNormSaved, h: Tensor, into: Sequence[Tensor]) -> None:
     """Add Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
 
+    A norm's V = ρ X ⊙ (c + w) need not be there: Vᵀ H = (c + w) ⊙ Xᵀ (ρ H), row by row, and ρ H is small.
+
     Args:
-        v: V, (rows, n).
+        v: V, (rows, n), or what a norm of rows saved when it gave V.
         h: H, (rows, Σ rank).
         into: (n, rank) each, or views of their transposes; in V's dtype or wider; perhaps none.
     """
     if not into:
         return
-    run = loop(_GATHER, v, h)
+    x, weight, factor, offset = v if isinstance(v, RMSNormSaved) else (v, None, None, 0.0)
+    run = loop(_GATHER, x, h, weight)
     stored = [as_stored(part)[0] for part in into]
     dtype, transposed = stored[0].dtype, stored[0] is not into[0]
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
     alike = all(part.dtype == dtype and part.stride(1) == 1 for part in stored)
     alike = alike and all((part is not given) == transposed for part, given in zip(stored, into, strict=True))
-    if run is None or dtype not in (v.dtype, wide) or not alike or len(stored) > len(_ARRAYS):
+    lies_so = factor is None or weight is None or (factor.is_contiguous() and weight.is_contiguous())
+    if run is None or dtype not in (x.dtype, wide) or not (alike and lies_so) or len(stored) > len(_ARRAYS):
+        formed = rms_norm_apply(*v) if isinstance(v, RMSNormSaved) else v
         # As the transpose of Hᵀ V: long rows in place of short ones take half the time.
-        for part, added in zip(into, (h.T @ v).split([part.shape[1] for part in into]), strict=True):
+        for part, added in zip(into, (h.T @ formed).split([part.shape[1] for part in into]), strict=True):
             part.add_(added.T)
         return
     places = _places(stored, transposed)
-    _check(run(*matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape))
+    norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
+    how = transposed, dtype == wide, by_parts_of_rows(x.dtype)
+    _check(run(*matrix(x), *matrix(h), *places, *how, *x.shape, *norm))
 
 
 class Member(NamedTuple):
@@ -162,7 +171,7 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
 
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
-    """Whether `low_rank_backward` divides rows among threads, which suits AMX's tiles, and not the columns of G."""
+    """Whether threads divide the rows of V or G among them, which suits AMX's tiles, and not the columns."""
     build = library()
     return dtype == torch.bfloat16 and build is not None and build.name == "amx"
 

@@ -133,7 +133,7 @@ def group_forward(
 
 def group_backward(
     d_y: Tensor,
-    x: Tensor,
+    x: Tensor | RMSNormSaved,
     weight: FrozenMatrix,
     sizes: Sequence[int],
     adapter: GroupAdapter,
@@ -146,13 +146,15 @@ def group_backward(
 
     Args:
         d_y: ∂L/∂y, (rows, Σ out_i).
-        x, weight, sizes, adapter: as in the forward.
+        x, weight, sizes, adapter: as in the forward; for x also what the norm saved that gave it.
         h: what the forward returned, (rows, Σ rank).
         lora: whose `gradients` receive.
         input_gradient: whether anything below needs ∂L/∂x.
     """
     extras = adapter.extras
     if extras is not None:
+        if isinstance(x, RMSNormSaved):
+            x = rms_norm_apply(*x)
         group_extras.accumulate_extras(d_y, x, weight, sizes, adapter, extras, lora)
         if any(extras.magnitudes):
             return group_extras.dora_backward(d_y, x, weight, sizes, adapter, extras, h, lora, input_gradient)
@@ -245,6 +247,11 @@ def enter_forward(
 def enter_again(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor:
     """What `enter_forward` gave, from the factor that it returned."""
     return x if weight is None or factor is None else rms_norm_apply(x, weight, factor, config.norm_offset)
+
+
+def entered(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor | RMSNormSaved:
+    """What `enter_forward` gave, for a group's backward, which takes the norm as it is."""
+    return x if weight is None or factor is None else RMSNormSaved(x, weight, factor, config.norm_offset)
 
 
 def enter_backward(
