@@ -18,7 +18,7 @@ from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library, libra
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
-_GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64)
+_GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, POINTER, POINTER, DOUBLE)
 _BACKWARD = (*_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64)
 
 
@@ -37,15 +37,19 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
         wide = np.float64 if dtype is np.float64 else np.float32
         rows, n, rank = (int(generator.integers(0, high)) for high in (300, 150, 40))
         transposed = int(generator.integers(2))
-        kept, (v, h, d_h, factor, receiver) = zip(
+        kept, (v, h, d_h, factor, receiver, rho, weight) = zip(
             matrix(rows, n, dtype),
             matrix(rows, rank, dtype),
             matrix(rows, rank, dtype),
             matrix(*((rank, n) if transposed else (n, rank)), dtype),
             matrix(*((rank, n) if transposed else (n, rank)), wide),
+            matrix(1, rows, wide),
+            matrix(1, n, dtype),
             strict=True,
         )
         added, layer = (*v, *h, *factor), (INT64 * 7)(0, n, rank, *factor, *receiver)
+        norm = (rho[0], weight[0], 1.0) if generator.integers(2) else (None, None, 0.0)
+        by_rows = int(generator.integers(2))
         parts = (POINTER * 1)(receiver[0]), (INT64 * 1)(receiver[1]), (INT64 * 1)(rank)
         for build in builds:
             for name, types, arguments in (
@@ -55,7 +59,7 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
                     (*_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE),
                     (*added, transposed, rows, n, rank, 0.5),
                 ),
-                ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, rows, n)),
+                ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, by_rows, rows, n, *norm)),
                 (
                     "backward",
                     _BACKWARD,

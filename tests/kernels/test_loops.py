@@ -19,7 +19,7 @@ from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
-from backhand.ops.rms_norm import rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
@@ -82,6 +82,10 @@ def test_rms_norm_of_any_size(build, dtype, rows, n):
     def compute(cast):
         y, saved = rms_norm_forward(cast(x), cast(weight), 1e-2, 1.0)
         grads = rms_norm_backward(cast(d_y), saved, residual=cast(residual))
+        own = cast(d_y).clone()
+        again = rms_norm_backward(own, saved, residual=cast(residual), out=own)
+        assert again.d_x is own
+        assert all(map(torch.equal, grads, again))
         return y, rms_norm_apply(*saved), *grads
 
     assert_close(*both_forms(compute), dtype)
@@ -143,33 +147,38 @@ def test_rotary_of_any_size(build, dtype, tokens, half):
     ("rows", "n", "rank"),
     [
         *((0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1), (3, 7, 2), (2, 64, 16), (5, 33, 1), (129, 31, 17)),
-        *((259, 97, 8), (13, 530, 16), (31, 1027, 48), (49, 35, 130), (130, 192, 33)),
+        *((259, 97, 8), (13, 530, 16), (31, 1027, 48), (49, 35, 130), (130, 192, 33), (771, 65, 24)),
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
-def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed):
+@pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
+def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed, by_parts, monkeypatch):
+    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     v, h, y = gapped((rows, n), dtype, 0), gapped((rows, rank), dtype, 1), gapped((rows, n), dtype, 2)
     factor = gapped((rank, n), dtype, 3, size=max(n, 1) ** -0.5) if transposed else gapped((n, rank), dtype, 3)
     out, wide = gapped((rows, rank), dtype, 4), torch.promote_types(dtype, torch.float32)
-    receivers = [
-        gapped((part, n) if transposed else (n, part), wide, 5 + part) for part in (rank // 3, rank - rank // 3)
-    ]
+    factors, weight = torch.rand(rows, 1, dtype=wide) + 0.5, torch.randn(n).to(dtype)
+    parts = rank // 3, rank - rank // 3
+    receivers = [gapped((part, n) if transposed else (n, part), wide, 5 + part) for part in parts * 2]
 
     def turned(x):
         return x.T if transposed else x
 
     def compute(cast):
         f, copies = turned(cast(factor)), [cast(part) if cast(part) is not part else part.clone() for part in receivers]
-        low_rank_accumulate(cast(v), cast(h), [turned(part) for part in copies])
+        low_rank_accumulate(cast(v), cast(h), [turned(part) for part in copies[:2]])
+        norm = RMSNormSaved(cast(v), cast(weight), cast(factors), 1.0)
+        low_rank_accumulate(norm, cast(h), [turned(part) for part in copies[2:]])
         copy = cast(y) if cast(y) is not y else y.clone()
         shrunk = low_rank_shrink(cast(v), f), low_rank_shrink(cast(v), f, out=cast(out)).clone()
         return *copies, low_rank_expand(copy, cast(h), f, -0.6), *shrunk
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    assert_close([low_rank_expand(y, h, turned(factor), -0.6)], expected[2:3], dtype)
-    low_rank_accumulate(v, h, [turned(part) for part in receivers])
-    assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:2], strict=True))
+    assert_close([low_rank_expand(y, h, turned(factor), -0.6)], expected[4:5], dtype)
+    low_rank_accumulate(v, h, [turned(part) for part in receivers[:2]])
+    low_rank_accumulate(RMSNormSaved(v, weight, factors, 1.0), h, [turned(part) for part in receivers[2:]])
+    assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:4], strict=True))
     assert all(marks_intact(part) for part in (y, out, *receivers))
 
 
@@ -448,6 +457,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         h = low_rank_shrink(x, factor)
         d_factors = [torch.zeros(96, 24), torch.zeros(96, 24)]
         low_rank_accumulate(x, h, d_factors[:1])
+        low_rank_accumulate(saved, h, d_factors[:1])
         d_h = low_rank_backward(x, h, [Member(0, factor.contiguous(), 0.5, d_factors[1])])
         results += [h, low_rank_expand(x.clone(), h, factor), d_h, *d_factors]
         logits, losses = gate_up.clone(), torch.empty(600)

@@ -19,7 +19,8 @@ same chunk, right after the forward: nothing is saved and no product is repeated
 vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
 re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
 Every chunk reads W twice, and unpacks it where it is quantized: wide models, whose W is more than three times as large
-as 512 rows of logits, take so many (`chunk_rows`).
+as 512 rows of logits, take so many, and with AMX, whose tiles multiply faster than W is read and packed, so do all
+models in bfloat16 (`chunk_rows`).
 The compiled loop (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
 """
 
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.ops import lora_linear
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_tiles
@@ -140,28 +142,29 @@ def _softmax_losses(
             z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
 
 
-def chunk_rows(hidden: int) -> int:
-    """Rows of a chunk in a model of this width: the same for a dense and a quantized head."""
-    return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH else CHUNK_ROWS
+def chunk_rows(hidden: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk in a model of this width and compute dtype: the same for a dense and a quantized head."""
+    by_tiles = dtype == torch.bfloat16 and is_taken(dtype)
+    return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH or by_tiles else CHUNK_ROWS
 
 
 def chunks(x: Tensor) -> list[slice]:
     """Of the rows of x, (rows, hidden), those that go through the head at once."""
-    step = chunk_rows(x.shape[1])
+    step = chunk_rows(x.shape[1], x.dtype)
     return [slice(start, min(start + step, x.shape[0])) for start in range(0, x.shape[0], step)]
 
 
-def chunk_shape(rows: int, weight: FrozenMatrix) -> tuple[int, int]:
-    """(chunk, vocab) of the logits that are there at once."""
+def chunk_shape(rows: int, weight: FrozenMatrix, dtype: torch.dtype) -> tuple[int, int]:
+    """(chunk, vocab) of the logits, of this dtype, that are there at once."""
     vocab, hidden = weight.shape
-    return min(rows, chunk_rows(hidden)), vocab
+    return min(rows, chunk_rows(hidden, dtype)), vocab
 
 
 def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One chunk's logits, in a buffer that may be given, and the losses of all rows in float32 or wider."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if logits is None:
-        logits = torch.empty(chunk_shape(x.shape[0], weight), dtype=x.dtype, device=x.device)
+        logits = torch.empty(chunk_shape(x.shape[0], weight, x.dtype), dtype=x.dtype, device=x.device)
     return logits, torch.empty(x.shape[0], dtype=wide, device=x.device)
 
 

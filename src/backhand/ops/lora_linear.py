@@ -14,10 +14,11 @@ Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = �
     ∂L/∂B = s Gᵀ h                      (out, rank)
 with rows (all leading axes) summed in the last two. A residual r added to y has ∂L/∂r = G.
 
-Saved: x (which a caller may recompute and put back), h, and references to the weights. The mask m is drawn again
-from its seed, never kept. Gᵀ x, (out, in), and W + s B A are never formed: the cost over the frozen layer is
-6 · rank · (in + out) floating-point operations a row instead of a third product of the full size. W is a tensor, or a
-quantized matrix whose products `ops.frozen_matrix` computes. Several LoRA linears of one input stand at the end.
+Saved: x (which a caller may recompute and put back, or put the norm in its place that it came from), h, and references
+to the weights. The mask m is drawn again from its seed, never kept. Gᵀ x, (out, in), and W + s B A are never formed:
+the cost over the frozen layer is 6 · rank · (in + out) floating-point operations a row instead of a third product of
+the full size. W is a tensor, or a quantized matrix whose products `ops.frozen_matrix` computes. Several LoRA linears of
+one input stand at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from backhand.kernels.library import InARow
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient_in_a_row, frozen_linear, makes_shrunk
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 
 class Dropout(NamedTuple):
@@ -46,7 +48,7 @@ class Dropout(NamedTuple):
 class LoRASaved(NamedTuple):
     """What `lora_linear_forward` keeps: x (..., in), weight (out, in), the factors as given, h = x̃ Aᵀ (..., rank)."""
 
-    x: Tensor
+    x: Tensor | RMSNormSaved  # a caller may put what a norm saved in the place of what it gave
     weight: FrozenMatrix
     lora_A: Tensor
     lora_B: Tensor
@@ -83,6 +85,16 @@ def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
     if dropout is None or dropout.probability == 0.0:
         return None
     return dropout_multiplier(rows(x).shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
+
+
+def branch_input(x: Tensor | RMSNormSaved, dropout: Dropout | None) -> tuple[Tensor | RMSNormSaved, Tensor | None]:
+    """x̃ by rows, and m, both (rows, in), m None without dropout: then x̃ may remain the norm that x was given as."""
+    if isinstance(x, RMSNormSaved):
+        if dropout is None:
+            return x._replace(x=rows(x.x), factor=rows(x.factor)), None
+        x = rms_norm_apply(*x)
+    mask = multiplier(x, dropout)
+    return rows(x) if mask is None else rows(x) * mask, mask
 
 
 def lora_linear_forward(
@@ -134,14 +146,14 @@ def lora_linear_backward(
         into: of lora_A's and lora_B's shapes, in x's dtype or wider, to which their gradients are added, and which are
             returned; None for fresh ones.
     """
-    g, x = rows(d_y), rows(saved.x)
-    mask = multiplier(saved.x, saved.dropout)
+    g, (branch, mask) = rows(d_y), branch_input(saved.x, saved.dropout)
     d_lora_A, d_lora_B = (torch.zeros_like(saved.lora_A), torch.zeros_like(saved.lora_B)) if into is None else into
     row = InARow()
     d_h = low_rank_backward(g, rows(saved.h), [Member(0, saved.lora_B, saved.scaling, d_lora_B)], row=row)
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True, row=row)
+    low_rank_accumulate(branch, d_h, [d_lora_A], turned=True, row=row)
     if mask is not None:
-        row.make()  # x̃ is let go before there is a ∂L/∂x
+        row.make()
+    del branch  # with dropout, x̃ is let go before there is a ∂L/∂x
     d_x = None
     if input_gradient:
         d_x = _empty(g, saved.weight.shape[1])
@@ -182,8 +194,7 @@ def lora_linear_backward_without_input(
 
 def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
     """Add (∂L/∂h)ᵀ x̃ to d_lora_A, (rank, in), from x, (rows, in), and ∂L/∂h, (rows, rank)."""
-    mask = multiplier(x, dropout)
-    low_rank_accumulate(x if mask is None else x * mask, d_h, [d_lora_A], turned=True)
+    low_rank_accumulate(branch_input(x, dropout)[0], d_h, [d_lora_A], turned=True)
 
 
 def _input_gradient(
@@ -247,7 +258,7 @@ class Factors(NamedTuple):
 class LoRAGroupSaved(NamedTuple):
     """What the forward keeps: x (..., in), the stacked weight, the members, h (..., Σ rank)."""
 
-    x: Tensor
+    x: Tensor | RMSNormSaved  # as in `LoRASaved`
     weight: FrozenMatrix
     sizes: tuple[int, ...]
     factors: tuple[Factors | None, ...]
@@ -326,7 +337,7 @@ def lora_linear_group_backward(
         input_gradient: False skips ∂L/∂x.
         into: for each member with an adapter its pair, as in `lora_linear_backward`; None for fresh gradients.
     """
-    g, x, h = rows(d_y), rows(saved.x), rows(saved.h)
+    g, h = rows(d_y), rows(saved.h)
     if into is None:
         into = [
             None if member is None else (torch.zeros_like(member.lora_A), torch.zeros_like(member.lora_B))
@@ -337,14 +348,15 @@ def lora_linear_group_backward(
         if member is not None and receiver is not None:
             members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
-    mask = multiplier(saved.x, saved.dropout) if members else None
+    branch, mask = branch_input(saved.x, saved.dropout if members else None)
     row = InARow()
     d_h = low_rank_backward(g, h, members, row=row)
     d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
     receiving_A = [d_A for d_A in d_lora_A if d_A is not None]
-    low_rank_accumulate(x if mask is None else x * mask, d_h, receiving_A, turned=True, row=row)
+    low_rank_accumulate(branch, d_h, receiving_A, turned=True, row=row)
     if mask is not None:
-        row.make()  # x̃ is let go before there is a ∂L/∂x
+        row.make()
+    del branch  # as above
     d_x = None
     if input_gradient:
         d_x = _empty(g, saved.weight.shape[1])

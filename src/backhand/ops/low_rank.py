@@ -3,7 +3,7 @@
 With V and Y (rows, n) activations or their gradients, F (n, rank) lora_B or lora_Aᵀ, and H (rank-sized) beside them:
     low_rank_shrink     H = V F            (rows, rank)      h = x Aᵀ
     low_rank_expand     Y += s H Fᵀ        (rows, n)         y += s h Bᵀ, ∂L/∂x += (∂L/∂h) A
-    low_rank_accumulate += Vᵀ H            (n, rank)         ∂L/∂Aᵀ = xᵀ (∂L/∂h)
+    low_rank_accumulate += Vᵀ H            (n, rank)         ∂L/∂Aᵀ = xᵀ (∂L/∂h), x perhaps by the norm that made it
     low_rank_backward   s V F and s Vᵀ H   at once           ∂L/∂h and ∂L/∂B = s Gᵀ h, of all layers of one input
 The formulas are derived in `lora_linear`, whose cases prove both forms of these.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import as_stored, matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, library, loop, now_or_in
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
@@ -31,7 +32,8 @@ _SHRINK = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_FACTOR, *_MATRIX
 _EXPAND = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_FACTOR, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
-    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64),
+    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT),
+    *(INT64, INT64, POINTER, POINTER, DOUBLE),
     result=INT,
 )
 
@@ -83,12 +85,14 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, 
 
 
 def low_rank_accumulate(
-    v: Tensor, h: Tensor, into: Sequence[Tensor], *, turned: bool = False, row: InARow | None = None
+    v: Tensor | RMSNormSaved, h: Tensor, into: Sequence[Tensor], *, turned: bool = False, row: InARow | None = None
 ) -> None:
     """Add Vᵀ H to tensors that stand side by side, each for as many columns of H as it has.
 
+    A norm's V = ρ X ⊙ (c + w) need not be there: Vᵀ H = (c + w) ⊙ Xᵀ (ρ H), row by row, and ρ H is small.
+
     Args:
-        v: V, (rows, n).
+        v: V, (rows, n), or what a norm of rows saved when it gave V.
         h: H, (rows, Σ rank).
         into: (n, rank) each, or views of their transposes; in V's dtype or wider; perhaps none.
         turned: whether each is given as its transpose, (rank, n), as ∂L/∂A is.
@@ -96,22 +100,27 @@ def low_rank_accumulate(
     """
     if not into:
         return
-    run = loop(_GATHER, v, h)
+    x, weight, factor, offset = v if isinstance(v, RMSNormSaved) else (v, None, None, 0.0)
+    run = loop(_GATHER, x, h, weight)
     lying = [as_stored(part, turned) for part in into]
     dtype, transposed = into[0].dtype, lying[0][1]
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
     alike = all(part.dtype == dtype and part.stride(1) == 1 and way == transposed for part, way in lying)
-    if run is None or dtype not in (v.dtype, wide) or not alike or len(into) > len(_ARRAYS):
+    lies_so = factor is None or weight is None or (factor.is_contiguous() and weight.is_contiguous())
+    if run is None or dtype not in (x.dtype, wide) or not (alike and lies_so) or len(into) > len(_ARRAYS):
         now_or_in(row, partial(_accumulate_by_torch, v, h, into if turned else [part.T for part in into]))
         return
     places = _places([part for part, _ in lying], transposed)
-    call = partial(_checked, run, *matrix(v), *matrix(h), *places, transposed, dtype == wide, *v.shape)
+    norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
+    how = transposed, dtype == wide, by_parts_of_rows(x.dtype)
+    call = partial(_checked, run, *matrix(x), *matrix(h), *places, *how, *x.shape, *norm)
     now_or_in(row, call, v, h, into)
 
 
-def _accumulate_by_torch(v: Tensor, h: Tensor, into: Sequence[Tensor]) -> None:
+def _accumulate_by_torch(v: Tensor | RMSNormSaved, h: Tensor, into: Sequence[Tensor]) -> None:
     """Add Hᵀ V to (rank, n) each: of the transpose long rows in place of short ones, which takes half the time."""
-    for part, added in zip(into, (h.T @ v).split([part.shape[0] for part in into]), strict=True):
+    formed = rms_norm_apply(*v) if isinstance(v, RMSNormSaved) else v
+    for part, added in zip(into, (h.T @ formed).split([part.shape[0] for part in into]), strict=True):
         part.add_(added)
 
 
@@ -180,7 +189,7 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
 
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
-    """Whether `low_rank_backward` divides rows among threads, which suits AMX's tiles, and not the columns of G."""
+    """Whether threads divide the rows of V or G among them, which suits AMX's tiles, and not the columns."""
     build = library()
     return dtype == torch.bfloat16 and build is not None and build.name == "amx"
 

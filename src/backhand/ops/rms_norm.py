@@ -139,7 +139,12 @@ def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
 
 
 def rms_norm_backward(
-    d_y: Tensor, saved: RMSNormSaved, *, weight_gradient: bool = True, residual: Tensor | None = None
+    d_y: Tensor,
+    saved: RMSNormSaved,
+    *,
+    weight_gradient: bool = True,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> RMSNormGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
@@ -148,8 +153,9 @@ def rms_norm_backward(
         saved: from the forward pass.
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
         residual: (..., n) added to d_x, for the stream that went around the norm, or None.
+        out: (..., n) to receive d_x; it may be d_y itself.
     """
-    compiled = _compiled_backward(d_y, saved, weight_gradient, residual)
+    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out)
     if compiled is not None:
         return compiled
     x, weight, factor, offset = saved
@@ -162,33 +168,33 @@ def rms_norm_backward(
     d_x = g.addcmul_(x_hat, along, value=-1).mul_(factor)
     if residual is not None:
         d_x = d_x.add_(residual)
-    return RMSNormGrads(d_x.to(x.dtype), d_weight)
+    return RMSNormGrads(d_x.to(x.dtype) if out is None else out.copy_(d_x), d_weight)
 
 
 def _compiled_backward(
-    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None
+    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
 ) -> RMSNormGrads | None:
     """The gradients by the compiled loops, or None where they do not apply."""
     x, weight, factor, offset = saved
-    run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual), _row_strides(d_y), _row_strides(x)
+    run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
     if run is None or d_y_rows is None or x_rows is None:
         return None
-    if not all(t.is_contiguous() for t in (weight, factor, *(() if residual is None else (residual,)))):
+    if not all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None):
         return None
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)
-    d_x = torch.empty(x.shape, dtype=x.dtype)
+    d_weight = None
+    if weight_gradient:  # first: d_x may take d_y's place
+        d_weight = torch.empty(weight.shape, dtype=weight.dtype)
+        add_up = loop(_WEIGHT_GRADIENT, d_y, x)
+        assert add_up is not None
+        add_up(
+            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
+        )
+    d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     run(
         *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
         *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
-    )
-    if not weight_gradient:
-        return RMSNormGrads(d_x, None)
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype)
-    add_up = loop(_WEIGHT_GRADIENT, d_y, x)
-    assert add_up is not None
-    add_up(
-        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
     )
     return RMSNormGrads(d_x, d_weight)
 

@@ -72,7 +72,11 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
     const T* from = x.at(doc.token(first + i), head);
     E* to = rows + i * width;
     if constexpr (sizeof(E) == sizeof(T)) {
-      std::memcpy(to, from, static_cast<size_t>(head_dim) * sizeof(T));
+      // A line at a time: for so few bytes a call of a function costs more than it copies.
+      constexpr int64_t STEP = LINE / sizeof(T);
+      int64_t j = 0;
+      for (; j + STEP <= head_dim; j += STEP) std::memcpy(to + j, from + j, LINE);
+      if (j < head_dim) std::memcpy(to + j, from + j, static_cast<size_t>(head_dim - j) * sizeof(T));
     } else {
       for (int64_t j = 0; j < head_dim; ++j) to[j] = widened(from[j]);
     }
@@ -82,6 +86,9 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
+
+// Turned keys lie so many units further apart than there are: powers of two would share a few places of a cache.
+constexpr int64_t APART = 16;
 
 template <class Op, class T>
 struct Forward {
@@ -94,7 +101,7 @@ struct Forward {
 
   size_t scratch(int64_t keys) const {
     const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
-    const int64_t numbers = 2 * n * width + width * n + n * width + block * (2 * n + 3 * width);
+    const int64_t numbers = 2 * n * width + width * (n + APART) + n * width + block * (2 * n + 3 * width);
     return static_cast<size_t>(numbers) * sizeof(C) + 16 * 64;
   }
 
@@ -103,12 +110,13 @@ struct Forward {
     const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
     const int64_t block = block_of(doc.keys());
     E* rows = arena.take<E>(n * width);
-    U *keys = arena.take<U>(units * n), *values = arena.take<U>(n / Op::PACK * width);
+    const int64_t apart = n + APART;
+    U *keys = arena.take<U>(units * apart), *values = arena.take<U>(n / Op::PACK * width);
     C *scores = arena.take<C>(block * n), *sums = arena.take<C>(block * width);
     E *p = arena.take<E>(block * n), *queries = arena.take<E>(block * width);
     C inverse[64];
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
-    transpose(reinterpret_cast<const U*>(rows), units, n, units, keys, n);
+    transpose(reinterpret_cast<const U*>(rows), units, n, units, keys, apart);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
     interleave<Op>(rows, width, n, width, values, width);
     for (int64_t head = first_head; head < last_head; ++head)
@@ -119,9 +127,9 @@ struct Forward {
         const int64_t rows_of_block = rounded_up(count, 32);
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
         const U *left = reinterpret_cast<const U*>(queries), *right = keys + range.low;
-        product<Op>(rows_of_block, most, units, left, units, right, n, scores, n, false);
+        product<Op>(rows_of_block, most, units, left, units, right, apart, scores, n, false);
         if (corner > 0)
-          product<Op>(rows_of_block - corner, corner, units, left + corner * units, units, right + most, n,
+          product<Op>(rows_of_block - corner, corner, units, left + corner * units, units, right + most, apart,
                       scores + corner * n + most, n, false);
         for (int64_t i = 0; i < count; ++i)
           inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);

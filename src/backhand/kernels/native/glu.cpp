@@ -15,6 +15,9 @@ void backward(const T* d_y, int64_t d_y_row, const T* gate, int64_t gate_row, co
       along<C>(
           n,
           [=](int64_t i) {
+            fetch_ahead(g + i);
+            fetch_ahead(a + i);
+            fetch_ahead(u + i);
             const Activated<C> phi = activated<activation, T, C>(load<C>(a + i));
             const Vector<C> upstream = load<C>(g + i), by = load<C>(u + i);
             store(out_up + i, upstream * MUTATED("glu: activation forgotten", phi.value, load<C>(a + i)));

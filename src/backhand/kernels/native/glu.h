@@ -19,6 +19,8 @@ void glu_forward(const T* gate, int64_t gate_row, const T* up, int64_t up_row, T
       along<C>(
           n,
           [=](int64_t i) {
+            fetch_ahead(a + i);
+            fetch_ahead(u + i);
             const Vector<C> v = load<C>(a + i);
             store(out + i, divided<T, C>(v, 1 + power_of<activation, T, C>(v)) * load<C>(u + i));
           },

@@ -2,6 +2,7 @@
 //     shrink   H = V F          (rows, rank)
 //     expand   Y += s H Fᵀ      (rows, n)
 //     gather   += Vᵀ H          (n, rank), or its transpose
+// V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (c + w) ⊙ Xᵀ (ρ H), and V is never made.
 // F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and written)
 // once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
 #include "low_rank.h"
@@ -108,27 +109,92 @@ struct Part {
   int64_t first, rank;
 };
 
+// What makes V of X: a factor ρ for each row, and c + w for each column; or null and null.
+template <class T>
+struct Norm {
+  const Wide<T>* factor;
+  const T* weight;
+  double offset;
+};
+
+// H with each row multiplied by its factor.
+template <class T>
+inline Matrix<const T> times_factors(Matrix<const T> h, const Wide<T>* factor, int64_t rows, int64_t rank, T* copy) {
+  typedef Wide<T> C;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vector<C> rho = all<C>(MUTATED("low_rank: factor of a norm forgotten", factor[i], C(1)));
+    const T* from = h.at(i);
+    T* to = copy + i * rank;
+    along<C>(
+        rank, [=](int64_t r) { store(to + r, load<C>(from + r) * rho); },
+        [=](int64_t r, int64_t count) { store_some<C>(to + r, load_some<C>(from + r, count) * rho, count); });
+  }
+  return {copy, rank};
+}
+
+// Columns first … last - 1 of sums (rank, width) times c + w.
+template <class T>
+inline void times_gain(const Norm<T>& norm, Wide<T>* sums, int64_t width, int64_t rank, int64_t first, int64_t last) {
+  typedef Wide<T> C;
+  const C c = MUTATED("low_rank: offset of a norm forgotten", C(norm.offset), C(0));
+  for (int64_t j = first; j < last; j += lanes<C>) {
+    const Vector<C> w = last - j < lanes<C> ? load_some<C>(norm.weight + j, last - j) : load<C>(norm.weight + j);
+    const Vector<C> gain = MUTATED("low_rank: weight of a norm forgotten", w, Vector<C>{}) + c;
+    for (int64_t r = 0; r < rank; ++r) store(sums + r * width + j, load<C>(sums + r * width + j) * gain);
+  }
+}
+
+// Gathered by columns, each thread goes through all rows; by parts of the rows, which are read as they lie, and perhaps by
+// the thread that has written them, it has sums of its own.
 template <class Op, class T, class O>
 int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool transposed,
-           int64_t rows, int64_t n) {
+           bool by_parts, int64_t rows, int64_t n, const Norm<T>& norm) {
   typedef typename Op::Sum C;
   typedef typename Op::Unit U;
   const int64_t rank = parts[part_count - 1].first + parts[part_count - 1].rank;
-  const int64_t width = rounded_up(n, FEWEST_COLUMNS);
+  const int64_t width = rounded_up(n, FEWEST_COLUMNS), high = rounded_up(rank, TILE);
+  const RowParts of_rows(rows);
+  const int64_t count = by_parts && of_rows.count >= RowParts::FEWEST ? of_rows.count : 1;
   // A square of sums may begin in the last row.
-  const int64_t high = rounded_up(rank, TILE) + TILE;
-  Arena arena(bytes_of_left<Op>(rows, rank) + static_cast<size_t>(high * width) * sizeof(C) + 192);
+  const int64_t numbers = (count * high + TILE) * width, copied = norm.factor == nullptr ? 0 : rows * rank;
+  Arena arena(bytes_of_left<Op>(rows, rank) + static_cast<size_t>(numbers) * sizeof(C) +
+              static_cast<size_t>(copied) * sizeof(T) + 256);
   if (!arena.there()) return 1;
+  if (norm.factor != nullptr) h = times_factors(h, norm.factor, rows, rank, arena.take<T>(copied));
   const Left<Op> left = left_of<Op>(h, rows, rank, arena);
-  C* sums = arena.take<C>(high * width);
-  parallel(width / FEWEST_COLUMNS, grain_of<Op>(rows * rank * FEWEST_COLUMNS), [=](int64_t begin, int64_t end) {
-    const TilesOf<Op> tiles;
+  C* sums = arena.take<C>(numbers);
+  // The columns first … last - 1 of sums of the rows begin … end - 1.
+  const auto add_up = [=](C* own, int64_t begin, int64_t end, int64_t first, int64_t last) {
     alignas(64) U right[GATHERED_ROWS<Op> / Op::PACK * GATHERED_COLUMNS];
+    for (int64_t t = begin; t == begin || t < end; t += GATHERED_ROWS<Op>)
+      for (int64_t j = first; j < last; j += GATHERED_COLUMNS) {
+        const bool at_end = j + GATHERED_COLUMNS >= last;
+        if (by_tiles<Op> && count > 1) {
+          const int64_t next = std::min(rows, t + GATHERED_ROWS<Op>);
+          fetch_share(v, next, std::min(GATHERED_ROWS<Op>, rows - next), n, j / GATHERED_COLUMNS,
+                      (width + GATHERED_COLUMNS - 1) / GATHERED_COLUMNS);
+        }
+        gather_block<Op>(v, left, t, std::min(GATHERED_ROWS<Op>, end - t), j, std::min(GATHERED_COLUMNS, last - j), n,
+                         at_end ? GATHERED_ROWS<Op> * v.row + first - j : GATHERED_COLUMNS, right, own, width,
+                         MUTATED("low_rank: first rows of a gradient lost", t > begin, false));
+      }
+  };
+  if (count > 1)
+    parallel(count, grain_of<Op>(rows / count * rank * n), [=](int64_t begin, int64_t end) {
+      const TilesOf<Op> tiles;
+      for (int64_t part = begin; part < end; ++part)
+        add_up(sums + part * high * width, of_rows.begin(part), of_rows.begin(part + 1), 0, width);
+    });
+  const int64_t grain = count > 1 ? grain_of_sums(count * rank) : grain_of<Op>(rows * rank * FEWEST_COLUMNS);
+  parallel(width / FEWEST_COLUMNS, grain, [=, &norm](int64_t begin, int64_t end) {
     const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
-    for (int64_t t = 0; t == 0 || t < rows; t += GATHERED_ROWS<Op>)
-      for (int64_t j = first; j < last; j += GATHERED_COLUMNS)
-        gather_block<Op>(v, left, t, std::min(GATHERED_ROWS<Op>, rows - t), j, std::min(GATHERED_COLUMNS, last - j), n,
-                         right, sums, width, MUTATED("low_rank: first rows of a gradient lost", t > 0, false));
+    if (count > 1) {
+      add_parts(sums, count, high * width, width, rank, first, last);
+    } else {
+      const TilesOf<Op> tiles;
+      add_up(sums, 0, rows, first, last);
+    }
+    if (norm.factor != nullptr) times_gain(norm, sums, width, rank, first, std::min(last, n));
     for (const Part<O>* part = parts; part < parts + part_count; ++part) {
       const C* of_part = sums + MUTATED("low_rank: every gradient the first", part->first, int64_t{0}) * width;
       if (!transposed) {
@@ -146,14 +212,14 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
 
 template <class T, class O>
 int gather_parts(Matrix<const T> v, Matrix<const T> h, int64_t count, void* const* outs, const int64_t* out_rows,
-                 const int64_t* ranks, bool transposed, int64_t rows, int64_t n) {
+                 const int64_t* ranks, bool transposed, bool by_parts, int64_t rows, int64_t n, const Norm<T>& norm) {
   Arena arena(static_cast<size_t>(count) * sizeof(Part<O>) + 64);
   Part<O>* parts = arena.take<Part<O>>(count);
   if (!arena.there()) return 1;
   int64_t first = 0;
   for (int64_t i = 0; i < count; first += ranks[i++])
     parts[i] = {{static_cast<O*>(outs[i]), out_rows[i]}, first, ranks[i]};
-  return gather<Operands<T>, T, O>(v, h, parts, count, transposed, rows, n);
+  return gather<Operands<T>, T, O>(v, h, parts, count, transposed, by_parts, rows, n, norm);
 }
 
 }  // namespace
@@ -182,13 +248,17 @@ BACKHAND_EXPORT int backhand_low_rank_expand(int dtype, void* y, int64_t y_row, 
 }
 
 // += vᵀ h, with v (rows, n) and h (rows, Σ ranks), in `count` parts side by side: outs[i] is
-// (n, ranks[i]), or (ranks[i], n) if transposed; float (double for double) if `wide`, else of the storage dtype.
+// (n, ranks[i]), or (ranks[i], n) if transposed; float (double for double) if `wide`, else of the storage dtype. Where
+// `factor` is not null, v is x of a norm: its factor (rows,) in the wide type, its weight (n,) and offset make v of it.
+// Tasks are parts of the rows if `by_parts` and there are several, else columns of v.
 BACKHAND_EXPORT int backhand_low_rank_gather(int dtype, const void* v, int64_t v_row, const void* h, int64_t h_row,
                                              int64_t count, void* const* outs, const int64_t* out_rows,
-                                             const int64_t* ranks, int transposed, int wide, int64_t rows, int64_t n) {
+                                             const int64_t* ranks, int transposed, int wide, int by_parts, int64_t rows,
+                                         int64_t n, const void* factor, const void* weight, double offset) {
   BY_DTYPE(dtype, T, {
     const Matrix<const T> large{static_cast<const T*>(v), v_row}, small{static_cast<const T*>(h), h_row};
     const auto run = wide ? gather_parts<T, Wide<T>> : gather_parts<T, T>;
-    return run(large, small, count, outs, out_rows, ranks, transposed != 0, rows, n);
+    const Norm<T> norm{static_cast<const Wide<T>*>(factor), static_cast<const T*>(weight), offset};
+    return run(large, small, count, outs, out_rows, ranks, transposed != 0, by_parts != 0, rows, n, norm);
   });
 }

@@ -229,14 +229,51 @@ inline Left<Op> left_of(Matrix<const T> h, int64_t rows, int64_t rank, Arena& ar
   }
 }
 
-// Columns j … of sums (rank, width) = or += Hᵀ V over the rows t … t + count - 1, at most a block of each.
+// Parts of the rows, whose number does not depend on that of the threads: each has sums of its own, added in their order.
+// Fewer than `FEWEST` of them leave threads without work.
+struct RowParts {
+  static constexpr int64_t ROWS = 256, MOST = 8, FEWEST = 2, STEP = TILE_LENGTH;
+  int64_t rows, count;
+  explicit RowParts(int64_t all)
+      : rows(all), count(std::max<int64_t>(1, std::min(MOST, (all + ROWS - 1) / ROWS))) {}
+  int64_t begin(int64_t part) const { return std::min(rows, (rows + STEP - 1) / STEP * part / count * STEP); }
+};
+
+// How many times `FEWEST_COLUMNS` columns are worth a thread of their own where so many numbers of each are added up.
+inline int64_t grain_of_sums(int64_t numbers) {
+  return 1 + (int64_t{1} << 14) / std::max<int64_t>(numbers * FEWEST_COLUMNS, 1);
+}
+
+// Columns first … last - 1 of the first sums += those of the other parts, each `apart` numbers from the one before.
+template <class C>
+inline void add_parts(C* sums, int64_t parts, int64_t apart, int64_t width, int64_t rank, int64_t first, int64_t last) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t j = first; j < last; j += lanes<C>) {
+        C* place = sums + r * width + j;
+        store(place, load<C>(place) +
+                         MUTATED("low_rank_rows: first part only", load<C>(place + part * apart), Vector<C>{}));
+      }
+}
+
+// Asks for one of `shares` of up to `count` rows from `first` on, row by row: a block that is read in narrow columns next
+// comes sooner so, since memory likes what lies behind one another.
+template <class T>
+inline void fetch_share(Matrix<const T> v, int64_t first, int64_t count, int64_t n, int64_t share, int64_t shares) {
+  for (int64_t i = first + count * share / shares; i < first + count * (share + 1) / shares; ++i)
+    for (int64_t j = 0; j < n; j += LINE / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(v.at(i, j), 0, 2);
+}
+
+// Columns j … of sums (rank, width) = or += Hᵀ V over the rows t … t + count - 1, at most a block of each; the next block
+// begins `next` numbers behind this one.
 template <class Op, class T>
 inline void gather_block(Matrix<const T> v, const Left<Op>& left, int64_t t, int64_t count, int64_t j, int64_t wide,
-                         int64_t n, typename Op::Unit* right, typename Op::Sum* sums, int64_t width, bool add) {
+                         int64_t n, int64_t next, typename Op::Unit* right, typename Op::Sum* sums, int64_t width,
+                         bool add) {
   typedef typename Op::Unit U;
   const int64_t units = units_of<Op>(count);
   if constexpr (by_tiles<Op>) {
-    interleave_block(v.at(t, j), v.row, count, std::min(wide, n - j), right);
+    interleave_block(v.at(t, j), v.row, count, std::min(wide, n - j), next, right);
     const int64_t room = rounded_up(units, TILE);
     std::fill(right + units * GATHERED_COLUMNS, right + room * GATHERED_COLUMNS, U(0));
     for (int64_t r = 0; r < left.rank; r += TILE)

@@ -140,55 +140,103 @@ struct Backward {
   }
 };
 
-// The same for one member by parts of the rows, for tiles, which multiply faster than they are fed: blocks of rows are
-// read for the first product and are still near the processor for the second. Parts, whose number does not depend on
-// that of the threads, have sums of ∂L/∂B of their own, added in their order.
+// The same by parts of the rows, for tiles, which multiply faster than they are fed: blocks of rows are read for the first
+// product and are still near the processor for the second. Parts, whose number does not depend on that of the threads,
+// have sums of ∂L/∂B of their own, added in their order.
 template <class T, class O>
-int by_parts_of_rows(const Member<T, O>& member, int64_t rows) {
+struct ByParts {
   typedef Operands<T> Op;
   typedef typename Op::Sum C;
   typedef typename Op::Unit U;
-  const int64_t n = member.n, rank = member.rank;
-  constexpr int64_t PART_ROWS = 256, MOST_PARTS = 8, STEP = TILE_LENGTH, MOST_ROWS = 128;
-  const int64_t parts = std::max<int64_t>(1, std::min(MOST_PARTS, (rows + PART_ROWS - 1) / PART_ROWS));
-  const int64_t steps = (rows + STEP - 1) / STEP, block = n <= 4096 ? MOST_ROWS : MOST_ROWS / 2;
-  const int64_t width = rounded_up(n, FEWEST_COLUMNS), high = rounded_up(rank, TILE);
-  const int64_t shrunk_width = rounded_up(rank, lanes<C>);
-  Arena arena(bytes_of_units<Op>(n, shrunk_width) + bytes_of_left<Op>(rows, rank) +
-              static_cast<size_t>((parts * high + TILE) * width) * sizeof(C) + 192);
-  const U* packed = units_along_n<Op>(Factor<T>{member.factor, false}, n, rank, shrunk_width, arena);
-  if (packed == nullptr) return 1;
-  const Left<Op> left = left_of<Op>(member.h, rows, rank, arena);
-  C* sums = arena.take<C>((parts * high + TILE) * width);
-  const C s = static_cast<C>(MUTATED("low_rank_rows: scaling forgotten", member.scaling, 1));
-  parallel(parts, grain_of<Op>(2 * rows / parts * n * rank), [=, &member](int64_t begin, int64_t end) {
-    const TilesOf<Op> tiles;
-    alignas(64) U right[MOST_ROWS / Op::PACK * GATHERED_COLUMNS];
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = steps * part / parts * STEP, last = std::min(rows, steps * (part + 1) / parts * STEP);
-      C* own = sums + part * high * width;
-      for (int64_t t = first; t == first || t < last; t += block) {
-        const int64_t count = std::min(block, last - t);
-        shrink_rows<Op>(member.g, packed, shrunk_width, member.d_h, t, t + count, n, rank, s);
-        for (int64_t j = 0; j < width; j += GATHERED_COLUMNS)
-          gather_block<Op>(member.g, left, t, count, j, std::min(GATHERED_COLUMNS, width - j), n, right, own, width,
-                           MUTATED("low_rank_rows: first rows of a part lost", t > first, false));
-      }
+  static constexpr int64_t MOST_ROWS = 128;
+
+  // A member's operands as units, and the sums of all parts, (parts, rounded up rank, width).
+  struct Packed {
+    const U* factor;
+    Left<Op> h;
+    C* sums;
+  };
+
+  static int64_t width(const Member<T, O>& member) { return rounded_up(member.n, FEWEST_COLUMNS); }
+  static int64_t high(const Member<T, O>& member) { return rounded_up(member.rank, TILE); }
+  static int64_t factor_width(const Member<T, O>& member) { return rounded_up(member.rank, lanes<C>); }
+
+  // A square of sums may begin in the last row.
+  static int64_t sums_of(const Member<T, O>& member, int64_t parts) {
+    return (parts * high(member) + TILE) * width(member);
+  }
+
+  static int run(const Member<T, O>* members, int64_t count, int64_t rows) {
+    const RowParts parts(rows);
+    size_t bytes = static_cast<size_t>(count) * sizeof(Packed) + 64;
+    int64_t multiplications = 0, columns = 0, longest = 0, rank = 0;
+    for (const Member<T, O>* member = members; member < members + count; ++member) {
+      bytes += bytes_of_units<Op>(member->n, factor_width(*member)) + bytes_of_left<Op>(rows, member->rank) + 192 +
+               static_cast<size_t>(sums_of(*member, parts.count)) * sizeof(C);
+      multiplications += member->n * member->rank;
+      columns += width(*member) / FEWEST_COLUMNS;
+      longest = std::max(longest, member->n);
+      rank = std::max(rank, member->rank);
     }
-  });
-  parallel(width / FEWEST_COLUMNS, grain_of<Op>(parts * rank * FEWEST_COLUMNS), [=, &member](int64_t begin, int64_t end) {
-    const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t r = 0; r < rank; ++r)
-        for (int64_t j = first; j < last; j += lanes<C>) {
-          C* place = sums + r * width + j;
-          store(place, load<C>(place) + MUTATED("low_rank_rows: first part only",
-                                                load<C>(place + part * high * width), Vector<C>{}));
-        }
-    add_turned(sums + first, width, std::min(last, n) - first, rank, s, member.gradient.at(first), member.gradient.row);
-  });
-  return 0;
-}
+    Arena arena(bytes);
+    Packed* packed = arena.there() ? arena.take<Packed>(count) : nullptr;
+    if (packed == nullptr) return 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const Member<T, O>& member = members[i];
+      const U* factor =
+          units_along_n<Op>(Factor<T>{member.factor, false}, member.n, member.rank, factor_width(member), arena);
+      const Left<Op> h = left_of<Op>(member.h, rows, member.rank, arena);
+      packed[i] = {factor, h, arena.take<C>(sums_of(member, parts.count))};
+    }
+    const int64_t block = longest <= 4096 ? MOST_ROWS : MOST_ROWS / 2;
+    parallel(parts.count, grain_of<Op>(2 * rows / parts.count * multiplications), [=](int64_t begin, int64_t end) {
+      const TilesOf<Op> tiles;
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t first = parts.begin(part), last = parts.begin(part + 1);
+        for (int64_t t = first; t == first || t < last; t += block)
+          for (int64_t i = 0; i < count; ++i)
+            rows_of(members[i], packed[i], part, t, std::min(block, last - t),
+                    std::min(block, rows - std::min(rows, t + block)), t > first);
+      }
+    });
+    parallel(columns, grain_of_sums(parts.count * rank), [=](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < count && end > 0; ++i) {
+        const int64_t there = width(members[i]) / FEWEST_COLUMNS;
+        if (begin < there)
+          add_up(members[i], packed[i].sums, parts.count, std::max<int64_t>(begin, 0), std::min(end, there));
+        begin -= there;
+        end -= there;
+      }
+    });
+    return 0;
+  }
+
+  // Both products of the rows t … t + count - 1 with one member's factor and h; `next` rows come behind them.
+  static void rows_of(const Member<T, O>& member, const Packed& packed, int64_t part, int64_t t, int64_t count,
+                      int64_t next, bool add) {
+    alignas(64) U right[MOST_ROWS / Op::PACK * GATHERED_COLUMNS];
+    const C s = static_cast<C>(MUTATED("low_rank_rows: scaling forgotten", member.scaling, 1));
+    const int64_t columns = width(member);
+    shrink_rows<Op>(member.g, packed.factor, factor_width(member), member.d_h, t, t + count, member.n, member.rank, s);
+    for (int64_t j = 0; j < columns; j += GATHERED_COLUMNS) {
+      if (by_tiles<Op>)
+        fetch_share(member.g, t + count, next, member.n, j / GATHERED_COLUMNS,
+                    (columns + GATHERED_COLUMNS - 1) / GATHERED_COLUMNS);
+      gather_block<Op>(member.g, packed.h, t, count, j, std::min(GATHERED_COLUMNS, columns - j), member.n,
+                       GATHERED_COLUMNS, right, packed.sums + part * high(member) * columns, columns,
+                       MUTATED("low_rank_rows: first rows of a part lost", add, false));
+    }
+  }
+
+  // Adds blocks begin … end - 1 of `FEWEST_COLUMNS` columns of all parts to the gradient.
+  static void add_up(const Member<T, O>& member, C* sums, int64_t parts, int64_t begin, int64_t end) {
+    const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS, row = width(member);
+    add_parts(sums, parts, high(member) * row, row, member.rank, first, last);
+    const C s = static_cast<C>(MUTATED("low_rank_rows: scaling of dB forgotten", member.scaling, 1));
+    add_turned(sums + first, row, std::min(last, member.n) - first, member.rank, s, member.gradient.at(first),
+               member.gradient.row);
+  }
+};
 
 template <class T, class O>
 int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int64_t count, const int64_t* numbers,
@@ -210,10 +258,7 @@ int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int
                   scalings[i]};
     first += rank;
   }
-  if (!by_parts) return Backward<T, O>::run(members, count, rows);
-  int outcome = 0;
-  for (int64_t i = 0; i < count && !outcome; ++i) outcome = by_parts_of_rows(members[i], rows);
-  return outcome;
+  return by_parts ? ByParts<T, O>::run(members, count, rows) : Backward<T, O>::run(members, count, rows);
 }
 
 }  // namespace

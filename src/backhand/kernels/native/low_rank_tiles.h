@@ -110,18 +110,19 @@ inline void expand_tiles(int64_t steps, const uint32_t* h, const uint32_t* units
   _tile_stored(3, sums + 3 * TILE, 256);
 }
 
-// `interleave` of up to 64 columns, which asks for the next 64: so few lines of a row the processor does not guess.
-inline void interleave_block(const bfloat16* v, int64_t row, int64_t count, int64_t columns, uint32_t* units) {
+// `interleave` of up to 64 columns, which asks for those that come next, `next` numbers on: so few lines of a row the
+// processor does not guess.
+inline void interleave_block(const bfloat16* v, int64_t row, int64_t count, int64_t columns, int64_t next,
+                             uint32_t* units) {
   constexpr int64_t COLUMNS = 2 * TILE_LENGTH;
-  const int64_t pairs = columns == COLUMNS ? count / 2 : 0;
+  const int64_t pairs = columns % TILE_LENGTH == 0 ? count / 2 : 0;
   for (int64_t i = 0; i < pairs; ++i, v += 2 * row, units += COLUMNS) {
     const bfloat16* odd = v + row;
-    for (int64_t x = COLUMNS; x < 2 * COLUMNS; x += TILE_LENGTH) {
+    for (int64_t x = next; x < next + COLUMNS; x += TILE_LENGTH) {
       __builtin_prefetch(v + x);
       __builtin_prefetch(odd + x);
     }
-    interleave_two(v, odd, units);
-    interleave_two(v + TILE_LENGTH, odd + TILE_LENGTH, units + TILE_LENGTH);
+    for (int64_t x = 0; x < columns; x += TILE_LENGTH) interleave_two(v + x, odd + x, units + x);
   }
   interleave<Pairs>(v, row, count - 2 * pairs, columns, units, COLUMNS);
 }

@@ -84,9 +84,10 @@ struct Interleaved {
 // larger ones the compiler runs out of registers and keeps sums in memory, which costs a quarter of the time.
 template <class Op, int ROWS, int VECTORS, class Left, class Finish>
 __attribute__((noinline)) void tile(int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row, int64_t row,
-                                    int64_t column, const Finish& finish) {
+                                    int64_t column, const Finish& given) {
   typedef typename Op::Sum C;
   constexpr int W = lanes<C>;
+  const Finish finish = given;  // by itself, so that what it stores cannot change where the next register goes
   const typename Op::Unit* first = a.from(row);
   b += column;
   Vector<C> sums[ROWS][VECTORS];
@@ -115,6 +116,8 @@ __attribute__((noinline)) void tile(int64_t k_units, Left a, const typename Op::
 constexpr int tile_rows(int vectors) {
 #if defined(__AVX512F__)
   return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
+#elif defined(__FMA__) || defined(__aarch64__)
+  return vectors == 1 ? 12 : 6;
 #else
   return vectors == 1 ? 8 : 4;
 #endif
@@ -297,14 +300,28 @@ inline void transpose(const Unit* from, int64_t from_row, int64_t rows, int64_t 
 }
 
 #if defined(__AVX512BF16__)
-// 32 columns of two rows, each column's two numbers side by side.
-inline void interleave_two(const bfloat16* even, const bfloat16* odd, uint32_t* to) {
+// 32 columns of two rows, each column's two numbers side by side: those of the first 16 and of the last.
+struct TwoRows {
+  __m512i low, high;
+};
+inline TwoRows interleaved(__m512i even, __m512i odd) {
   alignas(64) static constexpr uint16_t LOW[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+  return {_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)};
+}
+inline void interleave_two(const bfloat16* even, const bfloat16* odd, uint32_t* to) {
+  const TwoRows two = interleaved(_mm512_loadu_si512(even), _mm512_loadu_si512(odd));
+  _mm512_storeu_si512(to, two.low);
+  _mm512_storeu_si512(to + 16, two.high);
+}
+// The same of up to 32 columns; zeros for the second row if it is not there.
+inline void interleave_some(const bfloat16* even, const bfloat16* odd, int64_t columns, uint32_t* to) {
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
+  const __m512i second = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, odd);
+  const TwoRows two = interleaved(_mm512_maskz_loadu_epi16(mask, even), second);
+  _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), two.low);
+  _mm512_mask_storeu_epi32(to + 16, static_cast<__mmask16>(mask >> 16), two.high);
 }
 #endif
 
@@ -324,11 +341,10 @@ inline void interleave(const T* rows, int64_t row, int64_t count, int64_t column
       for (; j < columns; ++j) units[j] = static_cast<U>(widened(from[j]));
     } else {
       const bool both = i + 1 < count;
-#if defined(__AVX512BF16__)
       for (; both && j + 32 <= columns; j += 32) interleave_two(from + j, from + row + j, units + j);
-#endif
-      for (; j < columns; ++j)
-        units[j] = static_cast<U>(from[j]) | (both ? static_cast<U>(from[row + j]) << 16 : U(0));
+      for (; j < columns; j += 32)
+        interleave_some(from + j, both ? from + row + j : nullptr, columns - j < 32 ? columns - j : 32, units + j);
+      j = columns;
     }
     for (; j < to_row; ++j) units[j] = U(0);
   }

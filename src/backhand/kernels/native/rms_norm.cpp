@@ -16,6 +16,9 @@ void backward(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const 
       const C dot = total<C>(
           n,
           [=](int64_t i, Vector<C> sum) {
+            fetch_ahead(up + i);
+            fetch_ahead(in + i);
+            if (more) fetch_ahead(more + i);
             return fma(load<C>(up + i) * (load<C>(weight + i) + c), load<C>(in + i), sum);
           },
           [=](int64_t i, int64_t count, Vector<C> sum) {
@@ -82,7 +85,7 @@ BACKHAND_EXPORT void backhand_rms_norm_forward(int dtype, const void* x, int64_t
   });
 }
 
-// d_x (rows, n), contiguous, with `residual` (rows, n) added, or null.
+// d_x (rows, n), contiguous, with `residual` (rows, n) added, or null; it may be d_y itself.
 BACKHAND_EXPORT void backhand_rms_norm_backward(int dtype, const void* d_y, int64_t inner_count, int64_t d_y_outer,
                                                 int64_t d_y_inner, const void* x, int64_t x_outer, int64_t x_inner,
                                                 const void* weight, const void* factor, const void* residual,

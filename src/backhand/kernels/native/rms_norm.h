@@ -43,6 +43,7 @@ void rms_norm_forward(const T* x, Strides x_rows, const T* weight, T* y, Wide<T>
         const C squares = total<C>(
             n,
             [=](int64_t i, Vector<C> sum) {
+              fetch_ahead(in + i);
               const Vector<C> v = load<C>(in + i);
               return fma(v, v, sum);
             },

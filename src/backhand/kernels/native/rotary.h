@@ -24,6 +24,8 @@ void rotate(const T* x, int64_t x_token, int64_t x_head, T* y, int64_t y_token, 
         along<C>(
             half,
             [=](int64_t i) {
+              fetch_ahead(in + i);
+              fetch_ahead(in + half + i);
               const Vector<C> first = load<C>(in + i), second = load<C>(in + half + i);
               const Vector<C> c = load<C>(cosine + i), s = load<C>(sine + i) * sign;
               store(out + i, fma(first, c, -(second * s)));

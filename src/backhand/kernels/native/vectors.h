@@ -180,8 +180,17 @@ inline C sum_of(Vector<C> value) {
   return part[0];
 }
 
+template <class C>
+inline C largest_of(Vector<C> value) {
+  C part[lanes<C>];
+  store(part, value);
+  for (int width = lanes<C> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+  return part[0];
+}
+
 #if defined(__AVX__)
-// The same sum without leaving the registers; the compiler would go through memory.
+// The same without leaving the registers, halves onto halves; the compiler would go through memory.
 template <>
 inline float sum_of<float>(Vector<float> value) {
 #if defined(__AVX512F__)
@@ -195,16 +204,21 @@ inline float sum_of<float>(Vector<float> value) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-#endif
 
-template <class C>
-inline C largest_of(Vector<C> value) {
-  C part[lanes<C>];
-  store(part, value);
-  for (int width = lanes<C> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-  return part[0];
+template <>
+inline float largest_of<float>(Vector<float> value) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)value;
+  const __m256 eight = _mm256_max_ps(_mm256_castsi256_ps(_mm512_castsi512_si256(bits)),
+                                     _mm256_castsi256_ps(_mm512_extracti64x4_epi64(bits, 1)));
+#else
+  const __m256 eight = (__m256)value;
+#endif
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+#endif
 
 template <class C>
 struct Exponential;

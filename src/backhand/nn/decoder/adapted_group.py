@@ -133,7 +133,7 @@ def group_forward(
 
 def group_backward(
     d_y: Tensor,
-    x: Tensor,
+    x: Tensor | RMSNormSaved,
     weight: FrozenMatrix,
     sizes: Sequence[int],
     adapter: GroupAdapter,
@@ -146,13 +146,15 @@ def group_backward(
 
     Args:
         d_y: ∂L/∂y, (rows, Σ out_i).
-        x, weight, sizes, adapter: as in the forward.
+        x, weight, sizes, adapter: as in the forward; for x also what the norm saved that gave it.
         h: what the forward returned, (rows, Σ rank).
         lora: whose `gradients` receive.
         input_gradient: whether anything below needs ∂L/∂x.
     """
     extras = adapter.extras
     if extras is not None:
+        if isinstance(x, RMSNormSaved):
+            x = rms_norm_apply(*x)
         group_extras.accumulate_extras(d_y, x, weight, sizes, adapter, extras, lora)
         if any(extras.magnitudes):
             return group_extras.dora_backward(d_y, x, weight, sizes, adapter, extras, h, lora, input_gradient)
@@ -203,7 +205,12 @@ def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: Lo
 
 
 def norm_backward(
-    d_y: Tensor, saved: RMSNormSaved, adapter: BlockAdapter, name: str, around: Tensor | None = None
+    d_y: Tensor,
+    saved: RMSNormSaved,
+    adapter: BlockAdapter,
+    name: str,
+    around: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """d_x of a norm, of d_y's shape; where the norm is trained, its weight's gradient is added to the flat buffer.
 
@@ -213,9 +220,10 @@ def norm_backward(
         adapter: of the block.
         name: the end of the norm's name.
         around: of d_y's shape, added to d_x: the gradient of the stream that goes around what the norm begins.
+        out: to receive d_x, perhaps d_y itself, or None.
     """
     receiver = adapter.norms.get(name)
-    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out)
     if receiver is not None and grads.d_weight is not None:
         receiver.add_(grads.d_weight)
     return grads.d_x
@@ -241,6 +249,11 @@ def enter_again(x: Tensor, weight: Tensor | None, factor: Tensor | None, config:
     return x if weight is None or factor is None else rms_norm_apply(x, weight, factor, config.norm_offset)
 
 
+def entered(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor | RMSNormSaved:
+    """What `enter_forward` gave, for a group's backward, which takes the norm as it is."""
+    return x if weight is None or factor is None else RMSNormSaved(x, weight, factor, config.norm_offset)
+
+
 def enter_backward(
     d_n: Tensor,
     x: Tensor,
@@ -251,13 +264,13 @@ def enter_backward(
     config: DecoderConfig,
     around: Tensor | None,
 ) -> Tensor:
-    """∂L/∂x, (T, hidden), perhaps in d_n's place; `name` is that of the norm, if there is one.
+    """∂L/∂x, (T, hidden), in d_n's place; `name` is that of the norm, if there is one.
 
     Through the half, plus the gradient of the stream that goes `around` it; None for through the half alone.
     """
     if weight is None or factor is None or name is None:
         return d_n if around is None else d_n.add_(around)
-    return norm_backward(d_n, RMSNormSaved(x, weight, factor, config.norm_offset), adapter, name, around)
+    return norm_backward(d_n, RMSNormSaved(x, weight, factor, config.norm_offset), adapter, name, around, out=d_n)
 
 
 def join_forward(

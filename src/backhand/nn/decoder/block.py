@@ -20,7 +20,8 @@ the branches begin from m d_x₂ and m d_x₁, the sums stay.
 Kept for backward: x₀, q, k, v, x₁, a, u, the norm factors, every rank-sized h = x Aᵀ, and o with its log-sum-exp where
 attention's backward does not give o again (`ops.attention`). With q/k norms, q and k are kept as they were before the
 norm, plus their factors; with norms behind the halves, the two normed outputs as they were before the norm, plus their
-factors. n₁, n₂, p and the rotated q, k of q/k-normed families are recomputed.
+factors. p and the rotated q, k of q/k-normed families are recomputed; so are n₁ and n₂, but for factors alone, whose
+gradients take them by their norms (`ops.low_rank`).
 `recompute="mlp"` keeps no a, u and none of their h; `recompute="block"` keeps x₀ alone and runs the forward again.
 
 Nobody reads the last block's output but the loss, and that only where a token is supervised. Every key and value
@@ -45,6 +46,7 @@ from backhand.nn.decoder.adapted_group import (
     enter_again,
     enter_backward,
     enter_forward,
+    entered,
     group_backward,
     group_backward_without_input,
     group_forward,
@@ -303,11 +305,11 @@ def mlp_half_backward(
         return experts_half_backward(d_x2, x1, kept, weights, adapter, config, lora, lowest_group)
     ffn = config.intermediate_size
     d_down = join_backward(d_x2, kept.projected, adapter, config.norms.after_mlp, config)
-    n2: Tensor | None = None
     gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
     if gate_up is None or h_gate_up is None:
         n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+        del n2
 
     gate, up = gate_up.split(ffn, dim=1)
     glu_saved = GLUSaved(gate, up, config.activation)
@@ -333,11 +335,9 @@ def mlp_half_backward(
             lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
     del d_p
 
-    if n2 is None:
-        n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
     d_n2 = group_backward(
         d_gate_up,
-        n2,
+        entered(x1, weights.mlp_norm, kept.factor, config),
         weights.gate_up,
         config.gate_up_sizes,
         adapter.gate_up,
@@ -389,7 +389,7 @@ def mixing_half_backward(
     else:
         d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
     del d_projected
-    n1 = enter_again(x0, weights.attention_norm, kept.factor, config)
+    n1 = entered(x0, weights.attention_norm, kept.factor, config)
     sizes = config.mixers[mixer].sizes
     d_n1 = group_backward(
         d_input, n1, weights.input, sizes, adapter.input, kept.h_input, lora, input_gradient=lowest_group < INPUT

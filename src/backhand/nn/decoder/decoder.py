@@ -371,7 +371,7 @@ class Decoder:
         if self.recompute == "none" and self._head_is_plain():
             # Under recomputation blocks allocate more that nobody keeps, where the logits will stand afterwards.
             supervised = len(batch.supervised_positions)
-            scratch.reserve(chunk_shape(supervised, self.active.head), self.active.final_norm)
+            scratch.reserve(chunk_shape(supervised, self.active.head, self.dtype), self.active.final_norm)
         adapters = self.block_adapters(dropout_seed)
         kept: list[BlockSaved | None] = []
         first, x = self._begun(batch)
@@ -422,7 +422,7 @@ class Decoder:
                 loss_scaling,
                 self.config.logits,
                 out=normed if factors is None else None,
-                logits=scratch.take("logits", chunk_shape(len(x), self.active.head), x),
+                logits=scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x),
             )
             if grads.d_lora_A is not None and grads.d_lora_B is not None:
                 lora.d_lora_A(HEAD).add_(grads.d_lora_A)

@@ -160,7 +160,9 @@ def decoder_size(
     # Compiled loops hold next to nothing besides what goes in and comes out; capped scores take torch's form.
     looped = loops_are_there() and config.attention_cap is None
     sums = _sums_of_factors(layout, b)
-    block, mixing = _looped_block(config, b, dropout, sums) if looped else _block_at_work(config, b, dropout)
+    more_in_blocks = bool(layout.trained) or any(slot.use_dora or slot.lora_bias for slot in in_blocks)
+    at_work = config, b, dropout, more_in_blocks, sums
+    block, mixing = _looped_block(*at_work) if looped else _block_at_work(config, b, dropout)
     kept: dict[Recompute, int] = {"none": none, "mlp": mlp, "block": above * d * b}
     no_reading: dict[Recompute, int] = {"none": unread + gate_up, "mlp": unread, "block": 0}
     beside_halves = {mode: (kept[mode] - sum(halves)) // max(1, above) for mode in ("none", "mlp")}
@@ -171,7 +173,7 @@ def decoder_size(
     }
     delta = [
         here + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
-        for here, layer in zip(_looped_block(config, b, dropout, sums)[1], config.layers, strict=True)
+        for here, layer in zip(_looped_block(*at_work)[1], config.layers, strict=True)
     ]
     # What is computed again beside the rule is of its own layer, not of the largest.
     less = [max(blocks) - own for own in blocks]
@@ -215,7 +217,7 @@ def decoder_size(
         expert_share=min(1.0, 2 * chosen / config.mixture.experts) if config.mixture else 1.0,
         last_attending_bytes=mixing[-1] if above else 0,
         last_unread_bytes=unread + gate_up,
-        head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d),
+        head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d, _FLOATING[b]),
         more_kernels=more_kernels(config, layout, _FLOATING[b]),
     )
 
@@ -351,20 +353,23 @@ def _sums_of_factors(layout: AdapterLayout, b: int) -> dict[int, int]:
     return {group: max((size for (_, own), size in found.items() if own == group), default=0) for group in groups}
 
 
-def _looped_block(config: DecoderConfig, b: int, dropout: bool, sums: Mapping[int, int]) -> tuple[int, list[int]]:
+def _looped_block(
+    config: DecoderConfig, b: int, dropout: bool, more: bool, sums: Mapping[int, int]
+) -> tuple[int, list[int]]:
     """Bytes per token that are alive under compiled loops, besides what is kept: in MLPs, and in each layer's mixing.
 
     In the MLP's half d_p, in whose place p is later, d_gate_up and the stream's gradients are; of experts the rows that
-    enter and their gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, n₁, d_n₁, d_o, d_qkv and a
-    norm's, with another mixer the gradients of its output and its input. Where the stream enters the halves as it is,
-    there is no n₁. In both is attention's output where it is made again, in a buffer that stays for the block below.
+    enter and their gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, d_n₁, in whose place the
+    norm's gradient is later, d_o and d_qkv, with another mixer the gradients of its output and its input. n₁ is there
+    where more than factors is trained, unless the stream enters the halves as it is. In both is attention's output
+    where it is made again, in a buffer that stays for the block below.
     """
     d, f = config.hidden_size, max(config.at(layer).intermediate_size for layer in config.layers)
     masked = max(f, d) * (b + 2) if dropout else 0
-    n1 = d if config.norms.before_attention else 0
+    n1 = d if more and config.norms.before_attention else 0
     sized = [(config.at(layer), layer) for layer in config.layers]
     output = max((one.mixers[layer.mixer].width for one, layer in sized if _comes_again(one, layer, b)), default=0)
-    mixing = [(n1 + 3 * d + output + _mixing(one, layer)) * b + masked for one, layer in sized]
+    mixing = [(n1 + 2 * d + output + _mixing(one, layer)) * b + masked for one, layer in sized]
     # The sums of a group are there before the gradient of what enters it, those of the output before anything else.
     mixing = [max(here, here - d * b + sums[INPUT], (2 * d + output) * b + sums[OUTPUT]) for here in mixing]
     factors = (2 * d + 2 * f) * b + max(sums[GATE_UP], sums[DOWN])
@@ -387,7 +392,8 @@ def _mixing(config: DecoderConfig, layer: LayerConfig) -> int:
     if layer.mixer in (VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS):
         # Everything normed once more, and all gradients before they find their places.
         keys = 2 * config.num_key_value_heads * config.head_dim
-        return found + 2 * mixer.width + (1 if layer.mixer == SHARED_KEYS else 2) * keys
+        # And of the stream, from above: the gradient behind the norm after, and what the norms work in.
+        return found + 2 * config.hidden_size + 2 * mixer.width + (1 if layer.mixer == SHARED_KEYS else 2) * keys
     if layer.mixer != ATTENTION:
         return found
     q, k = mixer.width, config.num_key_value_heads * config.head_dim

@@ -73,7 +73,7 @@ def unpacking_share(source: ModelSource, dtype: torch.dtype, tokens: float, cloc
         works += [partial(_both, xs[size], matrix) for matrix in (stack, stack.dense())]
     taken = fastest(works, clock)
     drop_scratch()
-    passes = [*(min(1.0, own) for own in rows[:-1]), math.ceil(tokens / chunk_rows(config.hidden_size))]
+    passes = [*(min(1.0, own) for own in rows[:-1]), math.ceil(tokens / chunk_rows(config.hidden_size, dtype))]
     more_s = dense_s = 0.0
     for own, times, quantized, dense in zip(rows, passes, taken[::2], taken[1::2], strict=True):
         more_s += (quantized - dense) * times

@@ -198,7 +198,7 @@ def _plain_softmax(s: _Inputs) -> Any:
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
     """Every chunk masked as the first one."""
-    return s.mask[torch.arange(len(s.x)) % chunk_rows(s.x.shape[1])]
+    return s.mask[torch.arange(len(s.x)) % chunk_rows(s.x.shape[1], s.x.dtype)]
 
 
 def _next_seed(s: _Inputs) -> _Inputs:
@@ -214,7 +214,7 @@ def _unscaled(s: _Inputs) -> Any:
 
 def _last_chunk(s: _Inputs) -> Any:
     """The factors' gradients overwritten by each chunk instead of added up."""
-    step = chunk_rows(s.x.shape[1])
+    step = chunk_rows(s.x.shape[1], s.x.dtype)
     start = (max(s.x.shape[0] - 1, 0) // step) * step
     return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:]))
 

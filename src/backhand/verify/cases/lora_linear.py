@@ -21,6 +21,13 @@ from backhand.ops.lora_linear import (
     lora_linear_reference,
     multiplier,
 )
+from backhand.ops.rms_norm import (
+    RMSNormSaved,
+    rms_norm_apply,
+    rms_norm_backward,
+    rms_norm_forward,
+    rms_norm_reference,
+)
 from backhand.verify.case import (
     Backward,
     ByHand,
@@ -39,12 +46,41 @@ from backhand.verify.case import (
 
 SCALING = 1.7
 START = 0.5
+EPS, OFFSET = 0.03, 0.7
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x after dropout, in its own shape."""
     mask = multiplier(x, dropout)
     return x if mask is None else x * mask.view(x.shape)
+
+
+def formed(x: Tensor | RMSNormSaved) -> Tensor:
+    """x, where it may be given as the norm that it comes from."""
+    return rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x
+
+
+def _usual_input(t: Tensors) -> Tensor:
+    """x as transformers would have it: of a norm, if there is one in front."""
+    if "norm" not in t:
+        return t["x"]
+    wide = t["x"].float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return ((t["norm"].float() + OFFSET) * normed).to(t["x"].dtype)
+
+
+def _reference_input(t: Tensors) -> Tensor:
+    return rms_norm_reference(t["x"], t["norm"], EPS, OFFSET) if "norm" in t else t["x"]
+
+
+def _input(t: Tensors) -> tuple[Tensor, RMSNormSaved | None]:
+    """x by hand, and the norm that it comes from, if it does."""
+    return rms_norm_forward(t["x"], t["norm"], EPS, OFFSET) if "norm" in t else (t["x"], None)
+
+
+def _before_norm(d_x: Tensor, norm: RMSNormSaved | None) -> Tensor:
+    """The gradient of what is drawn as x: through the norm in front, if there is one."""
+    return d_x if norm is None else rms_norm_backward(d_x, norm, weight_gradient=False).d_x
 
 
 def _receiver(factor: Tensor) -> Tensor:
@@ -65,6 +101,7 @@ def _case(
     input_gradient: bool = True,
     strided: bool = False,
     accumulated: bool = False,
+    of_norm: bool = False,
 ) -> Case:
     draw = Draw(f"lora_linear: {name}")
     tensors = {
@@ -81,27 +118,32 @@ def _case(
         tensors["bias"] = draw.normal(outputs)
     if residual:
         tensors["residual"] = draw.normal(*lead, outputs)
+    if of_norm:
+        tensors["norm"] = draw.normal(inputs)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
+        x, norm = _input(t)
         y, saved = lora_linear_forward(
-            t["x"], t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], SCALING, dropout, t.get("residual")
+            x, t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], SCALING, dropout, t.get("residual")
         )
+        saved = saved if norm is None else saved._replace(x=norm)
         into = (_receiver(t["lora_A"]), _receiver(t["lora_B"])) if accumulated else None
         grads = backward(t["d_y"], saved, input_gradient=input_gradient, into=into)
         before = START if accumulated else 0.0
         gradients = {"lora_A": grads.d_lora_A - before, "lora_B": grads.d_lora_B - before}
-        return ByHand(y, gradients | {"x": grads.d_x} if input_gradient else gradients)
+        return ByHand(y, gradients | {"x": _before_norm(grads.d_x, norm)} if input_gradient else gradients)
 
     def reference(t: Tensors) -> Tensor:
         mask = multiplier(t["x"], dropout)
         return lora_linear_reference(
-            t["x"], t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], SCALING, mask, t.get("residual")
+            _reference_input(t), t["weight"], t.get("bias"), t["lora_A"], t["lora_B"], SCALING, mask, t.get("residual")
         )
 
     def usual(t: Tensors) -> Tensor:
-        h = functional.linear(dropped(t["x"], dropout), t["lora_A"])
+        x = _usual_input(t)
+        h = functional.linear(dropped(x, dropout), t["lora_A"])
         delta = functional.linear(h, t["lora_B"]) * SCALING
-        y = functional.linear(t["x"], t["weight"], t.get("bias")) + delta
+        y = functional.linear(x, t["weight"], t.get("bias")) + delta
         return y + t["residual"] if "residual" in t else y
 
     return Case(name, tensors, by_hand, reference, usual)
@@ -136,6 +178,10 @@ CASES = (
     _case("added, rank 1, dropout", (5,), rank=1, dropout=Dropout(0.4, 17), accumulated=True),
     _case("added, several blocks", (139,), 141, 35, 19, accumulated=True),
     _case("added, several parts of rows", (300,), 5, 33, 4, accumulated=True),
+    _case("of a norm", (2, 5), of_norm=True),
+    _case("of a norm, dropout", (5,), of_norm=True, dropout=Dropout(0.4, 17)),
+    _case("of a norm, no rows", (0,), of_norm=True, bias=True),
+    _case("of a norm, added, several blocks", (139,), 141, 35, 19, of_norm=True, accumulated=True),
 )
 
 
@@ -147,8 +193,9 @@ def _redo(d_y: Tensor, saved: LoRASaved, **changes: Any) -> Any:
 def _unscaled_mask(d_y: Tensor, saved: LoRASaved) -> Tensor:
     """d_lora_A with a mask of zeros and ones: the factor 1 / (1 - p) forgotten."""
     d_h = saved.scaling * flat_rows(d_y) @ saved.lora_B
-    kept = dropped(saved.x, saved.dropout) != 0
-    return d_h.T @ flat_rows(saved.x * kept)
+    x = formed(saved.x)
+    kept = dropped(x, saved.dropout) != 0
+    return d_h.T @ flat_rows(x * kept)
 
 
 MUTANTS = (
@@ -170,7 +217,9 @@ MUTANTS = (
     Mutant("mask ignored", "d_lora_A", lambda g, s, _right: _redo(g, s, dropout=None).d_lora_A),
     Mutant("mask of another seed", "d_x", lambda g, s, _right: _redo(g, s, dropout=_next_seed(s)).d_x),
     Mutant("mask not scaled up", "d_lora_A", lambda g, s, _right: _unscaled_mask(g, s)),
-    Mutant("x for h", "d_lora_B", lambda g, s, _right: s.scaling * flat_rows(g).T @ flat_rows(s.x) @ s.lora_A.T),
+    Mutant(
+        "x for h", "d_lora_B", lambda g, s, _right: s.scaling * flat_rows(g).T @ flat_rows(formed(s.x)) @ s.lora_A.T
+    ),
     Mutant("last row missing", "d_lora_B", lambda g, s, _right: s.scaling * flat_rows(g)[:-1].T @ flat_rows(s.h)[:-1]),
     Mutant("lora_B read as zero", "d_lora_A", lambda _g, _s, right: torch.zeros_like(right.d_lora_A)),
 )
@@ -198,6 +247,7 @@ def _group_case(
     dropout: Dropout | None = None,
     input_gradient: bool = True,
     accumulated: bool = False,
+    of_norm: bool = False,
 ) -> Case:
     draw = Draw(f"lora_linear_group: {name}")
     tensors = {
@@ -207,6 +257,8 @@ def _group_case(
     }
     if bias:
         tensors["bias"] = draw.normal(sum(sizes))
+    if of_norm:
+        tensors["norm"] = draw.normal(inputs)
     for i, (size, rank) in enumerate(zip(sizes, ranks, strict=True)):
         if rank is not None:
             tensors[f"lora_A {i}"] = draw.normal(rank, inputs)
@@ -219,11 +271,13 @@ def _group_case(
         ]
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = lora_linear_group_forward(t["x"], t["weight"], t.get("bias"), sizes, factors(t), dropout)
+        x, norm = _input(t)
+        y, saved = lora_linear_group_forward(x, t["weight"], t.get("bias"), sizes, factors(t), dropout)
+        saved = saved if norm is None else saved._replace(x=norm)
         into = [member and (_receiver(member.lora_A), _receiver(member.lora_B)) for member in factors(t)]
         grads = backward(t["d_y"], saved, input_gradient=input_gradient, into=into if accumulated else None)
         before = START if accumulated else 0.0
-        gradients: Tensors = {"x": grads.d_x} if input_gradient else {}
+        gradients: Tensors = {"x": _before_norm(grads.d_x, norm)} if input_gradient else {}
         for i, (d_A, d_B) in enumerate(zip(grads.d_lora_A, grads.d_lora_B, strict=True)):
             if d_A is not None:
                 gradients |= {f"lora_A {i}": d_A - before, f"lora_B {i}": d_B - before}
@@ -231,11 +285,12 @@ def _group_case(
 
     def reference(t: Tensors) -> Tensor:
         mask = multiplier(t["x"], dropout)
-        return lora_linear_group_reference(t["x"], t["weight"], t.get("bias"), sizes, factors(t), mask)
+        return lora_linear_group_reference(_reference_input(t), t["weight"], t.get("bias"), sizes, factors(t), mask)
 
     def usual(t: Tensors) -> Tensor:
-        x = dropped(t["x"], dropout)
-        outputs = list(functional.linear(t["x"], t["weight"], t.get("bias")).split(sizes, dim=-1))
+        frozen_x = _usual_input(t)
+        x = dropped(frozen_x, dropout)
+        outputs = list(functional.linear(frozen_x, t["weight"], t.get("bias")).split(sizes, dim=-1))
         for i, member in enumerate(factors(t)):
             if member is not None:
                 h = functional.linear(x, member.lora_A)
@@ -267,6 +322,10 @@ GROUP_CASES = (
     _group_case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
     _group_case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
     _group_case("added, several parts of rows", (541,), sizes=(33, 4), ranks=(4, None), inputs=5, accumulated=True),
+    _group_case("of a norm", (2, 5), of_norm=True),
+    _group_case("of a norm, dropout", (5,), ranks=(3, None, 2), of_norm=True, dropout=Dropout(0.4, 17)),
+    _group_case("of a norm, none adapted", (5,), ranks=(None, None, None), of_norm=True),
+    _group_case("of a norm, several blocks", (139,), sizes=(35, 4), ranks=(3, 16), inputs=141, of_norm=True),
 )
 
 

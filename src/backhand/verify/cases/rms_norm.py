@@ -34,6 +34,7 @@ def _case(
     weight_gradient: bool = True,
     into_buffer: bool = False,
     residual: bool = False,
+    in_place: bool = False,
 ) -> Case:
     draw = Draw(f"rms_norm: {name}")
     tensors = {
@@ -48,7 +49,10 @@ def _case(
         y, saved = rms_norm_forward(t["x"], t["weight"], eps, offset, out=used)
         if residual:
             d_y, around = t["d_y"].split(columns, dim=-1)
-            grads = backward(d_y, saved, weight_gradient=weight_gradient, residual=around.contiguous())
+            if in_place:
+                d_y = d_y.contiguous()
+            given = {"residual": around.contiguous(), "out": d_y if in_place else None}
+            grads = backward(d_y, saved, weight_gradient=weight_gradient, **given)
             y = torch.cat([y, t["x"]], dim=-1)
         else:
             grads = backward(t["d_y"], saved, weight_gradient=weight_gradient)
@@ -81,6 +85,7 @@ CASES = (
     _case("one row", (1,)),
     _case("no rows", (0,)),
     _case("training size", (67,), 96),
+    _case("with a residual, in the gradient's place", (5,), 83, residual=True, in_place=True),
 )
 
 
