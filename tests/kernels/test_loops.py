@@ -208,6 +208,19 @@ def test_calls_in_a_row_are_made_in_turn_of_what_they_were_put_together_for(buil
     assert all(torch.equal(part, other) and part.any() for part, other in zip(*sums, strict=True))
 
 
+def test_what_stands_behind_a_call_that_fails_is_not_made_later():
+    made: list[str] = []
+    row = InARow()
+    row.add(lambda: made.append("first"))
+    row.add(lambda: 1 // 0)
+    row.add(lambda: made.append("behind"))
+    with pytest.raises(ZeroDivisionError):
+        row.make()
+    row.add(lambda: made.append("next"))
+    row.make()
+    assert made == ["first", "next"]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
 @pytest.mark.parametrize("path", ["loops", "torch"])

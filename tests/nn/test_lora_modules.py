@@ -380,10 +380,11 @@ def test_the_next_module_may_write_into_the_output(name: str, option: str | None
         assert inside.grad is not None and apart.grad is not None and torch.equal(inside.grad, apart.grad)
 
 
+@pytest.mark.parametrize("rows", [6, 18], ids=["few", "many"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
-def test_torch_compile_takes_the_module_whole(options: dict[str, bool]) -> None:
+def test_torch_compile_takes_the_module_whole(options: dict[str, bool], rows: int) -> None:
     ours = adapted(base("linear"), **options)
-    x = CASES["linear"][1]()
+    x = CASES["linear"][1]().repeat(rows // 6, 1, 1)
     ours(x).square().sum().backward()
     expected = [ours.lora_A.grad, ours.lora_B.grad]
     ours.zero_grad()

@@ -106,7 +106,7 @@ def test_nan_and_shapes_are_no_rejection_by_value():
         LORA_LINEAR,
         mutants=(
             Mutant("nan", "d_x", lambda _g, _s, right: right.d_x * math.nan),
-            Mutant("shape", "d_x", lambda _g, _s, right: right.d_x[..., :-1]),
+            Mutant("shape", "d_lora_A", lambda _g, _s, right: right.d_lora_A[..., :-1]),
         ),
     )
     rejections = list(reject_mutants(proof))

@@ -250,10 +250,10 @@ class InARow:
         self._calls.append((call, lasting))
 
     def make(self) -> None:
-        """Make all of them; there are none then."""
-        self._calls.reverse()
-        while self._calls:
-            call, lasting = self._calls.pop()
+        """Make all of them; there are none then, also where one fails."""
+        calls, self._calls = self._calls[::-1], []
+        while calls:
+            call, lasting = calls.pop()
             call()
             del call, lasting
 

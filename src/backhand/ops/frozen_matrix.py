@@ -278,7 +278,7 @@ def makes_shrunk(x: Tensor, outputs: int, ranks: int) -> bool:
         outputs: columns of the result.
         ranks: of all h, in all.
     """
-    return x.shape[0] > MOST_ROWS and ranks * torch.get_num_threads() * 4 <= outputs and takes_tiles(x)
+    return x.shape[0] > MOST_ROWS and takes_tiles(x) and ranks * torch.get_num_threads() * 4 <= outputs
 
 
 def _product(

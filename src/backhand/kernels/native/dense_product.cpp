@@ -23,7 +23,7 @@ template <class Op, class T>
 inline Cut<Op> cut_of(const DenseProduct<T>& p, const Shares& shares, int64_t term_steps) {
   const int64_t own = shares.each * BLOCK;
   return Cut<Op>(p.w, shares.by_columns ? p.m : std::min(p.m, own), shares.by_columns ? std::min(p.n, own) : p.n, p.k,
-                 term_steps, p.shrunk());
+                 term_steps, p.shrunk(), shares.count);
 }
 
 // The parts of a stored matrix (rows, columns) of the table below; false for what cannot be.

@@ -16,8 +16,8 @@ namespace {
 // What a panel of W may take of the second-level cache, and the places of K of one: a longer sum waits in memory, of so
 // many rows at a time.
 constexpr int64_t PANEL_BYTES = 11 << 17, LONGEST_PART = 1536, WAITING_ROWS = 1024;
-// The same of a stored W: unpacking costs more than what is saved, so that it is done for more rows, and panels whose
-// columns must be whole blocks are larger.
+// The same of a stored W: unpacking costs more than what is saved, so that it is done for more rows, but of many threads
+// for no more, and panels whose columns must be whole blocks are larger.
 constexpr int64_t PANEL_BYTES_OF_BLOCKS = 12 << 17, WAITING_ROWS_OF_BLOCKS = 4096;
 // A result of so many bytes is written past the caches.
 constexpr int64_t FEWEST_BYTES_PAST = 2 << 20;
@@ -74,7 +74,7 @@ struct Cut {
   int64_t term_steps, shrunk;
 
   template <class T>
-  Cut(const RightOperand<T>& w, int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks)
+  Cut(const RightOperand<T>& w, int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks, int64_t threads)
       : edge(w.column_edge()), term_steps(steps), shrunk(rounded_up(ranks, BLOCK)) {
     const int64_t step = w.k_edge(STEP_UNITS * Op::PACK);
     parts = std::max<int64_t>(1, (k + LONGEST_PART - 1) / LONGEST_PART);
@@ -83,7 +83,8 @@ struct Cut {
     const int64_t most = bytes / (part / Op::PACK * static_cast<int64_t>(sizeof(typename Op::Unit)));
     const int64_t widest = std::max(edge, most / edge * edge), panels = std::max<int64_t>(1, (n + widest - 1) / widest);
     columns = rounded_up((n + panels - 1) / panels, edge);
-    const int64_t waiting = w.stored() ? WAITING_ROWS_OF_BLOCKS : WAITING_ROWS;
+    const int64_t of_blocks = std::max(WAITING_ROWS, WAITING_ROWS_OF_BLOCKS / std::max<int64_t>(1, threads / 2));
+    const int64_t waiting = w.stored() ? of_blocks : WAITING_ROWS;
     rows = rounded_up(parts == 1 && ranks == 0 ? m : std::min(m, waiting), BLOCK);
   }
   // Where the panel from this column on ends.

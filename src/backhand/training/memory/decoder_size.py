@@ -370,7 +370,8 @@ def _looped_block(
     sized = [(config.at(layer), layer) for layer in config.layers]
     output = max((one.mixers[layer.mixer].width for one, layer in sized if _comes_again(one, layer, b)), default=0)
     mixing = [(n1 + 2 * d + output + _mixing(one, layer)) * b + masked for one, layer in sized]
-    # The sums of a group are there before the gradient of what enters it, those of the output before anything else.
+    # While there are sums of a group, nothing is written yet of the gradient of what enters it; those of the output are
+    # there before anything else.
     mixing = [max(here, here - d * b + sums[INPUT], (2 * d + output) * b + sums[OUTPUT]) for here in mixing]
     factors = (2 * d + 2 * f) * b + max(sums[GATE_UP], sums[DOWN])
     mlp = max(3 * f * b, (2 * d + 2 * f) * b, (d + _experts_at_work(config, 3)) * b, factors)
