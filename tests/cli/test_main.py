@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import io
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,7 +190,15 @@ def test_an_interruption_while_the_command_line_is_imported_ends_quietly(module:
     assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", "interrupted\n")
 
 
-def test_an_interruption_that_a_library_makes_an_error_of_is_one_all_the_same() -> None:
+@pytest.mark.parametrize(
+    "swallows",
+    [
+        "except KeyboardInterrupt: raise RuntimeError('it cannot be imported') from None",
+        "except KeyboardInterrupt: pass\n            raise ImportError('it cannot be imported')",
+    ],
+    ids=["within", "after"],
+)
+def test_an_interruption_that_a_library_makes_an_error_of_is_one_all_the_same(swallows: str) -> None:
     """As extensions written in C do, whose import fails by whatever happens within it."""
     script = (
         "import os, signal, sys\n"
@@ -196,14 +208,57 @@ def test_an_interruption_that_a_library_makes_an_error_of_is_one_all_the_same() 
         "            try:\n"
         "                os.kill(os.getpid(), signal.SIGINT)\n"
         "                signal.sigtimedwait([], 10)\n"
-        "            except KeyboardInterrupt:\n"
-        "                raise RuntimeError('it cannot be imported') from None\n"
+        f"            {swallows}\n"
         "sys.meta_path.insert(0, Swallows())\n"
         "from backhand.__main__ import run\n"
         "sys.exit(run())\n"
     )
     finished = run("-c", script)
     assert (finished.returncode, finished.stdout, finished.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_bug_after_an_interruption_that_a_command_has_dealt_with_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(_: list[str]) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("backhand.cli.main.make_app", lambda: app)
+    assert main(["chat"]) == 1
+    assert "unexpected ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_streams_that_are_none_of_python_s_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        encoding: Any = None
+
+        def reconfigure(self) -> None:
+            """Takes nothing that Python's take."""
+
+    monkeypatch.setattr("sys.stdout", stream := Stream())
+    assert main(["--version"]) == 0
+    assert stream.getvalue().strip() == backhand.__version__
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("ascii:replace", "ascii replace"),
+        ("latin-1", "iso8859-1 backslashreplace"),
+        (":replace", "utf-8 replace"),
+        ("", "utf-8 backslashreplace"),
+    ],
+)
+def test_what_the_environment_names_for_streams_stays(named: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", named)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    monkeypatch.setenv("LC_ALL", "C")
+    code = "import codecs, sys; from backhand.cli.main import main; main(['--version']); out = sys.stdout"
+    told = run("-c", f"{code}; print(codecs.lookup(out.encoding).name, out.errors)").stdout
+    assert told.splitlines()[-1] == found
 
 
 def test_the_whole_version_names_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:

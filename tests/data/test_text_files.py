@@ -94,6 +94,10 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, said: str) 
         ('{"text":', "call the file .json"),
         ("{", "call the file .json"),
         ('{"text": "a",}', None),
+        ('{"text": "a"', "call the file .json"),
+        ('{"text": "a"},', "end the line behind the }"),
+        ('{"text": "a"}{"text": "b"} ', "end the line behind the }"),
+        ('{"text": tru', None),
     ],
 )
 def test_usual_slips_in_json_have_their_remedy(tmp_path: Path, line: str, remedy: str | None) -> None:

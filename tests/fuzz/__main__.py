@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +49,9 @@ def main() -> int:
         world = make_world(place / "world")
         _warm_up(world, place)
         began = time.monotonic()
-        shares = [(kinds, world, place, options, number) for number in range(options.processes)]
-        with multiprocessing.get_context("fork").Pool(options.processes) as pool:  # with what has been imported here
-            tallies = pool.starmap(_share, shares, chunksize=1)
+        forked = multiprocessing.get_context("fork")  # with what has been imported here
+        with ProcessPoolExecutor(options.processes, forked) as pool:  # one that is killed raises, and is not waited for
+            tallies = list(pool.map(partial(_share, kinds, world, place, options), range(options.processes)))
         return _told(kinds, tallies, options, time.monotonic() - began)
     finally:
         shutil.rmtree(place, ignore_errors=True)

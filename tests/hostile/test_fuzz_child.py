@@ -5,13 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+import fuzz.__main__
 from fuzz import child
 from fuzz.child import Attempt, Outcome, run_attempts
+from support.processes import start
 
 
 def _turn() -> int:
@@ -22,8 +28,8 @@ def _turn() -> int:
 def _fill() -> int:
     # Pages of its own: what the heap has left over is in use already when the child begins.
     room = mmap.mmap(-1, child.PEAK_BYTES + 2**26)
-    for start in range(0, len(room), 4096):
-        room[start] = 1
+    for page in range(0, len(room), 4096):
+        room[page] = 1
     return 0
 
 
@@ -77,6 +83,29 @@ def test_every_fault_is_seen_where_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert outcomes[1].code is None and outcomes[1].cpu_s >= 1
     assert "ValueError" in outcomes[8].said
     assert all(outcome.said == "" for outcome in outcomes if not outcome.fault)
+
+
+def test_a_process_that_is_killed_ends_the_whole(tmp_path: Path) -> None:
+    process = start(_with_shares_that_die, tmp_path)
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 3
+
+
+def _with_shares_that_die(place: Path) -> None:
+    names: dict[str, Any] = {"make_world": lambda _: None, "_warm_up": lambda *_: None, "_share": _die}
+    with (
+        mock.patch.multiple(fuzz.__main__, **names),
+        mock.patch("sys.argv", ["fuzz", "--keep", str(place), "--processes", "2"]),
+    ):
+        try:
+            fuzz.__main__.main()
+        except BrokenProcessPool:
+            sys.exit(3)
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_command_line_is_run(tmp_path: Path) -> None:

@@ -288,6 +288,45 @@ def test_an_answer_that_is_being_given_holds_up_no_end(finished: Path, monkeypat
     assert "has been ended" in str(refused[0])
 
 
+def test_the_end_waits_for_the_loading_that_is_under_way_and_no_more(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[prompt_box.PromptBox] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def loaded(box: prompt_box.PromptBox) -> Any:
+        loads.append(box)
+        begun.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(prompt_box.PromptBox, "_with_newest_adapter", loaded)
+    monkeypatch.setattr(prompt_box, "GenerationSession", lambda *_: pytest.fail("it has been ended"))
+    box = prompt_box.PromptBox(finished, threads=1, max_new_tokens=8)
+    refused: list[BaseException] = []
+
+    def asked() -> None:
+        try:
+            box.answer("name a list")
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            refused.append(error)
+
+    asking = [threading.Thread(target=asked) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    assert begun.wait(20)
+    while box._worker._work_queue.qsize() < 2:
+        time.sleep(0.01)
+    closing = threading.Thread(target=box.close)
+    closing.start()
+    assert box._closing.wait(20)
+    go_on.set()
+    for thread in (closing, *asking):
+        thread.join()
+    asked()
+    assert len(loads) == 1
+    assert [str(error) for error in refused] == ["`backhand watch` has been ended"] * 4
+
+
 def test_ctrl_c_ends_it_well(finished: Path) -> None:
     code = "import sys; from backhand.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from backhand.errors import UsageError
-from backhand.runs.checkpoint import load_checkpoint
+from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
-from backhand.training.run import train
+from backhand.training.run import JobRun, train
 from support.fault_table import documented
 from support.faulty_runs import temporary
 from support.held_runs import PLACES, held_train
@@ -136,6 +136,33 @@ def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: 
     else:
         assert not (output / "adapter").exists()
         assert continued(output)["state"]
+
+
+def test_a_run_that_has_not_begun_says_nothing_of_the_one_that_is_there(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config(tmp_path / "run", max_steps=1)
+    train(config)
+    monkeypatch.setattr(JobRun, "_begin", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(with_options(config, overwrite=True, quiet=False))
+    assert "stopped at once" not in capsys.readouterr().err
+
+
+def test_what_goes_wrong_in_telling_what_is_left_hides_no_signal(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: Any) -> list[int]:
+        raise PermissionError
+
+    monkeypatch.setattr(JobRun, "_run_loop", _interrupt)
+    monkeypatch.setattr(CheckpointStore, "steps", unreadable)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.config(tmp_path / "run"))
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_page_counts_the_signals() -> None:

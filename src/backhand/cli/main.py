@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backhand.errors import UsageError
 from backhand.nn.waiting import briefly_beside_others, set_waiting
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     interrupted: list[float] = []
     set_waiting()  # what is read later, `nn.compute` sets
-    _open_closed_streams()
-    _carry_anything()
     try:
+        _open_closed_streams()
+        _carry_anything()
         with _signals_unwind(interrupted):
             given = words[1:] if words[:1] == ["--debug"] else words
             if sorted(given) == ["--verbose", "--version"]:
@@ -118,17 +118,17 @@ def _carry_anything() -> None:
     """Standard output takes what standard error takes, half of a surrogate pair, from a file, as its code.
 
     Streams that Python takes for ASCII, as in the C locale without its UTF-8 mode, carry UTF-8: what is piped in has
-    to be that, and JSON is.
+    to be that, and JSON is. What PYTHONIOENCODING names, an encoding or what is done with errors, stays so.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)  # what a program has put in its place may have none
-        if reconfigure is None:
-            continue
-        with suppress(OSError, ValueError):  # it is written out first, and may be closed
-            if codecs.lookup(stream.encoding).name == "ascii":
-                reconfigure(encoding="utf-8", errors=stream.errors)
-            if stream is sys.stdout:
-                reconfigure(errors="backslashreplace")
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    streams: tuple[Any, ...] = (sys.stdin, sys.stdout, sys.stderr)
+    for stream in streams:
+        # It is written out first, and may be closed; what a program has put in its place may have none of this.
+        with suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
+            if not encoding and codecs.lookup(stream.encoding).name == "ascii":
+                stream.reconfigure(encoding="utf-8", errors=stream.errors)
+            if not errors and stream is sys.stdout:
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _values_joined(words: Sequence[str]) -> list[str]:
@@ -152,8 +152,7 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
     from backhand.cli.exit_codes import BUG, exit_code, explanation
 
     just_now = bool(interrupted) and time.monotonic() - interrupted[-1] < _JUST_NOW_S
-    if just_now and isinstance(error, Exception) and exit_code(error) == BUG:
-        # A library whose import Ctrl-C ends makes an error of its own of it.
+    if just_now and isinstance(error, Exception) and exit_code(error) == BUG and _may_be_of_ctrl_c(error):
         error = KeyboardInterrupt().with_traceback(error.__traceback__)
     if isinstance(error, BrokenPipeError):
         # The reader has left; what is still buffered must not raise again when Python closes standard output.
@@ -166,6 +165,16 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
                 text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
             )
     return exit_code(error)
+
+
+def _may_be_of_ctrl_c(error: BaseException) -> bool:
+    """Whether a library may have made this of Ctrl-C, as those do whose import it ends; C code may forget of what."""
+    if isinstance(error, ImportError | SystemError):
+        return True
+    within: BaseException | None = error
+    while within is not None and not isinstance(within, KeyboardInterrupt):
+        within = within.__cause__ or within.__context__
+    return within is not None
 
 
 def _stderr_in_colour() -> bool:

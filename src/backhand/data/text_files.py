@@ -45,13 +45,11 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -
         except UnicodeDecodeError as error:
             bad.add(latin1_error(source, line[error.start]))
         except DataError as error:
-            if text.startswith("{") and not text.endswith("}"):
-                error.next_step = "write a row on one line, or call the file .json, where it may go on over several"
             bad.add(error)
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value that `text` holds.
+    """The value that `text`, a line, holds.
 
     Raises:
         DataError: with the column and a look at what stands there.
@@ -59,7 +57,12 @@ def parse_json(text: str, source: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise _json_error(error, text, source) from None
+        wrong = _json_error(error, text, source)
+        if text.startswith("{") and error.pos >= len(text):
+            wrong.next_step = "write a row on one line, or call the file .json, where it may go on over several"
+        elif text.startswith("{") and error.msg == "Extra data":
+            wrong.next_step = "end the line behind the } that closes the row"
+        raise wrong from None
     except (ValueError, RecursionError) as error:
         raise _unreadable(error, source) from None
 

@@ -68,7 +68,7 @@ class PromptBox:
         self._needs: Future[int] = self._worker.submit(self._weigh)
 
     def close(self) -> None:
-        """End the answer that is being given, and let the model go."""
+        """End the answer that is being given and those that wait, and let the model go; loading is waited for."""
         self._closing.set()
         self._worker.submit(self._held.close).result()
         self._worker.shutdown()
@@ -102,11 +102,14 @@ class PromptBox:
         """
         if not prompt.strip():
             raise UsageError("the prompt is empty")
+        self._go_on()
         return self._worker.submit(self._answer, prompt).result()
 
     def _answer(self, prompt: str) -> BoxAnswer:
+        self._go_on()  # what waited for its turn loads nothing any more
         began = time.perf_counter()
         loaded = self._with_newest_adapter()
+        self._go_on()
         session = GenerationSession(loaded, self._config.data)
         ids = session.prompt_ids(prompt)
         loaded.model.use_adapter(False)
@@ -115,7 +118,7 @@ class PromptBox:
         adapted = session.answer(ids, self._sampling, on_text=self._go_on).text
         return BoxAnswer(base, adapted, self._step, round(time.perf_counter() - began, 2))
 
-    def _go_on(self, _piece: str) -> None:
+    def _go_on(self, _piece: str = "") -> None:
         if self._closing.is_set():
             raise UsageError("`backhand watch` has been ended")
 

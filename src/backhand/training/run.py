@@ -76,6 +76,7 @@ class JobRun:
         interruption: whether somebody asked to stop.
         checkpoint: to go on from; None for a run that begins.
         processes: that share the run; the first one writes.
+        begun: whether what lies in the directory is this run's.
     """
 
     job: Job
@@ -84,6 +85,7 @@ class JobRun:
     interruption: Interruption
     checkpoint: Checkpoint | None
     processes: Processes
+    begun: bool = False
     _frozen_digest: str | None = None
 
     def train(self) -> RunSummary:
@@ -110,6 +112,7 @@ class JobRun:
             if self.processes.leads and (self.checkpoint is None or self.checkpoint.step < job.total_steps):
                 saver.require_room()
             self._begin(store, state, saver)
+            self.begun = True
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.leads else _unwritten
             base_guard = self._guard_base(log)
@@ -309,8 +312,7 @@ class JobRun:
         """What a run leaves that was stopped at once; `back` tells that the run that it was to replace is back."""
         if back:
             return "stopped at once, before the first checkpoint; the run that was here before is back"
-        places = self.directory.checkpoints
-        steps = CheckpointStore(places, self.directory.files, self.observer.noted).steps() if places.is_dir() else []
+        steps = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted).steps()
         after = f"after the checkpoint of step {steps[-1]}: continue" if steps else "before the first checkpoint: begin"
         return f"stopped at once, {after} with {self._resume_command()}"
 
@@ -385,10 +387,7 @@ def _train(
     ]
     run = config.run
     try:
-        with (
-            Interruption(terminal.noted) as interruption,
-            _opened(run, files, processes) as directory,
-        ):
+        with Interruption(terminal.noted) as interruption, _opened(run, files, processes) as directory:
             processes.interruption = interruption
             checkpoint = done = None
             if run.overwrite and processes.leads:
@@ -414,12 +413,11 @@ def _train(
                 try:
                     return job_run.train()
                 except BaseException as error:
-                    back = False
-                    if run.overwrite and processes.leads:  # the run that was here stays until this one has a checkpoint
-                        with suppress(BackhandError):
-                            back = directory.put_back()
-                    if processes.leads and by_signal(error):
-                        terminal.noted(job_run.left(back=back))
+                    with suppress(OSError, BackhandError):  # nothing here takes the place of what ended the run
+                        # The run that was here stays until this one has a checkpoint.
+                        back = processes.leads and run.overwrite and directory.put_back()
+                        if processes.leads and by_signal(error) and (back or job_run.begun):
+                            terminal.noted(job_run.left(back=back))
                     raise
     finally:
         for observer in everyone:

@@ -138,6 +138,21 @@ def test_a_name_that_is_nearly_that_of_a_model_here(
         assert "did you mean" not in str(raised.value.next_step), typed
 
 
+def test_a_name_with_a_home_that_is_here_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "small.gguf").touch()
+    with pytest.raises(ArtifactError) as raised:
+        open_model("~/smal.gguf")
+    assert str(raised.value.next_step).startswith(f"did you mean {tmp_path / 'small.gguf'}? Else ")
+    with pytest.raises(ArtifactError, match="there is no model ~nobody-of-this-name/x"):
+        open_model("~nobody-of-this-name/x")
+
+
+def test_no_character_of_a_name_is_a_bug() -> None:
+    with pytest.raises(ArtifactError, match="there is no model"):
+        open_model("a\0b/c")
+
+
 def test_an_interrupted_download_is_completed_or_named(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

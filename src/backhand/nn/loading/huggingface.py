@@ -399,8 +399,8 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
 def nearest_here(name: str) -> str:
     """A question where the name looks much like that of a model here; "" otherwise."""
     near = {NAME: NAME}
-    with suppress(OSError):
-        there = Path(name).parent.iterdir()
+    with suppress(OSError, ValueError, RuntimeError):  # a NUL character in the name; `~` of a user who is not there
+        there = Path(name).expanduser().parent.iterdir()
         models = (place for place in there if place.suffix == ".gguf" or (place / CONFIG_FILE).is_file())
         near |= {place.name: str(place) for place in models}
     found = difflib.get_close_matches(Path(name).name, near, n=1, cutoff=0.75)

