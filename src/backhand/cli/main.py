@@ -125,10 +125,11 @@ def _carry_anything() -> None:
     for stream in streams:
         # It is written out first, and may be closed; what a program has put in its place may have none of this.
         with suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
+            reconfigure = stream.reconfigure
             if not encoding and codecs.lookup(stream.encoding).name == "ascii":
-                stream.reconfigure(encoding="utf-8", errors=stream.errors)
+                reconfigure(encoding="utf-8", errors=stream.errors)
             if not errors and stream is sys.stdout:
-                stream.reconfigure(errors="backslashreplace")
+                reconfigure(errors="backslashreplace")
 
 
 def _values_joined(words: Sequence[str]) -> list[str]:
