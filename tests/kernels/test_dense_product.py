@@ -17,31 +17,12 @@ from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop
 from backhand.kernels.library import load, proving_loops, torch_form, usable, using
 from backhand.ops.frozen_matrix import drop_scratch, frozen_input_gradient, frozen_linear, takes_tiles
 from support.gapped import MARK, gapped, marks_intact
+from support.product_builds import PRODUCT_BUILDS, build_id
 
-KINDS = [(name, torch.float64) for name in usable()] + [("amx", torch.bfloat16)] * ("amx" in usable())
 LONGEST_PART, WAITING_ROWS = 1536, 1024  # as in native/dense_product.h
 UNIT = 2.0**-8  # of rounding to bfloat16
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
-
-
-def _id(kind):
-    return f"{kind[0]}-{str(kind[1]).rpartition('.')[2]}"
-
-
-@pytest.fixture(params=KINDS, ids=_id)
-def dtype(request):
-    """Each build and dtype in which the product is ours, in force."""
-    build, found = request.param
-    with using(load(build)), proving_loops(), torch.no_grad():
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Problem(NamedTuple):
@@ -262,7 +243,7 @@ def test_bfloat16_errs_no_more_than_a_product_and_an_addition(size, members):
 @pytest.mark.parametrize("members", ["gap", "some made"])
 @pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
 # How threads share the work is the same in every build: the plainest, and by tiles or the last.
-@pytest.mark.parametrize("dtype", KINDS[:1] + KINDS[1:][-1:], ids=_id, indirect=True)
+@pytest.mark.parametrize("dtype", PRODUCT_BUILDS[:1] + PRODUCT_BUILDS[1:][-1:], ids=build_id, indirect=True)
 def test_any_number_of_threads_gives_the_same_bits(dtype, size, turned, members):
     one = problem(*size, dtype, turned=turned, members=MEMBERS[members](size[1]))
     found = []

@@ -15,13 +15,12 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels.dense_product import MOST_PARTS, Blocks, Term, dense_product
 from backhand.kernels.dequantize import block_shape
-from backhand.kernels.library import load, proving_loops, usable, using
+from backhand.kernels.library import usable
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from support.gapped import gapped, marks_intact
 
-BUILDS = [(name, torch.float64) for name in usable()] + [("amx", torch.bfloat16)] * ("amx" in usable())
 KINDS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"),
     *("F32", "F16", "BF16"),
@@ -29,21 +28,6 @@ KINDS = (
 LONGEST_PART, WAITING_ROWS = 1536, 4096  # as in native/dense_product.h, of blocks
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
-
-
-@pytest.fixture(params=BUILDS, ids=lambda kind: f"{kind[0]}-{str(kind[1]).rpartition('.')[2]}")
-def dtype(request):
-    """Each build and dtype in which the product is ours, in force."""
-    build, found = request.param
-    with using(load(build)), proving_loops(), torch.no_grad():
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def rows_of(kind, rows, columns, *, ordered=False, seed=0):

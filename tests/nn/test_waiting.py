@@ -180,7 +180,7 @@ def test_as_many_are_held_whatever_becomes_of_torch_s_threads_and_of_the_cores(t
     more = waiting.MoreThreads()
     more.hold()
     more.let_go()
-    assert [1 + team - 1 > 8 for team in teams] == [True]
+    assert [team > 8 for team in teams] == [True]  # one of torch's threads holds all of the team but itself
 
 
 def test_nothing_is_held_where_there_is_no_libgomp(monkeypatch):

@@ -158,8 +158,9 @@ def frozen_input_gradient_in_a_row(
 ) -> None:
     """`frozen_input_gradient` in its turn."""
     d_x = None
-    if isinstance(weight, Tensor) and takes_tiles(d_y):
-        d_x = dense_product(d_y, weight, None, None, out, terms, row=row)
+    if takes_tiles(d_y):
+        operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=False)
+        d_x = dense_product(d_y, operand, None, None, out, terms, row=row)
     if d_x is None:
         row.add(partial(frozen_input_gradient, d_y, weight, out, terms))
 

@@ -1,0 +1,13 @@
+"""The builds and dtypes in which products are a loop of ours: float64, proved, in each; bfloat16 with AMX's tiles."""
+
+from __future__ import annotations
+
+import torch
+
+from backhand.kernels.library import usable
+
+PRODUCT_BUILDS = [(name, torch.float64) for name in usable()] + [("amx", torch.bfloat16)] * ("amx" in usable())
+
+
+def build_id(kind: tuple[str, torch.dtype]) -> str:
+    return f"{kind[0]}-{str(kind[1]).rpartition('.')[2]}"
