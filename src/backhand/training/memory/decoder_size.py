@@ -66,7 +66,7 @@ from backhand.nn.decoder.family import (
 from backhand.nn.decoder.kv_cache import bytes_per_row
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes
-from backhand.ops.frozen_matrix import COLUMN_EDGE, TILE_BYTES, row_tiles
+from backhand.ops.frozen_matrix import column_tiles, row_tiles, sums_over_rows
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, SOFTMAX_ELEMENTS, chunk_rows
 from backhand.ops.low_rank import by_parts_of_rows
 from backhand.training.config import Recompute
@@ -143,11 +143,9 @@ def decoder_size(
     matrices = block_weights + vocabulary
     widths = [_width(config, layer) // (chosen if layer.experts else 1) for layer in config.layers]
     largest = max(2 * d * max(widths), *(d * sum(mixer.sizes) for mixer in mixers), config.vocab_size * d)
-    piece = max(TILE_BYTES, COLUMN_EDGE * config.vocab_size * b)
-    if unpacked_within:
-        shapes = {(config.vocab_size, d), *((2 * width, d) for width in widths), *((d, width) for width in widths)}
-        shapes |= {shape for mixer in mixers for shape in ((sum(mixer.sizes), d), (d, mixer.width))}
-        piece = max(_tile_of_rows(shape, _FLOATING[b]) for shape in shapes)
+    shapes = {(config.vocab_size, d), *((2 * width, d) for width in widths), *((d, width) for width in widths)}
+    shapes |= {shape for mixer in mixers for shape in ((sum(mixer.sizes), d), (d, mixer.width))}
+    piece = max(_largest_tile(shape, _FLOATING[b], gradients=not unpacked_within) for shape in shapes)
     adapter_elements = layout.element_count
     head_slots = [slot for slot in slots if slot.name == HEAD]
     head_ranks = sum(slot.rank for slot in head_slots)
@@ -287,10 +285,13 @@ def _delta_heads(config: DecoderConfig) -> HeadSizes:
     return HeadSizes(sizes.key_heads, sizes.value_heads // sizes.key_heads, sizes.key_width, sizes.value_width)
 
 
-def _tile_of_rows(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of the largest of them."""
-    first, *_ = row_tiles(torch.empty(shape, dtype=dtype, device="meta"))
-    return int(first.stop) * shape[1] * dtype.itemsize
+def _largest_tile(shape: tuple[int, int], dtype: torch.dtype, *, gradients: bool) -> int:
+    """Bytes of what a library's products unpack at once of a matrix of this shape; those of gradients too, or not."""
+    matrix = torch.empty(shape, dtype=dtype, device="meta")
+    elements = row_tiles(matrix)[0].stop * shape[1]
+    if gradients and not sums_over_rows(matrix):
+        elements = max(elements, column_tiles(matrix)[0].stop * shape[0])
+    return int(elements) * dtype.itemsize
 
 
 def _width(config: DecoderConfig, layer: LayerConfig) -> int:

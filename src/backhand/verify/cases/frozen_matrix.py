@@ -24,6 +24,7 @@ from backhand.ops.frozen_matrix import (
     frozen_linear_backward,
     frozen_linear_forward,
     frozen_linear_reference,
+    row_tiles,
     tiles_of,
 )
 from backhand.verify.case import (
@@ -138,6 +139,8 @@ def _case(
 
 CASES = (
     _case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
+    _case("more rows than columns, in several tiles", (6,), 96, [("Q5_1", 70), ("Q8_0", 65)], bias=True),
+    _case("more dense rows than columns, in tiles", (9,), 35, [("dense", 150)], residual=True),
     _case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
     _case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
     _case("parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True),
@@ -231,6 +234,18 @@ def _tiles_changed(
     return value
 
 
+def _row_tiles_changed(
+    change: Callable[[list[Tensor]], list[Tensor]],
+) -> Callable[[Tensor, FrozenLinearSaved, object], Tensor]:
+    """The row tiles' shares of d_x added up wrongly."""
+
+    def value(d_y: Tensor, saved: FrozenLinearSaved, _right: object) -> Tensor:
+        dense = frozen_dense(saved.weight)
+        return sum(change([d_y[..., tile] @ dense[tile] for tile in row_tiles(saved.weight)]), torch.zeros(()))
+
+    return value
+
+
 def _edges_late(d_y: Tensor, saved: FrozenLinearSaved, _right: object) -> Tensor:
     """Every tile but the first begins one block behind its edge: a block of the weight is left out at each."""
     dense = frozen_dense(saved.weight)
@@ -250,6 +265,9 @@ MUTANTS = (
     Mutant("last column tile missing", "d_x", _tiles_changed(lambda tiles: [*tiles[:-1], torch.zeros_like(tiles[-1])])),
     Mutant("column tiles in reverse", "d_x", _tiles_changed(lambda tiles: tiles[::-1])),
     Mutant("block at a tile's edge missing", "d_x", _edges_late),
+    Mutant("last row tile missing", "d_x", _row_tiles_changed(lambda tiles: tiles[:-1] or [tiles[0] * 0])),
+    Mutant("first row tile lost by the second", "d_x", _row_tiles_changed(lambda tiles: tiles[1:] or [tiles[0] * 0])),
+    Mutant("first row tile twice", "d_x", _row_tiles_changed(lambda tiles: [tiles[0], *tiles])),
     Mutant("last output missing", "d_x", lambda g, s, _right: g[..., :-1] @ frozen_dense(s.weight)[:-1]),
 )
 
