@@ -13,10 +13,10 @@
 #include <cstdlib>
 
 #include "arena.h"
+#include "causal_products.h"
 #include "dtypes.h"
 #include "heads.h"
 #include "mutants.h"
-#include "products.h"
 
 namespace {
 
@@ -57,11 +57,9 @@ inline Range seen(const Shape& shape, int64_t first, int64_t count) {
   return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
 }
 
-// A block's first queries do not see its last keys: so many of either, and where these meet nothing is multiplied. None in
-// blocks that are no longer than that, or whose last keys begin earlier.
-inline int64_t unseen(const Range& range, int64_t first, int64_t block) {
-  return block > KEYS && range.high - KEYS >= first + MUTATED("attention: corner cut too early", KEYS, 0) ? KEYS : 0;
-}
+// Rows of a head lie as far apart as tokens, mostly in pages of their own, where the processor guesses nothing: each is
+// asked for, into the second-level cache, so many rows before its turn.
+constexpr int64_t ROWS_AHEAD = 4;
 
 // count rows of one head, widened or kept, with zeros up to (padded, width).
 template <class Op, class T>
@@ -71,6 +69,10 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
   for (int64_t i = 0; i < count; ++i) {
     const T* from = x.at(doc.token(first + i), head);
     E* to = rows + i * width;
+    if (i + ROWS_AHEAD < count) {
+      const T* later = x.at(doc.token(first + i + ROWS_AHEAD), head);
+      for (int64_t j = 0; j < head_dim; j += LINE / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(later + j, 0, 2);
+    }
     if constexpr (sizeof(E) == sizeof(T)) {
       // A line at a time: for so few bytes a call of a function costs more than it copies.
       constexpr int64_t STEP = LINE / sizeof(T);
@@ -83,6 +85,18 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
     std::fill(to + head_dim, to + width, E(0));
   }
   std::fill(rows + count * width, rows + padded * width, E(0));
+}
+
+// Rows (count, columns) as units along the rows' own number, where they are not that already: in `spare`.
+template <class Op>
+inline const typename Op::Unit* by_places(const typename Op::Element* rows, int64_t columns, int64_t count,
+                                          typename Op::Unit* spare) {
+  if constexpr (Op::PACK == 1) {
+    return rows;
+  } else {
+    interleave<Op>(rows, columns, count, columns, spare, columns);
+    return spare;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
@@ -111,32 +125,29 @@ struct Forward {
     const int64_t block = block_of(doc.keys());
     E* rows = arena.take<E>(n * width);
     const int64_t apart = n + APART;
-    U *keys = arena.take<U>(units * apart), *values = arena.take<U>(n / Op::PACK * width);
+    U *keys = arena.take<U>(units * apart), *spare = arena.take<U>(Op::PACK == 1 ? 0 : n / Op::PACK * width);
     C *scores = arena.take<C>(block * n), *sums = arena.take<C>(block * width);
     E *p = arena.take<E>(block * n), *queries = arena.take<E>(block * width);
     C inverse[64];
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
     transpose(reinterpret_cast<const U*>(rows), units, n, units, keys, apart);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
-    interleave<Op>(rows, width, n, width, values, width);
+    const U* values = by_places<Op>(rows, width, n, spare);
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
-        const int64_t rows_of_block = rounded_up(count, 32);
+        const int64_t span = range.high - range.low, diagonal = first - range.low;
+        const int64_t rows_of_block = by_tiles<Op> ? rounded_up(count, SIDE) : count;
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
-        const U *left = reinterpret_cast<const U*>(queries), *right = keys + range.low;
-        product<Op>(rows_of_block, most, units, left, units, right, apart, scores, n, false);
-        if (corner > 0)
-          product<Op>(rows_of_block - corner, corner, units, left + corner * units, units, right + most, apart,
-                      scores + corner * n + most, n, false);
+        scores_by_queries<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), keys + range.low, apart,
+                              scores, n, diagonal);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low,
+                                   keys_read<Op>(rows_of_block, span, diagonal, by_tiles<Op> ? count : i), head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
-        // Whole: with a sum in two parts, a row's bits would depend on where its block begins, and so on the prefix.
-        product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
-                    values + range.low / Op::PACK * width, width, sums, width, false);
+        sum_over_keys<Op>(rows_of_block, width, span, Rows<U>{reinterpret_cast<const U*>(p), n / Op::PACK},
+                          values + range.low / Op::PACK * width, width, sums, width, diagonal);
         for (int64_t i = 0; i < count; ++i) {
           C* row = sums + i * width;
           for (int64_t j = 0; j < width; j += lanes<C>) store(row + j, load<C>(row + j) * inverse[i]);
@@ -145,7 +156,7 @@ struct Forward {
       }
   }
 
-  // e^(c s - largest) of the visible keys into p, zeros elsewhere; returns one over their sum.
+  // e^(c s - largest) of the visible keys into p, zeros elsewhere up to `span`; returns one over their sum.
   C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span, int64_t head) const {
     constexpr int W = lanes<C>;
     const int64_t from = std::max<int64_t>(low, position - MUTATED("attention: window ignored", shape.window, position + 1) + 1) - low;
@@ -210,90 +221,89 @@ struct Backward {
     const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
     const int64_t block = block_of(doc.keys());
     E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
-    U *mixed = arena.take<U>(n / Op::PACK * width), *k_mixed = arena.take<U>(width * (n / Op::PACK));
-    U* v_mixed = again.data == nullptr ? nullptr : arena.take<U>(width * (n / Op::PACK));
     C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
     C* sums = arena.take<C>(width * block);
-    E *p = arena.take<E>(n * block), *d_s = arena.take<E>(n * block);
-    U* right_mixed = Op::PACK == 1 ? nullptr : arena.take<U>(n / Op::PACK * block);
+    // Where they are stored alike, P takes the place of the scores, and ∂L/∂S that of ∂L/∂P.
+    E* p = Op::PACK == 1 ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
+    E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(n * block);
+    const auto spare = [&](int64_t count) { return Op::PACK == 1 ? nullptr : arena.take<U>(count); };
+    U *k_spare = spare(n / Op::PACK * width), *v_spare = spare(n / Op::PACK * width), *right = spare(n / Op::PACK * block);
+    U *q_spare = spare(block / Op::PACK * width), *g_spare = spare(block / Op::PACK * width);
     E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
     U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
-    U *q_mixed = arena.take<U>(block / Op::PACK * width), *g_mixed = arena.take<U>(block / Op::PACK * width);
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
-    interleave<Op>(k_rows, width, n, width, mixed, width);
-    transpose(mixed, width, n / Op::PACK, width, k_mixed, n / Op::PACK);
-    if (again.data != nullptr) {
-      interleave<Op>(v_rows, width, n, width, mixed, width);
-      transpose(mixed, width, n / Op::PACK, width, v_mixed, n / Op::PACK);
-    }
-    // rows (count, head_dim) of one head = (values · right)ᵀ, with right (keys seen, queries) = P or ∂L/∂S.
-    const auto write_product = [&](const U* values, const E* right, const Range& range, int64_t begin, int64_t count,
-                                   const Heads<T>& rows, int64_t head) {
-      const int64_t span = range.high - range.low, corner = unseen(range, doc.before + begin, block);
-      const int64_t most = span - corner, place = (range.low + most) / Op::PACK;
-      const U* mixed_right = reinterpret_cast<const U*>(right);
-      if constexpr (Op::PACK == 2) {
-        interleave<Op>(right, block, span, block, right_mixed, block);
-        mixed_right = right_mixed;
+    const U* k_places = by_places<Op>(k_rows, width, n, k_spare);
+    const U* v_places = again.data == nullptr ? nullptr : by_places<Op>(v_rows, width, n, v_spare);
+    if constexpr (by_tiles<Op>) {
+      U* turned = arena.take<U>(width * (n / Op::PACK));
+      transpose(k_places, width, n / Op::PACK, width, turned, n / Op::PACK);
+      k_places = turned;
+      if (again.data != nullptr) {
+        turned = arena.take<U>(width * (n / Op::PACK));
+        transpose(v_places, width, n / Op::PACK, width, turned, n / Op::PACK);
+        v_places = turned;
       }
-      product<Op>(width, block, most / Op::PACK, values + range.low / Op::PACK, n / Op::PACK, mixed_right, block, sums,
-                  block, false);
-      if (corner > 0)
-        product<Op>(width, block - corner, corner / Op::PACK, values + place, n / Op::PACK,
-                    mixed_right + most / Op::PACK * block + corner, block, sums + corner, block,
-                    MUTATED("attention: earlier keys lost in backward", true, false));
-      transpose(sums, block, width, block, scores, width);
-      for (int64_t i = 0; i < count; ++i)
-        write_row<C>(scores + i * width, rows.at(doc.token(doc.before + begin + i), head), shape.head_dim);
-    };
+    }
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
-        pack_rows<Op>(q, head, doc, first, count, block, shape.head_dim, width, q_rows);
-        pack_rows<Op>(d_y, head, doc, first, count, block, shape.head_dim, width, g_rows);
-        transpose(reinterpret_cast<const U*>(q_rows), units, block, units, q_turned, block);
-        transpose(reinterpret_cast<const U*>(g_rows), units, block, units, g_turned, block);
-        interleave<Op>(q_rows, width, block, width, q_mixed, width);
-        interleave<Op>(g_rows, width, block, width, g_mixed, width);
-        const U* keys = reinterpret_cast<const U*>(k_rows + range.low * width);
-        const U* values = reinterpret_cast<const U*>(v_rows + range.low * width);
-        // (keys, queries) from rows of keys and turned queries, but for the corner.
-        const auto multiply = [&](const U* rows, const U* turned, C* result) {
-          product<Op>(most, block, units, rows, units, turned, block, result, block, false);
-          if (corner > 0)
-            product<Op>(corner, block - corner, units, rows + most * units, units, turned + corner, block,
-                        result + most * block + corner, block, false);
+        const int64_t diagonal = first - range.low;
+        const int64_t span = by_tiles<Op> ? range.high - range.low : rounded_up(diagonal + count, Op::PACK);
+        const int64_t queries = by_tiles<Op> ? block : rounded_up(count, SIDE);
+        pack_rows<Op>(q, head, doc, first, count, queries, shape.head_dim, width, q_rows);
+        pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
+        transpose(reinterpret_cast<const U*>(q_rows), units, queries, units, q_turned, block);
+        transpose(reinterpret_cast<const U*>(g_rows), units, queries, units, g_turned, block);
+        // (keys, queries) from rows of keys and turned queries.
+        const auto multiply = [&](const E* rows, const U* turned, C* result) {
+          scores_by_keys<Op>(span, queries, units, reinterpret_cast<const U*>(rows + range.low * width), turned, block,
+                             result, block, diagonal);
         };
-        multiply(keys, q_turned, scores);
-        multiply(values, g_turned, d_p);
-        for (int64_t column = 0; column < block; column += CHUNK * lanes<C>)
+        multiply(k_rows, q_turned, scores);
+        multiply(v_rows, g_turned, d_p);
+        constexpr int64_t STEP = CHUNK * lanes<C>;
+        for (int64_t column = 0; column < queries; column += STEP)
           softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
-                          column < corner ? most : span, head);
+                          std::min(span, diagonal + column + STEP),
+                          keys_read<Op>(queries, span, diagonal, column + STEP - 1), head);
         // Adds (keys, width), from (keys, queries) and rows of queries.
-        const auto add = [&](const E* left, const U* rows, C* sum) {
-          const U* units_of = reinterpret_cast<const U*>(left);
-          product<Op>(most, width, block / Op::PACK, units_of, block / Op::PACK, rows, width, sum, width, true);
-          if (corner > 0)
-            product<Op>(MUTATED("attention: gradient of last keys lost", corner, 0), width, (block - corner) / Op::PACK,
-                        units_of + (most * block + corner) / Op::PACK, block / Op::PACK,
-                        rows + corner / Op::PACK * width, width, sum + most * width, width, true);
+        const auto add = [&](const E* left, const E* rows, U* spare_rows, C* sum) {
+          add_over_queries<Op>(span, width, queries, reinterpret_cast<const U*>(left), block / Op::PACK,
+                               by_places<Op>(rows, width, queries, spare_rows), width, sum + range.low * width, width,
+                               diagonal);
         };
-        add(p, g_mixed, into.d_v + range.low * width);
-        add(d_s, q_mixed, into.d_k + range.low * width);
-        write_product(k_mixed, d_s, range, begin, count, d_q, head);
+        add(p, g_rows, g_spare, into.d_v);
+        add(d_s, q_rows, q_spare, into.d_k);
+        // Rows (count, head_dim) of one head from P or ∂L/∂S, (keys, queries), and values of keys.
+        const auto write_product = [&](const E* of_keys, const U* values, const Heads<T>& to) {
+          const U* shares = by_places<Op>(of_keys, block, span, right);
+          C* rows = sums;
+          if constexpr (by_tiles<Op>) {
+            turned_sum_over_keys<Op>(queries, width, span, values + range.low / Op::PACK, n / Op::PACK, shares, block,
+                                     sums, block, diagonal);
+            rows = scores;
+            transpose(sums, block, width, block, rows, width);
+          } else {
+            sum_over_keys<Op>(count, width, span, Interleaved<U>{shares, block}, values + range.low / Op::PACK * width,
+                              width, sums, width, diagonal);
+          }
+          for (int64_t i = 0; i < count; ++i)
+            write_row<C>(rows + i * width, to.at(doc.token(first + i), head), shape.head_dim);
+        };
+        write_product(d_s, k_places, d_q);
         if (again.data != nullptr)
-          write_product(MUTATED("attention: output made of keys", v_mixed, k_mixed), p, range, begin, count, again, head);
+          write_product(p, MUTATED("attention: output made of keys", v_places, k_places), again);
       }
   }
 
   static constexpr int CHUNK = 2;  // registers of queries at a time
 
-  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on.
-  void softmax_columns(C* scores, const C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
-                       int64_t head) const {
+  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on: of keys `low` and
+  // the next, so many of which some of them see, with zeros behind up to `end`. Results may take the operands' places.
+  void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
+                       int64_t end, int64_t head) const {
     constexpr int W = lanes<C>;
     const C scaling = static_cast<C>(shape.scaling);
     const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
@@ -305,31 +315,45 @@ struct Backward {
       position[c] = counted_from<C>(first + c * W);
       most[c] = sinks ? sink : least;
     }
-    const int64_t last = first + CHUNK * W - 1, window = shape.window;
-    // Some of the queries see key j only from here on, and up to here all that are not masked by the window.
-    const auto clear = [=](int64_t j) { return j <= first && j > last - window; };
+    const int64_t last = first + CHUNK * W - 1;
+    const int32_t reach = static_cast<int32_t>(std::min<int64_t>(shape.window, INT32_MAX / 2));
     const auto visible = [=](int64_t j, const Bits<C>& at) {
       const int32_t key = static_cast<int32_t>(j);
-      const int32_t reach = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX / 2));
       return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
     };
-    for (int64_t i = 0; i < span; ++i)
+    // body(row, whether some of the queries do not see its key): those that all see stand between others.
+    const int64_t all_see = std::min(std::max<int64_t>(0, last - reach + 1 - low), span);
+    const int64_t some_see = std::min(std::max(all_see, first + 1 - low), span);
+    const auto each_key = [=](const auto& body) {
+      for (int64_t i = 0; i < all_see; ++i) body(i, std::true_type());
+      for (int64_t i = all_see; i < some_see; ++i) body(i, std::false_type());
+      for (int64_t i = some_see; i < span; ++i) body(i, std::true_type());
+    };
+    each_key([&](int64_t i, auto masked) {
       for (int c = 0; c < CHUNK; ++c) {
         Vector<C> s = load<C>(scores + i * row + c * W) * powers;
-        if (!clear(low + i)) s = visible(low + i, position[c]) ? s : least;
+        if (masked()) s = visible(low + i, position[c]) ? s : least;
         most[c] = larger(s, most[c]);
       }
+    });
     for (int c = 0; c < CHUNK && sinks; ++c)
       sum[c] = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
-    for (int64_t i = 0; i < span; ++i)
+    each_key([&](int64_t i, auto masked) {
       for (int c = 0; c < CHUNK; ++c) {
         // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
-        Vector<C> e = Op::power(load<C>(scores + i * row + c * W) * powers - most[c]);
-        if (!clear(low + i)) e = visible(low + i, position[c]) ? e : Vector<C>{};
-        store(scores + i * row + c * W, e);
+        const int64_t place = i * row + c * W;
+        Vector<C> e = Op::power(load<C>(scores + place) * powers - most[c]), d_share = load<C>(d_p + place);
+        if (masked()) {
+          const Bits<C> seen_by = visible(low + i, position[c]);
+          e = seen_by ? e : Vector<C>{};
+          d_share = seen_by ? d_share : Vector<C>{};  // where there may be anything
+          store(d_p + place, d_share);
+        }
+        store(scores + place, e);
         sum[c] += e;
-        delta[c] = fma(e, load<C>(d_p + i * row + c * W), delta[c]);
+        delta[c] = fma(e, d_share, delta[c]);
       }
+    });
     Vector<C> inverse[CHUNK];
     for (int c = 0; c < CHUNK; ++c) {
       // Behind the last query stand some that may see nothing at all.
@@ -339,9 +363,15 @@ struct Backward {
     }
     for (int64_t i = 0; i < span; ++i)
       for (int c = 0; c < CHUNK; ++c) {
-        const Vector<C> share = load<C>(scores + i * row + c * W) * inverse[c];
-        Op::put(p + i * row + c * W, share);
-        Op::put(d_s + i * row + c * W, share * scaling * (load<C>(d_p + i * row + c * W) - delta[c]));
+        const int64_t place = i * row + c * W;
+        const Vector<C> share = load<C>(scores + place) * inverse[c], d_share = load<C>(d_p + place);
+        Op::put(p + place, share);
+        Op::put(d_s + place, share * scaling * (d_share - delta[c]));
+      }
+    for (int64_t i = span; i < end; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        Op::put(p + i * row + c * W, Vector<C>{});
+        Op::put(d_s + i * row + c * W, Vector<C>{});
       }
   }
 };
