@@ -24,8 +24,8 @@ inline int64_t corner_of(int64_t queries, int64_t keys, int64_t diagonal) {
   return queries > SIDE && keys - SIDE >= diagonal + SIDE ? SIDE : 0;
 }
 
-// Keys, of so many, that are read of queries up to `last` where they lie side by side: what they do not see of these has
-// to be zero.
+// Keys, of so many, that are read of queries up to `last` where they lie side by side: what they do not see of these
+// has to be zero.
 template <class Op>
 inline int64_t keys_read(int64_t queries, int64_t keys, int64_t diagonal, int64_t last) {
   if constexpr (by_tiles<Op>) {
@@ -35,7 +35,8 @@ inline int64_t keys_read(int64_t queries, int64_t keys, int64_t diagonal, int64_
   return std::min(keys, last + diagonal + 1 + BEHIND);
 }
 
-// Rows begin … m - 1 of which the first `VECTORS` registers from column on are wanted, W rows later one less, and so on.
+// Rows begin … m - 1, of which `VECTORS` registers from column on are wanted, from row `end` on without the first of
+// them, W rows later without the second, and so on.
 template <class Op, int VECTORS>
 inline void descending(int64_t begin, int64_t end, int64_t m, int64_t k_units, Rows<typename Op::Unit> a,
                        const typename Op::Unit* b, int64_t b_row, int64_t column, const Onto<typename Op::Sum>& onto) {

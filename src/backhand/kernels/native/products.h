@@ -273,8 +273,8 @@ inline void product(int64_t m, int64_t n, int64_t k_units, const typename Op::Un
   if constexpr (Op::PACK == 2) return product_by_tiles(m, n, k_units, a, a_row, b, b_row, c, c_row, add);
 #endif
   for (int64_t k = 0; k == 0 || k < k_units; k += LONGEST_SUM)
-    product_of_part<Op>(m, n, k_units - k < LONGEST_SUM ? k_units - k : LONGEST_SUM, Rows<typename Op::Unit>{a + k, a_row},
-                        b + k * b_row, b_row, c, c_row, add || k > 0);
+    product_of_part<Op>(m, n, k_units - k < LONGEST_SUM ? k_units - k : LONGEST_SUM,
+                        Rows<typename Op::Unit>{a + k, a_row}, b + k * b_row, b_row, c, c_row, add || k > 0);
 }
 
 #if defined(__AVX512F__)
