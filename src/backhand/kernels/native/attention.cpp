@@ -13,77 +13,11 @@
 #include <cstdlib>
 
 #include "arena.h"
+#include "attention_backward.h"
 #include "dtypes.h"
-#include "heads.h"
 #include "mutants.h"
-#include "products.h"
 
 namespace {
-
-struct Shape {
-  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
-  int64_t documents, shared, heads, kv_heads, head_dim, window;
-  double scaling;
-  const double* sinks;  // of each head one more term of the softmax's sum, whose key has no value; or null
-  int64_t group() const { return heads / kv_heads; }
-  int64_t width() const { return rounded_up(head_dim, SIDE); }
-};
-
-// One document: queries at positions before … before + length - 1; key j is token j, or start + j - before.
-struct Document {
-  int64_t start, length, before;
-  int64_t keys() const { return before + length; }
-  int64_t token(int64_t key) const { return key < before ? key : start + key - before; }
-};
-
-inline Document document(const Shape& shape, int64_t index) {
-  if (index < 0) return {0, shape.shared, 0};
-  return {shape.starts[index], shape.lengths[index], shape.shared};
-}
-
-// Keys are padded to a multiple of this with zeros.
-constexpr int64_t KEYS = 32;
-constexpr int64_t LONG = 2048;
-
-// Queries of a block: fewer where a block's scores would not stay in the cache.
-inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
-
-// What the queries first … first + count - 1 (positions) may see: keys low … high - 1, both multiples of `KEYS`.
-struct Range {
-  int64_t low, high;
-};
-inline Range seen(const Shape& shape, int64_t first, int64_t count) {
-  const int64_t low = std::max<int64_t>(0, first - shape.window + 1);
-  return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
-}
-
-// A block's first queries do not see its last keys: so many of either, and where these meet nothing is multiplied. None in
-// blocks that are no longer than that, or whose last keys begin earlier.
-inline int64_t unseen(const Range& range, int64_t first, int64_t block) {
-  return block > KEYS && range.high - KEYS >= first + MUTATED("attention: corner cut too early", KEYS, 0) ? KEYS : 0;
-}
-
-// count rows of one head, widened or kept, with zeros up to (padded, width).
-template <class Op, class T>
-inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64_t first, int64_t count, int64_t padded,
-                      int64_t head_dim, int64_t width, typename Op::Element* rows) {
-  typedef typename Op::Element E;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = x.at(doc.token(first + i), head);
-    E* to = rows + i * width;
-    if constexpr (sizeof(E) == sizeof(T)) {
-      // A line at a time: for so few bytes a call of a function costs more than it copies.
-      constexpr int64_t STEP = LINE / sizeof(T);
-      int64_t j = 0;
-      for (; j + STEP <= head_dim; j += STEP) std::memcpy(to + j, from + j, LINE);
-      if (j < head_dim) std::memcpy(to + j, from + j, static_cast<size_t>(head_dim - j) * sizeof(T));
-    } else {
-      for (int64_t j = 0; j < head_dim; ++j) to[j] = widened(from[j]);
-    }
-    std::fill(to + head_dim, to + width, E(0));
-  }
-  std::fill(rows + count * width, rows + padded * width, E(0));
-}
 
 // ---------------------------------------------------------------------------------------------------------- forward
 
@@ -111,32 +45,29 @@ struct Forward {
     const int64_t block = block_of(doc.keys());
     E* rows = arena.take<E>(n * width);
     const int64_t apart = n + APART;
-    U *keys = arena.take<U>(units * apart), *values = arena.take<U>(n / Op::PACK * width);
+    U *keys = arena.take<U>(units * apart), *spare = arena.take<U>(Op::PACK == 1 ? 0 : n / Op::PACK * width);
     C *scores = arena.take<C>(block * n), *sums = arena.take<C>(block * width);
     E *p = arena.take<E>(block * n), *queries = arena.take<E>(block * width);
     C inverse[64];
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
     transpose(reinterpret_cast<const U*>(rows), units, n, units, keys, apart);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, rows);
-    interleave<Op>(rows, width, n, width, values, width);
+    const U* values = by_places<Op>(rows, width, n, spare);
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t begin = 0; begin < doc.length; begin += block) {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
-        const int64_t rows_of_block = rounded_up(count, 32);
+        const int64_t span = range.high - range.low, diagonal = first - range.low;
+        const int64_t rows_of_block = by_tiles<Op> ? rounded_up(count, SIDE) : count;
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
-        const U *left = reinterpret_cast<const U*>(queries), *right = keys + range.low;
-        product<Op>(rows_of_block, most, units, left, units, right, apart, scores, n, false);
-        if (corner > 0)
-          product<Op>(rows_of_block - corner, corner, units, left + corner * units, units, right + most, apart,
-                      scores + corner * n + most, n, false);
+        scores_by_queries<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), keys + range.low, apart,
+                              scores, n, diagonal);
         for (int64_t i = 0; i < count; ++i)
-          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low, span, head);
+          inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low,
+                                   keys_read<Op>(rows_of_block, span, diagonal, by_tiles<Op> ? count : i), head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
-        // Whole: with a sum in two parts, a row's bits would depend on where its block begins, and so on the prefix.
-        product<Op>(rows_of_block, width, span / Op::PACK, reinterpret_cast<const U*>(p), n / Op::PACK,
-                    values + range.low / Op::PACK * width, width, sums, width, false);
+        sum_over_keys<Op>(rows_of_block, width, span, Rows<U>{reinterpret_cast<const U*>(p), n / Op::PACK},
+                          values + range.low / Op::PACK * width, width, sums, width, diagonal);
         for (int64_t i = 0; i < count; ++i) {
           C* row = sums + i * width;
           for (int64_t j = 0; j < width; j += lanes<C>) store(row + j, load<C>(row + j) * inverse[i]);
@@ -145,10 +76,11 @@ struct Forward {
       }
   }
 
-  // e^(c s - largest) of the visible keys into p, zeros elsewhere; returns one over their sum.
+  // e^(c s - largest) of the visible keys into p, zeros elsewhere up to `span`; returns one over their sum.
   C softmax_row(C* scores, E* p, int64_t position, int64_t low, int64_t span, int64_t head) const {
     constexpr int W = lanes<C>;
-    const int64_t from = std::max<int64_t>(low, position - MUTATED("attention: window ignored", shape.window, position + 1) + 1) - low;
+    const int64_t window = MUTATED("attention: window ignored", shape.window, position + 1);
+    const int64_t from = std::max<int64_t>(low, position - window + 1) - low;
     const int64_t to = MUTATED("attention: next key seen", position, position + 1) + 1 - low;
     const Vector<C> scaling = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
     Vector<C> most = least;
@@ -178,171 +110,6 @@ struct Forward {
     }
     for (; j < span; j += W) Op::put(p + j, Vector<C>{});
     return 1 / sum_of<C>(sum);
-  }
-};
-
-// --------------------------------------------------------------------------------------------------------- backward
-
-// ∂L/∂K and ∂L/∂V in the type that they add up in: (rows, width) each.
-template <class C>
-struct Accumulated {
-  C *d_k, *d_v;
-};
-
-template <class Op, class T>
-struct Backward {
-  typedef typename Op::Sum C;
-  typedef typename Op::Element E;
-  typedef typename Op::Unit U;
-  Shape shape;
-  Heads<const T> q, k, v, d_y;
-  Heads<T> d_q, d_k, d_v, again;  // the last one's data is null where O is not wanted
-
-  size_t scratch(int64_t keys) const {
-    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
-    const int64_t numbers = n * width * 7 + block * (5 * n + 8 * width);
-    return static_cast<size_t>(numbers) * sizeof(C) + 33 * 64;
-  }
-
-  // Adds to `into` (keys, width); writes ∂L/∂Q, and O where it is wanted.
-  void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
-            Accumulated<C> into) const {
-    const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
-    const int64_t block = block_of(doc.keys());
-    E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
-    U *mixed = arena.take<U>(n / Op::PACK * width), *k_mixed = arena.take<U>(width * (n / Op::PACK));
-    U* v_mixed = again.data == nullptr ? nullptr : arena.take<U>(width * (n / Op::PACK));
-    C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
-    C* sums = arena.take<C>(width * block);
-    E *p = arena.take<E>(n * block), *d_s = arena.take<E>(n * block);
-    U* right_mixed = Op::PACK == 1 ? nullptr : arena.take<U>(n / Op::PACK * block);
-    E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
-    U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
-    U *q_mixed = arena.take<U>(block / Op::PACK * width), *g_mixed = arena.take<U>(block / Op::PACK * width);
-    pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
-    pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
-    interleave<Op>(k_rows, width, n, width, mixed, width);
-    transpose(mixed, width, n / Op::PACK, width, k_mixed, n / Op::PACK);
-    if (again.data != nullptr) {
-      interleave<Op>(v_rows, width, n, width, mixed, width);
-      transpose(mixed, width, n / Op::PACK, width, v_mixed, n / Op::PACK);
-    }
-    // rows (count, head_dim) of one head = (values · right)ᵀ, with right (keys seen, queries) = P or ∂L/∂S.
-    const auto write_product = [&](const U* values, const E* right, const Range& range, int64_t begin, int64_t count,
-                                   const Heads<T>& rows, int64_t head) {
-      const int64_t span = range.high - range.low, corner = unseen(range, doc.before + begin, block);
-      const int64_t most = span - corner, place = (range.low + most) / Op::PACK;
-      const U* mixed_right = reinterpret_cast<const U*>(right);
-      if constexpr (Op::PACK == 2) {
-        interleave<Op>(right, block, span, block, right_mixed, block);
-        mixed_right = right_mixed;
-      }
-      product<Op>(width, block, most / Op::PACK, values + range.low / Op::PACK, n / Op::PACK, mixed_right, block, sums,
-                  block, false);
-      if (corner > 0)
-        product<Op>(width, block - corner, corner / Op::PACK, values + place, n / Op::PACK,
-                    mixed_right + most / Op::PACK * block + corner, block, sums + corner, block,
-                    MUTATED("attention: earlier keys lost in backward", true, false));
-      transpose(sums, block, width, block, scores, width);
-      for (int64_t i = 0; i < count; ++i)
-        write_row<C>(scores + i * width, rows.at(doc.token(doc.before + begin + i), head), shape.head_dim);
-    };
-    for (int64_t head = first_head; head < last_head; ++head)
-      for (int64_t begin = 0; begin < doc.length; begin += block) {
-        const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
-        const Range range = seen(shape, first, count);
-        const int64_t span = range.high - range.low, corner = unseen(range, first, block), most = span - corner;
-        pack_rows<Op>(q, head, doc, first, count, block, shape.head_dim, width, q_rows);
-        pack_rows<Op>(d_y, head, doc, first, count, block, shape.head_dim, width, g_rows);
-        transpose(reinterpret_cast<const U*>(q_rows), units, block, units, q_turned, block);
-        transpose(reinterpret_cast<const U*>(g_rows), units, block, units, g_turned, block);
-        interleave<Op>(q_rows, width, block, width, q_mixed, width);
-        interleave<Op>(g_rows, width, block, width, g_mixed, width);
-        const U* keys = reinterpret_cast<const U*>(k_rows + range.low * width);
-        const U* values = reinterpret_cast<const U*>(v_rows + range.low * width);
-        // (keys, queries) from rows of keys and turned queries, but for the corner.
-        const auto multiply = [&](const U* rows, const U* turned, C* result) {
-          product<Op>(most, block, units, rows, units, turned, block, result, block, false);
-          if (corner > 0)
-            product<Op>(corner, block - corner, units, rows + most * units, units, turned + corner, block,
-                        result + most * block + corner, block, false);
-        };
-        multiply(keys, q_turned, scores);
-        multiply(values, g_turned, d_p);
-        for (int64_t column = 0; column < block; column += CHUNK * lanes<C>)
-          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
-                          column < corner ? most : span, head);
-        // Adds (keys, width), from (keys, queries) and rows of queries.
-        const auto add = [&](const E* left, const U* rows, C* sum) {
-          const U* units_of = reinterpret_cast<const U*>(left);
-          product<Op>(most, width, block / Op::PACK, units_of, block / Op::PACK, rows, width, sum, width, true);
-          if (corner > 0)
-            product<Op>(MUTATED("attention: gradient of last keys lost", corner, 0), width, (block - corner) / Op::PACK,
-                        units_of + (most * block + corner) / Op::PACK, block / Op::PACK,
-                        rows + corner / Op::PACK * width, width, sum + most * width, width, true);
-        };
-        add(p, g_mixed, into.d_v + range.low * width);
-        add(d_s, q_mixed, into.d_k + range.low * width);
-        write_product(k_mixed, d_s, range, begin, count, d_q, head);
-        if (again.data != nullptr)
-          write_product(MUTATED("attention: output made of keys", v_mixed, k_mixed), p, range, begin, count, again, head);
-      }
-  }
-
-  static constexpr int CHUNK = 2;  // registers of queries at a time
-
-  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on.
-  void softmax_columns(C* scores, const C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
-                       int64_t head) const {
-    constexpr int W = lanes<C>;
-    const C scaling = static_cast<C>(shape.scaling);
-    const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
-    Bits<C> position[CHUNK];
-    Vector<C> most[CHUNK], sum[CHUNK] = {}, delta[CHUNK] = {};
-    const bool sinks = shape.sinks != nullptr;
-    const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
-    for (int c = 0; c < CHUNK; ++c) {
-      position[c] = counted_from<C>(first + c * W);
-      most[c] = sinks ? sink : least;
-    }
-    const int64_t last = first + CHUNK * W - 1, window = shape.window;
-    // Some of the queries see key j only from here on, and up to here all that are not masked by the window.
-    const auto clear = [=](int64_t j) { return j <= first && j > last - window; };
-    const auto visible = [=](int64_t j, const Bits<C>& at) {
-      const int32_t key = static_cast<int32_t>(j);
-      const int32_t reach = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX / 2));
-      return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
-    };
-    for (int64_t i = 0; i < span; ++i)
-      for (int c = 0; c < CHUNK; ++c) {
-        Vector<C> s = load<C>(scores + i * row + c * W) * powers;
-        if (!clear(low + i)) s = visible(low + i, position[c]) ? s : least;
-        most[c] = larger(s, most[c]);
-      }
-    for (int c = 0; c < CHUNK && sinks; ++c)
-      sum[c] = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
-    for (int64_t i = 0; i < span; ++i)
-      for (int c = 0; c < CHUNK; ++c) {
-        // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
-        Vector<C> e = Op::power(load<C>(scores + i * row + c * W) * powers - most[c]);
-        if (!clear(low + i)) e = visible(low + i, position[c]) ? e : Vector<C>{};
-        store(scores + i * row + c * W, e);
-        sum[c] += e;
-        delta[c] = fma(e, load<C>(d_p + i * row + c * W), delta[c]);
-      }
-    Vector<C> inverse[CHUNK];
-    for (int c = 0; c < CHUNK; ++c) {
-      // Behind the last query stand some that may see nothing at all.
-      inverse[c] = sum[c] > 0 ? 1 / sum[c] : Vector<C>{};
-      inverse[c] = sum[c] == sum[c] ? inverse[c] : sum[c];
-      delta[c] = MUTATED("attention: delta missing", delta[c] * inverse[c], Vector<C>{});
-    }
-    for (int64_t i = 0; i < span; ++i)
-      for (int c = 0; c < CHUNK; ++c) {
-        const Vector<C> share = load<C>(scores + i * row + c * W) * inverse[c];
-        Op::put(p + i * row + c * W, share);
-        Op::put(d_s + i * row + c * W, share * scaling * (load<C>(d_p + i * row + c * W) - delta[c]));
-      }
   }
 };
 
@@ -513,8 +280,8 @@ BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t
   });
 }
 
-// The gradients of q, k and v from d_y, the gradient of the output; the output once more in `again`, if that is not null.
-// The rest as in the forward.
+// The gradients of q, k and v from d_y, the gradient of the output; the output once more in `again`, if that is not
+// null. The rest as in the forward.
 BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,

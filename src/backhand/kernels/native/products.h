@@ -6,6 +6,8 @@
 // 16 rows by 16 columns along 16 pairs at once, M, N and K are multiples of 32 (`SIDE`), and it takes two by two tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace {
@@ -71,6 +73,7 @@ struct Rows {
   int64_t row;
   const Unit* from(int64_t i) const { return data + i * row; }
   Unit at(const Unit* first, int64_t i, int64_t k) const { return first[i * row + k]; }
+  Rows behind(int64_t k) const { return {data + k, row}; }
 };
 template <class Unit>
 struct Interleaved {
@@ -78,6 +81,7 @@ struct Interleaved {
   int64_t place;
   const Unit* from(int64_t i) const { return data + i; }
   Unit at(const Unit* first, int64_t i, int64_t k) const { return first[k * place + i]; }
+  Interleaved behind(int64_t k) const { return {data + k * place, place}; }
 };
 
 // Receives the sums of one tile, a register at a time: those of row i from column j on. A function of its own: inside
@@ -123,22 +127,24 @@ constexpr int tile_rows(int vectors) {
 #endif
 }
 
-template <class Op, int VECTORS, class Left, class Finish>
-inline void columns(int64_t m, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row, int64_t column,
-                    const Finish& finish) {
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// body(rows of a tile, its first row) for rows begin … m - 1.
+template <int VECTORS, class Body>
+inline void by_tile_rows(int64_t begin, int64_t m, const Body& body) {
   constexpr int ROWS = tile_rows(VECTORS);
-  int64_t i = 0;
-  for (; i + ROWS <= m; i += ROWS) tile<Op, ROWS, VECTORS>(k_units, a, b, b_row, i, column, finish);
+  int64_t i = begin;
+  for (; i + ROWS <= m; i += ROWS) body(Constant<ROWS>(), i);
   if constexpr (ROWS > 4)
-    for (; i + 4 <= m; i += 4) tile<Op, 4, VECTORS>(k_units, a, b, b_row, i, column, finish);
-  for (; i + 2 <= m; i += 2) tile<Op, 2, VECTORS>(k_units, a, b, b_row, i, column, finish);
-  if (i < m) tile<Op, 1, VECTORS>(k_units, a, b, b_row, i, column, finish);
+    for (; i + 4 <= m; i += 4) body(Constant<4>(), i);
+  for (; i + 2 <= m; i += 2) body(Constant<2>(), i);
+  if (i < m) body(Constant<1>(), i);
 }
 
-// A product whose sums stay in registers until they are finished; of it, `finish` gets all rows and columns.
-template <class Op, class Left, class Finish>
-inline void finished_product(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
-                             const Finish& finish) {
+// body(registers of a tile, its first column) for n columns.
+template <class Op, class Body>
+inline void by_panels(int64_t n, const Body& body) {
   constexpr int W = lanes<typename Op::Sum>;
 #if defined(__AVX512F__)
   constexpr int MOST = 4;
@@ -146,24 +152,47 @@ inline void finished_product(int64_t m, int64_t n, int64_t k_units, Left a, cons
   constexpr int MOST = 2;
 #endif
   int64_t j = 0;
-  for (; j + MOST * W <= n; j += MOST * W) columns<Op, MOST>(m, k_units, a, b, b_row, j, finish);
+  for (; j + MOST * W <= n; j += MOST * W) body(Constant<MOST>(), j);
   if constexpr (MOST > 2) {
-    for (; j + 3 * W <= n; j += 3 * W) columns<Op, 3>(m, k_units, a, b, b_row, j, finish);
-    for (; j + 2 * W <= n; j += 2 * W) columns<Op, 2>(m, k_units, a, b, b_row, j, finish);
+    for (; j + 3 * W <= n; j += 3 * W) body(Constant<3>(), j);
+    for (; j + 2 * W <= n; j += 2 * W) body(Constant<2>(), j);
   }
-  for (; j + W <= n; j += W) columns<Op, 1>(m, k_units, a, b, b_row, j, finish);
+  for (; j + W <= n; j += W) body(Constant<1>(), j);
+}
+
+// Rows begin … m - 1 of so many registers from `column` on.
+template <class Op, int VECTORS, class Left, class Finish>
+inline void columns(int64_t begin, int64_t m, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
+                    int64_t column, const Finish& finish) {
+  by_tile_rows<VECTORS>(begin, m, [&](auto rows, int64_t i) {
+    tile<Op, rows(), VECTORS>(k_units, a, b, b_row, i, column, finish);
+  });
+}
+
+// A product whose sums stay in registers until they are finished; of it, `finish` gets all rows and columns.
+template <class Op, class Left, class Finish>
+inline void finished_product(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
+                             const Finish& finish) {
+  by_panels<Op>(n, [&](auto vectors, int64_t j) { columns<Op, vectors()>(0, m, k_units, a, b, b_row, j, finish); });
 }
 
 // Sums into C, or onto what stands there: that comes last, so that long sums round no more than short ones and their
 // number.
+template <class C>
+struct Onto {
+  C* data;
+  int64_t row;
+  bool add;
+  void operator()(int64_t i, int64_t j, Vector<C> sum) const {
+    C* place = data + i * row + j;
+    store(place, add ? load<C>(place) + sum : sum);
+  }
+};
+
 template <class Op, class Left>
 inline void product_of_part(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
                             typename Op::Sum* c, int64_t c_row, bool add) {
-  typedef typename Op::Sum C;
-  finished_product<Op>(m, n, k_units, a, b, b_row, [=](int64_t i, int64_t j, Vector<C> sum) {
-    C* place = c + i * c_row + j;
-    store(place, add ? load<C>(place) + sum : sum);
-  });
+  finished_product<Op>(m, n, k_units, a, b, b_row, Onto<typename Op::Sum>{c, c_row, add});
 }
 
 constexpr int64_t LONGEST_SUM = 128;
@@ -244,8 +273,8 @@ inline void product(int64_t m, int64_t n, int64_t k_units, const typename Op::Un
   if constexpr (Op::PACK == 2) return product_by_tiles(m, n, k_units, a, a_row, b, b_row, c, c_row, add);
 #endif
   for (int64_t k = 0; k == 0 || k < k_units; k += LONGEST_SUM)
-    product_of_part<Op>(m, n, k_units - k < LONGEST_SUM ? k_units - k : LONGEST_SUM, Rows<typename Op::Unit>{a + k, a_row},
-                        b + k * b_row, b_row, c, c_row, add || k > 0);
+    product_of_part<Op>(m, n, k_units - k < LONGEST_SUM ? k_units - k : LONGEST_SUM,
+                        Rows<typename Op::Unit>{a + k, a_row}, b + k * b_row, b_row, c, c_row, add || k > 0);
 }
 
 #if defined(__AVX512F__)

@@ -1,0 +1,193 @@
+// The backward of one document and key/value head, block by block of queries: see attention.cpp.
+#pragma once
+
+#include "arena.h"
+#include "attention.h"
+#include "mutants.h"
+
+namespace {
+
+// ∂L/∂K and ∂L/∂V in the type that they add up in: (rows, width) each.
+template <class C>
+struct Accumulated {
+  C *d_k, *d_v;
+};
+
+template <class Op, class T>
+struct Backward {
+  typedef typename Op::Sum C;
+  typedef typename Op::Element E;
+  typedef typename Op::Unit U;
+  Shape shape;
+  Heads<const T> q, k, v, d_y;
+  Heads<T> d_q, d_k, d_v, again;  // the last one's data is null where O is not wanted
+
+  size_t scratch(int64_t keys) const {
+    const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
+    const int64_t numbers = n * width * 7 + block * (5 * n + 8 * width);
+    return static_cast<size_t>(numbers) * sizeof(C) + 33 * 64;
+  }
+
+  // Adds to `into` (keys, width); writes ∂L/∂Q, and O where it is wanted.
+  void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
+            Accumulated<C> into) const {
+    const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
+    const int64_t block = block_of(doc.keys());
+    E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
+    C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
+    C* sums = arena.take<C>(width * block);
+    // Where they are stored alike, P takes the place of the scores, and ∂L/∂S that of ∂L/∂P.
+    E* p = Op::PACK == 1 ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
+    E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(n * block);
+    const auto spare = [&](int64_t count) { return Op::PACK == 1 ? nullptr : arena.take<U>(count); };
+    U *k_spare = spare(n / Op::PACK * width), *v_spare = spare(n / Op::PACK * width);
+    U* right = spare(n / Op::PACK * block);
+    U *q_spare = spare(block / Op::PACK * width), *g_spare = spare(block / Op::PACK * width);
+    E *q_rows = arena.take<E>(block * width), *g_rows = arena.take<E>(block * width);
+    U *q_turned = arena.take<U>(units * block), *g_turned = arena.take<U>(units * block);
+    pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
+    pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
+    const U* k_places = by_places<Op>(k_rows, width, n, k_spare);
+    const U* v_places = again.data == nullptr ? nullptr : by_places<Op>(v_rows, width, n, v_spare);
+    if constexpr (by_tiles<Op>) {
+      U* turned = arena.take<U>(width * (n / Op::PACK));
+      transpose(k_places, width, n / Op::PACK, width, turned, n / Op::PACK);
+      k_places = turned;
+      if (again.data != nullptr) {
+        turned = arena.take<U>(width * (n / Op::PACK));
+        transpose(v_places, width, n / Op::PACK, width, turned, n / Op::PACK);
+        v_places = turned;
+      }
+    }
+    for (int64_t head = first_head; head < last_head; ++head)
+      for (int64_t begin = 0; begin < doc.length; begin += block) {
+        const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
+        const Range range = seen(shape, first, count);
+        const int64_t diagonal = first - range.low;
+        const int64_t span = by_tiles<Op> ? range.high - range.low : rounded_up(diagonal + count, Op::PACK);
+        const int64_t queries = by_tiles<Op> ? block : rounded_up(count, SIDE);
+        pack_rows<Op>(q, head, doc, first, count, queries, shape.head_dim, width, q_rows);
+        pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
+        transpose(reinterpret_cast<const U*>(q_rows), units, queries, units, q_turned, block);
+        transpose(reinterpret_cast<const U*>(g_rows), units, queries, units, g_turned, block);
+        // (keys, queries) from rows of keys and turned queries.
+        const auto multiply = [&](const E* rows, const U* turned, C* result) {
+          scores_by_keys<Op>(span, queries, units, reinterpret_cast<const U*>(rows + range.low * width), turned, block,
+                             result, block, diagonal);
+        };
+        multiply(k_rows, q_turned, scores);
+        multiply(v_rows, g_turned, d_p);
+        constexpr int64_t STEP = CHUNK * lanes<C>;
+        for (int64_t column = 0; column < queries; column += STEP)
+          softmax_columns(scores + column, d_p + column, p + column, d_s + column, block, first + column, range.low,
+                          std::min(span, diagonal + column + STEP),
+                          keys_read<Op>(queries, span, diagonal, column + STEP - 1), head);
+        // Adds (keys, width), from (keys, queries) and rows of queries.
+        const auto add = [&](const E* left, const E* rows, U* spare_rows, C* sum) {
+          add_over_queries<Op>(span, width, queries, reinterpret_cast<const U*>(left), block / Op::PACK,
+                               by_places<Op>(rows, width, queries, spare_rows), width, sum + range.low * width, width,
+                               diagonal);
+        };
+        add(p, g_rows, g_spare, into.d_v);
+        add(d_s, q_rows, q_spare, into.d_k);
+        // Rows (count, head_dim) of one head from P or ∂L/∂S, (keys, queries), and values of keys.
+        const auto write_product = [&](const E* of_keys, const U* values, const Heads<T>& to) {
+          const U* shares = by_places<Op>(of_keys, block, span, right);
+          C* rows = sums;
+          if constexpr (by_tiles<Op>) {
+            turned_sum_over_keys<Op>(queries, width, span, values + range.low / Op::PACK, n / Op::PACK, shares, block,
+                                     sums, block, diagonal);
+            rows = scores;
+            transpose(sums, block, width, block, rows, width);
+          } else {
+            sum_over_keys<Op>(count, width, span, Interleaved<U>{shares, block}, values + range.low / Op::PACK * width,
+                              width, sums, width, diagonal);
+          }
+          for (int64_t i = 0; i < count; ++i)
+            write_row<C>(rows + i * width, to.at(doc.token(first + i), head), shape.head_dim);
+        };
+        write_product(d_s, k_places, d_q);
+        if (again.data != nullptr)
+          write_product(p, MUTATED("attention: output made of keys", v_places, k_places), again);
+      }
+  }
+
+  static constexpr int CHUNK = 2;  // registers of queries at a time
+
+  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on: of keys `low` and
+  // the next, so many of which some of them see, with zeros behind up to `end`. Results may take the operands' places.
+  void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
+                       int64_t end, int64_t head) const {
+    constexpr int W = lanes<C>;
+    const C scaling = static_cast<C>(shape.scaling);
+    const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
+    Bits<C> position[CHUNK];
+    Vector<C> most[CHUNK], sum[CHUNK] = {}, delta[CHUNK] = {};
+    const bool sinks = shape.sinks != nullptr;
+    const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
+    for (int c = 0; c < CHUNK; ++c) {
+      position[c] = counted_from<C>(first + c * W);
+      most[c] = sinks ? sink : least;
+    }
+    const int64_t last = first + CHUNK * W - 1;
+    const int32_t reach = static_cast<int32_t>(std::min<int64_t>(shape.window, INT32_MAX / 2));
+    const auto visible = [=](int64_t j, const Bits<C>& at) {
+      const int32_t key = static_cast<int32_t>(j);
+      return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
+    };
+    // body(row, whether some of the queries do not see its key): those that all see stand between others.
+    const int64_t all_see = std::min(std::max<int64_t>(0, last - reach + 1 - low), span);
+    const int64_t some_see = std::min(std::max(all_see, first + 1 - low), span);
+    const auto each_key = [=](const auto& body) {
+      for (int64_t i = 0; i < all_see; ++i) body(i, std::true_type());
+      for (int64_t i = all_see; i < some_see; ++i) body(i, std::false_type());
+      for (int64_t i = some_see; i < span; ++i) body(i, std::true_type());
+    };
+    each_key([&](int64_t i, auto masked) {
+      for (int c = 0; c < CHUNK; ++c) {
+        Vector<C> s = load<C>(scores + i * row + c * W) * powers;
+        if (masked()) s = visible(low + i, position[c]) ? s : least;
+        most[c] = larger(s, most[c]);
+      }
+    });
+    for (int c = 0; c < CHUNK && sinks; ++c)
+      sum[c] = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
+    each_key([&](int64_t i, auto masked) {
+      for (int c = 0; c < CHUNK; ++c) {
+        // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
+        const int64_t place = i * row + c * W;
+        Vector<C> e = Op::power(load<C>(scores + place) * powers - most[c]), d_share = load<C>(d_p + place);
+        if (masked()) {
+          const Bits<C> seen_by = visible(low + i, position[c]);
+          e = seen_by ? e : Vector<C>{};
+          d_share = seen_by ? d_share : Vector<C>{};  // where there may be anything
+          store(d_p + place, d_share);
+        }
+        store(scores + place, e);
+        sum[c] += e;
+        delta[c] = fma(e, d_share, delta[c]);
+      }
+    });
+    Vector<C> inverse[CHUNK];
+    for (int c = 0; c < CHUNK; ++c) {
+      // Behind the last query stand some that may see nothing at all.
+      inverse[c] = sum[c] > 0 ? 1 / sum[c] : Vector<C>{};
+      inverse[c] = sum[c] == sum[c] ? inverse[c] : sum[c];
+      delta[c] = MUTATED("attention: delta missing", delta[c] * inverse[c], Vector<C>{});
+    }
+    for (int64_t i = 0; i < span; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        const int64_t place = i * row + c * W;
+        const Vector<C> share = load<C>(scores + place) * inverse[c], d_share = load<C>(d_p + place);
+        Op::put(p + place, share);
+        Op::put(d_s + place, share * scaling * (d_share - delta[c]));
+      }
+    for (int64_t i = span; i < end; ++i)
+      for (int c = 0; c < CHUNK; ++c) {
+        Op::put(p + i * row + c * W, Vector<C>{});
+        Op::put(d_s + i * row + c * W, Vector<C>{});
+      }
+  }
+};
+
+}  // namespace
