@@ -11,6 +11,7 @@ from backhand.kernels.dense_product import Term
 from backhand.kernels.library import InARow, load, loop, proving_loops, torch_form, usable, using
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
+from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_input_gradient_in_a_row, frozen_linear
@@ -27,7 +28,7 @@ from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
-    *("rms_norm", "glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
+    *("rms_norm", "glu", "adapted_glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
     *("lora_linear", "lora_linear_group", "causal_conv", "gated_conv", "gated_delta_rule"),
 )
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
@@ -119,9 +120,62 @@ def test_glu_of_any_size(build, dtype, rows, n, activation):
     assert_close(*both_forms(compute), dtype)
     compute(lambda x: x)
     assert torch.equal(again, out), "the forward's bits"
+    place, g = torch.cat([gate, up], dim=-1), d_y.clone()
+    row = InARow()
+    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, again=g, row=row)
+    row.make()
+    assert torch.equal(place, grads), "in place too"
+    assert torch.equal(g, again)
     assert marks_intact(out)
     assert marks_intact(again)
     assert marks_intact(grads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "n", "ranks"),
+    [
+        *((0, 5, (3, 2, 4)), (5, 0, (3, 2, 4)), (1, 1, (1, 1, 1)), (3, 7, (2, 0, 3)), (5, 33, (0, 17, 0))),
+        *((49, 64, (16, 16, 16)), (130, 65, (8, 33, 0)), (97, 129, (0, 0, 130)), (771, 70, (16, 3, 16))),
+    ],
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_adapted_glu_of_any_size(build, dtype, rows, n, ranks, activation):
+    gate, up, behind = ranks
+    gate_up, d_y = gapped((rows, 2 * n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1)
+    h, d_t = gapped((rows, gate + up), dtype, 2), gapped((rows, behind), dtype, 3) if behind else None
+    factors = [gapped((n, rank), dtype, 4 + place) if rank else None for place, rank in enumerate((gate, up))]
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = *((n, rank) if rank else None for rank in (gate, up)), (behind, n) if behind else None
+    receivers = [None if shape is None else gapped(shape, wide, 6 + place) for place, shape in enumerate(shapes)]
+
+    def given(x, cast):
+        return None if x is None else cast(x)
+
+    def compute(cast):
+        # Both what is overwritten and what is added to.
+        place, g, *copies = (None if x is None else cast(x) + 0 for x in (gate_up, d_y, *receivers))
+        sides = tuple(
+            None if x is None else Side(cast(x), scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True)
+        )
+        saved = AdaptedGLUSaved(place, activation, sides, cast(h), given(d_t, cast))
+        into = Receivers((copies[0], copies[1]), copies[2])
+        grads = adapted_glu_backward(g, saved, out=place, into=into)
+        assert grads.d_gate_up is place
+        return place, grads.d_h, *(copy for copy in copies if copy is not None)
+
+    found, expected = both_forms(compute)
+    assert_close(found, expected, dtype)
+    sides = tuple(None if x is None else Side(x, scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True))
+    into = Receivers((receivers[0], receivers[1]), receivers[2])
+    row = InARow()
+    own = d_y.clone()
+    adapted_glu_backward(own, AdaptedGLUSaved(gate_up, activation, sides, h, d_t), out=gate_up, into=into, row=row)
+    del own
+    row.make()
+    there = [gate_up, *(receiver for receiver in receivers if receiver is not None)]
+    assert all(torch.equal(x, right) for x, right in zip(there, [found[0], *found[2:]], strict=True))
+    assert all(marks_intact(x) for x in there)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -473,6 +527,10 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         low_rank_accumulate(saved, h, d_factors[:1])
         d_h = low_rank_backward(x, h, [Member(0, factor.contiguous(), 0.5, d_factors[1])])
         results += [h, low_rank_expand(x.clone(), h, factor), d_h, *d_factors]
+        sides = (Side(factor[:, :8].contiguous(), 0.5), Side(factor[:, 8:16].contiguous(), 2.0))
+        saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", sides, h[:, :16], h)
+        of_unit = adapted_glu_backward(x.clone(), saved_unit)
+        results += [of_unit.d_gate_up, of_unit.d_h, *of_unit.d_lora_B, of_unit.d_lora_A]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

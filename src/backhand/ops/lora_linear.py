@@ -169,6 +169,7 @@ def lora_linear_backward_without_input(
     h: Tensor,
     d_lora_B: Tensor,
     dropout: Dropout | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What of the backward needs no x, where x is not there yet.
 
@@ -179,16 +180,18 @@ def lora_linear_backward_without_input(
         h: from the forward, (rows, rank).
         d_lora_B: of lora_B's shape, in d_y's dtype or wider, to which its gradient is added.
         dropout: None, or probability and seed of the mask.
+        row: where this is to be done in its turn, or None to do it now.
 
     Returns:
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
-    d_x, mask, row = _empty(d_y, weight.shape[1]), None, InARow()
+    d_x, mask, turn = _empty(d_y, weight.shape[1]), None, InARow() if row is None else row
     if dropout is not None:
         mask = multiplier(d_x, dropout)
-    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=row)
-    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, row)
-    row.make()
+    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=turn)
+    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, turn)
+    if row is None:
+        turn.make()
     return d_x, d_h
 
 
@@ -328,6 +331,8 @@ def lora_linear_group_backward(
     *,
     input_gradient: bool = True,
     into: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    d_h: Tensor | None = None,
+    row: InARow | None = None,
 ) -> LoRAGroupGrads:
     """Map d_y, (..., Σ out_i), to the gradients derived above.
 
@@ -336,6 +341,8 @@ def lora_linear_group_backward(
         saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
         into: for each member with an adapter its pair, as in `lora_linear_backward`; None for fresh gradients.
+        d_h: ∂L/∂h, (rows, Σ rank), where it is there, or will be in its turn, and ∂L/∂B with it; else None.
+        row: where this is to be done in its turn, or None to do it now.
     """
     g, h = rows(d_y), rows(saved.h)
     if into is None:
@@ -349,22 +356,24 @@ def lora_linear_group_backward(
             members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
     branch, mask = branch_input(saved.x, saved.dropout if members else None)
-    row = InARow()
-    d_h = low_rank_backward(g, h, members, row=row)
+    turn = InARow() if row is None else row
+    if d_h is None:
+        d_h = low_rank_backward(g, h, members, row=turn)
     d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
     receiving_A = [d_A for d_A in d_lora_A if d_A is not None]
-    low_rank_accumulate(branch, d_h, receiving_A, turned=True, row=row)
+    low_rank_accumulate(branch, d_h, receiving_A, turned=True, row=turn)
     if mask is not None:
-        row.make()
+        turn.make()
     del branch  # as above
     d_x = None
     if input_gradient:
         d_x = _empty(g, saved.weight.shape[1])
         if members:
-            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, row)
+            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, turn)
         else:
-            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], row)
-    row.make()
+            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], turn)
+    if row is None:
+        turn.make()
     d_x = None if d_x is None else _with_axes(d_x, d_y)
     return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 

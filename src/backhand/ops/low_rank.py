@@ -189,9 +189,9 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
 
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
-    """Whether threads divide the rows of V or G among them, which suits AMX's tiles, and not the columns."""
+    """Whether threads divide the rows of V or G among them, or else columns, as for bfloat16 without tiles."""
     build = library()
-    return dtype == torch.bfloat16 and build is not None and build.name == "amx"
+    return dtype != torch.bfloat16 or (build is not None and build.name == "amx")
 
 
 def _checked(run: Callable[..., int], *arguments: Any) -> None:

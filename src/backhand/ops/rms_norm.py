@@ -16,12 +16,13 @@ library has the loop (native/rms_norm.cpp), it takes each row once for the sum a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, loop, now_or_in
 
 _FORWARD = Declared(
     *("backhand_rms_norm_forward", INT, POINTER, INT64, INT64, INT64, POINTER, POINTER, POINTER, INT),
@@ -145,6 +146,7 @@ def rms_norm_backward(
     weight_gradient: bool = True,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    row: InARow | None = None,
 ) -> RMSNormGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
@@ -154,10 +156,15 @@ def rms_norm_backward(
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
         residual: (..., n) added to d_x, for the stream that went around the norm, or None.
         out: (..., n) to receive d_x; it may be d_y itself.
+        row: where d_x is to be made in its turn, or None to make it now; ∂L/∂w and torch's form do not wait.
     """
-    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out)
+    if row is not None and weight_gradient:
+        row.make()
+    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out, row)
     if compiled is not None:
         return compiled
+    if row is not None:
+        row.make()
     x, weight, factor, offset = saved
     x_hat = _times(x, factor)
     d_weight = None
@@ -172,7 +179,12 @@ def rms_norm_backward(
 
 
 def _compiled_backward(
-    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
+    d_y: Tensor,
+    saved: RMSNormSaved,
+    weight_gradient: bool,
+    residual: Tensor | None,
+    out: Tensor | None,
+    row: InARow | None,
 ) -> RMSNormGrads | None:
     """The gradients by the compiled loops, or None where they do not apply."""
     x, weight, factor, offset = saved
@@ -192,10 +204,12 @@ def _compiled_backward(
             *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    run(
+    call = partial(
+        run,
         *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
         *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
     )
+    now_or_in(row, call, d_y, saved, residual, d_x)
     return RMSNormGrads(d_x, d_weight)
 
 

@@ -15,10 +15,12 @@ it, computed in `group_extras`, and in the block's `norms`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
+from backhand.kernels.library import InARow, now_or_in
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.family import (
@@ -36,7 +38,13 @@ from backhand.nn.decoder.family import (
     DecoderConfig,
 )
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
+from backhand.ops.frozen_matrix import (
+    FrozenMatrix,
+    frozen_input_gradient,
+    frozen_input_gradient_in_a_row,
+    frozen_linear,
+)
 from backhand.ops.lora_linear import (
     Dropout,
     Factors,
@@ -141,6 +149,8 @@ def group_backward(
     lora: LoRAParameters,
     *,
     input_gradient: bool,
+    d_h: Tensor | None = None,
+    row: InARow | None = None,
 ) -> Tensor | None:
     """∂L/∂x, (rows, in), or None when not asked for; everything trained gets its gradient added to the flat buffer.
 
@@ -150,6 +160,8 @@ def group_backward(
         h: what the forward returned, (rows, Σ rank).
         lora: whose `gradients` receive.
         input_gradient: whether anything below needs ∂L/∂x.
+        d_h: ∂L/∂h of a group of several without extras, where `unit_backward` has it, and has seen to ∂L/∂lora_B.
+        row: where the gradients of such a group are to be made in their turn, or None to make them now.
     """
     extras = adapter.extras
     if extras is not None:
@@ -170,11 +182,16 @@ def group_backward(
         None if factors is None else (lora.d_lora_A(name), lora.d_lora_B(name))
         for name, factors in zip(adapter.names, adapter.factors, strict=True)
     ]
-    return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers).d_x
+    return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers, d_h=d_h, row=row).d_x
 
 
 def group_backward_without_input(
-    d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter, h: Tensor, lora: LoRAParameters
+    d_y: Tensor,
+    weight: FrozenMatrix,
+    adapter: GroupAdapter,
+    h: Tensor,
+    lora: LoRAParameters,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂x, (rows, in), of a lone projection that trains nothing but factors, where x is not there yet.
 
@@ -184,12 +201,57 @@ def group_backward_without_input(
     Args:
         d_y: ∂L/∂y, (rows, out).
         weight, adapter, h, lora: as in `group_backward`.
+        row: where this is to be done in its turn, or None to do it now.
     """
     (factors,) = adapter.factors
     if factors is None:
-        return frozen_input_gradient(d_y, weight), None
+        if row is None:
+            return frozen_input_gradient(d_y, weight), None
+        d_x = d_y.new_empty(d_y.shape[0], weight.shape[1])
+        frozen_input_gradient_in_a_row(d_y, weight, d_x, [], row)
+        return d_x, None
     receiver = lora.d_lora_B(adapter.names[0])
-    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout)
+    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout, row)
+
+
+def unit_takes_factors(gate_up: GroupAdapter, down: GroupAdapter) -> bool:
+    """Whether `unit_backward` is for the groups around a gated unit: factors alone, two modules inside, p as it is."""
+    plain = gate_up.extras is None and down.extras is None and down.dropout is None
+    return plain and len(gate_up.factors) == 2
+
+
+def unit_backward(
+    d_p: Tensor,
+    d_h_down: Tensor | None,
+    gate_up: Tensor,
+    h: Tensor,
+    activation: str,
+    adapters: tuple[GroupAdapter, GroupAdapter],
+    lora: LoRAParameters,
+    row: InARow,
+) -> Tensor:
+    """∂L/∂h, (rows, Σ rank), of gate and up, in its turn; ∂L/∂[a | u] takes the place of [a | u].
+
+    The gradients of their lora_B and of down's lora_A are added to the flat buffer.
+
+    Args:
+        d_p: ∂L/∂p, (rows, f); it may be overwritten.
+        d_h_down: ∂L/∂h of down, (rows, rank), None without an adapter.
+        gate_up: [a | u], (rows, 2f).
+        h: of gate and up, (rows, Σ rank).
+        activation: φ.
+        adapters: of gate and up, and of down.
+        lora: whose gradient buffer receives.
+        row: in which it has its turn.
+    """
+    inner, down = adapters
+    gate, up = (None if member is None else Side(member.lora_B, member.scaling) for member in inner.factors)
+    d_gate, d_up = (
+        None if member is None else lora.d_lora_B(name) for name, member in zip(inner.names, inner.factors, strict=True)
+    )
+    into = Receivers((d_gate, d_up), None if d_h_down is None else lora.d_lora_A(down.names[0]))
+    saved = AdaptedGLUSaved(gate_up, activation, (gate, up), h, d_h_down)
+    return adapted_glu_backward(d_p, saved, out=gate_up, into=into, row=row).d_h
 
 
 def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters) -> None:
@@ -211,6 +273,7 @@ def norm_backward(
     name: str,
     around: Tensor | None = None,
     out: Tensor | None = None,
+    row: InARow | None = None,
 ) -> Tensor:
     """d_x of a norm, of d_y's shape; where the norm is trained, its weight's gradient is added to the flat buffer.
 
@@ -221,9 +284,10 @@ def norm_backward(
         name: the end of the norm's name.
         around: of d_y's shape, added to d_x: the gradient of the stream that goes around what the norm begins.
         out: to receive d_x, perhaps d_y itself, or None.
+        row: where this is to be done in its turn, or None to do it now.
     """
     receiver = adapter.norms.get(name)
-    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out, row=row)
     if receiver is not None and grads.d_weight is not None:
         receiver.add_(grads.d_weight)
     return grads.d_x
@@ -263,14 +327,18 @@ def enter_backward(
     name: str | None,
     config: DecoderConfig,
     around: Tensor | None,
+    row: InARow | None = None,
 ) -> Tensor:
-    """∂L/∂x, (T, hidden), in d_n's place; `name` is that of the norm, if there is one.
+    """∂L/∂x, (T, hidden), in d_n's place, now or in its turn; `name` is that of the norm, if there is one.
 
     Through the half, plus the gradient of the stream that goes `around` it; None for through the half alone.
     """
     if weight is None or factor is None or name is None:
-        return d_n if around is None else d_n.add_(around)
-    return norm_backward(d_n, RMSNormSaved(x, weight, factor, config.norm_offset), adapter, name, around, out=d_n)
+        if around is not None:
+            now_or_in(row, partial(d_n.add_, around))
+        return d_n
+    saved = RMSNormSaved(x, weight, factor, config.norm_offset)
+    return norm_backward(d_n, saved, adapter, name, around, out=d_n, row=row)
 
 
 def join_forward(

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import InARow
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import (
     DOWN,
@@ -53,6 +54,8 @@ from backhand.nn.decoder.adapted_group import (
     join_backward,
     join_forward,
     lone_lora_A_gradient,
+    unit_backward,
+    unit_takes_factors,
 )
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
@@ -266,7 +269,7 @@ def block_backward(
 
     Args:
         d_x2: ∂L/∂x₂, or of its wanted rows; it may be overwritten.
-        saved: from `block_forward`.
+        saved: from `block_forward`; the gradient of [a | u] takes their place.
         lora: whose gradient buffer receives.
         lowest_group: INPUT, OUTPUT, GATE_UP, DOWN or one behind them: the first of this block's groups that needs a
             gradient, when nothing below the block does: the pass stops there and returns None. -1 when something
@@ -311,32 +314,40 @@ def mlp_half_backward(
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
         del n2
 
-    gate, up = gate_up.split(ffn, dim=1)
-    glu_saved = GLUSaved(gate, up, config.activation)
+    row, d_h_inner = InARow(), None
     below = lowest_group < DOWN
     if adapter.down.extras is not None or not below:
         # p is wanted before there is a ∂L/∂p, or without one.
+        glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
         p, ready = glu_recompute(glu_saved)
         hidden = (config.hidden_size,)
         d_p = group_backward(d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=below)
         del p, d_down
         if d_p is None:
             return None
-        d_gate_up = torch.empty_like(gate_up)
-        glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
-        del ready
+        glu_backward(d_p, glu_saved, ready=ready, out=gate_up)
+        del ready, glu_saved
     else:
-        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
+        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora, row)
+        if d_down is not d_x2:
+            row.make()  # a tensor of its own: it is let go before there are others
         del d_down
-        d_gate_up = torch.empty_like(gate_up)
-        # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
-        glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h is None else d_p)
-        if d_h is not None:
-            lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
+        if unit_takes_factors(adapter.gate_up, adapter.down):
+            adapters = adapter.gate_up, adapter.down
+            d_h_inner = unit_backward(d_p, d_h, gate_up, h_gate_up, config.activation, adapters, lora, row)
+        else:
+            row.make()
+            # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
+            glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+            glu_backward(d_p, glu_saved, out=gate_up, again=None if d_h is None else d_p)
+            if d_h is not None:
+                lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
+            del glu_saved
+        del d_h
     del d_p
 
     d_n2 = group_backward(
-        d_gate_up,
+        gate_up,  # by now its gradient, or in its turn
         entered(x1, weights.mlp_norm, kept.factor, config),
         weights.gate_up,
         config.gate_up_sizes,
@@ -344,11 +355,16 @@ def mlp_half_backward(
         h_gate_up,
         lora,
         input_gradient=lowest_group < GATE_UP,
+        d_h=d_h_inner,
+        row=None if d_h_inner is None else row,
     )
     if d_n2 is None:
+        row.make()
         return None
     name = config.norms.before_mlp
-    return enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2)
+    d_x1 = enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2, row)
+    row.make()
+    return d_x1
 
 
 def mixing_half_backward(
