@@ -19,6 +19,7 @@ from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
+from backhand.ops.lora_linear import Factors, lora_linear_forward, lora_linear_group_forward
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -260,6 +261,40 @@ def test_calls_in_a_row_are_made_in_turn_of_what_they_were_put_together_for(buil
         assert torch.equal(d_h, expected)
         assert torch.equal(d_v, frozen_input_gradient(g, weight, terms=[Term(0, expected, lora_B[:40])]))
     assert all(torch.equal(part, other) and part.any() for part, other in zip(*sums, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("path", ["loops", "torch"])
+@pytest.mark.parametrize("rows", [3, 29])
+def test_a_forward_in_a_row_has_the_bits_of_one_by_one(build, dtype, path, rows):
+    """Norm, factors and product of a group, rotation, gated unit, and a lone product with what goes around it."""
+    x, weight = gapped((rows, 24), dtype, 0).clone(), gapped((1, 24), dtype, 1)[0]
+    wide, down = gapped((128, 24), dtype, 2, size=0.2), gapped((24, 64), dtype, 3, size=0.2)
+    factors = [Factors(gapped((4, 24), dtype, 4 + i), gapped((64, 4), dtype, 6 + i), 0.7 + i) for i in range(2)]
+    angles = torch.randn(rows, 16, dtype=torch.promote_types(dtype, torch.float32))
+    table = RotaryTable(angles.cos(), angles.sin())
+
+    def forward(row):
+        n, _ = rms_norm_forward(x, weight, 1e-2, row=row)
+        y, saved = lora_linear_group_forward(n, wide, None, (64, 64), factors, row=row)
+        heads = y.view(rows, 4, 32)
+        rotary_forward(heads, table, out=heads, row=row)
+        p, _ = glu_forward(y[:, :64], y[:, 64:], "silu", row=row)
+        lone = factors[0].lora_B.T.contiguous(), factors[0].lora_A.T.contiguous(), 0.3
+        z, last = lora_linear_forward(p, down, weight, *lone, residual=x, row=row)
+        if row is not None:
+            del n, p, lone
+            torch.full((rows, 64), torch.nan, dtype=dtype)  # where something was let go
+            row.make()
+        return y, saved.h, z, last.h
+
+    with nullcontext() if path == "loops" else torch_form():
+        made: list[str] = []
+        row = InARow()
+        row.add(lambda: made.append("first"))
+        found = forward(row)
+        assert made == ["first"]
+        assert all(torch.equal(one, other) for one, other in zip(found, forward(None), strict=True))
 
 
 def test_what_stands_behind_a_call_that_fails_is_not_made_later():

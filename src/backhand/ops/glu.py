@@ -63,7 +63,9 @@ class GLUGrads(NamedTuple):
     d_up: Tensor
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> tuple[Tensor, GLUSaved]:
+def glu_forward(
+    gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None, row: InARow | None = None
+) -> tuple[Tensor, GLUSaved]:
     """y = φ(gate) ⊙ up.
 
     Args:
@@ -71,14 +73,17 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
         up: u, (..., n).
         activation: `silu`, `gelu_tanh` or `sigmoid`.
         out: the shape and dtype of gate, to receive y, or None.
+        row: as in `glu_backward`.
     """
     saved = GLUSaved(gate, up, activation)
-    y = _compiled_forward(saved, out)
+    y = _compiled_forward(saved, out, row)
+    if y is None and row is not None:
+        row.make()
     return (_activate(gate, activation, out).mul_(up) if y is None else y), saved
 
 
-def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
-    """y by the compiled loop, or None where it does not apply."""
+def _compiled_forward(saved: GLUSaved, out: Tensor | None, row: InARow | None = None) -> Tensor | None:
+    """y by the compiled loop, perhaps in its turn, or None where it does not apply."""
     gate, up, activation = saved
     run = loop(_FORWARD, gate, up, out)
     operands = _operands(gate, up) if out is None else _operands(gate, up, out)
@@ -88,7 +93,8 @@ def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
     n = gate.shape[-1]
     if out is None:
         operands.extend((y.data_ptr(), n))
-    run(ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    call = partial(run, ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    now_or_in(row, call, gate, up, y)
     return y
 
 

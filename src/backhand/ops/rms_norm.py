@@ -60,7 +60,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm_forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    *,
+    out: Tensor | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, RMSNormSaved]:
     """y = (offset + weight) ⊙ x / rms(x).
 
@@ -70,14 +76,17 @@ def rms_norm_forward(
         eps: ε inside the root.
         offset: c, added to the weight.
         out: the shape and dtype of x, to receive y, or None.
+        row: where this is to be done in its turn, or None to do it now; torch's form makes what is there and goes on.
 
     Returns:
         y (..., n) in x's dtype, and what backward needs.
     """
-    compiled = _compiled_forward(x, weight, eps, offset, None, out)
+    compiled = _compiled_forward(x, weight, eps, offset, None, out, row)
     if compiled is not None:
         y, factor = compiled
         return y, RMSNormSaved(x, weight, factor, offset)
+    if row is not None:
+        row.make()
     wide = x.to(statistics_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -107,7 +116,13 @@ def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
 
 
 def _compiled_forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    factor: Tensor | None,
+    out: Tensor | None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """y and the factor by the compiled loop, or None where it does not apply; a given factor is taken as it is."""
     run, rows = loop(_FORWARD, x, weight, out), _row_strides(x)
@@ -120,10 +135,12 @@ def _compiled_forward(
     elif not factor.is_contiguous():
         return None
     n = x.shape[-1]
-    run(
+    call = partial(
+        run,
         *(x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr(), given),
         *(x.numel() // max(n, 1), n, eps, offset),
     )
+    now_or_in(row, call, x, weight, y, factor)
     return y, factor
 
 

@@ -43,7 +43,6 @@ from backhand.ops.frozen_matrix import (
     FrozenMatrix,
     frozen_input_gradient,
     frozen_input_gradient_in_a_row,
-    frozen_linear,
 )
 from backhand.ops.lora_linear import (
     Dropout,
@@ -56,6 +55,7 @@ from backhand.ops.lora_linear import (
     lora_linear_forward,
     lora_linear_group_backward,
     lora_linear_group_forward,
+    product_in_turn,
 )
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 
@@ -108,6 +108,7 @@ def group_forward(
     sizes: Sequence[int],
     adapter: GroupAdapter,
     residual: Tensor | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[y_1 | … | y_n] for the members, and the h of those that are adapted, side by side.
 
@@ -118,21 +119,25 @@ def group_forward(
         sizes: out_i of each member.
         adapter: of the group; its `factors` and `names` have an entry for each member.
         residual: (rows, out) added to the result of a lone projection, or None.
+        row: where this is to be done in its turn, or None to do it now; what is there is made before extras are.
 
     Returns:
         y (rows, Σ out_i) and h (rows, Σ rank); no columns without an adapter.
     """
     extras = adapter.extras
+    if row is not None and extras is not None:
+        row.make()
+        row = None
     if extras is not None and any(extras.magnitudes):
         return group_extras.dora_forward(x, weight, bias, sizes, adapter, extras, residual)
     if len(sizes) == 1:
         (factors,) = adapter.factors
         if factors is None:
-            return frozen_linear(x, weight, bias, residual), x.new_empty(x.shape[0], 0)
-        y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual)
+            return product_in_turn(x, weight, bias, residual, (), row), x.new_empty(x.shape[0], 0)
+        y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual, row)
         h = lone.h
     else:
-        y, stacked = lora_linear_group_forward(x, weight, bias, sizes, adapter.factors, adapter.dropout)
+        y, stacked = lora_linear_group_forward(x, weight, bias, sizes, adapter.factors, adapter.dropout, row)
         h = stacked.h
     if extras is not None:
         group_extras.add_lora_biases(y, sizes, adapter, extras)
@@ -161,9 +166,11 @@ def group_backward(
         lora: whose `gradients` receive.
         input_gradient: whether anything below needs ∂L/∂x.
         d_h: ∂L/∂h of a group of several without extras, where `unit_backward` has it, and has seen to ∂L/∂lora_B.
-        row: where the gradients of such a group are to be made in their turn, or None to make them now.
+        row: where the gradients of such a group are made in their turn; of others now, behind what is there; or None.
     """
     extras = adapter.extras
+    if row is not None and (extras is not None or len(sizes) == 1):
+        row.make()
     if extras is not None:
         if isinstance(x, RMSNormSaved):
             x = rms_norm_apply(*x)
@@ -254,7 +261,9 @@ def unit_backward(
     return adapted_glu_backward(d_p, saved, out=gate_up, into=into, row=row).d_h
 
 
-def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters) -> None:
+def lone_lora_A_gradient(
+    x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters, row: InARow | None = None
+) -> None:
     """What `group_backward_without_input` has left: lora_A's gradient, added to the flat buffer.
 
     Args:
@@ -262,8 +271,9 @@ def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: Lo
         d_h: ∂L/∂h, (rows, rank).
         adapter: of the projection.
         lora: whose gradient buffer receives.
+        row: where this is to be done in its turn, or None to do it now; with dropout what is there is made at once.
     """
-    add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout)
+    add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout, row)
 
 
 def norm_backward(
@@ -298,13 +308,16 @@ def norm_backward(
 
 
 def enter_forward(
-    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
+    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch, row: InARow | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm."""
+    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm.
+
+    Now, or in its turn where a row is given.
+    """
     if weight is None:
         return x, None
     out = scratch.take("normed", x.shape, x)
-    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
+    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out, row=row)
     return n, norm.factor
 
 
@@ -349,6 +362,7 @@ def join_forward(
     adapter: GroupAdapter,
     after: Tensor | None,
     config: DecoderConfig,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
     """The end of either half: stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
 
@@ -360,13 +374,16 @@ def join_forward(
         adapter: of the projection.
         after: (hidden,) or None.
         config: the family, for the norm and for m, its residual multiplier.
+        row: where this is to be done in its turn, or None to do it now; a norm behind and m make what is there.
 
     Returns:
         the sum (T, hidden), h (T, rank), and what the norm's backward needs.
     """
     sizes = (config.hidden_size,)
     if after is None and config.residual_multiplier == 1.0:
-        return *group_forward(x, weight, bias, sizes, adapter, stream), None
+        return *group_forward(x, weight, bias, sizes, adapter, stream, row), None
+    if row is not None:
+        row.make()
     y, h = group_forward(x, weight, bias, sizes, adapter)
     x, saved = joined(stream, y, after, config)
     return x, h, saved
