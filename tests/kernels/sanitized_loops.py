@@ -95,6 +95,29 @@ def glu(builds: Sequence[Library], draw: Draw) -> None:
         _finite(y, d_gate, d_up)
 
 
+def adapted_glu(builds: Sequence[Library], draw: Draw) -> None:
+    """The gated unit's backward with the factors around it, in place or not, of any of them."""
+    number, dtype, _ = DTYPES[2 * draw.random.integers(2)]
+    rows, n, activation = draw.size(0, 300), draw.size(0, 150), int(draw.random.integers(2))
+    d_y, gate, up, d_gate, d_up = (draw.array(dtype, rows, n, low=-4, high=4) for _ in range(5))
+    if draw.chance():
+        d_gate, d_up = gate, up
+    table, held = [*d_y.rows, *gate.rows, *up.rows, *d_gate.rows, *d_up.rows], []
+    for _ in range(2):
+        rank = draw.size() if draw.chance() else 0
+        shapes = (rows, rank), (n, rank), (rows, rank), (n, rank)
+        held += [draw.array(dtype, *shape) for shape in shapes]
+        table += [each for array in held[-4:] for each in array.rows] + [rank]
+    rank = draw.size() if draw.chance() else 0
+    held += [draw.array(dtype, rows, rank), draw.array(dtype, rank, n)]
+    table += [*held[-2].rows, *held[-1].rows, rank]
+    numbers, scalings = np.array(table, np.int64), np.array([0.5, -2.0])
+    for build in builds:
+        run = build.function("backhand_adapted_glu_backward", (INT, INT, POINTER, POINTER, INT64, INT64), INT)
+        assert run(number, activation, numbers.ctypes.data, scalings.ctypes.data, rows, n) == 0
+        _finite(d_gate, d_up, *held)
+
+
 class _Parts:
     """Parts of a stored matrix, each in memory that ends with its last block, as the product takes them."""
 
@@ -352,4 +375,4 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
         _finite(x)
 
 
-LOOPS = (glu, dense_product, causal_conv, attention, gated_delta_rule, decode_step)
+LOOPS = (glu, adapted_glu, dense_product, causal_conv, attention, gated_delta_rule, decode_step)

@@ -18,6 +18,7 @@ from support.decode_steps import adapted, stepped
 OPS_OF = {
     "rms_norm": ("rms_norm",),
     "glu": ("glu",),
+    "adapted_glu": ("adapted_glu",),
     "rotary": ("rotary",),
     "softmax_losses": ("linear_cross_entropy",),
     "attention": ("attention",),

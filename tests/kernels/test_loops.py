@@ -11,6 +11,7 @@ from backhand.kernels.dense_product import Term
 from backhand.kernels.library import InARow, load, loop, proving_loops, torch_form, usable, using
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
+from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_input_gradient_in_a_row, frozen_linear
@@ -18,6 +19,7 @@ from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
+from backhand.ops.lora_linear import Factors, lora_linear_forward, lora_linear_group_forward
 from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -27,7 +29,7 @@ from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
-    *("rms_norm", "glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
+    *("rms_norm", "glu", "adapted_glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
     *("lora_linear", "lora_linear_group", "causal_conv", "gated_conv", "gated_delta_rule"),
 )
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
@@ -119,9 +121,62 @@ def test_glu_of_any_size(build, dtype, rows, n, activation):
     assert_close(*both_forms(compute), dtype)
     compute(lambda x: x)
     assert torch.equal(again, out), "the forward's bits"
+    place, g = torch.cat([gate, up], dim=-1), d_y.clone()
+    row = InARow()
+    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, again=g, row=row)
+    row.make()
+    assert torch.equal(place, grads), "in place too"
+    assert torch.equal(g, again)
     assert marks_intact(out)
     assert marks_intact(again)
     assert marks_intact(grads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "n", "ranks"),
+    [
+        *((0, 5, (3, 2, 4)), (5, 0, (3, 2, 4)), (1, 1, (1, 1, 1)), (3, 7, (2, 0, 3)), (5, 33, (0, 17, 0))),
+        *((49, 64, (16, 16, 16)), (130, 65, (8, 33, 0)), (97, 129, (0, 0, 130)), (771, 70, (16, 3, 16))),
+    ],
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_adapted_glu_of_any_size(build, dtype, rows, n, ranks, activation):
+    gate, up, behind = ranks
+    gate_up, d_y = gapped((rows, 2 * n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1)
+    h, d_t = gapped((rows, gate + up), dtype, 2), gapped((rows, behind), dtype, 3) if behind else None
+    factors = [gapped((n, rank), dtype, 4 + place) if rank else None for place, rank in enumerate((gate, up))]
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = *((n, rank) if rank else None for rank in (gate, up)), (behind, n) if behind else None
+    receivers = [None if shape is None else gapped(shape, wide, 6 + place) for place, shape in enumerate(shapes)]
+
+    def given(x, cast):
+        return None if x is None else cast(x)
+
+    def compute(cast):
+        # Both what is overwritten and what is added to.
+        place, g, *copies = (None if x is None else cast(x) + 0 for x in (gate_up, d_y, *receivers))
+        sides = tuple(
+            None if x is None else Side(cast(x), scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True)
+        )
+        saved = AdaptedGLUSaved(place, activation, sides, cast(h), given(d_t, cast))
+        into = Receivers((copies[0], copies[1]), copies[2])
+        grads = adapted_glu_backward(g, saved, out=place, into=into)
+        assert grads.d_gate_up is place
+        return place, grads.d_h, *(copy for copy in copies if copy is not None)
+
+    found, expected = both_forms(compute)
+    assert_close(found, expected, dtype)
+    sides = tuple(None if x is None else Side(x, scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True))
+    into = Receivers((receivers[0], receivers[1]), receivers[2])
+    row = InARow()
+    own = d_y.clone()
+    adapted_glu_backward(own, AdaptedGLUSaved(gate_up, activation, sides, h, d_t), out=gate_up, into=into, row=row)
+    del own
+    row.make()
+    there = [gate_up, *(receiver for receiver in receivers if receiver is not None)]
+    assert all(torch.equal(x, right) for x, right in zip(there, [found[0], *found[2:]], strict=True))
+    assert all(marks_intact(x) for x in there)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -206,6 +261,40 @@ def test_calls_in_a_row_are_made_in_turn_of_what_they_were_put_together_for(buil
         assert torch.equal(d_h, expected)
         assert torch.equal(d_v, frozen_input_gradient(g, weight, terms=[Term(0, expected, lora_B[:40])]))
     assert all(torch.equal(part, other) and part.any() for part, other in zip(*sums, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("path", ["loops", "torch"])
+@pytest.mark.parametrize("rows", [3, 29])
+def test_a_forward_in_a_row_has_the_bits_of_one_by_one(build, dtype, path, rows):
+    """Norm, factors and product of a group, rotation, gated unit, and a lone product with what goes around it."""
+    x, weight = gapped((rows, 24), dtype, 0).clone(), gapped((1, 24), dtype, 1)[0]
+    wide, down = gapped((128, 24), dtype, 2, size=0.2), gapped((24, 64), dtype, 3, size=0.2)
+    factors = [Factors(gapped((4, 24), dtype, 4 + i), gapped((64, 4), dtype, 6 + i), 0.7 + i) for i in range(2)]
+    angles = torch.randn(rows, 16, dtype=torch.promote_types(dtype, torch.float32))
+    table = RotaryTable(angles.cos(), angles.sin())
+
+    def forward(row):
+        n, _ = rms_norm_forward(x, weight, 1e-2, row=row)
+        y, saved = lora_linear_group_forward(n, wide, None, (64, 64), factors, row=row)
+        heads = y.view(rows, 4, 32)
+        rotary_forward(heads, table, out=heads, row=row)
+        p, _ = glu_forward(y[:, :64], y[:, 64:], "silu", row=row)
+        lone = factors[0].lora_B.T.contiguous(), factors[0].lora_A.T.contiguous(), 0.3
+        z, last = lora_linear_forward(p, down, weight, *lone, residual=x, row=row)
+        if row is not None:
+            del n, p, lone
+            torch.full((rows, 64), torch.nan, dtype=dtype)  # where something was let go
+            row.make()
+        return y, saved.h, z, last.h
+
+    with nullcontext() if path == "loops" else torch_form():
+        made: list[str] = []
+        row = InARow()
+        row.add(lambda: made.append("first"))
+        found = forward(row)
+        assert made == ["first"]
+        assert all(torch.equal(one, other) for one, other in zip(found, forward(None), strict=True))
 
 
 def test_what_stands_behind_a_call_that_fails_is_not_made_later():
@@ -473,6 +562,10 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         low_rank_accumulate(saved, h, d_factors[:1])
         d_h = low_rank_backward(x, h, [Member(0, factor.contiguous(), 0.5, d_factors[1])])
         results += [h, low_rank_expand(x.clone(), h, factor), d_h, *d_factors]
+        sides = (Side(factor[:, :8].contiguous(), 0.5), Side(factor[:, 8:16].contiguous(), 2.0))
+        saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", sides, h[:, :16], h)
+        of_unit = adapted_glu_backward(x.clone(), saved_unit)
+        results += [of_unit.d_gate_up, of_unit.d_h, *of_unit.d_lora_B, of_unit.d_lora_A]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

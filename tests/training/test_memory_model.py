@@ -282,16 +282,17 @@ def test_kernels_of_experts_are_those_of_the_numbers_of_tokens_that_come_up(monk
 
 @pytest.mark.skipif(not loops_are_there() or sys.platform != "linux", reason="of compiled loops, measured on Linux")
 def test_a_large_rank_is_added_up_in_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gate and up, of which each 128 columns have sums of their own for every token, beside both gradients."""
-    monkeypatch.setattr("backhand.training.memory.decoder_size.by_parts_of_rows", lambda dtype: False)
+    """gate and up, of which each 128 columns have sums of their own for every token."""
+    for module in ("backhand.training.memory.decoder_size", "backhand.ops.low_rank"):
+        monkeypatch.setattr(f"{module}.by_parts_of_rows", lambda dtype: False)
     config = decoder_config(tiny_config("llama", **SIZES["wide-mlp"]).to_dict())
-    d, f, tokens, rank, columns = 128, 384, 8192, 500, 3 + 3
+    f, tokens, rank, columns = 384, 8192, 500, 3 + 3
 
     def at_work(*targets: str) -> int:
         adapter = LoRAConfig(rank=rank, target_modules=targets)
         return decoder_size(config, resolve_adapter(adapter, module_shapes(config)), 4).block_bytes
 
-    assert at_work("gate_proj", "up_proj") - at_work("v_proj") == (2 * d - f + columns * 512) * 4
+    assert at_work("gate_proj", "up_proj") - at_work("v_proj") == columns * 512 * 4
     g, h = torch.zeros(tokens, 2 * f), torch.zeros(tokens, 2 * rank)
     factors = [torch.zeros(f, rank) for _ in range(2)]
     members = [Member(place * f, factor, 1.0, factor) for place, factor in enumerate(factors)]

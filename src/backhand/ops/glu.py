@@ -20,18 +20,19 @@ and φ' beside it, so that the exponentials, the dearest part, are evaluated onc
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, Declared, InARow, loop, now_or_in
 from backhand.ops.lora_linear import rows
 
 _FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
 _BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
 # As in native/glu.cpp.
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _NOWHERE = (0, 0)
 
 KAPPA = math.sqrt(2 / math.pi)
@@ -62,7 +63,9 @@ class GLUGrads(NamedTuple):
     d_up: Tensor
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> tuple[Tensor, GLUSaved]:
+def glu_forward(
+    gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None, row: InARow | None = None
+) -> tuple[Tensor, GLUSaved]:
     """y = φ(gate) ⊙ up.
 
     Args:
@@ -70,24 +73,28 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
         up: u, (..., n).
         activation: `silu`, `gelu_tanh` or `sigmoid`.
         out: the shape and dtype of gate, to receive y, or None.
+        row: as in `glu_backward`.
     """
     saved = GLUSaved(gate, up, activation)
-    y = _compiled_forward(saved, out)
+    y = _compiled_forward(saved, out, row)
+    if y is None and row is not None:
+        row.make()
     return (_activate(gate, activation, out).mul_(up) if y is None else y), saved
 
 
-def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
-    """y by the compiled loop, or None where it does not apply."""
+def _compiled_forward(saved: GLUSaved, out: Tensor | None, row: InARow | None = None) -> Tensor | None:
+    """y by the compiled loop, perhaps in its turn, or None where it does not apply."""
     gate, up, activation = saved
     run = loop(_FORWARD, gate, up, out)
     operands = _operands(gate, up) if out is None else _operands(gate, up, out)
-    if run is None or operands is None or activation not in _ACTIVATIONS:
+    if run is None or operands is None or activation not in ACTIVATIONS:
         return None
     y = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
     n = gate.shape[-1]
     if out is None:
         operands.extend((y.data_ptr(), n))
-    run(_ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    call = partial(run, ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    now_or_in(row, call, gate, up, y)
     return y
 
 
@@ -163,6 +170,7 @@ def glu_backward(
     ready: Activated | None = None,
     out: Tensor | None = None,
     again: Tensor | None = None,
+    row: InARow | None = None,
 ) -> GLUGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
@@ -170,35 +178,44 @@ def glu_backward(
         d_y: ∂L/∂y.
         saved: from the forward pass.
         ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
-        out: (..., 2n) to receive [d_gate | d_up] side by side, or None.
+        out: (..., 2n) to receive [d_gate | d_up] side by side, perhaps where a and u stand; or None.
         again: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
+        row: where this is to be done in its turn, or None to do it now; torch's form makes what is there and goes on.
     """
     n = d_y.shape[-1]
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
     d_gate, d_up = out[..., :n], out[..., n:]
-    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, again):
+    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, again, row):
         return GLUGrads(d_gate, d_up)
+    if row is not None:
+        row.make()
     value, slope = activated(saved.gate, saved.activation) if ready is None else ready
+    # Nothing is written before it is read for the last time: gradients may stand where a and u do, y where d_y does.
+    slope.mul_(d_y).mul_(saved.up)
+    y = None if again is None else value * saved.up
     torch.mul(d_y, value, out=d_up)
-    torch.mul(slope.mul_(d_y), saved.up, out=d_gate)
-    if again is not None:
-        torch.mul(value, saved.up, out=again)  # last: d_y may be there
+    d_gate.copy_(slope)
+    if again is not None and y is not None:
+        again.copy_(y)
     return GLUGrads(d_gate, d_up)
 
 
-def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None) -> bool:
-    """Whether the compiled loop applied; d_gate, d_up and `again` are then filled."""
+def _compiled_backward(
+    d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None, row: InARow | None
+) -> bool:
+    """Whether the compiled loop applied; d_gate, d_up and `again` are then filled, or are in their turn."""
     gate, up, activation = saved
     run = loop(_BACKWARD, d_y, gate, up, d_gate, again)
     places = (d_y, gate, up, d_gate, d_up)
     operands = _operands(*places) if again is None else _operands(*places, again)
-    if run is None or operands is None or activation not in _ACTIVATIONS:
+    if run is None or operands is None or activation not in ACTIVATIONS:
         return False
     if again is None:
         operands += _NOWHERE
     n = d_y.shape[-1]
-    run(_ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
+    call = partial(run, ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
+    now_or_in(row, call, d_y, saved, d_gate, d_up, again)
     return True
 
 

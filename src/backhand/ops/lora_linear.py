@@ -25,16 +25,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term
+from backhand.kernels.dense_product import Blocks, Term, dense_product
+from backhand.kernels.few_rows import MOST_ROWS
 from backhand.kernels.library import InARow
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient_in_a_row, frozen_linear, makes_shrunk
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
+from backhand.ops.frozen_matrix import (
+    FrozenMatrix,
+    frozen_input_gradient_in_a_row,
+    frozen_linear,
+    makes_shrunk,
+    takes_tiles,
+)
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 
@@ -106,6 +114,7 @@ def lora_linear_forward(
     scaling: float,
     dropout: Dropout | None = None,
     residual: Tensor | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, LoRASaved]:
     """y = residual + x Wᵀ + b + s (x̃ Aᵀ) Bᵀ.
 
@@ -118,20 +127,51 @@ def lora_linear_forward(
         scaling: s, the only multiplier the op sees.
         dropout: None, or probability and seed of the mask on the low-rank branch's input.
         residual: (..., out) added to the result inside the product, or None; its gradient is d_y itself.
+        row: where this is to be done in its turn, or None to do it now; with dropout, what is there is made at once.
 
     Returns:
         y (..., out) in x's dtype, and what backward needs.
     """
     x_rows, mask = rows(x), multiplier(x, dropout)
+    if row is not None and mask is not None:
+        row.make()
     inside = mask is None and makes_shrunk(x_rows, weight.shape[0], lora_A.shape[0])
     if inside:
         h = _empty(x_rows, lora_A.shape[0])
     else:  # first: x is still near the processor, which the large product fills
-        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A, turned=True)
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A, turned=True, row=row)
     around = None if residual is None else rows(residual)
     term = Term(0, h, lora_B, scaling, lora_A if inside else None)
-    y = frozen_linear(x_rows, weight, bias, around, terms=[term])
+    y = product_in_turn(x_rows, weight, bias, around, [term], row)
     return _with_axes(y, x), LoRASaved(x, weight, lora_A, lora_B, _with_axes(h, x), scaling, dropout)
+
+
+def product_in_turn(
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    terms: Sequence[Term],
+    row: InARow | None,
+) -> Tensor:
+    """`frozen_linear`, (rows, out), in its turn where a row is collected, else now."""
+    if row is None:
+        return frozen_linear(x, weight, bias, residual, terms=terms)
+    y = _empty(x, weight.shape[0])
+    if takes_tiles(x):
+        dense = isinstance(weight, Tensor)
+        operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=True)
+        few = x.shape[0] <= MOST_ROWS
+        if few or dense_product(x, operand, bias, residual, y, terms, turned=dense, row=row) is None:
+            row.add(partial(frozen_linear, x, weight, bias, residual, y, terms))
+        return y
+    # Nothing is folded in: what is added to which columns is put together here.
+    row.add(partial(frozen_linear, x, weight, bias, residual, y))
+    for column, h, factor, scaling, _, turned in terms:
+        n = factor.shape[1 if turned else 0]
+        columns = y if n == y.shape[1] else y[:, column : column + n]
+        low_rank_expand(columns, h, factor, scaling, turned=turned, row=row)
+    return y
 
 
 def lora_linear_backward(
@@ -169,6 +209,7 @@ def lora_linear_backward_without_input(
     h: Tensor,
     d_lora_B: Tensor,
     dropout: Dropout | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What of the backward needs no x, where x is not there yet.
 
@@ -179,22 +220,28 @@ def lora_linear_backward_without_input(
         h: from the forward, (rows, rank).
         d_lora_B: of lora_B's shape, in d_y's dtype or wider, to which its gradient is added.
         dropout: None, or probability and seed of the mask.
+        row: where this is to be done in its turn, or None to do it now.
 
     Returns:
         ∂L/∂x, (rows, in), and ∂L/∂h, (rows, rank), for `add_lora_A_gradient`.
     """
-    d_x, mask, row = _empty(d_y, weight.shape[1]), None, InARow()
+    d_x, mask, turn = _empty(d_y, weight.shape[1]), None, InARow() if row is None else row
     if dropout is not None:
         mask = multiplier(d_x, dropout)
-    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=row)
-    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, row)
-    row.make()
+    d_h = low_rank_backward(d_y, h, [Member(0, factors.lora_B, factors.scaling, d_lora_B)], row=turn)
+    _input_gradient(d_y, weight, d_h, factors.lora_A, mask, d_x, turn)
+    if row is None:
+        turn.make()
     return d_x, d_h
 
 
-def add_lora_A_gradient(x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None) -> None:
-    """Add (∂L/∂h)ᵀ x̃ to d_lora_A, (rank, in), from x, (rows, in), and ∂L/∂h, (rows, rank)."""
-    low_rank_accumulate(branch_input(x, dropout)[0], d_h, [d_lora_A], turned=True)
+def add_lora_A_gradient(
+    x: Tensor, d_h: Tensor, d_lora_A: Tensor, dropout: Dropout | None = None, row: InARow | None = None
+) -> None:
+    """Add (∂L/∂h)ᵀ x̃ to d_lora_A, (rank, in), of x, (rows, in), and ∂L/∂h; in its turn where no mask is drawn."""
+    if row is not None and dropout is not None:
+        row.make()
+    low_rank_accumulate(branch_input(x, dropout)[0], d_h, [d_lora_A], turned=True, row=row)
 
 
 def _input_gradient(
@@ -287,6 +334,7 @@ def lora_linear_group_forward(
     sizes: Sequence[int],
     factors: Sequence[Factors | None],
     dropout: Dropout | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, LoRAGroupSaved]:
     """[y_1 | … | y_n] for the n members.
 
@@ -297,6 +345,7 @@ def lora_linear_group_forward(
         sizes: out_i of each member.
         factors: the adapter of each member, or None.
         dropout: None, or probability and seed of the shared mask.
+        row: as in `lora_linear_forward`.
 
     Returns:
         y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
@@ -306,18 +355,20 @@ def lora_linear_group_forward(
     ranks = [member.lora_A.shape[0] for member in factors if member is not None]
     if ranks:
         mask = multiplier(x, dropout)
+        if row is not None and mask is not None:
+            row.make()
         inside = mask is None and makes_shrunk(x_rows, weight.shape[0], sum(ranks))
     if inside or not ranks:
         h = _empty(x_rows, sum(ranks))
     else:
-        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors), turned=True)
+        h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors), turned=True, row=row)
     terms, column, parts = [], 0, iter(h.split(ranks, dim=1))
     for size, member in zip(sizes, factors, strict=True):
         if member is not None:
             shrink = member.lora_A if inside else None
             terms.append(Term(column, next(parts), member.lora_B, member.scaling, shrink))
         column += size
-    y = frozen_linear(x_rows, weight, bias, terms=terms)
+    y = product_in_turn(x_rows, weight, bias, None, terms, row)
     saved = LoRAGroupSaved(x, weight, tuple(sizes), tuple(factors), _with_axes(h, x), dropout)
     return _with_axes(y, x), saved
 
@@ -328,6 +379,8 @@ def lora_linear_group_backward(
     *,
     input_gradient: bool = True,
     into: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    d_h: Tensor | None = None,
+    row: InARow | None = None,
 ) -> LoRAGroupGrads:
     """Map d_y, (..., Σ out_i), to the gradients derived above.
 
@@ -336,6 +389,8 @@ def lora_linear_group_backward(
         saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
         into: for each member with an adapter its pair, as in `lora_linear_backward`; None for fresh gradients.
+        d_h: ∂L/∂h, (rows, Σ rank), where it is there, or will be in its turn, and ∂L/∂B with it; else None.
+        row: where this is to be done in its turn, or None to do it now.
     """
     g, h = rows(d_y), rows(saved.h)
     if into is None:
@@ -349,22 +404,24 @@ def lora_linear_group_backward(
             members.append(Member(column, member.lora_B, member.scaling, receiver[1]))
         column += size
     branch, mask = branch_input(saved.x, saved.dropout if members else None)
-    row = InARow()
-    d_h = low_rank_backward(g, h, members, row=row)
+    turn = InARow() if row is None else row
+    if d_h is None:
+        d_h = low_rank_backward(g, h, members, row=turn)
     d_lora_A = tuple(None if receiver is None else receiver[0] for receiver in into)
     receiving_A = [d_A for d_A in d_lora_A if d_A is not None]
-    low_rank_accumulate(branch, d_h, receiving_A, turned=True, row=row)
+    low_rank_accumulate(branch, d_h, receiving_A, turned=True, row=turn)
     if mask is not None:
-        row.make()
+        turn.make()
     del branch  # as above
     d_x = None
     if input_gradient:
         d_x = _empty(g, saved.weight.shape[1])
         if members:
-            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, row)
+            _input_gradient(g, saved.weight, d_h, stacked_A(saved.factors), mask, d_x, turn)
         else:
-            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], row)
-    row.make()
+            frozen_input_gradient_in_a_row(g, saved.weight, d_x, [], turn)
+    if row is None:
+        turn.make()
     d_x = None if d_x is None else _with_axes(d_x, d_y)
     return LoRAGroupGrads(d_x, d_lora_A, tuple(None if receiver is None else receiver[1] for receiver in into))
 

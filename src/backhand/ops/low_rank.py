@@ -23,7 +23,7 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import as_stored, matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, library, loop, now_or_in
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
 _FACTOR = (*_MATRIX, INT)
@@ -46,7 +46,9 @@ _BACKWARD = Declared(
 _ARRAYS = tuple((POINTER * count, INT64 * count) for count in range(1, 4))
 
 
-def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None, turned: bool = False) -> Tensor:
+def low_rank_shrink(
+    v: Tensor, factor: Tensor, *, out: Tensor | None = None, turned: bool = False, row: InARow | None = None
+) -> Tensor:
     """V F, (rows, rank).
 
     Args:
@@ -54,19 +56,25 @@ def low_rank_shrink(v: Tensor, factor: Tensor, *, out: Tensor | None = None, tur
         factor: F, (n, rank), or a view of its transpose, as lora_A.T is.
         out: (rows, rank) to receive it, or None.
         turned: whether `factor` is Fᵀ, (rank, n), as lora_A is: here and below, a view less to be made.
+        row: where this is to be done in its turn, or None to do it now; here and below torch's form may not wait.
     """
     stored, transposed = as_stored(factor, turned)
     run = loop(_SHRINK, v, stored, out)
     if run is None:
+        if row is not None:
+            row.make()
         h = v @ (factor.T if turned else factor)
         return h if out is None else out.copy_(h)
     if out is None:
         out = torch.empty(v.shape[0], factor.shape[0 if turned else 1], dtype=v.dtype)
-    _checked(run, *matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1])
+    call = partial(_checked, run, *matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1])
+    now_or_in(row, call, v, stored, out)
     return out
 
 
-def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, turned: bool = False) -> Tensor:
+def low_rank_expand(
+    y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, turned: bool = False, row: InARow | None = None
+) -> Tensor:
     """Y + s H Fᵀ, (rows, n), in Y's place.
 
     Args:
@@ -75,12 +83,15 @@ def low_rank_expand(y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, 
         factor: F, (n, rank), or a view of its transpose.
         scaling: s.
         turned: whether `factor` is Fᵀ, (rank, n).
+        row: where this is to be done in its turn, or None to do it now.
     """
     stored, transposed = as_stored(factor, turned)
     run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
     if run is None:
-        return y.addmm_(h, factor if turned else factor.T, alpha=scaling)
-    _checked(run, *matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling)
+        now_or_in(row, partial(y.addmm_, h, factor if turned else factor.T, alpha=scaling))
+        return y
+    call = partial(_checked, run, *matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling)
+    now_or_in(row, call, y, h, stored)
     return y
 
 
@@ -104,7 +115,7 @@ def low_rank_accumulate(
     run = loop(_GATHER, x, h, weight)
     lying = [as_stored(part, turned) for part in into]
     dtype, transposed = into[0].dtype, lying[0][1]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistics_dtype(x.dtype)
     alike = all(part.dtype == dtype and part.stride(1) == 1 and way == transposed for part, way in lying)
     lies_so = factor is None or weight is None or (factor.is_contiguous() and weight.is_contiguous())
     if run is None or dtype not in (x.dtype, wide) or not (alike and lies_so) or len(into) > len(_ARRAYS):
@@ -149,7 +160,7 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member], *, row: I
     if not members:
         return d_h
     run = loop(_BACKWARD, g, h, *(member.lora_B for member in members))
-    dtype, wide = members[0].into.dtype, torch.promote_types(g.dtype, torch.float32)
+    dtype, wide = members[0].into.dtype, statistics_dtype(g.dtype)
     alike = all(member.into.dtype == dtype and member.into.stride(1) == 1 for member in members)
     if run is None or dtype not in (g.dtype, wide) or not alike:
         now_or_in(row, partial(_backward_by_torch, g, h, members, d_h))
@@ -189,9 +200,9 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
 
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
-    """Whether threads divide the rows of V or G among them, which suits AMX's tiles, and not the columns."""
+    """Whether threads divide the rows of V or G among them, or else columns, as for bfloat16 without tiles."""
     build = library()
-    return dtype == torch.bfloat16 and build is not None and build.name == "amx"
+    return dtype != torch.bfloat16 or (build is not None and build.name == "amx")
 
 
 def _checked(run: Callable[..., int], *arguments: Any) -> None:

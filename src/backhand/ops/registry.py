@@ -28,6 +28,7 @@ OPS: dict[str, str] = {
     "gated_delta_rule": "gated_delta_rule",
     "decay_gate": "decay_gate",
     "glu": "glu",
+    "adapted_glu": "adapted_glu",
     "clamped_glu": "clamped_glu",
     "router": "router",
     "dispatch": "expert_rows",

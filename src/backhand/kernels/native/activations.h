@@ -33,14 +33,14 @@ inline Vector<C> power_of(Vector<C> a) {
 template <class T, class C>
 inline Vector<C> divided(Vector<C> a, Vector<C> b) {
   if constexpr (rounded<T, C>) return a * rough_reciprocal(b);
-  else return a / b;
+  else return quotient(a, b);
 }
 
 template <int activation, class T, class C>
 inline Activated<C> activated(Vector<C> a) {
   const Vector<C> power = power_of<activation, T, C>(a), sigmoid = divided<T, C>(all<C>(1), 1 + power);
   // A second division rounds once less, which shows where nothing is rounded further.
-  const Vector<C> value = rounded<T, C> ? a * sigmoid : a / (1 + power);
+  const Vector<C> value = rounded<T, C> ? a * sigmoid : divided<T, C>(a, 1 + power);
   if constexpr (activation == SILU) {
     return {value, fma(value, MUTATED("glu: inner derivative missing", 1 - sigmoid, Vector<C>{}), sigmoid)};
   } else {

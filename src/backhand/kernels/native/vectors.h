@@ -287,6 +287,20 @@ inline Vector<float> rough_power_of_two(Vector<float> t) {
   return result;
 }
 
+// a / b, where b and its reciprocal are normal numbers and a is finite; else perhaps NaN or 0. Where the processor knows
+// a reciprocal roughly, that made finer: a division of such long registers takes as long as sixteen products, and this,
+// which errs by a twentieth of a unit more, a third of it. What two quotients by one b share is computed once.
+inline Vector<double> quotient(Vector<double> a, Vector<double> b) { return a / b; }
+inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  const Vector<float> rough = _mm512_rcp14_ps(b), fine = fma(fma(-b, rough, all<float>(1)), rough, rough);
+  const Vector<float> found = a * fine;
+  return fma(fma(-found, b, a), fine, found);
+#else
+  return a / b;
+#endif
+}
+
 // 1 / x to a few units of rounding, for normal numbers whose reciprocal is one.
 inline Vector<float> rough_reciprocal(Vector<float> x) {
 #if defined(__AVX512F__)

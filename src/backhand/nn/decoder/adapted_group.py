@@ -15,10 +15,12 @@ it, computed in `group_extras`, and in the block's `norms`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
+from backhand.kernels.library import InARow, now_or_in
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.family import (
@@ -36,7 +38,12 @@ from backhand.nn.decoder.family import (
     DecoderConfig,
 )
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
+from backhand.ops.frozen_matrix import (
+    FrozenMatrix,
+    frozen_input_gradient,
+    frozen_input_gradient_in_a_row,
+)
 from backhand.ops.lora_linear import (
     Dropout,
     Factors,
@@ -48,6 +55,7 @@ from backhand.ops.lora_linear import (
     lora_linear_forward,
     lora_linear_group_backward,
     lora_linear_group_forward,
+    product_in_turn,
 )
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 
@@ -100,6 +108,7 @@ def group_forward(
     sizes: Sequence[int],
     adapter: GroupAdapter,
     residual: Tensor | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[y_1 | … | y_n] for the members, and the h of those that are adapted, side by side.
 
@@ -110,21 +119,25 @@ def group_forward(
         sizes: out_i of each member.
         adapter: of the group; its `factors` and `names` have an entry for each member.
         residual: (rows, out) added to the result of a lone projection, or None.
+        row: where this is to be done in its turn, or None to do it now; what is there is made before extras are.
 
     Returns:
         y (rows, Σ out_i) and h (rows, Σ rank); no columns without an adapter.
     """
     extras = adapter.extras
+    if row is not None and extras is not None:
+        row.make()
+        row = None
     if extras is not None and any(extras.magnitudes):
         return group_extras.dora_forward(x, weight, bias, sizes, adapter, extras, residual)
     if len(sizes) == 1:
         (factors,) = adapter.factors
         if factors is None:
-            return frozen_linear(x, weight, bias, residual), x.new_empty(x.shape[0], 0)
-        y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual)
+            return product_in_turn(x, weight, bias, residual, (), row), x.new_empty(x.shape[0], 0)
+        y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual, row)
         h = lone.h
     else:
-        y, stacked = lora_linear_group_forward(x, weight, bias, sizes, adapter.factors, adapter.dropout)
+        y, stacked = lora_linear_group_forward(x, weight, bias, sizes, adapter.factors, adapter.dropout, row)
         h = stacked.h
     if extras is not None:
         group_extras.add_lora_biases(y, sizes, adapter, extras)
@@ -141,6 +154,8 @@ def group_backward(
     lora: LoRAParameters,
     *,
     input_gradient: bool,
+    d_h: Tensor | None = None,
+    row: InARow | None = None,
 ) -> Tensor | None:
     """∂L/∂x, (rows, in), or None when not asked for; everything trained gets its gradient added to the flat buffer.
 
@@ -150,8 +165,12 @@ def group_backward(
         h: what the forward returned, (rows, Σ rank).
         lora: whose `gradients` receive.
         input_gradient: whether anything below needs ∂L/∂x.
+        d_h: ∂L/∂h of a group of several without extras, where `unit_backward` has it, and has seen to ∂L/∂lora_B.
+        row: where the gradients of such a group are made in their turn; of others now, behind what is there; or None.
     """
     extras = adapter.extras
+    if row is not None and (extras is not None or len(sizes) == 1):
+        row.make()
     if extras is not None:
         if isinstance(x, RMSNormSaved):
             x = rms_norm_apply(*x)
@@ -170,11 +189,16 @@ def group_backward(
         None if factors is None else (lora.d_lora_A(name), lora.d_lora_B(name))
         for name, factors in zip(adapter.names, adapter.factors, strict=True)
     ]
-    return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers).d_x
+    return lora_linear_group_backward(d_y, stacked, input_gradient=input_gradient, into=receivers, d_h=d_h, row=row).d_x
 
 
 def group_backward_without_input(
-    d_y: Tensor, weight: FrozenMatrix, adapter: GroupAdapter, h: Tensor, lora: LoRAParameters
+    d_y: Tensor,
+    weight: FrozenMatrix,
+    adapter: GroupAdapter,
+    h: Tensor,
+    lora: LoRAParameters,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂x, (rows, in), of a lone projection that trains nothing but factors, where x is not there yet.
 
@@ -184,15 +208,62 @@ def group_backward_without_input(
     Args:
         d_y: ∂L/∂y, (rows, out).
         weight, adapter, h, lora: as in `group_backward`.
+        row: where this is to be done in its turn, or None to do it now.
     """
     (factors,) = adapter.factors
     if factors is None:
-        return frozen_input_gradient(d_y, weight), None
+        if row is None:
+            return frozen_input_gradient(d_y, weight), None
+        d_x = d_y.new_empty(d_y.shape[0], weight.shape[1])
+        frozen_input_gradient_in_a_row(d_y, weight, d_x, [], row)
+        return d_x, None
     receiver = lora.d_lora_B(adapter.names[0])
-    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout)
+    return lora_linear_backward_without_input(d_y, weight, factors, h, receiver, adapter.dropout, row)
 
 
-def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters) -> None:
+def unit_takes_factors(gate_up: GroupAdapter, down: GroupAdapter) -> bool:
+    """Whether `unit_backward` is for the groups around a gated unit: factors alone, two modules inside, p as it is."""
+    plain = gate_up.extras is None and down.extras is None and down.dropout is None
+    return plain and len(gate_up.factors) == 2
+
+
+def unit_backward(
+    d_p: Tensor,
+    d_h_down: Tensor | None,
+    gate_up: Tensor,
+    h: Tensor,
+    activation: str,
+    adapters: tuple[GroupAdapter, GroupAdapter],
+    lora: LoRAParameters,
+    row: InARow,
+) -> Tensor:
+    """∂L/∂h, (rows, Σ rank), of gate and up, in its turn; ∂L/∂[a | u] takes the place of [a | u].
+
+    The gradients of their lora_B and of down's lora_A are added to the flat buffer.
+
+    Args:
+        d_p: ∂L/∂p, (rows, f); it may be overwritten.
+        d_h_down: ∂L/∂h of down, (rows, rank), None without an adapter.
+        gate_up: [a | u], (rows, 2f).
+        h: of gate and up, (rows, Σ rank).
+        activation: φ.
+        adapters: of gate and up, and of down.
+        lora: whose gradient buffer receives.
+        row: in which it has its turn.
+    """
+    inner, down = adapters
+    gate, up = (None if member is None else Side(member.lora_B, member.scaling) for member in inner.factors)
+    d_gate, d_up = (
+        None if member is None else lora.d_lora_B(name) for name, member in zip(inner.names, inner.factors, strict=True)
+    )
+    into = Receivers((d_gate, d_up), None if d_h_down is None else lora.d_lora_A(down.names[0]))
+    saved = AdaptedGLUSaved(gate_up, activation, (gate, up), h, d_h_down)
+    return adapted_glu_backward(d_p, saved, out=gate_up, into=into, row=row).d_h
+
+
+def lone_lora_A_gradient(
+    x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: LoRAParameters, row: InARow | None = None
+) -> None:
     """What `group_backward_without_input` has left: lora_A's gradient, added to the flat buffer.
 
     Args:
@@ -200,8 +271,9 @@ def lone_lora_A_gradient(x: Tensor, d_h: Tensor, adapter: GroupAdapter, lora: Lo
         d_h: ∂L/∂h, (rows, rank).
         adapter: of the projection.
         lora: whose gradient buffer receives.
+        row: where this is to be done in its turn, or None to do it now; with dropout what is there is made at once.
     """
-    add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout)
+    add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout, row)
 
 
 def norm_backward(
@@ -211,6 +283,7 @@ def norm_backward(
     name: str,
     around: Tensor | None = None,
     out: Tensor | None = None,
+    row: InARow | None = None,
 ) -> Tensor:
     """d_x of a norm, of d_y's shape; where the norm is trained, its weight's gradient is added to the flat buffer.
 
@@ -221,9 +294,10 @@ def norm_backward(
         name: the end of the norm's name.
         around: of d_y's shape, added to d_x: the gradient of the stream that goes around what the norm begins.
         out: to receive d_x, perhaps d_y itself, or None.
+        row: where this is to be done in its turn, or None to do it now.
     """
     receiver = adapter.norms.get(name)
-    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out)
+    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out, row=row)
     if receiver is not None and grads.d_weight is not None:
         receiver.add_(grads.d_weight)
     return grads.d_x
@@ -234,13 +308,16 @@ def norm_backward(
 
 
 def enter_forward(
-    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
+    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch, row: InARow | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm."""
+    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm.
+
+    Now, or in its turn where a row is given.
+    """
     if weight is None:
         return x, None
     out = scratch.take("normed", x.shape, x)
-    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
+    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out, row=row)
     return n, norm.factor
 
 
@@ -263,14 +340,18 @@ def enter_backward(
     name: str | None,
     config: DecoderConfig,
     around: Tensor | None,
+    row: InARow | None = None,
 ) -> Tensor:
-    """∂L/∂x, (T, hidden), in d_n's place; `name` is that of the norm, if there is one.
+    """∂L/∂x, (T, hidden), in d_n's place, now or in its turn; `name` is that of the norm, if there is one.
 
     Through the half, plus the gradient of the stream that goes `around` it; None for through the half alone.
     """
     if weight is None or factor is None or name is None:
-        return d_n if around is None else d_n.add_(around)
-    return norm_backward(d_n, RMSNormSaved(x, weight, factor, config.norm_offset), adapter, name, around, out=d_n)
+        if around is not None:
+            now_or_in(row, partial(d_n.add_, around))
+        return d_n
+    saved = RMSNormSaved(x, weight, factor, config.norm_offset)
+    return norm_backward(d_n, saved, adapter, name, around, out=d_n, row=row)
 
 
 def join_forward(
@@ -281,6 +362,7 @@ def join_forward(
     adapter: GroupAdapter,
     after: Tensor | None,
     config: DecoderConfig,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
     """The end of either half: stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
 
@@ -292,13 +374,16 @@ def join_forward(
         adapter: of the projection.
         after: (hidden,) or None.
         config: the family, for the norm and for m, its residual multiplier.
+        row: where this is to be done in its turn, or None to do it now; a norm behind and m make what is there.
 
     Returns:
         the sum (T, hidden), h (T, rank), and what the norm's backward needs.
     """
     sizes = (config.hidden_size,)
     if after is None and config.residual_multiplier == 1.0:
-        return *group_forward(x, weight, bias, sizes, adapter, stream), None
+        return *group_forward(x, weight, bias, sizes, adapter, stream, row), None
+    if row is not None:
+        row.make()
     y, h = group_forward(x, weight, bias, sizes, adapter)
     x, saved = joined(stream, y, after, config)
     return x, h, saved

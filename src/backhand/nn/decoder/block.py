@@ -31,11 +31,13 @@ supervised `rows` are computed, kept and differentiated. The gradient of all oth
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from backhand.kernels.library import InARow, now_or_in
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import (
     DOWN,
@@ -53,6 +55,8 @@ from backhand.nn.decoder.adapted_group import (
     join_backward,
     join_forward,
     lone_lora_A_gradient,
+    unit_backward,
+    unit_takes_factors,
 )
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
@@ -114,8 +118,11 @@ def block_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
 ) -> tuple[Tensor, BlockSaved]:
     """x₂, (T, hidden) or its wanted rows, from x₀, (T, hidden), and what `block_backward` needs under `recompute`."""
-    x1, mixing = mixing_half_forward(x0, weights, adapter, context)
-    x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch, keep_gate_up=recompute == "none")
+    row = InARow()
+    x1, mixing = mixing_half_forward(x0, weights, adapter, context, row)
+    x2, mlp = mlp_half_forward(
+        x1, weights, adapter, context.config, context.scratch, keep_gate_up=recompute == "none", row=row
+    )
     end = None
     if weights.layer_scalar is not None:
         x2, end = end_forward(x2, weights, adapter, context)
@@ -125,26 +132,42 @@ def block_forward(
 
 
 def mixing_half_forward(
-    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
+    x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, row: InARow | None = None
 ) -> tuple[Tensor, MixingKept]:
-    """x₁, (T, hidden) or its wanted rows, and what its backward needs."""
+    """x₁, (T, hidden) or its wanted rows, and what its backward needs; x₁ has its turn in the row, if one is given."""
     config, mixer = context.config, context.layer.mixer
-    n1, factor = enter_forward(x0, weights.attention_norm, config, context.scratch)
-    entering, h_input = group_forward(n1, weights.input, weights.input_bias, config.mixers[mixer].sizes, adapter.input)
-    output, own = MIXERS[mixer].forward(entering, weights, context)
+    turn = InARow() if row is None else row
+    n1, factor = enter_forward(x0, weights.attention_norm, config, context.scratch, turn)
+    sizes = config.mixers[mixer].sizes
+    entering, h_input = group_forward(n1, weights.input, weights.input_bias, sizes, adapter.input, row=turn)
+    if mixer == ATTENTION:
+        output, own = attention_output(entering, weights, context, turn)
+    else:
+        turn.make()
+        output, own = MIXERS[mixer].forward(entering, weights, context)
     stream, wanted = _rows(x0, context.rows), _rows(output, context.rows)
+    after = weights.after_attention_norm
     x1, h_output, projected = join_forward(
-        stream, wanted, weights.output, weights.output_bias, adapter.output, weights.after_attention_norm, config
+        stream, wanted, weights.output, weights.output_bias, adapter.output, after, config, turn
     )
+    if row is None:
+        turn.make()
     kept_output = None if mixer == ATTENTION and _comes_again(output, config) else output
     return x1, MixingKept(factor, entering, kept_output, own, h_input, h_output, projected)
 
 
-def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
-    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
+def attention_output(
+    qkv: Tensor, weights: BlockWeights, context: BlockContext, row: InARow | None = None
+) -> tuple[Tensor, AttentionKept]:
+    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both.
+
+    Calls in the row come to qkv, and are made.
+    """
     config = context.config
-    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
+    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context, row=row)
     place = context.scratch.take("attended", q.shape, q) if _comes_again(qkv, config) else None
+    if row is not None:
+        row.make()
     output, attended = attention_forward(q, k, v, *_setting(weights, context), out=place)
     kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
     return gated_output(qkv, output, config), kept
@@ -191,19 +214,23 @@ def prepare_qkv(
     weights: BlockWeights,
     context: BlockContext,
     kept_factors: tuple[Tensor, Tensor] | None = None,
+    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
 
     Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
 
-    Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
+    Without a q/k norm the rotation happens in place, in its turn if a row is given: qkv then holds what attention saw.
+    With one, qkv stays untouched, and what is in the row is made before.
     """
     config = context.config
     parts = _parts(qkv, config)
     if weights.q_norm is None or weights.k_norm is None:
         for turned, table in _turning(_by_head(qkv, config), context):
-            rotary_forward(turned, table, out=turned)
+            rotary_forward(turned, table, out=turned, row=row)
         return parts.q, parts.k, parts.v, None, None
+    if row is not None:
+        row.make()
     q, k, factors = normed(qkv, parts, weights, config, kept_factors)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
@@ -229,28 +256,31 @@ def mlp_half_forward(
     scratch: Scratch,
     *,
     keep_gate_up: bool = True,
+    row: InARow | None = None,
 ) -> tuple[Tensor, MLPKept | ExpertsKept]:
-    """x₂ from x₁, (T, hidden) both, and what its backward needs."""
+    """x₂ from x₁, (T, hidden) both, and what its backward needs; x₁ may have its turn in `row`, which is made."""
+    row = InARow() if row is None else row
     if weights.router is not None:
+        row.make()
         return experts_half_forward(x1, weights, adapter, config, scratch, keep_gate_up=keep_gate_up)
     ffn = config.intermediate_size
-    n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
-    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
+    n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch, row)
+    gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config, row)
     product = scratch.take("product", (x1.shape[0], ffn), x1)
-    gate, up = gate_up.split(ffn, dim=1)
-    p, _ = glu_forward(gate, up, config.activation, out=product)
+    p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=product, row=row)
     x2, h_down, projected = join_forward(
-        x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
+        x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config, row
     )
+    row.make()
     kept = MLPKept(factor, gate_up if keep_gate_up else None, h_gate_up if keep_gate_up else None, h_down, projected)
     return x2, kept
 
 
 def gate_up_forward(
-    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
+    n2: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, row: InARow | None = None
 ) -> tuple[Tensor, Tensor]:
-    """[a | u], (T, 2f), and the group's h, from the normed x₁."""
-    return group_forward(n2, weights.gate_up, weights.gate_up_bias, config.gate_up_sizes, adapter.gate_up)
+    """[a | u], (T, 2f), and the group's h, from the normed x₁; in its turn if a row is given."""
+    return group_forward(n2, weights.gate_up, weights.gate_up_bias, config.gate_up_sizes, adapter.gate_up, row=row)
 
 
 def block_backward(
@@ -266,7 +296,7 @@ def block_backward(
 
     Args:
         d_x2: ∂L/∂x₂, or of its wanted rows; it may be overwritten.
-        saved: from `block_forward`.
+        saved: from `block_forward`; the gradient of [a | u] takes their place.
         lora: whose gradient buffer receives.
         lowest_group: INPUT, OUTPUT, GATE_UP, DOWN or one behind them: the first of this block's groups that needs a
             gradient, when nothing below the block does: the pass stops there and returns None. -1 when something
@@ -311,32 +341,40 @@ def mlp_half_backward(
         gate_up, h_gate_up = gate_up_forward(n2, weights, adapter, config)
         del n2
 
-    gate, up = gate_up.split(ffn, dim=1)
-    glu_saved = GLUSaved(gate, up, config.activation)
+    row, d_h_inner = InARow(), None
     below = lowest_group < DOWN
     if adapter.down.extras is not None or not below:
         # p is wanted before there is a ∂L/∂p, or without one.
+        glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
         p, ready = glu_recompute(glu_saved)
         hidden = (config.hidden_size,)
         d_p = group_backward(d_down, p, weights.down, hidden, adapter.down, kept.h_down, lora, input_gradient=below)
         del p, d_down
         if d_p is None:
             return None
-        d_gate_up = torch.empty_like(gate_up)
-        glu_backward(d_p, glu_saved, ready=ready, out=d_gate_up)
-        del ready
+        glu_backward(d_p, glu_saved, ready=ready, out=gate_up)
+        del ready, glu_saved
     else:
-        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora)
+        d_p, d_h = group_backward_without_input(d_down, weights.down, adapter.down, kept.h_down, lora, row)
+        if d_down is not d_x2:
+            row.make()  # a tensor of its own: it is let go before there are others
         del d_down
-        d_gate_up = torch.empty_like(gate_up)
-        # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
-        glu_backward(d_p, glu_saved, out=d_gate_up, again=None if d_h is None else d_p)
-        if d_h is not None:
-            lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
+        if unit_takes_factors(adapter.gate_up, adapter.down):
+            adapters = adapter.gate_up, adapter.down
+            d_h_inner = unit_backward(d_p, d_h, gate_up, h_gate_up, config.activation, adapters, lora, row)
+        else:
+            row.make()
+            # p again, in ∂L/∂p's place: for the down projection's lora_A gradient alone.
+            glu_saved = GLUSaved(gate_up[:, :ffn], gate_up[:, ffn:], config.activation)
+            glu_backward(d_p, glu_saved, out=gate_up, again=None if d_h is None else d_p)
+            if d_h is not None:
+                lone_lora_A_gradient(d_p, d_h, adapter.down, lora)
+            del glu_saved
+        del d_h
     del d_p
 
     d_n2 = group_backward(
-        d_gate_up,
+        gate_up,  # by now its gradient, or in its turn
         entered(x1, weights.mlp_norm, kept.factor, config),
         weights.gate_up,
         config.gate_up_sizes,
@@ -344,11 +382,16 @@ def mlp_half_backward(
         h_gate_up,
         lora,
         input_gradient=lowest_group < GATE_UP,
+        d_h=d_h_inner,
+        row=None if d_h_inner is None else row,
     )
     if d_n2 is None:
+        row.make()
         return None
     name = config.norms.before_mlp
-    return enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2)
+    d_x1 = enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2, row)
+    row.make()
+    return d_x1
 
 
 def mixing_half_backward(
@@ -371,34 +414,47 @@ def mixing_half_backward(
         output = attention_forward(q, k, v, *_setting(weights, context))[0].flatten(1)
     d_output: Tensor | None
     d_h: Tensor | None = None
+    row = InARow()
     if output is None:
-        d_output, d_h = group_backward_without_input(d_projected, weights.output, adapter.output, kept.h_output, lora)
+        d_output, d_h = group_backward_without_input(
+            d_projected, weights.output, adapter.output, kept.h_output, lora, row
+        )
     else:
         of_output = weights.output, (config.hidden_size,), adapter.output, kept.h_output, lora
         d_output = group_backward(d_projected, _rows(output, rows), *of_output, input_gradient=below)
     if d_output is None:
         return None
+    if rows is not None or d_projected is not d_x1:
+        row.make()  # as in the MLP's half
+    del d_projected
     if rows is not None:
         d_output = d_output.new_zeros(x0.shape[0], d_output.shape[1]).index_copy_(0, rows, d_output)
 
     if output is None:
         again = None if d_h is None else context.scratch.take("attended", d_output.shape, d_output)
-        d_input = attention_input_gradient(d_output, kept, weights, context, adapter, again)
+        d_input = attention_input_gradient(d_output, kept, weights, context, adapter, again, row)
         if again is not None and d_h is not None:
-            lone_lora_A_gradient(_rows(again, rows), d_h, adapter.output, lora)
+            if rows is not None:
+                row.make()
+            lone_lora_A_gradient(_rows(again, rows), d_h, adapter.output, lora, row)
+        del again
     else:
         d_input = MIXERS[mixer].backward(d_output, kept, weights, context, adapter)
-    del d_projected
+    del d_output, d_h
     n1 = entered(x0, weights.attention_norm, kept.factor, config)
     sizes = config.mixers[mixer].sizes
+    below = lowest_group < INPUT
     d_n1 = group_backward(
-        d_input, n1, weights.input, sizes, adapter.input, kept.h_input, lora, input_gradient=lowest_group < INPUT
+        d_input, n1, weights.input, sizes, adapter.input, kept.h_input, lora, input_gradient=below, row=row
     )
     if d_n1 is None:
+        row.make()
         return None
+    del d_input
     name = config.norms.before_attention
     around = d_x1 if rows is None else None
-    d_x0 = enter_backward(d_n1, x0, weights.attention_norm, kept.factor, adapter, name, config, around)
+    d_x0 = enter_backward(d_n1, x0, weights.attention_norm, kept.factor, adapter, name, config, around, row)
+    row.make()
     return d_x0 if rows is None else d_x0.index_add_(0, rows, d_x1)
 
 
@@ -418,11 +474,16 @@ def attention_input_gradient(
     context: BlockContext,
     adapter: BlockAdapter,
     again: Tensor | None = None,
+    row: InARow | None = None,
 ) -> Tensor:
     """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm.
 
-    `again`, (T, q), receives o where it is not kept.
+    `again`, (T, q), receives o where it is not kept. Where a row is given, this has its turn in it; with gates or q/k
+    norms what is there is made at once.
     """
+    if row is not None and (kept.own.attended is not None or kept.own.q_factor is not None):
+        row.make()
+        row = None
     config, own = context.config, kept.own
     d_qkv = torch.empty_like(kept.input)
     d_attended, attended = _by_head(d_output, config), own.attended
@@ -435,9 +496,10 @@ def attention_input_gradient(
     q, k, v = _attending_again(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
     turning = _turning(d_by_head, context)
-    attention_backward(d_attended, saved, out=d_by_head, again=None if again is None else _by_head(again, config))
+    given = None if again is None else _by_head(again, config)
+    now_or_in(row, partial(attention_backward, d_attended, saved, out=d_by_head, again=given))
     for turned, table in turning:
-        rotary_backward(turned, table, out=turned)
+        rotary_backward(turned, table, out=turned, row=row)
     if own.q_factor is not None and own.k_factor is not None:
         both = _parts(kept.input, config), _parts(d_qkv, config)
         apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)

@@ -169,8 +169,9 @@ def decoder_size(
         "mlp": [half + beside_halves["mlp"] for half in halves],
         "block": [d * b] * above,
     }
+    # While the rule is at work there is no gradient yet of what enters the layer.
     delta = [
-        here + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
+        here - d * b + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
         for here, layer in zip(_looped_block(*at_work)[1], config.layers, strict=True)
     ]
     # What is computed again beside the rule is of its own layer, not of the largest.
@@ -192,8 +193,7 @@ def decoder_size(
         delta_heads=_delta_heads(config) if any(delta[lowest:]) else None,
         again_bytes={
             "none": 0,
-            # What gate and up are made of stays until their own gradients are there.
-            "mlp": (max(gate_ups, default=0) + (d if looped and gate_ups else 0)) * b,
+            "mlp": max(gate_ups, default=0) * b,
             "block": again + (scratch * b if above else 0),
         },
         run_token_bytes=0 if looped else (2 * q + 2 * k) * b + 2 * k * FLOAT32_BYTES,
@@ -359,11 +359,12 @@ def _looped_block(
 ) -> tuple[int, list[int]]:
     """Bytes per token that are alive under compiled loops, besides what is kept: in MLPs, and in each layer's mixing.
 
-    In the MLP's half d_p, in whose place p is later, d_gate_up and the stream's gradients are; of experts the rows that
-    enter and their gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, d_n₁, in whose place the
-    norm's gradient is later, d_o and d_qkv, with another mixer the gradients of its output and its input. n₁ is there
-    where more than factors is trained, unless the stream enters the halves as it is. In both is attention's output
-    where it is made again, in a buffer that stays for the block below.
+    In the MLP's half d_p, in whose place p is later, and the stream's gradients are, and p beside d_p where more than
+    factors is trained: d_gate_up takes the place of what is kept. Of experts the rows that enter are and their
+    gradient, or those that leave and p, p̂ and theirs; in attention's d_x₁, d_n₁, in whose place the norm's gradient is
+    later, d_o and d_qkv, with another mixer the gradients of its output and its input. n₁ is there where more than
+    factors is trained, unless the stream enters the halves as it is. In both is attention's output where it is made
+    again, in a buffer that stays for the block below.
     """
     d, f = config.hidden_size, max(config.at(layer).intermediate_size for layer in config.layers)
     masked = max(f, d) * (b + 2) if dropout else 0
@@ -374,8 +375,8 @@ def _looped_block(
     # While there are sums of a group, nothing is written yet of the gradient of what enters it; those of the output are
     # there before anything else.
     mixing = [max(here, here - d * b + sums[INPUT], (2 * d + output) * b + sums[OUTPUT]) for here in mixing]
-    factors = (2 * d + 2 * f) * b + max(sums[GATE_UP], sums[DOWN])
-    mlp = max(3 * f * b, (2 * d + 2 * f) * b, (d + _experts_at_work(config, 3)) * b, factors)
+    factors = (2 * d + (2 if more else 1) * f) * b + max(sums[GATE_UP], sums[DOWN])
+    mlp = max((d + _experts_at_work(config, 3)) * b, factors)
     return output * b + mlp + masked, mixing
 
 
