@@ -169,9 +169,8 @@ def decoder_size(
         "mlp": [half + beside_halves["mlp"] for half in halves],
         "block": [d * b] * above,
     }
-    # While the rule is at work there is no gradient yet of what enters the layer.
     delta = [
-        here - d * b + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
+        here + _delta_rule(config, b) if layer.mixer == GATED_DELTA else 0
         for here, layer in zip(_looped_block(*at_work)[1], config.layers, strict=True)
     ]
     # What is computed again beside the rule is of its own layer, not of the largest.
@@ -214,7 +213,10 @@ def decoder_size(
         expert_choices=config.mixture.experts * sum(layer.experts for layer in config.layers) if config.mixture else 0,
         expert_share=min(1.0, 2 * chosen / config.mixture.experts) if config.mixture else 1.0,
         last_attending_bytes=mixing[-1] if above else 0,
-        last_unread_bytes=unread + gate_up,
+        # And p, in whose buffer only the rows that are wanted stand where nothing has been computed again before.
+        last_unread_bytes=unread
+        + gate_up
+        + (0 if config.layers[-1].experts else gate_ups[-1] // 2 * b if above else 0),
         head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d, _FLOATING[b]),
         more_kernels=more_kernels(config, layout, _FLOATING[b]),
     )
