@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,12 +60,14 @@ class Computed:
 
     Attributes:
         rows: the rows of each set in the order in which they were computed, by the number of rows of the set.
+        passes: how many of these passes there were, likewise.
         compared: batches that were put together and computed as well.
         lower: batches whose lower blocks were computed, by steps (True) and by anything else.
     """
 
     def __init__(self) -> None:
         self.rows: dict[int, list[int]] = {}
+        self.passes: Counter[int] = Counter()
         self.compared = 0
         self.lower = {True: 0, False: 0}
 
@@ -78,6 +81,7 @@ def watched() -> Iterator[Computed]:
 
     def watched_compute(self: KeptStates, rows: list[int], batch: PackedBatch) -> Tensor:
         computed.rows.setdefault(len(self._packer.lengths), []).extend(rows)
+        computed.passes[len(self._packer.lengths)] += 1
         return compute(self, rows, batch)
 
     def watched_compared(self: KeptStates, *arguments: Any, **named: Any) -> Tensor:

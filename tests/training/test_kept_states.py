@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
+from backhand.kernels.library import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.ops import frozen_matrix
@@ -136,6 +137,63 @@ def test_each_row_goes_through_the_lower_layers_once(four: TinyRun, tmp_path: Pa
     assert kept.lower[False] - beside == 6 + held_out + kept.compared
 
 
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Six layers: with five of them adapted, a pass through the first one takes two micro-batches' tokens."""
+    if library() is None:
+        pytest.skip("the compiled library is not built, and without it nothing is kept")
+    directory = tmp_path_factory.mktemp("six")
+    run = TinyRun(directory)
+    run.model = save_tiny(tiny_model("llama-tied", num_hidden_layers=6), directory / "six")
+    return run
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_the_next_batches_go_along(dtype: str, alike: bool, six: TinyRun, tmp_path: Path) -> None:
+    """In fewer passes than there are micro-batches each row still goes through once, and to the same bits."""
+    options: dict[str, Any] = {"dtype": dtype, "layers": "last:5", "eval_every": 2}
+    if alike:
+        options["data"] = (str(begin_alike(six.rows, tmp_path / "rows.jsonl")),)
+    train(config_of(six, tmp_path / "off", cache_frozen="off", **options))
+    for where in ("memory", "disk"):
+        with watched() as kept:
+            train(config_of(six, tmp_path / where, cache_frozen=where, **options))
+        assert final_bits(tmp_path / where) == final_bits(tmp_path / "off")
+        assert {count: sorted(rows) for count, rows in kept.rows.items()} == {11: list(range(11)), 4: list(range(4))}
+        assert kept.passes[11] < 6 == kept.passes[4] + 4, "six micro-batches an epoch, two of held-out rows"
+        assert [proof["passed"] for proof in proofs(tmp_path / where)] == [True, True]
+
+
+def test_a_run_that_stops_behind_such_a_pass_goes_on(six: TinyRun, tmp_path: Path) -> None:
+    """Rows that were taken along before the stop are found on the disk, the others computed."""
+    options = {"layers": "last:5", "save_every": 1}
+    train(config_of(six, tmp_path / "straight", cache_frozen="off", **options))
+    with watched() as before:
+        half = stopped(config_of(six, tmp_path / "half", cache_frozen="disk", **options), 1)
+    bits, _, after = resumed(half)
+    assert bits == final_bits(tmp_path / "straight")
+    assert len(before.rows[11]) > 4, "more than those of the first step"
+    assert sorted(before.rows[11] + after.rows[11]) == list(range(11))
+
+
+def test_two_processes_take_rows_of_their_own_along(six: TinyRun, tmp_path: Path) -> None:
+    options = {"layers": "last:5", "micro_batch_rows": 1, "recompute": "none"}
+    train(config_of(six, tmp_path / "alone", cache_frozen="off", **options))
+    config = config_of(six, tmp_path / "two", cache_frozen="memory", **options)
+    ranks = start_ranks([config] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (tmp_path / "two" / adapter).read_bytes() == (tmp_path / "alone" / adapter).read_bytes()
+
+
+def test_nothing_goes_along_where_activations_are_computed_again(six: TinyRun, tmp_path: Path) -> None:
+    """A step holds little then, and a pass of more tokens would hold more than it."""
+    with watched() as kept:
+        train(config_of(six, tmp_path / "run", cache_frozen="memory", layers="last:5", recompute="block"))
+    assert kept.passes[11] == 6
+
+
 def test_one_epoch_keeps_the_held_out_rows_alone(four: TinyRun, tmp_path: Path) -> None:
     with watched() as kept:
         train(config_of(four, tmp_path / "one", epochs=1, eval_every=1))
@@ -201,9 +259,11 @@ class Lower:
 
     def __init__(self, sizes: Collection[int] = (), from_call: int = 99, *, known: bool = True) -> None:
         self.sizes, self.from_call, self.known, self.calls = sizes, from_call, known, 0
+        self.seen: list[PackedBatch] = []
 
     def entering(self, batch: PackedBatch, layer: int) -> Tensor:
         self.calls += 1
+        self.seen.append(batch)
         size = batch.input_ids.shape[0]
         added = layer * 1e-3 if size in self.sizes or self.calls >= self.from_call else 0.0
         return batch.input_ids[:, None].float().expand(-1, 3) + added
@@ -215,7 +275,7 @@ class Lower:
         return not self.known or tokens not in self.sizes
 
 
-def kept_of(lower: Lower) -> tuple[KeptStates, list[Proof], list[str]]:
+def kept_of(lower: Lower, at_once: int = 0) -> tuple[KeptStates, list[Proof], list[str]]:
     random = np.random.default_rng(0)
     examples = []
     for length in (20, 30, 40, 50):
@@ -226,7 +286,8 @@ def kept_of(lower: Lower) -> tuple[KeptStates, list[Proof], list[str]]:
     store = StatesInMemory([*packer.lengths, packer.common], 3, torch.float32)
     logged: list[Proof] = []
     noted: list[str] = []
-    return KeptStates(lower, 2, packer, store, log=logged.append, noted=noted.append), logged, noted
+    kept = KeptStates(lower, 2, packer, store, at_once=at_once, log=logged.append, noted=noted.append)
+    return kept, logged, noted
 
 
 def test_sizes_whose_products_differ_are_computed_as_ever() -> None:
@@ -250,6 +311,48 @@ def test_a_row_that_is_missing_is_not_computed_in_such_a_size() -> None:
     assert kept.packed([0, 1]).entering is None, "row 1 alone has 29 tokens"
     assert lower.calls == 1
     assert kept.packed([1, 3]).entering is not None
+
+
+def states_of(batch: PackedBatch) -> Tensor:
+    """Those that the batch was given, which are its ids here."""
+    assert batch.entering is not None
+    assert torch.equal(batch.entering.states, batch.input_ids[:, None].float().expand(-1, 3))
+    return batch.entering.states
+
+
+def test_as_many_rows_go_along_as_there_is_room_for() -> None:
+    """Rows of 19, 29, 39 and 49 tokens."""
+    lower = Lower()
+    kept, _, _ = kept_of(lower, at_once=19 + 29 + 39)
+    states_of(kept.packed([0], iter([[1], [2], [3]])))
+    assert lower.calls == 1 + 1, "the first that is put together is computed as well"
+    states_of(kept.packed([1, 2], iter([[3]])))
+    assert lower.calls == 2
+    states_of(kept.packed([2, 3], iter([])))
+    assert lower.calls == 3, "row 3 had no place"
+
+
+def test_only_what_is_missing_goes_along() -> None:
+    lower = Lower()
+    kept, _, _ = kept_of(lower, at_once=1000)
+    states_of(kept.packed([0, 1]))
+    states_of(kept.packed([1, 2], [[0, 3]]))
+    assert lower.seen[1].document_lengths[:2] == (39, 49), "rows 2 and 3"
+
+    def asked() -> Iterator[list[int]]:
+        pytest.fail("nothing is missing")
+        yield []
+
+    states_of(kept.packed([0, 3], asked()))
+
+
+def test_rows_do_not_go_along_in_a_size_whose_products_differ() -> None:
+    """All four rows have 136 tokens, filled up to 144."""
+    lower = Lower(sizes=[144])
+    kept, _, noted = kept_of(lower, at_once=1000)
+    states_of(kept.packed([0, 1], [[2, 3]]))
+    states_of(kept.packed([2, 3]))
+    assert lower.calls == 2 and not noted
 
 
 def test_states_that_are_others_in_the_first_batch_are_not_used() -> None:

@@ -124,7 +124,7 @@ def dense_product(
     lying: Tensor | None = None
     right: tuple[Any, ...]
     if isinstance(weight, Blocks):
-        parts = weight.stored.table() if weight.stored.dtype == x.dtype else None
+        parts = weight.stored.table if weight.stored.dtype == x.dtype else None
         if parts is None or len(parts) > MOST_PARTS * NUMBERS_OF_PART:
             return None
         count = len(parts) // NUMBERS_OF_PART

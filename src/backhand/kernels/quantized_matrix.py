@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -154,8 +155,9 @@ class QuantizedMatrix:
         out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
         return self.rows_into(0, self.shape[0], out)
 
+    @cached_property
     def table(self) -> list[int] | None:
-        """What a loop has to know that unpacks the blocks itself, for as long as the matrix is there.
+        """What a loop has to know that unpacks the blocks itself, for as long as the matrix is there; made once.
 
         Returns:
             of each part ggml's type, address, bytes of a row, stored rows, address of the order or 0, and rows; None

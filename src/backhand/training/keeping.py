@@ -73,7 +73,8 @@ def keeping(
             if packer is None:
                 sets.append(None)
                 continue
-            sets.append(KeptStates(lower, layer, packer, store, first=first, log=log, noted=noted))
+            at_once = tokens_at_once(job, tokens)
+            sets.append(KeptStates(lower, layer, packer, store, first=first, at_once=at_once, log=log, noted=noted))
             first += len(_lengths(packer))
         kept.train, kept.held_out = sets
     try:
@@ -101,6 +102,24 @@ def usual_tokens(job: Job) -> int:
 
 
 _STEPS_LOOKED_AT = 64
+
+
+def tokens_at_once(job: Job, usual: int) -> int:
+    """Tokens that may go through the lower layers at once, in no more memory than a step takes; 0 for its own alone.
+
+    A block at work holds less than two blocks keep of as many tokens for their backward pass, and the layers below
+    keep nothing; where kept activations are few, since they are computed again, nothing is taken along.
+
+    Args:
+        job: with its model.
+        usual: positions of the usual micro-batch.
+    """
+    times = (job.engine.layers - job.states.below.layer) // 2
+    return min(_AT_ONCE, times * usual) if job.memory.recompute == "none" and times > 1 else 0
+
+
+_AT_ONCE = 2048
+"""Where reading, unpacking and packing the weights has become a small part of a pass."""
 
 
 def _packers(job: Job) -> tuple[RowPacker | None, RowPacker | None]:

@@ -18,13 +18,17 @@ compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
 zeros stand for them.
+
+Since rows need not be computed in the batch that they are trained in, a pass through the layers below takes rows of the
+batches that come next along, up to `at_once` tokens: each weight is read, unpacked and packed once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -167,6 +171,7 @@ class KeptStates:
         packer: of the rows.
         store: where they are kept.
         first: the store's number of the set's first row; behind its rows comes what all of them begin with.
+        at_once: tokens that a pass through the lower blocks may have where its own batch has fewer.
         log: told that what is kept was found to be what is computed.
         noted: told in a sentence where it is not.
     """
@@ -179,6 +184,7 @@ class KeptStates:
         store: StateStore,
         *,
         first: int = 0,
+        at_once: int = 0,
         log: ProofLog,
         noted: Callable[[str], None],
     ) -> None:
@@ -187,14 +193,20 @@ class KeptStates:
         self._packer = packer
         self._store: StateStore | None = store
         self._first = first
+        self._at_once = at_once
         self._beginning = packer.common
         self._log = log
         self._noted = noted
         self._put_together, self._next_look = 0, 1
         self._agreeing: dict[int, bool] = {}
+        self._told = False
 
-    def packed(self, rows: Sequence[int]) -> PackedBatch:
+    def packed(self, rows: Sequence[int], coming: Iterable[Sequence[int]] = ()) -> PackedBatch:
         """These rows as `RowPacker.packed` packs them, with the hidden states that enter layer c.
+
+        Args:
+            rows: of the batch.
+            coming: the rows of the batches behind it, asked for no further than they are computed along with it.
 
         Raises:
             CheckError: what was kept is not what is computed now, and batches of the run have used it.
@@ -205,15 +217,19 @@ class KeptStates:
         rows = self._packer.in_order(rows)
         kept = {row: self._store.get(self._first + row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
-        beginning = self._store.get(self._first + len(self._packer.lengths)) if self._beginning else None
-        if len(missing) == len(rows) or (self._beginning and beginning is None):
-            return replace(batch, entering=Entering(self._layer, self._compute(rows, batch)))
+        beginning = self._kept_beginning()
+        if self._beginning and beginning is None:
+            missing = rows
         if missing:
-            part = self._packer.packed(missing, "cpu")
-            if not self._agrees(part):
+            part = self._with_coming(missing, coming)
+            if part is None and len(missing) == len(rows):
+                return replace(batch, entering=Entering(self._layer, self._compute(rows, batch)))
+            wanted, together = part or (missing, self._packer.packed(missing, "cpu"))
+            if part is None and not self._agrees(together):
                 return batch
-            self._compute(missing, part)
+            self._compute(wanted, together)
             kept |= {row: self._store.get(self._first + row) for row in missing}
+            beginning = self._kept_beginning()
         states = self._joined(batch, rows, kept, beginning)
         if states is None:
             return batch  # meanwhile nothing is kept any more
@@ -223,16 +239,46 @@ class KeptStates:
             states = self._compared(batch, states, self._packer.positions(rows))
         return replace(batch, entering=Entering(self._layer, states))
 
+    def _kept_beginning(self) -> Tensor | None:
+        """What all rows begin with, if they do and it is there."""
+        assert self._store is not None
+        return self._store.get(self._first + len(self._packer.lengths)) if self._beginning else None
+
+    def _with_coming(
+        self, missing: Sequence[int], coming: Iterable[Sequence[int]]
+    ) -> tuple[list[int], PackedBatch] | None:
+        """These rows and as many of those that come next as one pass takes, in order, and packed; None for no more."""
+        store, wanted = self._store, list(missing)
+        assert store is not None
+        room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
+        for row in chain.from_iterable(coming) if room > 0 else ():
+            own = self._packer.lengths[row] - self._beginning
+            if own > 0 and store.get(self._first + row) is None:
+                room -= own
+                if room < 0:
+                    break
+                wanted.append(row)
+        if len(wanted) == len(missing):
+            return None
+        together = self._packer.packed(wanted, "cpu")
+        return (self._packer.in_order(wanted), together) if self._keeps(together) else None
+
     def _agrees(self, batch: PackedBatch) -> bool:
         """Whether products of the batch's size give a row the bits that it has in other batches."""
+        agrees = self._keeps(batch)
+        if not agrees and not self._told:
+            self._told = True
+            self._noted(
+                f"products of {batch.input_ids.shape[0]} rows end in other bits than those of others on this machine: "
+                f"batches of such sizes go through the layers below {self._layer} in each epoch"
+            )
+        return agrees
+
+    def _keeps(self, batch: PackedBatch) -> bool:
+        """The same, without telling anybody."""
         size = batch.input_ids.shape[0]
         if size not in self._agreeing:
             self._agreeing[size] = self._model.keeps_rows(size)
-            if not self._agreeing[size] and all(self._agreeing[other] for other in self._agreeing if other != size):
-                self._noted(
-                    f"products of {size} rows end in other bits than those of others on this machine: batches of such "
-                    f"sizes go through the layers below {self._layer} in each epoch"
-                )
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,16 +152,30 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _work(self, rows: Sequence[int]) -> StepWork:
-        groups = micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
+        groups = self._groups(rows)
         return StepWork(
-            lambda number: self._packed(groups[number]),
+            lambda number: self._packed(groups, number),
             [self.packer.positions(group) for group in groups],
             self.packer.supervised_tokens(rows),
             self._dropout_seeds(len(groups)),
         )
 
-    def _packed(self, rows: Sequence[int]) -> PackedBatch:
-        return self.packer.packed(rows, self.model.device) if self.kept is None else self.kept.packed(rows)
+    def _groups(self, rows: Sequence[int]) -> list[list[int]]:
+        return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
+
+    def _packed(self, groups: Sequence[Sequence[int]], number: int) -> PackedBatch:
+        if self.kept is None:
+            return self.packer.packed(groups[number], self.model.device)
+        return self.kept.packed(groups[number], self._coming(groups, number))
+
+    def _coming(self, groups: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
+        """The micro-batches of this process behind this one, to the end of the epoch."""
+        step, per_epoch = self.state.progress.step, self.sampler.steps_per_epoch
+        for later in range(step, min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)):
+            if later > step:
+                groups, number = self._groups(self.sampler.rows_of(later)), -1
+            shares = self.processes.shared_out([self.packer.positions(group) for group in groups])
+            yield from (groups[own] for own in shares[self.processes.rank] if own > number)
 
     def _dropout_seeds(self, count: int) -> list[int | None]:
         if not self._drops:
