@@ -35,7 +35,8 @@ FILES = sorted(path for path in build.SOURCES.iterdir() if path.suffix in (".cpp
 SOURCES = [path.read_text(encoding="utf-8") for path in FILES]
 ALL_MUTANTS = {name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)}
 OF_A_STEP = sorted(name for name in ALL_MUTANTS if name.startswith("decode step:"))
-MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP))
+OF_CORNERS = sorted(name for name in ALL_MUTANTS if "corner" in name)
+MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP, OF_CORNERS))
 # What no op computes: heads that share keys and an adapter; caps, windows and norms behind; a multiplied sum; queries
 # that grow with their position.
 STEPPED = ("llama", "gemma2", "granite", "ministral3")
@@ -45,18 +46,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def spoilable(tmp_path_factory):
-    """A build for this machine in which a wrong version can be put in force."""
-    target = tmp_path_factory.mktemp("mutants") / "mutants.so"
+def compiled(target, sources, *defined):
+    """A build for this machine in which a wrong version can be put in force, and how to."""
     name = usable()[-1]
     flags = [*build.FLAGS, *build.INSTRUCTION_SETS[build.machine()][name], "-O1", f'-DBACKHAND_ISA="{name}"']
-    sources = map(str, sorted(build.SOURCES.glob("*.cpp")))
-    command = [build.find_compiler(), *flags, "-DBACKHAND_MUTANTS", "-shared", *sources, "-o", str(target)]
+    defines = [f"-D{name}" for name in ("BACKHAND_MUTANTS", *defined)]
+    command = [build.find_compiler(), *flags, *defines, "-shared", *map(str, sources), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True)
     library = Library(target)
     choose = library.function("backhand_set_mutant", (POINTER,))
     return library, lambda mutant: choose(mutant.encode())
+
+
+@pytest.fixture(scope="module")
+def spoilable(tmp_path_factory):
+    """All loops."""
+    return compiled(tmp_path_factory.mktemp("mutants") / "mutants.so", sorted(build.SOURCES.glob("*.cpp")))
+
+
+@pytest.fixture(scope="module")
+def spoilable_corners(tmp_path_factory):
+    """Attention that leaves out corners in float64 as it does where AMX's tiles multiply bfloat16."""
+    sources = [build.SOURCES / f"{name}.cpp" for name in ("attention", "library", "mutants")]
+    return compiled(tmp_path_factory.mktemp("corners") / "corners.so", sources, "BACKHAND_CORNERS")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +126,26 @@ def test_a_wrong_loop_is_noticed(spoilable, truths, mutant, monkeypatch):
     finally:
         choose("")
     assert error > 1e-7, "far above what rounding could explain"
+
+
+def test_attention_with_corners_is_right(spoilable_corners, truths):
+    library, choose = spoilable_corners
+    choose("")
+    assert len(OF_CORNERS) > 2
+    with using(library), proving_loops():
+        assert largest_error(*truths["attention"]) < FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("mutant", OF_CORNERS)
+def test_a_wrong_corner_is_noticed(spoilable_corners, truths, mutant):
+    library, choose = spoilable_corners
+    choose(mutant)
+    try:
+        with using(library), proving_loops():
+            error = largest_error(*truths["attention"], enough=1e-7)
+    finally:
+        choose("")
+    assert error > 1e-7
 
 
 @pytest.fixture(scope="module")

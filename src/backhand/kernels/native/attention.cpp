@@ -58,13 +58,13 @@ struct Forward {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
         const int64_t span = range.high - range.low, diagonal = first - range.low;
-        const int64_t rows_of_block = by_tiles<Op> ? rounded_up(count, SIDE) : count;
+        const int64_t rows_of_block = by_corners<Op> ? rounded_up(count, SIDE) : count;
         pack_rows<Op>(q, head, doc, first, count, rows_of_block, shape.head_dim, width, queries);
         scores_by_queries<Op>(rows_of_block, span, units, reinterpret_cast<const U*>(queries), keys + range.low, apart,
                               scores, n, diagonal);
         for (int64_t i = 0; i < count; ++i)
           inverse[i] = softmax_row(scores + i * n, p + i * n, first + i, range.low,
-                                   keys_read<Op>(rows_of_block, span, diagonal, by_tiles<Op> ? count : i), head);
+                                   keys_read<Op>(rows_of_block, span, diagonal, by_corners<Op> ? count : i), head);
         for (int64_t i = count; i < rows_of_block; ++i) std::fill(p + i * n, p + i * n + span, E(0));
         sum_over_keys<Op>(rows_of_block, width, span, Rows<U>{reinterpret_cast<const U*>(p), n / Op::PACK},
                           values + range.low / Op::PACK * width, width, sums, width, diagonal);

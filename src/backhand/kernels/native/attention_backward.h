@@ -36,8 +36,9 @@ struct Backward {
     E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
     C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
     C* sums = arena.take<C>(width * block);
-    // Where they are stored alike, P takes the place of the scores, and ∂L/∂S that of ∂L/∂P.
-    E* p = Op::PACK == 1 ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
+    // Where they are stored alike, P takes the place of the scores, unless a result is turned there, and ∂L/∂S that of
+    // ∂L/∂P.
+    E* p = Op::PACK == 1 && !by_corners<Op> ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
     E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(n * block);
     const auto spare = [&](int64_t count) { return Op::PACK == 1 ? nullptr : arena.take<U>(count); };
     U *k_spare = spare(n / Op::PACK * width), *v_spare = spare(n / Op::PACK * width);
@@ -49,7 +50,7 @@ struct Backward {
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
     const U* k_places = by_places<Op>(k_rows, width, n, k_spare);
     const U* v_places = again.data == nullptr ? nullptr : by_places<Op>(v_rows, width, n, v_spare);
-    if constexpr (by_tiles<Op>) {
+    if constexpr (by_corners<Op>) {
       U* turned = arena.take<U>(width * (n / Op::PACK));
       transpose(k_places, width, n / Op::PACK, width, turned, n / Op::PACK);
       k_places = turned;
@@ -64,8 +65,8 @@ struct Backward {
         const int64_t count = std::min(block, doc.length - begin), first = doc.before + begin;
         const Range range = seen(shape, first, count);
         const int64_t diagonal = first - range.low;
-        const int64_t span = by_tiles<Op> ? range.high - range.low : rounded_up(diagonal + count, Op::PACK);
-        const int64_t queries = by_tiles<Op> ? block : rounded_up(count, SIDE);
+        const int64_t span = by_corners<Op> ? range.high - range.low : rounded_up(diagonal + count, Op::PACK);
+        const int64_t queries = by_corners<Op> ? block : rounded_up(count, SIDE);
         pack_rows<Op>(q, head, doc, first, count, queries, shape.head_dim, width, q_rows);
         pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
         transpose(reinterpret_cast<const U*>(q_rows), units, queries, units, q_turned, block);
@@ -94,7 +95,7 @@ struct Backward {
         const auto write_product = [&](const E* of_keys, const U* values, const Heads<T>& to) {
           const U* shares = by_places<Op>(of_keys, block, span, right);
           C* rows = sums;
-          if constexpr (by_tiles<Op>) {
+          if constexpr (by_corners<Op>) {
             turned_sum_over_keys<Op>(queries, width, span, values + range.low / Op::PACK, n / Op::PACK, shares, block,
                                      sums, block, diagonal);
             rows = scores;

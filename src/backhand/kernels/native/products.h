@@ -12,7 +12,7 @@
 
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(BACKHAND_CORNERS)
 constexpr int64_t SIDE = 32;
 #else
 constexpr int64_t SIDE = 16;
