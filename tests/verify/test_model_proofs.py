@@ -14,7 +14,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.nn.decoder import adapted_group
+from backhand.nn.decoder import adapted_group, half_ends
 from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
@@ -177,9 +177,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
 
 def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
-    right = adapted_group.rms_norm_backward
+    right = half_ends.rms_norm_backward
     monkeypatch.setattr(
-        adapted_group,
+        half_ends,
         "rms_norm_backward",
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )

@@ -4,8 +4,8 @@ The groups of a block are its mixer's input (with attention q, k and v) and outp
 (`nn.decoder.family`); the head is one of its own. A lone projection is one product with its residual in it, projections
 that share an input are one stacked product, both by `ops.lora_linear`.
 
-Gradients of what is trained are not returned but added to the flat buffer, here and in `norm_backward`: that is how
-micro-batches add up. Rows are positions in the packed batch, h is x Aᵀ of the adapted members side by side.
+Gradients of what is trained are not returned but added to the flat buffer, here and in `half_ends.norm_backward`: that
+is how micro-batches add up. Rows are positions in the packed batch, h is x Aᵀ of the adapted members side by side.
 
 Most adapters are nothing but factors of linear modules; a group of these has no `extras`, and costs nothing more. What
 else PEFT can train (DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of the groups that have
@@ -15,13 +15,11 @@ it, computed in `group_extras`, and in the block's `norms`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from backhand.kernels.library import InARow, now_or_in
-from backhand.nn.batch import Scratch
+from backhand.kernels.library import InARow
 from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.family import (
     EXPERT_GROUPS,
@@ -35,7 +33,6 @@ from backhand.nn.decoder.family import (
     PER_LAYER_MODEL,
     PER_LAYER_NORM,
     SHORT_CONV_GROUPS,
-    DecoderConfig,
 )
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
@@ -57,7 +54,7 @@ from backhand.ops.lora_linear import (
     lora_linear_group_forward,
     product_in_turn,
 )
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, BEFORE_BLOCKS = range(7)
 EMBEDDING = "model.embed_tokens"
@@ -274,139 +271,6 @@ def lone_lora_A_gradient(
         row: where this is to be done in its turn, or None to do it now; with dropout what is there is made at once.
     """
     add_lora_A_gradient(x, d_h, lora.d_lora_A(adapter.names[0]), adapter.dropout, row)
-
-
-def norm_backward(
-    d_y: Tensor,
-    saved: RMSNormSaved,
-    adapter: BlockAdapter,
-    name: str,
-    around: Tensor | None = None,
-    out: Tensor | None = None,
-    row: InARow | None = None,
-) -> Tensor:
-    """d_x of a norm, of d_y's shape; where the norm is trained, its weight's gradient is added to the flat buffer.
-
-    Args:
-        d_y: ∂L/∂y.
-        saved: of the norm's forward.
-        adapter: of the block.
-        name: the end of the norm's name.
-        around: of d_y's shape, added to d_x: the gradient of the stream that goes around what the norm begins.
-        out: to receive d_x, perhaps d_y itself, or None.
-        row: where this is to be done in its turn, or None to do it now.
-    """
-    receiver = adapter.norms.get(name)
-    grads = rms_norm_backward(d_y, saved, weight_gradient=receiver is not None, residual=around, out=out, row=row)
-    if receiver is not None and grads.d_weight is not None:
-        receiver.add_(grads.d_weight)
-    return grads.d_x
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How either half of a block begins and ends: a norm before its first group, a sum behind its last one.
-
-
-def enter_forward(
-    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch, row: InARow | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The beginning of either half: x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm.
-
-    Now, or in its turn where a row is given.
-    """
-    if weight is None:
-        return x, None
-    out = scratch.take("normed", x.shape, x)
-    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out, row=row)
-    return n, norm.factor
-
-
-def enter_again(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor:
-    """What `enter_forward` gave, from the factor that it returned."""
-    return x if weight is None or factor is None else rms_norm_apply(x, weight, factor, config.norm_offset)
-
-
-def entered(x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig) -> Tensor | RMSNormSaved:
-    """What `enter_forward` gave, for a group's backward, which takes the norm as it is."""
-    return x if weight is None or factor is None else RMSNormSaved(x, weight, factor, config.norm_offset)
-
-
-def enter_backward(
-    d_n: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    factor: Tensor | None,
-    adapter: BlockAdapter,
-    name: str | None,
-    config: DecoderConfig,
-    around: Tensor | None,
-    row: InARow | None = None,
-) -> Tensor:
-    """∂L/∂x, (T, hidden), in d_n's place, now or in its turn; `name` is that of the norm, if there is one.
-
-    Through the half, plus the gradient of the stream that goes `around` it; None for through the half alone.
-    """
-    if weight is None or factor is None or name is None:
-        if around is not None:
-            now_or_in(row, partial(d_n.add_, around))
-        return d_n
-    saved = RMSNormSaved(x, weight, factor, config.norm_offset)
-    return norm_backward(d_n, saved, adapter, name, around, out=d_n, row=row)
-
-
-def join_forward(
-    stream: Tensor,
-    x: Tensor,
-    weight: FrozenMatrix,
-    bias: Tensor | None,
-    adapter: GroupAdapter,
-    after: Tensor | None,
-    config: DecoderConfig,
-    row: InARow | None = None,
-) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
-    """The end of either half: stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
-
-    Args:
-        stream: (T, hidden), which went around the half.
-        x: (T, in).
-        weight: (hidden, in).
-        bias: (hidden,) or None.
-        adapter: of the projection.
-        after: (hidden,) or None.
-        config: the family, for the norm and for m, its residual multiplier.
-        row: where this is to be done in its turn, or None to do it now; a norm behind and m make what is there.
-
-    Returns:
-        the sum (T, hidden), h (T, rank), and what the norm's backward needs.
-    """
-    sizes = (config.hidden_size,)
-    if after is None and config.residual_multiplier == 1.0:
-        return *group_forward(x, weight, bias, sizes, adapter, stream, row), None
-    if row is not None:
-        row.make()
-    y, h = group_forward(x, weight, bias, sizes, adapter)
-    x, saved = joined(stream, y, after, config)
-    return x, h, saved
-
-
-def joined(
-    stream: Tensor, y: Tensor, after: Tensor | None, config: DecoderConfig
-) -> tuple[Tensor, RMSNormSaved | None]:
-    """stream + m · norm(y), (T, hidden), perhaps in y's place, and what the norm's backward needs; see above."""
-    saved = None
-    if after is not None:
-        y, saved = rms_norm_forward(y, after, config.norm_eps, config.norm_offset)
-    if config.residual_multiplier != 1.0:
-        y.mul_(config.residual_multiplier)
-    return y.add_(stream), saved
-
-
-def join_backward(
-    d_x: Tensor, saved: RMSNormSaved | None, adapter: BlockAdapter, name: str | None, config: DecoderConfig
-) -> Tensor:
-    """∂L/∂(x Wᵀ) from ∂L/∂(the sum), (T, hidden), which stays as it is; `name` is that of the norm after, if any."""
-    d_y = d_x if config.residual_multiplier == 1.0 else d_x * config.residual_multiplier
-    return d_y if saved is None or name is None else norm_backward(d_y, saved, adapter, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import BlockAdapter, norm_backward
+from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.half_ends import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.glu import GLUSaved, glu_backward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward

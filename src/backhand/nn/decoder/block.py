@@ -6,7 +6,8 @@
     p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
 
 W_qkv and W_gu are projections stacked (`nn.decoder.weights`), a and u the gate and up halves, φ the activation.
-Norms of q and k, and gates, are `nn.decoder.attention_extras`'s.
+How either half begins and ends, the norm and the sum, is `nn.decoder.half_ends`'s; what attention is between its
+projections `nn.decoder.attention_half`'s; norms of q and k, and gates, `nn.decoder.attention_extras`'s.
 Sandwich norms are norms also behind attention and MLP, as in Gemma 3. OLMo 2 has norms there alone: n₁ = x₀, n₂ = x₁.
 T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
 projections (`nn.decoder.mixer`); what is said here of q, k, v and o holds there for what enters and leaves it.
@@ -31,13 +32,11 @@ supervised `rows` are computed, kept and differentiated. The gradient of all oth
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from backhand.kernels.library import InARow, now_or_in
+from backhand.kernels.library import InARow
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import (
     DOWN,
@@ -45,20 +44,21 @@ from backhand.nn.decoder.adapted_group import (
     INPUT,
     OUTPUT,
     BlockAdapter,
-    enter_again,
-    enter_backward,
-    enter_forward,
-    entered,
     group_backward,
     group_backward_without_input,
     group_forward,
-    join_backward,
-    join_forward,
     lone_lora_A_gradient,
     unit_backward,
     unit_takes_factors,
 )
-from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
+from backhand.nn.decoder.attention_half import (
+    attending_again,
+    attention_input_gradient,
+    attention_output,
+    attention_setting,
+    comes_again,
+    prepare_qkv,
+)
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
 from backhand.nn.decoder.family import (
@@ -70,17 +70,23 @@ from backhand.nn.decoder.family import (
     VALUE_NORMED,
     DecoderConfig,
 )
+from backhand.nn.decoder.half_ends import (
+    enter_again,
+    enter_backward,
+    enter_forward,
+    entered,
+    join_backward,
+    join_forward,
+)
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.per_layer_input import EndKept, end_backward, end_forward
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
-from backhand.ops.document_groups import Run
+from backhand.ops.attention import attention_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved
-from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
 RECOMPUTE_MODES = ("none", "mlp", "block")
 
@@ -93,15 +99,6 @@ class BlockSaved(NamedTuple):
     x1: Tensor | None
     mlp: MLPKept | ExpertsKept | None
     end: EndKept | None = None  # where something stands behind the MLP
-
-
-class AttentionKept(NamedTuple):
-    """What attention keeps beside its input and output; T tokens, H heads."""
-
-    attended: Tensor | None  # (T, H, head_dim), where a gate follows: else it is the output
-    log_sum_exp: Tensor  # (≤ T · H,): of what torch's kernels attended, see `ops.attention`
-    q_factor: Tensor | None  # (T, H, 1), families with q/k norm; (T, 1) where it goes over all heads
-    k_factor: Tensor | None  # (T, key/value heads, 1), likewise
 
 
 class MLPKept(NamedTuple):
@@ -152,100 +149,8 @@ def mixing_half_forward(
     )
     if row is None:
         turn.make()
-    kept_output = None if mixer == ATTENTION and _comes_again(output, config) else output
+    kept_output = None if mixer == ATTENTION and comes_again(output, config) else output
     return x1, MixingKept(factor, entering, kept_output, own, h_input, h_output, projected)
-
-
-def attention_output(
-    qkv: Tensor, weights: BlockWeights, context: BlockContext, row: InARow | None = None
-) -> tuple[Tensor, AttentionKept]:
-    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both.
-
-    Calls in the row come to qkv, and are made.
-    """
-    config = context.config
-    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context, row=row)
-    place = context.scratch.take("attended", q.shape, q) if _comes_again(qkv, config) else None
-    if row is not None:
-        row.make()
-    output, attended = attention_forward(q, k, v, *_setting(weights, context), out=place)
-    kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
-    return gated_output(qkv, output, config), kept
-
-
-def _comes_again(x: Tensor, config: DecoderConfig) -> bool:
-    """Whether attention in x's dtype and place gives o again in the backward: gates need what it gave before that."""
-    return not config.attention_gate and gives_output_again(x, config.attention_cap)
-
-
-def _setting(
-    weights: BlockWeights, context: BlockContext
-) -> tuple[tuple[Run, ...], float, int | None, int, float | None, Tensor | None]:
-    """What attention takes behind q, k and v."""
-    config, layer = context.config, context.layer
-    return context.runs, config.attention_scaling, layer.window, context.shared, config.attention_cap, weights.sinks
-
-
-def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
-    """o, (T, q), from what attention gave, (T, H, head_dim): multiplied by the gates' sigmoid where there are any."""
-    if not config.attention_gate:
-        return attended.flatten(1)
-    return glu_forward(_parts(qkv, config).gate, attended, "sigmoid")[0].flatten(1)
-
-
-def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
-    """The heads in qkv, (T, q + 2k); beside each head's query stands its gate, where the family has gates."""
-    heads, kv_heads = config.num_heads, config.num_key_value_heads
-    by_head = _by_head(qkv, config)
-    if not config.attention_gate:
-        q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
-        return Parts(q, q, k, v)
-    queries, k, v = by_head.split([2 * heads, kv_heads, kv_heads], dim=1)
-    return Parts(queries[:, ::2], queries[:, 1::2], k, v)
-
-
-def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
-    """A view of x, (T, heads of any kind · head_dim): (T, heads, head_dim)."""
-    return x.view(x.shape[0], x.shape[1] // config.head_dim, config.head_dim)
-
-
-def prepare_qkv(
-    qkv: Tensor,
-    weights: BlockWeights,
-    context: BlockContext,
-    kept_factors: tuple[Tensor, Tensor] | None = None,
-    row: InARow | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
-
-    Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
-
-    Without a q/k norm the rotation happens in place, in its turn if a row is given: qkv then holds what attention saw.
-    With one, qkv stays untouched, and what is in the row is made before.
-    """
-    config = context.config
-    parts = _parts(qkv, config)
-    if weights.q_norm is None or weights.k_norm is None:
-        for turned, table in _turning(_by_head(qkv, config), context):
-            rotary_forward(turned, table, out=turned, row=row)
-        return parts.q, parts.k, parts.v, None, None
-    if row is not None:
-        row.make()
-    q, k, factors = normed(qkv, parts, weights, config, kept_factors)
-    if context.rotary is not None:
-        rotary_forward(q, context.query_rotary or context.rotary, out=q)
-        rotary_forward(k, context.rotary, out=k)
-    return q, k, parts.v, *factors
-
-
-def _turning(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
-    """Views of q and k in (T, H + 2 key/value heads, head_dim) with their angles: one view where these are the same."""
-    heads, turned = context.config.num_heads, context.config.num_heads + context.config.num_key_value_heads
-    if context.rotary is None:
-        return []
-    if context.query_rotary is None:
-        return [(by_head[:, :turned], context.rotary)]
-    return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:turned], context.rotary)]
 
 
 def mlp_half_forward(
@@ -410,8 +315,8 @@ def mixing_half_backward(
     below = lowest_group < OUTPUT
     if output is None and (adapter.output.extras is not None or not below):
         # Wanted before attention's own backward, or without it.
-        q, k, v = _attending_again(kept, weights, context)
-        output = attention_forward(q, k, v, *_setting(weights, context))[0].flatten(1)
+        q, k, v = attending_again(kept, weights, context)
+        output = attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
     d_output: Tensor | None
     d_h: Tensor | None = None
     row = InARow()
@@ -456,55 +361,6 @@ def mixing_half_backward(
     d_x0 = enter_backward(d_n1, x0, weights.attention_norm, kept.factor, adapter, name, config, around, row)
     row.make()
     return d_x0 if rows is None else d_x0.index_add_(0, rows, d_x1)
-
-
-def _attending_again(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
-    own = kept.own
-    if own.q_factor is not None and own.k_factor is not None:
-        return prepare_qkv(kept.input, weights, context, (own.q_factor, own.k_factor))[:3]
-    q, _, k, v = _parts(kept.input, context.config)
-    return q, k, v
-
-
-def attention_input_gradient(
-    d_output: Tensor,
-    kept: MixingKept,
-    weights: BlockWeights,
-    context: BlockContext,
-    adapter: BlockAdapter,
-    again: Tensor | None = None,
-    row: InARow | None = None,
-) -> Tensor:
-    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm.
-
-    `again`, (T, q), receives o where it is not kept. Where a row is given, this has its turn in it; with gates or q/k
-    norms what is there is made at once.
-    """
-    if row is not None and (kept.own.attended is not None or kept.own.q_factor is not None):
-        row.make()
-        row = None
-    config, own = context.config, kept.own
-    d_qkv = torch.empty_like(kept.input)
-    d_attended, attended = _by_head(d_output, config), own.attended
-    if attended is None:
-        attended = None if kept.output is None else _by_head(kept.output, config)
-        d_by_head = _by_head(d_qkv, config)
-    else:
-        parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
-        d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    q, k, v = _attending_again(kept, weights, context)
-    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *_setting(weights, context))
-    turning = _turning(d_by_head, context)
-    given = None if again is None else _by_head(again, config)
-    now_or_in(row, partial(attention_backward, d_attended, saved, out=d_by_head, again=given))
-    for turned, table in turning:
-        rotary_backward(turned, table, out=turned, row=row)
-    if own.q_factor is not None and own.k_factor is not None:
-        both = _parts(kept.input, config), _parts(d_qkv, config)
-        apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)
-        normed_backward(apart, kept.input, d_qkv, both, factors, weights, adapter, config)
-    return d_qkv
 
 
 MIXERS = {

@@ -32,10 +32,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.kernels.library import loops_are_there
 from backhand.nn.batch import Scratch, document_runs
-from backhand.nn.decoder.adapted_group import enter_forward, group_forward, join_forward
-from backhand.nn.decoder.block import MIXERS, gated_output, mlp_half_forward
+from backhand.nn.decoder.adapted_group import group_forward
+from backhand.nn.decoder.attention_half import gated_output
+from backhand.nn.decoder.block import MIXERS, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.half_ends import enter_forward, join_forward
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import BlockAdapter, norm_backward
+from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
+from backhand.nn.decoder.half_ends import norm_backward
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward

@@ -28,18 +28,9 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import (
-    DOWN,
-    GATE_UP,
-    BlockAdapter,
-    GroupAdapter,
-    enter_again,
-    enter_backward,
-    enter_forward,
-    join_backward,
-    joined,
-)
+from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
+from backhand.nn.decoder.half_ends import enter_again, enter_backward, enter_forward, join_backward, joined
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors, in_turns
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward

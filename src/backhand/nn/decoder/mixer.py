@@ -3,8 +3,8 @@
     n₁ = norm(x₀),   z = n₁ W_inputᵀ (+ LoRA),   y = mixer(z),   x₁ = x₀ + y W_outputᵀ (+ LoRA)
 
 The norm, both groups of projections and the sum are `nn.decoder.block`'s and the same for all. Between them stands
-attention, in the same file, or another mixer in a file of its own: `short_conv`. Each has a forward, a backward by
-hand, and a way to go on from what it has seen when text is generated.
+attention (`attention_half`) or another mixer, each in a file of its own: `short_conv`. Each has a forward, a backward
+by hand, and a way to go on from what it has seen when text is generated.
 
 Attention keeps keys and values of every token then (`kv_cache`). Another mixer keeps a state of fixed size, which
 stands for all tokens of a row at once: the state of fewer tokens cannot be had from it.

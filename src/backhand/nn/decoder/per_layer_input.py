@@ -37,12 +37,11 @@ from backhand.nn.decoder.adapted_group import (
     before_blocks_adapter,
     group_backward,
     group_forward,
-    join_backward,
-    join_forward,
     trains_embedding,
 )
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig, PerLayerInput
+from backhand.nn.decoder.half_ends import join_backward, join_forward
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights
 from backhand.nn.lora_parameters import LoRAParameters
