@@ -280,6 +280,29 @@ def test_kernels_of_experts_are_those_of_the_numbers_of_tokens_that_come_up(monk
     assert parts_of(by_tiles, alone, "none", 0)["compiled kernels"] > 0, "where nothing else does"
 
 
+@pytest.mark.skipif(not loops_are_there(), reason="of compiled loops")
+@pytest.mark.parametrize(
+    ("targets", "numbers"),
+    [
+        (("v_proj",), 512 * 128),
+        (("gate_proj", "up_proj"), 2 * 512 * 384),
+        (("gate_proj", "down_proj"), 2 * 512 * 384),
+        (("gate_proj", "up_proj", "down_proj"), 3 * 512 * 384),
+    ],
+)
+def test_parts_of_rows_have_sums_of_their_own(targets: tuple[str, ...], numbers: int) -> None:
+    config = decoder_config(tiny_config("llama", **SIZES["wide-mlp"]).to_dict())
+    adapter = LoRAConfig(rank=500, target_modules=targets)
+    size = decoder_size(config, resolve_adapter(adapter, module_shapes(config)), 4)
+    assert size.part_sums_bytes == numbers * 4
+    # Without a head and checkpoints it is the block at work for which most is held.
+    size = replace(size, head_row_bytes=0, head_chunk_bytes=0, softmax_row_bytes=0, checkpoint_bytes=0)
+    for tokens, parts in ((1, 1), (256, 1), (257, 2), (1024, 4), (9000, 8)):
+        held = parts_of(size, StepShape(tokens, 1), "none", 0)["workspace"]
+        without = parts_of(replace(size, part_sums_bytes=0), StepShape(tokens, 1), "none", 0)
+        assert held - without["workspace"] == parts * numbers * 4
+
+
 @pytest.mark.skipif(not loops_are_there() or sys.platform != "linux", reason="of compiled loops, measured on Linux")
 def test_a_large_rank_is_added_up_in_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """gate and up, of which each 128 columns have sums of their own for every token."""

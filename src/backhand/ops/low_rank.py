@@ -199,10 +199,19 @@ def _places(stored: Sequence[Tensor], transposed: bool) -> tuple[Any, ...]:
     )
 
 
+# As in native/low_rank.h.
+_ROWS_OF_PART, _MOST_PARTS = 256, 8
+
+
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
     """Whether threads divide the rows of V or G among them, or else columns, as for bfloat16 without tiles."""
     build = library()
     return dtype != torch.bfloat16 or (build is not None and build.name == "amx")
+
+
+def parts_of_rows(rows: int) -> int:
+    """Into how many parts so many rows are divided, whatever the number of threads."""
+    return max(1, min(_MOST_PARTS, -(-rows // _ROWS_OF_PART)))
 
 
 def _checked(run: Callable[..., int], *arguments: Any) -> None:

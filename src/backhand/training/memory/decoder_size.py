@@ -218,6 +218,7 @@ def decoder_size(
         + gate_up
         + (0 if config.layers[-1].experts else gate_ups[-1] // 2 * b if above else 0),
         head_chunk_rows=CHUNK_ROWS if more_of_head else chunk_rows(d, _FLOATING[b]),
+        part_sums_bytes=_sums_of_a_part(layout, b),
         more_kernels=more_kernels(config, layout, _FLOATING[b]),
     )
 
@@ -342,8 +343,8 @@ def _fullest(at_work: Sequence[int], kept: Sequence[int], unread: int) -> int:
 def _sums_of_factors(layout: AdapterLayout, b: int) -> dict[int, int]:
     """Bytes per token that `ops.low_rank.low_rank_backward` adds ∂L/∂h up in, by group: those of the layer with most.
 
-    Columns of what comes in are its tasks, and each has sums of its own. By parts of the rows, for tiles, what it works
-    in does not grow with the tokens, and is left out as small; so is what the few rows of an expert take.
+    Columns of what comes in are its tasks, and each has sums of its own. Those of parts of the rows do not grow with
+    the tokens (`_sums_of_a_part`); what the few rows of an expert take is left out as small.
     """
     found: Counter[tuple[str, int]] = Counter()
     for slot in layout.slots:
@@ -354,6 +355,24 @@ def _sums_of_factors(layout: AdapterLayout, b: int) -> dict[int, int]:
         found.clear()
     groups = INPUT, OUTPUT, GATE_UP, DOWN
     return {group: max((size for (_, own), size in found.items() if own == group), default=0) for group in groups}
+
+
+def _sums_of_a_part(layout: AdapterLayout, b: int) -> int:
+    """Bytes that gradients of factors are added up in for each part of the rows: of the pass and the layer with most.
+
+    A pass makes those of a group's lora_A or of its lora_B; that of a gated unit gate's and up's, and down's lora_A.
+    """
+    if not loops_are_there() or not by_parts_of_rows(_FLOATING[b]):
+        return 0
+    found: Counter[tuple[str, int, bool]] = Counter()
+    for slot in layout.slots:
+        if slot.name.startswith("model.layers.") and not slot.experts:
+            rank, layer, group = -(-slot.rank // _LANES) * _LANES, slot.name.split(".")[2], _group(slot.name)
+            found[layer, group, True] += rank * slot.in_features
+            found[layer, group, False] += rank * slot.out_features
+            if group == DOWN:
+                found[layer, GATE_UP, False] += rank * slot.in_features
+    return max(found.values(), default=0) * max(b, FLOAT32_BYTES)
 
 
 def _looped_block(

@@ -18,6 +18,7 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.delta_chunks import HeadSizes, bytes_of_a_head, heads_at_once
 from backhand.ops.gated_delta_rule import bytes_in_loops
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS
+from backhand.ops.low_rank import parts_of_rows
 from backhand.training.config import Recompute
 from backhand.training.memory.shapes import StepShape, expert_kernel_bytes, kept_kernels, kernel_bytes
 
@@ -64,6 +65,7 @@ class ModelSize:
         expert_choices: how many such numbers a micro-batch brings: layers by experts.
         expert_share: of a micro-batch's tokens, up to which most of these numbers lie: twice their mean.
         more_kernels: that one of each of `StepShape.kernel_sizes` brings beside those of a usual block.
+        part_sums_bytes: of a part of a micro-batch's rows (`ops.low_rank`), what gradients of factors are added up in.
         states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
         head_chunk_rows: of a chunk of logits, at most.
     """
@@ -94,6 +96,7 @@ class ModelSize:
     expert_products: int = 0
     expert_choices: int = 0
     expert_share: float = 1.0
+    part_sums_bytes: int = 0
     states_bytes: int = 0
     last_attending_bytes: int = 0
     last_unread_bytes: int = 0
@@ -151,7 +154,8 @@ def parts_of(size: ModelSize, shape: StepShape, recompute: Recompute, process_by
     narrow = size.dtype_bytes if size.dtype_bytes != FLOAT32_BYTES else 0
     kept = kept_bytes(size, shape, recompute)
     head, block = head_bytes(size, shape), block_bytes(size, shape, recompute)
-    at_work = {"head chunk": head, "workspace": block}
+    sums = parts_of_rows(shape.tokens) * size.part_sums_bytes
+    at_work = {"head chunk": head, "workspace": block + sums}
     fullest = max(at_work, key=lambda part: at_work[part])
     workspace = shape.tokens * size.stream_bytes + at_work[fullest]
     between = max(size.checkpoint_bytes, shape.neutral_tokens * size.neutral_token_bytes) - kept
