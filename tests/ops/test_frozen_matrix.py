@@ -24,10 +24,11 @@ from backhand.ops.frozen_matrix import (
     frozen_split,
     frozen_tiles,
     row_tiles,
+    sums_over_rows,
     tiles_of,
 )
 from backhand.verify.case import Draw
-from backhand.verify.cases.frozen_matrix import random_blocks
+from backhand.verify.cases.frozen_matrix import CASES, random_blocks
 from support.products_by_rows import by_library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -175,6 +176,33 @@ def test_tiles_cover_the_matrix_once_at_whole_edges(shape, tile_bytes):
 def test_rows_are_taken_so_many_at_a_time(shape, rows):
     """16 MB, or 2,048 rows where these are more, and never more than 64 MB."""
     assert row_tiles(torch.empty(shape, dtype=torch.bfloat16, device="meta"))[0] == slice(0, rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "by_rows"),
+    [
+        ((49_152, 576), torch.float32, True),  # columns 256 at a time, 48 MB
+        ((49_152, 576), torch.bfloat16, False),  # rounded once a tile
+        ((49_152, 256), torch.float32, False),  # one tile
+        ((9728, 896), torch.float32, False),  # likewise, with all columns
+        ((17_920, 1536), torch.float32, False),  # two of 768 columns
+        ((576, 100_000), torch.float32, False),  # more columns than rows
+        ((34_000, 34_000), torch.float64, False),
+    ],
+)
+def test_gradients_are_sums_over_rows_where_column_tiles_are_narrow(shape, dtype, by_rows):
+    assert sums_over_rows(torch.empty(shape, dtype=dtype, device="meta")) is by_rows
+
+
+@pytest.mark.parametrize("name", ["more rows than columns, in several tiles", "more dense rows than columns, in tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cases_for_sums_over_rows_go_by_rows(name, dtype):
+    (case,) = (case for case in CASES if case.name == name)
+    shape = case.tensors["d_y"].shape[-1], case.tensors["x"].shape[-1]
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    with tiles_of(1):
+        assert sums_over_rows(weight)
+        assert len(row_tiles(weight)) > 2
 
 
 def test_a_tile_stands_in_large_pages(monkeypatch):

@@ -14,6 +14,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
+from backhand.kernels.library import now_or_in
 from backhand.nn.decoder import adapted_group, half_ends
 from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -163,9 +164,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
     right_part = adapted_group.lora_linear_backward_without_input
 
-    def wrong_part(d_y, weight, factors, h, d_lora_B, *others):
-        found = right_part(d_y, weight, factors, h, d_lora_B, *others)
-        d_lora_B.mul_(1 + 1e-6)
+    def wrong_part(d_y, weight, factors, h, d_lora_B, dropout=None, row=None):
+        found = right_part(d_y, weight, factors, h, d_lora_B, dropout, row)
+        now_or_in(row, lambda: d_lora_B.mul_(1 + 1e-6))  # behind the calls that fill it, which may be yet to be made
         return found
 
     monkeypatch.setattr(adapted_group, "lora_linear_backward", wrong)

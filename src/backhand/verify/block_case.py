@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import BlockAdapter, block_adapter
-from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
+from backhand.nn.decoder.block import BlockSaved, MLPKept, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
@@ -52,14 +52,18 @@ class BlockGrads(NamedTuple):
 
 
 def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
-    """`block_backward` with a gradient buffer of its own."""
+    """`block_backward` with a gradient buffer of its own; what was saved stays as it was."""
     inputs.lora.gradients.zero_()
+    saved = inputs.saved
+    if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
+        # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
+        saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
     carried = inputs.context.carried
     assert carried is not None
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = block_backward(d_y.clone(), inputs.saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
+    d_x0 = block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
     assert d_x0 is not None
     names = list(inputs.lora.slots)
     lent = carried.held(LENDER)

@@ -70,10 +70,11 @@ class Mutant:
         """The backward with this mistake in it."""
 
         def wrong(d_y: Tensor, saved: Any, *args: Any, **kwargs: Any) -> Any:
+            given = d_y.clone()  # the right backward may put something else in its place
             right = backward(d_y, saved, *args, **kwargs)
             if getattr(right, self.gradient) is None:
                 return right
-            return right._replace(**{self.gradient: self.value(d_y, saved, right)})
+            return right._replace(**{self.gradient: self.value(given, saved, right)})
 
         return wrong
 

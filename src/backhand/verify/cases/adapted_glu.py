@@ -139,6 +139,7 @@ CASES = (
     _case("gate alone adapted", "silu", (6,), ranks=(3, 0, 0)),
     _case("up alone adapted", "silu", (6,), ranks=(0, 3, 0), in_place=True),
     _case("gate and up adapted", "gelu_tanh", (6,), ranks=(2, 3, 0)),
+    _case("gate and up of one rank", "silu", (6,), ranks=(3, 3, 2)),
     _case("gate and what is behind adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
     _case("only what is behind adapted", "silu", (6,), ranks=(0, 0, 3)),
     _case("none adapted", "silu", (6,), ranks=(0, 0, 0)),

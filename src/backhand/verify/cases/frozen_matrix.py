@@ -139,8 +139,8 @@ def _case(
 
 CASES = (
     _case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
-    _case("more rows than columns, in several tiles", (6,), 96, [("Q5_1", 70), ("Q8_0", 65)], bias=True),
-    _case("more dense rows than columns, in tiles", (9,), 35, [("dense", 150)], residual=True),
+    _case("more rows than columns, in several tiles", (6,), 288, [("Q5_1", 170), ("Q8_0", 135)], bias=True),
+    _case("more dense rows than columns, in tiles", (9,), 259, [("dense", 270)], residual=True),
     _case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
     _case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
     _case("parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True),

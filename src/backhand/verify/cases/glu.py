@@ -28,7 +28,7 @@ def _case(
             grads = backward(t["d_y"], saved)
         else:
             # As the decoder block calls it: both are columns of one buffer, and so are their gradients; the y that is
-            # compared is the one that the backward leaves in d_y's place. The mutants read d_y afterwards, too.
+            # compared is the one that the backward leaves in d_y's place.
             gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
             used, y = torch.full_like(t["gate"], math.nan), t["d_y"].clone()
             _, saved = glu_forward(gate_up[..., :n], gate_up[..., n:], activation, out=used)

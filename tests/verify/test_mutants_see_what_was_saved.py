@@ -1,0 +1,80 @@
+"""Mutants run behind the right backward: what it overwrites must be theirs as it was, or they are rejected for that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backhand.kernels.library import proving_loops, torch_form
+from backhand.ops.adapted_glu import Receivers
+from backhand.verify.case import Mutant
+from backhand.verify.measure import norm, relative_error
+from backhand.verify.runner import COMPILED, FLOAT64_BOUND, PROOF_FILES, forms, load_proofs, reject_mutants
+
+ADDING = ("lora_linear", "lora_linear_group", "adapted_glu", "expert_linear")
+WHERE_TO_WRITE = ("out", "again")
+
+
+def _cloned(given):
+    """Tensors anywhere in tuples and lists as they are now; all else itself."""
+    if isinstance(given, torch.Tensor):
+        return given.clone()
+    if isinstance(given, (tuple, list)):
+        parts = [_cloned(part) for part in given]
+        return Receivers(*parts) if isinstance(given, Receivers) else type(given)(parts)
+    return given
+
+
+def _unchanged(backward, gradient):
+    """A mutant without a mistake: one gradient is the right backward's, run once more on what was given."""
+    given = {}
+
+    def noting(d_y, saved, *args, **kwargs):
+        given.update(args=args, kwargs={name: _cloned(kwargs[name]) for name in kwargs if name not in WHERE_TO_WRITE})
+        return backward(d_y, saved, *args, **kwargs)
+
+    def once_more(d_y, saved, _right):
+        return _cloned(getattr(backward(d_y, saved, *given["args"], **given["kwargs"]), gradient))
+
+    return Mutant("no mistake", gradient, once_more).spoil(noting)
+
+
+@pytest.mark.parametrize("op", PROOF_FILES)
+@torch.no_grad()
+def test_a_mutant_without_a_mistake_is_not_rejected(op):
+    for proof in load_proofs(op):
+        names = sorted({mutant.gradient for mutant in proof.mutants})
+        for form in forms(proof):
+            with proving_loops() if form == COMPILED else torch_form():
+                for case in proof.cases:
+                    right = {
+                        name: _cloned(d) for name, d in case.by_hand(case.tensors, proof.backward).gradients.items()
+                    }
+                    for gradient in names:
+                        found = case.by_hand(case.tensors, _unchanged(proof.backward, gradient)).gradients
+                        for name, expected in right.items():
+                            error = relative_error(found[name], expected, norm(case.tensors["d_y"]))
+                            assert error <= FLOAT64_BOUND, (proof.op, form, case.name, gradient, name)
+
+
+def _adds(proof, case):
+    """Whether gradients of this case are added to what is there, which mutants leave out."""
+    seen = []
+
+    def noting(d_y, saved, *args, **kwargs):
+        seen.append(kwargs.get("into") is not None)
+        return proof.backward(d_y, saved, *args, **kwargs)
+
+    case.by_hand(case.tensors, noting)
+    return any(seen)
+
+
+@pytest.mark.parametrize("op", ADDING)
+def test_no_mutant_is_rejected_only_for_what_was_there_before(op):
+    (proof,) = load_proofs(op)
+    with torch.no_grad():
+        cases = tuple(case for case in proof.cases if not _adds(proof, case))
+    assert 5 < len(cases) < len(proof.cases)
+    assert all(rejection.passed for rejection in reject_mutants(replace(proof, cases=cases)))
