@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.errors import CheckError
+from backhand.errors import CheckError, UsageError
 from backhand.kernels.library import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
@@ -78,6 +78,25 @@ def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_pa
         train(config_of(four, tmp_path / where, model=str(model), cache_frozen=where))
     assert final_bits(tmp_path / "memory") == final_bits(tmp_path / "off")
     assert proofs(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_delta_rule_keeps_rows_that_share_nothing(count: int, alike: bool, four: TinyRun, tmp_path: Path) -> None:
+    """Its chunks are counted anew behind a shared prefix; with five of six layers adapted rows could go along."""
+    model = save_tiny(tiny_model("qwen3_5_text", num_hidden_layers=6), tmp_path / "model")
+    options: dict[str, Any] = {"model": str(model), "layers": "last:5", "micro_batch_rows": count, "recompute": "none"}
+    if alike:
+        options["data"] = (str(begin_alike(four.rows, tmp_path / "rows.jsonl")),)
+    for where in ("off", "auto"):
+        train(config_of(four, tmp_path / where, cache_frozen=where, **options))
+    assert final_bits(tmp_path / "auto") == final_bits(tmp_path / "off")
+    apart = count == 1 or not alike
+    assert [proof["passed"] for proof in proofs(tmp_path / "auto")] == ([True, True] if apart else [])
+    if not apart:
+        with pytest.raises(UsageError, match="nothing that it could keep") as found:
+            train(config_of(four, tmp_path / "memory", cache_frozen="memory", **options))
+        assert "the delta rule's chunks" in str(found.value.why)
 
 
 @pytest.mark.parametrize("fixtures", [(), ("products_by_rows",)], ids=["", "products-by-rows"])
