@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backhand.data.examples import Example
-from backhand.data.packing import MIN_SAVED_TOKENS, common_tokens, pack, shared_tokens
+from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, common_tokens, pack, shared_tokens
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -44,6 +46,24 @@ def test_a_prefix_is_shared_where_it_saves_enough(tokens: int, rows: int, shared
     assert MIN_SAVED_TOKENS == 32
     alike = [example([*range(tokens), 90 + row, 7], [tokens + 1]) for row in range(rows)]
     assert shared_tokens(alike) == shared
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda alike, ids, last: example([*[5] * alike, *ids, 7, 7], [alike + len(ids) + 1] if last else []),
+            st.sampled_from([0, 5, 8, 15, 33]),
+            st.lists(st.integers(5, 6), max_size=3),
+            st.booleans(),
+        ),
+        max_size=7,
+    ),
+    st.integers(1, 7),
+)
+def test_whether_rows_may_share_is_known_before_they_are_put_together(rows: list[Example], count: int) -> None:
+    groups = (list(group) for size in range(count + 1) for group in combinations(rows, size))
+    assert RowPacker(rows, share_prefixes=True).may_share(count) == any(map(shared_tokens, groups))
+    assert not RowPacker(rows, share_prefixes=False).may_share(count)
 
 
 def test_what_is_not_shared_is_not_packed_as_if_it_were() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.errors import CheckError
+from backhand.errors import CheckError, UsageError
 from backhand.kernels.library import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
-from backhand.training.kept_states import KeptStates, StatesInMemory
+from backhand.runs.record_file import RecordFile
+from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.run import train
+from support.faulty_files import InterceptedFiles
 from support.kept_runs import Notes, begin_alike, config_of, proofs, resumed, stopped, watched
 from support.products_by_rows import ProductsByRows, by_library
 from support.ranks import start_ranks
@@ -75,6 +78,25 @@ def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_pa
         train(config_of(four, tmp_path / where, model=str(model), cache_frozen=where))
     assert final_bits(tmp_path / "memory") == final_bits(tmp_path / "off")
     assert proofs(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_delta_rule_keeps_rows_that_share_nothing(count: int, alike: bool, four: TinyRun, tmp_path: Path) -> None:
+    """Its chunks are counted anew behind a shared prefix; with five of six layers adapted rows could go along."""
+    model = save_tiny(tiny_model("qwen3_5_text", num_hidden_layers=6), tmp_path / "model")
+    options: dict[str, Any] = {"model": str(model), "layers": "last:5", "micro_batch_rows": count, "recompute": "none"}
+    if alike:
+        options["data"] = (str(begin_alike(four.rows, tmp_path / "rows.jsonl")),)
+    for where in ("off", "auto"):
+        train(config_of(four, tmp_path / where, cache_frozen=where, **options))
+    assert final_bits(tmp_path / "auto") == final_bits(tmp_path / "off")
+    apart = count == 1 or not alike
+    assert [proof["passed"] for proof in proofs(tmp_path / "auto")] == ([True, True] if apart else [])
+    if not apart:
+        with pytest.raises(UsageError, match="nothing that it could keep") as found:
+            train(config_of(four, tmp_path / "memory", cache_frozen="memory", **options))
+        assert "the delta rule's chunks" in str(found.value.why)
 
 
 @pytest.mark.parametrize("fixtures", [(), ("products_by_rows",)], ids=["", "products-by-rows"])
@@ -275,7 +297,9 @@ class Lower:
         return not self.known or tokens not in self.sizes
 
 
-def kept_of(lower: Lower, at_once: int = 0) -> tuple[KeptStates, list[Proof], list[str]]:
+def kept_of(
+    lower: Lower, at_once: int = 0, file: RecordFile | None = None
+) -> tuple[KeptStates, list[Proof], list[str]]:
     random = np.random.default_rng(0)
     examples = []
     for length in (20, 30, 40, 50):
@@ -283,9 +307,12 @@ def kept_of(lower: Lower, at_once: int = 0) -> tuple[KeptStates, list[Proof], li
         supervised[-3:] = True
         examples.append(Example(random.integers(3, 99, length).astype(np.int32), supervised, "f:1"))
     packer = RowPacker(examples, share_prefixes=True)
-    store = StatesInMemory([*packer.lengths, packer.common], 3, torch.float32)
+    lengths = [*packer.lengths, packer.common]
     logged: list[Proof] = []
     noted: list[str] = []
+    store: StateStore = StatesInMemory(lengths, 3, torch.float32)
+    if file is not None:
+        store = StatesOnDisk(file, lengths, 3, torch.float32, noted.append)
     kept = KeptStates(lower, 2, packer, store, at_once=at_once, log=logged.append, noted=noted.append)
     return kept, logged, noted
 
@@ -353,6 +380,27 @@ def test_rows_do_not_go_along_in_a_size_whose_products_differ() -> None:
     states_of(kept.packed([0, 1], [[2, 3]]))
     states_of(kept.packed([2, 3]))
     assert lower.calls == 2 and not noted
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_rows_do_not_go_along_where_the_disk_takes_no_more(taken: int, tmp_path: Path) -> None:
+    """The pass whose states find no room is the last one; behind it each batch is computed as part of its step."""
+    records = [0]
+
+    def before(_: int, name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "write" and len(arguments[1]) > 200:
+            records[0] += 1
+            if records[0] > taken:
+                raise OSError(errno.ENOSPC, "no more")
+
+    lower = Lower()
+    file = RecordFile(InterceptedFiles(before), tmp_path / "records", "digest")
+    kept, _, noted = kept_of(lower, at_once=1000, file=file)
+    coming = [[1], [2], [3]]
+    for number in range(4):
+        assert kept.packed([number], coming[number:]).entering is None
+    assert (lower.calls, records[0]) == (1, taken + 1)
+    assert len(noted) == 1 and "no more hidden states are kept" in noted[0]
 
 
 def test_states_that_are_others_in_the_first_batch_are_not_used() -> None:

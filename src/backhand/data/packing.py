@@ -8,6 +8,7 @@ A row is a number here, the place of an `Example` in a list: one document as tok
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -166,6 +167,24 @@ class RowPacker:
     def shared(self, rows: Sequence[int]) -> int:
         """Tokens with which all of these rows begin, and which stand in their micro-batch once."""
         return shared_tokens([self._examples[row] for row in rows]) if self._share_prefixes else 0
+
+    def may_share(self, count: int) -> bool:
+        """Whether some micro-batch of at most `count` rows would have a shared prefix, whichever rows come together."""
+        if not self._share_prefixes:
+            return False
+        looked_at = 0
+        for together in range(2, min(count, len(self._examples)) + 1):
+            needed = -(-MIN_SAVED_TOKENS // (together - 1))
+            if needed != looked_at:
+                beginnings = Counter(
+                    example.input_ids[:needed].tobytes()
+                    for example in self._examples
+                    if common_tokens([example]) >= needed
+                )
+                if max(beginnings.values(), default=0) >= together:
+                    return True
+            looked_at = needed
+        return False
 
     def positions(self, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch of these rows computes, without a filler."""

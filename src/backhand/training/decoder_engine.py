@@ -86,7 +86,8 @@ class DecoderEngine:
 
         Compiled loops compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
         attended together, and where a vector's end falls, decides their order. Within a window the order of a sum
-        follows the block of queries, whose bounds a shared prefix moves.
+        follows the block of queries, whose bounds a shared prefix moves. Behind a shared prefix the delta rule counts
+        its chunks anew, and their bounds decide the order of its sums.
         """
         lowest, _ = lowest_trained_group(layout, self.layers)
         layer, dependent = self.config.enterable(min(lowest, self.layers - 1)), None
@@ -102,7 +103,9 @@ class DecoderEngine:
                 f"rows are longer than a window of {min(windows)} tokens, and rows beside them share its beginning"
             )
         width = self.config.hidden_size
-        return Below(layer, width, width * self._dtype.itemsize, dependent)
+        chunked = any(one.mixer == GATED_DELTA for one in self.config.layers[:layer])
+        whole = "the delta rule's chunks begin where a beginning that rows share ends" if chunked else None
+        return Below(layer, width, width * self._dtype.itemsize, dependent, whole)
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""

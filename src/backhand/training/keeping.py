@@ -124,9 +124,11 @@ _AT_ONCE = 2048
 
 def _packers(job: Job) -> tuple[RowPacker | None, RowPacker | None]:
     """Of the training rows, unless each comes once, and of the held-out ones."""
-    shares = job.engine.shares_prefixes
+    whole = job.states.below.whole is not None
+    train = RowPacker(job.train.examples, share_prefixes=False) if whole else job.packer
+    shares = job.engine.shares_prefixes and not whole
     return (
-        job.packer if job.total_steps > job.sampler.steps_per_epoch else None,
+        train if job.total_steps > job.sampler.steps_per_epoch else None,
         None if job.held_out is None else RowPacker(job.held_out.examples, share_prefixes=shares),
     )
 

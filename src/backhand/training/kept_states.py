@@ -231,8 +231,9 @@ class KeptStates:
             kept |= {row: self._store.get(self._first + row) for row in missing}
             beginning = self._kept_beginning()
         states = self._joined(batch, rows, kept, beginning)
-        if states is None:
-            return batch  # meanwhile nothing is kept any more
+        if states is None:  # the store takes no more: without it, rows would be computed in vain from batch to batch
+            self._store = None
+            return batch
         self._put_together += 1
         if self._put_together == self._next_look:
             self._next_look *= _LOOK_EVERY

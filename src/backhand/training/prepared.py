@@ -13,7 +13,7 @@ import torch
 
 from backhand.adapters.targets import in_numbers
 from backhand.data.examples import Example, PreparedData, check_vocabulary, summed
-from backhand.data.packing import RowPacker, Sampler, trained_length
+from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.files import free_bytes
 from backhand.nn.loading import open_model
@@ -31,7 +31,7 @@ from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
 from backhand.training.memory.process import settled_rss_bytes
 from backhand.training.memory.rates import unpacking_share
 from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
-from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
+from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
 from backhand.training.quantized_loss import quantization_notes
 from backhand.training.resume import Identity
 from backhand.training.starting import adapter_config, set_values, start_notes
@@ -170,16 +170,17 @@ def outline_run(
         )
 
     choice = chosen()
+    below = _below(engine, layout, machine, packer, held_out, choice.chosen)
     again = coming_again(
-        packer,
+        packer if below.whole is None else RowPacker(train.examples, share_prefixes=False),
         sampler,
         total_steps,
         () if held_out is None else held_out.examples,
-        share_prefixes=engine.shares_prefixes,
+        share_prefixes=engine.shares_prefixes and below.whole is None,
     )
     states = keep_states(
         config.model.cache_frozen,
-        _below(engine, layout, machine, packer, held_out),
+        below,
         again,
         choice.chosen,
         budget_bytes=budget(choice.chosen.base),
@@ -188,6 +189,9 @@ def outline_run(
     )
     if states.where == "memory":
         choice = chosen()  # the same way, or where the base was the question perhaps another one, which fits as well
+        below = _below(engine, layout, machine, packer, held_out, choice.chosen)
+        if below.dependent is not None:  # of more rows in a micro-batch some begin alike
+            states = StatesPlan(below=below, note=not_kept(below, below.dependent))
     memory, size = choice.chosen, sized(choice.chosen.base)
     return Outline(
         config,
@@ -209,11 +213,19 @@ def outline_run(
 
 
 def _below(
-    engine: Engine, layout: AdapterLayout, machine: Machine, packer: RowPacker, held_out: PreparedData | None
+    engine: Engine,
+    layout: AdapterLayout,
+    machine: Machine,
+    packer: RowPacker,
+    held_out: PreparedData | None,
+    memory: MemoryPlan,
 ) -> Below:
     """What lies below the lowest adapted layer, as this run computes it."""
-    longest = max((*packer.lengths, *map(trained_length, () if held_out is None else held_out.examples)), default=0)
-    below = engine.below(layout, longest)
+    beside = RowPacker(() if held_out is None else held_out.examples, share_prefixes=engine.shares_prefixes)
+    below = engine.below(layout, max((*packer.lengths, *beside.lengths), default=0))
+    if below.whole is not None and below.dependent is None:
+        shared = any(rows.may_share(memory.micro_batch_rows) for rows in (packer, beside))
+        below = replace(below, dependent=below.whole if shared else None)
     if machine.device.type == "cpu" or below.dependent is not None:
         return below
     return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")

@@ -32,12 +32,15 @@ class Below:
         width: hidden size.
         token_bytes: of one token's hidden states.
         dependent: why a row's hidden states may depend on the rows beside it; None where they do not.
+        whole: why they do where rows share a prefix; None where they do not. Such rows are kept only where no
+            micro-batch shares one, each by itself from its first token on.
     """
 
     layer: int = 0
     width: int = 0
     token_bytes: int = 0
     dependent: str | None = None
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,7 @@ def keep_states(
         return StatesPlan(below=below)
     impossible = "the lowest adapted layer is the first one" if not below.layer else below.dependent
     if asked == "auto" and impossible is not None:
-        note = f"the layers below {below.layer} are computed in each epoch: {impossible}"
-        return StatesPlan(below=below, note=note)
+        return StatesPlan(below=below, note=not_kept(below, impossible))
     if impossible is not None:
         upper = "" if below.layer else ", or adapt upper layers alone: --layers last:8"
         raise UsageError(
@@ -154,5 +156,9 @@ def keep_states(
     if asked == "disk" or (disk_bytes is not None and on_disk <= _SHARE_OF_DISK * disk_bytes):
         return StatesPlan("disk", below, tokens)
     why = f"neither memory nor disk have {in_words(needed)} free"
-    note = f"the layers below {below.layer} are computed in each epoch: {why}"
-    return StatesPlan(below=below, note=note)
+    return StatesPlan(below=below, note=not_kept(below, why))
+
+
+def not_kept(below: Below, why: str) -> str:
+    """The note of a run that keeps nothing."""
+    return f"the layers below {below.layer} are computed in each epoch: {why}"
