@@ -24,6 +24,7 @@ from backhand.training.config_file import dump_config
 from backhand.training.distributed import Group
 from backhand.training.step import AdapterOptimizer
 from support.held_runs import before, hold
+from support.kept_runs import watched
 from support.processes import start
 from support.tiny_run import final_bits
 
@@ -100,8 +101,9 @@ def start_ranks(
         directory: for configurations and what is printed.
         at_place: for some ranks a place of `held_runs` and the signal that it sends itself there, or "pause" for one
             that is late by `PAUSE_S`; or ("adapter", "other") for one whose adapter is changed in every step,
-            ("versions", "other") for one that has another torch, and ("clock", "other") for one by whose clock a
-            micro-batch takes a second, an exchange a quarter, and nothing else any time.
+            ("versions", "other") for one that has another torch, ("clock", "other") for one by whose clock a
+            micro-batch takes a second, an exchange a quarter, and nothing else any time, and ("passes", "told") for one
+            that prints last, of each set of rows, how many passes through the lower layers there were of which rows.
         environment: for all of them.
         join_s, silent_s: patience of the ranks.
         quick: otherwise they are as patient as a user's are.
@@ -183,6 +185,11 @@ def _train_as_rank(
         before(Decoder, "loss_and_gradients", lambda *_: took.append(1.0))
         before(Group, "all_gather", lambda *_: took.append(0.25))
         time.perf_counter = lambda: sum(took)
+    elif at == ("passes", "told"):
+        with watched() as computed:
+            code = main(["train", toml])
+        print(json.dumps({count: [computed.passes[count], rows] for count, rows in computed.rows.items()}))
+        sys.exit(code)
     elif at is not None:
         hold(at[0], _once(_ACTIONS[at[1]]))
     if connected:

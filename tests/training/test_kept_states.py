@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,12 @@ def test_two_processes_take_rows_of_their_own_along(six: TinyRun, tmp_path: Path
     options = {"layers": "last:5", "micro_batch_rows": 1, "recompute": "none"}
     train(config_of(six, tmp_path / "alone", cache_frozen="off", **options))
     config = config_of(six, tmp_path / "two", cache_frozen="memory", **options)
-    ranks = start_ranks([config] * 2, tmp_path / "ranks")
+    ranks = start_ranks([config] * 2, tmp_path / "ranks", at_place=dict.fromkeys((0, 1), ("passes", "told")))
     assert ranks.exit_codes() == [0, 0], ranks.said()
+    told = [json.loads(said.splitlines()[-1])["11"] for said in ranks.said()]
+    for passes, rows in told:
+        assert passes < len(rows) == len(set(rows)), "micro-batches of one row each"
+    assert {row for _, rows in told for row in rows} == set(range(11))
     adapter = Path("adapter", "adapter_model.safetensors")
     assert (tmp_path / "two" / adapter).read_bytes() == (tmp_path / "alone" / adapter).read_bytes()
 

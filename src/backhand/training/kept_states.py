@@ -60,6 +60,10 @@ class Lower(Protocol):
 class StateStore(Protocol):
     """Hidden states by a row's number, (tokens, hidden) each."""
 
+    def __contains__(self, number: int) -> bool:
+        """Whether the states were put here; not whether they are still whole, which `get` finds."""
+        ...
+
     def get(self, number: int) -> Tensor | None:
         """The states, to be read only; None where they are not there."""
         ...
@@ -88,6 +92,9 @@ class StatesInMemory:
             self._starts.append(self._starts[-1] + length)
         self._states = torch.empty(self._starts[-1], width, dtype=dtype)
         self._there = [False] * len(lengths)
+
+    def __contains__(self, number: int) -> bool:
+        return self._there[number]
 
     def get(self, number: int) -> Tensor | None:
         """See `StateStore.get`."""
@@ -131,6 +138,9 @@ class StatesOnDisk:
         self._dtype = dtype
         self._noted = noted
         self._told = False
+
+    def __contains__(self, number: int) -> bool:
+        return self._file is not None and number in self._file
 
     def get(self, number: int) -> Tensor | None:
         """See `StateStore.get`."""
@@ -254,7 +264,7 @@ class KeptStates:
         room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
         for row in chain.from_iterable(coming) if room > 0 else ():
             own = self._packer.lengths[row] - self._beginning
-            if own > 0 and store.get(self._first + row) is None:
+            if own > 0 and self._first + row not in store:
                 room -= own
                 if room < 0:
                     break
