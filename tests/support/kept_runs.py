@@ -30,11 +30,15 @@ KEPT = "kept hidden states are those computed again, bit by bit"
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Four layers."""
+    return run_of_layers(4, tmp_path_factory.mktemp("four"))
+
+
+def run_of_layers(layers: int, directory: Path) -> TinyRun:
+    """A run whose model has so many."""
     if library() is None:
         pytest.skip("the compiled library is not built, and without it nothing is kept")
-    directory = tmp_path_factory.mktemp("four")
     run = TinyRun(directory)
-    run.model = save_tiny(tiny_model("llama-tied", num_hidden_layers=4), directory / "four")
+    run.model = save_tiny(tiny_model("llama-tied", num_hidden_layers=layers), directory / "model")
     return run
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError, UsageError
-from backhand.kernels.library import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import row_products
 from backhand.ops import frozen_matrix
@@ -26,7 +25,7 @@ from backhand.runs.record_file import RecordFile
 from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.run import train
 from support.faulty_files import InterceptedFiles
-from support.kept_runs import Notes, begin_alike, config_of, proofs, resumed, stopped, watched
+from support.kept_runs import Notes, begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched
 from support.products_by_rows import ProductsByRows, by_library
 from support.ranks import start_ranks
 from support.tiny_gguf import write_tiny_gguf
@@ -163,12 +162,7 @@ def test_each_row_goes_through_the_lower_layers_once(four: TinyRun, tmp_path: Pa
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Six layers: with five of them adapted, a pass through the first one takes two micro-batches' tokens."""
-    if library() is None:
-        pytest.skip("the compiled library is not built, and without it nothing is kept")
-    directory = tmp_path_factory.mktemp("six")
-    run = TinyRun(directory)
-    run.model = save_tiny(tiny_model("llama-tied", num_hidden_layers=6), directory / "six")
-    return run
+    return run_of_layers(6, tmp_path_factory.mktemp("six"))
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])

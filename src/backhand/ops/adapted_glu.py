@@ -18,9 +18,8 @@ It is for float32. Half as wide numbers are multiplied in other units, which the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,14 @@ from backhand.kernels.dense_product import matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, loop, now_or_in
 from backhand.ops.glu import ACTIVATIONS, GLUSaved, glu_backward, glu_forward, glu_reference
 from backhand.ops.lora_linear import rows
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import (
+    Member,
+    low_rank_accumulate,
+    low_rank_backward,
+    low_rank_expand,
+    low_rank_shrink,
+    with_memory,
+)
 
 _BACKWARD = Declared("backhand_adapted_glu_backward", INT, INT, POINTER, POINTER, INT64, INT64, result=INT)
 _NUMBERS, _SCALINGS = INT64 * 33, DOUBLE * 2
@@ -190,14 +196,9 @@ def _by_loop(
         first += rank
     numbers += (*matrix(behind[0]), *matrix(behind[1]), behind[0].shape[1]) if behind else (*_NOWHERE * 2, 0)
     scalings = _SCALINGS(*(found[column].scaling if column in found else 0.0 for column in (0, n)))
-    call = partial(_checked, run, ACTIVATIONS[saved.activation], _NUMBERS(*numbers), scalings, count, n)
+    call = partial(with_memory, run, ACTIVATIONS[saved.activation], _NUMBERS(*numbers), scalings, count, n)
     now_or_in(row, call, operands, d_h)
     return d_h
-
-
-def _checked(run: Callable[..., int], *arguments: Any) -> None:
-    if run(*arguments):
-        raise MemoryError("adapted gated unit: no memory for what it works with")
 
 
 def adapted_glu_reference(

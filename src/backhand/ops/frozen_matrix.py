@@ -158,6 +158,30 @@ def frozen_linear(
     return y
 
 
+def frozen_linear_in_turn(
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    terms: Sequence[Term],
+    row: InARow | None,
+) -> Tensor:
+    """`frozen_linear`, (rows, out), in its turn where a row is collected, else now."""
+    if row is None:
+        return frozen_linear(x, weight, bias, residual, terms=terms)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    if not takes_tiles(x):
+        # Nothing is folded in: what is added to which columns is put together here.
+        row.add(partial(frozen_linear, x, weight, bias, residual, y))
+        return _with_terms(y, x, terms, row)
+    dense = isinstance(weight, Tensor)
+    operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=True)
+    few = x.shape[0] <= MOST_ROWS
+    if few or dense_product(x, operand, bias, residual, y, terms, turned=dense, row=row) is None:
+        row.add(partial(frozen_linear, x, weight, bias, residual, y, terms))
+    return y
+
+
 def frozen_input_gradient_in_a_row(
     d_y: Tensor, weight: FrozenMatrix, out: Tensor, terms: Sequence[Term], row: InARow
 ) -> None:
@@ -332,14 +356,14 @@ def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Se
     return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms) if d_x is None else d_x
 
 
-def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """y + the terms, in y's place."""
+def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term], row: InARow | None = None) -> Tensor:
+    """y + the terms, in y's place, now or in their turn."""
     for column, h, factor, scaling, shrink, turned in terms:
         if shrink is not None:
-            low_rank_shrink(x, shrink, out=h, turned=True)
+            low_rank_shrink(x, shrink, out=h, turned=True, row=row)
         n = factor.shape[1 if turned else 0]
         columns = y if n == y.shape[1] else y[:, column : column + n]
-        low_rank_expand(columns, h, factor, scaling, turned=turned)
+        low_rank_expand(columns, h, factor, scaling, turned=turned, row=row)
     return y
 
 

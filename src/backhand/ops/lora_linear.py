@@ -25,24 +25,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Blocks, Term, dense_product
-from backhand.kernels.few_rows import MOST_ROWS
+from backhand.kernels.dense_product import Term
 from backhand.kernels.library import InARow
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.frozen_matrix import (
     FrozenMatrix,
     frozen_input_gradient_in_a_row,
-    frozen_linear,
+    frozen_linear_in_turn,
     makes_shrunk,
-    takes_tiles,
 )
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_shrink
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
 
@@ -142,36 +139,8 @@ def lora_linear_forward(
         h = low_rank_shrink(x_rows if mask is None else x_rows * mask, lora_A, turned=True, row=row)
     around = None if residual is None else rows(residual)
     term = Term(0, h, lora_B, scaling, lora_A if inside else None)
-    y = product_in_turn(x_rows, weight, bias, around, [term], row)
+    y = frozen_linear_in_turn(x_rows, weight, bias, around, [term], row)
     return _with_axes(y, x), LoRASaved(x, weight, lora_A, lora_B, _with_axes(h, x), scaling, dropout)
-
-
-def product_in_turn(
-    x: Tensor,
-    weight: FrozenMatrix,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    terms: Sequence[Term],
-    row: InARow | None,
-) -> Tensor:
-    """`frozen_linear`, (rows, out), in its turn where a row is collected, else now."""
-    if row is None:
-        return frozen_linear(x, weight, bias, residual, terms=terms)
-    y = _empty(x, weight.shape[0])
-    if takes_tiles(x):
-        dense = isinstance(weight, Tensor)
-        operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=True)
-        few = x.shape[0] <= MOST_ROWS
-        if few or dense_product(x, operand, bias, residual, y, terms, turned=dense, row=row) is None:
-            row.add(partial(frozen_linear, x, weight, bias, residual, y, terms))
-        return y
-    # Nothing is folded in: what is added to which columns is put together here.
-    row.add(partial(frozen_linear, x, weight, bias, residual, y))
-    for column, h, factor, scaling, _, turned in terms:
-        n = factor.shape[1 if turned else 0]
-        columns = y if n == y.shape[1] else y[:, column : column + n]
-        low_rank_expand(columns, h, factor, scaling, turned=turned, row=row)
-    return y
 
 
 def lora_linear_backward(
@@ -368,7 +337,7 @@ def lora_linear_group_forward(
             shrink = member.lora_A if inside else None
             terms.append(Term(column, next(parts), member.lora_B, member.scaling, shrink))
         column += size
-    y = product_in_turn(x_rows, weight, bias, None, terms, row)
+    y = frozen_linear_in_turn(x_rows, weight, bias, None, terms, row)
     saved = LoRAGroupSaved(x, weight, tuple(sizes), tuple(factors), _with_axes(h, x), dropout)
     return _with_axes(y, x), saved
 

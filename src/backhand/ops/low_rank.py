@@ -67,7 +67,7 @@ def low_rank_shrink(
         return h if out is None else out.copy_(h)
     if out is None:
         out = torch.empty(v.shape[0], factor.shape[0 if turned else 1], dtype=v.dtype)
-    call = partial(_checked, run, *matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1])
+    call = partial(with_memory, run, *matrix(v), *matrix(stored), transposed, *matrix(out), *v.shape, out.shape[1])
     now_or_in(row, call, v, stored, out)
     return out
 
@@ -90,7 +90,7 @@ def low_rank_expand(
     if run is None:
         now_or_in(row, partial(y.addmm_, h, factor if turned else factor.T, alpha=scaling))
         return y
-    call = partial(_checked, run, *matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling)
+    call = partial(with_memory, run, *matrix(y), *matrix(h), *matrix(stored), transposed, *y.shape, h.shape[1], scaling)
     now_or_in(row, call, y, h, stored)
     return y
 
@@ -124,7 +124,7 @@ def low_rank_accumulate(
     places = _places([part for part, _ in lying], transposed)
     norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
     how = transposed, dtype == wide, by_parts_of_rows(x.dtype)
-    call = partial(_checked, run, *matrix(x), *matrix(h), *places, *how, *x.shape, *norm)
+    call = partial(with_memory, run, *matrix(x), *matrix(h), *places, *how, *x.shape, *norm)
     now_or_in(row, call, v, h, into)
 
 
@@ -172,7 +172,7 @@ def low_rank_backward(g: Tensor, h: Tensor, members: Sequence[Member], *, row: I
     scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
     places = (*matrix(g), *matrix(h), *matrix(d_h))
     by_parts = by_parts_of_rows(g.dtype)
-    call = partial(_checked, run, *places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0])
+    call = partial(with_memory, run, *places, len(members), table, scalings, dtype == wide, by_parts, g.shape[0])
     now_or_in(row, call, g, h, members, d_h)
     return d_h
 
@@ -214,6 +214,11 @@ def parts_of_rows(rows: int) -> int:
     return max(1, min(_MOST_PARTS, -(-rows // _ROWS_OF_PART)))
 
 
-def _checked(run: Callable[..., int], *arguments: Any) -> None:
+def with_memory(run: Callable[..., int], *arguments: Any) -> None:
+    """Make a call that returns whether it had no memory for what it works with.
+
+    Raises:
+        MemoryError: it had none.
+    """
     if run(*arguments):
-        raise MemoryError("low-rank products: no memory for what they work with")
+        raise MemoryError("products with an adapter's factors: no memory for what they work with")

@@ -40,6 +40,7 @@ from backhand.ops.frozen_matrix import (
     FrozenMatrix,
     frozen_input_gradient,
     frozen_input_gradient_in_a_row,
+    frozen_linear_in_turn,
 )
 from backhand.ops.lora_linear import (
     Dropout,
@@ -52,7 +53,6 @@ from backhand.ops.lora_linear import (
     lora_linear_forward,
     lora_linear_group_backward,
     lora_linear_group_forward,
-    product_in_turn,
 )
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
@@ -130,7 +130,7 @@ def group_forward(
     if len(sizes) == 1:
         (factors,) = adapter.factors
         if factors is None:
-            return product_in_turn(x, weight, bias, residual, (), row), x.new_empty(x.shape[0], 0)
+            return frozen_linear_in_turn(x, weight, bias, residual, (), row), x.new_empty(x.shape[0], 0)
         y, lone = lora_linear_forward(x, weight, bias, *factors, adapter.dropout, residual, row)
         h = lone.h
     else:

@@ -31,6 +31,7 @@ from backhand.verify.case import (
     rows_reversed,
     standard_mutants,
 )
+from backhand.verify.cases.glu import usual_unit
 
 SCALINGS = 1.7, -0.6
 START = 0.5
@@ -121,10 +122,7 @@ def _case(
             rank = side.lora_B.shape[1]
             halves.append(half + side.scaling * functional.linear(t["h"][..., first : first + rank], side.lora_B))
             first += rank
-        if activation == "gelu_tanh":
-            p = functional.gelu(halves[0], approximate="tanh") * halves[1]
-        else:
-            p = (functional.silu(halves[0]) if activation == "silu" else torch.sigmoid(halves[0])) * halves[1]
+        p = usual_unit(halves[0], halves[1], activation)
         return joined(p, functional.linear(p, t["lora_A"]) if "lora_A" in t else None)
 
     return Case(name, tensors, by_hand, reference, usual)

@@ -12,6 +12,15 @@ from backhand.ops.glu import CHUNK_ELEMENTS, GLUSaved, glu_backward, glu_forward
 from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
 
 
+def usual_unit(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The unit as one writes it for autograd."""
+    if activation == "silu":
+        return functional.silu(gate) * up
+    if activation == "sigmoid":
+        return torch.sigmoid(gate) * up
+    return functional.gelu(gate, approximate="tanh") * up
+
+
 def _case(
     name: str, activation: str, lead: tuple[int, ...], n: int = 7, *, size: float = 1.5, side_by_side: bool = False
 ) -> Case:
@@ -39,11 +48,7 @@ def _case(
         return glu_reference(t["gate"], t["up"], activation)
 
     def usual(t: Tensors) -> Tensor:
-        if activation == "silu":
-            return functional.silu(t["gate"]) * t["up"]
-        if activation == "sigmoid":
-            return torch.sigmoid(t["gate"]) * t["up"]
-        return functional.gelu(t["gate"], approximate="tanh") * t["up"]
+        return usual_unit(t["gate"], t["up"], activation)
 
     return Case(name, tensors, by_hand, reference, usual)
 
