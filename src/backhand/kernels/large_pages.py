@@ -1,13 +1,31 @@
-"""Working memory in large pages, where the system has such: small ones are looked up too often."""
+"""Memory in large pages, where the system has such: small ones are looked up too often.
+
+A page of 4 KiB is looked up whenever a row of a matrix lies on another one, and again whenever it was forgotten. What a
+look costs depends on the machine: little where the system runs on it alone, much in a virtual machine whose own memory
+lies in small pieces. There a float32 step took 1.2 to 1.5 times as long as in pages of 2 MiB (docs/log.md).
+
+The heap. Weights, activations and gradients are torch's, which has them from glibc's malloc, which asks the system for
+the next piece of the heap, in small pages unless the environment said otherwise before the process began
+(GLIBC_TUNABLES, glibc.malloc.hugetlb). So the heap is made as long as memory is large, at once, and the system asked
+for large pages in it. Only addresses are taken: a page is there once it is first written to, as always.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import platform
+import resource
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _LARGE_PAGE = 2 << 20
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+_BY_HEURISTIC_OR_ALWAYS = ("0", "1")
 
 
 def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
@@ -22,3 +40,66 @@ def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
         begin = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
         return torch.frombuffer(room, dtype=dtype, count=elements, offset=begin)
     return torch.empty(elements, dtype=dtype)
+
+
+def grow_heap_in_large_pages(largest_bytes: int) -> bool:
+    """Make glibc's heap as long as the machine's memory is large, in large pages; return whether it was made longer.
+
+    Not where addresses alone count as memory: under a limit of the process's (ulimit -v, -d), or where the system
+    promises no more than it has (vm.overcommit_memory 2).
+
+    Args:
+        largest_bytes: from this size on glibc takes buffers from elsewhere (M_MMAP_THRESHOLD).
+    """
+    _heap.piece_bytes = largest_bytes // 2 if _may_take_addresses() else 0
+    return grow_heap_again()
+
+
+def grow_heap_again() -> bool:
+    """The same once more, where its end has been given back since; nothing where it was not made so long before."""
+    if not _heap.piece_bytes:
+        return False
+    libc = _libc()
+    begin, pieces = int(libc.sbrk(0)), []
+    for _ in range(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _heap.piece_bytes):
+        piece = libc.malloc(_heap.piece_bytes)
+        if piece is None:
+            break
+        pieces.append(piece)
+        if not begin <= piece + _heap.piece_bytes <= libc.sbrk(0):
+            break  # it fitted into what was there; or the heap ends here, or is another one, as a thread's is
+    first, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, int(libc.sbrk(0))
+    advised = end > first and libc.madvise(first, end - first, mmap.MADV_HUGEPAGE) == 0
+    for piece in pieces:
+        libc.free(piece)
+    return bool(advised)
+
+
+class _Heap:
+    """piece_bytes: it is made longer by so much at a time; 0 where it is left as it is."""
+
+    piece_bytes = 0
+
+
+_heap = _Heap()
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+    libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+    libc.malloc.argtypes = (ctypes.c_size_t,)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def _may_take_addresses() -> bool:
+    if platform.libc_ver()[0] != "glibc" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
+    with suppress(OSError):
+        return _OVERCOMMIT.read_text(encoding="ascii").strip() in _BY_HEURISTIC_OR_ALWAYS
+    return False

@@ -67,7 +67,8 @@ class _BaseModel:
     """Threads for matrix products on the processor; not given: the cores this process may use."""
 
     tune_allocator: bool = True
-    """Keep large freed buffers for later instead of giving them back to the system (glibc mallopt)."""
+    """Keep large freed buffers for later instead of giving them back to the system, and hold all in large pages
+    (glibc's mallopt, madvise)."""
 
     force_base: bool = False
     """Use an adapter on a base model other than the one it was trained on."""

@@ -1,0 +1,105 @@
+"""The heap in large pages, in processes of their own: a heap is grown once and for all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+pytestmark = pytest.mark.skipif(
+    not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="this system has no large pages to give"
+)
+BEGIN = """
+import resource, threading
+from pathlib import Path
+import torch
+from backhand.kernels import large_pages
+from backhand.nn.compute import keep_freed_memory, release_freed_memory
+
+def total(field):
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(field + ":"))
+
+def size():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() >> 20
+"""
+
+
+def printed(script: str) -> list[int]:
+    """The numbers that a process prints, MiB where they are sizes."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + script], check=True, capture_output=True, text=True, timeout=300
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_large_buffers_lie_in_large_pages_also_after_memory_was_given_back() -> None:
+    before, resident, first, freed, again = printed("""
+assert keep_freed_memory()
+print(total("AnonHugePages"), 0)
+held = [torch.ones(25 << 20), torch.ones(1 << 10)]
+print(total("AnonHugePages"))
+held = held[1:]
+release_freed_memory()
+print(total("AnonHugePages"))
+held.append(torch.ones(50 << 20))
+print(total("AnonHugePages"))
+""")
+    assert before < 8 and resident == 0
+    assert 96 <= first < 116, "100 MiB of ones"
+    assert freed < 8
+    assert 196 <= again < 216, "in what was the heap's end before it was given back"
+
+
+def test_only_addresses_are_taken() -> None:
+    before, after, grown = printed("""
+torch.ones(1)
+print(total("Rss"))
+grown = size()
+assert keep_freed_memory()
+print(total("Rss"), size() - grown)
+""")
+    assert after - before < 8
+    assert grown > 1024
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_under_a_limit_of_addresses_none_are_taken(kind: str) -> None:
+    grown, large = printed(f"""
+soft, hard = resource.getrlimit(resource.{kind})
+resource.setrlimit(resource.{kind}, (1 << 36, hard))
+before = size()
+assert keep_freed_memory()
+print(size() - before)
+held = torch.ones(25 << 20)
+release_freed_memory()
+print(total("AnonHugePages"))
+""")
+    assert grown < 64 and large < 8
+
+
+@pytest.mark.parametrize(("says", "possible"), [("0", 1), ("1", 1), ("2", 0), ("", 0)])
+def test_not_where_the_system_promises_no_more_than_it_has(says: str, possible: int, tmp_path: Path) -> None:
+    (tmp_path / "overcommit").write_text(f"{says}\n")
+    assert printed(f"""
+large_pages._OVERCOMMIT = Path({str(tmp_path / "overcommit")!r})
+before = size()
+assert keep_freed_memory()
+print(int(size() - before > 1024))
+""") == [possible]
+
+
+def test_another_thread_has_another_heap_and_nothing_happens() -> None:
+    found, grown = printed("""
+keep_freed_memory()
+found = []
+before = size()
+thread = threading.Thread(target=lambda: found.append(large_pages.grow_heap_again()))
+thread.start()
+thread.join()
+print(int(found[0]), size() - before)
+""")
+    assert found == 0 and grown < 256
