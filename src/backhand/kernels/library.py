@@ -28,7 +28,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -99,11 +99,20 @@ class Declared:
 
     def __init__(self, name: str, *types: Type, result: Type | None = None) -> None:
         self.name, self.types, self.result = name, types, result
+        self._by_dtype: dict[tuple[Library, torch.dtype], Callable[..., Any]] = {}  # a step asks hundreds of times
 
     def function(self) -> Any | None:
         """What to call, or None where everything goes through torch."""
         found = library()
         return None if found is None else found.function(self.name, self.types, self.result)
+
+    def function_of(self, dtype: torch.dtype, build: Library) -> Callable[..., Any] | None:
+        """The one of this build with the number of the dtype filled in, or None where it has none."""
+        found = self._by_dtype.get((build, dtype))
+        if found is None and (number := _numbers().get(dtype)) is not None:
+            found = partial(build.function(self.name, self.types, self.result), number)
+            self._by_dtype[build, dtype] = found
+        return found
 
 
 _forced: list[Library | None] = []
@@ -216,23 +225,11 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
 
     if torch.compiler.is_compiling():
         return None  # what is traced has no addresses
-    function = declared.function()
-    if function is None:
+    build = library()
+    dtype = None if build is None else _dtype_of_loopable(tensors)
+    if build is None or dtype is None or (dtype == torch.float64 and not _float64_too.get()):
         return None
-    dtype, recording = None, torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if dtype is None:
-            dtype = tensor.dtype
-        elif tensor.dtype != dtype:
-            return None
-        if not _has_address(tensor, recording):
-            return None
-    number = _numbers().get(dtype)
-    if number is None or (dtype == torch.float64 and not _float64_too.get()):
-        return None
-    return partial(function, number)
+    return declared.function_of(dtype, build)
 
 
 class InARow:
@@ -268,19 +265,31 @@ def now_or_in(row: InARow | None, call: Callable[[], object], *lasting: object) 
 
 def is_loopable(tensor: Tensor) -> bool:
     """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
+    return _dtype_of_loopable((tensor,)) is not None
+
+
+def _dtype_of_loopable(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
+    """The dtype of tensors whose addresses loops may have; None where there are others, or several dtypes, or none."""
     import torch
 
-    return _has_address(tensor, torch.is_grad_enabled())
-
-
-def _has_address(tensor: Tensor, recording: bool) -> bool:
-    strides = tensor.stride()
-    dense = not strides or strides[-1] == 1 or tensor.shape[-1] <= 1
-    return dense and tensor.is_cpu and not (recording and tensor.requires_grad)
+    dtype, recording = None, torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if dtype is None:
+            dtype = tensor.dtype
+        elif tensor.dtype != dtype:
+            return None
+        strides = tensor.stride()
+        if strides and strides[-1] != 1 and tensor.shape[-1] > 1:
+            return None
+        if not tensor.is_cpu or (recording and tensor.requires_grad):
+            return None
+    return dtype
 
 
 @functools.cache
-def _numbers() -> dict[torch.dtype | None, int]:
+def _numbers() -> dict[torch.dtype, int]:
     """As in native/dtypes.h."""
     import torch
 

@@ -170,14 +170,15 @@ def frozen_linear_in_turn(
     if row is None:
         return frozen_linear(x, weight, bias, residual, terms=terms)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    if not takes_tiles(x):
+    few, by_loop = x.shape[0] <= MOST_ROWS, takes_tiles(x)
+    if isinstance(weight, Tensor) and not few and (by_loop or len(row_tiles(weight)) == 1):
+        return _product(x, weight, bias, residual, y, terms, row)
+    if not by_loop:
         # Nothing is folded in: what is added to which columns is put together here.
         row.add(partial(frozen_linear, x, weight, bias, residual, y))
         return _with_terms(y, x, terms, row)
-    dense = isinstance(weight, Tensor)
-    operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=True)
-    few = x.shape[0] <= MOST_ROWS
-    if few or dense_product(x, operand, bias, residual, y, terms, turned=dense, row=row) is None:
+    blocks = None if few or isinstance(weight, Tensor) else Blocks(weight, turned=True)
+    if blocks is None or dense_product(x, blocks, bias, residual, y, terms, row=row) is None:
         row.add(partial(frozen_linear, x, weight, bias, residual, y, terms))
     return y
 
@@ -186,10 +187,12 @@ def frozen_input_gradient_in_a_row(
     d_y: Tensor, weight: FrozenMatrix, out: Tensor, terms: Sequence[Term], row: InARow
 ) -> None:
     """`frozen_input_gradient` in its turn."""
-    d_x = None
-    if takes_tiles(d_y):
-        operand = weight if isinstance(weight, Tensor) else Blocks(weight, turned=False)
-        d_x = dense_product(d_y, operand, None, None, out, terms, row=row)
+    by_loop, d_x = takes_tiles(d_y), None
+    if isinstance(weight, QuantizedMatrix):
+        if by_loop:
+            d_x = dense_product(d_y, Blocks(weight, turned=False), None, None, out, terms, row=row)
+    elif by_loop or len(column_tiles(weight)) == 1:
+        d_x = _gradient_product(d_y, weight, out, terms, row)
     if d_x is None:
         row.add(partial(frozen_input_gradient, d_y, weight, out, terms))
 
@@ -341,19 +344,30 @@ def _product(
     residual: Tensor | None,
     out: Tensor | None,
     terms: Sequence[Term],
+    row: InARow | None = None,
 ) -> Tensor:
-    y = dense_product(x, weight, bias, residual, out, terms, turned=True)
+    """Of a dense W, or a tile of it, now or in its turn; that takes an `out`."""
+    y = dense_product(x, weight, bias, residual, out, terms, turned=True, row=row)
     if y is not None:
         return y
     row_wise = _products_by[-1]
-    if row_wise is None:
-        return _with_terms(library_product(x, weight, bias, residual, out), x, terms)
-    return _with_terms(row_wise(library_product, x, weight, bias, residual, out), x, terms)
+    multiply = library_product if row_wise is None else partial(row_wise, library_product)
+    if row is None or out is None:
+        return _with_terms(multiply(x, weight, bias, residual, out), x, terms)
+    row.add(partial(multiply, x, weight, bias, residual, out))
+    return _with_terms(out, x, terms, row)
 
 
-def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    d_x = dense_product(d_y, weight, None, None, out, terms)
-    return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms) if d_x is None else d_x
+def _gradient_product(
+    d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term], row: InARow | None = None
+) -> Tensor:
+    d_x = dense_product(d_y, weight, None, None, out, terms, row=row)
+    if d_x is not None:
+        return d_x
+    if row is None or out is None:
+        return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms)
+    row.add(partial(torch.mm, d_y, weight, out=out))
+    return _with_terms(out, d_y, terms, row)
 
 
 def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term], row: InARow | None = None) -> Tensor:

@@ -85,8 +85,10 @@ def low_rank_expand(
         turned: whether `factor` is Fᵀ, (rank, n).
         row: where this is to be done in its turn, or None to do it now.
     """
-    stored, transposed = as_stored(factor, turned)
-    run = None if y.dtype == torch.float32 else loop(_EXPAND, y, h, stored)
+    run = None
+    if y.dtype != torch.float32:
+        stored, transposed = as_stored(factor, turned)
+        run = loop(_EXPAND, y, h, stored)
     if run is None:
         now_or_in(row, partial(y.addmm_, h, factor if turned else factor.T, alpha=scaling))
         return y
