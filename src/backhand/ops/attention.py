@@ -201,7 +201,7 @@ def attention_backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
-    grads = AttentionGrads(*out.split([heads, kv_heads, kv_heads], dim=1))
+    grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
     run = loop(_BACKWARD, q, k, v, d_y, out, again) if cap is None else None
     if run is not None:
         once_more = _NOWHERE if again is None else _heads(again)

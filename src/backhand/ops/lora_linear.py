@@ -331,7 +331,7 @@ def lora_linear_group_forward(
         h = _empty(x_rows, sum(ranks))
     else:
         h = low_rank_shrink(x_rows if mask is None else x_rows * mask, stacked_A(factors), turned=True, row=row)
-    terms, column, parts = [], 0, iter(h.split(ranks, dim=1))
+    terms, column, parts = [], 0, iter(h.split_with_sizes(ranks, dim=1))
     for size, member in zip(sizes, factors, strict=True):
         if member is not None:
             shrink = member.lora_A if inside else None

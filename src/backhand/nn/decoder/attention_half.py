@@ -84,9 +84,9 @@ def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     by_head = _by_head(qkv, config)
     if not config.attention_gate:
-        q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = by_head.split_with_sizes([heads, kv_heads, kv_heads], dim=1)
         return Parts(q, q, k, v)
-    queries, k, v = by_head.split([2 * heads, kv_heads, kv_heads], dim=1)
+    queries, k, v = by_head.split_with_sizes([2 * heads, kv_heads, kv_heads], dim=1)
     return Parts(queries[:, ::2], queries[:, 1::2], k, v)
 
 
