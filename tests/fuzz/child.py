@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backhand.training.memory.process import peak_rss_bytes, rss_bytes
+from support.addresses import limit_addresses
 
 MEMORY_BYTES = 3 * 2**30
 """Of address space, above what the parent has."""
@@ -143,8 +144,7 @@ def _be_child(attempts: Sequence[Attempt], telling: int) -> None:
         os.dup2(null, 1)
         # Whatever the parent has in their place, a test's capture for one.
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        in_use = _address_space()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, in_use + MEMORY_BYTES))
+        limit_addresses(MEMORY_BYTES)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, 2**26))
         for attempt in attempts:
@@ -203,7 +203,3 @@ def _tree(place: Path) -> Files:
         name: (mode, size if mode & 0o100000 else 0, at if mode & 0o100000 else 0)
         for name, (mode, size, at) in found.items()
     }
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()

@@ -12,7 +12,7 @@ import torch
 
 from backhand.errors import ResourceError
 from backhand.kernels.library import load, torch_form, usable, using
-from backhand.nn.held_base import available_bytes
+from backhand.nn.available_memory import available_bytes
 from backhand.training.memory.model import ModelSize, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
 from backhand.training.memory.process import MemoryKeeper

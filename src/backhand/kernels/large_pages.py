@@ -6,7 +6,7 @@ lies in small pieces. There a float32 step took 1.2 to 1.5 times as long as in p
 
 The heap. Weights, activations and gradients are torch's, which has them from glibc's malloc, which asks the system for
 the next piece of the heap, in small pages unless the environment said otherwise before the process began
-(GLIBC_TUNABLES, glibc.malloc.hugetlb). So the heap is made as long as memory is large, at once, and the system asked
+(GLIBC_TUNABLES, glibc.malloc.hugetlb). So the heap is made as long as there is memory, at once, and the system asked
 for large pages in it. Only addresses are taken: a page is there once it is first written to, as always.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import platform
 import resource
 from contextlib import suppress
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 _LARGE_PAGE = 2 << 20
+_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _BY_HEURISTIC_OR_ALWAYS = ("0", "1")
 
@@ -42,26 +42,27 @@ def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(elements, dtype=dtype)
 
 
-def grow_heap_in_large_pages(largest_bytes: int) -> bool:
-    """Make glibc's heap as long as the machine's memory is large, in large pages; return whether it was made longer.
+def grow_heap_in_large_pages(largest_bytes: int, length_bytes: int) -> bool:
+    """Make glibc's heap longer, in large pages; return whether it was made so.
 
     Not where addresses alone count as memory: under a limit of the process's (ulimit -v, -d), or where the system
-    promises no more than it has (vm.overcommit_memory 2).
+    promises no more than it has (vm.overcommit_memory 2); nor where a large page is larger than what is meant here.
 
     Args:
         largest_bytes: from this size on glibc takes buffers from elsewhere (M_MMAP_THRESHOLD).
+        length_bytes: at most so much longer; what may be allocated.
     """
-    _heap.piece_bytes = largest_bytes // 2 if _may_take_addresses() else 0
+    _heap.piece_bytes, _heap.pieces = largest_bytes // 2, length_bytes // (largest_bytes // 2)
     return grow_heap_again()
 
 
 def grow_heap_again() -> bool:
     """The same once more, where its end has been given back since; nothing where it was not made so long before."""
-    if not _heap.piece_bytes:
+    if not _heap.pieces or not _may_take_addresses():
         return False
     libc = _libc()
     begin, pieces = int(libc.sbrk(0)), []
-    for _ in range(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _heap.piece_bytes):
+    for _ in range(_heap.pieces):
         piece = libc.malloc(_heap.piece_bytes)
         if piece is None:
             break
@@ -76,9 +77,9 @@ def grow_heap_again() -> bool:
 
 
 class _Heap:
-    """piece_bytes: it is made longer by so much at a time; 0 where it is left as it is."""
+    """It is made longer by so many pieces of so many bytes."""
 
-    piece_bytes = 0
+    pieces = piece_bytes = 0
 
 
 _heap = _Heap()
@@ -100,6 +101,7 @@ def _may_take_addresses() -> bool:
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     if any(limit != resource.RLIM_INFINITY for limit in limits):
         return False
-    with suppress(OSError):
-        return _OVERCOMMIT.read_text(encoding="ascii").strip() in _BY_HEURISTIC_OR_ALWAYS
+    with suppress(OSError, ValueError):
+        promised = _OVERCOMMIT.read_text(encoding="ascii").strip() in _BY_HEURISTIC_OR_ALWAYS
+        return promised and int(_SIZE.read_text(encoding="ascii")) <= _LARGE_PAGE
     return False

@@ -13,6 +13,7 @@ import torch
 
 from backhand.errors import UsageError, first_line
 from backhand.kernels.large_pages import grow_heap_again, grow_heap_in_large_pages
+from backhand.nn.available_memory import available_bytes
 from backhand.nn.model_options import BaseModelOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,7 +88,7 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     kept = bool(libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_FREED) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
     if kept:
-        grow_heap_in_large_pages(LARGEST_FREED)
+        grow_heap_in_large_pages(LARGEST_FREED, available_bytes() or 0)
     return kept
 
 

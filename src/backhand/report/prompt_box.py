@@ -21,8 +21,9 @@ from backhand.files import FileLayer
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import GenerationSession
+from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device
-from backhand.nn.held_base import available_bytes, held_bytes, stays_quantized
+from backhand.nn.held_base import held_bytes, stays_quantized
 from backhand.nn.loading import open_model
 from backhand.reading import read_settings
 from backhand.report.page import page_values

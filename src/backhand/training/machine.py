@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import resolve_device, resolve_dtype, resolve_threads
-from backhand.nn.held_base import available_bytes
 from backhand.training.config import TrainConfig, parse_bytes
 from backhand.training.step import Processes
 

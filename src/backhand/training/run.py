@@ -15,8 +15,8 @@ from typing import Any
 
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
+from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import compute_settings
-from backhand.nn.held_base import available_bytes
 from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import (

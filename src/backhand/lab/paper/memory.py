@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 
 from backhand.errors import ResourceError
-from backhand.nn.held_base import available_bytes
+from backhand.nn.available_memory import available_bytes
 
 RUNS = 3
 BYTES_PER_TRAINED = 16

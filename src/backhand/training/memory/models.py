@@ -24,8 +24,8 @@ from rich.table import Table
 from backhand.adapters.config import LoRAConfig
 from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
+from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import available_cores, default_dtype
-from backhand.nn.held_base import available_bytes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource

@@ -1,0 +1,60 @@
+"""How much memory may still be allocated."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """What may still be allocated: free memory, within the limits of the control groups; None where it is not known.
+
+    Args:
+        root: where /proc and /sys are, for tests.
+    """
+    amounts = list(_group_bytes(root))
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        amounts.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError, IndexError):
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            amounts.append(max(0, soft - pages * _PAGE_BYTES))
+    return min(amounts) if amounts else None
+
+
+def _group_bytes(root: Path) -> Iterator[int]:
+    """What each control group that this process is in, and those around it, leaves."""
+    memberships = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory") or "memory" in controllers.split(","):
+                memberships.append(group.strip("/"))
+    for base, limit_file, used_file, cache_name in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        # In a container the file system's root is often the container's own group, whatever its name is outside.
+        for group in {"", *memberships}:
+            for around in (Path(group), *Path(group).parents):
+                directory = root / base / around
+                with suppress(OSError, ValueError):
+                    limit = int((directory / limit_file).read_text(encoding="ascii"))
+                    used = int((directory / used_file).read_text(encoding="ascii"))
+                    yield max(0, limit - max(0, used - _cached_bytes(directory, cache_name)))
+
+
+def _cached_bytes(directory: Path, name: str) -> int:
+    """What a group uses for files that nobody has looked at lately: it is given back when memory is asked for."""
+    with suppress(OSError, ValueError):
+        for line in (directory / "memory.stat").read_text(encoding="ascii").splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return 0
