@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from backhand.kernels import large_pages
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(
-    not large_pages._may_take_addresses() or "[madvise]" not in ENABLED.read_text(),
+    platform.libc_ver()[0] != "glibc"
+    or not large_pages._may_take_addresses()
+    or "[madvise]" not in ENABLED.read_text(),
     reason="only a system that gives large pages when it is asked for them tells whether it was asked",
 )
 BEGIN = """
@@ -40,9 +43,9 @@ def printed(script: str) -> list[int]:
 
 
 def test_large_buffers_lie_in_large_pages_also_after_memory_was_given_back() -> None:
-    before, resident, first, freed, again = printed("""
+    before, first, freed, again = printed("""
 assert keep_freed_memory()
-print(total("AnonHugePages"), 0)
+print(total("AnonHugePages"))
 held = [torch.ones(25 << 20), torch.ones(1 << 10)]
 print(total("AnonHugePages"))
 held = held[1:]
@@ -51,7 +54,7 @@ print(total("AnonHugePages"))
 held.append(torch.ones(50 << 20))
 print(total("AnonHugePages"))
 """)
-    assert before < 8 and resident == 0
+    assert before < 8
     assert 96 <= first < 116, "100 MiB of ones"
     assert freed < 8
     assert 196 <= again < 216, "in what was the heap's end before it was given back"
@@ -108,14 +111,17 @@ print(size() - before)
     assert grown > 1024 and again < 256
 
 
-def test_another_thread_has_another_heap_and_nothing_happens() -> None:
-    found, grown = printed("""
-keep_freed_memory()
-found = []
+def test_another_thread_has_another_heap_and_gives_the_end_back_alone() -> None:
+    grown, left, again = printed("""
 before = size()
-thread = threading.Thread(target=lambda: found.append(large_pages.grow_heap_again()))
+keep_freed_memory()
+print(size() - before)
+thread = threading.Thread(target=release_freed_memory)
 thread.start()
 thread.join()
-print(int(found[0]), size() - before)
+print(size() - before)
+release_freed_memory()
+print(size() - before)
 """)
-    assert found == 0 and grown < 256
+    assert grown > 1024 and left < 256, "what it may not make longer stays short"
+    assert again > 1024

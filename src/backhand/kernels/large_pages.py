@@ -2,7 +2,7 @@
 
 A page of 4 KiB is looked up whenever a row of a matrix lies on another one, and again whenever it was forgotten. What a
 look costs depends on the machine: little where the system runs on it alone, much in a virtual machine whose own memory
-lies in small pieces. There a float32 step took 1.2 to 1.5 times as long as in pages of 2 MiB (docs/log.md).
+lies in small pieces. There a float32 step took 1.1 to 1.5 times as long as in pages of 2 MiB (docs/log.md).
 
 The heap. Weights, activations and gradients are torch's, which has them from glibc's malloc, which asks the system for
 the next piece of the heap, in small pages unless the environment said otherwise before the process began
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +42,7 @@ def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def grow_heap_in_large_pages(largest_bytes: int, length_bytes: int) -> bool:
-    """Make glibc's heap longer, in large pages; return whether it was made so.
+    """Make the heap of glibc, which this process has, longer, in large pages; return whether it was made so.
 
     Not where addresses alone count as memory: under a limit of the process's (ulimit -v, -d), or where the system
     promises no more than it has (vm.overcommit_memory 2); nor where a large page is larger than what is meant here.
@@ -96,7 +95,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _may_take_addresses() -> bool:
-    if platform.libc_ver()[0] != "glibc" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     if any(limit != resource.RLIM_INFINITY for limit in limits):
