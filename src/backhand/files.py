@@ -249,10 +249,6 @@ def free_bytes(path: Path) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing a file so that a crash leaves the old one or the new one, never half of either.
-
-
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -395,10 +391,6 @@ def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int |
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An output that is written and proved beside its place, and put there in one step or not at all.
-
-
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A path of the same name in a folder of its own beside `output`; what stands there at the end becomes `output`.
@@ -436,10 +428,6 @@ def _sync(path: Path) -> None:
         return
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and summaries as the bytes of a file.
 
 
 def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:

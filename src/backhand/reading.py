@@ -98,10 +98,6 @@ def _wait_for_writer(descriptor: int, path: Path | str) -> None:
     raise OSError(errno.ETIMEDOUT, f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s", str(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a file really is, told by its first bytes.
-
-
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer (run `git lfs pull`, or download the file itself)"),
     (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
@@ -135,10 +131,6 @@ def kind_of(head: bytes) -> str | None:
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "an HTML page, perhaps an error or login page of the server it came from"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An output that replaces something must not be made of what it replaces.
 
 
 def refuse_inputs_inside(

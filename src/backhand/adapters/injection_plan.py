@@ -306,10 +306,6 @@ def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Places where torch uses a linear layer's weight without calling the layer, so that an adapter would be dead.
-
-
 def close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
     """Make torch's own transformer layers call their linear layers.
 

@@ -131,10 +131,6 @@ def match_adapter(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole base weights that PEFT stores beside the factors of embeddings and output heads.
-
-
 def check_base_copies(loaded: LoadedAdapter, base_weight: Callable[[str], Tensor]) -> None:
     """Refuse an adapter whose own copies of base weights are not the model's: it belongs to another or a resized base.
 
@@ -164,10 +160,6 @@ def copy_differences(base_copies: Mapping[str, Tensor], base_weight: Callable[[s
                 "on another base, or with resized embeddings"
             )
     return problems
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An adapter from files after it has been checked: what it trains on this model, with which values.
 
 
 @dataclass(frozen=True)

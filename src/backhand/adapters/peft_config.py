@@ -299,7 +299,6 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What every field of PEFT's LoraConfig (0.21.2) means for us: handled, neutral, or refused.
 #
 # - handled: read into our configuration, or kept and written again;
@@ -307,7 +306,6 @@ def _number(value: float) -> float:
 # - refused: changes what the adapter computes in a way we do not have; an error unless switched off.
 #
 # A test holds this table against PEFT's own list of fields.
-
 
 FORMAT_VERSION = "0.21.2"
 """The PEFT release whose format is written, and stands as peft_version in the file."""

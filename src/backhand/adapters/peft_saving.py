@@ -116,10 +116,6 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
     return directory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# README.md of a saved adapter, in the form that model hubs read.
-
-
 _AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}
 
 

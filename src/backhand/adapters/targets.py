@@ -353,7 +353,6 @@ def _shown(modules: str | Collection[str]) -> str:
     return repr(modules) if isinstance(modules, str) else ", ".join(sorted(modules))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Regular expressions from users and from files, matched so that no pattern can hang or crash the process.
 #
 # Python's matcher backtracks without end: `(a+)+b` on thirty letters takes minutes. The regex package stops when time

@@ -140,10 +140,6 @@ def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> d
     return {"target_modules": tuple(names)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A directory for a new adapter: not there yet, or empty, or to be replaced.
-
-
 def check_new_directory(directory: Path, *, overwrite: bool) -> None:
     """Refuse, before anything is computed, to write where something else is.
 

@@ -71,10 +71,6 @@ def leave_findings(
         print(f"written: {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One value a module as a grey picture: layers across, kinds of module down.
-
-
 _DPI = 110
 
 
@@ -113,10 +109,6 @@ def draw_layer_map(axes: Axes, values: Mapping[str, float], *, vmin: float | Non
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the dotted path of a module says: its kind, and its layer.
-
-
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -129,10 +121,6 @@ def layer_of(module: str) -> int | None:
     """The first number in the path, if there is one."""
     match = _LAYER.search(module)
     return int(match[1]) if match else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of modules on the terminal: a line for each kind of module, over its layers.
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

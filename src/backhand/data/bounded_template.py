@@ -134,10 +134,6 @@ def _plain(value: Any) -> Any:
     return f"<{kind.__name__}>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment that templates are written for.
-
-
 class _Generation(Extension):
     """`{% generation %}`: marks what the assistant says, for those who look for it; here only its content counts."""
 

@@ -101,7 +101,6 @@ def _row(sentence: str, answer: str) -> ChatRow:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The words and sentence patterns of the demo task: one set to train on, another, sharing nothing with it, held out.
 #
 # The names and places to train on are many, and half of them made up, so that hardly any comes twice: a model that

@@ -239,10 +239,6 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
     return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A document token by token, with the supervised ones marked, for eyes.
-
-
 @dataclass(frozen=True)
 class ViewedToken:
     """One token.

@@ -98,12 +98,10 @@ def micro_batches(
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The shared prefix: what a chat template, a system prompt or an instruction puts before each row.
 #
 # Attention is causal, so rows that begin with the same tokens have the same hidden states there. A micro-batch holds
 # those tokens once (`PackedBatch.shared_prefix`), as long as none of them predicts a supervised token.
-
 
 # Fewer tokens than this are not worth the copies of keys and values that a shared prefix costs.
 MIN_SAVED_TOKENS = 32

@@ -130,10 +130,6 @@ def _with_stem(files: Sequence[Path], stems: Sequence[str]) -> list[Path]:
     return [file for file in files if file.name.lower().split(".")[0] in stems]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers for Parquet files and for data sets of the hub; both need an optional package.
-
-
 BATCH_ROWS = 1024
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<config>[^:]+))?(:(?P<split>.+))?")
 

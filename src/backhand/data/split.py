@@ -77,10 +77,6 @@ def _groups(examples: Sequence[Example]) -> list[int]:
     return [root(i) for i in range(len(examples))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One source of random order, the same on every machine and in every release.
-
-
 def random_order(count: int, seed: int, *stream: object) -> npt.NDArray[np.int64]:
     """A permutation of `range(count)`, (count,) int64, drawn from the seed and the name of the stream.
 

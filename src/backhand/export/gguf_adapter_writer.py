@@ -138,13 +138,11 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What llama.cpp does not compute of a model whose numbers a GGUF file can state.
 #
 # It opens no file with a tensor, or with a shape, that the architecture does not have. A sliding window that the
 # architecture does not have is worse: it reads over it without a word, and every token sees all before it. Up to the
 # window's length that is the same thing, and its server takes no longer text than the context that the file states.
-
 
 _LISTS_OF_FACTORS = ("llama3", "longrope")
 

@@ -198,7 +198,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A model's rotary angles also under the names from before transformers 5, for programs that know no others.
 #
 # MLX-LM 0.32, for one, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models and takes its own default where

@@ -73,10 +73,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a target format cannot express is refused module by module, and a merged model offered in its place.
-
-
 _SHOWN = 12
 
 

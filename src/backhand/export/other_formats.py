@@ -105,12 +105,10 @@ def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
 #
 # `FROM` takes a GGUF file, a directory, or the name of a model that Ollama has; `ADAPTER` a file beside the Modelfile.
 # Ollama reads the prompt template out of the model's GGUF file.
-
 
 MODELFILE = "Modelfile"
 ADAPTER_FILE = "adapter.gguf"
@@ -141,7 +139,6 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # An adapter in PEFT's format: as it is, in canonical form, or with one rank and one scaling for all modules.
 #
 # vLLM multiplies by one lora_alpha / r for the whole adapter and reads over rank_pattern and alpha_pattern, silently.

@@ -89,10 +89,6 @@ def run_of(adapter: Path | None) -> Path | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether an exported adapter, loaded again, is the one that was exported: factor by factor, and by its logits.
-
-
 FACTOR_BOUND = 1e-6
 LOGIT_BOUND = 1e-5
 _REPORT = "report it with the adapter's configuration; the adapter itself is as it was"

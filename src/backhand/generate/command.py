@@ -102,10 +102,6 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The answers to a file of rows, as JSON Lines in the order of the rows.
-
-
 def check_output(options: AnswerOptions) -> None:
     """Whether `output` can be written, before anything is loaded; its directory is made if need be.
 
@@ -214,10 +210,6 @@ def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], No
     with Progress(*columns, console=shown_on, transient=True, disable=not (shown and shown_on.is_terminal)) as progress:
         task = progress.add_task(label, total=rows)
         yield lambda: progress.advance(task)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from standard input, which is to be UTF-8: a model's tokenizer takes nothing else.
 
 
 def read_text(read: Callable[[], str], what: str) -> str:

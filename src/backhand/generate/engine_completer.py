@@ -102,10 +102,6 @@ class EngineCompleter:
             logits = state.step([token])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many prompts at once: rows leave the batch when their answer is complete, and waiting prompts take their places.
-
-
 # Keys, values and states of all rows together stay below this, as long as one row does.
 CACHE_BYTES = 1 << 30
 # A prefix that all prompts share is computed once if it has at least so many tokens.
@@ -211,10 +207,6 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
             break
         shared += 1
     return min(shared, min(map(len, prompts)) - 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Greedy completions of many prompts: what exact match is measured on.
 
 
 def complete_greedily(

@@ -206,7 +206,6 @@ class _Reply:
         return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The next token from logits: greedy, or drawn after temperature, top-k and top-p, from an explicit generator.
 #
 #     z' = z / temperature
@@ -216,7 +215,6 @@ class _Reply:
 #     draw from softmax of what is left
 #
 # in this order, which is transformers'. The result depends on logits, settings and generator only.
-
 
 # The nucleus is looked for among so many likeliest tokens first; sorting a whole vocabulary costs ten times as much.
 NUCLEUS_FIRST_LOOK = 256
@@ -265,10 +263,6 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     kept[0] = True
     values = values * kept
     return torch.zeros_like(probabilities).scatter_(0, indices, values / values.sum())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from a stream of tokens: never half a character, and never a part of what may become a stop string.
 
 
 REPLACEMENT = "\ufffd"

@@ -250,10 +250,6 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture of a run's losses, from its metrics.jsonl.
-
-
 def save_loss_picture(metrics: Path, picture: Path) -> None:
     """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white.
 
@@ -277,10 +273,6 @@ def save_loss_picture(metrics: Path, picture: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does an adapter mean the same in PEFT? Its logits there against ours, on the same weights and tokens.
 
 
 BOUND = 1e-4

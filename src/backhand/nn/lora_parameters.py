@@ -293,10 +293,6 @@ def in_turns(lora_B: Tensor) -> Tensor:
     return turns
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What of a model an adapter can train: its linear modules, and beside them embeddings and whole parameters.
-
-
 class ModuleShapes(dict[str, tuple[int, int]]):
     """(out, in) of every linear module by dotted path.
 

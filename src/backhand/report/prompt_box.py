@@ -178,10 +178,6 @@ class PromptBox:
         return held_bytes(source, dtype, quantized=quantized)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's page kept up to date: made again when one of the files it shows has changed, and then only once.
-
-
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, f"{CHECKPOINTS}/latest")
 LIVE_SCRIPTS = (*PAGE_SCRIPTS, "watch.js")
 

@@ -148,10 +148,6 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The last lines of a run: what was trained, how much it improved, where the adapter is, what to type next.
-
-
 def closing_lines(summary: RunSummary) -> list[str]:
     """The closing summary, a line a fact."""
     what = (
@@ -202,10 +198,6 @@ def _memory(summary: RunSummary) -> str:
 
 def _exp(loss: float) -> str:
     return f"{math.exp(min(loss, 700.0)):,.2f}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run says before its first step: model, rows, adapter, plan, a line each.
 
 
 def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:

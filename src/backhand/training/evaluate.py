@@ -215,7 +215,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Which rows greedy decoding surely answers right, told by the losses that were measured anyway, without decoding.
 #
 #     ℓ = -log p(target | what the row says before it)
@@ -223,7 +222,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
 # Where every token of a row's reply, and the token that ends it, has p = e^-ℓ > 1/2, each of them is the likeliest
 # one after the very tokens that greedy decoding has chosen before: the completion is the reply. The converse does not
 # hold (p may be below 1/2 and still the largest), so every other row has to be decoded.
-
 
 # p > 0.78, so that the target's logit is 1.26 above any other: more than the roundings of a bfloat16 model, whose
 # logits decoding computes from other shapes of products.

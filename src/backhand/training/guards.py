@@ -183,10 +183,6 @@ def _cause_of_silence(silent: list[str]) -> str:
     return "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen base must be finite and must not move: a digest of every tensor at start and end, samples between.
-
-
 class BaseGuard:
     """Remembers the digests of the base's tensors.
 

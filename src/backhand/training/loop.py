@@ -342,10 +342,6 @@ def _is_fresh(state: RunState) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The numbers of a run: the learning rate of every step, seeds, and when to do what.
-
-
 DEFAULT_WARMUP_SHARE = 0.03
 
 

@@ -82,7 +82,6 @@ class HeldOut:
         return self._batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The forgetting meter: how far the adapted model has drifted from the base on a few neutral texts.
 #
 # Over every token of texts that have nothing to do with the task:

@@ -26,11 +26,9 @@ from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
 from backhand.training.step import AdapterOptimizer
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
 #
 # They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
-
 
 # Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
 FREE_OPTIONS = frozenset(
@@ -297,10 +295,6 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
         why=f"only these may change: {', '.join(_CHANGEABLE)}, as long as rows and base stay the same",
         next_step=f"put them back, or start another run from this adapter: --from-adapter {adapter}",
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# `--prove-resume K`: the last K steps once more, from a checkpoint, and every bit compared.
 
 
 def proof_begin(

@@ -24,10 +24,6 @@ from backhand.runs.directory import RunDirectory
 from backhand.training.guards import first_names, is_finite, named_unusable
 from backhand.training.step import AdapterOptimizer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything the next step depends on, and its form as files: what a checkpoint stores and a resumed run reads.
-
-
 STATE_FILE = "state.safetensors"
 PROGRESS_FILE = "progress.json"
 
@@ -231,10 +227,6 @@ def _same(directory: RunDirectory, name: str, data: bytes) -> bool:
         return (directory.adapter / name).read_bytes() == data
     except OSError:
         return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a run stands: every number besides the tensors that the next step depends on, as JSON.
 
 
 @dataclass

@@ -162,10 +162,6 @@ def flat_norm(values: Tensor) -> float:
     return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What moves the adapter.
-
-
 # Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does; steps agree with PyTorch's.
 _CLIP_EPSILON = 1e-6
 
@@ -243,10 +239,6 @@ class AdapterOptimizer:
                 )
         for name, tensor in expected.items():
             tensor.copy_(moments[name])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who computes the micro-batches of a step, and how their gradients add up.
 
 
 class Processes:

@@ -243,7 +243,6 @@ def _raise_diverged(losses: npt.NDArray[np.float64], where: str) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Trained arrays as views of one flat buffer, their gradients as views of a second, and the two ways to update them.
 #
 # One flat buffer makes an update two calls, however many arrays are trained.

@@ -346,10 +346,6 @@ def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models by hub id: from the local cache if they are there, else fetched into it.
-
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 """Configuration, weights, chat template and every kind of tokenizer file; no pickles."""

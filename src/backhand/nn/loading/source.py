@@ -245,10 +245,6 @@ def floating(tensor: Tensor, name: str, where: str) -> Tensor:
     return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which tokens end an answer.
-
-
 _END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -286,12 +282,10 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Whether a stored head is the embedding once more, where the config says that the two are one matrix.
 #
 # As transformers 5 has it: a head that is stored with other values than the embedding is a matrix of its own, whatever
 # the config says.
-
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"
