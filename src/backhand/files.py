@@ -152,12 +152,6 @@ def saving(
 ) -> Iterator[None]:
     """Turn an OSError while saving into our error, with the bytes needed against those that are free.
 
-    Args:
-        what: is saved.
-        path: the directory it is saved in.
-        needed_bytes: its size.
-        again: what to do once there is room.
-
     Raises:
         ResourceError: disk full, quota, file-size limit, not writable, input/output error.
         UsageError: something else than a directory is in the way.

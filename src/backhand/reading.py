@@ -28,7 +28,6 @@ def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
     """Open a file for reading, and wait for nothing: what is no plain file is refused, also behind a link.
 
     Args:
-        path: of the file.
         or_pipe: take a pipe as well, as `<(command)` is one, if something comes out of it within half a minute.
 
     Raises:
@@ -55,7 +54,6 @@ def read_plain(path: Path | str, most: int | None = None) -> bytes:
     """The bytes of a plain file, as far as they were there when it was opened.
 
     Args:
-        path: of the file.
         most: bytes that such a file may have; None for as many as the file says it has.
 
     Raises:
@@ -139,8 +137,6 @@ def refuse_inputs_inside(
     """Refuse an input that is, or lies in, what is about to be replaced.
 
     Args:
-        output: a file or directory.
-        inputs: by the name of their option.
         owned: names in `output` that are replaced; all of it if not given.
 
     Raises:

@@ -76,8 +76,6 @@ def plan_injection(
     """Resolve `config` on `model` and check that every module it names can be adapted.
 
     Args:
-        model: not adapted yet.
-        config: what to adapt.
         heads: what `all-linear` leaves out, or None to ask the model.
         strict: whether names that match nothing are errors.
         skeleton: whether the model may be without its weights: modules on torch's `meta` device.

@@ -204,7 +204,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     """adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        described: configuration and names.
         targets: the adapted modules, with what was resolved for each.
         module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
             that picks exactly the adapted ones.

@@ -83,10 +83,7 @@ def computed_files(
     """The adapter's files by name, in the order to write them.
 
     Args:
-        computed: what to write.
         sources: the adapters that it was made of: base model, task and the names of modules are theirs.
-        record: what is known of the base.
-        facts: further rows of the table in README.md.
         source: the base model, if it is at hand: it is named where no adapter names one.
 
     Raises:

@@ -38,14 +38,9 @@ def leave_findings(
     """Print, and write `<name>.json` and `<name>.png`.
 
     Args:
-        name: of the command.
-        summary: every number.
-        print_tables: prints what people read.
         picture: draws it; called only if it is wanted.
-        as_json: print the summary in place of the tables.
         plot: write the picture, to `output` or the current directory.
         output: directory for the picture and the summary; None for neither.
-        notes: for standard error.
         keep_summary: whether the summary goes into `output`, too.
 
     Raises:

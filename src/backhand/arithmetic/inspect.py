@@ -295,7 +295,6 @@ def inspect_modules(adapter: AdapterFactors, error: float, base: ModelSource | N
     """Every module, in the order of the file.
 
     Args:
-        adapter: its factors.
         error: for the needed rank, relative to ‖ΔW‖.
         base: the base model, for the norms of its weights.
 

@@ -61,9 +61,6 @@ LONGEST_SOURCE = 2**18
 class BoundedTemplate:
     """A template, compiled once.
 
-    Args:
-        source: of the template.
-
     Raises:
         jinja2.TemplateSyntaxError: it is not valid Jinja.
         TemplateLimitError: it is too long or too deeply nested.

@@ -31,8 +31,6 @@ def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]
     """Rows with distinct sentences; the same seed gives the same rows.
 
     Args:
-        count: how many, up to a few hundred thousand.
-        seed: of the draw.
         held_out: from the patterns and words that training never sees.
     """
     words = HELD_OUT if held_out else TRAINING

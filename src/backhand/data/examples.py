@@ -202,7 +202,6 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
     Args:
         rows: token ids of each, and where it stands.
         vocab_size: of the model: its tokens' ids are below this.
-        tokenizer: names the token that is missing.
 
     Raises:
         DataError: at the first row with a token that the model does not have.

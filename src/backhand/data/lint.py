@@ -107,10 +107,7 @@ def lint(
     """Prepare the rows as training would, leaving malformed ones out, and look at what comes of it.
 
     Args:
-        options: as for training.
-        tokenizer: the model's transformers tokenizer.
         seed: draws the held-out rows.
-        context_length: most tokens the model was made for.
 
     Returns:
         The report, and the training examples (`data.examples.token_lines` shows them).

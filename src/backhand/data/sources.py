@@ -52,7 +52,6 @@ def read_rows(name: str, bad: BadRows, *, held_out: bool = False) -> Iterator[Ra
 
     Args:
         name: a file, or a hub data set as `owner/name[@config][:split]`.
-        bad: what to do with malformed rows.
         held_out: a hub name without a split means its validation split, not its training split.
 
     Raises:

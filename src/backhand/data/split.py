@@ -24,7 +24,6 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
 
     Args:
         fraction: share of the distinct rows to hold out, in (0, 1); at least one row stays on either side.
-        seed: of the draw.
 
     Raises:
         DataError: there are fewer than two distinct rows.

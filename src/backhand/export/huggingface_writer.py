@@ -47,11 +47,8 @@ def write_huggingface(
     """Write config.json, weights, tokenizer files and README.md into a new directory.
 
     Args:
-        directory: made here.
-        weights: the merged model's tensors.
         dtype: of all of them; None for each tensor's own, float32 if it is quantized in the base.
         max_shard_bytes: a file is closed before it grows beyond this, unless one tensor alone does.
-        card: README.md.
 
     Raises:
         CheckError: a merged weight does not fit the dtype's range.

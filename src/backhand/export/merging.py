@@ -68,7 +68,6 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     Args:
         options: what to merge and how; `output` is not looked at.
         path: where the model goes.
-        prover: told what was checked.
         gguf: whether it becomes a GGUF file, else a Hugging Face directory.
 
     Returns:
@@ -243,8 +242,6 @@ def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool)
     """Compare all but the weights.
 
     Args:
-        source: the base.
-        written: what was written, read again.
         untied: whether the head was made a matrix of its own.
 
     Raises:

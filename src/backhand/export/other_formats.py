@@ -47,10 +47,8 @@ def mlx_files(
     """The two files, by name.
 
     Args:
-        factors: of linear modules.
         module_shapes: (out, in) of every linear module of the base, by dotted path.
         tied_head: whether the base's head is its embedding, so that MLX has no module for it.
-        base_model: what the configuration names as the model.
 
     Raises:
         ArtifactError: modules that MLX cannot adapt, by name.
@@ -150,8 +148,6 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     """The files, by name, in the order to write them; see `peft_saving.adapter_files`.
 
     Args:
-        opened: base and adapter.
-        uniform: one rank and one scaling for all.
         text_model: names of the text model alone, where the base's files hold an image model around it.
     """
     loaded = opened.loaded

@@ -95,10 +95,8 @@ class BlockWalk:
     """Goes through a model's blocks once.
 
     Args:
-        source: the base model.
         documents: token ids, at least one each.
         adapters: None for the base model itself.
-        dtype: to compute in.
 
     Raises:
         UnsupportedModel: for a configuration that the engine does not compute exactly.

@@ -24,7 +24,6 @@ class Prover:
 
     Args:
         command: `merge` or `export`.
-        adapter: the adapter's directory or file.
         console: for people; None prints nothing.
     """
 

@@ -218,7 +218,6 @@ def read_text(read: Callable[[], str], what: str) -> str:
     Args:
         read: may raise UnicodeDecodeError, or let bytes through as lone surrogates: Python does the one or the other
             as the locale says.
-        what: the name of the text, for the error.
 
     Raises:
         DataError: it is not UTF-8.

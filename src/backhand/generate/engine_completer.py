@@ -225,8 +225,6 @@ def complete_greedily(
         model: a decoder, with or without an attached adapter, or any other completing model.
         prompts: token ids, at least one each.
         max_new_tokens: at most so many tokens a completion, the stop token among them.
-        stop_ids: tokens that end a completion.
-        batch_size: prompts that are continued at once.
         on_done: told the number of each prompt when its completion is there.
         give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
 

@@ -43,7 +43,6 @@ class GenerationSession:
 
     Args:
         loaded: the model, its tokenizer, and the tokens that end an answer.
-        template: chat template and system message.
 
     Raises:
         UsageError: the chat template cannot be read, or a system message is given where no template could take it.
@@ -106,7 +105,6 @@ class GenerationSession:
             prompts: at least one token each.
             options: how tokens are chosen, and where answers end.
             sources: where each prompt stands, for errors.
-            batch_rows: prompts that are answered at once.
             on_text: given (number of the prompt, piece of its answer) as soon as a piece is certain.
             on_done: given the number of each prompt when its answer is complete.
 
@@ -156,7 +154,6 @@ class GenerationSession:
         """Whether a prompt can be answered.
 
         Args:
-            prompt: token ids.
             source: where it stands.
 
         Raises:
@@ -225,7 +222,6 @@ def next_token(logits: Tensor, sampling: SamplingOptions, generator: torch.Gener
 
     Args:
         logits: (vocab,), any floating dtype.
-        sampling: valid options.
         generator: on the CPU, draws one number of torch.multinomial; only greedy goes without.
     """
     if sampling.greedy or sampling.temperature == 0:
@@ -287,7 +283,6 @@ class TextStream:
     """Tokens in, text out as soon as it is certain; the parts put together are the decoded whole, up to a stop string.
 
     Args:
-        tokenizer: decodes.
         stop: strings that end the text; they are not part of it.
 
     Attributes:

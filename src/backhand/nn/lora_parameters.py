@@ -110,7 +110,6 @@ class LoRAParameters:
 
     Args:
         slots: the adapted modules; names must be unique.
-        trained: tensors trained as they are.
         device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
 
@@ -282,7 +281,6 @@ def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor
     Args:
         lora_A: (experts · rank, in), one expert's rows below the other's.
         lora_B: (out, rank · experts), in whose columns the experts take turns.
-        experts: how many.
     """
     return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 

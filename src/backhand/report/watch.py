@@ -85,9 +85,6 @@ class WatchServer(ThreadingHTTPServer):
 
     Args:
         port: 0 for any free one.
-        token: what every address must begin with.
-        run: the page.
-        box: answers prompts.
 
     Raises:
         OSError: the port is taken.

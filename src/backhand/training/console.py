@@ -204,9 +204,7 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     """The lines.
 
     Args:
-        job: ready for its first step.
         continued: whether it goes on from a checkpoint.
-        processes: that share it.
     """
     model, options = job.config.model, job.config.optimization
     lora, report = job.bound.lora, job.train.report

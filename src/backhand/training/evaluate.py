@@ -100,10 +100,7 @@ def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *,
     """Measure one model on the rows.
 
     Args:
-        loaded: the base model, perhaps with an adapter.
         rows: from `evaluation_rows` of the same model.
-        run: how long completions may be.
-        adapter: with the adapter, or without it.
 
     Raises:
         CheckError: the loss is not finite.
@@ -240,9 +237,6 @@ def certain_replies(
 
     Args:
         rows: documents by their source, each with its supervised tokens' losses in nats, (supervised,).
-        prompts: with a reply.
-        text: of token ids, as completions are read.
-        stop_ids: tokens that end a completion.
         max_new_tokens: at most so many tokens a completion, the stop token among them.
     """
 

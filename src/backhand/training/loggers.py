@@ -40,13 +40,7 @@ class Logger(Protocol):
 
 
 class LoggerObserver(Observer):
-    """Tells a logger of a run.
-
-    Args:
-        name: for notes.
-        logger: to be told.
-        note: told, in a sentence, that the logger failed.
-    """
+    """Tells a logger of a run."""
 
     def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
         self._name = name

@@ -33,11 +33,6 @@ class RunState:
 
     There is no random state and no place in the data to store: the order of rows and every dropout mask follow from the
     seed, the epoch and the step. There is no half-filled accumulation window either: checkpoints lie between steps.
-
-    Args:
-        lora: the adapter.
-        optimizer: of the adapter.
-        progress: counters, the step among them.
     """
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, progress: Progress) -> None:
@@ -105,14 +100,7 @@ class Saver:
     """Makes checkpoints of one run.
 
     Args:
-        directory: of the run.
-        store: its checkpoints.
-        state: what to save.
-        adapter_files: the adapter as PEFT reads it.
-        facts: for the manifest, of so many steps.
-        keep: how many checkpoints stay.
         best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
-        protected: further steps whose checkpoints stay.
         make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
     """
 

@@ -95,10 +95,7 @@ def training_step(
 
     Args:
         model: with `optimizer.lora` attached; a `Decoder`, or what transformers computes (`training.engine`).
-        optimizer: of the adapter.
         work: the micro-batches; together they hold at least one supervised token.
-        processes: to share them with.
-        learning_rate: of this step.
 
     Raises:
         CheckError: the processes do not come to the supervised tokens that the step has.
@@ -170,7 +167,6 @@ class AdapterOptimizer:
     """Owns the moments of every trained element; the gradients come from and the values go to `lora`'s flat buffers.
 
     Args:
-        lora: the adapter to train.
         options: β₁, β₂, ε, weight decay λ, and the norm to clip at.
 
     Attributes:

@@ -93,9 +93,6 @@ def adam_path(layer: OneLayer, steps: int, p: float = 1.0, q: float = 1.0, q_of_
     """Train the adapter with alpha / (pq), p · initial lora_A, and learning rates p · lr and q · lr.
 
     Args:
-        layer: the problem.
-        steps: how many.
-        p, q: the factors.
         q_of_rate: what to multiply lora_B's learning rate by, in place of q.
     """
     scaling = ALPHA / (p * q) / RANK

@@ -39,9 +39,6 @@ _SHORT = 64
 def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The tokenizer with its special tokens and chat template.
 
-    Args:
-        file: an opened GGUF file.
-
     Raises:
         ArtifactError: if it has no vocabulary, or one of a kind that is not known here.
     """

@@ -50,8 +50,6 @@ class HuggingFaceDirectory(ModelSource):
     """An opened directory; the tensors stay mapped until they are read.
 
     Args:
-        path: of the directory.
-        hub_id: the id it was fetched under.
         origin: how to name it to people; the path if not given.
 
     Raises:

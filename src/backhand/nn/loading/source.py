@@ -192,7 +192,6 @@ def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> Non
     """Write tensors of a source into their places, after checking that all are there in the right shapes.
 
     Args:
-        source: an opened model.
         destinations: (Hugging Face name, contiguous tensor to fill).
 
     Raises:
@@ -269,10 +268,6 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     They are what the files state (eos_token_id of config and generation config, a GGUF file's end-of-turn ids), the
     tokenizer's own end-of-sequence token, and those special tokens of its vocabulary by which the known chat templates
     end a turn: a model's files often name only one of the two ends.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        stated: ids that the model's files name.
     """
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in _END_TOKENS if token in special and _ENDS_A_PART.get(token) not in special]
