@@ -192,9 +192,6 @@ def check_text(where: str, text: Any) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The kinds that several options have.
-
 Count = Annotated[int, Bound(at_least=1)]
 CountFromZero = Annotated[int, Bound(at_least=0)]
 Seed = Annotated[int, Bound(at_least=0, below=2**63)]
@@ -203,10 +200,6 @@ Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(at_least=0)]
 Text = Annotated[str, Check(check_text)]
 BaseModel = Annotated[str, Given("no base model is given", "give a directory, a file or a hub id")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The walker.
 
 
 def check_fields(options: Any) -> None:

@@ -38,14 +38,9 @@ def leave_findings(
     """Print, and write `<name>.json` and `<name>.png`.
 
     Args:
-        name: of the command.
-        summary: every number.
-        print_tables: prints what people read.
         picture: draws it; called only if it is wanted.
-        as_json: print the summary in place of the tables.
         plot: write the picture, to `output` or the current directory.
         output: directory for the picture and the summary; None for neither.
-        notes: for standard error.
         keep_summary: whether the summary goes into `output`, too.
 
     Raises:
@@ -69,10 +64,6 @@ def leave_findings(
     print_tables()
     for path in written:
         print(f"written: {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One value a module as a grey picture: layers across, kinds of module down.
 
 
 _DPI = 110
@@ -113,10 +104,6 @@ def draw_layer_map(axes: Axes, values: Mapping[str, float], *, vmin: float | Non
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the dotted path of a module says: its kind, and its layer.
-
-
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -129,10 +116,6 @@ def layer_of(module: str) -> int | None:
     """The first number in the path, if there is one."""
     match = _LAYER.search(module)
     return int(match[1]) if match else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of modules on the terminal: a line for each kind of module, over its layers.
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

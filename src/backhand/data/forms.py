@@ -71,7 +71,6 @@ class Form:
         """Those of a row's columns that nothing is taken from.
 
         Args:
-            columns: of a row, or of many.
             conversation: whether rows of this form hold lists of messages.
         """
         beside = _BESIDE_MESSAGES if conversation else () if self.kind == "text" else _BESIDE_MESSAGES[:1]
@@ -110,9 +109,6 @@ _PREFERENCE = ("chosen", "rejected")
 
 def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
     """The form of a row, by the names of its columns that are not null.
-
-    Args:
-        may_ask: rows without an answer are welcome.
 
     Raises:
         DataError: its columns fit no form.
@@ -160,9 +156,6 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
 
 class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
-
-    Args:
-        may_ask: rows without an answer are welcome.
 
     Attributes:
         form: that form, or None before the first good row.

@@ -53,7 +53,6 @@ def loaded_model(
     """Load a model, and compute with the options' threads as long as it is used.
 
     Args:
-        options: which model, and how it is computed.
         adapter: directory of an adapter to put on it, or a GGUF file.
         chat_template: the option of that name; the adapter's record is held against the template in use.
         template_args: likewise; None where the template is not asked.

@@ -250,17 +250,8 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture of a run's losses, from its metrics.jsonl.
-
-
 def save_loss_picture(metrics: Path, picture: Path) -> None:
-    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white.
-
-    Args:
-        metrics: the run's metrics.jsonl.
-        picture: the PNG file to write.
-    """
+    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white."""
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -277,10 +268,6 @@ def save_loss_picture(metrics: Path, picture: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does an adapter mean the same in PEFT? Its logits there against ours, on the same weights and tokens.
 
 
 BOUND = 1e-4
@@ -313,8 +300,6 @@ def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -
     """Load the adapter's files here and in PEFT, over the same base weights, and compare logits in float32.
 
     Args:
-        model: the base model's name.
-        adapter: directory with PEFT's files.
         documents: token ids of the probes, at least one each.
 
     Raises:

@@ -271,10 +271,6 @@ def _digests(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where two answers differ, word by word, for people to see at a glance.
-
-
 _PIECES = re.compile(r"\w+|\s+|[^\w\s]")
 Segments = list[tuple[bool, str]]
 """(whether it differs, text), in order; the texts together are the answer."""
@@ -300,10 +296,6 @@ def _add(segments: Segments, differs: bool, text: str) -> None:
         segments[-1] = (differs, segments[-1][1] + text)
     elif text:
         segments.append((differs, text))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The first sentence of a report: what was trained on what, whether it helped, and where the adapter is.
 
 
 _MAX_VLLM_RANK = 16

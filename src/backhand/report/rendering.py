@@ -29,9 +29,7 @@ def render(
     """A page as UTF-8; what UTF-8 cannot hold, such as half a surrogate pair in a file name, is written out.
 
     Args:
-        template: name of a file in templates/.
         values: what it shows; `title` and `charts` among them.
-        scripts: files in static/, run in this order.
         connect: where the page may connect to, as its policy says it.
     """  # fmt: skip
     sources = [_static(name) for name in scripts]

@@ -351,10 +351,6 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # its holder removed the file in between: take the new one
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# proofs.jsonl: a line for everything that was checked about a run, from any command.
-
-
 ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]
 
 

@@ -116,7 +116,6 @@ class BoundModel(ABC):
         """Copy the values of an adapter of the same modules and ranks.
 
         Args:
-            directory: of the adapter, or a GGUF file.
             allow_pickle: whether it may be a pickle.
 
         Raises:
@@ -193,7 +192,6 @@ class Engine(Protocol):
         """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
 
         Args:
-            layout: of the adapter.
             longest: tokens of the longest row.
         """
         ...

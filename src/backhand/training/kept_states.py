@@ -83,7 +83,6 @@ class StatesInMemory:
     Args:
         lengths: tokens of each number.
         width: hidden size.
-        dtype: of the states.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
@@ -120,8 +119,6 @@ class StatesOnDisk:
         file: the records; other states under its digest are there already.
         lengths: tokens of each number.
         width: hidden size.
-        dtype: of the states.
-        noted: told in a sentence what went wrong.
     """
 
     def __init__(
@@ -176,9 +173,7 @@ class KeptStates:
     """A set of rows whose hidden states are kept.
 
     Args:
-        model: whose lower blocks are computed.
         layer: c, below which nothing is trained.
-        packer: of the rows.
         store: where they are kept.
         first: the store's number of the set's first row; behind its rows comes what all of them begin with.
         at_once: tokens that a pass through the lower blocks may have where its own batch has fewer.
@@ -215,7 +210,6 @@ class KeptStates:
         """These rows as `RowPacker.packed` packs them, with the hidden states that enter layer c.
 
         Args:
-            rows: of the batch.
             coming: the rows of the batches behind it, asked for no further than they are computed along with it.
 
         Raises:

@@ -316,11 +316,9 @@ def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
     return Rows(packer.lengths, [int(example.supervised.sum()) for example in examples], packer.shared)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
 #
 # What costs little is checked first: options, targets, rows and memory come before the weights are read.
-
 
 _EVALUATIONS = 5
 

@@ -59,8 +59,6 @@ class Pulse:
 
     Args:
         store: over a connection of its own: operations wait for one another.
-        rank: of this process.
-        names: what to call each process.
         meeting_point: where the store is.
     """
 
@@ -135,8 +133,6 @@ class Pulse:
         """Tell why this process ends, and wait until the others know: they end as well.
 
         Args:
-            exit_code: of the process.
-            text: the error.
             echo: whether another process is the reason.
 
         Returns:

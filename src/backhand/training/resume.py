@@ -26,11 +26,9 @@ from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
 from backhand.training.step import AdapterOptimizer
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
 #
 # They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
-
 
 # Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
 FREE_OPTIONS = frozenset(
@@ -62,14 +60,7 @@ FREE_OPTIONS = frozenset(
 
 
 class Identity:
-    """The digests of one run.
-
-    Args:
-        config: resolved.
-        source: the opened base model.
-        modules: dotted paths of the adapted modules.
-        train, held_out: the rows.
-    """
+    """The digests of one run."""
 
     def __init__(
         self,
@@ -183,11 +174,6 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
 
     What has its default value counts as not given, unless it is among those that were typed.
 
-    Args:
-        given: of this command.
-        directory: of the run.
-        typed: names of options that were given for certain.
-
     Raises:
         UsageError: options are given that differ from the run's and decide its result; lists them all.
     """
@@ -299,20 +285,14 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# `--prove-resume K`: the last K steps once more, from a checkpoint, and every bit compared.
-
-
 def proof_begin(
     store: CheckpointStore, checkpoint: Checkpoint | None, steps: int | None, total_steps: int
 ) -> int | None:
     """The step that the proof begins at: `steps` before the end, or the newest kept one before that.
 
     Args:
-        store: the run's checkpoints.
         checkpoint: that the run goes on from, if it does.
         steps: to repeat; None for no proof, and then None is returned.
-        total_steps: of the run.
 
     Raises:
         UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
@@ -340,11 +320,6 @@ def proof_begin(
 
 def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:
     """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
-
-    Args:
-        finished: a loop at its last step.
-        checkpoint: of an earlier step of the same run.
-        log: told the outcome.
 
     Returns:
         False if the repetition was asked to stop, and nothing is proved.

@@ -283,10 +283,6 @@ def _raise_failures(result: PaperResult) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's findings in tables on the terminal.
-
-
 _MEGABYTE = 2**20
 
 

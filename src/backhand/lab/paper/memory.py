@@ -86,11 +86,7 @@ def measure_memory(
     """Measure both ways.
 
     Args:
-        base_elements: numbers in the base model.
-        adapter_elements: numbers in the adapter.
-        adapter_stored_bytes: size of the adapter's file.
         element_bytes: of the frozen weights: 2 in bfloat16, 4 in float32.
-        runs: processes for each way.
     """
     adapter = _step_memory(base_elements, adapter_elements, element_bytes, runs)
     full = _step_memory(0, base_elements, element_bytes, runs)

@@ -41,7 +41,6 @@ class BaseTraining:
 
     Args:
         network: initial numbers; copied.
-        points: what to learn.
     """
 
     def __init__(self, network: Network, points: Points) -> None:
@@ -101,8 +100,6 @@ class AdapterTraining:
 
     Args:
         network: the frozen base, whose arrays are used as they are.
-        layer: which layer is adapted.
-        points: what to learn.
         lora_A: initial (rank, in); copied.
         lora_B: initial (out, rank); copied.
         scaling: s.
@@ -160,8 +157,6 @@ class FullUpdateTraining:
 
     Args:
         network: the frozen base, whose arrays are used as they are.
-        layer: which layer is trained.
-        points: what to learn.
     """
 
     def __init__(self, network: Network, layer: int, points: Points) -> None:
@@ -204,11 +199,8 @@ def train(
 
     Args:
         trained: what is trained; changed in place.
-        optimizer: of its parameters.
-        epochs: how many.
         observe: called with the epoch after its backward and before its update, for `observe_epochs`.
         observe_epochs: where to call it.
-        where: names the part in an error.
 
     Returns:
         (epochs,) the loss of each epoch, before its update.
@@ -243,7 +235,6 @@ def _raise_diverged(losses: npt.NDArray[np.float64], where: str) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Trained arrays as views of one flat buffer, their gradients as views of a second, and the two ways to update them.
 #
 # One flat buffer makes an update two calls, however many arrays are trained.
