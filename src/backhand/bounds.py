@@ -18,25 +18,12 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from backhand.errors import UsageError
 
 Parse = Callable[[Sequence[str]], Any]
-
-
 """Turns the words that follow an option into the value of a field whose type no command line knows."""
-
-
-class Rule(Protocol):
-    """What stands beside a field as `Annotated[type, rule]` and is checked."""
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError unless `value`, of the field `where`, is allowed."""
-
-    @property
-    def sentence(self) -> str:
-        """What the help says of it, "" for nothing."""
 
 
 @dataclass(frozen=True)
