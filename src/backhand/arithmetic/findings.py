@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.files import make_directory, write_atomically
@@ -118,11 +119,13 @@ def layer_of(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """One table: the first column to the left, numbers to the right; a title wider than the table is not broken."""
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 1
+) -> None:
+    """One table: the first column, or `left` of them, to the left, numbers to the right; a wide title is not broken."""
     table = Table()
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number >= left else "left", no_wrap=number < left > 1)
     for row in rows:
         table.add_row(*row)
     console.print(title, style="bold", soft_wrap=True)

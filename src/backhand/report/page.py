@@ -13,9 +13,8 @@ from typing import Any, TypeGuard
 from backhand.report import charts
 from backhand.report.module_changes import ModuleChange, changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
-from backhand.report.rendering import render
+from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, moment, time_taken
 from backhand.runs.directory import CONFIG
 from backhand.training.answers import MAX_NEW_TOKENS
 from backhand.words import count_of, in_words

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,44 +36,9 @@ from torch import Tensor
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
 from backhand.nn.batch import Entering, PackedBatch
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.runs.directory import Proof, ProofLog
 from backhand.runs.record_file import RecordFile
-
-
-class Lower(Protocol):
-    """A model whose lower blocks can be computed by themselves."""
-
-    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
-        """x₀ of block `layer`, (tokens, hidden)."""
-        ...
-
-    def settle_rows(self, layer: int, tokens: int) -> None:
-        """Give each row the same bits below this layer in batches of any size, those of one of so many tokens."""
-        ...
-
-    def keeps_rows(self, tokens: int) -> bool:
-        """Whether a batch of so many tokens does give each row these bits."""
-        ...
-
-
-class StateStore(Protocol):
-    """Hidden states by a row's number, (tokens, hidden) each."""
-
-    def __contains__(self, number: int) -> bool:
-        """Whether the states were put here; not whether they are still whole, which `get` finds."""
-        ...
-
-    def get(self, number: int) -> Tensor | None:
-        """The states, to be read only; None where they are not there."""
-        ...
-
-    def put(self, number: int, states: Tensor) -> None:
-        """Keep a copy; without effect where nothing more can be kept."""
-        ...
-
-    def close(self, *, remove: bool) -> None:
-        """Let go of everything; with `remove` of what would be found again as well."""
-        ...
 
 
 class StatesInMemory:
@@ -96,16 +60,16 @@ class StatesInMemory:
         return self._there[number]
 
     def get(self, number: int) -> Tensor | None:
-        """See `StateStore.get`."""
+        """The states, (tokens, hidden), to be read only; None where they are not there."""
         return self._states[self._starts[number] : self._starts[number + 1]] if self._there[number] else None
 
     def put(self, number: int, states: Tensor) -> None:
-        """See `StateStore.put`."""
+        """Keep a copy."""
         self._states[self._starts[number] : self._starts[number + 1]].copy_(states)
         self._there[number] = True
 
     def close(self, *, remove: bool) -> None:  # noqa: ARG002 - nothing would be found again
-        """See `StateStore.close`."""
+        """Let go of everything."""
         self._there = [False] * len(self._there)
         self._states = self._states.new_empty(0, self._states.shape[1])
 
@@ -140,7 +104,7 @@ class StatesOnDisk:
         return self._file is not None and number in self._file
 
     def get(self, number: int) -> Tensor | None:
-        """See `StateStore.get`."""
+        """The states, (tokens, hidden), to be read only; None where they are not there, or no longer whole."""
         if self._file is None or number not in self._file:
             return None
         data = self._file.read(number)
@@ -152,7 +116,7 @@ class StatesOnDisk:
         return torch.frombuffer(data, dtype=self._dtype).view(self._lengths[number], self._width)
 
     def put(self, number: int, states: Tensor) -> None:
-        """See `StateStore.put`."""
+        """Keep a copy; without effect where nothing more can be kept."""
         if self._file is None:
             return
         try:
@@ -162,11 +126,15 @@ class StatesOnDisk:
             self.close(remove=True)
 
     def close(self, *, remove: bool) -> None:
-        """See `StateStore.close`."""
+        """Let go of everything; with `remove` of what would be found again as well."""
         file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):
                 file.close(remove=remove)
+
+
+StateStore = StatesInMemory | StatesOnDisk
+"""Hidden states by a row's number, (tokens, hidden) each."""
 
 
 class KeptStates:
@@ -183,7 +151,7 @@ class KeptStates:
 
     def __init__(
         self,
-        model: Lower,
+        model: LowerLayers,
         layer: int,
         packer: RowPacker,
         store: StateStore,

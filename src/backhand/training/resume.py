@@ -32,30 +32,14 @@ from backhand.training.step import AdapterOptimizer
 
 # Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
 FREE_OPTIONS = frozenset(
-    {
-        "model.model",
-        "model.memory",
-        "model.cache_frozen",
-        "model.tune_allocator",
-        "model.force_base",
-        "model.allow_pickle",
-        "data.data",
-        "data.eval_data",
-        "run.output",
-        "run.save_every",
-        "run.keep",
-        "run.resume",
-        "run.overwrite",
-        "run.from_adapter",
-        "run.log_every",
-        "run.max_bad_steps",
-        "run.prove_resume",
-        "run.answers",
-        "run.report_to",
-        "run.workers",
-        "run.quiet",
-        "run.debug",
-    }
+    f"{part}.{name}"
+    for part, names in {
+        "model": "model memory cache_frozen tune_allocator force_base allow_pickle",
+        "data": "data eval_data",
+        "run": "output save_every keep resume overwrite from_adapter log_every max_bad_steps prove_resume answers "
+        "report_to workers quiet debug",
+    }.items()
+    for name in names.split()
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +17,6 @@ from backhand.errors import CheckError
 from backhand.lab.sine.network import FloatArray, Head, Network, Points
 
 _CHUNK_EPOCHS = 1000
-
-
-class Trained(Protocol):
-    """What the loop sees: forward gives the loss, backward fills `parameters.gradients`."""
-
-    parameters: FlatParameters
-
-    def forward(self) -> float:
-        """The loss at the present values."""
-
-    def backward(self) -> None:
-        """Fill the gradients for the last forward."""
 
 
 class BaseTraining:
@@ -179,6 +166,10 @@ class FullUpdateTraining:
         np.dot(self.head.d_pre[0].T, self.x, out=self._d_delta)
 
 
+Trained = BaseTraining | AdapterTraining | FullUpdateTraining
+"""What the loop sees: `forward` gives the loss, `backward` fills `parameters.gradients`."""
+
+
 def _frozen_part(network: Network, layer: int, points: Points) -> tuple[FloatArray, FloatArray]:
     """What the layer multiplies, (points, in), and its output without any update, (points, out): constants."""
     x = network.layer_input(points.x, layer)
@@ -270,13 +261,6 @@ class FlatParameters:
         return self.gradients[place].reshape(shape)
 
 
-class Optimizer(Protocol):
-    """Turns the gradients that are in the buffer into one update."""
-
-    def step(self) -> None:
-        """Update the values once."""
-
-
 class GradientDescent:
     """values ← values − learning_rate · gradients."""
 
@@ -332,3 +316,7 @@ class Adam:
         np.divide(self._mean, change, out=change)
         change *= rate / (1 - self.beta1**self._steps)
         self._parameters.values -= change
+
+
+Optimizer = GradientDescent | Adam
+"""`step` makes one update of the gradients that are in the buffer."""
