@@ -29,7 +29,6 @@ class Injection:
     Attributes:
         config: as validated.
         targets: the modules to adapt, in the order of the model.
-        modules: the modules themselves.
         kinds: the class that adapts each.
         shapes: what each has in an adapter's file.
         module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.

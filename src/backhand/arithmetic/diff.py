@@ -186,7 +186,6 @@ class ModuleDifference:
     """One module that both adapters have.
 
     Attributes:
-        module: dotted path.
         ranks: of the two updates, as far as they are not zero.
         norms: ‖ΔW‖_F of the two.
         difference: ‖ΔW − ΔW′‖_F.

@@ -89,7 +89,6 @@ class Inspection:
         modules: one by one.
         parts: of the file of tensors.
         error: that the needed ranks are for.
-        notes: what a person should know.
     """
 
     adapter: AdapterFactors
@@ -250,7 +249,6 @@ class ModuleInspection:
     """One module.
 
     Attributes:
-        module: dotted path.
         shape: (out, in) of ΔW.
         rank, alpha, scaling: as the configuration has them.
         norm: ‖ΔW‖_F.

@@ -37,7 +37,6 @@ class Checkpoint:
     """A checkpoint whose bytes are those its manifest describes.
 
     Attributes:
-        step: optimizer steps done.
         contents: bytes of every file, by name.
         facts: what the manifest says besides: digests of base, configuration and data, and the sampler's position.
     """

@@ -396,7 +396,6 @@ class StepPlan:
     """The resolved numbers that the loop goes by.
 
     Attributes:
-        total_steps: of the run.
         eval_every, save_every: in steps.
         micro_batch_rows: rows per forward and backward pass.
         rate: the learning rate of every step.

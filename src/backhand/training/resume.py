@@ -212,7 +212,6 @@ class BaseCheck:
     """What to do about a base model that is not the one the run began with.
 
     Attributes:
-        directory: of the run.
         force: say so and go on.
         warn: told, in one sentence.
     """

@@ -224,7 +224,6 @@ class Progress:
     Attributes:
         step: optimizer steps done, skipped ones included.
         tokens, supervised_tokens: trained on so far.
-        train_s: seconds spent in steps.
         first_loss, last_loss: mean nats per supervised token of the first and of the newest step.
         smooth_loss: running mean of the loss, which spikes are measured against.
         base_eval_loss: held-out loss of the base model.
@@ -234,7 +233,6 @@ class Progress:
         bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient.
         pending_evaluation: the evaluation of this step was due and has not been made.
         stopped_because: why the run ended before its last step, or None.
-        finished: nothing is left to do.
     """
 
     step: int = 0
@@ -262,11 +260,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, data: bytes) -> Progress:
-        """What `to_json` wrote.
-
-        Raises:
-            ArtifactError: it is something else.
-        """
+        """What `to_json` wrote. Raises ArtifactError: it is something else."""
         try:
             values = json.loads(data)
         except (ValueError, RecursionError):
