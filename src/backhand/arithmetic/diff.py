@@ -93,16 +93,11 @@ def diff_command(options: DiffOptions) -> Comparison:
         CheckError: a module differs by more than `error` allows. What was found is printed and written first.
     """
     result = diff_adapters(options)
-
-    def picture() -> bytes:
-
-        return draw_difference(result.found, result.first.label, result.second.label)
-
     leave_findings(
         "diff",
         _summary(result),
         lambda: _print(result),
-        picture,
+        lambda: draw_difference(result.found, result.first.label, result.second.label),
         as_json=options.json,
         plot=options.plot,
         output=options.output,

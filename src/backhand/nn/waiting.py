@@ -121,7 +121,7 @@ class MoreThreads:
         entered, over = threading.Event(), threading.Event()
 
         def keep() -> None:
-            # A region runs a function of C's in each thread. One of Python's would take the interpreter's lock in threads
+            # A region runs a function of C in each thread. One of Python would take the interpreter's lock in threads
             # that Python does not know. `free` takes one pointer, as a region's function does, and of none it frees
             # nothing: so nothing has to be compiled, and this works where our own loops are not there.
             try:
