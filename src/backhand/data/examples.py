@@ -69,7 +69,6 @@ class DataReport:
         dropped_unsupervised: documents left out because nothing in them carries loss.
         empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
-        bad_rows: the errors of the first few of them.
         notes: whatever else the user should know, a sentence each.
     """
 

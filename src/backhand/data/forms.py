@@ -108,11 +108,7 @@ _PREFERENCE = ("chosen", "rejected")
 
 
 def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
-    """The form of a row, by the names of its columns that are not null.
-
-    Raises:
-        DataError: its columns fit no form.
-    """
+    """The form of a row, by the names of its columns that are not null. Raises DataError: its columns fit no form."""
     present = {name for name, value in raw.values.items() if value is not None}
     for form in FORMS + ASKING_FORMS if may_ask else FORMS:
         if present.issuperset(form.columns):

@@ -49,11 +49,7 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value that `text`, a line, holds.
-
-    Raises:
-        DataError: with the column and a look at what stands there.
-    """
+    """The value that `text`, a line, holds. Raises DataError: with the column and a look at what stands there."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:

@@ -33,7 +33,6 @@ class ModuleLoss:
     """What one merged module's stored weight lost.
 
     Attributes:
-        name: dotted module path.
         lost: ‖stored − W'‖ / ‖update‖.
         update: ‖update‖ / ‖W‖.
     """
@@ -48,8 +47,6 @@ class MergedWeights:
     """The tensors of the merged model, made one by one from base and adapter.
 
     Attributes:
-        source: the base model.
-        factors: the adapter's modules.
         trained: tensors that take the place of the base's, by name.
         keeps_head_tied: whether a head that is the embedding's matrix goes along with what becomes of that.
         digests: of what each tensor must read back as, by name, for tensors made so far.

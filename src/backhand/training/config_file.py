@@ -37,11 +37,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The TOML file as nested tables.
-
-    Raises:
-        UsageError: not readable or not TOML.
-    """
+    """The TOML file as nested tables. Raises UsageError: not readable or not TOML."""
     try:
         text = read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
         return tomllib.loads(text)
