@@ -16,6 +16,7 @@ from rich.table import Table
 
 from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.files import make_directory, write_atomically
+from backhand.printing import say
 from backhand.words import show_notes
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def leave_findings(
         return
     print_tables()
     for path in written:
-        print(f"written: {path}")
+        say(f"written: {path}", file=sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
