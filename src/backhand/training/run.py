@@ -48,7 +48,7 @@ from backhand.training.loop import StepPlan, TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
-from backhand.training.observer import Callback, MetricsFile, Observer, Observers, RunStart, as_observers
+from backhand.training.observer import Callback, Observer, Observers, RunStart, as_observers, metrics_file
 from backhand.training.prepared import Job, build_job
 from backhand.training.resume import (
     BaseCheck,
@@ -407,7 +407,7 @@ def _train(
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine, typed, processes)
-                told = Observers([*everyone, *([MetricsFile(directory)] if processes.leads else [])])
+                told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
                 job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
                 try:
                     return job_run.train()
