@@ -22,8 +22,8 @@ from backhand.adapters import reading as safetensors_file
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import load_adapter
 from backhand.adapters.peft_config import read_peft_config
-from backhand.adapters.reading import parse_json_object, read_tensors
 from backhand.adapters.targets import resolve_slots
+from backhand.adapters.tensor_file import parse_json_object, read_tensors
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters
 from support.saved_adapters import save_adapter
@@ -363,7 +363,7 @@ def test_reading_takes_no_more_memory_than_the_file_is_large(saved: Path) -> Non
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from backhand.adapters.reading import read_tensors
+from backhand.adapters.tensor_file import read_tensors
 from backhand.errors import ArtifactError
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))

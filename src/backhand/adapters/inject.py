@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
 from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import module_adapter_files, write_files
-from backhand.adapters.reading import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target

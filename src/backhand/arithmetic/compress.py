@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from backhand.adapters.contents import TENSOR_FILE
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_saving import write_files
-from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors

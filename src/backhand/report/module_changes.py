@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from backhand.adapters.contents import TENSOR_FILE
 from backhand.adapters.module_factors import ModuleFactors
-from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.inspect import effective_rank
 from backhand.arithmetic.low_rank import update_directions
