@@ -153,7 +153,7 @@ def _print(result: Comparison) -> None:
     ):
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)
-            console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", markup=False, soft_wrap=True)
+            console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", soft_wrap=True)
     if (largest := result.found.largest) is not None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 

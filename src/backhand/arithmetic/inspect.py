@@ -30,6 +30,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import bounded
 from backhand.terminal import console_for_tables
 
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
@@ -186,7 +187,7 @@ def _print(result: Inspection) -> None:
     console = console_for_tables()
     for name, fact in inspection_facts(result.adapter).items():
         shown = f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
-        console.print(f"{name:>16}: {shown}", markup=False, soft_wrap=True)
+        console.print(bounded(f"{name:>16}: {shown}"), soft_wrap=True)
     of = {module.module: module for module in result.modules}
     rows = []
     for kind, names in by_kind(of).items():

@@ -104,7 +104,9 @@ class DataReport:
         )
         lines = [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
         if self.skipped_bad:
-            lines.append(f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
+            lines.append(
+                f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
+            )
         return lines
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.gguf_adapter_writer import llama_cpp_notes
 from backhand.export.gguf_metadata_writer import add_model_metadata, rope_factors
-from backhand.export.merged_weights import MergedWeights
+from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -228,7 +228,7 @@ def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
             raise CheckError(
                 f"a merged value is not finite in {one.storage.name}",
                 where=one.ours[place],
-                next_step="give --dtype float32",
+                next_step=wider_dtype(one.storage == StorageType.F32),
             )
     return data
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.export.merged_weights import MergedWeights
+from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.files import write_atomically
 from backhand.nn.loading.expert_tensors import experts_within, hub_name, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
@@ -139,7 +139,7 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
             raise CheckError(
                 f"a merged value is not finite in {str(tensor.dtype).removeprefix('torch.')}",
                 where=name,
-                next_step="give --dtype float32",
+                next_step=wider_dtype(tensor.dtype == torch.float32),
             )
         piece = pieces.get(name)
         if piece is None:

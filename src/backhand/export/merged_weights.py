@@ -144,6 +144,13 @@ class MergedWeights:
         return wrong + [name for name in both if base_digest([name], read) != self.digests[name]]
 
 
+def wider_dtype(widest: bool) -> str:
+    """What to do about a merged value that the dtype does not hold."""
+    if widest:
+        return "the adapter's update is too large for any dtype: `backhand inspect` shows it, or scale it by `combine`"
+    return "give --dtype float32"
+
+
 def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:
     """The weight with its update, or what takes its place: in float64, then float32 unless the weight is wider."""
     merged = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
