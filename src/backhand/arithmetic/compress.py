@@ -10,14 +10,12 @@ import numpy as np
 import torch
 
 from backhand.adapters.contents import TENSOR_FILE
-from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
 from backhand.arithmetic.computed_adapter import (
     ComputedAdapter,
-    ComputedModule,
     check_new_directory,
     computed_files,
     rounded_factors,
@@ -184,15 +182,9 @@ def _at(
 ) -> ComputedAdapter:
     modules = {}
     for name, module in adapter.modules.items():
-        modules[name] = _compressed_module(module, directions[name], error, dtype)
+        lora_A, lora_B = writable_factors(directions[name], directions[name].needed_rank(error))
+        modules[name] = measured([(1.0, module)], rounded_factors(lora_A, lora_B, module, dtype))
     return ComputedAdapter(modules)
-
-
-def _compressed_module(
-    module: ModuleFactors, directions: UpdateDirections, error: float, dtype: torch.dtype
-) -> ComputedModule:
-    lora_A, lora_B = writable_factors(directions, directions.needed_rank(error))
-    return measured([(1.0, module)], rounded_factors(lora_A, lora_B, module, dtype))
 
 
 def elements_at(adapter: AdapterFactors, errors: Sequence[float]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
 from backhand.printing import bounded
 from backhand.terminal import console_for_tables
+from backhand.words import name_list
 
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
@@ -350,13 +351,8 @@ def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:
         "directory": str(adapter.directory),
         "base model": adapter.described.base_model or "not said",
         "trained on": (record.origin if record else None) or "not said",
-        "target modules": targets if isinstance(targets, str) else _some(targets),
+        "target modules": targets if isinstance(targets, str) else name_list(targets),
         "modules": len(adapter.modules),
         "numbers": adapter.element_count,
         "rank-stabilised": config.use_rslora,
     }
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
