@@ -57,10 +57,6 @@ def name_list(names: Iterable[str], *, limit: int = 8) -> str:
     return shown if len(given) <= limit else f"{shown} and {len(given) - limit} more"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person should know, and a program reading standard output should not.
-
-
 def show_notes(notes: Iterable[str]) -> None:
     """A line each on standard error."""
     say(*(bounded(labelled(note)) for note in notes))

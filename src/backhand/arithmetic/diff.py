@@ -93,16 +93,11 @@ def diff_command(options: DiffOptions) -> Comparison:
         CheckError: a module differs by more than `error` allows. What was found is printed and written first.
     """
     result = diff_adapters(options)
-
-    def picture() -> bytes:
-
-        return draw_difference(result.found, result.first.label, result.second.label)
-
     leave_findings(
         "diff",
         _summary(result),
         lambda: _print(result),
-        picture,
+        lambda: draw_difference(result.found, result.first.label, result.second.label),
         as_json=options.json,
         plot=options.plot,
         output=options.output,
@@ -170,7 +165,6 @@ def _degrees(angles: Iterable[float]) -> str:
     return shown[0] if shown[0] == shown[-1] else f"{shown[0]} … {shown[-1]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # How two adapters differ, module by module: in size, and in the directions they read and write.
 #
 #     ‖ΔW − ΔW′‖_F / max(‖ΔW‖_F, ‖ΔW′‖_F)    0 for equal updates, √2 for equally large ones at right angles, at most 2
@@ -187,7 +181,6 @@ class ModuleDifference:
     """One module that both adapters have.
 
     Attributes:
-        module: dotted path.
         ranks: of the two updates, as far as they are not zero.
         norms: ‖ΔW‖_F of the two.
         difference: ‖ΔW − ΔW′‖_F.

@@ -30,7 +30,6 @@ class BadRows:
 
     Attributes:
         skip_bad: count instead of raising.
-        count: malformed rows so far.
         empty_lines: lines of nothing but white space so far.
         errors: the first few of them.
         first_of_file: the first in the file that is being read; whoever begins another one sets it to None.

@@ -71,11 +71,7 @@ def _skip_empty_lines(reader: io.BufferedReader) -> int:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value that `text`, a line, holds.
-
-    Raises:
-        DataError: with the column and a look at what stands there.
-    """
+    """The value that `text`, a line, holds. Raises DataError: with the column and a look at what stands there."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -287,10 +283,6 @@ def _checked_header(row: list[str], source: str) -> list[str]:
         raise DataError(f"the header names {twice[0]!r} twice", where=source)
     checked_row(dict.fromkeys(header), source, not_utf8=True)
     return header
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening a data file, plain or gzip, and telling by its first bytes what it is.
 
 
 HEAD_BYTES = 4096

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels.build import BUILT, fault, library_path
+from backhand.kernels.build import BUILT, fault, library_path, processor_runs
 from backhand.words import show_notes
 
 if TYPE_CHECKING:
@@ -153,10 +153,9 @@ def usable(folder: Path = BUILT) -> tuple[str, ...]:
     if not _is_whole("baseline", folder):
         return ()
     try:
-        bits = Library(library_path("baseline", folder)).function("backhand_processor", (), INT)()
+        able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
-    able = [name for place, name in enumerate(BUILDS) if place == 0 or bits >> (place - 1) & 1]
     return tuple(name for name in able if name == "baseline" or _is_whole(name, folder))
 
 

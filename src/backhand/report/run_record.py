@@ -25,7 +25,6 @@ class RunRecord:
     """One run as its files tell it.
 
     Attributes:
-        path: the run directory.
         config: tables of config.toml.
         config_text: config.toml itself.
         metrics, proofs, answers: lines of the files of these names.

@@ -38,11 +38,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The TOML file as nested tables.
-
-    Raises:
-        UsageError: not readable or not TOML.
-    """
+    """The TOML file as nested tables. Raises UsageError: not readable or not TOML."""
     try:
         return parse_toml(read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
     except OSError as error:
