@@ -61,8 +61,7 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
             )
     spectrum.set_yscale("log")
     spectrum.xaxis.get_major_locator().set_params(integer=True)
-    spectrum.set_xlabel("i, counted from the largest")
-    spectrum.set_ylabel("singular value S_i / S_1, median over layers")
+    spectrum.set(xlabel="i, counted from the largest", ylabel="singular value S_i / S_1, median over layers")
     spectrum.set_title("Singular values of ΔW", fontsize="medium")
     spectrum.grid(visible=True, linewidth=0.3)
     if kinds and spectrum.lines:
