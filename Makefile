@@ -28,11 +28,11 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help kernels kernels-sanitize demo sine verify test tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help kernels kernels-sanitize demo sine verify verify-large test tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make kernels | verify | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
+	@echo '  make kernels | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -97,6 +97,10 @@ verify: $(VENV)/.demo kernels
 	@$(BIN)/backhand verify
 
 # ---- proof -------------------------------------------------------------------------------------------------------
+
+# Ops at real size, which take minutes: CI does it once.
+verify-large: $(VENV)/.demo kernels
+	@$(BIN)/backhand verify --large
 
 # The proofs run beside the tests: one thread of one process, which would leave the other cores waiting.
 test: $(VENV)/.test $(VENV)/.model kernels

@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from backhand.adapters.contents import AdapterContents
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import AdapterContents
 from backhand.adapters.targets import Target
 from backhand.nn.loading.wrappers import Wrapper, text_name
 
@@ -34,8 +34,6 @@ def in_wrapper(
 
     Args:
         described: configuration and names as the text model has them.
-        targets: the adapted modules.
-        wrapper: the whole model.
         module_names: all linear modules of the text model, None if they are not known.
     """
     renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)

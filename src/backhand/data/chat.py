@@ -90,10 +90,8 @@ def stopping_role_ids(
     """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
 
     Args:
-        tokenizer: the model's transformers tokenizer.
         template: the chat template in use; None for none.
         from_option: it comes from `--chat-template`, so its errors are the user's.
-        template_args: variables for it.
 
     Raises:
         ArtifactError: the tokenizer does not stand on the `tokenizers` library.
@@ -111,11 +109,8 @@ class ChatRenderer:
     """The chat template of one model, with its arguments.
 
     Args:
-        tokenizer: the model's transformers tokenizer.
-        encoder: knows the tokenizer's control tokens.
         template: source of the template; the tokenizer's own if the option did not say otherwise.
         from_option: the template comes from `--chat-template`, so its errors are the user's.
-        template_args: variables for the template.
         system: put before conversations without a system message.
 
     Attributes:
@@ -334,16 +329,8 @@ class ChatRenderer:
         text = text[:end]
         return Document(text, tuple(spans), mark, self._end_of_turn(text) is None, False, source)
 
-    def _render(
-        self,
-        conversation: Conversation,
-        messages: Sequence[Message],
-        *,
-        generation_prompt: bool = False,
-        **further_args: Any,
-    ) -> str:
-        messages = self._habits.shaped(messages)
-        return self._apply(conversation, messages, generation_prompt=generation_prompt, **further_args)
+    def _render(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str:
+        return self._apply(conversation, self._habits.shaped(messages), **how)
 
     def _tried(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str | None:
         """As `_render`; None where the template refuses."""

@@ -67,7 +67,6 @@ def find_start(
 
     Args:
         asked: the messages before the reply, with the generation prompt.
-        text: the messages up to and with the reply.
         can_have: given an empty thought and the text with it, whether the template renders that text if the thought
             stands before the reply's content.
         ask: renders `asked` with further variables.
@@ -89,7 +88,8 @@ def find_start(
     for setting in settings:
         other = ask(setting)
         if other is not None and text.startswith(other):
-            return ReplyStart(text, len(other), "switched", _as_words(setting))
+            words = ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())
+            return ReplyStart(text, len(other), "switched", words)
     if _BEGINS_TAG.match(rest):
         return ReplyStart(text, place, "headed", rest)
     return None
@@ -114,7 +114,3 @@ def _header_end(asked: str, text: str) -> int:
     if tag is not None and text[place:].lstrip().startswith(f"{tag[1]}/{tag[2]}"):
         return tag.start()
     return place
-
-
-def _as_words(setting: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())

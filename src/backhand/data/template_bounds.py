@@ -131,10 +131,6 @@ def _check_split(text: str, sep: Any = None, *_more: Any, **_values: Any) -> Non
         raise too_large()
 
 
-def _check_lines(text: str, *_more: Any, **_values: Any) -> None:
-    _check_split(text)
-
-
 def _check_joined(separator: str, items: Any) -> None:
     if hasattr(items, "__len__"):
         check_size(len(items) * len(separator) + weight(items))
@@ -168,7 +164,7 @@ TEXT_METHODS: dict[str, Callable[..., None] | None] = {
     "expandtabs": _check_tabs,
     "join": _check_joined,
     "replace": _check_replaced,
-    "splitlines": _check_lines,
+    "splitlines": lambda text, *_more, **_values: _check_split(text),
 }
 """By the name of a text's method, what is checked before it is called; None where its result is no larger than it."""
 
@@ -248,10 +244,6 @@ ALL_AT_ONCE = frozenset(
 """Filters that read all of a value: what they are given is weighed, and a generator made a list before."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How much one render may do.
-
-
 MOST_STEPS = 2**25
 MOST_SECONDS = 4
 """Of the processor, for one conversation; the plainest take a hundred-thousandth of that."""
@@ -277,11 +269,7 @@ class Work:
         self._bytes = 0
 
     def step(self, count: int) -> None:
-        """Count steps.
-
-        Raises:
-            TemplateLimitError: they are too many, or took too long or too much memory.
-        """
+        """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
         self.left -= count
         if self.left < self.next_look:
             self._look()

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
-import torch
 from torch import Tensor
 
 from backhand.generate.completer import Choose, Completer, Finished
@@ -28,30 +27,12 @@ class EngineCompleter:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.device, self.shares_prefixes = decoder.device, decoder.shares_prefixes
+        self.context_tokens, self.vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
         self._lora = decoder.lora
         self._state: IncrementalDecoder | None = None
         # What the cache holds; behind the cache's own length it may be ahead of it, after an interruption.
         self._seen: list[int] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self.decoder.device
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
-        return self.decoder.shares_prefixes
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_position_embeddings
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that a prompt may hold: ids below this."""
-        return self.decoder.config.vocab_size
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats; see `completer.Completer`."""
@@ -100,10 +81,6 @@ class EngineCompleter:
                 return
             self._seen.append(token)
             logits = state.step([token])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many prompts at once: rows leave the batch when their answer is complete, and waiting prompts take their places.
 
 
 # Keys, values and states of all rows together stay below this, as long as one row does.
@@ -213,10 +190,6 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, prompts)) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Greedy completions of many prompts: what exact match is measured on.
-
-
 def complete_greedily(
     model: Decoder | Completer,
     prompts: Sequence[Sequence[int]],
@@ -233,8 +206,6 @@ def complete_greedily(
         model: a decoder, with or without an attached adapter, or any other completing model.
         prompts: token ids, at least one each.
         max_new_tokens: at most so many tokens a completion, the stop token among them.
-        stop_ids: tokens that end a completion.
-        batch_size: prompts that are continued at once.
         on_done: told the number of each prompt when its completion is there.
         give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
 

@@ -53,22 +53,12 @@ class RunDirectory:
 
     Attributes:
         path: the directory itself; a link to it has been followed.
-        files: the file layer that every change goes through.
     """
 
     def __init__(self, path: Path, files: FileLayer) -> None:
         self.path = path
         self.files = files
-
-    @property
-    def adapter(self) -> Path:
-        """`adapter/`."""
-        return self.path / ADAPTER
-
-    @property
-    def checkpoints(self) -> Path:
-        """`checkpoints/`."""
-        return self.path / CHECKPOINTS
+        self.adapter, self.checkpoints = path / ADAPTER, path / CHECKPOINTS
 
     def put_aside(self) -> None:
         """Move the files of the run that is here aside, and no others.
@@ -349,10 +339,6 @@ def _locked(path: Path) -> int:
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         os.close(descriptor)  # its holder removed the file in between: take the new one
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# proofs.jsonl: a line for everything that was checked about a run, from any command.
 
 
 ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix
-from backhand.training.kept_states import Lower
-from backhand.training.memory.model import ModelSize
+from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
 
@@ -85,13 +85,38 @@ class Trainable(Protocol):
         ...
 
 
+class MoreBlocks(NamedTuple):
+    """The short model and one more block of a kind.
+
+    Attributes:
+        model: that.
+        blocks: of this kind, that an adapter keeps something of, in the whole model.
+        missing: of these, how many the short model lacks.
+    """
+
+    model: Trainable
+    blocks: int
+    missing: int
+
+
+class ShortModel(NamedTuple):
+    """What is measured in place of the whole model.
+
+    Attributes:
+        model: the head and a few blocks; or the whole.
+        more: for each kind of block.
+        below: blocks of the whole model under the lowest adapted one.
+    """
+
+    model: Trainable
+    more: Sequence[MoreBlocks] = ()
+    below: int = 0
+
+
 class BoundModel(ABC):
     """A loaded model with its adapter attached.
 
     Attributes:
-        model: what the loop trains.
-        lora: the adapter's buffers.
-        config: the adapter's configuration.
         notes: what may interest a person, such as weights that training unties.
     """
 
@@ -102,7 +127,7 @@ class BoundModel(ABC):
         self.notes = tuple(notes)
 
     @property
-    def lower(self) -> Lower | None:
+    def lower(self) -> LowerLayers | None:
         """The model as one whose lower blocks can be computed by themselves; None where that cannot be."""
         return None
 
@@ -116,7 +141,6 @@ class BoundModel(ABC):
         """Copy the values of an adapter of the same modules and ranks.
 
         Args:
-            directory: of the adapter, or a GGUF file.
             allow_pickle: whether it may be a pickle.
 
         Raises:
@@ -193,7 +217,6 @@ class Engine(Protocol):
         """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
 
         Args:
-            layout: of the adapter.
             longest: tokens of the longest row.
         """
         ...
@@ -241,16 +264,11 @@ class Engine(Protocol):
         """
         ...
 
-    def probes(
-        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense"
-    ) -> Sequence[tuple[Trainable, int]]:
-        """Models to time in place of the whole one, with how many of its blocks each has, the smallest first.
-
-        The last one is the model itself, or two tell by their difference what a block takes.
-        """
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+        """A few of the model's blocks, to measure in place of the whole."""
         ...
 
     @property
     def layers(self) -> int:
-        """Blocks of the whole model, counted as `probes` does."""
+        """Blocks of the whole model."""
         ...

@@ -33,19 +33,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 
-_SCALARS: dict[int, struct.Struct] = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
-}
+_SCALARS = {kind: struct.Struct("<" + code) for kind, code in zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True)}
 
 _FLOAT32 = 6
 _U32 = struct.Struct("<I")
@@ -84,7 +72,6 @@ class GGUFFile:
     """An open, memory-mapped GGUF file.
 
     Attributes:
-        path: of the file.
         tensors: by name, in the order of the file.
         size: of the file in bytes.
 
@@ -280,10 +267,8 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Stored GGUF values to torch tensors, by `kernels.dequantize`. Quantization blocks do not care where rows begin: flat
 # data is read as rows of some blocks each, so many that every thread has enough of them.
-
 
 _BLOCKS_A_ROW = 512
 
