@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,18 +122,27 @@ def outline_run(
         shared = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
         return memory_budget(config, machine, process, shared)
 
-    def plan(base: HeldBase, *, smallest: bool = False) -> MemoryPlan:
-        rows, recompute = config.optimization.micro_batch_rows, config.model.recompute
-        if smallest:
-            rows = rows or min(shapes)
-            recompute = list(sizes[base].kept_bytes)[-1] if recompute == "auto" else recompute
+    def plan(base: HeldBase) -> MemoryPlan:
         return choose(
             sized(base),
             shapes,
-            budget_bytes=None if smallest else budget(base),
+            budget_bytes=budget(base),
             process_bytes=process,
-            micro_batch_rows=rows,
-            recompute=recompute,
+            micro_batch_rows=config.optimization.micro_batch_rows,
+            recompute=config.model.recompute,
+            watched=watched,
+            base=base,
+        )
+
+    def smallest(base: HeldBase) -> MemoryPlan:
+        modes = list(sizes[base].kept_bytes)
+        return choose(
+            sized(base),
+            shapes,
+            budget_bytes=None,
+            process_bytes=process,
+            micro_batch_rows=config.optimization.micro_batch_rows or min(shapes),
+            recompute=modes[-1] if config.model.recompute == "auto" else config.model.recompute,
             watched=watched,
             base=base,
         )
@@ -150,7 +158,7 @@ def outline_run(
             engine.bases,
             shapes,
             plan,
-            partial(plan, smallest=True),
+            smallest,
             quantized_source=source.quantized,
             unpacking_share=unpacking,
         )
