@@ -150,13 +150,15 @@ def load(name: str, folder: Path = BUILT) -> Library:
 
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
-    """The builds that are there and that this processor can run, the plainest first."""
+    """The builds that are there and that this processor can run, the plainest first, up to what VARIABLE names."""
     if not _is_whole("baseline", folder):
         return ()
     try:
         able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
+    if (named := os.environ.get(VARIABLE)) in able:
+        able = able[: able.index(named) + 1]
     return tuple(name for name in able if name == "baseline" or _is_whole(name, folder))
 
 
