@@ -53,7 +53,6 @@ class Difference:
         relative: ‖found − wanted‖ / ‖wanted‖.
         share: ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and
             something differs.
-        largest: largest difference of one logit.
     """
 
     relative: float
@@ -84,7 +83,6 @@ def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
 _ROWS = 16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Logits of a model that is never in memory as a whole: block after block is read, used and dropped.
 #
 # It takes one block in the compute dtype; of embedding and head, which stay as they are stored, rows and tiles.
@@ -96,10 +94,8 @@ class BlockWalk:
     """Goes through a model's blocks once.
 
     Args:
-        source: the base model.
         documents: token ids, at least one each.
         adapters: None for the base model itself.
-        dtype: to compute in.
 
     Raises:
         UnsupportedModel: for a configuration that the engine does not compute exactly.
@@ -159,9 +155,7 @@ class BlockWalk:
         block, self._views = _block_weights(self._source, self._config, layer, self._dtype)
         for index, lora in enumerate(self._adapters):
             own = block if lora is None else TrainedWeights(self._outer, self._config, lora).block(layer, block)
-            adapter = block_adapter(
-                lora, layer, None, linear_parts(own, self._config, layer), self._config.layer_groups[layer]
-            )
+            adapter = block_adapter(lora, self._config, layer, None, linear_parts(own, self._config, layer))
             context = self._contexts[index][layer]
             self._states[index], _ = block_forward(self._states[index], own, adapter, context, "block")
         self._layer = layer

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels.build import BUILT, is_of_these_sources, library_path
+from backhand.kernels.build import BUILT, fault, library_path, processor_runs
+from backhand.words import show_notes
 
 if TYPE_CHECKING:
     import torch
@@ -115,23 +116,24 @@ class Declared:
         return found
 
 
-_forced: list[Library | None] = []
-"""What `using` has put in place of the choice, innermost last."""
+_forced: ContextVar[tuple[Library | None] | None] = ContextVar("forced", default=None)
+"""What `using` has put in place of the choice."""
 
 
 def library() -> Library | None:
     """The build in use, or None where everything goes through torch."""
-    return _forced[-1] if _forced else _chosen()
+    forced = _forced.get()
+    return _chosen() if forced is None else forced[0]
 
 
 @contextmanager
 def using(build: Library | None) -> Iterator[None]:
     """Use this build, or none, inside; for tests and benchmarks."""
-    _forced.append(build)
+    before = _forced.set((build,))
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 @functools.cache
@@ -148,15 +150,25 @@ def load(name: str, folder: Path = BUILT) -> Library:
 
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
-    """The builds that are there and that this processor can run, the plainest first."""
-    if not library_path("baseline", folder).exists() or not is_of_these_sources("baseline", folder):
+    """The builds that are there and that this processor can run, the plainest first, up to what VARIABLE names."""
+    if not _is_whole("baseline", folder):
         return ()
     try:
-        bits = Library(library_path("baseline", folder)).function("backhand_processor", (), INT)()
+        able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
-    able = [name for place, name in enumerate(BUILDS) if place == 0 or bits >> (place - 1) & 1]
-    return tuple(name for name in able if library_path(name, folder).exists() and is_of_these_sources(name, folder))
+    if (named := os.environ.get(VARIABLE)) in able:
+        able = able[: able.index(named) + 1]
+    return tuple(name for name in able if name == "baseline" or _is_whole(name, folder))
+
+
+def _is_whole(name: str, folder: Path) -> bool:
+    """Whether a build is there as it was made; says so where it is there and is not."""
+    wrong = fault(name, folder)
+    if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
+        instead = "torch computes" if name == "baseline" else "plainer ones compute"
+        show_notes([f"the compiled loops for {name} are not used: {wrong}; {instead}, until `make kernels`"])
+    return wrong is None and library_path(name, folder).exists()
 
 
 def describe() -> str:
@@ -167,8 +179,8 @@ def describe() -> str:
         return f"compiled loops: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
     if wanted == "none":
         return f"compiled loops: none ({VARIABLE}=none); everything goes through torch, slower"
-    if library_path("baseline").exists() and not is_of_these_sources("baseline"):
-        return "compiled loops: none (built from other sources: `make kernels`); everything goes through torch, slower"
+    if (wrong := fault("baseline")) is not None:
+        return f"compiled loops: none ({wrong}: `make kernels`); everything goes through torch, slower"
     return "compiled loops: none (not built for this machine: `make kernels`); everything goes through torch, slower"
 
 
@@ -230,37 +242,6 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     if build is None or dtype is None or (dtype == torch.float64 and not _float64_too.get()):
         return None
     return declared.function_of(dtype, build)
-
-
-class InARow:
-    """Calls that are put together one after the other, and made one after the other, in the same order.
-
-    A large loop leaves nothing of Python's and torch's code in the caches, so that to put a call together takes several
-    times as long behind it as behind another call that is put together.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[Callable[[], object], tuple[object, ...]]] = []
-
-    def add(self, call: Callable[[], object], *lasting: object) -> None:
-        """Make this call behind those that are there; what has addresses in it lasts until then, and no longer."""
-        self._calls.append((call, lasting))
-
-    def make(self) -> None:
-        """Make all of them; there are none then, also where one fails."""
-        calls, self._calls = self._calls[::-1], []
-        while calls:
-            call, lasting = calls.pop()
-            call()
-            del call, lasting
-
-
-def now_or_in(row: InARow | None, call: Callable[[], object], *lasting: object) -> None:
-    """Make the call: now, or in its turn where a row is collected."""
-    if row is None:
-        call()
-    else:
-        row.add(call, *lasting)
 
 
 def is_loopable(tensor: Tensor) -> bool:
