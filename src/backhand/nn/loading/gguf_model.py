@@ -124,6 +124,12 @@ class GGUFModel(ModelSource):
         """Bytes of all parts."""
         return sum(file.size for file in self._files)
 
+    def forget_mapped(self) -> None:
+        """Of every tensor."""
+        for name in self._stored:
+            tensor = self._tensor(name)
+            self._place_of[tensor.name].forget(tensor)
+
     def stored_rows(self, name: str) -> StoredRows:
         """The blocks of a matrix, mapped; another order of its rows or columns as the numbers of the stored ones."""
         tensor, data = self.stored_tensor(name)
