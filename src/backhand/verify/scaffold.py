@@ -45,8 +45,8 @@ from backhand.verify.case import (
 )
 
 Function = Callable[..., Any]
-# An input: a shape to fill with normal numbers, a function of the draw, or nothing.
-Input = tuple[int, ...] | Callable[[Draw], Tensor] | None | bool
+# An input: a shape to fill with normal numbers, a function of `draw` and of inputs before it, or nothing.
+Input = tuple[int, ...] | Function | int | None
 Made = Mapping[str, Function]
 # A case's own way through the op, (inputs and options, backward) → (y, gradients).
 Way = Callable[["Given", Backward], tuple[Tensor, Any]]
@@ -135,7 +135,7 @@ class Op:
 
         Args:
             name: what is special about it.
-            inputs: by name, `d_y` among them; None and False are left out.
+            inputs: by name, `d_y` among them; what is no shape and no function is left out.
             way: how the op is called, where that is not simply forward, then backward.
             reference, usual, made: in place of the op's, or beside them.
             started: kinds of gradients, apart by blanks, that are added to buffers in which `START` stands.
@@ -143,11 +143,12 @@ class Op:
             options: every other argument of the op by name.
         """
         draw = Draw(f"{self.name}: {name}")
-        tensors = {
-            key: shape(draw) if callable(shape) else draw.normal(*shape)
-            for key, shape in inputs.items()
-            if shape is not None and not isinstance(shape, bool)
-        }
+        tensors: Tensors = {}
+        for key, shape in inputs.items():
+            if callable(shape):
+                tensors[key] = Given({**tensors, "draw": draw}, {}).call(shape)
+            elif isinstance(shape, tuple):
+                tensors[key] = draw.normal(*shape)
         made = {**self.made, **(made or {})}
         reference = reference or self.reference
         usual = usual or self.usual

@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved
-from backhand.ops.attention_blocks import (
-    BLOCK_TOKENS,
-    AttentionBlocksSaved,
-    attention_blocks_backward,
-    attention_blocks_forward,
-    attention_blocks_reference,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors
+from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
+from backhand.verify.case import Case, Mutant
 from backhand.verify.cases import attention
+from backhand.verify.scaffold import Op
 
-SCALING = 0.37
+
+def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+    n, m = k.shape[1], q.shape[1]
+    mask = attention.visible(n, window, q.device)[n - m :]
+    parts = (part.transpose(1, 2) for part in (q, k, v))
+    return attention.usual_attention(*parts, mask, cap, sinks).transpose(1, 2)
+
+
+OP = Op("attention_blocks", usual=_usual)
 
 
 def _case(
@@ -36,33 +39,9 @@ def _case(
     queries: int | None = None,
     sinks: float | None = None,
 ) -> Case:
-    draw = Draw(f"attention_blocks: {name}")
-    m = n if queries is None else queries
-    tensors = {
-        "q": draw.normal(documents, m, heads, head_dim, size=size),
-        "k": draw.normal(documents, n, kv_heads, head_dim, size=size),
-        "v": draw.normal(documents, n, kv_heads, head_dim),
-        "d_y": draw.normal(documents, m, heads, head_dim),
-    }
-    if sinks is not None:
-        tensors["sinks"] = draw.normal(heads) + sinks
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = attention_blocks_forward(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
-        return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
-
-    def reference(t: Tensors) -> Tensor:
-        return attention_blocks_reference(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
-
-    def usual(t: Tensors) -> Tensor:
-        q, k, v = (t[part].transpose(1, 2) for part in ("q", "k", "v"))
-        mask = attention.visible(n, window, q.device)[n - m :]
-        if cap is not None or sinks is not None:
-            return attention.written_out(q, k, v, mask, SCALING, cap, t.get("sinks")).transpose(1, 2)
-        attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
-        return attended.transpose(1, 2)
-
-    return Case(name, tensors, by_hand, reference, usual)
+    asked = documents, n if queries is None else queries, heads, head_dim
+    inputs = attention.attention_inputs(asked, (documents, n, kv_heads, head_dim), size, sinks)
+    return OP.case(name, inputs, scaling=attention.SCALING, window=window, cap=cap)
 
 
 CASES = (
@@ -121,9 +100,11 @@ def _packed(
 
 # Documents here have no shared prefix: it is part of their keys.
 MUTANTS = tuple(
-    Mutant(one.name, one.gradient, _packed(one.gradient, one.value))
-    for one in attention.MUTANTS
+    (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
+    for several in attention.MUTANTS
+    for one in several
     if one.name != "prefix's share missing"
 )
 
-PROOFS = (OpProof("attention_blocks", attention_blocks_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -7,15 +7,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.nn.batch import document_runs
-from backhand.ops.causal_conv import (
-    CausalConvSaved,
-    Taps,
-    causal_conv_backward,
-    causal_conv_forward,
-    causal_conv_reference,
-    convolved,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
+from backhand.ops.document_groups import Run
+from backhand.verify.case import Case, wrong
+from backhand.verify.scaffold import Op
+
+
+def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, silu: bool) -> Tensor:
+    c = causal_conv_reference(x, taps, runs, shared)
+    return functional.silu(c) if silu else c
+
+
+OP = Op("causal_conv", usual=_usual, made={"taps": Taps})
 
 
 def _case(
@@ -29,28 +32,14 @@ def _case(
     bias: bool = False,
     size: float = 1.0,
 ) -> Case:
-    draw = Draw(f"causal_conv: {name}")
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
-    tensors = {
-        "x": draw.normal(tokens, channels, size=size),
-        "d_y": draw.normal(tokens, channels),
-        "weight": draw.normal(channels, width),
+    tokens = shared + sum(documents)
+    inputs = {
+        "x": lambda draw: draw.normal(tokens, channels, size=size),
+        "d_y": (tokens, channels),
+        "weight": (channels, width),
+        "bias": bias and (channels,),
     }
-    if bias:
-        tensors["bias"] = draw.normal(channels)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = causal_conv_forward(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
-        return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-
-    def reference(t: Tensors) -> Tensor:
-        return causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
-
-    def usual(t: Tensors) -> Tensor:
-        c = causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared)
-        return functional.silu(c) if silu else c
-
-    return Case(name, tensors, by_hand, reference, usual)
+    return OP.case(name, inputs, runs=document_runs(documents, shared), shared=shared, silu=silu)
 
 
 CASES = (
@@ -109,17 +98,13 @@ def _through(d_c: Tensor, matrices: Tensor) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("slope forgotten", "d_x", lambda g, s, _right: _through(g, conv_matrices(s))),
-    Mutant("slope at x", "d_x", lambda g, s, _right: _through(functional.silu(s.x) * g, conv_matrices(s))),
-    Mutant(
-        "documents see each other", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, apart=False))
-    ),
-    Mutant("taps not turned round", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s).mT)),
-    Mutant(
-        "prefix's share missing", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, prefix=False))
-    ),
-    Mutant("its own tap alone", "d_x", lambda g, s, _right: g * _slope(s) * s.taps.weight[:, -1]),
+    wrong("slope forgotten", "d_x", lambda g, s: _through(g, conv_matrices(s))),
+    wrong("slope at x", "d_x", lambda g, s: _through(functional.silu(s.x) * g, conv_matrices(s))),
+    wrong("documents see each other", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, apart=False))),
+    wrong("taps not turned round", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
+    wrong("prefix's share missing", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, prefix=False))),
+    wrong("its own tap alone", "d_x", lambda g, s: g * _slope(s) * s.taps.weight[:, -1]),
 )
 
-PROOFS = (OpProof("causal_conv", causal_conv_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

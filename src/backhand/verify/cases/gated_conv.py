@@ -7,9 +7,19 @@ from torch import Tensor
 
 from backhand.nn.batch import document_runs
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
-from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_conv_forward, gated_conv_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.document_groups import Run
+from backhand.ops.gated_conv import GatedConvSaved
+from backhand.verify.case import Case, wrong
 from backhand.verify.cases.causal_conv import conv_matrices
+from backhand.verify.scaffold import Op
+
+
+def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
+    b, c, x = bcx.chunk(3, dim=-1)
+    return c * causal_conv_reference(b * x, taps, runs, shared)
+
+
+OP = Op("gated_conv", usual=_usual, made={"taps": Taps})
 
 
 def _case(
@@ -22,29 +32,15 @@ def _case(
     bias: bool = False,
     into_buffer: bool = False,
 ) -> Case:
-    draw = Draw(f"gated_conv: {name}")
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
-    tensors = {
-        "bcx": draw.normal(tokens, 3 * channels),
-        "d_y": draw.normal(tokens, channels),
-        "weight": draw.normal(channels, width),
+    tokens = shared + sum(documents)
+    inputs = {
+        "bcx": (tokens, 3 * channels),
+        "d_y": (tokens, channels),
+        "weight": (channels, width),
+        "bias": bias and (channels,),
     }
-    if bias:
-        tensors["bias"] = draw.normal(channels)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = gated_conv_forward(t["bcx"], Taps(t["weight"], t.get("bias")), runs, shared)
-        out = torch.full_like(t["bcx"], torch.nan) if into_buffer else None
-        return ByHand(y, {"bcx": backward(t["d_y"], saved, out=out).d_bcx})
-
-    def reference(t: Tensors) -> Tensor:
-        return gated_conv_reference(t["bcx"], Taps(t["weight"], t.get("bias")), runs, shared)
-
-    def usual(t: Tensors) -> Tensor:
-        b, c, x = t["bcx"].chunk(3, dim=-1)
-        return c * causal_conv_reference(b * x, Taps(t["weight"], t.get("bias")), runs, shared)
-
-    return Case(name, tensors, by_hand, reference, usual)
+    made = {"out": lambda bcx: torch.full_like(bcx, torch.nan)} if into_buffer else {}
+    return OP.case(name, inputs, made=made, runs=document_runs(documents, shared), shared=shared)
 
 
 CASES = (
@@ -94,13 +90,13 @@ def _input_gate_alone(right: Tensor) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_bcx"),
-    Mutant("output gate not in d_z", "d_bcx", lambda g, s, _right: _gradient(g, s, _matrices(s), gated=False)),
-    Mutant("documents see each other", "d_bcx", lambda g, s, _right: _gradient(g, s, _matrices(s, apart=False))),
-    Mutant("prefix's share missing", "d_bcx", lambda g, s, _right: _gradient(g, s, _matrices(s, prefix=False))),
-    Mutant("taps not turned round", "d_bcx", lambda g, s, _right: _gradient(g, s, _matrices(s).mT)),
-    Mutant("gate and input exchanged", "d_bcx", lambda _g, _s, right: _exchanged(right.d_bcx)),
-    Mutant("output gate's gradient missing", "d_bcx", lambda _g, _s, right: _input_gate_alone(right.d_bcx)),
+    wrong("output gate not in d_z", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s), gated=False)),
+    wrong("documents see each other", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s, apart=False))),
+    wrong("prefix's share missing", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s, prefix=False))),
+    wrong("taps not turned round", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s).mT)),
+    wrong("gate and input exchanged", "d_bcx", lambda d: _exchanged(d)),
+    wrong("output gate's gradient missing", "d_bcx", lambda d: _input_gate_alone(d)),
 )
 
-PROOFS = (OpProof("gated_conv", gated_conv_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

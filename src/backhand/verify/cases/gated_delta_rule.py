@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from backhand.nn.batch import document_runs
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import spans
-from backhand.ops.gated_delta_rule import (
-    GatedDeltaRuleSaved,
-    gated_delta_rule_backward,
-    gated_delta_rule_forward,
-    gated_delta_rule_reference,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.gated_delta_rule import GatedDeltaRuleSaved
+from backhand.verify.case import Case, Mutant, wrong
+from backhand.verify.scaffold import Op
 
 INPUTS = ("q", "k", "v", "decay", "beta")
+STATE_MISTAKES = (
+    "state cut between chunks",
+    "state held constant",
+    "correction held constant",
+    "prefix's share missing",
+)
+OP = Op("gated_delta_rule")
 
 
 def _case(
@@ -33,29 +33,17 @@ def _case(
     forgetting: float = 0.3,
     chunk: int = 3,
 ) -> Case:
-    draw = Draw(f"gated_delta_rule: {name}")
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
-    heads = key_heads * group
+    tokens, heads = shared + sum(documents), key_heads * group
     # Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
-    tensors = {
-        "q": draw.normal(tokens, key_heads, widths[0], size=0.7),
-        "k": draw.normal(tokens, key_heads, widths[0], size=widths[0] ** -0.5),
-        "v": draw.normal(tokens, heads, widths[1]),
-        "decay": -forgetting * draw.normal(tokens, heads).abs(),
-        "beta": torch.sigmoid(draw.normal(tokens, heads)),
-        "d_y": draw.normal(tokens, heads, widths[1]),
+    inputs = {
+        "q": lambda draw: draw.normal(tokens, key_heads, widths[0], size=0.7),
+        "k": lambda draw: draw.normal(tokens, key_heads, widths[0], size=widths[0] ** -0.5),
+        "v": (tokens, heads, widths[1]),
+        "decay": lambda draw: -forgetting * draw.normal(tokens, heads).abs(),
+        "beta": lambda draw: torch.sigmoid(draw.normal(tokens, heads)),
+        "d_y": (tokens, heads, widths[1]),
     }
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        q, k, v, decay, beta = (t[name] for name in INPUTS)
-        y, saved = gated_delta_rule_forward(q, k, v, decay, beta, runs, shared, chunk=chunk)
-        return ByHand(y, dict(zip(INPUTS, backward(t["d_y"], saved), strict=True)))
-
-    def reference(t: Tensors) -> Tensor:
-        q, k, v, decay, beta = (t[name] for name in INPUTS)
-        return gated_delta_rule_reference(q, k, v, decay, beta, runs, shared)
-
-    return Case(name, tensors, by_hand, reference)
+    return OP.case(name, inputs, runs=document_runs(documents, shared), shared=shared, chunk=chunk)
 
 
 CASES = (
@@ -109,10 +97,10 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
     return torch.cat(outputs)
 
 
-def _cut(mistake: str, name: str) -> Mutant:
-    """The gradient by the cut recurrence, with the values of the right one."""
+def _cut(mistake: str, *names: str) -> tuple[Mutant, ...]:
+    """The gradients by the cut recurrence, with the values of the right one."""
 
-    def value(d_y: Tensor, s: GatedDeltaRuleSaved, _right: Any) -> Tensor:
+    def value(d_y: Tensor, s: GatedDeltaRuleSaved, name: str) -> Tensor:
         leaves = {part: getattr(s, part).detach().clone().requires_grad_() for part in INPUTS}
         with torch.enable_grad():
             y = _recurrence(s, leaves, mistake)
@@ -121,31 +109,22 @@ def _cut(mistake: str, name: str) -> Mutant:
         (found,) = torch.autograd.grad(y, leaves[name], d_y, allow_unused=True)
         return torch.zeros_like(leaves[name]) if found is None else found
 
-    return Mutant(mistake, f"d_{name}", value)
+    def mutant(name: str) -> Mutant:
+        return Mutant(mistake, f"d_{name}", lambda d_y, s, _right: value(d_y, s, name))
 
-
-def _changed(mistake: str, name: str, change: Callable[[Tensor, GatedDeltaRuleSaved], Tensor]) -> Mutant:
-    return Mutant(mistake, f"d_{name}", lambda _g, s, right: change(getattr(right, f"d_{name}"), s))
-
-
-def _of_one_head(d_k: Tensor, s: GatedDeltaRuleSaved) -> Tensor:
-    return d_k * (s.k.shape[1] / s.v.shape[1])
+    return tuple(mutant(name) for name in names)
 
 
 MUTANTS = (
-    *standard_mutants(*(f"d_{name}" for name in INPUTS)),
-    *(_cut("documents see each other", name) for name in INPUTS),
-    *(_cut("state cut between chunks", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("state held constant", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("correction held constant", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("prefix's share missing", name) for name in ("k", "v", "decay", "beta")),
+    _cut("documents see each other", *INPUTS),
+    *(_cut(mistake, *INPUTS[1:]) for mistake in STATE_MISTAKES),
     _cut("key of the correction held constant", "k"),
     _cut("key of the update held constant", "k"),
-    _changed("mean over the group", "q", _of_one_head),
-    _changed("mean over the group", "k", _of_one_head),
-    _changed("not summed from behind", "decay", lambda d, _s: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
-    _changed("of the factor, not its logarithm", "decay", lambda d, s: d / s.decay.exp()),
-    _changed("of the logit, not the rate", "beta", lambda d, s: d * s.beta * (1 - s.beta)),
+    wrong("mean over the group", "d_q d_k", lambda d, s: d * (s.k.shape[1] / s.v.shape[1])),
+    wrong("not summed from behind", "d_decay", lambda d: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
+    wrong("of the factor, not its logarithm", "d_decay", lambda d, s: d / s.decay.exp()),
+    wrong("of the logit, not the rate", "d_beta", lambda d, s: d * s.beta * (1 - s.beta)),
 )
 
-PROOFS = (OpProof("gated_delta_rule", gated_delta_rule_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)
