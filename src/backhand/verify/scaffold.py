@@ -45,8 +45,6 @@ from backhand.verify.case import (
 )
 
 Function = Callable[..., Any]
-# An input: a shape to fill with normal numbers, a function of `draw` and of inputs before it, or nothing.
-Input = tuple[int, ...] | Function | int | None
 Made = Mapping[str, Function]
 # A case's own way through the op, (inputs and options, backward) → (y, gradients).
 Way = Callable[["Given", Backward], tuple[Tensor, Any]]
@@ -121,7 +119,7 @@ class Op:
     def case(
         self,
         name: str,
-        inputs: Mapping[str, Input],
+        inputs: Mapping[str, object],
         *,
         way: Way | None = None,
         reference: Function | None = None,
@@ -135,7 +133,8 @@ class Op:
 
         Args:
             name: what is special about it.
-            inputs: by name, `d_y` among them; what is no shape and no function is left out.
+            inputs: by name, `d_y` among them: a shape to fill with normal numbers, or a function of `draw` and of
+                inputs before it; None, False and 0 are left out.
             way: how the op is called, where that is not simply forward, then backward.
             reference, usual, made: in place of the op's, or beside them.
             started: kinds of gradients, apart by blanks, that are added to buffers in which `START` stands.
@@ -149,6 +148,8 @@ class Op:
                 tensors[key] = Given({**tensors, "draw": draw}, {}).call(shape)
             elif isinstance(shape, tuple):
                 tensors[key] = draw.normal(*shape)
+            elif shape:
+                raise TypeError(f"{self.name}, {name}: {key} is neither a shape nor a function: {shape!r}")
         made = {**self.made, **(made or {})}
         reference = reference or self.reference
         usual = usual or self.usual

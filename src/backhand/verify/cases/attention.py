@@ -13,7 +13,7 @@ from torch.nn import functional
 from backhand.nn.batch import document_runs
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.verify.case import Backward, Case, Mutant, wrong
-from backhand.verify.scaffold import Given, Input, Op
+from backhand.verify.scaffold import Given, Op
 
 SCALING = 0.37
 
@@ -32,14 +32,15 @@ def _usual(
     outputs = [q[:0] * 0]
     for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
         seen = list(own) if own.start < shared else [*range(shared), *own]
-        parts = (part[seen].transpose(0, 1)[None] for part in (q, k, v))
-        attended = usual_attention(*parts, visible(len(seen), window, q.device), cap, sinks)
+        parts = [part[seen].transpose(0, 1)[None] for part in (q, k, v)]
+        attended = usual_attention(parts, visible(len(seen), window, q.device), cap, sinks)
         outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
     return torch.cat(outputs)
 
 
-def usual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+def usual_attention(parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+    q, k, v = parts
     if cap is None and sinks is None:
         return functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
@@ -75,7 +76,7 @@ def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]
 
 def attention_inputs(
     queries: tuple[int, ...], keys: tuple[int, ...], size: float, sinks: float | None
-) -> dict[str, Input]:
+) -> dict[str, object]:
     """Queries and keys of a size, and a sink for each head around a number."""
     return {
         "q": lambda draw: draw.normal(*queries, size=size),

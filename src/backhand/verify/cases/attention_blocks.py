@@ -18,8 +18,8 @@ from backhand.verify.scaffold import Op
 def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
     n, m = k.shape[1], q.shape[1]
     mask = attention.visible(n, window, q.device)[n - m :]
-    parts = (part.transpose(1, 2) for part in (q, k, v))
-    return attention.usual_attention(*parts, mask, cap, sinks).transpose(1, 2)
+    parts = [part.transpose(1, 2) for part in (q, k, v)]
+    return attention.usual_attention(parts, mask, cap, sinks).transpose(1, 2)
 
 
 OP = Op("attention_blocks", usual=_usual)

@@ -18,7 +18,7 @@ from backhand.ops.clamped_glu import Clamp
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
 from backhand.verify.block_case import BlockGrads, BlockInputs, block_case, block_gradients, rotated_where_alike
-from backhand.verify.case import Mutant, OpProof, spoiled, standard_mutants
+from backhand.verify.case import Mutant, OpProof, standard_mutants, wrong
 from backhand.verify.tiny_decoders import FAMILIES
 
 CASES = (
@@ -271,7 +271,7 @@ MUTANTS = (
     *standard_mutants("d_x0", "d_lora_A", "d_lora_B", "d_k", "d_v", "d_inputs"),
     Mutant("of the other of keys and values", "d_k", lambda _g, _s, right: right.d_v),
     Mutant("of the other of keys and values", "d_v", lambda _g, _s, right: right.d_k),
-    *spoiled("of another layer's input", lambda _g, right: right.roll(1, 1), "d_inputs"),
+    *wrong("of another layer's input", "d_inputs", lambda d: d.roll(1, 1)),
     Mutant("residual path missing", "d_x0", lambda g, s, right: right.d_x0 - _on_all_rows(g, s)),
     Mutant("residual path twice", "d_x0", lambda g, s, right: right.d_x0 + _on_all_rows(g, s)),
     Mutant("branches missing", "d_x0", lambda g, s, _right: _on_all_rows(g, s).clone()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backhand.ops.expert_rows import route
 from backhand.verify.case import Case, overwritten, wrong
-from backhand.verify.scaffold import Input, Op
+from backhand.verify.scaffold import Op
 
 HIDDEN = 5
 DISPATCH, WEIGH, COMBINE = (Op(name, made={"routing": route}) for name in ("dispatch", "weigh", "combine"))
@@ -12,13 +12,13 @@ DISPATCH, WEIGH, COMBINE = (Op(name, made={"routing": route}) for name in ("disp
 
 def _case(op: Op, name: str, tokens: int, experts: int, k: int) -> Case:
     rows = (tokens * k, HIDDEN)
-    inputs: dict[str, dict[str, Input]] = {
+    inputs = {
         "dispatch": {"x": (tokens, HIDDEN), "d_y": rows},
         "weigh": {"p": rows, "weights": (tokens, k), "d_y": rows},
         "combine": {"z": rows, "d_y": (tokens, HIDDEN)},
     }
-    chosen: Input = lambda draw: draw.normal(tokens, experts).argsort(dim=-1)[:, :k]  # noqa: E731
-    return op.case(name, {"chosen": chosen, **inputs[op.name]}, experts=experts)
+    chosen = {"chosen": lambda draw: draw.normal(tokens, experts).argsort(dim=-1)[:, :k]}
+    return op.case(name, chosen | inputs[op.name], experts=experts)
 
 
 SIZES = (
