@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.nn.batch import document_runs
-from backhand.ops.attention import AttentionGrads, AttentionSaved
-from backhand.verify.case import Backward, Case, Mutant, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
+from backhand.verify.case import Backward, Mutant, wrong
+from backhand.verify.scaffold import PACKED, Given, Op
 
 SCALING = 0.37
 
@@ -59,9 +58,6 @@ def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < (length if window is None else window))
 
 
-OP = Op("attention", usual=_usual)
-
-
 def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:
     """As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
 
@@ -69,51 +65,32 @@ def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]
     """
     qkv = torch.cat([t["q"], t["k"], t["v"]], dim=1)
     q, k, v = qkv.split([t["q"].shape[1], t["k"].shape[1], t["v"].shape[1]], dim=1)
-    y, saved = t.call(OP.forward, q=q, k=k, v=v)
+    y, saved = t.call(attention_forward, q=q, k=k, v=v)
     again = torch.full_like(y, float("nan"))
     return again, backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
 
 
-def attention_inputs(
-    queries: tuple[int, ...], keys: tuple[int, ...], size: float, sinks: float | None
-) -> dict[str, object]:
+def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
     """Queries and keys of a size, and a sink for each head around a number."""
     return {
-        "q": lambda draw: draw.normal(*queries, size=size),
-        "k": lambda draw: draw.normal(*keys, size=size),
+        "q": f"size: {queries}",
+        "k": f"size: {keys}",
         "v": keys,
         "d_y": queries,
-        "sinks": None if sinks is None else lambda draw: draw.normal(queries[-2]) + sinks,
+        "sinks": lambda draw, heads, sinks: draw.normal(heads) + sinks,
     }
 
 
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    heads: int = 6,
-    kv_heads: int = 2,
-    head_dim: int = 5,
-    *,
-    window: int | None = None,
-    size: float = 1.0,
-    side_by_side: bool = False,
-    shared: int = 0,
-    cap: float | None = None,
-    sinks: float | None = None,
-) -> Case:
-    tokens = shared + sum(documents)
-    return OP.case(
-        name,
-        attention_inputs((tokens, heads, head_dim), (tokens, kv_heads, head_dim), size, sinks),
-        way=_side_by_side if side_by_side else None,
-        documents=documents,
-        runs=document_runs(documents, shared),
-        scaling=SCALING,
-        window=window,
-        shared=shared,
-        cap=cap,
-    )
-
+OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING}
+OP = Op(
+    "attention",
+    attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
+    {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "shared": 0, "side_by_side": False, **OPTIONS},
+    usual=_usual,
+    made=PACKED,
+    ways={"side_by_side": _side_by_side},
+)
+_case = OP.case
 
 CASES = (
     _case("one document", (9,)),

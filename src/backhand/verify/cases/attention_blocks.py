@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
-from backhand.verify.case import Case, Mutant
+from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
 from backhand.verify.scaffold import Op
 
@@ -22,27 +22,22 @@ def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | Non
     return attention.usual_attention(parts, mask, cap, sinks).transpose(1, 2)
 
 
-OP = Op("attention_blocks", usual=_usual)
-
-
-def _case(
-    name: str,
-    documents: int,
-    n: int,
-    heads: int = 6,
-    kv_heads: int = 3,
-    head_dim: int = 5,
-    *,
-    window: int | None = None,
-    size: float = 1.0,
-    cap: float | None = None,
-    queries: int | None = None,
-    sinks: float | None = None,
-) -> Case:
-    asked = documents, n if queries is None else queries, heads, head_dim
-    inputs = attention.attention_inputs(asked, (documents, n, kv_heads, head_dim), size, sinks)
-    return OP.case(name, inputs, scaling=attention.SCALING, window=window, cap=cap)
-
+OP = Op(
+    "attention_blocks",
+    attention.attention_inputs("documents asked heads head_dim", "documents n kv_heads head_dim"),
+    {
+        "documents": ...,
+        "n": ...,
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 5,
+        "queries": None,
+        **attention.OPTIONS,
+    },
+    usual=_usual,
+    made={"asked": lambda n, queries: n if queries is None else queries},
+)
+_case = OP.case
 
 CASES = (
     _case("two documents", 2, 9),

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.nn.batch import document_runs
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
 from backhand.ops.document_groups import Run
-from backhand.verify.case import Case, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.case import wrong
+from backhand.verify.scaffold import PACKED, Op
 
 
 def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, silu: bool) -> Tensor:
@@ -18,29 +17,14 @@ def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, silu: bool
     return functional.silu(c) if silu else c
 
 
-OP = Op("causal_conv", usual=_usual, made={"taps": Taps})
-
-
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    channels: int = 5,
-    width: int = 4,
-    *,
-    shared: int = 0,
-    silu: bool = True,
-    bias: bool = False,
-    size: float = 1.0,
-) -> Case:
-    tokens = shared + sum(documents)
-    inputs = {
-        "x": lambda draw: draw.normal(tokens, channels, size=size),
-        "d_y": (tokens, channels),
-        "weight": (channels, width),
-        "bias": bias and (channels,),
-    }
-    return OP.case(name, inputs, runs=document_runs(documents, shared), shared=shared, silu=silu)
-
+OP = Op(
+    "causal_conv",
+    {"x": "size: tokens channels", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
+    {"documents": ..., "channels": 5, "width": 4, "shared": 0, "silu": True, "bias": False, "size": 1.0},
+    usual=_usual,
+    made={"taps": Taps, **PACKED},
+)
+_case = OP.case
 
 CASES = (
     _case("packed documents", (6, 6, 3, 1, 2)),

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved
-from backhand.verify.case import Backward, Case, Draw, wrong
+from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved, clamped_glu_forward
+from backhand.verify.case import Backward, Draw, wrong
 from backhand.verify.scaffold import Given, Op
 
 CLAMP = Clamp(1.702, 1.1)
@@ -20,35 +20,29 @@ def _usual(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(clamp.gain * gate)
 
 
-OP = Op("clamped_glu", usual=_usual)
+def _off_bounds(draw: Draw, lead: tuple[int, ...], n: int, size: float, clamp: Clamp) -> Tensor:
+    """Random numbers, those near the bounds moved away from them."""
+    x = draw.normal(*lead, n, size=size)
+    near = (x.abs() - clamp.limit).abs() < MARGIN
+    return torch.where(near, x * (1 + 3 * MARGIN / clamp.limit), x)
 
 
 def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As the decoder's experts call it: columns of one buffer, gradients too; y where something else was."""
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
-    y, saved = t.call(OP.forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
+    y, saved = t.call(clamped_glu_forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
     return y, backward(t["d_y"], saved, out=torch.empty_like(gate_up))
 
 
-def _case(
-    name: str,
-    lead: tuple[int, ...],
-    n: int = 7,
-    *,
-    size: float = 1.5,
-    side_by_side: bool = False,
-    clamp: Clamp = CLAMP,
-) -> Case:
-    def off_bounds(draw: Draw) -> Tensor:
-        """Random numbers, those near the bounds moved away from them."""
-        x = draw.normal(*lead, n, size=size)
-        near = (x.abs() - clamp.limit).abs() < MARGIN
-        return torch.where(near, x * (1 + 3 * MARGIN / clamp.limit), x)
-
-    inputs = {"gate": off_bounds, "up": off_bounds, "d_y": (*lead, n)}
-    return OP.case(name, inputs, way=_side_by_side if side_by_side else None, clamp=clamp)
-
+OP = Op(
+    "clamped_glu",
+    {"gate": _off_bounds, "up": _off_bounds, "d_y": "*lead n"},
+    {"lead": ..., "n": 7, "size": 1.5, "side_by_side": False, "clamp": CLAMP},
+    usual=_usual,
+    ways={"side_by_side": _side_by_side},
+)
+_case = OP.case
 
 CASES = (
     _case("rows", (5,)),

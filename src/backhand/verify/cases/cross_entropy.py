@@ -6,22 +6,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.cross_entropy import CrossEntropySaved
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 OP = Op(
-    "cross_entropy", usual=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none")
+    "cross_entropy",
+    {
+        "logits": lambda draw, rows, vocab, size, shift: draw.normal(rows, vocab, size=size) + shift,
+        "targets": lambda draw, rows, vocab: draw.integers(vocab, rows),
+        "d_y": "rows",
+    },
+    {"rows": ..., "vocab": ..., "size": 1.5, "shift": 0.0},
+    usual=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none"),
 )
-
-
-def _case(name: str, rows: int, vocab: int, *, size: float = 1.5, shift: float = 0.0) -> Case:
-    inputs = {
-        "logits": lambda draw: draw.normal(rows, vocab, size=size) + shift,
-        "targets": lambda draw: draw.integers(vocab, rows),
-        "d_y": (rows,),
-    }
-    return OP.case(name, inputs)
-
+_case = OP.case
 
 CASES = (
     _case("rows", 5, 7),

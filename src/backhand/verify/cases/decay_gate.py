@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("decay_gate")
-
-
-def _case(name: str, tokens: int, heads: int = 3, *, size: float = 1.0, shift: float = 0.0) -> Case:
-    inputs = {
-        "a": lambda draw: draw.normal(tokens, heads, size=size) + shift,
-        "log_rate": (heads,),
-        "bias": (heads,),
-        "d_y": (tokens, heads),
-    }
-    return OP.case(name, inputs)
-
+OP = Op(
+    "decay_gate",
+    {
+        "a": lambda draw, tokens, heads, size, shift: draw.normal(tokens, heads, size=size) + shift,
+        "log_rate": "heads",
+        "bias": "heads",
+        "d_y": "tokens heads",
+    },
+    {"tokens": ..., "heads": 3, "size": 1.0, "shift": 0.0},
+)
+_case = OP.case
 
 CASES = (
     _case("tokens", 5),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, along, gain
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 
@@ -15,21 +15,21 @@ def _usual(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis
     return y if bias is None else y + along(bias, y, axis)
 
 
-OP = Op("dora", usual=_usual)
-
-
-def _case(name: str, shape: tuple[int, ...], *, axis: int = -1, bias: bool = False) -> Case:
-    outputs = shape[axis]
-    inputs = {
-        "z": shape,
+OP = Op(
+    "dora",
+    {
+        "z": "*shape",
         # Lengths are above zero; a magnitude that training has carried below zero is a magnitude all the same.
-        "magnitude": lambda draw: draw.normal(outputs) + 0.3,
-        "norm": lambda draw: draw.normal(outputs).abs() + 0.5,
-        "d_y": shape,
-        "bias": bias and (outputs,),
-    }
-    return OP.case(name, inputs, axis=axis)
-
+        "magnitude": lambda draw, channels: draw.normal(channels) + 0.3,
+        "norm": lambda draw, channels: draw.normal(channels).abs() + 0.5,
+        "d_y": "*shape",
+        "bias": "channels",
+    },
+    {"shape": ..., "axis": -1, "bias": False},
+    usual=_usual,
+    made={"channels": lambda shape, axis: shape[axis]},
+)
+_case = OP.case
 
 CASES = (
     _case("rows", (5, 7)),

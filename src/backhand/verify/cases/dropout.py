@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.dropout import DropoutSaved, dropout_mask
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("dropout", made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)})
-
-
-def _case(name: str, shape: tuple[int, ...], probability: float, seed: int) -> Case:
-    return OP.case(name, {"x": shape, "d_y": shape}, probability=probability, seed=seed)
-
+OP = Op(
+    "dropout",
+    {"x": "*shape", "d_y": "*shape"},
+    {"shape": ..., "probability": ..., "seed": ...},
+    made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)},
+)
+_case = OP.case
 
 CASES = (
     _case("rows", (5, 7), 0.3, 11),

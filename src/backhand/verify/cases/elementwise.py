@@ -24,25 +24,22 @@ USUAL: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _case(op: Op, name: str, shape: tuple[int, ...], *, size: float = 1.5) -> Case:
-    def off_zero(draw: Draw) -> Tensor:
-        """Away from zero, where relu has no derivative for finite differences to find."""
-        x = draw.normal(*shape, size=size)
-        return x + 0.02 * torch.sign(x)
-
-    return op.case(name, {"x": off_zero, "d_y": shape})
+def _off_zero(draw: Draw, shape: tuple[int, ...], size: float) -> Tensor:
+    """Away from zero, where relu has no derivative for finite differences to find."""
+    x = draw.normal(*shape, size=size)
+    return x + 0.02 * torch.sign(x)
 
 
 def _cases(op: Op) -> tuple[Case, ...]:
     return (
-        _case(op, "rows", (5, 7)),
-        _case(op, "documents and rows", (2, 5, 3)),
-        _case(op, "near zero", (5, 7), size=0.05),
-        _case(op, "saturated", (5, 7), size=20.0),
-        _case(op, "one number", ()),
-        _case(op, "one row", (1, 7)),
-        _case(op, "no rows", (0, 7)),
-        _case(op, "training size", (67, 96)),
+        op.case("rows", (5, 7)),
+        op.case("documents and rows", (2, 5, 3)),
+        op.case("near zero", (5, 7), size=0.05),
+        op.case("saturated", (5, 7), size=20.0),
+        op.case("one number", ()),
+        op.case("one row", (1, 7)),
+        op.case("no rows", (0, 7)),
+        op.case("training size", (67, 96)),
     )
 
 
@@ -99,5 +96,9 @@ OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
 }
 
 PROOFS = tuple(
-    op.proof(_cases(op), OWN_MUTANTS[op.name]) for op in (Op(name, usual=USUAL[name]) for name in OWN_MUTANTS)
+    op.proof(_cases(op), OWN_MUTANTS[op.name])
+    for op in (
+        Op(name, {"x": _off_zero, "d_y": "*shape"}, {"shape": ..., "size": 1.5}, usual=USUAL[name])
+        for name in OWN_MUTANTS
+    )
 )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 WIDTH = 5
-OP = Op("expert_bias")
-
-
-def _case(name: str, tokens: int, experts: int = 4, k: int = 3) -> Case:
-    inputs = {
-        "chosen": lambda draw: draw.normal(tokens, experts).argsort(dim=-1)[:, :k],
-        "weights": (tokens, k),
-        "biases": (experts, WIDTH),
-        "d_y": (tokens, WIDTH),
-    }
-    return OP.case(name, inputs)
-
+OP = Op(
+    "expert_bias",
+    {
+        "chosen": lambda draw, tokens, experts, k: draw.normal(tokens, experts).argsort(dim=-1)[:, :k],
+        "weights": "tokens k",
+        "biases": "experts width",
+        "d_y": "tokens width",
+    },
+    {"tokens": ..., "experts": 4, "k": 3, "width": WIDTH},
+)
+_case = OP.case
 
 CASES = (
     _case("tokens", 7),

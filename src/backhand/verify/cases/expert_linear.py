@@ -10,7 +10,7 @@ from torch import Tensor
 from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_forward
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import SCALING, Op, receiver
 
 
@@ -23,9 +23,9 @@ def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_st
     )
 
 
-def _receivers(factors: ExpertFactors | None) -> tuple[Tensor, Tensor] | None:
+def _receivers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
     """In PEFT's form."""
-    return factors and (receiver(factors.lora_A), receiver(factors.lora_B))
+    return (receiver(factors.lora_A), receiver(factors.lora_B)) if added and factors is not None else None
 
 
 def _forward(
@@ -60,48 +60,44 @@ def _usual(
     return torch.cat(outputs)
 
 
-OP = Op("expert_linear", forward=_forward, usual=_usual, made={"mask": dropout_multiplier, "factors": _factors})
-
-
-def _case(
-    name: str,
-    counts: tuple[int, ...],
-    width: int = 5,
-    out: int = 6,
-    rank: int | None = 2,
-    *,
-    biased: bool = False,
-    dropout: Dropout | None = None,
-    as_stored: bool = False,
-    input_gradient: bool = True,
-    added: bool = False,
-) -> Case:
-    rows, experts = sum(counts), len(counts)
-    inputs = {
-        "x": (rows, width),
-        "weights": (experts, out, width),
-        "d_y": (rows, out),
-        "lora_A": rank and (experts, rank, width),
-        "lora_B": rank and (experts, out, rank),
-        "biases": biased and (experts, out),
-    }
-    return OP.case(
-        name,
-        inputs,
-        made={"into": _receivers} if added else {},
-        started="lora_A lora_B" if added else "",
-        counts=counts,
-        dropout=dropout,
-        scaling=SCALING,
-        as_stored=as_stored,
-        input_gradient=input_gradient,
-    )
-
+OP = Op(
+    "expert_linear",
+    {
+        "x": "rows width",
+        "weights": "experts out width",
+        "d_y": "rows out",
+        "lora_A": "experts rank width",
+        "lora_B": "experts out rank",
+        "biases": "experts out",
+    },
+    {
+        "counts": ...,
+        "width": 5,
+        "out": 6,
+        "rank": 2,
+        "biases": False,
+        "dropout": None,
+        "scaling": SCALING,
+        "as_stored": False,
+        "input_gradient": True,
+        "added": False,
+    },
+    forward=_forward,
+    usual=_usual,
+    made={
+        "rows": lambda counts: sum(counts),
+        "experts": lambda counts: len(counts),
+        "mask": dropout_multiplier,
+        "factors": _factors,
+        "into": _receivers,
+    },
+)
+_case = OP.case
 
 CASES = (
     _case("some experts without rows", (4, 0, 3)),
     _case("no adapter", (4, 0, 3), rank=None),
-    _case("biases", (2, 3, 1, 0), biased=True),
+    _case("biases", (2, 3, 1, 0), biases=True),
     _case("as PEFT stores it", (4, 0, 3), as_stored=True),
     _case("dropout", (7, 2, 0, 4), dropout=Dropout(0.4, 11)),
     _case("added to what is there", (4, 0, 3), as_stored=True, added=True),

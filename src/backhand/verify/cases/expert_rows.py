@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from backhand.ops.expert_rows import route
-from backhand.verify.case import Case, overwritten, wrong
+from backhand.verify.case import overwritten, wrong
 from backhand.verify.scaffold import Op
 
 HIDDEN = 5
-DISPATCH, WEIGH, COMBINE = (Op(name, made={"routing": route}) for name in ("dispatch", "weigh", "combine"))
 
 
-def _case(op: Op, name: str, tokens: int, experts: int, k: int) -> Case:
-    rows = (tokens * k, HIDDEN)
-    inputs = {
-        "dispatch": {"x": (tokens, HIDDEN), "d_y": rows},
-        "weigh": {"p": rows, "weights": (tokens, k), "d_y": rows},
-        "combine": {"z": rows, "d_y": (tokens, HIDDEN)},
-    }
-    chosen = {"chosen": lambda draw: draw.normal(tokens, experts).argsort(dim=-1)[:, :k]}
-    return op.case(name, chosen | inputs[op.name], experts=experts)
+def _op(name: str, inputs: dict[str, str]) -> Op:
+    return Op(
+        name,
+        {"chosen": lambda draw, tokens, experts, k: draw.normal(tokens, experts).argsort(dim=-1)[:, :k], **inputs},
+        {"tokens": ..., "experts": ..., "k": ..., "hidden": HIDDEN},
+        made={"routing": route, "rows": lambda tokens, k: tokens * k},
+    )
 
 
+DISPATCH = _op("dispatch", {"x": "tokens hidden", "d_y": "rows hidden"})
+WEIGH = _op("weigh", {"p": "rows hidden", "weights": "tokens k", "d_y": "rows hidden"})
+COMBINE = _op("combine", {"z": "rows hidden", "d_y": "tokens hidden"})
 SIZES = (
     ("tokens", 7, 4, 3),
     ("one choice", 7, 4, 1),
@@ -51,6 +51,6 @@ COMBINE_MUTANTS = (
     wrong("tokens reversed", "d_z", lambda g, s: g.flip(0)[s.routing.tokens]),
 )
 PROOFS = tuple(
-    op.proof([_case(op, *size) for size in SIZES], mutants)
+    op.proof([op.case(*size) for size in SIZES], mutants)
     for op, mutants in ((DISPATCH, DISPATCH_MUTANTS), (WEIGH, WEIGH_MUTANTS), (COMBINE, COMBINE_MUTANTS))
 )

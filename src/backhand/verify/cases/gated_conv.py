@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import document_runs
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.cases.causal_conv import conv_matrices
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import PACKED, Op
 
 
 def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
@@ -19,29 +18,19 @@ def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tenso
     return c * causal_conv_reference(b * x, taps, runs, shared)
 
 
-OP = Op("gated_conv", usual=_usual, made={"taps": Taps})
-
-
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    channels: int = 5,
-    width: int = 3,
-    *,
-    shared: int = 0,
-    bias: bool = False,
-    into_buffer: bool = False,
-) -> Case:
-    tokens = shared + sum(documents)
-    inputs = {
-        "bcx": (tokens, 3 * channels),
-        "d_y": (tokens, channels),
-        "weight": (channels, width),
-        "bias": bias and (channels,),
-    }
-    made = {"out": lambda bcx: torch.full_like(bcx, torch.nan)} if into_buffer else {}
-    return OP.case(name, inputs, made=made, runs=document_runs(documents, shared), shared=shared)
-
+OP = Op(
+    "gated_conv",
+    {"bcx": "tokens wide", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
+    {"documents": ..., "channels": 5, "width": 3, "shared": 0, "bias": False, "into_buffer": False},
+    usual=_usual,
+    made={
+        "taps": Taps,
+        **PACKED,
+        "wide": lambda channels: 3 * channels,
+        "out": lambda bcx, into_buffer: torch.full_like(bcx, torch.nan) if into_buffer else None,
+    },
+)
+_case = OP.case
 
 CASES = (
     _case("packed documents", (6, 6, 4, 1, 2)),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import document_runs
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.document_groups import spans
 from backhand.ops.gated_delta_rule import GatedDeltaRuleSaved
-from backhand.verify.case import Case, Mutant, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.case import Mutant, wrong
+from backhand.verify.scaffold import PACKED, Op
 
 INPUTS = ("q", "k", "v", "decay", "beta")
 STATE_MISTAKES = (
@@ -19,32 +18,30 @@ STATE_MISTAKES = (
     "correction held constant",
     "prefix's share missing",
 )
-OP = Op("gated_delta_rule")
-
-
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    key_heads: int = 2,
-    group: int = 3,
-    widths: tuple[int, int] = (5, 7),
-    *,
-    shared: int = 0,
-    forgetting: float = 0.3,
-    chunk: int = 3,
-) -> Case:
-    tokens, heads = shared + sum(documents), key_heads * group
-    # Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
-    inputs = {
-        "q": lambda draw: draw.normal(tokens, key_heads, widths[0], size=0.7),
-        "k": lambda draw: draw.normal(tokens, key_heads, widths[0], size=widths[0] ** -0.5),
-        "v": (tokens, heads, widths[1]),
-        "decay": lambda draw: -forgetting * draw.normal(tokens, heads).abs(),
-        "beta": lambda draw: torch.sigmoid(draw.normal(tokens, heads)),
-        "d_y": (tokens, heads, widths[1]),
-    }
-    return OP.case(name, inputs, runs=document_runs(documents, shared), shared=shared, chunk=chunk)
-
+# Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
+OP = Op(
+    "gated_delta_rule",
+    {
+        "q": "0.7: tokens key_heads key_width",
+        "k": lambda draw, tokens, key_heads, key_width: draw.normal(tokens, key_heads, key_width, size=key_width**-0.5),
+        "v": "tokens heads width",
+        "decay": lambda draw, tokens, heads, forgetting: -forgetting * draw.normal(tokens, heads).abs(),
+        "beta": lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)),
+        "d_y": "tokens heads width",
+    },
+    {
+        "documents": ...,
+        "key_heads": 2,
+        "group": 3,
+        "key_width": 5,
+        "width": 7,
+        "shared": 0,
+        "forgetting": 0.3,
+        "chunk": 3,
+    },
+    made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
+)
+_case = OP.case
 
 CASES = (
     _case("packed documents", (4, 4, 9, 1, 2)),
@@ -54,7 +51,7 @@ CASES = (
     _case("longest document last", (2, 5, 11)),
     _case("one chunk", (9,), chunk=9),
     _case("chunks of one token", (5, 3), chunk=1),
-    _case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, widths=(3, 4), chunk=CHUNK_TOKENS),
+    _case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, key_width=3, width=4, chunk=CHUNK_TOKENS),
     _case("shared prefix", (5, 5, 1, 2), shared=4),
     _case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
     _case("nothing but a prefix", (), shared=5),

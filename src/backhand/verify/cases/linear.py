@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch.nn import functional
 
 from backhand.verify.case import (
-    Case,
     flat_rows,
     mean_mutants,
     rows_reversed,
@@ -15,13 +14,13 @@ from backhand.verify.case import (
 )
 from backhand.verify.scaffold import Op
 
-OP = Op("linear", usual=lambda x, weight, bias: functional.linear(x, weight, bias))
-
-
-def _case(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 4, *, bias: bool = False) -> Case:
-    shapes = {"x": (*lead, inputs), "weight": (outputs, inputs), "d_y": (*lead, outputs), "bias": bias and (outputs,)}
-    return OP.case(name, shapes)
-
+OP = Op(
+    "linear",
+    {"x": "*lead inputs", "weight": "outputs inputs", "d_y": "*lead outputs", "bias": "outputs"},
+    {"lead": ..., "inputs": 7, "outputs": 4, "bias": False},
+    usual=lambda x, weight, bias: functional.linear(x, weight, bias),
+)
+_case = OP.case
 
 CASES = (
     _case("rows", (5,)),

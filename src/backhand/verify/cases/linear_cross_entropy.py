@@ -24,7 +24,7 @@ from backhand.ops.linear_cross_entropy import (
 )
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import Backward, Case, Draw, wrong
+from backhand.verify.case import Backward, Draw, wrong
 from backhand.verify.scaffold import SCALING, Given, Op
 
 
@@ -51,6 +51,13 @@ def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
         return linear_cross_entropy_backward(*inputs)[1]
     x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
     return linear_cross_entropy_backward(x, *inputs[1:], out=x)[1]
+
+
+def _labels(draw: Draw, vocab: int, rows: int, masked: bool) -> Tensor:
+    labels = draw.integers(vocab, rows)
+    if masked:
+        labels[::2] = IGNORE_INDEX
+    return labels
 
 
 def _reference(s: _Inputs) -> Tensor:
@@ -108,38 +115,35 @@ def _inputs(
     return _Inputs(x[places], weight, labels[places], head, float(d_y), rule)
 
 
-OP = Op("linear_cross_entropy", backward=_backward, reference=_reference, usual=_usual, made={"s": _inputs})
-
-
-def _case(
-    name: str,
-    rows: int,
-    hidden: int = 5,
-    vocab: int = 7,
-    rank: int | None = None,
-    *,
-    multiplier: float = 0.13,
-    size: float = 1.0,
-    masked: bool = False,
-    dropout: Dropout | None = None,
-    rule: LogitsRule = PLAIN,
-) -> Case:
-    def labels(draw: Draw) -> Tensor:
-        labels = draw.integers(vocab, rows)
-        if masked:
-            labels[::2] = IGNORE_INDEX
-        return labels
-
-    inputs = {
-        "labels": labels,
-        "x": lambda draw: draw.normal(rows, hidden, size=size),
-        "weight": (vocab, hidden),
-        "d_y": lambda: torch.tensor(multiplier, dtype=torch.float64),
-        "lora_A": rank and (rank, hidden),
-        "lora_B": rank and (vocab, rank),
-    }
-    return OP.case(name, inputs, way=_fused, dropout=dropout, rule=rule)
-
+OP = Op(
+    "linear_cross_entropy",
+    {
+        "labels": _labels,
+        "x": "size: rows hidden",
+        "weight": "vocab hidden",
+        "d_y": lambda multiplier: torch.tensor(multiplier, dtype=torch.float64),
+        "lora_A": "rank hidden",
+        "lora_B": "vocab rank",
+    },
+    {
+        "rows": ...,
+        "hidden": 5,
+        "vocab": 7,
+        "rank": None,
+        "multiplier": 0.13,
+        "size": 1.0,
+        "masked": False,
+        "dropout": None,
+        "rule": PLAIN,
+        "fused": True,
+    },
+    backward=_backward,
+    reference=_reference,
+    usual=_usual,
+    made={"s": _inputs},
+    ways={"fused": _fused},
+)
+_case = OP.case
 
 CASES = (
     _case("rows", 6),

@@ -6,15 +6,17 @@ from torch import Tensor
 
 from backhand.ops.dora import along
 from backhand.ops.lora_bias import LoRABiasSaved
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import SCALING, Op
 
-OP = Op("lora_bias", usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis))
-
-
-def _case(name: str, shape: tuple[int, ...], *, axis: int = -1) -> Case:
-    return OP.case(name, {"z": shape, "lora_bias": (shape[axis],), "d_y": shape}, scaling=SCALING, axis=axis)
-
+OP = Op(
+    "lora_bias",
+    {"z": "*shape", "lora_bias": "channels", "d_y": "*shape"},
+    {"shape": ..., "axis": -1, "scaling": SCALING},
+    usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
+    made={"channels": lambda shape, axis: shape[axis]},
+)
+_case = OP.case
 
 CASES = (
     _case("rows", (5, 7)),

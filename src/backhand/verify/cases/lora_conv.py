@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, convolution
 from backhand.ops.lora_linear import Dropout
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import SCALING, Op
 
 
@@ -33,47 +36,53 @@ def _usual(
     return convolution(x, weight, bias, geometry) + scaling * convolution(h, lora_B, None, at_one_place)
 
 
-OP = Op("lora_conv", usual=_usual, made={"mask": _mask})
+def _geometry(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
+    """One number for all axes, or one for each."""
+    each = (value if isinstance(value, tuple) else (value,) * len(kernel) for value in (stride, padding, dilation))
+    return ConvGeometry(*each, groups)
 
 
-def _case(
-    name: str,
-    batch: int,
-    places: tuple[int, ...],
-    kernel: tuple[int, ...],
-    *,
-    channels: tuple[int, int] = (4, 6),
-    rank: int = 2,
-    stride: tuple[int, ...] | None = None,
-    padding: tuple[int, ...] | None = None,
-    dilation: tuple[int, ...] | None = None,
-    groups: int = 1,
-    bias: bool = False,
-    dropout: Dropout | None = None,
-    input_gradient: bool = True,
-) -> Case:
-    ones = (1,) * len(kernel)
-    geometry = ConvGeometry(stride or ones, padding or (0,) * len(kernel), dilation or ones, groups)
-    inputs, outputs = channels
-    steps = [
-        (place + 2 * pad - gap * (size - 1) - 1) // step + 1
-        for place, pad, gap, size, step in zip(
-            places, geometry.padding, geometry.dilation, kernel, geometry.stride, strict=True
-        )
-    ]
-    tensors = {
-        "x": (batch, inputs, *places),
-        "weight": (outputs, inputs // groups, *kernel),
-        "lora_A": (rank, inputs, *kernel),
-        "lora_B": (outputs, rank // groups, *ones),
-        "bias": bias and (outputs,),
-        "d_y": (batch, outputs, *steps),
-    }
-    return OP.case(name, tensors, scaling=SCALING, geometry=geometry, dropout=dropout, input_gradient=input_gradient)
+def _steps(batch: int, places: tuple[int, ...], kernel: tuple[int, ...], geometry: ConvGeometry) -> torch.Size:
+    """The places of the output."""
+    x, weight = torch.zeros(batch, 1, *places), torch.zeros(1, 1, *kernel)
+    return convolution(x, weight, None, geometry._replace(groups=1)).shape[2:]
 
+
+OP = Op(
+    "lora_conv",
+    {
+        "x": "batch inputs *places",
+        "weight": "outputs group *kernel",
+        "lora_A": "rank inputs *kernel",
+        "lora_B": lambda draw, outputs, rank, groups, kernel: draw.normal(
+            outputs, rank // groups, *(1 for _ in kernel)
+        ),
+        "bias": "outputs",
+        "d_y": "batch outputs *steps",
+    },
+    {
+        "batch": ...,
+        "places": ...,
+        "kernel": ...,
+        "inputs": 4,
+        "outputs": 6,
+        "rank": 2,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        "bias": False,
+        "dropout": None,
+        "input_gradient": True,
+        "scaling": SCALING,
+    },
+    usual=_usual,
+    made={"mask": _mask, "geometry": _geometry, "steps": _steps, "group": lambda inputs, groups: inputs // groups},
+)
+_case = OP.case
 
 CASES = (
-    _case("one dimension", 3, (9,), (5,), rank=2, channels=(4, 7)),
+    _case("one dimension", 3, (9,), (5,), rank=2, outputs=7),
     _case("two dimensions", 2, (7, 8), (3, 1)),
     _case("three dimensions", 2, (4, 5, 3), (2, 1, 3), rank=3),
     _case("stride, padding, dilation", 2, (9, 10), (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
@@ -84,7 +93,7 @@ CASES = (
     _case("dropout", 2, (7, 8), (3, 1), dropout=Dropout(0.4, 17)),
     _case("groups, dropout, stride", 2, (9,), (3,), groups=2, rank=2, stride=(2,), dropout=Dropout(0.3, 5)),
     _case("no input gradient", 2, (9,), (5,), input_gradient=False, dropout=Dropout(0.3, 6)),
-    _case("square kernel", 2, (7, 7), (3, 3), channels=(5, 5), rank=5, padding=(1, 1)),
+    _case("square kernel", 2, (7, 7), (3, 3), inputs=5, outputs=5, rank=5, padding=(1, 1)),
     _case("kernel of one place", 2, (9,), (1,)),
     _case("one row of one place", 1, (1,), (3,), padding=(1,)),
     _case("empty batch", 0, (9,), (5,), bias=True, dropout=Dropout(0.4, 17)),

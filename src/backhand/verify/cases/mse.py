@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 
@@ -15,13 +15,13 @@ def _usual(prediction: Tensor, target: Tensor) -> Tensor:
     return functional.mse_loss(prediction, target, reduction="sum") / max(rows, 1)
 
 
-OP = Op("mse", usual=_usual)
-
-
-def _case(name: str, shape: tuple[int, ...], *, size: float = 1.0) -> Case:
-    both = dict.fromkeys(("prediction", "target"), lambda draw: draw.normal(*shape, size=size))
-    return OP.case(name, {**both, "d_y": lambda _: torch.tensor(1.3, dtype=torch.float64)})
-
+OP = Op(
+    "mse",
+    {"prediction": "size: *shape", "target": "size: *shape", "d_y": lambda: torch.tensor(1.3, dtype=torch.float64)},
+    {"shape": ..., "size": 1.0},
+    usual=_usual,
+)
+_case = OP.case
 
 CASES = (
     _case("one feature", (6, 1)),

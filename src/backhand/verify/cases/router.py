@@ -5,20 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.router import RouterSaved
-from backhand.verify.case import Case, Draw, wrong
+from backhand.verify.case import Draw, wrong
 from backhand.verify.scaffold import Op
 
 APART = 1.5
-OP = Op("router")
 
 
-def _case(name: str, tokens: int, experts: int = 7, k: int = 3, *, of_all: bool = False) -> Case:
-    def logits(draw: Draw) -> Tensor:
-        order = draw.normal(tokens, experts).argsort(dim=-1).double()
-        return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
+def _logits(draw: Draw, tokens: int, experts: int) -> Tensor:
+    order = draw.normal(tokens, experts).argsort(dim=-1).double()
+    return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
 
-    return OP.case(name, {"logits": logits, "d_y": (tokens, k)}, k=k, of_all=of_all)
 
+OP = Op("router", {"logits": _logits, "d_y": "tokens k"}, {"tokens": ..., "experts": 7, "k": 3, "of_all": False})
+_case = OP.case
 
 CASES = (
     _case("shares among the chosen", 5),

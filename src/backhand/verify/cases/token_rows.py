@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import Case, Draw, flat_rows, mean_mutants, overwritten, rows_reversed, wrong
+from backhand.verify.case import Draw, flat_rows, mean_mutants, overwritten, rows_reversed, wrong
 from backhand.verify.scaffold import Op
+
+
+def _ids(draw: Draw, vocab: int, lead: tuple[int, ...], token_ids: Tensor, only: bool) -> Tensor:
+    ids = draw.integers(vocab, *lead)
+    return torch.full_like(ids, int(token_ids[1])) if only else ids
+
+
+def _token_ids(draw: Draw, vocab: int, count: int) -> Tensor:
+    """Different ids in no order."""
+    return torch.randperm(vocab, generator=draw.generator)[:count]
+
 
 EMBEDDING = Op(
     "token_embedding",
+    {
+        "token_ids": _token_ids,
+        "ids": _ids,
+        "weight": "vocab hidden",
+        "token_rows": "count hidden",
+        "d_y": "*lead hidden",
+    },
+    {"lead": ..., "vocab": 6, "hidden": 5, "count": 3, "only": False},
     usual=lambda ids, weight, token_rows, token_ids: functional.embedding(
         ids, weight.index_copy(0, token_ids, token_rows)
     ),
 )
-LINEAR = Op("token_linear")
-
-
-def _token_ids(vocab: int, count: int) -> Callable[[Draw], Tensor]:
-    """Different ids in no order."""
-    return lambda draw: torch.randperm(vocab, generator=draw.generator)[:count]
-
-
-def _embedding_case(
-    name: str, lead: tuple[int, ...], vocab: int = 6, hidden: int = 5, count: int = 3, *, only: bool = False
-) -> Case:
-    def ids(draw: Draw, token_ids: Tensor) -> Tensor:
-        ids = draw.integers(vocab, *lead)
-        return torch.full_like(ids, int(token_ids[1])) if only else ids
-
-    inputs = {
-        "token_ids": _token_ids(vocab, count),
-        "ids": ids,
-        "weight": (vocab, hidden),
-        "token_rows": (count, hidden),
-        "d_y": (*lead, hidden),
-    }
-    return EMBEDDING.case(name, inputs)
-
+LINEAR = Op(
+    "token_linear",
+    {
+        "x": "*lead hidden",
+        "weight": "vocab hidden",
+        "token_rows": "count hidden",
+        "token_ids": _token_ids,
+        "d_y": "*lead vocab",
+        "bias": "vocab",
+    },
+    {"lead": ..., "vocab": 11, "hidden": 7, "count": 3, "bias": False, "input_gradient": True},
+)
 
 EMBEDDING_CASES = (
-    _embedding_case("tokens, some of them twice", (19,)),
-    _embedding_case("documents and tokens", (2, 9)),
-    _embedding_case("one token many times", (40,), only=True),
-    _embedding_case("unseen tokens", (4,), 23),
-    _embedding_case("every token trained", (9,), 4, 5, 4),
-    _embedding_case("one token", (1,), only=True),
-    _embedding_case("no tokens", (0,)),
-    _embedding_case("training size", (67,), 353, 48, 90),
+    EMBEDDING.case("tokens, some of them twice", (19,)),
+    EMBEDDING.case("documents and tokens", (2, 9)),
+    EMBEDDING.case("one token many times", (40,), only=True),
+    EMBEDDING.case("unseen tokens", (4,), 23),
+    EMBEDDING.case("every token trained", (9,), 4, 5, 4),
+    EMBEDDING.case("one token", (1,), only=True),
+    EMBEDDING.case("no tokens", (0,)),
+    EMBEDDING.case("training size", (67,), 353, 48, 90),
 )
 
 
@@ -69,36 +75,15 @@ EMBEDDING_MUTANTS = (
 )
 
 
-def _linear_case(
-    name: str,
-    lead: tuple[int, ...],
-    vocab: int = 11,
-    hidden: int = 7,
-    count: int = 3,
-    *,
-    bias: bool = False,
-    input_gradient: bool = True,
-) -> Case:
-    inputs = {
-        "x": (*lead, hidden),
-        "weight": (vocab, hidden),
-        "token_rows": (count, hidden),
-        "token_ids": _token_ids(vocab, count),
-        "d_y": (*lead, vocab),
-        "bias": bias and (vocab,),
-    }
-    return LINEAR.case(name, inputs, input_gradient=input_gradient)
-
-
 LINEAR_CASES = (
-    _linear_case("rows", (5,)),
-    _linear_case("documents and rows", (2, 5)),
-    _linear_case("bias", (5,), bias=True),
-    _linear_case("every token trained", (5,), 4, 7, 4),
-    _linear_case("no input gradient", (5,), input_gradient=False),
-    _linear_case("one row", (1,)),
-    _linear_case("no rows", (0,)),
-    _linear_case("training size", (67,), 353, 48, 90),
+    LINEAR.case("rows", (5,)),
+    LINEAR.case("documents and rows", (2, 5)),
+    LINEAR.case("bias", (5,), bias=True),
+    LINEAR.case("every token trained", (5,), 4, 7, 4),
+    LINEAR.case("no input gradient", (5,), input_gradient=False),
+    LINEAR.case("one row", (1,)),
+    LINEAR.case("no rows", (0,)),
+    LINEAR.case("training size", (67,), 353, 48, 90),
 )
 
 LINEAR_MUTANTS = (
