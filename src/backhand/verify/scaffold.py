@@ -41,6 +41,8 @@ from backhand.verify.case import (
 )
 
 Function = Callable[..., Any]
+# The axes as a text, a shape, or what is called by the names of its parameters; a shape left out is None, False or 0.
+Input = str | tuple[int, ...] | Function | int | None
 # A case's own way through the op: (inputs and options, backward) → (y, what the backward gives, or gradients by input).
 Way = Callable[["Given", Backward], tuple[Tensor, Any]]
 SCALING = 1.7
@@ -73,23 +75,22 @@ class Given(dict[str, Any]):
         """What is made of the others."""
         return self.call(self.made[name])
 
-    def named(self, function: Function, first: int = 0) -> dict[str, Any]:
+    def named(self, function: Function, first: int = 0, **instead: Any) -> dict[str, Any]:
         """Arguments of the function by name, but for the first ones: None for what is not there and has no default."""
-        wanted = list(parameters(function).items())[first:]
-        return {
-            name: self[name] if name in self else None  # noqa: SIM401 - `get` makes nothing
-            for name, needed in wanted
-            if needed or name in self
-        }
+        wanted = {name: needed for name, needed in list(parameters(function).items())[first:] if name not in instead}
+        found = {name: self[name] for name in wanted if name in self}
+        return {name: None for name, needed in wanted.items() if needed} | found | instead
 
     def call(self, function: Function, **instead: Any) -> Any:
-        """The function of what its parameters name."""
-        return function(**self.named(function) | instead)
+        """The function of what its parameters name, or of something instead."""
+        return function(**self.named(function, **instead))
 
-    def drawn(self, how: str | Function) -> Any:
+    def drawn(self, how: Input) -> Any:
         """An input: see `Op`."""
+        if isinstance(how, tuple):
+            return self["draw"].normal(*how)
         if not isinstance(how, str):
-            return self.call(how)
+            return self.call(how) if callable(how) else None
         size, _, axes = how.rpartition(":")
         shape: list[Any] = []
         for axis in axes.split():
@@ -112,6 +113,7 @@ class Op:
             `draw`, options and the inputs before it, which may also make several, by name. An axis is an option, a
             number, or what is made of options. None leaves the input out, and so does an option of its own name that
             is None or False.
+            Not given: every case says it, with shapes in place of axes, and its options need no declaration.
         options: every option by name with its default, `...` where there is none.
         usual: y as one writes it for autograd in low precision, None where that is the reference.
         made: arguments that are made of inputs and options, by their name: `{"taps": Taps}`.
@@ -122,8 +124,8 @@ class Op:
     def __init__(
         self,
         name: str,
-        inputs: Mapping[str, str | Function],
-        options: Mapping[str, Any],
+        inputs: Mapping[str, Input] | None = None,
+        options: Mapping[str, Any] | None = None,
         *,
         usual: Function | None = None,
         made: Mapping[str, Function] | None = None,
@@ -133,7 +135,7 @@ class Op:
         reference: Function | None = None,
     ) -> None:
         module = op_module(name)
-        self.name, self.inputs, self.options = name, inputs, options
+        self.name, self.inputs, self.options = name, inputs, options or {}
         self.usual, self.made, self.ways = usual, made or {}, ways or {}
         self.forward: Function = forward or getattr(module, f"{name}_forward")
         self.backward: Function = backward or getattr(module, f"{name}_backward")
@@ -146,17 +148,14 @@ class Op:
 
         Args:
             name: what is special about it.
-            sizes: the first options in their order.
+            sizes: the first options in their order; the inputs where the op has none.
             exempt: see `Case`.
             options: the others.
         """
-        own = dict(zip(self.options, sizes, strict=False)) | options
-        settings = {**self.options, **own}
-        if wrong := [key for key in settings if key not in self.options or settings[key] is ...]:
-            raise TypeError(f"{self.name}, {name}: not an option, or not given: {', '.join(wrong)}")
+        inputs, settings = self._inputs_and_options(name, sizes, options)
         given = Given({**settings, "draw": Draw(f"{self.name}: {name}")}, self.made)
         tensors: Tensors = {}
-        for key, how in self.inputs.items():
+        for key, how in inputs.items():
             asked = settings.get(key, True)
             drawn = None if asked is None or asked is False else given.drawn(how)
             settings.pop(key, None)
@@ -180,6 +179,18 @@ class Op:
 
         usual = None if self.usual is None else plain(self.usual)
         return Case(name, tensors, by_hand, plain(self.reference), usual, exempt=exempt)
+
+    def _inputs_and_options(
+        self, case: str, sizes: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Mapping[str, Input], dict[str, Any]]:
+        """The inputs, and all options with their values."""
+        if self.inputs is None:
+            (inputs,) = sizes
+            return inputs, options
+        settings = {**self.options, **dict(zip(self.options, sizes, strict=False)), **options}
+        if unknown := [key for key in settings if key not in self.options or settings[key] is ...]:
+            raise TypeError(f"{self.name}, {case}: not an option, or not given: {', '.join(unknown)}")
+        return self.inputs, settings
 
     def _straight(self, given: Given, backward: Backward) -> tuple[Tensor, Any]:
         y, saved = given.call(self.forward)

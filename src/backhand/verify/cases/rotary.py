@@ -5,67 +5,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward, rotary_reference, rotary_table, times
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_forward, rotary_table, times
+from backhand.verify.case import Backward, wrong
+from backhand.verify.scaffold import Given, Op
 
 
-def _case(
-    name: str,
+def _table(
+    x: Tensor,
     positions: list[int],
-    heads: int = 3,
-    head_dim: int = 8,
-    *,
-    theta: float = 50.0,
-    attention_factor: float | tuple[float, ...] = 1.0,
-    in_place: bool = False,
-    turning: int | None = None,
-    interleaved: bool = False,
-    theta_by_token: bool = False,
-) -> Case:
-    draw = Draw(f"rotary: {name}")
-    tensors = {
-        "x": draw.normal(len(positions), heads, head_dim),
-        "d_y": draw.normal(len(positions), heads, head_dim),
-    }
+    theta: float,
+    attention_factor: float | tuple[float, ...],
+    turning: int | None,
+    interleaved: bool,
+    theta_by_token: bool,
+) -> RotaryTable:
+    turned = x.shape[-1] if turning is None else turning
+    frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
+    if theta_by_token:
+        frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
+    frequencies = frequencies.to(torch.promote_types(x.dtype, torch.float32))
+    tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
+    if isinstance(attention_factor, tuple):
+        return times(
+            rotary_table(tokens, frequencies, interleaved=interleaved), torch.tensor(attention_factor).to(x.device)
+        )
+    return rotary_table(tokens, frequencies, attention_factor, interleaved=interleaved)
 
-    def table(x: Tensor) -> RotaryTable:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        turned = head_dim if turning is None else turning
-        frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
-        if theta_by_token:
-            frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
-        tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
-        factor = attention_factor
-        if isinstance(factor, tuple):
-            return times(
-                rotary_table(tokens, frequencies.to(wide), interleaved=interleaved), torch.tensor(factor).to(x.device)
-            )
-        return rotary_table(tokens, frequencies.to(wide), factor, interleaved=interleaved)
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        if not in_place:
-            y, saved = rotary_forward(t["x"], table(t["x"]))
-            return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-        y, d_x = t["x"].clone(), t["d_y"].clone()
-        _, saved = rotary_forward(y, table(y), out=y)
-        return ByHand(y, {"x": backward(d_x, saved, out=d_x).d_x})
+def _in_place(t: Given, backward: Backward) -> tuple[Tensor, RotaryGrads]:
+    y, d_x = t["x"].clone(), t["d_y"].clone()
+    _, saved = t.call(rotary_forward, x=y, out=y)
+    return y, backward(d_x, saved, out=d_x)
 
-    def reference(t: Tensors) -> Tensor:
-        return rotary_reference(t["x"], table(t["x"]))
 
-    def usual(t: Tensors) -> Tensor:
-        cos, sin = (part[:, None, :].to(t["x"].dtype) for part in table(t["x"])[:2])
-        x, rest = t["x"].tensor_split([2 * cos.shape[-1]], dim=-1)
-        if interleaved:
-            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
-            across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-        else:
-            cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
-            first, second = x.chunk(2, dim=-1)
-            across = torch.cat([-second, first], dim=-1)
-        return torch.cat([x * cos + across * sin, rest], dim=-1)
+def _usual(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
+    cos, sin = (part[:, None, :].to(x.dtype) for part in table[:2])
+    x, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+    if interleaved:
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
+        across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + across * sin, rest], dim=-1)
 
-    return Case(name, tensors, by_hand, reference, usual)
+
+OP = Op(
+    "rotary",
+    {"x": "tokens heads head_dim", "d_y": "tokens heads head_dim"},
+    {
+        "positions": ...,
+        "heads": 3,
+        "head_dim": 8,
+        "theta": 50.0,
+        "attention_factor": 1.0,
+        "in_place": False,
+        "turning": None,
+        "interleaved": False,
+        "theta_by_token": False,
+    },
+    usual=_usual,
+    made={"table": _table, "tokens": lambda positions: len(positions)},
+    ways={"in_place": _in_place},
+)
+_case = OP.case
 
 
 CASES = (
@@ -116,17 +120,15 @@ def _unit(table: RotaryTable) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("turned forward again", "d_x", lambda g, s, _right: _turned(g, s._replace(sin=-s.sin))),
-    Mutant("passed through", "d_x", lambda g, _s, _right: g.clone()),
-    Mutant("second half not turned", "d_x", lambda g, s, right: _last_not_turned(g, s, right.d_x)),
-    Mutant("cos and sin swapped", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
-    Mutant(
-        "positions reversed", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))
-    ),
-    Mutant("the other pairs", "d_x", lambda g, s, _right: _turned(g, s._replace(interleaved=not s.interleaved))),
-    Mutant("every feature turned", "d_x", lambda g, s, _right: _spread(g, s)),
-    Mutant("normalised to unit length", "d_x", lambda _g, s, right: right.d_x / _unit(s)),
+    wrong("turned forward again", "d_x", lambda g, s: _turned(g, s._replace(sin=-s.sin))),
+    wrong("passed through", "d_x", lambda g: g.clone()),
+    wrong("second half not turned", "d_x", lambda g, s, d: _last_not_turned(g, s, d)),
+    wrong("cos and sin swapped", "d_x", lambda g, s: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
+    wrong("positions reversed", "d_x", lambda g, s: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))),
+    wrong("the other pairs", "d_x", lambda g, s: _turned(g, s._replace(interleaved=not s.interleaved))),
+    wrong("every feature turned", "d_x", lambda g, s: _spread(g, s)),
+    wrong("normalised to unit length", "d_x", lambda s, d: d / _unit(s)),
 )
 
-PROOFS = (OpProof("rotary", rotary_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)
