@@ -21,7 +21,7 @@ from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import ReferenceCarried, reference_block
-from backhand.verify.tiny_decoders import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
+from backhand.verify.tiny_decoders import adapter_slots, engine_weights, family_of, random_factors, random_weights
 
 DOCUMENTS = (9, 4, 4, 1)
 DROPOUT_SEED = 12345
@@ -112,7 +112,7 @@ def block_case(
 
     Args:
         name: of the case.
-        family: one of `FAMILIES`.
+        family: as in `family_of`.
         layer: which of its layers.
         documents: their lengths, tokens.
         targets: ends of the adapted modules' names, None for all of them.
@@ -121,7 +121,7 @@ def block_case(
         rows: numbers of the rows that somebody reads, (n,), None for all.
     """
     draw = Draw(f"block: {name}")
-    config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
+    config = replace(family_of(family), layers=(family_of(family).layers[layer],))
     if config.layers[0].keys_of is not None:
         config = replace(config, layers=(replace(config.layers[0], keys_of=LENDER),))
     slots = adapter_slots(config, targets, dropout)

@@ -95,8 +95,8 @@ class Given(dict[str, Any]):
         shape: list[Any] = []
         for axis in axes.split():
             name = axis.removeprefix("*")
-            length = int(name) if name.isdigit() else self[name]
-            shape += length if axis.startswith("*") else [length]
+            length: Any = int(name) if name.isdigit() else self[name]
+            shape.extend(length if axis.startswith("*") else (length,))
         draw: Draw = self["draw"]
         if None in shape:
             return None

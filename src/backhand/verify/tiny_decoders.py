@@ -293,6 +293,12 @@ FAMILIES |= {
 }
 
 
+def family_of(name: str) -> DecoderConfig:
+    """The family of `FAMILIES` called so, or the only one whose name begins so."""
+    (found,) = {name: FAMILIES[name]} if name in FAMILIES else {key for key in FAMILIES if key.startswith(name)}
+    return FAMILIES[found]
+
+
 def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
     """Every frozen tensor by its Hugging Face name, float64, of sizes that keep activations near one."""
     weights: Tensors = {}

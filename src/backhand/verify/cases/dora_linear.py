@@ -21,7 +21,7 @@ def _usual(given: Given) -> Tensor:
     gain = given["magnitude"] / given["norm"]
     low_rank = functional.linear(functional.linear(x, lora_A), lora_B)
     base = functional.linear(given["x"], weight, given.get("bias"))
-    y = base + (gain - 1) * functional.linear(x, weight) + gain * low_rank * given["scaling"]
+    y: Tensor = base + (gain - 1) * functional.linear(x, weight) + gain * low_rank * given["scaling"]
     return y + given["residual"] if "residual" in given else y
 
 

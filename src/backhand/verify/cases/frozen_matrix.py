@@ -86,10 +86,8 @@ def _stored(given: Given) -> list[tuple[str, Bytes, Tensor | None]]:
 def _numbers(given: Given) -> Tensor:
     """What the gguf package reads in the blocks."""
     x: Tensor = given["x"]
-    if "dense" in given:
-        return given["dense"].to(x)
-    found = []
-    for name, blocks, order in _stored(given):
+    found: list[Tensor] = [given["dense"].to(x)] if "dense" in given else []
+    for name, blocks, order in [] if found else _stored(given):
         rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[name])
         part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(x)
         found.append(part if order is None else part[order])
@@ -226,7 +224,9 @@ def _columns(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Te
 
 def _rows(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Tensor]:
     """The row tiles' shares of d_x added up wrongly."""
-    return lambda g, s: sum(change([g[..., tile] @ frozen_dense(s.weight)[tile] for tile in row_tiles(s.weight)]))
+    return lambda g, s: torch.stack(
+        change([g[..., tile] @ frozen_dense(s.weight)[tile] for tile in row_tiles(s.weight)])
+    ).sum(0)
 
 
 def _edges_late(g: Tensor, s: FrozenLinearSaved) -> Tensor:

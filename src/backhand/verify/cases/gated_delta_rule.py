@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.delta_steps import CHUNK_TOKENS
+from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import spans
-from backhand.ops.gated_delta_rule import GatedDeltaRuleSaved
 from backhand.verify.case import Mutant, wrong
 from backhand.verify.scaffold import PACKED, Op
 

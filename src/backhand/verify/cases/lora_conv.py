@@ -38,8 +38,8 @@ def _usual(
 
 def _geometry(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
     """One number for all axes, or one for each."""
-    each = (value if isinstance(value, tuple) else (value,) * len(kernel) for value in (stride, padding, dilation))
-    return ConvGeometry(*each, groups)
+    each = [value if isinstance(value, tuple) else (value,) * len(kernel) for value in (stride, padding, dilation)]
+    return ConvGeometry(each[0], each[1], each[2], groups)
 
 
 def _steps(batch: int, places: tuple[int, ...], kernel: tuple[int, ...], geometry: ConvGeometry) -> torch.Size:
