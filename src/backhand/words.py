@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable
+
+from backhand.printing import bounded, say
 
 SHOWN_CHARACTERS = 60
 
@@ -56,14 +57,9 @@ def name_list(names: Iterable[str], *, limit: int = 8) -> str:
     return shown if len(given) <= limit else f"{shown} and {len(given) - limit} more"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person should know, and a program reading standard output should not.
-
-
 def show_notes(notes: Iterable[str]) -> None:
     """A line each on standard error."""
-    for note in notes:
-        print(labelled(note), file=sys.stderr)
+    say(*(bounded(labelled(note)) for note in notes))
 
 
 def labelled(note: str) -> str:

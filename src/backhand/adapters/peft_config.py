@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from backhand.adapters.config import ALL_LINEAR, Alpha, Dropout, LoRAConfig, Modules, Rank, TokenIds
 from backhand.adapters.targets import Target, resolve_targets, targeted_parameters
-from backhand.bounds import check_value
+from backhand.bounds import check_value, first_of_each
 from backhand.errors import UsageError
 from backhand.words import shorten
 
@@ -140,7 +140,10 @@ class _Reader:
         if not isinstance(value, dict):
             self.problems.append(f"{name}: {_short(value)} is not a map of names to numbers")
             return {}
-        return {key: number for key, number in value.items() if self._holds(f"{name}[{key!r}]", number, hint)}
+        wrong = [
+            number for key, number in first_of_each(value).items() if not self._holds(f"{name}[{key!r}]", number, hint)
+        ]
+        return {key: number for key, number in value.items() if number not in wrong} if wrong else value
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)
@@ -204,7 +207,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     """adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        described: configuration and names.
         targets: the adapted modules, with what was resolved for each.
         module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
             that picks exactly the adapted ones.
@@ -299,7 +301,6 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What every field of PEFT's LoraConfig (0.21.2) means for us: handled, neutral, or refused.
 #
 # - handled: read into our configuration, or kept and written again;
@@ -307,7 +308,6 @@ def _number(value: float) -> float:
 # - refused: changes what the adapter computes in a way we do not have; an error unless switched off.
 #
 # A test holds this table against PEFT's own list of fields.
-
 
 FORMAT_VERSION = "0.21.2"
 """The PEFT release whose format is written, and stands as peft_version in the file."""

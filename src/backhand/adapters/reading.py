@@ -260,7 +260,6 @@ def _bytes(path: Path) -> bytes:
         return b""  # what is not there has been said already
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading a safetensors file that may be anything, and writing one.
 #
 #     8 bytes   length n of the header, little-endian
@@ -269,7 +268,6 @@ def _bytes(path: Path) -> bytes:
 #
 # The file is read here and not by the safetensors package, so that an error names the tensor, no more memory is taken
 # than the file is large, and duplicate names and other dtypes do not slip through.
-
 
 _MOST_DIMENSIONS = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -320,7 +318,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if begin == stop:
             problems[name] = f"shape {shape} holds no element"
             continue
-        tensors[name] = _tensor(data, start + begin, start + stop, dtype, shape)
+        tensors[name] = torch.frombuffer(data[start + begin : start + stop], dtype=dtype).view(shape)
     return tensors, problems
 
 
@@ -378,20 +376,11 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _tensor(data: bytearray, begin: int, stop: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    # The slice is a copy: the tensor owns aligned memory of its own and outlives the file's bytes.
-    return torch.frombuffer(data[begin:stop], dtype=dtype).view(shape)
-
-
 def _damaged(path: Path, why: str) -> ArtifactError:
     return ArtifactError("the file is damaged", where=str(path), why=why, next_step=_AGAIN)
 
 
 _AGAIN = "copy or download the file again"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON from files that may be anything: one object, read strictly, or an error that says what the file really is.
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -69,7 +69,6 @@ class DataReport:
         dropped_unsupervised: documents left out because nothing in them carries loss.
         empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
-        bad_rows: the errors of the first few of them.
         notes: whatever else the user should know, a sentence each.
     """
 
@@ -105,7 +104,9 @@ class DataReport:
         )
         lines = [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
         if self.skipped_bad:
-            lines.append(f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
+            lines.append(
+                f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
+            )
         return lines
 
 
@@ -202,7 +203,6 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
     Args:
         rows: token ids of each, and where it stands.
         vocab_size: of the model: its tokens' ids are below this.
-        tokenizer: names the token that is missing.
 
     Raises:
         DataError: at the first row with a token that the model does not have.
@@ -237,10 +237,6 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
     """Those of `places` where no token ends, or where a token of white space might straddle with its place trimmed."""
     found = set(ends.tolist())
     return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A document token by token, with the supervised ones marked, for eyes.
 
 
 @dataclass(frozen=True)

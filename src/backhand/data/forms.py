@@ -71,7 +71,6 @@ class Form:
         """Those of a row's columns that nothing is taken from.
 
         Args:
-            columns: of a row, or of many.
             conversation: whether rows of this form hold lists of messages.
         """
         beside = _BESIDE_MESSAGES if conversation else () if self.kind == "text" else _BESIDE_MESSAGES[:1]
@@ -109,14 +108,7 @@ _PREFERENCE = ("chosen", "rejected")
 
 
 def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
-    """The form of a row, by the names of its columns that are not null.
-
-    Args:
-        may_ask: rows without an answer are welcome.
-
-    Raises:
-        DataError: its columns fit no form.
-    """
+    """The form of a row, by the names of its columns that are not null. Raises DataError: its columns fit no form."""
     present = {name for name, value in raw.values.items() if value is not None}
     for form in FORMS + ASKING_FORMS if may_ask else FORMS:
         if present.issuperset(form.columns):
@@ -160,9 +152,6 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
 
 class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
-
-    Args:
-        may_ask: rows without an answer are welcome.
 
     Attributes:
         form: that form, or None before the first good row.

@@ -248,10 +248,6 @@ ALL_AT_ONCE = frozenset(
 """Filters that read all of a value: what they are given is weighed, and a generator made a list before."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How much one render may do.
-
-
 MOST_STEPS = 2**25
 MOST_SECONDS = 4
 """Of the processor, for one conversation; the plainest take a hundred-thousandth of that."""
@@ -277,11 +273,7 @@ class Work:
         self._bytes = 0
 
     def step(self, count: int) -> None:
-        """Count steps.
-
-        Raises:
-            TemplateLimitError: they are too many, or took too long or too much memory.
-        """
+        """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
         self.left -= count
         if self.left < self.next_look:
             self._look()

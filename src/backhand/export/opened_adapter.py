@@ -28,12 +28,8 @@ class OpenedAdapter:
     """What a command starts from.
 
     Attributes:
-        source: the base model.
         config: its family as data.
         shapes: (out, in) of every linear module.
-        loaded: the adapter.
-        factors: its modules.
-        documents: token ids to compare logits on.
     """
 
     source: ModelSource
@@ -54,7 +50,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
 
     Args:
         model: as `open_model` takes it.
-        adapter: a directory or a GGUF file.
         force_base: use the adapter whatever its files say of its base.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -73,10 +68,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a target format cannot express is refused module by module, and a merged model offered in its place.
-
-
 _SHOWN = 12
 
 
@@ -85,7 +76,6 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
 
     Args:
         target: the format, as `--to` names it.
-        reasons: by module.
         merge: whether `--merge` would help.
 
     Raises:

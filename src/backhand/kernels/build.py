@@ -3,9 +3,11 @@
 Run by the wheel's build hook (`hatch_build.py`), by `make kernels` and by the sanitizer test, always as a file of its
 own: the standard library is all it needs, and nothing of the package is imported.
 
-    python src/backhand/kernels/build.py [--sanitize] [--force]
+    python src/backhand/kernels/build.py [--all] [--sanitize] [--force]
 
-A shared object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says.
+Compiled is what this processor runs; with `--all`, and for a wheel that others install, every instruction set. A shared
+object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says. A stamp
+beside it names the sources it was compiled from and its own size and digest: it is opened only as it was made.
 Without a compiler nothing is built, one line says so, and everything computes through torch.
 
 All of it is plain C++ without headers of Python or torch, so that one build serves every version of both.
@@ -14,6 +16,7 @@ All of it is plain C++ without headers of Python or torch, so that one build ser
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -82,23 +85,56 @@ def sources_digest() -> str | None:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest() if files else None
 
 
-def is_of_these_sources(name: str, folder: Path = BUILT) -> bool:
-    """Whether a shared object was compiled from the C++ files that are here now: another's functions may differ."""
-    here, stamp = sources_digest(), _sources_stamp(name, folder)
-    return here is None or not stamp.exists() or stamp.read_text() == here
+def fault(name: str, folder: Path = BUILT) -> str | None:
+    """Why a shared object that is there must not be opened; None where it is as its stamp says, or is not there.
+
+    One of other sources has other functions; a part of one ends the process when it is opened, or later.
+    """
+    path, here = library_path(name, folder), sources_digest()
+    if not path.exists():
+        return None
+    try:
+        sources, size, digest = stamp_path(name, folder).read_text(encoding="ascii").split()
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        return "it has no stamp that can be read"
+    if len(data) != int(size):
+        return f"it has {len(data):,} bytes, and had {int(size):,}"
+    if hashlib.sha256(data).hexdigest() != digest:
+        return "its bytes are others than were built"
+    return None if here in (None, sources) else "it was built from other sources"
 
 
-def _sources_stamp(name: str, folder: Path) -> Path:
-    return folder / f"backhand_{name}.sources"
+def stamp_path(name: str, folder: Path = BUILT) -> Path:
+    """What was built: digest of the sources, bytes and digest of the shared object."""
+    return folder / f"backhand_{name}.stamp"
 
 
-def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) -> list[str]:
+def _stamp(name: str, folder: Path) -> None:
+    data = library_path(name, folder).read_bytes()
+    stamp = f"{sources_digest()} {len(data)} {hashlib.sha256(data).hexdigest()}\n"
+    stamp_path(name, folder).write_text(stamp, encoding="ascii")
+
+
+def processor_runs(library: Path) -> list[str]:
+    """The instruction sets that this processor has, the plainest first, as a shared object of any of them says.
+
+    Raises:
+        OSError: the file is not there, or is no library of this system.
+    """
+    bits = ctypes.CDLL(str(library)).backhand_processor()
+    sets = INSTRUCTION_SETS.get(machine(), ("baseline",))
+    return [name for place, name in enumerate(sets) if place == 0 or bits >> (place - 1) & 1]
+
+
+def build(folder: Path = BUILT, *, every: bool = False, sanitize: bool = False, force: bool = False) -> list[str]:
     """Compile what has changed; returns the instruction sets that are there afterwards, the plainest first.
 
     An instruction set that the compiler does not know is left out, with its first complaint on standard error.
 
     Args:
         folder: where the shared objects go.
+        every: for other processors too, not only what this one runs.
         sanitize: with the address and the undefined-behaviour sanitizer in them.
         force: compile whether or not something has changed.
 
@@ -111,6 +147,9 @@ def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) 
         raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
     wanted = INSTRUCTION_SETS.get(machine(), {"baseline": ()})
     folder.mkdir(parents=True, exist_ok=True)
+    if not every and len(wanted) > 1:
+        runs = _asked_processor(compiler, folder)
+        wanted = {name: flags for name, flags in wanted.items() if name in runs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         jobs = {
             name: workers.submit(_build_one, compiler, name, flags, folder, sanitize, force)
@@ -126,6 +165,16 @@ def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) 
     return [name for name, complaint in complaints.items() if complaint is None]
 
 
+def _asked_processor(compiler: str, folder: Path) -> list[str]:
+    """`processor_runs` by the one small file that asks; all of them where it does not compile, which will say so."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        asking = Path(scratch) / "asking.so"
+        defines = ("-O0", '-DBACKHAND_ISA=""', "-shared")
+        command = [compiler, *FLAGS, *defines, str(SOURCES / "library.cpp"), "-o", str(asking)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return list(INSTRUCTION_SETS[machine()]) if done.returncode else processor_runs(asking)
+
+
 def _build_one(
     compiler: str, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
 ) -> str | None:
@@ -135,10 +184,10 @@ def _build_one(
     digest = _digest(command, [*sources, *SOURCES.glob("*.h")])
     target, stamp = library_path(name, folder), folder / f"backhand_{name}.digest"
     up_to_date = target.exists() and stamp.exists() and stamp.read_text() == digest
-    if up_to_date and not force and _sources_stamp(name, folder).exists():
+    if up_to_date and not force and fault(name, folder) is None:
         return None
     stamp.unlink(missing_ok=True)
-    _sources_stamp(name, folder).unlink(missing_ok=True)
+    stamp_path(name, folder).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # Written elsewhere and moved: a process that has the old one mapped keeps it.
         fresh = Path(scratch) / target.name
@@ -152,7 +201,7 @@ def _build_one(
             print(done.stderr, end="", file=sys.stderr)
         fresh.replace(target)
     stamp.write_text(digest)
-    _sources_stamp(name, folder).write_text(str(sources_digest()))
+    _stamp(name, folder)
     return None
 
 
@@ -167,11 +216,13 @@ def _digest(command: list[str], files: list[Path]) -> str:
 def main() -> None:
     """The command line of this file."""
     parser = argparse.ArgumentParser(description="Compile Backhand's loops.")
+    parser.add_argument("--all", action="store_true", help="for every processor, not only this one")
     parser.add_argument("--sanitize", action="store_true", help="with sanitizers, into lib/sanitized")
     parser.add_argument("--force", action="store_true", help="whether or not something has changed")
     options = parser.parse_args()
     try:
-        build(BUILT / "sanitized" if options.sanitize else BUILT, sanitize=options.sanitize, force=options.force)
+        folder = BUILT / "sanitized" if options.sanitize else BUILT
+        build(folder, every=options.all, sanitize=options.sanitize, force=options.force)
     except FileNotFoundError as error:
         print(f"kernels: {error}; everything works through torch, slower", file=sys.stderr)
 

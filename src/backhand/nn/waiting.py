@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 VARIABLE = "GOMP_SPINCOUNT"
 SPINS, UNWATCHED = 20_000, 1_000
@@ -41,11 +41,7 @@ MOST_CORES = 32
 
 
 def set_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Say how long threads wait, unless the environment does; before libgomp is loaded, which reads it then.
-
-    Args:
-        environment: this process's, or that of one to be started.
-    """
+    """Say how long threads wait, unless the environment does; before libgomp is loaded, which reads it then."""
     if VARIABLE not in environment and _POLICY not in environment:
         watched = _time_waited() is not None and (os.cpu_count() or 1) <= MOST_CORES
         environment[VARIABLE] = str(SPINS if watched else UNWATCHED)
@@ -84,20 +80,10 @@ def _watch(done: threading.Event) -> None:
         more.let_go()
 
 
-class _Held(Protocol):
-    def hold(self) -> None: ...
-
-    def let_go(self) -> None: ...
-
-
 class Decision:
-    """Holds more threads as soon as the cores are wanted by others, and lets them go once that has been over a while.
+    """Holds more threads as soon as others want the cores, and lets them go once that has been over a while."""
 
-    Args:
-        more: what is held.
-    """
-
-    def __init__(self, more: _Held) -> None:
+    def __init__(self, more: MoreThreads) -> None:
         self._more = more
         self._calm_looks = CALM_LOOKS
 
@@ -135,7 +121,9 @@ class MoreThreads:
         entered, over = threading.Event(), threading.Event()
 
         def keep() -> None:
-            # Every thread of the team frees nothing.
+            # A region runs a function of C in each thread. One of Python would take the interpreter's lock in threads
+            # that Python does not know. `free` takes one pointer, as a region's function does, and of none it frees
+            # nothing: so nothing has to be compiled, and this works where our own loops are not there.
             try:
                 openmp.GOMP_parallel(ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p), None, team, 0)
             finally:

@@ -45,10 +45,8 @@ class ModuleChange:
     """One adapted module.
 
     Attributes:
-        name: dotted path.
         layer: number in the path, None where there is none.
         kind: last part of the path.
-        rank: of the factors.
         update_norm: ‖ΔW‖.
         relative: ‖ΔW‖ / ‖W‖; None where the base norm was not recorded.
         singular_values: of ΔW, largest first, `rank` of them or fewer.
@@ -125,7 +123,6 @@ def module_changes(
     """The change of each module, in the order of `factors`.
 
     Args:
-        factors: by module.
         weight_norms: ‖W‖ by module, None where it is not known.
     """
     for name, module in factors.items():

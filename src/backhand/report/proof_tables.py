@@ -46,7 +46,6 @@ class ProofTable:
 
     Attributes:
         kind: key in KINDS.
-        title: in words.
         command: what proves it.
         lines: empty where it was not run.
     """
@@ -67,7 +66,6 @@ def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str)
 
     Args:
         proofs: lines of proofs.jsonl, oldest first.
-        run, adapter: as they are typed on a command line.
     """
     newest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for line in proofs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from backhand.errors import BackhandError, UsageError
+from backhand.printing import may_be_silent, say
 from backhand.report.options import WatchOptions
 from backhand.report.prompt_box import LiveRun, PromptBox
 
@@ -27,8 +29,9 @@ def watch_command(options: WatchOptions) -> None:
     """
     with serving(options) as server:
         try:
-            print(f"Watching {options.run}: {server.address}\nCtrl-C ends it.", flush=True)
-            threading.Event().wait()
+            say(f"Watching {options.run}: {server.address}", "Ctrl-C ends it.", file=sys.stdout)
+            with may_be_silent():
+                threading.Event().wait()
         except KeyboardInterrupt:
             print()
 
@@ -61,12 +64,10 @@ def serving(options: WatchOptions) -> Iterator[WatchServer]:
         box.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The server behind `backhand watch`: this machine only, behind a token, and deaf to other pages in the browser.
 #
 # Refused is whatever lacks the token in its address; whatever was sent to another host name than ours, as a page does
 # that has its own name point to 127.0.0.1; and any question that another origin's page sent.
-
 
 HOST = "127.0.0.1"
 LONGEST_QUESTION_BYTES = 64 * 1024
@@ -87,9 +88,6 @@ class WatchServer(ThreadingHTTPServer):
 
     Args:
         port: 0 for any free one.
-        token: what every address must begin with.
-        run: the page.
-        box: answers prompts.
 
     Raises:
         OSError: the port is taken.

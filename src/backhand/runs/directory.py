@@ -53,7 +53,6 @@ class RunDirectory:
 
     Attributes:
         path: the directory itself; a link to it has been followed.
-        files: the file layer that every change goes through.
     """
 
     def __init__(self, path: Path, files: FileLayer) -> None:
@@ -349,10 +348,6 @@ def _locked(path: Path) -> int:
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         os.close(descriptor)  # its holder removed the file in between: take the new one
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# proofs.jsonl: a line for everything that was checked about a run, from any command.
 
 
 ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]

@@ -29,7 +29,6 @@ class RunStatus:
 
     Attributes:
         state: `killed` is never written: it is what `read_status` makes of `running` without its process.
-        total_steps: of the run.
         step: optimizer steps done when the state was written.
         process, host: number of the process that trains, and the name of its machine.
         began, changed: times, ISO 8601 in UTC.
@@ -49,11 +48,6 @@ class RunStatus:
 @contextmanager
 def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], int]) -> Iterator[None]:
     """Inside, the run is `running`; afterwards `finished`, `interrupted` or `failed`.
-
-    Args:
-        directory: of the run.
-        total_steps: of the run.
-        step: tells the steps done.
 
     Raises:
         ResourceError: status.json cannot be written at the beginning or after a good end.

@@ -18,10 +18,8 @@ class RunStart:
     """What is known before the first step.
 
     Attributes:
-        total_steps: of the run.
         step: steps done before, in a run that is continued.
         facts: lines for a reader: model, engine, data, adapter, plan.
-        directory: of the run.
         config: every option by the name of its part and its own, such as `optimization.learning_rate`.
     """
 
@@ -91,10 +89,6 @@ class Observers(Observer):
             observer.closed()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Callbacks of one's own: an observer, or a plain function that gets every record of metrics.jsonl.
-
-
 Callback = Observer | Callable[[Mapping[str, Any]], object]
 
 
@@ -114,10 +108,6 @@ class _RecordFunction(Observer):
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
     """Functions wrapped, observers as they are."""
     return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics.jsonl: a line for each logged step and each evaluation.
 
 
 class MetricsFile(Observer):

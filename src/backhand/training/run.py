@@ -320,7 +320,6 @@ class JobRun:
         return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # `backhand train`: one run from its configuration to its summary, or from where it was stopped.
 #
 # run directory locked → configuration → job (rows, model, adapter) → `JobRun`: loop → summary

@@ -32,7 +32,6 @@ class Amplification:
     """One module.
 
     Attributes:
-        module: dotted path.
         directions: how many, r.
         update_norm: ‖ΔW‖_F.
         weight_norm: ‖W‖_F.
@@ -93,10 +92,7 @@ def amplification(
     """Measure one module.
 
     Args:
-        module: its name.
-        factors: of the adapter.
         weight: the frozen weight (out, in).
-        generator: of the random directions.
         directions: how many leading ones to use; None for the adapter's rank. Never more than the update has.
     """
     weight = weight.double()

@@ -50,8 +50,6 @@ class HuggingFaceDirectory(ModelSource):
     """An opened directory; the tensors stay mapped until they are read.
 
     Args:
-        path: of the directory.
-        hub_id: the id it was fetched under.
         origin: how to name it to people; the path if not given.
 
     Raises:
@@ -326,11 +324,7 @@ def _bytes(file: _SafetensorsFile, name: str) -> Tensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ArtifactError: if it cannot be read, or is not a JSON object.
-    """
+    """The object in a JSON file. Raises ArtifactError: if it cannot be read, or is not a JSON object."""
     try:
         value = json.loads(read_plain(path, MAX_TABLES_BYTES))
     except OSError as error:
@@ -344,10 +338,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models by hub id: from the local cache if they are there, else fetched into it.
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

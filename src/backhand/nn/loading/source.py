@@ -48,11 +48,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in Hugging Face layout.
-
-        Raises:
-            ArtifactError: if there is no such tensor.
-        """
+        """Shape of a tensor in Hugging Face layout. Raises ArtifactError: if there is no such tensor."""
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
@@ -168,11 +164,7 @@ class ModelSource(ABC):
 
 
 def token_ids(stated: object) -> list[int]:
-    """The ids that `eos_token_id` names: one, a list, or none.
-
-    Raises:
-        ArtifactError: it is something else.
-    """
+    """The ids that `eos_token_id` names: one, a list, or none. Raises ArtifactError: it is something else."""
     ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
         raise ArtifactError(
@@ -192,7 +184,6 @@ def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> Non
     """Write tensors of a source into their places, after checking that all are there in the right shapes.
 
     Args:
-        source: an opened model.
         destinations: (Hugging Face name, contiguous tensor to fill).
 
     Raises:
@@ -205,11 +196,7 @@ def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> Non
 
 
 def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ArtifactError: listing every tensor that is missing or of another shape.
-    """
+    """Compare names and shapes. Raises ArtifactError: listing every tensor that is missing or of another shape."""
     there = set(source.tensor_names())
     problems = [
         f"{name} {shape} is missing" if name not in there else mismatch(name, source.shape(name), shape)
@@ -231,11 +218,7 @@ _SHOWN_PROBLEMS = 12
 
 
 def floating(tensor: Tensor, name: str, where: str) -> Tensor:
-    """The tensor itself.
-
-    Raises:
-        ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16.
-    """
+    """The tensor itself. Raises ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ArtifactError(
             f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no floating type of weights",
@@ -243,10 +226,6 @@ def floating(tensor: Tensor, name: str, where: str) -> Tensor:
             why="quantized weights are read from GGUF files only",
         )
     return tensor
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which tokens end an answer.
 
 
 _END_TOKENS = (
@@ -273,10 +252,6 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     They are what the files state (eos_token_id of config and generation config, a GGUF file's end-of-turn ids), the
     tokenizer's own end-of-sequence token, and those special tokens of its vocabulary by which the known chat templates
     end a turn: a model's files often name only one of the two ends.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        stated: ids that the model's files name.
     """
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in _END_TOKENS if token in special and _ENDS_A_PART.get(token) not in special]
@@ -286,12 +261,10 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Whether a stored head is the embedding once more, where the config says that the two are one matrix.
 #
 # As transformers 5 has it: a head that is stored with other values than the embedding is a matrix of its own, whatever
 # the config says.
-
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"

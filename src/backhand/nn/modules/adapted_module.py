@@ -29,7 +29,6 @@ class AdaptedModule(nn.Module):
     """What all kinds share; each is made by an `adapt` of its own, never by a constructor.
 
     Attributes:
-        weight, bias: the frozen base parameters.
         enabled: False makes the module compute what it did before it was adapted.
     """
 
@@ -193,12 +192,8 @@ class LoRAModule(AdaptedModule):
         """Turn `module` into an adapted one, in place. The factors are zero until `initialise` or a file fills them.
 
         Args:
-            module: one that fits and has no obstacle.
-            rank: of the factors.
-            scaling: multiplier of the low-rank branch.
             dropout: probability, active in training mode only.
             use_dora: train a magnitude as well, which starts at the lengths of the weight's rows.
-            lora_bias: train a bias of lora_B as well.
 
         Returns:
             the same object.
