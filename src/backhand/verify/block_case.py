@@ -16,7 +16,7 @@ from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
@@ -87,10 +87,12 @@ def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(result)
 
 
-def lora_parameters(slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype) -> LoRAParameters:
+def lora_parameters(
+    slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype, trained: tuple[TrainedTensor, ...] = ()
+) -> LoRAParameters:
     """The factors of a case in the engine's flat buffer: float32 or wider, used in the compute dtype."""
-    device = next(iter(tensors.values())).device
-    lora = LoRAParameters(slots.values(), device=device, dtype=torch.promote_types(dtype, torch.float32))
+    device, wide = next(iter(tensors.values())).device, torch.promote_types(dtype, torch.float32)
+    lora = LoRAParameters(slots.values(), trained=trained, device=device, dtype=wide)
     for name, view in lora.named_tensors():
         view.copy_(tensors[name])
     lora.refresh_compute(dtype)

@@ -18,11 +18,18 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
-from backhand.verify.block_case import DROPOUT_SEED
+from backhand.verify.block_case import DROPOUT_SEED, lora_parameters
 from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import reference_loss
-from backhand.verify.tiny_decoders import adapter_slots, engine_weights, family_of, random_batch, random_weights
+from backhand.verify.tiny_decoders import (
+    adapter_slots,
+    engine_weights,
+    family_of,
+    random_batch,
+    random_factors,
+    random_weights,
+)
 
 DOCUMENTS = (9, 5, 5, 1, 11)
 LOSS_SCALING = 0.043
@@ -93,15 +100,9 @@ def _slots(
     return slots
 
 
-def _random_values(
-    slots: dict[str, LoRASlot], trained: tuple[TrainedTensor, ...], weights: Tensors, draw: Draw
-) -> Tensors:
-    """Everything trained, nothing of it where it starts."""
+def _random_values(trained: tuple[TrainedTensor, ...], weights: Tensors, draw: Draw) -> Tensors:
+    """Tensors that are trained as they are, moved away from the base's."""
     values: Tensors = {}
-    for name, slot in slots.items():
-        for part, shape in slot.shapes().items():
-            size = {"lora_A": 1.0 if slot.embedding else slot.in_features**-0.5, "lora_B": 0.4}.get(part, 0.3)
-            values[f"{name}.{part}"] = draw.normal(*shape, size=size) + (1.0 if part == "lora_magnitude" else 0.0)
     for tensor in trained:
         base = weights.get(tensor.base_name, weights[f"{EMBEDDING}.weight"])
         start = base if tensor.token_ids is None else base[list(tensor.token_ids)]
@@ -155,7 +156,8 @@ def decoder_case(
     # A trained tensor takes the place of the base's in the decoder, so they are told apart by a prefix.
     tensors = {
         **{f"base {key}": value for key, value in weights.items()},
-        **_random_values(slots, trained, weights, draw),
+        **random_factors(slots, draw),
+        **_random_values(trained, weights, draw),
         "d_y": torch.tensor(LOSS_SCALING, dtype=torch.float64),
     }
     dropout_seed = DROPOUT_SEED if dropout else None
@@ -166,10 +168,7 @@ def decoder_case(
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         table = t[f"base {EMBEDDING}.weight"]
         decoder = Decoder(config, engine_weights(config, base(t)), recompute=recompute)
-        dtype = torch.promote_types(table.dtype, torch.float32)
-        lora = LoRAParameters(slots.values(), trained=trained, device=table.device, dtype=dtype)
-        for key, view in lora.named_tensors():
-            view.copy_(t[key])
+        lora = lora_parameters(slots, t, table.dtype, trained)
         decoder.attach(lora)
         grads = backward(t["d_y"], DecoderInputs(decoder, lora, batch.to(table.device), float(t["d_y"]), dropout_seed))
         gradients: Tensors = {}

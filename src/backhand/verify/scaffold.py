@@ -85,7 +85,7 @@ class Given(dict[str, Any]):
         """The function of what its parameters name, or of something instead."""
         return function(**self.named(function, **instead))
 
-    def drawn(self, how: Input) -> Any:
+    def drawn(self, how: Any) -> Any:
         """An input: see `Op`."""
         if isinstance(how, tuple):
             return self["draw"].normal(*how)
@@ -124,7 +124,7 @@ class Op:
     def __init__(
         self,
         name: str,
-        inputs: Mapping[str, Input] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
         *,
         usual: Function | None = None,
@@ -182,7 +182,7 @@ class Op:
 
     def _inputs_and_options(
         self, case: str, sizes: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[Mapping[str, Input], dict[str, Any]]:
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """The inputs, and all options with their values."""
         if self.inputs is None:
             (inputs,) = sizes

@@ -24,23 +24,22 @@ OP = Op(
     usual=_usual,
     made={"taps": Taps, **PACKED},
 )
-_case = OP.case
 
 CASES = (
-    _case("packed documents", (6, 6, 3, 1, 2)),
-    _case("no activation", (6, 3, 7), silu=False),
-    _case("bias", (6, 3, 7), bias=True),
-    _case("three taps", (6, 3, 7), width=3, silu=False),
-    _case("one tap", (6, 3), width=1),
-    _case("documents shorter than the taps", (1, 2, 3, 1), width=6),
-    _case("shared prefix", (5, 5, 1, 2), shared=7),
-    _case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
-    _case("shared prefix, no activation", (4, 3), shared=3, silu=False),
-    _case("nothing but a prefix", (), shared=4),
-    _case("large numbers", (5, 4), size=30.0),
-    _case("one token", (1,)),
-    _case("no tokens", ()),
-    _case("training size", (40, 40, 17), channels=48),
+    OP.case("packed documents", (6, 6, 3, 1, 2)),
+    OP.case("no activation", (6, 3, 7), silu=False),
+    OP.case("bias", (6, 3, 7), bias=True),
+    OP.case("three taps", (6, 3, 7), width=3, silu=False),
+    OP.case("one tap", (6, 3), width=1),
+    OP.case("documents shorter than the taps", (1, 2, 3, 1), width=6),
+    OP.case("shared prefix", (5, 5, 1, 2), shared=7),
+    OP.case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
+    OP.case("shared prefix, no activation", (4, 3), shared=3, silu=False),
+    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("large numbers", (5, 4), size=30.0),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", ()),
+    OP.case("training size", (40, 40, 17), channels=48),
 )
 
 

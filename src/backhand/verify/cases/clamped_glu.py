@@ -42,20 +42,19 @@ OP = Op(
     usual=_usual,
     ways={"side_by_side": _side_by_side},
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", (5,)),
-    _case("documents and rows", (2, 5)),
-    _case("side by side in one buffer", (5,), side_by_side=True),
-    _case("side by side, documents and rows", (2, 5), side_by_side=True),
-    _case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
-    _case("nothing clamped", (5,), clamp=Clamp(0.9, 40.0)),
-    _case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
-    _case("several chunks", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
-    _case("one row", (1,)),
-    _case("no rows", (0,)),
-    _case("no rows in documents", (2, 0), side_by_side=True),
+    OP.case("rows", (5,)),
+    OP.case("documents and rows", (2, 5)),
+    OP.case("side by side in one buffer", (5,), side_by_side=True),
+    OP.case("side by side, documents and rows", (2, 5), side_by_side=True),
+    OP.case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
+    OP.case("nothing clamped", (5,), clamp=Clamp(0.9, 40.0)),
+    OP.case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
+    OP.case("several chunks", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    OP.case("one row", (1,)),
+    OP.case("no rows", (0,)),
+    OP.case("no rows in documents", (2, 0), side_by_side=True),
 )
 
 

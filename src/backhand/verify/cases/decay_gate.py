@@ -10,24 +10,19 @@ from backhand.verify.scaffold import Op
 
 OP = Op(
     "decay_gate",
-    {
-        "a": lambda draw, tokens, heads, size, shift: draw.normal(tokens, heads, size=size) + shift,
-        "log_rate": "heads",
-        "bias": "heads",
-        "d_y": "tokens heads",
-    },
+    dict(a=lambda draw, tokens, heads, size, shift: draw.normal(tokens, heads, size=size) + shift)
+    | dict(log_rate="heads", bias="heads", d_y="tokens heads"),
     {"tokens": ..., "heads": 3, "size": 1.0, "shift": 0.0},
 )
-_case = OP.case
 
 CASES = (
-    _case("tokens", 5),
-    _case("one head", 5, 1),
-    _case("large", 6, size=3.0, shift=12.0),
-    _case("far below zero", 6, shift=-12.0),
-    _case("one token", 1),
-    _case("no tokens", 0),
-    _case("training size", 67, 16),
+    OP.case("tokens", 5),
+    OP.case("one head", 5, 1),
+    OP.case("large", 6, size=3.0, shift=12.0),
+    OP.case("far below zero", 6, shift=-12.0),
+    OP.case("one token", 1),
+    OP.case("no tokens", 0),
+    OP.case("training size", 67, 16),
 )
 
 

@@ -29,18 +29,17 @@ OP = Op(
     usual=_usual,
     made={"channels": lambda shape, axis: shape[axis]},
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", (5, 7)),
-    _case("documents and rows", (2, 5, 7)),
-    _case("bias", (5, 7), bias=True),
-    _case("channels of a picture", (2, 5, 3, 4), axis=1, bias=True),
-    _case("channels of a square", (4, 4), axis=0),
-    _case("one channel", (6, 1)),
-    _case("one row", (1, 7), bias=True),
-    _case("no rows", (0, 7), bias=True),
-    _case("training size", (67, 96), bias=True),
+    OP.case("rows", (5, 7)),
+    OP.case("documents and rows", (2, 5, 7)),
+    OP.case("bias", (5, 7), bias=True),
+    OP.case("channels of a picture", (2, 5, 3, 4), axis=1, bias=True),
+    OP.case("channels of a square", (4, 4), axis=0),
+    OP.case("one channel", (6, 1)),
+    OP.case("one row", (1, 7), bias=True),
+    OP.case("no rows", (0, 7), bias=True),
+    OP.case("training size", (67, 96), bias=True),
 )
 
 

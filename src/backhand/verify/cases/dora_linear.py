@@ -27,49 +27,32 @@ def _usual(given: Given) -> Tensor:
 
 OP = Op(
     "dora_linear",
-    {
-        "weight": "outputs inputs",
-        "lora_A": "rank inputs",
-        "lora_B": "outputs rank",
-        "x": "*lead inputs",
-        "magnitude": lambda draw, outputs: draw.normal(outputs) + 2.0,
-        "norm": lambda weight, lora_A, lora_B, scaling: dora_norm(weight, lora_A, lora_B, scaling),
-        "d_y": "*lead outputs",
-        "bias": "outputs",
-        "residual": "*lead outputs",
-    },
-    {
-        "lead": ...,
-        "inputs": 7,
-        "outputs": 11,
-        "rank": 3,
-        "bias": False,
-        "residual": False,
-        "dropout": None,
-        "input_gradient": True,
-        "scaling": SCALING,
-    },
+    dict(weight="outputs inputs", lora_A="rank inputs", lora_B="outputs rank", x="*lead inputs")
+    | dict(magnitude=lambda draw, outputs: draw.normal(outputs) + 2.0)
+    | dict(norm=lambda weight, lora_A, lora_B, scaling: dora_norm(weight, lora_A, lora_B, scaling))
+    | dict(d_y="*lead outputs", bias="outputs", residual="*lead outputs"),
+    dict(lead=..., inputs=7, outputs=11, rank=3, bias=False, residual=False, dropout=None)
+    | dict(input_gradient=True, scaling=SCALING),
     usual=_usual,
     made={"mask": multiplier},
 )
-_case = OP.case
 
 
 CASES = (
-    _case("rows", (5,)),
-    _case("documents and rows", (2, 5)),
-    _case("bias", (5,), bias=True),
-    _case("bias and residual", (5,), bias=True, residual=True),
-    _case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
-    _case("dropout, bias, residual", (5,), bias=True, residual=True, dropout=Dropout(0.25, 2**40)),
-    _case("rank above both sizes", (6,), 4, 3, 5),
-    _case("square weight", (5,), 7, 7),
-    _case("square factors", (5,), 3, 3),
-    _case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
-    _case("one row", (1,), bias=True),
-    _case("no rows", (0,), bias=True),
-    _case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
-    _case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
+    OP.case("rows", (5,)),
+    OP.case("documents and rows", (2, 5)),
+    OP.case("bias", (5,), bias=True),
+    OP.case("bias and residual", (5,), bias=True, residual=True),
+    OP.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+    OP.case("dropout, bias, residual", (5,), bias=True, residual=True, dropout=Dropout(0.25, 2**40)),
+    OP.case("rank above both sizes", (6,), 4, 3, 5),
+    OP.case("square weight", (5,), 7, 7),
+    OP.case("square factors", (5,), 3, 3),
+    OP.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
+    OP.case("one row", (1,), bias=True),
+    OP.case("no rows", (0,), bias=True),
+    OP.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
+    OP.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
 )
 
 

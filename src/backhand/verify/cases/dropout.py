@@ -14,17 +14,16 @@ OP = Op(
     {"shape": ..., "probability": ..., "seed": ...},
     made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)},
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", (5, 7), 0.3, 11),
-    _case("documents and rows", (2, 5, 7), 0.1, 2**40),
-    _case("probability 0", (5, 7), 0.0, 11),
-    _case("probability 0.95", (11, 13), 0.95, 5),
-    _case("one row", (1, 7), 0.4, 3),
-    _case("one number", (), 0.4, 3),
-    _case("no rows", (0, 7), 0.3, 11),
-    _case("training size", (67, 96), 0.05, 1),
+    OP.case("rows", (5, 7), 0.3, 11),
+    OP.case("documents and rows", (2, 5, 7), 0.1, 2**40),
+    OP.case("probability 0", (5, 7), 0.0, 11),
+    OP.case("probability 0.95", (11, 13), 0.95, 5),
+    OP.case("one row", (1, 7), 0.4, 3),
+    OP.case("one number", (), 0.4, 3),
+    OP.case("no rows", (0, 7), 0.3, 11),
+    OP.case("training size", (67, 96), 0.05, 1),
 )
 
 

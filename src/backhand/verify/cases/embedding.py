@@ -23,17 +23,16 @@ OP = Op(
     {"lead": ..., "vocab": 6, "hidden": 5, "scaling": 1.0, "only": None},
     usual=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling,
 )
-_case = OP.case
 
 CASES = (
-    _case("tokens, some of them twice", (9,)),
-    _case("scaling", (9,), scaling=2.4),
-    _case("documents and tokens", (2, 9), scaling=2.4),
-    _case("one token many times", (40,), only=2, scaling=1.7),
-    _case("unseen tokens", (3,), vocab=11),
-    _case("one token", (1,)),
-    _case("no tokens", (0,), scaling=2.4),
-    _case("training size", (67,), 353, 48, scaling=6.9),
+    OP.case("tokens, some of them twice", (9,)),
+    OP.case("scaling", (9,), scaling=2.4),
+    OP.case("documents and tokens", (2, 9), scaling=2.4),
+    OP.case("one token many times", (40,), only=2, scaling=1.7),
+    OP.case("unseen tokens", (3,), vocab=11),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", (0,), scaling=2.4),
+    OP.case("training size", (67,), 353, 48, scaling=6.9),
 )
 
 

@@ -62,26 +62,10 @@ def _usual(
 
 OP = Op(
     "expert_linear",
-    {
-        "x": "rows width",
-        "weights": "experts out width",
-        "d_y": "rows out",
-        "lora_A": "experts rank width",
-        "lora_B": "experts out rank",
-        "biases": "experts out",
-    },
-    {
-        "counts": ...,
-        "width": 5,
-        "out": 6,
-        "rank": 2,
-        "biases": False,
-        "dropout": None,
-        "scaling": SCALING,
-        "as_stored": False,
-        "input_gradient": True,
-        "added": False,
-    },
+    dict(x="rows width", weights="experts out width", d_y="rows out", lora_A="experts rank width")
+    | dict(lora_B="experts out rank", biases="experts out"),
+    dict(counts=..., width=5, out=6, rank=2, biases=False, dropout=None, scaling=SCALING, as_stored=False)
+    | dict(input_gradient=True, added=False),
     forward=_forward,
     usual=_usual,
     made={
@@ -92,21 +76,20 @@ OP = Op(
         "into": _receivers,
     },
 )
-_case = OP.case
 
 CASES = (
-    _case("some experts without rows", (4, 0, 3)),
-    _case("no adapter", (4, 0, 3), rank=None),
-    _case("biases", (2, 3, 1, 0), biases=True),
-    _case("as PEFT stores it", (4, 0, 3), as_stored=True),
-    _case("dropout", (7, 2, 0, 4), dropout=Dropout(0.4, 11)),
-    _case("added to what is there", (4, 0, 3), as_stored=True, added=True),
-    _case("frozen below", (4, 3), input_gradient=False),
-    _case("one expert", (6,)),
-    _case("square", (4, 5), 6, 6, 3),
-    _case("one row", (0, 1, 0)),
-    _case("no rows", (0, 0)),
-    _case("training size", (40, 17, 0, 10), 48, 40, 8),
+    OP.case("some experts without rows", (4, 0, 3)),
+    OP.case("no adapter", (4, 0, 3), rank=None),
+    OP.case("biases", (2, 3, 1, 0), biases=True),
+    OP.case("as PEFT stores it", (4, 0, 3), as_stored=True),
+    OP.case("dropout", (7, 2, 0, 4), dropout=Dropout(0.4, 11)),
+    OP.case("added to what is there", (4, 0, 3), as_stored=True, added=True),
+    OP.case("frozen below", (4, 3), input_gradient=False),
+    OP.case("one expert", (6,)),
+    OP.case("square", (4, 5), 6, 6, 3),
+    OP.case("one row", (0, 1, 0)),
+    OP.case("no rows", (0, 0)),
+    OP.case("training size", (40, 17, 0, 10), 48, 40, 8),
 )
 
 

@@ -116,54 +116,43 @@ def _usual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 OP = Op(
     "frozen_linear",
-    {
-        "drawn": _drawn_weight,
-        "x": "*lead columns",
-        "d_y": "*lead outputs",
-        "bias": "outputs",
-        "residual": "*lead outputs",
-    },
-    {
-        "lead": ...,
-        "columns": ...,
-        "parts": ...,
-        "bias": False,
-        "residual": False,
-        "ordered": False,
-        "tile_bytes": _SMALL_TILES,
-        "tiled": True,
-    },
+    dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
+    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False)
+    | dict(tile_bytes=_SMALL_TILES, tiled=True),
     usual=_usual,
     made={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
     ways={"tiled": _tiled},
 )
-_case = OP.case
 
 
 CASES = (
-    _case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
-    _case("more rows than columns, in several tiles", (6,), 288, [("Q5_1", 170), ("Q8_0", 135)], bias=True),
-    _case("more dense rows than columns, in tiles", (9,), 259, [("dense", 270)], residual=True),
-    _case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
-    _case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
-    _case("parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True),
-    _case("rows in another order", (11,), 544, [("Q8_0", 130), ("Q5_1", 7)], ordered=True),
-    _case("square weight", (5,), 256, [("Q3_K", 256)]),
-    _case("one tile", (5,), 512, [("Q2_K", 9)], tile_bytes=None),
-    _case("dense in tiles", (9,), 544, [("dense", 130)], bias=True),
-    _case("dense in one", (5,), 37, [("dense", 11)], tile_bytes=None, residual=True),
-    _case("other types of one block", (3,), 256, [("Q5_K", 3), ("IQ4_XS", 5), ("IQ4_NL", 2), ("F16", 4), ("BF16", 6)]),
-    _case("by the gguf package", (3,), 512, [("IQ2_XS", 66)]),
-    _case("few rows, longer than a piece", (8,), 1312, [("Q4_0", 9), ("Q8_0", 6)], bias=True, residual=True),
-    _case("few rows in another order", (2,), 1024, [("Q6_K", 7), ("Q5_K", 5)], ordered=True),
-    _case("few dense rows of odd width", (3,), 1051, [("dense", 10)], bias=True, residual=True),
-    _case("dense of odd sizes", (37,), 61, [("dense", 45)], bias=True, residual=True, tile_bytes=None),
-    _case("dense, outputs of whole blocks", (33,), 64, [("dense", 96)], tile_bytes=None),
-    _case("dense, sums in parts, several panels", (13,), 1551, [("dense", 231)], bias=True, tile_bytes=None),
-    _case("dense, gradients' sums in parts", (11,), 35, [("dense", 1539)], residual=True, tile_bytes=None),
-    _case("blocks, sums in parts", (10,), 1792, [("Q4_K", 37), ("Q8_0", 9)], bias=True, ordered=True),
-    _case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
-    _case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
+    OP.case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
+    OP.case("more rows than columns, in several tiles", (6,), 288, [("Q5_1", 170), ("Q8_0", 135)], bias=True),
+    OP.case("more dense rows than columns, in tiles", (9,), 259, [("dense", 270)], residual=True),
+    OP.case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
+    OP.case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
+    OP.case(
+        "parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True
+    ),
+    OP.case("rows in another order", (11,), 544, [("Q8_0", 130), ("Q5_1", 7)], ordered=True),
+    OP.case("square weight", (5,), 256, [("Q3_K", 256)]),
+    OP.case("one tile", (5,), 512, [("Q2_K", 9)], tile_bytes=None),
+    OP.case("dense in tiles", (9,), 544, [("dense", 130)], bias=True),
+    OP.case("dense in one", (5,), 37, [("dense", 11)], tile_bytes=None, residual=True),
+    OP.case(
+        "other types of one block", (3,), 256, [("Q5_K", 3), ("IQ4_XS", 5), ("IQ4_NL", 2), ("F16", 4), ("BF16", 6)]
+    ),
+    OP.case("by the gguf package", (3,), 512, [("IQ2_XS", 66)]),
+    OP.case("few rows, longer than a piece", (8,), 1312, [("Q4_0", 9), ("Q8_0", 6)], bias=True, residual=True),
+    OP.case("few rows in another order", (2,), 1024, [("Q6_K", 7), ("Q5_K", 5)], ordered=True),
+    OP.case("few dense rows of odd width", (3,), 1051, [("dense", 10)], bias=True, residual=True),
+    OP.case("dense of odd sizes", (37,), 61, [("dense", 45)], bias=True, residual=True, tile_bytes=None),
+    OP.case("dense, outputs of whole blocks", (33,), 64, [("dense", 96)], tile_bytes=None),
+    OP.case("dense, sums in parts, several panels", (13,), 1551, [("dense", 231)], bias=True, tile_bytes=None),
+    OP.case("dense, gradients' sums in parts", (11,), 35, [("dense", 1539)], residual=True, tile_bytes=None),
+    OP.case("blocks, sums in parts", (10,), 1792, [("Q4_K", 37), ("Q8_0", 9)], bias=True, ordered=True),
+    OP.case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
+    OP.case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
 )
 
 

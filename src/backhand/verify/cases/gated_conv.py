@@ -30,21 +30,20 @@ OP = Op(
         "out": lambda bcx, into_buffer: torch.full_like(bcx, torch.nan) if into_buffer else None,
     },
 )
-_case = OP.case
 
 CASES = (
-    _case("packed documents", (6, 6, 4, 1, 2)),
-    _case("bias", (6, 4), bias=True),
-    _case("four taps", (6, 7), width=4),
-    _case("one tap", (6, 3), width=1),
-    _case("documents shorter than the taps", (1, 2, 3, 1), width=6),
-    _case("shared prefix", (5, 5, 1, 2), shared=7),
-    _case("shared prefix shorter than the taps", (5, 1, 6), shared=1, bias=True),
-    _case("nothing but a prefix", (), shared=4),
-    _case("into a used buffer", (5, 3), into_buffer=True),
-    _case("one token", (1,)),
-    _case("no tokens", ()),
-    _case("training size", (40, 40, 17), channels=48),
+    OP.case("packed documents", (6, 6, 4, 1, 2)),
+    OP.case("bias", (6, 4), bias=True),
+    OP.case("four taps", (6, 7), width=4),
+    OP.case("one tap", (6, 3), width=1),
+    OP.case("documents shorter than the taps", (1, 2, 3, 1), width=6),
+    OP.case("shared prefix", (5, 5, 1, 2), shared=7),
+    OP.case("shared prefix shorter than the taps", (5, 1, 6), shared=1, bias=True),
+    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("into a used buffer", (5, 3), into_buffer=True),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", ()),
+    OP.case("training size", (40, 40, 17), channels=48),
 )
 
 

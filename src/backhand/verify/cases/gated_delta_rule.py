@@ -20,47 +20,35 @@ STATE_MISTAKES = (
 # Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
 OP = Op(
     "gated_delta_rule",
-    {
-        "q": "0.7: tokens key_heads key_width",
-        "k": lambda draw, tokens, key_heads, key_width: draw.normal(tokens, key_heads, key_width, size=key_width**-0.5),
-        "v": "tokens heads width",
-        "decay": lambda draw, tokens, heads, forgetting: -forgetting * draw.normal(tokens, heads).abs(),
-        "beta": lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)),
-        "d_y": "tokens heads width",
-    },
-    {
-        "documents": ...,
-        "key_heads": 2,
-        "group": 3,
-        "key_width": 5,
-        "width": 7,
-        "shared": 0,
-        "forgetting": 0.3,
-        "chunk": 3,
-    },
+    dict(q="0.7: tokens key_heads key_width")
+    | dict(k=lambda draw, tokens, key_heads, key_width: draw.normal(tokens, key_heads, key_width, size=key_width**-0.5))
+    | dict(v="tokens heads width")
+    | dict(decay=lambda draw, tokens, heads, forgetting: -forgetting * draw.normal(tokens, heads).abs())
+    | dict(beta=lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)))
+    | dict(d_y="tokens heads width"),
+    dict(documents=..., key_heads=2, group=3, key_width=5, width=7, shared=0, forgetting=0.3, chunk=3),
     made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
 )
-_case = OP.case
 
 CASES = (
-    _case("packed documents", (4, 4, 9, 1, 2)),
-    _case("one value head for each key head", (6, 3), group=1),
-    _case("one key head", (6, 3), key_heads=1, group=2),
-    _case("documents of one length", (8, 8, 8)),
-    _case("longest document last", (2, 5, 11)),
-    _case("one chunk", (9,), chunk=9),
-    _case("chunks of one token", (5, 3), chunk=1),
-    _case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, key_width=3, width=4, chunk=CHUNK_TOKENS),
-    _case("shared prefix", (5, 5, 1, 2), shared=4),
-    _case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
-    _case("nothing but a prefix", (), shared=5),
-    _case("a prefix before empty documents", (0, 0), shared=5),
-    _case("strong forgetting", (9, 4), forgetting=8.0),
-    _case("no forgetting", (9, 4), forgetting=0.0),
-    _case("empty documents between", (3, 0, 2)),
-    _case("one token", (1,)),
-    _case("one-token documents", (1, 1, 1)),
-    _case("no tokens", ()),
+    OP.case("packed documents", (4, 4, 9, 1, 2)),
+    OP.case("one value head for each key head", (6, 3), group=1),
+    OP.case("one key head", (6, 3), key_heads=1, group=2),
+    OP.case("documents of one length", (8, 8, 8)),
+    OP.case("longest document last", (2, 5, 11)),
+    OP.case("one chunk", (9,), chunk=9),
+    OP.case("chunks of one token", (5, 3), chunk=1),
+    OP.case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, key_width=3, width=4, chunk=CHUNK_TOKENS),
+    OP.case("shared prefix", (5, 5, 1, 2), shared=4),
+    OP.case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
+    OP.case("nothing but a prefix", (), shared=5),
+    OP.case("a prefix before empty documents", (0, 0), shared=5),
+    OP.case("strong forgetting", (9, 4), forgetting=8.0),
+    OP.case("no forgetting", (9, 4), forgetting=0.0),
+    OP.case("empty documents between", (3, 0, 2)),
+    OP.case("one token", (1,)),
+    OP.case("one-token documents", (1, 1, 1)),
+    OP.case("no tokens", ()),
 )
 
 

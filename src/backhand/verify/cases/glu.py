@@ -44,26 +44,25 @@ OP = Op(
     usual=usual_unit,
     ways={"side_by_side": _side_by_side},
 )
-_case = OP.case
 
 
 CASES = (
-    _case("SwiGLU", "silu", (5,)),
-    _case("GeGLU", "gelu_tanh", (5,)),
-    _case("SwiGLU, documents and rows", "silu", (2, 5)),
-    _case("SwiGLU, side by side in one buffer", "silu", (5,), side_by_side=True),
-    _case("GeGLU, side by side in one buffer", "gelu_tanh", (2, 5), side_by_side=True),
-    _case("GLU", "sigmoid", (5,)),
-    _case("GLU, side by side in one buffer", "sigmoid", (2, 5), side_by_side=True),
-    _case("GLU, saturated", "sigmoid", (5,), size=20.0),
-    _case("SwiGLU, saturated", "silu", (5,), size=30.0),
-    _case("GeGLU, saturated", "gelu_tanh", (5,), size=30.0),
-    _case("SwiGLU, several chunks", "silu", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
-    _case("GeGLU, many columns", "gelu_tanh", (5,), 83, side_by_side=True),
-    _case("SwiGLU, one row", "silu", (1,)),
-    _case("GeGLU, one row", "gelu_tanh", (1,)),
-    _case("SwiGLU, no rows", "silu", (0,)),
-    _case("GeGLU, no rows", "gelu_tanh", (2, 0), side_by_side=True),
+    OP.case("SwiGLU", "silu", (5,)),
+    OP.case("GeGLU", "gelu_tanh", (5,)),
+    OP.case("SwiGLU, documents and rows", "silu", (2, 5)),
+    OP.case("SwiGLU, side by side in one buffer", "silu", (5,), side_by_side=True),
+    OP.case("GeGLU, side by side in one buffer", "gelu_tanh", (2, 5), side_by_side=True),
+    OP.case("GLU", "sigmoid", (5,)),
+    OP.case("GLU, side by side in one buffer", "sigmoid", (2, 5), side_by_side=True),
+    OP.case("GLU, saturated", "sigmoid", (5,), size=20.0),
+    OP.case("SwiGLU, saturated", "silu", (5,), size=30.0),
+    OP.case("GeGLU, saturated", "gelu_tanh", (5,), size=30.0),
+    OP.case("SwiGLU, several chunks", "silu", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    OP.case("GeGLU, many columns", "gelu_tanh", (5,), 83, side_by_side=True),
+    OP.case("SwiGLU, one row", "silu", (1,)),
+    OP.case("GeGLU, one row", "gelu_tanh", (1,)),
+    OP.case("SwiGLU, no rows", "silu", (0,)),
+    OP.case("GeGLU, no rows", "gelu_tanh", (2, 0), side_by_side=True),
 )
 
 

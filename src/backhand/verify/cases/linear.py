@@ -20,17 +20,16 @@ OP = Op(
     {"lead": ..., "inputs": 7, "outputs": 4, "bias": False},
     usual=lambda x, weight, bias: functional.linear(x, weight, bias),
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", (5,)),
-    _case("bias", (5,), bias=True),
-    _case("documents and rows, bias", (2, 5), bias=True),
-    _case("one input, one output", (6,), 1, 1, bias=True),
-    _case("square weight", (5,), 7, 7),
-    _case("one row", (1,), bias=True),
-    _case("no rows", (0,), bias=True),
-    _case("training size", (67,), 96, 160, bias=True),
+    OP.case("rows", (5,)),
+    OP.case("bias", (5,), bias=True),
+    OP.case("documents and rows, bias", (2, 5), bias=True),
+    OP.case("one input, one output", (6,), 1, 1, bias=True),
+    OP.case("square weight", (5,), 7, 7),
+    OP.case("one row", (1,), bias=True),
+    OP.case("no rows", (0,), bias=True),
+    OP.case("training size", (67,), 96, 160, bias=True),
 )
 
 MUTANTS = (

@@ -117,61 +117,45 @@ def _inputs(
 
 OP = Op(
     "linear_cross_entropy",
-    {
-        "labels": _labels,
-        "x": "size: rows hidden",
-        "weight": "vocab hidden",
-        "d_y": lambda multiplier: torch.tensor(multiplier, dtype=torch.float64),
-        "lora_A": "rank hidden",
-        "lora_B": "vocab rank",
-    },
-    {
-        "rows": ...,
-        "hidden": 5,
-        "vocab": 7,
-        "rank": None,
-        "multiplier": 0.13,
-        "size": 1.0,
-        "masked": False,
-        "dropout": None,
-        "rule": PLAIN,
-        "fused": True,
-    },
+    dict(labels=_labels, x="size: rows hidden", weight="vocab hidden")
+    | dict(d_y=lambda multiplier: torch.tensor(multiplier, dtype=torch.float64), lora_A="rank hidden")
+    | dict(lora_B="vocab rank"),
+    dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, masked=False, dropout=None)
+    | dict(rule=PLAIN, fused=True),
     backward=_backward,
     reference=_reference,
     usual=_usual,
     made={"s": _inputs},
     ways={"fused": _fused},
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", 6),
-    _case("adapted head", 6, rank=3),
-    _case("masked labels", 9, masked=True),
-    _case("masked labels, adapted head", 9, rank=2, masked=True),
-    _case("wide vocabulary", 3, vocab=4133),
-    _case("several chunks", CHUNK_ROWS + 3, rank=3),
-    _case("exactly one chunk", CHUNK_ROWS),
-    _case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
-    _case("large logits", 6, size=300.0, rank=2),
-    _case("square head", 6, 7, 7, 7),
-    _case("one row", 1, rank=3),
-    _case("one class", 4, vocab=1),
-    _case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
-    _case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
-    _case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
-    _case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
-    _case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
-    _case("no rows", 0, rank=3),
-    _case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
-    _case("capped logits", 6, rule=LogitsRule(cap=2.5)),
-    _case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
-    _case(
+    OP.case("rows", 6),
+    OP.case("adapted head", 6, rank=3),
+    OP.case("masked labels", 9, masked=True),
+    OP.case("masked labels, adapted head", 9, rank=2, masked=True),
+    OP.case("wide vocabulary", 3, vocab=4133),
+    OP.case("several chunks", CHUNK_ROWS + 3, rank=3),
+    OP.case("exactly one chunk", CHUNK_ROWS),
+    OP.case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
+    OP.case("large logits", 6, size=300.0, rank=2),
+    OP.case("square head", 6, 7, 7, 7),
+    OP.case("one row", 1, rank=3),
+    OP.case("one class", 4, vocab=1),
+    OP.case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
+    OP.case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
+    OP.case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
+    OP.case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
+    OP.case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
+    OP.case("no rows", 0, rank=3),
+    OP.case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
+    OP.case("capped logits", 6, rule=LogitsRule(cap=2.5)),
+    OP.case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
+    OP.case(
         "scaled and capped logits, dropout", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3), rule=LogitsRule(1.4, 3.1)
     ),
-    _case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
-    _case("training size", 67, 48, 353, 8),
+    OP.case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
+    OP.case("training size", 67, 48, 353, 8),
 )
 
 

@@ -16,16 +16,15 @@ OP = Op(
     usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
     made={"channels": lambda shape, axis: shape[axis]},
 )
-_case = OP.case
 
 CASES = (
-    _case("rows", (5, 7)),
-    _case("documents and rows", (2, 5, 7)),
-    _case("channels of a picture", (2, 5, 3, 4), axis=1),
-    _case("channels of a square", (4, 4), axis=0),
-    _case("one row", (1, 7)),
-    _case("no rows", (0, 7)),
-    _case("training size", (67, 96)),
+    OP.case("rows", (5, 7)),
+    OP.case("documents and rows", (2, 5, 7)),
+    OP.case("channels of a picture", (2, 5, 3, 4), axis=1),
+    OP.case("channels of a square", (4, 4), axis=0),
+    OP.case("one row", (1, 7)),
+    OP.case("no rows", (0, 7)),
+    OP.case("training size", (67, 96)),
 )
 
 

@@ -50,53 +50,33 @@ def _steps(batch: int, places: tuple[int, ...], kernel: tuple[int, ...], geometr
 
 OP = Op(
     "lora_conv",
-    {
-        "x": "batch inputs *places",
-        "weight": "outputs group *kernel",
-        "lora_A": "rank inputs *kernel",
-        "lora_B": lambda draw, outputs, rank, groups, kernel: draw.normal(
-            outputs, rank // groups, *(1 for _ in kernel)
-        ),
-        "bias": "outputs",
-        "d_y": "batch outputs *steps",
-    },
-    {
-        "batch": ...,
-        "places": ...,
-        "kernel": ...,
-        "inputs": 4,
-        "outputs": 6,
-        "rank": 2,
-        "stride": 1,
-        "padding": 0,
-        "dilation": 1,
-        "groups": 1,
-        "bias": False,
-        "dropout": None,
-        "input_gradient": True,
-        "scaling": SCALING,
-    },
+    dict(x="batch inputs *places", weight="outputs group *kernel", lora_A="rank inputs *kernel")
+    | dict(
+        lora_B=lambda draw, outputs, rank, groups, kernel: draw.normal(outputs, rank // groups, *(1 for _ in kernel))
+    )
+    | dict(bias="outputs", d_y="batch outputs *steps"),
+    dict(batch=..., places=..., kernel=..., inputs=4, outputs=6, rank=2, stride=1, padding=0, dilation=1)
+    | dict(groups=1, bias=False, dropout=None, input_gradient=True, scaling=SCALING),
     usual=_usual,
     made={"mask": _mask, "geometry": _geometry, "steps": _steps, "group": lambda inputs, groups: inputs // groups},
 )
-_case = OP.case
 
 CASES = (
-    _case("one dimension", 3, (9,), (5,), rank=2, outputs=7),
-    _case("two dimensions", 2, (7, 8), (3, 1)),
-    _case("three dimensions", 2, (4, 5, 3), (2, 1, 3), rank=3),
-    _case("stride, padding, dilation", 2, (9, 10), (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
-    _case("places behind the last stride", 2, (10,), (3,), stride=(4,)),
-    _case("bias", 3, (9,), (5,), bias=True),
-    _case("groups", 2, (9,), (5,), groups=2, rank=4, bias=True),
-    _case("groups, stride, padding", 2, (7, 6), (3, 2), stride=(2, 1), padding=(1, 1), groups=2, rank=6),
-    _case("dropout", 2, (7, 8), (3, 1), dropout=Dropout(0.4, 17)),
-    _case("groups, dropout, stride", 2, (9,), (3,), groups=2, rank=2, stride=(2,), dropout=Dropout(0.3, 5)),
-    _case("no input gradient", 2, (9,), (5,), input_gradient=False, dropout=Dropout(0.3, 6)),
-    _case("square kernel", 2, (7, 7), (3, 3), inputs=5, outputs=5, rank=5, padding=(1, 1)),
-    _case("kernel of one place", 2, (9,), (1,)),
-    _case("one row of one place", 1, (1,), (3,), padding=(1,)),
-    _case("empty batch", 0, (9,), (5,), bias=True, dropout=Dropout(0.4, 17)),
+    OP.case("one dimension", 3, (9,), (5,), rank=2, outputs=7),
+    OP.case("two dimensions", 2, (7, 8), (3, 1)),
+    OP.case("three dimensions", 2, (4, 5, 3), (2, 1, 3), rank=3),
+    OP.case("stride, padding, dilation", 2, (9, 10), (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
+    OP.case("places behind the last stride", 2, (10,), (3,), stride=(4,)),
+    OP.case("bias", 3, (9,), (5,), bias=True),
+    OP.case("groups", 2, (9,), (5,), groups=2, rank=4, bias=True),
+    OP.case("groups, stride, padding", 2, (7, 6), (3, 2), stride=(2, 1), padding=(1, 1), groups=2, rank=6),
+    OP.case("dropout", 2, (7, 8), (3, 1), dropout=Dropout(0.4, 17)),
+    OP.case("groups, dropout, stride", 2, (9,), (3,), groups=2, rank=2, stride=(2,), dropout=Dropout(0.3, 5)),
+    OP.case("no input gradient", 2, (9,), (5,), input_gradient=False, dropout=Dropout(0.3, 6)),
+    OP.case("square kernel", 2, (7, 7), (3, 3), inputs=5, outputs=5, rank=5, padding=(1, 1)),
+    OP.case("kernel of one place", 2, (9,), (1,)),
+    OP.case("one row of one place", 1, (1,), (3,), padding=(1,)),
+    OP.case("empty batch", 0, (9,), (5,), bias=True, dropout=Dropout(0.4, 17)),
 )
 
 

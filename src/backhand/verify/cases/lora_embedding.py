@@ -21,29 +21,22 @@ def _usual(
 
 OP = Op(
     "lora_embedding",
-    {
-        "ids": token_ids,
-        "weight": "vocab hidden",
-        "lora_A": "rank vocab",
-        "lora_B": "hidden rank",
-        "d_y": "*lead hidden",
-    },
+    dict(ids=token_ids, weight="vocab hidden", lora_A="rank vocab", lora_B="hidden rank") | dict(d_y="*lead hidden"),
     {"lead": ..., "vocab": 6, "hidden": 5, "rank": 3, "padding_id": None, "only": None, "scaling": SCALING},
     usual=_usual,
 )
-_case = OP.case
 
 CASES = (
-    _case("tokens, some of them twice", (9,)),
-    _case("documents and tokens", (2, 9)),
+    OP.case("tokens, some of them twice", (9,)),
+    OP.case("documents and tokens", (2, 9)),
     # Finite differences would vary the padding column too, whose gradient is held at zero by definition.
-    _case("padding token", (14,), padding_id=3, exempt=("lora_A",)),
-    _case("one token many times", (40,), only=2),
-    _case("unseen tokens", (4,), vocab=11),
-    _case("square factors", (9,), 5, 5, 5),
-    _case("one token", (1,)),
-    _case("no tokens", (0,)),
-    _case("training size", (67,), 353, 48, 8),
+    OP.case("padding token", (14,), padding_id=3, exempt=("lora_A",)),
+    OP.case("one token many times", (40,), only=2),
+    OP.case("unseen tokens", (4,), vocab=11),
+    OP.case("square factors", (9,), 5, 5, 5),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", (0,)),
+    OP.case("training size", (67,), 353, 48, 8),
 )
 
 

@@ -21,17 +21,16 @@ OP = Op(
     {"shape": ..., "size": 1.0},
     usual=_usual,
 )
-_case = OP.case
 
 CASES = (
-    _case("one feature", (6, 1)),
-    _case("features", (6, 3)),
-    _case("documents and rows", (2, 5, 3)),
-    _case("small differences", (6, 3), size=1e-4),
-    _case("one row", (1, 3)),
-    _case("one number", (1,)),
-    _case("no rows", (0, 3)),
-    _case("training size", (67, 96)),
+    OP.case("one feature", (6, 1)),
+    OP.case("features", (6, 3)),
+    OP.case("documents and rows", (2, 5, 3)),
+    OP.case("small differences", (6, 3), size=1e-4),
+    OP.case("one row", (1, 3)),
+    OP.case("one number", (1,)),
+    OP.case("no rows", (0, 3)),
+    OP.case("training size", (67, 96)),
 )
 
 

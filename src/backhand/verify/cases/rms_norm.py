@@ -38,17 +38,8 @@ def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: 
 OP = Op(
     "rms_norm",
     {"x": "size: *lead columns", "weight": "columns", "d_y": "*lead wide"},
-    {
-        "lead": ...,
-        "columns": 7,
-        "eps": 0.03,
-        "offset": 0.0,
-        "size": 1.0,
-        "weight_gradient": True,
-        "into_buffer": False,
-        "with_residual": False,
-        "in_place": False,
-    },
+    dict(lead=..., columns=7, eps=0.03, offset=0.0, size=1.0, weight_gradient=True, into_buffer=False)
+    | dict(with_residual=False, in_place=False),
     usual=_usual,
     reference=_reference,
     made={
@@ -57,24 +48,23 @@ OP = Op(
     },
     ways={"with_residual": _with_residual},
 )
-_case = OP.case
 
 
 CASES = (
-    _case("rows", (5,)),
-    _case("heads", (5, 3)),
-    _case("offset 1", (5,), offset=1.0),
-    _case("tiny eps", (5,), eps=1e-6),
-    _case("x below the root of eps", (5,), size=0.01),
-    _case("large x", (5,), size=1e4, eps=1e-6, offset=1.0),
-    _case("frozen weight", (5,), weight_gradient=False),
-    _case("into a used buffer", (5,), offset=1.0, into_buffer=True),
-    _case("with a residual", (5,), 83, with_residual=True),
-    _case("one column", (5,), 1),
-    _case("one row", (1,)),
-    _case("no rows", (0,)),
-    _case("training size", (67,), 96),
-    _case("with a residual, in the gradient's place", (5,), 83, with_residual=True, in_place=True),
+    OP.case("rows", (5,)),
+    OP.case("heads", (5, 3)),
+    OP.case("offset 1", (5,), offset=1.0),
+    OP.case("tiny eps", (5,), eps=1e-6),
+    OP.case("x below the root of eps", (5,), size=0.01),
+    OP.case("large x", (5,), size=1e4, eps=1e-6, offset=1.0),
+    OP.case("frozen weight", (5,), weight_gradient=False),
+    OP.case("into a used buffer", (5,), offset=1.0, into_buffer=True),
+    OP.case("with a residual", (5,), 83, with_residual=True),
+    OP.case("one column", (5,), 1),
+    OP.case("one row", (1,)),
+    OP.case("no rows", (0,)),
+    OP.case("training size", (67,), 96),
+    OP.case("with a residual, in the gradient's place", (5,), 83, with_residual=True, in_place=True),
 )
 
 

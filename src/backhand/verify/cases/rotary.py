@@ -54,42 +54,32 @@ def _usual(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
 OP = Op(
     "rotary",
     {"x": "tokens heads head_dim", "d_y": "tokens heads head_dim"},
-    {
-        "positions": ...,
-        "heads": 3,
-        "head_dim": 8,
-        "theta": 50.0,
-        "attention_factor": 1.0,
-        "in_place": False,
-        "turning": None,
-        "interleaved": False,
-        "theta_by_token": False,
-    },
+    dict(positions=..., heads=3, head_dim=8, theta=50.0, attention_factor=1.0, in_place=False, turning=None)
+    | dict(interleaved=False, theta_by_token=False),
     usual=_usual,
     made={"table": _table, "tokens": lambda positions: len(positions)},
     ways={"in_place": _in_place},
 )
-_case = OP.case
 
 
 CASES = (
-    _case("one document", [0, 1, 2, 3, 4]),
-    _case("packed documents", [0, 1, 2, 0, 1, 0]),
-    _case("far positions", [4000, 4001, 8190], theta=1e6),
-    _case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
-    _case("in place", [0, 1, 0, 1, 2], in_place=True),
-    _case("wide heads", [0, 1, 2, 7], head_dim=70, theta=1e4, in_place=True),
-    _case("two features", [3, 5, 7, 9], head_dim=2),
-    _case("neighbours", [0, 1, 2, 0, 1], interleaved=True),
-    _case("neighbours in place", [2, 3, 0, 1], interleaved=True, in_place=True),
-    _case("some features", [0, 1, 2, 0, 1], turning=6),
-    _case("some features in place", [0, 1, 2, 0, 7], turning=2, in_place=True, attention_factor=0.7),
-    _case("some neighbours", [0, 1, 2, 0, 1], turning=6, interleaved=True),
-    _case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
-    _case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
-    _case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
-    _case("one token", [0]),
-    _case("no tokens", []),
+    OP.case("one document", [0, 1, 2, 3, 4]),
+    OP.case("packed documents", [0, 1, 2, 0, 1, 0]),
+    OP.case("far positions", [4000, 4001, 8190], theta=1e6),
+    OP.case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
+    OP.case("in place", [0, 1, 0, 1, 2], in_place=True),
+    OP.case("wide heads", [0, 1, 2, 7], head_dim=70, theta=1e4, in_place=True),
+    OP.case("two features", [3, 5, 7, 9], head_dim=2),
+    OP.case("neighbours", [0, 1, 2, 0, 1], interleaved=True),
+    OP.case("neighbours in place", [2, 3, 0, 1], interleaved=True, in_place=True),
+    OP.case("some features", [0, 1, 2, 0, 1], turning=6),
+    OP.case("some features in place", [0, 1, 2, 0, 7], turning=2, in_place=True, attention_factor=0.7),
+    OP.case("some neighbours", [0, 1, 2, 0, 1], turning=6, interleaved=True),
+    OP.case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
+    OP.case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
+    OP.case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
+    OP.case("one token", [0]),
+    OP.case("no tokens", []),
 )
 
 

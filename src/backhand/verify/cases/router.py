@@ -17,18 +17,17 @@ def _logits(draw: Draw, tokens: int, experts: int) -> Tensor:
 
 
 OP = Op("router", {"logits": _logits, "d_y": "tokens k"}, {"tokens": ..., "experts": 7, "k": 3, "of_all": False})
-_case = OP.case
 
 CASES = (
-    _case("shares among the chosen", 5),
-    _case("shares among all", 5, of_all=True),
-    _case("every expert chosen", 5, 4, 4),
-    _case("one expert chosen, shares among all", 5, 4, 1, of_all=True),
-    _case("two experts", 6, 2, 1, of_all=True),
-    _case("one token", 1),
-    _case("one token, shares among all", 1, of_all=True),
-    _case("no tokens", 0),
-    _case("training size", 67, 12, 4),
+    OP.case("shares among the chosen", 5),
+    OP.case("shares among all", 5, of_all=True),
+    OP.case("every expert chosen", 5, 4, 4),
+    OP.case("one expert chosen, shares among all", 5, 4, 1, of_all=True),
+    OP.case("two experts", 6, 2, 1, of_all=True),
+    OP.case("one token", 1),
+    OP.case("one token, shares among all", 1, of_all=True),
+    OP.case("no tokens", 0),
+    OP.case("training size", 67, 12, 4),
 )
 
 

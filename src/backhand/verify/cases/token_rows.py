@@ -24,13 +24,7 @@ def _token_ids(draw: Draw, vocab: int, count: int) -> Tensor:
 
 EMBEDDING = Op(
     "token_embedding",
-    {
-        "token_ids": _token_ids,
-        "ids": _ids,
-        "weight": "vocab hidden",
-        "token_rows": "count hidden",
-        "d_y": "*lead hidden",
-    },
+    dict(token_ids=_token_ids, ids=_ids, weight="vocab hidden", token_rows="count hidden") | dict(d_y="*lead hidden"),
     {"lead": ..., "vocab": 6, "hidden": 5, "count": 3, "only": False},
     usual=lambda ids, weight, token_rows, token_ids: functional.embedding(
         ids, weight.index_copy(0, token_ids, token_rows)
@@ -38,14 +32,8 @@ EMBEDDING = Op(
 )
 LINEAR = Op(
     "token_linear",
-    {
-        "x": "*lead hidden",
-        "weight": "vocab hidden",
-        "token_rows": "count hidden",
-        "token_ids": _token_ids,
-        "d_y": "*lead vocab",
-        "bias": "vocab",
-    },
+    dict(x="*lead hidden", weight="vocab hidden", token_rows="count hidden", token_ids=_token_ids)
+    | dict(d_y="*lead vocab", bias="vocab"),
     {"lead": ..., "vocab": 11, "hidden": 7, "count": 3, "bias": False, "input_gradient": True},
 )
 
