@@ -22,10 +22,10 @@ OPS_OF = {
     "rotary": ("rotary",),
     "softmax_losses": ("linear_cross_entropy",),
     "attention": ("attention",),
-    "low_rank": ("lora_linear_group",),
-    "low_rank_rows": ("lora_linear_group",),
+    "low_rank": ("lora_group",),
+    "low_rank_rows": ("lora_group",),
     "few rows": ("frozen_linear",),
-    "dense_product": ("lora_linear", "lora_linear_group"),
+    "dense_product": ("lora_group",),
     "panels": ("frozen_linear",),
     "causal_conv": ("causal_conv",),
     "gated_conv": ("gated_conv",),
@@ -34,11 +34,9 @@ OPS_OF = {
 FILES = sorted(path for path in build.SOURCES.iterdir() if path.suffix in (".cpp", ".h") and path.stem != "mutants")
 SOURCES = [path.read_text(encoding="utf-8") for path in FILES]
 ALL_MUTANTS = {name for text in SOURCES for name in re.findall(r'MUTATED\("([^"]+)"', text)}
-OF_A_STEP = sorted(name for name in ALL_MUTANTS if name.startswith("decode step:") and "naive" not in name)
+OF_A_STEP = sorted(name for name in ALL_MUTANTS if name.startswith("decode step:"))
 OF_CORNERS = sorted(name for name in ALL_MUTANTS if "corner" in name)
-# Of these test_real_sizes.py takes care: in float64, and of few numbers, they are right.
-NAIVE = sorted(name for name in ALL_MUTANTS if "naive" in name)
-MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP, OF_CORNERS, NAIVE))
+MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP, OF_CORNERS))
 # What no op computes: heads that share keys and an adapter; caps, windows and norms behind; a multiplied sum; queries
 # that grow with their position.
 STEPPED = ("llama", "gemma2", "granite", "ministral3")

@@ -133,7 +133,7 @@ def _saved(name: str, gradients: str, change: Callable[[BlockSaved, BlockInputs]
 
 def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
     """d_y as a gradient of the whole stream: zero in the rows not wanted."""
-    rows, stream = s.context.rows, s.saved.x0
+    rows, stream = s.context.wanted, s.saved.x0
     return g if rows is None else torch.zeros_like(stream).index_copy_(0, rows, g)
 
 
@@ -145,7 +145,8 @@ def _unscaled(s: BlockInputs) -> BlockAdapter:
     """The block's adapters with scaling 1."""
 
     def unscaled(group: GroupAdapter) -> GroupAdapter:
-        return group._replace(factors=tuple(member and member._replace(scaling=1.0) for member in group.factors))
+        members = tuple(member._replace(scaling=1.0) for member in group.group.members)
+        return group._replace(group=group.group._replace(members=members))
 
     entering, output, gate_up, down, norms, behind = s.adapter
     last = behind and (unscaled(behind[0]), unscaled(behind[1]))
@@ -153,7 +154,7 @@ def _unscaled(s: BlockInputs) -> BlockAdapter:
 
 
 def _with_seed(s: BlockInputs, seed: int | None) -> BlockAdapter:
-    return block_adapter(s.lora, 0, seed, groups=s.context.config.layer_groups[0])
+    return block_adapter(s.lora, s.context.config, 0, seed)
 
 
 def _not_turned(s: BlockInputs) -> RotaryTable | None:
@@ -222,9 +223,7 @@ MUTANTS = (
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
     _weights("gain of the delta rule's norm ignored", "d_lora_B", delta_norm=torch.ones_like),
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
-    _context(
-        "rows mixed up", "d_x0 d_lora_A", rows=lambda s: None if s.context.rows is None else s.context.rows.roll(1)
-    ),
+    _context("rows mixed up", "d_x0 d_lora_A", wanted=lambda s: _rolled(s.context.wanted)),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),
     _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_turned),
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),
