@@ -138,7 +138,8 @@ class JobRun:
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
-            with self._status(loop):
+            shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
+            with shown if self.processes.leads else nullcontext():
                 self.observer.started(self._start(state.progress.step))
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
@@ -149,11 +150,6 @@ class JobRun:
                 self._answer()
         self.observer.ended(summary)
         return summary
-
-    def _status(self, loop: TrainingLoop) -> AbstractContextManager[None]:
-        if not self.processes.leads:
-            return nullcontext()
-        return status_kept(self.directory, self.job.total_steps, lambda: loop.state.progress.step)
 
     def _proof_begin(self, store: CheckpointStore) -> int | None:
         """See `resume.proof_begin`; the first process has the checkpoints."""
@@ -379,11 +375,7 @@ def _train(
     elif restarted():
         config = continued_after_restart(config)
     terminal = TerminalObserver(quiet=config.run.quiet)
-    everyone: list[Observer] = [
-        terminal,
-        *chosen_loggers(config.run.report_to, terminal.noted),
-        *as_observers(callbacks),
-    ]
+    everyone = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
         with Interruption(terminal.noted) as interruption, _opened(run, files, processes) as directory:
@@ -453,8 +445,7 @@ def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoin
 
 def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:
     """The summary of a run that needs nothing more; None if there is something to do."""
-    if config.run.prove_resume is not None:
-        return None
-    if not Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b"")).finished:
+    progress = checkpoint.contents.get(PROGRESS_FILE, b"")
+    if config.run.prove_resume is not None or not Progress.from_json(progress).finished:
         return None
     return read_summary(directory.path / SUMMARY)
