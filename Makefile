@@ -99,6 +99,7 @@ verify: $(VENV)/.demo kernels
 
 test: $(VENV)/.test $(VENV)/.model kernels
 	$(BIN)/backhand verify
+	$(BIN)/backhand verify --large
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
