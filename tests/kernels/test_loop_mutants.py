@@ -48,9 +48,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(target, sources, *defined):
-    """A build for this machine in which a wrong version can be put in force, and how to."""
-    name = usable()[-1]
+def compiled(target, sources, *defined, build_name=None):
+    """A build for this machine, or of that name, in which a wrong version can be put in force, and how to."""
+    name = build_name or usable()[-1]
     flags = [*build.FLAGS, *build.INSTRUCTION_SETS[build.machine()][name], "-O1", f'-DBACKHAND_ISA="{name}"']
     defines = [f"-D{name}" for name in ("BACKHAND_MUTANTS", *defined)]
     command = [build.find_compiler(), *flags, *defines, "-shared", *map(str, sources), "-o", str(target)]

@@ -155,6 +155,7 @@ def test_speed_counts_what_is_spared(
         return model
 
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration.calibrate, "__kwdefaults__", {"budget_s": 100.0})
     monkeypatch.setattr(Decoder, "loss_and_gradients", takes(0.003))
     monkeypatch.setattr(Decoder, "loss", takes(0.001))
     base = ["plan", "--model", str(four.model), "--dtype", "float32", "--threads", "1", "--data", str(four.rows)]

@@ -91,9 +91,9 @@ def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Pa
 
 
 def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
-    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
-    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
-    assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
+    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "32")[1])
+    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
+    assert "rows of 64 tokens (--max-length) are assumed" in long["notes"][0]
     kept = [one["parts"]["kept activations"] for one in (short, long)]
     assert kept[1] == pytest.approx(2 * kept[0], rel=0.02)
     assert kept[0] > 0

@@ -21,6 +21,7 @@ from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.ops.frozen_matrix import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.decoder_engine import choose_engine
 from backhand.training.engine import BoundModel, Engine, ShortModel
@@ -157,6 +158,7 @@ def outline_run(
             return times_as_long(short("quantized", recompute), short("dense", recompute), batch)
         finally:
             source.forget_mapped()
+            drop_scratch()
             release_freed_memory()
 
     def chosen() -> BaseChoice:

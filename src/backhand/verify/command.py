@@ -149,7 +149,10 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
         for case in real_sizes():
             say(f"{case.op}: {case.name}")
             for one in prove_real_size(case):
-                (report.rows if isinstance(one, Row) else report.rejections).append(one)
+                if isinstance(one, Row):
+                    report.rows.append(one)
+                else:
+                    report.rejections.append(one)
     return report
 
 

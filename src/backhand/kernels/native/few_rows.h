@@ -60,7 +60,8 @@ inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
         if (AHEAD) fetch_ahead(w[r] + i);
-        sum[r] = Dot<T>::whole(w[r] + i, x + i, sum[r]);
+        sum[r] = MUTATED("few rows: naive sum", Dot<T>::whole(w[r] + i, x + i, sum[r]),
+                       one_by_one(sum[r], Dot<T>::whole(w[r] + i, x + i, Vector<Wide<T>>{})));
       }
     if (i < last) {
       for (int r = 0; r < ROWS; ++r)

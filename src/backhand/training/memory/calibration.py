@@ -125,7 +125,7 @@ def _token(outline: Outline, machine: Machine, deadline: float) -> _Token:
     return _Token(whole(short, probed) / tokens, _below(short, forward) / tokens)
 
 
-_PROBE_TOKENS = 128
+_PROBE_TOKENS = 64
 _PASSES = 3
 """One that compiles kernels for its sizes, which takes about as long as two, and one that is timed."""
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from backhand.ops.frozen_matrix import drop_scratch
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
 from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
@@ -224,4 +225,5 @@ class MeasuredMemory:
             self._forget()
             # What a step loads and compiles when it is first taken is there now, and the short model is not.
             self._process_bytes = max(self._process_bytes, settled_rss_bytes(self._dtype))
+            drop_scratch()  # the run may hold its base otherwise
         return parts_of(size, shape, self._steps[key], self._process_bytes)
