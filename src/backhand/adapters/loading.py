@@ -19,7 +19,8 @@ from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot, trained_beside
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor, embeddings_of, experts_of
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import embeddings_of, experts_of
 
 
 def load_adapter(
