@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class _Inputs(NamedTuple):
     weight: Tensor
     targets: Tensor
     head: HeadFactors | None
-    multiplier: float
+    multiplier: float | Tensor
     rule: LogitsRule
 
     @property
@@ -47,7 +48,7 @@ class _Inputs(NamedTuple):
 
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
-    """The fused pass as a backward like any other; the losses' gradient is the multiplier in every row."""
+    """The fused pass as a backward like any other; the losses' gradient is the multiplier, one for all rows or each."""
     if inputs.head is not None:
         return linear_cross_entropy_backward(*inputs)[1]
     x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
@@ -64,6 +65,7 @@ def _case(
     multiplier: float = 0.13,
     size: float = 1.0,
     masked: bool = False,
+    weighted: bool = False,
     dropout: Dropout | None = None,
     rule: LogitsRule = PLAIN,
 ) -> Case:
@@ -71,26 +73,24 @@ def _case(
     labels = draw.integers(vocab, rows)
     if masked:
         labels[::2] = IGNORE_INDEX
+    supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     tensors = {
         "x": draw.normal(rows, hidden, size=size),
         "weight": draw.normal(vocab, hidden),
-        "d_y": torch.tensor(multiplier, dtype=torch.float64),
+        "d_y": draw.normal(len(supervised)) if weighted else torch.tensor(multiplier, dtype=torch.float64),
     }
     if rank is not None:
         tensors |= {"lora_A": draw.normal(rank, hidden), "lora_B": draw.normal(vocab, rank)}
-    supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
     def inputs(t: Tensors) -> _Inputs:
         places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
         head = None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING, dropout)
-        return _Inputs(t["x"][places], t["weight"], targets, head, float(t["d_y"]), rule)
+        multiplier = t["d_y"] if weighted else float(t["d_y"])
+        return _Inputs(t["x"][places], t["weight"], targets, head, multiplier, rule)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         given = inputs(t)
-        if dropout is None:
-            losses = linear_cross_entropy_forward(*given[:4], rule)
-        else:  # the forward alone is the evaluation, which has no dropout
-            losses, _ = linear_cross_entropy_backward(*given)
+        losses = linear_cross_entropy_forward(*given[:4], rule)
         grads = backward(t["d_y"], given)
         gradients = {"x": torch.zeros_like(t["x"]).index_copy_(0, supervised.to(t["x"].device), grads.d_x)}
         if rank is not None:
@@ -153,7 +153,18 @@ CASES = (
     ),
     _case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
     _case("training size", 67, 48, 353, 8),
+    _case("a weight for each row", 6, weighted=True),
+    _case("weights, adapted head, masked labels", 9, rank=2, masked=True, weighted=True),
+    _case("weights, several chunks", CHUNK_ROWS + 3, rank=3, weighted=True),
+    _case("weights, several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, weighted=True),
+    _case("weights, dropout", CHUNK_ROWS + 5, rank=3, weighted=True, dropout=Dropout(0.4, 3)),
+    _case("weights, scaled and capped logits", 9, rank=3, weighted=True, rule=LogitsRule(0.6, 1.7)),
+    _case("weights, no rows", 0, rank=3, weighted=True),
 )
+
+
+def _column(multiplier: float | Tensor) -> float | Tensor:
+    return multiplier if isinstance(multiplier, float) else multiplier[:, None]
 
 
 def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool = True) -> Tensor:
@@ -167,7 +178,7 @@ def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool =
         d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
     if slope and s.rule.cap is not None:
         d = d * (1 - (logits / s.rule.cap) ** 2)
-    return s.multiplier * s.rule.scaling * d
+    return _column(s.multiplier) * s.rule.scaling * d
 
 
 def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
@@ -216,7 +227,18 @@ def _last_chunk(s: _Inputs) -> Any:
     """The factors' gradients overwritten by each chunk instead of added up."""
     step = chunk_rows(s.x.shape[1], s.x.dtype)
     start = (max(s.x.shape[0] - 1, 0) // step) * step
-    return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:]))
+    multiplier = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[start:]
+    return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:], multiplier=multiplier))
+
+
+def _weighted(s: _Inputs, change: Callable[[Tensor], Tensor]) -> Any:
+    """The right gradients for other weights, where each row has its own."""
+    return _backward(s.x, s if isinstance(s.multiplier, float) else s._replace(multiplier=change(s.multiplier)))
+
+
+def _first_chunks_weights(w: Tensor) -> Tensor:
+    """Every chunk weighted as the first one."""
+    return w[torch.arange(len(w)) % CHUNK_ROWS]
 
 
 def _head_scaling(s: _Inputs) -> float:
@@ -248,6 +270,14 @@ MUTANTS = (
         "d_lora_B",
         lambda _g, s, _right: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
     ),
+    Mutant("weights averaged", "d_x", lambda _g, s, _right: _weighted(s, lambda w: w.mean().expand_as(w)).d_x),
+    Mutant("weights of the first chunk", "d_x", lambda _g, s, _right: _weighted(s, _first_chunks_weights).d_x),
+    Mutant("weights reversed", "d_lora_A", lambda _g, s, _right: _weighted(s, lambda w: w.flip(0)).d_lora_A),
+    Mutant(
+        "weights of the first chunk", "d_lora_A", lambda _g, s, _right: _weighted(s, _first_chunks_weights).d_lora_A
+    ),
+    Mutant("weights reversed", "d_lora_B", lambda _g, s, _right: _weighted(s, lambda w: w.flip(0)).d_lora_B),
+    Mutant("weights squared", "d_lora_B", lambda _g, s, _right: _weighted(s, lambda w: w * w).d_lora_B),
     # The mask is right in the logits, and forgotten or wrong in one gradient.
     Mutant("mask ignored", "d_x", lambda _g, s, right: right.d_x + (1 - s.mask) * _low_rank_d_x(s)),
     Mutant("mask twice", "d_x", lambda _g, s, right: right.d_x + (s.mask - 1) * s.mask * _low_rank_d_x(s)),
