@@ -6,9 +6,11 @@ A case is built so that a mistake shows (see "A test that can fail" in docs/veri
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -118,44 +120,86 @@ def kind(name: str) -> str:
     return name.partition(" ")[0].rpartition(".")[2]
 
 
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A gradient, or a tuple of gradients some of which may be None, changed tensor by tensor."""
-    if isinstance(value, tuple):
-        return tuple(None if part is None else change(part) for part in value)
-    return change(value)
+@cache
+def parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """Names of parameters in their order, and whether each must be given."""
+    signature = inspect.signature(function)
+    return {name: one.default is one.empty for name, one in signature.parameters.items()}
 
 
-def spoiled(name: str, change: Callable[[Tensor, Tensor], Tensor], *gradients: str) -> tuple[Mutant, ...]:
-    """A mutant for each gradient: change(d_y, right gradient) in its place, of a tuple in that of each part."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutants, a line each. A mistake is a function called by the names of its parameters: `g` is ∂L/∂y, `s` what was saved,
+# `right` the right gradients, `d` the right value of the gradient that it spoils; of a tuple of gradients `d` is one
+# after the other, and `whole` the tuple. Gradients are fields of the backward's result, apart by blanks.
+
+
+def wrong(name: str, gradients: str, mistake: Callable[..., Any]) -> tuple[Mutant, ...]:
+    """A mutant for each gradient, with what the mistake makes of it in its place."""
+    names = parameters(mistake)
 
     def mutant(gradient: str) -> Mutant:
-        return Mutant(
-            name, gradient, lambda d_y, _saved, right: changed(getattr(right, gradient), lambda part: change(d_y, part))
-        )
+        def value(g: Tensor, s: Any, right: Any) -> Any:
+            whole = getattr(right, gradient)
+            given = {"g": g, "s": s, "right": right, "whole": whole, "d": whole}
+            if "d" in names and isinstance(whole, tuple):
+                parts = [part if part is None else given | {"d": part} for part in whole]
+                return tuple(part and mistake(**{name: part[name] for name in names}) for part in parts)
+            return mistake(**{name: given[name] for name in names})
 
-    return tuple(mutant(gradient) for gradient in gradients)
+        return Mutant(name, gradient, value)
+
+    return tuple(mutant(gradient) for gradient in gradients.split())
+
+
+def again(name: str, gradients: str, redo: Callable[[Tensor, Any], Any], **changes: Any) -> tuple[Mutant, ...]:
+    """Mutants by the right backward on something else.
+
+    Args:
+        name, gradients: as in `wrong`.
+        redo: (d_y, saved) → the right gradients.
+        changes: what takes the place of saved values, or of d_y if it is called `g`; or functions of `g` and `s`.
+    """
+
+    def others(g: Tensor, s: Any) -> Any:
+        given = {"g": g, "s": s}
+        made = {
+            key: value(**{name: given[name] for name in parameters(value)}) if callable(value) else value
+            for key, value in changes.items()
+        }
+        d_y = made.pop("g", g)
+        return redo(d_y, s._replace(**made) if made else s)
+
+    def mutant(gradient: str) -> Mutant:
+        return Mutant(name, gradient, lambda g, s, _right: getattr(others(g, s), gradient))
+
+    return tuple(mutant(gradient) for gradient in gradients.split())
 
 
 def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
     """The mistakes that any gradient can have: a wrong sign, and a factor of 1 + 1e-6."""
-    sign = spoiled("sign", lambda _d_y, right: -right, *gradients)
-    factor = spoiled("factor 1 + 1e-6", lambda _d_y, right: right * FACTOR, *gradients)
-    return tuple(mutant for both in zip(sign, factor, strict=True) for mutant in both)
+    return tuple(
+        mutant
+        for gradient in gradients
+        for mutant in (
+            *wrong("sign", gradient, lambda d: -d),
+            *wrong("factor 1 + 1e-6", gradient, lambda d: d * FACTOR),
+        )
+    )
 
 
 def mean_mutants(*gradients: str) -> tuple[Mutant, ...]:
     """The mean over the rows in place of their sum."""
-    return spoiled("mean for sum", lambda d_y, right: right / max(flat_rows(d_y).shape[0], 1), *gradients)
+    return wrong("mean for sum", " ".join(gradients), lambda g, d: d / max(flat_rows(g).shape[0], 1))
 
 
 def transposed_mutants(*gradients: str) -> tuple[Mutant, ...]:
     """A square gradient transposed."""
-    return spoiled("transposed", lambda _d_y, right: transposed_if_square(right), *gradients)
+    return wrong("transposed", " ".join(gradients), transposed_if_square)
 
 
-def rows_reversed(tensor: Tensor) -> Tensor:
+def rows_reversed(g: Tensor) -> Tensor:
     """The rows (all leading axes) in reverse order: a gradient paired with the wrong rows."""
-    return tensor.reshape(-1, tensor.shape[-1]).flip(0)
+    return flat_rows(g).flip(0)
 
 
 def flat_rows(tensor: Tensor) -> Tensor:
@@ -163,9 +207,9 @@ def flat_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def transposed_if_square(tensor: Tensor) -> Tensor:
+def transposed_if_square(d: Tensor) -> Tensor:
     """A transposed where the shape does not give it away."""
-    return tensor.mT if tensor.shape[-1] == tensor.shape[-2] else tensor
+    return d.mT if d.shape[-1] == d.shape[-2] else d
 
 
 def overwritten(rows: int, places: Tensor, values: Tensor) -> Tensor:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch.nn import functional
 
-from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward, decay_gate_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.verify.case import Case, wrong
+from backhand.verify.scaffold import Op
+
+OP = Op("decay_gate")
 
 
 def _case(name: str, tokens: int, heads: int = 3, *, size: float = 1.0, shift: float = 0.0) -> Case:
-    draw = Draw(f"decay_gate: {name}")
-    tensors = {
-        "a": draw.normal(tokens, heads, size=size) + shift,
-        "log_rate": draw.normal(heads),
-        "bias": draw.normal(heads),
-        "d_y": draw.normal(tokens, heads),
+    inputs = {
+        "a": lambda draw: draw.normal(tokens, heads, size=size) + shift,
+        "log_rate": (heads,),
+        "bias": (heads,),
+        "d_y": (tokens, heads),
     }
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = decay_gate_forward(t["a"], t["log_rate"], t["bias"])
-        return ByHand(y, {"a": backward(t["d_y"], saved).d_a})
-
-    def reference(t: Tensors) -> Tensor:
-        return decay_gate_reference(t["a"], t["log_rate"], t["bias"])
-
-    return Case(name, tensors, by_hand, reference)
+    return OP.case(name, inputs)
 
 
 CASES = (
@@ -39,21 +32,17 @@ CASES = (
 )
 
 
-def _z(s: DecayGateSaved) -> Tensor:
-    return s.a + s.bias
-
-
 MUTANTS = (
-    *standard_mutants("d_a"),
-    Mutant("rate forgotten", "d_a", lambda _g, s, right: right.d_a / s.log_rate.exp()),
-    Mutant("logarithm of the rate", "d_a", lambda _g, s, right: right.d_a / s.log_rate.exp() * s.log_rate),
-    Mutant("bias forgotten", "d_a", lambda g, s, _right: -s.log_rate.exp() * g * torch.sigmoid(s.a)),
-    Mutant(
+    wrong("rate forgotten", "d_a", lambda s, d: d / s.log_rate.exp()),
+    wrong("logarithm of the rate", "d_a", lambda s, d: d / s.log_rate.exp() * s.log_rate),
+    wrong("bias forgotten", "d_a", lambda g, s: -s.log_rate.exp() * g * torch.sigmoid(s.a)),
+    wrong(
         "softplus in place of its slope",
         "d_a",
-        lambda g, s, _right: -s.log_rate.exp() * g * torch.nn.functional.softplus(_z(s)),
+        lambda g, s: -s.log_rate.exp() * g * functional.softplus(s.a + s.bias),
     ),
-    Mutant("heads reversed", "d_a", lambda g, s, _right: -s.log_rate.exp().flip(0) * g * torch.sigmoid(_z(s))),
+    wrong("heads reversed", "d_a", lambda g, s: -s.log_rate.exp().flip(0) * g * torch.sigmoid(s.a + s.bias)),
 )
 
-PROOFS = (OpProof("decay_gate", decay_gate_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

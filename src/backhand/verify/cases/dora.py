@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from backhand.ops.dora import DoRASaved, along, dora_backward, dora_forward, dora_reference, gain
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.dora import DoRASaved, along, gain
+from backhand.verify.case import Case, wrong
+from backhand.verify.scaffold import Op
+
+
+def _usual(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+    y = z * along(magnitude / norm, z, axis)
+    return y if bias is None else y + along(bias, y, axis)
+
+
+OP = Op("dora", usual=_usual)
 
 
 def _case(name: str, shape: tuple[int, ...], *, axis: int = -1, bias: bool = False) -> Case:
-    draw = Draw(f"dora: {name}")
     outputs = shape[axis]
-    tensors = {
-        "z": draw.normal(*shape),
+    inputs = {
+        "z": shape,
         # Lengths are above zero; a magnitude that training has carried below zero is a magnitude all the same.
-        "magnitude": draw.normal(outputs) + 0.3,
-        "norm": draw.normal(outputs).abs() + 0.5,
-        "d_y": draw.normal(*shape),
+        "magnitude": lambda draw: draw.normal(outputs) + 0.3,
+        "norm": lambda draw: draw.normal(outputs).abs() + 0.5,
+        "d_y": shape,
+        "bias": bias and (outputs,),
     }
-    if bias:
-        tensors["bias"] = draw.normal(outputs)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = dora_forward(t["z"], t["magnitude"], t["norm"], t.get("bias"), axis)
-        grads = backward(t["d_y"], saved)
-        return ByHand(y, {"z": grads.d_z, "magnitude": grads.d_magnitude})
-
-    def reference(t: Tensors) -> Tensor:
-        return dora_reference(t["z"], t["magnitude"], t["norm"], t.get("bias"), axis)
-
-    def usual(t: Tensors) -> Tensor:
-        y = t["z"] * along(t["magnitude"] / t["norm"], t["z"], axis)
-        return y + along(t["bias"], y, axis) if "bias" in t else y
-
-    return Case(name, tensors, by_hand, reference, usual)
+    return OP.case(name, inputs, axis=axis)
 
 
 CASES = (
@@ -52,14 +44,6 @@ CASES = (
 )
 
 
-def _saved(saved: DoRASaved, **changes: Any) -> DoRASaved:
-    return saved._replace(**changes)
-
-
-def _redo(g: Tensor, saved: DoRASaved, **changes: Any) -> Any:
-    return dora_backward(g, _saved(saved, **changes))
-
-
 def _other_axis(saved: DoRASaved) -> int:
     """An axis of the same size as the channels', where there is one."""
     size = saved.z.shape[saved.axis]
@@ -68,28 +52,20 @@ def _other_axis(saved: DoRASaved) -> int:
 
 
 MUTANTS = (
-    *standard_mutants("d_z", "d_magnitude"),
-    Mutant("norm forgotten", "d_z", lambda g, s, _right: g * along(s.magnitude, s.z, s.axis)),
-    Mutant("magnitude forgotten", "d_z", lambda g, s, _right: g / along(s.norm, s.z, s.axis)),
-    Mutant("not rescaled", "d_z", lambda g, _s, _right: g),
-    Mutant("along another axis", "d_z", lambda g, s, _right: _redo(g, s, axis=_other_axis(s)).d_z),
-    Mutant(
-        # What comes of differentiating the norm as if magnitude and norm were one.
+    wrong("norm forgotten", "d_z", lambda g, s: g * along(s.magnitude, s.z, s.axis)),
+    wrong("magnitude forgotten", "d_z", lambda g, s: g / along(s.norm, s.z, s.axis)),
+    wrong("not rescaled", "d_z", lambda g: g),
+    OP.redo("along another axis", "d_z d_magnitude", axis=lambda s: _other_axis(s)),
+    wrong(
         "the norm's own gradient subtracted",
         "d_z",
-        lambda g, s, right: (
-            right.d_z - s.z * along(right.d_magnitude * gain(s.magnitude, s.norm, g.dtype), s.z, s.axis)
-        ),
+        lambda g, s, d, right: d - s.z * along(right.d_magnitude * gain(s.magnitude, s.norm, g.dtype), s.z, s.axis),
     ),
-    Mutant("norm forgotten", "d_magnitude", lambda _g, s, right: right.d_magnitude * s.norm),
-    Mutant("of y for of z", "d_magnitude", lambda _g, s, right: right.d_magnitude * s.magnitude / s.norm),
-    Mutant("z left out", "d_magnitude", lambda g, s, _right: _redo(g, s, z=torch.ones_like(s.z)).d_magnitude),
-    Mutant("along another axis", "d_magnitude", lambda g, s, _right: _redo(g, s, axis=_other_axis(s)).d_magnitude),
-    Mutant(
-        "mean for sum",
-        "d_magnitude",
-        lambda _g, s, right: right.d_magnitude / max(s.z.numel() // max(s.z.shape[s.axis], 1), 1),
-    ),
+    wrong("norm forgotten", "d_magnitude", lambda s, d: d * s.norm),
+    wrong("of y for of z", "d_magnitude", lambda s, d: d * s.magnitude / s.norm),
+    OP.redo("z left out", "d_magnitude", z=lambda s: torch.ones_like(s.z)),
+    wrong("mean for sum", "d_magnitude", lambda s, d: d / max(s.z.numel() // max(s.z.shape[s.axis], 1), 1)),
 )
 
-PROOFS = (OpProof("dora", dora_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.ops.dropout import DropoutSaved, dropout_backward, dropout_forward, dropout_mask, dropout_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.dropout import DropoutSaved, dropout_mask
+from backhand.verify.case import Case, wrong
+from backhand.verify.scaffold import Op
+
+OP = Op("dropout", made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)})
 
 
 def _case(name: str, shape: tuple[int, ...], probability: float, seed: int) -> Case:
-    draw = Draw(f"dropout: {name}")
-    tensors = {"x": draw.normal(*shape), "d_y": draw.normal(*shape)}
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = dropout_forward(t["x"], probability, seed)
-        return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-
-    def reference(t: Tensors) -> Tensor:
-        return dropout_reference(t["x"], dropout_mask(shape, probability, seed, t["x"].device), probability)
-
-    return Case(name, tensors, by_hand, reference)
+    return OP.case(name, {"x": shape, "d_y": shape}, probability=probability, seed=seed)
 
 
 CASES = (
@@ -39,13 +32,13 @@ def _kept(s: DropoutSaved, g: Tensor) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("mask ignored", "d_x", lambda g, _s, _right: g.clone()),
-    Mutant("mask ignored but scaled", "d_x", lambda g, s, _right: g / (1 - s.probability)),
-    Mutant("not scaled up", "d_x", lambda g, s, _right: g * _kept(s, g)),
-    Mutant("scaled by the wrong share", "d_x", lambda g, s, _right: g * _kept(s, g) / max(s.probability, 1e-3)),
-    Mutant("mask of another seed", "d_x", lambda g, s, _right: dropout_backward(g, s._replace(seed=s.seed + 1)).d_x),
-    Mutant("mask inverted", "d_x", lambda g, s, _right: g * ~_kept(s, g) / (1 - s.probability)),
+    wrong("mask ignored", "d_x", lambda g: g.clone()),
+    wrong("mask ignored but scaled", "d_x", lambda g, s: g / (1 - s.probability)),
+    wrong("not scaled up", "d_x", lambda g, s: g * _kept(s, g)),
+    wrong("scaled by the wrong share", "d_x", lambda g, s: g * _kept(s, g) / max(s.probability, 0.001)),
+    OP.redo("mask of another seed", "d_x", seed=lambda s: s.seed + 1),
+    wrong("mask inverted", "d_x", lambda g, s: g * ~_kept(s, g) / (1 - s.probability)),
 )
 
-PROOFS = (OpProof("dropout", dropout_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

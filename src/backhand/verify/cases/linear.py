@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.linear import linear_backward, linear_forward, linear_reference
 from backhand.verify.case import (
-    Backward,
-    ByHand,
     Case,
-    Draw,
-    Mutant,
-    OpProof,
-    Tensors,
     flat_rows,
     mean_mutants,
     rows_reversed,
-    standard_mutants,
     transposed_if_square,
     transposed_mutants,
+    wrong,
 )
+from backhand.verify.scaffold import Op
+
+OP = Op("linear", usual=lambda x, weight, bias: functional.linear(x, weight, bias))
 
 
 def _case(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 4, *, bias: bool = False) -> Case:
-    draw = Draw(f"linear: {name}")
-    tensors = {
-        "x": draw.normal(*lead, inputs),
-        "weight": draw.normal(outputs, inputs),
-        "d_y": draw.normal(*lead, outputs),
-    }
-    if bias:
-        tensors["bias"] = draw.normal(outputs)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = linear_forward(t["x"], t["weight"], t.get("bias"))
-        grads = backward(t["d_y"], saved)
-        return ByHand(y, {"x": grads.d_x, "weight": grads.d_weight} | ({"bias": grads.d_bias} if bias else {}))
-
-    def reference(t: Tensors) -> Tensor:
-        return linear_reference(t["x"], t["weight"], t.get("bias"))
-
-    def usual(t: Tensors) -> Tensor:
-        return functional.linear(t["x"], t["weight"], t.get("bias"))
-
-    return Case(name, tensors, by_hand, reference, usual)
+    shapes = {"x": (*lead, inputs), "weight": (outputs, inputs), "d_y": (*lead, outputs), "bias": bias and (outputs,)}
+    return OP.case(name, shapes)
 
 
 CASES = (
@@ -59,13 +35,12 @@ CASES = (
 )
 
 MUTANTS = (
-    *standard_mutants("d_x", "d_weight", "d_bias"),
-    Mutant("weight transposed", "d_x", lambda g, s, _right: g @ transposed_if_square(s.weight)),
-    *transposed_mutants("d_weight"),
-    *mean_mutants("d_weight", "d_bias"),
-    Mutant("rows reversed", "d_weight", lambda g, s, _right: rows_reversed(g).T @ flat_rows(s.x)),
-    Mutant("last row missing", "d_weight", lambda g, s, _right: flat_rows(g)[:-1].T @ flat_rows(s.x)[:-1]),
-    Mutant("last row missing", "d_bias", lambda g, _s, _right: flat_rows(g)[:-1].sum(0)),
+    OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
+    transposed_mutants("d_weight"),
+    mean_mutants("d_weight", "d_bias"),
+    OP.redo("rows reversed", "d_weight", g=rows_reversed),
+    wrong("last row missing", "d_weight", lambda g, s: flat_rows(g)[:-1].T @ flat_rows(s.x)[:-1]),
+    wrong("last row missing", "d_bias", lambda g: flat_rows(g)[:-1].sum(0)),
 )
 
-PROOFS = (OpProof("linear", linear_backward, CASES, MUTANTS),)
+PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -5,28 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.dora import along
-from backhand.ops.lora_bias import LoRABiasSaved, lora_bias_backward, lora_bias_forward, lora_bias_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.lora_bias import LoRABiasSaved
+from backhand.verify.case import Case, wrong
+from backhand.verify.scaffold import SCALING, Op
 
-SCALING = 1.7
+OP = Op("lora_bias", usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis))
 
 
 def _case(name: str, shape: tuple[int, ...], *, axis: int = -1) -> Case:
-    draw = Draw(f"lora_bias: {name}")
-    tensors = {"z": draw.normal(*shape), "lora_bias": draw.normal(shape[axis]), "d_y": draw.normal(*shape)}
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = lora_bias_forward(t["z"], t["lora_bias"], SCALING, axis)
-        grads = backward(t["d_y"], saved)
-        return ByHand(y, {"z": grads.d_z, "lora_bias": grads.d_lora_bias})
-
-    def reference(t: Tensors) -> Tensor:
-        return lora_bias_reference(t["z"], t["lora_bias"], SCALING, axis)
-
-    def usual(t: Tensors) -> Tensor:
-        return t["z"] + SCALING * along(t["lora_bias"], t["z"], axis)
-
-    return Case(name, tensors, by_hand, reference, usual)
+    return OP.case(name, {"z": shape, "lora_bias": (shape[axis],), "d_y": shape}, scaling=SCALING, axis=axis)
 
 
 CASES = (
@@ -40,23 +27,17 @@ CASES = (
 )
 
 
-def _without_first_row(g: Tensor, saved: LoRABiasSaved) -> Tensor:
-    channels_last = g.movedim(saved.axis, -1).reshape(-1, g.shape[saved.axis])
-    return saved.scaling * channels_last[1:].sum(0)
-
-
-def _rows(g: Tensor, saved: LoRABiasSaved) -> int:
-    return max(g.numel() // max(g.shape[saved.axis], 1), 1)
+def _without_first_row(g: Tensor, s: LoRABiasSaved) -> Tensor:
+    return s.scaling * g.movedim(s.axis, -1).reshape(-1, g.shape[s.axis])[1:].sum(0)
 
 
 MUTANTS = (
-    *standard_mutants("d_z", "d_lora_bias"),
-    Mutant("scaled", "d_z", lambda _g, s, right: s.scaling * right.d_z),
-    Mutant("scaling forgotten", "d_lora_bias", lambda _g, s, right: right.d_lora_bias / s.scaling),
-    Mutant("scaling twice", "d_lora_bias", lambda _g, s, right: right.d_lora_bias * s.scaling),
-    Mutant("mean for sum", "d_lora_bias", lambda g, s, right: right.d_lora_bias / _rows(g, s)),
-    Mutant("first row missing", "d_lora_bias", lambda g, s, _right: _without_first_row(g, s)),
-    Mutant("channels reversed", "d_lora_bias", lambda _g, _s, right: right.d_lora_bias.flip(0)),
+    wrong("scaled", "d_z", lambda d, s: s.scaling * d),
+    wrong("scaling forgotten", "d_lora_bias", lambda d, s: d / s.scaling),
+    wrong("scaling twice", "d_lora_bias", lambda d, s: d * s.scaling),
+    wrong("mean for sum", "d_lora_bias", lambda g, s, d: d / max(g.numel() // max(g.shape[s.axis], 1), 1)),
+    wrong("first row missing", "d_lora_bias", _without_first_row),
+    wrong("channels reversed", "d_lora_bias", lambda d: d.flip(0)),
 )
 
-PROOFS = (OpProof("lora_bias", lora_bias_backward, CASES, MUTANTS),)
+PROOFS = (OP.proof(CASES, MUTANTS),)

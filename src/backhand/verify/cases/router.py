@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.ops.router import RouterSaved, router_backward, router_forward, router_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.router import RouterSaved
+from backhand.verify.case import Case, Draw, wrong
+from backhand.verify.scaffold import Op
 
 APART = 1.5
+OP = Op("router")
 
 
 def _case(name: str, tokens: int, experts: int = 7, k: int = 3, *, of_all: bool = False) -> Case:
-    draw = Draw(f"router: {name}")
-    order = draw.normal(tokens, experts).argsort(dim=-1).double()
-    tensors = {
-        "logits": APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1),
-        "d_y": draw.normal(tokens, k),
-    }
+    def logits(draw: Draw) -> Tensor:
+        order = draw.normal(tokens, experts).argsort(dim=-1).double()
+        return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = router_forward(t["logits"], k, of_all=of_all)
-        return ByHand(y, {"logits": backward(t["d_y"], saved).d_logits})
-
-    def reference(t: Tensors) -> Tensor:
-        return router_reference(t["logits"], k, of_all=of_all)
-
-    return Case(name, tensors, by_hand, reference)
+    return OP.case(name, {"logits": logits, "d_y": (tokens, k)}, k=k, of_all=of_all)
 
 
 CASES = (
@@ -59,12 +51,12 @@ def _unweighted(g: Tensor, s: RouterSaved) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_logits"),
-    Mutant("sum forgotten", "d_logits", lambda g, s, _right: _placed(_weights(s) * g, s)),
-    Mutant("weights forgotten", "d_logits", lambda g, s, _right: _unweighted(g, s)),
-    Mutant("those not chosen left out", "d_logits", lambda g, s, _right: _among_chosen(g, s)),
-    Mutant("choices reversed", "d_logits", lambda g, s, _right: _among_chosen(g, s._replace(chosen=s.chosen.flip(1)))),
-    Mutant("experts in order", "d_logits", lambda _g, _s, right: right.d_logits.sort(dim=-1).values),
+    wrong("sum forgotten", "d_logits", lambda g, s: _placed(_weights(s) * g, s)),
+    wrong("weights forgotten", "d_logits", lambda g, s: _unweighted(g, s)),
+    wrong("those not chosen left out", "d_logits", lambda g, s: _among_chosen(g, s)),
+    wrong("choices reversed", "d_logits", lambda g, s: _among_chosen(g, s._replace(chosen=s.chosen.flip(1)))),
+    wrong("experts in order", "d_logits", lambda d: d.sort(dim=-1).values),
 )
 
-PROOFS = (OpProof("router", router_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)
