@@ -15,6 +15,7 @@ from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Pos
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions, check_base
+from backhand.training.objectives.options import ObjectiveOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -239,6 +240,7 @@ class TrainConfig:
         adapter: rank, alpha, targets.
         optimization: steps, rates, batches.
         run: directory, evaluation, checkpoints.
+        objective: what is minimised.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -246,6 +248,7 @@ class TrainConfig:
     adapter: LoRAConfig = field(default_factory=LoRAConfig)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     def validate(self) -> TrainConfig:
         """Check every field by itself and against the others, before anything is loaded; return self.
@@ -254,8 +257,14 @@ class TrainConfig:
             UsageError: names the field, its value and the range it must lie in.
         """
         check_fields(self)
-        for part in (self.model, self.data, self.adapter, self.optimization, self.run):
+        for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective):
             _check_utf8(part)
+        if self.data.train_on == "all" and self.objective.objective != "sft":
+            raise UsageError(
+                f"train_on 'all' would compare prompts, and {self.objective.objective} compares answers",
+                where="train_on",
+                next_step="leave out --train-on, or give --objective sft",
+            )
         # A resumed run has the held-out rows it began with: what differs from its own options is told then.
         if self.run.early_stopping is not None and not self.run.resume and not _holds_out(self.data):
             raise UsageError(

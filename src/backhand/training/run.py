@@ -48,6 +48,8 @@ from backhand.training.loop import StepPlan, TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
+from backhand.training.objectives.objective import HeldOutObjective, Objective
+from backhand.training.objectives.reference import run_objectives
 from backhand.training.observer import Callback, MetricsFile, Observer, Observers, RunStart, as_observers
 from backhand.training.prepared import Job, build_job
 from backhand.training.resume import (
@@ -119,13 +121,14 @@ class JobRun:
             self._check_same(state)
             save = self._saving(saver, state)
             kept = places.enter_context(self._keeping(base_guard.digest, log))
+            objective, of_held_out = self._objectives(state, kept, log)
             loop = TrainingLoop(
                 job.bound.model,
                 state,
                 job.packer,
                 job.sampler,
                 plan,
-                held_out=self._held_out(kept),
+                held_out=self._held_out(kept, of_held_out),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -135,6 +138,7 @@ class JobRun:
                 save=save,
                 processes=self.processes,
                 kept=kept.train,
+                objective=objective,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
@@ -287,10 +291,31 @@ class JobRun:
         """What keeps its hidden states below the lowest adapted layer."""
         return keeping(self.job, self.directory, self.processes.rank, frozen_digest, log=log, noted=self.observer.noted)
 
-    def _held_out(self, kept: Keeping) -> HeldOut | None:
+    def _objectives(
+        self, state: RunState, kept: Keeping, log: ProofLog
+    ) -> tuple[Objective | None, Objective | None]:
+        """Of training and of held-out rows, with what the model that the run starts from says of them."""
+        assert self._frozen_digest is not None
+        resumes = self.job.config.run.resume
+        started_from = begun_from(self.directory.path) if resumes else self.job.config.run.from_adapter
+        return run_objectives(
+            self.job,
+            self.directory,
+            self.processes,
+            self._frozen_digest,
+            kept,
+            started_from,
+            fresh=state.progress.step == 0,
+            log=log,
+            noted=self.observer.noted,
+        )
+
+    def _held_out(self, kept: Keeping, objective: Objective | None) -> HeldOut | None:
         job = self.job
         if job.held_out is None:
             return None
+        if objective is not None:
+            return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
 
     def _meter(self) -> ForgettingMeter | None:
