@@ -29,7 +29,10 @@ def _builder(root: Path) -> Any:
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[misc]
-    """Compiles before the wheel's files are collected; an editable wheel leaves the library in the source tree."""
+    """Compiles before the wheel's files are collected: every instruction set.
+
+    For an editable install what this processor runs, and the library stays in the source tree.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build the library and, in a wheel proper, add it and name the platform.
@@ -42,7 +45,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
             return
         builder = _builder(Path(self.root))
         try:
-            names = builder.build()
+            names = builder.build(every=version != "editable")
         except FileNotFoundError as error:
             self.app.display_warning(f"compiled loops left out: {error}; everything works through torch, slower")
             return

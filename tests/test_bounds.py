@@ -16,6 +16,7 @@ from backhand.bounds import (
     Count,
     CountFromZero,
     NotNegative,
+    Options,
     Positive,
     Seed,
     Several,
@@ -96,18 +97,15 @@ def _no_dots(where: str, value: str) -> None:
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Options):
     """A section that checks itself."""
 
     size: Count = 3
     other: int = 0
 
-    def validate(self) -> Inner:
-        """Check every field, and the two against each other."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.other > self.size:
             raise UsageError("other is larger than size", where="other")
-        return self
 
 
 @dataclass(frozen=True)

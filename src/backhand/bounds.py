@@ -4,8 +4,8 @@
     dtype: Literal["auto", "float32"] = "auto"
 
 `check_fields` is the one walker: it looks at every field of an options dataclass, and of the dataclasses in it, as its
-annotation wants it. What several fields say to one another is left to the dataclass's own `validate`. This file imports
-no torch.
+annotation wants it. What several fields say to one another is left to the dataclass's own `_check_together`. This file
+imports no torch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,12 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from backhand.errors import UsageError
 
 Parse = Callable[[Sequence[str]], Any]
-
-
 """Turns the words that follow an option into the value of a field whose type no command line knows."""
-
-
-class Rule(Protocol):
-    """What stands beside a field as `Annotated[type, rule]` and is checked."""
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError unless `value`, of the field `where`, is allowed."""
-
-    @property
-    def sentence(self) -> str:
-        """What the help says of it, "" for nothing."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +179,6 @@ def check_text(where: str, text: Any) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The kinds that several options have.
-
 Count = Annotated[int, Bound(at_least=1)]
 CountFromZero = Annotated[int, Bound(at_least=0)]
 Seed = Annotated[int, Bound(at_least=0, below=2**63)]
@@ -205,8 +189,21 @@ Text = Annotated[str, Check(check_text)]
 BaseModel = Annotated[str, Given("no base model is given", "give a directory, a file or a hub id")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The walker.
+class Options:
+    """A dataclass of options that checks itself."""
+
+    def validate(self) -> Self:
+        """Check every field by itself and against the others, before anything is read; return self.
+
+        Raises:
+            UsageError: names the field, its value and the range it must lie in.
+        """
+        check_fields(self)
+        self._check_together()
+        return self
+
+    def _check_together(self) -> None:
+        """Raise UsageError for what several fields say to one another."""
 
 
 def check_fields(options: Any) -> None:
@@ -220,7 +217,7 @@ def check_fields(options: Any) -> None:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             check_kind(name, value, hint)
-            value.validate() if hasattr(value, "validate") else check_fields(value)
+            value.validate() if isinstance(value, Options) else check_fields(value)
         else:
             check_value(name, value, hint)
 

@@ -152,12 +152,6 @@ def saving(
 ) -> Iterator[None]:
     """Turn an OSError while saving into our error, with the bytes needed against those that are free.
 
-    Args:
-        what: is saved.
-        path: the directory it is saved in.
-        needed_bytes: its size.
-        again: what to do once there is room.
-
     Raises:
         ResourceError: disk full, quota, file-size limit, not writable, input/output error.
         UsageError: something else than a directory is in the way.
@@ -247,10 +241,6 @@ def free_bytes(path: Path) -> int | None:
         with suppress(OSError):
             return shutil.disk_usage(place).free
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing a file so that a crash leaves the old one or the new one, never half of either.
 
 
 _REASONS = {
@@ -395,10 +385,6 @@ def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int |
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An output that is written and proved beside its place, and put there in one step or not at all.
-
-
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A path of the same name in a folder of its own beside `output`; what stands there at the end becomes `output`.
@@ -436,10 +422,6 @@ def _sync(path: Path) -> None:
         return
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and summaries as the bytes of a file.
 
 
 def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:

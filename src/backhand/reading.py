@@ -28,7 +28,6 @@ def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
     """Open a file for reading, and wait for nothing: what is no plain file is refused, also behind a link.
 
     Args:
-        path: of the file.
         or_pipe: take a pipe as well, as `<(command)` is one, if something comes out of it within half a minute.
 
     Raises:
@@ -55,7 +54,6 @@ def read_plain(path: Path | str, most: int | None = None) -> bytes:
     """The bytes of a plain file, as far as they were there when it was opened.
 
     Args:
-        path: of the file.
         most: bytes that such a file may have; None for as many as the file says it has.
 
     Raises:
@@ -98,10 +96,6 @@ def _wait_for_writer(descriptor: int, path: Path | str) -> None:
     raise OSError(errno.ETIMEDOUT, f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s", str(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a file really is, told by its first bytes.
-
-
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer (run `git lfs pull`, or download the file itself)"),
     (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
@@ -137,18 +131,12 @@ def kind_of(head: bytes) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An output that replaces something must not be made of what it replaces.
-
-
 def refuse_inputs_inside(
     output: Path, inputs: Mapping[str, Path | str | None], *, owned: Collection[str] | None = None
 ) -> None:
     """Refuse an input that is, or lies in, what is about to be replaced.
 
     Args:
-        output: a file or directory.
-        inputs: by the name of their option.
         owned: names in `output` that are replaced; all of it if not given.
 
     Raises:

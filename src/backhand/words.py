@@ -56,10 +56,6 @@ def name_list(names: Iterable[str], *, limit: int = 8) -> str:
     return shown if len(given) <= limit else f"{shown} and {len(given) - limit} more"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person should know, and a program reading standard output should not.
-
-
 def show_notes(notes: Iterable[str]) -> None:
     """A line each on standard error."""
     for note in notes:

@@ -59,7 +59,7 @@ def test_a_mistake_shows_what_the_compiler_said_and_leaves_the_old_build_alone(o
 def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(one, monkeypatch, capsys):
     sets = {build.machine(): {"baseline": (), "avx2": ("-mno-such-thing",)}}
     monkeypatch.setattr(build, "INSTRUCTION_SETS", sets)
-    assert build.build(one / "lib") == ["baseline"]
+    assert build.build(one / "lib", every=True) == ["baseline"]
     assert "left out avx2" in capsys.readouterr().err
 
 
@@ -86,3 +86,17 @@ def test_loops_of_other_sources_are_not_taken(one):
     assert usable.__wrapped__(lib) == ("baseline",)
     shutil.rmtree(one / "native")  # as where the library is installed without its sources
     assert usable.__wrapped__(lib) == ("baseline",)
+
+
+@needs_compiler
+def test_only_what_this_processor_runs_is_compiled_unless_every_one_is_asked_for(one, monkeypatch):
+    """A processor that says it has none of the newer ones; the flags do not matter, the names do."""
+    monkeypatch.setattr(build, "INSTRUCTION_SETS", {build.machine(): {"baseline": (), "avx2": (), "avx512": ()}})
+    source = one / "native" / "library.cpp"
+    asked = source.read_text()
+    start = asked.index("uint32_t found = 0;")
+    source.write_text(asked[:start] + "return 1;\n  " + asked[start:])
+    assert build.build(one / "lib") == ["baseline", "avx2"]
+    assert not build.library_path("avx512", one / "lib").exists()
+    assert build.processor_runs(build.library_path("avx2", one / "lib")) == ["baseline", "avx2"]
+    assert build.build(one / "lib", every=True) == ["baseline", "avx2", "avx512"]

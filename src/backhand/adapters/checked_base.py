@@ -43,8 +43,6 @@ def load_adapter_for(
     """Read an adapter of linear modules, check it completely, and hold the model at hand against its record.
 
     Args:
-        source: the base model at hand.
-        directory: of the adapter, or a GGUF file.
         module_shapes: (out, in) of every linear module of the model, by dotted path.
         chat_template: the template in use; None where there is none, or it does not matter.
         template_args: variables it is given; None where they do not matter.
@@ -73,7 +71,6 @@ def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: 
     """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
 
     Args:
-        path: of the adapter.
         source: the base model; PEFT's files are read without it.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -108,13 +105,9 @@ def check_source(
 
     Args:
         record: from backhand.json; None, as PEFT's own adapters have it, says nothing.
-        where: the adapter's directory, for the error.
-        source: the base model at hand.
-        module_names: the adapted modules.
         chat_template: the template in use; None is not compared.
         template_args: variables it is given, for a note; None is not compared.
         base_copies: whole base weights that the adapter's file holds, by module.
-        force_base: return what differs in place of raising.
 
     Returns:
         a sentence for each thing that differs, for people to see: other variables, and with `force_base` all else.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from backhand.bounds import Bound, Check, Words, check_fields
+from backhand.bounds import Bound, Check, Options, Words
 from backhand.errors import UsageError
 
 ALL_LINEAR = "all-linear"
@@ -110,7 +110,7 @@ TokenIds = Annotated[tuple[int, ...], Check(check_tokens)]
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Options):
     """The adapter: how large, how strong, and on which modules.
 
     Raises:
@@ -178,16 +178,7 @@ class LoRAConfig:
     layers_pattern: tuple[str, ...] = ()
     """Names of the layer list that `layers_to_transform` counts in, if it is not the first numbered one."""
 
-    def validate(self) -> LoRAConfig:
-        """Check every field by itself and against the others; what they match is checked by `resolve_slots`.
-
-        Returns:
-            self, so that calls chain.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.use_dora and self.lora_bias:
             raise UsageError(
                 "lora_bias and use_dora do not go together",
@@ -210,7 +201,6 @@ class LoRAConfig:
                     next_step="give one of them",
                 )
         self._validate_layers()
-        return self
 
     def _validate_layers(self) -> None:
         layers = self.layers_to_transform

@@ -56,7 +56,6 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     """Read the adapter in a GGUF file.
 
     Args:
-        path: of the file.
         config: Hugging Face configuration of the base model, which says how the rows of q and k lie.
 
     Returns:

@@ -303,7 +303,6 @@ def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # LoRA put into any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
 #
 # `model` stays the object it was; the adapted modules in it compute base and update, forward and backward by hand.

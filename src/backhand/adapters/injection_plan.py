@@ -76,8 +76,6 @@ def plan_injection(
     """Resolve `config` on `model` and check that every module it names can be adapted.
 
     Args:
-        model: not adapted yet.
-        config: what to adapt.
         heads: what `all-linear` leaves out, or None to ask the model.
         strict: whether names that match nothing are errors.
         skeleton: whether the model may be without its weights: modules on torch's `meta` device.
@@ -304,10 +302,6 @@ def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
         if others:
             notes.append(f"{name}: its weight is tied to {name_list(others)}; the update applies to {name} alone")
     return notes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Places where torch uses a linear layer's weight without calling the layer, so that an adapter would be dead.
 
 
 def close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:

@@ -81,10 +81,7 @@ def match_adapter(
 
     Args:
         contents: of the directory, with the problems found so far.
-        module_names: every module that may be adapted.
-        shapes: what targets must have in the file.
         linear, heads: for `all-linear`, see `targets.resolve_targets`.
-        parameters: paths of all parameters of experts.
         differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
         trained: the tensors trained as they are, beside these targets.
 
@@ -131,16 +128,8 @@ def match_adapter(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole base weights that PEFT stores beside the factors of embeddings and output heads.
-
-
 def check_base_copies(loaded: LoadedAdapter, base_weight: Callable[[str], Tensor]) -> None:
     """Refuse an adapter whose own copies of base weights are not the model's: it belongs to another or a resized base.
-
-    Args:
-        loaded: the adapter.
-        base_weight: the model's weight of a module, by dotted path.
 
     Raises:
         UnusableAdapterError: names every module whose weight differs.
@@ -164,10 +153,6 @@ def copy_differences(base_copies: Mapping[str, Tensor], base_weight: Callable[[s
                 "on another base, or with resized embeddings"
             )
     return problems
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An adapter from files after it has been checked: what it trains on this model, with which values.
 
 
 @dataclass(frozen=True)

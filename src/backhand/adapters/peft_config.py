@@ -204,7 +204,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     """adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        described: configuration and names.
         targets: the adapted modules, with what was resolved for each.
         module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
             that picks exactly the adapted ones.
@@ -299,7 +298,6 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What every field of PEFT's LoraConfig (0.21.2) means for us: handled, neutral, or refused.
 #
 # - handled: read into our configuration, or kept and written again;
@@ -307,7 +305,6 @@ def _number(value: float) -> float:
 # - refused: changes what the adapter computes in a way we do not have; an error unless switched off.
 #
 # A test holds this table against PEFT's own list of fields.
-
 
 FORMAT_VERSION = "0.21.2"
 """The PEFT release whose format is written, and stands as peft_version in the file."""

@@ -128,10 +128,7 @@ def match_tensors(
     """Hold the tensors of a file against what the configuration asks for on this model.
 
     Args:
-        expected: the adapted modules.
-        tensors: the file's tensors by their names there.
         module_names: all modules of the model, to say what an unexpected name may have meant.
-        trained: tensors trained as they are.
         unusable: names in the file of tensors that are not among `tensors` for a reason that has been given.
     """
     matched = Matched({}, {}, [])

@@ -45,10 +45,7 @@ def adapter_files(
         config: what `parameters` was built from.
         parameters: the trained factors; written in fp32.
         base_model: hub id or path that PEFT can open.
-        task_type: as PEFT names it.
-        revision: of the base model on the hub.
         record: origin and digests for backhand.json; package versions and file digests are added here.
-        card: further rows for the table in README.md.
         module_names: all linear modules of the model, see `peft_config.written_targets`.
         wrapper: the image model whose text model this is; the files then have the names of the whole.
 
@@ -116,10 +113,6 @@ def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
     return directory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# README.md of a saved adapter, in the form that model hubs read.
-
-
 _AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}
 
 
@@ -133,11 +126,7 @@ def model_card(
     """The card's text; it holds no date, so that the same adapter gives the same card.
 
     Args:
-        described: configuration, base model and task.
-        targets: the adapted modules.
-        parameters: trained elements in all.
         facts: further rows of the table, such as losses and data, in the order they should stand.
-        wrapper: the image model whose text model is adapted.
     """
     base = described.base_model or ""
     header = ["library_name: peft"]

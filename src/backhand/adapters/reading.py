@@ -260,7 +260,6 @@ def _bytes(path: Path) -> bytes:
         return b""  # what is not there has been said already
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading a safetensors file that may be anything, and writing one.
 #
 #     8 bytes   length n of the header, little-endian
@@ -269,7 +268,6 @@ def _bytes(path: Path) -> bytes:
 #
 # The file is read here and not by the safetensors package, so that an error names the tensor, no more memory is taken
 # than the file is large, and duplicate names and other dtypes do not slip through.
-
 
 _MOST_DIMENSIONS = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -388,10 +386,6 @@ def _damaged(path: Path, why: str) -> ArtifactError:
 
 
 _AGAIN = "copy or download the file again"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON from files that may be anything: one object, read strictly, or an error that says what the file really is.
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

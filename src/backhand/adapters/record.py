@@ -164,10 +164,6 @@ def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Digests by which an adapter knows the base model, the tokenizer and the chat template it was trained with.
-
-
 def bytes_digest(data: bytes) -> str:
     """`sha256:` and 64 hexadecimal digits."""
     return "sha256:" + hashlib.sha256(data).hexdigest()

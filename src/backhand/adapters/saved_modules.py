@@ -127,7 +127,6 @@ def tied_notes(tensors: Sequence[TrainedTensor], tied: Mapping[str, str]) -> lis
     """A sentence for each parameter that training in full unties from another one.
 
     Args:
-        tensors: what is trained.
         tied: names of parameters that are another one, by name.
     """
     names = {tensor.name for tensor in tensors}

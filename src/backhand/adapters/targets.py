@@ -59,7 +59,6 @@ def resolve_slots(
     """The slots of `LoRAParameters` that `config` describes on a model.
 
     Args:
-        config: what to adapt.
         module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
 
@@ -163,11 +162,8 @@ def resolve_targets(
     """Match a configuration against module paths.
 
     Args:
-        config: what to adapt.
-        names: paths of all modules that may be named.
         linear: those of them that `all-linear` takes; all of them if None.
         heads: paths that `all-linear` leaves out.
-        parameters: paths of all parameters of experts.
         strict: whether a name or pattern that matches nothing is an error; that nothing at all matches always is.
 
     Returns:
@@ -257,10 +253,6 @@ def in_numbers(config: LoRAConfig, adapted: Sequence[str]) -> LoRAConfig:
     """The same configuration with the layers that its words come to as numbers, as PEFT's files have them.
 
     PEFT counts layers of modules alone: parameters are named by their whole paths.
-
-    Args:
-        config: what was asked for.
-        adapted: paths of the modules that it picks.
     """
     if not config.layers:
         return config
@@ -353,7 +345,6 @@ def _shown(modules: str | Collection[str]) -> str:
     return repr(modules) if isinstance(modules, str) else ", ".join(sorted(modules))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Regular expressions from users and from files, matched so that no pattern can hang or crash the process.
 #
 # Python's matcher backtracks without end: `(a+)+b` on thirty letters takes minutes. The regex package stops when time
@@ -373,8 +364,6 @@ def pattern_matches(pattern: str, names: Sequence[str], *, where: str) -> list[b
     """Which `names` the whole of `pattern` matches (re.fullmatch).
 
     Args:
-        pattern: a regular expression.
-        names: module paths.
         where: the configuration key the pattern stands under, for the error.
 
     Raises:

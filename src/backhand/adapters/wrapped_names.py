@@ -34,8 +34,6 @@ def in_wrapper(
 
     Args:
         described: configuration and names as the text model has them.
-        targets: the adapted modules.
-        wrapper: the whole model.
         module_names: all linear modules of the text model, None if they are not known.
     """
     renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)

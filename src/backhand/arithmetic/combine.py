@@ -156,13 +156,11 @@ def _summary(result: Combination) -> Mapping[str, object]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Σ w_i ΔW_i from the factors alone, at the rank it has or at a smaller one.
 #
 # The sum of updates of rank r_i is, exactly, one update whose factors are the r_i side by side: rank Σ r_i. Its
 # singular value decomposition (`low_rank`) says what rank it really has, and gives the best approximation of any
 # smaller one.
-
 
 Weighted = Sequence[tuple[float, ModuleFactors]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from backhand.adapters.config import Rank
-from backhand.bounds import Bound, Check, Words, check_fields
+from backhand.bounds import Bound, Check, Options, Words
 from backhand.errors import UsageError
 from backhand.nn.model_options import AdapterReading
 
@@ -53,7 +53,7 @@ def _check_weight(where: str, weight: Any) -> None:
 
 
 @dataclass(frozen=True)
-class CombineOptions:
+class CombineOptions(Options):
     """What to make of which adapters; everything is said of ΔW = scaling · lora_B @ lora_A."""
 
     operation: Operation
@@ -96,13 +96,7 @@ class CombineOptions:
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
-    def validate(self) -> CombineOptions:
-        """Check every field before anything is read; return self.
-
-        Raises:
-            UsageError: a field is out of range, or two contradict each other.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         count = len(self.adapters)
         needed = 2 if self.operation not in ("scale", "svd") else 1
         if count < needed or (self.operation == "scale" and count > 1):
@@ -117,7 +111,6 @@ class CombineOptions:
             )
         if self.density is not None and self.operation not in DEFAULT_DENSITY:
             raise UsageError(f"{self.operation} keeps every entry", where="density")
-        return self
 
     def _check_weights(self, count: int) -> None:
         if self.operation == "scale" and not self.weights:

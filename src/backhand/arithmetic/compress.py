@@ -172,10 +172,6 @@ def _print(result: Compression, options: CompressOptions) -> None:
         console.print(f"written: {options.output}", soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The smallest rank of every module that keeps to a given error, and the adapter at those ranks.
-
-
 def compressed(adapter: AdapterFactors, error: float) -> ComputedAdapter:
     """Every module at the smallest rank whose ΔW is off by at most `error` of its norm.
 

@@ -83,10 +83,7 @@ def computed_files(
     """The adapter's files by name, in the order to write them.
 
     Args:
-        computed: what to write.
         sources: the adapters that it was made of: base model, task and the names of modules are theirs.
-        record: what is known of the base.
-        facts: further rows of the table in README.md.
         source: the base model, if it is at hand: it is named where no adapter names one.
 
     Raises:
@@ -138,10 +135,6 @@ def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> d
     if plain:
         return {"target_modules": tuple(sorted({name for targets, *_ in said for name in targets}))}
     return {"target_modules": tuple(names)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A directory for a new adapter: not there yet, or empty, or to be replaced.
 
 
 def check_new_directory(directory: Path, *, overwrite: bool) -> None:

@@ -170,7 +170,6 @@ def _degrees(angles: Iterable[float]) -> str:
     return shown[0] if shown[0] == shown[-1] else f"{shown[0]} … {shown[-1]}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # How two adapters differ, module by module: in size, and in the directions they read and write.
 #
 #     ‖ΔW − ΔW′‖_F / max(‖ΔW‖_F, ‖ΔW′‖_F)    0 for equal updates, √2 for equally large ones at right angles, at most 2

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.files import make_directory, write_atomically
@@ -38,14 +39,9 @@ def leave_findings(
     """Print, and write `<name>.json` and `<name>.png`.
 
     Args:
-        name: of the command.
-        summary: every number.
-        print_tables: prints what people read.
         picture: draws it; called only if it is wanted.
-        as_json: print the summary in place of the tables.
         plot: write the picture, to `output` or the current directory.
         output: directory for the picture and the summary; None for neither.
-        notes: for standard error.
         keep_summary: whether the summary goes into `output`, too.
 
     Raises:
@@ -69,10 +65,6 @@ def leave_findings(
     print_tables()
     for path in written:
         print(f"written: {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One value a module as a grey picture: layers across, kinds of module down.
 
 
 _DPI = 110
@@ -113,10 +105,6 @@ def draw_layer_map(axes: Axes, values: Mapping[str, float], *, vmin: float | Non
     return image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the dotted path of a module says: its kind, and its layer.
-
-
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -131,15 +119,13 @@ def layer_of(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables of modules on the terminal: a line for each kind of module, over its layers.
-
-
-def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """One table: the first column to the left, numbers to the right; a title wider than the table is not broken."""
+def print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 1
+) -> None:
+    """One table: the first column, or `left` of them, to the left, numbers to the right; a wide title is not broken."""
     table = Table()
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number >= left else "left", no_wrap=number < left > 1)
     for row in rows:
         table.add_row(*row)
     console.print(title, style="bold", soft_wrap=True)

@@ -224,13 +224,11 @@ def _print(result: Inspection) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is in an adapter: for each module the size and the shape of its update, and what the file is made of.
 #
 # With the singular values S_i of ΔW, effective rank = exp(−Σ p_i ln p_i), p_i = S_i / Σ S [Roy and Vetterli 2007]: the
 # rank if all are equal, 1 if one is everything. The needed rank is the smallest whose best approximation is off by at
 # most a given share of ‖ΔW‖_F; what the adapter has beyond it is wasted.
-
 
 _PARTS = (
     (".lora_A.weight", "lora_A"),
@@ -297,7 +295,6 @@ def inspect_modules(adapter: AdapterFactors, error: float, base: ModelSource | N
     """Every module, in the order of the file.
 
     Args:
-        adapter: its factors.
         error: for the needed rank, relative to ‖ΔW‖.
         base: the base model, for the norms of its weights.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backhand.bounds import Share, check_fields
+from backhand.bounds import Options, Share
 from backhand.nn.model_options import AdapterReading
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Options):
     """What to look at, and what to leave."""
 
     adapter: Path
@@ -36,14 +36,9 @@ class InspectOptions:
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
-    def validate(self) -> InspectOptions:
-        """Raise UsageError for the first field that is out of range; return self."""
-        check_fields(self)
-        return self
-
 
 @dataclass(frozen=True)
-class DiffOptions:
+class DiffOptions(Options):
     """What to compare, and what to leave."""
 
     first: Path
@@ -70,14 +65,9 @@ class DiffOptions:
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
-    def validate(self) -> DiffOptions:
-        """Raise UsageError for the first field that is out of range; return self."""
-        check_fields(self)
-        return self
-
 
 @dataclass(frozen=True)
-class CompressOptions:
+class CompressOptions(Options):
     """What to make smaller, and how far it may be off."""
 
     adapter: Path
@@ -102,8 +92,3 @@ class CompressOptions:
     """Draw compress.png, into `output` or, if that is not given, here."""
 
     reading: AdapterReading = field(default_factory=AdapterReading)
-
-    def validate(self) -> CompressOptions:
-        """Raise UsageError for the first field that is out of range; return self."""
-        check_fields(self)
-        return self

@@ -124,7 +124,6 @@ def inner_product(first: ModuleFactors, second: ModuleFactors) -> float:
     return first.scaling * second.scaling * float((outer * inner).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Subspaces of an update's input and output space: how far those of two adapters coincide.
 #
 #     φ(i, j) = ‖U_iᵀ V_j‖_F² / min(i, j)  in [0, 1]        [arXiv:2106.09685, §7.2]

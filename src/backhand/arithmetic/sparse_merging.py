@@ -70,7 +70,6 @@ def dare(updates: Sequence[Tensor], density: float, seed: int, module: str) -> T
         updates: (out, in) each.
         density: probability that an entry is kept, in (0, 1].
         seed: together with the module's name and the update's place it decides which.
-        module: dotted path.
 
     Returns:
         (out, in).

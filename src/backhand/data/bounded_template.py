@@ -61,9 +61,6 @@ LONGEST_SOURCE = 2**18
 class BoundedTemplate:
     """A template, compiled once.
 
-    Args:
-        source: of the template.
-
     Raises:
         jinja2.TemplateSyntaxError: it is not valid Jinja.
         TemplateLimitError: it is too long or too deeply nested.
@@ -132,10 +129,6 @@ def _plain(value: Any) -> Any:
         if isinstance(value, base):
             return base(value)
     return f"<{kind.__name__}>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment that templates are written for.
 
 
 class _Generation(Extension):

@@ -90,10 +90,8 @@ def stopping_role_ids(
     """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
 
     Args:
-        tokenizer: the model's transformers tokenizer.
         template: the chat template in use; None for none.
         from_option: it comes from `--chat-template`, so its errors are the user's.
-        template_args: variables for it.
 
     Raises:
         ArtifactError: the tokenizer does not stand on the `tokenizers` library.
@@ -111,11 +109,8 @@ class ChatRenderer:
     """The chat template of one model, with its arguments.
 
     Args:
-        tokenizer: the model's transformers tokenizer.
-        encoder: knows the tokenizer's control tokens.
         template: source of the template; the tokenizer's own if the option did not say otherwise.
         from_option: the template comes from `--chat-template`, so its errors are the user's.
-        template_args: variables for the template.
         system: put before conversations without a system message.
 
     Attributes:

@@ -48,8 +48,6 @@ class RowRenderer:
     document of its own: control tokens that are written in it count as such, since there is no other way to write them.
 
     Args:
-        tokenizer: the model's transformers tokenizer.
-        options: chat template and its arguments, system message.
         train_on_all: every token of a row carries loss, not only those of replies and completions.
 
     Attributes:

@@ -228,7 +228,6 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
     Args:
         rows: token ids of each, and where it stands.
         vocab_size: of the model: its tokens' ids are below this.
-        tokenizer: names the token that is missing.
 
     Raises:
         DataError: at the first row with a token that the model does not have.
@@ -264,10 +263,6 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
     """Those of `places` where no token ends, or where a token of white space might straddle with its place trimmed."""
     found = set(ends.tolist())
     return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A document token by token, with the supervised ones marked, for eyes.
 
 
 @dataclass(frozen=True)

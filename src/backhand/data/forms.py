@@ -92,7 +92,6 @@ class Form:
         """Those of a row's columns that nothing is taken from.
 
         Args:
-            columns: of a row, or of many.
             conversation: whether rows of this form hold lists of messages.
         """
         beside = _BESIDE_MESSAGES if conversation else () if self.kind == "text" else _BESIDE_MESSAGES[:1]
@@ -146,7 +145,6 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
     """The form of a row, by the names of its columns that are not null.
 
     Args:
-        may_ask: rows without an answer are welcome.
         purpose: what the rows are for; None for pairs where the columns are those of pairs, else answers.
 
     Raises:
@@ -209,7 +207,6 @@ class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
 
     Args:
-        may_ask: rows without an answer are welcome.
         purpose: see `detect`.
 
     Attributes:

@@ -116,11 +116,8 @@ def lint(
     """Prepare the rows as training would, leaving malformed ones out, and look at what comes of it.
 
     Args:
-        options: as for training.
-        tokenizer: the model's transformers tokenizer.
         seed: draws the held-out rows.
         purpose: what the rows are for; None where their columns say it.
-        context_length: most tokens the model was made for.
 
     Returns:
         The report, and the training examples (`data.examples.token_lines` shows them).
@@ -315,10 +312,6 @@ def _report_json(report: DataReport) -> dict[str, Any]:
     return plain | {"sources": [asdict(source) for source in report.sources], "notes": list(report.notes)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text that was read with the wrong encoding at some time before it came here.
-
-
 _REPLACEMENT = "\ufffd"
 _SUSPECTS = re.compile(r"[^\x00-\x7f]{2,}")
 
@@ -341,10 +334,6 @@ def find_mojibake(text: str) -> str | None:
             continue
         return match[0]
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a chat template does beyond writing the messages down, found by rendering small conversations.
 
 
 _QUESTION, _ANSWER = "QUESTION", "ANSWER"

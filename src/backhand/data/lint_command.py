@@ -61,10 +61,6 @@ def lint_command(options: LintOptions) -> LintReport:
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What `lint` found, on the terminal: rows, lengths, every check with its count, and each problem with its remedy.
-
-
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
 

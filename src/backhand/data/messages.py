@@ -58,7 +58,6 @@ def read_conversation(column: str, value: object, values: Mapping[str, Any], sou
     Args:
         column: its name, for errors.
         value: a list of messages, or the same as JSON text (as CSV files hold it).
-        values: the whole row.
         source: where it stands.
 
     Raises:

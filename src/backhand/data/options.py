@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Seed, Share, Text, Words, check_fields
+from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Options, Seed, Share, Text, Words
 from backhand.errors import UsageError
 
 RESERVED_TEMPLATE_ARGS = frozenset(
@@ -118,7 +118,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(TemplateOptions, RowSources):
+class DataOptions(TemplateOptions, RowSources, Options):
     """The rows, and how they become token ids with some of them supervised.
 
     Raises:
@@ -141,23 +141,13 @@ class DataOptions(TemplateOptions, RowSources):
     """What carries loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the row).
     Plain `text` rows are always supervised as a whole."""
 
-    def validate(self) -> DataOptions:
-        """Check every field by itself and against the others; files are checked when they are read.
-
-        Returns:
-            self, so that calls chain.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.eval_data and self.eval_fraction:
             raise UsageError(
                 f"eval_data is given, and eval_fraction {self.eval_fraction!r} would hold out rows of data as well",
                 where="eval_fraction",
                 next_step="give one of them",
             )
-        return self
 
 
 @dataclass(frozen=True)
@@ -183,7 +173,7 @@ class LintRunOptions:
 
 
 @dataclass(frozen=True)
-class LintOptions:
+class LintOptions(Options):
     """One look at rows.
 
     Attributes:
@@ -194,9 +184,6 @@ class LintOptions:
     lint: LintRunOptions = field(default_factory=LintRunOptions)
     data: DataOptions = field(default_factory=DataOptions)
 
-    def validate(self) -> LintOptions:
-        """Check every field before anything is read; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if not self.data.data:
             raise UsageError("there is no data", where="data", next_step="give --data FILE")
-        return self

@@ -79,7 +79,6 @@ def micro_batches(
     Args:
         rows: indices into `lengths`.
         lengths: tokens of every example.
-        max_rows: no more rows in one micro-batch than this.
         max_tokens: no more tokens in one than this, unless a single row has more.
 
     Returns:
@@ -99,12 +98,10 @@ def micro_batches(
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The shared prefix: what a chat template, a system prompt or an instruction puts before each row.
 #
 # Attention is causal, so rows that begin with the same tokens have the same hidden states there. A micro-batch holds
 # those tokens once (`PackedBatch.shared_prefix`), as long as none of them predicts a supervised token.
-
 
 # Fewer tokens than this are not worth the copies of keys and values that a shared prefix costs.
 MIN_SAVED_TOKENS = 32
@@ -137,7 +134,6 @@ class RowPacker:
     """The rows of a run, to be packed into micro-batches with their shared prefix once and a filler at the end.
 
     Args:
-        examples: the rows.
         share_prefixes: whether tokens with which all rows of a micro-batch begin stand in it once; not where dropout
             draws a mask for each row, since their hidden states then differ.
 

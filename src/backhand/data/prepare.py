@@ -56,12 +56,9 @@ def prepare(
     `data` names their folder.
 
     Args:
-        options: which rows, and how they become tokens.
-        tokenizer: the model's transformers tokenizer.
         seed: draws the held-out rows.
         purpose: what the rows are for; None where their columns say it, see `forms.detect`.
         bad: gets the malformed rows; made from `skip_bad` if not given.
-        cut_rows: gets the rows that were truncated or left out.
         prompts: gets the rows of `data` that are in use as prompts, so that a pipe need not be read twice.
 
     Raises:
@@ -108,8 +105,6 @@ def read_examples(
         held_out: a hub name without a split means its validation split.
         purpose: see `prepare`.
         bad: gets the malformed rows; made from `skip_bad` if not given.
-        cut_rows: gets the rows that were truncated or left out.
-        prompts: gets the rows that are in use as prompts.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -178,7 +173,6 @@ def prepare_prompts(
     Args:
         rows: which rows; a `DataOptions` is one.
         template: how conversations become text; a `DataOptions` is one.
-        tokenizer: the model's transformers tokenizer.
 
     Raises:
         UsageError, DataError: as `prepare`.

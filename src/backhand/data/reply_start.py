@@ -67,7 +67,6 @@ def find_start(
 
     Args:
         asked: the messages before the reply, with the generation prompt.
-        text: the messages up to and with the reply.
         can_have: given an empty thought and the text with it, whether the template renders that text if the thought
             stands before the reply's content.
         ask: renders `asked` with further variables.

@@ -52,7 +52,6 @@ def read_rows(name: str, bad: BadRows, *, held_out: bool = False) -> Iterator[Ra
 
     Args:
         name: a file, or a hub data set as `owner/name[@config][:split]`.
-        bad: what to do with malformed rows.
         held_out: a hub name without a split means its validation split, not its training split.
 
     Raises:
@@ -128,10 +127,6 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _with_stem(files: Sequence[Path], stems: Sequence[str]) -> list[Path]:
     return [file for file in files if file.name.lower().split(".")[0] in stems]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers for Parquet files and for data sets of the hub; both need an optional package.
 
 
 BATCH_ROWS = 1024

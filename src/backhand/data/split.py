@@ -24,7 +24,6 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
 
     Args:
         fraction: share of the distinct rows to hold out, in (0, 1); at least one row stays on either side.
-        seed: of the draw.
 
     Raises:
         DataError: there are fewer than two distinct rows.
@@ -75,10 +74,6 @@ def _groups(examples: Sequence[Example]) -> list[int]:
             one, other = sorted((root(first.setdefault(name, i)), root(i)))
             parents[other] = one
     return [root(i) for i in range(len(examples))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One source of random order, the same on every machine and in every release.
 
 
 def random_order(count: int, seed: int, *stream: object) -> npt.NDArray[np.int64]:

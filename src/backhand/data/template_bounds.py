@@ -248,10 +248,6 @@ ALL_AT_ONCE = frozenset(
 """Filters that read all of a value: what they are given is weighed, and a generator made a list before."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How much one render may do.
-
-
 MOST_STEPS = 2**25
 MOST_SECONDS = 4
 """Of the processor, for one conversation; the plainest take a hundred-thousandth of that."""

@@ -27,9 +27,7 @@ class TemplateHabits:
     """What one chat template does; each habit is looked for when it is first asked for.
 
     Args:
-        template: its source.
         render: given messages, what the template makes of them as they stand; None where it refuses.
-        special: matches the tokenizer's control tokens.
     """
 
     def __init__(

@@ -262,10 +262,6 @@ def _checked_header(row: list[str], source: str) -> list[str]:
     return header
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening a data file, plain or gzip, and telling by its first bytes what it is.
-
-
 HEAD_BYTES = 4096
 UTF8_BOM = b"\xef\xbb\xbf"
 

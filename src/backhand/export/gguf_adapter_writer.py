@@ -48,14 +48,11 @@ def write_gguf_adapter(
     """Write the file; a plain one, not in one step.
 
     Args:
-        path: of the file.
         factors: of linear modules, and of the embedding, whose lora_A the file holds transposed; experts' modules in
             the order of the experts, all of a layer.
-        architecture: general.architecture of the base model's files.
         sizes: of the base model: how the rows of its matrices lie.
         tied_head: whether the base model's head is its embedding, so that its files have no tensor for it.
         record: what the adapter was trained with, for those who can compare; llama.cpp reads over it.
-        name: general.name.
 
     Raises:
         ArtifactError: modules that the architecture has no tensor for, by name.
@@ -138,13 +135,11 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What llama.cpp does not compute of a model whose numbers a GGUF file can state.
 #
 # It opens no file with a tensor, or with a shape, that the architecture does not have. A sliding window that the
 # architecture does not have is worse: it reads over it without a word, and every token sees all before it. Up to the
 # window's length that is the same thing, and its server takes no longer text than the context that the file states.
-
 
 _LISTS_OF_FACTORS = ("llama3", "longrope")
 
@@ -153,8 +148,6 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
     """Do nothing if llama.cpp can compute the model up to `context_length`.
 
     Args:
-        config: of the model.
-        architecture: general.architecture of its files.
         where: the model, for errors.
 
     Raises:
@@ -273,8 +266,6 @@ def llama_cpp_notes(config: DecoderConfig, architecture: str, *, context_ends: b
     """What people should know of texts that llama.cpp computes otherwise.
 
     Args:
-        config: of the model.
-        architecture: general.architecture of its files.
         context_ends: whether the file's context ends with a sliding window that llama.cpp does not have.
     """
     notes = []

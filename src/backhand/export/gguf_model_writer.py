@@ -90,8 +90,6 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
     """Write the file; a plain one, not in one step.
 
     Args:
-        path: of the file.
-        weights: the merged model's tensors.
         dtype: a key of `TYPES`, or `auto`.
         description: general.description: what was merged into what.
 

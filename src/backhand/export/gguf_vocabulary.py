@@ -46,8 +46,6 @@ def add_vocabulary(
     """Tokens and their types, merges, special ids, what is put around a text, and the chat template.
 
     Args:
-        writer: of the file.
-        tokenizer: a fast one.
         vocab_size: rows of the embedding; rows without a token get one that is marked unused.
         where: the model, for errors.
 

@@ -83,11 +83,7 @@ class _Place(NamedTuple):
 
 
 class _Granite3(ModelSource):
-    """A Granite 4's directory, opened as if it were a Granite 3's.
-
-    Args:
-        source: the directory.
-    """
+    """A Granite 4's directory, opened as if it were a Granite 3's."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source

@@ -47,11 +47,8 @@ def write_huggingface(
     """Write config.json, weights, tokenizer files and README.md into a new directory.
 
     Args:
-        directory: made here.
-        weights: the merged model's tensors.
         dtype: of all of them; None for each tensor's own, float32 if it is quantized in the base.
         max_shard_bytes: a file is closed before it grows beyond this, unless one tensor alone does.
-        card: README.md.
 
     Raises:
         CheckError: a merged weight does not fit the dtype's range.
@@ -198,7 +195,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # A model's rotary angles also under the names from before transformers 5, for programs that know no others.
 #
 # MLX-LM 0.32, for one, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models and takes its own default where

@@ -102,7 +102,6 @@ class MergedWeights:
 
         Args:
             name: one of `names`.
-            rounded: what the file will give back for the tensor.
         """
         weight = self._load(self._base_name(name))
         if not self.is_merged(name):
@@ -135,7 +134,6 @@ class MergedWeights:
         """Names of tensors that are missing in `written`, too many, or do not read back bit by bit.
 
         Args:
-            written: what was written, opened.
             walk: through its blocks, which reads them for this as well.
         """
         there = set(written.tensor_names())

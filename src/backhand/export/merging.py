@@ -68,7 +68,6 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
     Args:
         options: what to merge and how; `output` is not looked at.
         path: where the model goes.
-        prover: told what was checked.
         gguf: whether it becomes a GGUF file, else a Hugging Face directory.
 
     Returns:
@@ -179,10 +178,6 @@ def _is_exact(weights: MergedWeights) -> bool:
     return all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a merge tells people: which base was used, and what rounding took from each layer's update.
-
-
 _BEHIND_ALL_LAYERS = 1 << 30
 _LONGER_THAN_ANY = 1 << 62
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -243,16 +238,10 @@ def merge_card(opened: OpenedAdapter, base: str) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether a written model says of itself what its base says: sizes, rotary angles, windows, and how text is cut.
-
-
 def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
     """Compare all but the weights.
 
     Args:
-        source: the base.
-        written: what was written, read again.
         untied: whether the head was made a matrix of its own.
 
     Raises:

@@ -54,7 +54,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
 
     Args:
         model: as `open_model` takes it.
-        adapter: a directory or a GGUF file.
         force_base: use the adapter whatever its files say of its base.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
@@ -73,10 +72,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a target format cannot express is refused module by module, and a merged model offered in its place.
-
-
 _SHOWN = 12
 
 
@@ -85,7 +80,6 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
 
     Args:
         target: the format, as `--to` names it.
-        reasons: by module.
         merge: whether `--merge` would help.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from backhand.bounds import BaseModel, Count, NotNegative, check_fields
+from backhand.bounds import BaseModel, Count, NotNegative, Options
 from backhand.errors import UsageError
 from backhand.nn.model_options import AdapterReading
 
@@ -20,7 +20,7 @@ ROUNDED_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(Options):
     """A merged model."""
 
     adapter: Path | None = None
@@ -53,9 +53,7 @@ class MergeOptions:
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
-    def validate(self) -> MergeOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         given("adapter", self.adapter)
         output = new_output(self.output)
         if self.dtype not in ("auto", *FLOATING) and output.suffix != ".gguf":
@@ -64,11 +62,10 @@ class MergeOptions:
                 where="dtype",
                 next_step=f"give --output {shlex.quote(str(output))}.gguf, or one of {', '.join(FLOATING)}",
             )
-        return self
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """An adapter, or a model with the adapter merged into it, in another program's format."""
 
     adapter: Path | None = None
@@ -112,9 +109,7 @@ class ExportOptions:
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
-    def validate(self) -> ExportOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         given("adapter", self.adapter)
         new_output(self.output)
         if self.to is None:
@@ -129,7 +124,6 @@ class ExportOptions:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:
                     raise UsageError(f"{name} is of merged models", where=name, next_step="give --merge as well")
-        return self
 
 
 def given(name: str, path: Path | None) -> Path:

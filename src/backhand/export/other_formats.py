@@ -47,10 +47,8 @@ def mlx_files(
     """The two files, by name.
 
     Args:
-        factors: of linear modules.
         module_shapes: (out, in) of every linear module of the base, by dotted path.
         tied_head: whether the base's head is its embedding, so that MLX has no module for it.
-        base_model: what the configuration names as the model.
 
     Raises:
         ArtifactError: modules that MLX cannot adapt, by name.
@@ -105,12 +103,10 @@ def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
 #
 # `FROM` takes a GGUF file, a directory, or the name of a model that Ollama has; `ADAPTER` a file beside the Modelfile.
 # Ollama reads the prompt template out of the model's GGUF file.
-
 
 MODELFILE = "Modelfile"
 ADAPTER_FILE = "adapter.gguf"
@@ -141,7 +137,6 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # An adapter in PEFT's format: as it is, in canonical form, or with one rank and one scaling for all modules.
 #
 # vLLM multiplies by one lora_alpha / r for the whole adapter and reads over rank_pattern and alpha_pattern, silently.
@@ -153,8 +148,6 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     """The files, by name, in the order to write them; see `peft_saving.adapter_files`.
 
     Args:
-        opened: base and adapter.
-        uniform: one rank and one scaling for all.
         text_model: names of the text model alone, where the base's files hold an image model around it.
     """
     loaded = opened.loaded

@@ -84,7 +84,6 @@ def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
 _ROWS = 16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Logits of a model that is never in memory as a whole: block after block is read, used and dropped.
 #
 # It takes one block in the compute dtype; of embedding and head, which stay as they are stored, rows and tiles.
@@ -96,10 +95,8 @@ class BlockWalk:
     """Goes through a model's blocks once.
 
     Args:
-        source: the base model.
         documents: token ids, at least one each.
         adapters: None for the base model itself.
-        dtype: to compute in.
 
     Raises:
         UnsupportedModel: for a configuration that the engine does not compute exactly.

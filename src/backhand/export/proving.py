@@ -24,7 +24,6 @@ class Prover:
 
     Args:
         command: `merge` or `export`.
-        adapter: the adapter's directory or file.
         console: for people; None prints nothing.
     """
 
@@ -87,10 +86,6 @@ def run_of(adapter: Path | None) -> Path | None:
         if (parent / CONFIG).is_file() and (parent / ADAPTER).is_dir():
             return parent
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether an exported adapter, loaded again, is the one that was exported: factor by factor, and by its logits.
 
 
 FACTOR_BOUND = 1e-6

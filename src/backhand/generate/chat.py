@@ -117,7 +117,6 @@ class Conversation:
     """The messages so far, and what a typed line does to them.
 
     Args:
-        session: the model, with a chat template.
         sampling: how tokens are chosen; every turn goes on with the next seed.
         system: the system message, None for the template's own.
         voices: who answers every turn, one after the other; None for the model as it is.

@@ -102,10 +102,6 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The answers to a file of rows, as JSON Lines in the order of the rows.
-
-
 def check_output(options: AnswerOptions) -> None:
     """Whether `output` can be written, before anything is loaded; its directory is made if need be.
 
@@ -216,17 +212,12 @@ def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], No
         yield lambda: progress.advance(task)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from standard input, which is to be UTF-8: a model's tokenizer takes nothing else.
-
-
 def read_text(read: Callable[[], str], what: str) -> str:
     """What `read` takes from standard input.
 
     Args:
         read: may raise UnicodeDecodeError, or let bytes through as lone surrogates: Python does the one or the other
             as the locale says.
-        what: the name of the text, for the error.
 
     Raises:
         DataError: it is not UTF-8.

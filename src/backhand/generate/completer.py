@@ -68,10 +68,6 @@ class Completer(Protocol):
 
         Args:
             prompts: token ids, at least one each.
-            choose: chooses next tokens.
-            finished: sees every one of them.
-            max_new_tokens: at most so many for each prompt.
-            batch_rows: prompts that are continued at once.
         """
         ...
 

@@ -102,10 +102,6 @@ class EngineCompleter:
             logits = state.step([token])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many prompts at once: rows leave the batch when their answer is complete, and waiting prompts take their places.
-
-
 # Keys, values and states of all rows together stay below this, as long as one row does.
 CACHE_BYTES = 1 << 30
 # A prefix that all prompts share is computed once if it has at least so many tokens.
@@ -213,10 +209,6 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return min(shared, min(map(len, prompts)) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Greedy completions of many prompts: what exact match is measured on.
-
-
 def complete_greedily(
     model: Decoder | Completer,
     prompts: Sequence[Sequence[int]],
@@ -233,8 +225,6 @@ def complete_greedily(
         model: a decoder, with or without an attached adapter, or any other completing model.
         prompts: token ids, at least one each.
         max_new_tokens: at most so many tokens a completion, the stop token among them.
-        stop_ids: tokens that end a completion.
-        batch_size: prompts that are continued at once.
         on_done: told the number of each prompt when its completion is there.
         give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
 

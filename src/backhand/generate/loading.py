@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,7 +53,6 @@ def loaded_model(
     """Load a model, and compute with the options' threads as long as it is used.
 
     Args:
-        options: which model, and how it is computed.
         adapter: directory of an adapter to put on it, or a GGUF file.
         chat_template: the option of that name; the adapter's record is held against the template in use.
         template_args: likewise; None where the template is not asked.
@@ -69,17 +68,13 @@ def loaded_model(
         source = open_model(options.model, quantize=options.quantize)
         tokenizer = source.tokenizer()
         template = read_template(chat_template, tokenizer)
+        asked = _Asked(options, source, adapter, template, template_args, dtype, device, one_at_a_time)
         try:
-            if options.engine == "transformers":
-                model, notes = _by_transformers(source, options, adapter, template, template_args, dtype, device)
-            else:
-                model, notes = _by_engine(
-                    source, options, adapter, template, template_args, dtype, device, one_at_a_time=one_at_a_time
-                )
+            model, notes = _by_transformers(asked) if options.engine == "transformers" else _by_engine(asked)
         except UnsupportedModel as error:
             if options.engine == "backhand":
                 raise
-            model, notes = _by_transformers(source, options, adapter, template, template_args, dtype, device)
+            model, notes = _by_transformers(asked)
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         stop_ids = (
@@ -89,60 +84,48 @@ def loaded_model(
         yield LoadedModel(model, tokenizer, stop_ids, notes)
 
 
-def _by_engine(
-    source: ModelSource,
-    options: BaseModelOptions,
-    adapter: Path | str | None,
-    template: str | None,
-    template_args: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    one_at_a_time: bool,
-) -> tuple[Completer, tuple[str, ...]]:
-    quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
+class _Asked(NamedTuple):
+    """What `loaded_model` was asked for, resolved."""
+
+    options: BaseModelOptions
+    source: ModelSource
+    adapter: Path | str | None
+    template: str | None
+    template_args: Mapping[str, Any] | None
+    dtype: torch.dtype
+    device: torch.device
+    one_at_a_time: bool
+
+    @property
+    def record_options(self) -> dict[str, Any]:
+        """What the adapter's record is held against, and whether it decides."""
+        args, force = self.template_args, self.options.force_base
+        return {"chat_template": self.template, "template_args": args, "force_base": force}
+
+
+def _by_engine(asked: _Asked) -> tuple[Completer, tuple[str, ...]]:
+    options, source, dtype, device = asked.options, asked.source, asked.dtype, asked.device
+    quantized = stays_quantized(options, source, dtype, device, one_at_a_time=asked.one_at_a_time)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
-    notes: tuple[str, ...] = ()
-    if adapter is not None:
-        loaded = load_adapter_for(
-            source,
-            adapter,
-            decoder.module_shapes(),
-            chat_template=template,
-            template_args=template_args,
-            force_base=options.force_base,
-            allow_pickle=options.allow_pickle,
-        )
-        decoder.attach(loaded.parameters(device=device))
-        notes = loaded.notes
-    return EngineCompleter(decoder), notes
+    if asked.adapter is None:
+        return EngineCompleter(decoder), ()
+    pickle, shapes = options.allow_pickle, decoder.module_shapes()
+    loaded = load_adapter_for(source, asked.adapter, shapes, **asked.record_options, allow_pickle=pickle)
+    decoder.attach(loaded.parameters(device=device))
+    return EngineCompleter(decoder), loaded.notes
 
 
-def _by_transformers(
-    source: ModelSource,
-    options: BaseModelOptions,
-    adapter: Path | str | None,
-    template: str | None,
-    template_args: Mapping[str, Any] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Completer, tuple[str, ...]]:
+def _by_transformers(asked: _Asked) -> tuple[Completer, tuple[str, ...]]:
     from backhand.adapters.inject import inject_contents
     from backhand.generate.transformers_completer import TransformersCompleter
     from backhand.nn.loading.transformers_model import load_transformers_model
 
-    model = load_transformers_model(source, dtype=dtype, device=device)
+    source, adapter = asked.source, asked.adapter
+    model = load_transformers_model(source, dtype=asked.dtype, device=asked.device)
     if adapter is None:
         return TransformersCompleter(model), ()
-    contents = read_adapter(adapter, source, allow_pickle=options.allow_pickle)
+    contents = read_adapter(adapter, source, allow_pickle=asked.options.allow_pickle)
     injected = inject_contents(model, contents)
-    forced = check_source(
-        contents.record,
-        str(adapter),
-        source,
-        [target.name for target in injected.targets],
-        chat_template=template,
-        template_args=template_args,
-        force_base=options.force_base,
-    )
+    names = [target.name for target in injected.targets]
+    forced = check_source(contents.record, str(adapter), source, names, **asked.record_options)
     return TransformersCompleter(model, injected), (*forced, *injected.notes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Bound, Check, Count, Given, NotNegative, Seed, Text, check_fields
+from backhand.bounds import Bound, Check, Count, Given, NotNegative, Options, Seed, Text
 from backhand.data.options import RowSources, TemplateOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
@@ -98,7 +98,7 @@ class AnswerOptions(AdapterOptions):
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(Options):
     """One answer, or a file of them.
 
     Attributes:
@@ -115,13 +115,7 @@ class GenerateOptions:
     template: TemplateOptions = field(default_factory=TemplateOptions)
     model: BaseModelOptions = field(default_factory=BaseModelOptions)
 
-    def validate(self) -> GenerateOptions:
-        """Check every field by itself and against the others; return self.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         self.answer.check_compare()
         prompt, data = self.answer.prompt, self.rows.data
         if (prompt is None) == (not data):
@@ -137,7 +131,6 @@ class GenerateOptions:
                 where="output",
                 next_step="give --data FILE, or redirect standard output",
             )
-        return self
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ class TalkOptions(AdapterOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(Options):
     """A conversation.
 
     Attributes:
@@ -164,10 +157,7 @@ class ChatOptions:
     template: TemplateOptions = field(default_factory=TemplateOptions)
     model: BaseModelOptions = field(default_factory=BaseModelOptions)
 
-    def validate(self) -> ChatOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.chat.prompt is not None and not self.chat.prompt.strip():
             raise UsageError("the first message is empty", where="prompt", next_step="leave out --prompt")
         self.chat.check_compare()
-        return self

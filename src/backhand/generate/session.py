@@ -43,7 +43,6 @@ class GenerationSession:
 
     Args:
         loaded: the model, its tokenizer, and the tokens that end an answer.
-        template: chat template and system message.
 
     Raises:
         UsageError: the chat template cannot be read, or a system message is given where no template could take it.
@@ -106,7 +105,6 @@ class GenerationSession:
             prompts: at least one token each.
             options: how tokens are chosen, and where answers end.
             sources: where each prompt stands, for errors.
-            batch_rows: prompts that are answered at once.
             on_text: given (number of the prompt, piece of its answer) as soon as a piece is certain.
             on_done: given the number of each prompt when its answer is complete.
 
@@ -156,7 +154,6 @@ class GenerationSession:
         """Whether a prompt can be answered.
 
         Args:
-            prompt: token ids.
             source: where it stands.
 
         Raises:
@@ -206,7 +203,6 @@ class _Reply:
         return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The next token from logits: greedy, or drawn after temperature, top-k and top-p, from an explicit generator.
 #
 #     z' = z / temperature
@@ -217,7 +213,6 @@ class _Reply:
 #
 # in this order, which is transformers'. The result depends on logits, settings and generator only.
 
-
 # The nucleus is looked for among so many likeliest tokens first; sorting a whole vocabulary costs ten times as much.
 NUCLEUS_FIRST_LOOK = 256
 
@@ -227,7 +222,6 @@ def next_token(logits: Tensor, sampling: SamplingOptions, generator: torch.Gener
 
     Args:
         logits: (vocab,), any floating dtype.
-        sampling: valid options.
         generator: on the CPU, draws one number of torch.multinomial; only greedy goes without.
     """
     if sampling.greedy or sampling.temperature == 0:
@@ -267,10 +261,6 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter_(0, indices, values / values.sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text from a stream of tokens: never half a character, and never a part of what may become a stop string.
-
-
 REPLACEMENT = "\ufffd"
 # Tokens at least that are decoded again to the left of new ones: tokenizers treat the first of a text in their own way.
 CONTEXT_TOKENS = 4
@@ -293,7 +283,6 @@ class TextStream:
     """Tokens in, text out as soon as it is certain; the parts put together are the decoded whole, up to a stop string.
 
     Args:
-        tokenizer: decodes.
         stop: strings that end the text; they are not part of it.
 
     Attributes:

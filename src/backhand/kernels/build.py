@@ -3,9 +3,10 @@
 Run by the wheel's build hook (`hatch_build.py`), by `make kernels` and by the sanitizer test, always as a file of its
 own: the standard library is all it needs, and nothing of the package is imported.
 
-    python src/backhand/kernels/build.py [--sanitize] [--force]
+    python src/backhand/kernels/build.py [--all] [--sanitize] [--force]
 
-A shared object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says.
+Compiled is what this processor runs; with `--all`, and for a wheel that others install, every instruction set. A shared
+object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says.
 Without a compiler nothing is built, one line says so, and everything computes through torch.
 
 All of it is plain C++ without headers of Python or torch, so that one build serves every version of both.
@@ -14,6 +15,7 @@ All of it is plain C++ without headers of Python or torch, so that one build ser
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -92,13 +94,25 @@ def _sources_stamp(name: str, folder: Path) -> Path:
     return folder / f"backhand_{name}.sources"
 
 
-def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) -> list[str]:
+def processor_runs(library: Path) -> list[str]:
+    """The instruction sets that this processor has, the plainest first, as a shared object of any of them says.
+
+    Raises:
+        OSError: the file is not there, or is no library of this system.
+    """
+    bits = ctypes.CDLL(str(library)).backhand_processor()
+    sets = INSTRUCTION_SETS.get(machine(), ("baseline",))
+    return [name for place, name in enumerate(sets) if place == 0 or bits >> (place - 1) & 1]
+
+
+def build(folder: Path = BUILT, *, every: bool = False, sanitize: bool = False, force: bool = False) -> list[str]:
     """Compile what has changed; returns the instruction sets that are there afterwards, the plainest first.
 
     An instruction set that the compiler does not know is left out, with its first complaint on standard error.
 
     Args:
         folder: where the shared objects go.
+        every: for other processors too, not only what this one runs.
         sanitize: with the address and the undefined-behaviour sanitizer in them.
         force: compile whether or not something has changed.
 
@@ -111,6 +125,9 @@ def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) 
         raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
     wanted = INSTRUCTION_SETS.get(machine(), {"baseline": ()})
     folder.mkdir(parents=True, exist_ok=True)
+    if not every and len(wanted) > 1:
+        runs = _asked_processor(compiler, folder)
+        wanted = {name: flags for name, flags in wanted.items() if name in runs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         jobs = {
             name: workers.submit(_build_one, compiler, name, flags, folder, sanitize, force)
@@ -124,6 +141,16 @@ def build(folder: Path = BUILT, *, sanitize: bool = False, force: bool = False) 
             library_path(name, folder).unlink(missing_ok=True)  # of older sources
             print(f"kernels: left out {name}: {complaint.strip().splitlines()[0]}", file=sys.stderr)
     return [name for name, complaint in complaints.items() if complaint is None]
+
+
+def _asked_processor(compiler: str, folder: Path) -> list[str]:
+    """`processor_runs` by the one small file that asks; all of them where it does not compile, which will say so."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        asking = Path(scratch) / "asking.so"
+        defines = ("-O0", '-DBACKHAND_ISA=""', "-shared")
+        command = [compiler, *FLAGS, *defines, str(SOURCES / "library.cpp"), "-o", str(asking)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return list(INSTRUCTION_SETS[machine()]) if done.returncode else processor_runs(asking)
 
 
 def _build_one(
@@ -167,11 +194,13 @@ def _digest(command: list[str], files: list[Path]) -> str:
 def main() -> None:
     """The command line of this file."""
     parser = argparse.ArgumentParser(description="Compile Backhand's loops.")
+    parser.add_argument("--all", action="store_true", help="for every processor, not only this one")
     parser.add_argument("--sanitize", action="store_true", help="with sanitizers, into lib/sanitized")
     parser.add_argument("--force", action="store_true", help="whether or not something has changed")
     options = parser.parse_args()
     try:
-        build(BUILT / "sanitized" if options.sanitize else BUILT, sanitize=options.sanitize, force=options.force)
+        folder = BUILT / "sanitized" if options.sanitize else BUILT
+        build(folder, every=options.all, sanitize=options.sanitize, force=options.force)
     except FileNotFoundError as error:
         print(f"kernels: {error}; everything works through torch, slower", file=sys.stderr)
 

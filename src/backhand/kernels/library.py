@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels.build import BUILT, is_of_these_sources, library_path
+from backhand.kernels.build import BUILT, is_of_these_sources, library_path, processor_runs
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +152,9 @@ def usable(folder: Path = BUILT) -> tuple[str, ...]:
     if not library_path("baseline", folder).exists() or not is_of_these_sources("baseline", folder):
         return ()
     try:
-        bits = Library(library_path("baseline", folder)).function("backhand_processor", (), INT)()
+        able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
-    able = [name for place, name in enumerate(BUILDS) if place == 0 or bits >> (place - 1) & 1]
     return tuple(name for name in able if library_path(name, folder).exists() and is_of_these_sources(name, folder))
 
 

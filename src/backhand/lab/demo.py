@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
+from backhand.arithmetic.findings import new_figure, png_bytes, print_table
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.prepare import Prompt, prepare_prompts
@@ -227,18 +227,10 @@ def _print_answers(console: Console, data: Path, before: Sequence[str], after: S
 
 
 def _print_result(console: Console, options: DemoOptions, result: DemoResult) -> None:
-    table = Table(title=f"{options.held_out_rows} held-out sentences")
-    table.add_column("model")
-    table.add_column("exact match", justify="right")
-    table.add_column("loss (nats per token)", justify="right")
-    for name, found in (
-        ("base", result.base),
-        (f"base, {SHOTS} examples in the prompt", result.few_shot),
-        ("adapted", result.adapted),
-    ):
-        table.add_row(name, f"{found.exact_match:.1%}", f"{found.loss:.4f}")
-    console.print()
-    console.print(table)
+    asked = {"base": result.base, f"base, {SHOTS} examples in the prompt": result.few_shot, "adapted": result.adapted}
+    rows = [(name, f"{found.exact_match:.1%}", f"{found.loss:.4f}") for name, found in asked.items()]
+    columns = ("model", "exact match", "loss (nats per token)")
+    print_table(console, f"\n{options.held_out_rows} held-out sentences", columns, rows)
     if result.peft is not None:
         console.print(
             f"The adapter in PEFT: logits differ by {result.peft.relative:.1e} of their size "
@@ -250,23 +242,12 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture of a run's losses, from its metrics.jsonl.
-
-
 def save_loss_picture(metrics: Path, picture: Path) -> None:
-    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white.
-
-    Args:
-        metrics: the run's metrics.jsonl.
-        picture: the PNG file to write.
-    """
-    from matplotlib.figure import Figure
-
+    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if trained:
         axes.plot(*zip(*trained, strict=True), color="0.6", linewidth=1, label="training rows, each step")
@@ -276,11 +257,7 @@ def save_loss_picture(metrics: Path, picture: Path) -> None:
     axes.set_title("What the model learned: loss over the run")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does an adapter mean the same in PEFT? Its logits there against ours, on the same weights and tokens.
+    write_atomically(picture, png_bytes(figure))
 
 
 BOUND = 1e-4
@@ -313,8 +290,6 @@ def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -
     """Load the adapter's files here and in PEFT, over the same base weights, and compare logits in float32.
 
     Args:
-        model: the base model's name.
-        adapter: directory with PEFT's files.
         documents: token ids of the probes, at least one each.
 
     Raises:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from backhand.bounds import Count, Seed, check_fields
+from backhand.bounds import Count, Options, Seed
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(Options):
     """The demo: the sine experiment, then SmolLM2 learns to turn sentences into strict JSON."""
 
     output: Path = Path("runs/demo")
@@ -35,8 +35,3 @@ class DemoOptions:
 
     overwrite: bool = False
     """Replace what an earlier demo left in `output`."""
-
-    def validate(self) -> DemoOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
-        return self

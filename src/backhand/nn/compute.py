@@ -150,10 +150,6 @@ def compute_settings(
         torch.set_float32_matmul_precision(precision_before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The dtype in which a machine computes a frozen decoder best.
-
-
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32.
 

@@ -32,8 +32,6 @@ def stays_quantized(
 
     Args:
         options: `base` and `quantize` as asked for.
-        source: the opened base model.
-        dtype: the compute dtype.
         device: where to compute.
         one_at_a_time: whether it will answer one prompt after the other.
     """

@@ -110,7 +110,6 @@ class LoRAParameters:
 
     Args:
         slots: the adapted modules; names must be unique.
-        trained: tensors trained as they are.
         device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
 
@@ -282,7 +281,6 @@ def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor
     Args:
         lora_A: (experts · rank, in), one expert's rows below the other's.
         lora_B: (out, rank · experts), in whose columns the experts take turns.
-        experts: how many.
     """
     return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
@@ -291,10 +289,6 @@ def in_turns(lora_B: Tensor) -> Tensor:
     """View of experts' lora_B whose rows are gate's and up's in turns, (experts, 2f, rank): (experts, 2, f, rank)."""
     turns: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
     return turns
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What of a model an adapter can train: its linear modules, and beside them embeddings and whole parameters.
 
 
 class ModuleShapes(dict[str, tuple[int, int]]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from backhand.bounds import BaseModel, Bound, Given, check_fields
+from backhand.bounds import BaseModel, Bound, Given, Options
 from backhand.errors import UsageError
 
 Engine = Literal["auto", "backhand", "transformers"]
@@ -75,14 +75,11 @@ class _BaseModel:
 
 
 @dataclass(frozen=True)
-class BaseModelOptions(AdapterReading, _BaseModel):  # in this order the pickle comes last
+class BaseModelOptions(AdapterReading, _BaseModel, Options):  # in this order the pickle comes last
     """The base model and how it is computed."""
 
-    def validate(self) -> BaseModelOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         check_base(self)
-        return self
 
 
 def check_base(options: _BaseModel) -> None:

@@ -41,11 +41,7 @@ MOST_CORES = 32
 
 
 def set_waiting(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Say how long threads wait, unless the environment does; before libgomp is loaded, which reads it then.
-
-    Args:
-        environment: this process's, or that of one to be started.
-    """
+    """Say how long threads wait, unless the environment does; before libgomp is loaded, which reads it then."""
     if VARIABLE not in environment and _POLICY not in environment:
         watched = _time_waited() is not None and (os.cpu_count() or 1) <= MOST_CORES
         environment[VARIABLE] = str(SPINS if watched else UNWATCHED)
@@ -91,11 +87,7 @@ class _Held(Protocol):
 
 
 class Decision:
-    """Holds more threads as soon as the cores are wanted by others, and lets them go once that has been over a while.
-
-    Args:
-        more: what is held.
-    """
+    """Holds more threads as soon as others want the cores, and lets them go once that has been over a while."""
 
     def __init__(self, more: _Held) -> None:
         self._more = more

@@ -39,10 +39,6 @@ def report_command(options: ReportOptions) -> Path:
     return target
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A page as a file, written in one step.
-
-
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run directory, in place of one that is there; return its path.
 

@@ -11,9 +11,8 @@ from typing import Any
 from backhand.report import charts
 from backhand.report.page import base_and_best, differences, headline, prompt_parts
 from backhand.report.proof_tables import proof_tables
-from backhand.report.rendering import render
+from backhand.report.rendering import NOT_KNOWN, figure, render, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, figure, time_taken
 from backhand.words import in_words
 
 # Where these differ, the runs do not: where files lie, and what was shown meanwhile.

@@ -125,7 +125,6 @@ def module_changes(
     """The change of each module, in the order of `factors`.
 
     Args:
-        factors: by module.
         weight_norms: ‖W‖ by module, None where it is not known.
     """
     for name, module in factors.items():

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Bound, Count, check_fields
+from backhand.bounds import Bound, Count, Options
 from backhand.errors import UsageError
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """Which runs, and where the page goes."""
 
     runs: tuple[Path, ...] = ()
@@ -21,12 +21,7 @@ class ReportOptions:
     """HTML file to write, in place of one that is there; not given: `report.html` in the run directory, or
     `comparison.html` here when several runs are compared."""
 
-    def validate(self) -> ReportOptions:
-        """Check every field; return self.
-
-        Raises:
-            UsageError: no run, the same one twice, or an output that is a directory.
-        """
+    def _check_together(self) -> None:
         if not self.runs:
             raise UsageError("no run is given", where="runs", next_step="give a run directory, such as runs/mine")
         resolved = [run.resolve() for run in self.runs]
@@ -34,11 +29,10 @@ class ReportOptions:
             raise UsageError("the same run is given twice", where="runs")
         if self.output is not None and self.output.is_dir():
             raise UsageError(f"{self.output} is a directory", where="output", next_step="name a file in it")
-        return self
 
 
 @dataclass(frozen=True)
-class WatchOptions:
+class WatchOptions(Options):
     """A run's page while it trains, on this machine only."""
 
     run: Path = Path("run")
@@ -52,8 +46,3 @@ class WatchOptions:
 
     max_new_tokens: Count = 128
     """Longest answer to a prompt, in tokens."""
-
-    def validate(self) -> WatchOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
-        return self

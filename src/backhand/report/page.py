@@ -13,9 +13,8 @@ from typing import Any, TypeGuard
 from backhand.report import charts
 from backhand.report.module_changes import ModuleChange, changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
-from backhand.report.rendering import render
+from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.report.words import NOT_KNOWN, moment, time_taken
 from backhand.runs.directory import CONFIG
 from backhand.training.answers import MAX_NEW_TOKENS
 from backhand.words import count_of, in_words
@@ -271,10 +270,6 @@ def _digests(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where two answers differ, word by word, for people to see at a glance.
-
-
 _PIECES = re.compile(r"\w+|\s+|[^\w\s]")
 Segments = list[tuple[bool, str]]
 """(whether it differs, text), in order; the texts together are the answer."""
@@ -300,10 +295,6 @@ def _add(segments: Segments, differs: bool, text: str) -> None:
         segments[-1] = (differs, segments[-1][1] + text)
     elif text:
         segments.append((differs, text))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The first sentence of a report: what was trained on what, whether it helped, and where the adapter is.
 
 
 _MAX_VLLM_RANK = 16

@@ -48,13 +48,7 @@ class BoxAnswer:
 
 
 class PromptBox:
-    """Answers prompts about one run.
-
-    Args:
-        run: its directory.
-        threads: to compute with.
-        max_new_tokens: of an answer.
-    """
+    """Answers prompts about one run."""
 
     def __init__(self, run: Path, *, threads: int, max_new_tokens: int) -> None:
         self._run = run
@@ -178,20 +172,12 @@ class PromptBox:
         return held_bytes(source, dtype, quantized=quantized)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's page kept up to date: made again when one of the files it shows has changed, and then only once.
-
-
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, f"{CHECKPOINTS}/latest")
 LIVE_SCRIPTS = (*PAGE_SCRIPTS, "watch.js")
 
 
 class LiveRun:
-    """One run, as it is at the moment of asking. Safe to ask from several threads.
-
-    Args:
-        path: its directory.
-    """
+    """One run, as it is at the moment of asking. Safe to ask from several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -67,7 +67,6 @@ def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str)
 
     Args:
         proofs: lines of proofs.jsonl, oldest first.
-        run, adapter: as they are typed on a command line.
     """
     newest: dict[tuple[str, str], Mapping[str, Any]] = {}
     for line in proofs:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from backhand.report.words import figure, percent, place
+from backhand.report.run_record import is_number
+from backhand.words import duration
 
+NOT_KNOWN = "–"
 PAGE_SCRIPTS = ("vega.min.js", "page.js")
 
 
@@ -29,9 +34,7 @@ def render(
     """A page as UTF-8; what UTF-8 cannot hold, such as half a surrogate pair in a file name, is written out.
 
     Args:
-        template: name of a file in templates/.
         values: what it shows; `title` and `charts` among them.
-        scripts: files in static/, run in this order.
         connect: where the page may connect to, as its policy says it.
     """  # fmt: skip
     sources = [_static(name) for name in scripts]
@@ -79,3 +82,41 @@ def _static(name: str) -> str:
     if "</script" in text or "<!--" in text:
         raise ValueError(f"{name} cannot stand inside a script element")
     return text
+
+
+def figure(value: object) -> str:
+    """A number with four significant digits; other values as they are, None as a dash."""
+    if value is None:
+        return NOT_KNOWN
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.4g}"
+
+
+def percent(value: object) -> str:
+    """A share as a percentage."""
+    return f"{value:.1%}" if is_number(value) else NOT_KNOWN
+
+
+def time_taken(seconds: object) -> str:
+    """A time for people, or a dash where it is not known."""
+    return duration(seconds) if is_number(seconds) else NOT_KNOWN
+
+
+def moment(text: object) -> str:
+    """A time in ISO form as `24 November 2026, 22:11 UTC`; any other text as it is."""
+    try:
+        when = datetime.fromisoformat(str(text)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return str(text)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def place(source: object) -> str:
+    """`valid.jsonl, row 3` for `/data/valid.jsonl:3`; a place of another form as it is."""
+    file, colon, number = str(source).rpartition(":")
+    return f"{PurePath(file).name}, row {number}" if colon and number.isdecimal() and file else str(source)

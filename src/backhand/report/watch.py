@@ -61,12 +61,10 @@ def serving(options: WatchOptions) -> Iterator[WatchServer]:
         box.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The server behind `backhand watch`: this machine only, behind a token, and deaf to other pages in the browser.
 #
 # Refused is whatever lacks the token in its address; whatever was sent to another host name than ours, as a page does
 # that has its own name point to 127.0.0.1; and any question that another origin's page sent.
-
 
 HOST = "127.0.0.1"
 LONGEST_QUESTION_BYTES = 64 * 1024
@@ -87,9 +85,6 @@ class WatchServer(ThreadingHTTPServer):
 
     Args:
         port: 0 for any free one.
-        token: what every address must begin with.
-        run: the page.
-        box: answers prompts.
 
     Raises:
         OSError: the port is taken.

@@ -52,7 +52,6 @@ class CheckpointStore:
 
     Args:
         directory: `checkpoints/` of the run; it exists.
-        files: the file layer.
         warn: told, in one sentence, of what was found damaged.
     """
 

@@ -46,7 +46,21 @@ TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
 _MOVING = ".replacing"
 # config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
-OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, STATES, REFERENCE)
+OWNED = (
+    CONFIG,
+    ADAPTER,
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    PROOFS,
+    FACTS,
+    STATUS,
+    ANSWERS,
+    REPORT,
+    LOGS,
+    STATES,
+    REFERENCE,
+)
 
 
 class RunDirectory:
@@ -350,10 +364,6 @@ def _locked(path: Path) -> int:
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         os.close(descriptor)  # its holder removed the file in between: take the new one
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# proofs.jsonl: a line for everything that was checked about a run, from any command.
 
 
 ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]

@@ -20,8 +20,6 @@ class Interrupted(BackhandError):
 
     Args:
         number: of the signal; the exit code is 128 more: 130 for Ctrl-C, 143 for SIGTERM.
-        step: optimizer steps done.
-        next_step: how to continue.
     """
 
     def __init__(self, number: int, step: int, next_step: str) -> None:
@@ -49,9 +47,6 @@ def signal_in(reason: str) -> int | None:
 
 class Interruption:
     """Handles the signals while it is entered; does nothing outside the main thread, where Python forbids it.
-
-    Args:
-        announce: told once that the first signal has been heard.
 
     Attributes:
         requested: the number of the signal that asked for the stop, or None.

@@ -27,7 +27,6 @@ class RecordFile:
     """Opened to read and to append; made where it is not there, and made anew where it is another one or damaged.
 
     Args:
-        files: the file layer.
         path: of the file; its directory exists.
         digest: of everything that decides what the records hold, in ASCII.
 

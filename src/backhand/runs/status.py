@@ -50,11 +50,6 @@ class RunStatus:
 def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], int]) -> Iterator[None]:
     """Inside, the run is `running`; afterwards `finished`, `interrupted` or `failed`.
 
-    Args:
-        directory: of the run.
-        total_steps: of the run.
-        step: tells the steps done.
-
     Raises:
         ResourceError: status.json cannot be written at the beginning or after a good end.
     """

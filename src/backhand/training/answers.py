@@ -51,9 +51,6 @@ def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Exam
 
     Args:
         bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
-        source: of the model.
-        examples: the held-out rows.
-        config: of the run.
     """
     tokenizer, data = source.tokenizer(), config.data
     ends_of_roles = stopping_role_ids(
@@ -75,10 +72,6 @@ def held_out_answers(
 
     Args:
         bound: the model with its adapter, its values those to answer with.
-        examples: the held-out rows.
-        tokenizer: the model's.
-        stop_ids: tokens that end an answer.
-        count: how many rows.
     """
     model = bound.completer()
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))

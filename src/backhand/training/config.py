@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from backhand.adapters.config import LoRAConfig
-from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Positive, Seed, Share, check_fields
+from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Options, Positive, Seed, Share
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.nn.model_options import BaseModelOptions, check_base
+from backhand.nn.model_options import BaseModelOptions
 from backhand.training.objectives.options import ObjectiveOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
@@ -73,10 +73,8 @@ class ModelOptions(BaseModelOptions):
     below once in a run: in `memory`, on the `disk` in the run directory, or not at all, `off`; the result is the same
     bits. `auto` takes memory while it lasts, else the disk."""
 
-    def validate(self) -> ModelOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
-        check_base(self)
+    def _check_together(self) -> None:
+        super()._check_together()
         if self.engine == "transformers" and self.recompute in ("mlp", "block"):
             raise UsageError(
                 f"recompute {self.recompute!r} works with the backhand engine only",
@@ -89,11 +87,10 @@ class ModelOptions(BaseModelOptions):
                 where="cache_frozen",
                 next_step="leave out --cache-frozen, or use --engine backhand",
             )
-        return self
 
 
 @dataclass(frozen=True)
-class OptimizationOptions:
+class OptimizationOptions(Options):
     """How the adapter is trained: steps, rates and batches."""
 
     epochs: Count = 3
@@ -133,20 +130,17 @@ class OptimizationOptions:
     """Rows per forward and backward pass; not given: as many as fit the memory, at most `batch_rows`. Changes time and
     memory, not the result: every supervised token of a step weighs the same."""
 
-    def validate(self) -> OptimizationOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.micro_batch_rows is not None and self.micro_batch_rows > self.batch_rows:
             raise UsageError(
                 f"micro_batch_rows {self.micro_batch_rows} is larger than batch_rows {self.batch_rows}",
                 where="micro_batch_rows",
                 next_step="give at most batch_rows, or leave it out",
             )
-        return self
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Options):
     """The run as such: where it is kept, when it is measured and saved, how it starts and stops."""
 
     output: Path = Path("run")
@@ -214,9 +208,7 @@ class RunOptions:
     debug: bool = False
     """Show a traceback with an error."""
 
-    def validate(self) -> RunOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if not str(self.output):
             raise UsageError("output is empty", where="output", next_step="name a directory")
         if self.resume and self.overwrite:
@@ -227,11 +219,10 @@ class RunOptions:
                 where="from_adapter",
                 next_step="give one of them",
             )
-        return self
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """One training run. The command line, `run.toml` and `backhand.train` take exactly this.
 
     Attributes:
@@ -250,13 +241,7 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
-    def validate(self) -> TrainConfig:
-        """Check every field by itself and against the others, before anything is loaded; return self.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective):
             _check_utf8(part)
         if self.data.train_on == "all" and self.objective.objective != "sft":
@@ -272,7 +257,6 @@ class TrainConfig:
                 where="early_stopping",
                 next_step="give eval_data or eval_fraction as well, or leave it out",
             )
-        return self
 
 
 def _check_utf8(part: Any) -> None:

@@ -148,10 +148,6 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The last lines of a run: what was trained, how much it improved, where the adapter is, what to type next.
-
-
 def closing_lines(summary: RunSummary) -> list[str]:
     """The closing summary, a line a fact."""
     what = (
@@ -204,17 +200,11 @@ def _exp(loss: float) -> str:
     return f"{math.exp(min(loss, 700.0)):,.2f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run says before its first step: model, rows, adapter, plan, a line each.
-
-
 def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:
     """The lines.
 
     Args:
-        job: ready for its first step.
         continued: whether it goes on from a checkpoint.
-        processes: that share it.
     """
     model, options = job.config.model, job.config.optimization
     lora, report = job.bound.lora, job.train.report

@@ -286,11 +286,6 @@ class _BoundDecoder(BoundModel):
 def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype) -> Engine:
     """As asked, or the decoder engine where it computes the model exactly.
 
-    Args:
-        options: which engine is asked for.
-        source: the opened base model.
-        dtype: the compute dtype.
-
     Raises:
         UnsupportedModel: the decoder engine is asked for and does not know the model, or transformers could only guess
             what a GGUF file means.

@@ -86,9 +86,6 @@ class _Place:
 def joined(reduce: Reduce) -> Iterator[Group]:
     """The several processes of this run, as the environment says; none leaves before all do.
 
-    Args:
-        reduce: how gradients add up.
-
     Raises:
         UsageError: half an environment, or a port that is taken.
         ResourceError: the others do not come, or one is lost.
@@ -104,12 +101,7 @@ def joined(reduce: Reduce) -> Iterator[Group]:
 
 
 class Group(Processes):
-    """Several processes. Attributes and methods are those of `Processes`.
-
-    Args:
-        place: of this one.
-        reduce: how gradients add up.
-    """
+    """Several processes. Attributes and methods are those of `Processes`."""
 
     def __init__(self, place: _Place, reduce: Reduce) -> None:
         super().__init__()

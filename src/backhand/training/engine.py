@@ -20,10 +20,10 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch, TokenLoss
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix
-from backhand.training.kept_states import Lower
 from backhand.training.memory.model import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
@@ -111,7 +111,7 @@ class BoundModel(ABC):
         self.notes = tuple(notes)
 
     @property
-    def lower(self) -> Lower | None:
+    def lower(self) -> LowerLayers | None:
         """The model as one whose lower blocks can be computed by themselves; None where that cannot be."""
         return None
 
@@ -125,7 +125,6 @@ class BoundModel(ABC):
         """Copy the values of an adapter of the same modules and ranks.
 
         Args:
-            directory: of the adapter, or a GGUF file.
             allow_pickle: whether it may be a pickle.
 
         Raises:
@@ -202,7 +201,6 @@ class Engine(Protocol):
         """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
 
         Args:
-            layout: of the adapter.
             longest: tokens of the longest row.
         """
         ...

@@ -100,10 +100,7 @@ def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *,
     """Measure one model on the rows.
 
     Args:
-        loaded: the base model, perhaps with an adapter.
         rows: from `evaluation_rows` of the same model.
-        run: how long completions may be.
-        adapter: with the adapter, or without it.
 
     Raises:
         CheckError: the loss is not finite.
@@ -215,7 +212,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Which rows greedy decoding surely answers right, told by the losses that were measured anyway, without decoding.
 #
 #     ℓ = -log p(target | what the row says before it)
@@ -223,7 +219,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
 # Where every token of a row's reply, and the token that ends it, has p = e^-ℓ > 1/2, each of them is the likeliest
 # one after the very tokens that greedy decoding has chosen before: the completion is the reply. The converse does not
 # hold (p may be below 1/2 and still the largest), so every other row has to be decoded.
-
 
 # p > 0.78, so that the target's logit is 1.26 above any other: more than the roundings of a bfloat16 model, whose
 # logits decoding computes from other shapes of products.
@@ -242,9 +237,6 @@ def certain_replies(
 
     Args:
         rows: documents by their source, each with its supervised tokens' losses in nats, (supervised,).
-        prompts: with a reply.
-        text: of token ids, as completions are read.
-        stop_ids: tokens that end a completion.
         max_new_tokens: at most so many tokens a completion, the stop token among them.
     """
 

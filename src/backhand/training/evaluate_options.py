@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backhand.bounds import Count, check_fields
+from backhand.bounds import Count, Options
 from backhand.data.options import DataOptions
 from backhand.training.config import ModelOptions
 
@@ -32,7 +32,7 @@ class EvaluateRunOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """One evaluation: the model, the rows, and what to measure on them.
 
     Attributes:
@@ -44,8 +44,3 @@ class EvaluateOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
-
-    def validate(self) -> EvaluateOptions:
-        """Check every field before anything is loaded; return self. Raises UsageError."""
-        check_fields(self)
-        return self

@@ -167,10 +167,6 @@ def _memory_bytes() -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# summary.json: what a run came to.
-
-
 def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
     """The summary of a run that is over."""
     progress = state.progress

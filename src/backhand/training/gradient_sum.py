@@ -79,7 +79,6 @@ class OrderedSum:
     Args:
         gradients: the buffer, (elements,).
         shares: of every process, see `shared_out`.
-        processes: to exchange with.
     """
 
     def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:
@@ -133,7 +132,6 @@ class PlainSum:
     Args:
         gradients: the buffer, (elements,).
         shares: of every process, see `shared_out`.
-        processes: to exchange with.
     """
 
     def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:

@@ -31,13 +31,7 @@ _QUERY_OR_KEY = re.compile(r"(.*\.)?(q_proj|k_proj|query|key)")
 
 
 class LearningGuard:
-    """Watches the first three steps of a run, or of its continuation; skipped ones do not count.
-
-    Args:
-        lora: the adapter.
-        optimizer: what is to move it.
-        log: told what was found.
-    """
+    """Watches the first three steps of a run, or of its continuation; skipped ones do not count."""
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog) -> None:
         self._lora = lora
@@ -183,16 +177,11 @@ def _cause_of_silence(silent: list[str]) -> str:
     return "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen base must be finite and must not move: a digest of every tensor at start and end, samples between.
-
-
 class BaseGuard:
     """Remembers the digests of the base's tensors.
 
     Args:
         model: its `frozen_tensors` are read once now.
-        log: told what was found.
 
     Raises:
         CheckError: a tensor holds NaN or infinity. Logits would not show it: torch's CPU attention turns NaN queries

@@ -50,12 +50,7 @@ def keeping(
     """What the job's plan keeps; at the end it is let go, and what was on the disk is removed where `finished` is set.
 
     Args:
-        job: with its model.
-        directory: of the run.
-        rank: of this process.
-        frozen_digest: of all frozen tensors.
         log: told that what is kept was found to be what is computed.
-        noted: told what goes wrong.
     """
     kept, store = Keeping(), None
     packers = _packers(job)
@@ -109,10 +104,6 @@ def tokens_at_once(job: Job, usual: int) -> int:
 
     A block at work holds less than two blocks keep of as many tokens for their backward pass, and the layers below
     keep nothing; where kept activations are few, since they are computed again, nothing is taken along.
-
-    Args:
-        job: with its model.
-        usual: positions of the usual micro-batch.
     """
     times = (job.engine.layers - job.states.below.layer) // 2
     return min(_AT_ONCE, times * usual) if job.memory.recompute == "none" and times > 1 else 0

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,44 +36,9 @@ from torch import Tensor
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
 from backhand.nn.batch import Entering, PackedBatch
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.runs.directory import Proof, ProofLog
 from backhand.runs.record_file import RecordFile
-
-
-class Lower(Protocol):
-    """A model whose lower blocks can be computed by themselves."""
-
-    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
-        """x₀ of block `layer`, (tokens, hidden)."""
-        ...
-
-    def settle_rows(self, layer: int, tokens: int) -> None:
-        """Give each row the same bits below this layer in batches of any size, those of one of so many tokens."""
-        ...
-
-    def keeps_rows(self, tokens: int) -> bool:
-        """Whether a batch of so many tokens does give each row these bits."""
-        ...
-
-
-class StateStore(Protocol):
-    """Hidden states by a row's number, (tokens, hidden) each."""
-
-    def __contains__(self, number: int) -> bool:
-        """Whether the states were put here; not whether they are still whole, which `get` finds."""
-        ...
-
-    def get(self, number: int) -> Tensor | None:
-        """The states, to be read only; None where they are not there."""
-        ...
-
-    def put(self, number: int, states: Tensor) -> None:
-        """Keep a copy; without effect where nothing more can be kept."""
-        ...
-
-    def close(self, *, remove: bool) -> None:
-        """Let go of everything; with `remove` of what would be found again as well."""
-        ...
 
 
 class StatesInMemory:
@@ -83,7 +47,6 @@ class StatesInMemory:
     Args:
         lengths: tokens of each number.
         width: hidden size.
-        dtype: of the states.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
@@ -97,16 +60,16 @@ class StatesInMemory:
         return self._there[number]
 
     def get(self, number: int) -> Tensor | None:
-        """See `StateStore.get`."""
+        """The states, (tokens, hidden), to be read only; None where they are not there."""
         return self._states[self._starts[number] : self._starts[number + 1]] if self._there[number] else None
 
     def put(self, number: int, states: Tensor) -> None:
-        """See `StateStore.put`."""
+        """Keep a copy."""
         self._states[self._starts[number] : self._starts[number + 1]].copy_(states)
         self._there[number] = True
 
     def close(self, *, remove: bool) -> None:  # noqa: ARG002 - nothing would be found again
-        """See `StateStore.close`."""
+        """Let go of everything."""
         self._there = [False] * len(self._there)
         self._states = self._states.new_empty(0, self._states.shape[1])
 
@@ -120,8 +83,6 @@ class StatesOnDisk:
         file: the records; other states under its digest are there already.
         lengths: tokens of each number.
         width: hidden size.
-        dtype: of the states.
-        noted: told in a sentence what went wrong.
     """
 
     def __init__(
@@ -143,7 +104,7 @@ class StatesOnDisk:
         return self._file is not None and number in self._file
 
     def get(self, number: int) -> Tensor | None:
-        """See `StateStore.get`."""
+        """The states, (tokens, hidden), to be read only; None where they are not there, or no longer whole."""
         if self._file is None or number not in self._file:
             return None
         data = self._file.read(number)
@@ -155,7 +116,7 @@ class StatesOnDisk:
         return torch.frombuffer(data, dtype=self._dtype).view(self._lengths[number], self._width)
 
     def put(self, number: int, states: Tensor) -> None:
-        """See `StateStore.put`."""
+        """Keep a copy; without effect where nothing more can be kept."""
         if self._file is None:
             return
         try:
@@ -165,20 +126,22 @@ class StatesOnDisk:
             self.close(remove=True)
 
     def close(self, *, remove: bool) -> None:
-        """See `StateStore.close`."""
+        """Let go of everything; with `remove` of what would be found again as well."""
         file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):
                 file.close(remove=remove)
 
 
+StateStore = StatesInMemory | StatesOnDisk
+"""Hidden states by a row's number, (tokens, hidden) each."""
+
+
 class KeptStates:
     """A set of rows whose hidden states are kept.
 
     Args:
-        model: whose lower blocks are computed.
         layer: c, below which nothing is trained.
-        packer: of the rows.
         store: where they are kept.
         first: the store's number of the set's first row; behind its rows comes what all of them begin with.
         at_once: tokens that a pass through the lower blocks may have where its own batch has fewer.
@@ -188,7 +151,7 @@ class KeptStates:
 
     def __init__(
         self,
-        model: Lower,
+        model: LowerLayers,
         layer: int,
         packer: RowPacker,
         store: StateStore,
@@ -215,7 +178,6 @@ class KeptStates:
         """These rows as `RowPacker.packed` packs them, with the hidden states that enter layer c.
 
         Args:
-            rows: of the batch.
             coming: the rows of the batches behind it, asked for no further than they are computed along with it.
 
         Raises:

@@ -51,8 +51,6 @@ def followed(
 
     Args:
         config: this process's own; it keeps its places in it.
-        done: of the first process.
-        processes: that share the run.
     """
     if processes.size == 1:
         return config, done

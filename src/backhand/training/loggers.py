@@ -40,13 +40,7 @@ class Logger(Protocol):
 
 
 class LoggerObserver(Observer):
-    """Tells a logger of a run.
-
-    Args:
-        name: for notes.
-        logger: to be told.
-        note: told, in a sentence, that the logger failed.
-    """
+    """Tells a logger of a run."""
 
     def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
         self._name = name
@@ -97,10 +91,6 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MLflow: a run in the store of MLFLOW_TRACKING_URI, or else in `logs/mlflow.db` of the run directory.
-
-
 EXPERIMENT = "backhand"
 # MLflow refuses longer values of parameters.
 _LONGEST_VALUE = 6000
@@ -142,10 +132,6 @@ class MLflowLogger:
         self._client.set_terminated(self._run, "FINISHED" if summary else "KILLED")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorBoard: event files in `logs/tensorboard` of the run; `tensorboard --logdir runs` shows all runs below it.
-
-
 class TensorBoardLogger:
     """Writes scalars, and the configuration as a text."""
 
@@ -168,10 +154,6 @@ class TensorBoardLogger:
         """Log whether it ended well, and close the file."""
         self._writer.add_text("ended", "finished" if summary else "not finished")
         self._writer.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# trackio: the project `backhand`, or TRACKIO_PROJECT, where trackio keeps its own; `trackio show` opens it.
 
 
 PROJECT = "backhand"
@@ -208,10 +190,6 @@ class TrackioLogger:
             self._run.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights & Biases: offline in `logs/wandb` of the run, for `wandb sync` to send later, unless WANDB_MODE is set.
-
-
 class WandbLogger:
     """A run of the project `backhand`, or of WANDB_PROJECT; a continued run is another one in the same group."""
 
@@ -239,10 +217,6 @@ class WandbLogger:
         """Keep the summary, and finish."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=0 if summary else 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loggers by their names on the command line.
 
 
 # An extra's package by the name of its logger.

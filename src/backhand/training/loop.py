@@ -49,14 +49,11 @@ class TrainingLoop:
         model: with the state's adapter attached, see `training_step`.
         state: adapter, optimizer, counters; changed by every step.
         packer: holds the training rows, and packs those of a micro-batch.
-        sampler: which rows a step trains on, by number.
-        plan: the numbers that the loop goes by.
         held_out: rows that are evaluated and not trained on; None where there are none.
         meter: of the loss on neutral texts; None where forgetting is not measured.
         base_guard: sees that the base does not move; None in repetitions of steps that were guarded before.
         learning_guard: sees that every factor has a gradient and moves; None likewise.
         check_files: raises ArtifactError once the base's mapped files are no longer what they were.
-        observer: is told of steps and evaluations.
         memory: holds the process to its plan; None where the allocator is left alone.
         save: makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far.
         processes: that share each step and evaluation; this one alone where it is None.
@@ -352,10 +349,6 @@ def _is_fresh(state: RunState) -> bool:
     return state.lora.plain and not any(
         bool(torch.any(tensor)) for name, tensor in state.lora.named_tensors() if name.endswith(".lora_B")
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The numbers of a run: the learning rate of every step, seeds, and when to do what.
 
 
 DEFAULT_WARMUP_SHARE = 0.03

@@ -49,8 +49,6 @@ def memory_budget(config: TrainConfig, machine: Machine, process_bytes: int, sha
     """What the process may take in all: as asked for, else what is free; shared with the others on the machine.
 
     Args:
-        config, machine: of the run.
-        process_bytes: that it has taken already.
         shared_bytes: of what it takes, those of mapped files, which are in memory once for all processes.
     """
     if machine.device.type != "cpu":

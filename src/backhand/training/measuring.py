@@ -33,7 +33,6 @@ class HeldOut:
 
     Args:
         examples: at least one.
-        micro_batch_rows: rows per forward pass.
         kept: keeps their hidden states below the lowest adapted layer from one `loss` to the next.
 
     Attributes:
@@ -52,7 +51,6 @@ class HeldOut:
         """Mean nats per supervised token with the adapter that is attached, the same with any number of processes.
 
         Args:
-            model: to measure.
             processes: that share the batches; the sum is that of one process, in its order.
             interruptible: whether to come back with None where a process has been asked to stop.
         """
@@ -86,7 +84,6 @@ class HeldOut:
         return self._batches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The forgetting meter: how far the adapted model has drifted from the base on a few neutral texts.
 #
 # Over every token of texts that have nothing to do with the task:

@@ -91,10 +91,6 @@ class Observers(Observer):
             observer.closed()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Callbacks of one's own: an observer, or a plain function that gets every record of metrics.jsonl.
-
-
 Callback = Observer | Callable[[Mapping[str, Any]], object]
 
 
@@ -114,10 +110,6 @@ class _RecordFunction(Observer):
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
     """Functions wrapped, observers as they are."""
     return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics.jsonl: a line for each logged step and each evaluation.
 
 
 class MetricsFile(Observer):

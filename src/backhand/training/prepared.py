@@ -320,47 +320,24 @@ def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
     return Rows(packer.lengths, supervised, packer.shared, packer.document_lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
 #
 # What costs little is checked first: options, targets, rows and memory come before the weights are read.
 
-
 _EVALUATIONS = 5
 
 
-@dataclass
-class Job:
-    """A run before its first step.
+@dataclass(kw_only=True)
+class Job(Outline):
+    """A run before its first step; nothing in its configuration is left to choose.
 
     Attributes:
-        config: resolved: nothing in it is left to choose.
-        source: the opened base model.
-        engine: which one, and why.
-        train, held_out: the rows.
-        packer: of the training rows.
-        sampler: which rows a step trains on.
-        total_steps: of the run.
-        memory: what it will take.
-        states: where the hidden states that enter the lowest adapted layer are kept.
         bound: model and adapter, its values set.
         identity: the digests.
-        notes: what the files of the adapter to start from say, and a person should know.
     """
 
-    config: TrainConfig
-    source: ModelSource
-    engine: Engine
-    train: PreparedData
-    held_out: PreparedData | None
-    packer: RowPacker
-    sampler: Sampler
-    total_steps: int
-    memory: MemoryPlan
-    states: StatesPlan
     bound: BoundModel
     identity: Identity
-    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -390,10 +367,10 @@ def build_job(
     if not processes.leads:
         config = _cut_as(config, *json.loads(processes.follow(b"")))
     outline = outline_run(config, machine, typed=typed)
-    source, engine, memory, total_steps = outline.source, outline.engine, outline.memory, outline.total_steps
+    source, memory = outline.source, outline.memory
     if processes.leads:
         processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
-    bound = engine.load(
+    bound = outline.engine.load(
         outline.config.adapter,
         base_model=source.hub_id or str(source.path.resolve()),
         device=machine.device,
@@ -406,19 +383,13 @@ def build_job(
     measured = documents_of((*(() if held_out is None else held_out.examples), *train.examples))
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
     return Job(
-        config=resolved,
-        source=source,
-        engine=engine,
-        train=train,
-        held_out=held_out,
-        packer=outline.packer,
-        sampler=outline.sampler,
-        total_steps=total_steps,
-        memory=memory,
-        states=outline.states,
-        bound=bound,
-        identity=Identity(resolved, source, list(bound.lora.slots), train, held_out),
-        notes=(*outline.notes, *quantized, *bound.notes),
+        **vars(outline)
+        | {
+            "config": resolved,
+            "bound": bound,
+            "identity": Identity(resolved, source, list(bound.lora.slots), train, held_out),
+            "notes": (*outline.notes, *quantized, *bound.notes),
+        }
     )
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from backhand.errors import BackhandError, ResourceError
 
@@ -22,16 +22,6 @@ SILENT_AFTER_S = 20.0
 BROKEN_AFTER_S = 4.0
 """Without a beat for so long, once a connection has been closed: then somebody is gone."""
 LEAVE_S = 6.0
-
-
-class Store(Protocol):
-    """What is needed of torch's stores."""
-
-    def set(self, key: str, value: str) -> None:
-        """Write."""
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Read; waits until all are there."""
 
 
 class StoppedElsewhere(BackhandError):
@@ -58,13 +48,11 @@ class Pulse:
     """Beats in a thread of its own as long as the process lives.
 
     Args:
-        store: over a connection of its own: operations wait for one another.
-        rank: of this process.
-        names: what to call each process.
+        store: torch's, over a connection of its own: operations wait for one another.
         meeting_point: where the store is.
     """
 
-    def __init__(self, store: Store, rank: int, names: list[str], meeting_point: str) -> None:
+    def __init__(self, store: Any, rank: int, names: list[str], meeting_point: str) -> None:
         self._store = store
         self._rank = rank
         self._peers = [_Peer(name, changed_s=time.monotonic()) for name in names]
@@ -135,8 +123,6 @@ class Pulse:
         """Tell why this process ends, and wait until the others know: they end as well.
 
         Args:
-            exit_code: of the process.
-            text: the error.
             echo: whether another process is the reason.
 
         Returns:

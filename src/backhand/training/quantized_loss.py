@@ -28,10 +28,7 @@ def quantization_notes(
     Both bases stay as they are stored while they are measured, so that neither takes its dense size.
 
     Args:
-        source: the opened base model.
         examples: the run's rows, the held-out ones first.
-        micro_batch_rows: rows per forward pass.
-        dtype: the compute dtype.
         device: where to compute.
     """
     if not isinstance(source, QuantizingSource):

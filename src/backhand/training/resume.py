@@ -26,50 +26,25 @@ from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
 from backhand.training.step import AdapterOptimizer
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
 #
 # They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
 
-
 # Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
 FREE_OPTIONS = frozenset(
-    {
-        "model.model",
-        "model.memory",
-        "model.cache_frozen",
-        "model.tune_allocator",
-        "model.force_base",
-        "model.allow_pickle",
-        "data.data",
-        "data.eval_data",
-        "run.output",
-        "run.save_every",
-        "run.keep",
-        "run.resume",
-        "run.overwrite",
-        "run.from_adapter",
-        "run.log_every",
-        "run.max_bad_steps",
-        "run.prove_resume",
-        "run.answers",
-        "run.report_to",
-        "run.workers",
-        "run.quiet",
-        "run.debug",
-    }
+    f"{part}.{name}"
+    for part, names in {
+        "model": "model memory cache_frozen tune_allocator force_base allow_pickle",
+        "data": "data eval_data",
+        "run": "output save_every keep resume overwrite from_adapter log_every max_bad_steps prove_resume answers "
+        "report_to workers quiet debug",
+    }.items()
+    for name in names.split()
 )
 
 
 class Identity:
-    """The digests of one run.
-
-    Args:
-        config: resolved.
-        source: the opened base model.
-        modules: dotted paths of the adapted modules.
-        train, held_out: the rows.
-    """
+    """The digests of one run."""
 
     def __init__(
         self,
@@ -183,11 +158,6 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
 
     What has its default value counts as not given, unless it is among those that were typed.
 
-    Args:
-        given: of this command.
-        directory: of the run.
-        typed: names of options that were given for certain.
-
     Raises:
         UsageError: options are given that differ from the run's and decide its result; lists them all.
     """
@@ -299,20 +269,14 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# `--prove-resume K`: the last K steps once more, from a checkpoint, and every bit compared.
-
-
 def proof_begin(
     store: CheckpointStore, checkpoint: Checkpoint | None, steps: int | None, total_steps: int
 ) -> int | None:
     """The step that the proof begins at: `steps` before the end, or the newest kept one before that.
 
     Args:
-        store: the run's checkpoints.
         checkpoint: that the run goes on from, if it does.
         steps: to repeat; None for no proof, and then None is returned.
-        total_steps: of the run.
 
     Raises:
         UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
@@ -340,11 +304,6 @@ def proof_begin(
 
 def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:
     """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
-
-    Args:
-        finished: a loop at its last step.
-        checkpoint: of an earlier step of the same run.
-        log: told the outcome.
 
     Returns:
         False if the repetition was asked to stop, and nothing is proved.

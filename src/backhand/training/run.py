@@ -291,13 +291,13 @@ class JobRun:
         """What keeps its hidden states below the lowest adapted layer."""
         return keeping(self.job, self.directory, self.processes.rank, frozen_digest, log=log, noted=self.observer.noted)
 
-    def _objectives(
-        self, state: RunState, kept: Keeping, log: ProofLog
-    ) -> tuple[Objective | None, Objective | None]:
+    def _objectives(self, state: RunState, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
         """Of training and of held-out rows, with what the model that the run starts from says of them."""
         assert self._frozen_digest is not None
-        resumes = self.job.config.run.resume
-        started_from = begun_from(self.directory.path) if resumes else self.job.config.run.from_adapter
+        started_from = self.job.config.run.from_adapter
+        if self.job.config.run.resume and self.processes.leads:
+            started_from = begun_from(self.directory.path)
+        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
         return run_objectives(
             self.job,
             self.directory,
@@ -345,7 +345,6 @@ class JobRun:
         return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # `backhand train`: one run from its configuration to its summary, or from where it was stopped.
 #
 # run directory locked → configuration → job (rows, model, adapter) → `JobRun`: loop → summary

@@ -39,13 +39,6 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
     What has its default value counts as not given, unless it is among those that were typed. Options that come to the
     same modules, ranks and scalings are the same, however they are written.
 
-    Args:
-        given: of this run.
-        taken: of the adapter to start from.
-        engine: which one.
-        origin: the adapter's name.
-        typed: names of options that were given for certain.
-
     Raises:
         UsageError: lists every such option; or a given target matches nothing.
     """

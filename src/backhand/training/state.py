@@ -24,10 +24,6 @@ from backhand.runs.directory import RunDirectory
 from backhand.training.guards import first_names, is_finite, named_unusable
 from backhand.training.step import AdapterOptimizer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Everything the next step depends on, and its form as files: what a checkpoint stores and a resumed run reads.
-
-
 STATE_FILE = "state.safetensors"
 PROGRESS_FILE = "progress.json"
 
@@ -37,11 +33,6 @@ class RunState:
 
     There is no random state and no place in the data to store: the order of rows and every dropout mask follow from the
     seed, the epoch and the step. There is no half-filled accumulation window either: checkpoints lie between steps.
-
-    Args:
-        lora: the adapter.
-        optimizer: of the adapter.
-        progress: counters, the step among them.
     """
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, progress: Progress) -> None:
@@ -109,14 +100,7 @@ class Saver:
     """Makes checkpoints of one run.
 
     Args:
-        directory: of the run.
-        store: its checkpoints.
-        state: what to save.
-        adapter_files: the adapter as PEFT reads it.
-        facts: for the manifest, of so many steps.
-        keep: how many checkpoints stay.
         best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
-        protected: further steps whose checkpoints stay.
         make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
     """
 
@@ -231,10 +215,6 @@ def _same(directory: RunDirectory, name: str, data: bytes) -> bool:
         return (directory.adapter / name).read_bytes() == data
     except OSError:
         return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where a run stands: every number besides the tensors that the next step depends on, as JSON.
 
 
 @dataclass

@@ -99,10 +99,7 @@ def training_step(
 
     Args:
         model: with `optimizer.lora` attached; a `Decoder`, or what transformers computes (`training.engine`).
-        optimizer: of the adapter.
         work: the micro-batches; together they hold at least one supervised token.
-        processes: to share them with.
-        learning_rate: of this step.
 
     Raises:
         CheckError: the processes do not come to the supervised tokens that the step has.
@@ -167,10 +164,6 @@ def flat_norm(values: Tensor) -> float:
     return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What moves the adapter.
-
-
 # Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does; steps agree with PyTorch's.
 _CLIP_EPSILON = 1e-6
 
@@ -179,7 +172,6 @@ class AdapterOptimizer:
     """Owns the moments of every trained element; the gradients come from and the values go to `lora`'s flat buffers.
 
     Args:
-        lora: the adapter to train.
         options: β₁, β₂, ε, weight decay λ, and the norm to clip at.
 
     Attributes:
@@ -248,10 +240,6 @@ class AdapterOptimizer:
                 )
         for name, tensor in expected.items():
             tensor.copy_(moments[name])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who computes the micro-batches of a step, and how their gradients add up.
 
 
 class Processes:

@@ -226,8 +226,6 @@ class TransformersEngine:
     """transformers and autograd for one model; see `engine.Engine`.
 
     Args:
-        source: the opened base model.
-        dtype: the compute dtype.
         note: why not the decoder engine; None where transformers was asked for.
     """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Bound, check_fields
+from backhand.bounds import Bound, Options
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions, check_base
@@ -43,7 +43,7 @@ class VerifyRunOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(Options):
     """One verification.
 
     Attributes:
@@ -56,13 +56,7 @@ class VerifyOptions:
     model: VerifiedModelOptions = field(default_factory=VerifiedModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
 
-    def validate(self) -> VerifyOptions:
-        """Check every field before anything is loaded; return self.
-
-        Raises:
-            UsageError: a field is out of range, or two contradict each other.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         check_base(self.model)
         if self.model.model:
             if self.verify.op is not None:
@@ -80,4 +74,3 @@ class VerifyOptions:
             for name, value in (("data", self.data.data), ("adapter", self.verify.adapter)):
                 if value:
                     raise UsageError(f"{name} is given, but no model", where=name, next_step="give --model as well")
-        return self

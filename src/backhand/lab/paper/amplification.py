@@ -93,10 +93,7 @@ def amplification(
     """Measure one module.
 
     Args:
-        module: its name.
-        factors: of the adapter.
         weight: the frozen weight (out, in).
-        generator: of the random directions.
         directions: how many leading ones to use; None for the adapter's rank. Never more than the update has.
     """
     weight = weight.double()

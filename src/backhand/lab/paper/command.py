@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from backhand.arithmetic.findings import kind_of
+from backhand.arithmetic.findings import kind_of, print_table
 from backhand.errors import CheckError
 from backhand.files import csv_bytes, json_bytes, make_directory, write_atomically
 from backhand.lab.paper.amplification import Amplification
@@ -283,10 +282,6 @@ def _raise_failures(result: PaperResult) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's findings in tables on the terminal.
-
-
 _MEGABYTE = 2**20
 
 
@@ -307,16 +302,6 @@ def print_paper(console: Console, result: PaperResult) -> None:
         _print_updates(console, result)
 
 
-def _table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(Text(name), justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    console.print()
-    console.print(table)
-
-
 def _print_sweep(console: Console, result: SweepResult) -> None:
     rows = [
         (
@@ -332,7 +317,7 @@ def _print_sweep(console: Console, result: SweepResult) -> None:
         for row in result.rows
     ]
     columns = ("targets", "rank", "trained", "base loss", "held-out loss", "exact match", "training", "at the budget")
-    _table(console, f"Which weights, and how small a rank (budget: {result.budget:,} numbers)", columns, rows)
+    print_table(console, f"\nWhich weights, and how small a rank (budget: {result.budget:,} numbers)", columns, rows)
 
 
 def _print_similarity(console: Console, kinds: Sequence[dict[str, Any]], first: str, second: str) -> None:
@@ -348,7 +333,7 @@ def _print_similarity(console: Console, kinds: Sequence[dict[str, Any]], first: 
         for kind in kinds
     ]
     columns = ("factor", "modules", "φ(1, 1)", "by chance", "φ(r, r′)", "by chance")
-    _table(console, f"Subspace similarity: {first} against {second} (mean over the layers)", columns, rows)
+    print_table(console, f"\nSubspace similarity: {first} against {second} (mean over the layers)", columns, rows)
 
 
 def _print_amplification(console: Console, kinds: Sequence[dict[str, Any]], label: str) -> None:
@@ -362,7 +347,7 @@ def _print_amplification(console: Console, kinds: Sequence[dict[str, Any]], labe
         for kind in kinds
     ]
     columns = ("module", "modules", "‖ΔW‖", "‖W‖", "‖UᵀWV‖: ΔW", "of W", "random", "amplification", "by chance")
-    _table(console, f"Amplification: {label} (mean over the layers)", columns, rows)
+    print_table(console, f"\nAmplification: {label} (mean over the layers)", columns, rows)
 
 
 def _print_merging(console: Console, result: MergeResult) -> None:
@@ -376,7 +361,7 @@ def _print_merging(console: Console, result: MergeResult) -> None:
         for times in result.times
     ]
     columns = ("forward pass", "base", "adapter beside it / base", "merged / base")
-    _table(console, "Latency before and after merging (median [quartiles])", columns, rows)
+    print_table(console, "\nLatency before and after merging (median [quartiles])", columns, rows)
     console.print(
         f"Merged weights give the hidden states of base and adapter to {result.difference:.1e} of their size."
     )
@@ -390,7 +375,7 @@ def _print_memory(console: Console, result: MemoryResult) -> None:
         ("ratio", "", "", "" if ratio is None else f"{ratio:.1f}", f"{result.stored_ratio:.1f}"),
     ]
     columns = ("trained", "numbers", "computed", "measured [range]", "stored, float32")
-    _table(console, "Memory of an optimizer step without activations, and what is stored", columns, rows)
+    print_table(console, "\nMemory of an optimizer step without activations, and what is stored", columns, rows)
 
 
 def _memory_cells(memory: StepMemory) -> tuple[str, str, str]:
@@ -415,7 +400,7 @@ def _print_updates(console: Console, result: PaperResult) -> None:
         f"First update along the descent at alpha {FIRST_UPDATE_ALPHA:g}, scaling alpha / rank: "
         f"{seeds} fresh adapters each"
     )
-    _table(console, title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
+    print_table(console, "\n" + title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
     apart = largest_disagreement(result.updates)
     verdict = Text("agree") if apart <= LARGEST_STANDARD_ERRORS else Text("DO NOT AGREE", style="bold red")
     how = (
@@ -434,7 +419,7 @@ def _print_updates(console: Console, result: PaperResult) -> None:
     ]
     columns = ("p, q", "largest difference of ΔW", "lora_B's rate left as it was", f"bound {LARGEST_DIFFERENCE:g}")
     title = "Adam's path under alpha/(pq), p · lora_A, rates p and q times as large"
-    _table(console, title, columns, compared)
+    print_table(console, "\n" + title, columns, compared)
 
 
 def _ratio(ratio: Ratio) -> str:

@@ -86,11 +86,7 @@ def measure_memory(
     """Measure both ways.
 
     Args:
-        base_elements: numbers in the base model.
-        adapter_elements: numbers in the adapter.
-        adapter_stored_bytes: size of the adapter's file.
         element_bytes: of the frozen weights: 2 in bfloat16, 4 in float32.
-        runs: processes for each way.
     """
     adapter = _step_memory(base_elements, adapter_elements, element_bytes, runs)
     full = _step_memory(0, base_elements, element_bytes, runs)
@@ -107,7 +103,7 @@ def _step_memory(frozen: int, trained: int, element_bytes: int, runs: int) -> St
 
 
 def _measure(frozen: int, trained: int, element_bytes: int) -> int:
-    command = [sys.executable, "-m", "backhand.lab.paper.memory_worker", *map(str, (frozen, trained, element_bytes))]
+    command = [sys.executable, "-m", "backhand.lab.paper.memory", *map(str, (frozen, trained, element_bytes))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         lines = ended.stderr.strip().splitlines()
@@ -117,3 +113,27 @@ def _measure(frozen: int, trained: int, element_bytes: int) -> int:
             next_step="leave memory out of --analyses",
         )
     return int(json.loads(ended.stdout)["grown_bytes"])
+
+
+def _hold_a_step() -> None:
+    """In a process of its own: hold what one optimizer step holds, and print by how much the process grew."""
+    import torch
+
+    from backhand.training.memory.process import peak_rss_bytes, rss_bytes
+
+    def step(elements: int) -> None:
+        parameter = torch.nn.Parameter(torch.full((elements,), 0.5))
+        parameter.grad = torch.full((elements,), 0.1)
+        torch.optim.AdamW([parameter], fused=True).step()
+
+    frozen_elements, trained_elements, element_bytes = (int(word) for word in sys.argv[1:])
+    torch.set_num_threads(1)
+    step(1000)  # what the first step of a process loads is no memory of this one
+    before = rss_bytes()
+    frozen = torch.full((frozen_elements,), 0.5, dtype={2: torch.bfloat16, 4: torch.float32}[element_bytes])
+    step(trained_elements)
+    sys.stdout.write(json.dumps({"grown_bytes": peak_rss_bytes() - before, "frozen": frozen.numel()}))
+
+
+if __name__ == "__main__":
+    _hold_a_step()

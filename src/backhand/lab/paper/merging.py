@@ -83,10 +83,8 @@ def measure_merging(
     Args:
         base: the base; the adapter is attached and detached again.
         merged: the same base once more, changed in place.
-        lora: the adapter.
         sizes: (documents, tokens each) to measure.
         rounds: how many, besides the first ones that only warm up.
-        seed: of the tokens.
     """
     merge_into(merged, lora)
     generator = torch.Generator().manual_seed(seed)

@@ -93,9 +93,6 @@ def adam_path(layer: OneLayer, steps: int, p: float = 1.0, q: float = 1.0, q_of_
     """Train the adapter with alpha / (pq), p · initial lora_A, and learning rates p · lr and q · lr.
 
     Args:
-        layer: the problem.
-        steps: how many.
-        p, q: the factors.
         q_of_rate: what to multiply lora_B's learning rate by, in place of q.
     """
     scaling = ALPHA / (p * q) / RANK
@@ -136,7 +133,6 @@ def path_differences(plain: AdamPath, other: AdamPath) -> tuple[float, ...]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # At fixed alpha and scaling alpha / rank, the expected first update is the same at every rank [LoRA Without Regret].
 #
 #     ΔW = (alpha / r) Σ_{k ≤ r} b_k a_kᵀ          a_k the rows of lora_A, b_k the columns of lora_B
@@ -151,7 +147,6 @@ def path_differences(plain: AdamPath, other: AdamPath) -> tuple[float, ...]:
 #
 # What is measured is the part of ΔW along the steepest descent, ⟨ΔW, −∇W⟩ / ‖∇W‖_F, after one step of the optimizer
 # that trains, for many seeds of the adapter.
-
 
 FIRST_UPDATE_ALPHA = 32.0
 LARGEST_STANDARD_ERRORS = 4.0
@@ -206,10 +201,6 @@ def first_updates(layer: OneLayer, ranks: Sequence[int], seeds: int) -> list[Fir
 def largest_disagreement(updates: Sequence[FirstUpdates]) -> float:
     """The two means that lie furthest apart, in standard errors of their difference."""
     return max((one.standard_errors_apart(other) for one, other in combinations(updates, 2)), default=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One adapted layer with fixed random inputs and targets: the problem on which the optimizer's claims are measured.
 
 
 NAME = "layer"

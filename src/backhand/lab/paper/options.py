@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from backhand.adapters.config import Alpha, Rank, parse_modules
-from backhand.bounds import Bound, Check, Count, Seed, Several, check_fields
+from backhand.bounds import Bound, Check, Count, Options, Seed, Several
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.training.config import ModelOptions, OptimizationOptions
@@ -18,7 +18,7 @@ _OF_ADAPTERS: frozenset[str] = frozenset(("similarity", "amplification", "mergin
 
 
 @dataclass(frozen=True)
-class PaperRunOptions:
+class PaperRunOptions(Options):
     """What to analyse, and where to leave it."""
 
     adapter: tuple[Path, ...] = ()
@@ -51,9 +51,7 @@ class PaperRunOptions:
         possible = {1: ANALYSES[1:5], 2: ANALYSES[:5]}
         return possible.get(len(self.adapter), ())
 
-    def validate(self) -> PaperRunOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
+    def _check_together(self) -> None:
         if len(self.adapter) > 2:
             raise UsageError(f"{len(self.adapter)} adapters are given, at most two are compared", where="adapter")
         if not self.chosen():
@@ -71,7 +69,6 @@ class PaperRunOptions:
             )
         if "sweep" in self.analyses and self.output is None:
             raise UsageError("a sweep keeps its runs in output", where="output", next_step="name a directory")
-        return self
 
 
 def _check_targets(where: str, targets: str) -> None:
@@ -106,7 +103,7 @@ class SweepOptions:
 
 
 @dataclass(frozen=True)
-class PaperOptions:
+class PaperOptions(Options):
     """The findings of the LoRA paper, measured on adapters at hand.
 
     Attributes:
@@ -122,12 +119,3 @@ class PaperOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
-
-    def validate(self) -> PaperOptions:
-        """Check every field before anything is loaded; return self.
-
-        Raises:
-            UsageError: a field is out of range, or two contradict each other.
-        """
-        check_fields(self)
-        return self

@@ -220,10 +220,6 @@ def _extent(grid: FloatMap) -> tuple[float, float, float, float]:
     return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pictures of the two claims about the optimizer, readable in print.
-
-
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SMALLEST = 1e-16
 """Differences below float64's own rounding are drawn there: a logarithmic axis has no zero."""

@@ -89,7 +89,6 @@ def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> 
     """The runs, ranks first, and the budget in trained numbers.
 
     Args:
-        options: of the sweep.
         shapes: (out, in) of every linear module of the model.
 
     Raises:
@@ -133,7 +132,6 @@ def run_sweep(
 
     Args:
         options: validated.
-        source: the opened base model.
         directory: `sweep/`, where the runs are.
         progress: told what is being done.
 

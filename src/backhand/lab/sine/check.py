@@ -167,7 +167,6 @@ def _check(
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The original script's forward pass, line by line, for autograd to differentiate: what every check compares with.
 #
 # It shares no code with the loops of `lab/sine/training.py`. The low-rank product is formed here, as in the original.

@@ -22,11 +22,10 @@ TABLE_RANKS = (1, 2, 4, 8, 16, 64, 256)
 
 @dataclass(frozen=True)
 class OrderCost:
-    """Multiply-adds of one forward and backward, and the largest array that the order makes and the other does not."""
+    """Multiply-adds of one forward and backward."""
 
     forward: int
     backward: int
-    largest_array: int
 
     @property
     def total(self) -> int:
@@ -36,16 +35,12 @@ class OrderCost:
 
 def low_rank_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
     """(X B) A: two thin products, and nothing of the weight's size."""
-    forward = points * rank * (inputs + outputs)
-    backward = points * rank * (2 * outputs + inputs)
-    return OrderCost(forward, backward, points * rank)
+    return OrderCost(points * rank * (inputs + outputs), points * rank * (2 * outputs + inputs))
 
 
 def product_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
     """X (B A): the product is formed, applied, and has a gradient of its own size."""
-    forward = (rank + points) * inputs * outputs
-    backward = (points + 2 * rank) * inputs * outputs
-    return OrderCost(forward, backward, inputs * outputs)
+    return OrderCost((rank + points) * inputs * outputs, (points + 2 * rank) * inputs * outputs)
 
 
 def break_even_rank(points: int, inputs: int, outputs: int) -> float:

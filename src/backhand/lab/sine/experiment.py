@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -134,62 +135,63 @@ def _shifted_points(options: SineOptions, points: Points) -> Points | None:
 
 
 def _run_base(options: SineOptions, points: Points, start: Start, check: list[CheckRow]) -> tuple[PartResult, Network]:
-    training = BaseTraining(start.network, points)
-    walk: list[WalkLine] = []
-    checked = _epochs_to_check(options, options.base_epochs)
-
-    def observe(epoch: int) -> None:
-        if epoch in checked:
-            check.extend(check_base(training, points, epoch))
-        if options.step and epoch == options.step_epoch:
-            walk.extend(walk_base(training, points, options.base_learning_rate))
-
-    optimizer = GradientDescent(training.parameters, options.base_learning_rate)
-    began = time.perf_counter()
-    losses = train(
-        training,
-        optimizer,
-        options.base_epochs,
-        observe=observe,
-        observe_epochs=checked | _epoch_to_walk(options),
-        where="part 1, base",
+    training, rate = BaseTraining(start.network, points), options.base_learning_rate
+    result = _run_part(
+        _Part("base", "part 1, base", training, options.base_epochs, rate),
+        options,
+        lambda epoch: check.extend(check_base(training, points, epoch)),
+        lambda: walk_base(training, points, rate),
+        lambda: training.network.predict(points.x),
     )
-    train_s = time.perf_counter() - began
-    final_loss = training.forward()
-    network = training.network
-    predictions = network.predict(points.x)
-    count = training.parameters.values.size
-    return PartResult("base", losses, final_loss, predictions, count, train_s, walk), network
+    return result, training.network
 
 
 def _run_lora(
     options: SineOptions, points: Points, start: Start, network: Network, check: list[CheckRow]
 ) -> PartResult:
     training = AdapterTraining(network, 0, points, start.lora_A, start.lora_B, options.scaling)
+    rate = options.lora_learning_rate
+    return _run_part(
+        _Part("lora", "part 2, LoRA", training, options.lora_epochs, rate),
+        options,
+        lambda epoch: check.extend(check_adapter(training, network, points, epoch)),
+        lambda: walk_adapter(training, network, points, rate),
+        lambda: network.predict(points.x, training.delta_weight),
+    )
+
+
+class _Part(NamedTuple):
+    name: str
+    where: str
+    training: BaseTraining | AdapterTraining
+    epochs: int
+    learning_rate: float
+
+
+def _run_part(
+    part: _Part,
+    options: SineOptions,
+    compare: Callable[[int], None],
+    walked: Callable[[], list[WalkLine]],
+    predicted: Callable[[], FloatArray],
+) -> PartResult:
+    training = part.training
     walk: list[WalkLine] = []
-    checked = _epochs_to_check(options, options.lora_epochs)
+    checked = _epochs_to_check(options, part.epochs)
 
     def observe(epoch: int) -> None:
         if epoch in checked:
-            check.extend(check_adapter(training, network, points, epoch))
+            compare(epoch)
         if options.step and epoch == options.step_epoch:
-            walk.extend(walk_adapter(training, network, points, options.lora_learning_rate))
+            walk.extend(walked())
 
-    optimizer = GradientDescent(training.parameters, options.lora_learning_rate)
+    optimizer = GradientDescent(training.parameters, part.learning_rate)
     began = time.perf_counter()
-    losses = train(
-        training,
-        optimizer,
-        options.lora_epochs,
-        observe=observe,
-        observe_epochs=checked | _epoch_to_walk(options),
-        where="part 2, LoRA",
-    )
+    observed = checked | ({options.step_epoch} if options.step else frozenset())
+    losses = train(training, optimizer, part.epochs, observe=observe, observe_epochs=observed, where=part.where)
     train_s = time.perf_counter() - began
-    final_loss = training.forward()
-    predictions = network.predict(points.x, training.delta_weight)
-    count = training.parameters.values.size
-    return PartResult("lora", losses, final_loss, predictions, count, train_s, walk)
+    final_loss, count = training.forward(), training.parameters.values.size
+    return PartResult(part.name, losses, final_loss, predicted(), count, train_s, walk)
 
 
 def _epochs_to_check(options: SineOptions, epochs: int) -> frozenset[int]:
@@ -198,7 +200,3 @@ def _epochs_to_check(options: SineOptions, epochs: int) -> frozenset[int]:
         return frozenset()
     places = (epoch if epoch >= 0 else epochs + epoch for epoch in options.check_epochs)
     return frozenset(place for place in places if 0 <= place < epochs)
-
-
-def _epoch_to_walk(options: SineOptions) -> frozenset[int]:
-    return frozenset({options.step_epoch} if options.step else ())

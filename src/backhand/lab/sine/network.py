@@ -146,7 +146,6 @@ def _checked(found: dict[str, FloatArray], name: str, shape: tuple[int, ...], pa
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # All that follows one layer's output before its ReLU: ReLU, the layers above, mean squared error, and the way back.
 #
 #     post₀ = max(pre₀, 0),  pre_k = post_{k−1} W_kᵀ,  post_k = max(pre_k, 0),  outputs = post_last W_lastᵀ
@@ -227,10 +226,6 @@ class Head:
     def _through_relu(self, number: int) -> None:
         np.greater(self.pre[number], self._zero, out=self._masks[number])
         np.multiply(self.d_post[number], self._masks[number], out=self.d_pre[number])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The points to learn: sin, cos or a square wave on [0, 2π], or a table of the user's own.
 
 
 FloatArray = npt.NDArray[np.floating[Any]]

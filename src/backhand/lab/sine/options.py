@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from backhand.bounds import Bound, Count, CountFromZero, Positive, Seed, Several, check_fields
+from backhand.bounds import Bound, Count, CountFromZero, Options, Positive, Seed, Several
 from backhand.errors import UsageError
 
 SineDType = Literal["float32", "float64"]
@@ -20,7 +20,7 @@ SineRank = Annotated[int, Bound(at_least=1, at_most=4096)]
 
 
 @dataclass(frozen=True)
-class ShiftedTargetOptions:
+class ShiftedTargetOptions(Options):
     """The second experiment: an adapter on a square hidden layer, for a target that the base was not trained on."""
 
     shifted: bool = True
@@ -57,14 +57,9 @@ class ShiftedTargetOptions:
     shifted_full_learning_rate: Positive = 0.005
     """First learning rate of the full update."""
 
-    def validate(self) -> ShiftedTargetOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self)
-        return self
-
 
 @dataclass(frozen=True)
-class SineOptions:
+class SineOptions(Options):
     """A small network learns sin x by plain gradient descent; then an adapter on its first layer goes on, all by hand.
 
     Raises:
@@ -133,16 +128,7 @@ class SineOptions:
 
     second: ShiftedTargetOptions = field(default_factory=ShiftedTargetOptions)
 
-    def validate(self) -> SineOptions:
-        """Check every field; files are checked when they are read.
-
-        Returns:
-            self, so that calls chain.
-
-        Raises:
-            UsageError: names the field, its value and the range it must lie in.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         if self.step and self.step_epoch >= min(self.base_epochs, self.lora_epochs):
             raise UsageError(
                 f"step_epoch {self.step_epoch} is past the last epoch of a part",
@@ -151,7 +137,6 @@ class SineOptions:
             )
         if self.check:
             self._check_check_epochs()
-        return self
 
     def _check_check_epochs(self) -> None:
         """Each part must have one of the epochs to compare at: else nothing would be proved of it."""

@@ -5,12 +5,12 @@ Lines differ in style and points in marker, so that a picture says the same with
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from backhand.arithmetic.findings import new_figure, png_bytes
 from backhand.lab.sine.experiment import PartResult, SineResult
 from backhand.lab.sine.shifted_target import ShiftedResult
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_DPI = 120
 _DARK, _MIDDLE, _LIGHT = "#12355b", "#b8561b", "#8a8a8a"
 
 
@@ -44,7 +43,7 @@ def draw_predictions(result: SineResult) -> bytes:
         rest.plot(x[order], (part.predictions - result.points.y)[order, 0], style, color=color, label=label)
     rest.axhline(0, color=_LIGHT, linewidth=0.8)
     _label(rest, "What remains", result.points.x_label, "Predicted − True")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_losses(result: SineResult) -> bytes:
@@ -61,7 +60,7 @@ def draw_losses(result: SineResult) -> bytes:
         else:
             axes.ticklabel_format(axis="y", useOffset=False)
         _label(axes, title, "epoch (counted from 1)", "mean squared error")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def draw_shifted_target(result: ShiftedResult) -> bytes:
@@ -97,7 +96,7 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
     fits.set_ylim(low - 0.3 * (high - low), high + 0.5 * (high - low))
     _label(fits, "Fits of the first seed", result.points.x_label, f"y = {result.points.name}")
     fits.legend(loc="upper center", ncols=3, fontsize="small")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _shown_fits(result: ShiftedResult) -> list[tuple[str, str, str]]:
@@ -117,10 +116,8 @@ def _thinned(part: PartResult, points: int = 2000) -> np.ndarray[tuple[int], np.
 
 
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * count + 0.4, 4.0), dpi=_DPI, layout="constrained")
-    return figure, [figure.add_subplot(1, count, number + 1) for number in range(count)]
+    figure = new_figure(4.6 * count + 0.4, 4.0)
+    return figure, list(figure.subplots(1, count))
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
@@ -129,9 +126,3 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(visible=True, linewidth=0.3)
     axes.legend(fontsize="small")
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()

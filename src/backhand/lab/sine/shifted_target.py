@@ -94,9 +94,6 @@ def run_shifted_target(
     """Train every base, adapter and full update.
 
     Args:
-        base_points: what the base learns.
-        shifted_points: what the adapters learn, at the same x.
-        options: widths, ranks, epochs, learning rates.
         seed: of the first base; the next ones count up.
         progress: told what is being trained.
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from backhand.arithmetic.findings import print_table
 from backhand.lab.sine.check import BOUNDS, CheckRow
 from backhand.lab.sine.cost import (
     TABLE_RANKS,
@@ -65,24 +65,22 @@ def print_check(console: Console, part: str, rows: Sequence[CheckRow]) -> None:
     """One line a gradient, over the epochs that were compared."""
     epochs = sorted({row.epoch for row in rows})
     title = f"{_TITLES[part]}: by hand against autograd, epochs {', '.join(f'{epoch:,}' for epoch in epochs)}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("gradient", "shape", "formula"):
-        table.add_column(name, no_wrap=True)
-    for name in ("exact", "approximate", "largest difference", "relative error"):
-        table.add_column(name, justify="right")
+    columns = ("gradient", "shape", "formula", "exact", "approximate", "largest difference", "relative error")
+    lines = []
     for name in dict.fromkeys(row.name for row in rows):
         of_name = [row for row in rows if row.name == name]
-        table.add_row(
-            name if all(row.passed for row in of_name) else Text(f"{name} FAILED", style=_BAD),
-            " × ".join(str(size) for size in of_name[0].shape),
-            of_name[0].formula,
-            _how_many([row.exact for row in of_name]),
-            _how_many([row.approximate for row in of_name]),
-            f"{max(row.largest_difference for row in of_name):.3g}",
-            f"{max(row.relative_error for row in of_name):.3g}",
+        lines.append(
+            (
+                name if all(row.passed for row in of_name) else Text(f"{name} FAILED", style=_BAD),
+                " × ".join(str(size) for size in of_name[0].shape),
+                of_name[0].formula,
+                _how_many([row.exact for row in of_name]),
+                _how_many([row.approximate for row in of_name]),
+                f"{max(row.largest_difference for row in of_name):.3g}",
+                f"{max(row.relative_error for row in of_name):.3g}",
+            )
         )
-    console.print()
-    console.print(table)
+    print_table(console, "\n" + title, columns, lines, left=3)
 
 
 def _how_many(held: Sequence[bool]) -> str:
@@ -99,16 +97,9 @@ def _print_verdict(console: Console, options: SineOptions, result: SineResult) -
 
 
 def _print_parts(console: Console, result: SineResult) -> None:
-    table = Table(
-        title=f"y = {result.points.name}, {len(result.points.y)} points", title_justify="left", title_style="bold"
-    )
-    table.add_column("part")
-    for name in ("trained", "epochs", "first loss", "final loss", "seconds", "ms/epoch"):
-        table.add_column(name, justify="right")
-    for part in (result.base, result.lora):
-        table.add_row(*_part_cells(part))
-    console.print()
-    console.print(table)
+    title = f"y = {result.points.name}, {len(result.points.y)} points"
+    columns = ("part", "trained", "epochs", "first loss", "final loss", "seconds", "ms/epoch")
+    print_table(console, "\n" + title, columns, [_part_cells(part) for part in (result.base, result.lora)])
 
 
 def _part_cells(part: PartResult) -> tuple[str, ...]:
@@ -144,37 +135,22 @@ def _print_cost(console: Console, options: SineOptions, result: SineResult) -> N
         f"{break_even_rank(points, 1, outputs):.2f} on this layer; on a {TABLE_SIDE} × {TABLE_SIDE} one below rank "
         f"{TABLE_SIDE // 2} for many points, and at any rank for {TABLE_SIDE // 2} points or fewer.",
     )
-    table = Table(
-        title=f"Trained numbers for a {TABLE_SIDE} × {TABLE_SIDE} weight", title_justify="left", title_style="bold"
-    )
-    for name in ("rank", "r (512 + 512)", "dW 512 × 512", "share"):
-        table.add_column(name, justify="right")
-    for count in parameter_counts(TABLE_SIDE, TABLE_SIDE, TABLE_RANKS):
-        table.add_row(str(count.rank), f"{count.adapter:,}", f"{count.full:,}", f"{100 * count.share:.2f} %")
-    console.print()
-    console.print(table)
+    counts = parameter_counts(TABLE_SIDE, TABLE_SIDE, TABLE_RANKS)
+    rows = [(f"{one.rank}", f"{one.adapter:,}", f"{one.full:,}", f"{100 * one.share:.2f} %") for one in counts]
+    title = f"Trained numbers for a {TABLE_SIDE} × {TABLE_SIDE} weight"
+    print_table(console, "\n" + title, ("rank", "r (512 + 512)", "dW 512 × 512", "share"), rows, left=0)
 
 
 def _print_shifted(console: Console, result: ShiftedResult) -> None:
     seeds = len(result.base_errors)
     title = f"From {result.base_name} to {result.points.name}: adapters on the square layer, {seeds} seeds"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("trained")
-    for name in ("numbers", "error, mean", "smallest", "largest", "spread (log₁₀)", "gap to the next"):
-        table.add_column(name, justify="right")
-    table.add_row("nothing (base)", "0", *_error_cells(result.unadapted_errors), "", "")
+    columns = ("trained", "numbers", "error, mean", "smallest", "largest", "spread (log₁₀)", "gap to the next")
+    rows = [("nothing (base)", "0", *_error_cells(result.unadapted_errors), "", "")]
     for row, following in zip(result.rows, (*result.rows[1:], None), strict=True):
-        table.add_row(
-            row.label,
-            f"{row.trained_parameters:,}",
-            f"{row.mean:.4g}",
-            f"{min(row.errors):.4g}",
-            f"{max(row.errors):.4g}",
-            f"{row.spread:.3f}",
-            "" if following is None else f"{row.gap(following):.1f} spreads",
-        )
-    console.print()
-    console.print(table)
+        gap = "" if following is None else f"{row.gap(following):.1f} spreads"
+        numbers = f"{row.trained_parameters:,}", *_error_cells(row.errors), f"{row.spread:.3f}"
+        rows.append((row.label, *numbers, gap))
+    print_table(console, "\n" + title, columns, rows)
     verdict = (
         "falls with rank beyond the spread" if result.falls_beyond_spread else "does not always fall beyond the spread"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +17,6 @@ from backhand.errors import CheckError
 from backhand.lab.sine.network import FloatArray, Head, Network, Points
 
 _CHUNK_EPOCHS = 1000
-
-
-class Trained(Protocol):
-    """What the loop sees: forward gives the loss, backward fills `parameters.gradients`."""
-
-    parameters: FlatParameters
-
-    def forward(self) -> float:
-        """The loss at the present values."""
-
-    def backward(self) -> None:
-        """Fill the gradients for the last forward."""
 
 
 class BaseTraining:
@@ -41,7 +28,6 @@ class BaseTraining:
 
     Args:
         network: initial numbers; copied.
-        points: what to learn.
     """
 
     def __init__(self, network: Network, points: Points) -> None:
@@ -101,8 +87,6 @@ class AdapterTraining:
 
     Args:
         network: the frozen base, whose arrays are used as they are.
-        layer: which layer is adapted.
-        points: what to learn.
         lora_A: initial (rank, in); copied.
         lora_B: initial (out, rank); copied.
         scaling: s.
@@ -160,8 +144,6 @@ class FullUpdateTraining:
 
     Args:
         network: the frozen base, whose arrays are used as they are.
-        layer: which layer is trained.
-        points: what to learn.
     """
 
     def __init__(self, network: Network, layer: int, points: Points) -> None:
@@ -184,6 +166,10 @@ class FullUpdateTraining:
         np.dot(self.head.d_pre[0].T, self.x, out=self._d_delta)
 
 
+Trained = BaseTraining | AdapterTraining | FullUpdateTraining
+"""What the loop sees: `forward` gives the loss, `backward` fills `parameters.gradients`."""
+
+
 def _frozen_part(network: Network, layer: int, points: Points) -> tuple[FloatArray, FloatArray]:
     """What the layer multiplies, (points, in), and its output without any update, (points, out): constants."""
     x = network.layer_input(points.x, layer)
@@ -204,11 +190,8 @@ def train(
 
     Args:
         trained: what is trained; changed in place.
-        optimizer: of its parameters.
-        epochs: how many.
         observe: called with the epoch after its backward and before its update, for `observe_epochs`.
         observe_epochs: where to call it.
-        where: names the part in an error.
 
     Returns:
         (epochs,) the loss of each epoch, before its update.
@@ -243,7 +226,6 @@ def _raise_diverged(losses: npt.NDArray[np.float64], where: str) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Trained arrays as views of one flat buffer, their gradients as views of a second, and the two ways to update them.
 #
 # One flat buffer makes an update two calls, however many arrays are trained.
@@ -277,13 +259,6 @@ class FlatParameters:
         """A view of its gradient."""
         place, shape = self._places[name]
         return self.gradients[place].reshape(shape)
-
-
-class Optimizer(Protocol):
-    """Turns the gradients that are in the buffer into one update."""
-
-    def step(self) -> None:
-        """Update the values once."""
 
 
 class GradientDescent:
@@ -341,3 +316,7 @@ class Adam:
         np.divide(self._mean, change, out=change)
         change *= rate / (1 - self.beta1**self._steps)
         self._parameters.values -= change
+
+
+Optimizer = GradientDescent | Adam
+"""`step` makes one update of the gradients that are in the buffer."""

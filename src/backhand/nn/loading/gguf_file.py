@@ -280,10 +280,8 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Stored GGUF values to torch tensors, by `kernels.dequantize`. Quantization blocks do not care where rows begin: flat
 # data is read as rows of some blocks each, so many that every thread has enough of them.
-
 
 _BLOCKS_A_ROW = 512
 

@@ -243,8 +243,6 @@ def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> lis
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        name: as the file has it.
-        shape: of the tensor.
     """
     match = _OF_EXPERTS.fullmatch(name)
     dimensions = {"weight": 3, "bias": 2 if architecture in _WITH_EXPERT_BIASES else None}
@@ -260,7 +258,6 @@ def huggingface_name(architecture: str, name: str) -> str | None:
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        name: as the file has it.
     """
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if match is not None and (whole_name := _WHOLE_NAMES.get(architecture, {}).get(match[2])) is not None:

@@ -39,9 +39,6 @@ _SHORT = 64
 def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The tokenizer with its special tokens and chat template.
 
-    Args:
-        file: an opened GGUF file.
-
     Raises:
         ArtifactError: if it has no vocabulary, or one of a kind that is not known here.
     """
@@ -251,13 +248,11 @@ def _add_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
     backend.post_processor = processors.Sequence(steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # How text is cut before byte-pair merging, by the name a GGUF file states in tokenizer.ggml.pre.
 #
 # The patterns are those by which the models' own tokenizers cut; a name stands for the same patterns here and in
 # llama.cpp (llama-vocab.cpp), which the tests compare id by id. Several patterns are applied one after another, each
 # inside the pieces of the one before.
-
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

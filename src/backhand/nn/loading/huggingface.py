@@ -50,8 +50,6 @@ class HuggingFaceDirectory(ModelSource):
     """An opened directory; the tensors stay mapped until they are read.
 
     Args:
-        path: of the directory.
-        hub_id: the id it was fetched under.
         origin: how to name it to people; the path if not given.
 
     Raises:
@@ -344,10 +342,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models by hub id: from the local cache if they are there, else fetched into it.
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

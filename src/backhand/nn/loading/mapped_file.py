@@ -24,9 +24,6 @@ from backhand.reading import open_plain
 class MappedFile:
     """A plain file, mapped private and copy-on-write: nothing written to it reaches the file.
 
-    Args:
-        path: of the file.
-
     Attributes:
         path: as given.
         data: its bytes.

@@ -23,7 +23,6 @@ class QuantizingSource(ModelSource):
     Rows that are no whole blocks stay as they are, as converters leave them.
 
     Args:
-        source: of dense weights.
         kind: name of a type that the gguf package can write, such as `q8_0`.
 
     Attributes:

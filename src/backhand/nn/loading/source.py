@@ -192,7 +192,6 @@ def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> Non
     """Write tensors of a source into their places, after checking that all are there in the right shapes.
 
     Args:
-        source: an opened model.
         destinations: (Hugging Face name, contiguous tensor to fill).
 
     Raises:
@@ -245,10 +244,6 @@ def floating(tensor: Tensor, name: str, where: str) -> Tensor:
     return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which tokens end an answer.
-
-
 _END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
@@ -273,10 +268,6 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     They are what the files state (eos_token_id of config and generation config, a GGUF file's end-of-turn ids), the
     tokenizer's own end-of-sequence token, and those special tokens of its vocabulary by which the known chat templates
     end a turn: a model's files often name only one of the two ends.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        stated: ids that the model's files name.
     """
     special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in _END_TOKENS if token in special and _ENDS_A_PART.get(token) not in special]
@@ -286,12 +277,10 @@ def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Whether a stored head is the embedding once more, where the config says that the two are one matrix.
 #
 # As transformers 5 has it: a head that is stored with other values than the embedding is a matrix of its own, whatever
 # the config says.
-
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD_WEIGHT = "lm_head.weight"

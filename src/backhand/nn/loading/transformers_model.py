@@ -31,7 +31,6 @@ def load_transformers_model(
 
     Args:
         source: a Hugging Face directory, or anything else whose tensors have Hugging Face names.
-        dtype: of weights and activations.
         device: where to.
 
     Raises:

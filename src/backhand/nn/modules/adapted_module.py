@@ -193,12 +193,8 @@ class LoRAModule(AdaptedModule):
         """Turn `module` into an adapted one, in place. The factors are zero until `initialise` or a file fills them.
 
         Args:
-            module: one that fits and has no obstacle.
-            rank: of the factors.
-            scaling: multiplier of the low-rank branch.
             dropout: probability, active in training mode only.
             use_dora: train a magnitude as well, which starts at the lengths of the weight's rows.
-            lora_bias: train a bias of lora_B as well.
 
         Returns:
             the same object.

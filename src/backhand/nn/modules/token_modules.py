@@ -84,7 +84,6 @@ class TokenEmbedding(TokenModule):
         """Turn `module` into one with trained rows, in place; they start with what is there.
 
         Args:
-            module: one without an obstacle.
             token_ids: (n,) int64.
 
         Raises:
@@ -123,10 +122,6 @@ class TokenLinear(TokenModule):
     @classmethod
     def adapt(cls, module: nn.Module, embedding: TokenEmbedding) -> Self:
         """Turn `module` into one that reads the rows of `embedding`, in place.
-
-        Args:
-            module: one without an obstacle.
-            embedding: the one whose weight it shares.
 
         Raises:
             ValueError: there is an obstacle.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from backhand.bounds import Bound, NotNegative, Positive, check_fields
+from backhand.bounds import Bound, NotNegative, Options, Positive
 from backhand.data.forms import Purpose
 from backhand.errors import UsageError
 
@@ -44,7 +44,7 @@ _SMOOTHED = ("exo_pair", "robust")
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions:
+class ObjectiveOptions(Options):
     """What is minimised."""
 
     objective: ObjectiveName = "sft"
@@ -76,13 +76,7 @@ class ObjectiveOptions:
     undesirable_weight: Positive = 1.0
     """Weight of answers that are not desirable (`kto`)."""
 
-    def validate(self) -> ObjectiveOptions:
-        """Check every field by itself and against the others; return self.
-
-        Raises:
-            UsageError: a value out of range, or an option that the objective does not have.
-        """
-        check_fields(self)
+    def _check_together(self) -> None:
         usual = ObjectiveOptions()
         for option in fields(self):
             name = option.name
@@ -101,7 +95,6 @@ class ObjectiveOptions:
                 next_step=f"{self.loss_type} belongs to --objective {'dpo' if self.objective == 'kto' else 'kto'}",
             )
         self._check_smoothing()
-        return self
 
     def _check_smoothing(self) -> None:
         smoothing, form = self.label_smoothing, self.loss_type

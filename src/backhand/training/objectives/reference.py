@@ -1,9 +1,9 @@
 """The objective of a run, with what the model that it starts from says of every answer: computed once, and kept.
 
 `reference.json` of the run directory holds s of every document (`objective`), under a digest of all that decides their
-bits: every frozen tensor, every row, all options that decide a run, dtype, threads, versions, processor. A run that goes
-on finds them there, and computes those of its first micro-batch again, to compare every bit; where the digest is
-another one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
+bits: every frozen tensor, every row, all options that decide a run, dtype, threads, versions, processor. A resumed run
+finds them there, and computes those of its first micro-batch again, to compare every bit; where the digest is another
+one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
 
 The model that a run starts from is the base, or the base with the adapter of `--from-adapter`.
 """
@@ -26,8 +26,8 @@ from backhand.kernels.library import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
-from backhand.training.kept_states import KeptStates
 from backhand.training.keeping import Keeping
+from backhand.training.kept_states import KeptStates
 from backhand.training.leading import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
