@@ -421,4 +421,5 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),
         run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
+        objective=config.objective.resolved(),
     )

@@ -5,7 +5,7 @@ This file imports no torch: the command line reads the fields and their docstrin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from backhand.bounds import Bound, NotNegative, Options, Positive
@@ -115,6 +115,12 @@ class ObjectiveOptions(Options):
                 next_step="give --label-smoothing 0.001, as its paper does",
             )
 
+    def resolved(self) -> ObjectiveOptions:
+        """With what is chosen by default written down."""
+        beta = self.strength if "beta" in _TAKEN[self.objective] else None
+        loss_type = self.form if "loss_type" in _TAKEN[self.objective] else None
+        return replace(self, beta=beta, loss_type=loss_type)
+
     @property
     def purpose(self) -> Purpose:
         """What the rows are read for."""
@@ -131,6 +137,7 @@ class ObjectiveOptions(Options):
         return self.beta if self.beta is not None else _USUAL_BETA.get(self.objective, 0.1)
 
     @property
-    def form(self) -> str:
+    def form(self) -> LossType:
         """`loss_type`, or what it is by default."""
-        return self.loss_type or {"ipo": "ipo", "kto": "kto"}.get(self.objective, "sigmoid")
+        usual: LossType = "ipo" if self.objective == "ipo" else "kto" if self.objective == "kto" else "sigmoid"
+        return self.loss_type or usual
