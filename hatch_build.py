@@ -55,5 +55,5 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + platform.replace("-", "_").replace(".", "_")
         for name in names:
-            path = builder.library_path(name)
-            build_data["force_include"][str(path)] = f"backhand/kernels/lib/{path.name}"
+            for path in (builder.library_path(name), builder.stamp_path(name)):
+                build_data["force_include"][str(path)] = f"backhand/kernels/lib/{path.name}"

@@ -10,12 +10,20 @@
 Importing the package imports nothing else; each name below is imported when it is first used.
 """
 
-from __future__ import annotations
+import sys
+
+# `python -m backhand` has put the current directory first, and has imported nothing of ours before this line.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0] == __name__:
+    from backhand.safe_path import leave_out_first
+
+    leave_out_first()
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # of typing, which is not imported for it
 if TYPE_CHECKING:
+    from typing import Any
+
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
     from backhand.data.options import DataOptions
@@ -67,11 +75,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "__version__":
         from importlib.metadata import version
 
-        value: Any = version("backhand")
+        value = version("backhand")
     elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:

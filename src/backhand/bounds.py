@@ -319,8 +319,18 @@ def _check_number(where: str, value: Any, bound: Bound | None, *, whole: bool) -
 def _check_mapping(where: str, value: Any, hint: Any) -> None:
     if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
         raise UsageError(f"{value!r} is not a table of names and values", where=where)
-    for key, one in value.items():
+    for key, one in first_of_each(value).items():
         check_value(f"{where}[{key!r}]", one, hint)
+
+
+def first_of_each(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The first key with each value, all of them for values that are no numbers: many keys share few ranks."""
+    numbers: dict[tuple[type, float], str] = {}
+    return {
+        key: one
+        for key, one in table.items()
+        if not isinstance(one, int | float) or numbers.setdefault((type(one), one), key) is key
+    }
 
 
 def _is_checked(hint: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from backhand.printing import bounded
+
 
 class BackhandError(Exception):
     """A problem the user can act on: what happened, where, why, and what to do next.
@@ -46,25 +48,6 @@ class BackhandError(Exception):
     def one_line(self) -> str:
         """The same as one sentence of a list."""
         return "; ".join(bounded(part) for part in (self._said(), self.why, self.next_step) if part)
-
-
-LONGEST_LINE = 1000
-LONGEST_TEXT = 8000
-
-
-def bounded(text: str) -> str:
-    """What is said of anybody's input has a bound, each line and all of them: the beginning and the end are kept."""
-    if len(text) <= LONGEST_LINE:
-        return text
-    lines = text[: 4 * LONGEST_TEXT].split("\n") if "\n" in text else [text]
-    return _cut("\n".join(_cut(line, LONGEST_LINE) for line in lines), LONGEST_TEXT)
-
-
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    kept = most // 2 - 30
-    return f"{text[:kept]} … ({len(text) - 2 * kept:,} characters left out) … {text[-kept:]}"
 
 
 class UsageError(BackhandError):

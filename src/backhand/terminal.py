@@ -1,19 +1,42 @@
-"""Consoles for people. Names, paths and rows are printed as they are: nothing in them is markup, an emoji or a link."""
+"""Consoles for people. Names, paths and rows are text: nothing in them is markup, an emoji, a link or a command."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
+
+from backhand.printing import going_on, may_be_silent, said, visible
 
 WIDTH_WITHOUT_TERMINAL = 120
 
 
 class _Console(Console):
-    """A console whose reader may leave: rich would end the program with 1, as if it were a bug."""
+    """A console for text from outside, whose reader may leave: rich would end the program with 1, as if it were a bug.
+
+    A string is one line, also in a table's cell; a line break in it is written out. What is put together as rich's
+    `Text` keeps its line breaks, and whoever does so makes its parts visible.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich's."""
+        for segment in super().render(renderable, options):
+            text = segment.text
+            plain = segment.control is not None or text.isprintable() or text == "\n"
+            yield segment if plain else segment._replace(text=visible(text, "\n"))
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's."""
+        super().print(*objects, **options)
+        said()
 
     def on_broken_pipe(self) -> None:
         """Leave it to whoever prints. Raises BrokenPipeError."""
@@ -33,6 +56,21 @@ def console_for_tables(width: int = WIDTH_WITHOUT_TERMINAL) -> Console:
 
 @contextmanager
 def working(text: str = "") -> Iterator[Callable[[str], None]]:
-    """Say on standard error what takes its time, if that is a terminal; yields what changes the text."""
-    with console(stderr=True).status(Text(text)) as status:
-        yield lambda said: status.update(Text(said))
+    """Say on standard error what takes its time: at once on a terminal, else when it takes long.
+
+    Yields:
+        what changes the text.
+    """
+    shown = console(stderr=True)
+    current = [text]
+    with shown.status(Text(visible(text))) as status, going_on(lambda: current[0]):
+
+        def change(now: str) -> None:
+            current[0] = now
+            status.update(Text(visible(now)))
+
+        if shown.is_terminal:
+            with may_be_silent():
+                yield change
+        else:
+            yield change

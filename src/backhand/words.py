@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable
+
+from backhand.printing import bounded, say
 
 SHOWN_CHARACTERS = 60
 
@@ -58,8 +59,7 @@ def name_list(names: Iterable[str], *, limit: int = 8) -> str:
 
 def show_notes(notes: Iterable[str]) -> None:
     """A line each on standard error."""
-    for note in notes:
-        print(labelled(note), file=sys.stderr)
+    say(*(bounded(labelled(note)) for note in notes))
 
 
 def labelled(note: str) -> str:

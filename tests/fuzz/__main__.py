@@ -118,7 +118,7 @@ def _share(kinds: list[str], world: World, place: Path, options: argparse.Namesp
                 shutil.rmtree(kept, ignore_errors=True)
                 kept.mkdir(parents=True)
                 for name, data in case.files.items():
-                    (kept / Path(name).name).write_bytes(data)
+                    (kept / Path(name).name[-200:]).write_bytes(data)
                 said = f"{outcome.fault}\nbackhand {' '.join(case.command)}\n\n{outcome.said}"
                 (kept / "outcome.txt").write_text(said, encoding="utf-8", errors="replace")
                 print(f"{kind} {n}: {outcome.fault}: {outcome.said.strip().splitlines()[:1]}", flush=True)

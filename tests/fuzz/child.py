@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from backhand.printing import visible
 from backhand.training.memory.process import peak_rss_bytes, rss_bytes
 from support.addresses import limit_addresses
 
@@ -115,7 +116,11 @@ def _run_in_one_child(attempts: Sequence[Attempt]) -> list[Outcome]:
 def _outcome(attempt: Attempt, code: int, cpu_s: float, peak: int, hung: bool, before: Files) -> Outcome:
     log = _log_of(attempt)
     said = log.read_bytes()[-4000:].decode("utf-8", "replace") if log.exists() else ""
+    shown = _output_of(attempt)
+    # What `generate` says is the model's own; everything else is ours to make visible.
+    printed = "" if callable(attempt.command) or attempt.command[0] == "generate" else _text_of(shown)
     log.unlink(missing_ok=True)
+    shown.unlink(missing_ok=True)
     fault = ""
     if hung or code == -signal.SIGXCPU:
         fault = "hang"
@@ -123,6 +128,8 @@ def _outcome(attempt: Attempt, code: int, cpu_s: float, peak: int, hung: bool, b
         fault = f"exit {code}" if code >= 0 else f"signal {-code}"
     elif code and "Traceback (most recent call last)" in said:
         fault = "traceback"
+    elif any(visible(text, "\n") != text for text in (said, printed)):
+        fault = "raw characters"
     elif peak > PEAK_BYTES:
         fault = "memory"
     changed = sorted(before.items() ^ _tree(attempt.place).items())
@@ -133,6 +140,14 @@ def _outcome(attempt: Attempt, code: int, cpu_s: float, peak: int, hung: bool, b
 
 def _log_of(attempt: Attempt) -> Path:
     return attempt.place.parent / f"{attempt.place.name}.log"
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _output_of(attempt: Attempt) -> Path:
+    return attempt.place.parent / f"{attempt.place.name}.shown"
 
 
 def _be_child(attempts: Sequence[Attempt], telling: int) -> None:
@@ -158,13 +173,16 @@ def _be_child(attempts: Sequence[Attempt], telling: int) -> None:
 
 def _run_here(attempt: Attempt) -> tuple[int, float, int]:
     """Exit code, processor seconds, and memory in use above what there was before."""
-    descriptor = os.open(_log_of(attempt), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    for number, path in ((1, _output_of(attempt)), (2, _log_of(attempt))):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
     os.chdir(attempt.place)
-    home = attempt.place.parent / "tmp"
-    home.mkdir(exist_ok=True)
-    os.environ |= {"HOME": str(home), "TMPDIR": str(home), "HF_HUB_OFFLINE": "1"}
+    temporary = attempt.place.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    own = attempt.place / "home"
+    home = own if own.is_dir() else temporary
+    os.environ |= {"HOME": str(home), "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     began, at_first = time.process_time(), _resident_from_now()
     resource.setrlimit(resource.RLIMIT_CPU, (int(began) + HANG_S + 1, resource.RLIM_INFINITY))
     try:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import random
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz.mutate import ODD_TEXTS, mutated_bytes, mutated_gguf, mutated_json
+from fuzz.mutate import ODD_NAMES, ODD_TEXTS, mutated_bytes, mutated_gguf, mutated_json
 from support import tokenizer_kinds
 from support.tiny_adapters import save_tiny_adapter
 from support.tiny_gguf import add_sentencepiece_tokenizer, write_tiny_gguf, write_vocabulary_gguf
@@ -371,6 +373,65 @@ def _parquet(draw: random.Random, rows: list[dict[str, object]]) -> bytes:
     return out.getvalue()
 
 
+# ---- names, and the stores of other programs ---------------------------------------------------------------------
+
+
+def stores_case(draw: random.Random, world: World) -> Case:
+    """Trees of Ollama and LM Studio below a home, and a name that is asked for in them."""
+    files: dict[str, bytes] = {}
+    data, names = world.gguf.read_bytes(), []
+    for _ in range(draw.randint(0, 3)):
+        name, tag = draw.choice(ODD_NAMES), draw.choice(["latest", *ODD_NAMES])
+        digest = hashlib.sha256(data).hexdigest()
+        manifest = {"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}]}
+        text = json.dumps(manifest) if draw.random() < 0.5 else mutated_json(draw, manifest)
+        place = draw.choice(["registry.ollama.ai/library", "hf.co/someone", draw.choice(ODD_NAMES) + "/a", "b"])
+        files[f"home/.ollama/models/manifests/{place}/{name}/{tag}"] = text_bytes(text)
+        files[f"home/.ollama/models/blobs/sha256-{digest}"] = data if draw.random() < 0.8 else mutated_gguf(draw, data)
+        names.append(f"ollama:{name}:{tag}")
+    for _ in range(draw.randint(0, 2)):
+        publisher, name = draw.choice(ODD_NAMES), draw.choice(ODD_NAMES)
+        files[f"home/.lmstudio/models/{publisher}/m/{name[:200]}.gguf"] = data
+        names.append(f"lmstudio:{draw.choice([publisher, name, f'{publisher}/m'])}")
+    if draw.random() < 0.5:
+        pointer = draw.choice(
+            ["", "/", "\0", "x" * 5000, "/" + "x" * 300, "a/b", "/proc/self", "\x1b[2J", "~", "/dev/null"]
+        )
+        files["home/.lmstudio-home-pointer"] = pointer.encode()
+    files.setdefault("home/.keep", b"")
+    if draw.random() < 0.3:
+        return Case(files, ("models", *(["--json"] if draw.random() < 0.3 else [])), {})
+    odd = draw.choice(ODD_NAMES) * draw.choice([1, 1, 1, 40])
+    names += [f"ollama:{odd}", f"lmstudio:{odd}", f"ollama:{odd}/{odd}:{odd}", odd]
+    return Case(files, ("generate", f"--model={draw.choice(names)}", *ASK), {})
+
+
+def names_case(draw: random.Random, world: World) -> Case:
+    """Names of files and columns, and what an adapter calls its base."""
+    name = draw.choice(ODD_NAMES)
+    match draw.randrange(4):
+        case 0:
+            odd = draw.choice(ODD_NAMES)
+            rows = [{odd: "a", "b": name}, {"prompt": name}, "{", {"messages": [{"role": name, "content": odd}]}]
+            data = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in draw.sample(rows, 2))
+            file = f"{name[:200]}.jsonl"
+            return Case({file: text_bytes(data)}, ("lint", "--model", str(world.model), f"--data=./{file}"), {})
+        case 1:
+            config = json.loads((world.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = name * draw.choice([1, 1, 300])
+            config[draw.choice(ODD_NAMES)] = draw.choice(ODD_NAMES)
+            return _of_adapter(draw, world, "adapter_config.json", json.dumps(config).encode())
+        case 2:
+            return Case({f"d/{name}": b"{}"}, ("inspect", f"d/{name}"), {})
+        case _:
+            toml = (
+                f"[run]\n{json.dumps(name)} = 1\n"
+                if draw.random() < 0.5
+                else f"{'a.' * draw.choice([1, 40, 50000])}b = 1"
+            )
+            return Case({"run.toml": text_bytes(toml)}, ("train", "run.toml", f"--{name}"), {})
+
+
 KINDS: dict[str, Callable[[random.Random, World], Case]] = {
     "gguf": gguf_case,
     "safetensors": safetensors_case,
@@ -379,14 +440,17 @@ KINDS: dict[str, Callable[[random.Random, World], Case]] = {
     "rows": rows_case,
     "tokenizer": tokenizer_case,
     "config": config_case,
+    "stores": stores_case,
+    "names": names_case,
 }
 
 
 def lay_out(case: Case, place: Path) -> None:
     """Write a case's files into an empty directory, and link those that belong beside them."""
     for name, data in case.files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(data)
+        with suppress(FileExistsError, IsADirectoryError, NotADirectoryError):  # drawn as a folder, too
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
     for folder, source in case.links.items():
         for path in source.iterdir():
             if not (place / folder / path.name).exists():

@@ -27,7 +27,52 @@ ODD_TEXTS = (
         "<|im_end|>",
         "default",
     ),
+    *("\x1b[31mred\x1b[0m", "line\nerror: forged", "\u202egpj", "\x9b2J", "a\u2066b"),
 )
+
+
+ODD_NAMES = (
+    *(
+        "a",
+        "tiny",
+        "a b",
+        "%s",
+        "-x",
+        "--help",
+        "~",
+        "a:b",
+        "sha256",
+        "x" * 250,
+        "é" * 100,
+        "🙂",
+        "model.gguf",
+        "...",
+        "[red]x",
+    ),
+    *(
+        "\x1b[31mred",
+        "\x1b]0;title\x07",
+        "a\x1b[2J",
+        "line\nerror: forged",
+        "\r\rover",
+        "\x9b31m",
+        "\u202egpj",
+        "\u2066a\u2069",
+    ),
+    *(
+        "\u200bzero",
+        "\u2028line",
+        "\ufeffmark",
+        "\x7f",
+        "tab\tbed",
+        "\udcff",
+        "\U000e0041tag",
+        "<script>",
+        "'; ls",
+        "$(id)",
+    ),
+)
+"""Names of files and models: what a terminal obeys, what looks like an option, what no encoding has."""
 
 
 def odd_value(draw: random.Random, depth: int = 0) -> Any:

@@ -489,12 +489,12 @@ def test_other_types_are_not_taken_for_these() -> None:
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d"])
 def test_a_wrong_backward_would_be_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with PEFT must fail when the ops lose the scaling."""
-    for op in ("lora_linear_backward", "lora_embedding_backward", "lora_conv_backward"):
-        right = getattr(lora_functions, op)
+    for op in (lora_functions.lora_linear, lora_functions.lora_embedding, lora_functions.lora_conv):
+        right = op.backward
 
         def wrong(d_y: Tensor, saved: Any, right: Any = right, **options: Any) -> Any:
             return right(d_y, saved._replace(scaling=1.0), **options)
 
-        monkeypatch.setattr(lora_functions, op, wrong)
+        monkeypatch.setattr(op, "backward", wrong)
     with pytest.raises(AssertionError):
         test_output_and_gradients_equal_pefts(name)

@@ -1,3 +1,5 @@
+"""Every op is whole: its four parts, and cases and mutants in which a mistake shows. `backhand verify` proves them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -56,6 +58,16 @@ def test_an_op_is_tried_without_rows_and_with_one(op):
     }
     assert sizes == {True, False}
     assert any("one row" in case.name or "one token" in case.name for case in proof.cases)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_in_gives_zero_gradients(op):
+    (proof,) = load_proofs(op)
+    for case in proof.cases:
+        if case.tensors["d_y"].numel() == 0:
+            for name, gradient in case.by_hand(case.tensors, proof.backward).gradients.items():
+                assert gradient.shape == case.tensors[name].shape
+                assert gradient.eq(0).all(), (case.name, name)
 
 
 @pytest.mark.parametrize("op", OPS)

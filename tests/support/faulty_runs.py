@@ -7,6 +7,7 @@ goes through the save until the fault; what it leaves is moved aside, and the di
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from backhand.runs.directory import STATUS
 from backhand.training.config import TrainConfig
 from backhand.training.run import train
 from backhand.training.state import Saver
@@ -103,7 +105,10 @@ def _forked_for_each(calls: range, error: int | None, output: Path, store: Path)
 
 
 def distinct(directories: list[Path]) -> list[Path]:
-    """One directory of each state that differs in more than what a resumed run removes first, `.tmp-…`."""
+    """One directory of each state that differs in more than what a resumed run removes first, `.tmp-…`.
+
+    Of a status that can be read only the state counts: when it was written, and which file the error names, is text.
+    """
     found: dict[bytes, Path] = {}
     for directory in directories:
         state = hashlib.sha256()
@@ -113,9 +118,19 @@ def distinct(directories: list[Path]) -> list[Path]:
                 continue
             state.update(f"{relative}\0".encode())
             if path.is_file():
-                state.update(hashlib.sha256(path.read_bytes()).digest())
+                state.update(hashlib.sha256(_what_counts(path)).digest())
         found[state.digest()] = directory
     return list(found.values())
+
+
+def _what_counts(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.name != STATUS:
+        return content
+    try:
+        return str(json.loads(content)["state"]).encode()
+    except (ValueError, KeyError):
+        return content
 
 
 def temporary(directory: Path) -> list[Path]:

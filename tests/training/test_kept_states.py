@@ -36,9 +36,11 @@ from support.tiny_run import TinyRun, final_bits
 # The same bits.
 
 
-@pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# Of each two of these axes all four pairs.
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "alike"),
+    [("float32", 0.0, False), ("float32", 0.3, True), ("bfloat16", 0.0, True), ("bfloat16", 0.3, False)],
+)
 def test_three_epochs_end_in_the_same_bits(
     dtype: str, dropout: float, alike: bool, four: TinyRun, tmp_path: Path
 ) -> None:
@@ -58,19 +60,15 @@ def test_three_epochs_end_in_the_same_bits(
 @pytest.mark.parametrize(
     "variant",
     [
-        "qwen3",
         "gemma3_text",
-        "mistral",
-        "granite",
-        "olmo2",
         "phi3-longrope",
-        "glm4",
         "lfm2",
         "qwen3_5_text",
         "gemma4_text",
     ],
 )
 def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_path: Path) -> None:
+    """Those whose layers differ from one another in windows, angles or kind: what enters must fit what stands above."""
     more = {"sliding_window": 64} if variant in ("gemma3_text", "mistral", "gemma4_text") else {}
     more |= {"num_kv_shared_layers": 1} if variant == "gemma4_text" else {}
     model = save_tiny(tiny_model(variant, num_hidden_layers=4, **more), tmp_path / "model")
@@ -165,8 +163,7 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return run_of_layers(6, tmp_path_factory.mktemp("six"))
 
 
-@pytest.mark.parametrize("alike", [False, True], ids=["", "shared-prefix"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "alike"), [("float32", True), ("bfloat16", False)])
 def test_rows_of_the_next_batches_go_along(dtype: str, alike: bool, six: TinyRun, tmp_path: Path) -> None:
     """In fewer passes than there are micro-batches each row still goes through once, and to the same bits."""
     options: dict[str, Any] = {"dtype": dtype, "layers": "last:5", "eval_every": 2}
@@ -236,14 +233,21 @@ def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> ProductsByRows:
     return library_by_rows
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "places"),
+    [(1, "bfloat16", ("memory",)), (2, "float32", ("memory", "disk")), (4, "bfloat16", ("disk",))],
+)
 def test_rows_are_kept_whatever_the_library_does(
-    rows: int, dtype: str, products_by_rows: ProductsByRows, four: TinyRun, tmp_path: Path
+    rows: int,
+    dtype: str,
+    places: tuple[str, ...],
+    products_by_rows: ProductsByRows,
+    four: TinyRun,
+    tmp_path: Path,
 ) -> None:
     """Of micro-batches of all classes, each row goes through the lower layers once, to the bits without keeping."""
     bits = {}
-    for where in ("off", "memory", "disk"):
+    for where in ("off", *places):
         notes = Notes()
         options = {"micro_batch_rows": rows, "cache_frozen": where, "dtype": dtype}
         with watched() as computed:
@@ -257,7 +261,7 @@ def test_rows_are_kept_whatever_the_library_does(
                 4: list(range(4)),
             }
             assert all(proof["passed"] for proof in proofs(tmp_path / where))
-    assert bits["off"] == bits["memory"] == bits["disk"]
+    assert all(bits[where] == bits["off"] for where in places)
     assert len(set(map(products_by_rows.kind, products_by_rows.sizes))) > 1, "classes do come up"
 
 

@@ -1,4 +1,4 @@
-"""A block and a tiny decoder of every family: the same proofs and mutants as `backhand verify`."""
+"""The families of the block and decoder cases, which `backhand verify` proves: nothing in them hides a mistake."""
 
 from __future__ import annotations
 
@@ -10,28 +10,22 @@ import torch
 from backhand.nn.decoder.block import RECOMPUTE_MODES
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import empty_weights, named_views
-from backhand.verify.case import Draw, kind
-from backhand.verify.runner import forms, load_proofs, prove_case, reject_mutants
+from backhand.verify.block_case import BlockGrads
+from backhand.verify.case import Draw
+from backhand.verify.cases.decoder import DecoderGrads
+from backhand.verify.cases.decoder_kinds import KindGrads
+from backhand.verify.runner import COMPOSITES, load_proofs
 from backhand.verify.tiny_decoders import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 
-PROOFS = [proof for name in ("block", "decoder", "decoder_kinds") for proof in load_proofs(name)]
-CASES = [pytest.param(proof, case, id=f"{proof.op}-{case.name}") for proof in PROOFS for case in proof.cases]
-
-
-@pytest.mark.parametrize(("proof", "case"), CASES)
-def test_every_gradient_is_right(proof, case):
-    assert not [row for row in prove_case(proof, case) if not row.passed]
+PROOFS = [proof for name in COMPOSITES for proof in load_proofs(name)]
+GRADS = {"block": BlockGrads, "decoder": DecoderGrads, "decoder_kinds": KindGrads}
 
 
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.op)
-def test_every_mutant_is_rejected_by_value(proof):
-    rejections = list(reject_mutants(proof))
-    assert len(rejections) == len(proof.mutants) * len(forms(proof))
-    assert not [one for one in rejections if not one.error > 1e-7]
-    names = {kind(name) for case in proof.cases for name in case.by_hand(case.tensors, proof.backward).gradients}
-    gradients = {f"d_{name}" for name in names}
-    assert {one.gradient for one in rejections if one.mutant == "factor 1 + 1e-6"} == gradients
-    assert {one.gradient for one in rejections if one.mutant not in ("sign", "factor 1 + 1e-6")} == gradients
+def test_every_gradient_has_the_standard_mutants_and_one_of_its_own(proof):
+    gradients = {name for name in GRADS[proof.op]._fields if name.startswith("d_")}
+    assert {one.gradient for one in proof.mutants if one.name == "factor 1 + 1e-6"} == gradients
+    assert {one.gradient for one in proof.mutants if one.name not in ("sign", "factor 1 + 1e-6")} == gradients
 
 
 def test_the_families_use_every_feature_that_a_decoder_config_has():

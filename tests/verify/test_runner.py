@@ -11,7 +11,7 @@ import torch
 from backhand.ops.registry import OPS
 from backhand.verify.case import Mutant
 from backhand.verify.cases.lora_linear import CASES
-from backhand.verify.runner import forms, load_proofs, prove_case, reject_mutants
+from backhand.verify.runner import _forward_of, forms, load_proofs, prove_case, reject_mutants
 
 (LORA_LINEAR,) = load_proofs("lora_linear")
 FIRST = CASES[0]
@@ -27,7 +27,14 @@ def failed(proof, case=FIRST):
 
 
 def test_the_right_op_passes():
-    assert not failed(LORA_LINEAR)
+    rows = list(prove_case(LORA_LINEAR, FIRST))
+    assert all(row.passed for row in rows)
+    assert {row.form for row in rows} == set(forms(LORA_LINEAR))
+    for form in forms(LORA_LINEAR):
+        found = {(row.dtype, row.check, row.tensor) for row in rows if row.form == form}
+        tensors = {"y", "d_x", "d_lora_A", "d_lora_B"}
+        every = {(dtype, "autograd", tensor) for dtype in ("float64", "float32", "bfloat16") for tensor in tensors}
+        assert found == every | {("float64", "differences", tensor) for tensor in tensors - {"y"}}
 
 
 def test_a_factor_1_plus_1e_6_fails_against_autograd_and_against_differences():
@@ -84,6 +91,52 @@ def test_nonzero_gradients_of_nothing_fail():
 def test_a_wrong_forward_fails():
     wrong = replace(FIRST, by_hand=lambda t, backward: FIRST.by_hand(t | {"x": t["x"] * (1 + 1e-9)}, backward))
     assert "y" in {row.tensor for row in failed(LORA_LINEAR, wrong)}
+
+
+@pytest.mark.parametrize(("op", "alone"), [("lora_linear", True), ("block", True), ("decoder", False)])
+def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it(op, alone):
+    """A decoder's step gives loss and gradients at once."""
+    (proof,) = load_proofs(op)
+    called = []
+
+    def backward(*args, **kwargs):
+        called.append(1)
+        return proof.backward(*args, **kwargs)
+
+    case = proof.cases[0]
+    forward = _forward_of(replace(proof, backward=backward), case, case.tensors)
+    called.clear()
+    moved = {name: tensor * 0.9 if tensor.is_floating_point() else tensor for name, tensor in case.tensors.items()}
+    y = forward(moved)
+    assert bool(called) is not alone
+    with torch.no_grad():
+        assert torch.equal(y, case.by_hand(moved, proof.backward).y)
+
+
+def test_the_case_that_rejected_a_mistake_is_tried_first():
+    (proof,) = load_proofs("lora_linear_group")
+    mistakes = [mutant for mutant in proof.mutants if mutant.name == "scaling forgotten"]
+    assert len(mistakes) > 1
+    by_hand = []
+
+    def noting(case):
+        def run(tensors, backward):
+            by_hand.append(case.name)
+            return case.by_hand(tensors, backward)
+
+        return replace(case, by_hand=run)
+
+    noted = replace(proof, cases=tuple(map(noting, proof.cases)), mutants=tuple(mistakes))
+    rejections = list(reject_mutants(noted))
+    assert all(rejection.passed for rejection in rejections)
+    first = rejections[0].case
+    assert by_hand[-(len(rejections) - 1) :] == [first] * (len(rejections) - 1)
+
+
+def test_a_mistake_that_rounding_could_explain_is_no_rejection():
+    slight = Mutant("slight", "d_x", lambda _g, _s, right: right.d_x * (1 + 1e-8))
+    (rejection, *_) = reject_mutants(replace(LORA_LINEAR, mutants=(slight,)))
+    assert not rejection.passed and 1e-9 < rejection.error < 1e-7
 
 
 def test_a_mutant_that_changes_nothing_survives():

@@ -140,11 +140,7 @@ def source_digests(
 
 
 def base_weight_name(source: ModelSource, module: str) -> str:
-    """The name in a model's files of a module's weight.
-
-    Raises:
-        ArtifactError: there is none.
-    """
+    """The name in a model's files of a module's weight. Raises ArtifactError: there is none."""
     for name in weight_names([module], source.tensor_names()):
         return name
     raise ArtifactError(f"the base model has no weight of {module}", where=str(source.path))

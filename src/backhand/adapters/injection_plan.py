@@ -29,7 +29,6 @@ class Injection:
     Attributes:
         config: as validated.
         targets: the modules to adapt, in the order of the model.
-        modules: the modules themselves.
         kinds: the class that adapts each.
         shapes: what each has in an adapter's file.
         module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.
@@ -210,14 +209,21 @@ def _parameters(
     return shapes, tied, embedding
 
 
+def _asked(model: nn.Module, method: str) -> tuple[bool, object]:
+    """Whether the model has this method of transformers', and what it gives; None where it has no such module."""
+    ask = getattr(model, method, None)
+    if not callable(ask):
+        return False, None
+    try:
+        return True, ask()
+    except (NotImplementedError, AttributeError):  # transformers models without any
+        return True, None
+
+
 def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     """Path of the layer that makes hidden states out of tokens."""
-    ask = getattr(model, "get_input_embeddings", None)
-    if callable(ask):
-        try:
-            found = ask()
-        except (NotImplementedError, AttributeError):  # transformers models without any
-            found = None
+    knows, found = _asked(model, "get_input_embeddings")
+    if knows:
         return next((name for name, module in modules.items() if module is found), None)
     return next((name for name in modules if name == "embed_tokens" or name.endswith(".embed_tokens")), None)
 
@@ -258,12 +264,8 @@ def _token_modules(
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """Paths of the layer that makes logits out of hidden states."""
-    ask = getattr(model, "get_output_embeddings", None)
-    if callable(ask):
-        try:
-            head = ask()
-        except (NotImplementedError, AttributeError):  # transformers models without any
-            head = None
+    knows, head = _asked(model, "get_output_embeddings")
+    if knows:
         return [name for name, module in modules.items() if module is head]
     return ["lm_head"] if "lm_head" in modules else []
 

@@ -162,7 +162,6 @@ class LoadedAdapter:
     Attributes:
         directory: where the files lie.
         described: configuration, base model and task as adapter_config.json has them.
-        targets: the adapted modules.
         shapes: what each of them has in the file.
         factors: everything that was trained, by its name in `LoRAParameters`, on the CPU, in the dtype of the file.
         base_copies: whole base weights found beside factors of embeddings and heads, by module; to be compared with the

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from backhand.adapters.config import ALL_LINEAR, Alpha, Dropout, LoRAConfig, Modules, Rank, TokenIds
 from backhand.adapters.targets import Target, resolve_targets, targeted_parameters
-from backhand.bounds import check_value
+from backhand.bounds import check_value, first_of_each
 from backhand.errors import UsageError
 from backhand.words import shorten
 
@@ -140,7 +140,10 @@ class _Reader:
         if not isinstance(value, dict):
             self.problems.append(f"{name}: {_short(value)} is not a map of names to numbers")
             return {}
-        return {key: number for key, number in value.items() if self._holds(f"{name}[{key!r}]", number, hint)}
+        wrong = [
+            number for key, number in first_of_each(value).items() if not self._holds(f"{name}[{key!r}]", number, hint)
+        ]
+        return {key: number for key, number in value.items() if number not in wrong} if wrong else value
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name, False)

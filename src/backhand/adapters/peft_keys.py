@@ -33,7 +33,6 @@ class FactorShapes:
     """What one adapted module must have in the file.
 
     Attributes:
-        name: dotted module path.
         lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module.
         weight: shape of the frozen weight.
         embedding: whether the module is an embedding, whose factors have names of their own.

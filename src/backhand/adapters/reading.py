@@ -318,7 +318,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if begin == stop:
             problems[name] = f"shape {shape} holds no element"
             continue
-        tensors[name] = _tensor(data, start + begin, start + stop, dtype, shape)
+        tensors[name] = torch.frombuffer(data[start + begin : start + stop], dtype=dtype).view(shape)
     return tensors, problems
 
 
@@ -374,11 +374,6 @@ def _shape(entry: dict[str, Any], where: str, name: str) -> tuple[int, ...]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _tensor(data: bytearray, begin: int, stop: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    # The slice is a copy: the tensor owns aligned memory of its own and outlives the file's bytes.
-    return torch.frombuffer(data[begin:stop], dtype=dtype).view(shape)
 
 
 def _damaged(path: Path, why: str) -> ArtifactError:

@@ -309,8 +309,17 @@ def _layer_number(name: str, layers_pattern: Sequence[str]) -> int | None:
 
 def _first_match(patterns: Mapping[str, float], chosen: Sequence[str], where: str, strict: bool) -> dict[str, float]:
     values: dict[str, float] = {}
+    ends: dict[str, list[str]] = {}
+    for name in chosen if patterns else ():
+        ends.setdefault(name.rpartition(".")[2], []).append(name)
+        ends.setdefault("^" + re.escape(name), []).append(name)  # as `written_pattern` has whole paths
+    end = time.process_time() + MATCH_LIMIT_S
     for key, value in patterns.items():
-        hits = [name for name, hit in zip(chosen, key_matches(key, chosen, where=where), strict=True) if hit]
+        hits = ends.get(key)
+        if hits is None:
+            absent = re.fullmatch(r"[\w-]+|\^(?:\w|\\[.-])+", key) is not None
+            matches = [] if absent else key_matches(key, chosen, where=where, end=end)
+            hits = [name for name, match in zip(chosen, matches, strict=False) if match]
         if strict and not hits:
             raise _unmatched(key, chosen, where, "adapted module")
         for name in hits:
@@ -360,17 +369,18 @@ _READ_DIFFERENTLY = re.compile(r"\{(?!\d+(?:,\d*)?\}|,\d+\})|\[:")
 _COUNT = re.compile(r"(\)?)\{(\d*),?(\d*)\}")
 
 
-def pattern_matches(pattern: str, names: Sequence[str], *, where: str) -> list[bool]:
+def pattern_matches(pattern: str, names: Sequence[str], *, where: str, end: float | None = None) -> list[bool]:
     """Which `names` the whole of `pattern` matches (re.fullmatch).
 
     Args:
         where: the configuration key the pattern stands under, for the error.
+        end: processor time at which it must be done; `MATCH_LIMIT_S` from now if None.
 
     Raises:
         UsageError: not a regular expression, or it does not finish within `MATCH_LIMIT_S`.
     """
     compiled = _compile(pattern, where)
-    end = time.process_time() + MATCH_LIMIT_S
+    end = time.process_time() + MATCH_LIMIT_S if end is None else end
     try:
         # A time limit of 0 is none.
         return [compiled.fullmatch(name, timeout=max(end - time.process_time(), 1e-3)) is not None for name in names]
@@ -383,16 +393,20 @@ def pattern_matches(pattern: str, names: Sequence[str], *, where: str) -> list[b
         ) from None
 
 
-def key_matches(key: str, names: Sequence[str], *, where: str) -> list[bool]:
+def key_matches(key: str, names: Sequence[str], *, where: str, end: float | None = None) -> list[bool]:
     r"""Which `names` a key of rank_pattern or alpha_pattern matches: `(.*\.)?(key)$` from the start, as PEFT has it.
 
     Raises:
         UsageError: as `pattern_matches`.
     """
-    if re.fullmatch(r"[\w-]+", key):  # a plain name: the last part of the path, no matcher needed
-        return [name == key or name.endswith(f".{key}") for name in names]
+    if end is not None and time.process_time() > end:
+        raise UsageError(
+            f"the regular expressions take longer than {MATCH_LIMIT_S} s to match the module names",
+            where=where,
+            next_step="write fewer of them, or list the names",
+        )
     _compile(key, where)
-    return pattern_matches(rf"(?:.*\.)?(?:{key})", names, where=where)
+    return pattern_matches(rf"(?:.*\.)?(?:{key})", names, where=where, end=end)
 
 
 def _compile(pattern: str, where: str) -> Any:

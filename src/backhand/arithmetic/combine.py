@@ -39,7 +39,6 @@ class Combination:
         adapter: the new one.
         sources: what it was made of.
         directory: where it was written.
-        notes: what a person should know.
     """
 
     adapter: ComputedAdapter

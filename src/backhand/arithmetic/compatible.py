@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from backhand.adapters.checked_base import check_source, source_digests
@@ -128,7 +128,8 @@ def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
             if digest is not None and comparable:
                 by_digest.setdefault(digest, adapter.label)
         if len(by_digest) > 1:
-            found.append(f"{sentence} ({_each(by_digest)})")
+            each = ", ".join(f"{label}: {digest[7:15]}…" for digest, label in by_digest.items())
+            found.append(f"{sentence} ({each})")
     proven = _common([getattr(adapter.record, "base_digest", None) for adapter in adapters]) is not None
     by_name: dict[str, str] = {}
     for adapter in adapters:
@@ -137,10 +138,6 @@ def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
     if len(by_name) > 1 and not proven and not any(sentence.startswith("base model") for sentence in found):
         found.append(f"base model: {'; '.join(f'{name} of {label}' for name, label in by_name.items())}")
     return found
-
-
-def _each(by_digest: Mapping[str, str]) -> str:
-    return ", ".join(f"{label}: {digest[7:15]}…" for digest, label in by_digest.items())
 
 
 def _common(values: Sequence[str | None]) -> str | None:

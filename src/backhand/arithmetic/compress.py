@@ -106,16 +106,11 @@ def compress_adapter(options: CompressOptions) -> Compression:
 def compress_command(options: CompressOptions) -> Compression:
     """`compress_adapter`, printed as a table, or as one JSON object with `json`; the picture if asked for."""
     result = compress_adapter(options)
-
-    def picture() -> bytes:
-
-        return draw_compression(result.source, result.adapter, result.error)
-
     leave_findings(
         "compress",
         _summary(result, options),
         lambda: _print(result, options),
-        picture,
+        lambda: draw_compression(result.source, result.adapter, result.error),
         as_json=options.json,
         plot=options.plot,
         output=options.output,

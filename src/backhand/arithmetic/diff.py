@@ -93,16 +93,11 @@ def diff_command(options: DiffOptions) -> Comparison:
         CheckError: a module differs by more than `error` allows. What was found is printed and written first.
     """
     result = diff_adapters(options)
-
-    def picture() -> bytes:
-
-        return draw_difference(result.found, result.first.label, result.second.label)
-
     leave_findings(
         "diff",
         _summary(result),
         lambda: _print(result),
-        picture,
+        lambda: draw_difference(result.found, result.first.label, result.second.label),
         as_json=options.json,
         plot=options.plot,
         output=options.output,
@@ -158,7 +153,7 @@ def _print(result: Comparison) -> None:
     ):
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)
-            console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", markup=False, soft_wrap=True)
+            console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", soft_wrap=True)
     if (largest := result.found.largest) is not None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 
@@ -186,7 +181,6 @@ class ModuleDifference:
     """One module that both adapters have.
 
     Attributes:
-        module: dotted path.
         ranks: of the two updates, as far as they are not zero.
         norms: ‖ΔW‖_F of the two.
         difference: ‖ΔW − ΔW′‖_F.

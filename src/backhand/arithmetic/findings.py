@@ -17,6 +17,7 @@ from rich.text import Text
 
 from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.files import make_directory, write_atomically
+from backhand.printing import say
 from backhand.words import show_notes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def leave_findings(
         return
     print_tables()
     for path in written:
-        print(f"written: {path}")
+        say(f"written: {path}", file=sys.stdout)
 
 
 _DPI = 110

@@ -30,6 +30,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import bounded
 from backhand.terminal import console_for_tables
 
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
@@ -89,7 +90,6 @@ class Inspection:
         modules: one by one.
         parts: of the file of tensors.
         error: that the needed ranks are for.
-        notes: what a person should know.
     """
 
     adapter: AdapterFactors
@@ -154,15 +154,11 @@ def inspect_command(options: InspectOptions) -> Inspection:
     """`inspect_adapter`, printed as tables, or as one JSON object with `json`; files as asked for."""
     result = inspect_adapter(options)
 
-    def picture() -> bytes:
-
-        return draw_inspection(result.modules, result.adapter.label, result.error)
-
     leave_findings(
         "inspect",
         inspection_summary(result),
         lambda: _print(result),
-        picture,
+        lambda: draw_inspection(result.modules, result.adapter.label, result.error),
         as_json=options.json,
         plot=options.plot,
         output=options.output,
@@ -191,7 +187,7 @@ def _print(result: Inspection) -> None:
     console = console_for_tables()
     for name, fact in inspection_facts(result.adapter).items():
         shown = f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
-        console.print(f"{name:>16}: {shown}", markup=False, soft_wrap=True)
+        console.print(bounded(f"{name:>16}: {shown}"), soft_wrap=True)
     of = {module.module: module for module in result.modules}
     rows = []
     for kind, names in by_kind(of).items():
@@ -250,7 +246,6 @@ class ModuleInspection:
     """One module.
 
     Attributes:
-        module: dotted path.
         shape: (out, in) of ΔW.
         rank, alpha, scaling: as the configuration has them.
         norm: ‖ΔW‖_F.
@@ -340,14 +335,11 @@ def file_parts(adapter: AdapterFactors) -> list[Part]:
     """What the file of tensors consists of; the sizes add up to that of the file."""
     parts: dict[str, list[int]] = {}
     for key, size in adapter.part_bytes.items():
-        parts.setdefault(_part_of(key), []).append(size)
+        part = next((name for suffix, name in _PARTS if key.endswith(suffix)), _WHOLE)
+        parts.setdefault(part, []).append(size)
     found = [Part(name, len(sizes), sum(sizes)) for name, sizes in parts.items()]
     rest = adapter.stored_bytes - sum(part.stored_bytes for part in found)
     return [*found, Part(_HEADER, 0, rest)]
-
-
-def _part_of(key: str) -> str:
-    return next((name for suffix, name in _PARTS if key.endswith(suffix)), _WHOLE)
 
 
 def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, bounded
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.printing import bounded
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError, UnknownOptionError
@@ -76,7 +77,7 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
             # Stopping when asked to is no error, although the shell gets a code for it.
             return str(error) if error.exit_code > SIGNAL else f"error: {error}{_general_advice(error, arguments)}"
         case KeyboardInterrupt():
-            return "" if _is_another_s_follower() else "interrupted"
+            return "" if is_a_follower() else "interrupted"
         case BrokenPipeError() | SystemExit():
             return ""
         case _ if (wrong := _of_the_parser(error)) is not None:
@@ -84,7 +85,7 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
         case _ if _is_out_of_memory(error):
             return (
                 "error: not enough memory\n"
-                f"  why: {str(error).splitlines()[0] if str(error) else 'the system refused an allocation'}\n"
+                f"  why: {bounded(str(error).splitlines()[0]) if str(error) else 'the system refused an allocation'}\n"
                 "  next: give --memory what may be used, or a smaller --micro-batch-rows or --max-length"
             )
         case OSError() if error.errno:
@@ -107,16 +108,16 @@ def _of_the_parser(error: BaseException) -> CycloptsError | None:
     return error if isinstance(error, kind) else None
 
 
-def _is_another_s_follower() -> bool:
+def is_a_follower() -> bool:
     """Whether this is one of a run's processes on this machine, and not the first of them: that one speaks for all."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
+    return (os.environ.get("WORLD_SIZE") or "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:
     """What to do next where the error itself does not say, since what is wrong says most of it."""
     if error.next_step:
         return ""
-    command = " ".join(["backhand", *(word for word in arguments[:1] if not word.startswith("-"))])
+    command = bounded(" ".join(["backhand", *(word for word in arguments[:1] if not word.startswith("-"))]))
     for kind, advice in (
         (UsageError, f"{command} --help explains every option"),
         (DataError, "correct the file, or give another one"),

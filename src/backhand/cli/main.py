@@ -15,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import UsageError
 from backhand.nn.waiting import briefly_beside_others, set_waiting
+from backhand.printing import may_be_silent, never_silent, show_what_libraries_say, visible
 
 if TYPE_CHECKING:
     import cyclopts
@@ -81,16 +83,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(_verbose_version())
                 return 0
             result = make_app()(_values_joined(given))
-            code = 0 if result is None else run_prepared(result)  # help and version have been printed
+            # Help and version have been printed.
+            code = 0 if result is None else run_prepared(result, given[0] if given else "", quiet="--quiet" in given)
             sys.stdout.flush()
         return code
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
         return _report(error, words, debug, interrupted)
 
 
-def run_prepared(prepared: Prepared) -> int:
-    """Run what was parsed, and return its exit code; an error about an option says where it was written."""
+def run_prepared(prepared: Prepared, command: str = "", *, quiet: bool = False) -> int:
+    """Run what was parsed, and return its exit code; an error about an option says where it was written.
+
+    Args:
+        prepared: what is to run.
+        command: its name, for what is said of it while it says nothing itself.
+        quiet: whether it may be silent for as long as it takes.
+    """
+    from backhand.cli.exit_codes import is_a_follower
+
+    _check_directory()
+    show_what_libraries_say()
     with ExitStack() as around:
+        around.enter_context(never_silent(command))
+        if quiet or is_a_follower():
+            around.enter_context(may_be_silent())
         around.enter_context(briefly_beside_others())
         if prepared.report_of is not None:
             from backhand.report.command import report_kept
@@ -102,6 +118,19 @@ def run_prepared(prepared: Prepared) -> int:
             prepared.name_origin(error)
             raise
     return result if isinstance(result, int) else 0
+
+
+def _check_directory() -> None:
+    """Raise UsageError where the current directory has been deleted: libraries end the process over it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            "the current directory is not there any more",
+            where=os.environ.get("PWD"),
+            why=error.strerror,
+            next_step="change to a directory that exists: cd ~",
+        ) from None
 
 
 def _open_closed_streams() -> None:
@@ -159,7 +188,7 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
         # The reader has left; what is still buffered must not raise again when Python closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif debug and not isinstance(error, SystemExit):
-        traceback.print_exception(error)
+        sys.stderr.write(visible("".join(traceback.format_exception(error)), "\n"))
     if text := explanation(error, words):
         with suppress(OSError):  # a closed terminal
             print(

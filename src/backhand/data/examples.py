@@ -95,7 +95,6 @@ class DataReport:
         dropped_unsupervised: documents left out because nothing in them carries loss.
         empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
-        bad_rows: the errors of the first few of them.
         notes: whatever else the user should know, a sentence each.
     """
 
@@ -131,7 +130,9 @@ class DataReport:
         )
         lines = [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
         if self.skipped_bad:
-            lines.append(f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0]}")
+            lines.append(
+                f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
+            )
         return lines
 
 

@@ -15,6 +15,7 @@ from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
+from backhand.printing import say, visible
 from backhand.terminal import console_for_tables
 from backhand.words import count_of
 
@@ -45,11 +46,11 @@ def lint_command(options: LintOptions) -> LintReport:
                 {"source": example.source, "tokens": [vars(token) for token in view_tokens(example, tokenizer)]}
                 for example in shown
             ]
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         print_lint(console_for_tables(), report)
         for example in shown:
-            sys.stdout.write("\n" + "\n".join(token_lines(example, tokenizer)) + "\n")
+            say("", *token_lines(example, tokenizer), file=sys.stdout)
     if report.errors:
         stops = [finding for finding in report.findings if finding.severity == "error"]
         raise DataError(
@@ -124,7 +125,10 @@ def _problem(finding: Finding) -> Text:
     more = finding.count - len(finding.where)
     places = ", ".join(finding.where) + (f" and {more:,} more" if more > 0 else "")
     return Text.assemble(
-        (finding.severity, _STYLES[finding.severity]), f": {places}: {finding.what}\n  next: {finding.remedy}"
+        (finding.severity, _STYLES[finding.severity]),
+        visible(f": {places}: {finding.what}"),
+        "\n  next: ",
+        visible(finding.remedy),
     )
 
 

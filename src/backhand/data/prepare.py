@@ -196,6 +196,9 @@ def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
     return Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source)
 
 
+_FEW_EMPTY_LINES = 1000
+
+
 def _read_into(
     add: Callable[[Row], None],
     names: Sequence[str],
@@ -216,7 +219,7 @@ def _read_into(
     forms: list[SourceForm] = []
     total = empty = 0
     unread: dict[str, None] = {}
-    skipped_before, kept_before = bad.count, len(bad.errors)
+    skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
 
     def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
         for row in reader.read_all(read_rows(name, bad, held_out=held_out), bad):
@@ -240,22 +243,26 @@ def _read_into(
             one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
             conversation |= isinstance(one, Conversation)
         if reader.form is None:
-            raise _no_rows(name, bad.first_of_file, bad.count - bad_before)
+            raise _no_rows(name, bad, bad.count - bad_before)
         if teaches and rows and not answered:
             raise _no_answers(name, reader, rows)
         empty += rows - answered
         unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
+    notes = []
+    if unread:
+        notes.append(f"not read: the column{'s' if len(unread) > 1 else ''} {name_list(map(shorten, unread))}")
+    empty_lines = bad.empty_lines - empty_lines_before
+    if empty_lines > max(_FEW_EMPTY_LINES, total):
+        notes.append(f"{empty_lines:,} empty lines were passed over")
     return DataReport(
         tuple(forms),
         rows=total,
         empty_answers=empty,
         skipped_bad=bad.count - skipped_before,
         bad_rows=tuple(bad.errors[kept_before:]),
-        notes=(f"not read: the column{'s' if len(unread) > 1 else ''} {name_list(map(shorten, unread))}",)
-        if unread
-        else (),
+        notes=tuple(notes),
     )
 
 
@@ -282,10 +289,14 @@ def _no_answers(name: str, reader: FormReader, rows: int) -> DataError:
     )
 
 
-def _no_rows(name: str, first: DataError | None, count: int) -> DataError:
+def _no_rows(name: str, bad: BadRows, count: int) -> DataError:
+    first = bad.first_of_file
     if first is None:
         return DataError(
-            "there is no row in the file", where=name, next_step="give a file with a row on each line, or leave it out"
+            "there is no row in the file",
+            where=name,
+            why=f"{bad.empty_lines:,} empty lines were passed over" if bad.empty_lines else None,
+            next_step="give a file with a row on each line, or leave it out",
         )
     return DataError(
         f"no row can be used: {count:,} malformed",

@@ -30,13 +30,14 @@ class BadRows:
 
     Attributes:
         skip_bad: count instead of raising.
-        count: malformed rows so far.
+        empty_lines: lines of nothing but white space so far.
         errors: the first few of them.
         first_of_file: the first in the file that is being read; whoever begins another one sets it to None.
     """
 
     skip_bad: bool = False
     count: int = 0
+    empty_lines: int = 0
     errors: list[DataError] = field(default_factory=list)
     keep: int = 5
     first_of_file: DataError | None = None

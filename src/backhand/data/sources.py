@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from backhand.data.rows import BadRows, RawRow, checked_row
@@ -137,10 +135,10 @@ def read_parquet(path: str | Path, bad: BadRows) -> Iterator[RawRow]:
     """Rows of a Parquet file, a batch at a time; the source is `file row N`, counted from 1.
 
     Raises:
-        UsageError: pyarrow is not installed.
         DataError: the file is broken, or a row is, unless `bad` counts it.
     """
-    parquet = _optional("pyarrow.parquet", "Parquet files", str(path), "pip install pyarrow")
+    from pyarrow import parquet
+
     number = 0
     try:
         with parquet.ParquetFile(str(path)) as file:
@@ -182,10 +180,17 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise UsageError(f"{name!r} is not of the form owner/name[@config][:split]", where="data")
-    library = _optional("datasets", "data sets of the hub", name, "pip install 'backhand[datasets]'")
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "data sets of the hub need the package datasets, which is not installed",
+            where=name,
+            next_step="pip install 'backhand[datasets]'",
+        ) from None
     split = match["split"]
     try:
-        loaded: Any = library.load_dataset(match["name"], match["config"], split=split)
+        loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split)
     except Exception as error:  # noqa: BLE001 - the library raises whatever its loaders, its network stack and its cache raise
         raise DataError(
             "there is no such file, and no such data set of the hub can be loaded",
@@ -226,14 +231,3 @@ def _without_padding(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_padding(item) for item in value]
     return value
-
-
-def _optional(module: str, purpose: str, where: str, install: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(
-            f"{purpose} need the package {module.partition('.')[0]}, which is not installed",
-            where=where,
-            next_step=install,
-        ) from None

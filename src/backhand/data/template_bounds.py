@@ -273,11 +273,7 @@ class Work:
         self._bytes = 0
 
     def step(self, count: int) -> None:
-        """Count steps.
-
-        Raises:
-            TemplateLimitError: they are too many, or took too long or too much memory.
-        """
+        """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
         self.left -= count
         if self.left < self.next_look:
             self._look()

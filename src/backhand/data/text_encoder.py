@@ -171,11 +171,7 @@ class TextEncoder:
 
 
 def _token_ids(ids: Sequence[int]) -> TokenIds:
-    """As an array.
-
-    Raises:
-        ArtifactError: one is larger than any vocabulary.
-    """
+    """As an array. Raises ArtifactError: one is larger than any vocabulary."""
     try:
         return np.array(ids, dtype=np.int32)
     except OverflowError:
@@ -188,11 +184,7 @@ def _token_ids(ids: Sequence[int]) -> TokenIds:
 
 
 def unused_mark(texts: Iterable[str]) -> str:
-    """The first private-use character that stands in none of `texts`.
-
-    Raises:
-        DataError: all 6400 of them do.
-    """
+    """The first private-use character that stands in none of `texts`. Raises DataError: all 6400 of them do."""
     used = {character for text in texts if not text.isascii() for character in text}
     for code in range(_FIRST_MARK, _LAST_MARK + 1):
         if chr(code) not in used:

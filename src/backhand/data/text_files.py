@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from typing import Any
 
 from backhand.data.rows import BadRows, RawRow, checked_row, latin1_error
 from backhand.errors import DataError
+from backhand.printing import going_on
 from backhand.reading import open_plain
 from backhand.words import in_words, shorten
 
 _DELIMITERS = ",;\t|"
 LONGEST_LINE_BYTES = 2**28
 LONGEST_LIST_BYTES = 2**30
-_SPACE = " \t\r\n"
+_SPACE = re.compile(r"[ \t\r\n]+")
 
 
 def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -> Iterator[RawRow]:
@@ -30,30 +32,46 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: BadRows) -
     Raises:
         DataError: with the line, unless `bad` counts it.
     """
-    for number, line in enumerate(iter(lambda: reader.readline(LONGEST_LINE_BYTES + 1), b""), 1):
-        source = f"{path}:{number}"
-        if len(line) > LONGEST_LINE_BYTES:
-            raise DataError(
-                f"this line is longer than {in_words(LONGEST_LINE_BYTES)}",
-                where=source,
-                next_step="write one row a line",
-            )
-        try:
-            text = line.decode("utf-8").strip()
-            if text:
-                yield checked_row(parse_json(text, source), source)
-        except UnicodeDecodeError as error:
-            bad.add(latin1_error(source, line[error.start]))
-        except DataError as error:
-            bad.add(error)
+    number = 0
+    with going_on(lambda: f"reading {path}, line {number:,}"):
+        while line := reader.readline(LONGEST_LINE_BYTES + 1):
+            number += 1
+            source = f"{path}:{number}"
+            if line.isspace():
+                empty = _skip_empty_lines(reader)
+                number += empty
+                bad.empty_lines += empty + 1
+                continue
+            if len(line) > LONGEST_LINE_BYTES:
+                raise DataError(
+                    f"this line is longer than {in_words(LONGEST_LINE_BYTES)}",
+                    where=source,
+                    next_step="write one row a line",
+                )
+            try:
+                text = line.decode("utf-8").strip()
+                if text:
+                    yield checked_row(parse_json(text, source), source)
+            except UnicodeDecodeError as error:
+                bad.add(latin1_error(source, line[error.start]))
+            except DataError as error:
+                bad.add(error)
+
+
+def _skip_empty_lines(reader: io.BufferedReader) -> int:
+    """Move past the lines of nothing but white space that follow, a buffer at a time; how many they were."""
+    lines = 0
+    while True:
+        head = reader.peek()
+        end = head.rfind(b"\n", 0, len(head) - len(head.lstrip())) + 1
+        if not end:
+            return lines
+        lines += head.count(b"\n", 0, end)
+        reader.read(end)
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value that `text`, a line, holds.
-
-    Raises:
-        DataError: with the column and a look at what stands there.
-    """
+    """The value that `text`, a line, holds. Raises DataError: with the column and a look at what stands there."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -200,9 +218,8 @@ def _decode_whole(content: bytes, path: str | Path) -> str:
 
 
 def _skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _SPACE:
-        position += 1
-    return position
+    found = _SPACE.match(text, position)
+    return position if found is None else found.end()
 
 
 def read_csv(
@@ -222,6 +239,12 @@ def read_csv(
         delimiter = max(_DELIMITERS, key=lambda candidate: (header_text.count(candidate), candidate == ","))
     lines = io.TextIOWrapper(reader, encoding="utf-8", errors="surrogateescape", newline="")
     cells = csv.reader(lines, delimiter=delimiter, strict=True)
+    with going_on(lambda: f"reading {path}, line {cells.line_num:,}"):
+        yield from _csv_rows(cells, path, bad)
+    lines.detach()
+
+
+def _csv_rows(cells: Any, path: str | Path, bad: BadRows) -> Iterator[RawRow]:
     header: list[str] | None = None
     while True:
         source = f"{path}:{cells.line_num + 1}"
@@ -236,6 +259,7 @@ def read_csv(
         if row is None:
             break
         if not row or row == [""]:
+            bad.empty_lines += 1
             continue
         if header is None:
             header = _checked_header(row, source)
@@ -250,7 +274,6 @@ def read_csv(
             yield checked_row(dict(zip(header, row, strict=True)), source, not_utf8=True)
         except DataError as error:
             bad.add(error)
-    lines.detach()
 
 
 def _checked_header(row: list[str], source: str) -> list[str]:

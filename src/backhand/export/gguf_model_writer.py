@@ -22,7 +22,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.gguf_adapter_writer import llama_cpp_notes
 from backhand.export.gguf_metadata_writer import add_model_metadata, rope_factors
-from backhand.export.merged_weights import MergedWeights
+from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -38,27 +38,11 @@ from backhand.nn.loading.gguf_tensors import (
 )
 from backhand.nn.loading.source import HEAD_WEIGHT
 
-TYPES = {
-    "float32": StorageType.F32,
-    "float16": StorageType.F16,
-    "bfloat16": StorageType.BF16,
-    "q8_0": StorageType.Q8_0,
-    "q5_1": StorageType.Q5_1,
-    "q5_0": StorageType.Q5_0,
-    "q4_1": StorageType.Q4_1,
-    "q4_0": StorageType.Q4_0,
+TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
+    name: StorageType[name.upper()] for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 }
-
-_FILE_TYPES = {
-    StorageType.F32: gguf.LlamaFileType.ALL_F32,
-    StorageType.F16: gguf.LlamaFileType.MOSTLY_F16,
-    StorageType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    StorageType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    StorageType.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
-    StorageType.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    StorageType.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    StorageType.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
-}
+_FILE_TYPES = {kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in TYPES.values() if kind != StorageType.F32}
+_FILE_TYPES[StorageType.F32] = gguf.LlamaFileType.ALL_F32
 
 _NOT_COPIED = ("general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count")
 _DESCRIPTION = "general.description"
@@ -244,7 +228,7 @@ def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
             raise CheckError(
                 f"a merged value is not finite in {one.storage.name}",
                 where=one.ours[place],
-                next_step="give --dtype float32",
+                next_step=wider_dtype(one.storage == StorageType.F32),
             )
     return data
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.export.merged_weights import MergedWeights, Rounding
+from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.files import write_atomically
 from backhand.nn.loading.expert_tensors import experts_within, hub_name, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
@@ -125,7 +125,7 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        out.write(_bytes(_made(tensor, weights)))
+        out.write(_made(tensor, weights).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
@@ -134,12 +134,12 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
     stack: Tensor | None = None
     pieces = dict(experts_within(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
     for name in tensor.ours:
-        stored = weights.make(name, _rounding(tensor.dtype)).to(tensor.dtype)
+        stored = weights.make(name, lambda values: values.to(tensor.dtype)).to(tensor.dtype)
         if not bool(torch.isfinite(stored).all()):
             raise CheckError(
                 f"a merged value is not finite in {str(tensor.dtype).removeprefix('torch.')}",
                 where=name,
-                next_step="give --dtype float32",
+                next_step=wider_dtype(tensor.dtype == torch.float32),
             )
         piece = pieces.get(name)
         if piece is None:
@@ -148,14 +148,6 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
         piece.of(stack).copy_(stored)
     assert stack is not None
     return stack
-
-
-def _rounding(dtype: torch.dtype) -> Rounding:
-    return lambda tensor: tensor.to(dtype)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _index(shards: Mapping[str, Sequence[_Stored]]) -> dict[str, Any]:

@@ -58,11 +58,7 @@ def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]
 
 
 def kohya_bytes(factors: Factors) -> bytes:
-    """The file.
-
-    Raises:
-        ArtifactError: modules that have no name there, by name.
-    """
+    """The file. Raises ArtifactError: modules that have no name there, by name."""
     keys = {module: kohya_name(module) for module in factors}
     reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
     refuse("kohya", {module: reason for module, key in keys.items() if key is None}, merge=False)
@@ -87,11 +83,7 @@ def kohya_bytes(factors: Factors) -> bytes:
 
 
 def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
-    """What the file holds of these modules.
-
-    Raises:
-        ArtifactError: not what `kohya_bytes` writes.
-    """
+    """What the file holds of these modules. Raises ArtifactError: not what `kohya_bytes` writes."""
     tensors, problems = read_tensors(path)
     if problems:
         name, what = next(iter(problems.items()))

@@ -33,7 +33,6 @@ class ModuleLoss:
     """What one merged module's stored weight lost.
 
     Attributes:
-        name: dotted module path.
         lost: ‖stored − W'‖ / ‖update‖.
         update: ‖update‖ / ‖W‖.
     """
@@ -48,8 +47,6 @@ class MergedWeights:
     """The tensors of the merged model, made one by one from base and adapter.
 
     Attributes:
-        source: the base model.
-        factors: the adapter's modules.
         trained: tensors that take the place of the base's, by name.
         keeps_head_tied: whether a head that is the embedding's matrix goes along with what becomes of that.
         digests: of what each tensor must read back as, by name, for tensors made so far.
@@ -145,6 +142,13 @@ class MergedWeights:
         wrong = sorted(there ^ set(self.digests))
         both = [name for name in self.digests if name in there]
         return wrong + [name for name in both if base_digest([name], read) != self.digests[name]]
+
+
+def wider_dtype(widest: bool) -> str:
+    """What to do about a merged value that the dtype does not hold."""
+    if widest:
+        return "the adapter's update is too large for any dtype: `backhand inspect` shows it, or scale it by `combine`"
+    return "give --dtype float32"
 
 
 def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:

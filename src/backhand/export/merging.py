@@ -111,11 +111,7 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
-    """The tensors of the merged model.
-
-    Raises:
-        ArtifactError: modules whose update no weight can hold, by name.
-    """
+    """The tensors of the merged model. Raises ArtifactError: modules whose update no weight can hold, by name."""
     loaded = opened.loaded
     reasons = {}
     for shape in loaded.shapes:

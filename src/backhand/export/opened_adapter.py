@@ -28,12 +28,8 @@ class OpenedAdapter:
     """What a command starts from.
 
     Attributes:
-        source: the base model.
         config: its family as data.
         shapes: (out, in) of every linear module.
-        loaded: the adapter.
-        factors: its modules.
-        documents: token ids to compare logits on.
     """
 
     source: ModelSource

@@ -53,7 +53,6 @@ class Difference:
         relative: ‖found − wanted‖ / ‖wanted‖.
         share: ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and
             something differs.
-        largest: largest difference of one logit.
     """
 
     relative: float

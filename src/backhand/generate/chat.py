@@ -15,6 +15,7 @@ from backhand.generate.command import read_text
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
+from backhand.printing import may_be_silent, say, write_answer
 from backhand.words import show_notes
 
 ASK = ">>> "
@@ -54,7 +55,7 @@ def chat_command(options: ChatOptions) -> None:
             )
         interactive = sys.stdin.isatty()
         if interactive:
-            print(f"{options.model.model}; /help lists what can be typed, Ctrl-D leaves", file=sys.stderr)
+            say(f"{options.model.model}; /help lists what can be typed, Ctrl-D leaves")
             with suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -64,7 +65,7 @@ def chat_command(options: ChatOptions) -> None:
         )
         if options.chat.prompt is not None:
             if interactive:
-                print(f"{ASK}{options.chat.prompt}")
+                say(f"{ASK}{options.chat.prompt}", file=sys.stdout)
             conversation.say(options.chat.prompt)
         _talk(conversation, interactive)
 
@@ -72,7 +73,8 @@ def chat_command(options: ChatOptions) -> None:
 def _talk(conversation: Conversation, interactive: bool) -> None:
     while True:
         try:
-            line = read_text(lambda: input(ASK if interactive else ""), "the message")
+            with may_be_silent():
+                line = read_text(lambda: input(ASK if interactive else ""), "the message")
         except EOFError:
             if interactive:
                 print()
@@ -80,12 +82,12 @@ def _talk(conversation: Conversation, interactive: bool) -> None:
         except DataError as error:
             if not interactive:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            _print_note(f"error: {error}")
             continue
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            print("\n(Ctrl-D leaves)", file=sys.stderr)
+            say("", "(Ctrl-D leaves)")
             continue
         if not conversation.take(line):
             return
@@ -140,7 +142,7 @@ class Conversation:
         self._session = session
         self._sampling = sampling
         self._system = system
-        self._write = write or _print_text
+        self._write = write or write_answer
         self._tell = tell or _print_note
         self._turns = 0
         self.voices = list(voices) if voices is not None else [Voice()]
@@ -214,10 +216,5 @@ class Conversation:
         return replace(self._sampling, seed=(self._sampling.seed + self._turns - 1) % 2**63)
 
 
-def _print_text(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _print_note(text: str) -> None:
-    print(text, file=sys.stderr)
+    say(*text.split("\n"))

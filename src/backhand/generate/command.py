@@ -18,6 +18,7 @@ from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions, compared_labels
 from backhand.generate.session import Answer, GenerationSession
+from backhand.printing import say, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.words import count_of, show_notes
 
@@ -74,17 +75,17 @@ def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -
         _stream(session, prompt_ids, options)
         return
     for label, with_adapter in compared_labels(options.answer.adapter):
-        _write(f"{label}:\n")
+        write_answer(f"{label}:\n")
         loaded.model.use_adapter(with_adapter)
         _stream(session, prompt_ids, options)
         if not with_adapter:
-            _write("\n")
+            write_answer("\n")
 
 
 def _stream(session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions) -> None:
-    answer = session.answer(prompt_ids, options.sampling, on_text=_write)
+    answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
     if not answer.text.endswith("\n"):
-        _write("\n")
+        write_answer("\n")
     if answer.finish_reason == "length" and not options.answer.quiet:
         show_notes([_cut_off(answer, session, options)])
 
@@ -95,11 +96,6 @@ def _cut_off(answer: Answer, session: GenerationSession, options: GenerateOption
         room = session.model.context_tokens
         return f"cut off after {answer.tokens} tokens: with the prompt they are the {room:,} that the model takes"
     return f"cut off after {answer.tokens} tokens; --max-new-tokens allows for more"
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def check_output(options: AnswerOptions) -> None:
@@ -143,18 +139,18 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         notes = list(report.notes)
         if left_out := report.skipped_bad + bad.count:
             first = (*report.bad_rows, *bad.errors)[0]
-            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first}")
+            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")
         show_notes(notes)
     started = time.perf_counter()
     lines = _lines(options, loaded, session, prompts)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.answer.output is None:
-        sys.stdout.write(text)
+        write_answer(text)
         return
     write_atomically(options.answer.output, text.encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
-        print(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}", file=sys.stderr)
+        say(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}")
 
 
 def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:

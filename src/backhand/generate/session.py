@@ -286,7 +286,6 @@ class TextStream:
         stop: strings that end the text; they are not part of it.
 
     Attributes:
-        text: everything given out so far.
         stopped: whether a stop string was met; nothing comes after it.
     """
 

@@ -96,40 +96,22 @@ class TransformersCompleter:
         batch_rows: int = 64,
     ) -> None:
         """Continue every prompt; see `completer.Completer`."""
-        with self._as_wanted():
-            self._complete(prompts, choose, finished, max_new_tokens, batch_rows)
-
-    def _complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        choose: Choose,
-        finished: Finished,
-        max_new_tokens: int,
-        batch_rows: int,
-    ) -> None:
         if max_new_tokens < 1:
             return
         by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        for _, group in groupby(by_length, key=lambda number: len(prompts[number])):
-            numbers = list(group)
-            for start in range(0, len(numbers), batch_rows):
-                self._complete_equally_long(
-                    prompts, numbers[start : start + batch_rows], choose, finished, max_new_tokens
-                )
+        with self._as_wanted():
+            for _, group in groupby(by_length, key=lambda number: len(prompts[number])):
+                numbers = list(group)
+                for start in range(0, len(numbers), batch_rows):
+                    chosen = numbers[start : start + batch_rows]
+                    rows = [list(prompts[number]) for number in chosen]
+                    self._complete_equally_long(rows, _Caller(chosen, choose, finished), max_new_tokens)
 
     @torch.no_grad()
-    def _complete_equally_long(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        choose: Choose,
-        finished: Finished,
-        max_new_tokens: int,
-    ) -> None:
+    def _complete_equally_long(self, rows: list[list[int]], caller: _Caller, max_new_tokens: int) -> None:
         from transformers import GenerationConfig
 
-        input_ids = torch.tensor([list(prompts[number]) for number in numbers], device=self.model.device)
-        caller = _Caller(numbers, choose, finished)
+        input_ids = torch.tensor(rows, device=self.model.device)
         forget_lengths(self.model)
         self.model.generate(
             input_ids,

@@ -6,7 +6,8 @@ own: the standard library is all it needs, and nothing of the package is importe
     python src/backhand/kernels/build.py [--all] [--sanitize] [--force]
 
 Compiled is what this processor runs; with `--all`, and for a wheel that others install, every instruction set. A shared
-object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says.
+object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says. A stamp
+beside it names the sources it was compiled from and its own size and digest: it is opened only as it was made.
 Without a compiler nothing is built, one line says so, and everything computes through torch.
 
 All of it is plain C++ without headers of Python or torch, so that one build serves every version of both.
@@ -84,14 +85,35 @@ def sources_digest() -> str | None:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest() if files else None
 
 
-def is_of_these_sources(name: str, folder: Path = BUILT) -> bool:
-    """Whether a shared object was compiled from the C++ files that are here now: another's functions may differ."""
-    here, stamp = sources_digest(), _sources_stamp(name, folder)
-    return here is None or not stamp.exists() or stamp.read_text() == here
+def fault(name: str, folder: Path = BUILT) -> str | None:
+    """Why a shared object that is there must not be opened; None where it is as its stamp says, or is not there.
+
+    One of other sources has other functions; a part of one ends the process when it is opened, or later.
+    """
+    path, here = library_path(name, folder), sources_digest()
+    if not path.exists():
+        return None
+    try:
+        sources, size, digest = stamp_path(name, folder).read_text(encoding="ascii").split()
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        return "it has no stamp that can be read"
+    if len(data) != int(size):
+        return f"it has {len(data):,} bytes, and had {int(size):,}"
+    if hashlib.sha256(data).hexdigest() != digest:
+        return "its bytes are others than were built"
+    return None if here in (None, sources) else "it was built from other sources"
 
 
-def _sources_stamp(name: str, folder: Path) -> Path:
-    return folder / f"backhand_{name}.sources"
+def stamp_path(name: str, folder: Path = BUILT) -> Path:
+    """What was built: digest of the sources, bytes and digest of the shared object."""
+    return folder / f"backhand_{name}.stamp"
+
+
+def _stamp(name: str, folder: Path) -> None:
+    data = library_path(name, folder).read_bytes()
+    stamp = f"{sources_digest()} {len(data)} {hashlib.sha256(data).hexdigest()}\n"
+    stamp_path(name, folder).write_text(stamp, encoding="ascii")
 
 
 def processor_runs(library: Path) -> list[str]:
@@ -162,10 +184,10 @@ def _build_one(
     digest = _digest(command, [*sources, *SOURCES.glob("*.h")])
     target, stamp = library_path(name, folder), folder / f"backhand_{name}.digest"
     up_to_date = target.exists() and stamp.exists() and stamp.read_text() == digest
-    if up_to_date and not force and _sources_stamp(name, folder).exists():
+    if up_to_date and not force and fault(name, folder) is None:
         return None
     stamp.unlink(missing_ok=True)
-    _sources_stamp(name, folder).unlink(missing_ok=True)
+    stamp_path(name, folder).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # Written elsewhere and moved: a process that has the old one mapped keeps it.
         fresh = Path(scratch) / target.name
@@ -179,7 +201,7 @@ def _build_one(
             print(done.stderr, end="", file=sys.stderr)
         fresh.replace(target)
     stamp.write_text(digest)
-    _sources_stamp(name, folder).write_text(str(sources_digest()))
+    _stamp(name, folder)
     return None
 
 

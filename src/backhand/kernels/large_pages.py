@@ -8,6 +8,10 @@ The heap. Weights, activations and gradients are torch's, which has them from gl
 the next piece of the heap, in small pages unless the environment said otherwise before the process began
 (GLIBC_TUNABLES, glibc.malloc.hugetlb). So the heap is made as long as there is memory, at once, and the system asked
 for large pages in it. Only addresses are taken: a page is there once it is first written to, as always.
+
+The heap grows by malloc itself, and `sbrk(0)` only tells where it ends: nothing else says which addresses malloc has
+just taken, and moving the end by `sbrk` ourselves would leave a hole that malloc never fills. What is freed at the end
+stays part of the heap, since `nn.compute` has told malloc to give nothing back.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels.build import BUILT, is_of_these_sources, library_path, processor_runs
+from backhand.kernels.build import BUILT, fault, library_path, processor_runs
+from backhand.words import show_notes
 
 if TYPE_CHECKING:
     import torch
@@ -149,13 +150,22 @@ def load(name: str, folder: Path = BUILT) -> Library:
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
     """The builds that are there and that this processor can run, the plainest first."""
-    if not library_path("baseline", folder).exists() or not is_of_these_sources("baseline", folder):
+    if not _is_whole("baseline", folder):
         return ()
     try:
         able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
-    return tuple(name for name in able if library_path(name, folder).exists() and is_of_these_sources(name, folder))
+    return tuple(name for name in able if name == "baseline" or _is_whole(name, folder))
+
+
+def _is_whole(name: str, folder: Path) -> bool:
+    """Whether a build is there as it was made; says so where it is there and is not."""
+    wrong = fault(name, folder)
+    if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
+        instead = "torch computes" if name == "baseline" else "plainer ones compute"
+        show_notes([f"the compiled loops for {name} are not used: {wrong}; {instead}, until `make kernels`"])
+    return wrong is None and library_path(name, folder).exists()
 
 
 def describe() -> str:
@@ -166,8 +176,8 @@ def describe() -> str:
         return f"compiled loops: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
     if wanted == "none":
         return f"compiled loops: none ({VARIABLE}=none); everything goes through torch, slower"
-    if library_path("baseline").exists() and not is_of_these_sources("baseline"):
-        return "compiled loops: none (built from other sources: `make kernels`); everything goes through torch, slower"
+    if (wrong := fault("baseline")) is not None:
+        return f"compiled loops: none ({wrong}: `make kernels`); everything goes through torch, slower"
     return "compiled loops: none (not built for this machine: `make kernels`); everything goes through torch, slower"
 
 

@@ -270,9 +270,7 @@ class PeftParity:
 
     Attributes:
         relative: ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions.
-        largest: largest difference of one logit.
         effect: ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all.
-        positions: how many were compared.
     """
 
     relative: float

@@ -75,7 +75,6 @@ class TrainedTensor:
 
     Attributes:
         name: of the parameter, e.g. `lm_head.weight`; of embedding rows, the embedding's path and `trainable_tokens`.
-        shape: of the tensor.
         token_ids: of embedding rows, the tokens they belong to, in their order; None for a parameter.
     """
 
@@ -116,7 +115,6 @@ class LoRAParameters:
     Attributes:
         slots, trained: as given, by name.
         plain: whether there is nothing but lora_A and lora_B of linear modules.
-        values, gradients: the buffers.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 VARIABLE = "GOMP_SPINCOUNT"
 SPINS, UNWATCHED = 20_000, 1_000
@@ -80,16 +80,10 @@ def _watch(done: threading.Event) -> None:
         more.let_go()
 
 
-class _Held(Protocol):
-    def hold(self) -> None: ...
-
-    def let_go(self) -> None: ...
-
-
 class Decision:
     """Holds more threads as soon as others want the cores, and lets them go once that has been over a while."""
 
-    def __init__(self, more: _Held) -> None:
+    def __init__(self, more: MoreThreads) -> None:
         self._more = more
         self._calm_looks = CALM_LOOKS
 
@@ -127,7 +121,9 @@ class MoreThreads:
         entered, over = threading.Event(), threading.Event()
 
         def keep() -> None:
-            # Every thread of the team frees nothing.
+            # A region runs a function of C in each thread. One of Python would take the interpreter's lock in threads
+            # that Python does not know. `free` takes one pointer, as a region's function does, and of none it frees
+            # nothing: so nothing has to be compiled, and this works where our own loops are not there.
             try:
                 openmp.GOMP_parallel(ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p), None, team, 0)
             finally:

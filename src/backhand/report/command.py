@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backhand.errors import BackhandError
 from backhand.files import FileLayer, make_directory, replace_file, replaceable_mode, saving
+from backhand.printing import say
 from backhand.report.comparison import comparison_page
 from backhand.report.options import ReportOptions
 from backhand.report.page import run_page
@@ -35,7 +36,7 @@ def report_command(options: ReportOptions) -> Path:
     target = usual if options.output is None else options.output
     make_directory(target.parent)
     write_page(target, page)
-    print(f"Report: {target}")
+    say(f"Report: {target}", file=sys.stdout)
     return target
 
 
@@ -66,7 +67,7 @@ def report_kept(run: Path | None) -> Iterator[None]:
             try:
                 write_report(run)
             except (BackhandError, OSError) as error:
-                print(f"the report could not be written: {error}", file=sys.stderr)
+                say(*f"the report could not be written: {error}".split("\n"))
 
 
 def _proofs_version(run: Path | None) -> tuple[int, int] | None:

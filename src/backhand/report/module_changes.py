@@ -45,10 +45,8 @@ class ModuleChange:
     """One adapted module.
 
     Attributes:
-        name: dotted path.
         layer: number in the path, None where there is none.
         kind: last part of the path.
-        rank: of the factors.
         update_norm: ‖ΔW‖.
         relative: ‖ΔW‖ / ‖W‖; None where the base norm was not recorded.
         singular_values: of ΔW, largest first, `rank` of them or fewer.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from backhand.files import FileLayer
 from backhand.reading import read_settings
 from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
 from backhand.runs.status import RunStatus, read_status
+from backhand.training.config_file import parse_toml
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class RunRecord:
     """One run as its files tell it.
 
     Attributes:
-        path: the run directory.
         config: tables of config.toml.
         config_text: config.toml itself.
         metrics, proofs, answers: lines of the files of these names.
@@ -73,12 +72,12 @@ def read_run(path: Path) -> RunRecord:
     """
     try:
         text = read_settings(path / CONFIG)
-        config = tomllib.loads(text)
+        config = parse_toml(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"there is no run in {path}", next_step="give a directory that `backhand train` made"
         ) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError("the configuration cannot be read", where=str(path / CONFIG), why=str(error)) from None
     lines = RunDirectory(path, FileLayer()).lines
     return RunRecord(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backhand.bounds import check_kind
 from backhand.errors import BackhandError, UsageError
+from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary
 from backhand.training.config import TrainConfig
 from backhand.training.launch import in_a_group
@@ -38,10 +39,10 @@ class _ReportWriter(Observer):
         except (BackhandError, OSError) as error:
             said, out = f"the report could not be written: {error}", sys.stderr
         else:
-            said, out = f"Report: {target}", sys.stdout
+            said, out = visible(f"Report: {target}"), sys.stdout
         if out is sys.stderr or not self._quiet:
             with suppress(OSError):  # nobody is left to read it; what ended the run is what is told
-                print(said, file=out, flush=True)
+                say(*said.split("\n"), file=out)
 
 
 def train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from backhand.errors import BackhandError, UsageError
+from backhand.printing import may_be_silent, say
 from backhand.report.options import WatchOptions
 from backhand.report.prompt_box import LiveRun, PromptBox
 
@@ -27,8 +29,9 @@ def watch_command(options: WatchOptions) -> None:
     """
     with serving(options) as server:
         try:
-            print(f"Watching {options.run}: {server.address}\nCtrl-C ends it.", flush=True)
-            threading.Event().wait()
+            say(f"Watching {options.run}: {server.address}", "Ctrl-C ends it.", file=sys.stdout)
+            with may_be_silent():
+                threading.Event().wait()
         except KeyboardInterrupt:
             print()
 

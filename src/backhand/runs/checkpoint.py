@@ -37,7 +37,6 @@ class Checkpoint:
     """A checkpoint whose bytes are those its manifest describes.
 
     Attributes:
-        step: optimizer steps done.
         contents: bytes of every file, by name.
         facts: what the manifest says besides: digests of base, configuration and data, and the sampler's position.
     """
@@ -47,18 +46,18 @@ class Checkpoint:
     facts: Mapping[str, Any]
 
 
+@dataclass(eq=False)
 class CheckpointStore:
     """The checkpoints of one run.
 
-    Args:
+    Attributes:
         directory: `checkpoints/` of the run; it exists.
         warn: told, in one sentence, of what was found damaged.
     """
 
-    def __init__(self, directory: Path, files: FileLayer, warn: Callable[[str], None]) -> None:
-        self.directory = directory
-        self.files = files
-        self.warn = warn
+    directory: Path
+    files: FileLayer
+    warn: Callable[[str], None]
 
     def save(self, step: int, contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
         """Write a checkpoint of this step, in place of one of the same step if there is one, and point `latest` to it.

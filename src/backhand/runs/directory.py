@@ -68,7 +68,6 @@ class RunDirectory:
 
     Attributes:
         path: the directory itself; a link to it has been followed.
-        files: the file layer that every change goes through.
     """
 
     def __init__(self, path: Path, files: FileLayer) -> None:

@@ -29,7 +29,6 @@ class RunStatus:
 
     Attributes:
         state: `killed` is never written: it is what `read_status` makes of `running` without its process.
-        total_steps: of the run.
         step: optimizer steps done when the state was written.
         process, host: number of the process that trains, and the name of its machine.
         began, changed: times, ISO 8601 in UTC.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -37,14 +38,9 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The TOML file as nested tables.
-
-    Raises:
-        UsageError: not readable or not TOML.
-    """
+    """The TOML file as nested tables. Raises UsageError: not readable or not TOML."""
     try:
-        text = read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
-        return tomllib.loads(text)
+        return parse_toml(read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(
             "the configuration cannot be read",
@@ -69,6 +65,30 @@ def read_table(path: Path) -> dict[str, Any]:
             why=str(error),
             next_step="write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
         ) from None
+
+
+_MOST_PARTS = 32
+"""Of a key. A run's own has two, and a pattern's a few more; tomllib takes time and memory by their square."""
+_TOKEN = re.compile(
+    r"""(?P<text>\"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?)"""
+    r"|(?P<dot>\.)|(?P<bare>[\w-]+)|(?P<space>[ \t]+)|\#[^\n]*|.",
+    re.DOTALL,
+)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Nested tables, in time that grows as the text does.
+
+    Raises:
+        ValueError: it is not TOML, or a key has more parts than any of ours; RecursionError: tables within tables.
+    """
+    dots = 0
+    for token in _TOKEN.finditer(text):
+        dots = dots + (token.lastgroup == "dot") if token.lastgroup is not None else 0
+        if dots >= _MOST_PARTS:
+            line = text.count("\n", 0, token.start()) + 1
+            raise ValueError(f"a key has more than {_MOST_PARTS} parts (at line {line})")
+    return tomllib.loads(text)
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
@@ -148,7 +168,7 @@ def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
     }
     if name in places and name not in hints:
         return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
-    near = nearest_option(key, hints if prefix else [*hints, *places])
+    near = nearest_option(key, [*hints, *places])
     if near is None:
         return f"known keys are {', '.join(sorted(hints))}"
     return (

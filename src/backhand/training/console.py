@@ -8,13 +8,14 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from backhand.data.packing import micro_batches
 from backhand.kernels.library import describe, library
+from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console
 from backhand.training.observer import Observer, RunStart
@@ -35,12 +36,15 @@ class TerminalObserver(Observer):
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self._silent = ExitStack()  # while a bar moves, or where nothing is to be said
+        if quiet:
+            self._silent.enter_context(may_be_silent())
         self._console = console(stderr=True, quiet=quiet, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._losses: deque[float] = deque(maxlen=_SPARK_WIDTH)
         self._plain_every = 1
-        self._total = 0
+        self._step = self._total = 0
         self._eval_loss: float | None = None
 
     def started(self, start: RunStart) -> None:
@@ -48,7 +52,9 @@ class TerminalObserver(Observer):
         for fact in start.facts:
             self._print(fact)
         self._total = start.total_steps
+        self._step = start.step
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
+        self._silent.enter_context(going_on(lambda: f"step {self._step + 1} of {self._total}"))
         if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -59,6 +65,7 @@ class TerminalObserver(Observer):
                 expand=True,
             )
             self._task = self._bar.add_task("", total=start.total_steps, completed=start.step, spark="", facts="")
+            self._silent.enter_context(may_be_silent())
             try:
                 self._bar.start()
             except OSError:
@@ -76,13 +83,18 @@ class TerminalObserver(Observer):
         self._bar = None
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """Move the bar; or print a line now and then."""
+        """Move the bar; or print a line now and then, and where nothing was said for long."""
+        self._step = record["step"]
         if record["loss"] is not None:
             self._losses.append(record["loss"])
         facts = _facts(record, self._eval_loss)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
-        elif record["step"] % self._plain_every == 0 or record["step"] in (1, self._total):
+        elif (
+            record["step"] % self._plain_every == 0
+            or record["step"] in (1, self._total)
+            or silent_for_s() > SILENCE_S / 2
+        ):
             self._print(f"step {record['step']}/{self._total}  {facts}{self._left(record)}")
 
     def _left(self, record: Mapping[str, Any]) -> str:
@@ -109,7 +121,7 @@ class TerminalObserver(Observer):
         self.closed()
         if not self._quiet:
             try:
-                print("\n".join(closing_lines(summary)), file=sys.stdout, flush=True)
+                say(*closing_lines(summary), file=sys.stdout)
             except BrokenPipeError:
                 raise
             except OSError:  # a closed terminal; what is still buffered must not raise again
@@ -121,6 +133,7 @@ class TerminalObserver(Observer):
             with suppress(OSError):
                 self._bar.stop()
             self._bar = None
+        self._silent.close()
 
 
 def sparkline(losses: deque[float]) -> str:

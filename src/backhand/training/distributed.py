@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError, short_reason
+from backhand.printing import going_on
 from backhand.runs.interruption import stop_word
 from backhand.training.config import Reduce
 from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
@@ -61,6 +63,12 @@ class _Place:
     def of_environment(cls) -> _Place:
         """Raises UsageError for an environment that says half of it."""
         environment = os.environ
+        if not environment["WORLD_SIZE"].strip():
+            raise UsageError(
+                "WORLD_SIZE is empty",
+                where="environment",
+                next_step="set it to the number of processes, or unset it for a run of one",
+            )
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if missing:
             raise UsageError(
@@ -91,7 +99,9 @@ def joined(reduce: Reduce) -> Iterator[Group]:
         ResourceError: the others do not come, or one is lost.
         StoppedElsewhere: another process ended for a reason of its own.
     """
-    group = Group(_Place.of_environment(), reduce)
+    place = _Place.of_environment()
+    with going_on(f"waiting for the other processes at {place.host}:{place.port}"):
+        group = Group(place, reduce)
     try:
         yield group
         group.close()
@@ -374,9 +384,42 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 
+RESOLVE_S = 5.0
+
+
+def _check_name(host: str) -> None:
+    """Raise ResourceError for a name that no address is found for, before torch looks for one again and again."""
+    failed: list[OSError | UnicodeError] = []
+    found = threading.Event()
+
+    def look_up() -> None:
+        until = time.monotonic() + RESOLVE_S
+        while not found.is_set():  # where machines start together, a name may be there a moment later
+            try:
+                socket.getaddrinfo(host, None)
+                found.set()
+            except (OSError, UnicodeError) as error:
+                failed.append(error)
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.5)
+
+    thread = threading.Thread(target=look_up, name="look up", daemon=True)  # the system's resolver has its own patience
+    thread.start()
+    thread.join(2 * RESOLVE_S)
+    if not found.is_set():
+        raise ResourceError(
+            f"the name {host!r} has no address",
+            where="MASTER_ADDR",
+            why=short_reason(failed[-1]) if failed else f"the resolver has not answered within {2 * RESOLVE_S:.0f} s",
+            next_step="correct it, or give the address of the machine that rank 0 runs on",
+        )
+
+
 def _connected(place: _Place, point: str, *, server: bool) -> Any:
     """The shared store; the first process holds it, unless torchrun does. Raises UsageError, ResourceError."""
     server = server and place.rank == 0
+    _check_name(place.host)
     try:
         return _torch_distributed().TCPStore(
             place.host,

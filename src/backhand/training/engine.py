@@ -98,9 +98,6 @@ class BoundModel(ABC):
     """A loaded model with its adapter attached.
 
     Attributes:
-        model: what the loop trains.
-        lora: the adapter's buffers.
-        config: the adapter's configuration.
         notes: what may interest a person, such as weights that training unties.
     """
 

@@ -63,7 +63,6 @@ class EvaluationRows:
     """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get.
 
     Attributes:
-        held_out: the documents.
         rows: how many rows they were made from.
         prompts: of the rows that end in a reply.
         notes: what of the rows is not measured, a sentence each.

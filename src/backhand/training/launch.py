@@ -20,8 +20,10 @@ from typing import Any
 
 from backhand.errors import BackhandError, ResourceError
 from backhand.nn.compute import available_cores
+from backhand.printing import may_be_silent
 from backhand.runs.directory import SUMMARY
 from backhand.runs.summary import RunSummary, read_summary
+from backhand.safe_path import python_words, safe_environment
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
 
@@ -89,7 +91,9 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
         _quiet_launcher()
         with _environment(_for_workers(config, typed)), _signals_kept():
             try:
-                elastic_launch(launch, sys.executable)("-m", "backhand", "train", str(toml))
+                program, *words = python_words("backhand", "train", str(toml))
+                with may_be_silent():  # the workers are not
+                    elastic_launch(launch, program)(*words)
             except SignalException as error:
                 raise WorkersEnded(128 + int(error.sigval)) from None
             except ChildFailedError as error:
@@ -132,7 +136,8 @@ def _for_workers(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    return {name: value for name, value in usual.items() if name not in os.environ} | {_TYPED: " ".join(sorted(typed))}
+    chosen = {name: value for name, value in usual.items() if name not in os.environ}
+    return chosen | {_TYPED: " ".join(sorted(typed))} | safe_environment()
 
 
 @contextmanager

@@ -229,11 +229,7 @@ _LOGGERS: Mapping[str, Callable[[], Logger]] = {
 
 
 def chosen_loggers(names: Iterable[str], note: Callable[[str], None]) -> list[LoggerObserver]:
-    """An observer for each name.
-
-    Raises:
-        UsageError: its package is not installed.
-    """
+    """An observer for each name. Raises UsageError: its package is not installed."""
     observers = []
     for name in dict.fromkeys(names):
         if find_spec(name) is None:

@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step
 
 
+@dataclass(eq=False)
 class TrainingLoop:
     """One run, from wherever its state stands to its end.
 
-    Args:
+    Attributes:
         model: with the state's adapter attached, see `training_step`.
         state: adapter, optimizer, counters; changed by every step.
         packer: holds the training rows, and packs those of a micro-batch.
@@ -56,51 +57,34 @@ class TrainingLoop:
         check_files: raises ArtifactError once the base's mapped files are no longer what they were.
         memory: holds the process to its plan; None where the allocator is left alone.
         save: makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far.
-        processes: that share each step and evaluation; this one alone where it is None.
+        processes: that share each step and evaluation.
         kept: keeps the hidden states of the training rows below the lowest adapted layer; None where they are computed
             in each step.
         objective: of the training rows; None for the loss of answers.
     """
 
-    def __init__(
-        self,
-        model: Trainable,
-        state: RunState,
-        packer: RowPacker,
-        sampler: Sampler,
-        plan: StepPlan,
-        *,
-        held_out: HeldOut | None = None,
-        meter: ForgettingMeter | None = None,
-        base_guard: BaseGuard | None = None,
-        learning_guard: LearningGuard | None = None,
-        check_files: Callable[[], None] = lambda: None,
-        observer: Observer | None = None,
-        memory: MemoryKeeper | None = None,
-        save: Callable[[bool], None] = lambda _better: None,
-        processes: Processes | None = None,
-        kept: KeptStates | None = None,
-        objective: Objective | None = None,
-    ) -> None:
-        self.model = model
-        self.state = state
-        self.packer = packer
-        self.sampler = sampler
-        self.plan = plan
-        self.held_out = held_out
-        self.meter = meter
-        self.base_guard = base_guard
-        self.learning_guard = learning_guard
-        self.check_files = check_files
-        self.observer = Observer() if observer is None else observer
-        self.memory = memory
-        self.save = save
-        self.processes = Processes() if processes is None else processes
-        self.kept = kept
-        self.objective = objective
-        self._drops = any(slot.dropout > 0 for slot in state.lora.slots.values())
+    model: Trainable
+    state: RunState
+    packer: RowPacker
+    sampler: Sampler
+    plan: StepPlan
+    _: KW_ONLY
+    held_out: HeldOut | None = None
+    meter: ForgettingMeter | None = None
+    base_guard: BaseGuard | None = None
+    learning_guard: LearningGuard | None = None
+    check_files: Callable[[], None] = lambda: None
+    observer: Observer = field(default_factory=Observer)
+    memory: MemoryKeeper | None = None
+    save: Callable[[bool], None] = lambda _better: None
+    processes: Processes = field(default_factory=Processes)
+    kept: KeptStates | None = None
+    objective: Objective | None = None
+
+    def __post_init__(self) -> None:
+        self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
         self._spike_guard = SpikeGuard()
-        begin = state.progress.step
+        begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
     def run(self, until_step: int | None = None) -> bool:
@@ -408,7 +392,6 @@ class StepPlan:
     """The resolved numbers that the loop goes by.
 
     Attributes:
-        total_steps: of the run.
         eval_every, save_every: in steps.
         micro_batch_rows: rows per forward and backward pass.
         rate: the learning rate of every step.

@@ -18,7 +18,6 @@ class Machine:
     """Where and how a process of a run computes.
 
     Attributes:
-        device, dtype, threads: of this process.
         world_size: processes that share each step.
         here: those of them on this machine, which share its memory.
     """

@@ -18,10 +18,8 @@ class RunStart:
     """What is known before the first step.
 
     Attributes:
-        total_steps: of the run.
         step: steps done before, in a run that is continued.
         facts: lines for a reader: model, engine, data, adapter, plan.
-        directory: of the run.
         config: every option by the name of its part and its own, such as `optimization.learning_rate`.
     """
 

@@ -46,16 +46,10 @@ class Outline:
 
     Attributes:
         config: the adapter in it is as it will be; what else is left to choose stays.
-        source: the opened base model.
-        engine: which one, and why.
         layout: what the adapter consists of.
-        train, held_out: the rows.
-        packer: of the training rows.
         sampler: which rows a step trains on.
-        total_steps: of the run.
         size: what the memory's formulas need of the model.
         budget_bytes: what the process may take; None for no limit.
-        memory: what it will take.
         bases: what each way to hold the base would take.
         states: where the hidden states that enter the lowest adapted layer are kept.
         notes: what the files of the adapter to start from say, and a person should know.
@@ -329,12 +323,7 @@ _EVALUATIONS = 5
 
 @dataclass(kw_only=True)
 class Job(Outline):
-    """A run before its first step; nothing in its configuration is left to choose.
-
-    Attributes:
-        bound: model and adapter, its values set.
-        identity: the digests.
-    """
+    """A run before its first step; nothing in its configuration is left to choose."""
 
     bound: BoundModel
     identity: Identity

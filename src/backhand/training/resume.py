@@ -212,7 +212,6 @@ class BaseCheck:
     """What to do about a base model that is not the one the run began with.
 
     Attributes:
-        directory: of the run.
         force: say so and go on.
         warn: told, in one sentence.
     """
@@ -315,7 +314,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     steps = finished.state.progress.step - checkpoint.step
     lora = finished.state.lora
     values, gradients = lora.values.clone(), lora.gradients.clone()
-    again = RunState(lora, _like(finished.state.optimizer), Progress())
+    again = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
     again.restore(checkpoint, finished.model.dtype)
     loop = TrainingLoop(
         finished.model,
@@ -365,8 +364,3 @@ def state_digests(state: RunState) -> dict[str, str]:
     }
     digests["progress"] = hashlib.sha256(dataclasses.replace(state.progress, train_s=0.0).to_json()).hexdigest()
     return digests
-
-
-def _like(optimizer: AdapterOptimizer) -> AdapterOptimizer:
-    """A fresh optimizer of the same adapter with the same options."""
-    return AdapterOptimizer(optimizer.lora, optimizer.options)

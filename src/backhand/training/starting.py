@@ -48,9 +48,8 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
         value, there = getattr(given, name), getattr(taken, name)
         if name in _FREE or (value == getattr(usual, name) and name not in typed):
             continue
-        if _in_any_order(value) != _in_any_order(there) and not _same_modules(
-            taken, replace(taken, **{name: value}), engine
-        ):
+        asked = replace(taken, **{name: value})
+        if _in_any_order(value) != _in_any_order(there) and engine.layout(taken) != engine.layout(asked):
             differences.append(f"{name}: {there!r} in the adapter, {value!r} given")
     if differences:
         raise UsageError(
@@ -59,10 +58,6 @@ def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin:
             why="training goes on with the adapter's own rank, alpha and modules",
             next_step="leave these options out; or leave out from_adapter, for a fresh adapter",
         )
-
-
-def _same_modules(taken: LoRAConfig, asked: LoRAConfig, engine: Engine) -> bool:
-    return engine.layout(taken) == engine.layout(asked)
 
 
 def _in_any_order(value: object) -> object:

@@ -10,7 +10,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ STATE_FILE = "state.safetensors"
 PROGRESS_FILE = "progress.json"
 
 
+@dataclass(eq=False)
 class RunState:
     """Adapter, moments and counters.
 
@@ -35,10 +36,9 @@ class RunState:
     seed, the epoch and the step. There is no half-filled accumulation window either: checkpoints lie between steps.
     """
 
-    def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, progress: Progress) -> None:
-        self.lora = lora
-        self.optimizer = optimizer
-        self.progress = progress
+    lora: LoRAParameters
+    optimizer: AdapterOptimizer
+    progress: Progress
 
     def contents(self, adapter_files: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
         """The files of a checkpoint: the adapter as PEFT reads it, and beside it what else the next step needs."""
@@ -96,36 +96,27 @@ def _tensors(contents: Mapping[str, bytes]) -> dict[str, Tensor]:
 NOT_ADAPTER = (STATE_FILE, PROGRESS_FILE)
 
 
+@dataclass(eq=False)
 class Saver:
     """Makes checkpoints of one run.
 
-    Args:
+    Attributes:
         best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
         make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
     """
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        store: CheckpointStore,
-        state: RunState,
-        adapter_files: Callable[[], Mapping[str, bytes]],
-        facts: Callable[[int], Mapping[str, Any]],
-        *,
-        keep: int,
-        best_only: bool,
-        protected: frozenset[int] = frozenset(),
-        make_room: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._directory = directory
-        self._store = store
-        self._state = state
-        self._adapter_files = adapter_files
-        self._facts = facts
-        self._keep = keep
-        self._best_only = best_only
-        self._protected = protected
-        self._make_room = make_room
+    directory: RunDirectory
+    store: CheckpointStore
+    state: RunState
+    adapter_files: Callable[[], Mapping[str, bytes]]
+    facts: Callable[[int], Mapping[str, Any]]
+    _: KW_ONLY
+    keep: int
+    best_only: bool
+    protected: frozenset[int] = frozenset()
+    make_room: Callable[[], object] = lambda: None
+
+    def __post_init__(self) -> None:
         self._saved: bytes | None = None
 
     def require_room(self) -> None:
@@ -135,13 +126,13 @@ class Saver:
             ResourceError: with the bytes needed and free.
         """
         # Values and two moments in state.safetensors, and the values as PEFT reads them; the rest is small.
-        values = self._state.lora.values
+        values = self.state.lora.values
         needed = 4 * values.numel() * values.element_size()
-        free = free_bytes(self._directory.path)
+        free = free_bytes(self.directory.path)
         if free is not None and free < needed:
             raise ResourceError(
                 f"a checkpoint of this run takes {needed:,} bytes, and {free:,} are free",
-                where=str(self._directory.path),
+                where=str(self.directory.path),
                 why="nothing of it could be saved; nothing has been trained yet",
                 next_step="free space, give another --output, or train less: a smaller --rank, fewer --target-modules",
             )
@@ -158,28 +149,28 @@ class Saver:
             ResourceError: with the bytes needed and free; what was saved before is intact.
             CheckError: the adapter is not finite; nothing is saved.
         """
-        progress = self._state.progress
+        progress = self.state.progress
         if self._saved == progress.to_json():
             return
         self._require_finite()
-        self._directory.sync_lines()
-        self._make_room()
-        contents = self._state.contents(self._adapter_files)
-        self._store.save(progress.step, contents, self._facts(progress.step))
+        self.directory.sync_lines()
+        self.make_room()
+        contents = self.state.contents(self.adapter_files)
+        self.store.save(progress.step, contents, self.facts(progress.step))
         self._saved = contents[PROGRESS_FILE]
-        if better or not self._best_only or progress.best_step is None:
-            self._directory.publish_adapter(adapter_part(contents))
+        if better or not self.best_only or progress.best_step is None:
+            self.directory.publish_adapter(adapter_part(contents))
         del contents
-        self._make_room()  # a step's buffers would not lie where these did
+        self.make_room()  # a step's buffers would not lie where these did
         best = set() if progress.best_step is None else {progress.best_step}
-        self._store.prune(progress.step, self._keep, {progress.step} | best | self._protected)
+        self.store.prune(progress.step, self.keep, {progress.step} | best | self.protected)
 
     def _require_finite(self) -> None:
         """Look at the tensors themselves: a loss can be finite while they are not."""
-        if not is_finite(self._state.lora.values):
-            unusable = list(named_unusable(self._state.lora.named_tensors()))
+        if not is_finite(self.state.lora.values):
+            unusable = list(named_unusable(self.state.lora.named_tensors()))
             raise CheckError(
-                f"{len(unusable)} adapter factors hold NaN or infinity after step {self._state.progress.step}; "
+                f"{len(unusable)} adapter factors hold NaN or infinity after step {self.state.progress.step}; "
                 "they are not saved",
                 where=first_names(unusable),
                 next_step="use the adapter or the checkpoint saved before; start again with a lower --learning-rate, "
@@ -191,18 +182,18 @@ class Saver:
 
         A crash may have come between a checkpoint and the adapter that belongs to it.
         """
-        progress = self._state.progress
+        progress = self.state.progress
         self._saved = contents[PROGRESS_FILE]
         wanted, best_step = contents, progress.best_step
-        if self._best_only and best_step is not None and best_step != progress.step:
+        if self.best_only and best_step is not None and best_step != progress.step:
             try:
-                wanted = self._store.load(best_step).contents
+                wanted = self.store.load(best_step).contents
             except ArtifactError as error:
-                self._store.warn(f"adapter/ is left as it is: {error.what}")
+                self.store.warn(f"adapter/ is left as it is: {error.what}")
                 return
         files = adapter_part(wanted)
-        if any(not _same(self._directory, name, data) for name, data in files.items()):
-            self._directory.publish_adapter(files)
+        if any(not _same(self.directory, name, data) for name, data in files.items()):
+            self.directory.publish_adapter(files)
 
 
 def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -224,7 +215,6 @@ class Progress:
     Attributes:
         step: optimizer steps done, skipped ones included.
         tokens, supervised_tokens: trained on so far.
-        train_s: seconds spent in steps.
         first_loss, last_loss: mean nats per supervised token of the first and of the newest step.
         smooth_loss: running mean of the loss, which spikes are measured against.
         base_eval_loss: held-out loss of the base model.
@@ -234,7 +224,6 @@ class Progress:
         bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient.
         pending_evaluation: the evaluation of this step was due and has not been made.
         stopped_because: why the run ended before its last step, or None.
-        finished: nothing is left to do.
     """
 
     step: int = 0
@@ -262,11 +251,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, data: bytes) -> Progress:
-        """What `to_json` wrote.
-
-        Raises:
-            ArtifactError: it is something else.
-        """
+        """What `to_json` wrote. Raises ArtifactError: it is something else."""
         try:
             values = json.loads(data)
         except (ValueError, RecursionError):

@@ -224,11 +224,7 @@ class AdapterOptimizer:
         return {"mean": self.mean, "squares": self.squares, "updates": self.updates}
 
     def load_moments(self, moments: dict[str, Tensor]) -> None:
-        """Continue from what `moments` returned.
-
-        Raises:
-            ArtifactError: tensors missing or of another shape or dtype.
-        """
+        """Continue from what `moments` returned. Raises ArtifactError: tensors missing or of another shape or dtype."""
         expected = self.moments()
         for name, tensor in expected.items():
             given = moments.get(name)

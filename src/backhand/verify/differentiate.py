@@ -11,10 +11,10 @@ from torch import Tensor
 from backhand.verify.case import Tensors
 from backhand.verify.measure import norm
 
-# Twice as far out, a decoder's course is so bent that two wrong estimates once agreed by chance, 2.7e-8 off.
-FIRST_STEP = 0.05
+# Further out, a decoder's course is so bent that nothing is gained there: two wrong estimates once agreed by chance.
+FIRST_STEP = 0.05 / 32  # times the inputs' own size where that is above 1
 # Enough to come down to 3e-6: along its own gradient a whole decoder changes its course within 1e-4.
-LEVELS = 15
+LEVELS = 10
 HIGHEST_ORDER = 5
 # Estimated error at which to stop: far below what any mistake makes.
 ACCURATE = 1e-10
@@ -101,10 +101,12 @@ def slope(function: Callable[[Tensors], Tensor], tensors: Tensors, v: Tensors) -
         # The difference comes before the sum with d_y: what both sides share cancels exactly.
         return float((tensors["d_y"] * (at(h) - at(-h))).sum()) / (2 * h)
 
+    count = sum(tensors[name].numel() for name in v)
+    first = FIRST_STEP * max(1.0, math.hypot(*(norm(tensors[name]) for name in v)) / math.sqrt(count))
     best, smallest = math.nan, math.inf
     above: list[float] = []
     for level in range(LEVELS):
-        row = [difference(FIRST_STEP / 2**level)]
+        row = [difference(first / 2**level)]
         for order, coarser in enumerate(above[:HIGHEST_ORDER], start=1):
             row.append((4**order * row[-1] - coarser) / (4**order - 1))
             uncertainty = max(abs(row[-1] - row[-2]), abs(row[-1] - coarser))

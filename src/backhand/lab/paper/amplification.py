@@ -32,7 +32,6 @@ class Amplification:
     """One module.
 
     Attributes:
-        module: dotted path.
         directions: how many, r.
         update_norm: ‖ΔW‖_F.
         weight_norm: ‖W‖_F.

@@ -40,7 +40,6 @@ class PaperResult:
         amplification: of every module, for each adapter.
         merging, memory: of the first adapter.
         updates, paths: the two claims about the optimizer.
-        sweep: the runs.
         notes: what a person should know: where an adapter does not belong to the base, and was used by force.
     """
 

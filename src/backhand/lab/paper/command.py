@@ -99,7 +99,7 @@ def write_paper(directory: Path, result: PaperResult) -> list[str]:
     if result.sweep is not None:
         files["sweep.png"] = draw_sweep(result.sweep)
         header = ("targets", "rank", "trained_parameters", "base_eval_loss", "eval_loss", "exact_match", "train_s")
-        files["sweep.csv"] = csv_bytes(header, ([*_point(r), *_measured(r)] for r in result.sweep.rows))
+        files["sweep.csv"] = csv_bytes(header, (_sweep_line(row) for row in result.sweep.rows))
     names = [*files, "summary.json"]
     files["summary.json"] = json_bytes(paper_summary(result) | {"files": names})
     for name, data in files.items():
@@ -198,12 +198,10 @@ def _updates(result: PaperResult) -> dict[str, Any]:
     }
 
 
-def _point(row: SweepRow) -> tuple[object, ...]:
-    return row.point.targets, row.point.rank, row.point.trained_parameters
-
-
-def _measured(row: SweepRow) -> tuple[object, ...]:
-    return row.base_eval_loss, row.eval_loss, row.exact_match, row.train_s
+def _sweep_line(row: SweepRow) -> tuple[object, ...]:
+    point = row.point
+    measured = row.base_eval_loss, row.eval_loss, row.exact_match, row.train_s
+    return point.targets, point.rank, point.trained_parameters, *measured
 
 
 def _finite(value: float) -> float | None:

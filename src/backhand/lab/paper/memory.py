@@ -9,6 +9,7 @@ memory.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
+from backhand.safe_path import python_words, safe_environment
 
 RUNS = 3
 BYTES_PER_TRAINED = 16
@@ -103,8 +105,9 @@ def _step_memory(frozen: int, trained: int, element_bytes: int, runs: int) -> St
 
 
 def _measure(frozen: int, trained: int, element_bytes: int) -> int:
-    command = [sys.executable, "-m", "backhand.lab.paper.memory", *map(str, (frozen, trained, element_bytes))]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = python_words("backhand.lab.paper.memory", *map(str, (frozen, trained, element_bytes)))
+    environment = os.environ | safe_environment()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         lines = ended.stderr.strip().splitlines()
         raise ResourceError(

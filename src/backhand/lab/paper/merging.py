@@ -89,7 +89,8 @@ def measure_merging(
     merge_into(merged, lora)
     generator = torch.Generator().manual_seed(seed)
     times = tuple(
-        _forward_times(base, merged, lora, documents, tokens, rounds, generator) for documents, tokens in sizes
+        _forward_times(base, merged, lora, _batch(base, documents, tokens, generator), rounds)
+        for documents, tokens in sizes
     )
     batch = _batch(base, *sizes[-1], generator)
     base.attach(lora)
@@ -102,16 +103,8 @@ def measure_merging(
 
 
 def _forward_times(
-    base: Decoder,
-    merged: Decoder,
-    lora: LoRAParameters,
-    documents: int,
-    tokens: int,
-    rounds: int,
-    generator: torch.Generator,
+    base: Decoder, merged: Decoder, lora: LoRAParameters, batch: PackedBatch, rounds: int
 ) -> ForwardTimes:
-    batch = _batch(base, documents, tokens, generator)
-
     def with_adapter() -> float:
         base.attach(lora)
         took = _timed(base, batch)
@@ -130,8 +123,8 @@ def _forward_times(
             if number >= WARM_UP_ROUNDS:
                 found[name].append(took)
     return ForwardTimes(
-        documents,
-        tokens,
+        len(batch.document_lengths),
+        batch.document_lengths[0],
         statistics.median(found["base"]),
         Ratio.of(found["adapter"], found["base"]),
         Ratio.of(found["merged"], found["base"]),

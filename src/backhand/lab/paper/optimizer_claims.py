@@ -58,7 +58,6 @@ class PathComparison:
     """A rescaled run beside the plain one.
 
     Attributes:
-        p, q: the factors.
         differences: ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F after each step.
         control_differences: the same when the learning rate of lora_B is left as it was.
     """

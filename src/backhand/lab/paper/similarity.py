@@ -50,7 +50,6 @@ class ModuleSimilarity:
     """φ between two adapters on one module, for one factor.
 
     Attributes:
-        module: dotted path.
         factor: `lora_A` or `lora_B`.
         similarity: (r, r′).
         random: the same for random subspaces of the same sizes.
@@ -77,7 +76,6 @@ class SimilarityMap:
     Attributes:
         kind: the module's last name, such as `q_proj`.
         factor: `lora_A` or `lora_B`.
-        modules: over how many.
         similarity, random, expected: (r, r′) measured, of random subspaces, and what those have on average; where ranks
             differ from layer to layer, over what all of them have.
     """

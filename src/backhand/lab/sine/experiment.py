@@ -28,7 +28,6 @@ class PartResult:
         losses: (epochs,) before each update.
         final_loss: after the last update.
         predictions: (points, 1) after the last update.
-        trained_parameters: how many numbers were trained.
         train_s: wall seconds of the loop, comparisons with autograd included.
         walk: the epoch that was walked through, if any.
     """
@@ -47,9 +46,6 @@ class SineResult:
     """Everything that the experiment found.
 
     Attributes:
-        points: what was learned.
-        start: the initial numbers.
-        base, lora: the two parts.
         digest_before, digest_after: SHA-256 of the frozen base before and after part 2.
         check: comparisons with autograd, empty unless asked for.
         shifted: the second experiment, None if left out.

@@ -29,7 +29,6 @@ class ShiftedRow:
 
     Attributes:
         rank: of the adapter; None for the full update.
-        trained_parameters: how many numbers are trained.
         errors: mean squared error after training, one per seed.
     """
 

@@ -47,12 +47,14 @@ def print_result(console: Console, options: SineOptions, result: SineResult) -> 
 
 def print_walk(console: Console, part: str, epoch: int, lines: Sequence[WalkLine]) -> None:
     """The epoch formula by formula; a line that is too long for the terminal goes on in the next one."""
-    console.print(f"\n{_TITLES[part]}: epoch {epoch}, formula by formula", style="bold")
+    console.print()
+    console.print(f"{_TITLES[part]}: epoch {epoch}, formula by formula", style="bold")
     section = ""
     for line in lines:
         if line.section != section:
             section = line.section
-            console.print(f"\n  {section}", style="bold")
+            console.print()
+            console.print(f"  {section}", style="bold")
         shape = " × ".join(str(size) for size in line.shape)
         console.print(
             f"  {line.name + (' ← ' if line.section == 'update' else ' = ') + line.formula:<46} ({shape})",
@@ -116,7 +118,8 @@ def _part_cells(part: PartResult) -> tuple[str, ...]:
 
 def _print_frozen(console: Console, result: SineResult) -> None:
     verdict = "not one bit moved" if result.frozen_unchanged else Text("THEY MOVED", style=_BAD)
-    console.print("\nFrozen weights in part 2:", verdict)
+    console.print()
+    console.print("Frozen weights in part 2:", verdict)
     console.print(f"  SHA-256 before {result.digest_before}", soft_wrap=True)
     console.print(f"  SHA-256 after  {result.digest_after}", soft_wrap=True)
 
@@ -163,4 +166,5 @@ def _error_cells(errors: Sequence[float]) -> tuple[str, str, str]:
 
 def print_files(console: Console, directory: Path, names: Sequence[str]) -> None:
     """What was written where."""
-    console.print(f"\nWritten to {os.fspath(directory)}: {', '.join(names)}", soft_wrap=True)
+    console.print()
+    console.print(f"Written to {os.fspath(directory)}: {', '.join(names)}", soft_wrap=True)

@@ -84,7 +84,6 @@ class GGUFFile:
     """An open, memory-mapped GGUF file.
 
     Attributes:
-        path: of the file.
         tensors: by name, in the order of the file.
         size: of the file in bytes.
 

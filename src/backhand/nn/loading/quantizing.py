@@ -26,7 +26,6 @@ class QuantizingSource(ModelSource):
         kind: name of a type that the gguf package can write, such as `q8_0`.
 
     Attributes:
-        unquantized: the source.
         type_name: ggml's name of the type.
 
     Raises:

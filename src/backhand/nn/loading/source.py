@@ -48,11 +48,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in Hugging Face layout.
-
-        Raises:
-            ArtifactError: if there is no such tensor.
-        """
+        """Shape of a tensor in Hugging Face layout. Raises ArtifactError: if there is no such tensor."""
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
@@ -168,11 +164,7 @@ class ModelSource(ABC):
 
 
 def token_ids(stated: object) -> list[int]:
-    """The ids that `eos_token_id` names: one, a list, or none.
-
-    Raises:
-        ArtifactError: it is something else.
-    """
+    """The ids that `eos_token_id` names: one, a list, or none. Raises ArtifactError: it is something else."""
     ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
         raise ArtifactError(
@@ -204,11 +196,7 @@ def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> Non
 
 
 def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ArtifactError: listing every tensor that is missing or of another shape.
-    """
+    """Compare names and shapes. Raises ArtifactError: listing every tensor that is missing or of another shape."""
     there = set(source.tensor_names())
     problems = [
         f"{name} {shape} is missing" if name not in there else mismatch(name, source.shape(name), shape)
@@ -230,11 +218,7 @@ _SHOWN_PROBLEMS = 12
 
 
 def floating(tensor: Tensor, name: str, where: str) -> Tensor:
-    """The tensor itself.
-
-    Raises:
-        ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16.
-    """
+    """The tensor itself. Raises ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ArtifactError(
             f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no floating type of weights",

@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backhand.errors import ArtifactError
-from backhand.words import name_list, nearest_names
+from backhand.errors import ArtifactError, BackhandError, ResourceError, short_reason
+from backhand.reading import read_plain
+from backhand.words import name_list, nearest_names, show_notes
 
 OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
 _MODEL_LAYER = "application/vnd.ollama.image.model"
@@ -64,33 +65,57 @@ def stored_path(name: str) -> Path | None:
     return None
 
 
-def models_on_this_machine(places: tuple[Path, ...] = ()) -> Iterator[StoredModel]:
-    """Every model of the stores that are here, or of the folders given in their place; store by store, name by name."""
+def _show(text: str) -> None:
+    show_notes([text])
+
+
+def models_on_this_machine(places: tuple[Path, ...] = (), note: Callable[[str], None] = _show) -> Iterator[StoredModel]:
+    """Every model of the stores that are here, or of the folders given in their place; store by store, name by name.
+
+    Args:
+        places: folders; the stores if there are none.
+        note: told of each store that cannot be read, or not to its end; the others are listed.
+    """
+    stores: list[tuple[str, Callable[[], Iterator[StoredModel]]]]
     if places:
-        for place in places:
-            yield from _in_folder(place.expanduser(), str(place))
-        return
+        stores = [(str(place), partial(_in_folder, place.expanduser(), str(place))) for place in places]
+    else:
+        stores = [
+            ("Ollama", _in_ollama),
+            ("LM Studio", partial(_in_lm_studio, note)),
+            ("llama.cpp", _in_llama_cache),
+            ("Hugging Face", _in_hugging_face_cache),
+        ]
+    for store, models in stores:
+        try:
+            yield from models()
+        except (OSError, ValueError, BackhandError) as error:  # such a name: too long, with a zero byte, not readable
+            note(f"the models of {store} cannot all be listed: {short_reason(error)}")
+
+
+# ---- Ollama --------------------------------------------------------------------------------------------------------
+
+
+def _in_ollama() -> Iterator[StoredModel]:
     for manifest, name in _ollama_manifests():
         try:
             yield StoredModel(name, _model_blob(manifest, name), "Ollama")
         except ArtifactError:
             continue  # an adapter of somebody's, a model in parts: `--model` says why
-    lm_studio = _lm_studio_home()
-    for file in _gguf_files(lm_studio):
-        yield StoredModel(f"{LM_STUDIO}{file.relative_to(lm_studio).as_posix()}", file, "LM Studio")
-    llama_cache = _llama_cache()
-    for file in _gguf_files(llama_cache):
-        yield StoredModel(str(file), file, "llama.cpp")
-    yield from _in_hugging_face_cache()
-
-
-# ---- Ollama --------------------------------------------------------------------------------------------------------
 
 
 def _ollama_home() -> Path:
     stated = os.environ.get("OLLAMA_MODELS")
     homes = [Path(stated)] if stated else [Path(home).expanduser() for home in _OLLAMA_HOMES]
     return next((home for home in homes if (home / "manifests").is_dir()), homes[0])
+
+
+def _of_one_part(name: str) -> bool:
+    """Whether a part of a typed name can be the name of a file."""
+    return bool(name) and name not in (".", "..") and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
+
+
+_LONGEST_NAME = 255
 
 
 def _ollama_manifests() -> list[tuple[Path, str]]:
@@ -127,9 +152,9 @@ def _ollama_file(name: str) -> Path:
     parts = model.split("/")
     usual = [_OLLAMA_HOST, _OLLAMA_NAMESPACE]
     parts = [*usual[: max(0, 3 - len(parts))], *parts]
-    if len(parts) == 3 and all(part and part not in (".", "..") for part in (*parts, tag)):
+    if len(parts) == 3 and all(map(_of_one_part, (*parts, tag))):
         manifest = home / "manifests" / Path(*parts) / tag
-        if manifest.is_file():
+        if _is_file(manifest):
             return _model_blob(manifest, name)
     known = [found.removeprefix(OLLAMA) for _, found in _ollama_manifests()]
     near = nearest_names(asked, known) or known
@@ -166,7 +191,7 @@ def _model_blob(manifest: Path, name: str) -> Path:
         )
     blobs = _ollama_home() / "blobs"
     names = (digests[0].replace(":", "-"), digests[0].replace("-", ":"))  # older versions wrote a colon
-    found = next((blobs / blob for blob in names if (blobs / blob).is_file()), None)
+    found = next((blobs / blob for blob in names if _is_file(blobs / blob)), None)
     if found is None:
         raise ArtifactError(
             f"the weights of {name} are not there",
@@ -178,9 +203,7 @@ def _model_blob(manifest: Path, name: str) -> Path:
 
 def _layers(manifest: Path) -> list[dict[str, Any]]:
     try:
-        with manifest.open("rb") as file:
-            values = json.loads(file.read(_LARGEST_MANIFEST + 1))
-        layers = values["layers"]
+        layers = json.loads(read_plain(manifest, _LARGEST_MANIFEST))["layers"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         layers = None
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
@@ -191,17 +214,36 @@ def _layers(manifest: Path) -> list[dict[str, Any]]:
 # ---- LM Studio and llama.cpp ---------------------------------------------------------------------------------------
 
 
-def _lm_studio_home() -> Path:
+_LONGEST_POINTER = 1 << 16
+
+
+def _lm_studio_home(note: Callable[[str], None]) -> Path:
+    """Its folder of models: where the pointer leads, or where it usually is; `note` is told of a wrong pointer."""
     pointer = Path("~/.lmstudio-home-pointer").expanduser()
     homes = [Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio").expanduser()]
-    with suppress(OSError, ValueError):
-        homes.insert(0, Path(pointer.read_text(encoding="utf-8").strip()))
+    try:
+        stated = Path(read_plain(pointer, _LONGEST_POINTER).decode("utf-8").strip())
+        if not stated.is_absolute():
+            raise ValueError("it holds no absolute path")
+        (stated / "models").stat()
+        homes.insert(0, stated)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        note(f"LM Studio's {pointer} leads to no folder: {why}; its usual folders are looked into")
     return next((home / "models" for home in homes if (home / "models").is_dir()), homes[0] / "models")
+
+
+def _in_lm_studio(note: Callable[[str], None]) -> Iterator[StoredModel]:
+    home = _lm_studio_home(note)
+    for file in _gguf_files(home):
+        yield StoredModel(f"{LM_STUDIO}{file.relative_to(home).as_posix()}", file, "LM Studio")
 
 
 def _lm_studio_file(name: str) -> Path:
     asked = name.removeprefix(LM_STUDIO).strip("/")
-    home = _lm_studio_home()
+    home = _lm_studio_home(_show)
     files = {file.relative_to(home).as_posix(): file for file in _gguf_files(home)}
     chosen = [file for path, file in files.items() if asked and (f"/{path}/").find(f"/{asked}/") >= 0]
     if len(chosen) == 1:
@@ -224,6 +266,11 @@ def _llama_cache() -> Path:
     return Path(stated) if stated else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llama.cpp"
 
 
+def _in_llama_cache() -> Iterator[StoredModel]:
+    for file in _gguf_files(_llama_cache()):
+        yield StoredModel(str(file), file, "llama.cpp")
+
+
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +283,7 @@ def _in_hugging_face_cache() -> Iterator[StoredModel]:
         if not snapshots:
             continue
         newest = snapshots[-1]
-        if (newest / "config.json").is_file() and any(newest.glob("*.safetensors")):
+        if _is_file(newest / "config.json") and any(newest.glob("*.safetensors")):
             yield StoredModel(hub_id, newest, "Hugging Face")
         for file in _gguf_files(newest):
             yield StoredModel(str(file), file, "Hugging Face")
@@ -251,7 +298,7 @@ def _changed(path: Path) -> float:
 
 def _in_folder(folder: Path, store: str) -> Iterator[StoredModel]:
     """The GGUF files and Hugging Face directories of a folder given by name."""
-    if folder.is_file():
+    if _is_file(folder):
         yield StoredModel(str(folder), folder, store)
         return
     directories = {path.parent for path in _files_below(folder) if path.name == "config.json"}
@@ -272,8 +319,27 @@ def _gguf_files(folder: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Plain files, or links to some, a few folders deep; neither links to folders nor what may not be read."""
+    """Plain files, or links to some, a few folders deep; neither links to folders nor what may not be read.
+
+    Raises:
+        ResourceError: there are more than anybody's models.
+    """
+    seen = 0
     for path, folders, names in os.walk(folder):
         if len(Path(path).relative_to(folder).parts) >= _DEEPEST:
             folders.clear()
-        yield from (file for name in names if (file := Path(path) / name).is_file())
+        seen += len(names) + len(folders)
+        if seen > _MOST_FILES:
+            raise ResourceError(f"more than {_MOST_FILES:,} files and folders lie in it; name one of its folders")
+        yield from (file for name in names if _is_file(file := Path(path) / name))
+
+
+_MOST_FILES = 200_000
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a plain file is there; what must not be looked at, or has a name that none can have, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -29,7 +29,6 @@ class AdaptedModule(nn.Module):
     """What all kinds share; each is made by an `adapt` of its own, never by a constructor.
 
     Attributes:
-        weight, bias: the frozen base parameters.
         enabled: False makes the module compute what it did before it was adapted.
     """
 

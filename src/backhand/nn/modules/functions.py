@@ -8,9 +8,9 @@ view, so that the next module may write into it, as ReLU(inplace=True) does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from backhand.ops.dora import dora_backward, dora_forward
 from backhand.ops.dora_linear import dora_linear_backward, dora_linear_forward
 from backhand.ops.lora_bias import lora_bias_backward, lora_bias_forward
-from backhand.ops.lora_conv import ConvGeometry, lora_conv_backward, lora_conv_forward
+from backhand.ops.lora_conv import lora_conv_backward, lora_conv_forward
 from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
-from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward
+from backhand.ops.lora_linear import lora_linear_backward, lora_linear_forward
 from backhand.ops.token_rows import (
     token_embedding_backward,
     token_embedding_forward,
@@ -53,199 +53,88 @@ def first_derivative_only(backward: Callable[..., Gradients]) -> Callable[..., G
     return checked
 
 
-def _kept(ctx: Any, op_output: tuple[Tensor, Any], *trained: Tensor) -> Tensor:
-    """Keep what an op saved, and the dtypes of the trained inputs, for backward; return y."""
-    y, saved = op_output
-    ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
-    ctx.saved_type, ctx.rest = type(saved), [None if isinstance(value, Tensor) else (value,) for value in saved]
-    ctx.dtypes = [tensor.dtype for tensor in trained]
-    unviewed: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return unviewed
+class _InGraph:
+    """An op as a function of tensors inside torch's graph: its forward's inputs, in their order, to y.
+
+    Args:
+        gradients: by the place of an input, what the op calls its gradient. `d_x` is asked for only where x has one;
+            those of what is trained leave in its dtype.
+        cast_as: place of the input in whose dtype the op takes lora_A, lora_B and trained rows.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., tuple[Tensor, Any]],
+        backward: Callable[..., Any],
+        gradients: Mapping[int, str],
+        *,
+        cast_as: int | None = None,
+    ) -> None:
+        self.forward, self.backward = forward, backward
+        trained = [place for place, name in gradients.items() if name not in ("d_x", "d_z")]
+        cast_places = [place for place in trained if gradients[place] != "d_magnitude"]
+        op = self
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Tensor:
+                given = list(inputs)
+                if cast_as is not None:
+                    for place in cast_places:
+                        given[place] = given[place].to(given[cast_as].dtype)
+                y, saved = op.forward(*given)
+                ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
+                ctx.saved_type = type(saved)
+                ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in saved]
+                ctx.dtypes = {place: inputs[place].dtype for place in trained}
+                unviewed: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+                return unviewed
+
+            @staticmethod
+            @first_derivative_only
+            def backward(ctx: Any, d_y: Tensor) -> Gradients:
+                tensors = iter(ctx.saved_tensors)
+                saved = ctx.saved_type(*(next(tensors) if value is None else value[0] for value in ctx.rest))
+                asked = {"input_gradient": ctx.needs_input_grad[0]} if gradients.get(0) == "d_x" else {}
+                grads = op.backward(d_y, saved, **asked)
+                found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+                for place, name in gradients.items():
+                    gradient = getattr(grads, name)
+                    found[place] = gradient.to(ctx.dtypes[place]) if place in trained else gradient
+                return tuple(found)
+
+        self._node = Node
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        y: Tensor = cast("Any", self._node).apply(*inputs)
+        return y
 
 
-def _saved(ctx: Any) -> Any:
-    """What the op saved, as it was."""
-    tensors = iter(ctx.saved_tensors)
-    return ctx.saved_type(*(next(tensors) if value is None else value[0] for value in ctx.rest))
+def _token_embedding_forward(
+    ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor, padding_id: int | None
+) -> tuple[Tensor, Any]:
+    y, saved = token_embedding_forward(ids, weight, token_rows, token_ids)
+    return y, without_padding(saved, ids, padding_id)
 
 
-def _in_their_dtypes(ctx: Any, *gradients: Tensor) -> Iterator[Tensor]:
-    """Gradients of the trained inputs in the dtypes of these."""
-    return (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
-
-
-class LoRALinearFunction(torch.autograd.Function):
-    """`ops.lora_linear` with gradients for x, lora_A and lora_B; weight and bias are frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        """y (..., out) from x (..., in)."""
-        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        return _kept(ctx, lora_linear_forward(x, weight, bias, *factors, scaling, dropout), lora_A, lora_B)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of x and the factors."""
-        grads = lora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
-        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None
-
-
-class LoRAEmbeddingFunction(torch.autograd.Function):
-    """`ops.lora_embedding` with gradients for lora_A and lora_B; the table is frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        ids: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        padding_id: int | None,
-    ) -> Tensor:
-        """y (..., hidden) from ids (...)."""
-        factors = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-        return _kept(ctx, lora_embedding_forward(ids, weight, *factors, scaling, padding_id), lora_A, lora_B)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of the factors."""
-        grads = lora_embedding_backward(d_y, _saved(ctx))
-        return None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None
-
-
-class LoRAConvFunction(torch.autograd.Function):
-    """`ops.lora_conv` with gradients for x, lora_A and lora_B; weight and bias are frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        geometry: ConvGeometry,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        """y (batch, out, *L') from x (batch, in, *L)."""
-        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        return _kept(ctx, lora_conv_forward(x, weight, bias, *factors, scaling, geometry, dropout), lora_A, lora_B)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of x and the factors."""
-        grads = lora_conv_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
-        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B), None, None, None
-
-
-class DoRALinearFunction(torch.autograd.Function):
-    """`ops.dora_linear` with gradients for x, lora_A, lora_B and the magnitude; weight, bias and norm are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        magnitude: Tensor,
-        norm: Tensor,
-        scaling: float,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        """y (..., out) from x (..., in)."""
-        factors = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        output = dora_linear_forward(x, weight, bias, *factors, magnitude, norm, scaling, dropout)
-        return _kept(ctx, output, lora_A, lora_B, magnitude)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of x, the factors and the magnitude."""
-        grads = dora_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
-        trained = _in_their_dtypes(ctx, grads.d_lora_A, grads.d_lora_B, grads.d_magnitude)
-        return grads.d_x, None, None, *trained, None, None, None
-
-
-class DoRAFunction(torch.autograd.Function):
-    """`ops.dora` with gradients for z and the magnitude."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        """y of z's shape."""
-        return _kept(ctx, dora_forward(z, magnitude, norm, bias, axis), magnitude)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of z and the magnitude."""
-        grads = dora_backward(d_y, _saved(ctx))
-        return grads.d_z, *_in_their_dtypes(ctx, grads.d_magnitude), None, None, None
-
-
-class LoRABiasFunction(torch.autograd.Function):
-    """`ops.lora_bias` with gradients for z and the bias of lora_B."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, lora_bias: Tensor, scaling: float, axis: int) -> Tensor:
-        """y of z's shape."""
-        return _kept(ctx, lora_bias_forward(z, lora_bias, scaling, axis), lora_bias)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of z and of the bias."""
-        grads = lora_bias_backward(d_y, _saved(ctx))
-        return grads.d_z, *_in_their_dtypes(ctx, grads.d_lora_bias), None, None
-
-
-class TokenEmbeddingFunction(torch.autograd.Function):
-    """`ops.token_rows` for an embedding, with a gradient for the trained rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor, padding_id: int | None
-    ) -> Tensor:
-        """y (..., hidden) from ids (...)."""
-        y, saved = token_embedding_forward(ids, weight, token_rows, token_ids)
-        return _kept(ctx, (y, without_padding(saved, ids, padding_id)), token_rows)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """The gradient of the rows."""
-        grads = token_embedding_backward(d_y, _saved(ctx))
-        return None, None, *_in_their_dtypes(ctx, grads.d_token_rows), None, None
-
-
-class TokenLinearFunction(torch.autograd.Function):
-    """`ops.token_rows` for an output head, with gradients for x and the trained rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, token_rows: Tensor, token_ids: Tensor
-    ) -> Tensor:
-        """y (..., vocab) from x (..., hidden)."""
-        return _kept(ctx, token_linear_forward(x, weight, bias, token_rows.to(x.dtype), token_ids), token_rows)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, d_y: Tensor) -> Gradients:
-        """Gradients of x and of the rows."""
-        grads = token_linear_backward(d_y, _saved(ctx), input_gradient=ctx.needs_input_grad[0])
-        return grads.d_x, None, None, *_in_their_dtypes(ctx, grads.d_token_rows), None
+lora_linear = _InGraph(lora_linear_forward, lora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
+"""(x, weight, bias, lora_A, lora_B, scaling, dropout) → y (..., out); weight and bias are frozen."""
+lora_embedding = _InGraph(lora_embedding_forward, lora_embedding_backward, {2: "d_lora_A", 3: "d_lora_B"}, cast_as=1)
+"""(ids, weight, lora_A, lora_B, scaling, padding_id) → y (..., hidden); the table is frozen."""
+lora_conv = _InGraph(lora_conv_forward, lora_conv_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
+"""(x, weight, bias, lora_A, lora_B, scaling, geometry, dropout) → y (batch, out, *L'), as `lora_linear`."""
+dora_linear = _InGraph(
+    dora_linear_forward,
+    dora_linear_backward,
+    {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"},
+    cast_as=0,
+)
+"""(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout) → y (..., out); the norm is a constant."""
+dora = _InGraph(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})
+"""(z, magnitude, norm, bias, axis) → y of z's shape."""
+lora_bias = _InGraph(lora_bias_forward, lora_bias_backward, {0: "d_z", 1: "d_lora_bias"})
+"""(z, lora_bias, scaling, axis) → y of z's shape."""
+token_embedding = _InGraph(_token_embedding_forward, token_embedding_backward, {2: "d_token_rows"})
+"""(ids, weight, token_rows, token_ids, padding_id) → y (..., hidden)."""
+token_linear = _InGraph(token_linear_forward, token_linear_backward, {0: "d_x", 3: "d_token_rows"}, cast_as=0)
+"""(x, weight, bias, token_rows, token_ids) → y (..., vocab)."""

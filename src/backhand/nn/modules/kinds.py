@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
-from backhand.nn.modules.functions import (
-    DoRAFunction,
-    DoRALinearFunction,
-    LoRABiasFunction,
-    LoRAConvFunction,
-    LoRAEmbeddingFunction,
-    LoRALinearFunction,
-)
+from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_conv, lora_embedding, lora_linear
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout
@@ -83,14 +76,12 @@ class LoRAConv1D(LoRAModule):
 def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The adapted linear layer, (..., in) → (..., out), with weight (out, in), and with what is trained beside A, B."""
     factors, dropout = (module.lora_A, module.lora_B), module._drawn_dropout()
-    y: Tensor
     if module.lora_magnitude is not None:
         magnitude, norm = module.lora_magnitude, module.dora_norm()
-        y = cast("Any", DoRALinearFunction).apply(x, weight, bias, *factors, magnitude, norm, module.scaling, dropout)
-        return y
-    y = cast("Any", LoRALinearFunction).apply(x, weight, bias, *factors, module.scaling, dropout)
+        return dora_linear(x, weight, bias, *factors, magnitude, norm, module.scaling, dropout)
+    y = lora_linear(x, weight, bias, *factors, module.scaling, dropout)
     if module.lora_bias is not None:
-        y = cast("Any", LoRABiasFunction).apply(y, module.lora_bias, module.scaling, -1)
+        y = lora_bias(y, module.lora_bias, module.scaling, -1)
     return y
 
 
@@ -145,11 +136,9 @@ class LoRAEmbedding(LoRAModule):
         """(...) ids → (..., hidden)."""
         if not self._adapts:
             return self._base_forward(ids)
-        y: Tensor = cast("Any", LoRAEmbeddingFunction).apply(
-            ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx
-        )
+        y = lora_embedding(ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx)
         if self.lora_magnitude is not None:
-            y = cast("Any", DoRAFunction).apply(y, self.lora_magnitude, self.dora_norm(), None, -1)
+            y = dora(y, self.lora_magnitude, self.dora_norm(), None, -1)
         return y
 
 
@@ -220,7 +209,7 @@ class _LoRAConv(LoRAModule):
         if self.lora_magnitude is None:
             y = self._branch(x, weight, bias, geometry, self._drawn_dropout())
             if self.lora_bias is not None:
-                y = cast("Any", LoRABiasFunction).apply(y, self.lora_bias, self.scaling, 1)
+                y = lora_bias(y, self.lora_bias, self.scaling, 1)
         else:
             y = self._rescaled(x, weight, bias, geometry)
         return y if batched else y.squeeze(0)
@@ -228,10 +217,7 @@ class _LoRAConv(LoRAModule):
     def _branch(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, dropout: Dropout | None
     ) -> Tensor:
-        y: Tensor = cast("Any", LoRAConvFunction).apply(
-            x, weight, bias, self.lora_A, self.lora_B, self.scaling, geometry, dropout
-        )
-        return y
+        return lora_conv(x, weight, bias, self.lora_A, self.lora_B, self.scaling, geometry, dropout)
 
     def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
         """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
@@ -239,7 +225,7 @@ class _LoRAConv(LoRAModule):
         dropout = self._drawn_dropout()
         dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
         z = self._branch(dropped, weight, None, geometry, None)
-        y: Tensor = cast("Any", DoRAFunction).apply(z, self.lora_magnitude.flatten(), self.dora_norm(), bias, 1)
+        y = dora(z, self.lora_magnitude.flatten(), self.dora_norm(), bias, 1)
         return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
 
 

@@ -6,13 +6,13 @@ there: both train the same rows, under one name in the state dict (safetensors s
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from backhand.nn.modules.adapted_module import AdaptedModule
-from backhand.nn.modules.functions import TokenEmbeddingFunction, TokenLinearFunction
+from backhand.nn.modules.functions import token_embedding, token_linear
 
 
 class TokenModule(AdaptedModule):
@@ -46,11 +46,7 @@ class TokenModule(AdaptedModule):
 
     @classmethod
     def _adapted(cls, module: nn.Module, token_ids: Tensor) -> Self:
-        """`module` with this class and its ids.
-
-        Raises:
-            ValueError: there is an obstacle.
-        """
+        """`module` with this class and its ids. Raises ValueError: there is an obstacle."""
         if (reason := cls.obstacle(module)) is not None:
             raise ValueError(reason)
         adapted = cls._take_over(module)
@@ -104,10 +100,7 @@ class TokenEmbedding(TokenModule):
         """(...) ids → (..., hidden)."""
         if not self._adapts:
             return self._base_forward(ids)
-        y: Tensor = cast("Any", TokenEmbeddingFunction).apply(
-            ids, self.weight, self.trainable_tokens, self.token_ids, self.padding_idx
-        )
-        return y
+        return token_embedding(ids, self.weight, self.trainable_tokens, self.token_ids, self.padding_idx)
 
 
 class TokenLinear(TokenModule):
@@ -140,5 +133,4 @@ class TokenLinear(TokenModule):
         if not self._adapts:
             return self._base_forward(x)
         x, weight, bias = self._cast(x)
-        y: Tensor = cast("Any", TokenLinearFunction).apply(x, weight, bias, self.rows, self.token_ids)
-        return y
+        return token_linear(x, weight, bias, self.rows, self.token_ids)

@@ -111,7 +111,7 @@ def plan_command(options: PlanOptions) -> RunPlan:
     """`plan`, printed as tables, or as one JSON object with `json`."""
     if options.plan.json:
         found = plan(options)
-        sys.stdout.write(json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
         return found
     with working("planning"):
         found = plan(options)

@@ -178,7 +178,7 @@ def models_command(options: ModelsOptions) -> list[ListedModel]:
     """`models`, printed as a table, or as one JSON list with `json`."""
     if options.json:
         found = models(options)
-        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
         return found
     with working("looking for models"):
         found = models(options)

@@ -82,7 +82,7 @@ class Objective(ABC):
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """The loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""
         places = self.packer.documents(rows)
-        owners, counts = _owners(self.packer, rows)
+        owners, counts = token_owners(self.packer, rows)
 
         def loss(log_p: Tensor) -> tuple[Tensor, Tensor]:
             owner = owners.to(log_p.device)
@@ -96,7 +96,7 @@ class Objective(ABC):
 
     def of_sums(self, rows: Sequence[int], sums: Tensor) -> RowLosses:
         """The same of all of some rows, from s of their documents, (documents,)."""
-        _, counts = _owners(self.packer, rows)
+        _, counts = token_owners(self.packer, rows)
         return self._of(rows, sums, counts, self.packer.documents(rows))
 
     def _of(self, rows: Sequence[int], sums: Tensor, counts: Tensor, places: Sequence[int]) -> RowLosses:
@@ -156,7 +156,7 @@ class HeldOutObjective(HeldOut):
         return left_sum(found.losses.tolist()) / len(rows)
 
 
-def _owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Whose each supervised token of the rows' batch is, (supervised,), among their documents; tokens of each."""
     places = packer.documents(rows)
     examples = packer.by_document.examples
@@ -200,7 +200,7 @@ def document_sums(
         later = (groups[own] for own in shares[processes.rank] if own > number)
         batch = packer.packed(group, "cpu") if kept is None else kept.packed(group, later)
         losses = model.token_losses(batch.to(model.device)).double().cpu()
-        owner, counts = _owners(packer, group)
+        owner, counts = token_owners(packer, group)
         mine[number] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
     found = {int(number): sums for part in processes.gather(mine) for number, sums in part.items()}
     if len(found) < len(groups):

@@ -1,0 +1,205 @@
+"""Something is said within ten seconds, always, also through a pipe; and what floods a command ends soon."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from backhand import printing
+from backhand.data.rows import BadRows
+from backhand.data.sources import read_rows
+from backhand.errors import UsageError
+from backhand.training.config_file import parse_toml, read_table
+from fuzz.child import Attempt, run_attempt
+from hostile.conftest import World
+from support.limited import limited
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(printing, "SILENCE_S", 0.2)
+    monkeypatch.setattr(printing, "_LOOK_S", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_goes_on_is_said_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with printing.never_silent("lint"):
+        time.sleep(0.5)
+        with printing.going_on(lambda: "reading \x1b[2J, line 7"):
+            time.sleep(0.5)
+        with printing.may_be_silent():
+            said = capsys.readouterr().err
+            time.sleep(0.5)
+    assert "at work" in said and ": lint\n" in said and "reading \\x1b[2J, line 7\n" in said
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_more_is_said_where_something_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with printing.never_silent("lint"):
+        for _ in range(20):
+            printing.say("line")
+            time.sleep(0.05)
+    assert set(capsys.readouterr().err.splitlines()) == {"line"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_function_that_fails_is_no_end_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with printing.never_silent("lint"), printing.going_on(lambda: str(1 / 0)):
+        time.sleep(0.5)
+    assert ": lint\n" in capsys.readouterr().err
+    assert not [thread for thread in threading.enumerate() if thread.name == "never silent"]
+
+
+def flooded(place: Path, line: bytes, count: int, suffix: str = "jsonl.gz") -> Path:
+    path = place / f"rows.{suffix}"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "a"}\n' if suffix.startswith("jsonl") else b"text\na\n")
+        for _ in range(100):
+            file.write(line * (count // 100))
+        file.write(b'{"text": "b"}\n' if suffix.startswith("jsonl") else b"b\n")
+    return path
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\r\n", b" \t\n"])
+def test_empty_lines_are_passed_over_and_counted(line: bytes, world: World, tmp_path: Path) -> None:
+    """Ten million in a second or two; every line's number stays right."""
+    path, bad = flooded(tmp_path, line, 10_000_000), BadRows()
+    began = time.process_time()
+    found = list(read_rows(str(path), bad))
+    assert time.process_time() - began < 5
+    assert [row.source.rpartition(":")[2] for row in found] == ["1", "10000002"]
+    assert bad.empty_lines == 10_000_000
+
+
+def test_a_flood_of_empty_lines_is_told_of(world: World, tmp_path: Path) -> None:
+    for suffix in ("jsonl.gz", "csv.gz"):
+        flooded(tmp_path, b"\n", 100_000, suffix)
+        ended = limited(["lint", "--model", world.model, "--data", f"rows.{suffix}"], tmp_path)
+        assert ended.code == 0 and "100,000 empty lines" in ended.output.replace("\n", " ")
+    (tmp_path / "rows.jsonl").write_bytes(b"\n" * 100_000)
+    ended = limited(["lint", "--model", world.model, "--data", "rows.jsonl"], tmp_path)
+    assert ended.code == 3 and "100,000 empty lines" in ended.errors
+
+
+def test_white_space_between_values_of_a_list(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("[" + " " * 10_000_000 + '{"text": "a"}' + "\n" * 10_000_000 + "]")
+    began = time.process_time()
+    assert len(list(read_rows(str(tmp_path / "rows.json"), BadRows()))) == 1
+    assert time.process_time() - began < 5
+
+
+# ---- TOML --------------------------------------------------------------------------------------------------------
+
+DEEP = {
+    "one key": "a." * 50_000 + "b = 1",
+    "with spaces": "a . " * 50_000 + "b = 1",
+    "quoted": '"a".' * 50_000 + "b = 1",
+    "in single quotes": "'a'." * 50_000 + "b = 1",
+    "a table": "[" + "a." * 50_000 + "b]",
+    "a list of tables": "[[" + "a." * 50_000 + "b]]",
+    "within braces": "x = {" + "a." * 50_000 + "b = 1}",
+    "open text": '"""' + '\\"""\n' * 50_000,
+    "open quotes": "'''" + "\"'\n" * 50_000,
+    "tables in tables": "x = " + "{a = " * 50_000,
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_toml(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(DEEP[kind])
+    began = time.process_time()
+    with pytest.raises(UsageError, match="not TOML"):
+        read_table(tmp_path / "run.toml")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = 'w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w.w'",
+        'a = "' + "1.2." * 100 + '"',
+        'a = """\n' + "x.y." * 100 + '\n"""',
+        "a = '''\n" + "x.y." * 100 + "\n'''",
+        "# " + "x.y." * 100 + "\na = 1",
+        "a = [" + "1.5, " * 1000 + "]",
+        "a.b.c.d = 1\n" * 1 + "e = 2",
+        'a = "x\\"' + "y.z." * 50 + '"',
+    ],
+)
+def test_toml_that_is_not_deep(text: str) -> None:
+    import tomllib
+
+    assert parse_toml(text) == tomllib.loads(text)
+
+
+# ---- a master that has no address --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70 + ".invalid", "\x1b[31mx.invalid", "x y"])
+def test_a_master_without_an_address(host: str, world: World, tmp_path: Path) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "29511"}
+    began = time.monotonic()
+    ended = limited(world.train("run"), tmp_path, environment=place)
+    assert ended.code == 5 and "MASTER_ADDR" in ended.what, ended.errors
+    assert printing.visible(host) in ended.what or repr(host)[1:-1] in ended.what
+    assert "socket" not in ended.errors.lower()
+    assert time.monotonic() - began < 60  # a few seconds, on a machine that has nothing else to do
+
+
+# ---- stores ------------------------------------------------------------------------------------------------------
+
+
+def store_of_llama_cpp(place: Path, world: World) -> Path:
+    home = place / "home"
+    (home / ".cache" / "llama.cpp").mkdir(parents=True)
+    os.link(world.gguf, home / ".cache" / "llama.cpp" / "good.gguf")
+    return home / ".lmstudio-home-pointer"
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+POINTERS = {
+    "a pipe": make_pipe,
+    "endless": make_endless,
+    "a zero byte": lambda path: path.write_bytes(b"/a\0b"),
+    "5,000 characters": lambda path: path.write_text("/" + "x" * 5000),
+    "5,000 parts": lambda path: path.write_text("/x" * 5000),
+    "a gigabyte": lambda path: path.touch() or os.truncate(path, 2**30),
+    "no UTF-8": lambda path: path.write_bytes(b"/\xff\xfe"),
+    "relative": lambda path: path.write_text("models"),
+    "empty": lambda path: path.write_text(""),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", POINTERS)
+def test_one_bad_store_is_a_note(kind: str, world: World, tmp_path: Path) -> None:
+    place = tmp_path / "case"
+    place.mkdir()
+    POINTERS[kind](store_of_llama_cpp(place, world))
+    outcome = run_attempt(Attempt(["models", "--json"], place))
+    assert (outcome.fault, outcome.code) == ("", 0), outcome.said
+    assert "note: LM Studio" in outcome.said
+
+
+def test_folders_that_must_not_be_read(world: World, tmp_path: Path) -> None:
+    """`/proc` has links that nobody may follow, and files without an end; nothing is said of a place to write to."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    os.link(world.gguf, tmp_path / "b" / "good.gguf")
+    ended = limited(["models", "/proc/self", "b", "--json"], tmp_path)
+    assert ended.code == 0 and "good.gguf" in ended.output, ended.errors
+    ended = limited(["models", "/" + "x" * 300, "b", "--json"], tmp_path)
+    assert ended.code == 2 or "good.gguf" in ended.output, ended.errors
