@@ -35,7 +35,6 @@ CHECKS = {
     "no_end": "no end token carries loss",
     "empty_reply": "empty replies",
     "equal_pair": "pairs of equal answers",
-    "other_prompt": "pairs whose prompts differ",
     "one_label": "labels of one kind only",
     "doubled_bos": "begin of sequence doubled",
     "duplicate": "exact repetitions",
@@ -204,22 +203,11 @@ def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
 
 def _in_rows(examples: Sequence[Example]) -> list[Finding]:
     """What is wrong with pairs, labels, and rows among one another."""
-
-    def asked(document: Example) -> bytes:
-        return document.input_ids[: document.prompt_tokens].tobytes()
-
     pairs = [(example, example.rejected) for example in examples if example.rejected is not None]
     labels = {example.desirable for example in examples if example.desirable is not None}
     alike = [one.source for one, other in pairs if np.array_equal(one.input_ids, other.input_ids)]
-    otherwise = [one.source for one, other in pairs if asked(one) != asked(other)]
     return [
         *_finding("equal_pair", alike, "with equal answers, which teach nothing", "take the rows out"),
-        *_finding(
-            "other_prompt",
-            otherwise,
-            "whose sides are asked differently, so that their answers cannot be compared",
-            "give one prompt, or a chat template that writes it alike before both answers",
-        ),
         *_finding(
             "one_label",
             [examples[0].source] if len(labels) == 1 else [],

@@ -198,4 +198,5 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         malformed_rows=job.train.report.skipped_bad,
         stopped_because=progress.stopped_because,
         world_size=world_size,
+        objective=job.config.objective.objective,
     )

@@ -330,7 +330,9 @@ class JobRun:
     def _card(self, progress: Progress) -> dict[str, object]:
         card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
-            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} nats per token"
+            name = self.job.config.objective.objective
+            unit = "nats per token" if name == "sft" else f"({name})"
+            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
         return card
 
     def left(self, *, back: bool) -> str:
