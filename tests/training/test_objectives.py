@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
+from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.prepare import prepare
 from backhand.errors import UsageError
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
 from backhand.training.config import OptimizationOptions
 from backhand.training.loop import LearningRate
 from backhand.training.objectives.kto import KTOObjective, mismatched
@@ -25,6 +28,7 @@ from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import AdapterOptimizer, Processes, StepWork, training_step
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -315,6 +319,32 @@ def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     ours = gradients_of(decoder, objective, [[0, 1], [2, 3, 4]])
     assert ours == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
+
+
+@pytest.mark.smollm2
+def test_smollm2_on_the_recipes_pairs_equals_autograd() -> None:
+    data = DataOptions(data=("docs/recipes/short_pairs.jsonl",), max_rows=3)
+    examples = prepare(data, open_model(NAME).tokenizer(), purpose="pairs")[0].examples
+    adapted = smollm2_peft(round_to=torch.float32, dtype=torch.float32)
+    decoder = smollm2_decoder(adapted, torch.float32)
+    packer = RowPacker(examples, share_prefixes=True)
+    with adapted.disable_adapter(), torch.no_grad():
+        theirs = torch.stack([answer_log_p(adapted, d).sum() for row in examples for d in row.documents])
+    lora = decoder.lora
+    decoder.detach()
+    reference = document_sums(decoder, packer, range(3), 2, Processes())
+    decoder.attach(lora)
+    assert reference is not None and reference.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    ratios = [answer_log_p(adapted, d).sum() for row in examples for d in row.documents]
+    chosen, rejected = (torch.stack(ratios) - theirs).view(-1, 2).unbind(1)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    loss.backward()
+    objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo"))
+    assert gradients_of(decoder, objective, [[0, 1], [2]]) == pytest.approx(loss.item(), rel=1e-4)
+    compare_gradients(decoder, adapted)
+    assert objective.measured(Processes())["rewards/margins"] == pytest.approx(
+        0.1 * (chosen - rejected).mean().item(), rel=1e-3
+    )
 
 
 def test_rows_in_one_micro_batch_equal_rows_in_several() -> None:

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
+from backhand.data.options import DataOptions
+from backhand.data.packing import pack
 from backhand.errors import CheckError, DataError, UsageError
-from backhand.training.config import TrainConfig
+from backhand.training.config import ModelOptions, TrainConfig
+from backhand.training.evaluate import evaluate_command
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.run import train
+from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_setup import load_setup
 from support.kept_runs import config_of
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
@@ -220,3 +226,37 @@ def test_resuming_with_another_objective_is_refused(straight: TrainConfig, tmp_p
     given = with_options(TrainConfig(), output=run, resume=True, quiet=True, beta=0.5, objective="dpo")
     with pytest.raises(UsageError, match="beta"):
         train(given)
+
+
+def test_evaluate_tells_rewards_against_the_base(
+    straight: TrainConfig, rows: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = EvaluateOptions(
+        model=ModelOptions(model=straight.model.model, dtype="float32", threads=1),
+        data=DataOptions(data=(str(rows["pairs_held_out"]),)),
+        run=EvaluateRunOptions(adapter=straight.run.output / "adapter", completions=False, json=True),
+    )
+    evaluate_command(options)
+    found = json.loads(capsys.readouterr().out)
+    last = lines(straight.run.output, "eval_loss")[-1]
+    assert found["rows"] == 4 and found["base"]["pairs"].keys() == {"logps/chosen", "logps/rejected"}
+    for name in SHOWN:
+        assert found["adapted"]["pairs"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-3, abs=1e-4), name
+    reference = json.loads((straight.run.output / "reference.json").read_text())["held_out"]
+    assert found["base"]["pairs"]["logps/chosen"] == pytest.approx(sum(reference[::2]) / 4, rel=1e-4)
+
+
+def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -> None:
+    setup = load_setup(
+        ModelOptions(model=str(tiny.model), dtype="float32"), DataOptions(data=(str(rows["pairs"]),)), None, 128
+    )
+    assert len(setup.examples) == 2 * len(setup.pairs) > 0
+    batch = pack(setup.examples)
+    proofs = [*GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs).by_block()]
+    assert proofs[0].proof == "loss of pairs (DPO) = reference, float64"
+    assert all(proof.passed for proof in proofs)
+    # A pair the wrong way round has another loss.
+    wrong = GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs)
+    assert wrong.step.pair_loss is not None
+    wrong.step.pair_loss = replace(wrong.step.pair_loss, owners=wrong.step.pair_loss.owners ^ 1)
+    assert not next(iter(wrong.by_block())).passed
