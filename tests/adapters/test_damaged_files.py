@@ -95,8 +95,8 @@ def test_without_digest_a_flipped_bit_is_our_error_or_leaves_the_tensors_alone(s
     path = saved / name
     data = path.read_bytes()
     described = 8 + int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else len(data)
-    read = 0
-    for position in range(8 * described):
+    read = 0  # of each byte two bits or three
+    for position in range(0, 8 * described, 3):
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         path.write_bytes(flipped)
@@ -107,7 +107,7 @@ def test_without_digest_a_flipped_bit_is_our_error_or_leaves_the_tensors_alone(s
         read += 1
         assert list(after) == list(before)
         assert all(after[key].dtype == before[key].dtype and torch.equal(after[key], before[key]) for key in before)
-    assert 0 < read < 8 * described  # white space and metadata may change
+    assert 0 < read < 8 * described / 3  # white space and metadata may change
 
 
 IMPOSTORS: dict[str, bytes] = {

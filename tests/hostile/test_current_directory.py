@@ -78,7 +78,8 @@ def test_python_m_imports_nothing_from_here(path: str | None, planted: Path) -> 
     empty.mkdir(exist_ok=True)
     (empty / "probe.py").write_text("import sys; print(*sys.modules)")
     before = subprocess.run([sys.executable, "-m", "probe"], cwd=empty, capture_output=True, text=True, check=True)
-    spared = [planted / f"{name}.py" for name in before.stdout.split() if (planted / f"{name}.py").exists()]
+    early = {*before.stdout.split(), *(() if path is None else ("sitecustomize", "usercustomize"))}
+    spared = [planted / f"{name}.py" for name in early if (planted / f"{name}.py").exists()]
     texts = {trap: trap.read_text() for trap in spared}
     for trap in spared:
         trap.unlink()

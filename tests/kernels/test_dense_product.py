@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import dense_product as module
-from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop_room, is_taken
+from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop_workspace, is_taken
 from backhand.kernels.library import load, proving_loops, torch_form, usable, using
 from backhand.ops.frozen_matrix import drop_scratch, frozen_input_gradient, frozen_linear, takes_tiles
 from support.gapped import MARK, gapped, marks_intact
@@ -46,10 +46,10 @@ class Problem(NamedTuple):
         """The same for some of the rows and columns."""
         start, stop, _ = columns.indices(self.weight.shape[1])
         terms = []
-        for column, h, factor, scaling, shrink, _ in self.terms:
+        for column, h, factor, scaling, lora_A, _ in self.terms:
             begin, end = max(column, start), min(column + len(factor), stop)
             if begin < end:
-                terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling, shrink))
+                terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling, lora_A))
         residual = None if self.residual is None else self.residual[rows, columns]
         bias = None if self.bias is None else self.bias[columns]
         return Problem(self.x[rows], self.weight[:, columns], bias, residual, tuple(terms))
@@ -75,24 +75,26 @@ class Problem(NamedTuple):
         return y
 
 
-def problem(rows, outputs, inputs, dtype, *, turned=True, bias=True, residual=True, members=(), size=1.0) -> Problem:
+def problem(
+    rows, outputs, inputs, dtype, *, transposed=True, bias=True, residual=True, members=(), size=1.0
+) -> Problem:
     """Random numbers at odd addresses, with gaps behind rows.
 
     Args:
-        turned: W lies as (out, in), as a weight does.
+        transposed: W lies as (out, in), as a weight does.
         members: columns, rank and scaling of each term, the next behind the one before, and whether its h has yet to be
             made; no rank for none.
         size: of the terms.
     """
     width = max(inputs, 1) ** -0.5
-    weight = gapped((outputs, inputs), dtype, 1, width).T if turned else gapped((inputs, outputs), dtype, 1, width)
+    weight = gapped((outputs, inputs), dtype, 1, width).T if transposed else gapped((inputs, outputs), dtype, 1, width)
     terms, column = [], 0
     for place, (columns, rank, scaling, *made) in enumerate(members):
         if rank is not None:
             h, shape = gapped((rows, rank), dtype, 10 + place, size), (columns, rank)
             factor = gapped(shape[::-1], dtype, 20 + place).T if place % 2 else gapped(shape, dtype, 20 + place)
-            shrink = gapped((rank, inputs), dtype, 30 + place, size * width) if any(made) else None
-            terms.append(Term(column, h, factor, scaling, shrink))
+            lora_A = gapped((rank, inputs), dtype, 30 + place, size * width) if any(made) else None
+            terms.append(Term(column, h, factor, scaling, lora_A))
         column += columns
     assert column <= outputs
     return Problem(
@@ -114,10 +116,10 @@ def assert_right(y: Tensor, wanted: Problem) -> None:
         assert ((y.double() - right).abs() <= (2 + len(wanted.terms)) * UNIT * sizes).all()
     else:
         assert_rounded_once(y, right, sizes)
-    for _, h, _, _, shrink, _ in wanted.terms:
-        if shrink is not None:
-            x, turned = wanted.x.double(), shrink.double().T
-            assert_rounded_once(h, x @ turned, x.abs() @ turned.abs())
+    for _, h, _, _, lora_A, _ in wanted.terms:
+        if lora_A is not None:
+            x, transposed = wanted.x.double(), lora_A.double().T
+            assert_rounded_once(h, x @ transposed, x.abs() @ transposed.abs())
             assert marks_intact(h)
 
 
@@ -145,11 +147,11 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 @pytest.mark.parametrize("members", MEMBERS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_of_any_size(dtype, size, members, turned):
-    one = problem(*size, dtype, turned=turned, members=MEMBERS[members](size[1]))
+def test_of_any_size(dtype, size, members, transposed):
+    one = problem(*size, dtype, transposed=transposed, members=MEMBERS[members](size[1]))
     y = one()
     assert_right(y, one)
     plain = one._replace(bias=None, residual=None)
@@ -196,7 +198,7 @@ def test_an_h_is_made_of_a_term_behind_the_last_column(dtype):
         term.h.fill_(torch.nan)
     beyond = second._replace(column=64, factor=second.factor[:0])
     left = whole.part(slice(None), slice(0, 64))._replace(terms=(first, beyond))
-    right = whole.part(slice(None), slice(64, 83))._replace(terms=(second._replace(column=0, shrink=None),))
+    right = whole.part(slice(None), slice(64, 83))._replace(terms=(second._replace(column=0, lora_A=None),))
     assert torch.equal(torch.cat([left(), right()], 1), y)
     assert all(torch.equal(term.h, h) for term, h in zip(whole.terms, made, strict=True))
 
@@ -241,11 +243,11 @@ def test_bfloat16_errs_no_more_than_a_product_and_an_addition(size, members):
     ids=str,
 )
 @pytest.mark.parametrize("members", ["gap", "some made"])
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 # How threads share the work is the same in every build: the plainest, and by tiles or the last.
 @pytest.mark.parametrize("dtype", PRODUCT_BUILDS[:1] + PRODUCT_BUILDS[1:][-1:], ids=build_id, indirect=True)
-def test_any_number_of_threads_gives_the_same_bits(dtype, size, turned, members):
-    one = problem(*size, dtype, turned=turned, members=MEMBERS[members](size[1]))
+def test_any_number_of_threads_gives_the_same_bits(dtype, size, transposed, members):
+    one = problem(*size, dtype, transposed=transposed, members=MEMBERS[members](size[1]))
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -257,10 +259,10 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, size, turned, members)
 
 @pytest.mark.parametrize("inputs", [77, 1300, LONGEST_PART + 5, 3100])
 @pytest.mark.parametrize("members", ["two", "some made"])
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, turned, members):
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, transposed, members):
     rows, outputs = WAITING_ROWS + 10, 45
-    one = problem(rows, outputs, inputs, dtype, turned=turned, members=MEMBERS[members](outputs))
+    one = problem(rows, outputs, inputs, dtype, transposed=transposed, members=MEMBERS[members](outputs))
     whole, made = one(), [term.h.clone() for term in one.terms]
     for count in (1, 5, 9, 31, 32, 33, 70, 300):
         assert torch.equal(one.part(slice(0, count))(), whole[:count])
@@ -270,9 +272,9 @@ def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, turned, members):
 
 @pytest.mark.parametrize("inputs", [77, 1300, LONGEST_PART + 5])
 @pytest.mark.parametrize("members", ["gap", "some made"])
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_a_column_has_the_same_bits_among_any_columns(dtype, inputs, turned, members):
-    one = problem(40, 420, inputs, dtype, turned=turned, members=MEMBERS[members](420))
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_a_column_has_the_same_bits_among_any_columns(dtype, inputs, transposed, members):
+    one = problem(40, 420, inputs, dtype, transposed=transposed, members=MEMBERS[members](420))
     whole = one()
     for start, stop in ((0, 1), (0, 33), (5, 150), (64, 300), (97, 420), (419, 420)):
         out = gapped((40, stop - start), dtype, 6)
@@ -322,18 +324,18 @@ def test_the_room_grows_as_it_must_and_is_given_back(dtype, monkeypatch):
     monkeypatch.setattr(module, "_KEPT", module._Kept())
     small, large = problem(9, 33, 40, dtype), problem(70, 300, 1300, dtype, members=((300, 40, 1.7),))
     wanted = small(), large()
-    drop_room()
-    assert module._KEPT.room.numel() == 0
+    drop_workspace()
+    assert module._KEPT.workspace.numel() == 0
     assert torch.equal(small(), wanted[0])
-    first = module._KEPT.room
+    first = module._KEPT.workspace
     assert first.numel() > 0
-    assert torch.equal(small(), wanted[0]) and module._KEPT.room is first
+    assert torch.equal(small(), wanted[0]) and module._KEPT.workspace is first
     assert torch.equal(large(), wanted[1])
-    second = module._KEPT.room
+    second = module._KEPT.workspace
     assert second.numel() > first.numel()
-    assert torch.equal(small(), wanted[0]) and module._KEPT.room is second
+    assert torch.equal(small(), wanted[0]) and module._KEPT.workspace is second
     drop_scratch()
-    assert module._KEPT.room.numel() == 0, "with the tiles of quantized matrices"
+    assert module._KEPT.workspace.numel() == 0, "with the tiles of quantized matrices"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
-from backhand.kernels.dense_product import Term
-from backhand.kernels.library import InARow, load, loop, proving_loops, torch_form, usable, using
+from backhand.kernels.library import load, loop, proving_loops, torch_form, usable, using
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
-from backhand.ops.adapted_glu import AdaptedGLUSaved, Receivers, Side, adapted_glu_backward
+from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
-from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_input_gradient_in_a_row, frozen_linear
+from backhand.ops.frozen_matrix import frozen_linear
 from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
-from backhand.ops.lora_linear import Factors, lora_linear_forward, lora_linear_group_forward
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
+from backhand.ops.lora_group import LoRAGroup
+from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.differentiate import autograd_gradients
@@ -30,8 +27,10 @@ from support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
     *("rms_norm", "glu", "adapted_glu", "rotary", "linear_cross_entropy", "attention", "frozen_linear"),
-    *("lora_linear", "lora_linear_group", "causal_conv", "gated_conv", "gated_delta_rule"),
+    *("lora_linear", "lora_group", "causal_conv", "gated_conv", "gated_delta_rule"),
 )
+UNREAD = torch.zeros(0, 0)
+"""In the place of a member's tensors that a function does not read."""
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float64: 1e-12}
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
@@ -122,9 +121,7 @@ def test_glu_of_any_size(build, dtype, rows, n, activation):
     compute(lambda x: x)
     assert torch.equal(again, out), "the forward's bits"
     place, g = torch.cat([gate, up], dim=-1), d_y.clone()
-    row = InARow()
-    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, again=g, row=row)
-    row.make()
+    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, again=g)
     assert torch.equal(place, grads), "in place too"
     assert torch.equal(g, again)
     assert marks_intact(out)
@@ -150,30 +147,26 @@ def test_adapted_glu_of_any_size(build, dtype, rows, n, ranks, activation):
     shapes = *((n, rank) if rank else None for rank in (gate, up)), (behind, n) if behind else None
     receivers = [None if shape is None else gapped(shape, wide, 6 + place) for place, shape in enumerate(shapes)]
 
-    def given(x, cast):
-        return None if x is None else cast(x)
+    def unit(place, cast, of_gate, of_up, of_behind):
+        front = [
+            Member(column, UNREAD, cast(factor), scaling, UNREAD, into)
+            for column, factor, scaling, into in zip((0, n), factors, (1.7, -0.6), (of_gate, of_up), strict=True)
+            if factor is not None
+        ]
+        after = [] if of_behind is None else [Member(0, UNREAD, UNREAD, 1.0, of_behind, UNREAD)]
+        groups = LoRAGroup(tuple(front)), LoRAGroup(tuple(after))
+        return AdaptedGLUSaved(place, activation, groups[0], cast(h), groups[1], None if d_t is None else cast(d_t))
 
     def compute(cast):
         # Both what is overwritten and what is added to.
         place, g, *copies = (None if x is None else cast(x) + 0 for x in (gate_up, d_y, *receivers))
-        sides = tuple(
-            None if x is None else Side(cast(x), scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True)
-        )
-        saved = AdaptedGLUSaved(place, activation, sides, cast(h), given(d_t, cast))
-        into = Receivers((copies[0], copies[1]), copies[2])
-        grads = adapted_glu_backward(g, saved, out=place, into=into)
+        grads = adapted_glu_backward(g, unit(place, cast, *copies), out=place)
         assert grads.d_gate_up is place
         return place, grads.d_h, *(copy for copy in copies if copy is not None)
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    sides = tuple(None if x is None else Side(x, scaling) for x, scaling in zip(factors, (1.7, -0.6), strict=True))
-    into = Receivers((receivers[0], receivers[1]), receivers[2])
-    row = InARow()
-    own = d_y.clone()
-    adapted_glu_backward(own, AdaptedGLUSaved(gate_up, activation, sides, h, d_t), out=gate_up, into=into, row=row)
-    del own
-    row.make()
+    adapted_glu_backward(d_y.clone(), unit(gate_up, lambda x: x, *receivers), out=gate_up)
     there = [gate_up, *(receiver for receiver in receivers if receiver is not None)]
     assert all(torch.equal(x, right) for x, right in zip(there, [found[0], *found[2:]], strict=True))
     assert all(marks_intact(x) for x in there)
@@ -214,117 +207,25 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed, 
     out, wide = gapped((rows, rank), dtype, 4), torch.promote_types(dtype, torch.float32)
     factors, weight = torch.rand(rows, 1, dtype=wide) + 0.5, torch.randn(n).to(dtype)
     parts = rank // 3, rank - rank // 3
-    receivers = [gapped((part, n) if transposed else (n, part), wide, 5 + part) for part in parts * 2]
-
-    def turned(x):
-        return x.T if transposed else x
+    receivers = [gapped((part, n), wide, 5 + part) for part in parts * 2]
+    lora_A = factor if transposed else factor.T.contiguous()
 
     def compute(cast):
-        f, copies = turned(cast(factor)), [cast(part) if cast(part) is not part else part.clone() for part in receivers]
-        low_rank_accumulate(cast(v), cast(h), [turned(part) for part in copies[:2]])
+        copies = [cast(part) if cast(part) is not part else part.clone() for part in receivers]
+        add_lora_A_gradients(cast(v), cast(h), copies[:2])
         norm = RMSNormSaved(cast(v), cast(weight), cast(factors), 1.0)
-        low_rank_accumulate(norm, cast(h), [turned(part) for part in copies[2:]])
+        add_lora_A_gradients(norm, cast(h), copies[2:])
         copy = cast(y) if cast(y) is not y else y.clone()
-        shrunk = low_rank_shrink(cast(v), f), low_rank_shrink(cast(v), f, out=cast(out)).clone()
-        return *copies, low_rank_expand(copy, cast(h), f, -0.6), *shrunk
+        projected = down_projection(cast(v), cast(lora_A)), down_projection(cast(v), cast(lora_A), cast(out)).clone()
+        return *copies, add_up_projection(copy, cast(h), cast(factor), -0.6, transposed=transposed), *projected
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    assert_close([low_rank_expand(y, h, turned(factor), -0.6)], expected[4:5], dtype)
-    low_rank_accumulate(v, h, [turned(part) for part in receivers[:2]])
-    low_rank_accumulate(RMSNormSaved(v, weight, factors, 1.0), h, [turned(part) for part in receivers[2:]])
+    assert_close([add_up_projection(y, h, factor, -0.6, transposed=transposed)], expected[4:5], dtype)
+    add_lora_A_gradients(v, h, receivers[:2])
+    add_lora_A_gradients(RMSNormSaved(v, weight, factors, 1.0), h, receivers[2:])
     assert all(torch.equal(part, copy) for part, copy in zip(receivers, found[:4], strict=True))
     assert all(marks_intact(part) for part in (y, out, *receivers))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("path", ["loops", "torch"])
-def test_calls_in_a_row_are_made_in_turn_of_what_they_were_put_together_for(build, dtype, path):
-    """Nothing happens before, what they read lasts, and the bits are those of calls made one by one."""
-    g, v, h = gapped((13, 53), dtype, 0), gapped((13, 40), dtype, 1), gapped((13, 9), dtype, 2)
-    lora_B, weight, d_v = gapped((53, 9), dtype, 3), gapped((53, 40), dtype, 4), torch.zeros(13, 40, dtype=dtype)
-    sums = [(torch.zeros(53, 9, dtype=dtype), torch.zeros(9, 40, dtype=dtype)) for _ in range(2)]
-
-    def gradients(into, row):
-        d_h = low_rank_backward(g, h.clone(), [Member(0, lora_B, 0.6, into[0])], row=row)
-        low_rank_accumulate(v.clone(), d_h, [into[1]], turned=True, row=row)
-        return d_h
-
-    with nullcontext() if path == "loops" else torch_form():
-        row = InARow()
-        d_h = gradients(sums[0], row)
-        frozen_input_gradient_in_a_row(g.clone(), weight, d_v, [Term(0, d_h, lora_B[:40])], row)
-        torch.full((13, 40), torch.nan, dtype=dtype)  # where something was let go
-        assert not any(part.any() for part in (*sums[0], d_v))
-        row.make()
-        expected = gradients(sums[1], None)
-        assert torch.equal(d_h, expected)
-        assert torch.equal(d_v, frozen_input_gradient(g, weight, terms=[Term(0, expected, lora_B[:40])]))
-    assert all(torch.equal(part, other) and part.any() for part, other in zip(*sums, strict=True))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("path", ["loops", "torch"])
-@pytest.mark.parametrize("rows", [3, 29])
-def test_a_forward_in_a_row_has_the_bits_of_one_by_one(build, dtype, path, rows):
-    """Norm, factors and product of a group, rotation, gated unit, and a lone product with what goes around it."""
-    x, weight = gapped((rows, 24), dtype, 0).clone(), gapped((1, 24), dtype, 1)[0]
-    wide, down = gapped((128, 24), dtype, 2, size=0.2), gapped((24, 64), dtype, 3, size=0.2)
-    factors = [Factors(gapped((4, 24), dtype, 4 + i), gapped((64, 4), dtype, 6 + i), 0.7 + i) for i in range(2)]
-    angles = torch.randn(rows, 16, dtype=torch.promote_types(dtype, torch.float32))
-    table = RotaryTable(angles.cos(), angles.sin())
-
-    def forward(row):
-        n, _ = rms_norm_forward(x, weight, 1e-2, row=row)
-        y, saved = lora_linear_group_forward(n, wide, None, (64, 64), factors, row=row)
-        heads = y.view(rows, 4, 32)
-        rotary_forward(heads, table, out=heads, row=row)
-        p, _ = glu_forward(y[:, :64], y[:, 64:], "silu", row=row)
-        lone = factors[0].lora_B.T.contiguous(), factors[0].lora_A.T.contiguous(), 0.3
-        z, last = lora_linear_forward(p, down, weight, *lone, residual=x, row=row)
-        if row is not None:
-            del n, p, lone
-            torch.full((rows, 64), torch.nan, dtype=dtype)  # where something was let go
-            row.make()
-        return y, saved.h, z, last.h
-
-    with nullcontext() if path == "loops" else torch_form():
-        made: list[str] = []
-        row = InARow()
-        row.add(lambda: made.append("first"))
-        found = forward(row)
-        assert made == ["first"]
-        assert all(torch.equal(one, other) for one, other in zip(found, forward(None), strict=True))
-
-
-def test_what_stands_behind_a_call_that_fails_is_not_made_later():
-    made: list[str] = []
-    row = InARow()
-    row.add(lambda: made.append("first"))
-    row.add(lambda: 1 // 0)
-    row.add(lambda: made.append("behind"))
-    with pytest.raises(ZeroDivisionError):
-        row.make()
-    row.add(lambda: made.append("next"))
-    row.make()
-    assert made == ["first", "next"]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
-@pytest.mark.parametrize("path", ["loops", "torch"])
-def test_low_rank_factors_may_be_given_turned(build, dtype, transposed, path):
-    v, h, y = gapped((13, 53), dtype, 0), gapped((13, 9), dtype, 1), gapped((13, 53), dtype, 2)
-    factor = gapped((9, 53), dtype, 3).T if transposed else gapped((53, 9), dtype, 3)
-    sums = [torch.zeros(3, 53).T if transposed else torch.zeros(53, 3) for _ in range(6)]
-    with nullcontext() if path == "loops" else torch_form():
-        assert torch.equal(low_rank_shrink(v, factor.T, turned=True), low_rank_shrink(v, factor))
-        expected = low_rank_expand(y.clone(), h, factor, 0.6)
-        assert torch.equal(low_rank_expand(y.clone(), h, factor.T, 0.6, turned=True), expected)
-        low_rank_accumulate(v, h, sums[:3])
-        low_rank_accumulate(v, h, [part.T for part in sums[3:]], turned=True)
-    assert sums[0].abs().max() > 0
-    assert all(torch.equal(part, other) for part, other in zip(sums[:3], sums[3:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -349,13 +250,13 @@ def test_both_products_with_a_gradient_of_any_size(build, dtype, same, by_parts,
         copies = [cast(part) if cast(part) is not part else part.clone() for part in receivers]
         members, column = [], 2
         for factor, into in zip(factors, copies, strict=True):
-            members.append(Member(column, cast(factor), 0.7 + column, into))
+            members.append(Member(column, UNREAD, cast(factor), 0.7 + column, UNREAD, into))
             column += len(factor)
-        return low_rank_backward(cast(g), cast(h), members), *copies
+        return hidden_gradient(cast(g), cast(h), members), *copies
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    low_rank_backward(g, h, [Member(2, factors[0], 2.7, receivers[0])])
+    hidden_gradient(g, h, [Member(2, UNREAD, factors[0], 2.7, UNREAD, receivers[0])])
     assert torch.equal(receivers[0], found[1])
     assert marks_intact(receivers[0])
 
@@ -555,17 +456,21 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         y, saved = rms_norm_forward(x, x[0], 1e-5)
         results += [y, *rms_norm_backward(x, saved, residual=y)]
         y, glu_saved = glu_forward(gate_up[:, :96], gate_up[:, 96:], "silu")
-        factor = x[:24, :].T
-        h = low_rank_shrink(x, factor)
-        d_factors = [torch.zeros(96, 24), torch.zeros(96, 24)]
-        low_rank_accumulate(x, h, d_factors[:1])
-        low_rank_accumulate(saved, h, d_factors[:1])
-        d_h = low_rank_backward(x, h, [Member(0, factor.contiguous(), 0.5, d_factors[1])])
-        results += [h, low_rank_expand(x.clone(), h, factor), d_h, *d_factors]
-        sides = (Side(factor[:, :8].contiguous(), 0.5), Side(factor[:, 8:16].contiguous(), 2.0))
-        saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", sides, h[:, :16], h)
+        lora_A, lora_B = x[:24], x[:24].T.contiguous()
+        h = down_projection(x, lora_A)
+        d_A, d_B, own, behind = torch.zeros(24, 96), torch.zeros(96, 24), torch.zeros(2, 96, 8), torch.zeros(24, 96)
+        add_lora_A_gradients(x, h, [d_A])
+        add_lora_A_gradients(saved, h, [d_A])
+        d_h = hidden_gradient(x, h, [Member(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
+        results += [h, add_up_projection(x.clone(), h, lora_A, transposed=True), d_h, d_A, d_B]
+        front = [
+            Member(96 * i, UNREAD, lora_B[:, 8 * i : 8 * i + 8].contiguous(), 0.5 + i, UNREAD, own[i]) for i in range(2)
+        ]
+        after = Member(0, UNREAD, UNREAD, 1.0, behind, UNREAD)
+        groups = LoRAGroup(tuple(front)), LoRAGroup((after,))
+        saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", groups[0], h[:, :16], groups[1], h)
         of_unit = adapted_glu_backward(x.clone(), saved_unit)
-        results += [of_unit.d_gate_up, of_unit.d_h, *of_unit.d_lora_B, of_unit.d_lora_A]
+        results += [of_unit.d_gate_up, of_unit.d_h, own, behind]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

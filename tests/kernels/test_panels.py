@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
-from backhand.kernels.dense_product import MOST_PARTS, Blocks, Term, dense_product
+from backhand.kernels.dense_product import MOST_PARTS, Term, dense_product
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.library import usable
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
@@ -60,11 +60,11 @@ def terms_of(rows, inputs, outputs, dtype):
     )  # fmt: skip
 
 
-def assert_same_bits(matrix, rows, *, turned):
+def assert_same_bits(matrix, rows, *, transposed):
     """With all that can be added, and alone: as of the dense W."""
     dense, dtype = matrix.dense(), matrix.dtype
-    right, weight = Blocks(matrix, turned), dense.T if turned else dense
-    (inputs, outputs), size = right.shape, float(dense.double().abs().max())
+    weight = dense.T if transposed else dense
+    (inputs, outputs), size = weight.shape, float(dense.double().abs().max())
     assert size > 0
     x = gapped((rows, inputs), dtype, 1)
     bias, residual = gapped((outputs,), dtype, 2), gapped((rows, outputs), dtype, 3)
@@ -73,17 +73,17 @@ def assert_same_bits(matrix, rows, *, turned):
     made = terms[1].h.clone()
     terms[1].h.fill_(torch.nan)
     out = gapped((rows, outputs), dtype, 4)
-    assert dense_product(x, right, bias, residual, out, terms) is out
+    assert dense_product(x, matrix, bias, residual, out, terms, transposed=transposed) is out
     assert torch.equal(out, wanted) and torch.equal(terms[1].h, made) and marks_intact(out)
-    alone = dense_product(x, right)
+    alone = dense_product(x, matrix, transposed=transposed)
     assert torch.equal(alone, dense_product(x, weight))
     return x, alone
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 @pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type(dtype, kind, ordered, turned):
+def test_every_type(dtype, kind, ordered, transposed):
     values, _ = block_shape(int(StorageType[kind]))
     columns = {1: 67, 32: 544, 256: 768}[values]
     matrix = matrix_of([(kind, 37)], columns, dtype, ordered=ordered)
@@ -91,54 +91,54 @@ def test_every_type(dtype, kind, ordered, turned):
         (part,) = matrix.parts
         right = torch.from_numpy(np.array(gguf.dequantize(part.blocks, StorageType[kind]), np.float32)).to(dtype)
         assert torch.equal(matrix.dense(), right)
-    assert_same_bits(matrix, 41, turned=turned)
+    assert_same_bits(matrix, 41, transposed=transposed)
 
 
 MIXED = [("Q4_K", 5), ("Q8_0", 33), ("Q6_K", 1), ("Q5_K", 66), ("MXFP4", 0), ("Q4_1", 31)]
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 @pytest.mark.parametrize("columns", [256, 1280, LONGEST_PART, LONGEST_PART + 256, 3328])
 @pytest.mark.parametrize("rows", [1, 9, 70])
-def test_parts_of_any_number_of_rows(dtype, rows, columns, turned):
+def test_parts_of_any_number_of_rows(dtype, rows, columns, transposed):
     """Pairs of rows straddle parts, parts of K end at whole blocks, and panels hold more than one."""
-    assert_same_bits(matrix_of(MIXED, columns, dtype), rows, turned=turned)
-    assert_same_bits(matrix_of(MIXED, columns, dtype, ordered=True), rows, turned=turned)
+    assert_same_bits(matrix_of(MIXED, columns, dtype), rows, transposed=transposed)
+    assert_same_bits(matrix_of(MIXED, columns, dtype, ordered=True), rows, transposed=transposed)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
 def test_sums_in_parts_along_stored_rows(dtype, kind):
-    assert_same_bits(matrix_of([(kind, 7), (kind, 2 * LONGEST_PART + 2)], 512, dtype), 40, turned=False)
+    assert_same_bits(matrix_of([(kind, 7), (kind, 2 * LONGEST_PART + 2)], 512, dtype), 40, transposed=False)
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_more_rows_than_wait_at_a_time(dtype, turned):
-    parts = [("Q4_0", 33)] if turned else [("Q4_0", LONGEST_PART + 3)]
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_more_rows_than_wait_at_a_time(dtype, transposed):
+    parts = [("Q4_0", 33)] if transposed else [("Q4_0", LONGEST_PART + 3)]
     x, y = assert_same_bits(
-        matrix_of(parts, LONGEST_PART + 32 if turned else 32, dtype), WAITING_ROWS + 37, turned=turned
+        matrix_of(parts, LONGEST_PART + 32 if transposed else 32, dtype), WAITING_ROWS + 37, transposed=transposed
     )
-    matrix = matrix_of(parts, LONGEST_PART + 32 if turned else 32, dtype)
+    matrix = matrix_of(parts, LONGEST_PART + 32 if transposed else 32, dtype)
     for count in (1, 31, 33):
-        assert torch.equal(dense_product(x[-count:], Blocks(matrix, turned)), y[-count:])
+        assert torch.equal(dense_product(x[-count:], matrix, transposed=transposed), y[-count:])
 
 
 @pytest.mark.parametrize(
     ("rows", "outputs", "columns"), [(64, 600, 768), (64, 600, 1792), (1100, 160, 256), (40, 1539, 1280)], ids=str
 )
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 @pytest.mark.parametrize("kind", ["Q6_K", "Q5_1"])
-def test_any_number_of_threads_gives_the_same_bits(dtype, kind, rows, outputs, columns, turned):
+def test_any_number_of_threads_gives_the_same_bits(dtype, kind, rows, outputs, columns, transposed):
     """Threads begin within blocks."""
     matrix, found = matrix_of([(kind, outputs)], columns, dtype), []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        found.append(assert_same_bits(matrix, rows, turned=turned)[1])
+        found.append(assert_same_bits(matrix, rows, transposed=transposed)[1])
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "Q4_K"])
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_scales_that_are_no_numbers(dtype, kind, turned):
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_scales_that_are_no_numbers(dtype, kind, transposed):
     matrix = matrix_of([(kind, 35)], 512, dtype)
     (part,) = matrix.parts
     _, size = block_shape(part.type_id)
@@ -149,8 +149,8 @@ def test_scales_that_are_no_numbers(dtype, kind, turned):
     matrix = QuantizedMatrix([replace(part, blocks=blocks.reshape(part.blocks.shape))], dtype)
     dense = matrix.dense()
     assert dense.isnan().any()
-    x = torch.randn(9, 512 if turned else 35).to(dtype)
-    y, wanted = (dense_product(x, one) for one in (Blocks(matrix, turned), dense.T if turned else dense))
+    x = torch.randn(9, 512 if transposed else 35).to(dtype)
+    y, wanted = dense_product(x, matrix, transposed=transposed), dense_product(x, dense.T if transposed else dense)
     assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.nan_to_num(), wanted.nan_to_num())
 
 
@@ -193,20 +193,20 @@ def in_another_order_of_columns(dtype):
 def test_what_it_does_not_know_is_unpacked_first(dtype, made):
     matrix = made(dtype)
     x, d_y = problem(matrix)
-    assert dense_product(x, Blocks(matrix, True)) is None
+    assert dense_product(x, matrix, transposed=True) is None
     assert all(map(torch.equal, both_ways(matrix, x, d_y), both_ways(matrix.dense(), x, d_y)))
 
 
 def test_another_dtype_is_none_of_its(dtype):
     matrix = matrix_of([("Q4_K", 70)], 512, torch.float32)
-    assert dense_product(torch.randn(9, 512).to(dtype), Blocks(matrix, True)) is None
+    assert dense_product(torch.randn(9, 512).to(dtype), matrix, transposed=True) is None
 
 
 @pytest.mark.parametrize("wrong", [-1, 36])
-@pytest.mark.parametrize("turned", [True, False], ids=["turned", ""])
-def test_rows_that_are_not_there(dtype, wrong, turned):
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
+def test_rows_that_are_not_there(dtype, wrong, transposed):
     part = rows_of("Q4_K", 35, 512, ordered=True)
     part.order[7] = wrong
     matrix = QuantizedMatrix([part], dtype)
     with pytest.raises(ValueError, match="rows outside"):
-        dense_product(torch.zeros(9, 512 if turned else 35, dtype=dtype), Blocks(matrix, turned))
+        dense_product(torch.zeros(9, 512 if transposed else 35, dtype=dtype), matrix, transposed=transposed)

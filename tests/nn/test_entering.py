@@ -37,8 +37,7 @@ def upper_layers(variant: str, dropout: float = 0.0, recompute: str = "none") ->
     return decoder
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "recompute"), [(0.0, "block"), (0.3, "none")])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, recompute: str) -> None:
     decoder, batch = upper_layers(variant, dropout, recompute), supervise(tiny_documents((23, 9, 9, 1, 18)))

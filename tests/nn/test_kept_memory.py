@@ -40,7 +40,7 @@ def kept_bytes_per_token(variant: str, recompute: str, dtype: torch.dtype, layer
     weights = decoder.weights.blocks[layer]
     owned = {tensor.untyped_storage().data_ptr() for tensor in vars(weights).values() if tensor is not None}
     x0 = decoder.embed(batch.input_ids)
-    adapter = block_adapter(decoder.lora, layer, None, groups=decoder.config.layer_groups[layer])
+    adapter = block_adapter(decoder.lora, decoder.config, layer, None)
     _, saved = block_forward(x0, weights, adapter, decoder.contexts(batch)[layer], recompute)
     assert isinstance(saved, BlockSaved)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(saved)}

@@ -133,10 +133,13 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
 
 # A file cannot say that nothing turns.
 _NOT_STORED = ("granite4-nope",)
+_STORED = [variant for variant in VARIANTS if variant not in _NOT_STORED]
+# Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
+_PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]
+_PAIRS += [(variant, mix) for variant in ("llama", "qwen3_moe") for mix in range(len(_MIXES))]
 
 
-@pytest.mark.parametrize("mix", range(len(_MIXES)))
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in _NOT_STORED])
+@pytest.mark.parametrize(("variant", "mix"), sorted(set(_PAIRS)))
 def test_loss_and_every_gradient_to_the_bit(variant: str, mix: int, tmp_path: Path) -> None:
     path = _write(variant, _MIXES[mix], tmp_path / "tiny.gguf")
     config = _ADAPTERS["factors"]

@@ -1,4 +1,4 @@
-"""Products that give a row the same bits among few rows as among many, such that do not, and pieces that make them."""
+"""Products that give a row the same bits among few rows as among many, and such that do not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from backhand.nn.decoder import row_products
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.lower_layers import LowerLayers
-from backhand.nn.decoder.row_products import RowProducts, disagreeing, keeps_rows, ways
+from backhand.nn.decoder.row_products import disagreeing, keeps_rows
 from backhand.nn.decoder.weights import empty_weights
 from backhand.ops import frozen_matrix
-from backhand.ops.frozen_matrix import frozen_linear, library_product, products_by, tiles_of
+from backhand.ops.frozen_matrix import frozen_linear, library_product
 from support.products_by_rows import ProductsByRows, by_library
 from support.tiny_models import tiny_config
 
@@ -87,93 +87,16 @@ def test_one_bit_of_one_row_of_one_product_is_seen(rows, product, place, monkeyp
     assert keeps_rows(weights, CONFIG, [112], 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces of sizes that agree.
-
-
-@pytest.mark.parametrize("rows", [1, 9, 16, 63, 64, 65, 100, 255, 256, 257, 816, 1000, 4096, 5000])
-@pytest.mark.parametrize("reference", [1, 16, 64, 448, 1024])
-def test_ways_hold_all_rows_and_end_in_one_that_is_always_there(rows, reference):
-    found = ways(rows, reference)
-    assert len(set(found)) == len(found)
-    assert found[-1] == (reference,) * -(-rows // reference)
-    for way in found:
-        assert sum(way[:-1]) < rows <= sum(way) and min(way) > 0
-    assert found[0] == (rows,) or len(found) == 1, "all at once, unless that costs more"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reference", [64, 448, 816])
-@pytest.mark.parametrize(("outputs", "inputs", "joined"), SHAPES.values(), ids=SHAPES)
-def test_of_this_machines_library(outputs, inputs, joined, reference, dtype):
-    """With AMX, without pieces, some of these numbers end in other bits."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(max(NUMBERS), inputs, generator=generator).to(dtype)
-    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    residual = torch.randn(len(x), outputs, generator=generator).to(dtype) if joined else None
-    pieces = RowProducts(reference)
-
-    def product(rows: int) -> Tensor:
-        return pieces(library_product, x[:rows], weight, None, None if residual is None else residual[:rows], None)
-
-    whole = product(len(x))
-    assert torch.equal(
-        product(reference), library_product(x[:reference], weight, None, _first(residual, reference), None)
-    )
-    for rows in NUMBERS:
-        assert torch.equal(product(rows), whole[:rows]), rows
-
-
-def _first(x: Tensor | None, rows: int) -> Tensor | None:
-    return None if x is None else x[:rows]
-
-
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("reference", [64, 448, 816])
 def test_of_a_library_whose_bits_follow_the_number_of_rows(reference, joined, biased):
     library = ProductsByRows(bounds=(48, 480))
-    generator = torch.Generator().manual_seed(4)
-    x, weight = torch.randn(max(NUMBERS), 24, generator=generator), torch.randn(40, 24, generator=generator)
-    residual = torch.randn(len(x), 40, generator=generator) if joined else None
-    bias = torch.randn(40, generator=generator) if biased else None
-    wanted = torch.cat(
-        [library(x[row : row + reference], weight, bias, _part(residual, row, reference), None) for row in (0, 1)]
-    )[:1]
-    pieces = RowProducts(reference)
-    everywhere = pieces(library, x, weight, bias, residual, None)
-    assert torch.equal(everywhere[:1], wanted)
-    differ = 0
-    for rows in NUMBERS:
-        y = pieces(library, x[:rows], weight, bias, _first(residual, rows), None)
-        assert y.shape == (rows, 40) and torch.equal(y, everywhere[:rows])
-        differ += not torch.equal(library(x[:rows], weight, bias, _first(residual, rows), None), y)
-        library.sizes.clear()
-        out = torch.full((rows, 60), torch.nan)
-        assert torch.equal(pieces(library, x[:rows], weight, bias, _first(residual, rows), out[:, 10:50]), y)
-        assert out[:, :10].isnan().all() and out[:, 50:].isnan().all()
-        assert {library.kind(size) for size in library.sizes} == {library.kind(reference)}
-        assert torch.equal(pieces(library, x[:rows], weight, bias, _first(residual, rows), out[:, :40].clone()), y)
-    assert differ > 2, "without pieces some differ"
-
-
-def _part(x: Tensor | None, start: int, rows: int) -> Tensor | None:
-    return None if x is None else x[start : start + rows]
-
-
-def test_frozen_products_go_through_them_tile_by_tile(monkeypatch):
-    """Of a matrix in tiles, whose results are parts of a wider one."""
-    library = ProductsByRows(bounds=(48,))
-    monkeypatch.setattr(frozen_matrix, "library_product", library)
-    x, weight = torch.randn(100, 24), torch.randn(200, 24)
-    whole = frozen_linear(x, weight)
-    with products_by(RowProducts(64)), tiles_of(64 * 24 * 4):
-        assert torch.equal(frozen_linear(x[:32], weight), whole[:32])
-    assert not torch.equal(frozen_linear(x[:32], weight), whole[:32])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A decoder that is told to.
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(4))
+    bias = torch.randn(40) if biased else None
+    found = disagreeing(library, weight, NUMBERS, reference, bias=bias, joined=joined)
+    assert found == [rows for rows in NUMBERS if library.kind(rows) != library.kind(reference)]
+    assert 2 < len(found) < len(NUMBERS)
 
 
 def packed(lengths: tuple[int, ...]) -> PackedBatch:
@@ -181,27 +104,20 @@ def packed(lengths: tuple[int, ...]) -> PackedBatch:
     return PackedBatch(ids, ids.roll(-1), lengths)
 
 
-@pytest.mark.parametrize("classes", [True, False])
-def test_rows_have_the_same_bits_below_the_layer_and_as_ever_above(classes, monkeypatch):
+def test_a_decoder_tells_for_which_batches_rows_keep_their_bits(monkeypatch):
     config = decoder_config(tiny_config("llama-biases", num_hidden_layers=3).to_dict())
     weights = empty_weights(config, torch.float32)
     for module in (*weights.blocks, weights):
         for tensor in vars(module).values():
             if isinstance(tensor, Tensor):
                 tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
-    decoder = Decoder(config, weights)
-    library = ProductsByRows(bounds=(48,) if classes else ())
+    decoder, library = Decoder(config, weights), ProductsByRows(bounds=(48,))
     for module in (frozen_matrix, row_products):
         monkeypatch.setattr(module, "library_product", library)
-    few, many = packed((20, 12)), packed((20, 12, 40))
-    before = decoder.logits(few.input_ids, few.document_lengths)
-    alike = torch.equal(decoder.entering(few, 2), decoder.entering(many, 2)[:32])
-    assert alike is not classes
     lower = LowerLayers(decoder)
-    lower.settle_rows(2, 64)
-    assert lower.keeps_rows(32)
-    assert torch.equal(decoder.entering(few, 2), decoder.entering(many, 2)[:32])
-    library.sizes.clear()
-    decoder.token_losses(few)
-    assert library.sizes.count(32) == (4 if classes else 12) + 1, "the head's, and the last layer's or each layer's"
-    assert torch.equal(decoder.logits(few.input_ids, few.document_lengths), before)
+    lower.compare_with(64)
+    few, many, more = packed((20, 12)), packed((20, 12, 40)), packed((20, 12, 40, 9))
+    states = [lower.entering(batch, 2)[:32] for batch in (few, many, more)]
+    assert [lower.keeps_rows(len(batch.input_ids)) for batch in (few, many, more)] == [False, True, True]
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[1])

@@ -6,7 +6,13 @@ import torch
 
 from backhand.kernels.library import usable
 
-PRODUCT_BUILDS = [(name, torch.float64) for name in usable()] + [("amx", torch.bfloat16)] * ("amx" in usable())
+_WIDE = [name for name in usable() if name not in ("baseline", "avx2")]
+ALIKE = frozenset(_WIDE[:-1])
+"""Builds whose source is that of the widest one here, but for bfloat16."""
+
+PRODUCT_BUILDS = [(name, torch.float64) for name in usable() if name not in ALIKE] + [("amx", torch.bfloat16)] * (
+    "amx" in usable()
+)
 
 
 def build_id(kind: tuple[str, torch.dtype]) -> str:

@@ -49,12 +49,14 @@ class KilledAt:
 
 
 def killed_cases() -> dict[str, KilledAt]:
-    """The whole product of place, dropout, accumulation and packing."""
+    """Of place, dropout, accumulation and packing any three in all ways together."""
     cases = {}
     for place, steps_per_epoch in (("mid-epoch-1", 7), ("mid-epoch-2", 3)):
         for dropout in (0.0, 0.3):
             for accumulation in (1, 3):
                 for packed in (1, 2):  # rows behind one another in a micro-batch
+                    if ((steps_per_epoch == 3) + (dropout > 0) + (accumulation == 3) + (packed == 2)) % 2:
+                        continue
                     batch_rows = accumulation * packed
                     name = f"{place}-dropout-{dropout}-accumulation-{accumulation}-packed-{packed}"
                     cases[name] = KilledAt(steps_per_epoch * batch_rows, batch_rows, packed, dropout)
@@ -80,8 +82,7 @@ def test_the_page_counts_the_kills() -> None:
     assert documented("SIGKILL in a step: ten steps against four, the kill, and six") == len(killed_cases())
 
 
-@pytest.mark.parametrize("model", ["llama-tied", "gemma3_text"])
-@pytest.mark.parametrize("engine", ["backhand", "transformers"])
+@pytest.mark.parametrize(("engine", "model"), [("backhand", "gemma3_text"), ("transformers", "llama-tied")])
 def test_either_engine_resumes(engine: str, model: str, tiny: TinyRun, tmp_path: Path) -> None:
     base = save_tiny(tiny_model(model), tmp_path / "model")
     config = tiny.config(

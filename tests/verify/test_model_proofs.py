@@ -14,8 +14,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.kernels.library import now_or_in
-from backhand.nn.decoder import adapted_group, half_ends
+from backhand.nn.decoder import block, residual
 from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
@@ -155,22 +154,15 @@ def _failed(report):
 
 
 def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeypatch):
-    right = adapted_group.lora_linear_backward
+    right = block.hidden_gradient
 
-    def wrong(*args, **kwargs):
-        grads = right(*args, **kwargs)
-        grads.d_lora_B.mul_(1 + 1e-6)  # what the gradients are added to
-        return grads
+    def wrong(g, h, members):
+        d_h = right(g, h, members)
+        if len(members) == 1:
+            members[0].d_lora_B.mul_(1 + 1e-6)  # what the gradients are added to
+        return d_h
 
-    right_part = adapted_group.lora_linear_backward_without_input
-
-    def wrong_part(d_y, weight, factors, h, d_lora_B, dropout=None, row=None):
-        found = right_part(d_y, weight, factors, h, d_lora_B, dropout, row)
-        now_or_in(row, lambda: d_lora_B.mul_(1 + 1e-6))  # behind the calls that fill it, which may be yet to be made
-        return found
-
-    monkeypatch.setattr(adapted_group, "lora_linear_backward", wrong)
-    monkeypatch.setattr(adapted_group, "lora_linear_backward_without_input", wrong_part)
+    monkeypatch.setattr(block, "hidden_gradient", wrong)
     failed = _failed(verify(options(models("llama"), rows)))
     assert any("o_proj" in proof for proof in failed)
     assert any("down_proj" in proof for proof in failed)
@@ -178,9 +170,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
 
 def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
-    right = half_ends.rms_norm_backward
+    right = residual.rms_norm_backward
     monkeypatch.setattr(
-        half_ends,
+        residual,
         "rms_norm_backward",
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )

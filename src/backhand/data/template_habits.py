@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,7 @@ _CALL: Message = {
 _RESULT: Message = {"role": "tool", "content": "RESULT", "name": "NAME", "tool_call_id": "call00000"}
 
 
+@dataclass(eq=False)
 class TemplateHabits:
     """What one chat template does; each habit is looked for when it is first asked for.
 
@@ -30,13 +32,10 @@ class TemplateHabits:
         render: given messages, what the template makes of them as they stand; None where it refuses.
     """
 
-    def __init__(
-        self, template: str, render: Callable[[Sequence[Message]], str | None], special: re.Pattern[str]
-    ) -> None:
-        self._template = template
-        self._render = render
-        self._special = special
-        self._next_tokens: dict[str, str] = {}
+    template: str
+    render: Callable[[Sequence[Message]], str | None]
+    special: re.Pattern[str]
+    _next_tokens: dict[str, str] = field(default_factory=dict, init=False)
 
     def shaped(self, messages: Sequence[Message]) -> list[Message]:
         """Messages in the form in which the template reads them."""
@@ -68,7 +67,7 @@ class TemplateHabits:
     def ends_turns(self) -> bool:
         """Whether a control token stands behind a reply before anything else does."""
         text = self._rendered(_QUESTION, _REPLY) or ""
-        return self._special.match(text.rpartition(ANSWER)[2].lstrip()) is not None
+        return self.special.match(text.rpartition(ANSWER)[2].lstrip()) is not None
 
     def next_token(self, role: str) -> str:
         """The control token with which a turn of a role begins behind a reply that nothing ends; empty if none does.
@@ -80,7 +79,7 @@ class TemplateHabits:
             alone, more = self._rendered(_QUESTION, asked) or "", self._rendered(_QUESTION, asked, then) or ""
             tail = alone[alone.rfind(last) :] if last in alone else ""
             behind = more[more.rfind(tail) + len(tail) :] if tail and tail in more else ""
-            begun = self._special.search(behind)
+            begun = self.special.search(behind)
             found = behind[: begun.end()] if begun is not None and not behind[: begun.start()].strip() else ""
             self._next_tokens[role] = found if found or role != "tool" else self.next_token("user")
         return self._next_tokens[role]
@@ -102,17 +101,17 @@ class TemplateHabits:
     @cached_property
     def _system_role(self) -> str:
         """`developer` where the template writes a system message down only under that name."""
-        if "developer" not in self._template:
+        if "developer" not in self.template:
             return "system"
         system, developer = ({"role": role, "content": "SYSTEM"} for role in ("system", "developer"))
         known = self._writes("SYSTEM", [system, _QUESTION]) or not self._writes("SYSTEM", [developer, _QUESTION])
         return "system" if known else "developer"
 
     def _rendered(self, *messages: Message) -> str | None:
-        return self._render(self.shaped(messages))
+        return self.render(self.shaped(messages))
 
     def _writes(self, text: str, messages: Sequence[Message]) -> bool:
-        return text in (self._render(messages) or "")
+        return text in (self.render(messages) or "")
 
 
 def _in_parts(message: Message) -> Message:

@@ -155,9 +155,7 @@ class BlockWalk:
         block, self._views = _block_weights(self._source, self._config, layer, self._dtype)
         for index, lora in enumerate(self._adapters):
             own = block if lora is None else TrainedWeights(self._outer, self._config, lora).block(layer, block)
-            adapter = block_adapter(
-                lora, layer, None, linear_parts(own, self._config, layer), self._config.layer_groups[layer]
-            )
+            adapter = block_adapter(lora, self._config, layer, None, linear_parts(own, self._config, layer))
             context = self._contexts[index][layer]
             self._states[index], _ = block_forward(self._states[index], own, adapter, context, "block")
         self._layer = layer

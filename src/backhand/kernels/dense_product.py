@@ -14,8 +14,7 @@ rate; with AMX oneDNN gives products of few outputs one thread of two.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +27,9 @@ from backhand.kernels.library import (
     INT64,
     POINTER,
     Declared,
-    InARow,
     library,
     loop,
     loops_take_float64,
-    now_or_in,
 )
 from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
@@ -53,34 +50,21 @@ _PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS +
 class Term(NamedTuple):
     """scaling · h factorᵀ, added to the columns from `column` on.
 
-    h: (rows, rank). factor: (n, rank), or a view of its transpose, as lora_A.T is; with `turned`, its transpose itself.
-    shrink: A, (rank, in), if h is to be made of it first, x Aᵀ, and written; None if it is there.
+    h: (rows, rank). factor: (n, rank), as lora_B is, or its transpose if `transposed`, as lora_A is.
+    lora_A: (rank, in), if h is to be formed first, x Aᵀ, and written; None if it is there.
     """
 
     column: int
     h: Tensor
     factor: Tensor
     scaling: float = 1.0
-    shrink: Tensor | None = None
-    turned: bool = False
+    lora_A: Tensor | None = None
+    transposed: bool = False
 
     @property
     def outputs(self) -> int:
         """n."""
-        return self.factor.shape[1 if self.turned else 0]
-
-
-class Blocks(NamedTuple):
-    """A quantized W: the matrix as it is, or its transpose if `turned`."""
-
-    stored: QuantizedMatrix
-    turned: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out)."""
-        rows, columns = self.stored.shape
-        return (columns, rows) if self.turned else (rows, columns)
+        return self.factor.shape[1 if self.transposed else 0]
 
 
 def is_taken(dtype: torch.dtype) -> bool:
@@ -95,57 +79,55 @@ def is_taken(dtype: torch.dtype) -> bool:
 
 def dense_product(
     x: Tensor,
-    weight: Tensor | Blocks,
+    weight: Tensor | QuantizedMatrix,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     terms: Sequence[Term] = (),
     *,
-    turned: bool = False,
-    row: InARow | None = None,
+    transposed: bool = False,
 ) -> Tensor | None:
     """residual + x W + bias + the terms, or None where a library has to do, or W has to be unpacked before.
 
     Args:
         x: (rows, in).
-        weight: W, (in, out), a view of its transpose, or one of x's dtype in blocks.
+        weight: W, (in, out), or with `transposed` Wᵀ, (out, in); dense, or quantized and of x's dtype.
         bias: (out,) or None.
         residual: (rows, out) or None; may be `out`.
         out: (rows, out) to write into; a new one if not given.
         terms: `MOST_TERMS` at most, in the order of their columns.
-        turned: whether a dense `weight` is Wᵀ, (out, in): a view less to be made.
-        row: where the product is to be made in its turn, or None to make it now.
+        transposed: whether `weight` is Wᵀ.
 
     Raises:
         ValueError: parts of a quantized W take rows that are not there.
     """
     if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
         return None
-    lying: Tensor | None = None
+    dense: Tensor | None = None
     right: tuple[Any, ...]
-    if isinstance(weight, Blocks):
-        parts = weight.stored.table if weight.stored.dtype == x.dtype else None
+    if isinstance(weight, Tensor):
+        dense, by_columns = as_stored(weight, transposed)
+        right = (*matrix(dense), by_columns, 0, None)
+    else:
+        parts = weight.table if weight.dtype == x.dtype else None
         if parts is None or len(parts) > MOST_PARTS * NUMBERS_OF_PART:
             return None
         count = len(parts) // NUMBERS_OF_PART
-        right = (None, 0, weight.turned, count, _PARTS[count](*parts))
-    else:
-        lying, transposed = as_stored(weight, turned)
-        right = (*matrix(lying), transposed, 0, None)
-    factors = [as_stored(term.factor, term.turned) for term in terms]
+        right = (None, 0, transposed, count, _PARTS[count](*parts))
+    factors = [as_stored(term.factor, term.transposed) for term in terms]
     run = loop(
-        *(_PRODUCT, x, lying, bias, residual, out),
-        *(tensor for term in terms for tensor in (term.h, term.shrink)),
+        *(_PRODUCT, x, dense, bias, residual, out),
+        *(tensor for term in terms for tensor in (term.h, term.lora_A)),
         *(factor for factor, _ in factors),
     )
     if run is None:
         return None
-    (rows, inputs), outputs = x.shape, weight.shape[0 if turned else 1]
+    (rows, inputs), outputs = x.shape, weight.shape[0 if transposed else 1]
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
     numbers: list[int] = []
-    for term, (kept, lies_turned) in zip(terms, factors, strict=True):
-        numbers += (term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(kept), lies_turned)
-        numbers += (0, 0) if term.shrink is None else matrix(term.shrink)
+    for term, (factor, by_rank) in zip(terms, factors, strict=True):
+        numbers += (term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(factor), by_rank)
+        numbers += (0, 0) if term.lora_A is None else matrix(term.lora_A)
     call = (
         *(*matrix(x), *right, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
@@ -153,27 +135,20 @@ def dense_product(
         *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
-    now_or_in(row, partial(_multiply, run, call, tuple(weight.shape)), x, weight, bias, residual, y, terms)
+    needed = run(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
+    if needed < 0:
+        raise ValueError(f"rows outside those of the stored matrix, or more than {tuple(weight.shape)} has")
+    if needed:
+        drop_workspace()  # before there is a larger one
+        _KEPT.workspace = in_large_pages(needed, torch.uint8)
+        run(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
     return y
 
 
-def _multiply(run: Callable[..., int], call: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    """Make the call with room to work in; `shape` is W's."""
-    room = _KEPT.room
-    needed = run(*call, room.data_ptr(), room.numel())
-    if needed < 0:
-        raise ValueError(f"rows outside those of the stored matrix, or more than {shape} has")
-    if needed:
-        del room
-        drop_room()  # before there is a larger one
-        room = _KEPT.room = in_large_pages(needed, torch.uint8)
-        run(*call, room.data_ptr(), room.numel())
-
-
-def as_stored(factor: Tensor, turned: bool = False) -> tuple[Tensor, bool]:
-    """A matrix as it lies row by row, and whether that is its transpose; `turned` where its transpose is given."""
+def as_stored(factor: Tensor, transposed: bool = False) -> tuple[Tensor, bool]:
+    """A matrix as it lies row by row, and whether that is its transpose, as it is if its transpose is given."""
     rows, columns = factor.stride()
-    return (factor, turned) if columns == 1 or rows != 1 else (factor.T, not turned)
+    return (factor, transposed) if columns == 1 or rows != 1 else (factor.T, not transposed)
 
 
 def matrix(x: Tensor) -> tuple[int, int]:
@@ -182,15 +157,15 @@ def matrix(x: Tensor) -> tuple[int, int]:
 
 
 class _Kept(threading.local):
-    """What a thread's products work in, from one to the next."""
+    """The workspace of a thread's products, kept from one to the next."""
 
     def __init__(self) -> None:
-        self.room = torch.empty(0, dtype=torch.uint8)
+        self.workspace = torch.empty(0, dtype=torch.uint8)
 
 
 _KEPT = _Kept()
 
 
-def drop_room() -> None:
+def drop_workspace() -> None:
     """Give it back."""
-    _KEPT.room = torch.empty(0, dtype=torch.uint8)
+    _KEPT.workspace = torch.empty(0, dtype=torch.uint8)

@@ -116,23 +116,24 @@ class Declared:
         return found
 
 
-_forced: list[Library | None] = []
-"""What `using` has put in place of the choice, innermost last."""
+_forced: ContextVar[tuple[Library | None] | None] = ContextVar("forced", default=None)
+"""What `using` has put in place of the choice."""
 
 
 def library() -> Library | None:
     """The build in use, or None where everything goes through torch."""
-    return _forced[-1] if _forced else _chosen()
+    forced = _forced.get()
+    return _chosen() if forced is None else forced[0]
 
 
 @contextmanager
 def using(build: Library | None) -> Iterator[None]:
     """Use this build, or none, inside; for tests and benchmarks."""
-    _forced.append(build)
+    before = _forced.set((build,))
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(before)
 
 
 @functools.cache
@@ -149,13 +150,15 @@ def load(name: str, folder: Path = BUILT) -> Library:
 
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
-    """The builds that are there and that this processor can run, the plainest first."""
+    """The builds that are there and that this processor can run, the plainest first, up to what VARIABLE names."""
     if not _is_whole("baseline", folder):
         return ()
     try:
         able = processor_runs(library_path("baseline", folder))
     except OSError:
         return ()
+    if (named := os.environ.get(VARIABLE)) in able:
+        able = able[: able.index(named) + 1]
     return tuple(name for name in able if name == "baseline" or _is_whole(name, folder))
 
 
@@ -239,37 +242,6 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     if build is None or dtype is None or (dtype == torch.float64 and not _float64_too.get()):
         return None
     return declared.function_of(dtype, build)
-
-
-class InARow:
-    """Calls that are put together one after the other, and made one after the other, in the same order.
-
-    A large loop leaves nothing of Python's and torch's code in the caches, so that to put a call together takes several
-    times as long behind it as behind another call that is put together.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[Callable[[], object], tuple[object, ...]]] = []
-
-    def add(self, call: Callable[[], object], *lasting: object) -> None:
-        """Make this call behind those that are there; what has addresses in it lasts until then, and no longer."""
-        self._calls.append((call, lasting))
-
-    def make(self) -> None:
-        """Make all of them; there are none then, also where one fails."""
-        calls, self._calls = self._calls[::-1], []
-        while calls:
-            call, lasting = calls.pop()
-            call()
-            del call, lasting
-
-
-def now_or_in(row: InARow | None, call: Callable[[], object], *lasting: object) -> None:
-    """Make the call: now, or in its turn where a row is collected."""
-    if row is None:
-        call()
-    else:
-        row.add(call, *lasting)
 
 
 def is_loopable(tensor: Tensor) -> bool:

@@ -27,7 +27,7 @@ from backhand.kernels.dense_product import Term
 from backhand.ops.dora import DoRASaved, dora_backward, gain
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, multiplier, rows
-from backhand.ops.low_rank import low_rank_shrink
+from backhand.ops.low_rank import down_projection
 
 
 class DoRALinearSaved(NamedTuple):
@@ -82,9 +82,10 @@ def dora_linear_forward(
     Returns:
         y (..., out) in x's dtype, and what backward needs.
     """
-    x_rows, mask = rows(x), multiplier(x, dropout)
+    x_rows = rows(x)
+    mask = multiplier(x_rows, dropout)
     dropped = x_rows if mask is None else x_rows * mask
-    h = low_rank_shrink(dropped, lora_A.T)
+    h = down_projection(dropped, lora_A)
     y = _rescaled(dropped, weight, lora_B, h, scaling).mul_(gain(magnitude, norm, x.dtype))
     if bias is not None:
         y.add_(bias)
@@ -111,7 +112,8 @@ def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient:
         input_gradient: False skips ∂L/∂x, for the lowest adapted layer.
     """
     x, weight, lora_A, lora_B, magnitude, norm, h, scaling, dropout = saved
-    g, x_rows, mask = rows(d_y), rows(x), multiplier(x, dropout)
+    g, x_rows = rows(d_y), rows(x)
+    mask = multiplier(x_rows, dropout)
     dropped = x_rows if mask is None else x_rows * mask
     z = _rescaled(dropped, weight, lora_B, rows(h), scaling)
     d_z, d_magnitude = dora_backward(g, DoRASaved(z, magnitude, norm, -1))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member, low_rank_accumulate, low_rank_backward, low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
 
 
 class ExpertFactors(NamedTuple):
@@ -91,8 +91,8 @@ def expert_linear_forward(
         frozen_linear(x[part], weights[expert], None if biases is None else biases[expert], out=y[part])
         if factors is not None:
             dropped = x[part] if mask is None else x[part] * mask[part]
-            low_rank_shrink(dropped, factors.lora_A[expert].T, out=h[part])
-            low_rank_expand(y[part], h[part], factors.lora_B[expert], factors.scaling)
+            down_projection(dropped, factors.lora_A[expert], out=h[part])
+            add_up_projection(y[part], h[part], factors.lora_B[expert], factors.scaling)
     return y, ExpertLinearSaved(x, weights, counts, factors, h, dropout)
 
 
@@ -125,11 +125,11 @@ def expert_linear_backward(
         if factors is None or d_lora_A is None or d_lora_B is None:
             continue
         lora_A = factors.lora_A[expert]
-        member = Member(0, factors.lora_B[expert], factors.scaling, d_lora_B[expert])
-        d_h = low_rank_backward(g, h[part], [member])
-        low_rank_accumulate(x[part] if mask is None else x[part] * mask[part], d_h, [d_lora_A[expert]], turned=True)
+        member = Member(0, lora_A, factors.lora_B[expert], factors.scaling, d_lora_A[expert], d_lora_B[expert])
+        d_h = hidden_gradient(g, h[part], [member])
+        add_lora_A_gradients(x[part] if mask is None else x[part] * mask[part], d_h, [member.d_lora_A])
         if d_x is not None and mask is None:
-            low_rank_expand(d_x[part], d_h, lora_A.T)
+            add_up_projection(d_x[part], d_h, lora_A, transposed=True)
         elif d_x is not None and mask is not None:
             d_x[part].addcmul_(mask[part], d_h @ lora_A)
     return ExpertLinearGrads(d_x, d_lora_A, d_lora_B)

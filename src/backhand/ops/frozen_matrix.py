@@ -40,34 +40,28 @@ in tiles of 64 MB, 146 in these; dense 136 and 143).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Blocks, Term, dense_product, drop_room, is_taken
+from backhand.kernels.dense_product import Term, dense_product, drop_workspace, is_taken
 from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import InARow, is_loopable
+from backhand.kernels.library import is_loopable
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.ops.low_rank import low_rank_expand, low_rank_shrink
+from backhand.ops.low_rank import add_up_projection, down_projection
 
 FrozenMatrix = Tensor | QuantizedMatrix
 """(out, in); both have shape, dtype and device."""
 
-Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""y = residual + x Wᵀ + bias of x, W dense, bias, residual and where to write y; each of the last three may be None."""
-RowWise = Callable[[Multiply, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""The same by means of a library's `Multiply`, over pieces of x's rows."""
-
 TILE_BYTES = 64 << 20
 ROWS_BYTES, FEWEST_ROWS = 16 << 20, 2048
 ROW_EDGE, COLUMN_EDGE = 64, 256
-_tile_bytes = [TILE_BYTES]  # innermost last; a list, since torch.compile traces no context variable
-_products_by: list[RowWise | None] = [None]  # likewise
+_tile_bytes = ContextVar("tile_bytes", default=TILE_BYTES)
 
 
 class FrozenLinearSaved(NamedTuple):
@@ -138,17 +132,16 @@ def frozen_linear(
         bias: (out,) or None.
         residual: (rows, out) or None.
         out: (rows, out) to write into; a new one if not given.
-        terms: s h Fᵀ added to columns of the result, in their order; where `makes_shrunk`, an h may be made of its A.
+        terms: s h Fᵀ added to columns of the result, in their order; where `forms_h`, an h may be formed from its A.
     """
     if 0 < x.shape[0] <= MOST_ROWS:
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
             return _with_terms(few, x, terms)
-    if isinstance(weight, QuantizedMatrix) and takes_tiles(x):
-        unpacked_within = dense_product(x, Blocks(weight, turned=True), bias, residual, out, terms)
-        if unpacked_within is not None:
-            return unpacked_within
-    tiles = [slice(0, weight.shape[0])] if isinstance(weight, Tensor) and takes_tiles(x) else row_tiles(weight)
+    by_loop = dense_product(x, weight, bias, residual, out, terms, transposed=True)
+    if by_loop is not None:
+        return by_loop
+    tiles = row_tiles(weight)
     if len(tiles) == 1:
         return _product(x, _rows_of(weight, tiles[0]), bias, residual, out, terms)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
@@ -156,45 +149,6 @@ def frozen_linear(
         part_bias, around = None if bias is None else bias[tile], None if residual is None else residual[:, tile]
         _product(x, _rows_of(weight, tile), part_bias, around, y[:, tile], _terms_of(terms, tile))
     return y
-
-
-def frozen_linear_in_turn(
-    x: Tensor,
-    weight: FrozenMatrix,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    terms: Sequence[Term],
-    row: InARow | None,
-) -> Tensor:
-    """`frozen_linear`, (rows, out), in its turn where a row is collected, else now."""
-    if row is None:
-        return frozen_linear(x, weight, bias, residual, terms=terms)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    few, by_loop = x.shape[0] <= MOST_ROWS, takes_tiles(x)
-    if isinstance(weight, Tensor) and not few and (by_loop or len(row_tiles(weight)) == 1):
-        return _product(x, weight, bias, residual, y, terms, row)
-    if not by_loop:
-        # Nothing is folded in: what is added to which columns is put together here.
-        row.add(partial(frozen_linear, x, weight, bias, residual, y))
-        return _with_terms(y, x, terms, row)
-    blocks = None if few or isinstance(weight, Tensor) else Blocks(weight, turned=True)
-    if blocks is None or dense_product(x, blocks, bias, residual, y, terms, row=row) is None:
-        row.add(partial(frozen_linear, x, weight, bias, residual, y, terms))
-    return y
-
-
-def frozen_input_gradient_in_a_row(
-    d_y: Tensor, weight: FrozenMatrix, out: Tensor, terms: Sequence[Term], row: InARow
-) -> None:
-    """`frozen_input_gradient` in its turn."""
-    by_loop, d_x = takes_tiles(d_y), None
-    if isinstance(weight, QuantizedMatrix):
-        if by_loop:
-            d_x = dense_product(d_y, Blocks(weight, turned=False), None, None, out, terms, row=row)
-    elif by_loop or len(column_tiles(weight)) == 1:
-        d_x = _gradient_product(d_y, weight, out, terms, row)
-    if d_x is None:
-        row.add(partial(frozen_input_gradient, d_y, weight, out, terms))
 
 
 def frozen_input_gradient(
@@ -208,12 +162,9 @@ def frozen_input_gradient(
         out: (rows, in) to write into; a new one if not given.
         terms: as in `frozen_linear`.
     """
-    if isinstance(weight, QuantizedMatrix) and takes_tiles(d_y):
-        unpacked_within = dense_product(d_y, Blocks(weight, turned=False), None, None, out, terms)
-        if unpacked_within is not None:
-            return unpacked_within
-    if isinstance(weight, Tensor) and takes_tiles(d_y):
-        return _gradient_product(d_y, weight, out, terms)
+    by_loop = dense_product(d_y, weight, None, None, out, terms)
+    if by_loop is not None:
+        return by_loop
     cut = _gradient_by_rows if sums_over_rows(weight) else _gradient_by_columns
     return cut(d_y, weight, out, terms)
 
@@ -278,24 +229,24 @@ def row_tiles(weight: FrozenMatrix) -> list[slice]:
     """Ranges of rows of about equal size, ROWS_BYTES or FEWEST_ROWS at most; an empty one for a matrix without rows."""
     outputs, inputs = weight.shape
     row_bytes = inputs * weight.dtype.itemsize
-    most_bytes = min(_tile_bytes[-1], max(ROWS_BYTES, FEWEST_ROWS * row_bytes))
+    most_bytes = min(_tile_bytes.get(), max(ROWS_BYTES, FEWEST_ROWS * row_bytes))
     return _tiles(outputs, row_bytes, ROW_EDGE, most_bytes)
 
 
 def column_tiles(weight: FrozenMatrix) -> list[slice]:
     """Ranges of columns of about equal size, TILE_BYTES at most; one empty one for a matrix without columns."""
     outputs, inputs = weight.shape
-    return _tiles(inputs, outputs * weight.dtype.itemsize, COLUMN_EDGE, _tile_bytes[-1])
+    return _tiles(inputs, outputs * weight.dtype.itemsize, COLUMN_EDGE, _tile_bytes.get())
 
 
 @contextmanager
 def tiles_of(tile_bytes: int) -> Iterator[None]:
     """Cut matrices into tiles of so many bytes at most inside, for proofs and measurements."""
-    _tile_bytes.append(tile_bytes)
+    before = _tile_bytes.set(tile_bytes)
     try:
         yield
     finally:
-        _tile_bytes.pop()
+        _tile_bytes.reset(before)
 
 
 def _tiles(count: int, bytes_each: int, edge: int, most_bytes: int) -> list[slice]:
@@ -307,16 +258,6 @@ def _tiles(count: int, bytes_each: int, edge: int, most_bytes: int) -> list[slic
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-@contextmanager
-def products_by(row_wise: RowWise | None) -> Iterator[None]:
-    """Inside, `frozen_linear` multiplies more than a few rows by `row_wise`; None for the library, all rows at once."""
-    _products_by.append(row_wise)
-    try:
-        yield
-    finally:
-        _products_by.pop()
-
-
 def takes_tiles(operand: FrozenMatrix) -> bool:
     """Whether products of it go by a loop of ours, in which a row's bits never depend on the others' number."""
     if isinstance(operand, Tensor):
@@ -324,10 +265,10 @@ def takes_tiles(operand: FrozenMatrix) -> bool:
     return is_taken(operand.dtype) and operand.device.type == "cpu"
 
 
-def makes_shrunk(x: Tensor, outputs: int, ranks: int) -> bool:
-    """Whether `frozen_linear` is to make the h = x Aᵀ of its terms; else they have to be there.
+def forms_h(x: Tensor, outputs: int, ranks: int) -> bool:
+    """Whether `frozen_linear` is to form the h = x Aᵀ of its terms; else they have to be there.
 
-    A thread that has columns of the result makes h for itself: not where that is much beside what it multiplies.
+    A thread that has columns of the result forms h for itself: not where that is much beside what it multiplies.
 
     Args:
         x: (rows, in).
@@ -338,66 +279,46 @@ def makes_shrunk(x: Tensor, outputs: int, ranks: int) -> bool:
 
 
 def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor | None,
-    terms: Sequence[Term],
-    row: InARow | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None, terms: Sequence[Term]
 ) -> Tensor:
-    """Of a dense W, or a tile of it, now or in its turn; that takes an `out`."""
-    y = dense_product(x, weight, bias, residual, out, terms, turned=True, row=row)
-    if y is not None:
-        return y
-    row_wise = _products_by[-1]
-    multiply = library_product if row_wise is None else partial(row_wise, library_product)
-    if row is None or out is None:
-        return _with_terms(multiply(x, weight, bias, residual, out), x, terms)
-    row.add(partial(multiply, x, weight, bias, residual, out))
-    return _with_terms(out, x, terms, row)
+    """Of a dense W, or a tile of it."""
+    y = dense_product(x, weight, bias, residual, out, terms, transposed=True)
+    return _with_terms(library_product(x, weight, bias, residual, out), x, terms) if y is None else y
 
 
-def _gradient_product(
-    d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term], row: InARow | None = None
-) -> Tensor:
-    d_x = dense_product(d_y, weight, None, None, out, terms, row=row)
-    if d_x is not None:
-        return d_x
-    if row is None or out is None:
-        return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms)
-    row.add(partial(torch.mm, d_y, weight, out=out))
-    return _with_terms(out, d_y, terms, row)
+def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    d_x = dense_product(d_y, weight, None, None, out, terms)
+    return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms) if d_x is None else d_x
 
 
-def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term], row: InARow | None = None) -> Tensor:
-    """y + the terms, in y's place, now or in their turn."""
-    for column, h, factor, scaling, shrink, turned in terms:
-        if shrink is not None:
-            low_rank_shrink(x, shrink, out=h, turned=True, row=row)
-        n = factor.shape[1 if turned else 0]
-        columns = y if n == y.shape[1] else y[:, column : column + n]
-        low_rank_expand(columns, h, factor, scaling, turned=turned, row=row)
+def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """y + the terms, in y's place."""
+    for term in terms:
+        if term.lora_A is not None:
+            down_projection(x, term.lora_A, out=term.h)
+        columns = y if term.outputs == y.shape[1] else y[:, term.column : term.column + term.outputs]
+        add_up_projection(columns, term.h, term.factor, term.scaling, transposed=term.transposed)
     return y
 
 
 def _terms_of(terms: Sequence[Term], tile: slice) -> list[Term]:
-    """What of them falls on these columns of the result; in the first tile each h is made, also of those elsewhere."""
+    """What of them falls on these columns of the result; in the first tile every h is formed, that of others too."""
     found, first = [], tile.start == 0
-    for column, h, factor, scaling, shrink, turned in terms:
-        by_outputs = factor.T if turned else factor
-        begin = min(max(column, tile.start), tile.stop)
-        end = max(begin, min(column + by_outputs.shape[0], tile.stop))
-        if begin < end or (first and shrink is not None):
-            part = by_outputs[begin - column : end - column] if begin < end else by_outputs[:0]
-            found.append(Term(begin - tile.start, h, part, scaling, shrink if first else None))
+    for term in terms:
+        begin = min(max(term.column, tile.start), tile.stop)
+        end = max(begin, min(term.column + term.outputs, tile.stop))
+        if begin < end or (first and term.lora_A is not None):
+            own = slice(begin - term.column, end - term.column) if begin < end else slice(0, 0)
+            part = term.factor[:, own] if term.transposed else term.factor[own]
+            lora_A = term.lora_A if first else None
+            found.append(term._replace(column=begin - tile.start, factor=part, lora_A=lora_A))
     return found
 
 
 def library_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """See `Multiply`."""
+    """residual + x Wᵀ + bias by torch's own product, of W dense."""
     if residual is not None:
         y = torch.addmm(residual, x, weight.T, out=out)
         return y if bias is None else y.add_(bias)
@@ -447,4 +368,4 @@ def _elements(count: int, like: FrozenMatrix) -> Tensor:
 def drop_scratch() -> None:
     """Give this thread's tiles back: what comes next multiplies no quantized matrix, or others."""
     _KEPT.buffers.clear()
-    drop_room()
+    drop_workspace()

@@ -20,14 +20,12 @@ and φ' beside it, so that the exponentials, the dearest part, are evaluated onc
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, InARow, loop, now_or_in
-from backhand.ops.lora_linear import rows
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 
 _FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
 _BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
@@ -63,9 +61,7 @@ class GLUGrads(NamedTuple):
     d_up: Tensor
 
 
-def glu_forward(
-    gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None, row: InARow | None = None
-) -> tuple[Tensor, GLUSaved]:
+def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> tuple[Tensor, GLUSaved]:
     """y = φ(gate) ⊙ up.
 
     Args:
@@ -73,28 +69,24 @@ def glu_forward(
         up: u, (..., n).
         activation: `silu`, `gelu_tanh` or `sigmoid`.
         out: the shape and dtype of gate, to receive y, or None.
-        row: as in `glu_backward`.
     """
     saved = GLUSaved(gate, up, activation)
-    y = _compiled_forward(saved, out, row)
-    if y is None and row is not None:
-        row.make()
+    y = _compiled_forward(saved, out)
     return (_activate(gate, activation, out).mul_(up) if y is None else y), saved
 
 
-def _compiled_forward(saved: GLUSaved, out: Tensor | None, row: InARow | None = None) -> Tensor | None:
-    """y by the compiled loop, perhaps in its turn, or None where it does not apply."""
+def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
+    """y by the compiled loop, or None where it does not apply."""
     gate, up, activation = saved
     run = loop(_FORWARD, gate, up, out)
-    operands = _operands(gate, up) if out is None else _operands(gate, up, out)
-    if run is None or operands is None or activation not in ACTIVATIONS:
+    if run is None or activation not in ACTIVATIONS:
         return None
     y = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
+    operands = _operands(gate, up, y)
+    if operands is None:
+        return None
     n = gate.shape[-1]
-    if out is None:
-        operands.extend((y.data_ptr(), n))
-    call = partial(run, ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
-    now_or_in(row, call, gate, up, y)
+    run(ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
     return y
 
 
@@ -143,8 +135,9 @@ def activated(a: Tensor, activation: str) -> Activated:
     if activation != "gelu_tanh":
         raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
     result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
-    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, rows(a).shape[0])
-    for part, value, slope in zip(*(rows(t).split(step) for t in (a, *result)), strict=True):
+    rows = a.flatten(0, -2)
+    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
+    for part, value, slope in zip(*(t.flatten(0, -2).split(step) for t in (rows, *result)), strict=True):
         wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
         square = wide * wide
         t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)
@@ -170,7 +163,6 @@ def glu_backward(
     ready: Activated | None = None,
     out: Tensor | None = None,
     again: Tensor | None = None,
-    row: InARow | None = None,
 ) -> GLUGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
@@ -180,16 +172,13 @@ def glu_backward(
         ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
         out: (..., 2n) to receive [d_gate | d_up] side by side, perhaps where a and u stand; or None.
         again: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
-        row: where this is to be done in its turn, or None to do it now; torch's form makes what is there and goes on.
     """
     n = d_y.shape[-1]
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
     d_gate, d_up = out[..., :n], out[..., n:]
-    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, again, row):
+    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, again):
         return GLUGrads(d_gate, d_up)
-    if row is not None:
-        row.make()
     value, slope = activated(saved.gate, saved.activation) if ready is None else ready
     # Nothing is written before it is read for the last time: gradients may stand where a and u do, y where d_y does.
     slope.mul_(d_y).mul_(saved.up)
@@ -201,10 +190,8 @@ def glu_backward(
     return GLUGrads(d_gate, d_up)
 
 
-def _compiled_backward(
-    d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None, row: InARow | None
-) -> bool:
-    """Whether the compiled loop applied; d_gate, d_up and `again` are then filled, or are in their turn."""
+def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None) -> bool:
+    """Whether the compiled loop applied; d_gate, d_up and `again` are then filled."""
     gate, up, activation = saved
     run = loop(_BACKWARD, d_y, gate, up, d_gate, again)
     places = (d_y, gate, up, d_gate, d_up)
@@ -214,8 +201,7 @@ def _compiled_backward(
     if again is None:
         operands += _NOWHERE
     n = d_y.shape[-1]
-    call = partial(run, ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
-    now_or_in(row, call, d_y, saved, d_gate, d_up, again)
+    run(ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
     return True
 
 

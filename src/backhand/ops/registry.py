@@ -10,7 +10,7 @@ OPS: dict[str, str] = {
     "linear": "linear",
     "frozen_linear": "frozen_matrix",
     "lora_linear": "lora_linear",
-    "lora_linear_group": "lora_linear",
+    "lora_group": "lora_group",
     "lora_embedding": "lora_embedding",
     "lora_conv": "lora_conv",
     "lora_bias": "lora_bias",

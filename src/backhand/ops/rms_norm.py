@@ -16,13 +16,12 @@ library has the loop (native/rms_norm.cpp), it takes each row once for the sum a
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, InARow, loop, now_or_in
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 
 _FORWARD = Declared(
     *("backhand_rms_norm_forward", INT, POINTER, INT64, INT64, INT64, POINTER, POINTER, POINTER, INT),
@@ -60,13 +59,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rms_norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float = 0.0,
-    *,
-    out: Tensor | None = None,
-    row: InARow | None = None,
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
 ) -> tuple[Tensor, RMSNormSaved]:
     """y = (offset + weight) ⊙ x / rms(x).
 
@@ -76,17 +69,14 @@ def rms_norm_forward(
         eps: ε inside the root.
         offset: c, added to the weight.
         out: the shape and dtype of x, to receive y, or None.
-        row: where this is to be done in its turn, or None to do it now; torch's form makes what is there and goes on.
 
     Returns:
         y (..., n) in x's dtype, and what backward needs.
     """
-    compiled = _compiled_forward(x, weight, eps, offset, None, out, row)
+    compiled = _compiled_forward(x, weight, eps, offset, None, out)
     if compiled is not None:
         y, factor = compiled
         return y, RMSNormSaved(x, weight, factor, offset)
-    if row is not None:
-        row.make()
     wide = x.to(statistics_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -116,13 +106,7 @@ def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
 
 
 def _compiled_forward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    factor: Tensor | None,
-    out: Tensor | None,
-    row: InARow | None = None,
+    x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """y and the factor by the compiled loop, or None where it does not apply; a given factor is taken as it is."""
     run, rows = loop(_FORWARD, x, weight, out), _row_strides(x)
@@ -135,12 +119,8 @@ def _compiled_forward(
     elif not factor.is_contiguous():
         return None
     n = x.shape[-1]
-    call = partial(
-        run,
-        *(x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr(), given),
-        *(x.numel() // max(n, 1), n, eps, offset),
-    )
-    now_or_in(row, call, x, weight, y, factor)
+    places = (x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr())
+    run(*places, given, x.numel() // max(n, 1), n, eps, offset)
     return y, factor
 
 
@@ -163,7 +143,6 @@ def rms_norm_backward(
     weight_gradient: bool = True,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    row: InARow | None = None,
 ) -> RMSNormGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
@@ -173,15 +152,10 @@ def rms_norm_backward(
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
         residual: (..., n) added to d_x, for the stream that went around the norm, or None.
         out: (..., n) to receive d_x; it may be d_y itself.
-        row: where d_x is to be made in its turn, or None to make it now; ∂L/∂w and torch's form do not wait.
     """
-    if row is not None and weight_gradient:
-        row.make()
-    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out, row)
+    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out)
     if compiled is not None:
         return compiled
-    if row is not None:
-        row.make()
     x, weight, factor, offset = saved
     x_hat = _times(x, factor)
     d_weight = None
@@ -196,12 +170,7 @@ def rms_norm_backward(
 
 
 def _compiled_backward(
-    d_y: Tensor,
-    saved: RMSNormSaved,
-    weight_gradient: bool,
-    residual: Tensor | None,
-    out: Tensor | None,
-    row: InARow | None,
+    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
 ) -> RMSNormGrads | None:
     """The gradients by the compiled loops, or None where they do not apply."""
     x, weight, factor, offset = saved
@@ -221,12 +190,10 @@ def _compiled_backward(
             *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    call = partial(
-        run,
+    run(
         *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
         *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
     )
-    now_or_in(row, call, d_y, saved, residual, d_x)
     return RMSNormGrads(d_x, d_weight)
 
 

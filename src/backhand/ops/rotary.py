@@ -21,13 +21,12 @@ Saved: the table of cosines and sines, shared by all layers; neither x nor y. Th
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, InARow, loop, now_or_in
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.ops.rms_norm import statistics_dtype
 
 _ROTARY = Declared("backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER, POINTER, INT64, INT64, INT64, INT)
@@ -123,53 +122,42 @@ def scaled_for_queries(table: RotaryTable, positions: Tensor, beta: float, lengt
     return times(table, 1 + beta * torch.log(1 + steps))
 
 
-def rotary_forward(
-    x: Tensor, table: RotaryTable, *, out: Tensor | None = None, row: InARow | None = None
-) -> tuple[Tensor, RotaryTable]:
+def rotary_forward(x: Tensor, table: RotaryTable, *, out: Tensor | None = None) -> tuple[Tensor, RotaryTable]:
     """Turn every head of x by its token's angles.
 
     Args:
         x: (tokens, heads, head_dim).
         table: the angles of the tokens.
         out: where to write y; it may be x itself.
-        row: where this is to be done in its turn, or None to do it now; torch's form makes what is there and goes on.
 
     Returns:
         y (tokens, heads, head_dim) in x's dtype, and the table.
     """
-    return _rotate(x, table, out, row, back=False), table
+    return _rotate(x, table, out, back=False), table
 
 
-def rotary_backward(
-    d_y: Tensor, saved: RotaryTable, *, out: Tensor | None = None, row: InARow | None = None
-) -> RotaryGrads:
-    """Turn d_y, (tokens, heads, head_dim), back by the same angles; `out` may be d_y itself, `row` is as before."""
-    return RotaryGrads(_rotate(d_y, saved, out, row, back=True))
+def rotary_backward(d_y: Tensor, saved: RotaryTable, *, out: Tensor | None = None) -> RotaryGrads:
+    """Turn d_y, (tokens, heads, head_dim), back by the same angles; `out` may be d_y itself."""
+    return RotaryGrads(_rotate(d_y, saved, out, back=True))
 
 
-def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, row: InARow | None, *, back: bool) -> Tensor:
+def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) -> Tensor:
     turning = 2 * table.cos.shape[-1]
     if turning < x.shape[-1]:
-        if row is not None:
-            row.make()
         if out is None:
             out = x.clone()
         elif out is not x:
             out.copy_(x)
-        _rotate(x[..., :turning], table, out[..., :turning], None, back=back)
+        _rotate(x[..., :turning], table, out[..., :turning], back=back)
         return out
     run = _loop(x, table, out)
     if run is not None:
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-        call = partial(
-            run,
+        run(
             *(x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), y.stride(1)),
             *(table.cos.data_ptr(), table.sin.data_ptr(), x.shape[0], x.shape[1], x.shape[2] // 2, back),
         )
-        now_or_in(row, call, x, y, table)
         return y
-    if row is not None:
-        row.make()
     cos, sin = table.cos[:, None, :], (-table.sin if back else table.sin)[:, None, :]
     # (tokens, heads, 2, pairs), or (tokens, heads, pairs, 2): a view of each side either way.
     sizes, axis = ((cos.shape[-1], 2), -1) if table.interleaved else ((2, cos.shape[-1]), -2)

@@ -57,7 +57,7 @@ def keeping(
     lower, below = job.bound.lower, job.states.below
     if lower is not None and below.layer and below.dependent is None:
         tokens = usual_tokens(job)
-        lower.settle_rows(below.layer, tokens)  # whether anything is kept or not, so that both have the same bits
+        lower.compare_with(tokens)
         if job.states.where != "off":
             lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
             store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted)

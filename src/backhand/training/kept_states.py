@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -74,6 +74,7 @@ class StatesInMemory:
         self._states = self._states.new_empty(0, self._states.shape[1])
 
 
+@dataclass(eq=False)
 class StatesOnDisk:
     """Records of one file, in the compute dtype.
 
@@ -85,49 +86,41 @@ class StatesOnDisk:
         width: hidden size.
     """
 
-    def __init__(
-        self,
-        file: RecordFile,
-        lengths: Sequence[int],
-        width: int,
-        dtype: torch.dtype,
-        noted: Callable[[str], None],
-    ) -> None:
-        self._file: RecordFile | None = file
-        self._lengths = lengths
-        self._width = width
-        self._dtype = dtype
-        self._noted = noted
-        self._told = False
+    file: RecordFile | None
+    lengths: Sequence[int]
+    width: int
+    dtype: torch.dtype
+    noted: Callable[[str], None]
+    _told: bool = False
 
     def __contains__(self, number: int) -> bool:
-        return self._file is not None and number in self._file
+        return self.file is not None and number in self.file
 
     def get(self, number: int) -> Tensor | None:
         """The states, (tokens, hidden), to be read only; None where they are not there, or no longer whole."""
-        if self._file is None or number not in self._file:
+        if self.file is None or number not in self.file:
             return None
-        data = self._file.read(number)
-        if data is None or len(data) != self._lengths[number] * self._width * self._dtype.itemsize:
+        data = self.file.read(number)
+        if data is None or len(data) != self.lengths[number] * self.width * self.dtype.itemsize:
             if not self._told:
-                self._noted("kept hidden states have changed on the disk; those of such rows are computed again")
+                self.noted("kept hidden states have changed on the disk; those of such rows are computed again")
             self._told = True
             return None
-        return torch.frombuffer(data, dtype=self._dtype).view(self._lengths[number], self._width)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.lengths[number], self.width)
 
     def put(self, number: int, states: Tensor) -> None:
         """Keep a copy; without effect where nothing more can be kept."""
-        if self._file is None:
+        if self.file is None:
             return
         try:
-            self._file.append(number, states.contiguous().view(-1).view(torch.uint8).numpy().data)
+            self.file.append(number, states.contiguous().view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
-            self._noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
             self.close(remove=True)
 
     def close(self, *, remove: bool) -> None:
         """Let go of everything; with `remove` of what would be found again as well."""
-        file, self._file = self._file, None
+        file, self.file = self.file, None
         if file is not None:
             with suppress(OSError):
                 file.close(remove=remove)

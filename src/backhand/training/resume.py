@@ -43,48 +43,41 @@ FREE_OPTIONS = frozenset(
 )
 
 
+@dataclass(eq=False)
 class Identity:
     """The digests of one run."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        source: ModelSource,
-        modules: Sequence[str],
-        train: PreparedData,
-        held_out: PreparedData | None,
-    ) -> None:
-        self._config = config
-        self._source = source
-        self._modules = modules
-        self._train = train
-        self._held_out = held_out
+    config: TrainConfig
+    source: ModelSource
+    modules: Sequence[str]
+    train: PreparedData
+    held_out_rows: PreparedData | None
 
     @cached_property
     def base(self) -> str | None:
         """Of the adapted base tensors, see `adapters.record`; None where their names in the files are not known."""
-        names = list(weight_names(self._modules, self._source.tensor_names()))
-        return base_digest(names, self._source.load_in_pieces) if names else None
+        names = list(weight_names(self.modules, self.source.tensor_names()))
+        return base_digest(names, self.source.load_in_pieces) if names else None
 
     @cached_property
     def tokenizer(self) -> str:
         """Of what turns text into tokens."""
-        return tokenizer_digest(self._source.tokenizer())
+        return tokenizer_digest(self.source.tokenizer())
 
     @cached_property
     def chat_template(self) -> str | None:
         """Of the chat template in use."""
-        return text_digest(read_template(self._config.data.chat_template, self._source.tokenizer()))
+        return text_digest(read_template(self.config.data.chat_template, self.source.tokenizer()))
 
     @cached_property
     def data(self) -> str:
         """Of every training token and its supervision, in order."""
-        return self._train.digest
+        return self.train.digest
 
     @cached_property
     def held_out(self) -> str | None:
         """Likewise of the held-out rows."""
-        return None if self._held_out is None else self._held_out.digest
+        return None if self.held_out_rows is None else self.held_out_rows.digest
 
     @cached_property
     def settings(self) -> str:
@@ -94,7 +87,7 @@ class Identity:
     @cached_property
     def decisive_settings(self) -> dict[str, Any]:
         """All options that decide the trained bits, `table.name` to a value that JSON holds."""
-        return decisive_settings(self._config)
+        return decisive_settings(self.config)
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
@@ -111,7 +104,7 @@ class Identity:
     def record(self) -> AdapterRecord:
         """For backhand.json."""
         return AdapterRecord(
-            origin=self._source.origin,
+            origin=self.source.origin,
             base_digest=self.base,
             tokenizer_digest=self.tokenizer,
             chat_template_digest=self.chat_template,

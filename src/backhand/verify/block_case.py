@@ -10,10 +10,10 @@ from torch import Tensor
 
 from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import BlockAdapter, block_adapter
-from backhand.nn.decoder.block import BlockSaved, MLPKept, block_backward, block_forward
+from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.mixer import BlockContext, MLPKept
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
@@ -63,7 +63,7 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context, inputs.lora)
+    d_x0 = block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context)
     assert d_x0 is not None
     names = list(inputs.lora.slots)
     lent = carried.held(LENDER)
@@ -143,7 +143,7 @@ def block_case(
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         lora = lora_parameters(slots, t, t["x0"].dtype)
         weights = engine_weights(config, t).blocks[0]
-        adapter = block_adapter(lora, 0, seed, groups=config.layer_groups[0])
+        adapter = block_adapter(lora, config, 0, seed)
         table, queries = _rotary_tables(config, documents, t["x0"])
         wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
         carried = Carried((LENDER,), t.get("inputs"))

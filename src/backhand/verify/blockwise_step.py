@@ -113,7 +113,7 @@ class BlockwiseStep:
         inputs = [self.decoder.embed(self.batch.input_ids).double()]
         self._carry(inputs[0], dropout_seed)
         for layer in self.layers:
-            adapter = block_adapter(self.lora, layer, dropout_seed, groups=self.decoder.config.layer_groups[layer])
+            adapter = block_adapter(self.lora, self.decoder.config, layer, dropout_seed)
             context = self.context(layer, rows)
             x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, context, "block")
             inputs.append(x)
@@ -144,9 +144,9 @@ class BlockwiseStep:
     def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block; its adapter gradients are added to the buffer."""
         weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
-        adapter = block_adapter(self.lora, layer, self.dropout_seed, groups=self.decoder.config.layer_groups[layer])
+        adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
         _, saved = block_forward(x0, weights, adapter, context, "none")
-        d_x0 = block_backward(d_x2.clone(), saved, weights, adapter, context, self.lora)
+        d_x0 = block_backward(d_x2.clone(), saved, weights, adapter, context)
         assert d_x0 is not None
         return d_x0
 

@@ -169,7 +169,7 @@ def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> flo
         name = prefix + part
         if name in step.lora:
             frozen_dense(weight).copy_(merged_weight(frozen_dense(weight), step.lora, name))
-    none = block_adapter(None, layer, None, groups=step.decoder.config.layer_groups[layer])
+    none = block_adapter(None, step.decoder.config, layer, None)
     merged, _ = block_forward(x0, weights, none, step.context(layer), "block")
     return relative_error(merged, x2)
 

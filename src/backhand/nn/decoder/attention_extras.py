@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.half_ends import norm_backward
+from backhand.nn.decoder.residual import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.glu import GLUSaved, glu_backward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
@@ -96,13 +96,13 @@ def normed_backward(
     ):
         assert weight is not None
         norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
-        d_raw.copy_(norm_backward(d_normed, norm, adapter, name))
+        d_raw.copy_(norm_backward(d_normed, norm, adapter.norms.get(name)))
 
 
 def gate_backward(
     d_gated: Tensor, gate: Tensor, attended: Tensor, d_gate: Tensor, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂(what attention gave), (T, H, head_dim), and room for the gradients of q, k and v behind one another.
+    """∂L/∂(what attention gave), (T, H, head_dim), and a place for the gradients of q, k and v behind one another.
 
     Args:
         d_gated: ∂L/∂o, (T, H, head_dim), as all that follow.

@@ -9,23 +9,21 @@ Backward is the same list from the bottom up, each line by its op's backward, in
     ∂L/∂[q k v] = [norm's backward of (∂L/∂q, ∂L/∂k rotated back) | ∂L/∂v]      (T, q + 2k)
 
 Without q/k norms the rotation happens in place: [q k v] is kept as attention saw it. With them it is kept as it was
-before, and q and k are made again from the norms' factors. o is kept where attention's backward does not give it again
+before, and q and k are recomputed from the norms' factors. o is kept where attention's backward does not recompute it
 (`ops.attention`). Norms and gates themselves are `nn.decoder.attention_extras`'s.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import InARow, now_or_in
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.mixer import BlockContext, MixingKept
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
 from backhand.ops.document_groups import Run
@@ -42,26 +40,25 @@ class AttentionKept(NamedTuple):
     k_factor: Tensor | None  # (T, key/value heads, 1), likewise
 
 
-def attention_output(
-    qkv: Tensor, weights: BlockWeights, context: BlockContext, row: InARow | None = None
-) -> tuple[Tensor, AttentionKept]:
-    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both.
-
-    Calls in the row come to qkv, and are made.
-    """
+def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
+    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
     config = context.config
-    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context, row=row)
-    place = context.scratch.take("attended", q.shape, q) if comes_again(qkv, config) else None
-    if row is not None:
-        row.make()
+    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
+    place = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
     output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=place)
     kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
     return gated_output(qkv, output, config), kept
 
 
-def comes_again(x: Tensor, config: DecoderConfig) -> bool:
-    """Whether attention in x's dtype and place gives o again in the backward: gates need what it gave before that."""
+def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
+    """Whether the backward recomputes o, in x's dtype and place: gates need what attention gave before them."""
     return not config.attention_gate and gives_output_again(x, config.attention_cap)
+
+
+def output_by_itself(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> Tensor:
+    """o, (T, q), where it is not kept, without the backward."""
+    q, k, v = attended_qkv(kept, weights, context)
+    return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
 
 def attention_setting(
@@ -100,23 +97,19 @@ def prepare_qkv(
     weights: BlockWeights,
     context: BlockContext,
     kept_factors: tuple[Tensor, Tensor] | None = None,
-    row: InARow | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
 
     Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
 
-    Without a q/k norm the rotation happens in place, in its turn if a row is given: qkv then holds what attention saw.
-    With one, qkv stays untouched, and what is in the row is made before.
+    Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
     """
     config = context.config
     parts = _parts(qkv, config)
     if weights.q_norm is None or weights.k_norm is None:
-        for turned, table in _turning(_by_head(qkv, config), context):
-            rotary_forward(turned, table, out=turned, row=row)
+        for part, table in _rotated_parts(_by_head(qkv, config), context):
+            rotary_forward(part, table, out=part)
         return parts.q, parts.k, parts.v, None, None
-    if row is not None:
-        row.make()
     q, k, factors = normed(qkv, parts, weights, config, kept_factors)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
@@ -124,17 +117,17 @@ def prepare_qkv(
     return q, k, parts.v, *factors
 
 
-def _turning(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
+def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
     """Views of q and k in (T, H + 2 key/value heads, head_dim) with their angles: one view where these are the same."""
-    heads, turned = context.config.num_heads, context.config.num_heads + context.config.num_key_value_heads
+    heads, rotated = context.config.num_heads, context.config.num_heads + context.config.num_key_value_heads
     if context.rotary is None:
         return []
     if context.query_rotary is None:
-        return [(by_head[:, :turned], context.rotary)]
-    return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:turned], context.rotary)]
+        return [(by_head[:, :rotated], context.rotary)]
+    return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:rotated], context.rotary)]
 
 
-def attending_again(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+def attended_qkv(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
     own = kept.own
     if own.q_factor is not None and own.k_factor is not None:
@@ -149,35 +142,39 @@ def attention_input_gradient(
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
-    again: Tensor | None = None,
-    row: InARow | None = None,
+    output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm.
 
-    `again`, (T, q), receives o where it is not kept. Where a row is given, this has its turn in it; with gates or q/k
-    norms what is there is made at once.
+    `output`, (T, q), receives o where it is not kept, if there is a place for it.
     """
-    if row is not None and (kept.own.attended is not None or kept.own.q_factor is not None):
-        row.make()
-        row = None
     config, own = context.config, kept.own
     d_qkv = torch.empty_like(kept.input)
-    d_attended, attended = _by_head(d_output, config), own.attended
-    if attended is None:
-        attended = None if kept.output is None else _by_head(kept.output, config)
+    d_attended, d_by_head = _by_head(d_output, config), d_qkv
+    attended, place = (None, output) if kept.output is None else (_by_head(kept.output, config), None)
+    if own.attended is None:
         d_by_head = _by_head(d_qkv, config)
     else:
         parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
+        attended = own.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    q, k, v = attending_again(kept, weights, context)
+    q, k, v = attended_qkv(kept, weights, context)
     saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *attention_setting(weights, context))
-    turning = _turning(d_by_head, context)
-    given = None if again is None else _by_head(again, config)
-    now_or_in(row, partial(attention_backward, d_attended, saved, out=d_by_head, again=given))
-    for turned, table in turning:
-        rotary_backward(turned, table, out=turned, row=row)
+    again = None if place is None else _by_head(place, config)
+    attention_backward(d_attended, saved, out=d_by_head, again=again)
+    for part, table in _rotated_parts(d_by_head, context):
+        rotary_backward(part, table, out=part)
     if own.q_factor is not None and own.k_factor is not None:
         both = _parts(kept.input, config), _parts(d_qkv, config)
         apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)
         normed_backward(apart, kept.input, d_qkv, both, factors, weights, adapter, config)
     return d_qkv
+
+
+ATTENTION_MIXER = Mixer(
+    attention_output,
+    attention_input_gradient,
+    attending=prepare_qkv,
+    recomputes_output=recomputes_output,
+    output=output_by_itself,
+)

@@ -175,27 +175,19 @@ class DecodeStep:
         weight: FrozenMatrix = getattr(block, name)
         parts = _parts(weight)
         assert parts is not None
-        lows, first = [], 0
-        sizes = self._sizes(name)
-        for size, factors in zip(sizes, adapter.factors, strict=True):
-            if factors is not None:
-                lora_A, lora_B = factors.lora_A, factors.lora_B
-                lows.append(
-                    _LowRank(lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0], first, size, factors.scaling)
-                )
-            first += size
+        lows = [
+            _LowRank(
+                *(member.lora_A.data_ptr(), member.lora_B.data_ptr(), len(member.lora_A), member.column),
+                *(len(member.lora_B), member.scaling),
+            )
+            for member in adapter.group.members
+        ]
         held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
         self._kept += [held_parts, held_lows]
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
         )
-
-    def _sizes(self, name: str) -> Sequence[int]:
-        config = self._decoder.config
-        if name == "input":
-            return config.mixers[ATTENTION].sizes
-        return config.gate_up_sizes if name == "gate_up" else (config.hidden_size,)
 
 
 def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCache) -> DecodeStep | None:
@@ -207,7 +199,7 @@ def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCac
             group, weight = getattr(adapter, name), getattr(block, name)
             if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
                 return None
-            if not all(_lies_dense(factor) for one in group.factors if one is not None for factor in one[:2]):
+            if not all(_lies_dense(factor) for one in group.group.members for factor in (one.lora_A, one.lora_B)):
                 return None
         if not all(_lies_dense(getattr(block, name)) for name in _NORMS if getattr(block, name) is not None):
             return None
@@ -257,4 +249,4 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _ranks(adapter: GroupAdapter) -> int:
-    return sum(factors.lora_A.shape[0] for factors in adapter.factors if factors is not None)
+    return sum(len(member.lora_A) for member in adapter.group.members)

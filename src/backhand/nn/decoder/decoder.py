@@ -12,7 +12,6 @@ factors stands in `trained_ends`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -36,7 +35,6 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, embedded_gradient, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
-from backhand.nn.decoder.row_products import RowProducts
 from backhand.nn.decoder.trained_ends import adapted_rows, embedding_gradients, head_loss_and_gradients, head_losses
 from backhand.nn.decoder.weights import (
     DecoderWeights,
@@ -48,7 +46,7 @@ from backhand.nn.decoder.weights import (
 )
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, ModuleShapes, check_fits
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows, products_by
+from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
     chunk_shape,
@@ -86,7 +84,6 @@ class Decoder:
         self.lora: LoRAParameters | None = None
         self._trained: TrainedWeights | None = None
         self._head: GroupAdapter | None = None
-        self.multiply_below(0, None)
         self._sized = [config.at(layer) for layer in config.layers]
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
@@ -218,7 +215,7 @@ class Decoder:
                 zip(self._sized, self.config.layers, tables, strict=True)
             )
         ]
-        contexts[-1] = contexts[-1]._replace(rows=rows)
+        contexts[-1] = contexts[-1]._replace(wanted=rows)
         return contexts
 
     def carried(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[Carried | None, BeginKept | None]:
@@ -235,15 +232,10 @@ class Decoder:
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
         """The adapter of every block in the compute dtype; no dropout without a seed."""
         dora = self.lora is not None and any(slot.use_dora for slot in self.lora.slots.values())
+        weights = [linear_parts(block, self.config, layer) for layer, block in enumerate(self.active.blocks) if dora]
         return [
-            block_adapter(
-                self.lora,
-                layer,
-                dropout_seed,
-                linear_parts(block, self.config, layer) if dora else None,
-                self.config.layer_groups[layer],
-            )
-            for layer, block in enumerate(self.active.blocks)
+            block_adapter(self.lora, self.config, layer, dropout_seed, weights[layer] if dora else None)
+            for layer in range(len(self.config.layers))
         ]
 
     def head_adapter(self, dropout_seed: int | None = None, chunk: int = 0) -> GroupAdapter:
@@ -251,15 +243,18 @@ class Decoder:
         seed = None if dropout_seed is None else group_seed(dropout_seed, len(self.config.layers), chunk)
         if self._head is not None and seed is None:
             return self._head
-        adapter = group_adapter(self.lora, (HEAD,), seed, (self.active.head,))
+        adapter = group_adapter(self.lora, (HEAD,), (self.config.vocab_size,), seed, (self.active.head,))
         if seed is None and adapter.extras is not None:
             self._head = adapter  # DoRA's norm goes over the whole table: not once a generated token
         return adapter
 
     def head_factors(self, dropout_seed: int | None = None) -> HeadFactors | None:
         """The factors of a head with nothing else, if it has any; no dropout without a seed."""
-        (factors,), dropout, _ = self.head_adapter(dropout_seed)[1:]
-        return None if factors is None else HeadFactors(*factors, dropout)
+        group = self.head_adapter(dropout_seed).group
+        if not group.members:
+            return None
+        (own,) = group.members
+        return HeadFactors(own.lora_A, own.lora_B, own.scaling, group.dropout)
 
     def _head_is_plain(self) -> bool:
         """Whether nothing but factors is trained in the head."""
@@ -272,31 +267,22 @@ class Decoder:
 
     def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
         """The last block's output before the final norm, (tokens, hidden) or these rows of it, keeping nothing."""
-        return self._passed(batch, len(self.config.layers), rows, settled=False)
+        return self._passed(batch, len(self.config.layers), rows)
 
     @torch.no_grad()
     def entering(self, batch: PackedBatch, layer: int) -> Tensor:
         """x₀ of block `layer`, (tokens, hidden): what the embedding and the blocks below it come to."""
         return self._passed(batch, layer)
 
-    def multiply_below(self, layer: int, products: RowProducts | None) -> None:
-        """From here on, multiply below block `layer` so in all passes but `hidden_states`; None as above it."""
-        self._alike_below, self._row_products = layer, products
-
-    def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None, *, settled: bool = True) -> Tensor:
+    def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None) -> Tensor:
         """x₀ of block `until`, or the last one's output; `rows` are those wanted of it."""
         self.refresh()
         first, x = self._begun(batch)
         adapters = self.block_adapters(None)
         contexts = self.contexts(batch, rows)
         for layer in range(first, until):
-            with self._products_of(layer, settled=settled):
-                x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], "block")
+            x, _ = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], "block")
         return x
-
-    def _products_of(self, layer: int, *, settled: bool = True) -> AbstractContextManager[None]:
-        """How this layer multiplies."""
-        return products_by(self._row_products if settled and layer < self._alike_below else None)
 
     def _begun(self, batch: PackedBatch) -> tuple[int, Tensor]:
         """The first block to compute, and its x₀."""
@@ -322,7 +308,7 @@ class Decoder:
     def projected(self, x: Tensor) -> Tensor:
         """Final norm and output projection: (rows, hidden) to (rows, vocab), before what the family does to logits."""
         normed, _ = self._final_norm(x)
-        return group_forward(normed, self.active.head, None, (self.config.vocab_size,), self.head_adapter())[0]
+        return group_forward(normed, self.active.head, None, self.head_adapter())[0]
 
     def _final_norm(self, x: Tensor) -> tuple[Tensor, RMSNormSaved]:
         return rms_norm_forward(x, self.active.final_norm, self.config.norm_eps, self.config.norm_offset)
@@ -402,8 +388,7 @@ class Decoder:
         for layer in range(first, len(contexts)):
             below = layer < lowest_layer  # nothing here is trained, nor further down: keep as little as can be
             recompute = "block" if below else self.recompute
-            with self._products_of(layer):
-                x, saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
+            x, saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
             kept.append(None if below else saved)
 
         d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
@@ -413,7 +398,7 @@ class Decoder:
             assert saved_block is not None and d_x is not None
             lowest = lowest_group if layer == lowest_layer else -1
             weights, adapter, context = self.active.blocks[layer], adapters[layer], contexts[layer]
-            d_x = block_backward(d_x, saved_block, weights, adapter, context, lora, lowest)
+            d_x = block_backward(d_x, saved_block, weights, adapter, context, lowest)
         if (lowest_layer, lowest_group) == (0, -1) and d_x is not None:
             # The embedding is trained, or what makes the layers' inputs.
             if begin is not None and carried is not None:

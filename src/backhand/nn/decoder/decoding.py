@@ -37,10 +37,10 @@ from backhand.nn.decoder.attention_half import gated_output
 from backhand.nn.decoder.block import MIXERS, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.half_ends import enter_forward, join_forward
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
+from backhand.nn.decoder.residual import pre_norm_forward, residual_forward
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import attention_blocks_forward
@@ -279,9 +279,9 @@ class IncrementalDecoder:
     def _block(self, index: int, x0: Tensor, context: BlockContext, attend: Attend, rows: Sequence[Rows]) -> Tensor:
         """x₂ of one block, (tokens, hidden), with its attention left to `attend`: see `nn.decoder.block`."""
         config, weights, adapter = context.config, self.decoder.active.blocks[index], self._adapters[index]
-        n1, _ = enter_forward(x0, weights.attention_norm, config, context.scratch)
-        sizes, mixer = config.mixers[context.layer.mixer].sizes, MIXERS[context.layer.mixer]
-        entering, _ = group_forward(n1, weights.input, weights.input_bias, sizes, adapter.input)
+        n1, _ = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
+        mixer = MIXERS[context.layer.mixer]
+        entering, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
         if mixer.continued is None:
             assert mixer.attending is not None
             q, k, v = mixer.attending(entering, weights, context)[:3]
@@ -289,8 +289,8 @@ class IncrementalDecoder:
         else:
             output = mixer.continued(entering, weights, self.cache.states[index], rows, config)
         after = weights.after_attention_norm
-        x1, _, _ = join_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
-        x2, _ = mlp_half_forward(x1, weights, adapter, config, context.scratch, keep_gate_up=False)
+        x1, _, _ = residual_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
+        x2, _ = mlp_half_forward(x1, weights, adapter, config, context.scratch)
         return x2 if weights.layer_scalar is None else end_forward(x2, weights, adapter, context)[0]
 
 
@@ -337,14 +337,15 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
     normed, _ = rms_norm_forward(x, weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
     columns = normed.float().unsqueeze(2)
     exact = (frozen_rows(weights.head, candidates).float() @ columns).squeeze(2)
-    (factors,), extras = adapter.factors, adapter.extras
-    if factors is not None:
+    for factors in adapter.group.members:
         h = factors.lora_A.float() @ columns
         exact += factors.scaling * (factors.lora_B[candidates].float() @ h).squeeze(2)
-        if extras is not None and (magnitude := extras.magnitudes[0]) is not None:
-            exact *= (magnitude.magnitude / magnitude.norm)[candidates]
-        if extras is not None and (lora_bias := extras.lora_biases[0]) is not None:
-            exact += factors.scaling * lora_bias.float()[candidates]
+        if adapter.extras is not None:
+            (head,) = adapter.extras.modules
+            if head.magnitude is not None:
+                exact *= (head.magnitude.magnitude / head.magnitude.norm)[candidates]
+            if head.lora_bias is not None:
+                exact += factors.scaling * head.lora_bias[0].float()[candidates]
     return ruled(narrow.float().scatter_(1, candidates, exact), rule)[0]
 
 

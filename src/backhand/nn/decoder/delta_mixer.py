@@ -9,7 +9,7 @@ q̂ and k̂ stay in float32 or wider, as the rule takes them. norm goes over the
 from one.
 
 Backward is the same list from the bottom up, each by its op's backward. Kept, beside the mixer's input and output, are
-o and the factor of its norm; q̂, k̂, v, g and β are made again from the input, for a convolution and two norms.
+o and the factor of its norm; q̂, k̂, v, g and β are recomputed from the input, for a convolution and two norms.
 
 A token's output depends on [q k v] before the convolution of the J-1 tokens before it, and on the rule's state: a row's
 states are these two, zeros before its first token. Both have a size that does not grow with the row.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
-from backhand.nn.decoder.half_ends import norm_backward
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
+from backhand.nn.decoder.residual import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
@@ -71,7 +71,12 @@ def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tu
 
 
 def delta_backward(
-    d_y: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
+    d_y: Tensor,
+    kept: MixingKept,
+    weights: BlockWeights,
+    context: BlockContext,
+    adapter: BlockAdapter,
+    _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[q k v | z | b | a] from ∂L/∂y, (T, value heads · value width); the norm's gradient is added if trained."""
     sizes, own, x = _sizes(context.config), kept.own, kept.input
@@ -84,7 +89,7 @@ def delta_backward(
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
     norm = RMSNormSaved(own.output, weights.delta_norm, own.factor, 0.0)
-    d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter, NORM)
+    d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
     convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, context.shared, silu=True)

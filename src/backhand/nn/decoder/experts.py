@@ -30,9 +30,16 @@ from torch import Tensor
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
-from backhand.nn.decoder.half_ends import enter_again, enter_backward, enter_forward, join_backward, joined
+from backhand.nn.decoder.residual import (
+    formed,
+    pre_norm_backward,
+    pre_norm_forward,
+    pre_norm_saved,
+    residual_backward,
+    residual_sum,
+)
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters, expert_factors, in_turns
+from backhand.nn.lora_parameters import expert_factors, in_turns
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
 from backhand.ops.expert_linear import (
@@ -102,17 +109,11 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
 
 
 def experts_half_forward(
-    x1: Tensor,
-    weights: BlockWeights,
-    adapter: BlockAdapter,
-    config: DecoderConfig,
-    scratch: Scratch,
-    *,
-    keep_gate_up: bool = True,
+    x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, ExpertsKept]:
     """x₂ from x₁, (T, hidden) both, and what its backward needs."""
     mixture = mixture_of(config)
-    n2, factor = enter_forward(x1, weights.mlp_norm, config, scratch)
+    n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
     assert weights.router is not None
     logits = frozen_linear(n2, weights.router, weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
@@ -130,9 +131,7 @@ def experts_half_forward(
     y, _ = combine_forward(z, routing)
     if weights.down_bias is not None:
         y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
-    x2, projected = joined(x1, y, weights.after_mlp_norm, config)
-    if not keep_gate_up:
-        return x2, ExpertsKept(factor, routed, shares, routing, None, None, down.h, projected)
+    x2, projected = residual_sum(x1, y, weights.after_mlp_norm, config)
     return x2, ExpertsKept(factor, routed, shares, routing, gate_up, h_gate_up, down.h, projected)
 
 
@@ -143,13 +142,13 @@ def experts_half_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    lora: LoRAParameters,
     lowest_group: int,
 ) -> Tensor | None:
     """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
     mixture, routing = mixture_of(config), kept.routing
-    d_y = join_backward(d_x2, kept.projected, adapter, config.norms.after_mlp, config)
-    n2 = enter_again(x1, weights.mlp_norm, kept.factor, config)
+    d_y = residual_backward(d_x2, kept.projected, adapter.norms.get(config.norms.after_mlp), config)
+    norm = pre_norm_saved(x1, weights.mlp_norm, kept.factor, config)
+    n2 = formed(norm)
     gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
     if gate_up is None or h_gate_up is None:
         gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
@@ -164,7 +163,7 @@ def experts_half_backward(
     weighed, weighing = weigh_forward(p, kept.shares, routing)
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
     needed = lowest_group < DOWN
-    d_weighed = _backward(d_z, weighed, weights.down, kept.h_down, adapter.down, kept, mixture, lora, needed)
+    d_weighed = _backward(d_z, weighed, weights.down, kept.h_down, adapter.down, kept, mixture, needed)
     del d_z, weighed
     if d_weighed is None:
         return None
@@ -183,15 +182,14 @@ def experts_half_backward(
 
     rows, _ = dispatch_forward(n2, routing)
     needed = lowest_group < GATE_UP
-    d_rows = _backward(d_gate_up, rows, weights.gate_up, h_gate_up, adapter.gate_up, kept, mixture, lora, needed)
+    d_rows = _backward(d_gate_up, rows, weights.gate_up, h_gate_up, adapter.gate_up, kept, mixture, needed)
     del rows, d_gate_up
     if d_rows is None:
         return None
     d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
     assert weights.router is not None
     d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, weights.router))
-    name = config.norms.before_mlp
-    return enter_backward(d_n2, x1, weights.mlp_norm, kept.factor, adapter, name, config, d_x2)
+    return pre_norm_backward(d_n2, norm, adapter.norms.get(config.norms.before_mlp), d_x2)
 
 
 def mixture_of(config: DecoderConfig) -> Mixture:
@@ -225,29 +223,28 @@ def _backward(
     adapter: GroupAdapter,
     kept: ExpertsKept,
     mixture: Mixture,
-    lora: LoRAParameters,
     input_gradient: bool,
 ) -> Tensor | None:
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
     factors, into = _factors(adapter, mixture), None
-    turned = None
+    interleaved = None
     if factors is not None:
-        (name,) = adapter.names
-        into = expert_factors(lora.d_lora_A(name), lora.d_lora_B(name), mixture.experts)
+        (member,) = adapter.group.members
+        into = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
         if _takes_turns(adapter, mixture):
-            turned, into = in_turns(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
+            interleaved, into = in_turns(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
     saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
-    if turned is not None and into is not None:
-        turned += into[1].view_as(turned)
+    if interleaved is not None and into is not None:
+        interleaved += into[1].view_as(interleaved)
     return d_x
 
 
 def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     """The experts' factors, each expert's in one piece; None without an adapter."""
-    (member,) = adapter.factors
-    if member is None:
+    if not adapter.group.members:
         return None
+    (member,) = adapter.group.members
     lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
     if _takes_turns(adapter, mixture):
         lora_B = in_turns(lora_B).flatten(1, 2)

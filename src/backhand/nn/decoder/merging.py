@@ -81,7 +81,7 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
             module = f"model.layers.{layer}.{name}"
             if module in lora and isinstance(weight, Tensor):
                 weight.copy_(merged_weight(weight, lora, module))
-        none = block_adapter(None, layer, None, groups=config.layer_groups[layer])
+        none = block_adapter(None, config, layer, None)
         x, _ = block_forward(x, block, none, context, "block")
     if HEAD not in lora:
         return decoder.head(x)

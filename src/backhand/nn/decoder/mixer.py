@@ -1,4 +1,4 @@
-"""What mixes the tokens of a document in the first half of a block, and what it is given.
+"""What either half of a block is given and keeps, and what mixes the tokens of a document in the first.
 
     n₁ = norm(x₀),   z = n₁ W_inputᵀ (+ LoRA),   y = mixer(z),   x₁ = x₀ + y W_outputᵀ (+ LoRA)
 
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import BlockAdapter
+from backhand.nn.decoder.adapted_group import BlockAdapter, group_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
+from backhand.nn.decoder.residual import formed
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved
@@ -37,7 +38,7 @@ class BlockContext(NamedTuple):
     runs: tuple[Run, ...]  # neighbouring documents of equal length: (first token, documents, length)
     scratch: Scratch  # one for all blocks of a pass, for what none of them keeps
     query_rotary: RotaryTable | None = None  # of queries, where these are scaled by their position
-    rows: Tensor | None = None  # (wanted,) int64, of x₂; None for all
+    wanted: Tensor | None = None  # (wanted,) int64: the positions of x₂ that are read; None for all
     shared: int = 0  # tokens of the shared prefix
     number: int = 0  # of the layer
     carried: Carried | None = None  # what layers have beside the stream, in families where they have anything
@@ -47,11 +48,21 @@ class MixingKept(NamedTuple):
     """What the first half keeps for backward; T tokens."""
 
     factor: Tensor | None  # (T, 1) of the norm before, if any
-    input: Tensor  # (T, Σ sizes): what the first group gave; attention's turned in place, where no norm is before it
-    output: Tensor | None  # (T, width): what the mixer gave; None where its backward gives it again
+    input: Tensor  # (T, Σ sizes): what the first group gave; attention's rotated in place, where no norm is before it
+    output: Tensor | None  # (T, width): what the mixer gave; None where its backward recomputes it
     own: Any  # what the mixer's forward returned for its backward
     h_input: Tensor  # (T, Σ rank)
-    h_output: Tensor  # (T, rank), or of the wanted rows
+    h_output: Tensor  # (T, rank), or of what is wanted
+    projected: RMSNormSaved | None  # input and factor of the norm after, if any
+
+
+class MLPKept(NamedTuple):
+    """The MLP half's kept tensors; where only some of x₂ is wanted, T stands for that; f is the MLP's width."""
+
+    factor: Tensor | None  # (T, 1) of the norm before, if any
+    gate_up: Tensor | None  # (T, 2f); None when recomputed
+    h_gate_up: Tensor | None  # (T, Σ rank); None when recomputed
+    h_down: Tensor  # (T, rank)
     projected: RMSNormSaved | None  # input and factor of the norm after, if any
 
 
@@ -67,22 +78,57 @@ class Rows(NamedTuple):
     new: int
 
 
+def _keeps_output(_output: Tensor, _config: DecoderConfig) -> bool:
+    return False
+
+
 class Mixer(NamedTuple):
     """A mixer's functions.
 
     Attributes:
         forward: (input (T, Σ sizes), weights, context) to output (T, width) and what backward needs beside both.
-        backward: (∂L/∂output, what the half kept, weights, context, adapter) to ∂L/∂input, (T, Σ sizes).
+        backward: (∂L/∂output, what the half kept, weights, context, adapter, the output) to ∂L/∂input, (T, Σ sizes).
+            The output is None, or a place that receives it, where it is not kept.
         states: (config, rows, dtype, device) to what it keeps when text is generated, tensors of (rows, …), all zeros
             for rows without a token; None for attention, whose keys and values grow with the text.
         attending: (input (T, Σ sizes), weights, context) to q, k and v (T, heads, head_dim) and perhaps more; None for
             what is not attention.
         continued: (input (new tokens, Σ sizes), weights, states, rows, config) to output (new tokens, width); the rows'
             states are then those behind the new tokens. None for attention.
+        recomputes_output: (output, config) to whether the backward recomputes it, so that it need not be kept.
+        output: (what the half kept, weights, context) to the output, recomputed by itself; None where it is kept.
     """
 
     forward: Callable[[Tensor, BlockWeights, BlockContext], tuple[Tensor, Any]]
-    backward: Callable[[Tensor, MixingKept, BlockWeights, BlockContext, BlockAdapter], Tensor]
+    backward: Callable[[Tensor, MixingKept, BlockWeights, BlockContext, BlockAdapter, Tensor | None], Tensor]
     states: Callable[[DecoderConfig, int, torch.dtype, torch.device | str], tuple[Tensor, ...]] | None = None
     continued: Callable[[Tensor, BlockWeights, tuple[Tensor, ...], Sequence[Rows], DecoderConfig], Tensor] | None = None
     attending: Callable[[Tensor, BlockWeights, BlockContext], tuple[Any, ...]] | None = None
+    recomputes_output: Callable[[Tensor, DecoderConfig], bool] = _keeps_output
+    output: Callable[[MixingKept, BlockWeights, BlockContext], Tensor] | None = None
+
+
+def output_place(kept: MixingKept, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
+    """The mixer's output where it is kept; else a place for it, of `like`'s shape, if a factor's gradient needs it."""
+    if kept.output is not None or not adapter.output.group.members:
+        return kept.output
+    return context.scratch.take("attended", like.shape, like)
+
+
+def kept_gate_up(
+    kept: MLPKept, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
+) -> tuple[Tensor, Tensor]:
+    """[a | u], (T, 2f), and the group's h, recomputed from n₂ where they are not kept."""
+    if kept.gate_up is not None and kept.h_gate_up is not None:
+        return kept.gate_up, kept.h_gate_up
+    return group_forward(formed(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+
+
+def select(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """These positions of x; all without a choice."""
+    return x if wanted is None else x.index_select(0, wanted)
+
+
+def spread(d_x: Tensor, wanted: Tensor | None, whole: Tensor) -> Tensor:
+    """The gradient of all positions, as many as `whole` has: zero where none is wanted."""
+    return d_x if wanted is None else d_x.new_zeros(len(whole), d_x.shape[1]).index_copy_(0, wanted, d_x)

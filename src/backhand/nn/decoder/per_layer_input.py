@@ -41,8 +41,8 @@ from backhand.nn.decoder.adapted_group import (
 )
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig, PerLayerInput
-from backhand.nn.decoder.half_ends import join_backward, join_forward
 from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.residual import residual_backward, residual_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.frozen_matrix import frozen_rows
@@ -72,9 +72,9 @@ def end_forward(
         return x2 * weights.layer_scalar, EndKept(None, None, None, None, None)
     gate_adapter, projection_adapter = _adapters(adapter)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
-    gate, h_gate = group_forward(x2, weights.per_layer_gate, None, (config.per_layer.width,), gate_adapter)
+    gate, h_gate = group_forward(x2, weights.per_layer_gate, None, gate_adapter)
     p, _ = glu_forward(gate, _own_input(context), config.activation)
-    x3, h_projection, projected = join_forward(
+    x3, h_projection, projected = residual_forward(
         x2, p, weights.per_layer_projection, None, projection_adapter, weights.per_layer_norm, config
     )
     return x3.mul_(weights.layer_scalar), EndKept(x2, gate, h_gate, h_projection, projected)
@@ -86,7 +86,6 @@ def end_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     context: BlockContext,
-    lora: LoRAParameters,
     lowest_group: int,
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
@@ -98,35 +97,31 @@ def end_backward(
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     assert config.per_layer is not None and context.carried is not None
     gate_adapter, projection_adapter = _adapters(adapter)
-    d_projected = join_backward(d_x3, kept.projected, adapter, PER_LAYER_NORM, config)
+    d_projected = residual_backward(d_x3, kept.projected, adapter.norms.get(PER_LAYER_NORM), config)
     saved = GLUSaved(kept.gate, _own_input(context), config.activation)
     p, _ = glu_forward(saved.gate, saved.up, saved.activation)
     d_p = group_backward(
         d_projected,
         p,
         weights.per_layer_projection,
-        (config.hidden_size,),
         projection_adapter,
         kept.h_projection,
-        lora,
         input_gradient=lowest_group < PER_LAYER_PROJECTION,
     )
     if d_p is None:
         return None
     grads = glu_backward(d_p, saved)
     if (into := context.carried.d_inputs) is not None:
-        if context.rows is None:
+        if context.wanted is None:
             into[:, context.number] = grads.d_up
         else:
-            into[:, context.number].zero_().index_copy_(0, context.rows, grads.d_up)
+            into[:, context.number].zero_().index_copy_(0, context.wanted, grads.d_up)
     d_x2 = group_backward(
         grads.d_gate.contiguous(),
         kept.x2,
         weights.per_layer_gate,
-        (config.per_layer.width,),
         gate_adapter,
         kept.h_gate,
-        lora,
         input_gradient=lowest_group < PER_LAYER_GATE,
     )
     return None if d_x2 is None else d_x2.add_(d_x3)
@@ -141,7 +136,7 @@ def _own_input(context: BlockContext) -> Tensor:
     """e_l of the wanted rows, (T, p)."""
     assert context.carried is not None and context.carried.inputs is not None
     own = context.carried.inputs[:, context.number]
-    return own.contiguous() if context.rows is None else own.index_select(0, context.rows)
+    return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +161,7 @@ def inputs_forward(
 ) -> tuple[Tensor, BeginKept]:
     """e, (T, L, p), from the embedded tokens, (T, hidden), and their ids, (T,); and what backward needs."""
     sizes, adapter = _of(config), before_blocks_adapter(lora, dropout_seed, weights.projection)
-    y, h_projection = group_forward(h, weights.projection, None, (sizes.layers * sizes.width,), adapter)
+    y, h_projection = group_forward(h, weights.projection, None, adapter)
     y = y.mul_(config.hidden_size**-0.5).unflatten(1, (sizes.layers, sizes.width))
     e, norm = rms_norm_forward(y, weights.norm, config.norm_eps)
     # As transformers does it: the root is rounded to the table's dtype.
@@ -186,16 +181,14 @@ def inputs_backward(
     input_gradient: bool,
 ) -> Tensor | None:
     """∂L/∂h, (T, hidden), where asked for, from ∂L/∂e, (T, L, p); W_m's adapter gets its gradient."""
-    sizes, adapter = _of(config), before_blocks_adapter(lora, dropout_seed, weights.projection)
+    adapter = before_blocks_adapter(lora, dropout_seed, weights.projection)
     d_y = rms_norm_backward(d_e * _HALF_ROOT, kept.norm, weight_gradient=False).d_x.mul_(config.hidden_size**-0.5)
     return group_backward(
         d_y.flatten(1),
         kept.h,
         weights.projection,
-        (sizes.layers * sizes.width,),
         adapter,
         kept.h_projection,
-        lora,
         input_gradient=input_gradient,
     )
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
-from backhand.nn.decoder.half_ends import norm_backward
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
+from backhand.nn.decoder.residual import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
@@ -120,7 +120,12 @@ def _prepared(
 
 
 def shared_attention_backward(
-    d_output: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, adapter: BlockAdapter
+    d_output: Tensor,
+    kept: MixingKept,
+    weights: BlockWeights,
+    context: BlockContext,
+    adapter: BlockAdapter,
+    _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
     config, own, carried = context.config, kept.own, _carried(context)
@@ -146,7 +151,7 @@ def shared_attention_backward(
     if context.rotary is not None:
         rotary_backward(d_q, context.rotary, out=d_q)
     q_norm = RMSNormSaved(raw.q, _there(weights.q_norm), own.q_factor, 0.0)
-    into.q.copy_(norm_backward(d_q, q_norm, adapter, config.qk_norms[0]))
+    into.q.copy_(norm_backward(d_q, q_norm, adapter.norms.get(config.qk_norms[0])))
     if raw.k is None or raw.v is None or into.k is None or into.v is None:
         assert context.layer.keys_of is not None
         carried.give_back(context.layer.keys_of, d_k, d_v)
@@ -159,7 +164,7 @@ def shared_attention_backward(
         rotary_backward(d_k, context.rotary, out=d_k)
     k_norm = RMSNormSaved(raw.k, _there(weights.k_norm), own.k_factor, 0.0)
     d_raw_v = rms_norm_backward(d_v, RMSNormSaved(raw.v, _no_gain(raw.v), own.v_factor, 0.0), weight_gradient=False).d_x
-    into.k.copy_(norm_backward(d_k, k_norm, adapter, config.qk_norms[1]))
+    into.k.copy_(norm_backward(d_k, k_norm, adapter.norms.get(config.qk_norms[1])))
     if context.layer.mixer == KEYS_AS_VALUES:
         into.k.add_(d_raw_v)
     else:

@@ -29,7 +29,12 @@ def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext
 
 
 def short_conv_backward(
-    d_y: Tensor, kept: MixingKept, weights: BlockWeights, context: BlockContext, _adapter: BlockAdapter
+    d_y: Tensor,
+    kept: MixingKept,
+    weights: BlockWeights,
+    context: BlockContext,
+    _adapter: BlockAdapter,
+    _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[B | C | x], (T, 3 channels), from ∂L/∂y, (T, channels)."""
     saved = GatedConvSaved(kept.input, _taps(weights), context.runs, context.shared)

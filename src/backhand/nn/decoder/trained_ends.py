@@ -113,7 +113,7 @@ def head_losses(
     losses = []
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part = slice(start, start + CHUNK_ROWS)
-        logits, _ = group_forward(x[part], weight, None, (weight.shape[0],), adapter_of(number))
+        logits, _ = group_forward(x[part], weight, None, adapter_of(number))
         losses.append(cross_entropy_forward(ruled(logits, rule)[0], targets[part])[0])
     return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -148,13 +148,13 @@ def head_loss_and_gradients(
     d_losses = multiplier if isinstance(multiplier, Tensor) else torch.full_like(losses, multiplier)
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part, adapter = slice(start, start + CHUNK_ROWS), adapter_of(number)
-        logits, h = group_forward(x[part], weight, None, (weight.shape[0],), adapter)
+        logits, h = group_forward(x[part], weight, None, adapter)
         seen, tanh = ruled(logits, rule)
         losses[part], saved = cross_entropy_forward(seen, targets[part])
         del logits, seen
         d_seen = cross_entropy_backward(d_losses[part], saved).d_logits
         d_logits = ruled_backward(d_seen, tanh, rule).to(x.dtype)
-        d_x_part = group_backward(d_logits, x[part], weight, (weight.shape[0],), adapter, h, lora, input_gradient=True)
+        d_x_part = group_backward(d_logits, x[part], weight, adapter, h, input_gradient=True)
         assert d_x_part is not None
         d_x[part] = d_x_part
         if token_rows is not None:

@@ -86,8 +86,8 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
         )
     if rotated != head_dim:
         config["partial_rotary_factor"] = share_of(rotated, head_dim)
-    rotary = _rotary(metadata, rotated, context_length, rope_factors)
-    FAMILY_PARTS[architecture](config, metadata, rotary, file)
+    config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
+    FAMILY_PARTS[architecture](config, metadata, file)
     config["architectures"] = [CAUSAL_CLASSES[config["model_type"]]]
     _check_sizes(file, config)
     unread, foreign = metadata.left()

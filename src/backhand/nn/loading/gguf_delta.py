@@ -25,7 +25,7 @@ def own_prediction_blocks(file: GGUFFile, architecture: str) -> int:
     return (Metadata(file, architecture).optional(key, int) or 0) if architecture == "qwen35" else 0
 
 
-def delta_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def delta_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     """Add what the rule needs, and whether attention has biases, to a Hugging Face config in the making."""
     layers = config["num_hidden_layers"]
     value_heads, inner = metadata.integer("ssm.time_step_rank"), metadata.integer("ssm.inner_size")
@@ -37,7 +37,6 @@ def delta_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, A
         "attention_bias": any(name.endswith("attn_output.bias") for name in file.tensors),
         # A quarter of the features turns where a config is silent.
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "rope_parameters": rotary,
         "layer_types": ["linear_attention" if here else "full_attention" for here in _recurrent(metadata, layers)],
         "linear_num_key_heads": metadata.integer("ssm.group_count"),
         "linear_num_value_heads": value_heads,

@@ -1,6 +1,6 @@
 """What the architectures of GGUF files say, or leave out, of a family's own, as Hugging Face's config has it.
 
-Each part gets the config in the making, with what every family has, the metadata, the rotary rule, and the file.
+Each part gets the config in the making, with what every family has, the metadata, and the file.
 
 - Numbers that a file leaves out have llama.cpp's defaults: Gemma's local base 1e4 and one full layer in six; Gemma
   scales queries by head_dim^-½, in its largest models (46 layers of Gemma 2, 62 of Gemma 3) by (hidden / heads)^-½;
@@ -28,7 +28,7 @@ from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
 from backhand.nn.loading.gguf_metadata import Metadata, sliding_layers
 
-FamilyPart = Callable[[dict[str, Any], Metadata, dict[str, Any], GGUFFile], None]
+FamilyPart = Callable[[dict[str, Any], Metadata, GGUFFile], None]
 
 _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_LAYERS = 62
@@ -42,8 +42,7 @@ EXAONE4_32B_LAYERS = 64
 """llama.cpp has the windows of EXAONE 4 in models of so many layers alone."""
 
 
-def _llama(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
-    config["rope_parameters"] = rotary
+def _llama(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     window = metadata.optional("attention.sliding_window", int)
     if metadata.optional("expert_count", int):
         config |= {
@@ -58,18 +57,16 @@ def _llama(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], f
     _biases(config, file)
 
 
-def _qwen(config: dict[str, Any], _: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
-    config["rope_parameters"] = rotary
+def _qwen(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
     if config["model_type"] == "qwen3":
         config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
 
 
-def _qwen3moe(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _qwen3moe(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     width = metadata.optional("expert_feed_forward_length", int)
     used = metadata.integer("expert_used_count")
     config |= {
         "model_type": "qwen3_moe",
-        "rope_parameters": rotary,
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "num_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": used,
@@ -84,12 +81,11 @@ def _qwen3moe(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any]
     }
 
 
-def _gpt_oss(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _gpt_oss(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     slides = sliding_layers(metadata, config["num_hidden_layers"], GPT_OSS_INTERVAL)
-    metadata.agrees("rope.freq_base_swa", rotary["rope_theta"])
+    metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
     config |= {
         "model_type": "gpt_oss",
-        "rope_parameters": rotary,
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
         "num_local_experts": metadata.integer("expert_count"),
@@ -101,12 +97,11 @@ def _gpt_oss(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any],
     }
 
 
-def _granite(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _granite(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     _biases(config, file)
     if metadata.get("rope.scaling.finetuned") is False:  # here it says that nothing turns, which no config of it can
         metadata.not_understood("rope.scaling.finetuned")
     config |= {
-        "rope_parameters": rotary,
         "attention_multiplier": metadata.number("attention.scale", config["head_dim"] ** -0.5),
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
         "residual_multiplier": metadata.number("residual_scale", 1.0),
@@ -114,12 +109,12 @@ def _granite(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any],
     }
 
 
-def _smollm3(config: dict[str, Any], _: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _smollm3(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
     _biases(config, file)
-    config |= {"rope_parameters": rotary, "no_rope_layer_interval": NO_ROPE_INTERVAL}
+    config["no_rope_layer_interval"] = NO_ROPE_INTERVAL
 
 
-def _lfm2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _lfm2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     counts = metadata.get("attention.head_count_kv")
     layers = config["num_hidden_layers"]
     if isinstance(counts, list) and len(counts) != layers:
@@ -127,7 +122,6 @@ def _lfm2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], fi
     del config["hidden_act"]
     config |= {
         "norm_eps": config.pop("rms_norm_eps"),
-        "rope_parameters": rotary,
         "layer_types": [
             "full_attention" if not isinstance(counts, list) or counts[layer] else "conv" for layer in range(layers)
         ],
@@ -137,61 +131,59 @@ def _lfm2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], fi
     }
 
 
-def _olmo2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _olmo2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     layers = config["num_hidden_layers"]
-    config |= {"attention_bias": "blk.0.attn_output.bias" in file.tensors, "rope_parameters": rotary}
+    config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
     window = metadata.optional("attention.sliding_window", int)
     slides = sliding_layers(metadata, layers, FULL_INTERVAL)
     if window:
         local = {
             "rope_type": "default",
-            "rope_theta": metadata.number("rope.freq_base_swa", rotary["rope_theta"]),
+            "rope_theta": metadata.number("rope.freq_base_swa", config["rope_parameters"]["rope_theta"]),
         }
         config |= {
             "model_type": "olmo3",
             "sliding_window": window,
             "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
-            "rope_parameters": {"full_attention": rotary, "sliding_attention": local},
+            "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         }
 
 
-def _exaone4(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], _: GGUFFile) -> None:
+def _exaone4(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     layers = config["num_hidden_layers"]
     window = metadata.optional("attention.sliding_window", int)
     if window is None and layers == EXAONE4_32B_LAYERS:
         window = 4096
     slides = sliding_layers(metadata, layers, FULL_INTERVAL)
-    metadata.agrees("rope.freq_base_swa", rotary["rope_theta"])
+    metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
     config |= {
-        "rope_parameters": rotary,
         "sliding_window": window or None,
         "layer_types": ["sliding_attention" if window and here else "full_attention" for here in slides],
     }
 
 
-def _phi3(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], _: GGUFFile) -> None:
+def _phi3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     window = metadata.optional("attention.sliding_window", int)  # 0 is none
-    length = rotary.get("original_max_position_embeddings", config["max_position_embeddings"])
+    length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
     metadata.get("rope.scaling.original_context_length")  # of no other use than to longrope
-    config |= {"rope_parameters": rotary, "sliding_window": window or None, "original_max_position_embeddings": length}
+    config |= {"sliding_window": window or None, "original_max_position_embeddings": length}
 
 
-def _mistral3(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], _: GGUFFile) -> None:
+def _mistral3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     window = metadata.optional("attention.sliding_window", int)
     beta = metadata.optional("attention.temperature_scale", float)
-    length = rotary.get("original_max_position_embeddings", config["max_position_embeddings"])
+    length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
     metadata.agrees("attention.temperature_length", length)
-    rotary |= {"llama_4_scaling_beta": beta or 0.0, "original_max_position_embeddings": length}
-    config |= {"model_type": "ministral3", "rope_parameters": rotary, "sliding_window": window or None}
+    config["rope_parameters"] |= {"llama_4_scaling_beta": beta or 0.0, "original_max_position_embeddings": length}
+    config |= {"model_type": "ministral3", "sliding_window": window or None}
 
 
-def _glm(config: dict[str, Any], _: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def _glm(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
     config |= {
         "model_type": "glm" if config["model_type"] == "chatglm" else config["model_type"],
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         # Half of the features turn where a config is silent.
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "rope_parameters": rotary,
     }
 
 
@@ -200,7 +192,7 @@ def _biases(config: dict[str, Any], file: GGUFFile) -> None:
     config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
 
 
-def _gemma2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], _: GGUFFile) -> None:
+def _gemma2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     layers = config["num_hidden_layers"]
     del config["hidden_act"]
     config |= {
@@ -209,7 +201,6 @@ def _gemma2(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], 
         "sliding_window": metadata.integer("attention.sliding_window", 4096),
         "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
         "query_pre_attn_scalar": _gemma_scalar(config, is_largest=layers == _GEMMA2_27B_LAYERS),
-        "rope_parameters": rotary,
         "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
     }
@@ -221,7 +212,7 @@ def _gemma_scalar(config: dict[str, Any], *, is_largest: bool) -> int:
     return int(scalar)
 
 
-def _gemma3(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], _: GGUFFile) -> None:
+def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     layers = config["num_hidden_layers"]
     window = metadata.optional("attention.sliding_window", int)
     slides = sliding_layers(metadata, layers, 6)
@@ -234,7 +225,7 @@ def _gemma3(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], 
         "sliding_window": window,
         "layer_types": ["sliding_attention" if window and here else "full_attention" for here in slides],
         "query_pre_attn_scalar": _gemma_scalar(config, is_largest=layers == _GEMMA3_27B_LAYERS),
-        "rope_parameters": {"full_attention": rotary, "sliding_attention": local},
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         "final_logit_softcapping": metadata.optional("final_logit_softcapping", float),
         "attn_logit_softcapping": metadata.optional("attn_logit_softcapping", float),
     }

@@ -29,7 +29,7 @@ _PATTERN = 6
 _TABLE = "per_layer_token_embd.weight"
 
 
-def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, Any], file: GGUFFile) -> None:
+def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     """Add to a Hugging Face config in the making what Gemma 4 has of its own.
 
     Raises:
@@ -70,7 +70,7 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, rotary: dict[str, 
         "sliding_window": metadata.integer("attention.sliding_window"),
         "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
         "rope_parameters": {
-            "full_attention": _full_rotary(rotary, full_size, metadata, file),
+            "full_attention": _full_rotary(config["rope_parameters"], full_size, metadata, file),
             "sliding_attention": local,
         },
         "final_logit_softcapping": None if cap == 0 else 30.0 if cap is None else cap,

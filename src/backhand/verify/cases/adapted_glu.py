@@ -11,48 +11,42 @@ from torch.nn import functional
 from backhand.ops.adapted_glu import (
     AdaptedGLUGrads,
     AdaptedGLUSaved,
-    Receivers,
-    Side,
     adapted_glu_backward,
     adapted_glu_forward,
     adapted_glu_reference,
 )
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
+from backhand.ops.lora_group import LoRAGroup
+from backhand.ops.lora_linear import Dropout, multiplier
+from backhand.ops.low_rank import Member
 from backhand.verify.case import (
     Backward,
     ByHand,
     Case,
     Draw,
-    Mutant,
     OpProof,
     Tensors,
+    again,
     flat_rows,
     mean_mutants,
     rows_reversed,
     standard_mutants,
+    wrong,
 )
 from backhand.verify.cases.glu import usual_unit
+from backhand.verify.cases.lora_linear import dropped
+from backhand.verify.scaffold import START, receiver
 
-SCALINGS = 1.7, -0.6
-START = 0.5
+SCALINGS = {"gate": 1.7, "up": -0.6, "both": 1.3}
+Receivers = tuple[list[Tensor], list[Tensor]]
 
 
-def _sides(t: Tensors) -> tuple[Side | None, Side | None]:
-    gate, up = (
-        Side(t[name], scaling) if name in t else None
-        for name, scaling in zip(("lora_B gate", "lora_B up"), SCALINGS, strict=True)
+def _receiving(saved: AdaptedGLUSaved, into: Receivers) -> AdaptedGLUSaved:
+    front = (member._replace(d_lora_B=d_B) for member, d_B in zip(saved.front.members, into[0], strict=True))
+    behind = (member._replace(d_lora_A=d_A) for member, d_A in zip(saved.behind.members, into[1], strict=True))
+    return saved._replace(
+        front=saved.front._replace(members=tuple(front)), behind=saved.behind._replace(members=tuple(behind))
     )
-    return gate, up
-
-
-def _receivers(saved: AdaptedGLUSaved, lora_A: Tensor | None) -> Receivers:
-    """Gradient buffers in which something stands already, float32 or wider as in training."""
-
-    def filled(factor: Tensor) -> Tensor:
-        return torch.full_like(factor, START, dtype=torch.promote_types(factor.dtype, torch.float32))
-
-    gate, up = (None if side is None else filled(side.lora_B) for side in saved.sides)
-    return Receivers((gate, up), None if lora_A is None else filled(lora_A))
 
 
 def _backward(
@@ -60,12 +54,19 @@ def _backward(
 ) -> AdaptedGLUGrads:
     """The backward on copies of what it may overwrite, since mutants read that afterwards.
 
-    in_place: as the decoder block calls it, where a and u make place for their gradients.
+    into: gradients of lora_B and of lora_A to add to; fresh ones if None. in_place: as the decoder block calls it,
+    where a and u make place for their gradients.
     """
+    if into is None:
+        into = (
+            [torch.zeros_like(member.lora_B) for member in saved.front.members],
+            [torch.zeros_like(member.lora_A) for member in saved.behind.members],
+        )
+    saved = _receiving(saved, into)
     if not in_place:
-        return adapted_glu_backward(d_y.clone(), saved, into=into)
+        return adapted_glu_backward(d_y.clone(), saved)
     place = saved.gate_up.clone()
-    return adapted_glu_backward(d_y.clone(), saved._replace(gate_up=place), out=place, into=into)
+    return adapted_glu_backward(d_y.clone(), saved._replace(gate_up=place), out=place)
 
 
 def _case(
@@ -76,54 +77,76 @@ def _case(
     ranks: tuple[int, int, int] = (3, 2, 4),
     *,
     in_place: bool = False,
+    fused: int = 0,
+    dropout: Dropout | None = None,
 ) -> Case:
-    """The output compared is [p | t]; ranks of gate's, up's and the factor behind, 0 for none."""
+    """The output compared is [p | t]; ranks of gate's, up's and the factor behind, 0 for none.
+
+    fused: rank of one factor of gate and up together, in place of theirs. dropout: of what is behind.
+    """
     draw = Draw(f"adapted_glu: {name}")
     gate, up, behind = ranks
+    sizes = {"gate": (0, n, 0 if fused else gate), "up": (n, n, 0 if fused else up), "both": (0, 2 * n, fused)}
+    front = {key: place for key, place in sizes.items() if place[2]}
     tensors = {
         "gate_up": draw.normal(*lead, 2 * n),
-        "h": draw.normal(*lead, gate + up),
+        "h": draw.normal(*lead, sum(rank for _, _, rank in front.values())),
         "d_y": draw.normal(*lead, n + behind),
     }
-    tensors |= {} if not gate else {"lora_B gate": draw.normal(n, gate, size=0.5)}
-    tensors |= {} if not up else {"lora_B up": draw.normal(n, up, size=0.5)}
-    tensors |= {} if not behind else {"lora_A": draw.normal(behind, n, size=0.5)}
+    tensors |= {
+        f"lora_B {i}": draw.normal(outputs, rank, size=0.5) for i, (_, outputs, rank) in enumerate(front.values())
+    }
+    tensors |= {} if not behind else {"lora_A 0": draw.normal(behind, n, size=0.5)}
+
+    def in_front(t: Tensors) -> LoRAGroup:
+        members = []
+        for i, (key, (column, _, rank)) in enumerate(front.items()):
+            lora_B = t[f"lora_B {i}"]
+            unread = lora_B.new_zeros(rank, 0)
+            members.append(Member(column, unread, lora_B, SCALINGS[key], unread, torch.zeros_like(lora_B)))
+        return LoRAGroup(tuple(members))
+
+    def after(t: Tensors) -> LoRAGroup:
+        if "lora_A 0" not in t:
+            return LoRAGroup((), dropout)
+        lora_A = t["lora_A 0"]
+        unread = lora_A.new_zeros(0, behind)
+        return LoRAGroup((Member(0, lora_A, unread, 1.0, torch.zeros_like(lora_A), unread),), dropout)
 
     def joined(p: Tensor, t: Tensor | None) -> Tensor:
         return p if t is None else torch.cat([p, t], dim=-1)
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        lora_A = t.get("lora_A")
-        (p, product), saved = adapted_glu_forward(t["gate_up"], activation, _sides(t), t["h"], lora_A)
+        (p, product), saved = adapted_glu_forward(t["gate_up"], activation, in_front(t), t["h"], after(t))
         d_p = t["d_y"][..., :n]
-        if lora_A is not None:
+        if behind:
             saved = saved._replace(d_t=t["d_y"][..., n:])
-            d_p = d_p + t["d_y"][..., n:] @ lora_A
-        into = _receivers(saved, lora_A) if in_place else None
+            d_p = d_p + dropped(t["d_y"][..., n:] @ t["lora_A 0"], dropout)
+        into = None
+        if in_place:
+            into = (
+                [receiver(member.lora_B) for member in saved.front.members],
+                [receiver(member.lora_A) for member in saved.behind.members],
+            )
         before = START if in_place else 0.0
         grads = backward(d_p, saved, into=into, in_place=in_place)
         gradients = {"gate_up": grads.d_gate_up, "h": grads.d_h}
-        for name, gradient in zip(("lora_B gate", "lora_B up"), grads.d_lora_B, strict=True):
-            if gradient is not None:
-                gradients[name] = gradient - before
-        if grads.d_lora_A is not None:
-            gradients["lora_A"] = grads.d_lora_A - before
+        gradients |= {f"lora_B {i}": gradient - before for i, gradient in enumerate(grads.d_lora_B)}
+        gradients |= {f"lora_A {i}": gradient - before for i, gradient in enumerate(grads.d_lora_A)}
         return ByHand(joined(p, product), gradients)
 
     def reference(t: Tensors) -> Tensor:
-        return joined(*adapted_glu_reference(t["gate_up"], activation, _sides(t), t["h"], t.get("lora_A")))
+        mask = multiplier(t["gate_up"][..., :n], dropout)
+        return joined(*adapted_glu_reference(t["gate_up"], activation, in_front(t), t["h"], after(t), mask))
 
     def usual(t: Tensors) -> Tensor:
-        halves, first = [], 0
-        for half, side in zip(t["gate_up"].chunk(2, dim=-1), _sides(t), strict=True):
-            if side is None:
-                halves.append(half)
-                continue
-            rank = side.lora_B.shape[1]
-            halves.append(half + side.scaling * functional.linear(t["h"][..., first : first + rank], side.lora_B))
+        whole, first = t["gate_up"], 0
+        for i, (key, (column, outputs, rank)) in enumerate(front.items()):
+            added = SCALINGS[key] * functional.linear(t["h"][..., first : first + rank], t[f"lora_B {i}"])
+            whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
             first += rank
-        p = usual_unit(halves[0], halves[1], activation)
-        return joined(p, functional.linear(p, t["lora_A"]) if "lora_A" in t else None)
+        p = usual_unit(whole[..., :n], whole[..., n:], activation)
+        return joined(p, functional.linear(dropped(p, dropout), t["lora_A 0"]) if behind else None)
 
     return Case(name, tensors, by_hand, reference, usual)
 
@@ -141,6 +164,10 @@ CASES = (
     _case("gate and what is behind adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
     _case("only what is behind adapted", "silu", (6,), ranks=(0, 0, 3)),
     _case("none adapted", "silu", (6,), ranks=(0, 0, 0)),
+    _case("gate and up as one", "silu", (6,), fused=5),
+    _case("gate and up as one, in place", "gelu_tanh", (6,), fused=3, in_place=True),
+    _case("dropout behind", "silu", (2, 6), dropout=Dropout(0.4, 17)),
+    _case("dropout behind, in place", "gelu_tanh", (13,), 19, in_place=True, dropout=Dropout(0.4, 3)),
     _case("ranks of whole registers", "silu", (9,), 32, (16, 16, 16), in_place=True),
     _case("ranks above a block", "gelu_tanh", (13,), 70, (19, 35, 17)),
     _case("several blocks", "silu", (101,), 141, (5, 3, 6), in_place=True),
@@ -156,74 +183,64 @@ def _unit(s: AdaptedGLUSaved) -> GLUSaved:
     return GLUSaved(gate, up, s.activation)
 
 
-def _again(d_y: Tensor, saved: AdaptedGLUSaved, **changes: Any) -> AdaptedGLUGrads:
-    """The right backward on changed saved values."""
-    return _backward(d_y, saved._replace(**changes))
+def _unscaled(s: AdaptedGLUSaved) -> LoRAGroup:
+    return s.front._replace(members=tuple(member._replace(scaling=1.0) for member in s.front.members))
 
 
-def _unscaled(s: AdaptedGLUSaved) -> tuple[Side | None, Side | None]:
-    gate, up = (None if side is None else side._replace(scaling=1.0) for side in s.sides)
-    return gate, up
-
-
-def _without_up(d_y: Tensor, s: AdaptedGLUSaved) -> Tensor:
+def _without_up(g: Tensor, s: AdaptedGLUSaved) -> Tensor:
     """∂L/∂a as if the unit were the activation alone."""
     unit = _unit(s)
-    return torch.cat(glu_backward(d_y, unit._replace(up=torch.ones_like(unit.up))), dim=-1)
+    return torch.cat(glu_backward(g, unit._replace(up=torch.ones_like(unit.up))), dim=-1)
 
 
-def _halves_swapped(gradient: Tensor) -> Tensor:
-    return torch.cat(gradient.chunk(2, dim=-1)[::-1], dim=-1)
+def _halves_swapped(d: Tensor) -> Tensor:
+    return torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)
 
 
-def _behind_of(s: AdaptedGLUSaved, factor: Tensor, right: Tensor | None) -> Tensor | None:
-    """∂L/∂A with something else, of p's shape, in p's place."""
-    return None if right is None or s.d_t is None else flat_rows(s.d_t).T @ flat_rows(factor)
+def _behind_of(s: AdaptedGLUSaved, factor: Tensor, right: Any) -> tuple[Tensor, ...]:
+    """∂L/∂A with something else, of p's shape, in p̃'s place."""
+    return tuple(flat_rows(s.d_t).T @ flat_rows(factor) for _ in right.d_lora_A if s.d_t is not None)
 
 
-def _of_product(d_y: Tensor, s: AdaptedGLUSaved, right: AdaptedGLUGrads) -> AdaptedGLUGrads:
+def _of_product(g: Tensor, s: AdaptedGLUSaved, right: AdaptedGLUGrads) -> AdaptedGLUGrads:
     """The gradients of factors with G beside each of them."""
     h: list[Tensor] = []
-    found: list[Tensor | None] = []
-    first = 0
-    for side in s.sides:
-        if side is None:
-            found.append(None)
-            continue
-        part = s.h[..., first : first + side.lora_B.shape[1]]
-        first += side.lora_B.shape[1]
-        h.append(side.scaling * d_y @ side.lora_B)
-        found.append(side.scaling * flat_rows(d_y).T @ flat_rows(part))
-    gate, up = found
-    return right._replace(d_h=torch.cat(h, dim=-1) if h else right.d_h, d_lora_B=(gate, up))
+    found: list[Tensor] = []
+    first, twice = 0, torch.cat([g, g], dim=-1)
+    for column, _, lora_B, scaling, *_ in s.front.members:
+        own = twice[..., column : column + len(lora_B)]
+        part = s.h[..., first : first + lora_B.shape[1]]
+        first += lora_B.shape[1]
+        h.append(scaling * own @ lora_B)
+        found.append(scaling * flat_rows(own).T @ flat_rows(part))
+    return right._replace(d_h=torch.cat(h, dim=-1) if h else right.d_h, d_lora_B=tuple(found))
 
 
-def _backwards_if_alike(gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+def _backwards_if_alike(whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """up's gradient for gate's, where no shape gives it away."""
-    gate, up = gradients
-    alike = gate is not None and up is not None and gate.shape == up.shape
-    return (up, gate) if alike else gradients
+    return whole[::-1] if len({gradient.shape for gradient in whole}) == 1 else whole
 
 
 def _product(s: AdaptedGLUSaved) -> Tensor:
     return glu_forward(*_unit(s))[0]
 
 
+def _undropped(s: AdaptedGLUSaved) -> LoRAGroup:
+    return s.behind._replace(dropout=None)
+
+
 MUTANTS = (
     *standard_mutants("d_gate_up", "d_h", "d_lora_B", "d_lora_A"),
-    Mutant("up forgotten", "d_gate_up", lambda g, s, _right: _without_up(g, s)),
-    Mutant("gate and up swapped", "d_gate_up", lambda _g, _s, right: _halves_swapped(right.d_gate_up)),
-    Mutant("scaling forgotten", "d_h", lambda g, s, _right: _again(g, s, sides=_unscaled(s)).d_h),
-    Mutant("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
-    Mutant("scaling forgotten", "d_lora_B", lambda g, s, _right: _again(g, s, sides=_unscaled(s)).d_lora_B),
-    Mutant("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
-    Mutant("gate and up swapped", "d_lora_B", lambda _g, _s, right: _backwards_if_alike(right.d_lora_B)),
-    Mutant("up in place of p", "d_lora_A", lambda _g, s, right: _behind_of(s, _unit(s).up, right.d_lora_A)),
-    Mutant("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right.d_lora_A)),
-    Mutant(
-        *("rows reversed", "d_lora_A"),
-        lambda _g, s, right: _behind_of(s, rows_reversed(_product(s)), right.d_lora_A),
-    ),
+    *wrong("up forgotten", "d_gate_up", _without_up),
+    *wrong("gate and up swapped", "d_gate_up", _halves_swapped),
+    *again("scaling forgotten", "d_h d_lora_B", _backward, front=_unscaled),
+    *wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
+    *wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
+    *wrong("gate and up swapped", "d_lora_B", _backwards_if_alike),
+    *wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
+    *wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
+    *wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(_product(s)), right)),
+    *again("mask ignored", "d_lora_A", _backward, behind=_undropped),
     *mean_mutants("d_lora_B", "d_lora_A"),
 )
 

@@ -18,7 +18,7 @@ from backhand.ops.clamped_glu import Clamp
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
 from backhand.verify.block_case import BlockGrads, BlockInputs, block_case, block_gradients, rotated_where_alike
-from backhand.verify.case import Mutant, OpProof, spoiled, standard_mutants
+from backhand.verify.case import Mutant, OpProof, standard_mutants, wrong
 from backhand.verify.tiny_decoders import FAMILIES
 
 CASES = (
@@ -118,13 +118,13 @@ def _redo(d_y: Tensor, inputs: BlockInputs, **changes: Any) -> BlockGrads:
 
 def _rows_turned(inputs: BlockInputs) -> Tensor | None:
     """The wanted rows in another order."""
-    rows = inputs.context.rows
+    rows = inputs.context.wanted
     return rows if rows is None else rows.roll(1)
 
 
 def _on_all_rows(d_y: Tensor, inputs: BlockInputs) -> Tensor:
     """d_y as a gradient of the whole stream: zero in the rows not wanted."""
-    rows, stream = inputs.context.rows, inputs.saved.x0
+    rows, stream = inputs.context.wanted, inputs.saved.x0
     return d_y if rows is None else torch.zeros_like(stream).index_copy_(0, rows, d_y)
 
 
@@ -140,7 +140,8 @@ def _unscaled(inputs: BlockInputs) -> BlockAdapter:
     """The block's adapters with scaling 1."""
 
     def unscaled(group: GroupAdapter) -> GroupAdapter:
-        return group._replace(factors=tuple(member and member._replace(scaling=1.0) for member in group.factors))
+        members = tuple(member._replace(scaling=1.0) for member in group.group.members)
+        return group._replace(group=group.group._replace(members=members))
 
     entering, output, gate_up, down, norms, behind = inputs.adapter
     last = behind and (unscaled(behind[0]), unscaled(behind[1]))
@@ -148,7 +149,7 @@ def _unscaled(inputs: BlockInputs) -> BlockAdapter:
 
 
 def _with_seed(inputs: BlockInputs, seed: int | None) -> BlockAdapter:
-    return block_adapter(inputs.lora, 0, seed, groups=inputs.context.config.layer_groups[0])
+    return block_adapter(inputs.lora, inputs.context.config, 0, seed)
 
 
 def _next_seed(inputs: BlockInputs) -> BlockAdapter:
@@ -271,7 +272,7 @@ MUTANTS = (
     *standard_mutants("d_x0", "d_lora_A", "d_lora_B", "d_k", "d_v", "d_inputs"),
     Mutant("of the other of keys and values", "d_k", lambda _g, _s, right: right.d_v),
     Mutant("of the other of keys and values", "d_v", lambda _g, _s, right: right.d_k),
-    *spoiled("of another layer's input", lambda _g, right: right.roll(1, 1), "d_inputs"),
+    *wrong("of another layer's input", "d_inputs", lambda d: d.roll(1, 1)),
     Mutant("residual path missing", "d_x0", lambda g, s, right: right.d_x0 - _on_all_rows(g, s)),
     Mutant("residual path twice", "d_x0", lambda g, s, right: right.d_x0 + _on_all_rows(g, s)),
     Mutant("branches missing", "d_x0", lambda g, s, _right: _on_all_rows(g, s).clone()),
@@ -308,8 +309,8 @@ MUTANTS = (
     ),
     Mutant("gates have no gradient", "d_lora_B", lambda g, s, _right: _redo(g, s, saved=_gates_unmoved(s)).d_lora_B),
     Mutant("gates have no gradient", "d_x0", lambda g, s, _right: _redo(g, s, saved=_gates_unmoved(s)).d_x0),
-    Mutant("rows mixed up", "d_x0", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_x0),
-    Mutant("rows mixed up", "d_lora_A", lambda g, s, _right: _in_context(g, s, rows=_rows_turned(s)).d_lora_A),
+    Mutant("rows mixed up", "d_x0", lambda g, s, _right: _in_context(g, s, wanted=_rows_turned(s)).d_x0),
+    Mutant("rows mixed up", "d_lora_A", lambda g, s, _right: _in_context(g, s, wanted=_rows_turned(s)).d_lora_A),
     Mutant("queries as keys", "d_x0", lambda g, s, _right: _in_context(g, s, query_rotary=None).d_x0),
     Mutant("queries as keys", "d_lora_B", lambda g, s, _right: _in_context(g, s, query_rotary=None).d_lora_B),
     Mutant("rotation ignored", "d_x0", lambda g, s, _right: _in_context(g, s, rotary=_not_turned(s)).d_x0),

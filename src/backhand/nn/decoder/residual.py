@@ -1,0 +1,126 @@
+"""The residual connection around either half of a block: a norm before its first group, a sum behind its last one.
+
+    n  = norm(x)                       n = x in families with no norm there
+    x' = x + m · norm(z Wᵀ (+ LoRA))   of z that the half has computed from n; with no norm there in most families
+
+x is the residual stream, (T, hidden), and m the family's residual multiplier, 1 in most.
+
+Backward, from G = ∂L/∂x', which goes both ways:
+    ∂L/∂(z Wᵀ) = (norm's backward of m G)             (T, hidden)
+    ∂L/∂x = G + (norm's backward of ∂L/∂n)            (T, hidden)
+
+Between the two stands the half (`nn.decoder.block`, `nn.decoder.experts`). A norm's factor is kept in place of n, which
+is recomputed from it; of a norm behind a half its input as well. A trained norm's weight has its gradient added to the
+flat buffer, as factors have theirs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from backhand.nn.batch import Scratch
+from backhand.nn.decoder.adapted_group import GroupAdapter, group_forward
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+
+
+def pre_norm_forward(
+    x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
+) -> tuple[Tensor, Tensor | None]:
+    """x normed, (T, hidden), and the factor, (T, 1); x itself and None without a norm."""
+    if weight is None:
+        return x, None
+    out = scratch.take("normed", x.shape, x)
+    n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
+    return n, norm.factor
+
+
+def pre_norm_saved(
+    x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig
+) -> Tensor | RMSNormSaved:
+    """n for what takes the norm that it came from in its place; x itself without a norm."""
+    return x if weight is None or factor is None else RMSNormSaved(x, weight, factor, config.norm_offset)
+
+
+def formed(n: Tensor | RMSNormSaved) -> Tensor:
+    """n recomputed, (T, hidden)."""
+    return rms_norm_apply(*n) if isinstance(n, RMSNormSaved) else n
+
+
+def pre_norm_backward(d_n: Tensor, n: Tensor | RMSNormSaved, d_weight: Tensor | None, around: Tensor | None) -> Tensor:
+    """∂L/∂x, (T, hidden), in d_n's place: through the half, plus the gradient of the stream `around` it, if given.
+
+    Args:
+        d_n: ∂L/∂n.
+        n: from `pre_norm_saved`.
+        d_weight: to which the norm's gradient is added, or None.
+        around: ∂L/∂x' of the whole stream, or None.
+    """
+    if isinstance(n, RMSNormSaved):
+        return norm_backward(d_n, n, d_weight, around, out=d_n)
+    return d_n if around is None else d_n.add_(around)
+
+
+def residual_forward(
+    stream: Tensor,
+    x: Tensor,
+    weight: FrozenMatrix,
+    bias: Tensor | None,
+    adapter: GroupAdapter,
+    after: Tensor | None,
+    config: DecoderConfig,
+) -> tuple[Tensor, Tensor, RMSNormSaved | None]:
+    """stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
+
+    Args:
+        stream: (T, hidden), which went around the half.
+        x: (T, in).
+        weight: (hidden, in).
+        bias: (hidden,) or None.
+        adapter: of the projection.
+        after: (hidden,) or None.
+        config: the family, for the norm and for m, its residual multiplier.
+
+    Returns:
+        the sum (T, hidden), h (T, rank), and what the norm's backward needs.
+    """
+    if after is None and config.residual_multiplier == 1.0:
+        return *group_forward(x, weight, bias, adapter, stream), None
+    y, h = group_forward(x, weight, bias, adapter)
+    x, saved = residual_sum(stream, y, after, config)
+    return x, h, saved
+
+
+def residual_sum(
+    stream: Tensor, y: Tensor, after: Tensor | None, config: DecoderConfig
+) -> tuple[Tensor, RMSNormSaved | None]:
+    """stream + m · norm(y), (T, hidden), perhaps in y's place, and what the norm's backward needs; see above."""
+    saved = None
+    if after is not None:
+        y, saved = rms_norm_forward(y, after, config.norm_eps, config.norm_offset)
+    if config.residual_multiplier != 1.0:
+        y.mul_(config.residual_multiplier)
+    return y.add_(stream), saved
+
+
+def residual_backward(
+    d_x: Tensor, saved: RMSNormSaved | None, d_weight: Tensor | None, config: DecoderConfig
+) -> Tensor:
+    """∂L/∂(z Wᵀ) from ∂L/∂(the sum), (T, hidden), which stays as it is; the norm's gradient is added to `d_weight`."""
+    d_y = d_x if config.residual_multiplier == 1.0 else d_x * config.residual_multiplier
+    return d_y if saved is None else norm_backward(d_y, saved, d_weight)
+
+
+def norm_backward(
+    d_y: Tensor,
+    saved: RMSNormSaved,
+    d_weight: Tensor | None,
+    around: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """d_x of a norm, of d_y's shape, with `around` added; ∂L/∂w is added to `d_weight` where the norm is trained."""
+    grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=around, out=out)
+    if d_weight is not None and grads.d_weight is not None:
+        d_weight.add_(grads.d_weight)
+    return grads.d_x

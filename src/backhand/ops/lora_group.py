@@ -1,0 +1,156 @@
+"""LoRA linears that share their input, as q/k/v and gate/up do, in few large products; one alone is a group of one.
+
+    y_i = r_i + x W_iᵀ + b_i + s_i (x̃ A_iᵀ) B_iᵀ,   i = 1 … n      [arXiv:2106.09685, eq. 3, for each member]
+
+Stacked: W = [W_1; …; W_n] (Σ out_i, in), A = [A_1; …; A_n] (Σ rank_i, in), so that y = [y_1 | … | y_n] and
+h = x̃ Aᵀ = [h_1 | … | h_n] take one product each; only the B_i differ in what they read and write:
+    y = r + x Wᵀ + b,   then   y_i += s_i h_i B_iᵀ.
+r is a residual, added within the product, whose gradient is G itself; x̃ = m ⊙ x under dropout, else x.
+
+Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each member follows `lora_linear`, and what they share adds up. It is three
+functions, since what they need is there at different times, and each is called as soon as it is:
+    hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  of G and h; side by side in ∂L/∂h (..., Σ rank_i)
+                           ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), from the same pass over G
+    group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the members' sum is in the products
+    group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   of ∂L/∂h, once x is there, or the norm it came from;
+                                                                  one product, its row blocks are the ∂L/∂A_i
+Gradients of factors are added to tensors that the members name, as micro-batches add up in a flat buffer.
+
+A layer without an adapter takes part in W and G only. All members see the same dropout mask m, since they see the same
+x: one draw a group instead of one a member; each member's masking is as random as alone.
+Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x for the members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.kernels.dense_product import Term
+from backhand.ops.frozen_matrix import FrozenMatrix, forms_h, frozen_input_gradient, frozen_linear
+from backhand.ops.lora_linear import Dropout, multiplier, rows
+from backhand.ops.low_rank import Member, add_lora_A_gradients, down_projection, hidden_gradient
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+
+
+class LoRAGroup(NamedTuple):
+    """The adapted layers of one input, in the order of their columns, and the dropout of what their factors see."""
+
+    members: tuple[Member, ...] = ()
+    dropout: Dropout | None = None
+
+
+class LoRAGroupSaved(NamedTuple):
+    """What the forward keeps: x (..., in), the stacked weight, the group, h (..., Σ rank)."""
+
+    x: Tensor | RMSNormSaved  # a caller may put what a norm saved in the place of what it gave
+    weight: FrozenMatrix
+    group: LoRAGroup
+    h: Tensor
+
+
+class LoRAGroupGrads(NamedTuple):
+    """d_x (..., in) or None; of each member what was added to, d_lora_A (rank_i, in) and d_lora_B (out_i, rank_i)."""
+
+    d_x: Tensor | None
+    d_lora_A: tuple[Tensor, ...]
+    d_lora_B: tuple[Tensor, ...]
+
+
+def lora_group_forward(
+    x: Tensor, weight: FrozenMatrix, bias: Tensor | None, group: LoRAGroup, residual: Tensor | None = None
+) -> tuple[Tensor, LoRAGroupSaved]:
+    """[y_1 | … | y_n] for the n layers.
+
+    Args:
+        x: (..., in).
+        weight: (Σ out_i, in), the layers' frozen weights stacked.
+        bias: (Σ out_i,) or None.
+        group: the adapted ones.
+        residual: (..., Σ out_i) or None.
+
+    Returns:
+        y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
+    """
+    x_rows, members, lead = rows(x), group.members, x.shape[:-1]
+    ranks = [len(member.lora_A) for member in members]
+    mask = multiplier(x_rows, group.dropout) if members else None
+    within = mask is None and forms_h(x_rows, weight.shape[0], sum(ranks))
+    if within or not members:
+        h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
+    else:  # first: x is still near the processor, which the large product fills
+        h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(members))
+    terms = [
+        Term(member.column, part, member.lora_B, member.scaling, member.lora_A if within else None)
+        for member, part in zip(members, h.split_with_sizes(ranks, dim=1), strict=True)
+    ]
+    y = frozen_linear(x_rows, weight, bias, None if residual is None else rows(residual), terms=terms)
+    return y.view(*lead, y.shape[1]), LoRAGroupSaved(x, weight, group, h.view(*lead, h.shape[1]))
+
+
+def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True) -> LoRAGroupGrads:
+    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to what the members name.
+
+    Args:
+        d_y: ∂L/∂y, the layers' gradients side by side.
+        saved: from the forward pass.
+        input_gradient: False skips ∂L/∂x.
+    """
+    x, weight, group, h = saved
+    d_h = hidden_gradient(rows(d_y), rows(h), group.members)
+    group_A_gradients(x, d_h, group)
+    d_x = None
+    if input_gradient:
+        d_x = group_input_gradient(rows(d_y), d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
+    members = group.members
+    return LoRAGroupGrads(
+        d_x, tuple(member.d_lora_A for member in members), tuple(member.d_lora_B for member in members)
+    )
+
+
+def group_input_gradient(g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
+    """∂L/∂x, (rows, in), of G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank)."""
+    if not group.members:
+        return frozen_input_gradient(g, weight)
+    lora_A = stacked_A(group.members)
+    if group.dropout is None:
+        return frozen_input_gradient(g, weight, terms=[Term(0, d_h, lora_A, transposed=True)])
+    d_x = frozen_input_gradient(g, weight)
+    mask, low_rank = multiplier(d_x, group.dropout), d_h @ lora_A
+    return d_x.add_(low_rank) if mask is None else d_x.addcmul_(mask, low_rank)
+
+
+def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup) -> None:
+    """Add ∂L/∂A_i to each `d_lora_A`, of x (..., in), or what a norm saved that gave it, and ∂L/∂h (rows, Σ rank)."""
+    receivers = [member.d_lora_A for member in group.members]
+    if isinstance(x, RMSNormSaved) and group.dropout is None:
+        add_lora_A_gradients(x._replace(x=rows(x.x), factor=rows(x.factor)), d_h, receivers)
+    elif receivers:
+        x_rows = rows(rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x)
+        mask = multiplier(x_rows, group.dropout)
+        add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, receivers)
+
+
+def stacked_A(members: Sequence[Member]) -> Tensor:
+    """[A_1; …; A_n], (Σ rank, in), of at least one member."""
+    return members[0].lora_A if len(members) == 1 else torch.cat([member.lora_A for member in members])
+
+
+def lora_group_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    group: LoRAGroup,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The same y, layer by layer and with the products formed; the dropout multiplier m is given, of x's shape."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    seen = x if mask is None else x * mask
+    for column, lora_A, lora_B, scaling, *_ in group.members:
+        delta = torch.nn.functional.linear(seen, scaling * (lora_B @ lora_A))
+        y = y + torch.nn.functional.pad(delta, (column, weight.shape[0] - column - len(lora_B)))
+    return y if residual is None else y + residual

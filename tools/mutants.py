@@ -1,0 +1,233 @@
+"""Mistakes drawn over the package, and which tests notice them: what a change of the tests may not lose.
+
+    python tools/mutants.py --seed 1 --count 100 --modules backhand.files,backhand.words -- tests/test_files.py
+
+A mistake is one change of one function's tree: a comparison turned round, a branch taken where it was not, `and` for
+`or`, one more or one less, a sum for a difference, a call left out, None returned. The tests are imported once; for
+each mistake a forked process gives the function its other code and runs them until one fails, so that a mistake costs
+what the tests before that one cost. The same seed draws the same mistakes, of the same sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+KILLED, SURVIVED, ENDLESS, NOT_PLACED = "killed", "survived", "endless", "not placed"
+_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+}
+
+
+class Mistake(NamedTuple):
+    """Where it is, what it is, and the function's other code."""
+
+    module: str
+    line: int
+    what: str
+    name: str
+    first_line: int
+    code: CodeType
+
+
+def main() -> None:
+    """Draw, try and count."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100, help="mistakes to draw")
+    parser.add_argument("--modules", required=True, help="with commas between them")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="after which a mistake counts as endless")
+    parser.add_argument("--output", type=Path, help="a JSON file of what became of each")
+    parser.add_argument("tests", nargs="+", help="files and arguments of pytest")
+    options = parser.parse_args()
+    os.chdir(PROJECT)
+    loaded = _Loaded([*options.tests, "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"])
+    if loaded.outcome(None, options.timeout_s) != SURVIVED:
+        sys.exit("the tests fail without any mistake")
+    drawn = draw(options.modules.split(","), options.seed, options.count)
+    found = []
+    for mistake in drawn:
+        outcome = loaded.outcome(mistake, options.timeout_s)
+        found.append({"at": f"{mistake.module}:{mistake.line}", "what": mistake.what, "outcome": outcome})
+        print(f"{outcome:10} {mistake.module}:{mistake.line} {mistake.what}", flush=True)
+    noticed = sum(one["outcome"] in (KILLED, ENDLESS) for one in found)
+    placed = sum(one["outcome"] != NOT_PLACED for one in found)
+    print(f"{noticed} of {placed} mistakes noticed")
+    if options.output is not None:
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+class _Loaded:
+    """Tests that are imported, to be run in forked processes.
+
+    Args:
+        arguments: of pytest.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+        # Collected once, so that what the tests import is in this process before it forks.
+        pytest.main([*arguments, "--collect-only", "--quiet"])
+
+    def outcome(self, mistake: Mistake | None, timeout_s: float) -> str:
+        """What becomes of the tests with the mistake in force."""
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            _silence()
+            if mistake is not None and not _put_in_force(mistake):
+                os._exit(99)
+            os._exit(int(pytest.main(self._arguments)))
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                return {0: SURVIVED, 99: NOT_PLACED}.get(code, KILLED)
+            time.sleep(0.05)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return ENDLESS
+
+
+def _silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _put_in_force(mistake: Mistake) -> bool:
+    """Give every function that has this place in the source the other code; whether there is one."""
+    functions = [
+        one
+        for one in gc.get_objects()
+        if isinstance(one, FunctionType)
+        and one.__module__ == mistake.module
+        and one.__code__.co_name == mistake.name
+        and one.__code__.co_firstlineno == mistake.first_line
+    ]
+    fitting = [one for one in functions if one.__code__.co_freevars == mistake.code.co_freevars]
+    for function in fitting:
+        function.__code__ = mistake.code
+    return bool(fitting)
+
+
+def draw(modules: list[str], seed: int, count: int) -> list[Mistake]:
+    """As many mistakes as asked for, or all there are; equally likely wherever one can be made."""
+    places = [place for name in modules for place in _places(importlib.import_module(name))]
+    random.Random(seed).shuffle(places)
+    found: list[Mistake] = []
+    while places and len(found) < count:
+        mistake = _made(*places.pop())
+        if mistake is not None:
+            found.append(mistake)
+    return found
+
+
+def _places(module: ModuleType) -> Iterator[tuple[ModuleType, int, int]]:
+    """Number of the node and of the change for each change that can be made."""
+    for number, (_, node) in enumerate(_nodes(_tree(module))):
+        for which in range(len(_changes(node))):
+            yield module, number, which
+
+
+def _made(module: ModuleType, number: int, which: int) -> Mistake | None:
+    """The mistake; None where the code stays as it was."""
+    tree = _tree(module)
+    function, node = list(_nodes(tree))[number]
+    what, change = _changes(node)[which]
+    line = getattr(node, "lineno", function.lineno)
+    first = min([function.lineno, *(one.lineno for one in function.decorator_list)])
+    before = _code_at(compile(_tree(module), str(module.__file__), "exec"), function.name, first)
+    change()
+    after = _code_at(compile(ast.fix_missing_locations(tree), str(module.__file__), "exec"), function.name, first)
+    if before is None or after is None or before == after:
+        return None
+    return Mistake(module.__name__, line, what, function.name, first, after)
+
+
+def _tree(module: ModuleType) -> ast.Module:
+    return ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+
+
+def _nodes(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.AST]]:
+    """What stands in the bodies of outermost functions, with the function; no annotations, defaults or decorators."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.FunctionDef):
+            for statement in child.body:
+                yield from ((child, node) for node in ast.walk(statement))
+        elif isinstance(child, ast.ClassDef):
+            yield from _nodes(child)
+
+
+def _code_at(code: CodeType, name: str, first_line: int) -> CodeType | None:
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            if (inner.co_name, inner.co_firstlineno) == (name, first_line):
+                return inner
+            if (found := _code_at(inner, name, first_line)) is not None:
+                return found
+    return None
+
+
+def _changes(node: ast.AST) -> list[tuple[str, Callable[[], None]]]:
+    """What can be done wrong with a node: in words, and a function that does it."""
+
+    def put(field: str, value: object) -> Callable[[], None]:
+        return lambda: setattr(node, field, value)
+
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in _COMPARISONS:
+            other = _COMPARISONS[type(op)]
+            return [(f"{type(op).__name__} → {other.__name__}", put("ops", [other()]))]
+        case ast.BoolOp(op=op):
+            return [("and ↔ or", put("op", ast.Or() if isinstance(op, ast.And) else ast.And()))]
+        case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
+            return [("condition negated", put("test", ast.UnaryOp(ast.Not(), test)))]
+        case ast.BinOp(op=op) if type(op) in _ARITHMETIC:
+            other_op = _ARITHMETIC[type(op)]
+            return [(f"{type(op).__name__} → {other_op.__name__}", put("op", other_op()))]
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return [(f"{value} → {value + step}", put("value", value + step)) for step in (1, -1)]
+        case ast.Return(value=value) if value is not None:
+            return [("None returned", put("value", ast.Constant(None)))]
+        case ast.Expr(value=ast.Call()):
+            return [("call left out", put("value", ast.Constant(None)))]
+        case _:
+            return []
+
+
+if __name__ == "__main__":
+    main()
