@@ -7,16 +7,12 @@ from typing import Any
 from torch import Tensor, sigmoid
 
 from backhand.ops.dpo import DPOGrads, DPORule, DPOSaved, dpo_backward
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("dpo")
-
-
-def _case(name: str, rule: DPORule, pairs: int = 6, size: float = 3.0) -> Case:
-    both = dict.fromkeys(("chosen", "rejected"), lambda draw: draw.normal(pairs, size=size))
-    return OP.case(name, {**both, "d_y": (pairs,)}, rule=rule)
-
+OP = Op(
+    "dpo", {"chosen": "size: pairs", "rejected": "size: pairs", "d_y": "pairs"}, {"rule": ..., "pairs": 6, "size": 3.0}
+)
 
 FORMS = (
     DPORule("sigmoid", 0.7),
@@ -34,12 +30,12 @@ FORMS = (
 )
 
 CASES = (
-    *(_case(rule.loss_type, rule) for rule in FORMS),
-    _case("one row", FORMS[0], 1),
-    _case("no pairs", FORMS[0], 0),
-    _case("far apart", FORMS[0], 6, 20.0),
-    _case("nearly equal", FORMS[0], 6, 1e-3),
-    _case("training size", FORMS[0], 97),
+    *(OP.case(rule.loss_type, rule) for rule in FORMS),
+    OP.case("one row", FORMS[0], 1),
+    OP.case("no pairs", FORMS[0], 0),
+    OP.case("far apart", FORMS[0], 6, 20.0),
+    OP.case("nearly equal", FORMS[0], 6, 1e-3),
+    OP.case("training size", FORMS[0], 97),
 )
 
 

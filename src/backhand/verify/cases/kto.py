@@ -5,29 +5,30 @@ from __future__ import annotations
 import torch
 
 from backhand.ops.kto import KTORule
-from backhand.verify.case import Case, wrong
-from backhand.verify.scaffold import Input, Op
+from backhand.verify.case import wrong
+from backhand.verify.scaffold import Op
 
-OP = Op("kto")
 RULE = KTORule(0.7, 1.3, 0.6)
-
-
-def _case(name: str, rows: int = 7, rule: KTORule = RULE, *, kl: float = 0.4, desirable: int = 2) -> Case:
-    """Of `desirable` rows each is desirable but the first."""
-    inputs: dict[str, Input] = {"log_ratio": lambda draw: draw.normal(rows, size=2.0), "d_y": (rows,)}
-    labels = torch.arange(rows) % desirable != 0
-    return OP.case(name, inputs, desirable=labels, kl=torch.tensor(kl, dtype=torch.float64), rule=rule)
-
+OP = Op(
+    "kto",
+    {"log_ratio": "2: rows", "d_y": "rows"},
+    {"rows": 7, "rule": RULE, "z": 0.4, "each": 2},
+    made={
+        # Of so many rows each is desirable but the first.
+        "desirable": lambda rows, each: torch.arange(rows) % each != 0,
+        "kl": lambda z: torch.tensor(z, dtype=torch.float64),
+    },
+)
 
 CASES = (
-    _case("rows"),
-    _case("two in three desirable", rule=KTORule(1.1, 0.7, 1.9), desirable=3),
-    _case("none desirable", desirable=1),
-    _case("kl of zero", kl=0.0),
-    _case("large kl", kl=9.0),
-    _case("one row", 1),
-    _case("no rows", 0),
-    _case("training size", 97),
+    OP.case("rows"),
+    OP.case("two in three desirable", rule=KTORule(1.1, 0.7, 1.9), each=3),
+    OP.case("none desirable", each=1),
+    OP.case("kl of zero", z=0.0),
+    OP.case("large kl", z=9.0),
+    OP.case("one row", 1),
+    OP.case("no rows", 0),
+    OP.case("training size", 97),
 )
 
 MUTANTS = (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from backhand.verify.case import Case, Draw, wrong
+from backhand.verify.case import Draw, wrong
 from backhand.verify.scaffold import Op
 
 
@@ -15,24 +15,25 @@ def _usual(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -c - beta * logsigmoid((c - r) - (torch.log1p(-c.exp()) - torch.log1p(-r.exp())))
 
 
-OP = Op("orpo", usual=_usual)
+def _below_zero(draw: Draw, pairs: int, size: float) -> Tensor:
+    return -0.05 * size - draw.normal(pairs, size=size).abs()
 
 
-def _case(name: str, pairs: int = 6, beta: float = 0.7, size: float = 1.0) -> Case:
-    def below_zero(draw: Draw) -> Tensor:
-        return -0.05 * size - draw.normal(pairs, size=size).abs()
-
-    return OP.case(name, {"chosen": below_zero, "rejected": below_zero, "d_y": (pairs,)}, beta=beta)
-
+OP = Op(
+    "orpo",
+    {"chosen": _below_zero, "rejected": _below_zero, "d_y": "pairs"},
+    {"pairs": 6, "beta": 0.7, "size": 1.0},
+    usual=_usual,
+)
 
 CASES = (
-    _case("pairs"),
-    _case("small beta", beta=0.1),
-    _case("nearly certain", size=1e-2),
-    _case("unlikely", size=5.0),
-    _case("one row", 1),
-    _case("no pairs", 0),
-    _case("training size", 97),
+    OP.case("pairs"),
+    OP.case("small beta", beta=0.1),
+    OP.case("nearly certain", size=1e-2),
+    OP.case("unlikely", size=5.0),
+    OP.case("one row", 1),
+    OP.case("no pairs", 0),
+    OP.case("training size", 97),
 )
 
 

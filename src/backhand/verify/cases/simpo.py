@@ -5,26 +5,24 @@ from __future__ import annotations
 from torch import sigmoid
 
 from backhand.ops.simpo import SimPORule
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("simpo")
 RULE = SimPORule(1.9, 0.6, 0.13)
-
-
-def _case(name: str, pairs: int = 6, rule: SimPORule = RULE, size: float = 1.0) -> Case:
-    both = dict.fromkeys(("chosen", "rejected"), lambda draw: draw.normal(pairs, size=size))
-    return OP.case(name, {**both, "d_y": (pairs,)}, rule=rule)
-
+OP = Op(
+    "simpo",
+    {"chosen": "size: pairs", "rejected": "size: pairs", "d_y": "pairs"},
+    {"pairs": 6, "rule": RULE, "size": 1.0},
+)
 
 CASES = (
-    _case("pairs"),
-    _case("no label smoothing", rule=SimPORule(2.3, 0.5)),
-    _case("no margin", rule=SimPORule(0.7, 0.0, 0.2)),
-    _case("far apart", size=9.0),
-    _case("one row", 1),
-    _case("no pairs", 0),
-    _case("training size", 97),
+    OP.case("pairs"),
+    OP.case("no label smoothing", rule=SimPORule(2.3, 0.5)),
+    OP.case("no margin", rule=SimPORule(0.7, 0.0, 0.2)),
+    OP.case("far apart", size=9.0),
+    OP.case("one row", 1),
+    OP.case("no pairs", 0),
+    OP.case("training size", 97),
 )
 
 MUTANTS = (
