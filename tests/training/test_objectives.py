@@ -341,10 +341,14 @@ def test_smollm2_on_the_recipes_pairs_equals_autograd() -> None:
     loss.backward()
     objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo"))
     assert gradients_of(decoder, objective, [[0, 1], [2]]) == pytest.approx(loss.item(), rel=1e-4)
-    compare_gradients(decoder, adapted)
-    assert objective.measured(Processes())["rewards/margins"] == pytest.approx(
-        0.1 * (chosen - rejected).mean().item(), rel=1e-3
-    )
+    margin = 0.1 * (chosen - rejected).mean().item()
+    assert objective.measured(Processes())["rewards/margins"] == pytest.approx(margin, rel=1e-3)
+    # Both answers say the same and their gradients nearly cancel: autograd's own error in float32 is 1.6e-4.
+    compare_gradients(decoder, adapted, 4e-4)
+    exact = smollm2_decoder(adapted, torch.float64)
+    gradients_of(exact, PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo")), [[0, 1, 2]])
+    ours, truth = our_gradients(decoder.lora), our_gradients(exact.lora)
+    assert max(relative_error(ours[name], truth[name]) for name in truth) <= 1e-4
 
 
 def test_rows_in_one_micro_batch_equal_rows_in_several() -> None:
