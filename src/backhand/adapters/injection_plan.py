@@ -94,7 +94,7 @@ def plan_injection(
             "the model is adapted already, by PEFT",
             next_step="take its adapter out with unload() or merge_and_unload(), or inject into a fresh model",
         )
-    linear = frozenset(name for name, module in modules.items() if _is_linear(module))
+    linear = frozenset(name for name, one in modules.items() if isinstance(one, nn.Linear) or LoRAConv1D.fits(one))
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
     targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
     config = in_numbers(config, [target.name for target in targets])
@@ -175,10 +175,6 @@ def _otherwise_known(module: nn.Module) -> str:
         if kind.base_type is not None and isinstance(module, kind.base_type):
             return f"; what it makes of {kind.base_type.__name__}'s weight is not known"
     return ""
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or LoRAConv1D.fits(module)
 
 
 def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule], config: LoRAConfig) -> FactorShapes:

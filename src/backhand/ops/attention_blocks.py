@@ -40,6 +40,11 @@ ALIGNMENT = 32
 SCORES_BYTES = 64 << 20
 
 
+# Sums over more keys than so many are sums of as long parts: libraries of products and torch's softmax add up one key
+# behind the other.
+KEYS_A_SUM = 4096
+
+
 class AttentionBlocksSaved(NamedTuple):
     """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); c, the window, κ and σ."""
 
@@ -129,7 +134,31 @@ def _probabilities(
     scores[:, :, block.masked - block.first + (sink is not None) :] += block.mask
     if sink is not None:
         scores[:, :, 0] = sink
-    return torch.softmax(scores, dim=-1), capped
+    p = torch.softmax(scores, dim=-1)
+    return p.div_(p.sum(dim=-1, keepdim=True)) if _has_long_sums(p) else p, capped
+
+
+def _has_long_sums(p: Tensor) -> bool:
+    """Whether how P's rows are added up is seen beside the rounding of P itself."""
+    return p.shape[-1] > KEYS_A_SUM and p.dtype in (torch.float32, torch.float64)
+
+
+def _softmax_backward(d_p: Tensor, p: Tensor) -> Tensor:
+    """P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)): of few keys in one pass over memory."""
+    if not _has_long_sums(p):
+        return torch._softmax_backward_data(d_p, p, -1, p.dtype)
+    d_p *= p
+    return d_p.addcmul_(p, d_p.sum(dim=-1, keepdim=True), value=-1)
+
+
+def _over_keys(p: Tensor, values: Tensor, scaling: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scaling · P V or alike, (b, queries, keys) times (b, keys, head_dim), perhaps into `out`."""
+    if not _has_long_sums(p):
+        return torch.baddbmm(p.new_empty(1, 1, 1), p, values, beta=0, alpha=scaling, out=out)
+    total = p.new_zeros(*p.shape[:2], values.shape[2]) if out is None else out.zero_()
+    for some, theirs in zip(p.split(KEYS_A_SUM, -1), values.split(KEYS_A_SUM, 1), strict=True):
+        total.baddbmm_(some, theirs, alpha=scaling)
+    return total
 
 
 def _seen(x: Tensor, block: Block, sink: Tensor | None) -> Tensor:
@@ -191,7 +220,7 @@ def attention_blocks_forward(
         for first in range(0, len(queries), at_once):
             own = slice(first, first + at_once)
             p, _ = _probabilities(queries[own], seen[own], scaling, block, cap, None if sink is None else sink[own])
-            torch.bmm(p, their_values[own], out=output[own])
+            _over_keys(p, their_values[own], out=output[own])
             del p  # before the next ones are there
         target = _by_group(out[:, part], kv_heads)
         target.copy_(output.view(target.shape))
@@ -224,8 +253,7 @@ def attention_blocks_backward(
         sink = _sink_of_rows(sinks, q, kv_heads, block.stop - block.start)
         their_keys, own = _seen(keys, block, sink), slice(0 if sink is None else 1, None)
         p, capped = _probabilities(queries, their_keys, scaling, block, cap, sink)
-        # P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)) in one pass over memory.
-        d_s = torch._softmax_backward_data(d_out @ _seen(values, block, sink).mT, p, -1, p.dtype)
+        d_s = _softmax_backward(d_out @ _seen(values, block, sink).mT, p)
         if capped is not None:
             d_s = torch.ops.aten.tanh_backward(d_s, capped)
         if lone:
@@ -234,7 +262,7 @@ def attention_blocks_backward(
             d_values[:, seen] += (p.mT @ d_out)[:, own]
             d_keys[:, seen] += _scaled(d_s.mT, queries, scaling)[:, own]
         target = _by_group(out.d_q[:, part], kv_heads)
-        target.copy_(_scaled(d_s, their_keys, scaling).view(target.shape))
+        target.copy_(_over_keys(d_s, their_keys, scaling).view(target.shape))
     for gradient, summed in ((out.d_k, d_keys), (out.d_v, d_values)):
         target = _by_group(gradient, kv_heads)
         target.copy_(summed.reshape(target.shape))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.ops.embedding import sums_dtype
+
 
 class CrossEntropySaved(NamedTuple):
     """What the forward keeps: softmax (rows, vocab) in float32 or wider, targets (rows,), the dtype of the logits."""
@@ -33,6 +35,22 @@ class CrossEntropyGrads(NamedTuple):
     d_logits: Tensor
 
 
+def softmax_and_log_sum(logits: Tensor, out: Tensor) -> Tensor:
+    """Write softmax(Z), (rows, n), to `out`; return logsumexp(Z), (rows, 1), in float64 where the device has it.
+
+    torch adds up a row's powers in a few numbers, so that beside a largest one thousands of tiny ones are lost. All its
+    shares then err by one factor: what they add up to, which torch's own sum forms pairwise.
+
+    logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
+    """
+    torch.softmax(logits, dim=-1, dtype=out.dtype, out=out)
+    wide = sums_dtype(out)
+    total = out.sum(dim=-1, keepdim=True)
+    largest, its_share = (x.amax(dim=-1, keepdim=True).to(wide) for x in (logits, out))
+    out.div_(total)
+    return largest - its_share.log_() + total.to(wide).log_()
+
+
 def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, CrossEntropySaved]:
     """ℓ of every row.
 
@@ -44,9 +62,10 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Cros
         (rows,) losses in nats, float32 or wider, and what backward needs.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logarithms = functional.log_softmax(logits, dim=-1, dtype=wide)
-    losses = -logarithms.gather(1, targets[:, None]).squeeze(1)
-    return losses, CrossEntropySaved(logarithms.exp_(), targets, logits.dtype)
+    probabilities = torch.empty(logits.shape, dtype=wide, device=logits.device)
+    log_sum = softmax_and_log_sum(logits, probabilities)
+    losses = (log_sum - logits.gather(1, targets[:, None])).to(wide).squeeze(1)
+    return losses, CrossEntropySaved(probabilities, targets, logits.dtype)
 
 
 def cross_entropy_backward(d_y: Tensor, saved: CrossEntropySaved) -> CrossEntropyGrads:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 1024  # that are float64 for a moment
+
 
 class EmbeddingSaved(NamedTuple):
     """What the forward keeps: ids (...), rows of the table, c."""
@@ -52,11 +54,31 @@ def embedding_forward(ids: Tensor, weight: Tensor, scaling: float = 1.0) -> tupl
 
 def embedding_backward(d_y: Tensor, saved: EmbeddingSaved) -> EmbeddingGrads:
     """Map d_y, (..., hidden), to the gradient derived in the module docstring, in d_y's dtype."""
-    hidden = d_y.shape[-1]
-    wide = torch.promote_types(d_y.dtype, torch.float32)
-    d_weight = torch.zeros(saved.vocab, hidden, dtype=wide, device=d_y.device)
-    d_weight.index_add_(0, saved.ids.reshape(-1), d_y.reshape(-1, hidden).to(wide), alpha=saved.scaling)
+    d_weight = sums_by_id(saved.ids.reshape(-1), d_y.reshape(-1, d_y.shape[-1]), saved.vocab).mul_(saved.scaling)
     return EmbeddingGrads(d_weight.to(d_y.dtype))
+
+
+def sums_by_id(ids: Tensor, rows: Tensor, count: int) -> Tensor:
+    """For each of `count` ids the sum of its rows, (count, n), in float32 at least.
+
+    Added up in float64 where the device has it: some ids stand at every tenth position.
+
+    Args:
+        ids: (positions,) int64 in [0, count).
+        rows: (positions, n).
+        count: of the ids.
+    """
+    present, places = torch.unique(ids, return_inverse=True)
+    sums = torch.zeros(len(present), rows.shape[1], dtype=sums_dtype(rows), device=rows.device)
+    for some, their_places in zip(rows.split(_ROWS_AT_ONCE), places.split(_ROWS_AT_ONCE), strict=True):
+        sums.index_add_(0, their_places, some.to(sums.dtype))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.zeros(count, rows.shape[1], dtype=wide, device=rows.device).index_copy_(0, present, sums.to(wide))
+
+
+def sums_dtype(like: Tensor) -> torch.dtype:
+    """In which few long sums are added up: float64, where the device has it."""
+    return torch.promote_types(like.dtype, torch.float32) if like.device.type == "mps" else torch.float64
 
 
 def embedding_reference(ids: Tensor, weight: Tensor, scaling: float = 1.0) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor
 from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.ops import lora_linear
+from backhand.ops.cross_entropy import softmax_and_log_sum
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_tiles
 from backhand.ops.lora_linear import Dropout
 
@@ -69,7 +70,7 @@ PLAIN = LogitsRule()
 
 
 class LinearCrossEntropyGrads(NamedTuple):
-    """Gradients of multiplier · Σ ℓ: d_x (rows, hidden); d_lora_A, d_lora_B, or None without an adapter."""
+    """Gradients of multiplier · Σ ℓ: d_x (rows, hidden); d_lora_A and d_lora_B, float32 at least, or None."""
 
     d_x: Tensor
     d_lora_A: Tensor | None
@@ -115,10 +116,7 @@ def ruled_backward(d_logits: Tensor, tanh: Tensor | None, rule: LogitsRule) -> T
 def _softmax_losses(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
 ) -> None:
-    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place.
-
-    logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
-    """
+    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place."""
     run = loop(_SOFTMAX_LOSSES, logits) if cap is None else None
     if run is not None and targets.is_contiguous():
         rows, vocab = logits.shape
@@ -134,9 +132,7 @@ def _softmax_losses(
     for z, target, loss in zip(logits.split(step), targets[:, None].split(step), losses.split(step), strict=True):
         p = probabilities[: z.shape[0]]
         seen, tanh = (z, None) if cap is None else capped(z, cap)
-        torch.softmax(seen, dim=-1, dtype=wide, out=p)
-        lse = seen.amax(dim=-1, keepdim=True).to(wide) - p.amax(dim=-1, keepdim=True).log_()
-        loss.copy_((lse - seen.gather(1, target).to(wide)).squeeze(1))
+        loss.copy_((softmax_and_log_sum(seen, p) - seen.gather(1, target)).squeeze(1))
         if gradient:
             p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1))
             z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
@@ -219,8 +215,9 @@ def linear_cross_entropy_backward(
     """
     logits, losses = _buffers(x, weight, logits)
     d_x = torch.empty_like(x) if out is None else out
-    d_lora_A = None if head is None else torch.zeros_like(head.lora_A)
-    d_lora_B = None if head is None else torch.zeros_like(head.lora_B)
+    # What the chunks give adds up in float32, so that many round no more than few.
+    d_lora_A = None if head is None else torch.zeros_like(head.lora_A, dtype=losses.dtype)
+    d_lora_B = None if head is None else torch.zeros_like(head.lora_B, dtype=losses.dtype)
     mask = None if head is None else lora_linear.multiplier(x, head.dropout)
     multiplier = multiplier * rule.scaling
     for part in chunks(x):
@@ -235,11 +232,11 @@ def linear_cross_entropy_backward(
             d_h = (d_logits @ head.lora_B).mul_(head.scaling * multiplier)
             if chunk_mask is None:
                 d_x[part].addmm_(d_h, head.lora_A)
-                d_lora_A.addmm_(d_h.T, x[part])
+                d_lora_A.add_(d_h.T @ x[part])
             else:
                 d_x[part].addcmul_(chunk_mask, d_h @ head.lora_A)
-                d_lora_A.addmm_(d_h.T, x[part] * chunk_mask)
-            d_lora_B.addmm_(d_logits.T, h, alpha=head.scaling * multiplier)
+                d_lora_A.add_(d_h.T @ (x[part] * chunk_mask))
+            d_lora_B.add_(d_logits.T @ h, alpha=head.scaling * multiplier)
     return losses, LinearCrossEntropyGrads(d_x, d_lora_A, d_lora_B)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.ops.embedding import sums_by_id
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_rows
 
 
@@ -81,9 +82,7 @@ def lora_embedding_backward(d_y: Tensor, saved: LoRAEmbeddingSaved) -> LoRAEmbed
     d_h = (g @ saved.lora_B).to(wide).mul_(saved.scaling)
     if saved.padding_id is not None:
         d_h.masked_fill_((saved.ids == saved.padding_id)[:, None], 0.0)
-    d_lora_A = torch.zeros(saved.lora_B.shape[1], saved.vocab, dtype=wide, device=d_y.device)
-    d_lora_A.index_add_(1, saved.ids, d_h.T)
-    return LoRAEmbeddingGrads(d_lora_A, d_lora_B)
+    return LoRAEmbeddingGrads(sums_by_id(saved.ids, d_h, saved.vocab).T, d_lora_B)
 
 
 def lora_embedding_reference(

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.ops.embedding import sums_by_id
+
 
 class TokenEmbeddingSaved(NamedTuple):
     """What the forward keeps: the place in R of each token, (tokens,), -1 where it is not trained; rows of R."""
@@ -91,11 +93,8 @@ def token_embedding_forward(
 
 def token_embedding_backward(d_y: Tensor, saved: TokenEmbeddingSaved) -> TokenEmbeddingGrads:
     """Map d_y, (..., hidden), to the gradient derived in the module docstring."""
-    wide = torch.promote_types(d_y.dtype, torch.float32)
     hit = saved.places >= 0
-    d_token_rows = torch.zeros(saved.trained, d_y.shape[-1], dtype=wide, device=d_y.device)
-    d_token_rows.index_add_(0, saved.places[hit], d_y.reshape(-1, d_y.shape[-1])[hit].to(wide))
-    return TokenEmbeddingGrads(d_token_rows)
+    return TokenEmbeddingGrads(sums_by_id(saved.places[hit], d_y.reshape(-1, d_y.shape[-1])[hit], saved.trained))
 
 
 def token_embedding_reference(ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor) -> Tensor:

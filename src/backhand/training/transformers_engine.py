@@ -31,8 +31,9 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
-from backhand.training.engine import BoundModel, Trainable, wrapper_notes
-from backhand.training.memory.model import ModelSize, transformers_size
+from backhand.training.engine import BoundModel, ShortModel, wrapper_notes
+from backhand.training.memory.coarse import transformers_size
+from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
 
@@ -296,17 +297,17 @@ class TransformersEngine:
         model.attach(lora)
         return _BoundTransformers(model, lora, config, self._source, base_model)
 
-    def probes(
+    def short(
         self,
         config: LoRAConfig,
         device: torch.device,
         recompute: str,  # noqa: ARG002 - autograd keeps everything
         base: HeldBase = "dense",  # noqa: ARG002 - there is no other
-    ) -> list[tuple[Trainable, int]]:
-        """The model itself."""
+    ) -> ShortModel:
+        """The model itself: what a block is, only its own code knows."""
         bound = self.load(config, base_model=None, device=device)
         bound.lora.refresh_compute(self._dtype)
-        return [(bound.model, self.layers)]
+        return ShortModel(bound.model)
 
 
 class _BoundTransformers(BoundModel):

@@ -22,7 +22,7 @@ from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.report import VerifyReport, print_report, severity
-from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
+from backhand.verify.runner import PROOF_FILES, Row, load_proofs, prove_case, reject_mutants
 from backhand.words import nearest_names
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -57,7 +57,10 @@ def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
     """
     options.validate()
     start = time.perf_counter()
-    report = _verify_model(options, say) if options.model.model else _verify_ops(options, say)
+    if options.verify.large:
+        report = _verify_real_sizes(options, say)
+    else:
+        report = _verify_model(options, say) if options.model.model else _verify_ops(options, say)
     report.time_s = time.perf_counter() - start
     return report
 
@@ -135,6 +138,21 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
             report.rejections.extend(reject_mutants(proof, device))
     finally:
         torch.set_num_threads(threads)
+    return report
+
+
+def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
+    from backhand.verify.real_sizes import prove_real_size, real_sizes
+
+    report = VerifyReport()
+    with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
+        for case in real_sizes():
+            say(f"{case.op}: {case.name}")
+            for one in prove_real_size(case):
+                if isinstance(one, Row):
+                    report.rows.append(one)
+                else:
+                    report.rejections.append(one)
     return report
 
 

@@ -28,6 +28,9 @@ class VerifyRunOptions:
     op: str | None = None
     """Prove only this op, or `block` or `decoder`, and list each of its mutants."""
 
+    large: bool = False
+    """Prove the sums of the ops at the sizes of real models, in each form that this processor has, and nothing else."""
+
     adapter: Path | None = None
     """With `model`: prove the gradients of this adapter; not given: of a random one, lora_B not zero."""
 
@@ -58,6 +61,12 @@ class VerifyOptions(Options):
 
     def _check_together(self) -> None:
         check_base(self.model)
+        if self.verify.large and (self.verify.op is not None or self.model.model or self.verify.run is not None):
+            raise UsageError(
+                "large is given together with an op, a model or a run",
+                where="large",
+                next_step="give --large alone: its cases are its own",
+            )
         if self.model.model:
             if self.verify.op is not None:
                 raise UsageError(

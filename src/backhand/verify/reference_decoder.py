@@ -11,9 +11,9 @@ weights' dtype. Its error there is the yardstick for the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,18 @@ def reference_head(
     return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+class _Layer(NamedTuple):
+    """Where a mixer's branch is taken: the layer with what it knows, and keys and values lent by others."""
+
+    layer: int
+    weights: Tensors
+    config: DecoderConfig
+    lengths: list[int]
+    adapter: ReferenceAdapter
+    wanted: Tensor | None
+    lent: dict[int, tuple[Tensor, Tensor]]
+
+
 def reference_block(
     x: Tensor,
     layer: int,
@@ -144,12 +156,9 @@ def reference_block(
         return branch if name is None else _norm(branch, weights[f"{block}.{name}.weight"], config)
 
     branch = normed(x, config.norms.before_attention)
-    mixed = _MIXERS[config.layers[layer].mixer]
-    if mixed is _shared_attention:
-        assert carried is not None
-        branch = _shared_attention(branch, layer, weights, config, document_lengths, adapter, wanted, carried.lent)
-    else:
-        branch = mixed(branch, layer, weights, config, document_lengths, adapter, wanted)
+    lent = {} if carried is None else carried.lent
+    at = _Layer(layer, weights, config, list(document_lengths), adapter, wanted, lent)
+    branch = _MIXERS[config.layers[layer].mixer](branch, at)
     x = x + normed(branch, config.norms.after_attention) * config.residual_multiplier
     branch = normed(x, config.norms.before_mlp)
     if config.layers[layer].experts:
@@ -216,16 +225,9 @@ def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     return (normed * (config.norm_offset + weight.to(wide.dtype))).to(x.dtype)
 
 
-def _attention(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _attention(x: Tensor, at: _Layer) -> Tensor:
     """The attention branch, (tokens, hidden), from the normed x, document by document."""
+    layer, weights, config, lengths, adapter, wanted, _ = at
     name = f"model.layers.{layer}"
     if (FUSED_QKV,) in config.groups:
         fused = adapter.linear(x, f"{name}.{FUSED_QKV}", weights)
@@ -249,7 +251,6 @@ def _attention(
     which = config.layers[layer].rotary
     rotary = None if which is None else config.rotary[which]
     outputs = []
-    lengths = list(document_lengths)
     for q_one, k_one, v_one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_turned, k_turned = (part if rotary is None else _turn(part, rotary) for part in (q_one, k_one))
         if config.query_scaling is not None:
@@ -262,17 +263,10 @@ def _attention(
     return adapter.linear(output, f"{name}.{config.groups[1][0]}", weights, wanted)
 
 
-def _gated_delta(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _gated_delta(x: Tensor, at: _Layer) -> Tensor:
     """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
-    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(document_lengths))
+    layer, weights, config, lengths, adapter, wanted, _ = at
+    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(lengths))
     assert sizes is not None
     entering, (leaving,) = config.mixers[GATED_DELTA].groups
     qkv, z, b, a = (adapter.linear(x, f"{name}.{part}", weights) for part in entering)
@@ -305,18 +299,10 @@ def _attended(
     return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
 
 
-def _shared_attention(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-    lent: dict[int, tuple[Tensor, Tensor]],
-) -> Tensor:
+def _shared_attention(x: Tensor, at: _Layer) -> Tensor:
     """The branch of attention with normed values, (tokens, hidden), whose keys and values may be another layer's."""
-    name, own, lengths = f"model.layers.{layer}", config.layers[layer], list(document_lengths)
+    layer, weights, config, lengths, adapter, wanted, lent = at
+    name, own = f"model.layers.{layer}", config.layers[layer]
 
     def projected(part: str) -> Tensor:
         by_head: Tensor = adapter.linear(x, f"{name}.{part}", weights).unflatten(-1, (-1, config.head_dim))
@@ -340,29 +326,22 @@ def _shared_attention(
     return adapter.linear(torch.cat(outputs), f"{name}.{config.groups[1][0]}", weights, wanted)
 
 
-def _short_conv(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _short_conv(x: Tensor, at: _Layer) -> Tensor:
     """The branch of the gated short convolution, (tokens, hidden), by torch's convolution, document by document."""
+    layer, weights, config, lengths, adapter, wanted, _ = at
     name = f"model.layers.{layer}"
     (entering,), (leaving,) = config.mixers[SHORT_CONV].groups
     b, c, x = adapter.linear(x, f"{name}.{entering}", weights).chunk(3, dim=-1)
     taps, bias = weights[f"{name}.conv.conv.weight"], weights.get(f"{name}.conv.conv.bias")
     channels, _, width = taps.shape
     outputs = []
-    for own in (b * x).split(list(document_lengths)):
+    for own in (b * x).split(lengths):
         padded = functional.pad(own.T[None], (width - 1, 0))
         outputs.append(functional.conv1d(padded, taps, bias, groups=channels)[0].T)
     return adapter.linear(c * torch.cat(outputs), f"{name}.{leaving}", weights, wanted)
 
 
-_MIXERS: dict[str, Any] = {
+_MIXERS: dict[str, Callable[[Tensor, _Layer], Tensor]] = {
     ATTENTION: _attention,
     SHORT_CONV: _short_conv,
     GATED_DELTA: _gated_delta,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from backhand.runs.directory import Proof
 from backhand.verify.model_gradients import ModelProof
-from backhand.verify.runner import AUTOGRAD, COMPILED, DIFFERENCES, Rejection, Row
+from backhand.verify.runner import AUTOGRAD, DIFFERENCES, TORCH, Rejection, Row
 
 COMMAND = "verify"
 
@@ -170,7 +170,7 @@ def _cases(rows: Iterable[Row]) -> Table:
 
 def _named(one: Row | Rejection) -> str:
     """The op, and its form where that is not torch's."""
-    return f"{one.op}, {COMPILED}" if one.form == COMPILED else one.op
+    return one.op if one.form == TORCH else f"{one.op}, {one.form}"
 
 
 def _worst(rows: list[Row]) -> Text:

@@ -104,16 +104,17 @@ struct AdaptedGLU {
   static void ask(const C* place) { __builtin_prefetch(place, 0, 2); }
 
   // The rows first … last - 1; `sums` are the part's own, `factors` those of the sides with whole registers a row.
-  void part(int64_t first, int64_t last, C* sums, const Rows<C>* factors, C* added) const {
+  void part(int64_t first, int64_t last, const BlockSums<C>& sums, const Rows<C>* factors, C* added) const {
     alignas(64) C of_gate[ROWS * COLUMNS], of_up[ROWS * COLUMNS], p[ROWS * COLUMNS];
     const C* const made[SIDES] = {of_gate, of_up};
     for (int64_t t = first; t == first || t < last; t += ROWS) {
       const int64_t count = std::min(ROWS, last - t);
-      const bool add = MUTATED("adapted_glu: first rows of a part lost", t > first, false);
+      const int64_t number = (t - first) / ROWS;
+      const bool add = MUTATED("adapted_glu: first rows of a part lost", sums.adds(number), false);
       for (int64_t j = 0; j < n; j += COLUMNS) {
         const int64_t wide = std::min(COLUMNS, width() - j), there = std::min(wide, n - j);
         make(t, count, j, wide, of_gate, of_up, p);
-        C *own = sums + j, *of_h = added;
+        C *own = sums.recent + j, *of_h = added;
         for (int64_t s = 0; s < SIDES; ++s) {
           const Side<C>& side = sides[s];
           if (side.rank == 0) continue;
@@ -128,6 +129,11 @@ struct AdaptedGLU {
         if (behind.rank > 0)
           product_of_part<Op>(behind.rank, wide, count, Interleaved<C>{behind.d_t.at(t), behind.d_t.row}, p, COLUMNS,
                               own, width(), add);
+      }
+      int64_t offset = 0;
+      for (const int64_t rank : {sides[0].rank, sides[1].rank, behind.rank}) {
+        sums.behind(number, t + ROWS >= last, offset, width(), rank, 0, width());
+        offset += high(rank) * width();
       }
       const C* of_h = added;
       for (int64_t s = 0; s < SIDES; ++s) {
@@ -165,11 +171,14 @@ struct AdaptedGLU {
     if (rows <= 0 || n <= 0) return 0;
     const RowParts parts(rows);
     const int64_t added = ROWS * (across(sides[0].rank) + across(sides[1].rank));
-    size_t bytes = static_cast<size_t>((parts.count * sums_of_part() + TILE * width()) + parts.count * added) * sizeof(C);
+    const int64_t one = parts.count * sums_of_part();
+    // A square may begin in the last row.
+    const int64_t numbers = BlockSums<C>::numbers(one, rows / parts.count, ROWS) + TILE * width();
+    size_t bytes = static_cast<size_t>(numbers + parts.count * added) * sizeof(C);
     for (int64_t s = 0; s < SIDES; ++s) bytes += static_cast<size_t>(n * across(sides[s].rank)) * sizeof(C) + 64;
     Arena arena(bytes + 256 + static_cast<size_t>(parts.count) * 64);
     if (!arena.there()) return 1;
-    C* sums = arena.take<C>(parts.count * sums_of_part() + TILE * width());  // a square may begin in the last row
+    C* sums = arena.take<C>(numbers);
     C* of_h = arena.take<C>(parts.count * added);
     Rows<C> factors[SIDES];
     for (int64_t s = 0; s < SIDES; ++s) {
@@ -184,7 +193,7 @@ struct AdaptedGLU {
     const Rows<C>* const with = factors;
     parallel(parts.count, 1, [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        part(parts.begin(i), parts.begin(i + 1), sums + i * sums_of_part(), with, of_h + i * added);
+        part(parts.begin(i), parts.begin(i + 1), {sums + i * sums_of_part(), one, rows / parts.count, ROWS}, with, of_h + i * added);
     });
     parallel(width() / FEWEST_COLUMNS, grain_of_sums(parts.count * (sides[0].rank + sides[1].rank + behind.rank)),
              [=](int64_t begin, int64_t end) {

@@ -98,18 +98,23 @@ struct Forward {
     const C sink = shape.sinks == nullptr ? C(0) : static_cast<C>(shape.sinks[head] * Op::POWER_OF);
     if (shape.sinks != nullptr) largest = std::max(largest, sink);
     const Vector<C> top = all<C>(largest);
-    Vector<C> sum = {};
-    if (shape.sinks != nullptr) sum[0] = MUTATED("attention: sink missing", Op::power(all<C>(sink) - top)[0], C(0));
+    Compensated<Vector<C>> sum;
+    if (shape.sinks != nullptr) sum.sum[0] = MUTATED("attention: sink missing", Op::power(all<C>(sink) - top)[0], C(0));
     for (int64_t j = 0; j < begin; j += W) Op::put(p + j, Vector<C>{});
     int64_t j = begin;
-    for (; j < to; j += W) {
-      Vector<C> e = Op::power(load<C>(scores + j) * scaling - top);
-      if (j < from || j + W > to) e = visible(j) ? e : Vector<C>{};
-      sum += e;
-      Op::put(p + j, e);
+    while (j < to) {
+      Vector<C> part = {};
+      const int64_t last = std::min(to, j + MUTATED("attention: naive sum", W * KEYS_A_SUM, to));
+      for (; j < last; j += W) {
+        Vector<C> e = Op::power(load<C>(scores + j) * scaling - top);
+        if (j < from || j + W > to) e = visible(j) ? e : Vector<C>{};
+        part = MUTATED("attention: naive sum", part + e, one_by_one(part, e));
+        Op::put(p + j, e);
+      }
+      sum.add(part);
     }
     for (; j < span; j += W) Op::put(p + j, Vector<C>{});
-    return 1 / sum_of<C>(sum);
+    return 1 / sum_of<C>(sum.sum);
   }
 };
 

@@ -36,6 +36,9 @@ constexpr int64_t LONG = 2048;
 // Queries of a block: fewer where a block's scores would not stay in the cache.
 inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
 
+// So many keys are added up before what they come to is added to what others have come to.
+constexpr int64_t KEYS_A_SUM = 128;
+
 // What the queries first … first + count - 1 (positions) may see: keys low … high - 1, both multiples of `KEYS`.
 struct Range {
   int64_t low, high;

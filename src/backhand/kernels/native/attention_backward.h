@@ -123,7 +123,8 @@ struct Backward {
     const C scaling = static_cast<C>(shape.scaling);
     const Vector<C> powers = all<C>(static_cast<C>(shape.scaling * Op::POWER_OF)), least = all<C>(C(-3e38));
     Bits<C> position[CHUNK];
-    Vector<C> most[CHUNK], sum[CHUNK] = {}, delta[CHUNK] = {};
+    Vector<C> most[CHUNK], inverse[CHUNK], delta[CHUNK];
+    Compensated<Vector<C>> sums[CHUNK], deltas[CHUNK];
     const bool sinks = shape.sinks != nullptr;
     const Vector<C> sink = all<C>(sinks ? static_cast<C>(shape.sinks[head] * Op::POWER_OF) : C(0));
     for (int c = 0; c < CHUNK; ++c) {
@@ -139,12 +140,12 @@ struct Backward {
     // body(row, whether some of the queries do not see its key): those that all see stand between others.
     const int64_t all_see = std::min(std::max<int64_t>(0, last - reach + 1 - low), span);
     const int64_t some_see = std::min(std::max(all_see, first + 1 - low), span);
-    const auto each_key = [=](const auto& body) {
-      for (int64_t i = 0; i < all_see; ++i) body(i, std::true_type());
-      for (int64_t i = all_see; i < some_see; ++i) body(i, std::false_type());
-      for (int64_t i = some_see; i < span; ++i) body(i, std::true_type());
+    const auto each_key = [=](int64_t i, int64_t end_of_keys, const auto& body) {
+      for (; i < std::min(all_see, end_of_keys); ++i) body(i, std::true_type());
+      for (; i < std::min(some_see, end_of_keys); ++i) body(i, std::false_type());
+      for (; i < end_of_keys; ++i) body(i, std::true_type());
     };
-    each_key([&](int64_t i, auto masked) {
+    each_key(0, span, [&](int64_t i, auto masked) {
       for (int c = 0; c < CHUNK; ++c) {
         Vector<C> s = load<C>(scores + i * row + c * W) * powers;
         if (masked()) s = visible(low + i, position[c]) ? s : least;
@@ -152,29 +153,40 @@ struct Backward {
       }
     });
     for (int c = 0; c < CHUNK && sinks; ++c)
-      sum[c] = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
-    each_key([&](int64_t i, auto masked) {
-      for (int c = 0; c < CHUNK; ++c) {
-        // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
-        const int64_t place = i * row + c * W;
-        Vector<C> e = Op::power(load<C>(scores + place) * powers - most[c]), d_share = load<C>(d_p + place);
-        if (masked()) {
-          const Bits<C> seen_by = visible(low + i, position[c]);
-          e = seen_by ? e : Vector<C>{};
-          d_share = seen_by ? d_share : Vector<C>{};  // where there may be anything
-          store(d_p + place, d_share);
+      sums[c].sum = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
+    // In steps that begin at the same keys wherever the block's first one stands.
+    for (int64_t begin = 0; begin < span;) {
+      const int64_t next = (low + begin) / KEYS_A_SUM * KEYS_A_SUM + KEYS_A_SUM - low;
+      const int64_t last = std::min(span, MUTATED("attention: naive sums of columns", next, span));
+      Vector<C> sum[CHUNK] = {}, of_deltas[CHUNK] = {};
+      each_key(begin, last, [&](int64_t i, auto masked) {
+        for (int c = 0; c < CHUNK; ++c) {
+          // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
+          const int64_t place = i * row + c * W;
+          Vector<C> e = Op::power(load<C>(scores + place) * powers - most[c]), d_share = load<C>(d_p + place);
+          if (masked()) {
+            const Bits<C> seen_by = visible(low + i, position[c]);
+            e = seen_by ? e : Vector<C>{};
+            d_share = seen_by ? d_share : Vector<C>{};  // where there may be anything
+            store(d_p + place, d_share);
+          }
+          store(scores + place, e);
+          sum[c] += e;
+          of_deltas[c] = fma(e, d_share, of_deltas[c]);
         }
-        store(scores + place, e);
-        sum[c] += e;
-        delta[c] = fma(e, d_share, delta[c]);
+      });
+      for (int c = 0; c < CHUNK; ++c) {
+        sums[c].add(sum[c]);
+        deltas[c].add(of_deltas[c]);
       }
-    });
-    Vector<C> inverse[CHUNK];
+      begin = last;
+    }
     for (int c = 0; c < CHUNK; ++c) {
       // Behind the last query stand some that may see nothing at all.
-      inverse[c] = sum[c] > 0 ? 1 / sum[c] : Vector<C>{};
-      inverse[c] = sum[c] == sum[c] ? inverse[c] : sum[c];
-      delta[c] = MUTATED("attention: delta missing", delta[c] * inverse[c], Vector<C>{});
+      const Vector<C> sum = sums[c].sum;
+      inverse[c] = sum > 0 ? 1 / sum : Vector<C>{};
+      inverse[c] = sum == sum ? inverse[c] : sum;
+      delta[c] = MUTATED("attention: delta missing", deltas[c].sum * inverse[c], Vector<C>{});
     }
     for (int64_t i = 0; i < span; ++i)
       for (int c = 0; c < CHUNK; ++c) {

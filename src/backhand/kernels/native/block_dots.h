@@ -9,6 +9,12 @@
 #include "formats.h"
 #include "vectors.h"
 
+namespace {
+
+constexpr int64_t PIECE = 1024;  // numbers of a row at a time: whole blocks of every type
+
+}  // namespace
+
 #if defined(__AVX512BF16__)
 
 namespace {
@@ -110,18 +116,21 @@ struct BlockDot<Q6_K> {
 
 template <class Format, int ROWS>
 void block_dots(const uint8_t* const* w, int64_t columns, const bfloat16* x, Vector<float>* sums) {
-  Vector<float> sum[ROWS];
+  constexpr int64_t AT_ONCE = PIECE / Format::values;
+  const int64_t blocks = columns / Format::values;
+  for (int64_t first = 0; first < blocks; first += AT_ONCE) {
+    const int64_t last = first + AT_ONCE < blocks ? first + AT_ONCE : blocks;
+    Vector<float> sum[ROWS] = {};
+    for (int64_t b = first; b < last; ++b)
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) sum[r] = sums[r];
-  for (int64_t b = 0; b < columns / Format::values; ++b)
+      for (int r = 0; r < ROWS; ++r) {
+        const uint8_t* block = w[r] + b * Format::bytes;
+        for (int64_t line = 0; line < Format::bytes; line += LINE) fetch_ahead(block + line);
+        sum[r] = BlockDot<Format>::add(block, x + b * Format::values, sum[r]);
+      }
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const uint8_t* block = w[r] + b * Format::bytes;
-      for (int64_t line = 0; line < Format::bytes; line += LINE) fetch_ahead(block + line);
-      sum[r] = BlockDot<Format>::add(block, x + b * Format::values, sum[r]);
-    }
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
+    for (int r = 0; r < ROWS; ++r) sums[r] += sum[r];
+  }
 }
 
 // Whether the type is one of these; then the sums of `ROWS` rows are added up.

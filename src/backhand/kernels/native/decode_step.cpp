@@ -59,6 +59,8 @@ namespace {
 constexpr int64_t TASK_VALUES = 1 << 14;
 constexpr int64_t PHASES_A_LAYER = 16;
 constexpr int64_t GLU_PIECE = 512;
+// So many keys are added up before what they come to is added to what others have come to.
+constexpr int64_t KEYS_A_SUM = 128;
 
 // What a pass works in.
 template <class T>
@@ -103,20 +105,26 @@ C powers_of_scores(C* scores, int64_t count, C scaling, C cap) {
         for (int64_t k = 0; k < some; ++k) most = larger(most, all<C>(scores[i + k]));
       });
   const Vector<C> largest = all<C>(largest_of<C>(most));
-  Vector<C> sum = {};
+  Compensated<Vector<C>> sum;
   C rest = 0;
-  along<C>(
-      count,
-      [&](int64_t i) {
-        const Vector<C> power = exponential<C>(load<C>(scores + i) - largest);
-        store(scores + i, power);
-        sum += power;
-      },
-      [&](int64_t i, int64_t some) {
-        store_some<C>(scores + i, exponential<C>(load_some<C>(scores + i, some) - largest), some);
-        for (int64_t k = 0; k < some; ++k) rest += scores[i + k];
-      });
-  return sum_of<C>(sum) + rest;
+  for (int64_t first = 0; first < count; first += KEYS_A_SUM * lanes<C>) {
+    Vector<C> part = {};
+    const int64_t left = count - first, here = left < KEYS_A_SUM * lanes<C> ? left : KEYS_A_SUM * lanes<C>;
+    along<C>(
+        here,
+        [&](int64_t i) {
+          const Vector<C> power = exponential<C>(load<C>(scores + first + i) - largest);
+          store(scores + first + i, power);
+          part += power;
+        },
+        [&](int64_t i, int64_t some) {
+          C* place = scores + first + i;
+          store_some<C>(place, exponential<C>(load_some<C>(place, some) - largest), some);
+          for (int64_t k = 0; k < some; ++k) rest += place[k];
+        });
+    sum.add(part);
+  }
+  return sum_of<C>(sum.sum) + rest;
 }
 
 // o = softmax(c q Kᵀ) V of one head; `scores` has room for as many numbers as there are keys.
@@ -141,23 +149,35 @@ void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t h
   }
   const C share = 1 / powers_of_scores<C>(scores, count, scaling, cap);
   constexpr int W = lanes<C>;
+  const auto each_sum = [=](const auto& add) {
+    const int64_t step = MUTATED("decode step: naive sum", KEYS_A_SUM, count);
+    for (int64_t k = 0; k < count; k += step) add(k, k + step < count ? k + step : count);
+  };
   int64_t i = 0;
   for (; i + AT_ONCE * W <= head_dim; i += AT_ONCE * W) {
-    Vector<C> sums[AT_ONCE] = {};
-    for (int64_t k = 0; k < count; ++k)
-      for (int n = 0; n < AT_ONCE; ++n) {
-        sums[n] = fma(all<C>(scores[k]), load<C>(values + k * head_dim + i + n * W), sums[n]);
-      }
-    for (int n = 0; n < AT_ONCE; ++n) store(out + i + n * W, sums[n] * share);
+    Compensated<Vector<C>> totals[AT_ONCE];
+    each_sum([&](int64_t begin, int64_t end) {
+      Vector<C> sums[AT_ONCE] = {};
+      for (int64_t k = begin; k < end; ++k)
+        for (int n = 0; n < AT_ONCE; ++n) {
+          sums[n] = fma(all<C>(scores[k]), load<C>(values + k * head_dim + i + n * W), sums[n]);
+        }
+      for (int n = 0; n < AT_ONCE; ++n) totals[n].add(sums[n]);
+    });
+    for (int n = 0; n < AT_ONCE; ++n) store(out + i + n * W, totals[n].sum * share);
   }
   for (; i < head_dim; i += W) {
     const int64_t some = head_dim - i < W ? head_dim - i : W;
-    Vector<C> sum = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const T* place = values + k * head_dim + i;
-      sum = fma(all<C>(scores[k]), some == W ? load<C>(place) : load_some<C>(place, some), sum);
-    }
-    store_some<C>(out + i, sum * share, some);
+    Compensated<Vector<C>> total;
+    each_sum([&](int64_t begin, int64_t end) {
+      Vector<C> sum = {};
+      for (int64_t k = begin; k < end; ++k) {
+        const T* place = values + k * head_dim + i;
+        sum = fma(all<C>(scores[k]), some == W ? load<C>(place) : load_some<C>(place, some), sum);
+      }
+      total.add(sum);
+    });
+    store_some<C>(out + i, total.sum * share, some);
   }
 }
 

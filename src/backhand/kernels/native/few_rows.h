@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int SIDE_BY_SIDE = 4;     // rows of W
-constexpr int64_t PIECE = 1024;     // numbers of a row at a time: whole blocks of every type
 constexpr int MOST_ROWS = 8;        // of x
 
 // What is multiplied and added at a time, `STEP` numbers.
@@ -44,24 +43,34 @@ inline Vector<Wide<T>> some(const T* w, const T* x, int64_t count, Vector<Wide<T
   return Dot<T>::whole(few_w, few_x, sum);
 }
 
+// Registers of products that are added up before what they come to is added to the sum.
+constexpr int64_t LONGEST_DOT = 64;
+
 // sums[r] += Σ w[r] x over `count` numbers, for `ROWS` rows of W and one of x; `AHEAD`: W is read from memory, once.
 template <class T, int ROWS, bool AHEAD = false>
 inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T>>* sums) {
-  Vector<Wide<T>> sum[ROWS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) sum[r] = sums[r];
+  constexpr int64_t STEP = Dot<T>::STEP;
   int64_t i = 0;
-  for (; i + Dot<T>::STEP <= count; i += Dot<T>::STEP)
+  do {
+    Vector<Wide<T>> sum[ROWS];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      if (AHEAD) fetch_ahead(w[r] + i);
-      sum[r] = Dot<T>::whole(w[r] + i, x + i, sum[r]);
+    for (int r = 0; r < ROWS; ++r) sum[r] = MUTATED("few rows: naive sum", Vector<Wide<T>>{}, sums[r]);
+    const int64_t last = count - i < LONGEST_DOT * STEP ? count : i + LONGEST_DOT * STEP;
+    for (; i + STEP <= last; i += STEP)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        if (AHEAD) fetch_ahead(w[r] + i);
+        sum[r] = MUTATED("few rows: naive sum", Dot<T>::whole(w[r] + i, x + i, sum[r]),
+                       one_by_one(sum[r], Dot<T>::whole(w[r] + i, x + i, Vector<Wide<T>>{})));
+      }
+    if (i < last) {
+      for (int r = 0; r < ROWS; ++r)
+        sum[r] = MUTATED("few rows: tail forgotten", some(w[r] + i, x + i, last - i, sum[r]), sum[r]);
+      i = last;
     }
-  if (i < count)
-    for (int r = 0; r < ROWS; ++r)
-      sum[r] = MUTATED("few rows: tail forgotten", some(w[r] + i, x + i, count - i, sum[r]), sum[r]);
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
+    for (int r = 0; r < ROWS; ++r) sums[r] = MUTATED("few rows: naive sum", sums[r], Vector<Wide<T>>{}) + sum[r];
+  } while (i < count);
 }
 
 template <class T>

@@ -154,9 +154,11 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
   const int64_t rank = parts[part_count - 1].first + parts[part_count - 1].rank;
   const int64_t width = rounded_up(n, FEWEST_COLUMNS), high = rounded_up(rank, TILE);
   const RowParts of_rows(rows);
-  const int64_t count = by_parts && of_rows.count >= RowParts::FEWEST ? of_rows.count : 1;
+  const int64_t several = by_parts && of_rows.count >= RowParts::FEWEST ? of_rows.count : 1;
+  const int64_t count = MUTATED("low_rank: naive sum", several, 1);
+  const int64_t step = MUTATED("low_rank: naive sum", GATHERED_ROWS<Op>, Op::PACK);
   // A square of sums may begin in the last row.
-  const int64_t numbers = (count * high + TILE) * width, copied = norm.factor == nullptr ? 0 : rows * rank;
+  const int64_t one = high * width, numbers = BlockSums<C>::numbers(count * one, rows / count, step) + TILE * width, copied = norm.factor == nullptr ? 0 : rows * rank;
   Arena arena(bytes_of_left<Op>(rows, rank) + static_cast<size_t>(numbers) * sizeof(C) +
               static_cast<size_t>(copied) * sizeof(T) + 256);
   if (!arena.there()) return 1;
@@ -164,35 +166,38 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
   const Left<Op> left = left_of<Op>(h, rows, rank, arena);
   C* sums = arena.take<C>(numbers);
   // The columns first … last - 1 of sums of the rows begin … end - 1.
-  const auto add_up = [=](C* own, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const auto add_up = [=](int64_t part, int64_t begin, int64_t end, int64_t first, int64_t last) {
     alignas(64) U right[GATHERED_ROWS<Op> / Op::PACK * GATHERED_COLUMNS];
-    for (int64_t t = begin; t == begin || t < end; t += GATHERED_ROWS<Op>)
+    const BlockSums<C> own(sums + part * one, count * one, MUTATED("low_rank: naive sum", rows / count, 0), step);
+    for (int64_t t = begin, number = 0; t == begin || t < end; t += step, ++number) {
       for (int64_t j = first; j < last; j += GATHERED_COLUMNS) {
         const bool at_end = j + GATHERED_COLUMNS >= last;
         if (by_tiles<Op> && count > 1) {
-          const int64_t next = std::min(rows, t + GATHERED_ROWS<Op>);
-          fetch_share(v, next, std::min(GATHERED_ROWS<Op>, rows - next), n, j / GATHERED_COLUMNS,
+          const int64_t next = std::min(rows, t + step);
+          fetch_share(v, next, std::min(step, rows - next), n, j / GATHERED_COLUMNS,
                       (width + GATHERED_COLUMNS - 1) / GATHERED_COLUMNS);
         }
-        gather_block<Op>(v, left, t, std::min(GATHERED_ROWS<Op>, end - t), j, std::min(GATHERED_COLUMNS, last - j), n,
-                         at_end ? GATHERED_ROWS<Op> * v.row + first - j : GATHERED_COLUMNS, right, own, width,
-                         MUTATED("low_rank: first rows of a gradient lost", t > begin, false));
+        gather_block<Op>(v, left, t, std::min(step, end - t), j, std::min(GATHERED_COLUMNS, last - j), n,
+                         at_end ? step * v.row + first - j : GATHERED_COLUMNS, right, own.recent, width,
+                         MUTATED("low_rank: first rows of a gradient lost", own.adds(number), false));
       }
+      own.behind(number, t + step >= end, 0, width, rank, first, last);
+    }
   };
   if (count > 1)
     parallel(count, grain_of<Op>(rows / count * rank * n), [=](int64_t begin, int64_t end) {
       const TilesOf<Op> tiles;
       for (int64_t part = begin; part < end; ++part)
-        add_up(sums + part * high * width, of_rows.begin(part), of_rows.begin(part + 1), 0, width);
+        add_up(part, of_rows.begin(part), of_rows.begin(part + 1), 0, width);
     });
   const int64_t grain = count > 1 ? grain_of_sums(count * rank) : grain_of<Op>(rows * rank * FEWEST_COLUMNS);
   parallel(width / FEWEST_COLUMNS, grain, [=, &norm](int64_t begin, int64_t end) {
     const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS;
     if (count > 1) {
-      add_parts(sums, count, high * width, width, rank, first, last);
+      add_parts(sums, count, one, width, rank, first, last);
     } else {
       const TilesOf<Op> tiles;
-      add_up(sums, 0, rows, first, last);
+      add_up(0, 0, rows, first, last);
     }
     if (norm.factor != nullptr) times_gain(norm, sums, width, rank, first, std::min(last, n));
     for (const Part<O>* part = parts; part < parts + part_count; ++part) {

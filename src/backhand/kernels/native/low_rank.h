@@ -239,6 +239,41 @@ struct RowParts {
   int64_t begin(int64_t part) const { return std::min(rows, (rows + STEP - 1) / STEP * part / count * STEP); }
 };
 
+// Sums over rows, (rank, width), of one block of rows after the other. Where there are many blocks, those of the last few
+// stand apart before they are added, compensated, to those of all before: so that many rows round no more than few.
+template <class C>
+struct BlockSums {
+  static constexpr int64_t FEW = 16;
+  C *all, *recent, *lost;
+
+  // Of so many numbers of one, how many three take where there are many blocks.
+  static int64_t numbers(int64_t one, int64_t rows, int64_t rows_a_block) {
+    return rows > FEW * rows_a_block ? 3 * one : one;
+  }
+  BlockSums(C* memory, int64_t one, int64_t rows, int64_t rows_a_block) : all(memory), recent(memory), lost(nullptr) {
+    if (rows <= FEW * rows_a_block) return;
+    recent = memory + one;
+    lost = recent + one;
+  }
+  // Whether the sums of this block, counted from 0, are added to what is recent.
+  bool adds(int64_t block) const { return lost == nullptr ? block > 0 : block % FEW > 0; }
+  // Behind the block: the columns first … last - 1 of `rank` rows from number `offset` on.
+  void behind(int64_t block, bool is_last, int64_t offset, int64_t width, int64_t rank, int64_t first,
+              int64_t last) const {
+    if (lost == nullptr || (block % FEW < FEW - 1 && !is_last)) return;
+    for (int64_t r = 0; r < rank; ++r)
+      for (int64_t j = first; j < last; j += lanes<C>) {
+        const int64_t place = offset + r * width + j;
+        if (block < FEW) {
+          store(all + place, load<C>(recent + place));
+          store(lost + place, Vector<C>{});
+        } else {
+          add_compensated<C>(all + place, lost + place, load<C>(recent + place));
+        }
+      }
+  }
+};
+
 // How many times `FEWEST_COLUMNS` columns are worth a thread of their own where so many numbers of each are added up.
 inline int64_t grain_of_sums(int64_t numbers) {
   return 1 + (int64_t{1} << 14) / std::max<int64_t>(numbers * FEWEST_COLUMNS, 1);

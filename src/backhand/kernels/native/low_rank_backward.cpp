@@ -42,7 +42,8 @@ struct Backward {
   // Bytes of one thread's own: the factor's rows of a piece, h of all rows, the sums of a piece.
   static size_t scratch(int64_t rows, int64_t rank) {
     const int64_t units = units_of<Op>(TASK) * width(rank) + units_of<Op>(rows) * rank;
-    return static_cast<size_t>(units) * sizeof(U) + static_cast<size_t>((rank + 16) * TASK) * sizeof(C) + 256;
+    const int64_t numbers = BlockSums<C>::numbers((rank + 16) * TASK, rows, ROWS);
+    return static_cast<size_t>(units) * sizeof(U) + static_cast<size_t>(numbers) * sizeof(C) + 256;
   }
 
   static void piece(const Piece<T, O>& here, int64_t rows, Arena& arena) {
@@ -63,7 +64,8 @@ struct Backward {
       interleave<Op>(member.h.data, member.h.row, rows, rank, packed, rank);
       h = {packed, rank};
     }
-    C* sums = arena.take<C>((rank + 16) * TASK);
+    const int64_t one = (rank + 16) * TASK;
+    const BlockSums<C> sums(arena.take<C>(BlockSums<C>::numbers(one, rows, ROWS)), one, rows, ROWS);
     alignas(64) U right[ROWS / Op::PACK * COLUMNS];
     alignas(64) E copy[ROWS * COLUMNS];
     for (int64_t t = 0; t < rows; t += ROWS) {
@@ -73,17 +75,18 @@ struct Backward {
         const int64_t some = std::min(COLUMNS, there - j);
         interleave<Op>(g.data, g.row, count, some, right, COLUMNS);
         product_of_part<Op>(rank, rounded_up(some, 16), units_of<Op>(count),
-                            Interleaved<U>{h.data + t / Op::PACK * h.place, h.place}, right, COLUMNS, sums + j,
-                            TASK, MUTATED("low_rank: first rows of a pass lost", t > 0, false));
+                            Interleaved<U>{h.data + t / Op::PACK * h.place, h.place}, right, COLUMNS, sums.recent + j,
+                            TASK, MUTATED("low_rank: first rows of a pass lost", sums.adds(t / ROWS), false));
         Rows<U> left{right, COLUMNS};
         if (Op::PACK > 1) left = rows_as_units<Op>(g, count, some, copy);
         product_of_part<Op>(count, wide, units_of<Op>(some), left, factor + j / Op::PACK * factor_row, factor_row,
                             here.partial + t * wide, wide,
                             MUTATED("low_rank: first columns of a pass lost", j > 0, false));
       }
+      sums.behind(t / ROWS, t + ROWS >= rows, 0, TASK, rank, 0, TASK);
     }
     const C s = static_cast<C>(MUTATED("low_rank: scaling of dB forgotten", member.scaling, 1));
-    add_turned(sums, TASK, there, rank, s, member.gradient.at(here.column), member.gradient.row);
+    add_turned(sums.all, TASK, there, rank, s, member.gradient.at(here.column), member.gradient.row);
   }
 
   // ∂L/∂h of some rows: what the pieces have, added in their order.
@@ -161,21 +164,25 @@ struct ByParts {
   static int64_t high(const Member<T, O>& member) { return rounded_up(member.rank, TILE); }
   static int64_t factor_width(const Member<T, O>& member) { return rounded_up(member.rank, lanes<C>); }
 
+  static int64_t one(const Member<T, O>& member, int64_t parts) { return parts * high(member) * width(member); }
+
   // A square of sums may begin in the last row.
-  static int64_t sums_of(const Member<T, O>& member, int64_t parts) {
-    return (parts * high(member) + TILE) * width(member);
+  static int64_t sums_of(const Member<T, O>& member, int64_t parts, int64_t rows, int64_t block) {
+    return BlockSums<C>::numbers(one(member, parts), rows / parts, block) + TILE * width(member);
   }
 
   static int run(const Member<T, O>* members, int64_t count, int64_t rows) {
     const RowParts parts(rows);
     size_t bytes = static_cast<size_t>(count) * sizeof(Packed) + 64;
     int64_t multiplications = 0, columns = 0, longest = 0, rank = 0;
+    for (const Member<T, O>* member = members; member < members + count; ++member)
+      longest = std::max(longest, member->n);
+    const int64_t block = longest <= 4096 ? MOST_ROWS : MOST_ROWS / 2;
     for (const Member<T, O>* member = members; member < members + count; ++member) {
       bytes += bytes_of_units<Op>(member->n, factor_width(*member)) + bytes_of_left<Op>(rows, member->rank) + 192 +
-               static_cast<size_t>(sums_of(*member, parts.count)) * sizeof(C);
+               static_cast<size_t>(sums_of(*member, parts.count, rows, block)) * sizeof(C);
       multiplications += member->n * member->rank;
       columns += width(*member) / FEWEST_COLUMNS;
-      longest = std::max(longest, member->n);
       rank = std::max(rank, member->rank);
     }
     Arena arena(bytes);
@@ -186,17 +193,21 @@ struct ByParts {
       const U* factor =
           units_along_n<Op>(Factor<T>{member.factor, false}, member.n, member.rank, factor_width(member), arena);
       const Left<Op> h = left_of<Op>(member.h, rows, member.rank, arena);
-      packed[i] = {factor, h, arena.take<C>(sums_of(member, parts.count))};
+      packed[i] = {factor, h, arena.take<C>(sums_of(member, parts.count, rows, block))};
     }
-    const int64_t block = longest <= 4096 ? MOST_ROWS : MOST_ROWS / 2;
     parallel(parts.count, grain_of<Op>(2 * rows / parts.count * multiplications), [=](int64_t begin, int64_t end) {
       const TilesOf<Op> tiles;
       for (int64_t part = begin; part < end; ++part) {
         const int64_t first = parts.begin(part), last = parts.begin(part + 1);
-        for (int64_t t = first; t == first || t < last; t += block)
-          for (int64_t i = 0; i < count; ++i)
-            rows_of(members[i], packed[i], part, t, std::min(block, last - t),
-                    std::min(block, rows - std::min(rows, t + block)), t > first);
+        for (int64_t t = first, number = 0; t == first || t < last; t += block, ++number)
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t columns = width(members[i]), rank = members[i].rank;
+            const BlockSums<C> sums(packed[i].sums + part * high(members[i]) * columns, one(members[i], parts.count),
+                                    rows / parts.count, block);
+            rows_of(members[i], packed[i], sums.recent, t, std::min(block, last - t),
+                    std::min(block, rows - std::min(rows, t + block)), sums.adds(number));
+            sums.behind(number, t + block >= last, 0, columns, rank, 0, columns);
+          }
       }
     });
     parallel(columns, grain_of_sums(parts.count * rank), [=](int64_t begin, int64_t end) {
@@ -212,8 +223,8 @@ struct ByParts {
   }
 
   // Both products of the rows t … t + count - 1 with one member's factor and h; `next` rows come behind them.
-  static void rows_of(const Member<T, O>& member, const Packed& packed, int64_t part, int64_t t, int64_t count,
-                      int64_t next, bool add) {
+  static void rows_of(const Member<T, O>& member, const Packed& packed, C* sums, int64_t t, int64_t count, int64_t next,
+                      bool add) {
     alignas(64) U right[MOST_ROWS / Op::PACK * GATHERED_COLUMNS];
     const C s = static_cast<C>(MUTATED("low_rank_rows: scaling forgotten", member.scaling, 1));
     const int64_t columns = width(member);
@@ -223,7 +234,7 @@ struct ByParts {
         fetch_share(member.g, t + count, next, member.n, j / GATHERED_COLUMNS,
                     (columns + GATHERED_COLUMNS - 1) / GATHERED_COLUMNS);
       gather_block<Op>(member.g, packed.h, t, count, j, std::min(GATHERED_COLUMNS, columns - j), member.n,
-                       GATHERED_COLUMNS, right, packed.sums + part * high(member) * columns, columns,
+                       GATHERED_COLUMNS, right, sums, columns,
                        MUTATED("low_rank_rows: first rows of a part lost", add, false));
     }
   }

@@ -3,7 +3,7 @@
 //     along = MUTATED("rms_norm: projection missing", sum / n, 0)
 #pragma once
 
-#include "common.h"
+#include "vectors.h"
 
 #ifdef BACKHAND_MUTANTS
 extern uint32_t backhand_mutant;
@@ -13,6 +13,13 @@ constexpr uint32_t name_hash(const char* name) {
   uint32_t hash = 2166136261u;
   for (; *name; ++name) hash = (hash ^ static_cast<uint8_t>(*name)) * 16777619u;
   return hash;
+}
+
+// The terms' lanes onto the sum's first one, one behind the other.
+template <class V>
+inline V one_by_one(V sum, V terms) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(terms[0]); ++i) sum[0] += terms[i];
+  return sum;
 }
 }  // namespace
 

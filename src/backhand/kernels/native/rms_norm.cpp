@@ -52,13 +52,13 @@ void weight_gradient(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows,
                      int64_t rows, int64_t n) {
   typedef Wide<T> C;
   constexpr int W = lanes<C>;
-  constexpr int64_t ROWS_A_SUM = 32;  // sums of sums round less
+  const int64_t rows_a_sum = MUTATED("rms_norm: naive sum of rows", int64_t{32}, rows);
   parallel((n + W - 1) / W, 4, [=](int64_t begin, int64_t end) {
     for (int64_t column = begin * W; column < end * W && column < n; column += W) {
       const int64_t count = n - column < W ? n - column : W;
-      Vector<C> sum = {};
-      for (int64_t first = 0; first < rows; first += ROWS_A_SUM) {
-        const int64_t last = first + ROWS_A_SUM < rows ? first + ROWS_A_SUM : rows;
+      Compensated<Vector<C>> sum;
+      for (int64_t first = 0; first < rows; first += rows_a_sum) {
+        const int64_t last = first + rows_a_sum < rows ? first + rows_a_sum : rows;
         Vector<C> part = {};
         for (int64_t row = first; row < last; ++row) {
           const C rho = MUTATED("rms_norm: x not normalised", factor[row], C(1));
@@ -66,9 +66,9 @@ void weight_gradient(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows,
           const Vector<C> g = count == W ? load<C>(up) : load_some<C>(up, count);
           part = fma(g * rho, count == W ? load<C>(in) : load_some<C>(in, count), part);
         }
-        sum += part;
+        sum.add(part);
       }
-      store_some<C>(d_weight + column, sum, count);
+      store_some<C>(d_weight + column, sum.sum, count);
     }
   });
 }

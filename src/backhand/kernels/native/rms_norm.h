@@ -22,13 +22,25 @@ inline int64_t rows_a_piece(int64_t n) { return 1 + NORM_GRAIN / (n > 0 ? n : 1)
 template <class C, class Whole, class Part>
 inline C total(int64_t n, const Whole& whole, const Part& part) {
   constexpr int W = lanes<C>;
-  Vector<C> sums[4] = {};
+  const int64_t stretch = MUTATED("rms_norm: naive sum", 32 * 4 * W, n);
+  Compensated<Vector<C>> sum;
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) sums[k] = whole(i + k * W, sums[k]);
-  for (; i + W <= n; i += W) sums[0] = whole(i, sums[0]);
-  if (i < n) sums[1] = part(i, n - i, sums[1]);
-  return sum_of<C>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  do {
+    Vector<C> sums[4] = {};
+    const int64_t last = i + stretch < n ? i + stretch : n;
+    for (; i + 4 * W <= last; i += 4 * W)
+      for (int k = 0; k < 4; ++k) {
+        const int into = MUTATED("rms_norm: naive sum", k, 0);
+        sums[into] = whole(i + k * W, sums[into]);
+      }
+    for (; i + W <= last; i += W) sums[0] = whole(i, sums[0]);
+    if (i < last) {
+      sums[1] = part(i, last - i, sums[1]);
+      i = last;
+    }
+    sum.add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  } while (i < n);
+  return sum_of<C>(sum.sum);
 }
 
 template <class T>

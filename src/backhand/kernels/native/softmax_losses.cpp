@@ -1,5 +1,6 @@
 // Softmax and cross-entropy of a chunk of logits: the formulas of ops/linear_cross_entropy.py, a row at a time, so that
 // its three passes find it in the second-level cache.
+#include <atomic>
 #include <cstdlib>
 
 #include "dtypes.h"
@@ -35,25 +36,24 @@ inline C largest(const T* z, int64_t n) {
   return found;
 }
 
-// e^(z - most) of a row into `powers`; returns their sum, in double over stretches. Within a stretch each lane carries what
-// its sum has rounded off [Kahan 1965]: beside the largest term, which is 1, a plain float sum would lose thousands of
-// tiny ones, and 1 - p of a token that is nearly certain is made of just these.
+// e^(z - most) of a row into `powers`; returns their sum, in double over stretches. Within a stretch each lane keeps what
+// its sum rounds off: beside the largest term, which is 1, a plain float sum would lose thousands of tiny ones, and 1 - p
+// of a token that is nearly certain is made of just these.
 template <class C, class T>
 inline double powers_of(const T* z, int64_t n, C most, C* powers) {
   constexpr int W = lanes<C>;
-  constexpr int64_t STRETCH = 4096;
+  const int64_t stretch = MUTATED("softmax_losses: naive sum", 4096, n);
   double sum = 0;
-  for (int64_t first = 0; first < n; first += STRETCH) {
-    const int64_t last = first + STRETCH < n ? first + STRETCH : n;
-    Vector<C> part[2] = {}, lost[2] = {};
+  for (int64_t first = 0; first < n; first += stretch) {
+    const int64_t last = first + stretch < n ? first + stretch : n;
+    Compensated<Vector<C>> part[2];
     int64_t i = first;
     for (; i + 2 * W <= last; i += 2 * W)
       for (int k = 0; k < 2; ++k) {
         const Vector<C> power = exponential<C>(load<C>(z + i + k * W) - most);
         store(powers + i + k * W, power);
-        const Vector<C> term = power - lost[k], total = part[k] + term;
-        lost[k] = (total - part[k]) - term;
-        part[k] = total;
+        part[k].add(power);
+        part[k].lost = MUTATED("softmax_losses: naive sum", part[k].lost, Vector<C>{});
       }
     double rest = 0;
     for (; i < last; i += W) {
@@ -64,8 +64,8 @@ inline double powers_of(const T* z, int64_t n, C most, C* powers) {
     }
     C sums[W], rounded_off[W];
     for (int k = 0; k < 2; ++k) {
-      store(sums, part[k]);
-      store(rounded_off, lost[k]);
+      store(sums, part[k].sum);
+      store(rounded_off, part[k].lost);
       for (int lane = 0; lane < W; ++lane) rest += static_cast<double>(sums[lane]) - static_cast<double>(rounded_off[lane]);
     }
     sum += rest;
@@ -79,7 +79,7 @@ template <class T>
 int losses_of(T* z, int64_t row_stride, const int64_t* targets, Wide<T>* losses, int64_t rows, int64_t n,
                bool gradient) {
   typedef Wide<T> C;
-  int outcome = DONE;
+  std::atomic<int> outcome{DONE};
   parallel(rows, 1 + 8192 / n, [=, &outcome](int64_t begin, int64_t end) {
     C* powers = static_cast<C*>(std::malloc(static_cast<size_t>(n) * sizeof(C)));
     if (powers == nullptr) {

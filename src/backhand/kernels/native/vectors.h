@@ -170,6 +170,26 @@ inline Vector<float> at_most(Vector<float> bound, Vector<float> value) {
 #endif
 }
 
+// A sum of parts that keeps what it rounds off [Kahan 1965]: its error is that of the parts, however many there are.
+template <class V>
+struct Compensated {
+  V sum = {}, lost = {};
+  void add(V part) {
+    const V term = part - lost, total = sum + term;
+    lost = (total - sum) - term;
+    sum = total;
+  }
+};
+
+// The same where the sum and what it has lost lie in memory.
+template <class C>
+inline void add_compensated(C* sum, C* lost, Vector<C> part) {
+  Compensated<Vector<C>> kept = {load<C>(sum), load<C>(lost)};
+  kept.add(part);
+  store(sum, kept.sum);
+  store(lost, kept.lost);
+}
+
 // The sum of all lanes, halves onto halves.
 template <class C>
 inline C sum_of(Vector<C> value) {
