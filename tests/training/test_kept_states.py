@@ -25,7 +25,7 @@ from backhand.runs.record_file import RecordFile
 from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.run import train
 from support.faulty_files import InterceptedFiles
-from support.kept_runs import Notes, begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched
+from support.kept_runs import begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched
 from support.products_by_rows import ProductsByRows, by_library
 from support.ranks import start_ranks
 from support.tiny_gguf import write_tiny_gguf
