@@ -22,7 +22,7 @@ SHOWN_IN = {
     "attention: naive sum": ("attention", "keys", "y"),
     "attention: naive sums of columns": ("attention", "keys", "d_q"),
     "few rows: naive sum": ("frozen_linear", "one row", "y"),
-    "low_rank: naive sum": ("lora_linear", "many positions", "d_lora_A"),
+    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A"),
 }
 
 pytestmark = pytest.mark.skipif(

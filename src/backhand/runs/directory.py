@@ -58,16 +58,7 @@ class RunDirectory:
     def __init__(self, path: Path, files: FileLayer) -> None:
         self.path = path
         self.files = files
-
-    @property
-    def adapter(self) -> Path:
-        """`adapter/`."""
-        return self.path / ADAPTER
-
-    @property
-    def checkpoints(self) -> Path:
-        """`checkpoints/`."""
-        return self.path / CHECKPOINTS
+        self.adapter, self.checkpoints = path / ADAPTER, path / CHECKPOINTS
 
     def put_aside(self) -> None:
         """Move the files of the run that is here aside, and no others.

@@ -48,29 +48,12 @@ class DecoderEngine:
     bases: tuple[HeldBase, ...] = ("dense", "quantized")
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
-        self.config = decoder_config(source.config)
+        self.config = config = decoder_config(source.config)
         self._source = source
         self._dtype = dtype
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the configuration says without effect."""
-        return (*wrapper_notes(self._source), *self.config.notes)
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix: not where its angles depend on how long the document is."""
-        return not self.config.length_limits
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
-        return self.config.vocab_size
-
-    @property
-    def layers(self) -> int:
-        """Blocks of the model."""
-        return len(self.config.layers)
+        self.notes = (*wrapper_notes(source), *config.notes)
+        self.vocab_size, self.layers = config.vocab_size, len(config.layers)
+        self.shares_prefixes = not config.length_limits  # angles would depend on how long the document is
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
         """What the adapter will consist of."""

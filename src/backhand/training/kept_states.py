@@ -10,11 +10,9 @@ as shared prefix, x is a function of the row alone, to the bit, and may be put t
     x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
 
 The engine says where its own loops promise that (`memory.states`). A library's products have kernels that follow the
-number of rows: before the first batch the model is told to give rows the same bits in all of them, which changes how it
-multiplies where numbers of rows do not agree (`nn.decoder.row_products`). Where all that were looked at do agree, each
-number of tokens is looked at before it is first used, and batches of a size that does not are computed as ever.
-Besides, the 1st, 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and
-compared bit by bit.
+number of rows: each number of tokens is looked at before it is first used (`nn.decoder.row_products`), and batches of a
+size whose products do not agree with the usual one's are computed as ever. Besides, the 1st, 32nd, 1024th … batch that
+is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
 zeros stand for them.

@@ -26,10 +26,10 @@ from backhand.training.config import Schedule, TrainConfig
 from backhand.training.engine import Trainable
 from backhand.training.guards import (
     JUDGED_AFTER_STEPS,
+    MOST_SHOWN,
     BaseGuard,
     LearningGuard,
     SpikeGuard,
-    first_names,
     is_finite,
     named_unusable,
 )
@@ -39,6 +39,7 @@ from backhand.training.memory.process import MemoryKeeper, rss_bytes
 from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step
+from backhand.words import name_list
 
 
 @dataclass(eq=False)
@@ -228,7 +229,7 @@ class TrainingLoop:
         raise CheckError(
             f"{progress.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite; "
             f"stopped after step {progress.step}",
-            why=f"NaN or infinity in {first_names(unusable)}" if unusable else None,
+            why=f"NaN or infinity in {name_list(unusable, limit=MOST_SHOWN)}" if unusable else None,
             next_step="use the adapter saved before, or start again with a lower --learning-rate or --dtype float32",
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import TerminalObserver, opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
-from backhand.training.keeping import Keeping, keeping
+from backhand.training.keeping import keeping
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
@@ -48,7 +48,7 @@ from backhand.training.loop import StepPlan, TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
-from backhand.training.observer import Callback, MetricsFile, Observer, Observers, RunStart, as_observers
+from backhand.training.observer import Callback, Observer, Observers, RunStart, as_observers, metrics_file
 from backhand.training.prepared import Job, build_job
 from backhand.training.resume import (
     BaseCheck,
@@ -118,14 +118,17 @@ class JobRun:
             base_guard = self._guard_base(log)
             self._check_same(state)
             save = self._saving(saver, state)
-            kept = places.enter_context(self._keeping(base_guard.digest, log))
+            digest, noted = base_guard.digest, self.observer.noted
+            kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
             loop = TrainingLoop(
                 job.bound.model,
                 state,
                 job.packer,
                 job.sampler,
                 plan,
-                held_out=self._held_out(kept),
+                held_out=None
+                if job.held_out is None
+                else HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -279,16 +282,6 @@ class JobRun:
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
         self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
 
-    def _keeping(self, frozen_digest: str, log: ProofLog) -> AbstractContextManager[Keeping]:
-        """What keeps its hidden states below the lowest adapted layer."""
-        return keeping(self.job, self.directory, self.processes.rank, frozen_digest, log=log, noted=self.observer.noted)
-
-    def _held_out(self, kept: Keeping) -> HeldOut | None:
-        job = self.job
-        if job.held_out is None:
-            return None
-        return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
-
     def _meter(self) -> ForgettingMeter | None:
         if self.job.held_out is None and self.job.config.run.max_forgetting is None:
             return None
@@ -399,7 +392,7 @@ def _train(
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine, typed, processes)
-                told = Observers([*everyone, *([MetricsFile(directory)] if processes.leads else [])])
+                told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
                 job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
                 try:
                     return job_run.train()

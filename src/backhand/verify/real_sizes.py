@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.kernels.library import load, usable, using
-from backhand.ops.adapted_glu import Side, adapted_glu_backward, adapted_glu_forward
+from backhand.ops.adapted_glu import adapted_glu_backward, adapted_glu_forward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.attention_blocks import attention_blocks_backward, attention_blocks_forward
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
@@ -35,7 +35,8 @@ from backhand.ops.gated_delta_rule import (
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.ops.lora_bias import lora_bias_backward, lora_bias_forward
 from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
-from backhand.ops.lora_linear import lora_linear_backward, lora_linear_forward
+from backhand.ops.lora_group import LoRAGroup, lora_group_backward, lora_group_forward
+from backhand.ops.low_rank import Member
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.verify.case import ByHand, Draw, Tensors
 from backhand.verify.differentiate import autograd_gradients
@@ -161,8 +162,8 @@ def real_sizes() -> Iterator[RealSize]:
     yield _rms_norm("wide", WATCHED, HIDDEN)
     yield _rms_norm("many positions", POSITIONS, 24)
     yield _few_rows()
-    yield _lora_linear("wide", 16, HIDDEN, 40)
-    yield _lora_linear("many positions", POSITIONS, 24, 40)
+    yield _lora_group("wide", 16, HIDDEN, 40)
+    yield _lora_group("many positions", POSITIONS, 24, 40)
     yield _adapted_glu()
     yield _gated_delta_rule()
     yield _embedding()
@@ -314,8 +315,12 @@ def _few_rows() -> RealSize:
     )
 
 
-def _lora_linear(name: str, rows: int, columns: int, outputs: int) -> RealSize:
-    draw = Draw(f"lora_linear: {name}")
+def _member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Member:
+    return Member(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
+
+
+def _lora_group(name: str, rows: int, columns: int, outputs: int) -> RealSize:
+    draw = Draw(f"lora_group: {name}")
     tensors = {
         "x": draw.normal(rows, columns),
         "weight": draw.normal(outputs, columns, size=columns**-0.5),
@@ -326,8 +331,11 @@ def _lora_linear(name: str, rows: int, columns: int, outputs: int) -> RealSize:
     scaling = 0.7
 
     def by_hand(t: Tensors) -> ByHand:
-        y, saved = lora_linear_forward(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], scaling)
-        return ByHand(y, _by_input(lora_linear_backward(t["d_y"], saved)))
+        own = LoRAGroup((_member(0, t["lora_A"], t["lora_B"], scaling),))
+        y, saved = lora_group_forward(t["x"], t["weight"], None, own)
+        grads = lora_group_backward(t["d_y"], saved)
+        assert grads.d_x is not None
+        return ByHand(y, {"x": grads.d_x, "lora_A": grads.d_lora_A[0], "lora_B": grads.d_lora_B[0]})
 
     def usual(t: Tensors) -> Tensor:
         return t["x"] @ t["weight"].T + scaling * (t["x"] @ t["lora_A"].T) @ t["lora_B"].T
@@ -340,7 +348,7 @@ def _lora_linear(name: str, rows: int, columns: int, outputs: int) -> RealSize:
         return scaling * _naive_product(t["d_y"], t["x"] @ t["lora_A"].T)
 
     naive = ("y", naive_y) if columns > rows else ("lora_B", naive_lora_B)
-    return RealSize("lora_linear", f"{name}: {rows:,} of {columns:,}, rank {RANK}", tensors, by_hand, usual, naive)
+    return RealSize("lora_group", f"{name}: {rows:,} of {columns:,}, rank {RANK}", tensors, by_hand, usual, naive)
 
 
 def _adapted_glu() -> RealSize:
@@ -350,12 +358,11 @@ def _adapted_glu() -> RealSize:
     tensors["d_y"] = draw.normal(POSITIONS, n)
 
     def by_hand(t: Tensors) -> ByHand:
-        sides = (Side(t["gate_B"], 0.7), Side(t["up_B"], 1.3))
-        (y, _), saved = adapted_glu_forward(t["gate_up"], "silu", sides, t["h"], None)
+        outside = t["h"].new_zeros(rank, 1)  # A of what is in front: h is given
+        front = LoRAGroup((_member(0, outside, t["gate_B"], 0.7), _member(n, outside, t["up_B"], 1.3)))
+        (y, _), saved = adapted_glu_forward(t["gate_up"], "silu", front, t["h"])
         grads = adapted_glu_backward(t["d_y"].clone(), saved)
         gate_B, up_B = grads.d_lora_B
-        assert gate_B is not None
-        assert up_B is not None
         return ByHand(y, {"gate_up": grads.d_gate_up, "h": grads.d_h, "gate_B": gate_B, "up_B": up_B})
 
     def halves(t: Tensors) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ from backhand.nn.decoder.weights import (
     named_views,
 )
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import TOKENS, LoRAParameters, ModuleShapes, check_fits
+from backhand.nn.lora_parameters import TOKENS, LoRAParameters
+from backhand.nn.module_shapes import ModuleShapes, check_fits
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
@@ -84,6 +85,7 @@ class Decoder:
         self.lora: LoRAParameters | None = None
         self._trained: TrainedWeights | None = None
         self._head: GroupAdapter | None = None
+        self._adapters: tuple[Tensor | None, list[BlockAdapter]] | None = None
         self._sized = [config.at(layer) for layer in config.layers]
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
@@ -144,11 +146,12 @@ class Decoder:
         lora.refresh_compute(self.dtype)
         self.lora = lora
         self._trained = TrainedWeights(self.weights, self.config, lora) if lora.trained else None
+        self._adapters = None
         self.refresh()
 
     def detach(self) -> None:
         """Back to the base model."""
-        self.lora, self._trained, self._head, self.active = None, None, None, self.weights
+        self.lora, self._trained, self._head, self._adapters, self.active = None, None, None, None, self.weights
 
     def refresh(self) -> None:
         """Take over the adapter as it is now, with the tensors that it trains itself; each pass begins with it."""
@@ -230,13 +233,25 @@ class Decoder:
         return Carried(self.config.lenders, inputs), kept
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
-        """The adapter of every block in the compute dtype; no dropout without a seed."""
-        dora = self.lora is not None and any(slot.use_dora for slot in self.lora.slots.values())
+        """The adapter of every block in the compute dtype; no dropout without a seed.
+
+        Without a seed they name the same views in each pass, but for DoRA, whose norms are taken here.
+        """
+        lora = self.lora
+        slots = [] if lora is None else list(lora.slots.values())
+        buffer = None if lora is None else lora.compute_values
+        dora, drops = any(slot.use_dora for slot in slots), any(slot.dropout for slot in slots)
+        fixed = not dora and not (drops and dropout_seed is not None)
+        if fixed and self._adapters is not None and self._adapters[0] is buffer:
+            return self._adapters[1]
         weights = [linear_parts(block, self.config, layer) for layer, block in enumerate(self.active.blocks) if dora]
-        return [
-            block_adapter(self.lora, self.config, layer, dropout_seed, weights[layer] if dora else None)
+        adapters = [
+            block_adapter(lora, self.config, layer, dropout_seed, weights[layer] if dora else None)
             for layer in range(len(self.config.layers))
         ]
+        if fixed:
+            self._adapters = buffer, adapters
+        return adapters
 
     def head_adapter(self, dropout_seed: int | None = None, chunk: int = 0) -> GroupAdapter:
         """The head's adapter in the compute dtype; no dropout without a seed, one of its own for each chunk."""

@@ -121,7 +121,7 @@ def step_bytes(
         blocks_at = small
         base = of_small
     else:
-        base = most
+        base = peak(short.model, large)  # the first time there is also what is made once
     kept = of_last = 0
     for more in short.more:
         block = max(0, peak(more.model, blocks_at) - base) * shape.tokens // blocks_at.tokens
