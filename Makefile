@@ -28,7 +28,7 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help kernels kernels-sanitize demo sine verify verify-large test tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help kernels kernels-sanitize demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -104,14 +104,17 @@ verify-large: $(VENV)/.demo kernels
 
 # The proofs run beside the tests: one thread of one process, which would leave the other cores waiting.
 test: $(VENV)/.test $(VENV)/.model kernels
-	@$(MAKE) --no-print-directory --jobs 2 verify tests
+	@$(MAKE) --no-print-directory --jobs 2 proofs tests
+
+proofs: $(VENV)/.test kernels
+	@$(BIN)/backhand verify
 
 tests: $(VENV)/.test $(VENV)/.model kernels
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike.
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
-	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 verify tests PYTEST_ARGS='tests/ops tests/nn tests/kernels $(PYTEST_ARGS)'
+	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='tests/ops tests/nn tests/kernels $(PYTEST_ARGS)'
 
 # Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
 # a file's tests share, a trained run for one, is made once.

@@ -7,23 +7,27 @@ python tools/size.py --no-step         # without running a training step
 What is counted, over every *.py file under src/backhand:
 
 - lines: all of them, blank ones and docstrings too. Import lines: those of import statements, at the top or inside
-  functions.
+  functions. Code lines: those with code on them that is no docstring, comment or import.
 - imports: from module to module, at the top or inside functions, and `import_module("backhand.…")`; those under
-  `if TYPE_CHECKING` are read by type checkers alone and do not count. Upward: from a room to one that stands above it
-  in the layers of that tree's pyproject.toml, or beside it. A circle: modules of which each can be reached from each
-  other by imports.
-- files on the way of one step: see one_step.py. Their lines are the files' own, not those that run.
+  `if TYPE_CHECKING` are read by type checkers alone and count for circles only where it says so. Upward: from a room
+  to one that stands above it in the layers of that tree's pyproject.toml, or beside it. A circle: modules of which each
+  can be reached from each other by imports, in one room or several.
+- files on the way of one step: see one_step.py. Their lines are the files' own, not those that run. Below `_step` are
+  the loop's file and all that are entered after it.
+- parameters: of each function as it is written, `self` and `cls` left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +36,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 _NAME = "backhand"
 _SHOWN = 8
+MANY_PARAMETERS = 8
+LOOP = "training/loop.py"
 LONG, SHORT = 450, 80
 """Lines above which a file wants a reason, and below which it may belong to its neighbour."""
 
@@ -45,14 +51,20 @@ class Module:
         name: dotted, `backhand` included.
         lines: of the file.
         import_lines: of them, those of import statements.
+        code_lines: those with code.
         imports: modules of the package that it imports.
+        for_types: those that it imports for type checkers alone.
+        signatures: names of its functions and how many parameters they have.
     """
 
     path: str
     name: str
     lines: int
     import_lines: int
+    code_lines: int
     imports: frozenset[str]
+    for_types: frozenset[str]
+    signatures: tuple[tuple[str, int], ...]
 
     @property
     def room(self) -> str:
@@ -66,10 +78,11 @@ class _Imports(ast.NodeVisitor):
 
     lines: set[int] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
+    for_types: set[str] = field(default_factory=set)
     _for_types: bool = False
 
     def visit_If(self, node: ast.If) -> None:
-        """What stands under `if TYPE_CHECKING` has lines and no names."""
+        """What stands under `if TYPE_CHECKING` has names of its own."""
         before = self._for_types
         self._for_types |= "TYPE_CHECKING" in ast.unparse(node.test)
         for child in node.body:
@@ -96,8 +109,7 @@ class _Imports(ast.NodeVisitor):
 
     def _add(self, node: ast.stmt, names: set[str]) -> None:
         self.lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        if not self._for_types:
-            self.names |= names
+        (self.for_types if self._for_types else self.names).update(names)
 
 
 def room_of(module: str) -> str:
@@ -114,13 +126,50 @@ def read_modules(package: Path) -> list[Module]:
     modules = []
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        found = _Imports()
-        found.visit(ast.parse(text))
-        imports = {_known(name, known) for name in found.names} - {None, _NAME, names[path]}
+        found, parsed = _Imports(), ast.parse(text)
+        found.visit(parsed)
+        imports, for_types = (
+            frozenset(filter(None, {_known(name, known) for name in some} - {_NAME, names[path]}))
+            for some in (found.names, found.for_types)
+        )
         relative = path.relative_to(package).as_posix()
-        lines = len(text.splitlines())
-        modules.append(Module(relative, names[path], lines, len(found.lines), frozenset(filter(None, imports))))
+        lines, code = len(text.splitlines()), len(_code_lines(text, parsed) - found.lines)
+        counts = lines, len(found.lines), code
+        modules.append(Module(relative, names[path], *counts, imports, for_types, _signatures(parsed)))
     return modules
+
+
+_NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def _code_lines(text: str, parsed: ast.Module) -> set[int]:
+    """Numbers of the lines with code on them, docstrings left out."""
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in _NO_CODE:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(parsed):
+        for child in getattr(node, "body", None) or () if not isinstance(node, ast.Lambda | ast.IfExp) else ():
+            # Behind an attribute as well: a string that stands alone says something and does nothing.
+            if (
+                isinstance(child, ast.Expr)
+                and isinstance(child.value, ast.Constant)
+                and isinstance(child.value.value, str)
+            ):
+                found -= set(range(child.lineno, (child.end_lineno or child.lineno) + 1))
+    return found
+
+
+def _signatures(parsed: ast.Module) -> tuple[tuple[str, int], ...]:
+    """Every function's name and number of parameters."""
+    found = []
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            one = node.args
+            names = [part.arg for part in (*one.posonlyargs, *one.args, *one.kwonlyargs)]
+            names += [part.arg for part in (one.vararg, one.kwarg) if part is not None]
+            found.append((node.name, len([name for name in names if name not in ("self", "cls")])))
+    return tuple(found)
 
 
 def _known(name: str, known: set[str]) -> str | None:
@@ -151,9 +200,12 @@ def upward(modules: list[Module], layers: list[set[str]]) -> list[tuple[str, str
     return found
 
 
-def circles(modules: list[Module]) -> list[list[str]]:
-    """Groups of modules that import each other in a circle, each group as large as it can be."""
-    reached = {module.name: set(module.imports) for module in modules}
+def circles(modules: list[Module], *, for_types: bool = False) -> list[list[str]]:
+    """Groups of modules that import each other in a circle, each group as large as it can be.
+
+    for_types: whether imports for type checkers alone count.
+    """
+    reached = {module.name: set(module.imports | (module.for_types if for_types else set())) for module in modules}
     for middle, beyond in reached.items():
         for targets in reached.values():
             if middle in targets:
@@ -197,11 +249,22 @@ def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[st
     yield from (f"    {source} → {target}" for source, target in climbing)
     yield f"circles         {len(round_trips):>7,}"
     yield from (f"    {' ⇄ '.join(group)}" for group in round_trips)
+    typed = [group for group in circles(modules, for_types=True) if group not in round_trips]
+    yield f"for types too   {len(typed):>7,}"
+    yield from (f"    {' ⇄ '.join(group)}" for group in typed)
+    signatures = sorted((-count, name, module.path) for module in modules for name, count in module.signatures)
+    many = sum(-count >= MANY_PARAMETERS for count, *_ in signatures)
+    yield f"functions with {MANY_PARAMETERS} or more parameters: {many}"
+    yield from (f"    {-count:>5}  {name}, {path}" for count, name, path in signatures[:_SHOWN])
     if way is not None:
         lines = {module.path: module.lines for module in modules}
+        code = {module.path: module.code_lines for module in modules}
+        files = list(way)
+        below = files[files.index(LOOP) :] if LOOP in files else []
+        yield f"from the loop's _step on: {len(below)} files of {sum(code[path] for path in below):,} code lines"
         of_them = sum(lines[path] for path in way)
         yield f"on the way of one step, from the command to the optimizer: {len(way)} files of {of_them:,} lines"
-        yield from (f"    {lines[path]:>5}  {path}" for path in way)
+        yield from (f"    {lines[path]:>5}{code[path]:>6}  {path}" for path in way)
     yield ""
     yield f"{'room':<14}{'files':>6}{'lines':>8}{'a file':>8}"
     order = ["", *(room for rooms in layers for room in sorted(rooms))]

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.loading import load_adapter
 from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.adapters.targets import in_numbers, resolve_adapter, resolve_slots
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.errors import ArtifactError, UsageError

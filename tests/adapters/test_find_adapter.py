@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backhand.adapters.reading import find_adapter
+from backhand.adapters.contents import find_adapter
 from backhand.errors import ArtifactError
 
 

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.gguf_adapter import read_gguf_adapter
 from backhand.adapters.loading import load_adapter
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import read_adapter_directory, read_tensors
 from backhand.adapters.targets import resolve_slots
+from backhand.adapters.tensor_file import read_tensors
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.combine import combine
 from backhand.arithmetic.combine_options import CombineOptions

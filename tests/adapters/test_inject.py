@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject, inject_from
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.modules.adapted_module import LoRAModule
 from support.any_models import (

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject, inject_from
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.errors import UsageError
 from support.any_models import (
     KINDS,

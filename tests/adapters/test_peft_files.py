@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.loading import load_adapter
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
 from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError, CheckError, UsageError

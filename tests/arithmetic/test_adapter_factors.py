@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backhand.adapters.reading import UnusableAdapterError
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.arithmetic.adapter_factors import base_weight, read_factors
 from backhand.arithmetic.findings import kind_of, layer_of
 from backhand.errors import ArtifactError

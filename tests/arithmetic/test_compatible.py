@@ -9,7 +9,7 @@ import pytest
 
 from backhand.adapters.checked_base import load_adapter_for, source_digests
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.reading import read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.combine import combine

@@ -57,33 +57,19 @@ def softcap_reference(x: Tensor, cap: float) -> Tensor:
 
 CASES = '''"""Soft cap: cases and mutants."""
 
-from backhand.ops.softcap import softcap_backward, softcap_forward, softcap_reference
-from backhand.verify.case import ByHand, Case, Draw, Mutant, OpProof, standard_mutants
+from backhand.verify.case import wrong
+from backhand.verify.scaffold import Op
 
-CAP = 1.7
-
-
-def _case(name, *shape):
-    draw = Draw(f"softcap: {name}")
-    tensors = {"x": draw.normal(*shape), "d_y": draw.normal(*shape)}
-
-    def by_hand(t, backward):
-        y, saved = softcap_forward(t["x"], CAP)
-        return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-
-    return Case(name, tensors, by_hand, lambda t: softcap_reference(t["x"], CAP))
-
-
+OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7})
 CASES = (
-    _case("rows", 6, 5), _case("documents", 2, 4, 3), _case("one row", 1, 5), _case("one number", 1),
-    _case("no rows", 0, 5), _case("training size", 67, 96),
+    OP.case("rows", (6, 5)), OP.case("documents", (2, 4, 3)), OP.case("one row", (1, 5)), OP.case("one number", (1,)),
+    OP.case("no rows", (0, 5)), OP.case("low cap, training size", (67, 96), cap=0.2),
 )
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("cap forgotten", "d_x", lambda g, s, _right: g * (1 - s.y**2)),
-    Mutant("square forgotten", "d_x", lambda g, s, _right: g * (1 - s.y / s.cap)),
+    OP.redo("cap forgotten", "d_x", cap=1.0),
+    wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
 )
-PROOFS = (OpProof("softcap", softcap_backward, CASES, MUTANTS),)
+PROOFS = (OP.proof(CASES, MUTANTS),)
 '''
 
 

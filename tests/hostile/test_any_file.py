@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backhand.adapters.reading import read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory
 from backhand.cli.main import main
 from backhand.data import template_bounds
 from backhand.data.bounded_template import BoundedTemplate

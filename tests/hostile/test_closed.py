@@ -125,7 +125,7 @@ def adapter_with(world: World, place: Path, **fields: object) -> Path:
 def test_a_base_that_no_file_can_be(name: str, world: World, tmp_path: Path) -> None:
     adapter_with(world, tmp_path / "a", base_model_name_or_path=name)
     ended = limited(["inspect", "a"], tmp_path)
-    assert ended.code == 0 and "there is no model" in ended.errors, ended.errors
+    assert ended.code == 0 and "no norms of base weights" in ended.errors, ended.errors
     assert len(ended.errors) + len(ended.output) < 20_000
     ended = limited(world.ask(f"--model={name.replace(chr(0), '')}" if name != "\0" else "--model=x"), tmp_path)
     assert ended.code == 4, ended.errors
@@ -135,9 +135,9 @@ def test_a_merge_beyond_float32_advises_no_float32(world: World, tmp_path: Path)
     copy = Path(shutil.copytree(world.adapter, tmp_path / "a"))
     tensors = load_file(copy / "adapter_model.safetensors")
     save_file({name: tensor * 1e30 for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
-    for output, more in (("m", []), ("m.gguf", ["--dtype", "f32"])):
-        words = ["merge", "--model", world.model, "--adapter", "a", "--output", output]
-        ended = limited([*words, *(more or ["--dtype", "float32"])], tmp_path)
+    for output in ("m", "m.gguf"):
+        words = ["merge", "--model", world.model, "--adapter", "a", "--output", output, "--dtype", "float32"]
+        ended = limited(words, tmp_path)
         assert ended.code == 6 and "not finite" in ended.what, ended.errors
         assert "--dtype float32" not in ended.errors and not (tmp_path / output).exists()
 
@@ -380,7 +380,8 @@ def test_two_runs_into_one_directory(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "x", "1,2", "1.5", "999999", " 2 ", "4294967297", "٣", "\x1b[31m"])
 def test_odd_numbers_of_threads(value: str, world: World, tmp_path: Path) -> None:
-    words = [word for word in world.train("run", steps=1) if word not in ("--threads", 1)]
+    words = world.train("run", steps=1)
+    del words[(place := words.index("--threads")) : place + 2]
     ended = limited(words, tmp_path, environment={"OMP_NUM_THREADS": value})
     assert ended.code in (0, 2) and "\x1b" not in ended.errors, ended.errors
     assert ended.code == 0 or "OMP_NUM_THREADS" in ended.errors

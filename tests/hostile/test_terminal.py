@@ -32,8 +32,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun(tmp_path_factory.mktemp("tiny"))
 
 
-def on_terminal(name: str, words: list[str], place: str, connection: Connection) -> None:
-    """In a process of its own, with this terminal as its own: what `held_train` does."""
+def on_terminal(name: str, words: list[str], place: str, connection: Connection, nohup: bool) -> None:
+    """In a process of its own, with this terminal as its own: what `held_train` does.
+
+    Whether it hears of the terminal's end does not depend on how the tests were started: `nohup make test`.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     os.setsid()
     terminal = os.open(name, os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
@@ -45,13 +49,13 @@ def on_terminal(name: str, words: list[str], place: str, connection: Connection)
 class Terminal:
     """A pseudo-terminal with a run on it that waits at a place."""
 
-    def __init__(self, tiny: TinyRun, output: Path, place: str) -> None:
+    def __init__(self, tiny: TinyRun, output: Path, place: str, *, nohup: bool = False) -> None:
         config = tiny.config(output, max_steps=4, save_every=1, eval_every=2, micro_batch_rows=2, quiet=False)
         toml = output.with_suffix(".toml")
         toml.write_text(dump_config(config))
         self.master, slave = os.openpty()
         self.connection, theirs = multiprocessing.Pipe()
-        self.process = start(on_terminal, os.ttyname(slave), [str(toml)], place, theirs)
+        self.process = start(on_terminal, os.ttyname(slave), [str(toml)], place, theirs, nohup)
         os.close(slave)
         theirs.close()  # so that a run that ends without coming to the place is noticed
         self.shown = b""
@@ -103,6 +107,17 @@ def test_a_terminal_that_is_closed(place: str, tiny: TinyRun, tmp_path: Path) ->
     assert terminal.end() == 128 + signal.SIGHUP
     steps = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert steps and load_checkpoint(steps[-1], int(steps[-1].name.removeprefix("step-")))
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tiny: TinyRun, tmp_path: Path) -> None:
+    terminal = Terminal(tiny, tmp_path / "run", "step", nohup=True)
+    os.close(terminal.master)
+    time.sleep(0.2)
+    terminal.connection.send("go")
+    assert terminal.end() == 0
+    straight = tiny.config(tmp_path / "straight", max_steps=4, save_every=1, eval_every=2, micro_batch_rows=2)
+    train(straight)
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
 
 
 def without_a_reader(words: list[str], place: str) -> None:

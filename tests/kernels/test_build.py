@@ -78,12 +78,18 @@ def test_without_a_compiler_one_line_says_so(one, monkeypatch, capsys):
 def test_loops_of_other_sources_are_not_taken(one):
     lib = one / "lib"
     build.build(lib)
-    assert build.is_of_these_sources("baseline", lib) and usable.__wrapped__(lib) == ("baseline",)
+    assert build.fault("baseline", lib) is None and usable.__wrapped__(lib) == ("baseline",)
     with (one / "native" / "common.h").open("a") as header:
         header.write("// another line\n")
-    assert not build.is_of_these_sources("baseline", lib) and usable.__wrapped__(lib) == ()
+    assert "other sources" in build.fault("baseline", lib) and usable.__wrapped__(lib) == ()
     build.build(lib)
     assert usable.__wrapped__(lib) == ("baseline",)
+    target, stamp = build.library_path("baseline", lib), build.stamp_path("baseline", lib)
+    for damage in (lambda: target.write_bytes(target.read_bytes()[:-1]), stamp.unlink):
+        damage()  # what is not as it was built is built again
+        assert build.fault("baseline", lib) is not None
+        build.build(lib)
+        assert build.fault("baseline", lib) is None
     shutil.rmtree(one / "native")  # as where the library is installed without its sources
     assert usable.__wrapped__(lib) == ("baseline",)
 

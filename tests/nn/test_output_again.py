@@ -17,14 +17,9 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
-from backhand.ops.lora_linear import (
-    Dropout,
-    Factors,
-    add_lora_A_gradient,
-    lora_linear_backward,
-    lora_linear_backward_without_input,
-    lora_linear_forward,
-)
+from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_input_gradient
+from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward
+from backhand.ops.low_rank import Member, hidden_gradient
 from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
 
@@ -162,7 +157,10 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
     _, saved = lora_linear_forward(x, weight, None, lora_A, lora_B, 1.7, dropout)
     expected = lora_linear_backward(d_y, saved)
     d_lora_A, d_lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    factors = Factors(lora_A, lora_B, 1.7)
-    d_x, d_h = lora_linear_backward_without_input(d_y, weight, factors, saved.h, d_lora_B, dropout)
-    add_lora_A_gradient(x, d_h, d_lora_A, dropout)
-    assert all(torch.equal(*pair) for pair in zip(expected, (d_x, d_lora_A, d_lora_B), strict=True))
+    group = LoRAGroup((Member(0, lora_A, lora_B, 1.7, d_lora_A, d_lora_B),), dropout)
+    d_h = hidden_gradient(d_y, saved.h, group.members)
+    d_x = group_input_gradient(d_y, d_h, weight, group)
+    assert not d_lora_A.any()
+    group_A_gradients(x, d_h, group)
+    for expected_one, found in zip(expected, (d_x, d_lora_A, d_lora_B), strict=True):
+        assert relative_error(found, expected_one) < 1e-6

@@ -90,7 +90,7 @@ def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
     packer = RowPacker(rows, share_prefixes=True)
     every = range(len(rows))
     given = Rows(packer.lengths, [3] * len(rows), packer.shared)
-    shapes = largest_shapes([every], given, [1, len(rows)], torch.empty(0))
+    shapes = largest_shapes([every], given, [1, len(rows)])
     assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
     assert shapes[1].tokens == round_size(max(packer.lengths))
 

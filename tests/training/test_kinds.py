@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject_from
 from backhand.adapters.loading import load_adapter
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.errors import UsageError
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.loading import loaded_model

@@ -3,83 +3,69 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
-import torch
 
 from backhand.errors import ResourceError
-from backhand.kernels.library import load, torch_form, usable, using
 from backhand.nn.available_memory import available_bytes
-from backhand.training.memory.model import ModelSize, parts_of, second_model_bytes
+from backhand.training.config import Recompute
+from backhand.training.memory.parts import ModelSize, estimated_step, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
 from backhand.training.memory.process import MemoryKeeper
-from backhand.training.memory.shapes import KernelCount, Rows, StepShape, kept_kernels, largest_shapes
+from backhand.training.memory.shapes import Rows, StepShape, largest_shapes
 
 MB = 1 << 20
-KERNEL_BYTES = 580_000
 SIZE = ModelSize(
     dtype_bytes=2,
     weight_bytes=200 * MB,
-    adapter_elements=MB,
+    adapter_elements=MB // 4,
     kept_bytes={"none": 100_000, "mlp": 50_000, "block": 10_000},
-    unread_bytes={"none": 0, "mlp": 0, "block": 0},
-    block_bytes=20_000,
-    attending_bytes={"none": 5_000, "mlp": 5_000, "block": 5_000},
-    delta_bytes={"none": 0, "mlp": 0, "block": 0},
-    delta_heads=None,
-    again_bytes={"none": 0, "mlp": 8_000, "block": 9_000},
-    run_token_bytes=1_000,
-    run_product_bytes=50,
-    copied_token_bytes=2_000,
+    block_bytes={"none": 25_000, "mlp": 33_000, "block": 34_000},
     stream_bytes=2_000,
     head_row_bytes=3_000,
-    head_chunk_bytes=30_000,
-    softmax_rows=32,
-    softmax_row_bytes=60_000,
-    head_adapter_bytes=0,
-    checkpoint_bytes=10 * MB,
-    neutral_token_bytes=60_000,
+    chunk_rows=256,
+    chunk_row_bytes=60_000,
+    logits_bytes=60_000,
     cache_bytes=4_000,
 )
-SHAPES = {
-    rows: StepShape(512 * rows, 100 * rows, 39, 512, 512 * 160, mean_tokens=512 * rows) for rows in (1, 2, 4, 8, 16)
-}
+SHAPES = {rows: StepShape(512 * rows, 100 * rows, (512,) * rows, mean_tokens=512 * rows) for rows in (1, 2, 4, 8, 16)}
 PROCESS = 300 * MB
+ASKED: list[tuple[int, Recompute]] = []
+
+
+def parts(shape: StepShape, recompute: Recompute) -> dict[str, int]:
+    ASKED.append((shape.tokens, recompute))
+    return parts_of(SIZE, shape, estimated_step(SIZE, shape, recompute), PROCESS)
 
 
 def chosen(
-    budget_mb: int | None, *, rows: int | None = None, recompute: str = "auto", watched: bool = False
+    budget_mb: int | None, *, rows: int | None = None, recompute: Recompute = "auto", watched: bool = False
 ) -> MemoryPlan:
+    ASKED.clear()
     return choose(
         SIZE,
+        parts,
         SHAPES,
         budget_bytes=None if budget_mb is None else budget_mb * MB,
-        process_bytes=PROCESS,
         micro_batch_rows=rows,
-        recompute=recompute,  # type: ignore[arg-type]
+        recompute=recompute,
         watched=watched,
     )
-
-
-@pytest.fixture(autouse=True)
-def _same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large on every processor."""
-    monkeypatch.setattr("backhand.training.memory.model.kernel_bytes", lambda: KERNEL_BYTES)
 
 
 def test_without_a_limit_the_fastest_way_is_taken() -> None:
     plan = chosen(None)
     assert (plan.micro_batch_rows, plan.recompute) == (8, "none"), "more than 4,096 tokens gain nothing"
+    assert ASKED == [(4096, "none")], "nothing else is measured"
     assert plan.peak_bytes == sum(plan.parts.values())
 
 
 def test_less_memory_means_smaller_cuts_and_then_recomputation() -> None:
     order = {"none": 0, "mlp": 1, "block": 2}
-    plans = [chosen(budget) for budget in range(1200, 592, -20)]
-    for plan, budget in zip(plans, range(1200, 592, -20), strict=True):
+    plans = [chosen(budget) for budget in range(1200, 572, -20)]
+    for plan, budget in zip(plans, range(1200, 572, -20), strict=True):
         assert plan.total_bytes <= 0.95 * budget * MB
     assert {plan.recompute for plan in plans} == {"none", "mlp", "block"}
     peaks = [plan.peak_bytes for plan in plans]
@@ -101,17 +87,16 @@ def test_a_refusal_names_the_parts_and_a_proposal_that_fits() -> None:
         assert part in str(error.why)
     found = re.search(r"--micro-batch-rows (\d+)(?: --recompute (\w+))?", str(error.next_step))
     assert found is not None
-    proposed = chosen(700, rows=int(found[1]), recompute=found[2] or "none")
+    proposed = chosen(700, rows=int(found[1]), recompute=cast("Recompute", found[2] or "none"))
     assert proposed.total_bytes <= 0.95 * 700 * MB
 
 
 def test_where_nothing_fits_shorter_rows_are_proposed_if_they_do() -> None:
     with pytest.raises(ResourceError) as refused:
-        chosen(590)
+        chosen(556)
     found = re.search(r"--micro-batch-rows 1 --max-length (\d+) --recompute block", str(refused.value.next_step))
     assert found is not None
-    shape = replace(SHAPES[1], tokens=int(found[1]), run_tokens=int(found[1]), run_products=int(found[1]) * 160)
-    assert sum(parts_of(SIZE, shape, "block", PROCESS).values()) <= 0.95 * 590 * MB
+    assert sum(parts(SHAPES[1].cut(int(found[1])), "block").values()) <= 0.95 * 556 * MB
     with pytest.raises(ResourceError, match="or a smaller model"):
         chosen(400)
 
@@ -125,48 +110,18 @@ def test_a_second_model_counts() -> None:
         chosen(1000, watched=True)
 
 
-LIKE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float64)}
-
-
 def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     rows = Rows(lengths=[10, 20, 200, 200], supervised=[5, 6, 7, 8])
-    shapes = largest_shapes([[0, 1], [2, 3]], rows, [1, 2], LIKE[torch.float64])
-    # 200 tokens lie in two blocks of queries, of which the second sees all keys, and in steps of 64
-    assert shapes[1] == StepShape(
-        *(208, 8, 0),
-        run_tokens=200,
-        run_products=200 * 104,
-        step_tokens=72,
-        longest_tokens=200,
-        mean_tokens=116,
-        micro_batches=4,
-    )
-    assert shapes[2] == StepShape(
-        *(400, 15, 0),
-        run_tokens=400,
-        run_products=2 * 200 * 104,
-        step_tokens=128,
-        longest_tokens=200,
-        mean_tokens=216,
-        micro_batches=2,
-    )
+    shapes = largest_shapes([[0, 1], [2, 3]], rows, [1, 2], held_out=Rows([50], [9]), neutral=[30])
+    assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, micro_batches=4, sizes=5, neutral_tokens=30)
+    assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, micro_batches=2, sizes=4, neutral_tokens=30)
 
 
-def test_short_documents_of_different_lengths_are_attended_as_copies() -> None:
-    rows = Rows(lengths=[100, 110, 130, 150, 160], supervised=[1] * 5)
-    (shape,) = largest_shapes([range(5)], rows, [5], LIKE[torch.bfloat16]).values()
-    assert shape.run_tokens == shape.copied_tokens == 5 * 160
-    apart = Rows(lengths=[40, 160], supervised=[1, 1])
-    (shape,) = largest_shapes([range(2)], apart, [2], LIKE[torch.bfloat16]).values()
-    assert (shape.run_tokens, shape.copied_tokens) == (160, 0)
-
-
-def test_a_shared_prefix_is_computed_once_and_copied_before_each_document() -> None:
+def test_a_shared_prefix_is_counted_once() -> None:
     rows = Rows(lengths=[200, 200, 200], supervised=[1] * 3, shared=lambda group: 136 if len(group) > 1 else 0)
-    shapes = largest_shapes([range(3)], rows, [1, 3], LIKE[torch.float64])
-    assert (shapes[1].tokens, shapes[1].copied_tokens) == (208, 0)
-    assert shapes[3].tokens == 336, "136 and three times 64, and a filler"
-    assert shapes[3].copied_tokens == 4 * 200, "the filler is attended with them"
+    shapes = largest_shapes([range(3)], rows, [1, 3])
+    assert (shapes[1].tokens, shapes[1].shared_tokens) == (208, 0)
+    assert (shapes[3].tokens, shapes[3].lengths, shapes[3].shared_tokens) == (336, (64, 64, 64, 8), 136)
 
 
 def test_rows_that_share_a_long_prefix_come_together() -> None:
@@ -174,78 +129,9 @@ def test_rows_that_share_a_long_prefix_come_together() -> None:
     rows = Rows([3100] * 8, [1] * 8, lambda group: 3000 if len(group) > 1 else 0)
     apart = Rows([3100] * 8, [1] * 8)
     for given, taken in ((rows, 8), (apart, 1)):
-        shapes = largest_shapes([range(8)], given, [1, 2, 4, 8], LIKE[torch.bfloat16])
-        plan = choose(SIZE, shapes, budget_bytes=None, process_bytes=PROCESS, micro_batch_rows=None, recompute="none")
+        shapes = largest_shapes([range(8)], given, [1, 2, 4, 8])
+        plan = choose(SIZE, parts, shapes, budget_bytes=None, micro_batch_rows=None, recompute="none")
         assert plan.micro_batch_rows == taken
-
-
-@pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A processor whose bfloat16 products torch sends to oneDNN, all of them."""
-    monkeypatch.setattr("backhand.training.memory.shapes.onednn_takes_bf16", lambda: True)
-    with torch_form():
-        yield
-
-
-@pytest.mark.usefixtures("onednn")
-def test_kernels_are_counted_once_for_each_shape_of_product() -> None:
-    count = KernelCount(LIKE[torch.bfloat16])
-    count.add(640, [(8, 103, 103)], 271)
-    assert count.total == 31 + 20 + 6 + 2 * 2, "chunks of 256 and of 15 rows"
-    count.add(640, [(8, 103, 103)], 15)
-    count.add(640, [], 256, trained=False)
-    assert count.total == 61 + 20 + 8, "the last block of 15 rows, and of 256 that are not trained"
-    count.add(25, [], 0, trained=False)
-    assert count.total == 89 + 12
-    wide = KernelCount(LIKE[torch.bfloat16], 512)
-    wide.add(640, [], 271)
-    wide.add(640, [], 513)
-    assert wide.total == 31 + 2 * 20 + 3 * 2, "chunks of 271, of 512 and of 1 row"
-    other = KernelCount(LIKE[torch.float64])
-    other.add(640, [(8, 103, 103)], 271)
-    assert other.total == 0, "float64 products are not compiled"
-
-
-@pytest.mark.skipif("avx512bf16" not in usable(), reason="this processor has no such build")
-def test_loops_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backhand.training.memory.shapes.onednn_takes_bf16", lambda: True)
-    with using(load("avx512bf16")):
-        count = KernelCount(LIKE[torch.bfloat16])
-        count.add(640, [(8, 103, 103)], 256)
-        assert count.total == 8 + 6 + 2, "no block of attention"
-
-
-@pytest.mark.skipif("amx" not in usable(), reason="this processor has no such build")
-def test_where_loops_multiply_by_tiles_nothing_is_compiled() -> None:
-    with using(load("amx")):
-        count = KernelCount(LIKE[torch.bfloat16])
-        count.add(640, [(8, 103, 103)], 256)
-        count.add(320, [(8, 103, 103)], 100, trained=False)
-        assert count.total == 0
-
-
-def test_where_torch_multiplies_by_itself_no_kernel_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backhand.training.memory.shapes.onednn_takes_bf16", lambda: False)
-    count = KernelCount(LIKE[torch.bfloat16])
-    count.add(640, [(8, 103, 103)], 271)
-    assert count.total == 0
-
-
-@pytest.mark.usefixtures("onednn")
-def test_the_kernels_that_are_kept_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = KernelCount(LIKE[torch.bfloat16])
-    for tokens in range(32, 3200, 32):
-        count.add(tokens, [], 1)
-    shape = StepShape(100, 10, kernels=count.total, kernel_sizes=count.sizes)
-    few_modules = replace(SIZE, more_kernels=(-14, -5, -14, -5))
-
-    def kept(size: ModelSize) -> int:
-        return parts_of(size, shape, "none", 0)["compiled kernels"] // KERNEL_BYTES
-
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-    assert kept_kernels() == kept(SIZE) == kept(few_modules) == 100
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    assert kept(SIZE) == kept(few_modules) == 1024
 
 
 def test_the_keeper_releases_before_the_plan_is_exceeded_and_not_before() -> None:

@@ -22,8 +22,10 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.training.config import ModelOptions
 from backhand.training.decoder_engine import DecoderEngine
+from backhand.training.engine import MoreBlocks, ShortModel
 from backhand.training.memory import calibration
 from backhand.training.memory.plan import MemoryPlan
+from backhand.training.memory.speed import whole
 from backhand.training.memory.states import Below, keep_states, kept_tokens
 from support.tiny_models import WINDOW, save_tiny, tiny_model
 from support.tiny_run import TinyRun
@@ -131,11 +133,13 @@ def test_what_all_rows_begin_with_is_counted_once() -> None:
 
 
 def test_a_forward_pass_below_is_measured_and_not_guessed() -> None:
-    """One and four blocks: a block takes 0.5 s of a step with adapter and 0.1 of a forward pass without."""
-    token = calibration._whole(30, 20, (1, 4), (1.0, 2.5), (0.2, 0.5), 100)
-    assert token == pytest.approx(((1.0 + 0.5 * 9) / 100, 20 * 0.1 / 100))
-    assert calibration._whole(4, 0, (1, 4), (1.0, 2.5), (), 100) == pytest.approx(((1.0 + 0.5 * 3) / 100, 0.0))
-    assert calibration._whole(1, 0, (1,), (1.0,), (), 100) == pytest.approx((0.01, 0.0))
+    """Ten adapted blocks above twenty: each takes 0.5 s of a step with adapter and 0.1 of a forward pass without."""
+    model: Any = object()
+    short = ShortModel(model, [MoreBlocks(model, 10, 9)], 20)
+    assert whole(short, (1.0, 1.5)) == pytest.approx(1.0 + 9 * 0.5)
+    assert calibration._below(short, (0.2, 0.3)) == pytest.approx(20 * 0.1)
+    assert calibration._below(short, ()) == 0.0
+    assert whole(ShortModel(model), (1.0,)) == 1.0
 
 
 def test_speed_counts_what_is_spared(
@@ -151,6 +155,7 @@ def test_speed_counts_what_is_spared(
         return model
 
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration.calibrate, "__kwdefaults__", {"budget_s": 100.0})
     monkeypatch.setattr(Decoder, "loss_and_gradients", takes(0.003))
     monkeypatch.setattr(Decoder, "loss", takes(0.001))
     base = ["plan", "--model", str(four.model), "--dtype", "float32", "--threads", "1", "--data", str(four.rows)]

@@ -91,9 +91,9 @@ def test_the_longest_documents_are_named(plan: Plan, tiny: TinyRun, tmp_path: Pa
 
 
 def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
-    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
-    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "128")[1])
-    assert "rows of 128 tokens (--max-length) are assumed" in long["notes"][0]
+    short = json.loads(plan("--no-calibrate", "--json", "--max-length", "32")[1])
+    long = json.loads(plan("--no-calibrate", "--json", "--max-length", "64")[1])
+    assert "rows of 64 tokens (--max-length) are assumed" in long["notes"][0]
     kept = [one["parts"]["kept activations"] for one in (short, long)]
     assert kept[1] == pytest.approx(2 * kept[0], rel=0.02)
     assert kept[0] > 0
@@ -111,24 +111,30 @@ def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, m
 
 
 @pytest.mark.parametrize(
-    ("variant", "layers", "more"),
+    ("variant", "layers", "more", "lengths"),
     [
-        ("llama", "last:2", {"num_hidden_layers": 6}),
-        ("lfm2", "last:2", {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}),
-        ("lfm2", "0-5", {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}),
+        ("llama", "last:2", {"num_hidden_layers": 6}, [(2, 0), (3, 0)]),
+        ("llama", None, {"num_hidden_layers": 6}, [(3, 0), (4, 3)]),
+        ("lfm2", "last:2", {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}, [(2, 0), (3, 0), (3, 0)]),
+        ("lfm2", None, {"num_hidden_layers": 6, "full_attn_idxs": [1, 4]}, [(4, 0), (5, 1), (5, 1)]),
     ],
 )
-def test_every_block_that_is_timed_has_an_adapter_of_its_kind(
-    variant: str, layers: str, more: dict[str, Any], tmp_path: Path
+def test_every_block_that_is_measured_has_an_adapter_of_its_kind(
+    variant: str, layers: str | None, more: dict[str, Any], lengths: list[tuple[int, int]], tmp_path: Path
 ) -> None:
-    """Also where fewer are adapted than are timed, or where these have another mixer than the first ones."""
+    """Also where few are adapted; and how many blocks the short models have, and lack."""
     source = open_model(str(save_tiny(tiny_model(variant, **more), tmp_path / "model")))
-    adapter = LoRAConfig(rank=2, layers=layers)
-    probes = DecoderEngine(source, torch.float32).probes(adapter, torch.device("cpu"), "none")
-    assert [blocks for _, blocks in probes] == [1, 4]
-    for model, _ in probes:
+    adapter = LoRAConfig(rank=2) if layers is None else LoRAConfig(rank=2, layers=layers)
+    short = DecoderEngine(source, torch.float32).short(adapter, torch.device("cpu"), "none")
+    models = [short.model, *(one.model for one in short.more)]
+    found = []
+    for model, missing in zip(models, (0, *(one.missing for one in short.more)), strict=True):
         assert isinstance(model, Decoder) and model.lora is not None
         assert set(model.lora.slots) == {name for name in model.module_shapes() if name.startswith("model.layers.")}
+        found.append((len(model.config.layers), missing))
+    assert found == lengths
+    assert short.below == (4 if layers else 0)
+    assert sum(one.blocks for one in short.more) == (2 if layers else 6)
 
 
 def test_under_transformers_the_model_itself_is_timed(

@@ -12,26 +12,21 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
-from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.errors import CheckError, UsageError
 from backhand.kernels.library import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.weights import load_weights, named_views
 from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.model_options import Base, BaseModelOptions
-from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
-from backhand.training import decoder_engine
-from backhand.training.config import ModelOptions, TrainConfig
-from backhand.training.decoder_engine import DecoderEngine
+from backhand.training.config import ModelOptions, Recompute, TrainConfig
 from backhand.training.evaluate import evaluate
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.guards import BaseGuard, named_unusable
+from backhand.training.guards import BaseGuard
 from backhand.training.machine import resolve_machine
 from backhand.training.memory import bases
 from backhand.training.memory.bases import choose_base
@@ -95,29 +90,8 @@ def test_the_plan_tells_both(tiny: TinyRun, tmp_path: Path) -> None:
     assert found["base"] in found["bases"] and set(found["bases"]) == {"dense", "quantized"}
     config = tiny.config(tmp_path / "run", base="quantized")
     quantized = plan(_looked_at(config)).to_json()
-    assert quantized["base"] == "quantized" and quantized["parts"]["unpacked piece"] > 0
+    assert quantized["base"] == "quantized"
     assert quantized["parts"]["base weights"] < found["bases"]["dense"]["peak_bytes"]
-
-
-@pytest.mark.parametrize("least_bytes", [1 << 12, 1 << 14, 1 << 30])
-def test_the_plan_holds_the_tile_that_is_looked_at(
-    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, least_bytes: int
-) -> None:
-    """Where products unpack for themselves, the largest tile of rows is what remains of a look at every number."""
-    monkeypatch.setattr(frozen_matrix, "ROWS_BYTES", least_bytes)
-    monkeypatch.setattr(frozen_matrix, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
-    monkeypatch.setattr(decoder_engine, "is_taken", lambda dtype: True)
-    source = open_model(str(tiny.model))
-    engine = DecoderEngine(source, torch.bfloat16)
-    weights = load_weights(source, engine.config, torch.bfloat16, quantized=True)
-    assert not list(named_unusable(named_views(weights, engine.config)))
-    (buffer,) = frozen_matrix._KEPT.buffers.values()
-    planned = engine.size(engine.layout(LoRAConfig(rank=4)), "quantized").unpacked_bytes
-    # Of gate and up as one matrix, which are looked at one by one here.
-    assert buffer.nbytes <= planned <= 2 * buffer.nbytes
-    monkeypatch.setattr(decoder_engine, "is_taken", lambda dtype: False)
-    assert engine.size(engine.layout(LoRAConfig(rank=4)), "quantized").unpacked_bytes >= planned
 
 
 def test_a_mapped_base_is_there_once_for_all_processes(tiny: TinyRun, tmp_path: Path) -> None:
@@ -141,7 +115,7 @@ class Following(Processes):
 def test_a_process_holds_the_base_as_the_first_one_does(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backhand.training.prepared.unpacking_share", lambda *_: math.inf)
+    monkeypatch.setattr("backhand.training.prepared.times_as_long", lambda *_: math.inf)
     config = tiny.config(tmp_path / "run")
     assert build_job(config, resolve_machine(config)).memory.base == "dense", "by its own measurement"
     job = build_job(config, resolve_machine(config), processes=Following())
@@ -155,39 +129,31 @@ def _shapes(tokens: int) -> dict[int, StepShape]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "share", "chosen"),
-    [
-        (200, 0.20, "quantized"),
-        (200, 0.21, "dense"),
-        (200, math.inf, "dense"),
-        (1 << 20, 0.12, "quantized"),
-        (1 << 20, 0.13, "dense"),
-    ],
+    ("times", "chosen"), [(1.10, "quantized"), (1.11, "dense"), (0.9, "quantized"), (math.inf, "dense")]
 )
-def test_auto_stays_quantized_where_that_costs_little(tokens: int, share: float, chosen: HeldBase) -> None:
-    """0.8 of a step of many tokens are products, of one of 200 tokens 0.8 · 200 / 328."""
+def test_the_base_is_quantized_where_that_costs_little(times: float, chosen: str) -> None:
     asked = []
 
-    def unpacking_share(tokens: float) -> float:
-        asked.append(tokens)
-        return share
+    def times_as_long(shape: StepShape, recompute: Recompute) -> float:
+        asked.append((shape.tokens, recompute))
+        return times
 
     def choice(base: Base, *, quantized_source: bool = True) -> HeldBase:
         found = choose_base(
             base,
             ("dense", "quantized"),
-            _shapes(tokens),
+            _shapes(200),
             lambda base: MemoryPlan(1, "none", base=base),
             lambda base: MemoryPlan(1, "block", base=base),
             quantized_source=quantized_source,
-            unpacking_share=unpacking_share,
+            times_as_long=times_as_long,
         )
         return found.chosen.base
 
-    assert choice("auto") == chosen and asked == [tokens]
+    assert choice("auto") == chosen and asked == [(200, "none")]
     assert choice("quantized") == "quantized" and choice("dense") == "dense"
     assert choice("auto", quantized_source=False) == "dense"
-    assert asked == [tokens], "where nothing depends on it nothing is measured"
+    assert len(asked) == 1, "where nothing depends on it nothing is measured"
     assert bases.WORTH == 1.10
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import backhand
-from backhand.adapters.reading import read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
 from backhand.training.config_file import load_config
 from backhand.training.measuring import Forgetting, ForgettingMeter

@@ -20,7 +20,8 @@ def _cloned(given):
     if isinstance(given, torch.Tensor):
         return given.clone()
     if isinstance(given, (tuple, list)):
-        return type(given)([_cloned(part) for part in given])
+        parts = [_cloned(part) for part in given]
+        return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
     return given
 
 

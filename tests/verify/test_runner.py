@@ -114,7 +114,7 @@ def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it
 
 
 def test_the_case_that_rejected_a_mistake_is_tried_first():
-    (proof,) = load_proofs("lora_linear_group")
+    (proof,) = load_proofs("lora_group")
     mistakes = [mutant for mutant in proof.mutants if mutant.name == "scaling forgotten"]
     assert len(mistakes) > 1
     by_hand = []

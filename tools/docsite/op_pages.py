@@ -14,6 +14,7 @@ from docsite.mathematics import derivation
 # LoRA first, then what a decoder is made of from bottom to top, then the ops for other nets.
 READING_ORDER = (
     "lora_linear",
+    "lora_group",
     "dropout",
     "lora_bias",
     "dora",

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from backhand.adapters.contents import AdapterContents, read_adapter_directory
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.loading import LoadedAdapter, copy_differences, match_linear_adapter
-from backhand.adapters.reading import AdapterContents, read_adapter_directory
 from backhand.adapters.record import (
     AdapterRecord,
     base_differences,

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
 from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import module_adapter_files, write_files
-from backhand.adapters.reading import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target
 from backhand.errors import UsageError
 from backhand.nn.loading.wrappers import Wrapper
-from backhand.nn.lora_parameters import TOKENS, AdapterLayout
+from backhand.nn.lora_parameters import TOKENS
 from backhand.nn.modules.adapted_module import LoRAModule, base_weight
 from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
 from backhand.words import name_list
@@ -34,6 +34,8 @@ class InjectedAdapter:
         config: what was injected.
         targets: the adapted modules with their rank, alpha and scaling.
         modules: the adapted modules themselves, by dotted path.
+        layout: what the adapter consists of.
+        notes: what may interest a person: adapted weights that are tied to others.
         enabled: whether the model computes with the adapter.
     """
 
@@ -42,6 +44,7 @@ class InjectedAdapter:
         self.config = plan.config
         self.targets: tuple[Target, ...] = plan.targets
         self._plan = plan
+        self.layout, self.notes = plan.layout, plan.notes
         self._required_grad = [parameter for parameter in module.parameters() if parameter.requires_grad]
         module.requires_grad_(False)
         self.modules: dict[str, LoRAModule] = {
@@ -87,21 +90,11 @@ class InjectedAdapter:
         """Trained elements in all."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What may interest a person: adapted weights that are tied to others."""
-        return self._plan.notes
-
     def initialise(self, generator: torch.Generator) -> None:
         """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
         for adapted in self.modules.values():
             adapted.initialise(generator)
         self.reset_beside()
-
-    @property
-    def layout(self) -> AdapterLayout:
-        """What the adapter consists of."""
-        return self._plan.layout
 
     def reset_beside(self) -> None:
         """Set what is trained beside the factors to where it changes nothing, given that they change nothing."""

@@ -15,7 +15,8 @@ from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import Target, in_numbers, no_embedding_bias, resolve_targets
 from backhand.adapters.trained_tensors import resolve_trained, saved_modules
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor, module_paths
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import module_paths
 from backhand.nn.modules.adapted_module import LoRAModule, base_weight
 from backhand.nn.modules.kinds import LORA_MODULES, LoRAConv1D, lora_class
 from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
@@ -93,7 +94,7 @@ def plan_injection(
             "the model is adapted already, by PEFT",
             next_step="take its adapter out with unload() or merge_and_unload(), or inject into a fresh model",
         )
-    linear = frozenset(name for name, module in modules.items() if _is_linear(module))
+    linear = frozenset(name for name, one in modules.items() if isinstance(one, nn.Linear) or LoRAConv1D.fits(one))
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
     targets = resolve_targets(config, list(modules), linear=linear, heads=heads, strict=strict)
     config = in_numbers(config, [target.name for target in targets])
@@ -174,10 +175,6 @@ def _otherwise_known(module: nn.Module) -> str:
         if kind.base_type is not None and isinstance(module, kind.base_type):
             return f"; what it makes of {kind.base_type.__name__}'s weight is not known"
     return ""
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or LoRAConv1D.fits(module)
 
 
 def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule], config: LoRAConfig) -> FactorShapes:

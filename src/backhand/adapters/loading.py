@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes
-from backhand.adapters.reading import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot, trained_beside
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor, embeddings_of, experts_of
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import embeddings_of, experts_of
 
 
 def load_adapter(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
-from backhand.adapters.reading import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values
+from backhand.adapters.tensor_file import tensor_bytes
 from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
 from backhand.files import write_together

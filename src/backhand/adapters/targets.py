@@ -24,16 +24,8 @@ from typing import Any
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import (
-    AdapterLayout,
-    LoRASlot,
-    ModuleShapes,
-    TrainedTensor,
-    embeddings_of,
-    experts_of,
-    parameters_of,
-    takes_turns,
-)
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
+from backhand.nn.module_shapes import ModuleShapes, embeddings_of, experts_of, parameters_of, takes_turns
 from backhand.words import name_list, nearest_names, shorten
 
 OUTPUT_HEADS = ("lm_head",)

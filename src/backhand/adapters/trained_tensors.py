@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from backhand.adapters.config import LoRAConfig
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import TOKENS, TrainedTensor, module_paths
+from backhand.nn.lora_parameters import TOKENS, TrainedTensor
+from backhand.nn.module_shapes import module_paths
 from backhand.words import name_list, nearest_names
 
 

@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from backhand.adapters.contents import AdapterContents
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import AdapterContents
 from backhand.adapters.targets import Target
 from backhand.nn.loading.wrappers import Wrapper, text_name
 

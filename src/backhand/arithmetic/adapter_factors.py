@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.checked_base import base_weight_name, read_adapter
+from backhand.adapters.contents import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from backhand.adapters.checked_base import check_source, source_digests
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import UnusableAdapterError
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.errors import ArtifactError

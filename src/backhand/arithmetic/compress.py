@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from backhand.adapters.module_factors import ModuleFactors
+from backhand.adapters.contents import TENSOR_FILE
 from backhand.adapters.peft_saving import write_files
-from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
 from backhand.arithmetic.computed_adapter import (
     ComputedAdapter,
-    ComputedModule,
     check_new_directory,
     computed_files,
     rounded_factors,
@@ -51,10 +49,8 @@ def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: fl
     now = sum(m.factors.lora_A.numel() + m.factors.lora_B.numel() for m in adapter.modules.values())
     sizes.plot([max(error, _CURVE_ERRORS[0])], [now / source.element_count], "ko", markersize=8, label=f"{error:g}")
     sizes.axhline(1, color="black", linestyle=":", label="as it was")
-    sizes.set_xscale("log")
-    sizes.set_xlabel("error allowed in every module, relative to ‖ΔW‖")
-    sizes.set_ylabel("numbers, relative to the adapter as it was")
-    sizes.set_ylim(0, 1.1)
+    sizes.set(xscale="log", xlabel="error allowed in every module, relative to ‖ΔW‖")
+    sizes.set(ylabel="numbers, relative to the adapter as it was", ylim=(0, 1.1))
     sizes.set_title("What an error buys", fontsize="medium")
     sizes.grid(visible=True, linewidth=0.3)
     sizes.legend(fontsize="small", loc="lower left")
@@ -184,15 +180,9 @@ def _at(
 ) -> ComputedAdapter:
     modules = {}
     for name, module in adapter.modules.items():
-        modules[name] = _compressed_module(module, directions[name], error, dtype)
+        lora_A, lora_B = writable_factors(directions[name], directions[name].needed_rank(error))
+        modules[name] = measured([(1.0, module)], rounded_factors(lora_A, lora_B, module, dtype))
     return ComputedAdapter(modules)
-
-
-def _compressed_module(
-    module: ModuleFactors, directions: UpdateDirections, error: float, dtype: torch.dtype
-) -> ComputedModule:
-    lora_A, lora_B = writable_factors(directions, directions.needed_rank(error))
-    return measured([(1.0, module)], rounded_factors(lora_A, lora_B, module, dtype))
 
 
 def elements_at(adapter: AdapterFactors, errors: Sequence[float]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
 from backhand.printing import bounded
 from backhand.terminal import console_for_tables
+from backhand.words import name_list
 
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
@@ -60,8 +61,7 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
             )
     spectrum.set_yscale("log")
     spectrum.xaxis.get_major_locator().set_params(integer=True)
-    spectrum.set_xlabel("i, counted from the largest")
-    spectrum.set_ylabel("singular value S_i / S_1, median over layers")
+    spectrum.set(xlabel="i, counted from the largest", ylabel="singular value S_i / S_1, median over layers")
     spectrum.set_title("Singular values of ΔW", fontsize="medium")
     spectrum.grid(visible=True, linewidth=0.3)
     if kinds and spectrum.lines:
@@ -350,13 +350,8 @@ def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:
         "directory": str(adapter.directory),
         "base model": adapter.described.base_model or "not said",
         "trained on": (record.origin if record else None) or "not said",
-        "target modules": targets if isinstance(targets, str) else _some(targets),
+        "target modules": targets if isinstance(targets, str) else name_list(targets),
         "modules": len(adapter.modules),
         "numbers": adapter.element_count,
         "rank-stabilised": config.use_rslora,
     }
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -81,7 +81,8 @@ def explanation(error: BaseException, arguments: Sequence[str]) -> str:
         case BrokenPipeError() | SystemExit():
             return ""
         case _ if (wrong := _of_the_parser(error)) is not None:
-            return f"error: {bounded(_usage(wrong))}\n  next: {_help_command(wrong)}"
+            command = " ".join(("backhand", *(wrong.command_chain or ()), "--help"))
+            return f"error: {bounded(_usage(wrong))}\n  next: {command}"
         case _ if _is_out_of_memory(error):
             return (
                 "error: not enough memory\n"
@@ -161,10 +162,6 @@ def _by_initials(error: UnknownOptionError) -> list[str]:
     if len(letters) < 2:
         return []
     return sorted(name for name in names if "".join(word[:1] for word in name[2:].split("-")) == letters)
-
-
-def _help_command(error: CycloptsError) -> str:
-    return " ".join(("backhand", *(error.command_chain or ()), "--help"))
 
 
 def _explain_os_error(error: OSError) -> str:

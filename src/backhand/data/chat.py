@@ -329,16 +329,8 @@ class ChatRenderer:
         text = text[:end]
         return Document(text, tuple(spans), mark, self._end_of_turn(text) is None, False, source)
 
-    def _render(
-        self,
-        conversation: Conversation,
-        messages: Sequence[Message],
-        *,
-        generation_prompt: bool = False,
-        **further_args: Any,
-    ) -> str:
-        messages = self._habits.shaped(messages)
-        return self._apply(conversation, messages, generation_prompt=generation_prompt, **further_args)
+    def _render(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str:
+        return self._apply(conversation, self._habits.shaped(messages), **how)
 
     def _tried(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str | None:
         """As `_render`; None where the template refuses."""

@@ -118,8 +118,8 @@ def _read_message(name: str, item: object, source: str) -> tuple[Message, bool]:
     thoughts = (item[key] for key in _OTHER_THOUGHTS if isinstance(item.get(key), str))
     if "reasoning_content" not in message and (found := next(thoughts, None)) is not None:
         message["reasoning_content"] = found
-    calls = message.get("tool_calls") or _legacy_call(item)
-    message.pop("tool_calls", None)
+    legacy = item.get("function_call")  # OpenAI's older form of one call
+    calls = message.pop("tool_calls", None) or (None if legacy is None else [legacy])
     if calls:
         if not isinstance(calls, list):
             raise DataError(f"{name}.tool_calls is {describe(calls)}, not a list", where=source)
@@ -161,12 +161,6 @@ def _read_weight(name: str, weight: object, source: str) -> bool:
     if not isinstance(weight, int | float) or weight not in (0, 1):
         raise DataError(f"{name}.weight is {describe(weight)}; it may be 0 (no loss) or 1", where=source)
     return bool(weight)
-
-
-def _legacy_call(item: Mapping[str, Any]) -> list[Any] | None:
-    """OpenAI's older `function_call` beside the content, as a list of one tool call."""
-    call = item.get("function_call")
-    return None if call is None else [call]
 
 
 def _read_call(name: str, call: object, source: str) -> Message:

@@ -88,7 +88,8 @@ def find_start(
     for setting in settings:
         other = ask(setting)
         if other is not None and text.startswith(other):
-            return ReplyStart(text, len(other), "switched", _as_words(setting))
+            words = ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())
+            return ReplyStart(text, len(other), "switched", words)
     if _BEGINS_TAG.match(rest):
         return ReplyStart(text, place, "headed", rest)
     return None
@@ -113,7 +114,3 @@ def _header_end(asked: str, text: str) -> int:
     if tag is not None and text[place:].lstrip().startswith(f"{tag[1]}/{tag[2]}"):
         return tag.start()
     return place
-
-
-def _as_words(setting: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())

@@ -113,7 +113,7 @@ def _nearest_file(path: Path) -> Path | None:
 
 
 def _is_hub(name: str) -> bool:
-    return is_hub_name(name) and data_suffix(Path(name)) not in SUFFIXES
+    return _HUB_NAME.fullmatch(name) is not None and data_suffix(Path(name)) not in SUFFIXES
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -159,11 +159,6 @@ def read_parquet(path: str | Path, bad: BadRows) -> Iterator[RawRow]:
             why=first_line(error),
             next_step="fetch or write the file again",
         ) from None
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form `owner/name[@config][:split]`."""
-    return _HUB_NAME.fullmatch(name) is not None
 
 
 def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator[RawRow]:

@@ -131,10 +131,6 @@ def _check_split(text: str, sep: Any = None, *_more: Any, **_values: Any) -> Non
         raise too_large()
 
 
-def _check_lines(text: str, *_more: Any, **_values: Any) -> None:
-    _check_split(text)
-
-
 def _check_joined(separator: str, items: Any) -> None:
     if hasattr(items, "__len__"):
         check_size(len(items) * len(separator) + weight(items))
@@ -168,7 +164,7 @@ TEXT_METHODS: dict[str, Callable[..., None] | None] = {
     "expandtabs": _check_tabs,
     "join": _check_joined,
     "replace": _check_replaced,
-    "splitlines": _check_lines,
+    "splitlines": lambda text, *_more, **_values: _check_split(text),
 }
 """By the name of a text's method, what is checked before it is called; None where its result is no larger than it."""
 

@@ -131,8 +131,7 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
     Raises:
         DataError: with the line.
     """
-    text = _decode_whole(_read_whole(reader, path), path)
-    decoder = _DECODER
+    text = _read_whole(reader, path)
     position, line, counted = 0, 1, 0
     number, line_before = 0, 0
     position = _skip_space(text, position)
@@ -153,7 +152,7 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
         if in_list and text[position] == "]" and first:
             break
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             row_line = line + text.count("\n", counted, error.pos)
             raise _json_error(error, text, f"{path}:{row_line}") from None
@@ -198,7 +197,7 @@ def _not_closed(where: str) -> DataError:
     )
 
 
-def _read_whole(reader: io.BufferedReader, path: str | Path) -> bytes:
+def _read_whole(reader: io.BufferedReader, path: str | Path) -> str:
     content = reader.read(LONGEST_LIST_BYTES + 1)
     if len(content) > LONGEST_LIST_BYTES:
         raise DataError(
@@ -206,10 +205,6 @@ def _read_whole(reader: io.BufferedReader, path: str | Path) -> bytes:
             where=str(path),
             next_step="write one object a line into a .jsonl file, which is read line by line",
         )
-    return content
-
-
-def _decode_whole(content: bytes, path: str | Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

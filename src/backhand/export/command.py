@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from backhand.adapters.checked_base import read_adapter
+from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter
 from backhand.adapters.module_factors import Factors, factors_of
-from backhand.adapters.reading import UnusableAdapterError, read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import UsageError
 from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter

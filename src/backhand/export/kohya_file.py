@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from backhand.adapters.contents import AdapterContents
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.reading import AdapterContents, read_tensors
 from backhand.adapters.targets import module_values
+from backhand.adapters.tensor_file import read_tensors
 from backhand.errors import ArtifactError
 from backhand.export.opened_adapter import refuse
 

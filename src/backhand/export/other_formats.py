@@ -27,8 +27,8 @@ from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import slot_shapes
 from backhand.adapters.peft_saving import module_adapter_files
-from backhand.adapters.reading import read_json_object, read_tensors, tensor_bytes
 from backhand.adapters.targets import Target
+from backhand.adapters.tensor_file import read_json_object, read_tensors, tensor_bytes
 from backhand.errors import ArtifactError, UsageError
 from backhand.export.opened_adapter import OpenedAdapter, refuse
 from backhand.files import write_atomically

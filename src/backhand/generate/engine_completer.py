@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
-import torch
 from torch import Tensor
 
 from backhand.generate.completer import Choose, Completer, Finished
@@ -28,30 +27,12 @@ class EngineCompleter:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.device, self.shares_prefixes = decoder.device, decoder.shares_prefixes
+        self.context_tokens, self.vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
         self._lora = decoder.lora
         self._state: IncrementalDecoder | None = None
         # What the cache holds; behind the cache's own length it may be ahead of it, after an interruption.
         self._seen: list[int] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self.decoder.device
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
-        return self.decoder.shares_prefixes
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_position_embeddings
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that a prompt may hold: ids below this."""
-        return self.decoder.config.vocab_size
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats; see `completer.Completer`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from backhand.data.chat import read_template
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import encode_document
-from backhand.data.forms import Completion, Row
+from backhand.data.forms import Completion, OneText
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
 from backhand.errors import DataError
@@ -143,7 +143,7 @@ class GenerationSession:
         self.model.complete(prompts, choose, finished, max_new_tokens=options.max_new_tokens, batch_rows=batch_rows)
         return [Answer(reply.stream.text, reply.tokens, reply.finish_reason or "length") for reply in replies]
 
-    def _encode(self, row: Row) -> list[int]:
+    def _encode(self, row: OneText) -> list[int]:
         document, _ = self._renderer.prompt(row)
         ids: list[int] = encode_document(document, self._renderer.encoder).input_ids.tolist()
         if not ids:
@@ -266,17 +266,9 @@ REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 4
 
 
-class Decodes(Protocol):
-    """What is needed of a tokenizer."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """Tokens to text, bytes that are no UTF-8 as U+FFFD."""
-        ...
-
-
-def decode(tokenizer: Decodes, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """All tokens to text, control tokens left out, nothing tidied up."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TextStream:
@@ -289,7 +281,7 @@ class TextStream:
         stopped: whether a stop string was met; nothing comes after it.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(string for string in stop if string)
         # Tokens whose text has been given out, in units that each ended with a whole character.

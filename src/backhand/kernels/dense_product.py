@@ -13,6 +13,7 @@ rate; with AMX oneDNN gives products of few outputs one thread of two.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,8 +42,17 @@ _PRODUCT = Declared(
     *(INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, POINTER, INT64),
     result=INT64,
 )
+
+
+class _Term(ctypes.Structure):
+    _fields_ = (
+        *((name, INT64) for name in ("column", "outputs", "rank", "h", "h_row", "factor", "factor_row", "transposed")),
+        *(("lora_A", INT64), ("lora_A_row", INT64)),
+    )
+
+
 # Types of ctypes are made once.
-_NUMBERS = tuple(INT64 * (10 * count) for count in range(MOST_TERMS + 1))
+_TERMS = tuple(_Term * count for count in range(MOST_TERMS + 1))
 _SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
 _PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS + 1))
 
@@ -124,15 +134,20 @@ def dense_product(
         return None
     (rows, inputs), outputs = x.shape, weight.shape[0 if transposed else 1]
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
-    numbers: list[int] = []
-    for term, (factor, by_rank) in zip(terms, factors, strict=True):
-        numbers += (term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(factor), by_rank)
-        numbers += (0, 0) if term.lora_A is None else matrix(term.lora_A)
+    table = _TERMS[len(terms)](
+        *(
+            _Term(
+                *(term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(factor), by_rank),
+                *((0, 0) if term.lora_A is None else matrix(term.lora_A)),
+            )
+            for term, (factor, by_rank) in zip(terms, factors, strict=True)
+        )
+    )
     call = (
         *(*matrix(x), *right, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
         *(None if bias is None else bias.data_ptr(), len(terms)),
-        *(_NUMBERS[len(terms)](*numbers), _SCALINGS[len(terms)](*(term.scaling for term in terms))),
+        *(table, _SCALINGS[len(terms)](*(term.scaling for term in terms))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
     needed = run(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())

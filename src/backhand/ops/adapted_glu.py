@@ -19,22 +19,42 @@ which the passes one by one have.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import matrix
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 from backhand.ops.glu import ACTIVATIONS, GLUSaved, glu_backward, glu_forward, glu_reference
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, stacked_A
-from backhand.ops.lora_linear import multiplier, rows
+from backhand.ops.lora_linear import multiplier
 from backhand.ops.low_rank import Member, add_up_projection, down_projection, hidden_gradient
 
 _BACKWARD = Declared("backhand_adapted_glu_backward", INT, INT, POINTER, POINTER, INT64, INT64, result=INT)
-_NUMBERS, _SCALINGS = INT64 * 33, DOUBLE * 2
-_NOWHERE = (0, 0)
 _NO_GROUP = LoRAGroup()
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("address", INT64), ("row", INT64))
+
+    @classmethod
+    def of(cls, x: Tensor, column: int = 0) -> _Matrix:
+        """The columns from this one on."""
+        return cls(x.data_ptr() + column * x.element_size(), x.stride(0))
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (*((name, _Matrix) for name in ("h", "lora_B", "d_h", "d_lora_B")), ("rank", INT64))
+
+
+class _Unit(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("d_y", "gate", "up", "d_gate", "d_up")),
+        *(("gate_side", _Side), ("up_side", _Side)),
+        *(("d_t", _Matrix), ("d_lora_A", _Matrix), ("rank_behind", INT64)),
+    )
 
 
 class AdaptedGLUSaved(NamedTuple):
@@ -74,9 +94,9 @@ def adapted_glu_forward(
         h: theirs, side by side, (..., Σ rank).
         behind: the factors of the projection that takes p.
     """
-    n, both, lead = gate_up.shape[-1] // 2, rows(gate_up).clone(), gate_up.shape[:-1]
+    n, both, lead = gate_up.shape[-1] // 2, gate_up.flatten(0, -2).clone(), gate_up.shape[:-1]
     ranks = [len(member.lora_A) for member in front.members]
-    for member, part in zip(front.members, rows(h).split_with_sizes(ranks, dim=1), strict=True):
+    for member, part in zip(front.members, h.flatten(0, -2).split_with_sizes(ranks, dim=1), strict=True):
         columns = slice(member.column, member.column + len(member.lora_B))
         add_up_projection(both[:, columns], part, member.lora_B, member.scaling)
     p, _ = glu_forward(both[:, :n], both[:, n:], activation)
@@ -96,10 +116,10 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
         saved: from the forward pass, with T.
         out: of gate_up's shape, to receive [∂L/∂a | ∂L/∂u]; perhaps gate_up itself; or None.
     """
-    gate_up, g, h = rows(saved.gate_up), rows(d_y), rows(saved.h)
+    gate_up, g, h = saved.gate_up.flatten(0, -2), d_y.flatten(0, -2), saved.h.flatten(0, -2)
     n, members, behind = g.shape[1], saved.front.members, saved.behind
     out = torch.empty_like(saved.gate_up) if out is None else out
-    d_gate_up, d_t = rows(out), None if saved.d_t is None else rows(saved.d_t)
+    d_gate_up, d_t = out.flatten(0, -2), None if saved.d_t is None else saved.d_t.flatten(0, -2)
     d_h = None if behind.dropout is not None else _by_loop(g, gate_up, saved, h, d_t, d_gate_up)
     if d_h is None:
         # A pass for each line of the docstring; p again, in G's place, for A's gradient alone.
@@ -128,24 +148,36 @@ def _by_loop(
     if run is None or any(x.stride(1) != 1 for x in operands if x.shape[1] > 1):
         return None
     d_h = torch.empty(h.shape, dtype=h.dtype)
-    size, width = g.element_size(), gate_up.stride(0)
-    numbers = [*matrix(g), *matrix(gate_up), gate_up.data_ptr() + n * size, width]
-    numbers += [*matrix(d_gate_up), d_gate_up.data_ptr() + n * size, d_gate_up.stride(0)]
-    first, found = 0, {member.column: member for member in members}
-    for column in (0, n):
-        member: Member | None = found.get(column)
-        if member is None:
-            numbers += (*_NOWHERE * 4, 0)
-            continue
-        rank = member.lora_B.shape[1]
-        numbers += (h.data_ptr() + first * size, h.stride(0), *matrix(member.lora_B))
-        numbers += (d_h.data_ptr() + first * size, d_h.stride(0), *matrix(member.d_lora_B), rank)
-        first += rank
-    numbers += (*matrix(behind[0]), *matrix(behind[1]), behind[0].shape[1]) if behind else (*_NOWHERE * 2, 0)
-    scalings = _SCALINGS(*(found[column].scaling if column in found else 0.0 for column in (0, n)))
-    if run(ACTIVATIONS[saved.activation], _NUMBERS(*numbers), scalings, len(g), n):
+    unit = _Unit(
+        *(_Matrix.of(g), _Matrix.of(gate_up), _Matrix.of(gate_up, n), _Matrix.of(d_gate_up), _Matrix.of(d_gate_up, n)),
+        *_sides(members, h, d_h, n),
+    )
+    if behind:
+        unit.d_t, unit.d_lora_A, unit.rank_behind = _Matrix.of(behind[0]), _Matrix.of(behind[1]), behind[0].shape[1]
+    scalings = {member.column: member.scaling for member in members}
+    both = (DOUBLE * 2)(scalings.get(0, 0.0), scalings.get(n, 0.0))
+    if run(ACTIVATIONS[saved.activation], ctypes.addressof(unit), both, len(g), n):
         raise MemoryError("a gated unit's backward: no memory for what it works with")
     return d_h
+
+
+def _sides(members: Sequence[Member], h: Tensor, d_h: Tensor, n: int) -> tuple[_Side, _Side]:
+    """gate and up; zeros where there is no factor."""
+    gate, up, first = _Side(), _Side(), 0
+    for member in members:
+        rank = member.lora_B.shape[1]
+        side = _Side(
+            *(
+                _Matrix.of(h, first),
+                _Matrix.of(member.lora_B),
+                _Matrix.of(d_h, first),
+                _Matrix.of(member.d_lora_B),
+                rank,
+            )
+        )
+        first += rank
+        gate, up = (gate, side) if member.column == n else (side, up)
+    return gate, up
 
 
 def adapted_glu_reference(

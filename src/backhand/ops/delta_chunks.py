@@ -7,15 +7,20 @@ bound of memory. Backward runs the chunks forward again and keeps, until it is t
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.ops.delta_steps import CHUNK_TOKENS, Step, gather, scatter, steps_of
-
-if TYPE_CHECKING:
-    from backhand.ops.gated_delta_rule import GatedDeltaRuleGrads, GatedDeltaRuleSaved
+from backhand.ops.delta_steps import (
+    CHUNK_TOKENS,
+    GatedDeltaRuleGrads,
+    GatedDeltaRuleSaved,
+    Step,
+    gather,
+    scatter,
+    steps_of,
+)
 
 # How many key heads are taken at once, at least one: many small products run at a poor rate, but a step's tensors, of
 # so many elements each, should stay in the caches, and what backward keeps of these heads is memory.

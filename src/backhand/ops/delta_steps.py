@@ -1,4 +1,4 @@
-"""Which chunks of which documents the gated delta rule computes together, and how they get there and back.
+"""Which chunks of which documents the gated delta rule computes together, and how they get there and back; its inputs.
 
 A document's chunks follow one another, but documents are independent: step i takes chunk i of every document that has
 one. Documents stand in order of their length, longest first, so that those with a chunk in the next step are always the
@@ -17,6 +17,29 @@ from torch import Tensor
 from backhand.ops.document_groups import Places, Run, spans
 
 CHUNK_TOKENS = 64
+
+
+class GatedDeltaRuleSaved(NamedTuple):
+    """q, k (tokens, key heads, key width); v (tokens, value heads, value width); decay, beta (tokens, value heads)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    runs: tuple[Run, ...]
+    shared: int
+    chunk: int = CHUNK_TOKENS
+
+
+class GatedDeltaRuleGrads(NamedTuple):
+    """d_q, d_k, d_v, d_decay, d_beta in the shapes of the inputs."""
+
+    d_q: Tensor
+    d_k: Tensor
+    d_v: Tensor
+    d_decay: Tensor
+    d_beta: Tensor
 
 
 class Step(NamedTuple):

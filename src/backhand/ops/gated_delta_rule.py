@@ -46,7 +46,7 @@ from torch import Tensor
 
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, starts_and_lengths
 from backhand.ops.delta_chunks import HeadSizes, backward_in_chunks, forward_in_chunks
-from backhand.ops.delta_steps import CHUNK_TOKENS
+from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
 from backhand.ops.document_groups import Run, spans
 
 _INPUTS = (POINTER, POINTER, POINTER)
@@ -55,29 +55,6 @@ _WHERE = (POINTER, POINTER, INT64, INT64, POINTER, INT64)
 _FORWARD = Declared("backhand_gated_delta_rule_forward", INT, *_INPUTS, *_OUTPUT, POINTER, *_WHERE)
 _BACKWARD = Declared("backhand_gated_delta_rule_backward", INT, *_INPUTS, *_OUTPUT, POINTER, POINTER, *_WHERE)
 _MEMORY = Declared("backhand_gated_delta_rule_memory", INT, INT, POINTER, INT64, INT64, result=INT64)
-
-
-class GatedDeltaRuleSaved(NamedTuple):
-    """q, k (tokens, key heads, key width); v (tokens, value heads, value width); decay, beta (tokens, value heads)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor
-    beta: Tensor
-    runs: tuple[Run, ...]
-    shared: int
-    chunk: int = CHUNK_TOKENS
-
-
-class GatedDeltaRuleGrads(NamedTuple):
-    """d_q, d_k, d_v, d_decay, d_beta in the shapes of the inputs."""
-
-    d_q: Tensor
-    d_k: Tensor
-    d_v: Tensor
-    d_decay: Tensor
-    d_beta: Tensor
 
 
 def gated_delta_rule_forward(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import Term
 from backhand.ops.frozen_matrix import FrozenMatrix, forms_h, frozen_input_gradient, frozen_linear
-from backhand.ops.lora_linear import Dropout, multiplier, rows
+from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member, add_lora_A_gradients, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 
@@ -75,9 +75,9 @@ def lora_group_forward(
     Returns:
         y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
     """
-    x_rows, members, lead = rows(x), group.members, x.shape[:-1]
+    x_rows, members, lead = x.flatten(0, -2), group.members, x.shape[:-1]
     ranks = [len(member.lora_A) for member in members]
-    mask = multiplier(x_rows, group.dropout) if members else None
+    mask = None if group.dropout is None or not members else multiplier(x_rows, group.dropout)
     within = mask is None and forms_h(x_rows, weight.shape[0], sum(ranks))
     if within or not members:
         h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
@@ -87,7 +87,7 @@ def lora_group_forward(
         Term(member.column, part, member.lora_B, member.scaling, member.lora_A if within else None)
         for member, part in zip(members, h.split_with_sizes(ranks, dim=1), strict=True)
     ]
-    y = frozen_linear(x_rows, weight, bias, None if residual is None else rows(residual), terms=terms)
+    y = frozen_linear(x_rows, weight, bias, None if residual is None else residual.flatten(0, -2), terms=terms)
     return y.view(*lead, y.shape[1]), LoRAGroupSaved(x, weight, group, h.view(*lead, h.shape[1]))
 
 
@@ -100,11 +100,12 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
         input_gradient: False skips ∂L/∂x.
     """
     x, weight, group, h = saved
-    d_h = hidden_gradient(rows(d_y), rows(h), group.members)
+    g = d_y.flatten(0, -2)
+    d_h = hidden_gradient(g, h.flatten(0, -2), group.members)
     group_A_gradients(x, d_h, group)
     d_x = None
     if input_gradient:
-        d_x = group_input_gradient(rows(d_y), d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
+        d_x = group_input_gradient(g, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
     members = group.members
     return LoRAGroupGrads(
         d_x, tuple(member.d_lora_A for member in members), tuple(member.d_lora_B for member in members)
@@ -127,10 +128,10 @@ def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup) -
     """Add ∂L/∂A_i to each `d_lora_A`, of x (..., in), or what a norm saved that gave it, and ∂L/∂h (rows, Σ rank)."""
     receivers = [member.d_lora_A for member in group.members]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
-        add_lora_A_gradients(x._replace(x=rows(x.x), factor=rows(x.factor)), d_h, receivers)
+        add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, receivers)
     elif receivers:
-        x_rows = rows(rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x)
-        mask = multiplier(x_rows, group.dropout)
+        x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
+        mask = None if group.dropout is None else multiplier(x_rows, group.dropout)
         add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, receivers)
 
 

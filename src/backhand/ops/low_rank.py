@@ -14,6 +14,7 @@ product. MKL's own y += s h Bᵀ is as fast in float32 and is left to it.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,12 @@ _BACKWARD = Declared(
     *("backhand_low_rank_backward", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64),
     result=INT,
 )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple(
+        (name, INT64) for name in ("column", "outputs", "rank", "lora_B", "lora_B_row", "d_lora_B", "d_lora_B_row")
+    )
 
 
 class Member(NamedTuple):
@@ -108,10 +115,12 @@ def hidden_gradient(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor:
             into.add_((h[:, ranks].T @ part).mul_(scaling).T)
             first = ranks.stop
         return d_h
-    numbers: list[int] = []
-    for column, _, lora_B, _, _, into in members:
-        numbers += (column, *lora_B.shape, *matrix(lora_B), *matrix(into))
-    table = (INT64 * len(numbers))(*numbers)
+    table = (_Layer * len(members))(
+        *(
+            _Layer(member.column, *member.lora_B.shape, *matrix(member.lora_B), *matrix(member.d_lora_B))
+            for member in members
+        )
+    )
     scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
     places = (*matrix(g), *matrix(h), *matrix(d_h))
     _checked(run(*places, len(members), table, scalings, wide, by_parts_of_rows(g.dtype), g.shape[0]))

@@ -1,7 +1,6 @@
-"""How far an adapter has moved each module, from its factors alone: ΔW = scaling · lora_B lora_A is never formed.
+"""How far an adapter has moved each module, from its factors alone: see `arithmetic.low_rank`.
 
-With lora_B = Q_B R_B and lora_Aᵀ = Q_A R_A, the singular values of ΔW are those of scaling · R_B R_Aᵀ, (rank, rank).
-    ‖ΔW‖ = √Σ σ²
+    ‖ΔW‖ = √Σ σ²,   σ the singular values of ΔW = scaling · lora_B lora_A, which is never formed
     effective rank = exp(-Σ p log p), p = σ / Σ σ      [Roy and Vetterli 2007, The effective rank]
 
 What an adapter trains beside its factors (DoRA's magnitudes, biases, whole modules, single rows of an embedding) is no
@@ -10,7 +9,6 @@ part of ΔW, and is named beside it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from backhand.adapters.contents import TENSOR_FILE
 from backhand.adapters.module_factors import ModuleFactors
-from backhand.adapters.reading import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
+from backhand.arithmetic.inspect import effective_rank
+from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import BackhandError
 from backhand.reading import read_settings
 from backhand.report.run_record import RunRecord, is_number
@@ -126,8 +125,8 @@ def module_changes(
         weight_norms: ‖W‖ by module, None where it is not known.
     """
     for name, module in factors.items():
-        values = singular_values(module.lora_A, module.lora_B, module.scaling)
-        norm = math.sqrt(sum(value * value for value in values))
+        values = update_directions(module).values
+        norm = float(torch.linalg.vector_norm(values))
         weight_norm = weight_norms.get(name)
         numbers = _LAYER.findall(name)
         yield ModuleChange(
@@ -137,27 +136,9 @@ def module_changes(
             module.rank,
             norm,
             norm / weight_norm if is_number(weight_norm) and weight_norm else None,
-            tuple(values),
+            tuple(values.tolist()),
             effective_rank(values),
         )
-
-
-def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> list[float]:
-    """Of scaling · lora_B lora_A, largest first, in float64."""
-    r_B = torch.linalg.qr(lora_B.double(), mode="r").R
-    r_A = torch.linalg.qr(lora_A.double().T, mode="r").R
-    values: list[float] = torch.linalg.svdvals(scaling * (r_B @ r_A.T)).tolist()
-    return values
-
-
-def effective_rank(values: Iterable[float]) -> float:
-    """exp of the entropy of the values' shares; 0 if all are 0."""
-    values = list(values)
-    total = sum(values)
-    if not total:
-        return 0.0
-    shares = [value / total for value in values if value > 0]
-    return math.exp(-sum(share * math.log(share) for share in shares))
 
 
 def _newest_checkpoint(run: Path) -> Path | None:

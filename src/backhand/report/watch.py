@@ -157,10 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, "a question has one Content-Length")
             return
         (length,) = lengths
-        if not length.isascii() or not length.isdigit() or len(length) > _LONGEST_LENGTH:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the question is too long")
-            return
-        if int(length) > LONGEST_QUESTION_BYTES:
+        a_number = length.isascii() and length.isdigit() and len(length) <= _LONGEST_LENGTH
+        if not a_number or int(length) > LONGEST_QUESTION_BYTES:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the question is too long")
             return
         try:

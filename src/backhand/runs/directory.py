@@ -39,13 +39,28 @@ ANSWERS = "answers.jsonl"
 REPORT = "report.html"
 LOGS = "logs"
 STATES = "states"
+REFERENCE = "reference.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
 # The run that `--overwrite` replaces, until the new one has a whole checkpoint; and while its files are moved.
 REPLACED = ".replaced"
 _MOVING = ".replacing"
 # config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
-OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, STATES)
+OWNED = (
+    CONFIG,
+    ADAPTER,
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    PROOFS,
+    FACTS,
+    STATUS,
+    ANSWERS,
+    REPORT,
+    LOGS,
+    STATES,
+    REFERENCE,
+)
 
 
 class RunDirectory:
@@ -58,16 +73,7 @@ class RunDirectory:
     def __init__(self, path: Path, files: FileLayer) -> None:
         self.path = path
         self.files = files
-
-    @property
-    def adapter(self) -> Path:
-        """`adapter/`."""
-        return self.path / ADAPTER
-
-    @property
-    def checkpoints(self) -> Path:
-        """`checkpoints/`."""
-        return self.path / CHECKPOINTS
+        self.adapter, self.checkpoints = path / ADAPTER, path / CHECKPOINTS
 
     def put_aside(self) -> None:
         """Move the files of the run that is here aside, and no others.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
 from backhand.generate.engine_completer import EngineCompleter
-from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
@@ -26,19 +24,16 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.lower_layers import LowerLayers
-from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, load_weights, module_shapes
+from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
-from backhand.training.engine import BoundModel, Engine, Trainable, wrapper_notes
-from backhand.training.memory.decoder_size import decoder_size
-from backhand.training.memory.model import ModelSize
+from backhand.training.engine import BoundModel, Engine, ShortModel, wrapper_notes
+from backhand.training.memory.coarse import decoder_size
+from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
-
-_FEW, _MORE = 1, 4
-_BLOCKS = "model.layers."
-_DRAWN = 1 << 20
+from backhand.training.short_decoder import short_decoder
 
 
 class DecoderEngine:
@@ -53,29 +48,12 @@ class DecoderEngine:
     bases: tuple[HeldBase, ...] = ("dense", "quantized")
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
-        self.config = decoder_config(source.config)
+        self.config = config = decoder_config(source.config)
         self._source = source
         self._dtype = dtype
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the configuration says without effect."""
-        return (*wrapper_notes(self._source), *self.config.notes)
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix: not where its angles depend on how long the document is."""
-        return not self.config.length_limits
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
-        return self.config.vocab_size
-
-    @property
-    def layers(self) -> int:
-        """Blocks of the model."""
-        return len(self.config.layers)
+        self.notes = (*wrapper_notes(source), *config.notes)
+        self.vocab_size, self.layers = config.vocab_size, len(config.layers)
+        self.shares_prefixes = not config.length_limits  # angles would depend on how long the document is
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
         """What the adapter will consist of."""
@@ -109,18 +87,8 @@ class DecoderEngine:
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
-        return decoder_size(
-            self.config,
-            layout,
-            self._dtype.itemsize,
-            self._quantized_bytes if base == "quantized" else None,
-            unpacked_within=is_taken(self._dtype) and not self._source.unpacked_slowly and not self._reorders_columns,
-        )
-
-    @property
-    def _reorders_columns(self) -> bool:
-        """Whether some matrices may have to be unpacked before a product: the delta rule's outputs in a GGUF file."""
-        return any(layer.mixer == GATED_DELTA for layer in self.config.layers)
+        quantized = self._quantized_bytes if base == "quantized" else None
+        return decoder_size(self.config, layout, self._dtype, quantized)
 
     @cached_property
     def _quantized_bytes(self) -> int:
@@ -166,71 +134,14 @@ class DecoderEngine:
         decoder.attach(lora)
         return _BoundDecoder(decoder, lora, config, self._source, base_model)
 
-    def probes(
-        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense"
-    ) -> list[tuple[Trainable, int]]:
-        """Decoders of few and of more of the model's blocks.
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+        """A few blocks: dense ones of random numbers, so that no weight is read; quantized ones are the file's."""
 
-        Dense ones are filled with small random numbers, so that no weight is read; quantized ones are the file's own.
-        """
-        more = min(_MORE, self.layers)
-        shortened = replace(self.config, layers=self.config.layers[:more])
-        if base == "quantized":
-            weights = load_weights(self._source, shortened, self._dtype, device, quantized=True)
-        else:
-            weights = empty_weights(shortened, self._dtype, device)
-            _fill(weights, shortened)
-        return [
-            (self._shortened(config, weights, count, recompute), count) for count in sorted({min(_FEW, more), more})
-        ]
+        def load(first: DecoderConfig) -> DecoderWeights:
+            return load_weights(self._source, first, self._dtype, device, quantized=True)
 
-    def _shortened(self, config: LoRAConfig, weights: DecoderWeights, layers: int, recompute: str) -> Decoder:
-        """The first blocks of the model with these weights, and on them a random adapter as the lowest adapted have."""
-        cut = replace(self.config, layers=self.config.layers[:layers])
-        decoder = Decoder(cut, replace(weights, blocks=weights.blocks[:layers]), recompute=recompute)
-        there, device, slots = decoder.module_shapes(), decoder.device, self._on_first_layers(config, layers)
-        lora = LoRAParameters(
-            (slot for slot in slots if there.get(slot.name) == (slot.out_features, slot.in_features)),
-            device=device,
-        )
-        lora.initialise(torch.Generator(device=device).manual_seed(0))
-        decoder.attach(lora)
-        decoder.start_values(lora)
-        lora.refresh_compute(self._dtype)
-        return decoder
-
-    def _on_first_layers(self, config: LoRAConfig, count: int) -> list[LoRASlot]:
-        """The adapter as the lowest adapted layers have it, on as many of the model's first ones.
-
-        Where there are fewer adapted layers, or one has another mixer than the layer that it would stand for, another
-        adapted one of this layer's kind takes its place: what is measured stands for all blocks with an adapter.
-        """
-        layout, kinds = self.layout(config), [(one.mixer, one.sizes, one.experts) for one in self.config.layers]
-        lowest, _ = lowest_trained_group(layout, self.layers)
-        slots = [slot for slot in layout.slots if not slot.name.startswith(_BLOCKS)]
-        in_layer: dict[int, list[LoRASlot]] = {}
-        for slot in layout.slots:
-            if slot.name.startswith(_BLOCKS):
-                in_layer.setdefault(int(slot.name.split(".")[2]), []).append(slot)
-        for layer in range(count):
-            there = lowest + layer
-            if there >= self.layers or kinds[there] != kinds[layer]:
-                alike = [other for other in sorted(in_layer) if kinds[other] == kinds[layer]]
-                there = alike[layer % len(alike)] if alike else self.layers
-            slots += [
-                replace(slot, name=f"{_BLOCKS}{layer}.{slot.name.split('.', 3)[3]}") for slot in in_layer.get(there, ())
-            ]
-        return slots
-
-
-def _fill(weights: DecoderWeights, config: DecoderConfig) -> None:
-    """Small numbers everywhere; with zeros or denormals a processor may be faster or slower than with weights."""
-    parts = [tensor for _, tensor in dense_views(weights, config)]
-    # Drawn once and repeated: a large vocabulary would take seconds to draw.
-    drawn = torch.empty(_DRAWN, dtype=parts[0].dtype, device=parts[0].device).normal_(std=0.02)
-    for tensor in parts:
-        for piece in tensor.view(-1).split(_DRAWN):
-            piece.copy_(drawn[: piece.numel()])
+        layout = self.layout(config)
+        return short_decoder(self.config, layout, self._dtype, device, recompute, load if base == "quantized" else None)
 
 
 def _expert_notes(decoder: Decoder, lora: LoRAParameters) -> list[str]:

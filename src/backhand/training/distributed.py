@@ -37,6 +37,7 @@ from backhand.training.config import Reduce
 from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
 from backhand.training.pulse import Pulse, StoppedElsewhere
 from backhand.training.step import GradientSum, Processes, StepSum
+from backhand.words import shorten
 
 JOIN_S = 120.0
 _BIT = 1 << 18
@@ -380,8 +381,7 @@ def _torch_distributed() -> Any:
 
 
 def _short(value: object) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    return shorten("nothing" if value is None else str(value), 24)
 
 
 RESOLVE_S = 5.0

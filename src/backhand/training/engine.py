@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from torch import Tensor
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
-from backhand.nn.batch import PackedBatch
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix
-from backhand.training.memory.model import ModelSize
+from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
 
@@ -68,8 +68,17 @@ class Trainable(Protocol):
         """(name, tensor) of everything that must not move."""
         ...
 
-    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """Add ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`; return Σ nats, 0-d float64."""
+    def loss_and_gradients(
+        self,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """Add ∂(loss_scaling · loss)/∂(lora_A, lora_B) to `lora.gradients`; return the loss, 0-d float64.
+
+        The loss is Σ nats, or what `token_loss` makes of the supervised tokens' log-probabilities.
+        """
         ...
 
     def loss(self, batch: PackedBatch) -> Tensor:
@@ -83,6 +92,34 @@ class Trainable(Protocol):
     def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
         """(tokens, vocab) logits of every position, documents kept apart, without dropout."""
         ...
+
+
+class MoreBlocks(NamedTuple):
+    """The short model and one more block of a kind.
+
+    Attributes:
+        model: that.
+        blocks: of this kind, that an adapter keeps something of, in the whole model.
+        missing: of these, how many the short model lacks.
+    """
+
+    model: Trainable
+    blocks: int
+    missing: int
+
+
+class ShortModel(NamedTuple):
+    """What is measured in place of the whole model.
+
+    Attributes:
+        model: the head and a few blocks; or the whole.
+        more: for each kind of block.
+        below: blocks of the whole model under the lowest adapted one.
+    """
+
+    model: Trainable
+    more: Sequence[MoreBlocks] = ()
+    below: int = 0
 
 
 class BoundModel(ABC):
@@ -236,16 +273,11 @@ class Engine(Protocol):
         """
         ...
 
-    def probes(
-        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense"
-    ) -> Sequence[tuple[Trainable, int]]:
-        """Models to time in place of the whole one, with how many of its blocks each has, the smallest first.
-
-        The last one is the model itself, or two tell by their difference what a block takes.
-        """
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+        """A few of the model's blocks, to measure in place of the whole."""
         ...
 
     @property
     def layers(self) -> int:
-        """Blocks of the whole model, counted as `probes` does."""
+        """Blocks of the whole model."""
         ...

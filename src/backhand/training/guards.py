@@ -22,11 +22,12 @@ from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
 from backhand.runs.directory import Proof, ProofLog
 from backhand.training.engine import Trainable
 from backhand.training.step import AdapterOptimizer
+from backhand.words import name_list
 
 JUDGED_AFTER_STEPS = 3
 SPIKE_FACTOR = 3.0
 _SMOOTHING = 0.9
-_SHOWN = 5
+MOST_SHOWN = 5  # names, in a message
 _QUERY_OR_KEY = re.compile(r"(.*\.)?(q_proj|k_proj|query|key)")
 
 
@@ -167,8 +168,8 @@ def _named_views(lora: LoRAParameters, buffer: Tensor) -> list[tuple[str, Tensor
 
 def _modules(names: list[str]) -> str:
     modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
-    rest = f" and {len(modules) - _SHOWN} more modules" if len(modules) > _SHOWN else ""
-    return ", ".join(modules[:_SHOWN]) + rest
+    rest = f" and {len(modules) - MOST_SHOWN} more modules" if len(modules) > MOST_SHOWN else ""
+    return ", ".join(modules[:MOST_SHOWN]) + rest
 
 
 def _cause_of_silence(silent: list[str]) -> str:
@@ -202,7 +203,7 @@ class BaseGuard:
         if unusable:
             raise CheckError(
                 f"{len(unusable)} of {len(self._digests)} base weights hold NaN or infinity",
-                where=first_names(unusable),
+                where=name_list(unusable, limit=MOST_SHOWN),
                 next_step="load the model again from its source: the file is damaged, or overflows in this dtype",
             )
 
@@ -231,7 +232,7 @@ class BaseGuard:
             self._log(Proof(f"the frozen base has not moved by one bit (SHA-256, {which})", False, len(moved), 0))
             raise CheckError(
                 f"{len(moved)} frozen base weights have changed during training",
-                where=first_names(moved),
+                where=name_list(moved, limit=MOST_SHOWN),
                 why="something else than the adapter was written to",
                 next_step="if code of your own runs in this process, keep it from the model; else report it",
             )
@@ -273,9 +274,3 @@ def is_finite(tensor: FrozenMatrix) -> bool:
 def named_unusable(tensors: Iterable[tuple[str, FrozenMatrix]]) -> Iterator[str]:
     """Names of the tensors that are not finite."""
     return (name for name, tensor in tensors if not is_finite(tensor))
-
-
-def first_names(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

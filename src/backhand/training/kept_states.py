@@ -10,11 +10,9 @@ as shared prefix, x is a function of the row alone, to the bit, and may be put t
     x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
 
 The engine says where its own loops promise that (`memory.states`). A library's products have kernels that follow the
-number of rows: before the first batch the model is told to give rows the same bits in all of them, which changes how it
-multiplies where numbers of rows do not agree (`nn.decoder.row_products`). Where all that were looked at do agree, each
-number of tokens is looked at before it is first used, and batches of a size that does not are computed as ever.
-Besides, the 1st, 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and
-compared bit by bit.
+number of rows: each number of tokens is looked at before it is first used (`nn.decoder.row_products`), and batches of a
+size whose products do not agree with the usual one's are computed as ever. Besides, the 1st, 32nd, 1024th … batch that
+is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
 zeros stand for them.
@@ -156,7 +154,7 @@ class KeptStates:
     ) -> None:
         self._model = model
         self._layer = layer
-        self._packer = packer
+        self._rows, self._packer = packer, packer.by_document
         self._store: StateStore | None = store
         self._first = first
         self._at_once = at_once
@@ -176,10 +174,10 @@ class KeptStates:
         Raises:
             CheckError: what was kept is not what is computed now, and batches of the run have used it.
         """
-        batch = self._packer.packed(rows, "cpu")
+        batch = self._rows.packed(rows, "cpu")
         if self._store is None or not self._agrees(batch):
             return batch
-        rows = self._packer.in_order(rows)
+        rows = self._rows.in_order(rows)  # from here on each document is one
         kept = {row: self._store.get(self._first + row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
         beginning = self._kept_beginning()
@@ -217,7 +215,7 @@ class KeptStates:
         store, wanted = self._store, list(missing)
         assert store is not None
         room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
-        for row in chain.from_iterable(coming) if room > 0 else ():
+        for row in chain.from_iterable(map(self._rows.documents, coming)) if room > 0 else ():
             own = self._packer.lengths[row] - self._beginning
             if own > 0 and self._first + row not in store:
                 room -= own

@@ -55,12 +55,10 @@ class LoggerObserver(Observer):
         self._tell(lambda logger: logger.begin(start))
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """Log the step's figures."""
+        """Log the figures of a step or an evaluation."""
         self._tell(lambda logger: logger.log(figures(record), record["step"]))
 
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Log the evaluation's figures."""
-        self._tell(lambda logger: logger.log(figures(record), record["step"]))
+    evaluated = stepped
 
     def ended(self, summary: RunSummary) -> None:
         """Keep the summary for the end."""

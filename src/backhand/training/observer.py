@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,36 +58,12 @@ class Observers(Observer):
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers = tuple(observers)
+        for method in ("started", "stepped", "evaluated", "noted", "ended", "closed"):
+            setattr(self, method, partial(self._tell, method))
 
-    def started(self, start: RunStart) -> None:
-        """Pass on."""
+    def _tell(self, method: str, *told: object) -> None:
         for observer in self.observers:
-            observer.started(start)
-
-    def stepped(self, record: Mapping[str, Any]) -> None:
-        """Pass on."""
-        for observer in self.observers:
-            observer.stepped(record)
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Pass on."""
-        for observer in self.observers:
-            observer.evaluated(record)
-
-    def noted(self, text: str) -> None:
-        """Pass on."""
-        for observer in self.observers:
-            observer.noted(text)
-
-    def ended(self, summary: RunSummary) -> None:
-        """Pass on."""
-        for observer in self.observers:
-            observer.ended(summary)
-
-    def closed(self) -> None:
-        """Pass on."""
-        for observer in self.observers:
-            observer.closed()
+            getattr(observer, method)(*told)
 
 
 Callback = Observer | Callable[[Mapping[str, Any]], object]
@@ -110,16 +87,6 @@ def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
     return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
 
 
-class MetricsFile(Observer):
-    """Appends to the run's metrics.jsonl."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
-
-    def stepped(self, record: Mapping[str, Any]) -> None:
-        """Write the step's line."""
-        self._directory.append(METRICS, record)
-
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Write the evaluation's line."""
-        self._directory.append(METRICS, record)
+def metrics_file(directory: RunDirectory) -> Observer:
+    """Appends a line to the run's metrics.jsonl for each logged step and each evaluation."""
+    return _RecordFunction(partial(directory.append, METRICS))

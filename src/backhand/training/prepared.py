@@ -6,31 +6,35 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from backhand.adapters.targets import in_numbers
-from backhand.data.examples import Example, PreparedData, check_vocabulary, summed
+from backhand.data.examples import Example, PreparedData, check_vocabulary, documents_of, summed
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.files import free_bytes
+from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
+from backhand.ops.frozen_matrix import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.decoder_engine import choose_engine
-from backhand.training.engine import BoundModel, Engine
+from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.loop import default_warmup_steps
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.bases import BaseChoice, choose_base
-from backhand.training.memory.model import ModelSize
+from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
+from backhand.training.memory.probe import PROBED_TOKENS, MeasuredMemory
 from backhand.training.memory.process import settled_rss_bytes
-from backhand.training.memory.rates import unpacking_share
 from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
+from backhand.training.memory.speed import times_as_long
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
 from backhand.training.quantized_loss import quantization_notes
 from backhand.training.resume import Identity
@@ -102,7 +106,7 @@ def outline_run(
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
     else:
-        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed)
+        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed, purpose=config.objective.purpose)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     neutral = _neutral_texts(config, tokenizer, held_out)
@@ -110,47 +114,52 @@ def outline_run(
     process = settled_rss_bytes(machine.dtype)
     packer = _packer(train.examples, engine, layout)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
-    chunk = sizes[engine.bases[0]].head_chunk_rows
-    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths, chunk)
+    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
 
-    states = StatesPlan()
-
-    def sized(base: HeldBase) -> ModelSize:
-        return replace(sizes[base], states_bytes=states.bytes if states.where == "memory" else 0)
+    def short(base: HeldBase, recompute: Recompute) -> ShortModel:
+        return engine.short(config.adapter, machine.device, recompute, base)
 
     def budget(base: HeldBase) -> int | None:
         shared = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
         return memory_budget(config, machine, process, shared)
 
-    def plan(base: HeldBase) -> MemoryPlan:
+    measured = {
+        base: MeasuredMemory(
+            size, partial(short, base), engine.vocab_size, machine.dtype, process, source.forget_mapped, budget(base)
+        )
+        for base, size in sizes.items()
+    }
+    states = StatesPlan()
+
+    def plan(
+        base: HeldBase, limited: bool = True, rows: int | None = None, recompute: Recompute | None = None
+    ) -> MemoryPlan:
+        states_bytes = states.bytes if states.where == "memory" else 0
         return choose(
-            sized(base),
+            sizes[base],
+            partial(measured[base].parts, states_bytes=states_bytes),
             shapes,
-            budget_bytes=budget(base),
-            process_bytes=process,
-            micro_batch_rows=config.optimization.micro_batch_rows,
-            recompute=config.model.recompute,
+            budget_bytes=budget(base) if limited else None,
+            micro_batch_rows=rows or config.optimization.micro_batch_rows,
+            recompute=recompute or config.model.recompute,
             watched=watched,
             base=base,
         )
 
     def smallest(base: HeldBase) -> MemoryPlan:
-        modes = list(sizes[base].kept_bytes)
-        return choose(
-            sized(base),
-            shapes,
-            budget_bytes=None,
-            process_bytes=process,
-            micro_batch_rows=config.optimization.micro_batch_rows or min(shapes),
-            recompute=modes[-1] if config.model.recompute == "auto" else config.model.recompute,
-            watched=watched,
-            base=base,
-        )
+        mode = list(sizes[base].kept_bytes)[-1] if config.model.recompute == "auto" else config.model.recompute
+        return plan(base, False, config.optimization.micro_batch_rows or min(shapes), mode)
 
-    def unpacking(tokens: float) -> float:
+    def longer(shape: StepShape, recompute: Recompute) -> float:
         if machine.device.type != "cpu":
             return math.inf  # the processor unpacks, and the card would wait for it
-        return unpacking_share(source, machine.dtype, tokens)
+        batch = shape.cut(PROBED_TOKENS).batch(engine.vocab_size, machine.device)
+        try:
+            return times_as_long(short("quantized", recompute), short("dense", recompute), batch)
+        finally:
+            source.forget_mapped()
+            drop_scratch()
+            release_freed_memory()
 
     def chosen() -> BaseChoice:
         return choose_base(
@@ -160,7 +169,7 @@ def outline_run(
             plan,
             smallest,
             quantized_source=source.quantized,
-            unpacking_share=unpacking,
+            times_as_long=longer,
         )
 
     choice = chosen()
@@ -186,7 +195,7 @@ def outline_run(
         below = _below(engine, layout, machine, packer, held_out, choice.chosen)
         if below.dependent is not None:  # of more rows in a micro-batch some begin alike
             states = StatesPlan(below=below, note=not_kept(below, below.dependent))
-    memory, size = choice.chosen, sized(choice.chosen.base)
+    memory, size = choice.chosen, sizes[choice.chosen.base]
     return Outline(
         config,
         source,
@@ -216,7 +225,8 @@ def _below(
 ) -> Below:
     """What lies below the lowest adapted layer, as this run computes it."""
     beside = RowPacker(() if held_out is None else held_out.examples, share_prefixes=engine.shares_prefixes)
-    below = engine.below(layout, max((*packer.lengths, *beside.lengths), default=0))
+    longest = max((*packer.by_document.lengths, *beside.by_document.lengths), default=0)
+    below = engine.below(layout, longest)
     if below.whole is not None and below.dependent is None:
         shared = any(rows.may_share(memory.micro_batch_rows) for rows in (packer, beside))
         below = replace(below, dependent=below.whole if shared else None)
@@ -250,7 +260,7 @@ def _check_tokens(
 ) -> None:
     """Raise DataError where the run would meet a token that the model does not have."""
     vocab_size = engine.vocab_size
-    examples = (*train.examples, *(() if held_out is None else held_out.examples))
+    examples = documents_of((*train.examples, *(() if held_out is None else held_out.examples)))
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
     check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
 
@@ -265,8 +275,10 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     length, count = config.data.max_length, config.optimization.batch_rows
     supervised = np.ones(length, dtype=np.bool_)
     supervised[0] = False
-    ids = np.ones(length, dtype=np.int32)
-    return summed([Example(ids, supervised, "assumed") for _ in range(count)], PreparedData(()).report)
+    row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
+    if config.objective.purpose == "pairs":
+        row = replace(row, rejected=row)
+    return summed([row] * count, PreparedData(()).report)
 
 
 def _shapes(
@@ -279,7 +291,6 @@ def _shapes(
     sampler: Sampler,
     total_steps: int,
     neutral: Sequence[int],
-    chunk: int,
 ) -> Mapping[int, StepShape]:
     """What the run's micro-batches are like, for each number of rows that may be chosen."""
     options = config.optimization
@@ -294,10 +305,8 @@ def _shapes(
         [sampler.rows_of(step) for step in range(looked_at)],
         _rows(train.examples, packer),
         rows_options,
-        torch.empty(0, dtype=machine.dtype, device=machine.device),
         held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=engine.shares_prefixes)),
         neutral=neutral,
-        chunk=chunk,
     )
     ordered = config.run.reduce == "ordered"
     return {
@@ -307,7 +316,8 @@ def _shapes(
 
 
 def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
-    return Rows(packer.lengths, [int(example.supervised.sum()) for example in examples], packer.shared)
+    supervised = [example.supervised_tokens for example in examples]
+    return Rows(packer.lengths, supervised, packer.shared, packer.document_lengths)
 
 
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
@@ -365,7 +375,7 @@ def build_job(
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
     train, held_out = outline.train, outline.held_out
-    measured = (*(() if held_out is None else held_out.examples), *train.examples)
+    measured = documents_of((*(() if held_out is None else held_out.examples), *train.examples))
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
     return Job(
         **vars(outline)
@@ -406,4 +416,5 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),
         run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
+        objective=config.objective.resolved(),
     )

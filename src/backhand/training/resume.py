@@ -57,7 +57,10 @@ class Identity:
     def base(self) -> str | None:
         """Of the adapted base tensors, see `adapters.record`; None where their names in the files are not known."""
         names = list(weight_names(self.modules, self.source.tensor_names()))
-        return base_digest(names, self.source.load_in_pieces) if names else None
+        try:
+            return base_digest(names, self.source.load_in_pieces) if names else None
+        finally:
+            self.source.forget_mapped()  # a run with a dense base reads it no more
 
     @cached_property
     def tokenizer(self) -> str:
@@ -317,6 +320,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         finished.plan,
         held_out=finished.held_out,
         processes=finished.processes,
+        objective=finished.objective,
     )
     try:
         completed = loop.run()

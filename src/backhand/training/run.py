@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ from backhand.training.loop import StepPlan, TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
-from backhand.training.observer import Callback, MetricsFile, Observer, Observers, RunStart, as_observers
+from backhand.training.objectives.objective import HeldOutObjective, Objective
+from backhand.training.objectives.reference import run_objectives
+from backhand.training.observer import Callback, Observer, Observers, RunStart, as_observers, metrics_file
 from backhand.training.prepared import Job, build_job
 from backhand.training.resume import (
     BaseCheck,
@@ -118,14 +120,16 @@ class JobRun:
             base_guard = self._guard_base(log)
             self._check_same(state)
             save = self._saving(saver, state)
-            kept = places.enter_context(self._keeping(base_guard.digest, log))
+            digest, noted = base_guard.digest, self.observer.noted
+            kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
+            objective, of_held_out = self._objectives(state, kept, log)
             loop = TrainingLoop(
                 job.bound.model,
                 state,
                 job.packer,
                 job.sampler,
                 plan,
-                held_out=self._held_out(kept),
+                held_out=self._held_out(kept, of_held_out),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -135,10 +139,12 @@ class JobRun:
                 save=save,
                 processes=self.processes,
                 kept=kept.train,
+                objective=objective,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
-            with self._status(loop):
+            shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
+            with shown if self.processes.leads else nullcontext():
                 self.observer.started(self._start(state.progress.step))
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
@@ -149,11 +155,6 @@ class JobRun:
                 self._answer()
         self.observer.ended(summary)
         return summary
-
-    def _status(self, loop: TrainingLoop) -> AbstractContextManager[None]:
-        if not self.processes.leads:
-            return nullcontext()
-        return status_kept(self.directory, self.job.total_steps, lambda: loop.state.progress.step)
 
     def _proof_begin(self, store: CheckpointStore) -> int | None:
         """See `resume.proof_begin`; the first process has the checkpoints."""
@@ -283,14 +284,31 @@ class JobRun:
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
         self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
 
-    def _keeping(self, frozen_digest: str, log: ProofLog) -> AbstractContextManager[Keeping]:
-        """What keeps its hidden states below the lowest adapted layer."""
-        return keeping(self.job, self.directory, self.processes.rank, frozen_digest, log=log, noted=self.observer.noted)
+    def _objectives(self, state: RunState, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
+        """Of training and of held-out rows, with what the model that the run starts from says of them."""
+        assert self._frozen_digest is not None
+        started_from = self.job.config.run.from_adapter
+        if self.job.config.run.resume and self.processes.leads:
+            started_from = begun_from(self.directory.path)
+        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
+        return run_objectives(
+            self.job,
+            self.directory,
+            self.processes,
+            self._frozen_digest,
+            kept,
+            started_from,
+            fresh=state.progress.step == 0,
+            log=log,
+            noted=self.observer.noted,
+        )
 
-    def _held_out(self, kept: Keeping) -> HeldOut | None:
+    def _held_out(self, kept: Keeping, objective: Objective | None) -> HeldOut | None:
         job = self.job
         if job.held_out is None:
             return None
+        if objective is not None:
+            return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
 
     def _meter(self) -> ForgettingMeter | None:
@@ -305,7 +323,9 @@ class JobRun:
     def _card(self, progress: Progress) -> dict[str, object]:
         card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
-            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} nats per token"
+            name = self.job.config.objective.objective
+            unit = "nats per token" if name == "sft" else f"({name})"
+            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
         return card
 
     def left(self, *, back: bool) -> str:
@@ -379,11 +399,7 @@ def _train(
     elif restarted():
         config = continued_after_restart(config)
     terminal = TerminalObserver(quiet=config.run.quiet)
-    everyone: list[Observer] = [
-        terminal,
-        *chosen_loggers(config.run.report_to, terminal.noted),
-        *as_observers(callbacks),
-    ]
+    everyone = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
         with Interruption(terminal.noted) as interruption, _opened(run, files, processes) as directory:
@@ -407,7 +423,7 @@ def _train(
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 job = build_job(config, machine, typed, processes)
-                told = Observers([*everyone, *([MetricsFile(directory)] if processes.leads else [])])
+                told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
                 job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
                 try:
                     return job_run.train()
@@ -453,8 +469,7 @@ def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoin
 
 def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:
     """The summary of a run that needs nothing more; None if there is something to do."""
-    if config.run.prove_resume is not None:
-        return None
-    if not Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b"")).finished:
+    progress = checkpoint.contents.get(PROGRESS_FILE, b"")
+    if config.run.prove_resume is not None or not Progress.from_json(progress).finished:
         return None
     return read_summary(directory.path / SUMMARY)

@@ -9,7 +9,7 @@ import torch
 
 from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.reading import UnusableAdapterError
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.data.chat import read_template
 from backhand.errors import UsageError
 from backhand.nn.loading.source import ModelSource

@@ -21,8 +21,9 @@ from backhand.files import free_bytes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import RunDirectory
-from backhand.training.guards import first_names, is_finite, named_unusable
+from backhand.training.guards import MOST_SHOWN, is_finite, named_unusable
 from backhand.training.step import AdapterOptimizer
+from backhand.words import name_list
 
 STATE_FILE = "state.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -172,7 +173,7 @@ class Saver:
             raise CheckError(
                 f"{len(unusable)} adapter factors hold NaN or infinity after step {self.state.progress.step}; "
                 "they are not saved",
-                where=first_names(unusable),
+                where=name_list(unusable, limit=MOST_SHOWN),
                 next_step="use the adapter or the checkpoint saved before; start again with a lower --learning-rate, "
                 "or --dtype float32",
             )

@@ -16,12 +16,12 @@ from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, MLPKept
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import ReferenceCarried, reference_block
-from backhand.verify.tiny_decoders import FAMILIES, adapter_slots, engine_weights, random_factors, random_weights
+from backhand.verify.tiny_decoders import adapter_slots, engine_weights, family_of, random_factors, random_weights
 
 DOCUMENTS = (9, 4, 4, 1)
 DROPOUT_SEED = 12345
@@ -87,10 +87,12 @@ def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(result)
 
 
-def lora_parameters(slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype) -> LoRAParameters:
+def lora_parameters(
+    slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype, trained: tuple[TrainedTensor, ...] = ()
+) -> LoRAParameters:
     """The factors of a case in the engine's flat buffer: float32 or wider, used in the compute dtype."""
-    device = next(iter(tensors.values())).device
-    lora = LoRAParameters(slots.values(), device=device, dtype=torch.promote_types(dtype, torch.float32))
+    device, wide = next(iter(tensors.values())).device, torch.promote_types(dtype, torch.float32)
+    lora = LoRAParameters(slots.values(), trained=trained, device=device, dtype=wide)
     for name, view in lora.named_tensors():
         view.copy_(tensors[name])
     lora.refresh_compute(dtype)
@@ -112,7 +114,7 @@ def block_case(
 
     Args:
         name: of the case.
-        family: one of `FAMILIES`.
+        family: as in `family_of`.
         layer: which of its layers.
         documents: their lengths, tokens.
         targets: ends of the adapted modules' names, None for all of them.
@@ -121,7 +123,7 @@ def block_case(
         rows: numbers of the rows that somebody reads, (n,), None for all.
     """
     draw = Draw(f"block: {name}")
-    config = replace(FAMILIES[family], layers=(FAMILIES[family].layers[layer],))
+    config = replace(family_of(family), layers=(family_of(family).layers[layer],))
     if config.layers[0].keys_of is not None:
         config = replace(config, layers=(replace(config.layers[0], keys_of=LENDER),))
     slots = adapter_slots(config, targets, dropout)

@@ -157,7 +157,8 @@ def again(name: str, gradients: str, redo: Callable[[Tensor, Any], Any], **chang
     Args:
         name, gradients: as in `wrong`.
         redo: (d_y, saved) → the right gradients.
-        changes: what takes the place of saved values, or of d_y if it is called `g`; or functions of `g` and `s`.
+        changes: what takes the place of saved values, of d_y if it is called `g`, and of all that was saved if it is
+            called `s`; or functions of `g` and `s` that make it.
     """
 
     def others(g: Tensor, s: Any) -> Any:
@@ -166,8 +167,8 @@ def again(name: str, gradients: str, redo: Callable[[Tensor, Any], Any], **chang
             key: value(**{name: given[name] for name in parameters(value)}) if callable(value) else value
             for key, value in changes.items()
         }
-        d_y = made.pop("g", g)
-        return redo(d_y, s._replace(**made) if made else s)
+        d_y, saved = made.pop("g", g), made.pop("s", s)
+        return redo(d_y, saved._replace(**made) if made else saved)
 
     def mutant(gradient: str) -> Mutant:
         return Mutant(name, gradient, lambda g, s, _right: getattr(others(g, s), gradient))

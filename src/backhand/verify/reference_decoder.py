@@ -11,9 +11,9 @@ weights' dtype. Its error there is the yardstick for the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
 from backhand.verify.reference_adapter import HEAD, ReferenceAdapter, Tensors
 
+OfNats = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class ReferenceCarried:
@@ -56,7 +58,13 @@ class ReferenceCarried:
     lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
+def reference_loss(
+    weights: Tensors,
+    config: DecoderConfig,
+    batch: PackedBatch,
+    adapter: ReferenceAdapter,
+    of_nats: OfNats = torch.sum,
+) -> Tensor:
     """Σ nats over the supervised positions, 0-d.
 
     Args:
@@ -64,6 +72,7 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
         config: the family.
         batch: the packed documents; a prefix that they share is computed for each of them.
         adapter: its factors in the dtype of the weights.
+        of_nats: another loss of the supervised positions' nats, (supervised,).
     """
     batch = _whole_documents(batch)
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
@@ -74,7 +83,7 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
         x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted, carried)
-    return reference_head(x, weights, config, batch.labels, adapter)
+    return reference_head(x, weights, config, batch.labels, adapter, of_nats)
 
 
 def _whole_documents(batch: PackedBatch) -> PackedBatch:
@@ -112,7 +121,12 @@ def reference_inputs(
 
 
 def reference_head(
-    x: Tensor, weights: Tensors, config: DecoderConfig, labels: Tensor, adapter: ReferenceAdapter
+    x: Tensor,
+    weights: Tensors,
+    config: DecoderConfig,
+    labels: Tensor,
+    adapter: ReferenceAdapter,
+    of_nats: OfNats = torch.sum,
 ) -> Tensor:
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
     name = f"{HEAD}.weight" if f"{HEAD}.weight" in weights else f"{EMBEDDING}.weight"
@@ -121,7 +135,20 @@ def reference_head(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * config.logits.scaling
     if config.logits.cap is not None:
         logits = config.logits.cap * torch.tanh(logits / config.logits.cap)
-    return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    nats = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return of_nats(nats[labels != IGNORE_INDEX])
+
+
+class _Layer(NamedTuple):
+    """Where a mixer's branch is taken: the layer with what it knows, and keys and values lent by others."""
+
+    layer: int
+    weights: Tensors
+    config: DecoderConfig
+    lengths: list[int]
+    adapter: ReferenceAdapter
+    wanted: Tensor | None
+    lent: dict[int, tuple[Tensor, Tensor]]
 
 
 def reference_block(
@@ -144,12 +171,9 @@ def reference_block(
         return branch if name is None else _norm(branch, weights[f"{block}.{name}.weight"], config)
 
     branch = normed(x, config.norms.before_attention)
-    mixed = _MIXERS[config.layers[layer].mixer]
-    if mixed is _shared_attention:
-        assert carried is not None
-        branch = _shared_attention(branch, layer, weights, config, document_lengths, adapter, wanted, carried.lent)
-    else:
-        branch = mixed(branch, layer, weights, config, document_lengths, adapter, wanted)
+    lent = {} if carried is None else carried.lent
+    at = _Layer(layer, weights, config, list(document_lengths), adapter, wanted, lent)
+    branch = _MIXERS[config.layers[layer].mixer](branch, at)
     x = x + normed(branch, config.norms.after_attention) * config.residual_multiplier
     branch = normed(x, config.norms.before_mlp)
     if config.layers[layer].experts:
@@ -216,16 +240,9 @@ def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     return (normed * (config.norm_offset + weight.to(wide.dtype))).to(x.dtype)
 
 
-def _attention(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _attention(x: Tensor, at: _Layer) -> Tensor:
     """The attention branch, (tokens, hidden), from the normed x, document by document."""
+    layer, weights, config, lengths, adapter, wanted, _ = at
     name = f"model.layers.{layer}"
     if (FUSED_QKV,) in config.groups:
         fused = adapter.linear(x, f"{name}.{FUSED_QKV}", weights)
@@ -249,7 +266,6 @@ def _attention(
     which = config.layers[layer].rotary
     rotary = None if which is None else config.rotary[which]
     outputs = []
-    lengths = list(document_lengths)
     for q_one, k_one, v_one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         q_turned, k_turned = (part if rotary is None else _turn(part, rotary) for part in (q_one, k_one))
         if config.query_scaling is not None:
@@ -262,17 +278,10 @@ def _attention(
     return adapter.linear(output, f"{name}.{config.groups[1][0]}", weights, wanted)
 
 
-def _gated_delta(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _gated_delta(x: Tensor, at: _Layer) -> Tensor:
     """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
-    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(document_lengths))
+    layer, weights, config, lengths, adapter, wanted, _ = at
+    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(lengths))
     assert sizes is not None
     entering, (leaving,) = config.mixers[GATED_DELTA].groups
     qkv, z, b, a = (adapter.linear(x, f"{name}.{part}", weights) for part in entering)
@@ -305,18 +314,10 @@ def _attended(
     return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
 
 
-def _shared_attention(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-    lent: dict[int, tuple[Tensor, Tensor]],
-) -> Tensor:
+def _shared_attention(x: Tensor, at: _Layer) -> Tensor:
     """The branch of attention with normed values, (tokens, hidden), whose keys and values may be another layer's."""
-    name, own, lengths = f"model.layers.{layer}", config.layers[layer], list(document_lengths)
+    layer, weights, config, lengths, adapter, wanted, lent = at
+    name, own = f"model.layers.{layer}", config.layers[layer]
 
     def projected(part: str) -> Tensor:
         by_head: Tensor = adapter.linear(x, f"{name}.{part}", weights).unflatten(-1, (-1, config.head_dim))
@@ -340,29 +341,22 @@ def _shared_attention(
     return adapter.linear(torch.cat(outputs), f"{name}.{config.groups[1][0]}", weights, wanted)
 
 
-def _short_conv(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None,
-) -> Tensor:
+def _short_conv(x: Tensor, at: _Layer) -> Tensor:
     """The branch of the gated short convolution, (tokens, hidden), by torch's convolution, document by document."""
+    layer, weights, config, lengths, adapter, wanted, _ = at
     name = f"model.layers.{layer}"
     (entering,), (leaving,) = config.mixers[SHORT_CONV].groups
     b, c, x = adapter.linear(x, f"{name}.{entering}", weights).chunk(3, dim=-1)
     taps, bias = weights[f"{name}.conv.conv.weight"], weights.get(f"{name}.conv.conv.bias")
     channels, _, width = taps.shape
     outputs = []
-    for own in (b * x).split(list(document_lengths)):
+    for own in (b * x).split(lengths):
         padded = functional.pad(own.T[None], (width - 1, 0))
         outputs.append(functional.conv1d(padded, taps, bias, groups=channels)[0].T)
     return adapter.linear(c * torch.cat(outputs), f"{name}.{leaving}", weights, wanted)
 
 
-_MIXERS: dict[str, Any] = {
+_MIXERS: dict[str, Callable[[Tensor, _Layer], Tensor]] = {
     ATTENTION: _attention,
     SHORT_CONV: _short_conv,
     GATED_DELTA: _gated_delta,

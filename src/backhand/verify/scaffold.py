@@ -1,24 +1,19 @@
-"""The scaffold of the cases: an op is declared once, and a case of it is a name, shapes and options.
+"""The scaffold of the cases: an op is declared once, and a case of it is a line.
 
 A file of cases says what the op's inputs are and which mistakes are easy to make in it:
 
-    OP = Op("softcap", usual=lambda x, cap: cap * torch.tanh(x / cap))
-
-    def _case(name: str, *shape: int) -> Case:
-        return OP.case(name, {"x": shape, "d_y": shape}, cap=1.7)
-
-    CASES = (_case("rows", 6, 5), _case("one row", 1, 5), _case("no rows", 0, 5), …)
+    OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7}, usual=_usual)
+    CASES = (OP.case("rows", (6, 5)), OP.case("no rows", (0, 5)), OP.case("low cap", (6, 5), cap=0.2), …)
     MUTANTS = (
-        wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
         OP.redo("cap forgotten", "d_x", cap=1.0),
+        wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
     )
     PROOFS = (OP.proof(CASES, MUTANTS),)
 
 `softcap_forward`, `softcap_backward` and `softcap_reference` are found through the registry. All functions, the op's
-and the lambdas alike, are called by the names of their parameters: `x` is the input `x`, `cap` the option. An input
-that a case leaves out is None, or the parameter's default. A gradient `d_x` belongs to the input `x`, a tuple
-`d_lora_A` to `lora_A 0`, `lora_A 1` and so on, and every input that has one must get one. The standard mutants of every
-gradient are added. An input or an option that no function takes is an error.
+and the lambdas alike, are called by the names of their parameters: `x` is the input `x`, `cap` the option. A gradient
+`d_x` belongs to the input `x`, a tuple `d_lora_A` to `lora_A 0`, `lora_A 1` and so on, and every input that has one
+must get one. The standard mutants of every gradient are added.
 """
 
 from __future__ import annotations
@@ -29,6 +24,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from backhand.nn.batch import document_runs
 from backhand.ops.registry import op_module
 from backhand.verify.case import (
     Backward,
@@ -45,25 +41,31 @@ from backhand.verify.case import (
 )
 
 Function = Callable[..., Any]
-# An input: a shape to fill with normal numbers, a function of the draw, or nothing.
-Input = tuple[int, ...] | Callable[[Draw], Tensor] | None | bool
-Made = Mapping[str, Function]
-# A case's own way through the op, (inputs and options, backward) → (y, gradients).
+# The axes as a text, a shape, or what is called by the names of its parameters; a shape left out is None, False or 0.
+Input = str | tuple[int, ...] | Function | int | None
+# A case's own way through the op: (inputs and options, backward) → (y, what the backward gives, or gradients by input).
 Way = Callable[["Given", Backward], tuple[Tensor, Any]]
 SCALING = 1.7
 """Of low-rank updates: not 1."""
 START = 0.5
-"""What stands in a buffer to which gradients are added."""
+"""What stands in the buffers called `into`, to which the gradients of ADDED kinds are added."""
+ADDED = ("lora_A", "lora_B")
 SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
 """Options that leave out a gradient when they are False, and whose."""
 
+PACKED: dict[str, Function] = {
+    "runs": lambda documents, shared: document_runs(documents, shared),  # noqa: PLW0108 - by these names
+    "tokens": lambda documents, shared: shared + sum(documents),
+}
+"""What is made of the lengths of packed documents and of the prefix that they share."""
+
 
 class Given(dict[str, Any]):
-    """Inputs and options of a case by name; what is made of others is made when asked for."""
+    """Inputs and options of a case by name, all of them as `given`; what is made of others is made when asked for."""
 
-    def __init__(self, values: Mapping[str, Any], made: Made) -> None:
+    def __init__(self, values: Mapping[str, Any], made: Mapping[str, Function]) -> None:
         super().__init__(values)
-        self.made = made
+        self.made = {**made, "given": lambda: self}
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such an input or option, or one can be made."""
@@ -73,19 +75,32 @@ class Given(dict[str, Any]):
         """What is made of the others."""
         return self.call(self.made[name])
 
-    def value(self, name: str) -> Any:
-        """The input, option or what is made of them; None where there is none."""
-        return self[name] if name in self else None  # noqa: SIM401 - `get` makes nothing
+    def named(self, function: Function, first: int = 0, **instead: Any) -> dict[str, Any]:
+        """Arguments of the function by name, but for the first ones: None for what is not there and has no default."""
+        wanted = {name: needed for name, needed in list(parameters(function).items())[first:] if name not in instead}
+        found = {name: self[name] for name in wanted if name in self}
+        return {name: None for name, needed in wanted.items() if needed} | found | instead
 
-    def named(self, function: Function, first: int = 0, **more: Any) -> dict[str, Any]:
-        """Arguments of the function by name, but for the first ones; `more` goes before what is given."""
-        wanted = list(parameters(function).items())[first:]
-        found = {name: self.value(name) for name, needed in wanted if needed or name in self}
-        return found | more
+    def call(self, function: Function, **instead: Any) -> Any:
+        """The function of what its parameters name, or of something instead."""
+        return function(**self.named(function, **instead))
 
-    def call(self, function: Function, **more: Any) -> Any:
-        """The function of what its parameters name."""
-        return function(**self.named(function, **more))
+    def drawn(self, how: Any) -> Any:
+        """An input: see `Op`."""
+        if isinstance(how, tuple):
+            return self["draw"].normal(*how)
+        if not isinstance(how, str):
+            return self.call(how) if callable(how) else None
+        size, _, axes = how.rpartition(":")
+        shape: list[Any] = []
+        for axis in axes.split():
+            name = axis.removeprefix("*")
+            length: Any = int(name) if name.isdigit() else self[name]
+            shape.extend(length if axis.startswith("*") else (length,))
+        draw: Draw = self["draw"]
+        if None in shape:
+            return None
+        return draw.normal(*shape, size=self[size] if size in self else float(size or 1.0))
 
 
 class Op:
@@ -93,95 +108,97 @@ class Op:
 
     Args:
         name: of the op in the registry.
+        inputs: every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in
+            `"*lead inputs"`, for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of
+            `draw`, options and the inputs before it, which may also make several, by name. An axis is an option, a
+            number, or what is made of options. None leaves the input out, and so does an option of its own name that
+            is None or False.
+            Not given: every case says it, with shapes in place of axes, and its options need no declaration.
+        options: every option by name with its default, `...` where there is none.
         usual: y as one writes it for autograd in low precision, None where that is the reference.
         made: arguments that are made of inputs and options, by their name: `{"taps": Taps}`.
+        ways: how the op is called, where that is not simply forward, then backward, by the option that asks for it.
         forward, backward, reference: in place of the registry's `<name>_forward` and so on.
     """
 
     def __init__(
         self,
         name: str,
+        inputs: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         *,
         usual: Function | None = None,
-        made: Made | None = None,
+        made: Mapping[str, Function] | None = None,
+        ways: Mapping[str, Way] | None = None,
         forward: Function | None = None,
         backward: Function | None = None,
         reference: Function | None = None,
     ) -> None:
         module = op_module(name)
-        self.name = name
-        self.usual = usual
-        self.made = made or {}
+        self.name, self.inputs, self.options = name, inputs, options or {}
+        self.usual, self.made, self.ways = usual, made or {}, ways or {}
         self.forward: Function = forward or getattr(module, f"{name}_forward")
         self.backward: Function = backward or getattr(module, f"{name}_backward")
         self.reference: Function = reference or getattr(module, f"{name}_reference")
         fields: tuple[str, ...] = get_type_hints(self.backward)["return"]._fields
         self.gradients = tuple(field for field in fields if field.startswith("d_"))
 
-    def case(
-        self,
-        name: str,
-        inputs: Mapping[str, Input],
-        *,
-        way: Way | None = None,
-        reference: Function | None = None,
-        usual: Function | None = None,
-        made: Made | None = None,
-        started: str = "",
-        exempt: tuple[str, ...] = (),
-        **options: Any,
-    ) -> Case:
-        """A case, whose inputs are drawn in their order from a generator that is seeded by op and name.
+    def case(self, name: str, *sizes: Any, exempt: tuple[str, ...] = (), **options: Any) -> Case:
+        """A case, its inputs drawn from a generator that is seeded by op and name.
 
         Args:
             name: what is special about it.
-            inputs: by name, `d_y` among them; None and False are left out.
-            way: how the op is called, where that is not simply forward, then backward.
-            reference, usual, made: in place of the op's, or beside them.
-            started: kinds of gradients, apart by blanks, that are added to buffers in which `START` stands.
+            sizes: the first options in their order; the inputs where the op has none.
             exempt: see `Case`.
-            options: every other argument of the op by name.
+            options: the others.
         """
-        draw = Draw(f"{self.name}: {name}")
-        tensors = {
-            key: shape(draw) if callable(shape) else draw.normal(*shape)
-            for key, shape in inputs.items()
-            if shape is not None and not isinstance(shape, bool)
-        }
-        made = {**self.made, **(made or {})}
-        reference = reference or self.reference
-        usual = usual or self.usual
-        if way is None:
-            self._check_taken(name, [*tensors, *options], [reference, usual, *made.values()])
-        without = {SWITCHES[key] for key in SWITCHES if options.get(key) is False}
-        differentiable = [key for key in tensors if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
-        straight = self._straight if way is None else way
+        inputs, settings = self._inputs_and_options(name, sizes, options)
+        given = Given({**settings, "draw": Draw(f"{self.name}: {name}")}, self.made)
+        tensors: Tensors = {}
+        for key, how in inputs.items():
+            asked = settings.get(key, True)
+            drawn = None if asked is None or asked is False else given.drawn(how)
+            settings.pop(key, None)
+            given.pop(key, None)
+            parts = drawn if isinstance(drawn, dict) else {key: drawn}
+            tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+            given.update(tensors)
+        without = {SWITCHES[key] for key in SWITCHES if settings.get(key) is False}
+        way = next((self.ways[key] for key in self.ways if settings[key]), self._straight)
 
         def by_hand(t: Tensors, backward: Backward) -> ByHand:
-            y, grads = straight(Given({**options, **t}, made), backward)
-            found = named_gradients(grads)
-            return ByHand(
-                y, {key: found[key] - START if kind(key) in started.split() else found[key] for key in differentiable}
-            )
+            given = Given({**settings, **t}, self.made)
+            y, grads = way(given, backward)
+            into = "into" in given and given["into"] is not None
+            found = grads if isinstance(grads, dict) else named_gradients(grads)
+            wanted = [key for key in t if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
+            return ByHand(y, {key: found[key] - START if into and kind(key) in ADDED else found[key] for key in wanted})
 
         def plain(function: Function) -> Callable[[Tensors], Tensor]:
-            return lambda t: Given({**options, **t}, made).call(function)
+            return lambda t: Given({**settings, **t}, self.made).call(function)
 
-        return Case(name, tensors, by_hand, plain(reference), None if usual is None else plain(usual), exempt=exempt)
+        usual = None if self.usual is None else plain(self.usual)
+        return Case(name, tensors, by_hand, plain(self.reference), usual, exempt=exempt)
+
+    def _inputs_and_options(
+        self, case: str, sizes: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """The inputs, and all options with their values."""
+        if self.inputs is None:
+            (inputs,) = sizes
+            return inputs, options
+        settings = {**self.options, **dict(zip(self.options, sizes, strict=False)), **options}
+        if unknown := [key for key in settings if key not in self.options or settings[key] is ...]:
+            raise TypeError(f"{self.name}, {case}: not an option, or not given: {', '.join(unknown)}")
+        return self.inputs, settings
 
     def _straight(self, given: Given, backward: Backward) -> tuple[Tensor, Any]:
         y, saved = given.call(self.forward)
-        return y, backward(given["d_y"], saved, **self.settings(given))
+        return y, backward(given["d_y"], saved, **self.arguments(given))
 
-    def settings(self, given: Given) -> dict[str, Any]:
-        """The options that the backward takes beside d_y and what was saved."""
-        return {name: given[name] for name in list(parameters(self.backward))[2:] if name in given}
-
-    def _check_taken(self, case: str, names: Iterable[str], beside: Iterable[Function | None]) -> None:
-        functions = [self.forward, self.backward, *(one for one in beside if one is not None)]
-        taken = {"d_y"}.union(*(parameters(function) for function in functions))
-        if untaken := sorted({kind(name) for name in names} - taken):
-            raise ValueError(f"{self.name}, {case}: no function takes {', '.join(untaken)}")
+    def arguments(self, given: Given) -> dict[str, Any]:
+        """What the backward takes beside d_y and what was saved."""
+        return given.named(self.backward, 2)
 
     def redo(self, name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
         """Mutants by the right backward on something else: see `again`."""

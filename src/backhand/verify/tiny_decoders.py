@@ -293,6 +293,12 @@ FAMILIES |= {
 }
 
 
+def family_of(name: str) -> DecoderConfig:
+    """The family of `FAMILIES` called so, or the only one whose name begins so."""
+    (found,) = {name: FAMILIES[name]} if name in FAMILIES else {key for key in FAMILIES if key.startswith(name)}
+    return FAMILIES[found]
+
+
 def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
     """Every frozen tensor by its Hugging Face name, float64, of sizes that keep activations near one."""
     weights: Tensors = {}
@@ -338,12 +344,12 @@ def adapter_slots(config: DecoderConfig, targets: tuple[str, ...] | None, dropou
 
 
 def random_factors(slots: dict[str, LoRASlot], draw: Draw) -> Tensors:
-    """lora_A and lora_B of every slot, neither of them zero, float64."""
+    """What is trained of every slot, nothing of it where it starts, float64."""
     factors: Tensors = {}
     for name, slot in slots.items():
-        shapes = slot.shapes()
-        factors[f"{name}.lora_A"] = draw.normal(*shapes["lora_A"], size=slot.in_features**-0.5)
-        factors[f"{name}.lora_B"] = draw.normal(*shapes["lora_B"], size=0.4)
+        for part, shape in slot.shapes().items():
+            size = {"lora_A": 1.0 if slot.embedding else slot.in_features**-0.5, "lora_B": 0.4}.get(part, 0.3)
+            factors[f"{name}.{part}"] = draw.normal(*shape, size=size) + (1.0 if part == "lora_magnitude" else 0.0)
     return factors
 
 

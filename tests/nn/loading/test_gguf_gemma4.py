@@ -20,7 +20,7 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
-from backhand.training.memory.decoder_size import decoder_size
+from backhand.training.memory.coarse import decoder_size
 from support.llama_cpp import LlamaCpp
 from support.parity import relative_error
 from support.tiny_gguf import rewritten, write_tiny_gguf
@@ -178,4 +178,4 @@ def test_the_base_takes_what_is_said_before(quantized: bool, tmp_path: Path) -> 
     held = sum(view.numel() * 2 if isinstance(view, torch.Tensor) else view.stored_bytes for view in matrices)
     stored = sum(source.stored_bytes(name) for name in source.tensor_names() if len(source.shape(name)) == 2)
     layout = resolve_adapter(LoRAConfig(rank=4), module_shapes(config))
-    assert decoder_size(config, layout, 2, stored if quantized else None).weight_bytes == held
+    assert decoder_size(config, layout, torch.bfloat16, stored if quantized else None).weight_bytes == held

@@ -147,15 +147,13 @@ def draw_memory(result: MemoryResult) -> bytes:
         edgecolor="black",
         hatch="//",
     )
-    step.set_ylabel("MiB")
-    step.set_ylim(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max())
+    step.set(ylabel="MiB", ylim=(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max()))
     ratio = "" if result.memory_ratio is None else f": {result.memory_ratio:.1f} times"
     step.set_title(f"Memory of an optimizer step, no activations{ratio}", fontsize="medium")
     step.legend(fontsize="small", loc="upper left")
     sizes = np.array([result.adapter_stored_bytes, result.full_stored_bytes]) / _MEBIBYTE
     stored.bar(places, sizes, 0.5, color="#c8c8c8", edgecolor="black")
-    stored.set_yscale("log")
-    stored.set_ylim(sizes.min() / 4, sizes.max() * 4)
+    stored.set(yscale="log", ylim=(sizes.min() / 4, sizes.max() * 4))
     for place, size in zip(places, sizes, strict=True):
         stored.text(place, 1.1 * size, f"{size:,.1f} MiB", ha="center", va="bottom", fontsize="small")
     stored.set_ylabel("MiB, logarithmic")
@@ -179,8 +177,7 @@ def draw_sweep(result: SweepResult) -> bytes:
     ranks.set_xscale("log", base=2)
     shown = sorted({row.point.rank for row in result.rows if row.point.ranks})
     ranks.set_xticks(shown, [str(rank) for rank in shown])
-    ranks.set_xlabel("rank")
-    ranks.set_ylabel("held-out loss (nats per token)")
+    ranks.set(xlabel="rank", ylabel="held-out loss (nats per token)")
     ranks.set_title("How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), fontsize="medium")
     ranks.grid(visible=True, linewidth=0.3)
     low, high = ranks.get_ylim()
@@ -244,8 +241,7 @@ def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
         label="mean ± 2 standard errors",
     )
     axes.set_xticks(places, [str(update.rank) for update in updates])
-    axes.set_xlabel("rank (alpha fixed, scaling alpha / rank)")
-    axes.set_ylabel("⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
+    axes.set(xlabel="rank (alpha fixed, scaling alpha / rank)", ylabel="⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
     axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
     axes.legend(fontsize="small")
     axes.grid(visible=True, linewidth=0.3)
@@ -272,8 +268,7 @@ def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1e3)  # room for the legend above the lines
-    axes.set_xlabel("step of Adam")
-    axes.set_ylabel("‖ΔW′ − ΔW‖ / ‖ΔW‖")
+    axes.set(xlabel="step of Adam", ylabel="‖ΔW′ − ΔW‖ / ‖ΔW‖")
     axes.set_title("Adam's path under alpha/(pq), p · lora_A, rates p and q times as large", fontsize="medium")
     axes.grid(visible=True, linewidth=0.3)
     axes.legend(fontsize="small", loc="upper center", ncols=3)

@@ -122,7 +122,6 @@ def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(visible=True, linewidth=0.3)
     axes.legend(fontsize="small")

@@ -41,7 +41,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, BlockAdapter, group_forward
+from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, OUTPUT, BlockAdapter, group_forward
 from backhand.nn.decoder.attention_half import ATTENTION_MIXER
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
@@ -189,9 +189,9 @@ def block_backward(
         d_x1 = mlp_half_backward(d_x2, x1, mlp, weights, adapter, config)
     if d_x1 is None:
         return None
-    if lowest_group >= INPUT or adapter.input.extras or adapter.output.extras:
+    if lowest_group >= OUTPUT or adapter.input.extras or adapter.output.extras:
         return other_mixing_half_backward(d_x1, x0, mixing, weights, adapter, context, MIXERS[mixer], lowest_group)
-    return mixing_half_backward(d_x1, x0, mixing, weights, adapter, context)
+    return mixing_half_backward(d_x1, x0, mixing, weights, adapter, context, input_gradient=lowest_group < INPUT)
 
 
 def mlp_half_backward(
@@ -220,8 +220,10 @@ def mixing_half_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     context: BlockContext,
-) -> Tensor:
-    """d_x₀, (T, hidden), from d_x₁, of what is wanted of it."""
+    *,
+    input_gradient: bool,
+) -> Tensor | None:
+    """d_x₀, (T, hidden), from d_x₁, of what is wanted of it; None where it is not asked for."""
     config, wanted, mixer = context.config, context.wanted, MIXERS[context.layer.mixer]
     qkv, output, norms = adapter.input.group, adapter.output.group, config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)
@@ -236,6 +238,8 @@ def mixing_half_backward(
         group_A_gradients(select(o, wanted), d_h_output, output)
     d_h = hidden_gradient(d_qkv, kept.h_input, qkv.members)
     group_A_gradients(n1, d_h, qkv)
+    if not input_gradient:
+        return None
     d_n1 = group_input_gradient(d_qkv, d_h, weights.input, qkv)
     del d_qkv
     around = d_x1 if wanted is None else None

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     BlockAdapter,
@@ -45,7 +45,8 @@ from backhand.nn.decoder.weights import (
     named_views,
 )
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import TOKENS, LoRAParameters, ModuleShapes, check_fits
+from backhand.nn.lora_parameters import TOKENS, LoRAParameters
+from backhand.nn.module_shapes import ModuleShapes, check_fits
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_rows
 from backhand.ops.linear_cross_entropy import (
     HeadFactors,
@@ -84,6 +85,7 @@ class Decoder:
         self.lora: LoRAParameters | None = None
         self._trained: TrainedWeights | None = None
         self._head: GroupAdapter | None = None
+        self._adapters: tuple[Tensor | None, list[BlockAdapter]] | None = None
         self._sized = [config.at(layer) for layer in config.layers]
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
@@ -144,11 +146,12 @@ class Decoder:
         lora.refresh_compute(self.dtype)
         self.lora = lora
         self._trained = TrainedWeights(self.weights, self.config, lora) if lora.trained else None
+        self._adapters = None
         self.refresh()
 
     def detach(self) -> None:
         """Back to the base model."""
-        self.lora, self._trained, self._head, self.active = None, None, None, self.weights
+        self.lora, self._trained, self._head, self._adapters, self.active = None, None, None, None, self.weights
 
     def refresh(self) -> None:
         """Take over the adapter as it is now, with the tensors that it trains itself; each pass begins with it."""
@@ -230,13 +233,25 @@ class Decoder:
         return Carried(self.config.lenders, inputs), kept
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
-        """The adapter of every block in the compute dtype; no dropout without a seed."""
-        dora = self.lora is not None and any(slot.use_dora for slot in self.lora.slots.values())
+        """The adapter of every block in the compute dtype; no dropout without a seed.
+
+        Without a seed they name the same views in each pass, but for DoRA, whose norms are taken here.
+        """
+        lora = self.lora
+        slots = [] if lora is None else list(lora.slots.values())
+        buffer = None if lora is None else lora.compute_values
+        dora, drops = any(slot.use_dora for slot in slots), any(slot.dropout for slot in slots)
+        fixed = not dora and not (drops and dropout_seed is not None)
+        if fixed and self._adapters is not None and self._adapters[0] is buffer:
+            return self._adapters[1]
         weights = [linear_parts(block, self.config, layer) for layer, block in enumerate(self.active.blocks) if dora]
-        return [
-            block_adapter(self.lora, self.config, layer, dropout_seed, weights[layer] if dora else None)
+        adapters = [
+            block_adapter(lora, self.config, layer, dropout_seed, weights[layer] if dora else None)
             for layer in range(len(self.config.layers))
         ]
+        if fixed:
+            self._adapters = buffer, adapters
+        return adapters
 
     def head_adapter(self, dropout_seed: int | None = None, chunk: int = 0) -> GroupAdapter:
         """The head's adapter in the compute dtype; no dropout without a seed, one of its own for each chunk."""
@@ -319,26 +334,46 @@ class Decoder:
         supervised = batch.supervised_positions
         x = self._passed(batch, len(self.config.layers), supervised)
         (normed, _), targets = self._final_norm(x), batch.labels[supervised]
+        return self._head_losses(normed, targets, None, None)
+
+    def _head_losses(
+        self, normed: Tensor, targets: Tensor, dropout_seed: int | None, scratch: Scratch | None
+    ) -> Tensor:
+        """(rows,) losses in nats of normed rows, (rows, hidden)."""
+        head, rule = self.active.head, self.config.logits
         if self._head_is_plain():
-            factors, rule = self.head_factors(), self.config.logits
-            return linear_cross_entropy_forward(normed, self.active.head, targets, factors, rule)
-        return head_losses(normed, self.active.head, targets, self.head_adapter(), self.config.logits)
+            factors = self.head_factors(dropout_seed)
+            room = None if scratch is None else self._logits_room(normed, scratch)
+            return linear_cross_entropy_forward(normed, head, targets, factors, rule, logits=room)
+        return head_losses(normed, head, targets, lambda chunk: self.head_adapter(dropout_seed, chunk), rule)
+
+    def _logits_room(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """Where a chunk's logits of x, (rows, hidden), may stand."""
+        return scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised positions, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)
 
     @torch.no_grad()
-    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """One forward and backward pass: adds ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`.
+    def loss_and_gradients(
+        self,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """One forward and backward pass: adds ∂(loss_scaling · loss)/∂(what is trained) to `lora.gradients`.
 
         Args:
             batch: the packed documents.
             loss_scaling: e.g. 1 / supervised tokens of the whole step.
             dropout_seed: draws this micro-batch's dropout masks; None for no dropout.
+            token_loss: the loss as a function of the supervised tokens' log-probabilities; None for Σ nats, whose
+                gradient the head computes along with it.
 
         Returns:
-            Σ nats over supervised positions, 0-d float64.
+            The loss, 0-d float64: Σ nats over supervised positions, or what `token_loss` says.
 
         Raises:
             ValueError: without an attached adapter, or for a batch that enters above something trained.
@@ -371,7 +406,7 @@ class Decoder:
             x, saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
             kept.append(None if below else saved)
 
-        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch)
+        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
             saved_block = kept.pop()
@@ -389,13 +424,24 @@ class Decoder:
         return loss
 
     def _head_loss_and_gradient(
-        self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None, scratch: Scratch
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None,
+        scratch: Scratch,
+        token_loss: TokenLoss | None,
     ) -> tuple[Tensor | None, Tensor]:
-        """∂L/∂x and Σ nats, from x: the last block's output at the supervised positions, (supervised, hidden) both."""
+        """∂L/∂x and the loss, from the last block's output at the supervised positions, (supervised, hidden) both."""
         lora = self.lora
         assert lora is not None
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
+        multiplier: float | Tensor = loss_scaling
+        loss: Tensor | None = None
+        if token_loss is not None:
+            loss, d_log_p = token_loss(-self._head_losses(normed, targets, dropout_seed, scratch))
+            multiplier = -loss_scaling * d_log_p  # of the nats
         if self._head_is_plain():
             # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
             factors = self.head_factors(dropout_seed)
@@ -404,10 +450,10 @@ class Decoder:
                 self.active.head,
                 targets,
                 factors,
-                loss_scaling,
+                multiplier,
                 self.config.logits,
                 out=normed if factors is None else None,
-                logits=scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x),
+                logits=self._logits_room(x, scratch),
             )
             if grads.d_lora_A is not None and grads.d_lora_B is not None:
                 lora.d_lora_A(HEAD).add_(grads.d_lora_A)
@@ -420,7 +466,7 @@ class Decoder:
                 targets,
                 lambda chunk: self.head_adapter(dropout_seed, chunk),
                 lora,
-                loss_scaling,
+                multiplier,
                 self.config.logits,
                 self._head_rows(),
             )
@@ -430,4 +476,4 @@ class Decoder:
         d_x, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
         if d_weight is not None:
             lora.gradient(name).add_(d_weight)
-        return d_x, losses.sum(dtype=torch.float64)
+        return d_x, losses.sum(dtype=torch.float64) if loss is None else loss

@@ -30,8 +30,9 @@ from backhand.nn.decoder.residual import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
+from backhand.ops.delta_steps import GatedDeltaRuleSaved
 from backhand.ops.elementwise import SigmoidSaved, sigmoid_backward, sigmoid_forward
-from backhand.ops.gated_delta_rule import GatedDeltaRuleSaved, gated_delta_rule_backward, gated_delta_rule_forward
+from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 

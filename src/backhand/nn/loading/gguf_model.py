@@ -56,6 +56,9 @@ class GGUFModel(ModelSource):
         hub_id: the id under which others can fetch the model, None if unknown.
         origin: how to name it to people; the path if not given.
 
+    Attributes:
+        metadata: the file with the metadata; its `tensors` are those of all parts.
+
     Raises:
         ArtifactError: naming the file, for one that is missing, damaged, or of an architecture that cannot be read.
     """
@@ -65,7 +68,7 @@ class GGUFModel(ModelSource):
         self.hub_id = hub_id
         self.origin = origin or str(path)
         self._files = [GGUFFile(part) for part in _parts(path)]
-        self._main = self._files[0]
+        self.metadata = self._files[0]
         self.architecture = self._known_architecture()
         self._check_parts()
         self._place_of: dict[str, GGUFFile] = {}
@@ -79,16 +82,16 @@ class GGUFModel(ModelSource):
                     )
                 self._place_of[name] = file
         for file in self._files[1:]:
-            self._main.tensors |= file.tensors
+            self.metadata.tensors |= file.tensors
         self._check_types()
         self._leave_out_prediction()
-        self.config = huggingface_config(self._main, self.architecture, self._factors_of_frequencies())
+        self.config = huggingface_config(self.metadata, self.architecture, self._factors_of_frequencies())
         self._sizes = stored_sizes(self.config)
 
     @cached_property
     def _stored(self) -> dict[str, GGUFTensor]:
         stored: dict[str, GGUFTensor] = {}
-        for name, tensor in self._main.tensors.items():
+        for name, tensor in self.metadata.tensors.items():
             names = huggingface_names(self.architecture, name, tensor.shape)
             if names and not is_beside(self.config, names[0]):
                 whole = expert_of(names[0]) is None
@@ -124,6 +127,12 @@ class GGUFModel(ModelSource):
         """Bytes of all parts."""
         return sum(file.size for file in self._files)
 
+    def forget_mapped(self) -> None:
+        """Of every tensor."""
+        for name in self._stored:
+            tensor = self._tensor(name)
+            self._place_of[tensor.name].forget(tensor)
+
     def stored_rows(self, name: str) -> StoredRows:
         """The blocks of a matrix, mapped; another order of its rows or columns as the numbers of the stored ones."""
         tensor, data = self.stored_tensor(name)
@@ -154,11 +163,6 @@ class GGUFModel(ModelSource):
     def _matrix_types(self) -> set[int]:
         return {tensor.type_id for tensor in self._stored.values() if len(tensor.shape) == 2}
 
-    @property
-    def metadata(self) -> GGUFFile:
-        """The file with the metadata; its `tensors` are those of all parts."""
-        return self._main
-
     def stored_tensor(self, name: str) -> tuple[GGUFTensor, np.ndarray[Any, np.dtype[np.uint8]]]:
         """Where the tensor of this Hugging Face name lies, and its stored bytes, mapped.
 
@@ -174,7 +178,7 @@ class GGUFModel(ModelSource):
 
     def bytes_of(self, stored_name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Stored bytes of the tensor that the file calls `stored_name`, mapped."""
-        return self._place_of[stored_name].bytes_of(self._main.tensors[stored_name])
+        return self._place_of[stored_name].bytes_of(self.metadata.tensors[stored_name])
 
     def load_into(self, name: str, destination: Tensor) -> None:
         """Dequantise straight into the destination."""
@@ -196,7 +200,7 @@ class GGUFModel(ModelSource):
         return self._stored[name]
 
     def _factors_of_frequencies(self) -> dict[str, Tensor]:
-        stored = ((name, self._main.tensors.get(name)) for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS))
+        stored = ((name, self.metadata.tensors.get(name)) for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS))
         return {
             name: dequantized(self.bytes_of(name), tensor.type_id).float()
             for name, tensor in stored
@@ -205,17 +209,17 @@ class GGUFModel(ModelSource):
 
     def _leave_out_prediction(self) -> None:
         """Blocks behind the model's own, which predict further tokens: neither read nor counted."""
-        count = own_prediction_blocks(self._main, self.architecture)
-        blocks = self._main.value(f"{self.architecture}.block_count")
+        count = own_prediction_blocks(self.metadata, self.architecture)
+        blocks = self.metadata.value(f"{self.architecture}.block_count")
         if not count or not isinstance(blocks, int):
             return
         left_out = tuple(f"blk.{layer}." for layer in range(max(blocks - count, 0), blocks))
-        for name in [name for name in self._main.tensors if name.startswith(left_out)]:
-            del self._main.tensors[name]
+        for name in [name for name in self.metadata.tensors if name.startswith(left_out)]:
+            del self.metadata.tensors[name]
 
     def _check_parts(self) -> None:
         """A part of a split model says so; one whose name does not lead to the others cannot be read alone."""
-        stated = self._main.value("split.count", 0)
+        stated = self.metadata.value("split.count", 0)
         if isinstance(stated, int) and stated > 1 and len(self._files) != stated:
             raise ArtifactError(
                 f"{self.path} is one of {stated} parts of a model, and its name does not lead to the others",
@@ -226,7 +230,7 @@ class GGUFModel(ModelSource):
         """Before anything is read: a tensor that cannot be dequantised."""
         bad = {
             f"{tensor.name} ({type_name(tensor.type_id)})"
-            for name, tensor in self._main.tensors.items()
+            for name, tensor in self.metadata.tensors.items()
             if not is_readable(tensor.type_id) and not is_skipped(name)
         }
         if bad:
@@ -239,14 +243,14 @@ class GGUFModel(ModelSource):
             )
 
     def _known_architecture(self) -> str:
-        architecture = self._main.value("general.architecture")
-        if self._main.value("general.type", "model") == "adapter":
+        architecture = self.metadata.value("general.architecture")
+        if self.metadata.value("general.type", "model") == "adapter":
             raise ArtifactError(
                 f"{self.path} is an adapter, not a base model",
                 next_step="give it as --adapter, and its base as --model",
             )
         of_images = str(architecture) in _NO_LANGUAGE_MODEL
-        if of_images or self._main.value("general.type") == "imatrix":
+        if of_images or self.metadata.value("general.type") == "imatrix":
             what = "the image part of a model" if of_images else "an importance matrix"
             raise ArtifactError(
                 f"{self.path} is {what}, not a language model", next_step="give the .gguf file of the language model"
@@ -268,10 +272,10 @@ class GGUFModel(ModelSource):
         return known
 
     def _read_tokenizer(self) -> PreTrainedTokenizerFast:
-        return build_tokenizer(self._main)
+        return build_tokenizer(self.metadata)
 
     def _stated_stop_ids(self) -> list[int]:
-        ends = (self._main.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))
+        ends = (self.metadata.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))
         return [*super()._stated_stop_ids(), *(end for end in ends if isinstance(end, int))]
 
 

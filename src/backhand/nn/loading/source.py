@@ -80,6 +80,9 @@ class ModelSource(ABC):
         """Bytes of the files that stay mapped."""
         return 0
 
+    def forget_mapped(self) -> None:  # noqa: B027 - most kinds of files are read once
+        """Give the memory of mapped files back; they are read again when they are needed again."""
+
     def load_into(self, name: str, destination: Tensor) -> None:
         """Write a tensor into a contiguous one of the same shape, any floating dtype and device: one rounding, no copy.
 

@@ -1,14 +1,8 @@
 """How the base is held: dense in the compute dtype, or quantized in its file's own blocks.
 
 Unpacking a matrix takes its own time, whatever the number of rows it is multiplied with, so that its share of a step
-falls with the tokens T of a micro-batch. What it is beside the products is measured where that is the question
-(`memory.rates`), and the products are a part of the step, the smaller the more of it every pass takes anyway, L tokens'
-time: with u the one share and p the other where tokens are many, a quantized base takes
-
-    1 + p u T / (T + L)        times as long as a dense one.
-
-Of a Qwen2 of 1.5 billion in Q4_K_M, bfloat16 with AMX, that says 15, 23, 24, 15 and 9 % for 64, 128, 256, 512 and 1,024
-tokens; measured were 17, 23, 20, 14 and 4.
+falls with the tokens of a micro-batch, and depends on processor, types and shapes by factors of two and more. Where
+both fit, short models of both kinds take turns on such a micro-batch (`memory.speed`).
 """
 
 from __future__ import annotations
@@ -18,11 +12,10 @@ from dataclasses import dataclass
 
 from backhand.errors import ResourceError
 from backhand.nn.model_options import Base
-from backhand.training.memory.plan import TOKENS_LOST_PER_PASS, HeldBase, MemoryPlan, row_cost
+from backhand.training.config import Recompute
+from backhand.training.memory.plan import HeldBase, MemoryPlan, row_cost
 from backhand.training.memory.shapes import StepShape
 
-SHARE_OF_PRODUCTS = 0.8
-"""Of the frozen matrices' products in a step, as benchmarks/train_step.py has it: p."""
 WORTH = 1.10
 """A quantized base may take so many times as long as a dense one."""
 
@@ -50,7 +43,7 @@ def choose_base(
     smallest: Callable[[HeldBase], MemoryPlan],
     *,
     quantized_source: bool,
-    unpacking_share: Callable[[float], float],
+    times_as_long: Callable[[StepShape, Recompute], float],
 ) -> BaseChoice:
     """As asked for, or quantized where that costs little or nothing else fits.
 
@@ -61,8 +54,8 @@ def choose_base(
         plan: the fastest way that fits with a base; raises ResourceError where none does.
         smallest: the way that takes the least memory.
         quantized_source: whether the source stores blocks; what it does not, `auto` leaves dense.
-        unpacking_share: measures, for so many tokens of a micro-batch, the seconds of unpacking all matrices over those
-            of the products; asked only where the answer decides.
+        times_as_long: measures how many times as long a pass of such a micro-batch takes with a quantized base as with
+            a dense one; asked only where the answer decides.
 
     Raises:
         ResourceError: neither base fits, or not the one that was asked for.
@@ -79,10 +72,9 @@ def choose_base(
     if asked != "auto":
         order = [asked]
     elif quantized_source and fitting == {"dense", "quantized"}:
-        tokens = max(1.0, shapes[plans["quantized"].micro_batch_rows].mean_tokens)
-        of_products = SHARE_OF_PRODUCTS * tokens / (tokens + TOKENS_LOST_PER_PASS)
-        longer = 1 + of_products * unpacking_share(tokens)
-        if longer * row_cost(plans["quantized"], shapes) <= WORTH * row_cost(plans["dense"], shapes):
+        small = plans["quantized"]
+        longer = times_as_long(shapes[small.micro_batch_rows], small.recompute)
+        if longer * row_cost(small, shapes) <= WORTH * row_cost(plans["dense"], shapes):
             order.reverse()
     chosen = next((base for base in order if base in fitting), None)
     if chosen is None:

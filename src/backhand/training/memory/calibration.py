@@ -1,38 +1,31 @@
 """How fast this machine trains a model, measured in seconds on a few of its blocks.
 
-A step's time is that of its head and of its blocks, which are all alike: t(n blocks) = t_head + n t_block. Two decoders
-with one and with four blocks of the model's own sizes, filled with random numbers, take turns on micro-batches of the
-run; the time of all blocks follows: t_block of an adapted one; that of a forward pass without adapter where nothing is
-trained, measured in the same way, since its share of a step falls as a processor multiplies faster; and nothing where
-the hidden states behind such blocks are kept (`memory.states`) and the row has come before. No weight is read, so that
-a large model takes no longer to measure than a small one, and fits where the whole would not. A first pass over few
-tokens says how many fit into the time there is.
+The short model and those with one more block of a kind (`short_decoder`) take turns on micro-batches of the run; the
+time of all blocks follows: of an adapted one; that of a forward pass without adapter where nothing is trained, measured
+in the same way; and nothing where the hidden states behind such blocks are kept (`memory.states`) and the row has come
+before. A first pass over few tokens says how many fit into the time there is.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches, trained_length
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import OptimizationOptions
-from backhand.training.engine import Trainable
+from backhand.training.engine import ShortModel, Trainable
 from backhand.training.gradient_sum import shared_out
 from backhand.training.machine import Machine
+from backhand.training.memory.speed import fastest, wait_for, whole
 from backhand.training.prepared import Outline
 from backhand.training.step import AdapterOptimizer
 
 BUDGET_S = 10.0
-_ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
-"""The fastest of so many passes over so long a time does not fall any more."""
 _BATCHES = 3
 _FORWARD_SHARE = 0.5
 """Of a step of adapted blocks, forward and backward each take one product a weight."""
@@ -117,24 +110,22 @@ def _largest_share(outline: Outline, machine: Machine, rows: Sequence[int]) -> f
 
 def _token(outline: Outline, machine: Machine, deadline: float) -> _Token:
     """A training pass of the whole model, per token."""
-    engine = outline.engine
-    probes = engine.probes(outline.config.adapter, machine.device, outline.memory.recompute, outline.memory.base)
-    models, blocks = [model for model, _ in probes], [count for _, count in probes]
+    short = outline.engine.short(outline.config.adapter, machine.device, outline.memory.recompute, outline.memory.base)
+    models = [short.model, *(more.model for more in short.more)]
     batches, tokens = _probe(outline, machine, _PROBE_TOKENS)
-    below = outline.states.below.layer
-    probed = _fastest(models, batches, 0.0)
-    forward = _fastest(models, batches, 0.0, _forward) if below else []
+    probed = fastest(models, batches, 0.0)
+    forward = fastest(models, batches, 0.0, _forward) if short.below else []
     affordable = int((deadline - time.perf_counter()) / (_PASSES * sum((*probed, *forward)) / tokens))
     if affordable > tokens:
         batches, tokens = _batches(outline, machine, affordable)
         left_s = deadline - time.perf_counter()
         share = sum(forward) / sum((*probed, *forward))
-        probed = _fastest(models, batches, deadline - share * left_s)
-        forward = _fastest(models, batches, deadline, _forward) if below else []
-    return _whole(engine.layers, below, blocks, probed, forward, tokens)
+        probed = fastest(models, batches, deadline - share * left_s)
+        forward = fastest(models, batches, deadline, _forward) if short.below else []
+    return _Token(whole(short, probed) / tokens, _below(short, forward) / tokens)
 
 
-_PROBE_TOKENS = 128
+_PROBE_TOKENS = 64
 _PASSES = 3
 """One that compiles kernels for its sizes, which takes about as long as two, and one that is timed."""
 
@@ -155,9 +146,10 @@ def _probe(outline: Outline, machine: Machine, limit_tokens: int) -> tuple[list[
     """The longest micro-batch cut down to so many tokens: fewer rows, or the end of one, which carries its loss."""
     packer, examples = outline.packer, outline.train.examples
     (group, *_) = micro_batches(outline.sampler.rows_of(0), packer.lengths, max_rows=outline.memory.micro_batch_rows)
-    length, longest = packer.lengths[group[0]], examples[group[0]]
-    if length > limit_tokens:
-        end = slice(length - limit_tokens, length + 1)
+    longest = max(examples[group[0]].documents, key=trained_length)
+    if packer.lengths[group[0]] > limit_tokens:
+        length = trained_length(longest)
+        end = slice(max(0, length - limit_tokens), length + 1)
         short = Example(longest.input_ids[end], longest.supervised[end], longest.source)
         return [RowPacker([short], share_prefixes=False).packed([0], machine.device)], limit_tokens
     rows: list[int] = []
@@ -165,10 +157,6 @@ def _probe(outline: Outline, machine: Machine, limit_tokens: int) -> tuple[list[
         if packer.tokens([*rows, row]) <= limit_tokens:
             rows.append(row)
     return [packer.packed(rows, machine.device)], packer.tokens(rows)
-
-
-def _step(model: Trainable, batch: PackedBatch, number: int) -> None:
-    model.loss_and_gradients(batch, 1.0, number)
 
 
 def _forward(model: Trainable, batch: PackedBatch, _number: int) -> None:
@@ -182,65 +170,14 @@ def _forward(model: Trainable, batch: PackedBatch, _number: int) -> None:
             model.attach(lora)
 
 
-def _fastest(
-    models: Sequence[Trainable],
-    batches: Sequence[PackedBatch],
-    deadline: float,
-    run: Callable[[Trainable, PackedBatch, int], None] = _step,
-) -> list[float]:
-    """For each model the seconds of its fastest pass over the batches, of as many as fit, the first one left out."""
-    fastest = [math.inf] * len(models)
-    passes, round_s, start = 0, 0.0, time.perf_counter()
-    while passes < 2 or time.perf_counter() + round_s < deadline:
-        if passes >= _ENOUGH_PASSES and time.perf_counter() - start > _ENOUGH_S:
-            break
-        began = time.perf_counter()
-        for number, model in enumerate(models):
-            began_model = time.perf_counter()
-            for place, batch in enumerate(batches):
-                run(model, batch, place)
-            _wait_for(model.device)
-            if passes:
-                fastest[number] = min(fastest[number], time.perf_counter() - began_model)
-        passes, round_s = passes + 1, time.perf_counter() - began
-    return fastest
-
-
-def _wait_for(device: torch.device) -> None:
-    """A graphics card computes behind the program's back: the clock is read when it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _whole(
-    layers: int,
-    below: int,
-    blocks: Sequence[int],
-    fastest: Sequence[float],
-    forward: Sequence[float],
-    tokens: int,
-) -> _Token:
-    """Of all blocks and the head, from the seconds of few and of more blocks with adapters.
-
-    Args:
-        layers: all blocks.
-        below: those of them that nothing is trained in or under.
-        blocks: of each model that was measured.
-        fastest: seconds of each.
-        forward: likewise, of a forward pass without adapter; none where nothing lies below.
-        tokens: that they took.
-    """
-    if len(fastest) == 1:
-        return _Token(fastest[0] / tokens, 0.0)
-    few = blocks[0]
-    block_s = _of_a_block(blocks, fastest)
-    below_s = below * _of_a_block(blocks, forward) if below else 0.0
-    return _Token((fastest[0] + block_s * (layers - below - few)) / tokens, below_s / tokens)
-
-
-def _of_a_block(blocks: Sequence[int], fastest: Sequence[float]) -> float:
-    (few, more), (few_s, more_s) = blocks, fastest
-    return max(0.0, more_s - few_s) / (more - few)
+def _below(short: ShortModel, seconds: Sequence[float]) -> float:
+    """Of the blocks below, each as the mean of those above, from forward passes without adapter."""
+    if not seconds:
+        return 0.0
+    few_s, *more_s = seconds
+    blocks = sum(more.blocks for more in short.more)
+    of_all = sum(more.blocks * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True))
+    return short.below * of_all / blocks
 
 
 def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
@@ -254,7 +191,7 @@ def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
         optimizer.clear()
         optimizer.clip()
         optimizer.step(1e-4)
-        _wait_for(machine.device)
+        wait_for(machine.device)
         times.append(time.perf_counter() - began)
     return min(times)
 

@@ -24,6 +24,8 @@ from backhand.words import duration, in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
 
+_ESTIMATED = "kept activations and workspace are estimated from the model's sizes, not measured"
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -103,6 +105,8 @@ def plan(options: PlanOptions) -> RunPlan:
         notes.append(_ASSUMED.format(length=config.data.max_length))
     else:
         notes += outline.train.report.lines()
+    if not outline.size.measured:
+        notes.append(_ESTIMATED)
     longest = heapq.nlargest(options.plan.show, outline.train.examples, key=len)
     return RunPlan(outline, machine, speed, (*notes, *outline.notes), tuple(longest))
 

@@ -3,8 +3,8 @@
 Nothing but headers and configurations is read. Memory and time are those of one step of 4 × 256 tokens, all of them
 supervised, with the adapter that `train` makes if nothing else is said:
 
-    memory   the plan's formulas, with the recomputation that fits into what is free; a file in blocks stays in them,
-             as it does with so many tokens in a micro-batch, unless the compiled loops do not unpack its types
+    memory   estimated (`memory.coarse`), with the recomputation that fits into what is free; a file in blocks stays in
+             them, unless the compiled loops do not unpack its types
     time     `token_seconds`, from products timed here in the model's own shapes, and what the recomputation adds;
              unpacking blocks takes a few percent more
 """
@@ -35,9 +35,10 @@ from backhand.training.config import ModelOptions, Recompute
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.memory.bases import choose_base
 from backhand.training.memory.options import ModelsOptions
+from backhand.training.memory.parts import estimated_step, parts_of
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
 from backhand.training.memory.process import settled_rss_bytes
-from backhand.training.memory.shapes import Rows, largest_shapes
+from backhand.training.memory.shapes import Rows, StepShape, largest_shapes
 from backhand.training.memory.token_seconds import ROW_TOKENS, ROWS, TokenSeconds
 from backhand.words import in_words, name_list
 
@@ -93,7 +94,7 @@ def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds
         engine = choose_engine(ModelOptions(model=stored.name), source, dtype)
         plan, fits, taken_s = None, None, None
         if isinstance(engine, DecoderEngine):
-            plan, fits = _memory(engine, source, dtype, process_bytes)
+            plan, fits = _memory(engine, source, process_bytes)
             taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
         return ListedModel(
             stored.name,
@@ -132,33 +133,27 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
     return family, parameters, sum(file.stat().st_size for file in files), kinds
 
 
-def _memory(
-    engine: DecoderEngine, source: ModelSource, dtype: torch.dtype, process_bytes: int
-) -> tuple[MemoryPlan, bool]:
+def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> tuple[MemoryPlan, bool]:
     """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
     layout = engine.layout(LoRAConfig())
-    rows = Rows((ROW_TOKENS,) * ROWS, (ROW_TOKENS,) * ROWS)
-    chunk = engine.size(layout).head_chunk_rows
-    shapes = largest_shapes([range(ROWS)], rows, (ROWS,), torch.empty(0, dtype=dtype), chunk=chunk)
+    sizes = {base: engine.size(layout, base) for base in engine.bases}
+    shapes = largest_shapes([range(ROWS)], Rows((ROW_TOKENS,) * ROWS, (ROW_TOKENS,) * ROWS), (ROWS,))
     free = available_bytes()
     budget = None if free is None else free + process_bytes
 
     def plan(base: HeldBase, limit: int | None = budget, recompute: Recompute = "auto") -> MemoryPlan:
+        def parts(shape: StepShape, mode: Recompute) -> dict[str, int]:
+            return parts_of(sizes[base], shape, estimated_step(sizes[base], shape, mode), process_bytes)
+
         return choose(
-            engine.size(layout, base),
-            shapes,
-            budget_bytes=limit,
-            process_bytes=process_bytes,
-            micro_batch_rows=ROWS,
-            recompute=recompute,
-            base=base,
+            sizes[base], parts, shapes, budget_bytes=limit, micro_batch_rows=ROWS, recompute=recompute, base=base
         )
 
     def smallest(base: HeldBase) -> MemoryPlan:
         return plan(base, None, "block")
 
     # Measuring what unpacking costs would read the file: with so many tokens it is little, but for slow types.
-    unpacking = math.inf if source.unpacked_slowly else 0.0
+    longer = math.inf if source.unpacked_slowly else 1.0
     try:
         choice = choose_base(
             "auto",
@@ -167,7 +162,7 @@ def _memory(
             plan,
             smallest,
             quantized_source=source.quantized,
-            unpacking_share=lambda _tokens: unpacking,
+            times_as_long=lambda *_: longer,
         )
         return choice.chosen, True
     except ResourceError:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from backhand.data.packing import round_size
 from backhand.errors import ResourceError
-from backhand.ops.attention_blocks import BLOCK_TOKENS
 from backhand.training.config import Recompute
-from backhand.training.memory.model import FLOAT32_BYTES, ModelSize, parts_of, second_model_bytes
+from backhand.training.memory.parts import FLOAT32_BYTES, ModelSize, second_model_bytes
 from backhand.training.memory.shapes import StepShape
 from backhand.words import in_words
 
@@ -70,24 +69,28 @@ def row_cost(plan: MemoryPlan, shapes: Mapping[int, StepShape]) -> float:
     return plan.recompute_cost * (tokens + TOKENS_LOST_PER_PASS) / plan.micro_batch_rows
 
 
+Parts = Callable[[StepShape, Recompute], Mapping[str, int]]
+"""Bytes by part of a run with such micro-batches; measured where nothing else is known."""
+
+
 def choose(
     size: ModelSize,
+    parts: Parts,
     shapes: Mapping[int, StepShape],
     *,
     budget_bytes: int | None,
-    process_bytes: int,
     micro_batch_rows: int | None,
     recompute: Recompute,
     watched: bool = False,
     base: HeldBase = "dense",
 ) -> MemoryPlan:
-    """The fastest way to cut a step that fits.
+    """The fastest way to cut a step that fits; slower ones are not looked at.
 
     Args:
         size: of model and adapter.
+        parts: what a way takes.
         shapes: the run's largest micro-batch for each number of rows that may be chosen or proposed.
         budget_bytes: what may be taken in all; None for no limit.
-        process_bytes: what the process takes already, interpreter and libraries.
         micro_batch_rows, recompute: as asked for; None or `auto` to choose.
         watched: whether a second model answers beside it.
         base: how the frozen weights of this size are held.
@@ -95,32 +98,40 @@ def choose(
     Raises:
         ResourceError: nothing fits; shows the smallest way by part, and what to ask for instead.
     """
-    beside = second_model_bytes(size, process_bytes, WATCHED_TOKENS) if watched else 0
 
-    def plan(rows: int, mode: Recompute) -> MemoryPlan:
-        return MemoryPlan(rows, mode, parts_of(size, shapes[rows], mode, process_bytes), beside, base)
+    def plan(shape: StepShape, rows: int, mode: Recompute) -> MemoryPlan:
+        found = parts(shape, mode)
+        beside = second_model_bytes(size, found["process"], WATCHED_TOKENS) if watched else 0
+        return MemoryPlan(rows, mode, found, beside, base)
 
     def fits(candidate: MemoryPlan) -> bool:
         return budget_bytes is None or candidate.total_bytes <= MARGIN * budget_bytes
 
-    def cost(candidate: MemoryPlan) -> float:
-        return row_cost(candidate, shapes)
+    def ways(rows_options: Iterable[int], modes: Iterable[Recompute]) -> Iterator[MemoryPlan]:
+        found = [MemoryPlan(rows, mode) for mode in modes for rows in rows_options]
+        for way in sorted(found, key=lambda way: row_cost(way, shapes)):
+            yield plan(shapes[way.micro_batch_rows], way.micro_batch_rows, way.recompute)
 
     rows_options = sorted(shapes) if micro_batch_rows is None else [micro_batch_rows]
-    preferred = [rows for rows in rows_options if shapes[rows].mean_tokens <= PREFERRED_TOKENS]
+    preferred = [rows for rows in rows_options if shapes[rows].mean_tokens <= PREFERRED_TOKENS] or rows_options[:1]
     modes: list[Recompute] = list(size.kept_bytes) if recompute == "auto" else [recompute]
-    candidates = [plan(rows, mode) for mode in modes for rows in preferred or rows_options[:1]]
-    fitting = [candidate for candidate in candidates if fits(candidate)]
-    if fitting:
-        return min(fitting, key=cost)
+    tried = []
+    for candidate in ways(preferred, modes):
+        if fits(candidate):
+            return candidate
+        tried.append(candidate)
     assert budget_bytes is not None
-    freer = [plan(rows, mode) for mode in size.kept_bytes for rows in sorted(shapes)]
-    smaller = [candidate for candidate in freer if fits(candidate)]
-    asked = min(candidates, key=lambda candidate: candidate.total_bytes)
-    if smaller:
-        remedy = _as_options(min(smaller, key=cost), asked)
+    asked = min(tried, key=lambda candidate: candidate.total_bytes)
+    smaller = next((way for way in ways(sorted(shapes), size.kept_bytes) if fits(way)), None)
+    if smaller is not None:
+        remedy = _as_options(smaller, asked)
     else:
-        remedy = _smaller_run(size, shapes, budget_bytes, process_bytes, beside)
+        least = min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
+        shape, rows = shapes[min(shapes)], min(shapes)
+        tokens = shape.tokens
+        while not fits(found := plan(shape.cut(tokens), rows, least)) and tokens > _SHORTEST_TOKENS:
+            tokens = round_size(tokens // 2)
+        remedy = _smaller_run(size, found, tokens) if fits(found) else _no_run(size, found, tokens)
     raise ResourceError(
         f"training needs about {in_words(asked.total_bytes)}, and {in_words(budget_bytes)} may be used, "
         "of which 5 % are to stay free",
@@ -140,38 +151,22 @@ def _as_options(smaller: MemoryPlan, asked: MemoryPlan) -> str:
     return f"give {' '.join(options)}, which takes about {in_words(smaller.total_bytes)}; or more memory with --memory"
 
 
-def _smaller_run(
-    size: ModelSize, shapes: Mapping[int, StepShape], budget_bytes: int, process_bytes: int, beside_bytes: int
-) -> str:
-    """Shorter rows that would fit, one at a time and with everything recomputed; else what is left to try."""
-    mode = min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
-    shape = shapes[min(shapes)]
+def _smaller_run(size: ModelSize, found: MemoryPlan, tokens: int) -> str:
+    """Shorter rows, one at a time and with everything recomputed."""
+    options = ["--micro-batch-rows 1", f"--max-length {tokens}"]
+    options += [f"--recompute {found.recompute}"] if len(size.kept_bytes) > 1 else []
+    return f"give {' '.join(options)}, which takes about {in_words(found.total_bytes)}; or more memory with --memory"
 
-    def total(tokens: int) -> int:
-        shorter = replace(
-            shape,
-            tokens=tokens,
-            supervised_tokens=min(tokens, shape.supervised_tokens),
-            run_tokens=tokens,
-            run_products=tokens * min(tokens, BLOCK_TOKENS),
-            copied_tokens=0,
-        )
-        return sum(parts_of(size, shorter, mode, process_bytes).values()) + beside_bytes
 
-    tokens = shape.tokens
-    while tokens > _SHORTEST_TOKENS and total(tokens) > MARGIN * budget_bytes:
-        tokens = round_size(tokens // 2)
-    if total(tokens) <= MARGIN * budget_bytes:
-        options = ["--micro-batch-rows 1", f"--max-length {tokens}"]
-        options += [f"--recompute {mode}"] if mode != "none" else []
-        return f"give {' '.join(options)}, which takes about {in_words(total(tokens))}; or more memory with --memory"
+def _no_run(size: ModelSize, found: MemoryPlan, tokens: int) -> str:
+    """What is left to try."""
     ways = ["give more memory with --memory"]
     if size.dtype_bytes == FLOAT32_BYTES:
         ways.append("--dtype bfloat16")
     if size.adapter_elements * _ADAPTER_ELEMENT_BYTES > size.weight_bytes:
         ways.append("a lower --rank")
     return (
-        f"even one row of {tokens} tokens at a time takes {in_words(total(tokens))}: {', '.join(ways)}, "
+        f"even one row of {tokens} tokens at a time takes {in_words(found.total_bytes)}: {', '.join(ways)}, "
         "or a smaller model"
     )
 

@@ -2,92 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.nn.batch import document_runs
-from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, attention_reference
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
+from backhand.verify.case import Backward, Mutant, wrong
+from backhand.verify.scaffold import PACKED, Given, Op
 
 SCALING = 0.37
 
 
-def _case(
-    name: str,
+def _usual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     documents: tuple[int, ...],
-    heads: int = 6,
-    kv_heads: int = 2,
-    head_dim: int = 5,
-    *,
-    window: int | None = None,
-    size: float = 1.0,
-    side_by_side: bool = False,
-    shared: int = 0,
-    cap: float | None = None,
-    sinks: float | None = None,
-) -> Case:
-    draw = Draw(f"attention: {name}")
-    tokens = shared + sum(documents)
-    runs = document_runs(documents, shared)
-    tensors = {
-        "q": draw.normal(tokens, heads, head_dim, size=size),
-        "k": draw.normal(tokens, kv_heads, head_dim, size=size),
-        "v": draw.normal(tokens, kv_heads, head_dim),
-        "d_y": draw.normal(tokens, heads, head_dim),
-    }
-    if sinks is not None:
-        tensors["sinks"] = draw.normal(heads) + sinks
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        q, k, v = t["q"], t["k"], t["v"]
-        if not side_by_side:
-            y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap, t.get("sinks"))
-            return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
-        # As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients; the output that
-        # is compared is the one that the backward gives again.
-        qkv = torch.cat([q, k, v], dim=1)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, SCALING, window, shared, cap, t.get("sinks"))
-        again = torch.full_like(y, float("nan"))
-        grads = backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
-        return ByHand(again, dict(zip(("q", "k", "v"), grads, strict=True)))
-
-    def reference(t: Tensors) -> Tensor:
-        return attention_reference(t["q"], t["k"], t["v"], runs, SCALING, window, shared, cap, t.get("sinks"))
-
-    def usual(t: Tensors) -> Tensor:
-        ends = list(accumulate(documents, initial=shared))
-        outputs = [t["q"][:0] * 0]
-        for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
-            seen = list(own) if own.start < shared else [*range(shared), *own]
-            q, k, v = (t[part][seen].transpose(0, 1)[None] for part in ("q", "k", "v"))
-            mask = visible(len(seen), window, q.device)
-            if cap is None and sinks is None:
-                attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
-            else:
-                attended = written_out(q, k, v, mask, SCALING, cap, t.get("sinks"))
-            outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
-        return torch.cat(outputs)
-
-    return Case(name, tensors, by_hand, reference, usual)
-
-
-def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a query sees, (length, length)."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < (length if window is None else window))
-
-
-def written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
+    window: int | None,
+    shared: int,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
+    ends = list(accumulate(documents, initial=shared))
+    outputs = [q[:0] * 0]
+    for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
+        seen = list(own) if own.start < shared else [*range(shared), *own]
+        parts = [part[seen].transpose(0, 1)[None] for part in (q, k, v)]
+        attended = usual_attention(parts, visible(len(seen), window, q.device), cap, sinks)
+        outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
+    return torch.cat(outputs)
+
+
+def usual_attention(parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+    q, k, v = parts
+    if cap is None and sinks is None:
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * scaling
+    scores = q @ k.mT * SCALING
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~mask, float("-inf"))
@@ -96,48 +52,89 @@ def written_out(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]] @ v
 
 
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, (length, length)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < (length if window is None else window))
+
+
+def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:
+    """As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
+
+    The output that is compared is the one that the backward gives again.
+    """
+    qkv = torch.cat([t["q"], t["k"], t["v"]], dim=1)
+    q, k, v = qkv.split([t["q"].shape[1], t["k"].shape[1], t["v"].shape[1]], dim=1)
+    y, saved = t.call(attention_forward, q=q, k=k, v=v)
+    again = torch.full_like(y, float("nan"))
+    return again, backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
+
+
+def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
+    """Queries and keys of a size, and a sink for each head around a number."""
+    return {
+        "q": f"size: {queries}",
+        "k": f"size: {keys}",
+        "v": keys,
+        "d_y": queries,
+        "sinks": lambda draw, heads, sinks: draw.normal(heads) + sinks,
+    }
+
+
+OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING}
+OP = Op(
+    "attention",
+    attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
+    {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "shared": 0, "side_by_side": False, **OPTIONS},
+    usual=_usual,
+    made=PACKED,
+    ways={"side_by_side": _side_by_side},
+)
+
 CASES = (
-    _case("one document", (9,)),
-    _case("packed documents", (4, 4, 7, 1, 2, 2, 2)),
-    _case("one key/value head", (4, 7), heads=3, kv_heads=1),
-    _case("a key/value head for each", (4, 7), heads=3, kv_heads=3),
-    _case("window inside the documents", (9, 3, 6, 6), window=4),
-    _case("window of one token", (5, 3), window=1),
-    _case("window as long as the document", (6, 2), window=6),
-    _case("side by side in one buffer", (4, 4, 3), side_by_side=True, window=3),
-    _case("sharp softmax", (7, 5), size=6.0),
-    _case("one token", (1,)),
-    _case("one-token documents", (1, 1, 1)),
-    _case("no tokens", ()),
-    _case("empty documents between", (3, 0, 2)),
-    _case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
-    _case("several blocks side by side", (131, 64, 40), heads=4, kv_heads=2, head_dim=16, side_by_side=True),
-    _case("few tasks side by side", (90,), heads=4, kv_heads=1, head_dim=16, side_by_side=True),
-    _case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
-    _case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
-    _case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
-    _case("shared prefix", (4, 4, 2, 1), shared=3),
-    _case("shared prefix, window", (9, 6, 6, 1), shared=5, window=4, side_by_side=True),
-    _case("shared prefix of one document", (7,), shared=2, heads=3, kv_heads=1),
-    _case("shared prefix longer than the window", (3, 2), shared=8, window=3),
-    _case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
-    _case("shared prefix of many groups", (161, 163, 165, 167, 169), heads=2, kv_heads=1, head_dim=4, shared=9),
-    _case("nothing but a prefix", (), shared=4),
-    _case("capped scores", (4, 4, 7, 1), cap=1.3, size=2.0),
-    _case("capped scores, window, side by side", (9, 3, 6), cap=0.8, size=2.0, window=4, side_by_side=True),
-    _case("capped scores, shared prefix", (5, 4, 2), heads=3, kv_heads=1, cap=0.8, size=2.0, shared=3, window=4),
-    _case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
-    _case("capped scores, one token", (1,), cap=1.3),
-    _case("sinks", (4, 4, 7, 1), sinks=0.5),
-    _case("sinks, window, side by side", (9, 3, 6), sinks=0.5, window=4, side_by_side=True),
-    _case("sinks, shared prefix", (5, 4, 2), heads=3, kv_heads=1, sinks=0.0, shared=3, window=4),
-    _case("sinks above all scores", (6, 3), sinks=8.0),
-    _case("sinks below all scores, sharp", (6, 3), sinks=-4.0, size=3.0),
-    _case("sinks, one token", (1,), sinks=0.5),
-    _case("sinks, long document", (310,), heads=2, kv_heads=1, head_dim=16, sinks=2.0),
-    _case("sinks, short documents as one group", (50, 46, 41), heads=4, kv_heads=2, head_dim=16, sinks=1.0, window=30),
-    _case("sinks, capped scores", (5, 3), sinks=0.5, cap=0.9, size=2.0),
-    _case("sinks, no tokens", (), sinks=0.5),
+    OP.case("one document", (9,)),
+    OP.case("packed documents", (4, 4, 7, 1, 2, 2, 2)),
+    OP.case("one key/value head", (4, 7), heads=3, kv_heads=1),
+    OP.case("a key/value head for each", (4, 7), heads=3, kv_heads=3),
+    OP.case("window inside the documents", (9, 3, 6, 6), window=4),
+    OP.case("window of one token", (5, 3), window=1),
+    OP.case("window as long as the document", (6, 2), window=6),
+    OP.case("side by side in one buffer", (4, 4, 3), side_by_side=True, window=3),
+    OP.case("sharp softmax", (7, 5), size=6.0),
+    OP.case("one token", (1,)),
+    OP.case("one-token documents", (1, 1, 1)),
+    OP.case("no tokens", ()),
+    OP.case("empty documents between", (3, 0, 2)),
+    OP.case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
+    OP.case("several blocks side by side", (131, 64, 40), heads=4, kv_heads=2, head_dim=16, side_by_side=True),
+    OP.case("few tasks side by side", (90,), heads=4, kv_heads=1, head_dim=16, side_by_side=True),
+    OP.case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
+    OP.case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
+    OP.case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
+    OP.case("shared prefix", (4, 4, 2, 1), shared=3),
+    OP.case("shared prefix, window", (9, 6, 6, 1), shared=5, window=4, side_by_side=True),
+    OP.case("shared prefix of one document", (7,), shared=2, heads=3, kv_heads=1),
+    OP.case("shared prefix longer than the window", (3, 2), shared=8, window=3),
+    OP.case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
+    OP.case("shared prefix of many groups", (161, 163, 165, 167, 169), heads=2, kv_heads=1, head_dim=4, shared=9),
+    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("capped scores", (4, 4, 7, 1), cap=1.3, size=2.0),
+    OP.case("capped scores, window, side by side", (9, 3, 6), cap=0.8, size=2.0, window=4, side_by_side=True),
+    OP.case("capped scores, shared prefix", (5, 4, 2), heads=3, kv_heads=1, cap=0.8, size=2.0, shared=3, window=4),
+    OP.case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
+    OP.case("capped scores, one token", (1,), cap=1.3),
+    OP.case("sinks", (4, 4, 7, 1), sinks=0.5),
+    OP.case("sinks, window, side by side", (9, 3, 6), sinks=0.5, window=4, side_by_side=True),
+    OP.case("sinks, shared prefix", (5, 4, 2), heads=3, kv_heads=1, sinks=0.0, shared=3, window=4),
+    OP.case("sinks above all scores", (6, 3), sinks=8.0),
+    OP.case("sinks below all scores, sharp", (6, 3), sinks=-4.0, size=3.0),
+    OP.case("sinks, one token", (1,), sinks=0.5),
+    OP.case("sinks, long document", (310,), heads=2, kv_heads=1, head_dim=16, sinks=2.0),
+    OP.case(
+        "sinks, short documents as one group", (50, 46, 41), heads=4, kv_heads=2, head_dim=16, sinks=1.0, window=30
+    ),
+    OP.case("sinks, capped scores", (5, 3), sinks=0.5, cap=0.9, size=2.0),
+    OP.case("sinks, no tokens", (), sinks=0.5),
 )
 
 
@@ -192,7 +189,7 @@ def _dense(
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True), slope)
 
 
-def _grouped(per_head: Tensor, s: AttentionSaved, how: str = "sum") -> Tensor:
+def _grouped(per_head: Tensor, s: AttentionSaved, how: str) -> Tensor:
     """(heads, tokens, head_dim) → (tokens, key/value heads, head_dim), over each group of heads."""
     by_group: Tensor = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
     if how == "first":
@@ -200,19 +197,36 @@ def _grouped(per_head: Tensor, s: AttentionSaved, how: str = "sum") -> Tensor:
     return by_group.mean(2) if how == "mean" else by_group.sum(2)
 
 
-def _d_q(d: _Dense, s: AttentionSaved) -> Tensor:
+def _d_q(d: _Dense, s: AttentionSaved, _how: str) -> Tensor:
     return (s.scaling * d.d_s() @ d.k).transpose(0, 1)
 
 
-def _d_k(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
+def _d_k(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
     return _grouped(s.scaling * d.d_s().mT @ d.q, s, how)
 
 
-def _d_v(d: _Dense, s: AttentionSaved, how: str = "sum") -> Tensor:
+def _d_v(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
     return _grouped(d.p.mT @ d.g, s, how)
 
 
-def _last_off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
+def _worked(
+    name: str,
+    gradients: str,
+    spoil: Callable[[_Dense, AttentionSaved], _Dense] = lambda d, _s: d,
+    saved: Callable[[AttentionSaved], AttentionSaved] = lambda s: s,
+    how: str = "sum",
+    **masks: bool,
+) -> tuple[Mutant, ...]:
+    """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way."""
+
+    def mutant(gradient: str) -> Mutant:
+        last = {"d_q": _d_q, "d_k": _d_k, "d_v": _d_v}[gradient]
+        return Mutant(name, gradient, lambda g, s, _right: last(spoil(_dense(g, saved(s), **masks), s), s, how))
+
+    return tuple(mutant(gradient) for gradient in gradients.split())
+
+
+def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     """As if the last document had not seen the shared prefix."""
     p = d.p.clone()
     length = s.runs[-1][2] if s.runs else 0
@@ -220,65 +234,31 @@ def _last_off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     return d._replace(p=p)
 
 
-def _uncapped(d: _Dense) -> _Dense:
-    """As if the cap let every gradient through."""
-    return d._replace(slope=torch.ones_like(d.slope))
-
-
-def _sinks_turned(s: AttentionSaved) -> AttentionSaved:
-    return s if s.sinks is None else s._replace(sinks=s.sinks.roll(1))
-
-
-def _delta_by_shares(d: _Dense) -> _Dense:
-    """As if P were normalised over the visible keys alone when δ is taken."""
-    return d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))
-
-
-def _no_delta(d: _Dense) -> _Dense:
-    return d._replace(delta=torch.zeros_like(d.delta))
-
-
-def _neighbour_delta(d: _Dense) -> _Dense:
-    return d._replace(delta=d.delta.flip(1))
-
-
 MUTANTS = (
-    *standard_mutants("d_q", "d_k", "d_v"),
-    Mutant("scaling forgotten", "d_q", lambda _g, s, right: right.d_q / s.scaling),
-    Mutant("scaling forgotten", "d_k", lambda _g, s, right: right.d_k / s.scaling),
-    Mutant("scaling too much", "d_v", lambda _g, s, right: right.d_v * s.scaling),
-    Mutant("δ missing", "d_q", lambda g, s, _right: _d_q(_no_delta(_dense(g, s)), s)),
-    Mutant("δ missing", "d_k", lambda g, s, _right: _d_k(_no_delta(_dense(g, s)), s)),
-    Mutant("cap's slope missing", "d_q", lambda g, s, _right: _d_q(_uncapped(_dense(g, s)), s)),
-    Mutant("cap's slope missing", "d_k", lambda g, s, _right: _d_k(_uncapped(_dense(g, s)), s)),
-    Mutant("scores not capped", "d_v", lambda g, s, _right: _d_v(_dense(g, s._replace(cap=None)), s)),
-    Mutant("scores not capped", "d_k", lambda g, s, _right: _d_k(_dense(g, s._replace(cap=None)), s)),
-    Mutant("sinks forgotten", "d_q", lambda g, s, _right: _d_q(_dense(g, s._replace(sinks=None)), s)),
-    Mutant("sinks forgotten", "d_k", lambda g, s, _right: _d_k(_dense(g, s._replace(sinks=None)), s)),
-    Mutant("sinks forgotten", "d_v", lambda g, s, _right: _d_v(_dense(g, s._replace(sinks=None)), s)),
-    Mutant("sinks of other heads", "d_q", lambda g, s, _right: _d_q(_dense(g, _sinks_turned(s)), s)),
-    Mutant("sinks of other heads", "d_v", lambda g, s, _right: _d_v(_dense(g, _sinks_turned(s)), s)),
-    Mutant("a sink's P in δ", "d_q", lambda g, s, _right: _d_q(_delta_by_shares(_dense(g, s)), s)),
-    Mutant("a sink's P in δ", "d_k", lambda g, s, _right: _d_k(_delta_by_shares(_dense(g, s)), s)),
-    Mutant("δ of another row", "d_q", lambda g, s, _right: _d_q(_neighbour_delta(_dense(g, s)), s)),
-    Mutant("documents see each other", "d_q", lambda g, s, _right: _d_q(_dense(g, s, documents_apart=False), s)),
-    Mutant("documents see each other", "d_v", lambda g, s, _right: _d_v(_dense(g, s, documents_apart=False), s)),
-    Mutant("window ignored", "d_k", lambda g, s, _right: _d_k(_dense(g, s, window=False), s)),
-    Mutant("window ignored", "d_v", lambda g, s, _right: _d_v(_dense(g, s, window=False), s)),
-    Mutant("causal mask ignored", "d_q", lambda g, s, _right: _d_q(_dense(g, s, causal=False, window=False), s)),
-    Mutant("causal mask ignored", "d_v", lambda g, s, _right: _d_v(_dense(g, s, causal=False, window=False), s)),
-    Mutant(
-        "∂L/∂S transposed",
-        "d_q",
-        lambda g, s, _right: (s.scaling * _dense(g, s).d_s().mT @ _dense(g, s).k).transpose(0, 1),
+    wrong("scaling forgotten", "d_q d_k", lambda s, d: d / s.scaling),
+    wrong("scaling too much", "d_v", lambda s, d: d * s.scaling),
+    _worked("δ missing", "d_q d_k", lambda d, _s: d._replace(delta=torch.zeros_like(d.delta))),
+    _worked("cap's slope missing", "d_q d_k", lambda d, _s: d._replace(slope=torch.ones_like(d.slope))),
+    _worked("scores not capped", "d_v d_k", saved=lambda s: s._replace(cap=None)),
+    _worked("sinks forgotten", "d_q d_k d_v", saved=lambda s: s._replace(sinks=None)),
+    _worked(
+        "sinks of other heads",
+        "d_q d_v",
+        saved=lambda s: s._replace(sinks=None if s.sinks is None else s.sinks.roll(1)),
     ),
-    Mutant("P transposed", "d_v", lambda g, s, _right: _grouped(_dense(g, s).p @ _dense(g, s).g, s)),
-    Mutant("first head of the group only", "d_k", lambda g, s, _right: _d_k(_dense(g, s), s, "first")),
-    Mutant("first head of the group only", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "first")),
-    Mutant("mean over the group", "d_v", lambda g, s, _right: _d_v(_dense(g, s), s, "mean")),
-    Mutant("prefix's share missing", "d_k", lambda g, s, _right: _d_k(_last_off_prefix(_dense(g, s), s), s)),
-    Mutant("prefix's share missing", "d_v", lambda g, s, _right: _d_v(_last_off_prefix(_dense(g, s), s), s)),
-    Mutant("documents reversed", "d_v", lambda _g, _s, right: right.d_v.flip(0)),
+    # As if P were normalised over the visible keys alone when δ is taken.
+    _worked("a sink's P in δ", "d_q d_k", lambda d, _s: d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))),
+    _worked("δ of another row", "d_q", lambda d, _s: d._replace(delta=d.delta.flip(1))),
+    _worked("documents see each other", "d_q d_v", documents_apart=False),
+    _worked("window ignored", "d_k d_v", window=False),
+    _worked("causal mask ignored", "d_q d_v", causal=False, window=False),
+    wrong("∂L/∂S transposed", "d_q", lambda g, s: (s.scaling * _dense(g, s).d_s().mT @ _dense(g, s).k).transpose(0, 1)),
+    wrong("P transposed", "d_v", lambda g, s: _grouped(_dense(g, s).p @ _dense(g, s).g, s, "sum")),
+    _worked("first head of the group only", "d_k d_v", how="first"),
+    _worked("mean over the group", "d_v", how="mean"),
+    _worked("prefix's share missing", "d_k d_v", _off_prefix),
+    wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )
 
-PROOFS = (OpProof("attention", attention_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

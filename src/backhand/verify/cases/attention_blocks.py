@@ -9,91 +9,56 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved
-from backhand.ops.attention_blocks import (
-    BLOCK_TOKENS,
-    AttentionBlocksSaved,
-    attention_blocks_backward,
-    attention_blocks_forward,
-    attention_blocks_reference,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors
+from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
+from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
+from backhand.verify.scaffold import Op
 
-SCALING = 0.37
+
+def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+    n, m = k.shape[1], q.shape[1]
+    mask = attention.visible(n, window, q.device)[n - m :]
+    parts = [part.transpose(1, 2) for part in (q, k, v)]
+    return attention.usual_attention(parts, mask, cap, sinks).transpose(1, 2)
 
 
-def _case(
-    name: str,
-    documents: int,
-    n: int,
-    heads: int = 6,
-    kv_heads: int = 3,
-    head_dim: int = 5,
-    *,
-    window: int | None = None,
-    size: float = 1.0,
-    cap: float | None = None,
-    queries: int | None = None,
-    sinks: float | None = None,
-) -> Case:
-    draw = Draw(f"attention_blocks: {name}")
-    m = n if queries is None else queries
-    tensors = {
-        "q": draw.normal(documents, m, heads, head_dim, size=size),
-        "k": draw.normal(documents, n, kv_heads, head_dim, size=size),
-        "v": draw.normal(documents, n, kv_heads, head_dim),
-        "d_y": draw.normal(documents, m, heads, head_dim),
-    }
-    if sinks is not None:
-        tensors["sinks"] = draw.normal(heads) + sinks
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = attention_blocks_forward(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
-        return ByHand(y, dict(zip(("q", "k", "v"), backward(t["d_y"], saved), strict=True)))
-
-    def reference(t: Tensors) -> Tensor:
-        return attention_blocks_reference(t["q"], t["k"], t["v"], SCALING, window, cap, t.get("sinks"))
-
-    def usual(t: Tensors) -> Tensor:
-        q, k, v = (t[part].transpose(1, 2) for part in ("q", "k", "v"))
-        mask = attention.visible(n, window, q.device)[n - m :]
-        if cap is not None or sinks is not None:
-            return attention.written_out(q, k, v, mask, SCALING, cap, t.get("sinks")).transpose(1, 2)
-        attended = functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
-        return attended.transpose(1, 2)
-
-    return Case(name, tensors, by_hand, reference, usual)
-
+OP = Op(
+    "attention_blocks",
+    attention.attention_inputs("documents asked heads head_dim", "documents n kv_heads head_dim"),
+    dict(documents=..., n=..., heads=6, kv_heads=3, head_dim=5, queries=None) | attention.OPTIONS,
+    usual=_usual,
+    made={"asked": lambda n, queries: n if queries is None else queries},
+)
 
 CASES = (
-    _case("two documents", 2, 9),
-    _case("one document", 1, 9),
-    _case("one key/value head", 2, 7, heads=3, kv_heads=1),
-    _case("a key/value head for each", 2, 7, heads=3, kv_heads=3),
-    _case("window inside the documents", 2, 9, window=4),
-    _case("window of one token", 2, 5, window=1),
-    _case("sharp softmax", 2, 7, size=6.0),
-    _case("one token", 1, 1),
-    _case("no documents", 0, 4),
-    _case("fewer queries than keys", 2, 9, queries=4),
-    _case("fewer queries than keys, window", 2, 9, queries=3, window=4),
-    _case("one query", 3, 6, queries=1),
-    _case("no query", 2, 6, queries=0),
-    _case("two blocks, fewer queries than keys", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9),
-    _case("the same, window", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9, window=70),
-    _case("no tokens", 2, 0),
-    _case("capped scores", 2, 9, cap=1.3, size=2.0),
-    _case("capped scores, window, fewer queries than keys", 2, 9, cap=0.7, size=2.0, window=4, queries=5),
-    _case("capped scores, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, cap=0.9, size=2.0),
-    _case("sinks", 2, 9, sinks=0.5),
-    _case("sinks, window, fewer queries than keys", 2, 9, sinks=0.5, window=4, queries=5),
-    _case("sinks above all scores", 2, 7, heads=3, kv_heads=1, sinks=8.0),
-    _case("sinks, one query", 3, 6, queries=1, sinks=0.5),
-    _case("sinks, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, sinks=3.0),
-    _case("sinks, capped scores", 2, 6, sinks=0.5, cap=0.9, size=2.0),
-    _case("two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6),
-    _case("three blocks, window shorter than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=50),
-    _case("three blocks, window longer than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=BLOCK_TOKENS + 20),
+    OP.case("two documents", 2, 9),
+    OP.case("one document", 1, 9),
+    OP.case("one key/value head", 2, 7, heads=3, kv_heads=1),
+    OP.case("a key/value head for each", 2, 7, heads=3, kv_heads=3),
+    OP.case("window inside the documents", 2, 9, window=4),
+    OP.case("window of one token", 2, 5, window=1),
+    OP.case("sharp softmax", 2, 7, size=6.0),
+    OP.case("one token", 1, 1),
+    OP.case("no documents", 0, 4),
+    OP.case("fewer queries than keys", 2, 9, queries=4),
+    OP.case("fewer queries than keys, window", 2, 9, queries=3, window=4),
+    OP.case("one query", 3, 6, queries=1),
+    OP.case("no query", 2, 6, queries=0),
+    OP.case("two blocks, fewer queries than keys", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9),
+    OP.case("the same, window", 1, BLOCK_TOKENS + 60, 2, 1, 6, queries=BLOCK_TOKENS + 9, window=70),
+    OP.case("no tokens", 2, 0),
+    OP.case("capped scores", 2, 9, cap=1.3, size=2.0),
+    OP.case("capped scores, window, fewer queries than keys", 2, 9, cap=0.7, size=2.0, window=4, queries=5),
+    OP.case("capped scores, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, cap=0.9, size=2.0),
+    OP.case("sinks", 2, 9, sinks=0.5),
+    OP.case("sinks, window, fewer queries than keys", 2, 9, sinks=0.5, window=4, queries=5),
+    OP.case("sinks above all scores", 2, 7, heads=3, kv_heads=1, sinks=8.0),
+    OP.case("sinks, one query", 3, 6, queries=1, sinks=0.5),
+    OP.case("sinks, two blocks", 1, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, sinks=3.0),
+    OP.case("sinks, capped scores", 2, 6, sinks=0.5, cap=0.9, size=2.0),
+    OP.case("two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6),
+    OP.case("three blocks, window shorter than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=50),
+    OP.case("three blocks, window longer than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=BLOCK_TOKENS + 20),
 )
 
 
@@ -121,9 +86,11 @@ def _packed(
 
 # Documents here have no shared prefix: it is part of their keys.
 MUTANTS = tuple(
-    Mutant(one.name, one.gradient, _packed(one.gradient, one.value))
-    for one in attention.MUTANTS
+    (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
+    for several in attention.MUTANTS
+    for one in several
     if one.name != "prefix's share missing"
 )
 
-PROOFS = (OpProof("attention_blocks", attention_blocks_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

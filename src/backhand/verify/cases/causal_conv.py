@@ -6,68 +6,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.nn.batch import document_runs
-from backhand.ops.causal_conv import (
-    CausalConvSaved,
-    Taps,
-    causal_conv_backward,
-    causal_conv_forward,
-    causal_conv_reference,
-    convolved,
+from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
+from backhand.ops.document_groups import Run
+from backhand.verify.case import wrong
+from backhand.verify.scaffold import PACKED, Op
+
+
+def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, silu: bool) -> Tensor:
+    c = causal_conv_reference(x, taps, runs, shared)
+    return functional.silu(c) if silu else c
+
+
+OP = Op(
+    "causal_conv",
+    {"x": "size: tokens channels", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
+    {"documents": ..., "channels": 5, "width": 4, "shared": 0, "silu": True, "bias": False, "size": 1.0},
+    usual=_usual,
+    made={"taps": Taps, **PACKED},
 )
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
-
-
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    channels: int = 5,
-    width: int = 4,
-    *,
-    shared: int = 0,
-    silu: bool = True,
-    bias: bool = False,
-    size: float = 1.0,
-) -> Case:
-    draw = Draw(f"causal_conv: {name}")
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
-    tensors = {
-        "x": draw.normal(tokens, channels, size=size),
-        "d_y": draw.normal(tokens, channels),
-        "weight": draw.normal(channels, width),
-    }
-    if bias:
-        tensors["bias"] = draw.normal(channels)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        y, saved = causal_conv_forward(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
-        return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-
-    def reference(t: Tensors) -> Tensor:
-        return causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared, silu=silu)
-
-    def usual(t: Tensors) -> Tensor:
-        c = causal_conv_reference(t["x"], Taps(t["weight"], t.get("bias")), runs, shared)
-        return functional.silu(c) if silu else c
-
-    return Case(name, tensors, by_hand, reference, usual)
-
 
 CASES = (
-    _case("packed documents", (6, 6, 3, 1, 2)),
-    _case("no activation", (6, 3, 7), silu=False),
-    _case("bias", (6, 3, 7), bias=True),
-    _case("three taps", (6, 3, 7), width=3, silu=False),
-    _case("one tap", (6, 3), width=1),
-    _case("documents shorter than the taps", (1, 2, 3, 1), width=6),
-    _case("shared prefix", (5, 5, 1, 2), shared=7),
-    _case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
-    _case("shared prefix, no activation", (4, 3), shared=3, silu=False),
-    _case("nothing but a prefix", (), shared=4),
-    _case("large numbers", (5, 4), size=30.0),
-    _case("one token", (1,)),
-    _case("no tokens", ()),
-    _case("training size", (40, 40, 17), channels=48),
+    OP.case("packed documents", (6, 6, 3, 1, 2)),
+    OP.case("no activation", (6, 3, 7), silu=False),
+    OP.case("bias", (6, 3, 7), bias=True),
+    OP.case("three taps", (6, 3, 7), width=3, silu=False),
+    OP.case("one tap", (6, 3), width=1),
+    OP.case("documents shorter than the taps", (1, 2, 3, 1), width=6),
+    OP.case("shared prefix", (5, 5, 1, 2), shared=7),
+    OP.case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
+    OP.case("shared prefix, no activation", (4, 3), shared=3, silu=False),
+    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("large numbers", (5, 4), size=30.0),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", ()),
+    OP.case("training size", (40, 40, 17), channels=48),
 )
 
 
@@ -109,17 +81,13 @@ def _through(d_c: Tensor, matrices: Tensor) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("slope forgotten", "d_x", lambda g, s, _right: _through(g, conv_matrices(s))),
-    Mutant("slope at x", "d_x", lambda g, s, _right: _through(functional.silu(s.x) * g, conv_matrices(s))),
-    Mutant(
-        "documents see each other", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, apart=False))
-    ),
-    Mutant("taps not turned round", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s).mT)),
-    Mutant(
-        "prefix's share missing", "d_x", lambda g, s, _right: _through(g * _slope(s), conv_matrices(s, prefix=False))
-    ),
-    Mutant("its own tap alone", "d_x", lambda g, s, _right: g * _slope(s) * s.taps.weight[:, -1]),
+    wrong("slope forgotten", "d_x", lambda g, s: _through(g, conv_matrices(s))),
+    wrong("slope at x", "d_x", lambda g, s: _through(functional.silu(s.x) * g, conv_matrices(s))),
+    wrong("documents see each other", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, apart=False))),
+    wrong("taps not turned round", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
+    wrong("prefix's share missing", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, prefix=False))),
+    wrong("its own tap alone", "d_x", lambda g, s: g * _slope(s) * s.taps.weight[:, -1]),
 )
 
-PROOFS = (OpProof("causal_conv", causal_conv_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

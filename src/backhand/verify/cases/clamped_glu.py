@@ -7,78 +7,55 @@ import math
 import torch
 from torch import Tensor
 
-from backhand.ops.clamped_glu import (
-    CHUNK_ELEMENTS,
-    Clamp,
-    ClampedGLUSaved,
-    clamped_glu_backward,
-    clamped_glu_forward,
-    clamped_glu_reference,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved, clamped_glu_forward
+from backhand.verify.case import Backward, Draw, wrong
+from backhand.verify.scaffold import Given, Op
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02
 
 
-def _off_bounds(x: Tensor, limit: float) -> Tensor:
-    """Numbers as given, those near the bounds moved away from them."""
-    near = (x.abs() - limit).abs() < MARGIN
-    return torch.where(near, x * (1 + 3 * MARGIN / limit), x)
+def _usual(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (up + 1) * gate * torch.sigmoid(clamp.gain * gate)
 
 
-def _case(
-    name: str,
-    lead: tuple[int, ...],
-    n: int = 7,
-    *,
-    size: float = 1.5,
-    side_by_side: bool = False,
-    clamp: Clamp = CLAMP,
-) -> Case:
-    draw = Draw(f"clamped_glu: {name}")
-    tensors = {
-        "gate": _off_bounds(draw.normal(*lead, n, size=size), clamp.limit),
-        "up": _off_bounds(draw.normal(*lead, n, size=size), clamp.limit),
-        "d_y": draw.normal(*lead, n),
-    }
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        if not side_by_side:
-            y, saved = clamped_glu_forward(t["gate"], t["up"], clamp)
-            grads = backward(t["d_y"], saved)
-        else:
-            # As the decoder's experts call it: columns of one buffer, gradients too; y where something else was.
-            gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
-            used = torch.full_like(t["gate"], math.nan)
-            y, saved = clamped_glu_forward(gate_up[..., :n], gate_up[..., n:], clamp, out=used)
-            grads = backward(t["d_y"], saved, out=torch.empty_like(gate_up))
-        return ByHand(y, {"gate": grads.d_gate, "up": grads.d_up})
-
-    def usual(t: Tensors) -> Tensor:
-        gate, up = t["gate"].clamp(max=clamp.limit), t["up"].clamp(-clamp.limit, clamp.limit)
-        return (up + 1) * gate * torch.sigmoid(clamp.gain * gate)
-
-    return Case(name, tensors, by_hand, lambda t: clamped_glu_reference(t["gate"], t["up"], clamp), usual)
+def _off_bounds(draw: Draw, lead: tuple[int, ...], n: int, size: float, clamp: Clamp) -> Tensor:
+    """Random numbers, those near the bounds moved away from them."""
+    x = draw.normal(*lead, n, size=size)
+    near = (x.abs() - clamp.limit).abs() < MARGIN
+    return torch.where(near, x * (1 + 3 * MARGIN / clamp.limit), x)
 
 
-CASES = (
-    _case("rows", (5,)),
-    _case("documents and rows", (2, 5)),
-    _case("side by side in one buffer", (5,), side_by_side=True),
-    _case("side by side, documents and rows", (2, 5), side_by_side=True),
-    _case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
-    _case("nothing clamped", (5,), clamp=Clamp(0.9, 40.0)),
-    _case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
-    _case("several chunks", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
-    _case("one row", (1,)),
-    _case("no rows", (0,)),
-    _case("no rows in documents", (2, 0), side_by_side=True),
+def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As the decoder's experts call it: columns of one buffer, gradients too; y where something else was."""
+    gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    y, saved = t.call(clamped_glu_forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
+    return y, backward(t["d_y"], saved, out=torch.empty_like(gate_up))
+
+
+OP = Op(
+    "clamped_glu",
+    {"gate": _off_bounds, "up": _off_bounds, "d_y": "*lead n"},
+    {"lead": ..., "n": 7, "size": 1.5, "side_by_side": False, "clamp": CLAMP},
+    usual=_usual,
+    ways={"side_by_side": _side_by_side},
 )
 
-
-def _unclamped(s: ClampedGLUSaved) -> ClampedGLUSaved:
-    return s._replace(clamp=Clamp(s.clamp.gain, math.inf))
+CASES = (
+    OP.case("rows", (5,)),
+    OP.case("documents and rows", (2, 5)),
+    OP.case("side by side in one buffer", (5,), side_by_side=True),
+    OP.case("side by side, documents and rows", (2, 5), side_by_side=True),
+    OP.case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
+    OP.case("nothing clamped", (5,), clamp=Clamp(0.9, 40.0)),
+    OP.case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
+    OP.case("several chunks", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    OP.case("one row", (1,)),
+    OP.case("no rows", (0,)),
+    OP.case("no rows in documents", (2, 0), side_by_side=True),
+)
 
 
 def _through(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
@@ -102,22 +79,16 @@ def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
     return right / (up + 1) * up
 
 
-def _with_gain(s: ClampedGLUSaved, gain: float) -> ClampedGLUSaved:
-    return s._replace(clamp=Clamp(gain, s.clamp.limit))
-
-
 MUTANTS = (
-    *standard_mutants("d_gate", "d_up"),
-    Mutant("clamp ignored", "d_gate", lambda g, s, _right: clamped_glu_backward(g, _unclamped(s)).d_gate),
-    Mutant("clamp ignored", "d_up", lambda g, s, _right: clamped_glu_backward(g, _unclamped(s)).d_up),
-    Mutant("bounds let the gradient through", "d_up", lambda g, s, _right: _through(g, s)),
-    Mutant("upper bound alone", "d_up", lambda g, s, _right: _upper_bound_alone(g, s)),
-    Mutant("gate clamped from below", "d_gate", lambda _g, s, right: _lower_bound_too(s, right.d_gate)),
-    Mutant("one not added", "d_gate", lambda _g, s, right: _without_one(s, right.d_gate)),
-    Mutant("gain forgotten", "d_gate", lambda g, s, _right: clamped_glu_backward(g, _with_gain(s, 1.0)).d_gate),
-    Mutant("gain forgotten", "d_up", lambda g, s, _right: clamped_glu_backward(g, _with_gain(s, 1.0)).d_up),
-    Mutant("gate and up swapped", "d_up", lambda _g, _s, right: right.d_gate),
-    Mutant("rows reversed", "d_up", lambda _g, _s, right: right.d_up.flip(0)),
+    OP.redo("clamp ignored", "d_gate d_up", clamp=lambda s: Clamp(s.clamp.gain, math.inf)),
+    wrong("bounds let the gradient through", "d_up", lambda g, s: _through(g, s)),
+    wrong("upper bound alone", "d_up", lambda g, s: _upper_bound_alone(g, s)),
+    wrong("gate clamped from below", "d_gate", lambda s, d: _lower_bound_too(s, d)),
+    wrong("one not added", "d_gate", lambda s, d: _without_one(s, d)),
+    OP.redo("gain forgotten", "d_gate d_up", clamp=lambda s: Clamp(1.0, s.clamp.limit)),
+    wrong("gate and up swapped", "d_up", lambda right: right.d_gate),
+    wrong("rows reversed", "d_up", lambda d: d.flip(0)),
 )
 
-PROOFS = (OpProof("clamped_glu", clamped_glu_backward, CASES, MUTANTS),)
+
+PROOFS = (OP.proof(CASES, MUTANTS),)

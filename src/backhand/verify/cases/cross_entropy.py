@@ -6,32 +6,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.cross_entropy import CrossEntropySaved
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 OP = Op(
-    "cross_entropy", usual=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none")
+    "cross_entropy",
+    dict(logits=lambda draw, rows, vocab, size, shift: draw.normal(rows, vocab, size=size) + shift)
+    | dict(targets=lambda draw, rows, vocab: draw.integers(vocab, rows), d_y="rows"),
+    {"rows": ..., "vocab": ..., "size": 1.5, "shift": 0.0},
+    usual=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none"),
 )
 
-
-def _case(name: str, rows: int, vocab: int, *, size: float = 1.5, shift: float = 0.0) -> Case:
-    inputs = {
-        "logits": lambda draw: draw.normal(rows, vocab, size=size) + shift,
-        "targets": lambda draw: draw.integers(vocab, rows),
-        "d_y": (rows,),
-    }
-    return OP.case(name, inputs)
-
-
 CASES = (
-    _case("rows", 5, 7),
-    _case("as many rows as words", 6, 6),
-    _case("sure of itself", 5, 7, size=12.0),
-    _case("far from zero", 5, 7, shift=-40.0),
-    _case("two words", 5, 2),
-    _case("one row", 1, 7),
-    _case("no rows", 0, 7),
-    _case("training size", 67, 353),
+    OP.case("rows", 5, 7),
+    OP.case("as many rows as words", 6, 6),
+    OP.case("sure of itself", 5, 7, size=12.0),
+    OP.case("far from zero", 5, 7, shift=-40.0),
+    OP.case("two words", 5, 2),
+    OP.case("one row", 1, 7),
+    OP.case("no rows", 0, 7),
+    OP.case("training size", 67, 353),
 )
 
 

@@ -5,30 +5,24 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("decay_gate")
-
-
-def _case(name: str, tokens: int, heads: int = 3, *, size: float = 1.0, shift: float = 0.0) -> Case:
-    inputs = {
-        "a": lambda draw: draw.normal(tokens, heads, size=size) + shift,
-        "log_rate": (heads,),
-        "bias": (heads,),
-        "d_y": (tokens, heads),
-    }
-    return OP.case(name, inputs)
-
+OP = Op(
+    "decay_gate",
+    dict(a=lambda draw, tokens, heads, size, shift: draw.normal(tokens, heads, size=size) + shift)
+    | dict(log_rate="heads", bias="heads", d_y="tokens heads"),
+    {"tokens": ..., "heads": 3, "size": 1.0, "shift": 0.0},
+)
 
 CASES = (
-    _case("tokens", 5),
-    _case("one head", 5, 1),
-    _case("large", 6, size=3.0, shift=12.0),
-    _case("far below zero", 6, shift=-12.0),
-    _case("one token", 1),
-    _case("no tokens", 0),
-    _case("training size", 67, 16),
+    OP.case("tokens", 5),
+    OP.case("one head", 5, 1),
+    OP.case("large", 6, size=3.0, shift=12.0),
+    OP.case("far below zero", 6, shift=-12.0),
+    OP.case("one token", 1),
+    OP.case("no tokens", 0),
+    OP.case("training size", 67, 16),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, along, gain
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 
@@ -15,32 +15,31 @@ def _usual(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis
     return y if bias is None else y + along(bias, y, axis)
 
 
-OP = Op("dora", usual=_usual)
-
-
-def _case(name: str, shape: tuple[int, ...], *, axis: int = -1, bias: bool = False) -> Case:
-    outputs = shape[axis]
-    inputs = {
-        "z": shape,
+OP = Op(
+    "dora",
+    {
+        "z": "*shape",
         # Lengths are above zero; a magnitude that training has carried below zero is a magnitude all the same.
-        "magnitude": lambda draw: draw.normal(outputs) + 0.3,
-        "norm": lambda draw: draw.normal(outputs).abs() + 0.5,
-        "d_y": shape,
-        "bias": bias and (outputs,),
-    }
-    return OP.case(name, inputs, axis=axis)
-
+        "magnitude": lambda draw, channels: draw.normal(channels) + 0.3,
+        "norm": lambda draw, channels: draw.normal(channels).abs() + 0.5,
+        "d_y": "*shape",
+        "bias": "channels",
+    },
+    {"shape": ..., "axis": -1, "bias": False},
+    usual=_usual,
+    made={"channels": lambda shape, axis: shape[axis]},
+)
 
 CASES = (
-    _case("rows", (5, 7)),
-    _case("documents and rows", (2, 5, 7)),
-    _case("bias", (5, 7), bias=True),
-    _case("channels of a picture", (2, 5, 3, 4), axis=1, bias=True),
-    _case("channels of a square", (4, 4), axis=0),
-    _case("one channel", (6, 1)),
-    _case("one row", (1, 7), bias=True),
-    _case("no rows", (0, 7), bias=True),
-    _case("training size", (67, 96), bias=True),
+    OP.case("rows", (5, 7)),
+    OP.case("documents and rows", (2, 5, 7)),
+    OP.case("bias", (5, 7), bias=True),
+    OP.case("channels of a picture", (2, 5, 3, 4), axis=1, bias=True),
+    OP.case("channels of a square", (4, 4), axis=0),
+    OP.case("one channel", (6, 1)),
+    OP.case("one row", (1, 7), bias=True),
+    OP.case("no rows", (0, 7), bias=True),
+    OP.case("training size", (67, 96), bias=True),
 )
 
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.dropout import DropoutSaved, dropout_mask
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("dropout", made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)})
-
-
-def _case(name: str, shape: tuple[int, ...], probability: float, seed: int) -> Case:
-    return OP.case(name, {"x": shape, "d_y": shape}, probability=probability, seed=seed)
-
+OP = Op(
+    "dropout",
+    {"x": "*shape", "d_y": "*shape"},
+    {"shape": ..., "probability": ..., "seed": ...},
+    made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)},
+)
 
 CASES = (
-    _case("rows", (5, 7), 0.3, 11),
-    _case("documents and rows", (2, 5, 7), 0.1, 2**40),
-    _case("probability 0", (5, 7), 0.0, 11),
-    _case("probability 0.95", (11, 13), 0.95, 5),
-    _case("one row", (1, 7), 0.4, 3),
-    _case("one number", (), 0.4, 3),
-    _case("no rows", (0, 7), 0.3, 11),
-    _case("training size", (67, 96), 0.05, 1),
+    OP.case("rows", (5, 7), 0.3, 11),
+    OP.case("documents and rows", (2, 5, 7), 0.1, 2**40),
+    OP.case("probability 0", (5, 7), 0.0, 11),
+    OP.case("probability 0.95", (11, 13), 0.95, 5),
+    OP.case("one row", (1, 7), 0.4, 3),
+    OP.case("one number", (), 0.4, 3),
+    OP.case("no rows", (0, 7), 0.3, 11),
+    OP.case("training size", (67, 96), 0.05, 1),
 )
 
 

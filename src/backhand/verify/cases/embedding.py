@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.embedding import EmbeddingSaved
-from backhand.verify.case import Case, Draw, overwritten, wrong
+from backhand.verify.case import Draw, overwritten, wrong
 from backhand.verify.scaffold import Op
 
-OP = Op("embedding", usual=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling)
 
-
-def token_ids(vocab: int, lead: tuple[int, ...], only: int | None = None) -> Callable[[Draw], Tensor]:
+def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -> Tensor:
     """Random tokens, or one alone."""
-
-    def drawn(draw: Draw) -> Tensor:
-        ids = draw.integers(vocab, *lead)
-        return ids if only is None else torch.full_like(ids, only)
-
-    return drawn
+    ids = draw.integers(vocab, *lead)
+    return ids if only is None else torch.full_like(ids, only)
 
 
-def _case(
-    name: str, lead: tuple[int, ...], vocab: int = 6, hidden: int = 5, *, scaling: float = 1.0, only: int | None = None
-) -> Case:
-    inputs = {"ids": token_ids(vocab, lead, only), "weight": (vocab, hidden), "d_y": (*lead, hidden)}
-    return OP.case(name, inputs, scaling=scaling)
-
+OP = Op(
+    "embedding",
+    {"ids": token_ids, "weight": "vocab hidden", "d_y": "*lead hidden"},
+    {"lead": ..., "vocab": 6, "hidden": 5, "scaling": 1.0, "only": None},
+    usual=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling,
+)
 
 CASES = (
-    _case("tokens, some of them twice", (9,)),
-    _case("scaling", (9,), scaling=2.4),
-    _case("documents and tokens", (2, 9), scaling=2.4),
-    _case("one token many times", (40,), only=2, scaling=1.7),
-    _case("unseen tokens", (3,), vocab=11),
-    _case("one token", (1,)),
-    _case("no tokens", (0,), scaling=2.4),
-    _case("training size", (67,), 353, 48, scaling=6.9),
+    OP.case("tokens, some of them twice", (9,)),
+    OP.case("scaling", (9,), scaling=2.4),
+    OP.case("documents and tokens", (2, 9), scaling=2.4),
+    OP.case("one token many times", (40,), only=2, scaling=1.7),
+    OP.case("unseen tokens", (3,), vocab=11),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", (0,), scaling=2.4),
+    OP.case("training size", (67,), 353, 48, scaling=6.9),
 )
 
 

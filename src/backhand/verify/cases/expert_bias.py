@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 WIDTH = 5
-OP = Op("expert_bias")
-
-
-def _case(name: str, tokens: int, experts: int = 4, k: int = 3) -> Case:
-    inputs = {
-        "chosen": lambda draw: draw.normal(tokens, experts).argsort(dim=-1)[:, :k],
-        "weights": (tokens, k),
-        "biases": (experts, WIDTH),
-        "d_y": (tokens, WIDTH),
-    }
-    return OP.case(name, inputs)
-
+OP = Op(
+    "expert_bias",
+    dict(chosen=lambda draw, tokens, experts, k: draw.normal(tokens, experts).argsort(dim=-1)[:, :k])
+    | dict(weights="tokens k", biases="experts width", d_y="tokens width"),
+    {"tokens": ..., "experts": 4, "k": 3, "width": WIDTH},
+)
 
 CASES = (
-    _case("tokens", 7),
-    _case("one choice", 7, k=1),
-    _case("every expert", 6, 3, 3),
-    _case("more experts than choices", 2, 9, 2),
-    _case("one token", 1),
-    _case("no tokens", 0),
-    _case("training size", 67, 8, 2),
+    OP.case("tokens", 7),
+    OP.case("one choice", 7, k=1),
+    OP.case("every expert", 6, 3, 3),
+    OP.case("more experts than choices", 2, 9, 2),
+    OP.case("one token", 1),
+    OP.case("no tokens", 0),
+    OP.case("training size", 67, 8, 2),
 )
 
 

@@ -2,81 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import document_runs
-from backhand.ops.delta_steps import CHUNK_TOKENS
+from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import spans
-from backhand.ops.gated_delta_rule import (
-    GatedDeltaRuleSaved,
-    gated_delta_rule_backward,
-    gated_delta_rule_forward,
-    gated_delta_rule_reference,
-)
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.verify.case import Mutant, wrong
+from backhand.verify.scaffold import PACKED, Op
 
 INPUTS = ("q", "k", "v", "decay", "beta")
-
-
-def _case(
-    name: str,
-    documents: tuple[int, ...],
-    key_heads: int = 2,
-    group: int = 3,
-    widths: tuple[int, int] = (5, 7),
-    *,
-    shared: int = 0,
-    forgetting: float = 0.3,
-    chunk: int = 3,
-) -> Case:
-    draw = Draw(f"gated_delta_rule: {name}")
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
-    heads = key_heads * group
-    # Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
-    tensors = {
-        "q": draw.normal(tokens, key_heads, widths[0], size=0.7),
-        "k": draw.normal(tokens, key_heads, widths[0], size=widths[0] ** -0.5),
-        "v": draw.normal(tokens, heads, widths[1]),
-        "decay": -forgetting * draw.normal(tokens, heads).abs(),
-        "beta": torch.sigmoid(draw.normal(tokens, heads)),
-        "d_y": draw.normal(tokens, heads, widths[1]),
-    }
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        q, k, v, decay, beta = (t[name] for name in INPUTS)
-        y, saved = gated_delta_rule_forward(q, k, v, decay, beta, runs, shared, chunk=chunk)
-        return ByHand(y, dict(zip(INPUTS, backward(t["d_y"], saved), strict=True)))
-
-    def reference(t: Tensors) -> Tensor:
-        q, k, v, decay, beta = (t[name] for name in INPUTS)
-        return gated_delta_rule_reference(q, k, v, decay, beta, runs, shared)
-
-    return Case(name, tensors, by_hand, reference)
-
+STATE_MISTAKES = (
+    "state cut between chunks",
+    "state held constant",
+    "correction held constant",
+    "prefix's share missing",
+)
+# Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
+OP = Op(
+    "gated_delta_rule",
+    dict(q="0.7: tokens key_heads key_width")
+    | dict(k=lambda draw, tokens, key_heads, key_width: draw.normal(tokens, key_heads, key_width, size=key_width**-0.5))
+    | dict(v="tokens heads width")
+    | dict(decay=lambda draw, tokens, heads, forgetting: -forgetting * draw.normal(tokens, heads).abs())
+    | dict(beta=lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)))
+    | dict(d_y="tokens heads width"),
+    dict(documents=..., key_heads=2, group=3, key_width=5, width=7, shared=0, forgetting=0.3, chunk=3),
+    made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
+)
 
 CASES = (
-    _case("packed documents", (4, 4, 9, 1, 2)),
-    _case("one value head for each key head", (6, 3), group=1),
-    _case("one key head", (6, 3), key_heads=1, group=2),
-    _case("documents of one length", (8, 8, 8)),
-    _case("longest document last", (2, 5, 11)),
-    _case("one chunk", (9,), chunk=9),
-    _case("chunks of one token", (5, 3), chunk=1),
-    _case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, widths=(3, 4), chunk=CHUNK_TOKENS),
-    _case("shared prefix", (5, 5, 1, 2), shared=4),
-    _case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
-    _case("nothing but a prefix", (), shared=5),
-    _case("a prefix before empty documents", (0, 0), shared=5),
-    _case("strong forgetting", (9, 4), forgetting=8.0),
-    _case("no forgetting", (9, 4), forgetting=0.0),
-    _case("empty documents between", (3, 0, 2)),
-    _case("one token", (1,)),
-    _case("one-token documents", (1, 1, 1)),
-    _case("no tokens", ()),
+    OP.case("packed documents", (4, 4, 9, 1, 2)),
+    OP.case("one value head for each key head", (6, 3), group=1),
+    OP.case("one key head", (6, 3), key_heads=1, group=2),
+    OP.case("documents of one length", (8, 8, 8)),
+    OP.case("longest document last", (2, 5, 11)),
+    OP.case("one chunk", (9,), chunk=9),
+    OP.case("chunks of one token", (5, 3), chunk=1),
+    OP.case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, key_width=3, width=4, chunk=CHUNK_TOKENS),
+    OP.case("shared prefix", (5, 5, 1, 2), shared=4),
+    OP.case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
+    OP.case("nothing but a prefix", (), shared=5),
+    OP.case("a prefix before empty documents", (0, 0), shared=5),
+    OP.case("strong forgetting", (9, 4), forgetting=8.0),
+    OP.case("no forgetting", (9, 4), forgetting=0.0),
+    OP.case("empty documents between", (3, 0, 2)),
+    OP.case("one token", (1,)),
+    OP.case("one-token documents", (1, 1, 1)),
+    OP.case("no tokens", ()),
 )
 
 
@@ -109,10 +81,10 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
     return torch.cat(outputs)
 
 
-def _cut(mistake: str, name: str) -> Mutant:
-    """The gradient by the cut recurrence, with the values of the right one."""
+def _cut(mistake: str, *names: str) -> tuple[Mutant, ...]:
+    """The gradients by the cut recurrence, with the values of the right one."""
 
-    def value(d_y: Tensor, s: GatedDeltaRuleSaved, _right: Any) -> Tensor:
+    def value(d_y: Tensor, s: GatedDeltaRuleSaved, name: str) -> Tensor:
         leaves = {part: getattr(s, part).detach().clone().requires_grad_() for part in INPUTS}
         with torch.enable_grad():
             y = _recurrence(s, leaves, mistake)
@@ -121,31 +93,22 @@ def _cut(mistake: str, name: str) -> Mutant:
         (found,) = torch.autograd.grad(y, leaves[name], d_y, allow_unused=True)
         return torch.zeros_like(leaves[name]) if found is None else found
 
-    return Mutant(mistake, f"d_{name}", value)
+    def mutant(name: str) -> Mutant:
+        return Mutant(mistake, f"d_{name}", lambda d_y, s, _right: value(d_y, s, name))
 
-
-def _changed(mistake: str, name: str, change: Callable[[Tensor, GatedDeltaRuleSaved], Tensor]) -> Mutant:
-    return Mutant(mistake, f"d_{name}", lambda _g, s, right: change(getattr(right, f"d_{name}"), s))
-
-
-def _of_one_head(d_k: Tensor, s: GatedDeltaRuleSaved) -> Tensor:
-    return d_k * (s.k.shape[1] / s.v.shape[1])
+    return tuple(mutant(name) for name in names)
 
 
 MUTANTS = (
-    *standard_mutants(*(f"d_{name}" for name in INPUTS)),
-    *(_cut("documents see each other", name) for name in INPUTS),
-    *(_cut("state cut between chunks", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("state held constant", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("correction held constant", name) for name in ("k", "v", "decay", "beta")),
-    *(_cut("prefix's share missing", name) for name in ("k", "v", "decay", "beta")),
+    _cut("documents see each other", *INPUTS),
+    *(_cut(mistake, *INPUTS[1:]) for mistake in STATE_MISTAKES),
     _cut("key of the correction held constant", "k"),
     _cut("key of the update held constant", "k"),
-    _changed("mean over the group", "q", _of_one_head),
-    _changed("mean over the group", "k", _of_one_head),
-    _changed("not summed from behind", "decay", lambda d, _s: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
-    _changed("of the factor, not its logarithm", "decay", lambda d, s: d / s.decay.exp()),
-    _changed("of the logit, not the rate", "beta", lambda d, s: d * s.beta * (1 - s.beta)),
+    wrong("mean over the group", "d_q d_k", lambda d, s: d * (s.k.shape[1] / s.v.shape[1])),
+    wrong("not summed from behind", "d_decay", lambda d: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
+    wrong("of the factor, not its logarithm", "d_decay", lambda d, s: d / s.decay.exp()),
+    wrong("of the logit, not the rate", "d_beta", lambda d, s: d * s.beta * (1 - s.beta)),
 )
 
-PROOFS = (OpProof("gated_delta_rule", gated_delta_rule_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

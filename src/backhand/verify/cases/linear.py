@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch.nn import functional
 
 from backhand.verify.case import (
-    Case,
     flat_rows,
     mean_mutants,
     rows_reversed,
@@ -15,23 +14,22 @@ from backhand.verify.case import (
 )
 from backhand.verify.scaffold import Op
 
-OP = Op("linear", usual=lambda x, weight, bias: functional.linear(x, weight, bias))
-
-
-def _case(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 4, *, bias: bool = False) -> Case:
-    shapes = {"x": (*lead, inputs), "weight": (outputs, inputs), "d_y": (*lead, outputs), "bias": bias and (outputs,)}
-    return OP.case(name, shapes)
-
+OP = Op(
+    "linear",
+    {"x": "*lead inputs", "weight": "outputs inputs", "d_y": "*lead outputs", "bias": "outputs"},
+    {"lead": ..., "inputs": 7, "outputs": 4, "bias": False},
+    usual=lambda x, weight, bias: functional.linear(x, weight, bias),
+)
 
 CASES = (
-    _case("rows", (5,)),
-    _case("bias", (5,), bias=True),
-    _case("documents and rows, bias", (2, 5), bias=True),
-    _case("one input, one output", (6,), 1, 1, bias=True),
-    _case("square weight", (5,), 7, 7),
-    _case("one row", (1,), bias=True),
-    _case("no rows", (0,), bias=True),
-    _case("training size", (67,), 96, 160, bias=True),
+    OP.case("rows", (5,)),
+    OP.case("bias", (5,), bias=True),
+    OP.case("documents and rows, bias", (2, 5), bias=True),
+    OP.case("one input, one output", (6,), 1, 1, bias=True),
+    OP.case("square weight", (5,), 7, 7),
+    OP.case("one row", (1,), bias=True),
+    OP.case("no rows", (0,), bias=True),
+    OP.case("training size", (67,), 96, 160, bias=True),
 )
 
 MUTANTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,8 @@ from backhand.ops.linear_cross_entropy import (
 )
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
-
-SCALING = 1.7
+from backhand.verify.case import Backward, Draw, wrong
+from backhand.verify.scaffold import SCALING, Given, Op
 
 
 class _Inputs(NamedTuple):
@@ -36,7 +36,7 @@ class _Inputs(NamedTuple):
     weight: Tensor
     targets: Tensor
     head: HeadFactors | None
-    multiplier: float
+    multiplier: float | Tensor
     rule: LogitsRule
 
     @property
@@ -47,71 +47,32 @@ class _Inputs(NamedTuple):
 
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
-    """The fused pass as a backward like any other; the losses' gradient is the multiplier in every row."""
+    """The fused pass as a backward like any other; the losses' gradient is the multiplier, one for all rows or each."""
     if inputs.head is not None:
         return linear_cross_entropy_backward(*inputs)[1]
     x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
     return linear_cross_entropy_backward(x, *inputs[1:], out=x)[1]
 
 
-def _case(
-    name: str,
-    rows: int,
-    hidden: int = 5,
-    vocab: int = 7,
-    rank: int | None = None,
-    *,
-    multiplier: float = 0.13,
-    size: float = 1.0,
-    masked: bool = False,
-    dropout: Dropout | None = None,
-    rule: LogitsRule = PLAIN,
-) -> Case:
-    draw = Draw(f"linear_cross_entropy: {name}")
+def _labels(draw: Draw, vocab: int, rows: int, masked: bool) -> Tensor:
     labels = draw.integers(vocab, rows)
     if masked:
         labels[::2] = IGNORE_INDEX
-    tensors = {
-        "x": draw.normal(rows, hidden, size=size),
-        "weight": draw.normal(vocab, hidden),
-        "d_y": torch.tensor(multiplier, dtype=torch.float64),
-    }
-    if rank is not None:
-        tensors |= {"lora_A": draw.normal(rank, hidden), "lora_B": draw.normal(vocab, rank)}
-    supervised = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    return labels
 
-    def inputs(t: Tensors) -> _Inputs:
-        places, targets = supervised.to(t["x"].device), labels[supervised].to(t["x"].device)
-        head = None if rank is None else HeadFactors(t["lora_A"], t["lora_B"], SCALING, dropout)
-        return _Inputs(t["x"][places], t["weight"], targets, head, float(t["d_y"]), rule)
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        given = inputs(t)
-        if dropout is None:
-            losses = linear_cross_entropy_forward(*given[:4], rule)
-        else:  # the forward alone is the evaluation, which has no dropout
-            losses, _ = linear_cross_entropy_backward(*given)
-        grads = backward(t["d_y"], given)
-        gradients = {"x": torch.zeros_like(t["x"]).index_copy_(0, supervised.to(t["x"].device), grads.d_x)}
-        if rank is not None:
-            gradients |= {"lora_A": grads.d_lora_A, "lora_B": grads.d_lora_B}
-        return ByHand(losses, gradients)
+def _reference(s: _Inputs) -> Tensor:
+    if s.head is None or s.head.dropout is None:
+        return linear_cross_entropy_reference(*s[:4], s.rule)
+    return functional.cross_entropy(_ruled(_reference_logits(s), s.rule), s.targets, reduction="none")
 
-    def reference(t: Tensors) -> Tensor:
-        given = inputs(t)
-        if dropout is None:
-            return linear_cross_entropy_reference(*given[:4], rule)
-        return functional.cross_entropy(_ruled(_reference_logits(given), rule), given.targets, reduction="none")
 
-    def usual(t: Tensors) -> Tensor:
-        given = inputs(t)
-        logits = functional.linear(given.x, given.weight)
-        if given.head is not None:
-            h = functional.linear(given.x if dropout is None else given.x * given.mask, given.head.lora_A)
-            logits = logits + functional.linear(h, given.head.lora_B) * SCALING
-        return functional.cross_entropy(_ruled(logits, rule).float(), given.targets, reduction="none")
-
-    return Case(name, tensors, by_hand, reference, usual)
+def _usual(s: _Inputs) -> Tensor:
+    logits = functional.linear(s.x, s.weight)
+    if s.head is not None:
+        h = functional.linear(s.x if s.head.dropout is None else s.x * s.mask, s.head.lora_A)
+        logits = logits + functional.linear(h, s.head.lora_B) * s.head.scaling
+    return functional.cross_entropy(_ruled(logits, s.rule).float(), s.targets, reduction="none")
 
 
 def _reference_logits(given: _Inputs) -> Tensor:
@@ -126,33 +87,84 @@ def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
     return logits if rule.cap is None else torch.tanh(logits / rule.cap) * rule.cap
 
 
+def _fused(t: Given, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
+    s: _Inputs = t["s"]
+    losses = linear_cross_entropy_forward(*s[:4], s.rule)
+    grads = backward(t["d_y"], s)
+    return losses, grads._replace(d_x=torch.zeros_like(t["x"]).index_copy_(0, _supervised(t["labels"]), grads.d_x))
+
+
+def _supervised(labels: Tensor) -> Tensor:
+    return (labels != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def _inputs(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    dropout: Dropout | None,
+    rule: LogitsRule,
+    d_y: Tensor,
+) -> _Inputs:
+    places = _supervised(labels)
+    head = None if lora_A is None or lora_B is None else HeadFactors(lora_A, lora_B, SCALING, dropout)
+    return _Inputs(x[places], weight, labels[places], head, d_y if d_y.dim() else float(d_y), rule)
+
+
+def _d_y(draw: Draw, labels: Tensor, multiplier: float, weighted: bool) -> Tensor:
+    """One for all rows, or each row's own."""
+    return draw.normal(len(_supervised(labels))) if weighted else torch.tensor(multiplier, dtype=torch.float64)
+
+
+OP = Op(
+    "linear_cross_entropy",
+    dict(labels=_labels, x="size: rows hidden", weight="vocab hidden")
+    | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank"),
+    dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, masked=False, dropout=None)
+    | dict(rule=PLAIN, weighted=False, fused=True),
+    backward=_backward,
+    reference=_reference,
+    usual=_usual,
+    made={"s": _inputs},
+    ways={"fused": _fused},
+)
+
 CASES = (
-    _case("rows", 6),
-    _case("adapted head", 6, rank=3),
-    _case("masked labels", 9, masked=True),
-    _case("masked labels, adapted head", 9, rank=2, masked=True),
-    _case("wide vocabulary", 3, vocab=4133),
-    _case("several chunks", CHUNK_ROWS + 3, rank=3),
-    _case("exactly one chunk", CHUNK_ROWS),
-    _case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
-    _case("large logits", 6, size=300.0, rank=2),
-    _case("square head", 6, 7, 7, 7),
-    _case("one row", 1, rank=3),
-    _case("one class", 4, vocab=1),
-    _case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
-    _case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
-    _case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
-    _case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
-    _case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
-    _case("no rows", 0, rank=3),
-    _case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
-    _case("capped logits", 6, rule=LogitsRule(cap=2.5)),
-    _case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
-    _case(
+    OP.case("rows", 6),
+    OP.case("adapted head", 6, rank=3),
+    OP.case("masked labels", 9, masked=True),
+    OP.case("masked labels, adapted head", 9, rank=2, masked=True),
+    OP.case("wide vocabulary", 3, vocab=4133),
+    OP.case("several chunks", CHUNK_ROWS + 3, rank=3),
+    OP.case("exactly one chunk", CHUNK_ROWS),
+    OP.case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
+    OP.case("large logits", 6, size=300.0, rank=2),
+    OP.case("square head", 6, 7, 7, 7),
+    OP.case("one row", 1, rank=3),
+    OP.case("one class", 4, vocab=1),
+    OP.case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
+    OP.case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
+    OP.case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
+    OP.case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
+    OP.case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
+    OP.case("no rows", 0, rank=3),
+    OP.case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
+    OP.case("capped logits", 6, rule=LogitsRule(cap=2.5)),
+    OP.case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
+    OP.case(
         "scaled and capped logits, dropout", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3), rule=LogitsRule(1.4, 3.1)
     ),
-    _case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
-    _case("training size", 67, 48, 353, 8),
+    OP.case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
+    OP.case("training size", 67, 48, 353, 8),
+    OP.case("a weight for each row", 6, weighted=True),
+    OP.case("weights, adapted head, masked labels", 9, rank=2, masked=True, weighted=True),
+    OP.case("weights, several chunks", CHUNK_ROWS + 3, rank=3, weighted=True),
+    OP.case("weights, several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, weighted=True),
+    OP.case("weights, dropout", CHUNK_ROWS + 5, rank=3, weighted=True, dropout=Dropout(0.4, 3)),
+    OP.case("weights, scaled and capped logits", 9, rank=3, weighted=True, rule=LogitsRule(0.6, 1.7)),
+    OP.case("weights, no rows", 0, rank=3, weighted=True),
 )
 
 
@@ -167,7 +179,8 @@ def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool =
         d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
     if slope and s.rule.cap is not None:
         d = d * (1 - (logits / s.rule.cap) ** 2)
-    return s.multiplier * s.rule.scaling * d
+    w = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]
+    return w * s.rule.scaling * d
 
 
 def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
@@ -207,16 +220,21 @@ def _next_seed(s: _Inputs) -> _Inputs:
     return s._replace(head=s.head._replace(dropout=s.head.dropout._replace(seed=s.head.dropout.seed + 1)))
 
 
-def _unscaled(s: _Inputs) -> Any:
-    """The right gradients for an input without the multiplier."""
-    return _backward(s.x, s._replace(multiplier=1.0))
-
-
-def _last_chunk(s: _Inputs) -> Any:
-    """The factors' gradients overwritten by each chunk instead of added up."""
+def _last_chunk(s: _Inputs) -> _Inputs:
     step = chunk_rows(s.x.shape[1], s.x.dtype)
     start = (max(s.x.shape[0] - 1, 0) // step) * step
-    return _backward(s.x, s._replace(x=s.x[start:], targets=s.targets[start:]))
+    multiplier = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[start:]
+    return s._replace(x=s.x[start:], targets=s.targets[start:], multiplier=multiplier)
+
+
+def _weighted(s: _Inputs, change: Callable[[Tensor], Tensor]) -> _Inputs:
+    """With other weights, where each row has its own."""
+    return s if isinstance(s.multiplier, float) else s._replace(multiplier=change(s.multiplier))
+
+
+def _first_chunks_weights(w: Tensor) -> Tensor:
+    """Every chunk weighted as the first one."""
+    return w[torch.arange(len(w)) % CHUNK_ROWS]
 
 
 def _head_scaling(s: _Inputs) -> float:
@@ -224,39 +242,38 @@ def _head_scaling(s: _Inputs) -> float:
 
 
 MUTANTS = (
-    *standard_mutants("d_x", "d_lora_A", "d_lora_B"),
-    Mutant("target not subtracted", "d_x", lambda _g, s, _right: _d_logits(s, one_hot=False) @ s.weight),
-    Mutant("targets shifted by one", "d_x", lambda _g, s, _right: _d_logits(s, shift=1) @ s.weight),
-    Mutant("low-rank term missing", "d_x", lambda _g, s, _right: _d_logits(s) @ s.weight),
-    Mutant("multiplier forgotten", "d_x", lambda _g, s, _right: _unscaled(s).d_x),
-    Mutant("multiplier forgotten", "d_lora_A", lambda _g, s, _right: _unscaled(s).d_lora_A),
-    Mutant("multiplier forgotten", "d_lora_B", lambda _g, s, _right: _unscaled(s).d_lora_B),
-    Mutant("cap's slope missing", "d_x", lambda _g, s, _right: _d_x(s, slope=False)),
-    Mutant("cap's slope missing", "d_lora_A", lambda _g, s, _right: _d_h(s, slope=False).T @ (s.x * s.mask)),
-    Mutant("logits' multiplier forgotten", "d_x", lambda _g, s, right: right.d_x / s.rule.scaling),
-    Mutant("logits' multiplier forgotten", "d_lora_A", lambda _g, s, right: right.d_lora_A / s.rule.scaling),
-    Mutant("logits' multiplier forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / s.rule.scaling),
-    Mutant("logits' multiplier left out of the softmax", "d_lora_B", lambda _g, s, _right: _plain_softmax(s)),
-    Mutant("mean for sum", "d_x", lambda _g, s, right: right.d_x / max(s.x.shape[0], 1)),
-    Mutant("scaling forgotten", "d_lora_A", lambda _g, s, right: right.d_lora_A / _head_scaling(s)),
-    Mutant("scaling forgotten", "d_lora_B", lambda _g, s, right: right.d_lora_B / _head_scaling(s)),
-    Mutant("last chunk only", "d_lora_A", lambda _g, s, _right: _last_chunk(s).d_lora_A),
-    Mutant("last chunk only", "d_lora_B", lambda _g, s, _right: _last_chunk(s).d_lora_B),
-    Mutant("rows reversed", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * s.mask).flip(0)),
-    Mutant(
+    wrong("target not subtracted", "d_x", lambda s: _d_logits(s, one_hot=False) @ s.weight),
+    wrong("targets shifted by one", "d_x", lambda s: _d_logits(s, shift=1) @ s.weight),
+    wrong("low-rank term missing", "d_x", lambda s: _d_logits(s) @ s.weight),
+    OP.redo("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
+    wrong("cap's slope missing", "d_x", lambda s: _d_x(s, slope=False)),
+    wrong("cap's slope missing", "d_lora_A", lambda s: _d_h(s, slope=False).T @ (s.x * s.mask)),
+    wrong("logits' multiplier forgotten", "d_x d_lora_A d_lora_B", lambda s, d: d / s.rule.scaling),
+    wrong("logits' multiplier left out of the softmax", "d_lora_B", lambda s: _plain_softmax(s)),
+    wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
+    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / _head_scaling(s)),
+    # The factors' gradients overwritten by each chunk instead of added up.
+    OP.redo("last chunk only", "d_lora_A d_lora_B", s=lambda s: _last_chunk(s)),
+    wrong("rows reversed", "d_lora_A", lambda s: _d_h(s).T @ (s.x * s.mask).flip(0)),
+    wrong(
         "rows reversed",
         "d_lora_B",
-        lambda _g, s, _right: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
+        lambda s: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
     ),
+    OP.redo("weights averaged", "d_x", s=lambda s: _weighted(s, lambda w: w.mean().expand_as(w))),
+    OP.redo("weights of the first chunk", "d_x d_lora_A", s=lambda s: _weighted(s, _first_chunks_weights)),
+    OP.redo("weights reversed", "d_lora_A d_lora_B", s=lambda s: _weighted(s, lambda w: w.flip(0))),
+    OP.redo("weights squared", "d_lora_B", s=lambda s: _weighted(s, lambda w: w * w)),
     # The mask is right in the logits, and forgotten or wrong in one gradient.
-    Mutant("mask ignored", "d_x", lambda _g, s, right: right.d_x + (1 - s.mask) * _low_rank_d_x(s)),
-    Mutant("mask twice", "d_x", lambda _g, s, right: right.d_x + (s.mask - 1) * s.mask * _low_rank_d_x(s)),
-    Mutant("mask ignored", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ s.x),
-    Mutant("mask not scaled up", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * (s.mask != 0))),
-    Mutant("mask of the first chunk", "d_lora_A", lambda _g, s, _right: _d_h(s).T @ (s.x * _first_chunks_mask(s))),
-    Mutant("mask ignored", "d_lora_B", lambda _g, s, _right: _d_lora_B(s, torch.ones_like(s.x))),
-    Mutant("mask of the first chunk", "d_lora_B", lambda _g, s, _right: _d_lora_B(s, _first_chunks_mask(s))),
-    Mutant("mask of another seed", "d_lora_B", lambda _g, s, _right: _backward(s.x, _next_seed(s)).d_lora_B),
+    wrong("mask ignored", "d_x", lambda s, d: d + (1 - s.mask) * _low_rank_d_x(s)),
+    wrong("mask twice", "d_x", lambda s, d: d + (s.mask - 1) * s.mask * _low_rank_d_x(s)),
+    wrong("mask ignored", "d_lora_A", lambda s: _d_h(s).T @ s.x),
+    wrong("mask not scaled up", "d_lora_A", lambda s: _d_h(s).T @ (s.x * (s.mask != 0))),
+    wrong("mask of the first chunk", "d_lora_A", lambda s: _d_h(s).T @ (s.x * _first_chunks_mask(s))),
+    wrong("mask ignored", "d_lora_B", lambda s: _d_lora_B(s, torch.ones_like(s.x))),
+    wrong("mask of the first chunk", "d_lora_B", lambda s: _d_lora_B(s, _first_chunks_mask(s))),
+    OP.redo("mask of another seed", "d_lora_B", s=lambda s: _next_seed(s)),
 )
 
-PROOFS = (OpProof("linear_cross_entropy", _backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

@@ -6,24 +6,25 @@ from torch import Tensor
 
 from backhand.ops.dora import along
 from backhand.ops.lora_bias import LoRABiasSaved
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import SCALING, Op
 
-OP = Op("lora_bias", usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis))
-
-
-def _case(name: str, shape: tuple[int, ...], *, axis: int = -1) -> Case:
-    return OP.case(name, {"z": shape, "lora_bias": (shape[axis],), "d_y": shape}, scaling=SCALING, axis=axis)
-
+OP = Op(
+    "lora_bias",
+    {"z": "*shape", "lora_bias": "channels", "d_y": "*shape"},
+    {"shape": ..., "axis": -1, "scaling": SCALING},
+    usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
+    made={"channels": lambda shape, axis: shape[axis]},
+)
 
 CASES = (
-    _case("rows", (5, 7)),
-    _case("documents and rows", (2, 5, 7)),
-    _case("channels of a picture", (2, 5, 3, 4), axis=1),
-    _case("channels of a square", (4, 4), axis=0),
-    _case("one row", (1, 7)),
-    _case("no rows", (0, 7)),
-    _case("training size", (67, 96)),
+    OP.case("rows", (5, 7)),
+    OP.case("documents and rows", (2, 5, 7)),
+    OP.case("channels of a picture", (2, 5, 3, 4), axis=1),
+    OP.case("channels of a square", (4, 4), axis=0),
+    OP.case("one row", (1, 7)),
+    OP.case("no rows", (0, 7)),
+    OP.case("training size", (67, 96)),
 )
 
 

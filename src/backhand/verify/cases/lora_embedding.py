@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_embedding import LoRAEmbeddingSaved
-from backhand.verify.case import Case, flat_rows, overwritten, transposed_if_square, transposed_mutants, wrong
+from backhand.verify.case import flat_rows, overwritten, transposed_if_square, transposed_mutants, wrong
 from backhand.verify.cases.embedding import token_ids
 from backhand.verify.scaffold import SCALING, Op
 
@@ -19,41 +19,24 @@ def _usual(
     return functional.embedding(ids, weight) + scaling * low_rank
 
 
-OP = Op("lora_embedding", usual=_usual)
-
-
-def _case(
-    name: str,
-    lead: tuple[int, ...],
-    vocab: int = 6,
-    hidden: int = 5,
-    rank: int = 3,
-    *,
-    padding_id: int | None = None,
-    only: int | None = None,
-) -> Case:
-    inputs = {
-        "ids": token_ids(vocab, lead, only),
-        "weight": (vocab, hidden),
-        "lora_A": (rank, vocab),
-        "lora_B": (hidden, rank),
-        "d_y": (*lead, hidden),
-    }
-    # Finite differences would vary the padding column too, whose gradient is held at zero by definition.
-    exempt = ("lora_A",) if padding_id is not None else ()
-    return OP.case(name, inputs, exempt=exempt, scaling=SCALING, padding_id=padding_id)
-
+OP = Op(
+    "lora_embedding",
+    dict(ids=token_ids, weight="vocab hidden", lora_A="rank vocab", lora_B="hidden rank") | dict(d_y="*lead hidden"),
+    {"lead": ..., "vocab": 6, "hidden": 5, "rank": 3, "padding_id": None, "only": None, "scaling": SCALING},
+    usual=_usual,
+)
 
 CASES = (
-    _case("tokens, some of them twice", (9,)),
-    _case("documents and tokens", (2, 9)),
-    _case("padding token", (14,), padding_id=3),
-    _case("one token many times", (40,), only=2),
-    _case("unseen tokens", (4,), vocab=11),
-    _case("square factors", (9,), 5, 5, 5),
-    _case("one token", (1,)),
-    _case("no tokens", (0,)),
-    _case("training size", (67,), 353, 48, 8),
+    OP.case("tokens, some of them twice", (9,)),
+    OP.case("documents and tokens", (2, 9)),
+    # Finite differences would vary the padding column too, whose gradient is held at zero by definition.
+    OP.case("padding token", (14,), padding_id=3, exempt=("lora_A",)),
+    OP.case("one token many times", (40,), only=2),
+    OP.case("unseen tokens", (4,), vocab=11),
+    OP.case("square factors", (9,), 5, 5, 5),
+    OP.case("one token", (1,)),
+    OP.case("no tokens", (0,)),
+    OP.case("training size", (67,), 353, 48, 8),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import Case, wrong
+from backhand.verify.case import wrong
 from backhand.verify.scaffold import Op
 
 
@@ -15,23 +15,22 @@ def _usual(prediction: Tensor, target: Tensor) -> Tensor:
     return functional.mse_loss(prediction, target, reduction="sum") / max(rows, 1)
 
 
-OP = Op("mse", usual=_usual)
-
-
-def _case(name: str, shape: tuple[int, ...], *, size: float = 1.0) -> Case:
-    both = dict.fromkeys(("prediction", "target"), lambda draw: draw.normal(*shape, size=size))
-    return OP.case(name, {**both, "d_y": lambda _: torch.tensor(1.3, dtype=torch.float64)})
-
+OP = Op(
+    "mse",
+    {"prediction": "size: *shape", "target": "size: *shape", "d_y": lambda: torch.tensor(1.3, dtype=torch.float64)},
+    {"shape": ..., "size": 1.0},
+    usual=_usual,
+)
 
 CASES = (
-    _case("one feature", (6, 1)),
-    _case("features", (6, 3)),
-    _case("documents and rows", (2, 5, 3)),
-    _case("small differences", (6, 3), size=1e-4),
-    _case("one row", (1, 3)),
-    _case("one number", (1,)),
-    _case("no rows", (0, 3)),
-    _case("training size", (67, 96)),
+    OP.case("one feature", (6, 1)),
+    OP.case("features", (6, 3)),
+    OP.case("documents and rows", (2, 5, 3)),
+    OP.case("small differences", (6, 3), size=1e-4),
+    OP.case("one row", (1, 3)),
+    OP.case("one number", (1,)),
+    OP.case("no rows", (0, 3)),
+    OP.case("training size", (67, 96)),
 )
 
 

@@ -5,87 +5,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward, rotary_reference, rotary_table, times
-from backhand.verify.case import Backward, ByHand, Case, Draw, Mutant, OpProof, Tensors, standard_mutants
+from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_forward, rotary_table, times
+from backhand.verify.case import Backward, wrong
+from backhand.verify.scaffold import Given, Op
 
 
-def _case(
-    name: str,
+def _table(
+    x: Tensor,
     positions: list[int],
-    heads: int = 3,
-    head_dim: int = 8,
-    *,
-    theta: float = 50.0,
-    attention_factor: float | tuple[float, ...] = 1.0,
-    in_place: bool = False,
-    turning: int | None = None,
-    interleaved: bool = False,
-    theta_by_token: bool = False,
-) -> Case:
-    draw = Draw(f"rotary: {name}")
-    tensors = {
-        "x": draw.normal(len(positions), heads, head_dim),
-        "d_y": draw.normal(len(positions), heads, head_dim),
-    }
+    theta: float,
+    attention_factor: float | tuple[float, ...],
+    turning: int | None,
+    interleaved: bool,
+    theta_by_token: bool,
+) -> RotaryTable:
+    turned = x.shape[-1] if turning is None else turning
+    frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
+    if theta_by_token:
+        frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
+    frequencies = frequencies.to(torch.promote_types(x.dtype, torch.float32))
+    tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
+    if isinstance(attention_factor, tuple):
+        return times(
+            rotary_table(tokens, frequencies, interleaved=interleaved), torch.tensor(attention_factor).to(x.device)
+        )
+    return rotary_table(tokens, frequencies, attention_factor, interleaved=interleaved)
 
-    def table(x: Tensor) -> RotaryTable:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        turned = head_dim if turning is None else turning
-        frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
-        if theta_by_token:
-            frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
-        tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
-        factor = attention_factor
-        if isinstance(factor, tuple):
-            return times(
-                rotary_table(tokens, frequencies.to(wide), interleaved=interleaved), torch.tensor(factor).to(x.device)
-            )
-        return rotary_table(tokens, frequencies.to(wide), factor, interleaved=interleaved)
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        if not in_place:
-            y, saved = rotary_forward(t["x"], table(t["x"]))
-            return ByHand(y, {"x": backward(t["d_y"], saved).d_x})
-        y, d_x = t["x"].clone(), t["d_y"].clone()
-        _, saved = rotary_forward(y, table(y), out=y)
-        return ByHand(y, {"x": backward(d_x, saved, out=d_x).d_x})
+def _in_place(t: Given, backward: Backward) -> tuple[Tensor, RotaryGrads]:
+    y, d_x = t["x"].clone(), t["d_y"].clone()
+    _, saved = t.call(rotary_forward, x=y, out=y)
+    return y, backward(d_x, saved, out=d_x)
 
-    def reference(t: Tensors) -> Tensor:
-        return rotary_reference(t["x"], table(t["x"]))
 
-    def usual(t: Tensors) -> Tensor:
-        cos, sin = (part[:, None, :].to(t["x"].dtype) for part in table(t["x"])[:2])
-        x, rest = t["x"].tensor_split([2 * cos.shape[-1]], dim=-1)
-        if interleaved:
-            cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
-            across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-        else:
-            cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
-            first, second = x.chunk(2, dim=-1)
-            across = torch.cat([-second, first], dim=-1)
-        return torch.cat([x * cos + across * sin, rest], dim=-1)
+def _usual(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
+    cos, sin = (part[:, None, :].to(x.dtype) for part in table[:2])
+    x, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+    if interleaved:
+        cos, sin = (part.repeat_interleave(2, dim=-1) for part in (cos, sin))
+        across = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        cos, sin = (torch.cat([part, part], dim=-1) for part in (cos, sin))
+        first, second = x.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + across * sin, rest], dim=-1)
 
-    return Case(name, tensors, by_hand, reference, usual)
+
+OP = Op(
+    "rotary",
+    {"x": "tokens heads head_dim", "d_y": "tokens heads head_dim"},
+    dict(positions=..., heads=3, head_dim=8, theta=50.0, attention_factor=1.0, in_place=False, turning=None)
+    | dict(interleaved=False, theta_by_token=False),
+    usual=_usual,
+    made={"table": _table, "tokens": lambda positions: len(positions)},
+    ways={"in_place": _in_place},
+)
 
 
 CASES = (
-    _case("one document", [0, 1, 2, 3, 4]),
-    _case("packed documents", [0, 1, 2, 0, 1, 0]),
-    _case("far positions", [4000, 4001, 8190], theta=1e6),
-    _case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
-    _case("in place", [0, 1, 0, 1, 2], in_place=True),
-    _case("wide heads", [0, 1, 2, 7], head_dim=70, theta=1e4, in_place=True),
-    _case("two features", [3, 5, 7, 9], head_dim=2),
-    _case("neighbours", [0, 1, 2, 0, 1], interleaved=True),
-    _case("neighbours in place", [2, 3, 0, 1], interleaved=True, in_place=True),
-    _case("some features", [0, 1, 2, 0, 1], turning=6),
-    _case("some features in place", [0, 1, 2, 0, 7], turning=2, in_place=True, attention_factor=0.7),
-    _case("some neighbours", [0, 1, 2, 0, 1], turning=6, interleaved=True),
-    _case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
-    _case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
-    _case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
-    _case("one token", [0]),
-    _case("no tokens", []),
+    OP.case("one document", [0, 1, 2, 3, 4]),
+    OP.case("packed documents", [0, 1, 2, 0, 1, 0]),
+    OP.case("far positions", [4000, 4001, 8190], theta=1e6),
+    OP.case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
+    OP.case("in place", [0, 1, 0, 1, 2], in_place=True),
+    OP.case("wide heads", [0, 1, 2, 7], head_dim=70, theta=1e4, in_place=True),
+    OP.case("two features", [3, 5, 7, 9], head_dim=2),
+    OP.case("neighbours", [0, 1, 2, 0, 1], interleaved=True),
+    OP.case("neighbours in place", [2, 3, 0, 1], interleaved=True, in_place=True),
+    OP.case("some features", [0, 1, 2, 0, 1], turning=6),
+    OP.case("some features in place", [0, 1, 2, 0, 7], turning=2, in_place=True, attention_factor=0.7),
+    OP.case("some neighbours", [0, 1, 2, 0, 1], turning=6, interleaved=True),
+    OP.case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
+    OP.case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
+    OP.case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
+    OP.case("one token", [0]),
+    OP.case("no tokens", []),
 )
 
 
@@ -116,17 +110,15 @@ def _unit(table: RotaryTable) -> Tensor:
 
 
 MUTANTS = (
-    *standard_mutants("d_x"),
-    Mutant("turned forward again", "d_x", lambda g, s, _right: _turned(g, s._replace(sin=-s.sin))),
-    Mutant("passed through", "d_x", lambda g, _s, _right: g.clone()),
-    Mutant("second half not turned", "d_x", lambda g, s, right: _last_not_turned(g, s, right.d_x)),
-    Mutant("cos and sin swapped", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
-    Mutant(
-        "positions reversed", "d_x", lambda g, s, _right: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))
-    ),
-    Mutant("the other pairs", "d_x", lambda g, s, _right: _turned(g, s._replace(interleaved=not s.interleaved))),
-    Mutant("every feature turned", "d_x", lambda g, s, _right: _spread(g, s)),
-    Mutant("normalised to unit length", "d_x", lambda _g, s, right: right.d_x / _unit(s)),
+    wrong("turned forward again", "d_x", lambda g, s: _turned(g, s._replace(sin=-s.sin))),
+    wrong("passed through", "d_x", lambda g: g.clone()),
+    wrong("second half not turned", "d_x", lambda g, s, d: _last_not_turned(g, s, d)),
+    wrong("cos and sin swapped", "d_x", lambda g, s: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
+    wrong("positions reversed", "d_x", lambda g, s: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))),
+    wrong("the other pairs", "d_x", lambda g, s: _turned(g, s._replace(interleaved=not s.interleaved))),
+    wrong("every feature turned", "d_x", lambda g, s: _spread(g, s)),
+    wrong("normalised to unit length", "d_x", lambda s, d: d / _unit(s)),
 )
 
-PROOFS = (OpProof("rotary", rotary_backward, CASES, MUTANTS, loops=True),)
+
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

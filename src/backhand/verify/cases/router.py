@@ -5,31 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.router import RouterSaved
-from backhand.verify.case import Case, Draw, wrong
+from backhand.verify.case import Draw, wrong
 from backhand.verify.scaffold import Op
 
 APART = 1.5
-OP = Op("router")
 
 
-def _case(name: str, tokens: int, experts: int = 7, k: int = 3, *, of_all: bool = False) -> Case:
-    def logits(draw: Draw) -> Tensor:
-        order = draw.normal(tokens, experts).argsort(dim=-1).double()
-        return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
+def _logits(draw: Draw, tokens: int, experts: int) -> Tensor:
+    order = draw.normal(tokens, experts).argsort(dim=-1).double()
+    return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
 
-    return OP.case(name, {"logits": logits, "d_y": (tokens, k)}, k=k, of_all=of_all)
 
+OP = Op("router", {"logits": _logits, "d_y": "tokens k"}, {"tokens": ..., "experts": 7, "k": 3, "of_all": False})
 
 CASES = (
-    _case("shares among the chosen", 5),
-    _case("shares among all", 5, of_all=True),
-    _case("every expert chosen", 5, 4, 4),
-    _case("one expert chosen, shares among all", 5, 4, 1, of_all=True),
-    _case("two experts", 6, 2, 1, of_all=True),
-    _case("one token", 1),
-    _case("one token, shares among all", 1, of_all=True),
-    _case("no tokens", 0),
-    _case("training size", 67, 12, 4),
+    OP.case("shares among the chosen", 5),
+    OP.case("shares among all", 5, of_all=True),
+    OP.case("every expert chosen", 5, 4, 4),
+    OP.case("one expert chosen, shares among all", 5, 4, 1, of_all=True),
+    OP.case("two experts", 6, 2, 1, of_all=True),
+    OP.case("one token", 1),
+    OP.case("one token, shares among all", 1, of_all=True),
+    OP.case("no tokens", 0),
+    OP.case("training size", 67, 12, 4),
 )
 
 

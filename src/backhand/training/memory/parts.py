@@ -1,0 +1,124 @@
+"""Memory of a training run by part: what is known from headers, and what a step takes, measured or estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from backhand.training.config import Recompute
+from backhand.training.memory.shapes import StepShape
+
+FLOAT32_BYTES = 4
+STATES = "hidden states of frozen layers"
+# values, gradients, two moments, and the copy that the learning guard compares the values with
+_COPIES_OF_ADAPTER = 5
+# a checkpoint's adapter and its state (values and moments), each as tensors' bytes and once more as a file
+_CHECKPOINT_COPIES = 8
+# logits with and without the adapter
+_NEUTRAL_COPIES = 2
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What is known of a model and its adapter from headers alone; what is per token only coarsely.
+
+    Attributes:
+        dtype_bytes: of the compute dtype.
+        weight_bytes: of all frozen weights as they are held.
+        adapter_elements: trained elements.
+        kept_bytes: per token, by recompute mode, of all blocks together.
+        block_bytes: per token, of what is alive while a block's backward runs, by recompute mode.
+        stream_bytes: per token, of the batch and the residual stream.
+        head_row_bytes: per supervised token, of the head's input and its gradient.
+        chunk_rows, chunk_row_bytes: rows of a chunk of logits, and the bytes of one.
+        logits_bytes: of one position's logits.
+        cache_bytes: per token of a conversation, of keys and values.
+        mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
+        states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
+        measured: whether a step's memory can be measured before the run.
+    """
+
+    dtype_bytes: int
+    weight_bytes: int
+    adapter_elements: int
+    kept_bytes: Mapping[Recompute, int]
+    block_bytes: Mapping[Recompute, int]
+    stream_bytes: int
+    head_row_bytes: int
+    chunk_rows: int
+    chunk_row_bytes: int
+    logits_bytes: int
+    cache_bytes: int
+    mixer_state_bytes: int = 0
+    states_bytes: int = 0
+    measured: bool = True
+
+
+class StepBytes(NamedTuple):
+    """What one forward and backward pass takes besides weights and adapter.
+
+    Attributes:
+        kept: by the blocks, for the backward pass.
+        workspace: at the fullest moment besides.
+        left: by a pass of a size that has not been before: compiled kernels.
+    """
+
+    kept: int
+    workspace: int
+    left: int = 0
+
+
+def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> StepBytes:
+    """Coarsely, from headers."""
+    chunk = min(shape.supervised_tokens, size.chunk_rows) * size.chunk_row_bytes
+    head = shape.supervised_tokens * size.head_row_bytes + chunk
+    at_work = max(head, shape.tokens * size.block_bytes[recompute])
+    return StepBytes(shape.tokens * size.kept_bytes[recompute], shape.tokens * size.stream_bytes + at_work)
+
+
+def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> dict[str, int]:
+    """What is there whatever a step is like; exact but for the process."""
+    narrow = size.dtype_bytes if size.dtype_bytes != FLOAT32_BYTES else 0
+    copies = (_COPIES_OF_ADAPTER - 2 + gradient_copies) * FLOAT32_BYTES + narrow
+    return {
+        "process": process_bytes,
+        "base weights": size.weight_bytes,
+        "adapter and gradients": size.adapter_elements * copies,
+        "moments": size.adapter_elements * 2 * FLOAT32_BYTES,
+        **({STATES: size.states_bytes} if size.states_bytes else {}),
+    }
+
+
+def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: int) -> dict[str, int]:
+    """Bytes by part at the moment of a run when most is held; they add up to the peak."""
+    checkpoint = size.adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
+    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes) - step.kept
+    fullest, most = "workspace", step.workspace
+    if between > most:
+        fullest, most = "checkpoints and measurements", between
+    found = {
+        **fixed_parts(size, shape.gradient_copies, process_bytes),
+        "kept activations": step.kept,
+        fullest: most,
+        "compiled kernels": shape.kernels_bytes(step.left),
+    }
+    return {**found, "gaps between buffers": round(GAPS * (step.kept + most)) + _GAPS_BYTES}
+
+
+GAPS = 0.04
+_GAPS_BYTES = 8 << 20
+"""Freed buffers leave gaps that no other fits, and what the compiled loops take for themselves is in no tensor."""
+
+
+def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
+    """A process that answers with the base model and the newest adapter while this one trains.
+
+    Args:
+        size: of model and adapter.
+        process_bytes: interpreter, libraries and tokenizer.
+        tokens: of the longest conversation.
+    """
+    adapter = size.adapter_elements * (FLOAT32_BYTES + size.dtype_bytes)
+    conversation = tokens * size.cache_bytes + size.mixer_state_bytes
+    return process_bytes + size.weight_bytes + adapter + conversation

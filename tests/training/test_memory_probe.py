@@ -1,0 +1,241 @@
+"""What few blocks say of a pass of the whole model, against every tensor that it holds at its fullest moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.kv_cache import KVCache
+from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.training.config import Recompute
+from backhand.training.engine import MoreBlocks, ShortModel
+from backhand.training.memory.coarse import decoder_size
+from backhand.training.memory.parts import estimated_step, second_model_bytes
+from backhand.training.memory.probe import MeasuredMemory, TensorBytes, left_behind, peak_of, step_bytes
+from backhand.training.memory.shapes import StepShape
+from backhand.training.memory.speed import times_as_long
+from backhand.training.short_decoder import short_decoder
+from support.allocations import held_at_most
+from support.tiny_models import EXPERT_PARAMETERS, tiny_config
+
+SHAPES = {
+    "short-rows": StepShape(160, 60, (40,) * 4),
+    "long-row": StepShape(192, 180, (192,)),
+    "unlike": StepShape(176, 30, (16, 60, 100)),
+    "shared": StepShape(144, 40, (48,) * 2, 48),
+}
+PLAIN = LoRAConfig(rank=8)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 7},
+    "gemma2": {"num_hidden_layers": 6},
+    "olmo2": {},
+    "lfm2": {},
+    "qwen3_5_text": {},
+    "gemma4_text": {},
+    "gpt_oss": {"num_hidden_layers": 5},
+}
+
+
+def config_of(family: str, **more: Any) -> DecoderConfig:
+    return decoder_config(tiny_config(family, **more).to_dict())
+
+
+def peaks(
+    config: DecoderConfig, shape: StepShape, dtype: torch.dtype, recompute: Recompute, adapter: LoRAConfig, limit: int
+) -> tuple[int, int, int]:
+    """Of a pass of the whole model: as few blocks say, as it is, and as the headers say."""
+    layout = resolve_adapter(adapter, module_shapes(config))
+    weights = empty_weights(config, dtype)
+    for _, tensor in dense_views(weights, config):
+        tensor.normal_(std=0.02)
+    decoder = Decoder(config, weights, recompute=recompute)
+    lora = LoRAParameters(layout.slots, trained=layout.trained)
+    lora.initialise(torch.Generator().manual_seed(0))
+    decoder.attach(lora)
+    decoder.start_values(lora)
+    lora.refresh_compute(dtype)
+    size = decoder_size(config, layout, dtype)
+    short = short_decoder(config, layout, dtype, torch.device("cpu"), recompute)
+    step = step_bytes(short, shape, config.vocab_size, size.head_row_bytes, limit)
+    estimate = estimated_step(size, shape, recompute)
+    return sum(step[:2]), peak_of(decoder, [shape], config.vocab_size), sum(estimate)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "shape"),
+    [
+        ("llama", torch.float32, "short-rows"),
+        ("llama", torch.bfloat16, "long-row"),
+        ("gemma2", torch.float32, "unlike"),
+        ("olmo2", torch.float32, "short-rows"),
+        ("lfm2", torch.float32, "long-row"),
+        ("qwen3_5_text", torch.float32, "shared"),
+        ("gemma4_text", torch.float32, "short-rows"),
+        ("gpt_oss", torch.float32, "unlike"),
+    ],
+)
+def test_few_blocks_say_what_all_of_them_hold(
+    family: str, dtype: torch.dtype, shape: str, recompute: Recompute
+) -> None:
+    config = config_of(family, **FAMILIES[family])
+    measured, held, _ = peaks(config, SHAPES[shape], dtype, recompute, PLAIN, 1024)
+    assert 0.96 * held <= measured <= 1.1 * held
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoRAConfig(rank=8, layers="last:3"),
+        LoRAConfig(rank=8, target_modules=("q_proj",), rank_pattern={"q_proj": 4}),
+        LoRAConfig(rank=8, modules_to_save=("lm_head",)),
+        LoRAConfig(rank=8, trainable_token_indices=(3, 5)),
+    ],
+    ids=["upper", "one-module", "whole-head", "token-rows"],
+)
+def test_any_adapter(adapter: LoRAConfig, recompute: Recompute) -> None:
+    config = config_of("llama", num_hidden_layers=7)
+    measured, held, _ = peaks(config, SHAPES["short-rows"], torch.float32, recompute, adapter, 1024)
+    assert 0.99 * held <= measured <= 1.1 * held
+
+
+def test_adapted_experts() -> None:
+    config = config_of("qwen3_moe", num_hidden_layers=5)
+    adapter = LoRAConfig(rank=8, target_parameters=EXPERT_PARAMETERS)
+    measured, held, _ = peaks(config, SHAPES["short-rows"], torch.float32, "none", adapter, 1024)
+    assert 0.97 * held <= measured <= 1.15 * held
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_fewer_tokens_say_no_less_than_all_of_them(dtype: torch.dtype, recompute: Recompute) -> None:
+    """In a model whose sizes are more like a real one's; and from headers it is known within a factor."""
+    config = config_of("llama", num_hidden_layers=6, hidden_size=192, intermediate_size=512, vocab_size=2000)
+    shape = StepShape(512, 200, (32, 96, 128, 256))
+    measured, held, estimate = peaks(config, shape, dtype, recompute, PLAIN, 256)
+    assert 0.98 * held <= measured <= 1.25 * held
+    assert 0.8 * held <= estimate <= 1.9 * held
+
+
+def test_tensors_are_counted_as_torch_allocates_them() -> None:
+    x = torch.ones(100, 100)
+    weights = [x]
+
+    def work() -> None:
+        y = x @ x
+        z = (y.view(-1)[5:], y + weights[0].T)
+        del y
+        z[1].add_(1)
+        del z
+        torch.empty(7000)
+
+    with TensorBytes() as counted:
+        work()
+    assert counted.most == pytest.approx(held_at_most(work), abs=64)
+    assert counted.most == 80_000
+    assert counted.held == 0, "what was there before is not counted, nor views of it"
+
+
+def test_what_is_not_freed_is_left_behind() -> None:
+    kept: list[torch.Tensor] = []
+    if not left_behind(lambda: kept.append(torch.empty(3 << 20, dtype=torch.uint8))):
+        pytest.skip("the allocator does not tell")
+    assert left_behind(lambda: kept.append(torch.empty(5 << 20, dtype=torch.uint8))) == pytest.approx(5 << 20, rel=0.01)
+    assert left_behind(lambda: torch.empty(5 << 20, dtype=torch.uint8).zero_()) == 0
+
+
+@pytest.mark.parametrize("limit", [1000, 200, 64, 5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_shape_is_cut_to_whole_documents(shape: StepShape, limit: int) -> None:
+    cut = shape.cut(limit)
+    batch = cut.batch(7, torch.device("cpu"))
+    assert len(batch.input_ids) == cut.tokens <= max(limit, 1) and int(batch.input_ids.max()) < 7
+    assert batch.supervised_tokens == cut.supervised_tokens <= shape.supervised_tokens
+    assert cut.shared_tokens + sum(cut.lengths) == cut.tokens
+    assert cut is shape if shape.tokens <= limit else cut.tokens > limit // 3
+
+
+def test_kernels_of_every_size_are_counted_as_far_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+    assert StepShape(16, 8, sizes=3).kernels_bytes(20_000_000) == 60_000_000
+    assert StepShape(16, 8, sizes=3000).kernels_bytes(20_000_000) == 120_000_000
+
+
+@pytest.fixture
+def measured() -> Callable[..., tuple[MeasuredMemory, list[str]]]:
+    config = config_of("llama", num_hidden_layers=4)
+    layout = resolve_adapter(PLAIN, module_shapes(config))
+    asked: list[str] = []
+
+    def short(recompute: Recompute) -> ShortModel:
+        asked.append(recompute)
+        return short_decoder(config, layout, torch.float32, torch.device("cpu"), recompute)
+
+    def memory(budget: int | None) -> tuple[MeasuredMemory, list[str]]:
+        size = decoder_size(config, layout, torch.float32)
+        process = 1 << 20
+        return (
+            MeasuredMemory(size, short, 300, torch.float32, process, lambda: asked.append("forget"), budget),
+            asked,
+        )
+
+    return memory
+
+
+def test_each_way_is_measured_once(measured: Callable[..., tuple[MeasuredMemory, list[str]]]) -> None:
+    memory, asked = measured(None)
+    first, again = memory.parts(SHAPES["long-row"], "none"), memory.parts(SHAPES["long-row"], "none")
+    assert first == again and asked == ["none", "forget"]
+    assert first["process"] > 50 << 20, "measured again once a step's code is there"
+    assert memory.parts(SHAPES["long-row"], "block")["kept activations"] < first["kept activations"]
+
+
+def test_what_cannot_fit_is_not_measured(measured: Callable[..., tuple[MeasuredMemory, list[str]]]) -> None:
+    memory, asked = measured(3 << 20)
+    assert sum(memory.parts(SHAPES["long-row"], "none").values()) > 3 << 20
+    assert asked == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
+def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.dtype) -> None:
+    """Of each token, and of a row as a whole; a model that answers beside the run holds them."""
+    config = config_of(variant)
+    size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), dtype)
+    cache = KVCache(config, 1, 37, dtype=dtype)
+    states = sum(state.nbytes for layer in cache.states for state in layer)
+    held = sum(part.nbytes for part in (*cache.keys, *cache.values)) + states
+    assert 37 * size.cache_bytes + size.mixer_state_bytes == held
+    assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text"))
+    without = second_model_bytes(size, 1000, 0)
+    assert second_model_bytes(size, 1000, 37) - without == 37 * size.cache_bytes
+
+
+def test_a_pass_takes_what_its_blocks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: three blocks and four, of a model of thirty; the other's blocks take half as long."""
+    now = [0.0]
+    config = config_of("llama", num_hidden_layers=4)
+    layout = resolve_adapter(PLAIN, module_shapes(config))
+
+    def slow(decoder: Decoder, *_: object) -> None:
+        now[0] += 1 + len(decoder.config.layers) * (2 if decoder.recompute == "none" else 1)
+
+    monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
+    models = []
+    for recompute in ("none", "block"):
+        made = short_decoder(config, layout, torch.float32, torch.device("cpu"), recompute)
+        models.append(made._replace(more=[MoreBlocks(more.model, 30, 27) for more in made.more]))
+    batch = SHAPES["long-row"].batch(300, torch.device("cpu"))
+    plain, other = models
+    assert times_as_long(plain, other, batch, lambda: now[0]) == pytest.approx((1 + 60) / (1 + 30))
+    assert times_as_long(plain, other, batch, lambda: 7.0) == 1.0, "the clock cannot tell"
