@@ -229,14 +229,19 @@ def row_tiles(weight: FrozenMatrix) -> list[slice]:
     """Ranges of rows of about equal size, ROWS_BYTES or FEWEST_ROWS at most; an empty one for a matrix without rows."""
     outputs, inputs = weight.shape
     row_bytes = inputs * weight.dtype.itemsize
-    most_bytes = min(_tile_bytes.get(), max(ROWS_BYTES, FEWEST_ROWS * row_bytes))
+    most_bytes = min(_most_bytes(), max(ROWS_BYTES, FEWEST_ROWS * row_bytes))
     return _tiles(outputs, row_bytes, ROW_EDGE, most_bytes)
 
 
 def column_tiles(weight: FrozenMatrix) -> list[slice]:
     """Ranges of columns of about equal size, TILE_BYTES at most; one empty one for a matrix without columns."""
     outputs, inputs = weight.shape
-    return _tiles(inputs, outputs * weight.dtype.itemsize, COLUMN_EDGE, _tile_bytes.get())
+    return _tiles(inputs, outputs * weight.dtype.itemsize, COLUMN_EDGE, _most_bytes())
+
+
+def _most_bytes() -> int:
+    """Of a tile; torch.compile traces no context variable."""
+    return TILE_BYTES if torch.compiler.is_compiling() else _tile_bytes.get()
 
 
 @contextmanager

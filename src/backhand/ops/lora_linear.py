@@ -62,8 +62,8 @@ class LoRAGrads(NamedTuple):
 
 
 def rows(x: Tensor) -> Tensor:
-    """All leading axes as one: (..., n) → (rows, n)."""
-    return x.flatten(0, -2)
+    """All leading axes as one, a vector as one row: (..., n) → (rows, n)."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
