@@ -28,36 +28,36 @@ def commands_section() -> str:
 
 
 def files_section() -> str:
-    """Every module of the package with the first line of its docstring, room by room."""
+    """Every module of the package with the first line of its docstring, package by package."""
     own = [path for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
     parts = [_file_rows("`src/backhand/`", PACKAGE, own)]
-    for room in rooms():
-        folder = PACKAGE / room
+    for package in packages():
+        folder = PACKAGE / package
         files = [path for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py"]
         if files:
-            parts.append(_file_rows(f"`{room}/`", folder, files))
+            parts.append(_file_rows(f"`{package}/`", folder, files))
     return "\n\n".join(parts)
 
 
-def rooms_section() -> str:
-    """Every room with its sentence, top to bottom, as a list."""
-    return "\n".join(f"- `{room}`: {first_line(_source(room))}" for room in layers())
+def packages_section() -> str:
+    """Every package with its sentence, top to bottom, as a list."""
+    return "\n".join(f"- `{name}`: {first_line(_source(name))}" for name in layers())
 
 
 def layers() -> list[str]:
-    """The rooms, and the files beside them, top to bottom as the import contract has them."""
+    """The packages, and the files beside them, top to bottom as the import contract has them."""
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     found = next(rule["layers"] for rule in project["tool"]["importlinter"]["contracts"] if rule["type"] == "layers")
     return [name.strip().removeprefix("backhand.") for layer in found for name in layer.split("|")]
 
 
-def rooms() -> list[str]:
+def packages() -> list[str]:
     """The layers that are folders."""
     return [name for name in layers() if (PACKAGE / name).is_dir()]
 
 
-def _source(room: str) -> Path:
-    folder = PACKAGE / room
+def _source(name: str) -> Path:
+    folder = PACKAGE / name
     return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
 
 
@@ -86,7 +86,7 @@ def _module(path: Path) -> ModuleType:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"speed": lambda: str(benchmarks().summary()), "rooms": rooms_section},
+    "README.md": {"speed": lambda: str(benchmarks().summary()), "packages": packages_section},
     "docs/commands.md": {"commands": commands_section},
     "docs/files.md": {"files": files_section},
     "docs/quantized.md": {

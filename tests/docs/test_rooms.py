@@ -1,4 +1,4 @@
-"""The rooms in docs/architecture.md, docs/files.md and the README are the code's; docs/index.md links every page."""
+"""The packages in docs/architecture.md, docs/files.md and the README are the code's; docs/index.md links every page."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from support.doc_blocks import PAGES, PROJECT
 LAYERS = [layer.strip().removeprefix("backhand.") for line in CONTRACT["layers"] for layer in line.split("|")]
 
 
-def test_every_room_of_the_package_is_a_layer() -> None:
+def test_every_part_of_the_package_is_a_layer() -> None:
     package = PROJECT / "src" / "backhand"
-    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
     files = {"terminal", "files", "reading", "words", "bounds", "errors", "printing", "safe_path"}
-    assert rooms | files == set(LAYERS)
+    assert packages | files == set(LAYERS)
 
 
 def test_the_architecture_page_lists_them_in_order() -> None:
     text = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text[text.index("| room | job |") :].split("\n\n")[0]
-    listed = [room for line in table.splitlines()[2:] for room in re.findall(r"`(\w+)`", line.split("|")[1])]
+    table = text[text.index("| package | job |") :].split("\n\n")[0]
+    listed = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert listed == LAYERS
 
 
 def test_the_list_of_files_has_them_in_order() -> None:
     text = (PROJECT / "docs" / "files.md").read_text(encoding="utf-8")
     listed = re.findall(r"^## `(\w+)/`", text, re.MULTILINE)
-    assert listed == [room for room in LAYERS if room in listed]
-    assert {room for room in LAYERS if len(list((PROJECT / "src" / "backhand" / room).glob("*.py"))) > 1} == set(listed)
+    assert listed == [name for name in LAYERS if name in listed]
+    assert {name for name in LAYERS if len(list((PROJECT / "src" / "backhand" / name).glob("*.py"))) > 1} == set(listed)
 
 
 def test_the_map_of_the_readme_has_them_in_order() -> None:

@@ -41,6 +41,7 @@ GUIDES = (
 )
 PROJECT_PAGES = (
     "architecture.md",
+    "glossary.md",
     "files.md",
     "benchmarks.md",
     "comparison.md",
