@@ -15,7 +15,7 @@ Backward. R is orthogonal and R(θ)ᵀ = R(-θ), so y = m R x gives ∂L/∂x = 
     ∂L/∂x₁ =  G₁ m cos θ + G₂ m sin θ
     ∂L/∂x₂ =  G₂ m cos θ - G₁ m sin θ       (tokens, heads, head_dim); where nothing turns, ∂L/∂x = G
 
-Saved: the table of cosines and sines, shared by all layers; neither x nor y. The compiled loop is native/rotary.cpp.
+Saved: the table of cosines and sines, shared by all layers; neither x nor y. The kernel is native/rotary.cpp.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
 
 
 def _loop(x: Tensor, table: RotaryTable, out: Tensor | None) -> Callable[..., Any] | None:
-    """The compiled loop, where the pairs are halves and the table lies as it takes it."""
+    """The kernel, where the pairs are halves and the table lies as it takes it."""
     cos, sin = table.cos, table.sin
     if table.interleaved or cos.dtype != statistics_dtype(x.dtype):
         return None

@@ -240,7 +240,7 @@ def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
     if memory.base == "dense" or not slow:
         return ()
     return (
-        f"{', '.join(slow)}: the compiled loops do not unpack these here; the gguf package does, several times slower",
+        f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower",
     )
 
 

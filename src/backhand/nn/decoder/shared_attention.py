@@ -21,8 +21,8 @@ Whoever takes one user's term for the whole, or p's alone, trains k_proj and v_p
 
 ∂L/∂q stays within its layer. Where z_v = z_k, ∂L/∂z_k is the sum of what comes through the norm of k and through n̂.
 
-Kept beside input and output: log-sum-exp and the factors of the norms. q, and a layer's own k and v, are made again
-from them; what is shared is kept once, for all its users, until the pass is over.
+Kept beside input and output: log-sum-exp and the factors of the norms. q, and a layer's own k and v, are
+recomputed from them; what is shared is kept once, for all its users, until the pass is over.
 """
 
 from __future__ import annotations
