@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.training.evaluate import evaluate
     from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.training.objectives.options import ObjectiveOptions
     from backhand.training.observer import Observer
     from backhand.verify.measure import compare
 
@@ -44,6 +45,7 @@ _HOMES = {
     "EvaluateRunOptions": "backhand.training.evaluate_options",
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.training.config",
+    "ObjectiveOptions": "backhand.training.objectives.options",
     "Observer": "backhand.training.observer",
     "OptimizationOptions": "backhand.training.config",
     "RunOptions": "backhand.training.config",
@@ -62,6 +64,7 @@ __all__ = [
     "EvaluateRunOptions",
     "LoRAConfig",
     "ModelOptions",
+    "ObjectiveOptions",
     "Observer",
     "OptimizationOptions",
     "RunOptions",

@@ -245,8 +245,8 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
     [
         ({"question": "q", "output": "a", "system_prompt": "s"}, "call the column output answer"),
         ({"instruction": "q", "answer": "a"}, "call the column answer output"),
-        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen alone, and call it messages"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and call the latter completion"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen, and call it messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and call it completion"),
     ],
 )
 def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:

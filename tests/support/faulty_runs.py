@@ -32,7 +32,7 @@ def told_of_saves(told: Callable[[str, int], None]) -> Iterator[None]:
     original = Saver.save
 
     def save(self: Saver, better: bool) -> None:
-        step = self._state.progress.step
+        step = self.state.progress.step
         told("begin", step)
         original(self, better)
         told("end", step)

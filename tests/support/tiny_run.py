@@ -49,10 +49,30 @@ class TinyRun:
 def with_options(config: TrainConfig, **options: Any) -> TrainConfig:
     """The configuration with options replaced, each in the part that has a field of its name."""
     for name, value in options.items():
-        parts = ("model", "data", "adapter", "optimization", "run")
+        parts = ("model", "data", "adapter", "optimization", "run", "objective")
         part = next(part for part in parts if hasattr(getattr(config, part), name))
         config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
     return config
+
+
+def write_pairs(path: Path, count: int, seed: int = 0, *, labelled: bool = False) -> Path:
+    """Rows of one prompt with two answers each, the chosen one short; or each answer a row with its label."""
+    draw = random.Random(seed)
+
+    def said(words: int) -> str:
+        return " ".join(draw.choice(_WORDS.split()) for _ in range(words))
+
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        prompt = [{"role": "user", "content": f"the user asks {said(draw.randint(2, 5))}"}]
+        good, bad = ([{"role": "assistant", "content": said(draw.randint(1, 3) * times)}] for times in (1, 2))
+        if labelled:
+            side = bool(number % 3)
+            rows.append({"prompt": prompt, "completion": good if side else bad, "label": side})
+        else:
+            rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 class StopAfter(Observer):

@@ -8,7 +8,7 @@ from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.examples import encode_document
-from backhand.data.forms import Completion, PlainText, Row
+from backhand.data.forms import Completion, OneText, PlainText
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
 from backhand.data.text_encoder import TextEncoder
@@ -84,7 +84,7 @@ class RowRenderer:
                 next_step="give --chat-template, or a model whose tokenizer has one",
             )
 
-    def documents(self, row: Row) -> list[Document]:
+    def documents(self, row: OneText) -> list[Document]:
         """The documents that a row is trained on as; none if nothing in it could carry loss.
 
         Raises:
@@ -101,7 +101,7 @@ class RowRenderer:
         self.counts.eos_added_to_chat += any(document.append_eos for document in documents)
         return documents
 
-    def prompt(self, row: Row) -> tuple[Document, str | None]:
+    def prompt(self, row: OneText) -> tuple[Document, str | None]:
         """What a model sees of the row before its last reply, and that reply; for a text row the text and None.
 
         The prompt ends where the reply begins in training. Of a chat template the reply is all that it writes from
@@ -163,7 +163,7 @@ class RowRenderer:
             notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
         return tuple(notes)
 
-    def _renderer(self, row: Row) -> ChatRenderer:
+    def _renderer(self, row: OneText) -> ChatRenderer:
         if self._chat is not None:
             return self._chat
         raise DataError(

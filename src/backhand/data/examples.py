@@ -1,4 +1,4 @@
-"""Documents as token ids with the supervised ones marked, cut to length, counted."""
+"""Documents as token ids with the supervised ones marked, cut to length, counted; of a pair two documents."""
 
 from __future__ import annotations
 
@@ -26,24 +26,50 @@ class Example:
         supervised: (tokens,) bool; `supervised[i]` means that token i is a target. The first token never is: nothing
             comes before it that could predict it.
         source: where its row stands.
+        rejected: of a pair, whose chosen answer this is, the document with the other answer; None elsewhere.
+        desirable: of an answer that is labelled, the label; None elsewhere.
     """
 
     input_ids: TokenIds
     supervised: npt.NDArray[np.bool_]
     source: str
+    rejected: Example | None = None
+    desirable: bool | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
+    def documents(self) -> tuple[Example, ...]:
+        """What of it enters the model, each by itself: of a pair the chosen and the rejected side."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Over all its documents."""
+        return sum(int(document.supervised.sum()) for document in self.documents)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first supervised one."""
+        return int(self.supervised.argmax())
+
+    @property
     def token_key(self) -> bytes:
         """The same for two examples exactly if their tokens are equal."""
-        return hashlib.sha256(self.input_ids.tobytes()).digest()
+        return hashlib.sha256(b"|".join(document.input_ids.tobytes() for document in self.documents)).digest()
 
     @property
     def key(self) -> bytes:
-        """The same for two examples exactly if tokens and supervision are equal."""
-        return hashlib.sha256(self.input_ids.tobytes() + b"|" + self.supervised.tobytes()).digest()
+        """The same for two examples exactly if tokens, supervision and label are equal."""
+        parts = [part for document in self.documents for part in (document.input_ids, document.supervised)]
+        label = [] if self.desirable is None else [b"desirable" if self.desirable else b"undesirable"]
+        return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
+
+
+def documents_of(examples: Iterable[Example]) -> list[Example]:
+    """All their documents, in order."""
+    return [document for example in examples for document in example.documents]
 
 
 @dataclass(frozen=True)
@@ -119,12 +145,12 @@ class PreparedData:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(examples,) tokens of each."""
-        return np.array([len(example) for example in self.examples], dtype=np.int64)
+        """(documents,) tokens of each."""
+        return np.array([len(document) for document in documents_of(self.examples)], dtype=np.int64)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over every token, its supervision and the order of the examples, in hexadecimal."""
+        """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
         whole = hashlib.sha256()
         for example in self.examples:
             whole.update(example.key)
@@ -221,14 +247,15 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
 
 def summed(examples: Sequence[Example], report: DataReport) -> PreparedData:
     """Examples with a report whose sums are theirs; its other counts stay."""
+    documents = documents_of(examples)
     return PreparedData(
         tuple(examples),
         replace(
             report,
-            documents=len(examples),
-            tokens=sum(len(example) for example in examples),
-            supervised_tokens=sum(int(example.supervised.sum()) for example in examples),
-            longest=max((len(example) for example in examples), default=0),
+            documents=len(documents),
+            tokens=sum(map(len, documents)),
+            supervised_tokens=sum(int(document.supervised.sum()) for document in documents),
+            longest=max(map(len, documents), default=0),
         ),
     )
 

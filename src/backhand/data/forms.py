@@ -1,10 +1,10 @@
-"""The forms rows come in: told apart by their columns, per file, and made into one of three kinds of row."""
+"""The forms rows come in: told apart by their columns, per file, and made into one of five kinds of row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from backhand.data.messages import Conversation, read_conversation, read_turns
 from backhand.data.rows import BadRows, RawRow, describe
@@ -38,7 +38,28 @@ class PlainText:
     source: str
 
 
-Row = Conversation | Completion | PlainText
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first better than the second: prompt and answer each."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+    source: str
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt and an answer that is desirable or not."""
+
+    answer: Conversation | Completion
+    desirable: bool
+    source: str
+
+
+OneText = Conversation | Completion | PlainText
+Row = OneText | Pair | Labelled
+Purpose = Literal["answers", "pairs", "labels"]
+"""What rows are read for: answers to learn, pairs of answers, or answers with a label."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +127,43 @@ ASKING_FORMS = (
 
 _PREFERENCE = ("chosen", "rejected")
 
+PAIR_FORMS = (
+    Form(("prompt", *_PREFERENCE), "pair"),
+    Form(("question", *_PREFERENCE), "pair"),
+    Form(_PREFERENCE, "pair"),
+)
+LABELLED_FORMS = (Form(("prompt", "completion", "label"), "labelled"),)
+"""TRL's: for DPO and its kin (in the last form both sides begin with the prompt), and for KTO."""
 
-def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
-    """The form of a row, by the names of its columns that are not null. Raises DataError: its columns fit no form."""
+_SPECIAL: dict[Purpose, tuple[tuple[Form, ...], str]] = {
+    "pairs": (PAIR_FORMS, "a row of pairs has prompt, chosen and rejected, or chosen and rejected that begin alike"),
+    "labels": (LABELLED_FORMS, "a labelled row has prompt, completion and label"),
+}
+
+
+def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "answers") -> Form:
+    """The form of a row, by the names of its columns that are not null.
+
+    Args:
+        purpose: what the rows are for; None for pairs where the columns are those of pairs, else answers.
+
+    Raises:
+        DataError: its columns fit no form.
+    """
     present = {name for name, value in raw.values.items() if value is not None}
+    if purpose is None:
+        purpose = "pairs" if present.issuperset(_PREFERENCE) else "answers"
+    if purpose in _SPECIAL:
+        forms, what = _SPECIAL[purpose]
+        found = next((form for form in forms if present.issuperset(form.columns)), None)
+        if found is not None:
+            return found
+        raise DataError(
+            f"the columns are not those of {purpose}: {', '.join(sorted(present)) or 'none'}",
+            where=raw.source,
+            why=what,
+            next_step="name the columns so, or train on answers with --objective sft",
+        )
     for form in FORMS + ASKING_FORMS if may_ask else FORMS:
         if present.issuperset(form.columns):
             if len(form.columns) == 1 and present.issuperset(_PREFERENCE):
@@ -118,11 +172,10 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
     if present.issuperset(_PREFERENCE):
         alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
         raise DataError(
-            "these are preference pairs (chosen, rejected), which this training has no loss for",
+            "these are preference pairs (chosen, rejected)",
             where=raw.source,
-            next_step="to train on the chosen answers, keep chosen alone, and call it messages"
-            if alone
-            else "to train on the chosen answers, keep prompt and chosen, and call the latter completion",
+            next_step="train on them with --objective dpo; to train on the chosen answers alone, "
+            + ("keep chosen, and call it messages" if alone else "keep prompt and chosen, and call it completion"),
         )
     asking = next((form for form in ASKING_FORMS if present.issuperset(form.columns)), None)
     if asking is not None:
@@ -153,13 +206,17 @@ def detect(raw: RawRow, *, may_ask: bool = False) -> Form:
 class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
 
+    Args:
+        purpose: see `detect`.
+
     Attributes:
         form: that form, or None before the first good row.
         columns: the names of all columns so far, in their order.
     """
 
-    def __init__(self, *, may_ask: bool = False) -> None:
+    def __init__(self, *, may_ask: bool = False, purpose: Purpose | None = "answers") -> None:
         self._may_ask = may_ask
+        self._purpose: Purpose | None = purpose
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
@@ -170,7 +227,7 @@ class FormReader:
         Raises:
             DataError: another form than the rows before it, a missing column, or a value of the wrong type.
         """
-        form = self.form or detect(raw, may_ask=self._may_ask)
+        form = self.form or detect(raw, may_ask=self._may_ask, purpose=self._purpose)
         if self.form is not None:
             self._check_same(raw)
         row = _read(form, raw)
@@ -196,7 +253,7 @@ class FormReader:
         if not missing:
             return
         try:
-            other = detect(raw, may_ask=self._may_ask)
+            other = detect(raw, may_ask=self._may_ask, purpose=self._purpose)
         except DataError:
             other = None
         if other is not None and other != self.form:
@@ -213,9 +270,16 @@ class FormReader:
 
 
 def has_empty_answer(row: Row) -> bool:
-    """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss."""
+    """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss.
+
+    Of a pair, whether one side is so.
+    """
     if isinstance(row, PlainText):
         return False
+    if isinstance(row, Pair):
+        return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
+    if isinstance(row, Labelled):
+        return has_empty_answer(row.answer)
     if isinstance(row, Completion):
         return row.completion is not None and not row.completion.strip()
     replies = [message for message, carries in zip(row.messages, row.supervised, strict=True) if carries]
@@ -236,7 +300,16 @@ def _read(form: Form, raw: RawRow) -> Row:
         return PlainText(text, source)
     if form.kind == "instruction":
         return _read_instruction(form, values, source)
-    prompt_column, *completion_column = form.columns
+    if form.kind == "pair":
+        return _read_pair(form, values, source)
+    if form.kind == "labelled":
+        answer = _read_completion(form.columns[:2], values, source)
+        return Labelled(answer, _label(values[form.answers], form.answers, source), source)
+    return _read_completion(form.columns, values, source)
+
+
+def _read_completion(columns: Sequence[str], values: Mapping[str, Any], source: str) -> Conversation | Completion:
+    prompt_column, *completion_column = columns
     if isinstance(values[prompt_column], list):
         return _read_message_lists(prompt_column, completion_column, values, source)
     completion = _text(values, completion_column[0], source) if completion_column else None
@@ -279,6 +352,79 @@ def _read_message_lists(
             messages.append(message)
             supervised.append(carries_loss)
     return Conversation(tuple(messages), tuple(supervised), conversation.tools, source)
+
+
+def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
+    """A pair with its prompt in a column of its own, or as what both sides begin with."""
+    chosen, rejected = (values[column] for column in _PREFERENCE)
+    prompt = values[form.columns[0]] if len(form.columns) > len(_PREFERENCE) else None
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise DataError("of chosen and rejected one is text and the other a list of messages", where=source)
+    if not isinstance(chosen, list):
+        chosen, rejected = (_text(values, column, source) for column in _PREFERENCE)
+        if prompt is None:
+            begin = _common_text(chosen, rejected, source)
+            values = {**values, "prompt": chosen[:begin], "chosen": chosen[begin:], "rejected": rejected[begin:]}
+    elif isinstance(prompt, str) and _answers_at_once(chosen) and _answers_at_once(rejected):
+        values = {**values, form.columns[0]: [{"role": "user", "content": prompt}]}
+    elif not isinstance(prompt, list):  # the whole conversation stands in both, whatever else is said of its prompt
+        one, other = (read_conversation(column, values[column], values, source) for column in _PREFERENCE)
+        begin = _common_messages(one, other, source)
+        return Pair(_supervised_from(one, begin), _supervised_from(other, begin), source)
+    column = form.columns[0] if prompt is not None else "prompt"
+    good, bad = (_read_completion((column, side), values, source) for side in _PREFERENCE)
+    return Pair(good, bad, source)
+
+
+def _supervised_from(side: Conversation, begin: int) -> Conversation:
+    return replace(side, supervised=tuple(carries and i >= begin for i, carries in enumerate(side.supervised)))
+
+
+def _answers_at_once(messages: list[Any]) -> bool:
+    first = messages[0] if messages else None
+    return isinstance(first, Mapping) and (first.get("role") or first.get("from")) in ("assistant", "gpt")
+
+
+def _common_text(chosen: str, rejected: str, source: str) -> int:
+    """Characters with which both sides begin; a blank before the answers is theirs, as TRL has it."""
+    both = zip(chosen, rejected, strict=False)
+    common = next((i for i, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
+    if common and chosen[common - 1] == " ":
+        common -= 1
+    if not common or common in (len(chosen), len(rejected)):
+        raise _no_prompt("one is the beginning of the other" if common else "nothing", source)
+    return common
+
+
+def _common_messages(chosen: Conversation, rejected: Conversation, source: str) -> int:
+    """Messages with which both sides begin, without the last one of either."""
+    both = zip(chosen.messages[:-1], rejected.messages[:-1], strict=False)
+    common = next((i for i, (one, other) in enumerate(both) if one != other), None)
+    shortest = min(len(chosen.messages), len(rejected.messages)) - 1
+    common = shortest if common is None else common
+    if not any(message["role"] not in ("system", "assistant") for message in chosen.messages[:common]):
+        raise _no_prompt("no question", source)
+    return common
+
+
+def _no_prompt(common: str, source: str) -> DataError:
+    return DataError(
+        f"chosen and rejected have no common prompt: {common} stands at the beginning of both",
+        where=source,
+        why="a pair is two answers to one prompt",
+        next_step="write the prompt in a column prompt, or the same question at the beginning of both sides",
+    )
+
+
+def _label(value: object, column: str, source: str) -> bool:
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None:
+        raise DataError(
+            f"{column} is {describe(value)}, neither true nor false",
+            where=source,
+            next_step="write true for an answer that is desirable, false for others",
+        )
+    return found
 
 
 def _text(values: Mapping[str, Any], column: str, source: str) -> str:

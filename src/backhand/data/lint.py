@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from backhand.data.chat import ChatRenderer, read_template
-from backhand.data.examples import CutRows, DataReport, Example, PreparedData
+from backhand.data.examples import CutRows, DataReport, Example, PreparedData, documents_of
+from backhand.data.forms import Purpose
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
@@ -33,6 +34,8 @@ CHECKS = {
     "context": "longer than the model was made for",
     "no_end": "no end token carries loss",
     "empty_reply": "empty replies",
+    "equal_pair": "pairs of equal answers",
+    "one_label": "labels of one kind only",
     "doubled_bos": "begin of sequence doubled",
     "duplicate": "exact repetitions",
     "overlap": "held-out documents that are trained on",
@@ -102,12 +105,18 @@ class LintReport:
 
 
 def lint(
-    options: DataOptions, tokenizer: Any, *, seed: int = 0, context_length: int | None = None
+    options: DataOptions,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    purpose: Purpose | None = None,
+    context_length: int | None = None,
 ) -> tuple[LintReport, PreparedData]:
     """Prepare the rows as training would, leaving malformed ones out, and look at what comes of it.
 
     Args:
         seed: draws the held-out rows.
+        purpose: what the rows are for; None where their columns say it.
 
     Returns:
         The report, and the training examples (`data.examples.token_lines` shows them).
@@ -116,11 +125,15 @@ def lint(
         UsageError, DataError: as `prepare`; a single malformed row is a finding instead.
     """
     bad, cut_rows = BadRows(skip_bad=True, keep=SHOWN_BAD_ROWS), CutRows()
-    train, held_out = prepare(replace(options, skip_bad=True), tokenizer, seed=seed, bad=bad, cut_rows=cut_rows)
+    train, held_out = prepare(
+        replace(options, skip_bad=True), tokenizer, seed=seed, purpose=purpose, bad=bad, cut_rows=cut_rows
+    )
+    documents = documents_of(train.examples)
     findings = [
         *_malformed(bad, "warning" if options.skip_bad else "error"),
         *_cut(cut_rows, options),
-        *_in_examples(train, tokenizer, cut_rows),
+        *_in_documents(documents, tokenizer, cut_rows),
+        *_in_rows(train.examples),
     ]
     not_checked = {}
     if held_out is None:
@@ -131,7 +144,7 @@ def lint(
     if context_length is None:
         not_checked["context"] = "the model does not say"
     else:
-        long = [example.source for example in train.examples if len(example) > context_length]
+        long = [document.source for document in documents if len(document) > context_length]
         findings += _finding(
             "context", long, f"longer than the model's {context_length:,} tokens", f"--max-length {context_length}"
         )
@@ -139,8 +152,8 @@ def lint(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
         lengths={
-            "tokens": _quantiles(train, len),
-            "supervised tokens": _quantiles(train, lambda example: int(example.supervised.sum())),
+            "tokens": _quantiles(documents, len),
+            "supervised tokens": _quantiles(documents, lambda document: int(document.supervised.sum())),
         },
         template=tuple(probe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
@@ -188,7 +201,24 @@ def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
     ]
 
 
-def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
+def _in_rows(examples: Sequence[Example]) -> list[Finding]:
+    """What is wrong with pairs, labels, and rows among one another."""
+    pairs = [(example, example.rejected) for example in examples if example.rejected is not None]
+    labels = {example.desirable for example in examples if example.desirable is not None}
+    alike = [one.source for one, other in pairs if np.array_equal(one.input_ids, other.input_ids)]
+    return [
+        *_finding("equal_pair", alike, "with equal answers, which teach nothing", "take the rows out"),
+        *_finding(
+            "one_label",
+            [examples[0].source] if len(labels) == 1 else [],
+            f"of {len(examples):,}, each {'' if labels == {True} else 'not '}desirable: there is nothing to tell apart",
+            "give answers of both kinds",
+        ),
+        *_finding("duplicate", _repeated(examples), "equal to an earlier one", "remove the repetitions"),
+    ]
+
+
+def _in_documents(documents: Sequence[Example], tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
     ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends.add(tokenizer.eos_token_id)
     bos = tokenizer.bos_token_id
@@ -198,7 +228,7 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
         return int(example.input_ids[np.flatnonzero(example.supervised)[-1]])
 
     def where(wrong: Callable[[Example], bool]) -> list[str]:
-        return [example.source for example in train.examples if wrong(example)]
+        return [document.source for document in documents if wrong(document)]
 
     def has_empty_reply(example: Example) -> bool:
         """Whether a stretch that carries loss says nothing but its end: blanks, if anything, before an end token."""
@@ -209,7 +239,7 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
             for ids in stretches
         )
 
-    garbled = [(example.source, find_mojibake(tokenizer.decode(example.input_ids))) for example in train.examples]
+    garbled = [(example.source, find_mojibake(tokenizer.decode(example.input_ids))) for example in documents]
     shown = next((piece for _, piece in garbled if piece), None)
     return [
         *_finding(
@@ -230,7 +260,6 @@ def _in_examples(train: PreparedData, tokenizer: Any, cut_rows: CutRows) -> list
             "with two begin-of-sequence tokens in front",
             "take the one that is written in the rows or in the chat template out",
         ),
-        *_finding("duplicate", _repeated(train.examples), "equal to an earlier one", "remove the repetitions"),
         *_finding(
             "mojibake",
             [source for source, piece in garbled if piece],
@@ -259,8 +288,8 @@ def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Findi
     ]
 
 
-def _quantiles(train: PreparedData, measure: Callable[[Example], int]) -> dict[str, int]:
-    values = np.sort([measure(example) for example in train.examples])
+def _quantiles(documents: Iterable[Example], measure: Callable[[Example], int]) -> dict[str, int]:
+    values = np.sort([measure(document) for document in documents])
     at = {"least": 0.0, "half": 0.5, "9 in 10": 0.9, "most": 1.0}
     return {name: int(values[round(share * (len(values) - 1))]) for name, share in at.items()}
 

@@ -161,6 +161,10 @@ class LintRunOptions:
     seed: Seed = 0
     """Draws the rows that `eval_fraction` holds out, as in training."""
 
+    labels: bool = False
+    """The rows are answers with a label, `prompt`, `completion` and `label`, for `--objective kto`; pairs are known by
+    their columns."""
+
     show: CountFromZero = 0
     """Also print the first so many training documents token by token, a `*` before each token that carries loss."""
 

@@ -2,7 +2,8 @@
 
     step ── Sampler ──► rows ── micro_batches ──► groups of rows ── RowPacker.packed: pack, filled_up ──► PackedBatch
 
-A row is a number here, the place of an `Example` in a list: one document as token ids, each of them supervised or not.
+A row is a number here, the place of an `Example` in a list: one document as token ids, each of them supervised or not,
+or a pair's two, which always stand in one micro-batch.
 (`data.examples` makes these once, before the first step; a conversation may become several.)
 """
 
@@ -16,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from backhand.data.examples import Example
+from backhand.data.examples import Example, documents_of
 from backhand.data.split import random_order
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
@@ -137,19 +138,35 @@ class RowPacker:
             draws a mask for each row, since their hidden states then differ.
 
     Attributes:
-        lengths: tokens of every row that enter the model.
+        examples: the rows.
+        lengths: tokens of every row that enter the model, of all its documents.
+        by_document: the same with a row for each document; itself where no row has two.
     """
 
     def __init__(self, examples: Sequence[Example], *, share_prefixes: bool) -> None:
-        self._examples = examples
-        self.lengths = [trained_length(example) for example in examples]
-        self._supervised = [int(example.supervised.sum()) for example in examples]
+        self.examples = examples
         self._share_prefixes = share_prefixes
+        self._supervised = [example.supervised_tokens for example in examples]
+        ends = np.cumsum([len(example.documents) for example in examples], dtype=np.int64).tolist()
+        self._places = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        self.by_document = self
+        self.lengths: list[int] = []
+        if any(example.rejected is not None for example in examples):
+            documents = [replace(document, rejected=None) for document in documents_of(examples)]
+            self.by_document = RowPacker(documents, share_prefixes=share_prefixes)
+            lengths = self.by_document.lengths
+            self.lengths = [sum(lengths[place] for place in places) for places in self._places]
+        else:
+            self.lengths = [trained_length(example) for example in examples]
+
+    def documents(self, rows: Iterable[int]) -> list[int]:
+        """Places in `by_document` of the documents of these rows, in the order of the rows, the chosen side first."""
+        return [place for row in rows for place in self._places[row]]
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
-        """These rows behind one another, and a filler where their tokens are not a round number (`filled_up`)."""
-        shared = self.shared(rows)
-        return filled_up(pack([self._examples[row] for row in rows], shared=shared, device=device))
+        """The documents of these rows, and a filler where their tokens are not a round number (`filled_up`)."""
+        documents = [document for row in rows for document in self.examples[row].documents]
+        return filled_up(pack(documents, shared=self.shared(rows), device=device))
 
     @cached_property
     def common(self) -> int:
@@ -157,25 +174,35 @@ class RowPacker:
         return self.shared(range(len(self.lengths)))
 
     def in_order(self, rows: Iterable[int]) -> list[int]:
-        """These rows as they stand in their micro-batch, without those that have no place in it."""
-        return sorted((row for row in rows if self.lengths[row]), key=self.lengths.__getitem__)
+        """Places of these rows' documents as they stand in a micro-batch, without those that have no place in it."""
+        lengths = self.by_document.lengths
+        return sorted((place for place in self.documents(rows) if lengths[place]), key=lengths.__getitem__)
+
+    def document_lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of each document of these rows, what is shared left out."""
+        lengths, shared = self.by_document.lengths, self.shared(rows)
+        return [lengths[place] - shared for place in self.documents(rows)]
 
     def shared(self, rows: Sequence[int]) -> int:
-        """Tokens with which all of these rows begin, and which stand in their micro-batch once."""
-        return shared_tokens([self._examples[row] for row in rows]) if self._share_prefixes else 0
+        """Tokens with which all documents of these rows begin, and which stand in their micro-batch once."""
+        if not self._share_prefixes:
+            return 0
+        return shared_tokens([document for row in rows for document in self.examples[row].documents])
 
     def may_share(self, count: int) -> bool:
         """Whether some micro-batch of at most `count` rows would have a shared prefix, whichever rows come together."""
         if not self._share_prefixes:
             return False
+        documents = self.by_document.examples
+        count *= max((len(places) for places in self._places), default=1)
         looked_at = 0
-        for together in range(2, min(count, len(self._examples)) + 1):
+        for together in range(2, min(count, len(documents)) + 1):
             needed = -(-MIN_SAVED_TOKENS // (together - 1))
             if needed != looked_at:
                 beginnings = Counter(
-                    example.input_ids[:needed].tobytes()
-                    for example in self._examples
-                    if common_tokens([example]) >= needed
+                    document.input_ids[:needed].tobytes()
+                    for document in documents
+                    if common_tokens([document]) >= needed
                 )
                 if max(beginnings.values(), default=0) >= together:
                     return True
@@ -184,7 +211,7 @@ class RowPacker:
 
     def positions(self, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch of these rows computes, without a filler."""
-        return self.tokens(rows) - (len(rows) - 1) * self.shared(rows)
+        return self.tokens(rows) - (len(self.documents(rows)) - 1) * self.shared(rows)
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         """Supervised tokens of these rows."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from backhand.bounds import check_fields
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
-from backhand.data.forms import FormReader, Row, has_empty_answer
+from backhand.data.forms import FormReader, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
 from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.rows import BadRows
@@ -44,6 +45,7 @@ def prepare(
     tokenizer: Any,
     *,
     seed: int = 0,
+    purpose: Purpose | None = "answers",
     bad: BadRows | None = None,
     cut_rows: CutRows | None = None,
     prompts: list[Prompt] | None = None,
@@ -55,6 +57,7 @@ def prepare(
 
     Args:
         seed: draws the held-out rows.
+        purpose: what the rows are for; None where their columns say it, see `forms.detect`.
         bad: gets the malformed rows; made from `skip_bad` if not given.
         prompts: gets the rows of `data` that are in use as prompts, so that a pipe need not be read twice.
 
@@ -65,14 +68,15 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    train = read_examples(options, options.data, tokenizer, bad=bad, cut_rows=cut_rows, prompts=prompts)
+    read = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, cut_rows=cut_rows)
+    train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
     if options.eval_data:
-        held_out = read_examples(options, options.eval_data, tokenizer, held_out=True, bad=bad, cut_rows=cut_rows)
+        held_out = read(options.eval_data, held_out=True)
     elif options.eval_fraction:
         train, held_out = split(train, options.eval_fraction, seed)
     elif beside := held_out_beside(options.data):
-        held_out = read_examples(options, beside, tokenizer, held_out=True, bad=bad, cut_rows=cut_rows)
+        held_out = read(beside, held_out=True)
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:
@@ -90,6 +94,7 @@ def read_examples(
     tokenizer: Any,
     *,
     held_out: bool = False,
+    purpose: Purpose | None = "answers",
     bad: BadRows | None = None,
     cut_rows: CutRows | None = None,
     prompts: list[Prompt] | None = None,
@@ -98,6 +103,7 @@ def read_examples(
 
     Args:
         held_out: a hub name without a split means its validation split.
+        purpose: see `prepare`.
         bad: gets the malformed rows; made from `skip_bad` if not given.
 
     Raises:
@@ -109,16 +115,30 @@ def read_examples(
     bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
-    def add(row: Row) -> None:
+    def kept(row: OneText) -> list[Example]:
         made = [encode_document(document, renderer.encoder) for document in renderer.documents(row)]
         if not made:
             cut_here.dropped_unsupervised.append(row.source)
-        kept = [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
-        examples.extend(kept)
-        if prompts is not None and asking is not None and kept:
-            prompts.append(_prompt(asking, row))
+        return [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
 
-    report = _read_into(add, names, options, bad, held_out=held_out, teaches=options.train_on == "completions")
+    def made_of(row: Row) -> tuple[OneText, list[Example]]:
+        if isinstance(row, Pair):
+            chosen, rejected = (_only(kept(side), row) for side in (row.chosen, row.rejected))
+            both = chosen is not None and rejected is not None
+            return row.chosen, [replace(chosen, rejected=rejected)] if chosen is not None and both else []
+        if isinstance(row, Labelled):
+            answer = _only(kept(row.answer), row)
+            return row.answer, [] if answer is None else [replace(answer, desirable=row.desirable)]
+        return row, kept(row)
+
+    def add(row: Row) -> None:
+        asked, made = made_of(row)
+        examples.extend(made)
+        if prompts is not None and asking is not None and made:
+            prompts.append(_prompt(asking, asked))
+
+    teaches = options.train_on == "completions"
+    report = _read_into(add, names, options, bad, held_out=held_out, teaches=teaches, purpose=purpose)
     report = replace(
         report,
         truncated=len(cut_here.truncated),
@@ -131,6 +151,18 @@ def read_examples(
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)
+
+
+def _only(made: list[Example], row: Pair | Labelled) -> Example | None:
+    """The one document of an answer that is compared as a whole; None where it was left out."""
+    if len(made) > 1:
+        raise DataError(
+            "an answer of this row becomes several documents",
+            where=row.source,
+            why="the chat template rewrites earlier replies, and several of them carry loss",
+            next_step="give the earlier turns as the prompt, and the last reply as the answer",
+        )
+    return made[0] if made else None
 
 
 def prepare_prompts(
@@ -151,13 +183,14 @@ def prepare_prompts(
     prompts: list[Prompt] = []
 
     def add(row: Row) -> None:
+        assert not isinstance(row, Pair | Labelled)  # of these nothing is asked
         prompts.append(_prompt(renderer, row))
 
     report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
     return tuple(prompts), replace(report, notes=renderer.notes())
 
 
-def _prompt(renderer: RowRenderer, row: Row) -> Prompt:
+def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
     document, reply = renderer.prompt(row)
     text = document.text if document.mark is None else document.text.replace(document.mark, "")
     return Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source)
@@ -175,11 +208,13 @@ def _read_into(
     held_out: bool = False,
     may_ask: bool = False,
     teaches: bool = False,
+    purpose: Purpose | None = "answers",
 ) -> DataReport:
     """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way.
 
     Args:
         teaches: only answers are learnt, so a file without any is an error.
+        purpose: see `prepare`.
     """
     forms: list[SourceForm] = []
     total = empty = 0
@@ -199,13 +234,14 @@ def _read_into(
         left = None if options.max_rows is None else options.max_rows - total
         if left == 0:
             break
-        reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask), bad.count, None
+        reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask, purpose=purpose), bad.count, None
         rows = answered = 0
         conversation = False
         for row in islice(good_rows(name, reader), left):
             rows += 1
             answered += not has_empty_answer(row)
-            conversation |= isinstance(row, Conversation)
+            one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
+            conversation |= isinstance(one, Conversation)
         if reader.form is None:
             raise _no_rows(name, bad, bad.count - bad_before)
         if teaches and rows and not answered:

@@ -12,7 +12,7 @@ from torch import Tensor
 from backhand.data.chat import read_template
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import encode_document
-from backhand.data.forms import Completion, Row
+from backhand.data.forms import Completion, OneText
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
 from backhand.errors import DataError
@@ -143,7 +143,7 @@ class GenerationSession:
         self.model.complete(prompts, choose, finished, max_new_tokens=options.max_new_tokens, batch_rows=batch_rows)
         return [Answer(reply.stream.text, reply.tokens, reply.finish_reason or "length") for reply in replies]
 
-    def _encode(self, row: Row) -> list[int]:
+    def _encode(self, row: OneText) -> list[int]:
         document, _ = self._renderer.prompt(row)
         ids: list[int] = encode_document(document, self._renderer.encoder).input_ids.tolist()
         if not ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+TokenLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(supervised tokens,) log-probabilities of a batch, in the order of its positions → the batch's loss, 0-d float64, and
+its gradient with respect to each of them, (supervised tokens,)."""
 
 
 class Entering(NamedTuple):

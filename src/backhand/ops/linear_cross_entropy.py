@@ -8,14 +8,16 @@ under dropout it sees m ⊙ X in place of X, and its share of ∂L/∂X passes t
 families cap logits softly [arXiv:2408.00118, §2]: Z' = κ T, T = tanh(Z / κ), takes the place of Z in ℓ, and
 dZ' = (1 - T²) ⊙ dZ.
 
-Backward. dℓ = ⟨softmax(Z') - onehot(t), dZ'⟩, so with D = w γ (softmax(Z') - onehot(t)) ⊙ (1 - T²) for the loss
-multiplied by w (and Z' = Z, no 1 - T² without a cap),
+Backward. dℓ_i = ⟨softmax(Z'_i) - onehot(t_i), dZ'_i⟩, so with row i of D = w_i γ (softmax(Z'_i) - onehot(t_i)) ⊙
+(1 - T_i²) for a loss with ∂L/∂ℓ_i = w_i (and Z' = Z, no 1 - T² without a cap),
     ∂L/∂X = D W + (∂L/∂h) A       (rows, hidden),    ∂L/∂h = s D B      (rows, rank)
     ∂L/∂A = (∂L/∂h)ᵀ X            (rank, hidden)
     ∂L/∂B = s Dᵀ h                (vocab, rank),     h = X Aᵀ
 
-D needs nothing but the chunk's own logits, and the loss is the root of the graph, so its gradient is computed in the
-same chunk, right after the forward: nothing is saved and no product is repeated. Memory: one chunk's logits, (chunk,
+The mean of all ℓ has one w for every row, known beforehand. D then needs nothing but the chunk's own logits, and its
+gradient is computed in the same chunk, right after the forward: nothing is saved and no product is repeated. Any other
+function of the log-probabilities -ℓ (pairs, rewards) decides the w_i, one for each row: its ℓ come from the forward,
+and the backward computes each chunk's logits again, for they are never held whole. Memory: one chunk's logits, (chunk,
 vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
 re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
 Every chunk reads W twice, and unpacks it where it is quantized: wide models, whose W is more than three times as large
@@ -70,7 +72,7 @@ PLAIN = LogitsRule()
 
 
 class LinearCrossEntropyGrads(NamedTuple):
-    """Gradients of multiplier · Σ ℓ: d_x (rows, hidden); d_lora_A and d_lora_B, float32 at least, or None."""
+    """Gradients of Σ w ℓ: d_x (rows, hidden); d_lora_A and d_lora_B, float32 at least, or None."""
 
     d_x: Tensor
     d_lora_A: Tensor | None
@@ -165,7 +167,13 @@ def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> t
 
 
 def linear_cross_entropy_forward(
-    x: Tensor, weight: FrozenMatrix, targets: Tensor, head: HeadFactors | None = None, rule: LogitsRule = PLAIN
+    x: Tensor,
+    weight: FrozenMatrix,
+    targets: Tensor,
+    head: HeadFactors | None = None,
+    rule: LogitsRule = PLAIN,
+    *,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """ℓ of every row, without gradients.
 
@@ -175,14 +183,16 @@ def linear_cross_entropy_forward(
         targets: (rows,) int64 in [0, vocab).
         head: the head's adapter, or None.
         rule: the logits' multiplier and cap.
+        logits: of `chunk_shape` and x's dtype, to work in, or None.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
-    logits, losses = _buffers(x, weight)
+    logits, losses = _buffers(x, weight, logits)
+    mask = None if head is None else lora_linear.multiplier(x, head.dropout)
     for part in chunks(x):
         n = part.stop - part.start
-        chunk, _ = _logits(x[part], weight, head, rule, logits[:n])
+        chunk, _ = _logits(x[part], weight, head, rule, logits[:n], None if mask is None else mask[part])
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=False)
     return losses
 
@@ -192,20 +202,20 @@ def linear_cross_entropy_backward(
     weight: FrozenMatrix,
     targets: Tensor,
     head: HeadFactors | None = None,
-    multiplier: float = 1.0,
+    multiplier: float | Tensor = 1.0,
     rule: LogitsRule = PLAIN,
     *,
     out: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, LinearCrossEntropyGrads]:
-    """ℓ of every row and the gradients of multiplier · Σ ℓ, forward and backward in one pass over the chunks.
+    """ℓ of every row and the gradients of Σ w ℓ, forward and backward in one pass over the chunks.
 
     Args:
         x: as in the forward, like weight, targets and head.
         weight: (vocab, hidden).
         targets: (rows,).
         head: the head's adapter, if it has one.
-        multiplier: w, e.g. 1 / supervised tokens of the whole step.
+        multiplier: w of every row, e.g. 1 / supervised tokens of the whole step; or each row's own, (rows,).
         rule: the logits' multiplier and cap.
         out: of x's shape and dtype, to receive d_x: perhaps x itself, where the head has no adapter.
         logits: of `chunk_shape` and x's dtype, to work in, or None.
@@ -213,6 +223,8 @@ def linear_cross_entropy_backward(
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
     """
+    if isinstance(multiplier, Tensor):
+        multiplier = multiplier.to(torch.promote_types(x.dtype, torch.float32))[:, None]
     logits, losses = _buffers(x, weight, logits)
     d_x = torch.empty_like(x) if out is None else out
     # What the chunks give adds up in float32, so that many round no more than few.
@@ -222,21 +234,25 @@ def linear_cross_entropy_backward(
     multiplier = multiplier * rule.scaling
     for part in chunks(x):
         n = part.stop - part.start
+        w = multiplier if isinstance(multiplier, float) else multiplier[part]
         chunk_mask = None if mask is None else mask[part]
         chunk, h = _logits(x[part], weight, head, rule, logits[:n], chunk_mask)
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=True)
         # D / (w γ) has taken the logits' place; w γ multiplies what is made from it, which has far fewer columns.
         d_logits = chunk
-        frozen_input_gradient(d_logits, weight, out=d_x[part]).mul_(multiplier)
+        frozen_input_gradient(d_logits, weight, out=d_x[part]).mul_(w)
         if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
-            d_h = (d_logits @ head.lora_B).mul_(head.scaling * multiplier)
+            d_h = (d_logits @ head.lora_B).mul_(head.scaling * w)
             if chunk_mask is None:
                 d_x[part].addmm_(d_h, head.lora_A)
                 d_lora_A.add_(d_h.T @ x[part])
             else:
                 d_x[part].addcmul_(chunk_mask, d_h @ head.lora_A)
                 d_lora_A.add_(d_h.T @ (x[part] * chunk_mask))
-            d_lora_B.add_(d_logits.T @ h, alpha=head.scaling * multiplier)
+            if isinstance(w, float):
+                d_lora_B.add_(d_logits.T @ h, alpha=head.scaling * w)
+            else:
+                d_lora_B.add_(d_logits.T @ h.mul_(w), alpha=head.scaling)
     return losses, LinearCrossEntropyGrads(d_x, d_lora_A, d_lora_B)
 
 

@@ -46,6 +46,10 @@ OPS: dict[str, str] = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "mse": "mse",
+    "dpo": "dpo",
+    "simpo": "simpo",
+    "orpo": "orpo",
+    "kto": "kto",
 }
 
 

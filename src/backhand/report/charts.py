@@ -63,8 +63,15 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
     forgetting = _series(run.evaluations, "forgetting_nats", "rise of the loss") + _series(
         run.evaluations, "forgetting_kl_nats", "KL from the base"
     )
+    unit = "nats per supervised token" if run.objective == "sft" else "loss of a row"
     charts = {
-        "loss": curve(losses, "nats per supervised token", height=280, log="auto", dots="held-out rows"),
+        "loss": curve(losses, unit, height=280, log="auto", dots="held-out rows"),
+        "margins": curve(_both(run, "rewards/margins"), "reward", dots="held-out rows"),
+        "accuracies": curve(_both(run, "rewards/accuracies"), "share of pairs", zero=True, dots="held-out rows"),
+        "rewards": curve(
+            _series(run.steps, "rewards/chosen", "chosen") + _series(run.steps, "rewards/rejected", "rejected"),
+            "reward",
+        ),
         "learning-rate": curve(_series(run.steps, "learning_rate", "rate"), "learning rate", zero=True),
         "grad-norm": curve(_series(run.steps, "grad_norm", "norm"), "norm before clipping", zero=True),
         "tokens-per-s": curve(_series(run.steps, "tokens_per_s", "speed"), "tokens/s", zero=True, numbers=",.0f"),
@@ -72,6 +79,10 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         "forgetting": curve(forgetting, "nats per neutral token", dots="all"),
     }
     return {name: spec for name, spec in charts.items() if spec["data"]["values"]}
+
+
+def _both(run: RunRecord, name: str) -> Rows:
+    return _series(run.steps, name, "training rows") + _series(run.evaluations, f"eval_{name}", "held-out rows")
 
 
 def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:

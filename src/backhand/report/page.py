@@ -55,6 +55,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "answers": [_answer(line) for line in run.answers],
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
+        "objective": run.objective,
         "memory_parts": _memory_parts(run),
         "processes": _processes(run),
         "changes": sorted(changes, key=lambda one: -(one.relative or one.update_norm))[:_MOST_MOVED],
@@ -140,6 +141,7 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
         "source": line.get("source", ""),
         "prompt_parts": prompt_parts(line),
         "reference": reference,
+        "rejected": line.get("rejected"),
         "base": left,
         "adapted": right,
         "right": adapted == reference,
@@ -362,9 +364,10 @@ def _outcome(run: RunRecord) -> str:
     base, best = base_and_best(run)
     if base is None or best is None:
         return "; nothing was held out, so whether it helped is not known" if not run.held_out_losses() else ""
-    change = f"the loss on held-out rows went from {base:.3f} to {best:.3f} nats per token"
-    perplexities = f"(perplexity {_exp(base)} to {_exp(best)})"
-    return f": {change} {perplexities}, so it {'helped' if best < base else 'did not help'}"
+    change = f"the loss on held-out rows went from {base:.3f} to {best:.3f}"
+    nats = f"nats per token (perplexity {_exp(base)} to {_exp(best)})"
+    named = nats if run.objective == "sft" else f"({run.objective})"
+    return f": {change} {named}, so it {'helped' if best < base else 'did not help'}"
 
 
 def _where(run: RunRecord) -> str:

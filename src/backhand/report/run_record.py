@@ -49,6 +49,11 @@ class RunRecord:
         return self.path / ADAPTER
 
     @property
+    def objective(self) -> str:
+        """What was minimised, as `--objective` has it."""
+        return str(self.config.get("objective", {}).get("objective", "sft"))
+
+    @property
     def steps(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl about training steps."""
         return [line for line in self.metrics if "loss" in line]

@@ -39,13 +39,28 @@ ANSWERS = "answers.jsonl"
 REPORT = "report.html"
 LOGS = "logs"
 STATES = "states"
+REFERENCE = "reference.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
 # The run that `--overwrite` replaces, until the new one has a whole checkpoint; and while its files are moved.
 REPLACED = ".replaced"
 _MOVING = ".replacing"
 # config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
-OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, STATES)
+OWNED = (
+    CONFIG,
+    ADAPTER,
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    PROOFS,
+    FACTS,
+    STATUS,
+    ANSWERS,
+    REPORT,
+    LOGS,
+    STATES,
+    REFERENCE,
+)
 
 
 class RunDirectory:

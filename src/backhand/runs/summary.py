@@ -30,13 +30,15 @@ class RunSummary:
         tokens_per_s: tokens / train_s.
         peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and what was predicted before the first
             step.
-        first_loss, last_loss: mean nats per supervised token of the first and last step.
+        first_loss, last_loss: of the first and last step: mean nats per supervised token, or the objective's mean of a
+            row.
         base_eval_loss, best_eval_loss, best_step: held-out loss of the base and the lowest; None without held-out rows.
         trained_parameters, adapted_modules: size of the adapter.
         rows, held_out_rows: documents trained on and held out.
         malformed_rows: left out under `skip_bad`.
         stopped_because: why the run ended before its last step, or None.
         world_size: processes that ended the run; each has such a peak of memory.
+        objective: what was minimised, as `--objective` has it.
     """
 
     output: str
@@ -66,6 +68,7 @@ class RunSummary:
     engine_note: str | None = None
     base: str = "dense"
     world_size: int = 1
+    objective: str = "sft"
 
     def to_json(self) -> str:
         """The text of summary.json."""

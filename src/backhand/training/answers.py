@@ -36,6 +36,7 @@ class HeldOutAnswer:
         prompt_parts: the same as [text, whether it is control tokens], so that people can be shown less of these.
         reference: what the row says, cut to as many tokens as answers may have.
         base, adapted: greedy answers, without control tokens.
+        rejected: of a pair, what it should not say; None elsewhere.
     """
 
     source: str
@@ -44,6 +45,7 @@ class HeldOutAnswer:
     reference: str
     base: str
     adapted: str
+    rejected: str | None = None
 
 
 def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig) -> str:
@@ -84,7 +86,9 @@ def held_out_answers(
     finally:
         bound.model.attach(bound.lora)
     for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=True):
-        said = (reference[:new_tokens].tolist(), of_base, of_adapted)
+        said = [reference[:new_tokens].tolist(), of_base, of_adapted]
+        if example.rejected is not None:
+            said.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
         yield HeldOutAnswer(
             example.source,
             str(tokenizer.decode(prompt.tolist())),

@@ -15,6 +15,7 @@ from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Opt
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
+from backhand.training.objectives.options import ObjectiveOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -230,6 +231,7 @@ class TrainConfig(Options):
         adapter: rank, alpha, targets.
         optimization: steps, rates, batches.
         run: directory, evaluation, checkpoints.
+        objective: what is minimised.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -237,10 +239,17 @@ class TrainConfig(Options):
     adapter: LoRAConfig = field(default_factory=LoRAConfig)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     def _check_together(self) -> None:
-        for part in (self.model, self.data, self.adapter, self.optimization, self.run):
+        for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective):
             _check_utf8(part)
+        if self.data.train_on == "all" and self.objective.objective != "sft":
+            raise UsageError(
+                f"train_on 'all' would compare prompts, and {self.objective.objective} compares answers",
+                where="train_on",
+                next_step="leave out --train-on, or give --objective sft",
+            )
         # A resumed run has the held-out rows it began with: what differs from its own options is told then.
         if self.run.early_stopping is not None and not self.run.resume and not _holds_out(self.data):
             raise UsageError(

@@ -196,8 +196,9 @@ def _improvement(summary: RunSummary) -> str:
             "(--eval-fraction 0.05 would tell what it is worth on other rows)."
         )
     change = "better" if best < base else "not better"
+    nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
     return (
-        f"Held-out loss {base:.4f} → {best:.4f} nats per token (perplexity {_exp(base)} → {_exp(best)}, {change}) "
+        f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "
         f"on {summary.held_out_rows:,} rows, best after step {summary.best_step}."
     )
 

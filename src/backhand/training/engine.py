@@ -19,7 +19,7 @@ from torch import Tensor
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
-from backhand.nn.batch import PackedBatch
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -68,8 +68,17 @@ class Trainable(Protocol):
         """(name, tensor) of everything that must not move."""
         ...
 
-    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """Add ∂(loss_scaling · Σ nats)/∂(lora_A, lora_B) to `lora.gradients`; return Σ nats, 0-d float64."""
+    def loss_and_gradients(
+        self,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """Add ∂(loss_scaling · loss)/∂(lora_A, lora_B) to `lora.gradients`; return the loss, 0-d float64.
+
+        The loss is Σ nats, or what `token_loss` makes of the supervised tokens' log-probabilities.
+        """
         ...
 
     def loss(self, batch: PackedBatch) -> Tensor:

@@ -20,8 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from backhand.bounds import check_kind
-from backhand.data.examples import Example, check_vocabulary
+from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
+from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, prepare
 from backhand.errors import CheckError
 from backhand.generate.engine_completer import complete_greedily
@@ -29,6 +30,10 @@ from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.terminal import console_for_tables, working
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.measuring import HeldOut
+from backhand.training.objectives.objective import document_sums, means
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.objectives.pairs import PairObjective
+from backhand.training.step import Processes
 from backhand.words import count_of, show_notes
 
 
@@ -41,12 +46,15 @@ class Score:
         perplexity: e^loss.
         exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
         supervised_tokens: over which the loss is the mean.
+        pairs: of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides'
+            answers, and of an adapted model the rewards against the base, under TRL's names; None elsewhere.
     """
 
     loss: float
     perplexity: float
     exact_match: float | None
     supervised_tokens: int
+    pairs: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,14 @@ class EvaluationRows:
         rows: how many rows they were made from.
         prompts: of the rows that end in a reply.
         notes: what of the rows is not measured, a sentence each.
+        pairs: the rows, where they are pairs.
     """
 
     held_out: HeldOut
     rows: int
     prompts: tuple[Prompt, ...]
     notes: tuple[str, ...] = ()
+    pairs: tuple[Example, ...] = ()
 
 
 def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
@@ -83,16 +93,37 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     # Every row that is named is evaluated: what would hold rows out of training does not apply here.
     data = replace(data, eval_data=(), eval_fraction=0.0)
     found: list[Prompt] = []
-    examples, _ = prepare(data, loaded.tokenizer, prompts=found if run.completions else None)
+    examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=found if run.completions else None)
     prompts = tuple(prompt for prompt in found if prompt.reply is not None)
-    found_ids = [(example.input_ids, example.source) for example in examples.examples]
+    found_ids = [(document.input_ids, document.source) for document in documents_of(examples.examples)]
     found_ids += [(prompt.input_ids, prompt.source) for prompt in prompts]
     check_vocabulary(found_ids, loaded.model.vocab_size, loaded.tokenizer)
     notes = examples.report.left_out()
     if unasked := len(found) - len(prompts):
         notes.append(f"{count_of(unasked, 'row')} without a reply at the end: no exact match, the loss alone")
     rows = len({example.source for example in examples.examples})
-    return EvaluationRows(HeldOut(examples.examples, run.micro_batch_rows), rows, prompts, tuple(notes))
+    pairs = tuple(example for example in examples.examples if example.rejected is not None)
+    answers = [replace(example, rejected=None) for example in examples.examples]
+    return EvaluationRows(HeldOut(answers, run.micro_batch_rows), rows, prompts, tuple(notes), pairs)
+
+
+def compared(
+    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, scores: Sequence[Score]
+) -> list[Score]:
+    """The scores of the base and, perhaps, of the adapted model with what the two say of pairs."""
+    packer = RowPacker(rows.pairs, share_prefixes=loaded.model.shares_prefixes)
+    with_pairs: list[Score] = []
+    reference: Tensor | None = None
+    for number, one in enumerate(scores):
+        loaded.model.use_adapter(bool(number))
+        sums = document_sums(loaded.model, packer, range(len(rows.pairs)), run.micro_batch_rows, Processes())
+        assert sums is not None
+        objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
+        measured = means([objective.of_sums(range(len(rows.pairs)), sums).measured])
+        shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
+        with_pairs.append(replace(one, pairs=shown))
+        reference = sums if reference is None else reference
+    return with_pairs
 
 
 def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
@@ -189,6 +220,9 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         show_notes(rows.notes)
         base = score(loaded, rows, run, adapter=False)
         adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
+        if rows.pairs:
+            base, *others = compared(loaded, rows, run, [base] if adapted is None else [base, adapted])
+            adapted = others[0] if others else None
     return Evaluation(rows.rows, base, adapted)
 
 
@@ -196,7 +230,11 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
     """`evaluate`, printed as a table, or as one JSON object with `json`."""
     if options.run.json:
         result = evaluate(options)
-        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+        told = asdict(result)
+        for found in (told["base"], told["adapted"]):
+            if found is not None and found["pairs"] is None:
+                del found["pairs"]
+        sys.stdout.write(json.dumps(told) + "\n")
         return result
     with working("evaluating"):
         result = evaluate(options)
@@ -208,6 +246,10 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
             match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
             table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match)
     console_for_tables().print(table)
+    for name, found in (("base", result.base), ("adapted", result.adapted)):
+        if found is not None and found.pairs is not None:
+            said = ", ".join(f"{what} {value:.4g}" for what, value in found.pairs.items())
+            console_for_tables().print(f"pairs, {name}: {said}", soft_wrap=True)
     return result
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from backhand.adapters.record import installed_packages
-from backhand.data.examples import DataReport, Example, PreparedData
+from backhand.data.examples import DataReport, Example, PreparedData, documents_of
 from backhand.ops.frozen_matrix import frozen_dense
 from backhand.runs.directory import RunDirectory
 from backhand.runs.summary import RunSummary
@@ -103,11 +103,12 @@ def _norm(weight: torch.Tensor) -> float:
 
 
 def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
+    documents = documents_of(data.examples)
     return {
         **_counts(data.report),
-        "lengths": _histogram([len(example) for example in data.examples]),
-        "supervised": _histogram([int(example.supervised.sum()) for example in data.examples]),
-        "shown": [_token_by_token(example, tokenizer) for example in data.examples[:shown]],
+        "lengths": _histogram([len(document) for document in documents]),
+        "supervised": _histogram([int(document.supervised.sum()) for document in documents]),
+        "shown": [_token_by_token(example, tokenizer) for example in documents[:shown]],
     }
 
 
@@ -197,4 +198,5 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         malformed_rows=job.train.report.skipped_bad,
         stopped_because=progress.stopped_because,
         world_size=world_size,
+        objective=job.config.objective.objective,
     )

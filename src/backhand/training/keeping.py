@@ -126,7 +126,7 @@ def _packers(job: Job) -> tuple[RowPacker | None, RowPacker | None]:
 
 def _lengths(packer: RowPacker) -> list[int]:
     """Tokens that are kept of each row, and behind them those that all rows begin with."""
-    return [max(0, length - packer.common) for length in packer.lengths] + [packer.common]
+    return [max(0, length - packer.common) for length in packer.by_document.lengths] + [packer.common]
 
 
 def _store(

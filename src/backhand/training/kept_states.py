@@ -155,7 +155,7 @@ class KeptStates:
     ) -> None:
         self._model = model
         self._layer = layer
-        self._packer = packer
+        self._rows, self._packer = packer, packer.by_document
         self._store: StateStore | None = store
         self._first = first
         self._at_once = at_once
@@ -175,10 +175,10 @@ class KeptStates:
         Raises:
             CheckError: what was kept is not what is computed now, and batches of the run have used it.
         """
-        batch = self._packer.packed(rows, "cpu")
+        batch = self._rows.packed(rows, "cpu")
         if self._store is None or not self._agrees(batch):
             return batch
-        rows = self._packer.in_order(rows)
+        rows = self._rows.in_order(rows)  # from here on each document is one
         kept = {row: self._store.get(self._first + row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
         beginning = self._kept_beginning()
@@ -216,7 +216,7 @@ class KeptStates:
         store, wanted = self._store, list(missing)
         assert store is not None
         room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
-        for row in chain.from_iterable(coming) if room > 0 else ():
+        for row in chain.from_iterable(map(self._rows.documents, coming)) if room > 0 else ():
             own = self._packer.lengths[row] - self._beginning
             if own > 0 and self._first + row not in store:
                 room -= own

@@ -36,6 +36,7 @@ from backhand.training.guards import (
 from backhand.training.kept_states import KeptStates
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, rss_bytes
+from backhand.training.objectives.objective import Objective
 from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step
@@ -60,6 +61,7 @@ class TrainingLoop:
         processes: that share each step and evaluation.
         kept: keeps the hidden states of the training rows below the lowest adapted layer; None where they are computed
             in each step.
+        objective: of the training rows; None for the loss of answers.
     """
 
     model: Trainable
@@ -78,6 +80,7 @@ class TrainingLoop:
     save: Callable[[bool], None] = lambda _better: None
     processes: Processes = field(default_factory=Processes)
     kept: KeptStates | None = None
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
@@ -124,6 +127,8 @@ class TrainingLoop:
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
         tokens = self.packer.tokens(rows)
+        if self.objective is not None:
+            self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
         result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
         self.check_files()  # before anything of this step is told or saved
         seconds = time.perf_counter() - began
@@ -135,12 +140,15 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _work(self, rows: Sequence[int]) -> StepWork:
-        groups = self._groups(rows)
+        groups, objective = self._groups(rows), self.objective
+        supervised = self.packer.supervised_tokens(rows)
         return StepWork(
             lambda number: self._packed(groups, number),
             [self.packer.positions(group) for group in groups],
-            self.packer.supervised_tokens(rows),
+            supervised,
             self._dropout_seeds(len(groups)),
+            supervised if objective is None else len(rows),
+            None if objective is None else lambda number: objective.token_loss(number, groups[number]),
         )
 
     def _groups(self, rows: Sequence[int]) -> list[list[int]]:
@@ -185,6 +193,7 @@ class TrainingLoop:
             several["computed_s"] = [round(computed, 4) for computed in result.computed_s]
             several["waited_s"] = [round(waited, 4) for waited in result.waited_s]
             several["computed_tokens"] = list(result.computed_tokens)
+        measured = {} if self.objective is None else self.objective.measured(self.processes)
         return {
             "step": self.state.progress.step,
             "epoch": round(self.sampler.epochs_done(self.state.progress.step), 4),
@@ -196,6 +205,7 @@ class TrainingLoop:
             "tokens_per_s": round(tokens / seconds, 1),
             "rss_bytes": rss_bytes(),
             "time_s": round(self.state.progress.train_s, 3),
+            **{name: finite_or_none(value) for name, value in measured.items()},
             **several,
         }
 
@@ -246,8 +256,9 @@ class TrainingLoop:
         if self.held_out is not None and loss is None:
             return False  # asked to stop: it stays pending
         record: dict[str, Any] = {"step": progress.step}
-        if loss is not None:
+        if loss is not None and self.held_out is not None:
             record["eval_loss"] = finite_or_none(loss)
+            record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
         if self.meter is not None:
             measured = self.meter.measure(self.model, self.state.lora, self.processes)
             record |= {

@@ -34,10 +34,14 @@ class HeldOut:
     Args:
         examples: at least one.
         kept: keeps their hidden states below the lowest adapted layer from one `loss` to the next.
+
+    Attributes:
+        measured: what the newest `loss` found beside, under the names of metrics.jsonl.
     """
 
     def __init__(self, examples: Sequence[Example], micro_batch_rows: int, kept: KeptStates | None = None) -> None:
-        self.supervised_tokens = sum(int(example.supervised.sum()) for example in examples)
+        self.supervised_tokens = sum(example.supervised_tokens for example in examples)
+        self.measured: dict[str, float] = {}
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._kept = kept
@@ -64,7 +68,7 @@ class HeldOut:
         return left_sum(found[number] for number in range(len(batches))) / self.supervised_tokens
 
     def token_losses(self, model: Trainable | Completer) -> Iterator[tuple[Example, Tensor]]:
-        """Every row with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
+        """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
         for _, examples, batch in self._packed(model.shares_prefixes):
             losses = model.token_losses(batch.to(model.device)).cpu()
             counts = [int(example.supervised.sum()) for example in examples]
@@ -75,7 +79,7 @@ class HeldOut:
             packer = RowPacker(self._examples, share_prefixes=share_prefixes)
             groups = micro_batches(range(len(self._examples)), packer.lengths, max_rows=self._micro_batch_rows)
             for group in groups:
-                examples = [self._examples[row] for row in packer.in_order(group)]
+                examples = [packer.by_document.examples[place] for place in packer.in_order(group)]
                 self._batches.append(_Packed(group, examples, packer.packed(group, "cpu")))
         return self._batches
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from backhand.adapters.targets import in_numbers
-from backhand.data.examples import Example, PreparedData, check_vocabulary, summed
+from backhand.data.examples import Example, PreparedData, check_vocabulary, documents_of, summed
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.files import free_bytes
@@ -106,7 +106,7 @@ def outline_run(
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
     else:
-        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed)
+        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed, purpose=config.objective.purpose)
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     neutral = _neutral_texts(config, tokenizer, held_out)
@@ -225,7 +225,8 @@ def _below(
 ) -> Below:
     """What lies below the lowest adapted layer, as this run computes it."""
     beside = RowPacker(() if held_out is None else held_out.examples, share_prefixes=engine.shares_prefixes)
-    below = engine.below(layout, max((*packer.lengths, *beside.lengths), default=0))
+    longest = max((*packer.by_document.lengths, *beside.by_document.lengths), default=0)
+    below = engine.below(layout, longest)
     if below.whole is not None and below.dependent is None:
         shared = any(rows.may_share(memory.micro_batch_rows) for rows in (packer, beside))
         below = replace(below, dependent=below.whole if shared else None)
@@ -259,7 +260,7 @@ def _check_tokens(
 ) -> None:
     """Raise DataError where the run would meet a token that the model does not have."""
     vocab_size = engine.vocab_size
-    examples = (*train.examples, *(() if held_out is None else held_out.examples))
+    examples = documents_of((*train.examples, *(() if held_out is None else held_out.examples)))
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
     check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
 
@@ -274,8 +275,10 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     length, count = config.data.max_length, config.optimization.batch_rows
     supervised = np.ones(length, dtype=np.bool_)
     supervised[0] = False
-    ids = np.ones(length, dtype=np.int32)
-    return summed([Example(ids, supervised, "assumed") for _ in range(count)], PreparedData(()).report)
+    row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
+    if config.objective.purpose == "pairs":
+        row = replace(row, rejected=row)
+    return summed([row] * count, PreparedData(()).report)
 
 
 def _shapes(
@@ -313,7 +316,8 @@ def _shapes(
 
 
 def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
-    return Rows(packer.lengths, [int(example.supervised.sum()) for example in examples], packer.shared)
+    supervised = [example.supervised_tokens for example in examples]
+    return Rows(packer.lengths, supervised, packer.shared, packer.document_lengths)
 
 
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
@@ -371,7 +375,7 @@ def build_job(
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
     train, held_out = outline.train, outline.held_out
-    measured = (*(() if held_out is None else held_out.examples), *train.examples)
+    measured = documents_of((*(() if held_out is None else held_out.examples), *train.examples))
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
     return Job(
         **vars(outline)
@@ -412,4 +416,5 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),
         run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
+        objective=config.objective.resolved(),
     )

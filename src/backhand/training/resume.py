@@ -320,6 +320,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         finished.plan,
         held_out=finished.held_out,
         processes=finished.processes,
+        objective=finished.objective,
     )
     try:
         completed = loop.run()

@@ -40,7 +40,7 @@ from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import TerminalObserver, opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
-from backhand.training.keeping import keeping
+from backhand.training.keeping import Keeping, keeping
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
@@ -48,6 +48,8 @@ from backhand.training.loop import StepPlan, TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
+from backhand.training.objectives.objective import HeldOutObjective, Objective
+from backhand.training.objectives.reference import run_objectives
 from backhand.training.observer import Callback, Observer, Observers, RunStart, as_observers, metrics_file
 from backhand.training.prepared import Job, build_job
 from backhand.training.resume import (
@@ -120,15 +122,14 @@ class JobRun:
             save = self._saving(saver, state)
             digest, noted = base_guard.digest, self.observer.noted
             kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
+            objective, of_held_out = self._objectives(state, kept, log)
             loop = TrainingLoop(
                 job.bound.model,
                 state,
                 job.packer,
                 job.sampler,
                 plan,
-                held_out=None
-                if job.held_out is None
-                else HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out),
+                held_out=self._held_out(kept, of_held_out),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -138,6 +139,7 @@ class JobRun:
                 save=save,
                 processes=self.processes,
                 kept=kept.train,
+                objective=objective,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
@@ -282,6 +284,33 @@ class JobRun:
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
         self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
 
+    def _objectives(self, state: RunState, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
+        """Of training and of held-out rows, with what the model that the run starts from says of them."""
+        assert self._frozen_digest is not None
+        started_from = self.job.config.run.from_adapter
+        if self.job.config.run.resume and self.processes.leads:
+            started_from = begun_from(self.directory.path)
+        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
+        return run_objectives(
+            self.job,
+            self.directory,
+            self.processes,
+            self._frozen_digest,
+            kept,
+            started_from,
+            fresh=state.progress.step == 0,
+            log=log,
+            noted=self.observer.noted,
+        )
+
+    def _held_out(self, kept: Keeping, objective: Objective | None) -> HeldOut | None:
+        job = self.job
+        if job.held_out is None:
+            return None
+        if objective is not None:
+            return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
+        return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
+
     def _meter(self) -> ForgettingMeter | None:
         if self.job.held_out is None and self.job.config.run.max_forgetting is None:
             return None
@@ -294,7 +323,9 @@ class JobRun:
     def _card(self, progress: Progress) -> dict[str, object]:
         card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
-            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} nats per token"
+            name = self.job.config.objective.objective
+            unit = "nats per token" if name == "sft" else f"({name})"
+            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
         return card
 
     def left(self, *, back: bool) -> str:

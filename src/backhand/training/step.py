@@ -1,6 +1,6 @@
 """One training step: the gradients of its micro-batches added up, clipped, and AdamW, all on one flat buffer.
 
-Every supervised token of the step weighs the same,
+Every supervised token of the step weighs the same (of an objective that compares answers every row, and n counts rows),
 
     L = (1 / n) Σ over micro-batches Σ over supervised positions of nats,   n = supervised tokens of the whole step
     g = g₀ + g₁ + … + g_{m-1},   gᵢ of one micro-batch, computed from zero, added from the left in float32
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from backhand.errors import ArtifactError, CheckError
-from backhand.nn.batch import PackedBatch
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.interruption import Interruption
 from backhand.training.config import OptimizationOptions
@@ -45,7 +45,7 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: mean nats per supervised token.
+        loss: mean nats per supervised token, or the mean loss of a row.
         grad_norm: of the whole adapter's gradient, before clipping.
         supervised_tokens: in all micro-batches.
         attends: whether some supervised position of the step has one before it.
@@ -74,12 +74,16 @@ class StepWork:
         positions: tokens that each computes.
         supervised_tokens: of all of them.
         dropout_seeds: one for each; None for no dropout.
+        mean_over: n, what the loss is a mean over: supervised tokens, or rows.
+        token_loss: of one by its number, see `Trainable.loss_and_gradients`; None for Σ nats.
     """
 
     packed: Callable[[int], PackedBatch]
     positions: Sequence[int]
     supervised_tokens: int
     dropout_seeds: Sequence[int | None]
+    mean_over: int
+    token_loss: Callable[[int], TokenLoss] | None = None
 
 
 def training_step(
@@ -107,7 +111,8 @@ def training_step(
     began = time.perf_counter()
     for number in shares[processes.rank]:
         batch = work.packed(number)
-        nats = float(model.loss_and_gradients(batch, 1.0 / supervised_tokens, work.dropout_seeds[number]))
+        token_loss = None if work.token_loss is None else work.token_loss(number)
+        nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
         added.add(number, nats, batch.supervised_tokens, attends=batch.attends)
     found = processes.total(added, time.perf_counter() - began)
     if found.supervised_tokens != supervised_tokens:
@@ -123,7 +128,7 @@ def training_step(
         optimizer.step(learning_rate)
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
     return StepResult(
-        loss=nats / supervised_tokens,
+        loss=nats / work.mean_over,
         grad_norm=norm,
         supervised_tokens=supervised_tokens,
         attends=found.attends,

@@ -26,7 +26,7 @@ from backhand.adapters.injection_plan import plan_injection
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import UsageError
 from backhand.generate.transformers_completer import TransformersCompleter
-from backhand.nn.batch import PackedBatch, document_runs
+from backhand.nn.batch import PackedBatch, TokenLoss, document_runs
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -132,8 +132,14 @@ class TransformersModel:
             raise ValueError("there is no adapter in the model: inject one first")
         return self.injected
 
-    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """Add ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`; return Σ nats, 0-d float64.
+    def loss_and_gradients(
+        self,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """See `Decoder.loss_and_gradients`; with a `token_loss`, all of the batch's graph is held at once.
 
         Raises:
             ValueError: without an attached adapter.
@@ -142,6 +148,12 @@ class TransformersModel:
             raise ValueError("there is no adapter to train: attach one first")
         total = torch.zeros((), dtype=torch.float64)
         with _dropout(self._injected(), dropout_seed, self.device), torch.enable_grad():
+            if token_loss is not None:
+                log_p = -joined(self._losses(batch), self.device)
+                loss, d_log_p = token_loss(log_p.detach())
+                if log_p.requires_grad:
+                    log_p.backward((loss_scaling * d_log_p).to(log_p.dtype))
+                return loss
             for losses in self._losses(batch):
                 nats = losses.sum()
                 (nats * loss_scaling).backward()

@@ -23,10 +23,11 @@ from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense
-from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import angles, scaled_for_queries
 from backhand.verify.case import Tensors
+from backhand.verify.pair_loss import PairLoss
 
 
 class BlockwiseStep:
@@ -37,19 +38,28 @@ class BlockwiseStep:
         batch: the packed documents, on the decoder's device.
         dropout_seed: draws the masks; None for no dropout.
         loss_scaling: the factor of the summed loss.
+        pair_loss: the loss where documents are pairs; None for Σ nats.
 
     Attributes:
         lora: the adapter's values as the decoder computes with them, and their gradients.
         carried: what the last pass carried beside the stream.
     """
 
-    def __init__(self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, loss_scaling: float) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: PackedBatch,
+        dropout_seed: int | None,
+        loss_scaling: float,
+        pair_loss: PairLoss | None = None,
+    ) -> None:
         if decoder.lora is None:
             raise ValueError("there is no adapter to prove: attach one first")
         self.decoder = decoder
         self.batch = batch
         self.dropout_seed = dropout_seed
         self.loss_scaling = loss_scaling
+        self.pair_loss = pair_loss
         self.carried = Carried()
         self._begun: BeginKept | None = None
         self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
@@ -111,20 +121,24 @@ class BlockwiseStep:
 
     @torch.no_grad()
     def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """∂L/∂x of the last block's output x, both at the supervised positions, and their losses."""
+        """∂L/∂x of the last block's output x, both at the supervised positions, and the loss."""
         config, weights = self.decoder.config, self.decoder.weights
         labels = self.batch.labels[self.batch.supervised_positions]
         factors = self.decoder.head_factors(self.dropout_seed)
         if factors is not None:
             factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
         normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
-        losses, grads = linear_cross_entropy_backward(
-            normed, float64_dense(weights.head), labels, factors, self.loss_scaling, config.logits
-        )
+        head, loss = float64_dense(weights.head), None
+        multiplier: float | Tensor = self.loss_scaling
+        if self.pair_loss is not None:
+            nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
+            loss, d_log_p = self.pair_loss.token_loss(-nats)
+            multiplier = -self.loss_scaling * d_log_p
+        losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
         if grads.d_lora_A is not None and grads.d_lora_B is not None:
             self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
             self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
-        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, losses
+        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, losses.sum() if loss is None else loss
 
     @torch.no_grad()
     def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:

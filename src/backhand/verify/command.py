@@ -164,7 +164,7 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
     threads = resolve_threads(options.model)
     with compute_settings(options.model, threads, decoder.dtype, decoder.device):
         batch = pack(setup.examples, device=decoder.device)
-        gradients = GradientProofs(decoder, batch, setup.dropout_seed)
+        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.pairs)
         say(f"{options.model.model}: block by block in float64")
         report.model.extend(gradients.by_block())
         say(f"{options.model.model}: a training step")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backhand.data.examples import Example
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.carried import KeysAndValues
 from backhand.nn.decoder.decoder import HEAD, Decoder
@@ -30,8 +31,10 @@ from backhand.runs.directory import ProofKind
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense
 from backhand.verify.case import Tensors
 from backhand.verify.measure import relative_error
+from backhand.verify.pair_loss import pair_loss
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
+    OfNats,
     ReferenceCarried,
     reference_block,
     reference_head,
@@ -78,14 +81,20 @@ class GradientProofs:
         decoder: with an adapter whose lora_B is not zero.
         batch: the packed documents, with at least one supervised position, on the decoder's device.
         dropout_seed: draws the masks, the same on both sides; None for no dropout.
+        pairs: what the batch holds, where it is pairs: their loss is then proved, not that of answers.
 
     Attributes:
         step: the same step in float64; its gradients are filled by `by_block`.
         rounding_bound: what the compute dtype may cost, set by `training_step`.
     """
 
-    def __init__(self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None) -> None:
-        self.step = BlockwiseStep(decoder, batch, dropout_seed, 1.0 / max(batch.supervised_tokens, 1))
+    def __init__(
+        self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, pairs: Sequence[Example] = ()
+    ) -> None:
+        of_pairs = pair_loss(pairs) if pairs else None
+        self.step = BlockwiseStep(
+            decoder, batch, dropout_seed, 1.0 / max(len(pairs) or batch.supervised_tokens, 1), of_pairs
+        )
         self.rounding_bound = math.nan
         self._errors: dict[str, float] = {}
 
@@ -95,7 +104,8 @@ class GradientProofs:
         step.lora.gradients.zero_()
         inputs = step.forward(step.dropout_seed, step.batch.supervised_positions)
         d_x, loss_error = self._prove_head(inputs.pop())
-        yield ModelProof("loss = reference, float64", loss_error, FLOAT64_BOUND)
+        what = "loss" if step.pair_loss is None else "loss of pairs (DPO)"
+        yield ModelProof(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(step.layers):
             d_x = self._prove_block(layer, inputs.pop(), d_x)
         if PER_LAYER_MODEL in step.lora:
@@ -126,7 +136,8 @@ class GradientProofs:
         decoder, lora = step.decoder, step.decoder.lora
         assert lora is not None
         lora.gradients.zero_()
-        decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed)
+        token_loss = None if step.pair_loss is None else step.pair_loss.token_loss
+        decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
         return relative_error(lora.gradients, truth), relative_error(self._by_autograd(), truth)
 
     def _neighbours(self) -> Iterator[tuple[float, float]]:
@@ -140,7 +151,7 @@ class GradientProofs:
                 drawn = torch.randn(values.shape, generator=generator).to(values.device)
                 lora.values.copy_(values * torch.exp(NEIGHBOURHOOD * drawn))
                 lora.refresh_compute(step.decoder.dtype)
-                near = BlockwiseStep(step.decoder, step.batch, step.dropout_seed, step.loss_scaling)
+                near = BlockwiseStep(step.decoder, step.batch, step.dropout_seed, step.loss_scaling, step.pair_loss)
                 yield self._rounding_errors(near.gradient())
         finally:
             lora.values.copy_(values)
@@ -158,7 +169,7 @@ class GradientProofs:
         views = {name: frozen_dense(view) for name, view in named_views(decoder.weights, decoder.config)}
         adapter = ReferenceAdapter(lora.slots, leaves, step.dropout_seed)
         with torch.enable_grad():
-            loss = step.loss_scaling * reference_loss(views, decoder.config, step.batch, adapter)
+            loss = step.loss_scaling * reference_loss(views, decoder.config, step.batch, adapter, self._of_nats)
             gradients = torch.autograd.grad(loss, list(leaves.values()))
         return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
 
@@ -166,7 +177,7 @@ class GradientProofs:
         """∂L/∂x of the last block's output by hand, both at the supervised positions, and the loss's relative error."""
         step = self.step
         config, weights = step.decoder.config, step.decoder.weights
-        d_x, losses = step.head(x)
+        d_x, by_hand = step.head(x)
         names = [HEAD] if HEAD in step.lora else []
         leaves = self._leaves(names) | {"x": x.clone().requires_grad_()}
         head = float64_dense(weights.head)
@@ -177,11 +188,15 @@ class GradientProofs:
         }
         labels = step.batch.labels[step.batch.supervised_positions]
         with torch.enable_grad():
-            loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves))
+            loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves), self._of_nats)
         by_autograd = self._gradients((step.loss_scaling * loss,), (torch.ones_like(loss),), leaves)
         self._compare("d_x of the head", d_x, by_autograd["x"])
         self._compare_factors(names, by_autograd)
-        return d_x, relative_error(losses.sum(), loss.detach())
+        return d_x, relative_error(by_hand, loss.detach())
+
+    @property
+    def _of_nats(self) -> OfNats:
+        return torch.sum if self.step.pair_loss is None else self.step.pair_loss.formula
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block by hand; it and the block's adapter gradients are compared."""

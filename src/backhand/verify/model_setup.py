@@ -14,7 +14,7 @@ from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_slots
 from backhand.data.chat import read_template
-from backhand.data.examples import Example, check_vocabulary
+from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
 from backhand.data.split import neutral_texts
@@ -49,12 +49,14 @@ class ModelSetup:
         examples: documents with supervised tokens, long ones cut.
         dropout_seed: of the masks, None where the adapter has no dropout.
         notes: what was chosen, a sentence each.
+        pairs: the same documents two by two, where the rows are pairs.
     """
 
     decoder: Decoder
     examples: tuple[Example, ...]
     dropout_seed: int | None
     notes: tuple[str, ...]
+    pairs: tuple[Example, ...] = ()
 
 
 def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int) -> ModelSetup:
@@ -74,7 +76,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     except UnsupportedModel as error:
         error.next_step = _WITHOUT_ENGINE
         raise
-    examples, rows = _documents(data, source.tokenizer(), max_tokens)
+    examples, pairs, rows = _documents(data, source.tokenizer(), max_tokens)
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
     quantized = stays_quantized(model, source, dtype, device)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
@@ -114,7 +116,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
         rows,
         *said,
     )
-    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes)
+    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, pairs)
 
 
 def random_adapter(decoder: Decoder) -> LoRAParameters:
@@ -133,19 +135,27 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
     return lora
 
 
-def _documents(data: DataOptions, tokenizer: Any, max_tokens: int) -> tuple[tuple[Example, ...], str]:
-    """The first documents of the rows, or of the neutral texts, and a sentence about them."""
+def _documents(
+    data: DataOptions, tokenizer: Any, max_tokens: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
+    """The first documents of the rows, or of the neutral texts, the pairs they are, and a sentence about them."""
     if data.data:
-        found: Sequence[Example] = read_examples(data, data.data, tokenizer).examples
+        found: Sequence[Example] = read_examples(data, data.data, tokenizer, purpose=None).examples
         where = ", ".join(data.data)
     else:
         found = [_text_example(text, tokenizer) for text in neutral_texts()]
         where = "neutral texts of the package"
-    chosen = choose_documents(found, max_tokens)
+    paired = any(example.rejected is not None for example in found)
+    documents = [replace(document, rejected=None) for document in documents_of(found)]
+    chosen = choose_documents(documents, max_tokens)
     if not chosen:
         raise DataError("no document has a supervised token", where=where)
+    pairs: tuple[Example, ...] = ()
+    if paired:
+        chosen = chosen[: len(chosen) // 2 * 2]
+        pairs = tuple(replace(one, rejected=other) for one, other in zip(chosen[::2], chosen[1::2], strict=True))
     tokens = sum(len(example) for example in chosen)
-    return tuple(chosen), f"{len(chosen)} of {len(found)} documents of {where}: {tokens} tokens"
+    return tuple(chosen), pairs, f"{len(chosen)} of {len(documents)} documents of {where}: {tokens} tokens"
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:

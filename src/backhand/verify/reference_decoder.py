@@ -47,6 +47,8 @@ from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
 from backhand.verify.reference_adapter import HEAD, ReferenceAdapter, Tensors
 
+OfNats = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class ReferenceCarried:
@@ -56,7 +58,13 @@ class ReferenceCarried:
     lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter) -> Tensor:
+def reference_loss(
+    weights: Tensors,
+    config: DecoderConfig,
+    batch: PackedBatch,
+    adapter: ReferenceAdapter,
+    of_nats: OfNats = torch.sum,
+) -> Tensor:
     """Σ nats over the supervised positions, 0-d.
 
     Args:
@@ -64,6 +72,7 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
         config: the family.
         batch: the packed documents; a prefix that they share is computed for each of them.
         adapter: its factors in the dtype of the weights.
+        of_nats: another loss of the supervised positions' nats, (supervised,).
     """
     batch = _whole_documents(batch)
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
@@ -74,7 +83,7 @@ def reference_loss(weights: Tensors, config: DecoderConfig, batch: PackedBatch, 
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
         x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted, carried)
-    return reference_head(x, weights, config, batch.labels, adapter)
+    return reference_head(x, weights, config, batch.labels, adapter, of_nats)
 
 
 def _whole_documents(batch: PackedBatch) -> PackedBatch:
@@ -112,7 +121,12 @@ def reference_inputs(
 
 
 def reference_head(
-    x: Tensor, weights: Tensors, config: DecoderConfig, labels: Tensor, adapter: ReferenceAdapter
+    x: Tensor,
+    weights: Tensors,
+    config: DecoderConfig,
+    labels: Tensor,
+    adapter: ReferenceAdapter,
+    of_nats: OfNats = torch.sum,
 ) -> Tensor:
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
     name = f"{HEAD}.weight" if f"{HEAD}.weight" in weights else f"{EMBEDDING}.weight"
@@ -121,7 +135,8 @@ def reference_head(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * config.logits.scaling
     if config.logits.cap is not None:
         logits = config.logits.cap * torch.tanh(logits / config.logits.cap)
-    return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    nats = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return of_nats(nats[labels != IGNORE_INDEX])
 
 
 class _Layer(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     BlockAdapter,
@@ -334,26 +334,46 @@ class Decoder:
         supervised = batch.supervised_positions
         x = self._passed(batch, len(self.config.layers), supervised)
         (normed, _), targets = self._final_norm(x), batch.labels[supervised]
+        return self._head_losses(normed, targets, None, None)
+
+    def _head_losses(
+        self, normed: Tensor, targets: Tensor, dropout_seed: int | None, scratch: Scratch | None
+    ) -> Tensor:
+        """(rows,) losses in nats of normed rows, (rows, hidden)."""
+        head, rule = self.active.head, self.config.logits
         if self._head_is_plain():
-            factors, rule = self.head_factors(), self.config.logits
-            return linear_cross_entropy_forward(normed, self.active.head, targets, factors, rule)
-        return head_losses(normed, self.active.head, targets, self.head_adapter(), self.config.logits)
+            factors = self.head_factors(dropout_seed)
+            room = None if scratch is None else self._logits_room(normed, scratch)
+            return linear_cross_entropy_forward(normed, head, targets, factors, rule, logits=room)
+        return head_losses(normed, head, targets, lambda chunk: self.head_adapter(dropout_seed, chunk), rule)
+
+    def _logits_room(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """Where a chunk's logits of x, (rows, hidden), may stand."""
+        return scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised positions, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)
 
     @torch.no_grad()
-    def loss_and_gradients(self, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None = None) -> Tensor:
-        """One forward and backward pass: adds ∂(loss_scaling · Σ nats)/∂(what is trained) to `lora.gradients`.
+    def loss_and_gradients(
+        self,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None = None,
+        token_loss: TokenLoss | None = None,
+    ) -> Tensor:
+        """One forward and backward pass: adds ∂(loss_scaling · loss)/∂(what is trained) to `lora.gradients`.
 
         Args:
             batch: the packed documents.
             loss_scaling: e.g. 1 / supervised tokens of the whole step.
             dropout_seed: draws this micro-batch's dropout masks; None for no dropout.
+            token_loss: the loss as a function of the supervised tokens' log-probabilities; None for Σ nats, whose
+                gradient the head computes along with it.
 
         Returns:
-            Σ nats over supervised positions, 0-d float64.
+            The loss, 0-d float64: Σ nats over supervised positions, or what `token_loss` says.
 
         Raises:
             ValueError: without an attached adapter, or for a batch that enters above something trained.
@@ -386,7 +406,7 @@ class Decoder:
             x, saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
             kept.append(None if below else saved)
 
-        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch)
+        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
             saved_block = kept.pop()
@@ -404,13 +424,24 @@ class Decoder:
         return loss
 
     def _head_loss_and_gradient(
-        self, x: Tensor, batch: PackedBatch, loss_scaling: float, dropout_seed: int | None, scratch: Scratch
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        loss_scaling: float,
+        dropout_seed: int | None,
+        scratch: Scratch,
+        token_loss: TokenLoss | None,
     ) -> tuple[Tensor | None, Tensor]:
-        """∂L/∂x and Σ nats, from x: the last block's output at the supervised positions, (supervised, hidden) both."""
+        """∂L/∂x and the loss, from the last block's output at the supervised positions, (supervised, hidden) both."""
         lora = self.lora
         assert lora is not None
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
+        multiplier: float | Tensor = loss_scaling
+        loss: Tensor | None = None
+        if token_loss is not None:
+            loss, d_log_p = token_loss(-self._head_losses(normed, targets, dropout_seed, scratch))
+            multiplier = -loss_scaling * d_log_p  # of the nats
         if self._head_is_plain():
             # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
             factors = self.head_factors(dropout_seed)
@@ -419,10 +450,10 @@ class Decoder:
                 self.active.head,
                 targets,
                 factors,
-                loss_scaling,
+                multiplier,
                 self.config.logits,
                 out=normed if factors is None else None,
-                logits=scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x),
+                logits=self._logits_room(x, scratch),
             )
             if grads.d_lora_A is not None and grads.d_lora_B is not None:
                 lora.d_lora_A(HEAD).add_(grads.d_lora_A)
@@ -435,7 +466,7 @@ class Decoder:
                 targets,
                 lambda chunk: self.head_adapter(dropout_seed, chunk),
                 lora,
-                loss_scaling,
+                multiplier,
                 self.config.logits,
                 self._head_rows(),
             )
@@ -445,4 +476,4 @@ class Decoder:
         d_x, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
         if d_weight is not None:
             lora.gradient(name).add_(d_weight)
-        return d_x, losses.sum(dtype=torch.float64)
+        return d_x, losses.sum(dtype=torch.float64) if loss is None else loss

@@ -107,13 +107,13 @@ AdapterOf = Callable[[int], GroupAdapter]
 
 
 def head_losses(
-    x: Tensor, weight: FrozenMatrix, targets: Tensor, adapter: GroupAdapter, rule: LogitsRule = PLAIN
+    x: Tensor, weight: FrozenMatrix, targets: Tensor, adapter_of: AdapterOf, rule: LogitsRule = PLAIN
 ) -> Tensor:
     """(rows,) losses in nats, without gradients; x (rows, hidden), weight (vocab, hidden), targets (rows,)."""
     losses = []
-    for start in range(0, x.shape[0], CHUNK_ROWS):
+    for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part = slice(start, start + CHUNK_ROWS)
-        logits, _ = group_forward(x[part], weight, None, adapter)
+        logits, _ = group_forward(x[part], weight, None, adapter_of(number))
         losses.append(cross_entropy_forward(ruled(logits, rule)[0], targets[part])[0])
     return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -124,11 +124,11 @@ def head_loss_and_gradients(
     targets: Tensor,
     adapter_of: AdapterOf,
     lora: LoRAParameters,
-    multiplier: float,
+    multiplier: float | Tensor,
     rule: LogitsRule = PLAIN,
     token_rows: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses, and the gradients of multiplier · Σ losses, which are added to `lora.gradients`.
+    """Losses, and the gradients of Σ multiplier · loss, which are added to `lora.gradients`.
 
     Args:
         x: (rows, hidden), the supervised rows, normed.
@@ -136,7 +136,7 @@ def head_loss_and_gradients(
         targets: (rows,) int64.
         adapter_of: of the head.
         lora: whose gradient buffer receives.
-        multiplier: of the loss.
+        multiplier: of every loss, or of each its own, (rows,).
         rule: the logits' multiplier and cap.
         token_rows: name of trained rows of `weight`, where the head is tied to an embedding that has some.
 
@@ -145,13 +145,14 @@ def head_loss_and_gradients(
     """
     d_x = torch.empty_like(x)
     losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    d_losses = multiplier if isinstance(multiplier, Tensor) else torch.full_like(losses, multiplier)
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part, adapter = slice(start, start + CHUNK_ROWS), adapter_of(number)
         logits, h = group_forward(x[part], weight, None, adapter)
         seen, tanh = ruled(logits, rule)
         losses[part], saved = cross_entropy_forward(seen, targets[part])
         del logits, seen
-        d_seen = cross_entropy_backward(torch.full_like(losses[part], multiplier), saved).d_logits
+        d_seen = cross_entropy_backward(d_losses[part], saved).d_logits
         d_logits = ruled_backward(d_seen, tanh, rule).to(x.dtype)
         d_x_part = group_backward(d_logits, x[part], weight, adapter, h, input_gradient=True)
         assert d_x_part is not None

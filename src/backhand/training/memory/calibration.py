@@ -146,9 +146,10 @@ def _probe(outline: Outline, machine: Machine, limit_tokens: int) -> tuple[list[
     """The longest micro-batch cut down to so many tokens: fewer rows, or the end of one, which carries its loss."""
     packer, examples = outline.packer, outline.train.examples
     (group, *_) = micro_batches(outline.sampler.rows_of(0), packer.lengths, max_rows=outline.memory.micro_batch_rows)
-    length, longest = packer.lengths[group[0]], examples[group[0]]
-    if length > limit_tokens:
-        end = slice(length - limit_tokens, length + 1)
+    longest = max(examples[group[0]].documents, key=trained_length)
+    if packer.lengths[group[0]] > limit_tokens:
+        length = trained_length(longest)
+        end = slice(max(0, length - limit_tokens), length + 1)
         short = Example(longest.input_ids[end], longest.supervised[end], longest.source)
         return [RowPacker([short], share_prefixes=False).packed([0], machine.device)], limit_tokens
     rows: list[int] = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from backhand.adapters.config import LoRAConfig
 from backhand.bounds import CountFromZero, check_fields
 from backhand.data.options import DataOptions
 from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.training.objectives.options import ObjectiveOptions
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PlanOptions:
         adapter: rank, alpha, targets.
         optimization: steps, rates, batches.
         run: evaluation and checkpoints; nothing is written.
+        objective: what is minimised.
     """
 
     plan: PlanRunOptions = field(default_factory=PlanRunOptions)
@@ -47,6 +49,7 @@ class PlanOptions:
     adapter: LoRAConfig = field(default_factory=LoRAConfig)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     def validate(self) -> PlanOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
@@ -57,12 +60,13 @@ class PlanOptions:
     @property
     def config(self) -> TrainConfig:
         """The run itself."""
-        return TrainConfig(self.model, self.data, self.adapter, self.optimization, self.run)
+        return TrainConfig(self.model, self.data, self.adapter, self.optimization, self.run, self.objective)
 
     @classmethod
     def of(cls, config: TrainConfig) -> PlanOptions:
         """A look at this run."""
-        return cls(PlanRunOptions(), config.model, config.data, config.adapter, config.optimization, config.run)
+        parts = {part.name: getattr(config, part.name) for part in fields(TrainConfig)}
+        return cls(PlanRunOptions(), **parts)
 
 
 @dataclass(frozen=True)

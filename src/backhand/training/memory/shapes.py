@@ -96,11 +96,13 @@ class Rows:
         lengths: tokens of each that enter the model.
         supervised: of each.
         shared: tokens with which all of some rows begin, and which stand in their micro-batch once.
+        documents: lengths of these rows' documents without what is shared; None where each row is one.
     """
 
     lengths: Sequence[int]
     supervised: Sequence[int]
     shared: Callable[[Sequence[int]], int] = lambda _rows: 0
+    documents: Callable[[Sequence[int]], Sequence[int]] | None = None
 
 
 NO_ROWS = Rows((), ())
@@ -156,7 +158,8 @@ def _cut(step: Sequence[int], rows: Rows, count: int) -> list[_MicroBatch]:
     cut = []
     for group in micro_batches(step, rows.lengths, max_rows=count):
         shared = rows.shared(group)
-        lengths = sorted(rows.lengths[row] - shared for row in group)
+        own = rows.documents(group) if rows.documents else [rows.lengths[row] - shared for row in group]
+        lengths = sorted(own)
         tokens = shared + sum(lengths)
         filler = round_size(tokens) - tokens
         supervised = sum(rows.supervised[row] for row in group)

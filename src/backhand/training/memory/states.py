@@ -78,7 +78,7 @@ class StatesPlan:
 
 def kept_tokens(packer: RowPacker) -> int:
     """Tokens of all rows, what they begin with once."""
-    return sum(packer.lengths) - max(0, len(packer.lengths) - 1) * packer.common
+    return sum(packer.lengths) - max(0, len(packer.by_document.lengths) - 1) * packer.common
 
 
 def coming_again(

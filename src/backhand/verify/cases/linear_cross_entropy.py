@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class _Inputs(NamedTuple):
     weight: Tensor
     targets: Tensor
     head: HeadFactors | None
-    multiplier: float
+    multiplier: float | Tensor
     rule: LogitsRule
 
     @property
@@ -46,7 +47,7 @@ class _Inputs(NamedTuple):
 
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
-    """The fused pass as a backward like any other; the losses' gradient is the multiplier in every row."""
+    """The fused pass as a backward like any other; the losses' gradient is the multiplier, one for all rows or each."""
     if inputs.head is not None:
         return linear_cross_entropy_backward(*inputs)[1]
     x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
@@ -88,10 +89,7 @@ def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
 
 def _fused(t: Given, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
     s: _Inputs = t["s"]
-    if s.head is None or s.head.dropout is None:
-        losses = linear_cross_entropy_forward(*s[:4], s.rule)
-    else:  # the forward alone is the evaluation, which has no dropout
-        losses, _ = linear_cross_entropy_backward(*s)
+    losses = linear_cross_entropy_forward(*s[:4], s.rule)
     grads = backward(t["d_y"], s)
     return losses, grads._replace(d_x=torch.zeros_like(t["x"]).index_copy_(0, _supervised(t["labels"]), grads.d_x))
 
@@ -112,16 +110,20 @@ def _inputs(
 ) -> _Inputs:
     places = _supervised(labels)
     head = None if lora_A is None or lora_B is None else HeadFactors(lora_A, lora_B, SCALING, dropout)
-    return _Inputs(x[places], weight, labels[places], head, float(d_y), rule)
+    return _Inputs(x[places], weight, labels[places], head, d_y if d_y.dim() else float(d_y), rule)
+
+
+def _d_y(draw: Draw, labels: Tensor, multiplier: float, weighted: bool) -> Tensor:
+    """One for all rows, or each row's own."""
+    return draw.normal(len(_supervised(labels))) if weighted else torch.tensor(multiplier, dtype=torch.float64)
 
 
 OP = Op(
     "linear_cross_entropy",
     dict(labels=_labels, x="size: rows hidden", weight="vocab hidden")
-    | dict(d_y=lambda multiplier: torch.tensor(multiplier, dtype=torch.float64), lora_A="rank hidden")
-    | dict(lora_B="vocab rank"),
+    | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank"),
     dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, masked=False, dropout=None)
-    | dict(rule=PLAIN, fused=True),
+    | dict(rule=PLAIN, weighted=False, fused=True),
     backward=_backward,
     reference=_reference,
     usual=_usual,
@@ -156,6 +158,13 @@ CASES = (
     ),
     OP.case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
     OP.case("training size", 67, 48, 353, 8),
+    OP.case("a weight for each row", 6, weighted=True),
+    OP.case("weights, adapted head, masked labels", 9, rank=2, masked=True, weighted=True),
+    OP.case("weights, several chunks", CHUNK_ROWS + 3, rank=3, weighted=True),
+    OP.case("weights, several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, weighted=True),
+    OP.case("weights, dropout", CHUNK_ROWS + 5, rank=3, weighted=True, dropout=Dropout(0.4, 3)),
+    OP.case("weights, scaled and capped logits", 9, rank=3, weighted=True, rule=LogitsRule(0.6, 1.7)),
+    OP.case("weights, no rows", 0, rank=3, weighted=True),
 )
 
 
@@ -170,7 +179,8 @@ def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool =
         d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
     if slope and s.rule.cap is not None:
         d = d * (1 - (logits / s.rule.cap) ** 2)
-    return s.multiplier * s.rule.scaling * d
+    w = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]
+    return w * s.rule.scaling * d
 
 
 def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
@@ -213,7 +223,18 @@ def _next_seed(s: _Inputs) -> _Inputs:
 def _last_chunk(s: _Inputs) -> _Inputs:
     step = chunk_rows(s.x.shape[1], s.x.dtype)
     start = (max(s.x.shape[0] - 1, 0) // step) * step
-    return s._replace(x=s.x[start:], targets=s.targets[start:])
+    multiplier = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[start:]
+    return s._replace(x=s.x[start:], targets=s.targets[start:], multiplier=multiplier)
+
+
+def _weighted(s: _Inputs, change: Callable[[Tensor], Tensor]) -> _Inputs:
+    """With other weights, where each row has its own."""
+    return s if isinstance(s.multiplier, float) else s._replace(multiplier=change(s.multiplier))
+
+
+def _first_chunks_weights(w: Tensor) -> Tensor:
+    """Every chunk weighted as the first one."""
+    return w[torch.arange(len(w)) % CHUNK_ROWS]
 
 
 def _head_scaling(s: _Inputs) -> float:
@@ -239,6 +260,10 @@ MUTANTS = (
         "d_lora_B",
         lambda s: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
     ),
+    OP.redo("weights averaged", "d_x", s=lambda s: _weighted(s, lambda w: w.mean().expand_as(w))),
+    OP.redo("weights of the first chunk", "d_x d_lora_A", s=lambda s: _weighted(s, _first_chunks_weights)),
+    OP.redo("weights reversed", "d_lora_A d_lora_B", s=lambda s: _weighted(s, lambda w: w.flip(0))),
+    OP.redo("weights squared", "d_lora_B", s=lambda s: _weighted(s, lambda w: w * w)),
     # The mask is right in the logits, and forgotten or wrong in one gradient.
     wrong("mask ignored", "d_x", lambda s, d: d + (1 - s.mask) * _low_rank_d_x(s)),
     wrong("mask twice", "d_x", lambda s, d: d + (s.mask - 1) * s.mask * _low_rank_d_x(s)),

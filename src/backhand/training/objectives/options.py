@@ -1,0 +1,143 @@
+"""What is minimised, and its numbers, under the names that TRL's configurations have for them.
+
+This file imports no torch: the command line reads the fields and their docstrings for its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+from backhand.bounds import Bound, NotNegative, Options, Positive
+from backhand.data.forms import Purpose
+from backhand.errors import UsageError
+
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
+LossType = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "kto",
+    "apo_zero_unpaired",
+]
+
+_KTO_TYPES = ("kto", "apo_zero_unpaired")
+_TAKEN: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "dpo": ("beta", "loss_type", "label_smoothing", "discopop_tau"),
+    "ipo": ("beta",),
+    "orpo": ("beta",),
+    "simpo": ("beta", "simpo_gamma", "label_smoothing"),
+    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+}
+_USUAL_BETA = {"simpo": 2.0}
+_SMOOTHED = ("exo_pair", "robust")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions(Options):
+    """What is minimised."""
+
+    objective: ObjectiveName = "sft"
+    """What to train for: `sft`, the answers of the rows; with pairs of answers `dpo` (arXiv 2305.18290), `ipo`
+    (2310.12036), `orpo` (2403.07691) or `simpo` (2405.14734); with answers that are desirable or not `kto`
+    (2402.01306)."""
+
+    beta: Positive | None = None
+    """How close the model stays to the one it starts from, the more the higher (`dpo`, `kto`; of `ipo` the paper's τ);
+    of `orpo` the paper's λ, the weight of the odds; of `simpo` the rewards' factor. Not given: 0.1, of `simpo` 2."""
+
+    loss_type: LossType | None = None
+    """Form of the loss of `dpo`, as in TRL's DPOConfig (not given: `sigmoid`), or of `kto`: `kto` or
+    `apo_zero_unpaired`. What each is stands in `backhand.ops.dpo` and `backhand.ops.kto`."""
+
+    label_smoothing: Annotated[float, Bound(at_least=0.0, below=1.0)] = 0.0
+    """How likely a pair is the wrong way round: `simpo`, and `dpo` with `robust` (below 0.5) or `exo_pair` (above
+    0)."""
+
+    discopop_tau: Positive = 0.05
+    """Temperature of `dpo` with `discopop`."""
+
+    simpo_gamma: NotNegative = 0.5
+    """Margin by which the rewards of a pair are to differ (`simpo`)."""
+
+    desirable_weight: Positive = 1.0
+    """Weight of desirable answers (`kto`)."""
+
+    undesirable_weight: Positive = 1.0
+    """Weight of answers that are not desirable (`kto`)."""
+
+    def _check_together(self) -> None:
+        usual = ObjectiveOptions()
+        for option in fields(self):
+            name = option.name
+            if name == "objective" or name in _TAKEN[self.objective] or getattr(self, name) == getattr(usual, name):
+                continue
+            having = [objective for objective, taken in _TAKEN.items() if name in taken]
+            raise UsageError(
+                f"{name} {getattr(self, name)!r} is given, and {self.objective} has none",
+                where=name,
+                next_step=f"leave it out, or give --objective {' or '.join(having)}",
+            )
+        if self.loss_type is not None and (self.loss_type in _KTO_TYPES) != (self.objective == "kto"):
+            raise UsageError(
+                f"loss_type {self.loss_type!r} is none of {self.objective}",
+                where="loss_type",
+                next_step=f"{self.loss_type} belongs to --objective {'dpo' if self.objective == 'kto' else 'kto'}",
+            )
+        self._check_smoothing()
+
+    def _check_smoothing(self) -> None:
+        smoothing, form = self.label_smoothing, self.loss_type
+        if self.objective == "dpo" and smoothing and form not in _SMOOTHED:
+            raise UsageError(
+                f"label_smoothing {smoothing} is given, and loss_type {form or 'sigmoid'!r} has none",
+                where="label_smoothing",
+                next_step=f"leave it out, or give --loss-type {' or '.join(_SMOOTHED)}",
+            )
+        if form == "robust" and smoothing >= 0.5:
+            raise UsageError(
+                f"label_smoothing {smoothing} is not below 0.5, as robust needs it", where="label_smoothing"
+            )
+        if form == "exo_pair" and not smoothing:
+            raise UsageError(
+                "exo_pair needs a label_smoothing above 0",
+                where="label_smoothing",
+                next_step="give --label-smoothing 0.001, as its paper does",
+            )
+
+    def resolved(self) -> ObjectiveOptions:
+        """With what is chosen by default written down."""
+        beta = self.strength if "beta" in _TAKEN[self.objective] else None
+        loss_type = self.form if "loss_type" in _TAKEN[self.objective] else None
+        return replace(self, beta=beta, loss_type=loss_type)
+
+    @property
+    def purpose(self) -> Purpose:
+        """What the rows are read for."""
+        return "answers" if self.objective == "sft" else "labels" if self.objective == "kto" else "pairs"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss is measured against the model that the run starts from."""
+        return self.objective in ("dpo", "ipo", "kto")
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or what it is by default."""
+        return self.beta if self.beta is not None else _USUAL_BETA.get(self.objective, 0.1)
+
+    @property
+    def form(self) -> LossType:
+        """`loss_type`, or what it is by default."""
+        usual: LossType = "ipo" if self.objective == "ipo" else "kto" if self.objective == "kto" else "sigmoid"
+        return self.loss_type or usual

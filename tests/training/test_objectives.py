@@ -1,0 +1,403 @@
+"""Losses of pairs and of labelled answers against TRL's own, and against the papers' formulas under autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from backhand.data.examples import Example
+from backhand.data.options import DataOptions
+from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.prepare import prepare
+from backhand.errors import UsageError
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
+from backhand.training.config import OptimizationOptions
+from backhand.training.loop import LearningRate
+from backhand.training.objectives.kto import KTOObjective, mismatched
+from backhand.training.objectives.objective import Objective, document_sums
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.objectives.pairs import PairObjective
+from backhand.training.step import AdapterOptimizer, Processes, StepWork, training_step
+from support.float64_reference import without_float32_casts
+from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
+from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_tokenizer import tiny_tokenizer
+
+RANK, ALPHA = 5, 8.5
+FORMS = (
+    ("sigmoid", {}),
+    ("sigmoid_norm", {"beta": 2.3}),
+    ("hinge", {}),
+    ("ipo", {}),
+    ("exo_pair", {"label_smoothing": 0.1}),
+    ("robust", {"label_smoothing": 0.2}),
+    ("discopop", {}),
+    ("nca_pair", {}),
+    ("bco_pair", {}),
+    ("sppo_hard", {}),
+    ("apo_zero", {}),
+    ("apo_down", {}),
+)
+
+
+def _ids(draw: np.random.Generator, count: int) -> list[int]:
+    return draw.integers(3, VOCAB_SIZE, count).tolist()
+
+
+def token_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs as token ids, of many lengths."""
+    draw = np.random.default_rng(seed)
+    return [
+        {
+            "prompt_ids": _ids(draw, int(draw.integers(2, 9))),
+            "chosen_ids": _ids(draw, int(draw.integers(1, 5))),
+            "rejected_ids": _ids(draw, int(draw.integers(2, 9))),
+        }
+        for _ in range(count)
+    ]
+
+
+def example(prompt: list[int], answer: list[int], **more: Any) -> Example:
+    supervised = np.array([False] * len(prompt) + [True] * len(answer))
+    return Example(np.array(prompt + answer, dtype=np.int32), supervised, "row", **more)
+
+
+def pair_examples(rows: list[dict[str, Any]]) -> list[Example]:
+    return [
+        example(row["prompt_ids"], row["chosen_ids"], rejected=example(row["prompt_ids"], row["rejected_ids"]))
+        for row in rows
+    ]
+
+
+def gradients_of(decoder: Decoder, objective: Objective, groups: list[list[int]]) -> float:
+    """The step's mean loss; its gradient is in the adapter."""
+    rows = sum(map(len, groups))
+    total = 0.0
+    for number, group in enumerate(groups):
+        batch = objective.packer.packed(group, "cpu")
+        total += float(decoder.loss_and_gradients(batch, 1 / rows, token_loss=objective.token_loss(number, group)))
+    return total / rows
+
+
+def compare_gradients(decoder: Decoder, adapted: Any, bound: float = 1e-4) -> None:
+    ours, theirs = our_gradients(decoder.lora), peft_gradients(adapted)
+    theirs = {name: gradient for name, gradient in theirs.items() if ".ref." not in name}  # TRL's copy, of the start
+    assert ours.keys() == theirs.keys()
+    worst = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert max(worst.values()) <= bound, sorted(worst.items(), key=lambda item: -item[1])[:3]
+    assert all(bool(gradient.any()) for gradient in ours.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL's own trainers.
+
+
+def trl_trainer(kind: str, directory: Path, model: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
+    """A trainer whose rows are these token ids, in whole batches."""
+    import trl
+    from datasets import Dataset
+
+    text: dict[str, Any] = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    if kind == "KTO":
+        text = {"prompt": "a", "completion": "b", "label": True}
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(directory),
+        per_device_train_batch_size=len(rows),
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        warmup_steps=0,
+        **options,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([text] * len(rows)),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train_dataset = Dataset.from_list(rows)
+    return trainer
+
+
+@pytest.mark.parametrize(("form", "numbers"), FORMS, ids=[form for form, _ in FORMS])
+def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path: Path) -> None:
+    rows = token_rows(6)
+    draw = torch.Generator().manual_seed(3)
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    packer = RowPacker(pair_examples(rows), share_prefixes=True)
+    now = document_sums(decoder, packer, range(6), 6, Processes())
+    assert now is not None
+    reference = now + 2 * torch.randn(len(now), generator=draw, dtype=torch.float64)
+    trainer = trl_trainer("DPO", tmp_path, adapted, rows, loss_type=[form], **{"beta": 0.1, **numbers})
+    trainer.precompute_ref_logps = True
+    for number, row in enumerate(rows):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = reference[2 * number : 2 * number + 2].tolist()
+    adapted.zero_grad()
+    theirs = trainer._compute_loss(adapted, trainer.data_collator(rows), return_outputs=False)
+    theirs.backward()
+    name = "ipo" if form == "ipo" else "dpo"
+    loss_type = {} if form == "ipo" else {"loss_type": form}
+    options = ObjectiveOptions(objective=name, **loss_type, **numbers).validate()  # type: ignore[arg-type]
+    objective = PairObjective(packer, reference, options=options)
+    ours = gradients_of(decoder, objective, [[4, 0, 1], [2, 5, 3]])
+    assert ours == pytest.approx(theirs.item(), rel=1e-4)
+    compare_gradients(decoder, adapted)
+    for shown, value in objective.measured(Processes()).items():
+        assert value == pytest.approx(trainer._metrics["train"][shown][-1], rel=1e-4, abs=1e-5), shown
+
+
+def test_twenty_steps_equal_trl_dpo(tmp_path: Path) -> None:
+    """From an adapter that says something already: TRL keeps a copy of it as the reference, and so do we."""
+    rows, steps, rate = token_rows(8), 20, 2e-3
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    packer = RowPacker(pair_examples(rows), share_prefixes=True)
+    trainer = trl_trainer("DPO", tmp_path, adapted, rows, max_steps=steps, learning_rate=rate, beta=0.3)
+    trainer.train()
+    theirs = [line for line in trainer.state.log_history if "loss" in line]
+    reference = document_sums(decoder, packer, range(8), 3, Processes())
+    objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo", beta=0.3))
+    assert decoder.lora is not None
+    optimizer = AdapterOptimizer(decoder.lora, OptimizationOptions(learning_rate=rate))
+    schedule = LearningRate(rate, "linear", 0, steps)
+    groups = micro_batches(range(8), packer.lengths, max_rows=3)
+    for step in range(steps):
+        work = StepWork(
+            lambda number: packer.packed(groups[number], "cpu"),
+            [packer.positions(group) for group in groups],
+            packer.supervised_tokens(range(8)),
+            [None] * len(groups),
+            8,
+            lambda number: objective.token_loss(number, groups[number]),
+        )
+        result = training_step(decoder, optimizer, work, Processes(), schedule.at(step))
+        measured = objective.measured(Processes())
+        assert result.loss == pytest.approx(theirs[step]["loss"], rel=2e-3, abs=2e-5), step
+        assert measured["rewards/margins"] == pytest.approx(theirs[step]["rewards/margins"], rel=2e-3, abs=2e-4), step
+    assert result.loss < 0.3 * theirs[0]["loss"]
+
+
+@pytest.mark.parametrize("form", ["kto", "apo_zero_unpaired"])
+def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
+    pairs = token_rows(7, seed=1)
+    examples = [example(row["prompt_ids"], row["rejected_ids"], desirable=bool(n % 3)) for n, row in enumerate(pairs)]
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    packer = RowPacker(examples, share_prefixes=True)
+    others = RowPacker(mismatched(examples, 100), share_prefixes=True)
+    draw = torch.Generator().manual_seed(5)
+    references = []
+    for one in (packer, others):
+        now = document_sums(decoder, one, range(7), 4, Processes())
+        assert now is not None
+        references.append(now - 0.7 + torch.randn(7, generator=draw, dtype=torch.float64))
+    rows = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": row["rejected_ids"],
+            "KL_completion_ids": pairs[n - 1]["rejected_ids"],
+            "label": bool(n % 3),
+            "ref_logps": float(references[0][n]),
+            "ref_KL_logps": float(references[1][n]),
+        }
+        for n, row in enumerate(pairs)
+    ]
+    numbers = {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.6}
+    trainer = trl_trainer("KTO", tmp_path, adapted, rows, loss_type=form, **numbers)
+    trainer.precompute_ref_logps = True
+    adapted.zero_grad()
+    theirs = trainer._compute_loss(adapted, trainer.data_collator(rows), return_outputs=False)
+    theirs.backward()
+    options = ObjectiveOptions(objective="kto", loss_type=form, **numbers).validate()  # type: ignore[arg-type]
+    kto = KTOObjective(
+        packer,
+        references[0],
+        options=options,
+        others=others if form == "kto" else None,
+        others_reference=references[1] if form == "kto" else None,
+    )
+    kto.before(decoder, range(7), Processes(), 3)
+    assert (kto.kl > 0) == (form == "kto")
+    ours = gradients_of(decoder, kto, [[0, 2, 4], [6, 1, 3], [5]])
+    assert ours == pytest.approx(theirs.item(), rel=1e-4)
+    compare_gradients(decoder, adapted)
+    for shown, value in kto.measured(Processes()).items():
+        assert value == pytest.approx(trainer._metrics["train"][shown][-1], rel=1e-4, abs=1e-5), shown
+
+
+def trl_alone(name: str, **attributes: Any) -> Any:
+    """One of TRL's trainers with these attributes, for its loss functions alone."""
+    from importlib import import_module
+
+    kind = getattr(import_module(f"trl.experimental.{name.lower()}.{name.lower()}_trainer"), f"{name}Trainer")
+    trainer = object.__new__(kind)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"))
+    for attribute, value in attributes.items():
+        setattr(trainer, attribute, value)
+    return trainer
+
+
+def answer_log_p(adapted: Any, document: Example) -> Tensor:
+    """log p of a document's supervised tokens, (supervised,), with its graph."""
+    ids = torch.from_numpy(document.input_ids.astype(np.int64))
+    logits = adapted(input_ids=ids[None]).logits[0]
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    places = torch.from_numpy(np.flatnonzero(document.supervised))
+    return log_p[places - 1].gather(1, ids[places][:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo"])
+def test_one_batch_equals_trl_without_a_reference(name: str) -> None:
+    """ORPO's odds and SimPO are TRL's; the supervised part of ORPO is the paper's, which TRL takes of prompts too."""
+    packer = RowPacker(pair_examples(token_rows(6, seed=2)), share_prefixes=True)
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    sides = [torch.stack([answer_log_p(adapted, d).mean() for d in row.documents]) for row in packer.examples]
+    chosen, rejected = torch.stack(sides).unbind(1)
+    if name == "orpo":
+        options = ObjectiveOptions(objective="orpo", beta=0.4)
+        odds, good, bad, *_ = trl_alone("ORPO", beta=0.4).odds_ratio_loss(chosen, rejected)
+        theirs = -chosen.mean() - odds.mean()
+    else:
+        options = ObjectiveOptions(objective="simpo", beta=2.3, simpo_gamma=0.7, label_smoothing=0.1)
+        numbers = {"beta": 2.3, "simpo_gamma": 0.7, "label_smoothing": 0.1, "alpha": 0.0, "loss_type": "simpo"}
+        losses, good, bad = trl_alone("CPO", **numbers).cpo_loss(chosen, rejected)
+        theirs = losses.mean()
+    theirs.backward()
+    objective = PairObjective(packer, options=options.validate())
+    assert gradients_of(decoder, objective, [[0, 1, 2, 3, 4, 5]]) == pytest.approx(theirs.item(), rel=1e-4)
+    compare_gradients(decoder, adapted)
+    shown = objective.measured(Processes())
+    assert shown["rewards/chosen"] == pytest.approx(good.mean().item(), rel=1e-4)
+    assert shown["rewards/margins"] == pytest.approx((good - bad).mean().item(), rel=1e-4)
+    assert shown["logps/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The papers' formulas in float64.
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
+def test_float64_equals_autograd_of_the_paper(name: str) -> None:
+    packer = RowPacker(pair_examples(token_rows(5, seed=4)), share_prefixes=True)
+    adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    with without_float32_casts(adapted):
+        sides = [[answer_log_p(adapted, document) for document in row.documents] for row in packer.examples]
+    reference = torch.tensor([[float(s.detach().sum()) - 0.3 - i for i, s in enumerate(row)] for row in sides]).double()
+    losses = []
+    for (good, bad), (of_good, of_bad) in zip(sides, reference, strict=True):
+        margin = (good.sum() - of_good) - (bad.sum() - of_bad)
+        if name == "dpo":
+            losses.append(-torch.log(1 / (1 + torch.exp(-0.1 * margin))))
+        elif name == "ipo":
+            apart = (good.sum() - of_good) / len(good) - (bad.sum() - of_bad) / len(bad)
+            losses.append((apart - 1 / 0.2) ** 2)
+        elif name == "simpo":
+            losses.append(-torch.log(1 / (1 + torch.exp(-(2 * (good.mean() - bad.mean()) - 0.5)))))
+        else:
+            odds = [side.mean().exp() / (1 - side.mean().exp()) for side in (good, bad)]
+            losses.append(-good.mean() - 0.1 * torch.log(1 / (1 + odds[1] / odds[0])))
+    theirs = torch.stack(losses).mean()
+    theirs.backward()
+    objective = PairObjective(packer, reference.flatten(), options=ObjectiveOptions(objective=name))  # type: ignore[arg-type]
+    ours = gradients_of(decoder, objective, [[0, 1], [2, 3, 4]])
+    assert ours == pytest.approx(theirs.item(), rel=1e-9)
+    compare_gradients(decoder, adapted, 1e-9)
+
+
+@pytest.mark.smollm2
+def test_smollm2_on_the_recipes_pairs_equals_autograd() -> None:
+    data = DataOptions(data=("docs/recipes/short_pairs.jsonl",), max_rows=3)
+    examples = prepare(data, open_model(NAME).tokenizer(), purpose="pairs")[0].examples
+    adapted = smollm2_peft(round_to=torch.float32, dtype=torch.float32)
+    decoder = smollm2_decoder(adapted, torch.float32)
+    packer = RowPacker(examples, share_prefixes=True)
+    with adapted.disable_adapter(), torch.no_grad():
+        theirs = torch.stack([answer_log_p(adapted, d).sum() for row in examples for d in row.documents])
+    lora = decoder.lora
+    decoder.detach()
+    reference = document_sums(decoder, packer, range(3), 2, Processes())
+    decoder.attach(lora)
+    assert reference is not None and reference.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    ratios = [answer_log_p(adapted, d).sum() for row in examples for d in row.documents]
+    chosen, rejected = (torch.stack(ratios) - theirs).view(-1, 2).unbind(1)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    loss.backward()
+    objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo"))
+    assert gradients_of(decoder, objective, [[0, 1], [2]]) == pytest.approx(loss.item(), rel=1e-4)
+    margin = 0.1 * (chosen - rejected).mean().item()
+    assert objective.measured(Processes())["rewards/margins"] == pytest.approx(margin, rel=1e-3)
+    # Both answers say the same and their gradients nearly cancel: autograd's own error in float32 is 1.6e-4.
+    compare_gradients(decoder, adapted, 4e-4)
+    exact = smollm2_decoder(adapted, torch.float64)
+    gradients_of(exact, PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo")), [[0, 1, 2]])
+    ours, truth = our_gradients(decoder.lora), our_gradients(exact.lora)
+    assert max(relative_error(ours[name], truth[name]) for name in truth) <= 1e-4
+
+
+def test_rows_in_one_micro_batch_equal_rows_in_several() -> None:
+    packer = RowPacker(pair_examples(token_rows(9)), share_prefixes=True)
+    found = []
+    for groups in ([list(range(9))], [[8, 1], [0, 2, 3], [4], [7, 6, 5]]):
+        decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+        reference = document_sums(decoder, packer, range(9), len(groups[0]), Processes())
+        assert reference is not None
+        objective = PairObjective(
+            packer, reference - 1 + torch.arange(18) % 5, options=ObjectiveOptions(objective="dpo")
+        )
+        loss = gradients_of(decoder, objective, groups)
+        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Processes())))
+    (loss, gradients, shown), (other_loss, other_gradients, other_shown) = found
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    assert relative_error(gradients, other_gradients) <= 1e-5
+    assert shown == pytest.approx(other_shown, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta": 0.2}, "sft has none"),
+        ({"objective": "dpo", "beta": 0.0}, "above 0"),
+        ({"objective": "dpo", "simpo_gamma": 1.0}, "dpo has none"),
+        ({"objective": "orpo", "loss_type": "hinge"}, "orpo has none"),
+        ({"objective": "dpo", "loss_type": "kto"}, "none of dpo"),
+        ({"objective": "kto", "loss_type": "sigmoid"}, "none of kto"),
+        ({"objective": "dpo", "label_smoothing": 0.1}, "'sigmoid' has none"),
+        ({"objective": "dpo", "loss_type": "robust", "label_smoothing": 0.5}, "not below 0.5"),
+        ({"objective": "dpo", "loss_type": "exo_pair"}, "needs a label_smoothing"),
+        ({"objective": "simpo", "label_smoothing": 1.0}, "label_smoothing"),
+        ({"objective": "kto", "desirable_weight": 0.0}, "desirable_weight"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        ObjectiveOptions(**options).validate()
+
+
+def test_numbers_by_default() -> None:
+    assert ObjectiveOptions(objective="dpo").resolved() == ObjectiveOptions("dpo", 0.1, "sigmoid")
+    assert ObjectiveOptions(objective="kto").resolved() == ObjectiveOptions("kto", 0.1, "kto")
+    assert ObjectiveOptions(objective="simpo").resolved() == replace(ObjectiveOptions("simpo"), beta=2.0)
+    assert ObjectiveOptions().resolved() == ObjectiveOptions()
+    for name in ("dpo", "ipo", "orpo", "simpo", "kto"):
+        ObjectiveOptions(objective=name).resolved().validate()  # type: ignore[arg-type]

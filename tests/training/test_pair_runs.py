@@ -1,0 +1,262 @@
+"""Whole runs on pairs and on labelled answers: the reference kept, resumed, shared out; the same bits every way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.options import DataOptions
+from backhand.data.packing import pack
+from backhand.errors import CheckError, DataError, UsageError
+from backhand.training.config import ModelOptions, TrainConfig
+from backhand.training.evaluate import evaluate_command
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.run import train
+from backhand.verify.model_gradients import GradientProofs
+from backhand.verify.model_setup import load_setup
+from support.kept_runs import config_of
+from support.ranks import bits_of_several, start_ranks
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
+
+KEPT = "the reference's log-probabilities, as kept, are those computed again"
+SHOWN = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} | {
+    "logps/chosen",
+    "logps/rejected",
+}
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("rows")
+    return {
+        "pairs": write_pairs(place / "pairs.jsonl", 11),
+        "pairs_held_out": write_pairs(place / "pairs_held_out.jsonl", 4, seed=1),
+        "labels": write_pairs(place / "labels.jsonl", 11, seed=2, labelled=True),
+        "labels_held_out": write_pairs(place / "labels_held_out.jsonl", 5, seed=3, labelled=True),
+    }
+
+
+def config(tiny: TinyRun, rows: dict[str, Path], output: Path, objective: str = "dpo", **options: Any) -> TrainConfig:
+    """Two epochs of three steps."""
+    kind = "labels" if objective == "kto" else "pairs"
+    data = {"data": (str(rows[kind]),), "eval_data": (str(rows[f"{kind}_held_out"]),)}
+    made = tiny.config(output, **data, answers=2, eval_every=2, save_every=1, micro_batch_rows=2)
+    return with_options(replace(made, objective=ObjectiveOptions(objective=objective)), **options)  # type: ignore[arg-type]
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in line]
+
+
+def proofs(run: Path) -> list[bool]:
+    found = [json.loads(line) for line in (run / "proofs.jsonl").read_text().splitlines()]
+    return [line["passed"] for line in found if line["proof"] == KEPT]
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: TinyRun, rows: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    made = config(tiny, rows, tmp_path_factory.mktemp("straight") / "run", prove_resume=3)
+    train(made)
+    return made
+
+
+def test_a_run_learns_pairs_and_says_so_under_trls_names(straight: TrainConfig) -> None:
+    run = straight.run.output
+    steps, evaluations = lines(run, "loss"), lines(run, "eval_loss")
+    assert all(step.keys() >= SHOWN for step in steps)
+    assert all(line.keys() >= {f"eval_{name}" for name in SHOWN} for line in evaluations)
+    assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # the model is its own reference
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["rewards/margins"] > 0.02 and steps[-1]["loss"] < 0.69
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["base_eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert summary["best_eval_loss"] < summary["base_eval_loss"]
+    stored = (run / "config.toml").read_text()
+    assert 'objective = "dpo"' in stored and "beta = 0.1" in stored and 'loss_type = "sigmoid"' in stored
+
+
+def test_answers_stand_beside_both_sides(straight: TrainConfig, rows: dict[str, Path]) -> None:
+    answers = [json.loads(line) for line in (straight.run.output / "answers.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in rows["pairs_held_out"].read_text().splitlines()]
+    assert answers and {(a["reference"], a["rejected"]) for a in answers} <= {
+        (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in held_out
+    }
+
+
+@pytest.mark.parametrize("objective", ["ipo", "orpo", "simpo", "kto"])
+def test_every_objective_runs_and_improves(
+    objective: str, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = {"batch_rows": 11, "epochs": 6, "eval_every": 6, "save_every": 6}
+    summary = train(config(tiny, rows, tmp_path / "run", objective, answers=0, **whole))
+    assert summary.first_loss is not None and summary.last_loss is not None
+    assert summary.last_loss < summary.first_loss
+    step = lines(tmp_path / "run", "loss")[-1]
+    assert ("kl" in step) == (objective == "kto") and ("nll_loss" in step) == (objective == "orpo")
+    assert (tmp_path / "run" / "reference.json").exists() == (objective in ("ipo", "kto"))
+
+
+def test_a_stopped_run_goes_on_with_its_reference(
+    straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])
+    kept = (tmp_path / "run" / "reference.json").read_bytes()
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    assert (tmp_path / "run" / "reference.json").read_bytes() == kept
+    assert proofs(tmp_path / "run") == [True]
+    assert _without_settings(final_bits(tmp_path / "run")) == _without_settings(final_bits(straight.run.output))
+
+
+def _without_settings(bits: dict[str, bytes]) -> dict[str, bytes]:
+    """prove_resume is no part of the settings; where the adapter came from is."""
+    return {name: data for name, data in bits.items() if name != "README.md"}
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "of another run"])
+def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: TrainConfig, tmp_path: Path) -> None:
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])
+    path = tmp_path / "run" / "reference.json"
+    fresh = path.read_bytes()
+    if how == "lost":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(fresh[: len(fresh) // 2])
+    else:
+        path.write_text(json.dumps({**json.loads(fresh), "digest": "0" * 64}))
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    assert path.read_bytes() == fresh  # of the base, not of the adapter that the run goes on from
+    assert final_bits(tmp_path / "run")["state"] == final_bits(straight.run.output)["state"]
+
+
+def test_a_reference_that_was_changed_with_its_checksum_ends_the_run(straight: TrainConfig, tmp_path: Path) -> None:
+    from backhand.training.objectives.reference import _checksum
+
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(3)])
+    path = tmp_path / "run" / "reference.json"
+    stored = json.loads(path.read_text())
+    values = {name: stored[name] for name in stored if name not in ("digest", "sum")}
+    values["train"] = [value - 0.25 for value in values["train"]]
+    path.write_text(json.dumps({"digest": stored["digest"], "sum": _checksum(values), **values}))
+    with pytest.raises(CheckError, match=r"off by 0\.25"):
+        train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+
+
+def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path) -> None:
+    """The reference is the adapter that the run starts from, also where it goes on after a stop and has lost it."""
+    train(tiny.config(tmp_path / "answers", epochs=1, answers=0))
+    start = str(tmp_path / "answers" / "adapter")
+    made = config(tiny, rows, tmp_path / "pairs", from_adapter=start, answers=0)
+    train(made)
+    first = lines(tmp_path / "pairs", "loss")[0]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    reference = (tmp_path / "pairs" / "reference.json").read_bytes()
+    of_base = json.loads((straight.run.output / "reference.json").read_text())["train"]
+    assert json.loads(reference)["train"] != pytest.approx(of_base, abs=1e-3)
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(made, output=tmp_path / "again"), callbacks=[StopAfter(3)])
+    (tmp_path / "again" / "reference.json").unlink()
+    train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
+    assert (tmp_path / "again" / "reference.json").read_bytes() == reference
+    assert final_bits(tmp_path / "again")["state"] == final_bits(tmp_path / "pairs")["state"]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_processes_end_in_the_bits_of_one(
+    objective: str, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    made = config(tiny, rows, tmp_path / "one", objective, micro_batch_rows=1, recompute="none", answers=0, epochs=1)
+    train(made)
+    ranks = start_ranks([with_options(made, output=tmp_path / "two")] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    assert bits_of_several(tmp_path / "two") == bits_of_several(tmp_path / "one")
+    assert (tmp_path / "two" / "reference.json").read_bytes() == (tmp_path / "one" / "reference.json").read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_kept_hidden_states_serve_reference_and_steps(
+    objective: str, four: TinyRun, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    kind = "labels" if objective == "kto" else "pairs"
+    data = {"data": (str(rows[kind]),), "eval_data": (str(rows[f"{kind}_held_out"]),), "eval_every": 2}
+    for where in ("off", "memory", "disk"):
+        made = config_of(four, tmp_path / where, cache_frozen=where, **data)
+        train(replace(made, objective=ObjectiveOptions(objective=objective)))  # type: ignore[arg-type]
+    for where in ("memory", "disk"):
+        assert final_bits(tmp_path / where) == final_bits(tmp_path / "off")
+        assert (tmp_path / where / "reference.json").read_bytes() == (tmp_path / "off" / "reference.json").read_bytes()
+
+
+def test_transformers_trains_pairs_to_the_same_losses(
+    straight: TrainConfig, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    train(config(tiny, rows, tmp_path / "run", engine="transformers", answers=0))
+    ours, theirs = lines(straight.run.output, "loss"), lines(tmp_path / "run", "loss")
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-3)
+    assert theirs[-1]["rewards/margins"] == pytest.approx(ours[-1]["rewards/margins"], rel=1e-2)
+
+
+def test_rows_of_another_kind_are_refused(tiny: TinyRun, rows: dict[str, Path], tmp_path: Path) -> None:
+    pairs, labels = str(rows["pairs"]), str(rows["labels"])
+    with pytest.raises(DataError, match="preference pairs") as raised:
+        train(tiny.config(tmp_path / "run", data=(pairs,), eval_data=()))
+    assert "--objective dpo" in str(raised.value.next_step)
+    for objective, data in (("dpo", labels), ("kto", pairs)):
+        made = config(tiny, rows, tmp_path / "run", objective, data=(data,), eval_data=())
+        with pytest.raises(DataError, match="the columns are not those of"):
+            train(made)
+    with pytest.raises(UsageError, match="compares answers"):
+        train(config(tiny, rows, tmp_path / "run", train_on="all"))
+
+
+def test_resuming_with_another_objective_is_refused(straight: TrainConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight.run.output, tmp_path / "run"))
+    given = with_options(TrainConfig(), output=run, resume=True, quiet=True, beta=0.5, objective="dpo")
+    with pytest.raises(UsageError, match="beta"):
+        train(given)
+
+
+def test_evaluate_tells_rewards_against_the_base(
+    straight: TrainConfig, rows: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = EvaluateOptions(
+        model=ModelOptions(model=straight.model.model, dtype="float32", threads=1),
+        data=DataOptions(data=(str(rows["pairs_held_out"]),)),
+        run=EvaluateRunOptions(adapter=straight.run.output / "adapter", completions=False, json=True),
+    )
+    evaluate_command(options)
+    found = json.loads(capsys.readouterr().out)
+    last = lines(straight.run.output, "eval_loss")[-1]
+    assert found["rows"] == 4 and found["base"]["pairs"].keys() == {"logps/chosen", "logps/rejected"}
+    for name in SHOWN:
+        assert found["adapted"]["pairs"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-3, abs=1e-4), name
+    reference = json.loads((straight.run.output / "reference.json").read_text())["held_out"]
+    assert found["base"]["pairs"]["logps/chosen"] == pytest.approx(sum(reference[::2]) / 4, rel=1e-4)
+
+
+def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -> None:
+    setup = load_setup(
+        ModelOptions(model=str(tiny.model), dtype="float32"), DataOptions(data=(str(rows["pairs"]),)), None, 128
+    )
+    assert len(setup.examples) == 2 * len(setup.pairs) > 0
+    batch = pack(setup.examples)
+    proofs = [*GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs).by_block()]
+    assert proofs[0].proof == "loss of pairs (DPO) = reference, float64"
+    assert all(proof.passed for proof in proofs)
+    # A pair the wrong way round has another loss.
+    wrong = GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs)
+    assert wrong.step.pair_loss is not None
+    wrong.step.pair_loss = replace(wrong.step.pair_loss, owners=wrong.step.pair_loss.owners ^ 1)
+    assert not next(iter(wrong.by_block())).passed
