@@ -9,7 +9,7 @@ on the difference of their positions only. With fewer angles than pairs the firs
 angles suffice for, and the others pass as they are (partial rotary).
 
 A multiplier m of cosines and sines may depend on the token: y = m R x. Scaling rules that lengthen the rotated features
-(yarn, longrope) need it, and queries whose temperature grows with their position (llama 4, Ministral 3).
+(yarn, longrope) need it, and so do queries whose temperature grows with their position (llama 4, Ministral 3).
 
 Backward. R is orthogonal and R(θ)ᵀ = R(-θ), so y = m R x gives ∂L/∂x = m Rᵀ ∂L/∂y, the rotation by -θ:
     ∂L/∂x₁ =  G₁ m cos θ + G₂ m sin θ
