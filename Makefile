@@ -76,7 +76,7 @@ $(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable '.[bench]'
 	@touch $@
 
-# ---- compiled loops ----------------------------------------------------------------------------------------------
+# ---- compiled kernels --------------------------------------------------------------------------------------------
 
 # At once when nothing has changed; one line, and nothing built, where there is no compiler.
 kernels: | $(BIN)/python

@@ -47,7 +47,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
         try:
             names = builder.build(every=version != "editable")
         except FileNotFoundError as error:
-            self.app.display_warning(f"compiled loops left out: {error}; everything works through torch, slower")
+            self.app.display_warning(f"compiled kernels left out: {error}; everything works through torch, slower")
             return
         if version == "editable":
             return

@@ -13,7 +13,7 @@ def peer_environment(peer: str) -> dict[str, str]:
     Nothing of OpenMP's waiting or of the allocator is set for peers as documented or tuned from within Python. The
     command line of this project says how long OpenMP's threads wait (`backhand.nn.waiting`), and so do the ceiling and
     the peers named `-openmp`: the same tuned peer with that setting as well; their processes watch their cores as the
-    command line does. Peers named `-torch` have no compiled loops.
+    command line does. Peers named `-torch` have no compiled kernels.
     """
     dropped = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}

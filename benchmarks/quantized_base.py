@@ -121,7 +121,7 @@ def expand(file: str, directory: str) -> None:
 
 
 def ratios(peers: dict[str, Any], steps: dict[str, list[float]]) -> dict[str, float]:
-    """Of the quantized base with compiled loops against each peer: speed, as medians over the rounds, and peak."""
+    """Of the quantized base with compiled kernels against each peer: speed, as medians over the rounds, and peak."""
     ours, found = "backhand-quantized", {}
     if ours not in peers:
         return {}

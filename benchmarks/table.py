@@ -111,7 +111,7 @@ def finetune_section(results: dict[str, Any]) -> list[str]:
 _QUANTIZED_NAMES = {
     "backhand": "Backhand, `--base dense`",
     "backhand-quantized": "**Backhand, `--base quantized`**",
-    "backhand-quantized-torch": "the same without compiled loops",
+    "backhand-quantized-torch": "the same without compiled kernels",
     "backhand-quantized-recompute-block": "`--base quantized --recompute block`",
     "peft": "PEFT, bfloat16",
     "peft-nf4": "PEFT on bitsandbytes' NF4, scales quantized too",

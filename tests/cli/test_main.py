@@ -265,5 +265,5 @@ def test_the_whole_version_names_what_runs_here(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("BACKHAND_KERNELS", "none")
     finished = run("-m", "backhand", "--version", "--verbose")
     assert finished.returncode == 0
-    for word in ("backhand ", "torch ", "transformers ", "cores, ", "--dtype auto is", "compiled loops: none"):
+    for word in ("backhand ", "torch ", "transformers ", "cores, ", "--dtype auto is", "compiled kernels: none"):
         assert word in finished.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def test_the_dtype_is_that_of_what_is_loaded(base: Path, tmp_path: Path, monkeyp
 def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an adapter's record is compared with never stands in memory as a whole matrix."""
     found = Unpacked(monkeypatch)
-    monkeypatch.setattr("backhand.ops.frozen_matrix._tile_bytes", [64 * 64 * 4])
+    # For every thread: a context variable that is set holds for the thread that set it.
+    monkeypatch.setattr("backhand.ops.frozen_matrix._tile_bytes", ContextVar("small", default=64 * 64 * 4))
     source = open_model(base)
     record.base_digest(["model.layers.1.mlp.up_proj.weight"], source.load_in_pieces)
     assert found.times("base.gguf")["model.layers.1.mlp.up_proj.weight"] == 1.0

@@ -278,8 +278,7 @@ def changed_meanwhile(words: list[str], place: str, change: str, model: str) -> 
     os.chdir(place)
     os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT, 0o600), 2)
     from backhand.cli.main import main
-    from backhand.nn.decoder.decoder import Decoder
-    from support.held_runs import before
+    from support.held_runs import before_pass
 
     calls = []
 
@@ -288,7 +287,7 @@ def changed_meanwhile(words: list[str], place: str, change: str, model: str) -> 
         if len(calls) == 1:
             CHANGES[change](Path(model))
 
-    before(Decoder, "loss_and_gradients", first)
+    before_pass(first)
     code = main(words)
     sys.stderr.flush()
     os._exit(code)
@@ -343,15 +342,14 @@ def held_writer(words: list[str], place: str) -> None:
     """In a process of its own: a run that waits in its first step until a file is there."""
     os.chdir(place)
     from backhand.cli.main import main
-    from backhand.nn.decoder.decoder import Decoder
-    from support.held_runs import before
+    from support.held_runs import before_pass
 
     def wait(*_: object) -> None:
         Path("begun").touch()
         while not Path("go").exists():
             time.sleep(0.02)
 
-    before(Decoder, "loss_and_gradients", wait)
+    before_pass(wait)
     os._exit(main(words))
 
 

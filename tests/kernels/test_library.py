@@ -51,14 +51,14 @@ def test_the_widest_is_chosen_and_said(fresh):
     fresh.delenv(VARIABLE, raising=False)
     chosen = library.library()
     assert (chosen.name if chosen else None) == (usable()[-1] if usable() else None)
-    assert describe() == f"compiled loops: {chosen.name}" if chosen else "none" in describe()
+    assert describe() == f"compiled kernels: {chosen.name}" if chosen else "none" in describe()
 
 
 def test_none_is_torch_alone(fresh):
     fresh.setenv(VARIABLE, "none")
     assert library.library() is None
     assert COUNT.function() is None
-    assert describe() == "compiled loops: none (BACKHAND_KERNELS=none); everything goes through torch, slower"
+    assert describe() == "compiled kernels: none (BACKHAND_KERNELS=none); everything goes through torch, slower"
 
 
 def test_a_path_can_be_forced(fresh):
@@ -66,7 +66,7 @@ def test_a_path_can_be_forced(fresh):
         fresh.setenv(VARIABLE, name)
         library._chosen.cache_clear()
         assert library.library().name == name
-        assert describe() == f"compiled loops: {name} (BACKHAND_KERNELS={name})"
+        assert describe() == f"compiled kernels: {name} (BACKHAND_KERNELS={name})"
 
 
 def test_an_unknown_name_is_an_error_that_lists_them(fresh):

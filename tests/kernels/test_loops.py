@@ -1,4 +1,4 @@
-"""The compiled loops on every path of this machine: right, inside their buffers, and the same bits each time."""
+"""The compiled kernels on every path of this machine: right, inside their buffers, and the same bits each time."""
 
 from __future__ import annotations
 

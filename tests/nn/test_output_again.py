@@ -23,7 +23,7 @@ from backhand.ops.low_rank import Member, hidden_gradient
 from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
 
-needs_loops = pytest.mark.skipif(not loops_are_there(), reason="no compiled loops here")
+needs_loops = pytest.mark.skipif(not loops_are_there(), reason="no compiled kernels here")
 RUNS = ((0, 2, 9), (18, 1, 5))
 
 

@@ -17,6 +17,7 @@ from backhand.training.console import TerminalObserver
 from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.distributed import Group
 from backhand.training.pulse import Pulse
+from backhand.training.step import training_step
 
 PLACES = ("load", "step", "save", "publish", "evaluation")
 """Reading the model; step 3; the checkpoint of step 2, all written and not in place; `adapter/` of step 2, the former
@@ -55,7 +56,7 @@ def hold(place: str, wait: Callable[[], None]) -> None:
         case "load":
             before(DecoderEngine, "load", lambda *_: wait())
         case "step":
-            before(Decoder, "loss_and_gradients", _on_call(5, wait))  # a step has two micro-batches
+            before_pass(_on_call(5, wait))  # a step has two micro-batches
         case "save":
             before(FileLayer, "sync_directory", lambda _, path: path.name.startswith(".tmp-step-2-") and wait())
         case "publish":
@@ -94,6 +95,19 @@ def _on_call(number: int, wait: Callable[[], None]) -> Callable[..., None]:
             wait()
 
     return called
+
+
+def in_a_step() -> bool:
+    """Whether what is being called is a pass of a training step, not one that measures memory before the run."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not training_step.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def before_pass(call: Callable[..., Any]) -> None:
+    """Call it before every forward and backward of a training step."""
+    before(Decoder, "loss_and_gradients", lambda *arguments: in_a_step() and call(*arguments))
 
 
 def before(owner: Any, name: str, call: Callable[..., Any]) -> None:

@@ -24,6 +24,7 @@ from backhand.training.run import train
 from backhand.training.state import STATE_FILE
 from backhand.training.step import AdapterOptimizer
 from support.fault_table import documented
+from support.held_runs import in_a_step
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, with_options
 
@@ -58,8 +59,10 @@ def before_steps(patch: pytest.MonkeyPatch, change: Callable[[Decoder, int, Tens
 
     def loss_and_gradients(self: Decoder, *arguments: Any, **options: Any) -> Tensor:
         nonlocal count
-        count += 1
         nats = original(self, *arguments, **options)
+        if not in_a_step():
+            return nats
+        count += 1
         changed = change(self, count, nats)
         return nats if changed is None else changed
 

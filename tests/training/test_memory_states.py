@@ -74,7 +74,7 @@ def test_what_is_asked_for_and_cannot_be_is_an_error() -> None:
     ("variant", "longest", "loops", "why"),
     [
         ("llama-tied", 99, True, None),
-        ("llama-tied", 99, False, "without the compiled loops"),
+        ("llama-tied", 99, False, "without the compiled kernels"),
         ("gemma2", 5, True, "capped attention scores"),
         ("gemma3_text", WINDOW, True, None),
         ("gemma3_text", WINDOW + 1, True, f"longer than a window of {WINDOW} tokens"),

@@ -252,7 +252,7 @@ def _version() -> str:
 
 
 def _verbose_version() -> str:
-    """`--version --verbose`: the versions, the processor and which loops run here; what a report of a bug needs."""
+    """`--version --verbose`: the versions, the processor and which kernels run here; what a report of a bug needs."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,10 +1,10 @@
-"""Which rows a step trains on, and how they become packed batches: without padding, a common beginning only once.
+"""Which rows a step trains on, and how they become packed batches, without padding and with a shared prefix only once.
 
     step ── Sampler ──► rows ── micro_batches ──► groups of rows ── RowPacker.packed: pack, filled_up ──► PackedBatch
 
-A row is a number here, the place of an `Example` in a list: one document as token ids, each of them supervised or not,
-or a pair's two, which always stand in one micro-batch.
-(`data.examples` makes these once, before the first step; a conversation may become several.)
+A row is a number here, the index of an `Example` in a list. An `Example` is one document as token ids, each supervised
+or not; a pair is two documents, which always stand in one micro-batch. (`data.examples` makes them before the first
+step; a conversation may become several.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device | str = "cpu") -> PackedBatch:
     """Documents behind one another, shortest first, so that equal lengths are neighbours.
 
-    labels[i] is token i + 1 of the same document where that token is supervised. Nothing behind the last such i can
-    change the loss, since attention is causal, so a document enters only up to there: its last token, and whatever the
+    labels[i] is token i + 1 of the same document where that token is supervised. Attention is causal, so nothing behind
+    the last such i can change the loss, and a document enters only up to there. Its last token, and whatever the
     template puts behind the last reply, are labels at most and never inputs. A document without a supervised token has
     no positions at all.
 
@@ -74,11 +74,12 @@ def micro_batches(
 ) -> list[list[int]]:
     """Divide the rows of one optimizer step, longest first.
 
-    So the largest micro-batch, the one that may not fit in memory, comes at once, and the lengths in each are alike.
+    So the largest micro-batch, the one that may not fit in memory, comes first, and documents of similar length meet.
 
     Args:
         rows: indices into `lengths`.
         lengths: tokens of every example.
+        max_rows: no more rows in one than this.
         max_tokens: no more tokens in one than this, unless a single row has more.
 
     Returns:
@@ -108,7 +109,7 @@ MIN_SAVED_TOKENS = 32
 
 
 def common_tokens(examples: Sequence[Example]) -> int:
-    """With how many tokens, none of which predicts a supervised one, all of these examples begin."""
+    """The length of the longest shared prefix of these examples, none of whose tokens predicts a supervised one."""
     if not examples:
         return 0
     first = examples[0].input_ids
@@ -116,7 +117,7 @@ def common_tokens(examples: Sequence[Example]) -> int:
     for example in examples:
         # Token i - 1 predicts token i; the first token is never supervised.
         common = min(common, max(int(example.supervised.argmax()) - 1, 0))
-        # Most rows begin alike, and bytes are compared faster than it is found where they differ.
+        # Most rows begin alike, and comparing bytes is faster than searching for the first difference.
         if example.input_ids[:common].tobytes() != first[:common].tobytes():
             common = int(np.argmax(example.input_ids[:common] != first[:common]))
     return common
@@ -125,7 +126,7 @@ def common_tokens(examples: Sequence[Example]) -> int:
 def shared_tokens(examples: Sequence[Example]) -> int:
     """How many tokens these examples are to share in one micro-batch; 0 where that saves too little."""
     if len(examples) < 2:
-        return 0  # asked of every single row of a run, and known without looking
+        return 0  # a common case that needs no comparison
     common = common_tokens(examples)
     return common if common * (len(examples) - 1) >= MIN_SAVED_TOKENS else 0
 
@@ -135,7 +136,7 @@ class RowPacker:
 
     Args:
         share_prefixes: whether tokens with which all rows of a micro-batch begin stand in it once; not where dropout
-            draws a mask for each row, since their hidden states then differ.
+            draws a mask for each row, since their hidden states differ then.
 
     Attributes:
         examples: the rows.
@@ -225,10 +226,9 @@ class RowPacker:
 def filled_up(batch: PackedBatch) -> PackedBatch:
     """The batch with a filler document of zeros at the end, up to `round_size` tokens.
 
-    oneDNN compiles its matrix products for every number of tokens anew: about 35 kernels, 20 MB and 0.05 to 0.1 s for
-    each size of micro-batch that comes up, and rows of text make a new size in nearly every step. So a filler rounds
-    each micro-batch up, by 2 % at most where it has some hundred tokens. It carries no loss and no other document sees
-    it.
+    oneDNN compiles its matrix products anew for every number of tokens: about 35 kernels, 20 MB and 0.05 to 0.1 s for
+    each size of micro-batch, and rows of text make a new size in nearly every step. So a filler rounds each micro-batch
+    up, by 2 % at most where it has some hundred tokens. It carries no loss, and no other document attends to it.
     """
     tokens = int(batch.input_ids.shape[0])
     missing = round_size(tokens) - tokens
@@ -252,7 +252,7 @@ def round_size(tokens: int) -> int:
 class Sampler:
     """Every epoch is a new permutation of all rows, cut into steps; the last step of an epoch may be smaller.
 
-    The order follows from seed and epoch alone, so the place in the data is one number, the step.
+    The order follows from seed and epoch alone, so the position in the data is one number, the step.
 
     Attributes:
         rows: how many rows there are, at least 1.
@@ -276,12 +276,12 @@ class Sampler:
         return list(order[start : start + self.batch_rows])
 
     def epochs_done(self, steps: int) -> float:
-        """Passes over the rows after so many steps, with the fraction of the present one."""
+        """Epochs done after this many steps, with the fraction of the current one."""
         whole, rest = divmod(steps, self.steps_per_epoch)
         return whole + rest * self.batch_rows / self.rows
 
     def position(self, steps: int) -> dict[str, int]:
-        """The place in the data after so many steps, for a checkpoint's manifest."""
+        """The position in the data after this many steps, for a checkpoint's manifest."""
         epoch, rest = divmod(steps, self.steps_per_epoch)
         return {
             "epoch": epoch,

@@ -1,1 +1,1 @@
-"""Compiled loops: a small C++ library beside torch, one build an instruction set, chosen when it is loaded."""
+"""Compiled kernels: a small C++ library beside torch, one build an instruction set, chosen when it is loaded."""

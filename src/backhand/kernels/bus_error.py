@@ -1,7 +1,7 @@
 """A bus error at a mapped file ends the process with a message and a code, whoever was reading.
 
 A file that is cut short while it is mapped, or whose disk fails, is a SIGBUS at the next read of a page that is gone:
-in a compiled loop, in torch, in NumPy, on any thread. Looking at the file's size before each read would leave the time
+in a kernel, in torch, in NumPy, on any thread. Looking at the file's size before each read would leave the time
 between the look and the read, so the handler is what decides; it costs nothing until then. It cannot raise: the read
 has no value, and the thread may be anywhere. What is wrong without being a bus error (a changed byte, zeros behind a
 new end within its page) is found by `nn.loading.mapped_file` at every step.

@@ -78,7 +78,7 @@ class Term(NamedTuple):
 
 
 def is_taken(dtype: torch.dtype) -> bool:
-    """Whether products of this type go this way: bfloat16 by tiles, and float64 where loops are proved."""
+    """Whether products of this type go this way: bfloat16 by tiles, and float64 where kernels are proved."""
     if dtype == torch.float32 or torch.compiler.is_compiling():  # what is traced has no addresses
         return False
     build = library()

@@ -1,6 +1,6 @@
 """Rows of a stored matrix, in the blocks of a GGUF type, to float32 or bfloat16.
 
-The compiled loops know the types that files are made of; every other type, and everything where there is no compiled
+The kernels know the types that files are made of; every other type, and everything where there is no compiled
 library, goes through the gguf package, several times slower. Both give the same bits: the gguf package's float32, and
 that rounded once, to the nearest, for any other dtype. One exception: what is no number comes out as the one quiet
 NaN, since which NaN an instruction leaves is the compiler's choice (stored bfloat16 keeps its bits).
@@ -66,7 +66,7 @@ def type_name(type_id: int) -> str:
 
 
 def is_compiled(type_id: int) -> bool:
-    """Whether the compiled loops are there and know this type; otherwise the gguf package does it, slower."""
+    """Whether the kernels are there and know this type; otherwise the gguf package does it, slower."""
     found = library()
     return found is not None and type_id in _compiled_types(found.name)
 
@@ -131,7 +131,7 @@ def dequantize(
 
 
 def _by_pieces(source: Bytes, type_id: int, out: Tensor, row_ids: Tensor | None, first: int, blocks: int) -> Tensor:
-    """The same through float32 in pieces of whole rows: by the compiled loops for other dtypes, else by gguf."""
+    """The same through float32 in pieces of whole rows: by the kernels for other dtypes, else by gguf."""
     values, size = block_shape(type_id)
     step = max(1, _PIECE_VALUES // (blocks * values))
     compiled = is_compiled(type_id)

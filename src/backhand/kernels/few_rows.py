@@ -1,4 +1,4 @@
-"""Few rows times a frozen matrix by the compiled loop: every row of the matrix is read once, in the blocks of its file.
+"""Few rows times a frozen matrix by the kernel: every row of the matrix is read once, in the blocks of its file.
 
 A new token's product is bound by reading the matrix. A quantized one would be unpacked to memory and read again; here
 a few of its rows at a time are unpacked within the cache. A dense one of the same numbers goes through the same sums.
@@ -23,12 +23,12 @@ _FEW_ROWS = Declared(
     *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64),
     result=INT,
 )
-# Of a type that the loop does not know, or with columns in another order, unpacked at a time.
+# Of a type that the kernel does not know, or with columns in another order, unpacked at a time.
 _ROWS_BY_PACKAGE = 4096
 
 
 class _Stored(NamedTuple):
-    """Rows as the loop takes them: ggml's type or -1 for numbers as they are, and which row is which output."""
+    """Rows as the kernel takes them: ggml's type or -1 for numbers as they are, and which row is which output."""
 
     type_id: int
     address: int
@@ -40,7 +40,7 @@ class _Stored(NamedTuple):
 def few_rows_product(
     x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> Tensor | None:
-    """residual + x Wᵀ + bias, or None where the loop does not apply.
+    """residual + x Wᵀ + bias, or None where the kernel does not apply.
 
     Args:
         x: (rows, in), 1 to `MOST_ROWS` rows.

@@ -1,11 +1,11 @@
-"""The compiled library: loaded once, for the widest instruction set that this processor has; and when a loop is taken.
+"""The compiled library: loaded once, for the widest instruction set of this processor; and when a kernel is taken.
 
     BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx      which build
 
 where auto is the widest, and none is torch alone.
 
-An op has two forms: torch's, which is the reference and the fallback, and a loop of the compiled library under it. The
-op declares the C function beside it, and `loop` gives what to call, or None where torch's form has to do:
+An op has two forms: torch's, which is the reference and the fallback, and a kernel of the compiled library. The op
+declares the C function beside it, and `loop` gives what to call, or None where torch's form has to do:
 
     _COUNT = Declared("backhand_count", INT, POINTER, INT64)      # the number of the dtype first
 
@@ -13,9 +13,9 @@ op declares the C function beside it, and `loop` gives what to call, or None whe
     if count is not None:
         count(out.data_ptr(), out.numel())
 
-The loop is taken where the library is there and every tensor lies in the processor's own memory, in float32 or
+The kernel is taken where the library is there and every tensor lies in the processor's own memory, in float32 or
 bfloat16, its last axis without gaps. float64 is for proofs: torch's form takes it, unless `proving_loops` sends it to
-the very source of the loops, instantiated for it.
+the very source of the kernels, instantiated for it.
 
 Loops run on torch's own threads: libtorch_cpu exports the plain C function torch_parallel_for, whose pointer is handed
 over when the library is loaded, so that no second thread pool is in the process. What reads files by the library needs
@@ -167,21 +167,21 @@ def _is_whole(name: str, folder: Path) -> bool:
     wrong = fault(name, folder)
     if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
         instead = "torch computes" if name == "baseline" else "plainer ones compute"
-        show_notes([f"the compiled loops for {name} are not used: {wrong}; {instead}, until `make kernels`"])
+        show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until `make kernels`"])
     return wrong is None and library_path(name, folder).exists()
 
 
 def describe() -> str:
-    """One line: which loops run, and why not the compiled ones where they do not."""
+    """One line: which kernels run, and why not the compiled ones where they do not."""
     wanted = os.environ.get(VARIABLE, "auto")
     found = library()
     if found is not None:
-        return f"compiled loops: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
+        return f"compiled kernels: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
     if wanted == "none":
-        return f"compiled loops: none ({VARIABLE}=none); everything goes through torch, slower"
+        return f"compiled kernels: none ({VARIABLE}=none); everything goes through torch, slower"
     if (wrong := fault("baseline")) is not None:
-        return f"compiled loops: none ({wrong}: `make kernels`); everything goes through torch, slower"
-    return "compiled loops: none (not built for this machine: `make kernels`); everything goes through torch, slower"
+        return f"compiled kernels: none ({wrong}: `make kernels`); everything goes through torch, slower"
+    return "compiled kernels: none (not built for this machine: `make kernels`); everything goes through torch, slower"
 
 
 @functools.cache
@@ -191,7 +191,7 @@ def _chosen() -> Library | None:
         return None
     if wanted not in ("auto", *BUILDS):
         raise UsageError(
-            f"{VARIABLE}={wanted} names no build of the compiled loops",
+            f"{VARIABLE}={wanted} names no build of the compiled kernels",
             next_step=f"set it to one of auto, none, {', '.join(BUILDS)}, or unset it",
         )
     able = usable()
@@ -199,7 +199,7 @@ def _chosen() -> Library | None:
         return load(able[-1]) if able else None
     if wanted not in able:
         raise ArtifactError(
-            f"the compiled loops for {wanted} cannot be used",
+            f"the compiled kernels for {wanted} cannot be used",
             where=VARIABLE,
             why=f"here are: {', '.join(able) or 'none'}",
             next_step=f"run `make kernels`, or unset {VARIABLE}",
@@ -220,7 +220,7 @@ def _torch_parallel_for() -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which tensors a loop takes.
+# Which tensors a kernel takes.
 
 
 _float64_too = ContextVar("float64_too", default=False)
@@ -245,12 +245,12 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
 
 
 def is_loopable(tensor: Tensor) -> bool:
-    """Whether loops may have its address: it lies in the processor's own memory, densely, and records nothing."""
+    """Whether kernels may have its address: it lies in the processor's own memory, densely, and records nothing."""
     return _dtype_of_loopable((tensor,)) is not None
 
 
 def _dtype_of_loopable(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
-    """The dtype of tensors whose addresses loops may have; None where there are others, or several dtypes, or none."""
+    """The dtype of tensors whose addresses kernels may have; None for others, several dtypes, or no tensor."""
     import torch
 
     dtype, recording = None, torch.is_grad_enabled()
@@ -279,7 +279,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 @contextmanager
 def proving_loops() -> Iterator[None]:
-    """Inside, float64 takes the loops too, where the library is there."""
+    """Inside, float64 takes the kernels too, where the library is there."""
     before = _float64_too.set(True)
     try:
         yield
@@ -288,7 +288,7 @@ def proving_loops() -> Iterator[None]:
 
 
 def loops_take_float64() -> bool:
-    """Whether float64 takes the loops here and now."""
+    """Whether float64 takes the kernels here and now."""
     return _float64_too.get()
 
 
@@ -300,14 +300,14 @@ def torch_form() -> Iterator[None]:
 
 
 def loops_are_there() -> bool:
-    """Whether ops take loops at all."""
+    """Whether ops take kernels at all."""
     return library() is not None
 
 
 # Every layer asks for the same ones.
 @functools.lru_cache(maxsize=16)
 def starts_and_lengths(runs: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Start and length of each document, (documents,) int64, as loops take them.
+    """Start and length of each document, (documents,) int64, as kernels take them.
 
     Args:
         runs: (first token, documents behind one another, tokens of each).

@@ -157,11 +157,11 @@ class QuantizedMatrix:
 
     @cached_property
     def table(self) -> list[int] | None:
-        """What a loop has to know that unpacks the blocks itself, for as long as the matrix is there; made once.
+        """What a kernel has to know that unpacks the blocks itself, for as long as the matrix is there; made once.
 
         Returns:
             of each part ggml's type, address, bytes of a row, stored rows, address of the order or 0, and rows; None
-            where no loop can: columns in another order, or a type that is not compiled.
+            where no kernel can: columns in another order, or a type that is not compiled.
         """
         numbers: list[int] = []
         for part in self.parts:

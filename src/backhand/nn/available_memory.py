@@ -51,7 +51,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
 
 
 def _cached_bytes(directory: Path, name: str) -> int:
-    """What a group uses for files that nobody has looked at lately: it is given back when memory is asked for."""
+    """What a group uses for files that were not read lately: it is given back when memory is asked for."""
     with suppress(OSError, ValueError):
         for line in (directory / "memory.stat").read_text(encoding="ascii").splitlines():
             key, _, value = line.partition(" ")

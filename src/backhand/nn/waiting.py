@@ -1,4 +1,4 @@
-"""How long OpenMP's threads wait for one another: long while nobody else wants their cores, hardly at all otherwise.
+"""How long OpenMP's threads wait for one another: long while their cores are free, hardly at all otherwise.
 
 A step has some 1,500 regions of threads, and between two of them the threads wait. A thread that spins is there at
 once; one that sleeps has to be woken, which takes longer than many a region. But where another program wants the core,

@@ -11,7 +11,7 @@ T = ∂L/∂t, (..., rank), and V = [∂L/∂a | ∂L/∂u], whose columns V_i a
     ∂L/∂A   = Tᵀ p̃                                      (rank, n)
 
 Saved: a and u side by side, and h. p is recomputed. In torch's form it is a pass over all rows, and so is each line
-above. The compiled loop (native/adapted_glu.cpp) makes a few rows and columns of ∂L/∂a, ∂L/∂u and p at a time and
+above. The kernel (native/adapted_glu.cpp) makes a few rows and columns of ∂L/∂a, ∂L/∂u and p at a time and
 multiplies them while they are near the processor: a, u and G are read once, V written once, and p never. It is for
 float32, where gate and up have factors of their own, and for p̃ = p. Half as wide numbers are multiplied in other units,
 which the passes one by one have.
@@ -135,7 +135,7 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
 def _by_loop(
     g: Tensor, gate_up: Tensor, saved: AdaptedGLUSaved, h: Tensor, d_t: Tensor | None, d_gate_up: Tensor
 ) -> Tensor | None:
-    """∂L/∂h by the compiled loop, and all else with it; None where it does not apply."""
+    """∂L/∂h by the kernel, and all else with it; None where it does not apply."""
     n, members = g.shape[1], saved.front.members
     behind = [] if d_t is None else [each for one in saved.behind.members for each in (d_t, one.d_lora_A)]
     factors = [each for member in members for each in (member.lora_B, member.d_lora_B)]

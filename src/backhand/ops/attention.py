@@ -34,7 +34,7 @@ Two ways to carry this out, for one group of documents after another (`document_
   products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
   take the short ones too.
 
-Where the compiled library has its loop (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
+Where the compiled library has its kernel (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
 and multiplies bfloat16 by the processor's own pairwise products where it has them. It has no use for O in the backward
 either, δ being a sum over P and ∂L/∂P: whoever wants O there for something else gets it once more from P V, for one
 product in six, and need not keep it (`gives_output_again`).
@@ -113,7 +113,7 @@ class AttentionGrads(NamedTuple):
 def gives_output_again(q: Tensor, cap: float | None = None) -> bool:
     """Whether `attention_backward` gives O of such queries again for next to nothing, so that it need not be kept.
 
-    That is so in the compiled loop. In bfloat16, where O is half as large and P V takes as long as in float32, it is
+    That is so in the kernel. In bfloat16, where O is half as large and P V takes as long as in float32, it is
     kept.
     """
     return cap is None and q.dtype != torch.bfloat16 and loop(_BACKWARD, q) is not None
@@ -216,7 +216,7 @@ def attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled = 0
-    # Attended by the compiled loop, which keeps none: blocks need none either.
+    # Attended by the kernel, which keeps none: blocks need none either.
     no_log_sum_exp = log_sum_exp.numel() == 0
     kernels = saved.known_to_kernels
     for group in groups(runs, shared, q, kernels):
@@ -252,7 +252,7 @@ def _heads(*tensors: Tensor) -> list[int]:
 
 
 def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | None]:
-    """What the loops take behind the tensors, and a tensor among it that has to live as long.
+    """What the kernels take behind the tensors, and a tensor among it that has to live as long.
 
     Without a window, one that reaches further than any document.
     """

@@ -10,8 +10,8 @@ rows, so that one product serves them all and their sum in ∂L/∂K and ∂L/�
 P is normalised afresh in the backward pass, so that no log-sum-exp need be kept; ∂L/∂K and ∂L/∂V add up in float32.
 
 Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ T + M with T = tanh(c Q Kᵀ / κ), not c Q Kᵀ + M. Then
-dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S takes the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is made again with
-P; where a key is hidden P is zero, whatever T is.
+dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S takes the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is recomputed
+with P; where a key is hidden P is zero, whatever T is.
 
 Some families have a sink σ_h for each head, one more term of the softmax's sum whose key has no value (`attention`): it
 stands before a block's keys as one more of them, of zeros with a value of zeros, and its scores are σ. Then P V is O as

@@ -11,7 +11,7 @@ Backward, w and b being frozen. With G = ∂L/∂y and C = G, or C = G ⊙ φ'(c
 where C_{t+s} is zero behind the document's end: the same taps, read forward in time. A token near the prefix's end is
 read by the first tokens of every document, and its gradient is the sum over all of them.
 
-Saved: x; c is made again where SiLU's slope needs it, for J multiplications an element. The compiled loops
+Saved: x; c is recomputed where SiLU's slope needs it, for J multiplications an element. The kernels
 (native/causal_conv.cpp) read each number once and round each sum once; torch's passes go over tiles of so many tokens
 that what lies between two of them stays in the caches.
 """
@@ -111,7 +111,7 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
 
 
 def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, y: Tensor) -> bool:
-    """Whether the compiled loop applied; y (tokens, channels) is then filled.
+    """Whether the kernel applied; y (tokens, channels) is then filled.
 
     Args:
         mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `gated_conv`.
@@ -131,7 +131,7 @@ def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], share
 def compiled_conv_back(
     mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, d_x: Tensor
 ) -> bool:
-    """Whether the compiled loop applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
+    """Whether the kernel applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
     run = loop(_BACKWARD, d_y, x, *taps, d_x)
     if run is None or taps.weight.shape[1] > MOST_TAPS:
         return False
@@ -141,7 +141,7 @@ def compiled_conv_back(
 
 
 def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> tuple[int | None, ...]:
-    """Input, taps and documents as the loops take them."""
+    """Input, taps and documents as the kernels take them."""
     (weight, bias), (starts, lengths) = taps, starts_and_lengths(runs)
     return (
         *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr()),

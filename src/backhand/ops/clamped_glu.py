@@ -11,9 +11,9 @@ and what is clamped is constant, so that
     ∂L/∂u = 1[|u| ≤ λ] ⊙ G ⊙ â σ                       (..., n)
 On the bound itself the gradient passes, as autograd has it.
 
-Saved: a and u, which are the columns of one buffer; all else is made again. In float32 or wider, chunk by chunk: what
+Saved: a and u, which are the columns of one buffer; all else is recomputed. In float32 or wider, chunk by chunk: what
 lies between two reads of memory then stays in the second-level cache, and needs no memory of the batch's size. There is
-torch's form alone, no compiled loop.
+torch's form alone and no kernel.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ is which. With t(r) the token of row r, c(r) which of its choices that is, and r
 
 A mixture is y_t = Σ_c w_tc E_c(x_t) [arXiv:1701.06538, eq. 1]. Where an expert ends in a linear layer without a bias,
 w_tc W p = W (w_tc p): the weights may stand in front of it. There rows are narrower, and backward needs p and ∂L/∂p̂
-alone, not the experts' outputs, which nobody has to keep or to compute again.
+alone, not the experts' outputs, which need not be kept or recomputed.
 
 Backward. Each is a sum over rows, so with G the gradient of what the map gives
     dispatch:  ∂L/∂x_t = Σ_c G_{r(t, c)}

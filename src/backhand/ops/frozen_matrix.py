@@ -7,9 +7,9 @@ Backward. Only x is varied: dy = dx Wᵀ, and with G = ∂L/∂y, ⟨G, dx Wᵀ�
 (∂L/∂r is G itself). Saved: W, which is there anyway. A quantized W is dequantised again; autograd would keep it.
 
 To either, products with the factors of an adapter can be added, + s h Fᵀ (`Term`, `ops.lora_linear`): within the same
-sums where a loop of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
+sums where a kernel of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
 
-Where a loop of ours multiplies (`kernels.dense_product`), it unpacks a quantized matrix itself, a few rows at a time
+Where a kernel of ours multiplies (`kernels.dense_product`), it unpacks a quantized matrix itself, a few rows at a time
 where it packs its operand, and gives the bits of the dense one. Otherwise in tiles: W is cut into pieces of at most
 TILE_BYTES in the compute dtype, so that a quantized matrix never stands there in full. For a library, a dense one is
 cut in the same way, although it need not be: how it adds up a product depends on the product's width (oneDNN with AMX:
@@ -21,7 +21,7 @@ some sums in ten thousand end in another bit), and then
     backward    d_x[:, t] = G W[:, t]          t a range of columns of W, of inputs
                 d_x = Σ_t G[:, t] W[t, :]      t a range of rows of W, of outputs
 
-Few rows of x, as of new tokens, go through a loop of their own in which W is read once (`kernels.few_rows`), dense and
+Few rows of x, as of new tokens, go through a kernel of their own, which reads W once (`kernels.few_rows`), dense and
 quantized alike, so that this holds for them too.
 
 Columns of d_x are not sums of one another, while a sum over row tiles is rounded to the compute dtype once a tile: that
@@ -264,7 +264,7 @@ def _tiles(count: int, bytes_each: int, edge: int, most_bytes: int) -> list[slic
 
 
 def takes_tiles(operand: FrozenMatrix) -> bool:
-    """Whether products of it go by a loop of ours, in which a row's bits never depend on the others' number."""
+    """Whether products of it go by a kernel of ours, in which a row's bits never depend on the others' number."""
     if isinstance(operand, Tensor):
         return is_taken(operand.dtype) and is_loopable(operand)
     return is_taken(operand.dtype) and operand.device.type == "cpu"

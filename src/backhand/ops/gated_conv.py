@@ -9,8 +9,8 @@ with G = ∂L/∂y and Z = convᵀ(C ⊙ G)
     ∂L/∂C = G ⊙ c,   ∂L/∂B = Z ⊙ x,   ∂L/∂x = Z ⊙ B      (tokens, channels) each
 The convolution's weight and bias are frozen.
 
-Saved: the projections' output, [B | C | x]; z and c are made again, for a few multiplications an element. The compiled
-loops are those of `causal_conv`, which multiply by the gates on the way.
+Saved: the projections' output, [B | C | x]; z and c are recomputed, for a few multiplications an element. The kernels
+are those of `causal_conv`, which multiply by the gates on the way.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ the documents.
 Saved: the inputs. Backward runs the chunks forward again and keeps, until it is through, the state before each chunk, a
 state in `chunk` tokens and never one a token. All in float32 or wider.
 
-Torch's form of this is `delta_chunks`. The compiled loops (native/gated_delta_rule.cpp) take a head of a document at a
+Torch's form of this is `delta_chunks`. The kernels (native/gated_delta_rule.cpp) take a head of a document at a
 time, whose matrices stay in the caches, solve the triangular systems without an inverse, and keep Y beside the states.
 """
 
@@ -107,7 +107,7 @@ def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedD
 
 
 def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> bool:
-    """Whether the compiled loop applied; `out` is then filled, and `states` have gone on."""
+    """Whether the kernel applied; `out` is then filled, and `states` have gone on."""
     run, inputs = loop(_FORWARD, saved.v, saved.beta, out), _for_loops(saved)
     if run is None or inputs is None:
         return False
@@ -120,7 +120,7 @@ def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Te
 
 
 def _compiled_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads | None:
-    """The gradients by the compiled loop, or None where it does not apply."""
+    """The gradients by the kernel, or None where it does not apply."""
     run, inputs = loop(_BACKWARD, d_y, saved.v, saved.beta), _for_loops(saved)
     if run is None or inputs is None:
         return None
@@ -131,7 +131,7 @@ def _compiled_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRul
 
 
 def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
-    """q, k, v, decay and beta as the loops take them: q, k and decay in float32 or wider; None if they do not."""
+    """q, k, v, decay and beta as the kernels take them: q, k and decay in float32 or wider; None if they do not."""
     q, k, v, decay, beta = saved[:5]
     wide = torch.promote_types(v.dtype, torch.float32)
     if loop(_FORWARD, q, k, decay) is None or q.dtype not in (v.dtype, wide) or v.shape[1] % max(k.shape[1], 1):
@@ -149,7 +149,7 @@ def _places(tensors: list[Tensor]) -> tuple[Any, Any]:
 
 
 class _Problem(NamedTuple):
-    """Sizes, what the loops take behind the tensors, and the memory in which they work, to be held until they have."""
+    """Sizes, what the kernels take behind the tensors, and their workspace, to be held until they are done."""
 
     sizes: Any
     where: tuple[int, ...]
@@ -157,7 +157,7 @@ class _Problem(NamedTuple):
 
 
 def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -> _Problem:
-    """The documents and the prefix, and as much memory as the loops need for them."""
+    """The documents and the prefix, and as much memory as the kernels need for them."""
     k, v = saved.k, saved.v
     starts, lengths = starts_and_lengths(saved.runs)
     longest = max((length for _, _, length in saved.runs), default=0)
@@ -178,7 +178,7 @@ def _workers(tasks: int) -> int:
 def bytes_in_loops(
     sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: int = CHUNK_TOKENS, *, shared: int = 0
 ) -> int | None:
-    """What the backward's compiled loops work in at most, or None where torch's form does: an area for each thread.
+    """What the backward's compiled kernels work in at most, or None where torch's form does: an area for each thread.
 
     Args:
         sizes: of the rule's heads.

@@ -13,7 +13,7 @@ GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a�
 
 Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. The backward gives y again for little more than
 the writing, perhaps in G's place. What needs y before there is a G gets it from `glu_recompute`, in torch's form with φ
-and φ' beside it, so that the exponentials, the dearest part, are evaluated once for both. The compiled loops
+and φ' beside it, so that the exponentials, the dearest part, are evaluated once for both. The kernels
 (native/glu.cpp) hold no φ and φ' at all: there an exponential costs less than memory does.
 """
 
@@ -76,7 +76,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
 
 
 def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
-    """y by the compiled loop, or None where it does not apply."""
+    """y by the kernel, or None where it does not apply."""
     gate, up, activation = saved
     run = loop(_FORWARD, gate, up, out)
     if run is None or activation not in ACTIVATIONS:
@@ -191,7 +191,7 @@ def glu_backward(
 
 
 def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None) -> bool:
-    """Whether the compiled loop applied; d_gate, d_up and `again` are then filled."""
+    """Whether the kernel applied; d_gate, d_up and `again` are then filled."""
     gate, up, activation = saved
     run = loop(_BACKWARD, d_y, gate, up, d_gate, again)
     places = (d_y, gate, up, d_gate, d_up)

@@ -23,7 +23,7 @@ re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fas
 Every chunk reads W twice, and unpacks it where it is quantized: wide models, whose W is more than three times as large
 as 512 rows of logits, take so many, and with AMX, whose tiles multiply faster than W is read and packed, so do all
 models in bfloat16 (`chunk_rows`).
-The compiled loop (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
+The kernel (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 Stacked: W = [W_1; …; W_n] (Σ out_i, in), A = [A_1; …; A_n] (Σ rank_i, in), so that y = [y_1 | … | y_n] and
 h = x̃ Aᵀ = [h_1 | … | h_n] take one product each; only the B_i differ in what they read and write:
     y = r + x Wᵀ + b,   then   y_i += s_i h_i B_iᵀ.
-r is a residual, added within the product, whose gradient is G itself; x̃ = m ⊙ x under dropout, else x.
+r is the residual, added within the product; its gradient is G itself. x̃ = m ⊙ x under dropout, else x.
 
-Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each member follows `lora_linear`, and what they share adds up. It is three
-functions, since what they need is there at different times, and each is called as soon as it is:
+Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each member follows `lora_linear`, and gradients of what they share add up.
+It is three functions, since their inputs are there at different times; each is called as soon as they are:
     hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  of G and h; side by side in ∂L/∂h (..., Σ rank_i)
                            ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), from the same pass over G
     group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the members' sum is in the products
@@ -17,7 +17,7 @@ functions, since what they need is there at different times, and each is called 
 Gradients of factors are added to tensors that the members name, as micro-batches add up in a flat buffer.
 
 A layer without an adapter takes part in W and G only. All members see the same dropout mask m, since they see the same
-x: one draw a group instead of one a member; each member's masking is as random as alone.
+x: one draw a group instead of one a member; each member's mask is as random as alone.
 Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x for the members.
 """
 
@@ -81,7 +81,7 @@ def lora_group_forward(
     within = mask is None and forms_h(x_rows, weight.shape[0], sum(ranks))
     if within or not members:
         h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
-    else:  # first: x is still near the processor, which the large product fills
+    else:  # before the large product, which would evict x from the caches
         h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(members))
     terms = [
         Term(member.column, part, member.lora_B, member.scaling, member.lora_A if within else None)

@@ -7,7 +7,8 @@ with x̃ = x, or, with dropout, x̃ = m ⊙ x where m is 0 with probability p an
 Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. With W and b
 fixed, dL = ⟨G, dy⟩ where
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
-Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, what stands beside each differential is
+Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, the factor beside each differential is its
+gradient:
     ∂L/∂h = s G B                       (..., rank)
     ∂L/∂x = G W + m ⊙ ((∂L/∂h) A)       (..., in)
     ∂L/∂A = (∂L/∂h)ᵀ x̃                  (rank, in)
@@ -15,12 +16,12 @@ Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = �
 with rows (all leading axes) summed in the last two.
 
 Saved: x, h and references to the weights. The mask m is drawn again from its seed, never kept. Gᵀ x, (out, in), and
-W + s B A are never formed: the cost over the frozen layer is 6 · rank · (in + out) floating-point operations a row
-instead of a third product of the full size. W is a tensor, or a quantized matrix whose products `ops.frozen_matrix`
-computes.
+W + s B A are never formed: forward and backward together, an adapter adds 6 · rank · (in + out) floating-point
+operations a row to the frozen layer's two products, where training W would add a third product of the full size. W is
+a tensor, or a quantized matrix whose products `ops.frozen_matrix` computes.
 
-This file is the idea in plain lines. A training step takes the same formulas from `ops.lora_group`, which has several
-layers of one input in few large products.
+This file is the idea in plain lines. A training step takes the same formulas from `ops.lora_group`, which computes
+several layers of one input in few large products.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Of x and y, (rows, in) and (rows, out), and of what is rank-sized beside them:
     add_lora_A_gradients   ∂L/∂A += (∂L/∂h)ᵀ x               x perhaps by the norm that made it
 The formulas are derived in `lora_linear`; the cases of `lora_group` prove both forms of these.
 
-At ranks of 8 to 64 they cost as much as memory does. The compiled loops (native/low_rank*.cpp) read x or G once, read
+At ranks of 8 to 64 they cost as much as memory does. The kernels (native/low_rank*.cpp) read x or G once, read
 and write y once, round each sum once, and add a gradient straight to a float32 buffer. In torch's form each is a matrix
 product. MKL's own y += s h Bᵀ is as fast in float32 and is left to it.
 """
@@ -164,7 +164,7 @@ def _places(into: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 def _are_wide(receivers: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
-    """Whether loops for this dtype add to float32 or wider; None where they cannot add to these."""
+    """Whether kernels for this dtype add to float32 or wider; None where they cannot add to these."""
     first, wide = receivers[0].dtype, statistics_dtype(dtype)
     alike = all(receiver.dtype == first and receiver.stride(1) == 1 for receiver in receivers)
     return first == wide if alike and first in (dtype, wide) else None

@@ -10,8 +10,8 @@ Let G = ∂L/∂y and g = (c + w) ⊙ G = ∂L/∂x̂. The matrix between dx and
     ∂L/∂w = Σ_rows G ⊙ x̂               (n,)
 
 Saved: x and the factor ρ (one float32 a row); x̂ is recomputed, since keeping it would double what x already costs.
-Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype. Where the compiled
-library has the loop (native/rms_norm.cpp), it takes each row once for the sum and once for the result, and rounds once.
+Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype. The kernel
+(native/rms_norm.cpp) reads each row once for the sum and once for the result, and rounds once.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
 def _compiled_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """y and the factor by the compiled loop, or None where it does not apply; a given factor is taken as it is."""
+    """y and the factor by the kernel, or None where it does not apply; a given factor is taken as it is."""
     run, rows = loop(_FORWARD, x, weight, out), _row_strides(x)
     if run is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
         return None
@@ -172,7 +172,7 @@ def rms_norm_backward(
 def _compiled_backward(
     d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
 ) -> RMSNormGrads | None:
-    """The gradients by the compiled loops, or None where they do not apply."""
+    """The gradients by the kernels, or None where they do not apply."""
     x, weight, factor, offset = saved
     run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
     if run is None or d_y_rows is None or x_rows is None:

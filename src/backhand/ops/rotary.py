@@ -8,14 +8,14 @@ or x₁ the even features and x₂ the odd ones (`interleaved`, GLM), so that qu
 on the difference of their positions only. With fewer angles than pairs the first features alone turn, as many as the
 angles suffice for, and the others pass as they are (partial rotary).
 
-A multiplier m of cosines and sines may depend on the token: y = m R x. It serves scaling rules that lengthen the turned
-features (yarn, longrope), and queries whose temperature grows with their position (llama 4, Ministral 3).
+A multiplier m of cosines and sines may depend on the token: y = m R x. Scaling rules that lengthen the rotated features
+(yarn, longrope) need it, and so do queries whose temperature grows with their position (llama 4, Ministral 3).
 
 Backward. R is orthogonal and R(θ)ᵀ = R(-θ), so y = m R x gives ∂L/∂x = m Rᵀ ∂L/∂y, the rotation by -θ:
     ∂L/∂x₁ =  G₁ m cos θ + G₂ m sin θ
     ∂L/∂x₂ =  G₂ m cos θ - G₁ m sin θ       (tokens, heads, head_dim); where nothing turns, ∂L/∂x = G
 
-Saved: the table of cosines and sines, shared by all layers; neither x nor y. The compiled loop is native/rotary.cpp.
+Saved: the table of cosines and sines, shared by all layers; neither x nor y. The kernel is native/rotary.cpp.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROTARY = Declared("backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER
 class RotaryTable(NamedTuple):
     """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs.
 
-    interleaved: which features are a pair: neighbours, or else those half the turned features apart.
+    interleaved: which features are a pair: neighbours, or else those half the rotated features apart.
     """
 
     cos: Tensor
@@ -162,16 +162,16 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
     # (tokens, heads, 2, pairs), or (tokens, heads, pairs, 2): a view of each side either way.
     sizes, axis = ((cos.shape[-1], 2), -1) if table.interleaved else ((2, cos.shape[-1]), -2)
     wide = x.to(cos.dtype).unflatten(-1, sizes)
-    turned = wide * cos.unsqueeze(axis)
-    turned.select(axis, 0).addcmul_(wide.select(axis, 1), sin, value=-1)
-    turned.select(axis, 1).addcmul_(wide.select(axis, 0), sin)
+    rotated = wide * cos.unsqueeze(axis)
+    rotated.select(axis, 0).addcmul_(wide.select(axis, 1), sin, value=-1)
+    rotated.select(axis, 1).addcmul_(wide.select(axis, 0), sin)
     # Complete before anything is written, so that `out` may be x.
-    y = turned.flatten(-2)
+    y = rotated.flatten(-2)
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def _loop(x: Tensor, table: RotaryTable, out: Tensor | None) -> Callable[..., Any] | None:
-    """The compiled loop, where the pairs are halves and the table lies as it takes it."""
+    """The kernel, where the pairs are halves and the table lies as it takes it."""
     cos, sin = table.cos, table.sin
     if table.interleaved or cos.dtype != statistics_dtype(x.dtype):
         return None
@@ -185,6 +185,6 @@ def rotary_reference(x: Tensor, table: RotaryTable) -> Tensor:
     if table.interleaved:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     pairs = torch.complex(x[..., first], x[..., second])
-    turned = pairs * torch.complex(table.cos, table.sin)[:, None, :]
-    together = torch.stack([turned.real, turned.imag], -1 if table.interleaved else -2).flatten(-2)
+    rotated = pairs * torch.complex(table.cos, table.sin)[:, None, :]
+    together = torch.stack([rotated.real, rotated.imag], -1 if table.interleaved else -2).flatten(-2)
     return torch.cat([together, x[..., 2 * half :]], dim=-1)

@@ -62,7 +62,7 @@ class DecoderEngine:
     def below(self, layout: AdapterLayout, longest: int) -> Below:
         """What lies below the lowest adapted layer.
 
-        Compiled loops compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
+        Compiled kernels compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
         attended together, and where a vector's end falls, decides their order. Within a window the order of a sum
         follows the block of queries, whose bounds a shared prefix moves. Behind a shared prefix the delta rule counts
         its chunks anew, and their bounds decide the order of its sums.
@@ -71,7 +71,7 @@ class DecoderEngine:
         layer, dependent = self.config.enterable(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not loops_are_there():
-            dependent = "without the compiled loops a row's last bits depend on the rows beside it"
+            dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
         elif self.config.attention_cap is not None:
             dependent = "with capped attention scores a row's last bits depend on the rows beside it"
         elif any(one.experts for one in self.config.layers[:layer]):

@@ -9,9 +9,10 @@ as shared prefix, x is a function of the row alone, to the bit, and may be put t
 
     x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
 
-The engine says where its own loops promise that (`memory.states`). A library's products have kernels that follow the
-number of rows: each number of tokens is looked at before it is first used (`nn.decoder.row_products`), and batches of a
-size whose products do not agree with the usual one's are computed as ever. Besides, the 1st, 32nd, 1024th … batch that
+The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
+rows. So the products of each number of tokens are compared with those of the usual number before it is first used
+(`nn.decoder.row_products`), and batches of a size that differs are computed as without cached states.
+Besides, the 1st, 32nd, 1024th … batch that
 is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;

@@ -1,11 +1,11 @@
 """The training loop: steps, evaluations, checkpoints, until the last step, early stopping, an interruption or a guard.
 
-`step.training_step` is the step itself, `TrainingLoop` all that stands around it. The numbers it goes by (learning
-rates, seeds, when to do what) stand below it.
+`step.training_step` is the step itself, and `TrainingLoop` everything around it. The numbers it uses (learning rates,
+seeds, intervals) are at the end of the file.
 
-After every step, in this order: the evaluation if it is due, the checkpoint if it is due or the evaluation was the
-best so far, the stop if one was asked for. A signal ends an evaluation early; it is then marked as pending in the
-checkpoint, and made first thing by the resumed run.
+After every step, in this order: evaluate, if it is due; save a checkpoint, if it is due or the evaluation was the best
+so far; stop, if asked to. A signal ends an evaluation early. The checkpoint then marks it as pending, and the resumed
+run begins with it.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class TrainingLoop:
         packer: holds the training rows, and packs those of a micro-batch.
         held_out: rows that are evaluated and not trained on; None where there are none.
         meter: of the loss on neutral texts; None where forgetting is not measured.
-        base_guard: sees that the base does not move; None in repetitions of steps that were guarded before.
-        learning_guard: sees that every factor has a gradient and moves; None likewise.
+        base_guard: checks that the base does not change; None in repetitions of steps that were guarded before.
+        learning_guard: checks that every factor has a gradient and changes; None likewise.
         check_files: raises ArtifactError once the base's mapped files are no longer what they were.
         memory: holds the process to its plan; None where the allocator is left alone.
         save: makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far.
         processes: that share each step and evaluation.
-        kept: keeps the hidden states of the training rows below the lowest adapted layer; None where they are computed
+        kept: the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed
             in each step.
         objective: of the training rows; None for the loss of answers.
     """
@@ -104,7 +104,7 @@ class TrainingLoop:
                 self._finish_if_done()
                 self.save(better)
         if progress.step >= self.plan.total_steps:
-            self._finish_if_done()  # continued behind its last step
+            self._finish_if_done()  # resumed after its last step
         while not progress.finished and (until_step is None or progress.step < until_step):
             if self.processes.stopping:
                 self.save(False)
@@ -116,12 +116,12 @@ class TrainingLoop:
                 better = self._evaluate()
             if self._finish_if_done() or better or progress.step % self.plan.save_every == 0:
                 if self.base_guard is not None and not progress.finished:
-                    self.base_guard.sample()  # at the end all of it was looked at
+                    self.base_guard.sample()  # at the end all of it was checked
                 self.save(better)
         return True
 
     def _step(self) -> None:
-        """Train on the next rows; then count, show and judge what came of it."""
+        """Train on the next rows; then count, report and judge the result."""
         progress = self.state.progress
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
@@ -130,7 +130,7 @@ class TrainingLoop:
         if self.objective is not None:
             self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
         result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
-        self.check_files()  # before anything of this step is told or saved
+        self.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
         self._count(result, tokens, seconds)
         if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
@@ -160,7 +160,7 @@ class TrainingLoop:
         return self.kept.packed(groups[number], self._coming(groups, number))
 
     def _coming(self, groups: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
-        """The micro-batches of this process behind this one, to the end of the epoch."""
+        """This process's micro-batches after this one, to the end of the epoch."""
         step, per_epoch = self.state.progress.step, self.sampler.steps_per_epoch
         for later in range(step, min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)):
             if later > step:
@@ -254,7 +254,7 @@ class TrainingLoop:
         progress = self.state.progress
         loss = None if self.held_out is None else self.held_out.loss(self.model, self.processes)
         if self.held_out is not None and loss is None:
-            return False  # asked to stop: it stays pending
+            return False  # asked to stop: the evaluation stays pending
         record: dict[str, Any] = {"step": progress.step}
         if loss is not None and self.held_out is not None:
             record["eval_loss"] = finite_or_none(loss)
@@ -307,7 +307,7 @@ class TrainingLoop:
         )
 
     def _finish_if_done(self) -> bool:
-        """Whether the run is over; the base is looked at once more before it is."""
+        """Whether the run is over; before it ends, all of the base is checked once more."""
         progress, patience = self.state.progress, self.plan.early_stopping
         if progress.finished or progress.pending_evaluation:
             return progress.finished
@@ -317,7 +317,7 @@ class TrainingLoop:
         elif progress.step < self.plan.total_steps:
             return False
         if progress.bad_steps_in_a_row:
-            self._give_up()  # a run does not end well whose last steps were skipped
+            self._give_up()  # the last steps were skipped: that is no good end
         if self.base_guard is not None:
             self.base_guard.check()
         progress.finished = True
@@ -390,7 +390,7 @@ def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The resolved numbers that the loop goes by.
+    """The resolved numbers that the loop uses.
 
     Attributes:
         eval_every, save_every: in steps.

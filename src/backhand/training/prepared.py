@@ -240,9 +240,7 @@ def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
     slow = source.unpacked_slowly
     if memory.base == "dense" or not slow:
         return ()
-    return (
-        f"{', '.join(slow)}: the compiled loops do not unpack these here; the gguf package does, several times slower",
-    )
+    return (f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower",)
 
 
 def _neutral_texts(config: TrainConfig, tokenizer: Any, held_out: PreparedData | None) -> ForgettingMeter:

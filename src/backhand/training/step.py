@@ -1,4 +1,4 @@
-"""One training step: the gradients of its micro-batches added up, clipped, and AdamW, all on one flat buffer.
+"""One training step on one flat buffer: the gradients of its micro-batches are added up and clipped, then AdamW.
 
 Every supervised token of the step weighs the same (of an objective that compares answers every row, and n counts rows),
 
@@ -11,13 +11,12 @@ that of one large batch, however unevenly the supervised tokens are spread. Then
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
 
-torch.optim's functional form computes it: `torch.optim.AdamW` itself imports torch's compiler when it is made, which
-takes a second and 70 MB, and compiles nothing here.
+torch.optim's functional form computes it. `torch.optim.AdamW` itself would import torch's compiler when it is created,
+which takes a second and 70 MB and is not used here.
 
-`training_step` is the step, and `AdapterOptimizer` what moves the adapter; its buffers are those of
-`nn.lora_parameters`, values and gradients of all factors, one behind another. `Processes` are those that share the
-micro-batches of a step: here one alone; several, which come to the same bits unless --reduce sum is asked for, in
-`distributed`.
+`training_step` is the step, and `AdapterOptimizer` updates the adapter. Its buffers are those of `nn.lora_parameters`:
+the values of all factors in one, their gradients in the other. `Processes` share the micro-batches of a step. Here it
+is one process alone; `distributed` has several, which give the same bits unless --reduce sum is asked for.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class StepWork:
     """The micro-batches of a step, as every process knows them; each packs its own.
 
     Attributes:
-        packed: makes one by its number.
+        packed: makes a micro-batch by its number.
         positions: tokens that each computes.
         supervised_tokens: of all of them.
         dropout_seeds: one for each; None for no dropout.
@@ -93,16 +92,16 @@ def training_step(
     processes: Processes,
     learning_rate: float,
 ) -> StepResult:
-    """Accumulate the gradients of all micro-batches, clip them, and move the adapter, unless something is not finite.
+    """Accumulate the gradients of all micro-batches, clip them, and update the adapter, unless something is not finite.
 
-    Its gradients stay in the buffer, clipped, until the next step.
+    The clipped gradients stay in the buffer until the next step.
 
     Args:
         model: with `optimizer.lora` attached; a `Decoder`, or what transformers computes (`training.engine`).
         work: the micro-batches; together they hold at least one supervised token.
 
     Raises:
-        CheckError: the processes do not come to the supervised tokens that the step has.
+        CheckError: the micro-batches hold another number of supervised tokens than the step.
     """
     supervised_tokens = work.supervised_tokens
     optimizer.clear()
@@ -140,23 +139,23 @@ def training_step(
 
 
 def left_sum(values: Iterable[float]) -> float:
-    """From the left, in float64; Python's own `sum` compensates from 3.12 on."""
+    """The sum from the left, in float64. Python's own `sum` compensates from 3.12 on, so its bits differ by version."""
     total = 0.0
     for value in values:
         total += value
     return total
 
 
-# Long enough for a wide loop, short enough for float32 to add up.
+# Long enough for vector instructions, short enough to add up in float32.
 _NORM_PIECE = 16_384
 
 
 def flat_norm(values: Tensor) -> float:
     """‖values‖ of a long float32 vector, to float32's rounding.
 
-    torch adds a vector's squares up in a few float32 numbers: of 42 million elements, an 8B's adapter at rank 16, its
-    norm is 0.3 % too small, and of more it is worse. So norms of pieces, and the norm of these in float64; pieces do
-    not depend on the threads either.
+    torch adds up a vector's squares in a few float32 numbers. For 42 million elements, an 8B's adapter at rank 16, its
+    norm is 0.3 % too small, and for more it is worse. So this takes the norms of pieces, and their norm in float64. The
+    pieces do not depend on the number of threads either.
     """
     whole = values.numel() // _NORM_PIECE * _NORM_PIECE
     pieces = torch.linalg.vector_norm(values[:whole].view(-1, _NORM_PIECE), dim=1)
@@ -263,7 +262,7 @@ class Processes:
 
     @property
     def asked(self) -> bool:
-        """Whether this process has been asked to stop, be it agreed upon or not."""
+        """Whether this process has been asked to stop, whether or not the others know."""
         return self.interruption is not None and self.interruption.requested is not None
 
     @property
@@ -272,7 +271,7 @@ class Processes:
         return self.asked
 
     def shared_out(self, tokens: Sequence[int]) -> list[list[int]]:
-        """For each process the numbers of its pieces, rising, of pieces of so many tokens; the longest come first."""
+        """Each process's micro-batches by number, rising; of micro-batches of so many `tokens`, the longest first."""
         return [list(range(len(tokens)))]
 
     def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
@@ -280,7 +279,7 @@ class Processes:
         return OneProcessSum(gradients, len(shares[0]))
 
     def total(self, added: GradientSum, computed_s: float) -> StepSum:
-        """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
+        """Put the whole step's gradient into the buffer; from here on all processes know of a signal to one of them."""
         return added.total(computed_s, 0.0, 0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -333,7 +332,7 @@ class GradientSum(Protocol):
 
 
 class OneProcessSum:
-    """Of a process that computes every micro-batch itself.
+    """The `GradientSum` of a process that computes every micro-batch itself.
 
     Args:
         gradients: the buffer, (elements,).

@@ -60,7 +60,7 @@ class RealSize:
         naive: a tensor by name, and its value by sums from the left, in float32; None where the op is itself a
             recurrence, which has no other order.
         picked: the rows of a tensor that are measured, by its name; all of the others.
-        loops: whether the op has compiled loops, whose builds are then measured too.
+        loops: whether the op has compiled kernels, whose builds are then measured too.
         dtypes: in which it is measured.
         exact: the bound of y is half a unit of rounding, whatever torch errs.
     """
@@ -78,7 +78,7 @@ class RealSize:
 
 
 def builds() -> tuple[str, ...]:
-    """The forms that this processor has: torch's, and each build of the loops."""
+    """The forms that this processor has: torch's, and each build of the kernels."""
     return (TORCH, *usable())
 
 

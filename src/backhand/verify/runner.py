@@ -4,8 +4,8 @@ float64 proves the formula: the gradients by hand agree with autograd of the ref
 wrong too, with finite differences of the op's own forward. In float32 and bfloat16 both are measured against float64 on
 the same rounded inputs, and the error by hand may be at most twice autograd's own, or four units of rounding.
 
-An op that has compiled loops under it is proved in both forms, torch's and the loops', on the same cases, with the same
-bounds and the same mutants; in float64 the loops' own source is what runs.
+An op that has compiled kernels is proved in both forms, torch's and the kernels', on the same cases, with the same
+bounds and the same mutants; in float64 the kernels' own source is what runs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Row:
         error: relative norm error against the truth in float64.
         bound: the largest error that passes.
         worst: the row that is furthest off, and by how much; empty where there is none.
-        form: `torch`, or `compiled` for the loops of the library.
+        form: `torch`, or `compiled` for the kernels of the library.
     """
 
     op: str

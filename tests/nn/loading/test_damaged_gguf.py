@@ -1,6 +1,6 @@
 """A GGUF file damaged in every field of its header and at 200 random places: an error, or the numbers that stand there.
 
-What is opened is read as a quantized base is, through the compiled loops, and compared with the gguf package on bytes
+What is opened is read as a quantized base is, through the compiled kernels, and compared with the gguf package on bytes
 that were read by hand: whatever the header says, no read leaves the tensor that it describes. `sanitized_reads.py`
 reads the same tensors with the sanitizers' build, from memory that ends where they do.
 """

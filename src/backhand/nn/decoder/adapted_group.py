@@ -1,12 +1,12 @@
-"""Linear modules that share an input, with an adapter on them; which of a block's have one, and with what.
+"""Linear modules that share an input, with their adapters; which modules of a block have one, and of what kind.
 
 The groups of a block are its mixer's input (with attention q, k and v) and output; gate and up; down
-(`nn.decoder.family`); the head is one of its own. Each is one stacked product, by `ops.lora_group`, whose members name
-the views of the flat buffer to which the gradients of their factors are added: that is how micro-batches add up.
+(`nn.decoder.family`); the head is a group of its own. Each is one stacked product, by `ops.lora_group`, whose members
+name the views of the flat buffer to which the gradients of their factors are added.
 
-Most adapters are nothing but factors of linear modules; a group of these has no `extras`, and costs nothing more. What
-else PEFT can train (DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of the groups that have
-it (`group_extras`), and in the block's `norms`.
+Most adapters are factors of linear modules and nothing else; a group of these has no `extras`. What else PEFT can train
+(DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of its group (`group_extras`), and trained
+norms in the block's `norms`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 
 
 class BlockAdapter(NamedTuple):
-    """The four groups in the order of `GROUPS`, gradient views of trained norms by the ends of their names, and more.
+    """The four groups in the order of `GROUPS`, and the gradient views of trained norms by the ends of their names.
 
     per_layer: the groups behind the MLP, gate and projection of the per-layer input, where there are any.
     """
@@ -239,8 +239,8 @@ def lowest_trained_group(layout: AdapterLayout, layers: int) -> tuple[int, int]:
     """(layer, group) below which no gradient is needed.
 
     (layers, 0) when nothing in a block is trained (only the head may be); (0, -1) when the embedding is, or what makes
-    the per-layer inputs. A norm counts
-    as the group below the one that reads it, since its gradient needs that one's input gradient.
+    the per-layer inputs. A norm counts as the group below the one that reads it, since its gradient needs that one's
+    input gradient.
     """
     trained = [slot.name for slot in layout.slots]
     trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.trained]

@@ -6,12 +6,12 @@
     p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
 
 W_qkv and W_gu are projections stacked (`nn.decoder.weights`), a and u the gate and up halves, φ the activation.
-The norm and the sum of either half are `nn.decoder.residual`'s; what attention is between its projections
-`nn.decoder.attention_half`'s; norms of q and k, and gates, `nn.decoder.attention_extras`'s.
+The norm and the sum of either half are in `nn.decoder.residual`, attention between its projections in
+`nn.decoder.attention_half`, and norms of q and k, and gates, in `nn.decoder.attention_extras`.
 Sandwich norms are norms also behind attention and MLP, as in Gemma 3. OLMo 2 has norms there alone: n₁ = x₀, n₂ = x₁.
-T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
-projections (`nn.decoder.mixer`); what is said here of q, k, v and o holds there for what enters and leaves it.
-Gemma 4 has an end behind the MLP (`nn.decoder.per_layer_input`), for which x₂ is what enters.
+The T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
+projections (`nn.decoder.mixer`); what is said here of q, k, v and o holds for its input and output.
+Gemma 4 has one more part behind the MLP (`nn.decoder.per_layer_input`), whose input is x₂.
 Where the family has a residual multiplier m (Granite), what is added to the stream is multiplied by it.
 
 Backward is the same list from the bottom up, each line by its op's backward; at the two sums the gradient of the stream
@@ -27,11 +27,11 @@ attention's backward does not recompute o (`ops.attention`). With q/k norms, q a
 norm, plus their factors; with norms behind the halves, the two normed outputs as they were before the norm, plus their
 factors. p and the rotated q, k of q/k-normed families are recomputed; so are n₁ and n₂, but for factors alone, whose
 gradients take them by their norms (`ops.low_rank`).
-`recompute="mlp"` keeps no a, u and none of their h; `recompute="block"` keeps x₀ alone and runs the forward again.
+`recompute="mlp"` does not keep a, u and their h; `recompute="block"` keeps x₀ alone and runs the forward again.
 
-Only the loss reads the last block's output, and that where a token is supervised. Every key and value counts, since
-later tokens see them; but from the output projection on each position goes its own way, so that only the supervised
-`positions` are computed, kept and differentiated. The gradient of all others of o and x₁ is zero.
+Only the loss reads the last block's output, and only at supervised positions. All its keys and values are needed, since
+later tokens attend to them. But from the output projection on positions are independent, so only the supervised ones
+(`wanted`) are computed, kept and differentiated. At all others the gradients of o and x₁ are zero.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class BlockSaved(NamedTuple):
 def block_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
 ) -> tuple[Tensor, BlockSaved]:
-    """x₂, (T, hidden) or what is wanted of it, from x₀, (T, hidden), and what `block_backward` needs."""
+    """x₂, (T or wanted positions, hidden), from x₀, (T, hidden), and what `block_backward` needs."""
     x1, mixing = mixing_half_forward(x0, weights, adapter, context)
     x2, mlp = mlp_half_forward(x1, weights, adapter, context.config, context.scratch)
     end = None
@@ -120,7 +120,7 @@ def block_forward(
 def mixing_half_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, MixingKept]:
-    """x₁, (T, hidden) or what is wanted of it, and what its backward needs."""
+    """x₁, (T or wanted positions, hidden), and what its backward needs."""
     config, wanted, mixer = context.config, context.wanted, MIXERS[context.layer.mixer]
     n1, factor = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
     qkv, h_input = group_forward(n1, weights.input, weights.input_bias, adapter.input)
@@ -161,12 +161,13 @@ def block_backward(
     """d_x₀, (T, hidden); gradients of what is trained are added to the flat buffer.
 
     Args:
-        d_x2: ∂L/∂x₂, or of what is wanted of it; it may be overwritten.
+        d_x2: ∂L/∂x₂, at the wanted positions; it may be overwritten.
         saved: from `block_forward`; the gradient of [a | u] takes their place.
-        weights, adapter, context: as in the forward.
-        lowest_group: INPUT, OUTPUT, GATE_UP, DOWN or one behind them: the first of this block's groups that needs a
-            gradient, when nothing below the block does: the pass stops there and returns None. -1 when something
-            below needs d_x₀.
+        weights: as in the forward.
+        adapter: likewise.
+        context: likewise.
+        lowest_group: -1 when something below the block needs d_x₀. Else INPUT, OUTPUT, GATE_UP, DOWN or a later one:
+            the first of this block's groups that needs a gradient; the pass stops there and returns None.
     """
     x0, mixing, x1, mlp, end = saved
     if mixing is None or x1 is None:
@@ -223,7 +224,7 @@ def mixing_half_backward(
     *,
     input_gradient: bool,
 ) -> Tensor | None:
-    """d_x₀, (T, hidden), from d_x₁, of what is wanted of it; None where it is not asked for."""
+    """d_x₀, (T, hidden), from d_x₁ at the wanted positions; None where it is not asked for."""
     config, wanted, mixer = context.config, context.wanted, MIXERS[context.layer.mixer]
     qkv, output, norms = adapter.input.group, adapter.output.group, config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)

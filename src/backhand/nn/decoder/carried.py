@@ -31,7 +31,7 @@ class Carried:
     Attributes:
         lenders: as given.
         inputs: as given.
-        d_inputs: receives ∂L/∂inputs layer by layer, of the shape of `inputs`; None where nobody asks for it.
+        d_inputs: receives ∂L/∂inputs layer by layer, of the shape of `inputs`; None where it is not needed.
     """
 
     def __init__(self, lenders: Iterable[int] = (), inputs: Tensor | None = None) -> None:

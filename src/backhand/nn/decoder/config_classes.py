@@ -4,7 +4,7 @@ A config.json may hold anything. transformers sets what its configuration class 
 name, which nothing reads, so that it cannot change what is computed. Exceptions are names that transformers' common
 code looks for in every config (`READ_BESIDE_FIELDS`), aliases of fields (`attribute_map`) and attributes of the class.
 Tests watch every attribute that transformers reads while it makes and runs a model of each family, so that a new
-version of it shows there what nobody has classed.
+version of it shows there what is not classed yet.
 """
 
 from __future__ import annotations

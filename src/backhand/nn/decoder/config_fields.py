@@ -10,7 +10,7 @@ from backhand.nn.decoder.config_classes import config_class
 UNREAD = "unread of the GGUF file"
 
 
-"""Field of a config made from a GGUF file: metadata and tensors, by name, that nobody has understood."""
+"""Field of a config made from a GGUF file: metadata and tensors, by name, that are not understood."""
 
 
 FOREIGN = "foreign in the GGUF file"
@@ -45,7 +45,7 @@ class UnsupportedModel(ArtifactError):
 class ConfigFields:
     """The fields of a config, read by name and type.
 
-    A field that is absent has the default of transformers' configuration class. What nobody reads is a problem if
+    A field that is absent has the default of transformers' configuration class. An unread field is a problem if
     transformers might read it, and foreign if not.
 
     Args:
@@ -54,7 +54,7 @@ class ConfigFields:
 
     Attributes:
         problems: one line for everything that stands in the way.
-        foreign: names of fields that nobody reads, neither here nor in transformers.
+        foreign: names of fields that are read neither here nor in transformers.
     """
 
     def __init__(self, config: Mapping[str, object], model_type: str | None = None) -> None:
@@ -189,11 +189,11 @@ class ConfigFields:
             self.foreign += [str(name) for name in foreign]
 
     def left(self) -> list[str]:
-        """Names of what nobody asked for and is not null."""
+        """Names of what was not asked for and is not null."""
         return [key for key in self._config if key not in self._seen and self._config[key] is not None]
 
     def close(self, read: Collection[str] = ()) -> None:
-        """Sort what nobody asked for and is not null: a problem where transformers might read it, else foreign.
+        """Sort what was not asked for and is not null: a problem where transformers might read it, else foreign.
 
         Args:
             read: names that transformers reads, beside those of the configuration class.

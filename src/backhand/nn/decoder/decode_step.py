@@ -1,7 +1,7 @@
 """One new token through all blocks by one compiled call (native/decode_step.cpp), for families that are Llama-like.
 
 A token's products are small: between them, waking threads and calling ops cost more than the products themselves. Here
-threads are woken once a token, and one call computes what `nn.decoder.block` does by the loops of the same ops: norms,
+threads are woken once a token, and one call computes what `nn.decoder.block` does, by the same ops' kernels: norms,
 projections with their adapters, rotation, attention over the KV cache, gated units. A decoder with anything else
 (another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
 """
@@ -129,7 +129,7 @@ class DecodeStep:
         )
 
     def __call__(self, x: Tensor, position: int, tables: Tables) -> bool:
-        """Put the token through all blocks, its keys and values into the cache's first row; False where no loop is.
+        """Put the token through all blocks, its keys and values into the cache's first row; False where no kernel is.
 
         Args:
             x: (1, hidden), what enters the first block; then the last one's output.

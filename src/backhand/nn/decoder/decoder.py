@@ -2,11 +2,11 @@
 
     x = embedding(ids);  x = block(x) for each block;  L = Σ cross-entropy(head(norm(x))) over supervised positions
 
-The forward pass keeps per block what `nn.decoder.block` lists; the backward pass walks the blocks from the top and adds
-every adapter gradient to one flat buffer (`nn.lora_parameters`). It stops at the lowest trained module: below it
-nothing is kept and nothing is computed, and what the blocks there come to (`Decoder.entering`) may be given with the
-batch. `Decoder.loss_and_gradients` is both passes. What an adapter may train in embedding and head beside the head's
-factors stands in `trained_ends`.
+The forward pass keeps per block what `nn.decoder.block` lists. The backward pass walks the blocks from the top and adds
+every adapter gradient to one flat buffer (`nn.lora_parameters`). It stops at the lowest trained module: nothing below
+is kept for it. A batch may bring the cached output of the blocks below (`Decoder.entering`); then the forward pass
+begins there. `Decoder.loss_and_gradients` is both passes. What an adapter may train in embedding and head beside the
+head's factors stands in `trained_ends`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Decoder:
             without factors (whole modules, rows of the embedding); these stand in the place of the base's.
         lora: the attached adapter, or None.
         recompute: `none`, `mlp` or `block`: what the backward pass computes again instead of keeping it.
-        shares_prefixes: whether batches may have a shared prefix: not where a document's length decides its angles.
+        shares_prefixes: whether batches may have a shared prefix; not where angles depend on a document's length.
     """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, recompute: str = "none") -> None:
@@ -154,7 +154,7 @@ class Decoder:
         self.lora, self._trained, self._head, self._adapters, self.active = None, None, None, None, self.weights
 
     def refresh(self) -> None:
-        """Take over the adapter as it is now, with the tensors that it trains itself; each pass begins with it."""
+        """Take over the adapter as it is now, with the tensors that it trains itself; each pass calls this first."""
         self._head = None
         if self.lora is not None and self.lora.compute_dtype != self.dtype:
             self.lora.refresh_compute(self.dtype)  # it was attached to a decoder of another dtype meanwhile
@@ -209,7 +209,7 @@ class Decoder:
         What the pass carries is made here where it is not given and the family has anything.
         """
         if batch.shared_prefix and not self.shares_prefixes:
-            raise ValueError("a shared prefix would be turned by the length of one document alone")
+            raise ValueError("a shared prefix would be rotated by the length of one document alone")
         tables, scratch = self.rotary_tables(batch.positions, batch.reach), Scratch()
         carried = carried or self.carried(batch.input_ids)[0]
         contexts = [
@@ -286,7 +286,7 @@ class Decoder:
 
     @torch.no_grad()
     def entering(self, batch: PackedBatch, layer: int) -> Tensor:
-        """x₀ of block `layer`, (tokens, hidden): what the embedding and the blocks below it come to."""
+        """x₀ of block `layer`, (tokens, hidden): the output of the embedding and the blocks below it."""
         return self._passed(batch, layer)
 
     def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None) -> Tensor:
@@ -390,7 +390,7 @@ class Decoder:
 
         scratch = contexts[-1].scratch
         if self.recompute == "none" and self._head_is_plain():
-            # Under recomputation blocks allocate more that nobody keeps, where the logits will stand afterwards.
+            # Not under recomputation: blocks then allocate more that is not kept, and the logits take its place later.
             supervised = len(batch.supervised_positions)
             scratch.reserve(chunk_shape(supervised, self.active.head, self.dtype), self.active.final_norm)
         adapters = self.block_adapters(dropout_seed)

@@ -22,9 +22,9 @@ class RotaryConfig:
         theta: the rotary base.
         scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`,
             `proportional`, `yarn`); the rules are in `nn.decoder.rotary`.
-        attention_factor: by how much turned queries and keys are longer, each.
+        attention_factor: by how much rotated queries and keys are longer, each.
         features: how many of a head's features turn, the first ones; None for all.
-        interleaved: the pairs that turn are neighbours (GLM), not half the turned features apart.
+        interleaved: the pairs that turn are neighbours (GLM), not half the rotated features apart.
     """
 
     theta: float

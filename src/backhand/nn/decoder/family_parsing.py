@@ -1,7 +1,7 @@
 """Read a Hugging Face config into a `DecoderConfig`, classing every field: used, neutral, or one fixed value.
 
 A field that would change what transformers computes and that the decoder engine does not implement is an error, never
-ignored; so is one that transformers might read and nobody here knows, unless it is null. A field that neither reads is
+ignored; so is one that transformers might read and is unknown here, unless it is null. A field that neither reads is
 noted. Fields that are absent have the defaults of transformers' configuration class. Checked against the modelling
 sources of transformers 5.24:
 

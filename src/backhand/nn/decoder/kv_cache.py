@@ -38,7 +38,7 @@ class KVCache:
         lengths: tokens in each row in use; their number is the number of rows in use.
         states: of each layer, what its mixer keeps for every row, see `nn.decoder.mixer`; nothing of attention.
         tokens: the ids of each row in use, perhaps with some that are just being computed behind them.
-        sides: for which lengths of document each row's keys were turned, see `IncrementalDecoder`.
+        sides: for which lengths of document each row's keys were rotated, see `IncrementalDecoder`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The layers of a decoder below the lowest adapted one, by themselves: states that a run may keep in place of them.
 
 What a row comes to there is the same in each epoch, and so are its bits if they do not depend on the other rows of its
-batch. All loops beside the products compute each document by itself; for which batches products do is
+batch. All kernels beside the products compute each document by itself; for which batches products do is
 `row_products`'s.
 """
 

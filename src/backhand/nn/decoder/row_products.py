@@ -4,7 +4,7 @@
 
 A library chooses kernels, blocks and threads by the number of rows. MKL and oneDNN with AVX-512 and AVX2 keep the order
 within a row's sums from 9 rows on (fewer take `kernels.few_rows`), and so does our own product with AMX, by its making
-(`kernels.dense_product`). oneDNN with AMX, where our loops are not there, goes along the rows or along the
+(`kernels.dense_product`). oneDNN with AMX, where our kernels are not there, goes along the rows or along the
 outputs, as there are more of these or those for a thread, and cuts the sums otherwise then: numbers of rows fall into
 two or three classes, and between classes one element in ten thousand ends in another bit. So it is looked at, with the
 products of a block, in the forms that `nn.decoder.block` takes. What holds for two numbers against a third one holds

@@ -6,7 +6,7 @@ With H heads, K key/value heads and n̂ the norm without a weight, a layer that 
 
 from z = [z_q | z_k | z_v], what its projections gave. Where values are made of the keys' projection, z_v = z_k, before
 norm and rotation. A layer that shares has z = z_q alone, and takes k and v of an earlier layer of its kind (sliding or
-full), as they stood there: normed and turned. Scores are not scaled: the norms see to their size.
+full), as they stood there: normed and rotated. Scores are not scaled: the norms see to their size.
 
 Backward. Let layer p make (k, v), and let layers u ∈ U use them beside p itself. The loss depends on k by every one of
 these layers, L(o_p(k, v), o_u(k, v), …), so that by the chain rule
@@ -21,8 +21,8 @@ Whoever takes one user's term for the whole, or p's alone, trains k_proj and v_p
 
 ∂L/∂q stays within its layer. Where z_v = z_k, ∂L/∂z_k is the sum of what comes through the norm of k and through n̂.
 
-Kept beside input and output: log-sum-exp and the factors of the norms. q, and a layer's own k and v, are made again
-from them; what is shared is kept once, for all its users, until the pass is over.
+Kept beside input and output: log-sum-exp and the factors of the norms. q, and a layer's own k and v, are
+recomputed from them; what is shared is kept once, for all its users, until the pass is over.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a Hugging Face config.
 
 Every key of the architecture that the gguf package declares is read here, neutral, or handed on under `UNREAD`, and so
-is every tensor that no Hugging Face module takes: `decoder_config` refuses what nobody has understood, and no other way
+is every tensor that no Hugging Face module takes: `decoder_config` refuses what is not understood, and no other way
 of computing the model is tried, since the config alone does not say it. Keys that the package does not declare, which
 no converter of llama.cpp writes and none of its models reads, are handed on under `FOREIGN` and noted.
 

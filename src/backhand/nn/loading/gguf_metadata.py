@@ -1,4 +1,4 @@
-"""A GGUF file's metadata, read key by key: of the right kind, in range, and none left that nobody has looked at."""
+"""A GGUF file's metadata, read key by key: of the right kind, in range, and none left unread."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Metadata:
         self._read.discard(key)
 
     def left(self) -> tuple[dict[str, Any], list[str]]:
-        """What nobody asked for and is not known to be neutral, under its full name: with its value, and foreign."""
+        """What was not asked for and is not known to be neutral, under its full name: with its value, and foreign."""
         names = {key.removeprefix(self._prefix) for key in self._file if key.startswith(self._prefix)}
         unread, foreign = {}, []
         for name in sorted(names - self._read):

@@ -6,7 +6,7 @@
     model.layers.0.mlp.experts.down_proj_scales      (experts, hidden, f / 32)
 
 A block is 32 numbers of four bits [OCP Microscaling Formats 1.0, §5.2 and §6.3], each times 2^(scale - 127). Here byte
-i holds numbers 2i, in its lower half, and 2i + 1; in ggml's MXFP4, which the loops unpack and multiply, the scale comes
+i holds numbers 2i, in its lower half, and 2i + 1; in ggml's MXFP4, which kernels unpack and multiply, the scale comes
 first, and byte i holds numbers i and i + 16. Put in this order the blocks are the same numbers to the last bit, and all
 of them are numbers of bfloat16.
 """

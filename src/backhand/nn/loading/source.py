@@ -125,7 +125,7 @@ class ModelSource(ABC):
 
     @property
     def unpacked_slowly(self) -> tuple[str, ...]:
-        """Types of its matrices that the compiled loops do not unpack: the gguf package does, several times slower."""
+        """Types of its matrices that the kernels do not unpack: the gguf package does, several times slower."""
         return ()
 
     @cached_property

@@ -72,7 +72,7 @@ _BESIDE = {"qwen3_5_text": re.compile(r"mtp\.|model\.visual\.")}
 """Tensors in checkpoints of a text model that transformers leaves out too: they predict further tokens, or see."""
 
 _KEYS_OF_A_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
-"""What checkpoints of Gemma 4 have in layers too that use another layer's keys and values, where nobody reads it."""
+"""What checkpoints of Gemma 4 have in layers too that use another layer's keys and values, where it is unused."""
 
 _TAKEN_FROM_OUTSIDE = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "transformers_version")
 

@@ -4,7 +4,7 @@ Nothing but headers and configurations is read. Memory and time are those of one
 supervised, with the adapter that `train` makes if nothing else is said:
 
     memory   estimated (`memory.coarse`), with the recomputation that fits into what is free; a file in blocks stays in
-             them, unless the compiled loops do not unpack its types
+             them, unless the kernels do not unpack its types
     time     `token_seconds`, from products timed here in the model's own shapes, and what the recomputation adds;
              unpacking blocks takes a few percent more
 """

@@ -108,7 +108,7 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
 
 GAPS = 0.04
 _GAPS_BYTES = 8 << 20
-"""Freed buffers leave gaps that no other fits, and what the compiled loops take for themselves is in no tensor."""
+"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:

@@ -152,7 +152,7 @@ _LITTLE = 1 << 20
 
 
 def left_behind(work: Callable[[], object]) -> int:
-    """Bytes that some work allocates and does not free, on Linux's glibc; 0 where nobody tells."""
+    """Bytes that some work allocates and does not free, on Linux's glibc; 0 where it cannot be known."""
     work_before = _allocated()
     work()
     left = _allocated() - work_before
