@@ -18,7 +18,7 @@ from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library, libra
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
-_GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT, INT64, INT64, POINTER, POINTER, DOUBLE)
+_GATHER = (*_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT64, INT64, POINTER, POINTER, DOUBLE)
 _BACKWARD = (*_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64)
 
 
@@ -53,21 +53,21 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
         parts = (POINTER * 1)(receiver[0]), (INT64 * 1)(receiver[1]), (INT64 * 1)(rank)
         for build in builds:
             for name, types, arguments in (
-                ("shrink", (*_MATRIX, *_MATRIX, INT, *_MATRIX, *_SIZES), (*v, *factor, transposed, *h, rows, n, rank)),
+                ("shrink", (*_MATRIX, *_MATRIX, *_MATRIX, *_SIZES), (*v, *factor, *h, rows, n, rank)),
                 (
                     "expand",
                     (*_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE),
                     (*added, transposed, rows, n, rank, 0.5),
                 ),
-                ("gather", _GATHER, (*v, *h, 1, *parts, transposed, 1, by_rows, rows, n, *norm)),
+                ("gather", _GATHER, (*v, *h, 1, *parts, 1, by_rows, rows, n, *norm)),
                 (
                     "backward",
                     _BACKWARD,
                     (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, int(generator.integers(2)), rows),
                 ),
             ):
-                if name == "backward" and transposed:
-                    continue  # takes lora_B as it is
+                if name != "expand" and transposed == (name == "backward"):
+                    continue  # takes lora_B as it is; the others lora_A
                 function = build.function(f"backhand_low_rank_{name}", (INT, *types), INT)
                 assert function(number, *arguments) == 0
         assert all(np.isfinite(memory).all() for memory in kept if memory.dtype != np.uint16)

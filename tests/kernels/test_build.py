@@ -85,7 +85,12 @@ def test_loops_of_other_sources_are_not_taken(one):
     build.build(lib)
     assert usable.__wrapped__(lib) == ("baseline",)
     target, stamp = build.library_path("baseline", lib), build.stamp_path("baseline", lib)
-    for damage in (lambda: target.write_bytes(target.read_bytes()[:-1]), stamp.unlink):
+    damages = (
+        lambda: target.write_bytes(target.read_bytes()[:-1]),
+        stamp.unlink,
+        lambda: stamp.write_text("three other words"),
+    )
+    for damage in damages:
         damage()  # what is not as it was built is built again
         assert build.fault("baseline", lib) is not None
         build.build(lib)

@@ -16,9 +16,10 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops import lora_group
 from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
-from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_input_gradient
-from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward
+from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
+from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
 from backhand.ops.low_rank import Member, hidden_gradient
 from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
@@ -164,3 +165,25 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
     group_A_gradients(x, d_h, group)
     for expected_one, found in zip(expected, (d_x, d_lora_A, d_lora_B), strict=True):
         assert relative_error(found, expected_one) < 1e-6
+
+
+def test_both_gradients_of_an_input_take_one_draw_of_its_mask(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    x, weight, lora_A, lora_B, d_y, d_h = (
+        torch.randn(*size, generator=generator) for size in ((7, 5), (6, 5), (3, 5), (6, 3), (7, 6), (7, 3))
+    )
+    apart, together = torch.zeros_like(lora_A), torch.zeros_like(lora_A)
+    group = LoRAGroup((Member(0, lora_A, lora_B, 1.7, apart, torch.zeros_like(lora_B)),), Dropout(0.4, 9))
+    group_A_gradients(x, d_h, group)
+    d_x = group_input_gradient(d_y, d_h, weight, group)
+    drawn = []
+
+    def counted(like: torch.Tensor, dropout: Dropout | None) -> torch.Tensor | None:
+        drawn.append(dropout)
+        return multiplier(like, dropout)
+
+    monkeypatch.setattr(lora_group, "multiplier", counted)
+    group = group._replace(members=(group.members[0]._replace(d_lora_A=together),))
+    assert torch.equal(group_gradients(d_y, x, d_h, weight, group), d_x)
+    assert torch.equal(together, apart)
+    assert drawn == [Dropout(0.4, 9)]

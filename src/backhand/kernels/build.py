@@ -94,12 +94,12 @@ def fault(name: str, folder: Path = BUILT) -> str | None:
     if not path.exists():
         return None
     try:
-        sources, size, digest = stamp_path(name, folder).read_text(encoding="ascii").split()
-        data = path.read_bytes()
+        sources, stated, digest = stamp_path(name, folder).read_text(encoding="ascii").split()
+        size, data = int(stated), path.read_bytes()
     except (OSError, ValueError):
         return "it has no stamp that can be read"
-    if len(data) != int(size):
-        return f"it has {len(data):,} bytes, and had {int(size):,}"
+    if len(data) != size:
+        return f"it has {len(data):,} bytes, and had {size:,}"
     if hashlib.sha256(data).hexdigest() != digest:
         return "its bytes are others than were built"
     return None if here in (None, sources) else "it was built from other sources"

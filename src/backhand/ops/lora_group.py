@@ -14,6 +14,7 @@ It is three functions, since their inputs are there at different times; each is 
     group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the members' sum is in the products
     group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   of ∂L/∂h, once x is there, or the norm it came from;
                                                                   one product, its row blocks are the ∂L/∂A_i
+Where all of this is there at once, `group_gradients` is the last two with one draw of m.
 Gradients of factors are added to tensors that the members name, as micro-batches add up in a flat buffer.
 
 A layer without an adapter takes part in W and G only. All members see the same dropout mask m, since they see the same
@@ -102,36 +103,47 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
     x, weight, group, h = saved
     g = d_y.flatten(0, -2)
     d_h = hidden_gradient(g, h.flatten(0, -2), group.members)
-    group_A_gradients(x, d_h, group)
     d_x = None
     if input_gradient:
-        d_x = group_input_gradient(g, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
+        d_x = group_gradients(g, x, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
+    else:
+        group_A_gradients(x, d_h, group)
     members = group.members
     return LoRAGroupGrads(
         d_x, tuple(member.d_lora_A for member in members), tuple(member.d_lora_B for member in members)
     )
 
 
-def group_input_gradient(g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
-    """∂L/∂x, (rows, in), of G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank)."""
+def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
+    """Add ∂L/∂A_i as `group_A_gradients` does, and return ∂L/∂x of `group_input_gradient`; m is drawn once."""
+    rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
+    mask = multiplier(rows, group.dropout) if group.members else None
+    group_A_gradients(x, d_h, group, mask)
+    return group_input_gradient(g, d_h, weight, group, mask)
+
+
+def group_input_gradient(
+    g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, mask: Tensor | None = None
+) -> Tensor:
+    """∂L/∂x, (rows, in), of G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank); `mask` is m where it has been drawn."""
     if not group.members:
         return frozen_input_gradient(g, weight)
     lora_A = stacked_A(group.members)
     if group.dropout is None:
         return frozen_input_gradient(g, weight, terms=[Term(0, d_h, lora_A, transposed=True)])
-    d_x = frozen_input_gradient(g, weight)
-    mask, low_rank = multiplier(d_x, group.dropout), d_h @ lora_A
+    d_x, low_rank = frozen_input_gradient(g, weight), d_h @ lora_A
+    mask = multiplier(d_x, group.dropout) if mask is None else mask
     return d_x.add_(low_rank) if mask is None else d_x.addcmul_(mask, low_rank)
 
 
-def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup) -> None:
+def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, mask: Tensor | None = None) -> None:
     """Add ∂L/∂A_i to each `d_lora_A`, of x (..., in), or what a norm saved that gave it, and ∂L/∂h (rows, Σ rank)."""
     receivers = [member.d_lora_A for member in group.members]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
         add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, receivers)
     elif receivers:
         x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-        mask = None if group.dropout is None else multiplier(x_rows, group.dropout)
+        mask = multiplier(x_rows, group.dropout) if mask is None else mask
         add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, receivers)
 
 

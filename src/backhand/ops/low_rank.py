@@ -26,13 +26,12 @@ from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, libr
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
-_FACTOR = (*_MATRIX, INT)
 _SIZES = (INT64, INT64, INT64)
-_DOWN = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_FACTOR, *_MATRIX, *_SIZES, result=INT)
-_UP = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_FACTOR, *_SIZES, DOUBLE, result=INT)
+_DOWN = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
+_UP = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
-    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT, INT),
+    *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT),
     *(INT64, INT64, POINTER, POINTER, DOUBLE),
     result=INT,
 )
@@ -70,7 +69,7 @@ def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Ten
         h = x @ lora_A.T
         return h if out is None else out.copy_(h)
     h = torch.empty(x.shape[0], lora_A.shape[0], dtype=x.dtype) if out is None else out
-    _checked(run(*matrix(x), *matrix(lora_A), True, *matrix(h), *x.shape, h.shape[1]))
+    _checked(run(*matrix(x), *matrix(lora_A), *matrix(h), *x.shape, h.shape[1]))
     return h
 
 
@@ -148,7 +147,7 @@ def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, into: Sequence[T
             part.add_(added)
         return
     norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
-    how = True, wide, by_parts_of_rows(rows.dtype)
+    how = wide, by_parts_of_rows(rows.dtype)
     _checked(run(*matrix(rows), *matrix(d_h), *_places(into), *how, *rows.shape, *norm))
 
 

@@ -1,10 +1,11 @@
 // Products with the factors of an adapter, whose rank is small beside all else: the formulas of ops/low_rank.py.
 //     shrink   H = V F          (rows, rank)
 //     expand   Y += s H Fᵀ      (rows, n)
-//     gather   += Vᵀ H          (n, rank), or its transpose
-// V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (c + w) ⊙ Xᵀ (ρ H), and V is never made.
-// F (n, rank) lies as it is, as lora_B does, or transposed, as lora_A does. V and Y are large and are read (and written)
-// once; a sum is rounded once, when it is whole, and does not depend on the number of threads.
+//     gather   += Hᵀ V          (rank, n)
+// V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (ρ H)ᵀ X ⊙ (c + w), and V is never made.
+// F of shrink is stored as its transpose, (rank, n), as lora_A is; that of expand so or as (n, rank), as lora_B is. V and
+// Y are large and are read (and written) once; a sum is rounded once, when it is whole, and does not depend on the number
+// of threads.
 #include "low_rank.h"
 
 namespace {
@@ -12,11 +13,11 @@ namespace {
 constexpr int64_t EXPANDED_ROWS = 24, EXPANDED_COLUMNS = 64;
 
 template <class Op, class T>
-int shrink(Matrix<const T> v, const Factor<T>& factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
+int shrink(Matrix<const T> v, Matrix<const T> factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
   typedef typename Op::Sum C;
   const int64_t width = rounded_up(rank, lanes<C>);
   Arena arena(bytes_of_units<Op>(n, width));
-  const auto* packed = units_along_n<Op>(factor, n, rank, width, arena);
+  const auto* packed = units_along_n<Op>(Factor<T>{factor, true}, n, rank, width, arena);
   if (packed == nullptr) return 1;
   by_rows<Op>(rows, n * width, [=](int64_t begin, int64_t end) {
     shrink_rows<Op>(v, packed, width, h, begin, end, n, rank, C(1));
@@ -147,8 +148,8 @@ inline void times_gain(const Norm<T>& norm, Wide<T>* sums, int64_t width, int64_
 // Gathered by columns, each thread goes through all rows; by parts of the rows, which are read as they lie, and perhaps by
 // the thread that has written them, it has sums of its own.
 template <class Op, class T, class O>
-int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool transposed,
-           bool by_parts, int64_t rows, int64_t n, const Norm<T>& norm) {
+int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool by_parts, int64_t rows,
+           int64_t n, const Norm<T>& norm) {
   typedef typename Op::Sum C;
   typedef typename Op::Unit U;
   const int64_t rank = parts[part_count - 1].first + parts[part_count - 1].rank;
@@ -157,8 +158,8 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
   const int64_t several = by_parts && of_rows.count >= RowParts::FEWEST ? of_rows.count : 1;
   const int64_t count = MUTATED("low_rank: naive sum", several, 1);
   const int64_t step = MUTATED("low_rank: naive sum", GATHERED_ROWS<Op>, Op::PACK);
-  // A square of sums may begin in the last row.
-  const int64_t one = high * width, numbers = BlockSums<C>::numbers(count * one, rows / count, step) + TILE * width, copied = norm.factor == nullptr ? 0 : rows * rank;
+  const int64_t one = high * width, numbers = BlockSums<C>::numbers(count * one, rows / count, step);
+  const int64_t copied = norm.factor == nullptr ? 0 : rows * rank;
   Arena arena(bytes_of_left<Op>(rows, rank) + static_cast<size_t>(numbers) * sizeof(C) +
               static_cast<size_t>(copied) * sizeof(T) + 256);
   if (!arena.there()) return 1;
@@ -202,11 +203,6 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
     if (norm.factor != nullptr) times_gain(norm, sums, width, rank, first, std::min(last, n));
     for (const Part<O>* part = parts; part < parts + part_count; ++part) {
       const C* of_part = sums + MUTATED("low_rank: every gradient the first", part->first, int64_t{0}) * width;
-      if (!transposed) {
-        const int64_t columns = std::min(last, n) - first;
-        add_turned(of_part + first, width, columns, part->rank, C(1), part->out.at(first), part->out.row);
-        continue;
-      }
       for (int64_t r = 0; r < part->rank; ++r)
         for (int64_t j = first; j < std::min(last, n); j += lanes<C>)
           add_some<C>(part->out.at(r, j), load<C>(of_part + r * width + j), n - j);
@@ -217,31 +213,30 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
 
 template <class T, class O>
 int gather_parts(Matrix<const T> v, Matrix<const T> h, int64_t count, void* const* outs, const int64_t* out_rows,
-                 const int64_t* ranks, bool transposed, bool by_parts, int64_t rows, int64_t n, const Norm<T>& norm) {
+                 const int64_t* ranks, bool by_parts, int64_t rows, int64_t n, const Norm<T>& norm) {
   Arena arena(static_cast<size_t>(count) * sizeof(Part<O>) + 64);
   Part<O>* parts = arena.take<Part<O>>(count);
   if (!arena.there()) return 1;
   int64_t first = 0;
   for (int64_t i = 0; i < count; first += ranks[i++])
     parts[i] = {{static_cast<O*>(outs[i]), out_rows[i]}, first, ranks[i]};
-  return gather<Operands<T>, T, O>(v, h, parts, count, transposed, by_parts, rows, n, norm);
+  return gather<Operands<T>, T, O>(v, h, parts, count, by_parts, rows, n, norm);
 }
 
 }  // namespace
 
-// h (rows, rank) = v F, v (rows, n); the factor F is (n, rank), or stored as its transpose. Rows of each are
-// so many numbers apart. Returns 1 when there is no memory, else 0, as do the others.
+// h (rows, rank) = v factorᵀ, v (rows, n), factor (rank, n). Rows of each are so many numbers apart. Returns 1 when there
+// is no memory, else 0, as do the others.
 BACKHAND_EXPORT int backhand_low_rank_shrink(int dtype, const void* v, int64_t v_row, const void* factor,
-                                             int64_t factor_row, int transposed, void* h, int64_t h_row, int64_t rows,
-                                             int64_t n, int64_t rank) {
+                                             int64_t factor_row, void* h, int64_t h_row, int64_t rows, int64_t n,
+                                             int64_t rank) {
   BY_DTYPE(dtype, T, {
-    return shrink<Operands<T>, T>({static_cast<const T*>(v), v_row},
-                                  {{static_cast<const T*>(factor), factor_row}, transposed != 0},
+    return shrink<Operands<T>, T>({static_cast<const T*>(v), v_row}, {static_cast<const T*>(factor), factor_row},
                                   {static_cast<T*>(h), h_row}, rows, n, rank);
   });
 }
 
-// y (rows, n) += scaling · h Fᵀ, with h (rows, rank) and the factor as above.
+// y (rows, n) += scaling · h Fᵀ, h (rows, rank); the factor F is (n, rank), or stored as its transpose.
 BACKHAND_EXPORT int backhand_low_rank_expand(int dtype, void* y, int64_t y_row, const void* h, int64_t h_row,
                                              const void* factor, int64_t factor_row, int transposed, int64_t rows,
                                              int64_t n, int64_t rank, double scaling) {
@@ -252,18 +247,18 @@ BACKHAND_EXPORT int backhand_low_rank_expand(int dtype, void* y, int64_t y_row, 
   });
 }
 
-// += vᵀ h, with v (rows, n) and h (rows, Σ ranks), in `count` parts side by side: outs[i] is
-// (n, ranks[i]), or (ranks[i], n) if transposed; float (double for double) if `wide`, else of the storage dtype. Where
-// `factor` is not null, v is x of a norm: its factor (rows,) in the wide type, its weight (n,) and offset make v of it.
-// Tasks are parts of the rows if `by_parts` and there are several, else columns of v.
+// += hᵀ v, with v (rows, n) and h (rows, Σ ranks), in `count` parts below one another: outs[i] is (ranks[i], n), float
+// (double for double) if `wide`, else of the storage dtype. Where `factor` is not null, v is x of a norm: its factor
+// (rows,) in the wide type, its weight (n,) and offset make v of it. Tasks are parts of the rows if `by_parts` and there
+// are several, else columns of v.
 BACKHAND_EXPORT int backhand_low_rank_gather(int dtype, const void* v, int64_t v_row, const void* h, int64_t h_row,
                                              int64_t count, void* const* outs, const int64_t* out_rows,
-                                             const int64_t* ranks, int transposed, int wide, int by_parts, int64_t rows,
-                                         int64_t n, const void* factor, const void* weight, double offset) {
+                                             const int64_t* ranks, int wide, int by_parts, int64_t rows, int64_t n,
+                                             const void* factor, const void* weight, double offset) {
   BY_DTYPE(dtype, T, {
     const Matrix<const T> large{static_cast<const T*>(v), v_row}, small{static_cast<const T*>(h), h_row};
     const auto run = wide ? gather_parts<T, Wide<T>> : gather_parts<T, T>;
     const Norm<T> norm{static_cast<const Wide<T>*>(factor), static_cast<const T*>(weight), offset};
-    return run(large, small, count, outs, out_rows, ranks, transposed != 0, by_parts != 0, rows, n, norm);
+    return run(large, small, count, outs, out_rows, ranks, by_parts != 0, rows, n, norm);
   });
 }

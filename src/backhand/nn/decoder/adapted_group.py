@@ -115,7 +115,7 @@ def group_backward(
 ) -> Tensor | None:
     """∂L/∂x, (positions, in), or None when not asked for; everything trained has its gradient added.
 
-    For any group, where x is there before ∂L/∂y; a plain one's three gradients in a row.
+    For any group, where x is there before ∂L/∂y.
 
     Args:
         d_y: ∂L/∂y, (positions, Σ out_i).

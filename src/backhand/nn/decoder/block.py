@@ -41,7 +41,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, OUTPUT, BlockAdapter, group_forward
+from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, OUTPUT, BlockAdapter, group_backward, group_forward
 from backhand.nn.decoder.attention_half import ATTENTION_MIXER
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
@@ -77,7 +77,7 @@ from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.glu import glu_forward
-from backhand.ops.lora_group import group_A_gradients, group_input_gradient
+from backhand.ops.lora_group import group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.low_rank import hidden_gradient
 
 RECOMPUTE_MODES = ("none", "mlp", "block")
@@ -209,8 +209,7 @@ def mlp_half_backward(
     unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
     d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
     del d_p
-    group_A_gradients(n2, d_h, gate_up)
-    d_n2 = group_input_gradient(d_a_u, d_h, weights.gate_up, gate_up)
+    d_n2 = group_gradients(d_a_u, n2, d_h, weights.gate_up, gate_up)
     return pre_norm_backward(d_n2, n2, adapter.norms.get(norms.before_mlp), d_x2)
 
 
@@ -226,7 +225,7 @@ def mixing_half_backward(
 ) -> Tensor | None:
     """d_x₀, (T, hidden), from d_x₁ at the wanted positions; None where it is not asked for."""
     config, wanted, mixer = context.config, context.wanted, MIXERS[context.layer.mixer]
-    qkv, output, norms = adapter.input.group, adapter.output.group, config.norms
+    output, norms = adapter.output.group, config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)
     d_projected = residual_backward(d_x1, kept.projected, adapter.norms.get(norms.after_attention), config)
     d_h_output = hidden_gradient(d_projected, kept.h_output, output.members)
@@ -237,12 +236,10 @@ def mixing_half_backward(
     del d_o
     if o is not None:
         group_A_gradients(select(o, wanted), d_h_output, output)
-    d_h = hidden_gradient(d_qkv, kept.h_input, qkv.members)
-    group_A_gradients(n1, d_h, qkv)
-    if not input_gradient:
-        return None
-    d_n1 = group_input_gradient(d_qkv, d_h, weights.input, qkv)
+    d_n1 = group_backward(d_qkv, n1, weights.input, adapter.input, kept.h_input, input_gradient=input_gradient)
     del d_qkv
+    if d_n1 is None:
+        return None
     around = d_x1 if wanted is None else None
     d_x0 = pre_norm_backward(d_n1, n1, adapter.norms.get(norms.before_attention), around)
     return d_x0 if wanted is None else d_x0.index_add_(0, wanted, d_x1)
