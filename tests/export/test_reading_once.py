@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import gguf_file, huggingface, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
-from backhand.ops.frozen_matrix import tiles_of
 from support.tiny_adapters import save_tiny_adapter
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import GPT_OSS_OF_LLAMA_CPP, save_tiny, tiny_model
@@ -173,9 +173,10 @@ def test_the_dtype_is_that_of_what_is_loaded(base: Path, tmp_path: Path, monkeyp
 def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an adapter's record is compared with never stands in memory as a whole matrix."""
     found = Unpacked(monkeypatch)
+    # For every thread: a context variable that is set holds for the thread that set it.
+    monkeypatch.setattr("backhand.ops.frozen_matrix._tile_bytes", ContextVar("small", default=64 * 64 * 4))
     source = open_model(base)
-    with tiles_of(64 * 64 * 4):
-        record.base_digest(["model.layers.1.mlp.up_proj.weight"], source.load_in_pieces)
+    record.base_digest(["model.layers.1.mlp.up_proj.weight"], source.load_in_pieces)
     assert found.times("base.gguf")["model.layers.1.mlp.up_proj.weight"] == 1.0
     assert found.largest["base.gguf"] == 64 * 64 < 96 * 64
 

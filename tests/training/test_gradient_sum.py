@@ -141,5 +141,25 @@ def test_shares_are_by_tokens_and_hold_each_once() -> None:
     assert sorted(number for share in shared_out([3] * 11, 4) for number in share) == list(range(11))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_many_micro_batches_round_no_more_than_one(size: int) -> None:
+    """Float32 from the left would lose every one of them beside the first."""
+    count = 4_097
+    gradients = torch.full((count, 2), 2.0**-25)
+    gradients[0] = 1.0
+    nats, shares = [0.0] * count, shared_out([1] * count, size)
+    wanted = 1 + 2.0**-13
+    assert left_float32(gradients[:, 0]) == 1.0
+    for buffer, _ in [alone(gradients, nats)] if size == 1 else step(OrderedSum, gradients, nats, shares):
+        assert buffer.tolist() == [wanted, wanted]
+
+
+def left_float32(values: Tensor) -> float:
+    total = torch.zeros(())
+    for value in values:
+        total += value
+    return float(total)
+
+
 def test_left_sum_does_not_compensate() -> None:
     assert left_sum([1e16, 1.0, 1.0, -1e16]) == 0.0

@@ -45,7 +45,7 @@ def add_foreign(directory: Path) -> Path:
 
 
 # Nothing of a family that has been saved again tells from what it came.
-@pytest.mark.parametrize(("family", "start"), zip(FAMILIES, ("directory", "gguf") * len(FAMILIES), strict=False))
+@pytest.mark.parametrize(("family", "start"), list(zip(FAMILIES, ("directory", "gguf") * len(FAMILIES), strict=False)))
 def test_every_family_saved_again_trains_by_the_engine(family: str, start: str, tiny: TinyRun, tmp_path: Path) -> None:
     # A file of architecture `llama` with a window is a Mistral here; llama.cpp reads none.
     overrides: dict[str, Any] = {"sliding_window": None} if family == "mistral" and start == "gguf" else {}

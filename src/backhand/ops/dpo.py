@@ -149,7 +149,8 @@ def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor
     """ℓ of every pair.
 
     Args:
-        chosen, rejected: c and r, (pairs,).
+        chosen: c, (pairs,).
+        rejected: r, (pairs,).
         rule: the form and its parameters.
 
     Returns:

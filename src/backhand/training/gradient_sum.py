@@ -1,6 +1,6 @@
 """The gradient of a step whose micro-batches several processes compute; `step.OneProcessSum` is that of one alone.
 
-    g = g₀ + g₁ + … + g_{m-1},   each gᵢ computed from zero, added from the left in float32
+    g = g₀ + g₁ + … + g_{m-1},   each gᵢ computed from zero, added from the left in float64
 
 Addition of floats is not associative: who adds what to what decides the last bits. `ordered` keeps the equation as it
 stands, for any number of processes: the buffer of N elements is cut into W slices, each process sends slice k of each
@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from backhand.training.step import StepSum
+from backhand.training.step import StepSum, zero_sum
 
 _OF_MICRO_BATCH = 5
 _OF_PROCESS = 3
@@ -117,11 +117,11 @@ class OrderedSum:
                 slices[number] = piece[begin : begin + self._slice]
                 words[number] = piece[begin + self._slice : begin + self._slice + _OF_MICRO_BATCH].tolist()
             of_processes.append(piece[-_OF_PROCESS:].tolist())
-        added = self._gradients.new_zeros(self._slice)
+        added = zero_sum(self._gradients, self._slice)
         for piece in slices:
             added.add_(piece)
         whole = self._gradients.new_empty(processes.size, self._slice)
-        processes.all_gather(list(whole.unbind()), added)
+        processes.all_gather(list(whole.unbind()), added.to(whole.dtype))
         self._gradients.copy_(whole.view(-1)[: self._gradients.numel()])
         return _found(words, of_processes)
 

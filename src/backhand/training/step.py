@@ -3,7 +3,7 @@
 Every supervised token of the step weighs the same (of an objective that compares answers every row, and n counts rows),
 
     L = (1 / n) Σ over micro-batches Σ over supervised positions of nats,   n = supervised tokens of the whole step
-    g = g₀ + g₁ + … + g_{m-1},   gᵢ of one micro-batch, computed from zero, added from the left in float32
+    g = g₀ + g₁ + … + g_{m-1},   gᵢ of one micro-batch, computed from zero, added from the left in float64
 
 where nats are -log p(target), the cross-entropy with the natural logarithm, so that the gradient of k micro-batches is
 that of one large batch, however unevenly the supervised tokens are spread. Then
@@ -331,6 +331,15 @@ class GradientSum(Protocol):
         ...
 
 
+def zero_sum(gradients: Tensor, elements: int) -> Tensor:
+    """(elements,) zeros to add gradients to: float64, so that many micro-batches round no more than one does.
+
+    Apple's cards have no float64; there it is float32.
+    """
+    wide = torch.float32 if gradients.device.type == "mps" else torch.float64
+    return torch.zeros(elements, dtype=wide, device=gradients.device)
+
+
 class OneProcessSum:
     """The `GradientSum` of a process that computes every micro-batch itself.
 
@@ -341,7 +350,7 @@ class OneProcessSum:
 
     def __init__(self, gradients: Tensor, count: int) -> None:
         self._gradients = gradients
-        self._sum = torch.zeros_like(gradients) if count > 1 else None
+        self._sum = zero_sum(gradients, gradients.numel()) if count > 1 else None
         self._nats: list[float] = []
         self._supervised = 0
         self._attends = False

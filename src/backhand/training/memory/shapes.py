@@ -80,12 +80,12 @@ def kept_kernels() -> int:
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
     """How many buffers as large as the gradient a process holds beside it to add it up, at most.
 
-    See `step.OneProcessSum`, and `gradient_sum` for several processes.
+    See `step.OneProcessSum`, and `gradient_sum` for several processes. What is added up in float64 counts twice.
     """
     if processes == 1:
-        return int(micro_batches > 1)
+        return 2 * int(micro_batches > 1)
     own = -(-micro_batches // processes)
-    return 2 * own + 2 if ordered else 1
+    return 2 * own + 3 if ordered else 1
 
 
 @dataclass(frozen=True)
