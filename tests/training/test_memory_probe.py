@@ -21,6 +21,7 @@ from backhand.training.engine import MoreBlocks, ShortModel
 from backhand.training.memory.coarse import decoder_size
 from backhand.training.memory.parts import estimated_step, second_model_bytes
 from backhand.training.memory.probe import MeasuredMemory, TensorBytes, left_behind, peak_of, step_bytes
+from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 from backhand.training.memory.speed import times_as_long
 from backhand.training.short_decoder import short_decoder
@@ -181,11 +182,13 @@ def measured() -> Callable[..., tuple[MeasuredMemory, list[str]]]:
         asked.append(recompute)
         return short_decoder(config, layout, torch.float32, torch.device("cpu"), recompute)
 
-    def memory(budget: int | None) -> tuple[MeasuredMemory, list[str]]:
+    def memory(budget: int | None, process: ProcessBytes | None = None) -> tuple[MeasuredMemory, list[str]]:
         size = decoder_size(config, layout, torch.float32)
-        process = 1 << 20
+        if process is None:
+            process = ProcessBytes(torch.float32)
+            process.now = 1 << 20
         return (
-            MeasuredMemory(size, short, 300, torch.float32, process, lambda: asked.append("forget"), budget),
+            MeasuredMemory(size, short, 300, process, lambda: asked.append("forget"), budget),
             asked,
         )
 
@@ -239,3 +242,16 @@ def test_a_pass_takes_what_its_blocks_take(monkeypatch: pytest.MonkeyPatch) -> N
     plain, other = models
     assert times_as_long(plain, other, batch, lambda: now[0]) == pytest.approx((1 + 60) / (1 + 30))
     assert times_as_long(plain, other, batch, lambda: 7.0) == 1.0, "the clock cannot tell"
+
+
+def test_what_one_base_leaves_in_the_process_is_counted_for_the_other(
+    measured: Callable[..., tuple[MeasuredMemory, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is measured in the same process: kernels that the second compiles are there when the first is trained."""
+    monkeypatch.setattr("backhand.training.memory.process.settled_rss_bytes", lambda _dtype: 1 << 20)
+    process = ProcessBytes(torch.float32)
+    first, second = (measured(None, process)[0] for _ in range(2))
+    before = first.parts(SHAPES["long-row"], "none")["process"]
+    monkeypatch.setattr("backhand.training.memory.process.settled_rss_bytes", lambda _dtype: 7 << 20)
+    second.parts(SHAPES["long-row"], "none")
+    assert (before, first.parts(SHAPES["long-row"], "none")["process"]) == (1 << 20, 7 << 20)

@@ -121,7 +121,7 @@ def _without_settings(bits: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in bits.items() if name != "README.md"}
 
 
-@pytest.mark.parametrize("how", ["lost", "damaged", "of another run"])
+@pytest.mark.parametrize("how", ["lost", "damaged", "a list", "of another run"])
 def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: TrainConfig, tmp_path: Path) -> None:
     made = with_options(straight, output=tmp_path / "run", prove_resume=None)
     with pytest.raises(StopAfter.Stopped):
@@ -132,6 +132,8 @@ def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: Trai
         path.unlink()
     elif how == "damaged":
         path.write_bytes(fresh[: len(fresh) // 2])
+    elif how == "a list":
+        path.write_text("[]")
     else:
         path.write_text(json.dumps({**json.loads(fresh), "digest": "0" * 64}))
     train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))

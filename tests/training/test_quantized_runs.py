@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
-from backhand.errors import CheckError, UsageError
+from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.kernels.library import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn import held_base
@@ -155,6 +155,43 @@ def test_the_base_is_quantized_where_that_costs_little(times: float, chosen: str
     assert choice("auto", quantized_source=False) == "dense"
     assert len(asked) == 1, "where nothing depends on it nothing is measured"
     assert bases.WORTH == 1.10
+
+
+@pytest.mark.parametrize(
+    ("asked", "quantized_source", "fitting", "planned"),
+    [
+        ("auto", False, ("dense", "quantized"), ["dense"]),
+        ("auto", False, ("quantized",), ["dense", "quantized"]),
+        ("auto", True, ("dense", "quantized"), ["dense", "quantized"]),
+        ("dense", True, ("dense", "quantized"), ["dense"]),
+        ("quantized", True, ("dense", "quantized"), ["quantized"]),
+    ],
+)
+def test_a_run_plans_no_base_that_decides_nothing(
+    asked: Base, quantized_source: bool, fitting: tuple[HeldBase, ...], planned: list[HeldBase]
+) -> None:
+    """Planning measures passes: of a base that is not taken they cost time, and kernels that stay in the process."""
+    found: list[HeldBase] = []
+
+    def plan(base: HeldBase) -> MemoryPlan:
+        found.append(base)
+        if base not in fitting:
+            raise ResourceError("too much")
+        return MemoryPlan(1, "none", base=base)
+
+    choice = choose_base(
+        asked,
+        ("dense", "quantized"),
+        _shapes(200),
+        plan,
+        lambda base: pytest.fail(f"{base} is planned again"),
+        quantized_source=quantized_source,
+        times_as_long=lambda *_: math.inf,
+        others=False,
+    )
+    assert found == planned
+    assert choice.chosen.base == next(base for base in planned if base in fitting)
+    assert set(choice.plans) == choice.fitting == {*planned} & {*fitting}
 
 
 def test_what_answers_is_dense_where_that_fits(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

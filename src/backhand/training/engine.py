@@ -115,11 +115,13 @@ class ShortModel(NamedTuple):
         model: the head and a few blocks; or the whole.
         more: for each kind of block.
         below: blocks of the whole model under the lowest adapted one.
+        experts: whether products have other sizes in every pass, as those of experts do.
     """
 
     model: Trainable
     more: Sequence[MoreBlocks] = ()
     below: int = 0
+    experts: bool = False
 
 
 class BoundModel(ABC):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from backhand.training.memory.bases import BaseChoice, choose_base
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
 from backhand.training.memory.probe import PROBED_TOKENS, MeasuredMemory
-from backhand.training.memory.process import settled_rss_bytes
+from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
 from backhand.training.memory.speed import times_as_long
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
@@ -111,7 +111,7 @@ def outline_run(
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     neutral = _neutral_texts(config, tokenizer, held_out)
     _check_tokens(engine, train, held_out, neutral, tokenizer)
-    process = settled_rss_bytes(machine.dtype)
+    process = ProcessBytes(machine.dtype)
     packer = _packer(train.examples, engine, layout)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
     shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
@@ -121,12 +121,10 @@ def outline_run(
 
     def budget(base: HeldBase) -> int | None:
         shared = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
-        return memory_budget(config, machine, process, shared)
+        return memory_budget(config, machine, process.now, shared)
 
     measured = {
-        base: MeasuredMemory(
-            size, partial(short, base), engine.vocab_size, machine.dtype, process, source.forget_mapped, budget(base)
-        )
+        base: MeasuredMemory(size, partial(short, base), engine.vocab_size, process, source.forget_mapped, budget(base))
         for base, size in sizes.items()
     }
     states = StatesPlan()
@@ -150,6 +148,7 @@ def outline_run(
         mode = list(sizes[base].kept_bytes)[-1] if config.model.recompute == "auto" else config.model.recompute
         return plan(base, False, config.optimization.micro_batch_rows or min(shapes), mode)
 
+    @cache
     def longer(shape: StepShape, recompute: Recompute) -> float:
         if machine.device.type != "cpu":
             return math.inf  # the processor unpacks, and the card would wait for it
@@ -170,8 +169,10 @@ def outline_run(
             smallest,
             quantized_source=source.quantized,
             times_as_long=longer,
+            others=assumed_rows,
         )
 
+    chosen()  # measures; only then is it known what all this measuring leaves in the process
     choice = chosen()
     below = _below(engine, layout, machine, packer, held_out, choice.chosen)
     again = coming_again(

@@ -92,7 +92,8 @@ def short_decoder(
         blocks_of_kind = sum(kinds[layer] == kind for layer in region)
         there = sum(kinds[layer] == kind for layer in chosen)
         more.append(MoreBlocks(made(picked(kind)), blocks_of_kind, blocks_of_kind - there))
-    return ShortModel(made(picked()), more, sum(layer < lowest for layer in range(count) if layer not in lenders))
+    below = sum(layer < lowest for layer in range(count) if layer not in lenders)
+    return ShortModel(made(picked()), more, below, any(config.layers[layer].experts for layer in chosen))
 
 
 def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:

@@ -26,7 +26,7 @@ class BaseChoice:
 
     Attributes:
         chosen: the plan of the run.
-        plans: of each base that there can be; of one that does not fit the smallest.
+        plans: of each base that there can be, as far as it was planned; of one that does not fit the smallest.
         fitting: those that fit.
     """
 
@@ -44,6 +44,7 @@ def choose_base(
     *,
     quantized_source: bool,
     times_as_long: Callable[[StepShape, Recompute], float],
+    others: bool = True,
 ) -> BaseChoice:
     """As asked for, or quantized where that costs little or nothing else fits.
 
@@ -56,22 +57,24 @@ def choose_base(
         quantized_source: whether the source stores blocks; what it does not, `auto` leaves dense.
         times_as_long: measures how many times as long a pass of such a micro-batch takes with a quantized base as with
             a dense one; asked only where the answer decides.
+        others: whether to tell what a base would take that decides nothing; else it is not planned, which may measure.
 
     Raises:
         ResourceError: neither base fits, or not the one that was asked for.
     """
     plans: dict[HeldBase, MemoryPlan] = {}
     errors: dict[HeldBase, ResourceError] = {}
-    for base in bases:
+    order: list[HeldBase] = ["dense", "quantized"] if asked == "auto" else [asked]
+    open_question = asked == "auto" and quantized_source
+    for base in bases if others else order:
+        if base not in bases or (plans and not others and not open_question):
+            continue
         try:
             plans[base] = plan(base)
         except ResourceError as error:
             errors[base] = error
     fitting = frozenset(plans)
-    order: list[HeldBase] = ["dense", "quantized"]
-    if asked != "auto":
-        order = [asked]
-    elif quantized_source and fitting == {"dense", "quantized"}:
+    if open_question and fitting == {"dense", "quantized"}:
         small = plans["quantized"]
         longer = times_as_long(shapes[small.micro_batch_rows], small.recompute)
         if longer * row_cost(small, shapes) <= WORTH * row_cost(plans["dense"], shapes):
@@ -80,4 +83,5 @@ def choose_base(
     if chosen is None:
         # Of the base that takes the least, since its advice is the nearest to what there is.
         raise errors[next(base for base in reversed(order) if base in errors)]
-    return BaseChoice(plans[chosen], {base: plans.get(base) or smallest(base) for base in bases}, fitting)
+    told = bases if others else plans
+    return BaseChoice(plans[chosen], {base: plans.get(base) or smallest(base) for base in told}, fitting)

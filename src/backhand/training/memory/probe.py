@@ -34,7 +34,7 @@ from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
 from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.training.memory.plan import MARGIN
-from backhand.training.memory.process import settled_rss_bytes
+from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 
 PROBED_TOKENS = 1024
@@ -112,7 +112,7 @@ def step_bytes(
 
     large = shape.cut(limit)
     most, blocks_at = peak(short.model, large), large
-    left = left_behind(lambda: peak_of(short.model, [_SECOND], vocab_size))
+    left = left_behind(lambda: peak_of(short.model, [_another(large) if short.experts else _SECOND], vocab_size))
     if large is not shape:
         small, large_blocks = (replace(large.cut(tokens), supervised_tokens=1) for tokens in (limit // 2, limit))
         of_small, of_large = (peak(short.model, one) for one in (small, large_blocks))
@@ -134,7 +134,17 @@ def step_bytes(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a pass leaves behind: the kernels that oneDNN compiles for each product of each of its sizes.
+# What a pass leaves behind: the kernels that oneDNN compiles for each product of each of its sizes. An expert's product
+# has as many rows as tokens go to it: there are the more sizes the more tokens there are.
+
+
+def _another(shape: StepShape) -> StepShape:
+    """Nearly as many tokens, in a number that has not been before."""
+    tokens = shape.tokens - max(1, shape.tokens // _FEWER)
+    return StepShape(tokens, min(shape.supervised_tokens, tokens))
+
+
+_FEWER = 9
 
 
 _MALLINFO2 = (
@@ -181,8 +191,7 @@ class MeasuredMemory:
         size: of model and adapter.
         short: makes what is measured, for a recompute mode.
         vocab_size: tokens that there are.
-        dtype: the compute dtype.
-        process_bytes: what the process takes already.
+        process: what the process takes already; measuring adds to it, for every base.
         forget: gives back what measuring has read of the model's files.
         budget_bytes: what may be taken in all; None for no limit.
     """
@@ -192,16 +201,14 @@ class MeasuredMemory:
         size: ModelSize,
         short: Callable[[Recompute], ShortModel],
         vocab_size: int,
-        dtype: torch.dtype,
-        process_bytes: int,
+        process: ProcessBytes,
         forget: Callable[[], None],
         budget_bytes: int | None,
     ) -> None:
         self.size = size
         self._short = short
         self._vocab_size = vocab_size
-        self._dtype = dtype
-        self._process_bytes = process_bytes
+        self._process = process
         self._forget = forget
         self._budget_bytes = budget_bytes
         self._steps: dict[tuple[StepShape, Recompute], StepBytes] = {}
@@ -210,13 +217,13 @@ class MeasuredMemory:
         """Bytes by part."""
         size = replace(self.size, states_bytes=states_bytes)
         estimate = estimated_step(size, shape, recompute)
-        fixed = sum(fixed_parts(size, shape.gradient_copies, self._process_bytes).values())
+        fixed = sum(fixed_parts(size, shape.gradient_copies, self._process.now).values())
         may_be = float("inf") if self._budget_bytes is None else MARGIN * self._budget_bytes
         limit = PROBED_TOKENS
         while limit > _LEAST_TOKENS and fixed + sum(estimated_step(size, shape.cut(limit), recompute)) > may_be:
             limit //= 2
         if not size.measured or fixed + _SURELY * sum(estimate) > may_be:
-            return parts_of(size, shape, estimate, self._process_bytes)
+            return parts_of(size, shape, estimate, self._process.now)
         key = shape, recompute
         if key not in self._steps:
             short = self._short(recompute)
@@ -224,6 +231,6 @@ class MeasuredMemory:
             del short
             self._forget()
             # What a step loads and compiles when it is first taken is there now, and the short model is not.
-            self._process_bytes = max(self._process_bytes, settled_rss_bytes(self._dtype))
+            self._process.grown()
             drop_scratch()  # the run may hold its base otherwise
-        return parts_of(size, shape, self._steps[key], self._process_bytes)
+        return parts_of(size, shape, self._steps[key], self._process.now)

@@ -119,6 +119,25 @@ class MemoryKeeper:
 _SIZE = 8
 
 
+class ProcessBytes:
+    """What the process itself takes; more once a step has been measured, whose code and compiled kernels stay.
+
+    Args:
+        dtype: the compute dtype.
+
+    Attributes:
+        now: bytes.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.now = settled_rss_bytes(dtype)
+
+    def grown(self) -> None:
+        """Look again."""
+        self.now = max(self.now, settled_rss_bytes(self._dtype))
+
+
 def settled_rss_bytes(dtype: torch.dtype) -> int:
     """Resident memory now, once everything is loaded that a step loads when it is first taken.
 

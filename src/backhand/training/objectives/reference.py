@@ -182,7 +182,7 @@ def _kept(directory: RunDirectory, digest: str, noted: Callable[[str], None]) ->
         found, checksum = stored.pop("digest"), stored.pop("sum")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         found, stored, checksum = "", {}, ""
     if found != digest or checksum != _checksum(stored):
         why = "of another machine or run" if found and found != digest else "damaged"
