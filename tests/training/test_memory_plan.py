@@ -51,7 +51,7 @@ def chosen(
         budget_bytes=None if budget_mb is None else budget_mb * MB,
         micro_batch_rows=rows,
         recompute=recompute,
-        watched=watched,
+        answering_bytes=PROCESS if watched else None,
     )
 
 

@@ -112,6 +112,7 @@ def outline_run(
     neutral = _neutral_texts(config, tokenizer, held_out)
     _check_tokens(engine, train, held_out, neutral, tokenizer)
     process = ProcessBytes(machine.dtype)
+    answering = process.now if watched else None  # it takes no step
     packer = _packer(train.examples, engine, layout)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
     shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
@@ -140,7 +141,7 @@ def outline_run(
             budget_bytes=budget(base) if limited else None,
             micro_batch_rows=rows or config.optimization.micro_batch_rows,
             recompute=recompute or config.model.recompute,
-            watched=watched,
+            answering_bytes=answering,
             base=base,
         )
 

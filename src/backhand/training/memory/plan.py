@@ -81,7 +81,7 @@ def choose(
     budget_bytes: int | None,
     micro_batch_rows: int | None,
     recompute: Recompute,
-    watched: bool = False,
+    answering_bytes: int | None = None,
     base: HeldBase = "dense",
 ) -> MemoryPlan:
     """The fastest way to cut a step that fits; slower ones are not looked at.
@@ -92,7 +92,7 @@ def choose(
         shapes: the run's largest micro-batch for each number of rows that may be chosen or proposed.
         budget_bytes: what may be taken in all; None for no limit.
         micro_batch_rows, recompute: as asked for; None or `auto` to choose.
-        watched: whether a second model answers beside it.
+        answering_bytes: of a second process that answers beside it, before its model; None for no such process.
         base: how the frozen weights of this size are held.
 
     Raises:
@@ -101,7 +101,7 @@ def choose(
 
     def plan(shape: StepShape, rows: int, mode: Recompute) -> MemoryPlan:
         found = parts(shape, mode)
-        beside = second_model_bytes(size, found["process"], WATCHED_TOKENS) if watched else 0
+        beside = 0 if answering_bytes is None else second_model_bytes(size, answering_bytes, WATCHED_TOKENS)
         return MemoryPlan(rows, mode, found, beside, base)
 
     def fits(candidate: MemoryPlan) -> bool:
