@@ -137,7 +137,7 @@ def activated(a: Tensor, activation: str) -> Activated:
     result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
     rows = a.flatten(0, -2)
     step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
-    for part, value, slope in zip(*(t.flatten(0, -2).split(step) for t in (rows, *result)), strict=True):
+    for part, value, slope in zip(*(t.split(step) for t in (rows, *(t.flatten(0, -2) for t in result))), strict=True):
         wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
         square = wide * wide
         t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)

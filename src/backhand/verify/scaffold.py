@@ -187,6 +187,8 @@ class Op:
         if self.inputs is None:
             (inputs,) = sizes
             return inputs, options
+        if len(sizes) > len(self.options):
+            raise TypeError(f"{self.name}, {case}: {len(sizes)} values for {len(self.options)} options")
         settings = {**self.options, **dict(zip(self.options, sizes, strict=False)), **options}
         if unknown := [key for key in settings if key not in self.options or settings[key] is ...]:
             raise TypeError(f"{self.name}, {case}: not an option, or not given: {', '.join(unknown)}")
