@@ -146,9 +146,9 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
 
     report = VerifyReport()
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
-        for case in real_sizes():
-            say(f"{case.op}: {case.name}")
-            for one in prove_real_size(case):
+        for size in real_sizes():
+            say(f"{size.op.name}: {size.case.name}")
+            for one in prove_real_size(size):
                 if isinstance(one, Row):
                     report.rows.append(one)
                 else:

@@ -55,7 +55,7 @@ def _backward(
     return adapted_glu_backward(d_y.clone(), saved._replace(gate_up=place), out=place)
 
 
-def _sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
+def sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
     """(scaling, first column, outputs, rank) of each factor in front; `fused` is the rank of one for gate and up."""
     gate, up, _ = ranks
     sides = [(1.7, 0, n, 0 if fused else gate), (-0.6, n, n, 0 if fused else up), (1.3, 0, 2 * n, fused)]
@@ -128,7 +128,7 @@ OP = Op(
         "both": lambda n: 2 * n,
         "ranks_in_front": lambda sides: sum(rank for *_, rank in sides),
         "outputs": lambda n, ranks: n + ranks[2],
-        "sides": _sides,
+        "sides": sides,
         "front": _front,
         "behind": _behind,
         "into": _into,

@@ -15,11 +15,13 @@ from backhand.verify.cases import attention
 from backhand.verify.scaffold import Op
 
 
-def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+def _usual(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None, scaling: float
+) -> Tensor:
     n, m = k.shape[1], q.shape[1]
     mask = attention.visible(n, window, q.device)[n - m :]
     parts = [part.transpose(1, 2) for part in (q, k, v)]
-    return attention.usual_attention(parts, mask, cap, sinks).transpose(1, 2)
+    return attention.usual_attention(parts, mask, cap, sinks, scaling).transpose(1, 2)
 
 
 OP = Op(
