@@ -20,12 +20,10 @@ class PEFTConfig:
     """What an adapter_config.json says.
 
     Attributes:
-        config: the adapter itself.
         base_model: `base_model_name_or_path`: a hub id or a path.
         task_type: `CAUSAL_LM` and the like, or None.
         revision: of the base model on the hub, or None.
         fan_in_fan_out: whether the adapted modules are GPT-2's Conv1D.
-        notes: what was read over and may interest a person.
     """
 
     config: LoRAConfig
@@ -207,7 +205,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     """adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        targets: the adapted modules, with what was resolved for each.
         module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
             that picks exactly the adapted ones.
     """

@@ -12,15 +12,7 @@ from torch import Tensor
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.compatible import check_shapes, refuse_more_than_factors
-from backhand.arithmetic.findings import (
-    by_kind,
-    draw_map,
-    leave_findings,
-    new_figure,
-    png_bytes,
-    print_table,
-    spread,
-)
+from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
 from backhand.arithmetic.look_options import DiffOptions
 from backhand.arithmetic.low_rank import (
     UpdateDirections,
@@ -207,7 +199,6 @@ class AdapterDifference:
     """Two adapters.
 
     Attributes:
-        modules: those that both have.
         only_first, only_second: ‖ΔW‖_F of the modules that one alone has.
     """
 

@@ -48,10 +48,6 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
 def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
     """Prove what is asked, silently.
 
-    Args:
-        options: what to prove.
-        say: told what is being worked on.
-
     Raises:
         UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
     """

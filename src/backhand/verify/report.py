@@ -20,15 +20,7 @@ COMMAND = "verify"
 
 @dataclass
 class VerifyReport:
-    """Everything that was proved, or not.
-
-    Attributes:
-        rows: proofs of ops, blocks and decoders on their cases.
-        rejections: what became of the mutants.
-        model: proofs about the user's own model.
-        notes: about the model.
-        time_s: how long it took.
-    """
+    """Everything that was proved, or not."""
 
     rows: list[Row] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
@@ -124,8 +116,6 @@ def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) 
     """Tables of what was proved, then what failed, then the sum.
 
     Args:
-        console: where to.
-        report: what was found.
         every_mutant: a line for each mutant; else one for each gradient that lists them.
     """
     for note in report.notes:

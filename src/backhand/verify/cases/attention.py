@@ -17,23 +17,14 @@ from backhand.verify.scaffold import PACKED, Given, Op
 SCALING = 0.37
 
 
-def _usual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: tuple[int, ...],
-    window: int | None,
-    shared: int,
-    cap: float | None,
-    sinks: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    ends = list(accumulate(documents, initial=shared))
+def _usual(given: Given) -> Tensor:
+    q, shared, rest = given["q"], given["shared"], (given["cap"], given.get("sinks"), given["scaling"])
+    ends = list(accumulate(given["documents"], initial=shared))
     outputs = [q[:0] * 0]
     for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
         seen = list(own) if own.start < shared else [*range(shared), *own]
-        parts = [part[seen].transpose(0, 1)[None] for part in (q, k, v)]
-        attended = usual_attention(parts, visible(len(seen), window, q.device), cap, sinks, scaling)
+        parts = [given[name][seen].transpose(0, 1)[None] for name in "qkv"]
+        attended = usual_attention(parts, visible(len(seen), given["window"], q.device), *rest)
         outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
     return torch.cat(outputs)
 

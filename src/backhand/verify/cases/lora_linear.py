@@ -16,7 +16,7 @@ from backhand.verify.case import (
     transposed_mutants,
     wrong,
 )
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -25,17 +25,11 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _usual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: Dropout | None,
-) -> Tensor:
-    h = functional.linear(dropped(x, dropout), lora_A)
-    return functional.linear(x, weight, bias) + functional.linear(h, lora_B) * scaling
+def _usual(given: Given) -> Tensor:
+    h = functional.linear(dropped(given["x"], given["dropout"]), given["lora_A"])
+    y: Tensor = functional.linear(given["x"], given["weight"], given.get("bias"))
+    y = y + functional.linear(h, given["lora_B"]) * given["scaling"]
+    return y
 
 
 def every_second_column(draw: Draw, lead: tuple[int, ...], inputs: int, strided: bool) -> Tensor:
