@@ -88,13 +88,10 @@ def compress_command(options: CompressOptions) -> Compression:
     result = compress_adapter(options)
     leave_findings(
         "compress",
+        options,
         _summary(result, options),
         lambda: _print(result, options),
         lambda: draw_compression(result.source, result.adapter, result.error),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
-        keep_summary=False,
     )
     return result
 

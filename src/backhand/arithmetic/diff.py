@@ -87,12 +87,10 @@ def diff_command(options: DiffOptions) -> Comparison:
     result = diff_adapters(options)
     leave_findings(
         "diff",
+        options,
         _summary(result),
         lambda: _print(result),
         lambda: draw_difference(result.found, result.first.label, result.second.label),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
     )
     largest = result.found.largest
     if options.error is not None and largest is not None and largest[1] > options.error:

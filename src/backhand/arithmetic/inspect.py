@@ -141,12 +141,10 @@ def inspect_command(options: InspectOptions) -> Inspection:
 
     leave_findings(
         "inspect",
+        options,
         inspection_summary(result),
         lambda: _print(result),
         lambda: draw_inspection(result.modules, result.adapter.label, result.error),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
         notes=result.notes,
     )
     return result

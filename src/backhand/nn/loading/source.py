@@ -28,7 +28,7 @@ _NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 class ModelSource(ABC):
     """An opened base model.
 
-    What reads a tensor or the tokenizer raises ArtifactError where there is none, or none of that shape, or it cannot be read.
+    What reads a tensor or the tokenizer raises ArtifactError where there is none, none of that shape, or none to read.
 
     Attributes:
         config: Hugging Face configuration keys, as config.json has them.
