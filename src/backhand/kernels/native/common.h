@@ -8,7 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(_WIN32)
+#define BACKHAND_EXPORT extern "C" __declspec(dllexport)
+#else
 #define BACKHAND_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 // torch's own threads. The pointer is handed in when the library is loaded (kernels/library.py); without it every loop
 // runs on the calling thread.
