@@ -13,9 +13,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.kernels.builds import usable
 from backhand.kernels.dense_product import MOST_PARTS, Term, dense_product
 from backhand.kernels.dequantize import block_shape
-from backhand.kernels.library import usable
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear

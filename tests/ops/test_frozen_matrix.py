@@ -11,8 +11,9 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels import large_pages
+from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dense_product import Term, is_taken
-from backhand.kernels.library import load, proving_loops, usable, using
+from backhand.kernels.library import proving_loops
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from backhand.kernels.library import library
+from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.decoder import Decoder

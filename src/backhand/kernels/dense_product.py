@@ -21,17 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.builds import library
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import (
-    DOUBLE,
-    INT,
-    INT64,
-    POINTER,
-    Declared,
-    library,
-    loop,
-    loops_take_float64,
-)
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, loops_take_float64
 from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
 MOST_TERMS = MOST_PARTS = 8

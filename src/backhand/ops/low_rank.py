@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import matrix
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.kernels.dense_product import is_taken, matrix
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
@@ -175,8 +175,7 @@ _ROWS_OF_PART, _MOST_PARTS = 256, 8
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
     """Whether threads divide the rows of x or G among them, or else columns, as for bfloat16 without tiles."""
-    build = library()
-    return dtype != torch.bfloat16 or (build is not None and build.name == "amx")
+    return dtype != torch.bfloat16 or is_taken(dtype)
 
 
 def parts_of_rows(rows: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.kernels.library import load, usable, using
+from backhand.kernels.builds import load, usable, using
 from backhand.ops.adapted_glu import adapted_glu_backward, adapted_glu_forward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.attention_blocks import attention_blocks_backward, attention_blocks_forward

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from backhand.kernels.library import loops_are_there
+from backhand.kernels.builds import loops_are_there
 from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.adapted_group import group_forward
 from backhand.nn.decoder.attention_half import gated_output
