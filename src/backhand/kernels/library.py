@@ -110,6 +110,11 @@ def _dtype_of_loopable(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
     return dtype
 
 
+def matrix(x: Tensor) -> tuple[int, int]:
+    """Address, and how far rows are apart."""
+    return x.data_ptr(), x.stride(0)
+
+
 @functools.cache
 def _numbers() -> dict[torch.dtype, int]:
     """As in native/dtypes.h."""

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term
-from backhand.ops.frozen_matrix import FrozenMatrix, forms_h, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import forms_h, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member, add_lora_A_gradients, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LoRAGroup(NamedTuple):

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import is_taken, matrix
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
+from backhand.kernels.dense_product import is_taken
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, matrix
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)

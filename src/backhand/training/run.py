@@ -40,11 +40,12 @@ from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import TerminalObserver, opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
+from backhand.training.judging import Judge
 from backhand.training.keeping import Keeping, keeping
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
-from backhand.training.loop import StepPlan, TrainingLoop
+from backhand.training.loop import TrainingLoop
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
@@ -65,6 +66,7 @@ from backhand.training.resume import (
 )
 from backhand.training.state import PROGRESS_FILE, Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
+from backhand.training.step_plan import StepPlan
 
 
 @dataclass
@@ -123,11 +125,9 @@ class JobRun:
             digest, noted = base_guard.digest, self.observer.noted
             kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
             objective, of_held_out = self._objectives(state, kept, log)
-            loop = TrainingLoop(
+            judge = Judge(
                 job.bound.model,
                 state,
-                job.packer,
-                job.sampler,
                 plan,
                 held_out=self._held_out(kept, of_held_out),
                 meter=self._meter(),
@@ -135,8 +135,13 @@ class JobRun:
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
                 check_files=self._check_files(),
                 observer=self.observer,
-                memory=memory,
                 save=save,
+                processes=self.processes,
+            )
+            loop = TrainingLoop(
+                *(job.bound.model, state, job.packer, job.sampler, plan, judge),
+                observer=self.observer,
+                memory=memory,
                 processes=self.processes,
                 kept=kept.train,
                 objective=objective,

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from backhand.errors import ArtifactError, CheckError
+from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.interruption import Interruption
-from backhand.training.config import OptimizationOptions
+from backhand.training.config import OptimizationOptions, Schedule
 from backhand.training.engine import Trainable
 
 
@@ -163,6 +163,41 @@ def flat_norm(values: Tensor) -> float:
     return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
 
 
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of every step: a rise over the warm-up steps, then constant, linear or cosine.
+
+    With w warm-up steps of n in all, step s = 0, 1, …, n - 1 has the rate `highest` times
+        (s + 1) / (w + 1)                          for s < w: above zero from the first step on, 1 at s = w
+        1                                          constant
+        (n - s) / (n - w)                          linear: the last step still moves, zero would come after it
+        (1 + cos(π (s - w) / (n - w))) / 2         cosine
+
+    Attributes:
+        highest: the rate at the end of warm-up.
+        schedule: what happens after it.
+        warmup_steps: w above.
+        total_steps: n above.
+    """
+
+    highest: float
+    schedule: Schedule
+    warmup_steps: int
+    total_steps: int
+
+    def at(self, step: int) -> float:
+        """The rate of this step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.highest * (step + 1) / (self.warmup_steps + 1)
+        span = max(1, self.total_steps - self.warmup_steps)
+        after = step - self.warmup_steps
+        if self.schedule == "linear":
+            return self.highest * max(0, span - after) / span
+        if self.schedule == "cosine":
+            return self.highest * (1 + math.cos(math.pi * min(after, span) / span)) / 2
+        return self.highest
+
+
 # Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does; steps agree with PyTorch's.
 _CLIP_EPSILON = 1e-6
 
@@ -221,20 +256,6 @@ class AdapterOptimizer:
     def moments(self) -> dict[str, Tensor]:
         """`mean` and `squares` (elements,) float32, and `updates`, 0-d: everything AdamW remembers."""
         return {"mean": self.mean, "squares": self.squares, "updates": self.updates}
-
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        """Continue from what `moments` returned. Raises ArtifactError: tensors missing or of another shape or dtype."""
-        expected = self.moments()
-        for name, tensor in expected.items():
-            given = moments.get(name)
-            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                found = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
-                raise ArtifactError(
-                    f"the optimizer state {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
-                    where=name,
-                )
-        for name, tensor in expected.items():
-            tensor.copy_(moments[name])
 
 
 class Processes:
