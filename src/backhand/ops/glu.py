@@ -79,16 +79,10 @@ def _operands(*tensors: Tensor) -> list[int] | None:
     """Address and distance of rows of each, or None where rows do not lie at equal distances."""
     found = []
     for tensor in tensors:
-        if tensor.dim() == 2:
-            found += [tensor.data_ptr(), tensor.stride(0)]
-        elif tensor.is_contiguous():
-            found += [tensor.data_ptr(), tensor.shape[-1]]
-        else:
-            leading = tensor.shape[:-1]
-            steps = [tensor.stride(-2) * math.prod(leading[axis + 1 :]) for axis in range(len(leading))]
-            if list(tensor.stride()[:-1]) != steps:
-                return None
-            found += [tensor.data_ptr(), tensor.stride(-2)]
+        matrix = tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+        if matrix.data_ptr() != tensor.data_ptr():
+            return None
+        found += [matrix.data_ptr(), matrix.stride(0)]
     return found
 
 

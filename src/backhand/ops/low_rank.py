@@ -27,8 +27,8 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
-_DOWN = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
-_UP = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
+_DOWN = Declared("backhand_low_rank_down", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
+_UP = Declared("backhand_low_rank_up", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
     *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT),

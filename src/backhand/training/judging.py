@@ -1,4 +1,4 @@
-"""What is found out around the steps of a run: evaluations, the guards' verdicts, and whether it is over.
+"""What becomes of the steps of a run: counts and records, evaluations, the guards' verdicts, and whether it is over.
 
 A signal ends an evaluation early. The checkpoint then marks it as pending, and the resumed run begins with it.
 """
@@ -6,7 +6,7 @@ A signal ends an evaluation early. The checkpoint then marks it as pending, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from backhand.training.guards import (
     named_unusable,
 )
 from backhand.training.measuring import ForgettingMeter, HeldOut
+from backhand.training.memory.process import rss_bytes
 from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult
@@ -66,6 +67,51 @@ class Judge:
         begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
+    def count(self, result: StepResult, tokens: int, seconds: float) -> None:
+        """Count a step that was made of so many tokens in so long."""
+        progress = self.state.progress
+        progress.step += 1
+        progress.tokens += tokens
+        progress.supervised_tokens += result.found.supervised_tokens
+        progress.train_s += seconds
+        if result.taken:
+            progress.bad_steps_in_a_row = 0
+            progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
+            progress.last_loss = result.loss
+        else:
+            progress.bad_steps_in_a_row += 1
+            progress.skipped_steps += 1
+
+    def record(
+        self,
+        result: StepResult,
+        rate: float,
+        tokens: int,
+        seconds: float,
+        epoch: float,
+        measured: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The step just counted, as metrics.jsonl has it; `measured` is what its objective shows of it."""
+        several = {}
+        if self.processes.size > 1:
+            several["computed_s"] = [round(computed, 4) for computed in result.found.computed_s]
+            several["waited_s"] = [round(waited, 4) for waited in result.found.waited_s]
+            several["computed_tokens"] = list(result.computed_tokens)
+        return {
+            "step": self.state.progress.step,
+            "epoch": round(epoch, 4),
+            "loss": finite_or_none(result.loss),
+            "learning_rate": rate,
+            "grad_norm": finite_or_none(result.grad_norm),
+            "tokens": tokens,
+            "supervised_tokens": result.found.supervised_tokens,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "rss_bytes": rss_bytes(),
+            "time_s": round(self.state.progress.train_s, 3),
+            **{name: finite_or_none(value) for name, value in measured.items()},
+            **several,
+        }
+
     def begin(self) -> None:
         """The evaluation before the first step, or the one that a run to be continued left pending."""
         progress = self.state.progress
@@ -98,7 +144,7 @@ class Judge:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
-            for note in self.learning_guard.judge_if_due(attends=result.attends, taken=result.taken, last=last):
+            for note in self.learning_guard.judge_if_due(attends=result.found.attends, taken=result.taken, last=last):
                 self.observer.noted(note)
         if self.base_guard is not None and progress.step in self._sampled_steps:
             self.base_guard.sample()

@@ -12,18 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
-from backhand.training.judging import Judge, finite_or_none
+from backhand.training.judging import Judge
 from backhand.training.kept_states import KeptStates
-from backhand.training.memory.process import MemoryKeeper, rss_bytes
+from backhand.training.memory.process import MemoryKeeper
 from backhand.training.objectives.objective import Objective
 from backhand.training.observer import Observer
 from backhand.training.state import RunState
-from backhand.training.step import Processes, StepResult, StepWork, training_step
+from backhand.training.step import Processes, StepWork, training_step
 from backhand.training.step_plan import StepPlan, derived_seed
 
 
@@ -93,9 +92,11 @@ class TrainingLoop:
         result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
         self.judge.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
-        self._count(result, tokens, seconds)
+        self.judge.count(result, tokens, seconds)
         if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
-            self.observer.stepped(self._record(result, rate, tokens, seconds))
+            epoch = self.sampler.epochs_done(progress.step)
+            measured = {} if self.objective is None else self.objective.measured(self.processes)
+            self.observer.stepped(self.judge.record(result, rate, tokens, seconds, epoch, measured))
         self.judge.judge(result)
         if self.memory is not None:
             self.memory.after_step()
@@ -133,39 +134,3 @@ class TrainingLoop:
         if not self._drops:
             return [None] * count
         return [derived_seed(self.plan.seed, "dropout", self.state.progress.step, number) for number in range(count)]
-
-    def _count(self, result: StepResult, tokens: int, seconds: float) -> None:
-        progress = self.state.progress
-        progress.step += 1
-        progress.tokens += tokens
-        progress.supervised_tokens += result.supervised_tokens
-        progress.train_s += seconds
-        if result.taken:
-            progress.bad_steps_in_a_row = 0
-            progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
-            progress.last_loss = result.loss
-        else:
-            progress.bad_steps_in_a_row += 1
-            progress.skipped_steps += 1
-
-    def _record(self, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-        several = {}
-        if self.processes.size > 1:
-            several["computed_s"] = [round(computed, 4) for computed in result.computed_s]
-            several["waited_s"] = [round(waited, 4) for waited in result.waited_s]
-            several["computed_tokens"] = list(result.computed_tokens)
-        measured = {} if self.objective is None else self.objective.measured(self.processes)
-        return {
-            "step": self.state.progress.step,
-            "epoch": round(self.sampler.epochs_done(self.state.progress.step), 4),
-            "loss": finite_or_none(result.loss),
-            "learning_rate": rate,
-            "grad_norm": finite_or_none(result.grad_norm),
-            "tokens": tokens,
-            "supervised_tokens": result.supervised_tokens,
-            "tokens_per_s": round(tokens / seconds, 1),
-            "rss_bytes": rss_bytes(),
-            "time_s": round(self.state.progress.train_s, 3),
-            **{name: finite_or_none(value) for name, value in measured.items()},
-            **several,
-        }

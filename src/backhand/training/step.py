@@ -46,21 +46,15 @@ class StepResult:
     Attributes:
         loss: mean nats per supervised token, or the mean loss of a row.
         grad_norm: of the whole adapter's gradient, before clipping.
-        supervised_tokens: in all micro-batches.
-        attends: whether some supervised position of the step has one before it.
         taken: whether the optimizer moved the adapter; a non-finite loss or gradient is skipped.
-        computed_s: seconds that each process spent on its micro-batches.
-        waited_s: seconds that each had waited in the exchange before, see `StepSum`.
-        computed_tokens: positions that each computed.
+        found: what all processes together found.
+        computed_tokens: positions that each process computed.
     """
 
     loss: float
     grad_norm: float
-    supervised_tokens: int
-    attends: bool
     taken: bool
-    computed_s: tuple[float, ...]
-    waited_s: tuple[float, ...]
+    found: StepSum
     computed_tokens: tuple[int, ...]
 
 
@@ -103,7 +97,6 @@ def training_step(
     Raises:
         CheckError: the micro-batches hold another number of supervised tokens than the step.
     """
-    supervised_tokens = work.supervised_tokens
     optimizer.clear()
     shares = processes.shared_out(work.positions)
     added = processes.gradient_sum(optimizer.gradients, shares)
@@ -114,10 +107,10 @@ def training_step(
         nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
         added.add(number, nats, batch.supervised_tokens, attends=batch.attends)
     found = processes.total(added, time.perf_counter() - began)
-    if found.supervised_tokens != supervised_tokens:
+    if found.supervised_tokens != work.supervised_tokens:
         raise CheckError(
             f"the micro-batches of a step hold {found.supervised_tokens:,} supervised tokens, "
-            f"its rows {supervised_tokens:,}",
+            f"its rows {work.supervised_tokens:,}",
             next_step="report this; it should not happen",
         )
     nats = left_sum(found.nats)
@@ -126,16 +119,8 @@ def training_step(
     if taken:
         optimizer.step(learning_rate)
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
-    return StepResult(
-        loss=nats / work.mean_over,
-        grad_norm=norm,
-        supervised_tokens=supervised_tokens,
-        attends=found.attends,
-        taken=taken,
-        computed_s=found.computed_s,
-        waited_s=found.waited_s,
-        computed_tokens=tuple(sum(work.positions[number] for number in share) for share in shares),
-    )
+    computed_tokens = tuple(sum(work.positions[number] for number in share) for share in shares)
+    return StepResult(nats / work.mean_over, norm, taken, found, computed_tokens)
 
 
 def left_sum(values: Iterable[float]) -> float:

@@ -149,11 +149,10 @@ class Passes:
         """What a pass over these tokens carries beside the stream, None for nothing; and what its begin kept."""
         if not self.config.value_norm and self.config.per_layer is None:
             return None, None
-        weights = self.active.per_layer
-        if weights is None:
+        if self.active.per_layer is None:
             return Carried(self.config.lenders), None
         h = self.embed(token_ids)
-        inputs, kept = inputs_forward(h, token_ids, weights, self.config, self.lora, dropout_seed)
+        inputs, kept = inputs_forward(h, token_ids, self.active.per_layer, self.config, self.lora, dropout_seed)
         return Carried(self.config.lenders, inputs), kept
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:

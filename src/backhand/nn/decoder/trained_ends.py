@@ -156,7 +156,7 @@ def _factors_backward(
 #
 #     Z = head(X),   L = Σ_i cross-entropy(rule(Z)_i, t_i)
 #
-# with the family's rule for logits (`linear_cross_entropy.ruled`), and the head as `adapted_group` computes it: trained
+# with the family's rule for logits (`ops.logits_rule`), and the head as `projections` computes it: trained
 # in full, with DoRA, with a bias of lora_B, or a table with trained rows because it is the embedding's too. As in
 # `ops.linear_cross_entropy`, all logits are never held at once; the loss is the root of the graph, so each chunk's
 # gradient follows its forward at once and nothing is saved. Each chunk of rows has a dropout mask of its own.
