@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels import build
-from backhand.kernels.library import torch_form, usable, using
+from backhand.kernels.builds import torch_form, usable, using
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.verify import real_size_cases, real_sizes
 from backhand.verify.measure import relative_error

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 
 
 class DoRASaved(NamedTuple):
