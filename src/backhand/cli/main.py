@@ -257,7 +257,7 @@ def _verbose_version() -> str:
 
     import torch
 
-    from backhand.kernels.library import describe
+    from backhand.kernels.builds import describe
     from backhand.nn.compute import available_cores, default_dtype
 
     lines = [f"backhand {version('backhand')}", f"python {platform.python_version()}, {platform.platform()}"]

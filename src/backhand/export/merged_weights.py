@@ -21,7 +21,7 @@ from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
 from backhand.export.probes import BlockWalk, layer_of
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.weight_tiles import FrozenMatrix
 
 _ROWS = 512
 Rounding = Callable[[Tensor], Tensor]

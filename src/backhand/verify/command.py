@@ -138,7 +138,8 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
 
 
 def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
-    from backhand.verify.real_sizes import prove_real_size, real_sizes
+    from backhand.verify.real_size_cases import real_sizes
+    from backhand.verify.real_sizes import prove_real_size
 
     report = VerifyReport()
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):

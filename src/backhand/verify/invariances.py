@@ -22,15 +22,15 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import common_tokens, pack
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import block_adapter
+from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
 from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
-from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.rms_norm import rms_norm_forward
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
 from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import KeysAndValues
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.weights import named_views
-from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense
 from backhand.verify.case import Tensors

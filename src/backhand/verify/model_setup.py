@@ -27,7 +27,7 @@ from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
-from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.measure import norm
 
 ADAPTER_SEED = 0

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import loops_are_there, proving_loops, torch_form
+from backhand.kernels.builds import loops_are_there, torch_form
+from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
 from backhand.verify.case import Case, Mutant, OpProof, Tensors, kind
 from backhand.verify.differentiate import autograd_gradients, difference_error

@@ -12,7 +12,7 @@ from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
 from backhand.nn.loading.source import token_ids
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000
 MOST_ELEMENTS = 2**40

@@ -72,7 +72,7 @@ from backhand.nn.decoder.rotary import (
     phi3_rotary,
     query_scaling,
 )
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 
 def decoder_config(config: Mapping[str, object]) -> DecoderConfig:

@@ -31,7 +31,7 @@ from backhand.nn.decoder.family import (
     PerLayerInput,
 )
 from backhand.nn.decoder.rotary import gemma4_rotary
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 _PATTERN = 6
 _GLOBAL_HEAD_DIM = 512

@@ -32,7 +32,7 @@ from backhand.nn.loading.expert_tensors import expert_of, matrices_of
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_split
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense, frozen_split
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.nn.loading.wrappers import Wrapper
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.weight_tiles import FrozenMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

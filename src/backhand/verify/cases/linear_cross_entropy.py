@@ -10,19 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.nn.batch import IGNORE_INDEX
+from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import (
     CHUNK_ROWS,
     LONG_CHUNK_ROWS,
     LONG_CHUNK_WIDTH,
-    PLAIN,
-    HeadFactors,
     LinearCrossEntropyGrads,
-    LogitsRule,
     chunk_rows,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_reference,
 )
+from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.case import Backward, Draw, wrong
