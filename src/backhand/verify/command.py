@@ -138,8 +138,7 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
 
 
 def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
-    from backhand.verify.real_size_cases import real_sizes
-    from backhand.verify.real_sizes import prove_real_size
+    from backhand.verify.real_sizes import prove_real_size, real_sizes
 
     report = VerifyReport()
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
