@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backhand.nn.available_memory import available_bytes
+from backhand.nn.compute import loaded_objects_frozen
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import (
     ANSWERS,
@@ -225,11 +226,12 @@ class JobRun:
 
     def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""
-        if begin is not None and loop.state.progress.step <= begin:
-            if not loop.run(until_step=begin):
-                return False
-            save(False)
-        return loop.run()
+        with loaded_objects_frozen():
+            if begin is not None and loop.state.progress.step <= begin:
+                if not loop.run(until_step=begin):
+                    return False
+                save(False)
+            return loop.run()
 
     def _guard_base(self, log: ProofLog) -> BaseGuard:
         """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
