@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import load, usable, using
+from backhand.kernels.builds import load, usable, using
 from backhand.verify.case import ByHand, Tensors
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
