@@ -8,7 +8,7 @@ import torch
 from backhand.kernels import build
 from backhand.kernels.builds import torch_form, usable, using
 from backhand.nn.decoder.decoding import IncrementalDecoder
-from backhand.verify import real_size_cases, real_sizes
+from backhand.verify import real_sizes
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import Row
 from kernels.test_loop_mutants import NAIVE, compiled
@@ -22,7 +22,7 @@ SHOWN_IN = {
     "attention: naive sum": ("attention", "keys", "y"),
     "attention: naive sums of columns": ("attention", "keys", "d_q"),
     "few rows: naive sum": ("frozen_linear", "one row", "y"),
-    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A"),
+    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A 0"),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_every_naive_sum_of_a_loop_is_shown():
 def test_a_naive_sum_is_noticed(spoilable, mutant, monkeypatch):
     library, choose = spoilable
     op, word, tensor = SHOWN_IN[mutant]
-    (case,) = [case for case in real_size_cases.real_sizes() if case.op == op and word in case.name]
+    (case,) = [one for one in real_sizes.real_sizes() if one.op.name == op and word in one.case.name]
     choose("")
     assert row_of(library, case, tensor, monkeypatch).passed
     choose(mutant)
@@ -66,13 +66,13 @@ def test_a_naive_sum_is_noticed(spoilable, mutant, monkeypatch):
 
 def step_over_many_keys(dtype):
     """Logits of a token before which the cache holds as many keys as a long prompt's."""
-    state = IncrementalDecoder(adapted("llama", dtype), capacity=real_size_cases.KEYS + 1)
+    state = IncrementalDecoder(adapted("llama", dtype), capacity=real_sizes.KEYS + 1)
     cache, generator = state.cache, torch.Generator().manual_seed(0)
     cache.add_rows(1)
     for keys, values in zip(cache.keys, cache.values, strict=True):
-        keys[:, :, : real_size_cases.KEYS] = torch.randn(keys[:, :, 1:].shape, generator=generator)
-        values[:, :, : real_size_cases.KEYS] = 1 + torch.randn(values[:, :, 1:].shape, generator=generator)
-    cache.lengths[0], cache.tokens[0] = real_size_cases.KEYS, [3] * real_size_cases.KEYS
+        keys[:, :, : real_sizes.KEYS] = torch.randn(keys[:, :, 1:].shape, generator=generator)
+        values[:, :, : real_sizes.KEYS] = 1 + torch.randn(values[:, :, 1:].shape, generator=generator)
+    cache.lengths[0], cache.tokens[0] = real_sizes.KEYS, [3] * real_sizes.KEYS
     return state.step([5])
 
 

@@ -95,7 +95,6 @@ def run_prepared(prepared: Prepared, command: str = "", *, quiet: bool = False) 
     """Run what was parsed, and return its exit code; an error about an option says where it was written.
 
     Args:
-        prepared: what is to run.
         command: its name, for what is said of it while it says nothing itself.
         quiet: whether it may be silent for as long as it takes.
     """

@@ -96,9 +96,6 @@ class MergedWeights:
         """The merged tensor in Hugging Face layout: float32 (float64 if the base is), or the base's own if unchanged.
 
         What it must read back as, and what rounding it loses, is noted.
-
-        Args:
-            name: one of `names`.
         """
         weight = self._load(self._base_name(name))
         if not self.is_merged(name):

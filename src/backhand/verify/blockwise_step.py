@@ -37,7 +37,6 @@ class BlockwiseStep:
         decoder: with an adapter of nothing but factors.
         batch: the packed documents, on the decoder's device.
         dropout_seed: draws the masks; None for no dropout.
-        loss_scaling: the factor of the summed loss.
         pair_loss: the loss where documents are pairs; None for Σ nats.
 
     Attributes:

@@ -48,7 +48,6 @@ class ModelSetup:
         decoder: in the compute dtype.
         examples: documents with supervised tokens, long ones cut.
         dropout_seed: of the masks, None where the adapter has no dropout.
-        notes: what was chosen, a sentence each.
         pairs: the same documents two by two, where the rows are pairs.
     """
 

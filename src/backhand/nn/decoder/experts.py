@@ -86,7 +86,6 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
 
     Args:
         stack: (experts · out, in).
-        experts: how many.
     """
 
     def __init__(self, stack: FrozenMatrix, experts: int) -> None:

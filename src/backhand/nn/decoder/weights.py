@@ -240,9 +240,6 @@ def load_weights(
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Args:
-        source: an opened model.
-        config: the family.
-        dtype: the compute dtype.
         device: where products run.
         quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
 
@@ -368,13 +365,7 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
 
 
 class TrainedWeights:
-    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are.
-
-    Args:
-        base: the frozen weights.
-        config: the family.
-        lora: the adapter.
-    """
+    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are."""
 
     def __init__(self, base: DecoderWeights, config: DecoderConfig, lora: LoRAParameters) -> None:
         self._base = base
