@@ -19,6 +19,7 @@ from backhand.nn.decoder import decoder as decoder_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
+from backhand.ops.document_groups import Run
 from backhand.verify import blockwise_step
 from backhand.verify import invariances as merged_model
 from backhand.verify.blockwise_step import BlockwiseStep
@@ -237,7 +238,7 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
 
     def leaking(self, batch, rows=None, carried=None):
         return [
-            context._replace(runs=((0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
+            context._replace(runs=(Run(0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
             for context in right(self, batch, rows, carried)
         ]
 
@@ -252,13 +253,14 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     texts = [("what comes after one", " two"), ("what comes after night", " the day"), ("what comes after all", " it")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
     report = verify(options(models("llama"), rows))
-    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared prefix"))
+    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared beginnings"))
     assert report.passed and exact.proof.endswith("float64")
     assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
     right = BlockwiseStep.context
 
     def unread(self, layer, wanted=None):
-        return right(self, layer, wanted)._replace(shared=0)
+        context = right(self, layer, wanted)
+        return context._replace(runs=tuple(run._replace(before=()) for run in context.runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
     assert exact.proof in _failed(verify(options(models("llama"), rows)))
@@ -269,7 +271,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
     texts = [("what comes after one", " two"), ("what comes after night", " the day")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
     report = verify(options(models("phi3-longrope"), rows))
-    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared prefix")]
+    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared beginnings")]
 
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):

@@ -126,13 +126,15 @@ def decoder_case(
     padding_id: int | None = None,
     supervised: bool = True,
     shared: int = 0,
+    parents: tuple[int, ...] = (),
 ) -> Case:
     """A step of a tiny decoder, all its tensors drawn by `seed` and `name`.
 
     Args:
         seed, name: of the case.
         family: as in `family_of`.
-        documents, shared: lengths of the documents and of the prefix that they share, tokens.
+        documents, parents: the segments, as in `PackedBatch`.
+        shared: tokens of one more segment, which all of them continue.
         targets: ends of the adapted modules' names, None for all but the head.
         whole: ends of the names of tensors that are trained as they are.
         tokens: rows of the embedding that are trained.
@@ -149,7 +151,9 @@ def decoder_case(
     slots = {key: slot for key, slot in slots.items() if f"{key}.weight" not in instead}
     if tokens:
         trained += (TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens),)
-    batch = random_batch(config, documents, draw, shared)
+    if shared:
+        documents, parents = (shared, *documents), (-1, *(0,) * len(documents))
+    batch = random_batch(config, documents, draw, parents)
     if not supervised:
         batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
     weights = random_weights(config, draw)

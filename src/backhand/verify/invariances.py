@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import common_tokens, pack
+from backhand.data.packing import pack
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import block_forward
@@ -66,15 +66,15 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
             bound,
             kind="invariances",
         )
-        shared = common_tokens(examples) if decoder.shares_prefixes else 0
-        if shared:
-            once = pack(examples, shared=shared, device=decoder.device)
-            statement = "shared prefix = a prefix in each row, gradient"
+        once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
+        saved = len(whole.input_ids) - len(once.input_ids)
+        if saved:
+            statement = "shared beginnings = beginnings in each row, gradient"
             yield ModelProof(
                 f"{statement}, float64",
                 relative_error(_exact_gradient(decoder, [once]), exact),
                 FLOAT64_BOUND,
-                f"the first {shared} tokens of each computed once",
+                f"{saved} of {len(whole.input_ids)} tokens not computed again",
                 "invariances",
             )
             difference = relative_error(_gradient(decoder, [once]), together)
@@ -204,7 +204,7 @@ def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     assert lora is not None
 
     def logits() -> Tensor:
-        return decoder.logits(batch.input_ids, batch.document_lengths).double()
+        return decoder.logits(batch.input_ids, batch.lengths).double()
 
     adapted = logits()
     decoder.detach()

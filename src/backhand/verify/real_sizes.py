@@ -25,6 +25,7 @@ from backhand.ops.adapted_glu import adapted_glu_backward, adapted_glu_forward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.attention_blocks import attention_blocks_backward, attention_blocks_forward
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from backhand.ops.document_groups import Run
 from backhand.ops.embedding import embedding_backward, embedding_forward
 from backhand.ops.frozen_matrix import frozen_linear
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
@@ -241,7 +242,7 @@ def _attention(size: float) -> RealSize:
     tensors = {name: draw.normal(KEYS, 1, 32, size=size if name in "qk" else 1.0) for name in ("q", "k", "v", "d_y")}
 
     def by_hand(t: Tensors) -> ByHand:
-        y, saved = attention_forward(t["q"], t["k"], t["v"], ((0, 1, KEYS),), scaling)
+        y, saved = attention_forward(t["q"], t["k"], t["v"], (Run(0, 1, KEYS),), scaling)
         return ByHand(y, _by_input(attention_backward(t["d_y"], saved)))
 
     def usual(t: Tensors) -> Tensor:
@@ -386,7 +387,7 @@ def _gated_delta_rule() -> RealSize:
         "beta": torch.sigmoid(draw.normal(tokens, 1)),
         "d_y": draw.normal(tokens, 1, width),
     }
-    inputs, runs = ("q", "k", "v", "decay", "beta"), ((0, 1, tokens),)
+    inputs, runs = ("q", "k", "v", "decay", "beta"), (Run(0, 1, tokens),)
 
     def by_hand(t: Tensors) -> ByHand:
         q, k, v, decay, beta = (t[name] for name in inputs)

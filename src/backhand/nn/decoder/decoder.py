@@ -71,7 +71,7 @@ class Decoder:
             without factors (whole modules, rows of the embedding); these stand in the place of the base's.
         lora: the attached adapter, or None.
         recompute: `none`, `mlp` or `block`: what the backward pass computes again instead of keeping it.
-        shares_prefixes: whether batches may have a shared prefix; not where angles depend on a document's length.
+        shares_prefixes: whether documents of a batch may share any; not where angles depend on a document's length.
     """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, recompute: str = "none") -> None:
@@ -208,12 +208,12 @@ class Decoder:
 
         What the pass carries is made here where it is not given and the family has anything.
         """
-        if batch.shared_prefix and not self.shares_prefixes:
-            raise ValueError("a shared prefix would be rotated by the length of one document alone")
+        if batch.parents and not self.shares_prefixes:
+            raise ValueError("what documents share would be rotated by the length of one document alone")
         tables, scratch = self.rotary_tables(batch.positions, batch.reach), Scratch()
         carried = carried or self.carried(batch.input_ids)[0]
         contexts = [
-            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, batch.shared_prefix, number, carried)
+            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, carried)
             for number, (sized, layer, (table, queries)) in enumerate(
                 zip(self._sized, self.config.layers, tables, strict=True)
             )
@@ -330,11 +330,11 @@ class Decoder:
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, in the order of the positions, without gradients and without dropout."""
+        """(supervised tokens,) losses in nats, document by document, without gradients and without dropout."""
         supervised = batch.supervised_positions
         x = self._passed(batch, len(self.config.layers), supervised)
         (normed, _), targets = self._final_norm(x), batch.labels[supervised]
-        return self._head_losses(normed, targets, None, None)
+        return batch.of_documents(self._head_losses(normed, targets, None, None))
 
     def _head_losses(
         self, normed: Tensor, targets: Tensor, dropout_seed: int | None, scratch: Scratch | None
@@ -352,7 +352,7 @@ class Decoder:
         return scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Σ nats over supervised positions, 0-d float64, without gradients and without dropout."""
+        """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)
 
     @torch.no_grad()
@@ -373,7 +373,7 @@ class Decoder:
                 gradient the head computes along with it.
 
         Returns:
-            The loss, 0-d float64: Σ nats over supervised positions, or what `token_loss` says.
+            The loss, 0-d float64: Σ nats over supervised tokens, or what `token_loss` says.
 
         Raises:
             ValueError: without an attached adapter, or for a batch that enters above something trained.
@@ -437,11 +437,12 @@ class Decoder:
         assert lora is not None
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
-        multiplier: float | Tensor = loss_scaling
+        multiplier: float | Tensor = loss_scaling if batch.weights is None else loss_scaling * batch.weights
         loss: Tensor | None = None
         if token_loss is not None:
-            loss, d_log_p = token_loss(-self._head_losses(normed, targets, dropout_seed, scratch))
-            multiplier = -loss_scaling * d_log_p  # of the nats
+            log_p = batch.of_documents(-self._head_losses(normed, targets, dropout_seed, scratch))
+            loss, d_log_p = token_loss(log_p)
+            multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
         if self._head_is_plain():
             # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
             factors = self.head_factors(dropout_seed)
@@ -476,4 +477,4 @@ class Decoder:
         d_x, d_weight = rms_norm_backward(d_normed, norm, weight_gradient=trained)
         if d_weight is not None:
             lora.gradient(name).add_(d_weight)
-        return d_x, losses.sum(dtype=torch.float64) if loss is None else loss
+        return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
