@@ -161,7 +161,7 @@ def test_a_shape_is_cut_to_whole_documents(shape: StepShape, limit: int) -> None
     cut = shape.cut(limit)
     batch = cut.batch(7, torch.device("cpu"))
     assert len(batch.input_ids) == cut.tokens <= max(limit, 1) and int(batch.input_ids.max()) < 7
-    assert batch.supervised_tokens == cut.supervised_tokens <= shape.supervised_tokens
+    assert len(batch.supervised_positions) == cut.supervised_tokens <= shape.supervised_tokens
     assert sum(cut.lengths) == cut.tokens
     assert cut is shape if shape.tokens <= limit else cut.tokens > limit // 3
 

@@ -253,7 +253,7 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     texts = [("what comes after one", " two"), ("what comes after night", " the day"), ("what comes after all", " it")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
     report = verify(options(models("llama"), rows))
-    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared beginnings"))
+    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared prefix"))
     assert report.passed and exact.proof.endswith("float64")
     assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
     right = BlockwiseStep.context
@@ -271,7 +271,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
     texts = [("what comes after one", " two"), ("what comes after night", " the day")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
     report = verify(options(models("phi3-longrope"), rows))
-    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared beginnings")]
+    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared prefix")]
 
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):

@@ -1,7 +1,7 @@
 """What must not change the result, measured on a model and its rows in the dtype that training uses.
 
 - packed = unpacked: documents in one batch, or each in its own;
-- shared prefix = a prefix in each row: the tokens with which all documents begin computed once, or in each of them;
+- shared prefix = a prefix in each row: the tokens with which documents begin alike computed once, or in each of them;
 - accumulated = one batch: the same documents in several micro-batches;
 - recomputed = kept: `recompute` none, mlp and block.
 
@@ -69,7 +69,7 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
         saved = len(whole.input_ids) - len(once.input_ids)
         if saved:
-            statement = "shared beginnings = beginnings in each row, gradient"
+            statement = "shared prefix = a prefix in each row, gradient"
             yield ModelProof(
                 f"{statement}, float64",
                 relative_error(_exact_gradient(decoder, [once]), exact),
