@@ -1,4 +1,4 @@
-"""Documents in segments, drawn at random, against each document by itself: loss, every gradient, every log-probability."""
+"""Documents in segments, drawn at random, against each by itself: loss, every gradient, every log-probability."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def decoder_of(variant: str, dtype: torch.dtype) -> Decoder:
 
 @st.composite
 def forests(draw: st.DrawFn) -> PackedBatch:
-    """Segments of a few tokens, in any order that a batch may have; documents end where none continues, and elsewhere."""
+    """Segments of a few tokens, in any order that a batch may have; documents end with leaves, and elsewhere."""
     lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
     parents: list[int] = []
     path: list[int] = []

@@ -215,7 +215,8 @@ class RowPacker:
         self.examples = examples
         self._share_prefixes = share_prefixes
         self._supervised = [example.supervised_tokens for example in examples]
-        ends = np.cumsum([len(example.documents) for example in examples], dtype=np.int64).tolist()
+        self._documents = [example.documents for example in examples]
+        ends = np.cumsum([len(documents) for documents in self._documents], dtype=np.int64).tolist()
         self._places = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self.by_document = self
         self.lengths: list[int] = []
@@ -236,7 +237,7 @@ class RowPacker:
 
         The batch's documents are those of `documents`, in their order.
         """
-        documents = [document for row in rows for document in self.examples[row].documents]
+        documents = [document for row in rows for document in self._documents[row]]
         return filled_up(pack(documents, share=self._share_prefixes, device=device))
 
     def forest(self, rows: Sequence[int]) -> Forest:

@@ -10,38 +10,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
-from backhand.ops.document_groups import Run, segments, tokens_of
+from backhand.ops.document_groups import segments, tokens_of
 from backhand.verify.case import Backward, Mutant, wrong
 from backhand.verify.scaffold import PACKED, Given, Op, placed
 
 SCALING = 0.37
 
 
-def _usual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    runs: tuple[Run, ...],
-    window: int | None,
-    cap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _usual(given: Given) -> Tensor:
+    q, rest = given["q"], (given["cap"], given.get("sinks"), given["scaling"])
     outputs = [q[:0] * 0]
-    for (start, stop), before in segments(runs):
+    for (start, stop), before in segments(given["runs"]):
         seen = [*before, *range(start, stop)]
-        parts = [part[seen].transpose(0, 1)[None] for part in (q, k, v)]
-        attended = usual_attention(parts, visible(len(seen), window, q.device), cap, sinks)
+        parts = [given[name][seen].transpose(0, 1)[None] for name in "qkv"]
+        attended = usual_attention(parts, visible(len(seen), given["window"], q.device), *rest)
         outputs.append(attended[0].transpose(0, 1)[len(before) :])
     return torch.cat(outputs)
 
 
-def usual_attention(parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+def usual_attention(
+    parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
+) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
     q, k, v = parts
     if cap is None and sinks is None:
-        return functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * SCALING
+    scores = q @ k.mT * scaling
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~mask, float("-inf"))
