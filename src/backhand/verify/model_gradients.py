@@ -182,8 +182,12 @@ class GradientProofs:
             "lm_head.weight": head,
         }
         labels = step.batch.labels[step.batch.supervised_positions]
+
+        def of_nats(nats: Tensor) -> Tensor:
+            return self._of_nats(step.batch.of_documents(nats))
+
         with torch.enable_grad():
-            loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves), self._of_nats)
+            loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves), of_nats)
         by_autograd = self._gradients((step.loss_scaling * loss,), (torch.ones_like(loss),), leaves)
         self._compare("d_x of the head", d_x, by_autograd["x"])
         self._compare_factors(names, by_autograd)

@@ -79,9 +79,9 @@ class Placed(NamedTuple):
 def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:
     """Of the tokens of these segments."""
     spans = [
-        ((start, start + run.length), run.before)
+        ((run.start + place * run.length, run.start + (place + 1) * run.length), run.before)
         for run in runs
-        for start in range(run.start, run.start + run.number * run.length, run.length)
+        for place in range(run.number)
     ]
     tokens = spans[-1][0][1] if spans else 0
     position = torch.zeros(tokens, dtype=torch.int64)
