@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ from backhand.training.resume import (
     resumed_config,
     state_digests,
 )
+from backhand.training.shared import Shared
 from backhand.training.state import PROGRESS_FILE, Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 
@@ -78,6 +79,8 @@ class JobRun:
         interruption: whether somebody asked to stop.
         checkpoint: to go on from; None for a run that begins.
         processes: that share the run; the first one writes.
+        shared: with other runs of this process.
+        pause_at: a step to stop after, with a checkpoint; None for none before the last.
         begun: whether what lies in the directory is this run's.
     """
 
@@ -87,6 +90,8 @@ class JobRun:
     interruption: Interruption
     checkpoint: Checkpoint | None
     processes: Processes
+    shared: Shared = field(default_factory=Shared)
+    pause_at: int | None = None
     begun: bool = False
     _frozen_digest: str | None = None
 
@@ -121,7 +126,8 @@ class JobRun:
             self._check_same(state)
             save = self._saving(saver, state)
             digest, noted = base_guard.digest, self.observer.noted
-            kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
+            keeps = keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted, shared=self.shared)
+            kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(state, kept, log)
             loop = TrainingLoop(
                 job.bound.model,
@@ -237,7 +243,12 @@ class JobRun:
             if not loop.run(until_step=begin):
                 return False
             save(False)
-        return loop.run()
+        if self.pause_at is None:
+            return loop.run()
+        if not loop.run(until_step=self.pause_at):
+            return False
+        save(False)  # unless it is saved
+        return loop.state.progress.finished
 
     def _guard_base(self, log: ProofLog) -> BaseGuard:
         """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
@@ -351,6 +362,8 @@ def train(
     callbacks: Iterable[Callback] = (),
     files: FileLayer | None = None,
     typed: frozenset[str] = frozenset(),
+    shared: Shared | None = None,
+    pause_at: int | None = None,
 ) -> RunSummary:
     """Train as `config` says; what is left behind stands in the run directory, see docs.
 
@@ -363,6 +376,8 @@ def train(
         files: the file layer, for tests.
         typed: names of options that were given even where they have their default value; matters when resuming,
             and when starting from an adapter.
+        shared: what other runs of this process have left for this one, and the other way round.
+        pause_at: stop after this step as after a signal; the run can be continued.
 
     Returns:
         what the run came to, as summary.json has it.
@@ -370,13 +385,14 @@ def train(
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
         CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
-        Interrupted: after a signal and a checkpoint.
+        Interrupted: after a signal and a checkpoint; or after `pause_at`, as one of the number 0.
     """
     config.validate()
     if not in_a_group():
         if config.run.workers > 1:
             return launched(config, typed)
-        return _train(config, callbacks, files, typed | typed_elsewhere(), Processes())
+        given = typed | typed_elsewhere()
+        return _train(config, callbacks, files, given, Processes(), shared, pause_at)
     from backhand.training.distributed import joined
 
     with joined(config.run.reduce) as processes:
@@ -389,6 +405,8 @@ def _train(
     files: FileLayer | None,
     typed: frozenset[str],
     processes: Processes,
+    shared: Shared | None = None,
+    pause_at: int | None = None,
 ) -> RunSummary:
     """One process's part of `train`."""
     begun_from_option = {"run.from_adapter": config.run.from_adapter}  # of rank 0 in what follows
@@ -422,9 +440,10 @@ def _train(
             checkpoint = shared_checkpoint(checkpoint, processes)
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-                job = build_job(config, machine, typed, processes)
+                shared = shared or Shared()
+                job = build_job(config, machine, typed, processes, shared)
                 told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
-                job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
+                job_run = JobRun(job, directory, told, interruption, checkpoint, processes, shared, pause_at)
                 try:
                     return job_run.train()
                 except BaseException as error:
