@@ -31,7 +31,7 @@ from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
-from backhand.training.config import TrainConfig
+from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config, read_table, tables_as
 from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
@@ -241,7 +241,7 @@ class Search:
         observer = _TrialObserver(self, trial)
         try:
             with self.showing(observer.text(0)) as observer.show:
-                train(config, callbacks=[observer], shared=self.shared, pause_at=pause_at)
+                train(_as_typed(config), callbacks=[observer], shared=self.shared, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
@@ -356,6 +356,12 @@ class Search:
 
 
 _PAUSED = 128
+
+
+def _as_typed(config: TrainConfig) -> TrainConfig:
+    """The run to begin; or to go on with, whose options stand in its directory."""
+    run = config.run
+    return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
 
 
 def _records(path: Path) -> list[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from backhand.search.options import SearchOptions
@@ -80,12 +80,13 @@ class Schedule:
 
     def runs(self) -> float:
         """What the whole search trains, in runs from beginning to end."""
-        total, at = 1.0, self.count - 1
-        total += at * self.stages[0].share
-        at += 1
+        at = self.count
+        total = at * self.stages[0].share
         for stage in range(1, self.last):
             at = self.promoted(stage, at)
             total += at * (self.stages[stage].share - self.stages[stage - 1].share)
+        if self.last > 1:  # the first trial goes on to the end, for the comparison
+            total += 1 - self.stages[0].share
         return total + 2 * (self.options.seeds - 1)
 
     def next(self, study: Study, *, may_begin: bool) -> Trial | Wait | None:
@@ -101,8 +102,7 @@ class Schedule:
                 return trial
         own = [trial for trial in trials if trial.repeats is None]
         if len(own) < self.count and (may_begin or not own):
-            goal = 1 if own else self.last  # the first is what the best is compared with
-            return study.begin(self.proposed(own), self.seed, goal)
+            return study.begin(self.proposed(own), self.seed, goal=1)
         if any(trial.due for trial in trials):
             return "wait"
         promoted = self._promote(study, own)
@@ -120,9 +120,13 @@ class Schedule:
         return None
 
     def _repeat(self, study: Study, trials: Sequence[Trial]) -> Trial | None:
+        """What the best is compared with: the options as given to the end, and both with other seeds."""
         best = best_of(trials, self.last)
         if best is None:
             return None
+        if trials[0].goal < self.last and trials[0].failed is None and study.hold(trials[0]):
+            study.write(0, {"goal": self.last})
+            return replace(trials[0], goal=self.last)
         there = {(trial.repeats, trial.seed) for trial in trials}
         for more in range(1, self.options.seeds):
             for trial in (best, trials[0]):
