@@ -40,7 +40,8 @@ def work(search: Schedule, study: Study, steps: int = 10_000) -> float:
         trained += shares[trial.goal] - shares[trial.done]
         losses = [loss(trial, stage) for stage in range(1, trial.goal + 1)]
         with study.locked():
-            study.write(trial.number, {"losses": losses, "done": trial.goal, "steps": 1})
+            found = {"losses": losses, "done": trial.goal, "steps": 1}
+            study.write(trial.number, found, over=trial.goal == search.last)
         study.let_go(trial)
     return trained
 
@@ -145,7 +146,7 @@ def test_values_of_a_trial_that_failed_are_not_tried_again_nearby(tmp_path: Path
             assert isinstance(trial, Trial)
             failed = float(trial.values["learning_rate"]) > 2e-3
             found = {"failed": "not finite"} if failed else {"losses": [loss(trial, 1)], "done": 1, "steps": 1}
-            study.write(trial.number, found, over=True)
+            study.write(trial.number, found, over=not failed)
             study.let_go(trial)
     later = study.trials()[7:]
     assert sum(trial.failed is not None for trial in later) < len(later) / 2

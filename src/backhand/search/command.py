@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.data.packing import Sampler
-from backhand.errors import BackhandError, UsageError
+from backhand.errors import BackhandError, CheckError, UsageError
 from backhand.files import make_directory, write_atomically
 from backhand.nn.compute import compute_settings
 from backhand.printing import SILENCE_S, say, silent_for_s
@@ -77,7 +78,9 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
         try:
             search.work()
         except KeyboardInterrupt:
-            raise UsageError("stopped between two trials; all of them are saved", next_step=search.again) from None
+            stopped = Interrupted(signal.SIGINT, 0, f"go on with {search.again}")
+            stopped.what = "interrupted; every trial is kept as it was saved last"
+            raise stopped from None
     return search.finish()
 
 
@@ -175,7 +178,7 @@ class Search:
         self.rows = len(outline.train.examples)
         digests = {"data": outline.train.digest, "held_out": outline.held_out.digest}
         path = self.directory / "rows.json"
-        if self.config.run.resume and path.exists() and json.loads(read_settings(path)) != digests:
+        if path.exists() and json.loads(read_settings(path)) != digests:
             raise UsageError(
                 "the rows are not those that the search began with",
                 where=str(self.directory),
@@ -187,8 +190,8 @@ class Search:
         self.config = replace(self.config, model=model)
         if not self.config.run.resume:
             make_directory(self.directory)
-            write_atomically(path, json.dumps(digests, indent=1).encode())
             write_atomically(self.directory / SEARCH, dump_config(self.config).encode())
+        write_atomically(path, json.dumps(digests, indent=1).encode())
 
     def tell_plan(self, outline: Outline) -> None:
         """Say what is about to happen."""
@@ -246,8 +249,8 @@ class Search:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
         except BackhandError as error:
-            if trial.number == 0 and trial.done == 0:
-                raise  # the run as it was given
+            if trial.number == 0 and not isinstance(error, CheckError):
+                raise  # something is wrong with the run as it was given
             failed = error.one_line
         losses = self._losses(config, stage)
         spent_s = trial.spent_s + time.monotonic() - began
@@ -256,7 +259,7 @@ class Search:
         if failed is not None or not losses or not math.isfinite(losses[-1]):
             found = {"failed": failed or "its held-out loss is not finite", "spent_s": found["spent_s"]}
         with self.study.locked():
-            self.study.write(trial.number, found, over=True if stage == self.schedule.last else None)
+            self.study.write(trial.number, found, over=stage == self.schedule.last)
             trials = self.study.trials()
         self.run_s = _run_s(trials, self.steps(self.config)) or self.run_s
         if stage == self.schedule.last and failed is None:
@@ -342,12 +345,9 @@ class Search:
         return f"trial {trial.name} ({what}{values}{again})"
 
     def finish(self) -> SearchResult:
-        """Close the study, publish the best adapter, write search.json and the page, and say what came of it."""
+        """Publish the best adapter, write search.json and the page, and say what came of it."""
         with self.study.locked():
             trials = self.study.trials()
-            for trial in trials:
-                if not trial.due and trial.done < self.schedule.last:
-                    self.study.write(trial.number, {}, over=False)
             result = result_of(self.config, self.schedule, trials, self.steps(self.config))
             target = write_result(result, self.config, self.schedule, trials)
         if not self.config.run.quiet:

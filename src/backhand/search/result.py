@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ class SearchResult:
         output, adapter: the directory of the search, and the best adapter in it.
         best: number of the best trial.
         values: its values.
-        loss, given_loss: held-out loss of the best trial, and of the options as they were given; mean over the seeds.
+        loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
+            None where these came to no end.
         differences: the second minus the first, for each seed.
         sentence: what to use, and by how much it is better.
         command: the command that repeats the best trial.
@@ -44,7 +46,7 @@ class SearchResult:
     best: int
     values: Values
     loss: float
-    given_loss: float
+    given_loss: float | None
     differences: tuple[float, ...]
     sentence: str
     command: str
@@ -78,7 +80,7 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         CheckError: none of them came to its end.
     """
     best, given = best_of(trials, schedule.last), trials[0]
-    if best is None or given.failed is not None:
+    if best is None:
         raise CheckError(
             "no trial came to its end",
             where=str(config.run.output),
@@ -89,9 +91,10 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         {trial.seed: trial.loss_at(schedule.last) for trial in trials if one.number in (trial.number, trial.repeats)}
         for one in (best, given)
     ]
-    seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    seeds = [seed for seed in by_seed[0] if by_seed[1].get(seed, math.inf) < math.inf] if not given.failed else []
     differences = tuple(by_seed[1][seed] - by_seed[0][seed] for seed in seeds)
-    means = [statistics.mean(losses[seed] for seed in seeds) for losses in by_seed]
+    loss = statistics.mean(by_seed[0][seed] for seed in seeds or by_seed[0])
+    given_loss = statistics.mean(by_seed[1][seed] for seed in seeds) if seeds else None
     output, own = config.run.output, [trial for trial in trials if trial.repeats is None]
     path = output / TRIALS / best.name / CONFIG
     return SearchResult(
@@ -99,10 +102,10 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         adapter=str(output / ADAPTER),
         best=best.number,
         values=best.values,
-        loss=means[0],
-        given_loss=means[1],
+        loss=loss,
+        given_loss=given_loss,
         differences=differences,
-        sentence=_sentence(best, given, means, differences),
+        sentence=_sentence(best, loss, given_loss, differences),
         command=f"backhand train {shlex.quote(str(path))} --output runs/again",
         importance=schedule.importance(trials),
         trials=len(own),
@@ -112,12 +115,15 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
     )
 
 
-def _sentence(best: Trial, given: Trial, means: Sequence[float], differences: Sequence[float]) -> str:
+def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float]) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
-    if best.number == given.number:
-        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({means[1]:.4f})."
-    gain, share = means[1] - means[0], (means[1] - means[0]) / abs(means[1]) if means[1] else 0.0
-    said = f"Use {options}: held-out loss {means[0]:.4f}, {share:.1%} lower than {means[1]:.4f} as given"
+    if given_loss is None:
+        return f"Use {options}: held-out loss {loss:.4f}; with the options as given the run failed."
+    if best.number == 0:
+        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f})."
+    gain = given_loss - loss
+    share = gain / abs(given_loss) if given_loss else 0.0
+    said = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"
     if len(differences) < 2:
         return f"{said}, with one seed each; --resume --seeds 3 tells whether that is more than chance."
     spread = statistics.stdev(differences)

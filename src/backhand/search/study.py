@@ -92,11 +92,11 @@ class Study:
         self._distributions = distributions(dimensions, given)
         self._optuna = optuna_installed()
         self._held: dict[int, int] = {}
-        make_directory(directory / TRIALS)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process reads or writes the study."""
+        make_directory(self.directory / TRIALS)
         descriptor = _open(self.directory / "search.lock")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -137,11 +137,12 @@ class Study:
         self.hold(trial)
         return trial
 
-    def write(self, number: int, attributes: Mapping[str, Any], *, over: bool | None = None) -> None:
+    def write(self, number: int, attributes: Mapping[str, Any], *, over: bool = False) -> None:
         """Set what a trial's fields of these names are.
 
         Args:
-            over: whether it came to its end (True) or will not (False), as Optuna has it; None while that is open.
+            over: whether it has come to its end. One that stopped early has not, and Optuna has it as running: nothing
+                of a trial that is over can be changed any more.
         """
         study, states = self._study(), self._optuna.trial.TrialState
         storage = study._storage
@@ -152,11 +153,10 @@ class Study:
             storage.set_trial_user_attr(trial._trial_id, name, value)
         for stage, loss in enumerate(attributes.get("losses", ()), 1):
             storage.set_trial_intermediate_value(trial._trial_id, stage, loss)
-        if over is not None:
-            losses = [*attributes.get("losses", ()), *trial.user_attrs.get("losses", ())]
-            failed = "failed" in attributes or not losses
-            state = states.FAIL if failed else states.COMPLETE if over else states.PRUNED
-            storage.set_trial_state_values(trial._trial_id, state, [min(losses)] if state == states.COMPLETE else None)
+        if "failed" in attributes:
+            storage.set_trial_state_values(trial._trial_id, states.FAIL)
+        elif over:
+            storage.set_trial_state_values(trial._trial_id, states.COMPLETE, [min(attributes["losses"])])
 
     def hold(self, trial: Trial) -> bool:
         """Keep other processes from this trial; False where one has it."""
