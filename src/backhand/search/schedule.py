@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from backhand.search.options import SearchOptions
 from backhand.search.space import Dimension, Values, evenly, grid
 from backhand.search.study import Study, Trial, distributions, optuna_installed
-from backhand.training.loop import derived_seed
+from backhand.training.step_plan import derived_seed
 
 
 class Stage(NamedTuple):

@@ -77,16 +77,6 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     )
 
 
-def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each module's gradient put in the place of the next one of the same shape."""
-    result = list(gradients)
-    for shape in {gradient.shape for gradient in gradients}:
-        places = [place for place, gradient in enumerate(gradients) if gradient.shape == shape]
-        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
-            result[place] = gradients[neighbour]
-    return tuple(result)
-
-
 def lora_parameters(
     slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype, trained: tuple[TrainedTensor, ...] = ()
 ) -> LoRAParameters:
@@ -113,10 +103,7 @@ def block_case(
     """A block of a tiny decoder on random documents, all its tensors drawn by `name`.
 
     Args:
-        name: of the case.
         family: as in `family_of`.
-        layer: which of its layers.
-        documents: their lengths, tokens.
         targets: ends of the adapted modules' names, None for all of them.
         dropout: in front of lora_A.
         recompute: as in `block_forward`.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
 from backhand.nn.loading.source import token_ids
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000
 MOST_ELEMENTS = 2**40
@@ -76,6 +77,23 @@ def common_fields(
         max_position_embeddings=max_positions,
         eos_token_ids=tuple(token_ids(fields.value("eos_token_id"))),
     )
+
+
+def window_everywhere(fields: ConfigFields, window: int | None, **own: Any) -> DecoderConfig:
+    """`common_fields` of a family whose layers all have the same window, or none."""
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    return common_fields(fields, window=window, is_sliding=lambda _: window is not None, **own)
+
+
+def with_biases(fields: ConfigFields, decoder: DecoderConfig, default: bool = False) -> DecoderConfig:
+    """With `attention_bias` on q, k, v and o alike."""
+    bias = fields.flag("attention_bias", default)
+    return replace(decoder, qkv_bias=bias, output_bias=bias)
+
+
+def stated_window(fields: ConfigFields) -> int | None:
+    """No window where the field is null or absent."""
+    return None if fields.value("sliding_window") is None else fields.integer("sliding_window")
 
 
 def window_size(fields: ConfigFields) -> int | None:

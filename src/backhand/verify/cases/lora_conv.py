@@ -11,7 +11,8 @@ from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, convolution
 from backhand.ops.lora_linear import Dropout
 from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.cases.lora_linear import next_seed
+from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
@@ -20,20 +21,14 @@ def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
     return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
 
 
-def _usual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    geometry: ConvGeometry,
-    mask: Tensor | None,
-) -> Tensor:
+def _usual(given: Given) -> Tensor:
+    x, geometry, mask = given["x"], given["geometry"], given["mask"]
     ones = (1,) * (x.ndim - 2)
-    h = convolution(x if mask is None else x * mask, lora_A, None, geometry._replace(groups=1))
+    h = convolution(x if mask is None else x * mask, given["lora_A"], None, geometry._replace(groups=1))
     at_one_place = ConvGeometry(ones, (0,) * len(ones), ones, geometry.groups)
-    return convolution(x, weight, bias, geometry) + scaling * convolution(h, lora_B, None, at_one_place)
+    y: Tensor = convolution(x, given["weight"], given.get("bias"), geometry)
+    y = y + given["scaling"] * convolution(h, given["lora_B"], None, at_one_place)
+    return y
 
 
 def _geometry(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
@@ -89,10 +84,6 @@ def _kernel_flipped(tensor: Tensor) -> Tensor:
     return tensor.flip(*range(2, tensor.ndim))
 
 
-def _next_seed(s: LoRAConvSaved) -> Dropout | None:
-    return s.dropout and s.dropout._replace(seed=s.dropout.seed + 1)
-
-
 def _places(s: LoRAConvSaved) -> int:
     return max(s.h[:, 0].numel(), 1)
 
@@ -110,7 +101,7 @@ MUTANTS = (
     wrong("kernel flipped", "d_lora_A", lambda d: _kernel_flipped(d)),
     wrong("height and width swapped", "d_lora_A", lambda d: _last_two_swapped(d)),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask of another seed", "d_lora_A", dropout=lambda s: _next_seed(s)),
+    OP.redo("mask of another seed", "d_lora_A", dropout=next_seed),
     wrong("mean for sum", "d_lora_A d_lora_B", lambda s, d: d / _places(s)),
     OP.redo("batch reversed", "d_lora_A", g=lambda g: g.flip(0)),
     OP.redo("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),
