@@ -50,7 +50,7 @@ class Trainable(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
+        """Whether documents of a batch may share what they begin with."""
         ...
 
     def attach(self, lora: LoRAParameters) -> None:
@@ -209,7 +209,7 @@ class Engine(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
+        """Whether documents of a batch may share what they begin with."""
         ...
 
     @property
