@@ -16,6 +16,8 @@ from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import passes as passes_module
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.weights import DecoderWeights
+from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig
 from backhand.training.kept_states import KeptStates
 from backhand.training.observer import Observer
@@ -104,18 +106,18 @@ def watched() -> Iterator[Computed]:
             computed.lower[in_step[0]] += 1
         return block(x, weights, *rest)
 
-    def watched_from_source(*arguments: Any, **named: Any) -> Decoder:
-        made = from_source(*arguments, **named)
-        watching[:] = [made.weights.blocks[0]]
+    def watched_load(*arguments: Any, **named: Any) -> DecoderWeights:
+        made = load(*arguments, **named)
+        watching[:] = [made.blocks[0]]
         return made
 
     watching: list[Any] = []
-    from_source = Decoder.from_source
+    load = decoder_engine.load_weights
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeptStates, "_compute", watched_compute)
         patch.setattr(KeptStates, "_compared", watched_compared)
         patch.setattr(Decoder, "loss_and_gradients", watched_step)
-        patch.setattr(Decoder, "from_source", watched_from_source)
+        patch.setattr(decoder_engine, "load_weights", watched_load)
         patch.setattr(passes_module, "block_forward", watched_block)
         yield computed
 

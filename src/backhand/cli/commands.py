@@ -72,6 +72,13 @@ def _training_config(path: Path) -> Any:
     return load_config(path)
 
 
+def _search_config(path: Path) -> Any:
+    from backhand.search.options import SearchConfig
+    from backhand.training.config_file import read_table, tables_as
+
+    return tables_as(SearchConfig, read_table(path), str(path))
+
+
 def _plan_of_config(path: Path) -> Any:
     from backhand.training.memory.options import PlanOptions
 
@@ -94,6 +101,15 @@ COMMANDS = (
         "backhand.training.config:TrainConfig",
         "backhand.report.train:train",
         file=_training_config,
+        tell_typed=True,
+    ),
+    Command(
+        "search",
+        "Find the best learning rate, or any options, by runs that stop early where they are not the best.",
+        "backhand search --data rows.jsonl --eval-fraction 0.2 --output runs/search",
+        "backhand.search.options:SearchConfig",
+        "backhand.search.command:search_command",
+        file=_search_config,
         tell_typed=True,
     ),
     Command(

@@ -244,6 +244,43 @@ def spectra(changes: Sequence[ModuleChange]) -> Spec:
     }
 
 
+def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
+    """Held-out losses of a search's trials against one of its settings.
+
+    Args:
+        rows: {"x", "loss", "reached", "trial"}.
+        name: of the setting.
+        kind: of its axis: `nominal`, `linear` or `log`.
+        reached: how far trials may have come, in order.
+    """
+    scale = {"type": "log", "nice": False} if kind == "log" else {"zero": False}
+    numbers: Spec = {"type": "quantitative", "scale": scale, "axis": {"format": ".2~g", "tickCount": 6}}
+    choices: Spec = {"type": "nominal", "axis": {"labelAngle": 0}}
+    losses: Rows = [{"value": row["loss"]} for row in rows]
+    y_scale: Spec = {"type": "log", "nice": False} if _spans(losses) else {"zero": False}
+    return {
+        **_base(rows, 260),
+        "mark": {"type": "point", "filled": True, "size": 90, "opacity": 0.85},
+        "encoding": {
+            "x": {"field": "x", "title": name, **(choices if kind == "nominal" else numbers)},
+            "y": {"field": "loss", "type": "quantitative", "title": None, "scale": y_scale, "axis": {"format": ".6~g"}},
+            "color": {
+                "field": "reached",
+                "type": "nominal",
+                "scale": {"domain": list(reached), "range": list(COLOURS[: len(reached)])},
+                "legend": {},
+            },
+            "shape": {"field": "reached", "type": "nominal", "scale": {"domain": list(reached)}, "legend": {}},
+            "tooltip": [
+                {"field": "trial", "type": "nominal"},
+                {"field": "x", "type": "nominal", "title": name},
+                {"field": "loss", "type": "quantitative", "title": "held-out loss", "format": ".4~g"},
+                {"field": "reached", "type": "nominal", "title": "came"},
+            ],
+        },
+    }
+
+
 def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
     """How many documents have how many tokens; `bins` as facts.json has them."""
     rows = [

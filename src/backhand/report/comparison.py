@@ -21,14 +21,18 @@ _OF_NO_INTEREST = frozenset({"run.output", "run.resume", "run.overwrite", "run.q
 
 def comparison_page(runs: Sequence[RunRecord]) -> bytes:
     """The page as one HTML file; the runs keep their order."""
-    names = short_names([run.path for run in runs])
+    values = comparison_values(runs, short_names([run.path for run in runs]))
+    return render("comparison.html.j2", values | {"title": f"{len(runs)} runs compared"})
+
+
+def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
+    """What the template shows of these runs under these names, but for the title."""
     named = list(zip(names, runs, strict=True))
     drawn = {
         "held-out": charts.loss_comparison(named, "eval_loss"),
         "training": charts.loss_comparison(named, "loss"),
     }
-    values = {
-        "title": f"{len(runs)} runs compared",
+    return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
         "best": _best(named),
@@ -37,7 +41,6 @@ def comparison_page(runs: Sequence[RunRecord]) -> bytes:
         "answers": _answers(named),
         "charts": {name: spec for name, spec in drawn.items() if spec["data"]["values"]},
     }
-    return render("comparison.html.j2", values)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

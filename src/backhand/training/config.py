@@ -102,6 +102,10 @@ class OptimizationOptions(Options):
     learning_rate: Positive = 2e-4
     """Highest learning rate of AdamW."""
 
+    loraplus_lr_ratio: Positive = 1.0
+    """LoRA+ [arXiv:2402.12354]: every lora_B that starts at zero has so many times the learning rate of the rest; 1 for
+    plain LoRA, 2 to 16 is usual."""
+
     schedule: Schedule = "linear"
     """How the rate falls after warm-up: `linear` or `cosine` to zero, or `constant`."""
 

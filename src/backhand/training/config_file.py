@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from backhand.errors import UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
@@ -92,7 +92,15 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
-    """Nested tables as a TrainConfig.
+    """Nested tables as a TrainConfig; see `tables_as`."""
+    return tables_as(TrainConfig, table, origin)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def tables_as(kind: type[Config], table: Table, origin: str) -> Config:
+    """Nested tables as a configuration of this kind.
 
     Args:
         table: `{"model": {…}, "data": {…}, "adapter": {…}, "optimization": {…}, "run": {…}}`, each part optional.
@@ -101,7 +109,7 @@ def config_from_table(table: Table, origin: str) -> TrainConfig:
     Raises:
         UsageError: an unknown key, with the nearest name, or a value of another type.
     """
-    config: TrainConfig = _dataclass_from(TrainConfig, table, origin, "")
+    config: Config = _dataclass_from(kind, table, origin, "")
     return config
 
 

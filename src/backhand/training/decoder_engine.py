@@ -33,6 +33,7 @@ from backhand.training.memory.coarse import decoder_size
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
+from backhand.training.shared import Shared
 from backhand.training.short_decoder import short_decoder
 
 
@@ -124,12 +125,17 @@ class DecoderEngine:
         device: torch.device,
         recompute: str = "none",
         base: HeldBase = "dense",
+        shared: Shared | None = None,
     ) -> BoundModel:
-        """Read the weights, and attach an adapter whose values are still zero."""
+        """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)
-        decoder = Decoder.from_source(
-            self._source, dtype=self._dtype, device=device, recompute=recompute, quantized=base == "quantized"
-        )
+
+        def read() -> DecoderWeights:
+            return load_weights(self._source, self.config, self._dtype, device, quantized=base == "quantized")
+
+        of_these = (self._source.path, self._dtype, device, base)
+        weights = (shared or Shared()).once("weights", of_these, read, only_newest=True)
+        decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
         return _BoundDecoder(decoder, lora, config, self._source, base_model)

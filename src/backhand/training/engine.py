@@ -27,6 +27,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
+from backhand.training.shared import Shared
 
 
 class Trainable(Protocol):
@@ -266,8 +267,9 @@ class Engine(Protocol):
         device: torch.device,
         recompute: str = "none",
         base: HeldBase = "dense",
+        shared: Shared | None = None,
     ) -> BoundModel:
-        """Read the weights, and attach an adapter whose values are still zero.
+        """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
 
         Raises:
             UsageError: a target matches nothing, or cannot be adapted.

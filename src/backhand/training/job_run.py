@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from backhand.nn.available_memory import available_bytes
@@ -52,6 +52,7 @@ from backhand.training.resume import (
     prove_resume,
     state_digests,
 )
+from backhand.training.shared import Shared
 from backhand.training.state import Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 from backhand.training.step_plan import StepPlan
@@ -68,6 +69,8 @@ class JobRun:
         interruption: whether somebody asked to stop.
         checkpoint: to go on from; None for a run that begins.
         processes: that share the run; the first one writes.
+        shared: with other runs of this process.
+        pause_at: a step to stop after, with a checkpoint; None for none before the last.
         begun: whether what lies in the directory is this run's.
     """
 
@@ -77,6 +80,8 @@ class JobRun:
     interruption: Interruption
     checkpoint: Checkpoint | None
     processes: Processes
+    shared: Shared = field(default_factory=Shared)
+    pause_at: int | None = None
     begun: bool = False
     _frozen_digest: str | None = None
 
@@ -111,7 +116,8 @@ class JobRun:
             self._check_same(state)
             save = self._saving(saver, state)
             digest, noted = base_guard.digest, self.observer.noted
-            kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
+            keeps = keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted, shared=self.shared)
+            kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(state, kept, log)
             judge = Judge(
                 job.bound.model,
@@ -231,7 +237,12 @@ class JobRun:
                 if not loop.run(until_step=begin):
                     return False
                 save(False)
-            return loop.run()
+            if self.pause_at is None:
+                return loop.run()
+            if not loop.run(until_step=self.pause_at):
+                return False
+            save(False)  # unless it is saved
+            return loop.state.progress.finished
 
     def _guard_base(self, log: ProofLog) -> BaseGuard:
         """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""

@@ -21,6 +21,7 @@ from backhand.runs.record_file import RecordFile
 from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.leading import versions
 from backhand.training.prepared import Job
+from backhand.training.shared import Shared
 
 
 @dataclass
@@ -46,11 +47,13 @@ def keeping(
     *,
     log: ProofLog,
     noted: Callable[[str], None],
+    shared: Shared,
 ) -> Iterator[Keeping]:
     """What the job's plan keeps; at the end it is let go, and what was on the disk is removed where `finished` is set.
 
     Args:
         log: told that what is kept was found to be what is computed.
+        shared: has what is kept in memory, for the next run on the same rows and layers.
     """
     kept, store = Keeping(), None
     packers = _packers(job)
@@ -60,7 +63,7 @@ def keeping(
         lower.compare_with(tokens)
         if job.states.where != "off":
             lengths = [length for packer in packers if packer is not None for length in _lengths(packer)]
-            store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted)
+            store = _store(job, directory, rank, frozen_digest, lengths, tokens, noted, shared)
     if lower is not None and store is not None:
         sets: list[KeptStates | None] = []
         first, layer = 0, below.layer
@@ -75,7 +78,7 @@ def keeping(
     try:
         yield kept
     finally:
-        if store is not None:
+        if isinstance(store, StatesOnDisk):
             store.close(remove=kept.finished)
         if kept.finished and rank == 0:  # with files of processes that are no longer part of the run
             with suppress(OSError):
@@ -137,10 +140,9 @@ def _store(
     lengths: list[int],
     tokens: int,
     noted: Callable[[str], None],
+    shared: Shared,
 ) -> StateStore | None:
     width = job.states.below.width
-    if job.states.where == "memory":
-        return StatesInMemory(lengths, width, job.dtype)
     facts = {
         "frozen": frozen_digest,
         "rows": [job.identity.data, job.identity.held_out],
@@ -153,6 +155,8 @@ def _store(
         "loops": describe(),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if job.states.where == "memory":
+        return shared.once("states", digest, lambda: StatesInMemory(lengths, width, job.dtype), only_newest=True)
     try:
         file = _opened(directory.files, directory, rank, digest)
     except OSError as error:

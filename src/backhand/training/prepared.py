@@ -37,6 +37,7 @@ from backhand.training.memory.speed import times_as_long
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
 from backhand.training.quantized_loss import quantization_notes
 from backhand.training.resume import Identity
+from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, set_values, start_notes
 from backhand.training.step import Processes
 from backhand.training.step_plan import default_warmup_steps
@@ -83,6 +84,7 @@ def outline_run(
     assumed_rows: bool = False,
     watched: bool = False,
     typed: frozenset[str] = frozenset(),
+    shared: Shared | None = None,
 ) -> Outline:
     """Everything about a run that is known before its weights are read; nothing is written.
 
@@ -92,11 +94,15 @@ def outline_run(
         assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
         watched: count a second model beside it, which answers while this one trains.
         typed: names of options that were given even where they have their default value.
+        shared: with other runs of this process.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
-    source = open_model(config.model.model, quantize=config.model.quantize)
+    shared, model = shared or Shared(), config.model
+    source = shared.once(
+        "source", (model.model, model.quantize), lambda: open_model(model.model, quantize=model.quantize)
+    )
     engine = choose_engine(config.model, source, machine.dtype)
     config = replace(config, adapter=adapter_config(config, source, engine, typed))
     layout = engine.layout(config.adapter)
@@ -106,12 +112,18 @@ def outline_run(
     if assumed_rows and not config.data.data:
         train, held_out = _assumed_rows(config), None
     else:
-        train, held_out = prepare(config.data, tokenizer, seed=config.run.seed, purpose=config.objective.purpose)
+        data, seed, purpose = config.data, config.run.seed, config.objective.purpose
+        train, held_out = shared.once(
+            "rows",
+            (data, seed, purpose),
+            lambda: prepare(data, tokenizer, seed=seed, purpose=purpose),
+            only_newest=True,
+        )
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     neutral = _neutral_texts(config, tokenizer, held_out)
     _check_tokens(engine, train, held_out, neutral, tokenizer)
-    process = ProcessBytes(machine.dtype)
+    process = shared.process = shared.process or ProcessBytes(machine.dtype)
     answering = process.now if watched else None  # it takes no step
     packer = _packer(train.examples, engine, layout)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
@@ -121,12 +133,21 @@ def outline_run(
         return engine.short(config.adapter, machine.device, recompute, base)
 
     def budget(base: HeldBase) -> int | None:
-        shared = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
-        return memory_budget(config, machine, process.now, shared)
+        mapped = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
+        return shared.once(
+            "budget",
+            (base, model.memory),
+            lambda: memory_budget(config, machine, process.now, mapped),
+            renew=not shared.holds_weights,
+        )
+
+    def memory_of(base: HeldBase) -> MeasuredMemory:
+        forget, limit = source.forget_mapped, budget(base)
+        return MeasuredMemory(sizes[base], partial(short, base), engine.vocab_size, process, forget, limit)
 
     measured = {
-        base: MeasuredMemory(size, partial(short, base), engine.vocab_size, process, source.forget_mapped, budget(base))
-        for base, size in sizes.items()
+        base: shared.once("measured", (base, config.adapter, config.objective), partial(memory_of, base))
+        for base in sizes
     }
     states = StatesPlan()
 
@@ -345,6 +366,7 @@ def build_job(
     machine: Machine,
     typed: frozenset[str] = frozenset(),
     processes: Processes | None = None,
+    shared: Shared | None = None,
 ) -> Job:
     """Everything up to the first step; nothing is written.
 
@@ -354,14 +376,16 @@ def build_job(
         typed: names of options that were given even where they have their default value.
         processes: of the run; the first one says how a step is cut and the base is held, before any has read its
             weights.
+        shared: with other runs of this process.
 
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
+    shared = shared or Shared()
     processes = Processes() if processes is None else processes
     if not processes.leads:
         config = _cut_as(config, *json.loads(processes.follow(b"")))
-    outline = outline_run(config, machine, typed=typed)
+    outline = outline_run(config, machine, typed=typed, shared=shared)
     source, memory = outline.source, outline.memory
     if processes.leads:
         processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
@@ -371,7 +395,10 @@ def build_job(
         device=machine.device,
         recompute=memory.recompute,
         base=memory.base,
+        shared=shared,
     )
+    assert shared.process is not None
+    shared.process.final = True
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
     train, held_out = outline.train, outline.held_out

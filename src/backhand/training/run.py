@@ -38,6 +38,7 @@ from backhand.training.resume import (
     decisive_settings,
     resumed_config,
 )
+from backhand.training.shared import Shared
 from backhand.training.state import PROGRESS_FILE, Progress
 from backhand.training.step import Processes
 
@@ -48,6 +49,8 @@ def train(
     callbacks: Iterable[Callback] = (),
     files: FileLayer | None = None,
     typed: frozenset[str] = frozenset(),
+    shared: Shared | None = None,
+    pause_at: int | None = None,
 ) -> RunSummary:
     """Train as `config` says; what is left behind stands in the run directory, see docs.
 
@@ -60,6 +63,8 @@ def train(
         files: the file layer, for tests.
         typed: names of options that were given even where they have their default value; matters when resuming,
             and when starting from an adapter.
+        shared: what other runs of this process have left for this one, and the other way round.
+        pause_at: stop after this step as after a signal; the run can be continued.
 
     Returns:
         what the run came to, as summary.json has it.
@@ -67,13 +72,14 @@ def train(
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
         CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
-        Interrupted: after a signal and a checkpoint.
+        Interrupted: after a signal and a checkpoint; or after `pause_at`, as one of the number 0.
     """
     config.validate()
     if not in_a_group():
         if config.run.workers > 1:
             return launched(config, typed)
-        return _train(config, callbacks, files, typed | typed_elsewhere(), Processes())
+        given = typed | typed_elsewhere()
+        return _train(config, callbacks, files, given, Processes(), shared, pause_at)
     from backhand.training.distributed import joined
 
     with joined(config.run.reduce) as processes:
@@ -86,6 +92,8 @@ def _train(
     files: FileLayer | None,
     typed: frozenset[str],
     processes: Processes,
+    shared: Shared | None = None,
+    pause_at: int | None = None,
 ) -> RunSummary:
     """One process's part of `train`."""
     begun_from_option = {"run.from_adapter": config.run.from_adapter}  # of rank 0 in what follows
@@ -119,9 +127,10 @@ def _train(
             checkpoint = shared_checkpoint(checkpoint, processes)
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-                job = build_job(config, machine, typed, processes)
+                shared = shared or Shared()
+                job = build_job(config, machine, typed, processes, shared)
                 told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
-                job_run = JobRun(job, directory, told, interruption, checkpoint, processes)
+                job_run = JobRun(job, directory, told, interruption, checkpoint, processes, shared, pause_at)
                 try:
                     return job_run.train()
                 except BaseException as error:

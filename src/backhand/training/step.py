@@ -206,6 +206,19 @@ class AdapterOptimizer:
         self.values, self.gradients = lora.values, lora.gradients
         self.mean, self.squares = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
+        self._groups = self._rate_groups(options.loraplus_lr_ratio)
+
+    def _rate_groups(self, ratio: float) -> list[tuple[float, list[slice]]]:
+        """(multiple of the learning rate, parts of the buffers); LoRA+ has two groups."""
+        if ratio == 1:
+            return [(1.0, [slice(None)])]
+        groups: dict[float, list[slice]] = {1.0: [], ratio: []}
+        start = 0
+        for name, tensor in self.lora.named_tensors():
+            module, _, factor = name.rpartition(".")
+            faster = factor == "lora_B" and not self.lora.slots[module].embedding
+            groups[ratio if faster else 1.0].append(slice(start, start := start + tensor.numel()))
+        return list(groups.items())
 
     def clear(self) -> None:
         """Zero the gradients, for the next step to add to."""
@@ -221,22 +234,26 @@ class AdapterOptimizer:
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """One AdamW update of all values."""
-        adamw(
-            [self.values],
-            [self.gradients],
-            [self.mean],
-            [self.squares],
-            [],
-            [self.updates],
-            fused=True,
-            amsgrad=False,
-            beta1=self.options.adam_beta1,
-            beta2=self.options.adam_beta2,
-            lr=learning_rate,
-            weight_decay=self.options.weight_decay,
-            eps=self.options.adam_epsilon,
-            maximize=False,
-        )
+        before = self.updates.clone()
+        for multiple, parts in self._groups:
+            counts = [before.clone() for _ in parts]  # each is counted up
+            adamw(
+                [self.values[part] for part in parts],
+                [self.gradients[part] for part in parts],
+                [self.mean[part] for part in parts],
+                [self.squares[part] for part in parts],
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=self.options.adam_beta1,
+                beta2=self.options.adam_beta2,
+                lr=multiple * learning_rate,
+                weight_decay=self.options.weight_decay,
+                eps=self.options.adam_epsilon,
+                maximize=False,
+            )
+        self.updates += 1
 
     def moments(self) -> dict[str, Tensor]:
         """`mean` and `squares` (elements,) float32, and `updates`, 0-d: everything AdamW remembers."""

@@ -36,6 +36,7 @@ from backhand.training.memory.coarse import transformers_size
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
+from backhand.training.shared import Shared
 
 
 class TransformersModel:
@@ -301,6 +302,7 @@ class TransformersEngine:
         device: torch.device,
         recompute: str = "none",  # noqa: ARG002 - autograd keeps everything
         base: HeldBase = "dense",  # noqa: ARG002 - there is no other
+        shared: Shared | None = None,  # noqa: ARG002 - the adapter's modules are put into the model
     ) -> BoundModel:
         """Read the weights, and attach an adapter whose values are still zero; nothing is ever recomputed."""
         model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))

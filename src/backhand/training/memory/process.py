@@ -127,15 +127,18 @@ class ProcessBytes:
 
     Attributes:
         now: bytes.
+        final: set once a run's weights are there, which are counted elsewhere.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self.now = settled_rss_bytes(dtype)
+        self.final = False
 
     def grown(self) -> None:
-        """Look again."""
-        self.now = max(self.now, settled_rss_bytes(self._dtype))
+        """Look again, unless what was found is final."""
+        if not self.final:
+            self.now = max(self.now, settled_rss_bytes(self._dtype))
 
 
 def settled_rss_bytes(dtype: torch.dtype) -> int:

@@ -1,0 +1,149 @@
+"""A search against the commands that it takes the place of, and what it finds against a grid of 16 rates.
+
+    python benchmarks/search.py time [--trials 12] [--rows 120] [--threads 2]
+    python benchmarks/search.py grid [--tasks tickets pirate json arithmetic text] [--steps 48]
+
+`time`: one `backhand search --prune none --sampler random` of twelve trials, then the same twelve runs as twelve
+commands, `backhand train trials/NAME/config.toml`. Each must leave the trial's adapter bit for bit before a time is
+believed. With the default pruning beside it. `grid`: on each task 16 rates from 1e-4 to 1e-2, every run to its end
+(they share one model, as trials do), and the default search of as many steps a run: by how much its best held-out
+loss is above the grid's, and how many runs' steps it had trained by then, the comparison with the options as given
+apart. Results go to benchmarks/results/search.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from environment import peer_environment
+from machine import describe_machine
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent / "docs" / "recipes"
+TASKS = ("tickets", "pirate", "json", "arithmetic", "text")
+POINTS = 16
+
+
+def rows_of(task: str, folder: Path, rows: int) -> tuple[Path, Path]:
+    """Training and held-out rows of a task."""
+    if task in ("tickets", "pirate"):
+        return RECIPES / f"{task}.jsonl", RECIPES / f"{task}_held_out.jsonl"
+    draw = random.Random(0)
+    if task == "json":
+        from backhand.data.demo_task import demo_rows
+
+        found: list[dict[str, Any]] = [dict(row) for row in demo_rows(rows + rows // 2, seed=0)]
+    elif task == "arithmetic":
+        pairs = draw.sample([(a, b) for a in range(2, 100) for b in range(2, 100)], rows + rows // 2)
+        found = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
+    else:
+        pages = "\n\n".join(page.read_text(encoding="utf-8") for page in sorted(HERE.parent.glob("docs/*.md")))
+        texts = [" ".join(text.split()) for text in pages.split("\n\n") if 200 < len(text) < 2000 and text[0].isalpha()]
+        found = [{"text": text[:300]} for text in draw.sample(texts, min(len(texts), rows + rows // 2))]
+    held_out = len(found) // 3
+    paths = folder / f"{task}.jsonl", folder / f"{task}_held_out.jsonl"
+    for path, part in zip(paths, (found[held_out:], found[:held_out]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return paths
+
+
+def command(*words: object) -> float:
+    """Run `backhand` in a process of its own; return the seconds. Raises RuntimeError if it failed."""
+    began = time.perf_counter()
+    line = [sys.executable, "-m", "backhand", *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=peer_environment("backhand"))
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)} failed:\n{done.stderr[-3000:]}")
+    return time.perf_counter() - began
+
+
+def options(task: str, folder: Path, arguments: argparse.Namespace) -> list[object]:
+    """Of every run of a task."""
+    train, held_out = rows_of(task, folder, arguments.rows)
+    words: list[object] = ["--data", train, "--eval-data", held_out, "--model", arguments.model, "--answers", 0]
+    words += ["--threads", arguments.threads, "--batch-rows", 8, "--max-length", 96, "--max-rows", arguments.rows]
+    return [*words, "--max-steps", arguments.steps, "--quiet"]
+
+
+def measure_time(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of a search of full trials, of the same runs as commands, and of a search that prunes."""
+    words = options("json", folder, arguments)
+    search = ["search", *words, "--trials", arguments.trials]
+    whole_s = command(*search, "--prune", "none", "--sampler", "random", "--output", folder / "whole")
+    commands_s = 0.0
+    for trial in sorted((folder / "whole" / "trials").glob("[0-9][0-9][0-9]")):
+        again = folder / "alone" / trial.name
+        again.parent.mkdir(exist_ok=True)
+        commands_s += command("train", trial / "config.toml", "--output", again, "--quiet")
+        adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, again)]
+        if adapters[0] != adapters[1]:
+            raise SystemExit(f"{trial.name}: the trial and the run made alone leave adapters that differ")
+    pruned_s = command(*search, "--output", folder / "pruned")
+    return {"trials": arguments.trials, "search_s": whole_s, "commands_s": commands_s, "pruned_search_s": pruned_s}
+
+
+def measure_grid(task: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the default search finds, against every point of a grid."""
+    words = options(task, folder, arguments)
+    over = ["--over", "learning_rate=1e-4:1e-2:log"]
+    grid, found = folder / f"{task}-grid", folder / f"{task}-search"
+    command("search", *words, *over, "--sampler", "grid", "--trials", POINTS, "--prune", "none", "--output", grid)
+    command("search", *words, "--output", found)
+    points = [trial for trial in json.loads((grid / "search.json").read_text())["all"] if trial["number"]]
+    result = json.loads((found / "search.json").read_text())
+    best = min(trial["losses"][-1] for trial in points)
+    steps = sum(trial["steps"] for trial in result["all"])
+    first = result["all"][0]
+    beside = 0 if result["best"] == 0 else arguments.steps - _steps_at_first_stage(first, arguments.steps)
+    return {
+        "grid": sorted((trial["values"]["learning_rate"], trial["losses"][-1]) for trial in points),
+        "grid_best": best,
+        "search_best": result["loss"],
+        "above": result["loss"] / best - 1,
+        "runs": (steps - beside) / arguments.steps,
+        "as_given": result["given_loss"],
+        "rate": result["values"]["learning_rate"],
+    }
+
+
+def _steps_at_first_stage(trial: dict[str, Any], steps: int) -> int:
+    return -(-steps // 8) if trial["done"] == 3 else int(trial["steps"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("time", "grid"))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    target = HERE / "results" / "search.json"
+    stored: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    stored["machine"] = describe_machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.what == "time":
+            stored["time"] = measure_time(arguments, folder)
+            print(json.dumps(stored["time"], indent=1))
+        else:
+            for task in arguments.tasks:
+                stored.setdefault("grid", {})[task] = measured = measure_grid(task, arguments, folder)
+                print(
+                    task, f"above the grid's best by {measured['above']:.2%}, {measured['runs']:.2f} runs", flush=True
+                )
+    target.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""`backhand search`: a plan, trials until there is nothing left to do, the best adapter, and a page.
+
+Every trial is a run of `training.run.train` in a directory of its own, with what all of them have in common made once
+(`training.shared`). It stops at the end of a stage as after a signal, and is promoted by being resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from backhand.data.packing import Sampler
+from backhand.errors import BackhandError, CheckError, UsageError
+from backhand.files import make_directory, write_atomically
+from backhand.nn.compute import compute_settings
+from backhand.printing import SILENCE_S, say, silent_for_s
+from backhand.reading import read_settings
+from backhand.report.command import write_report
+from backhand.runs.directory import CONFIG, METRICS, opened
+from backhand.runs.interruption import Interrupted
+from backhand.search.options import SearchConfig
+from backhand.search.result import SearchResult, result_of, write_result
+from backhand.search.schedule import EVALUATIONS, Schedule
+from backhand.search.space import applied, largest
+from backhand.search.study import TRIALS, Study, Trial, optuna_installed
+from backhand.terminal import console, working
+from backhand.training.config import RunOptions, TrainConfig
+from backhand.training.config_file import dump_config, read_table, tables_as
+from backhand.training.machine import resolve_machine
+from backhand.training.memory.calibration import calibrate
+from backhand.training.observer import Observer
+from backhand.training.prepared import Outline, outline_run
+from backhand.training.run import train
+from backhand.training.shared import Shared
+from backhand.words import count_of, duration, in_words
+
+SEARCH = "search.toml"
+_CHANGEABLE = {"search": ("trials", "hours", "seeds"), "run": ("output", "resume", "quiet", "debug")}
+_POLL_S = 1.0
+_MEASURED_S = 3.0
+
+
+def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) -> SearchResult:
+    """Search as `config` says; what is left behind stands in the output directory, see docs/search.md.
+
+    Args:
+        config: the run, and what of it is varied.
+        typed: names of options that were given even where they have their default value.
+
+    Returns:
+        what came of it, as search.json has it.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: before the first trial, or in it; each says what to do.
+        Interrupted: after a signal, with the trial that was in work saved.
+    """
+    optuna_installed()
+    config = (_resumed(config, typed) if config.run.resume else _fresh(config)).validate()
+    search = Search(config)
+    machine = resolve_machine(config)
+    with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
+        with search.showing("planning") as shown:
+            outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=search.shared)
+            search.look_at(outline)
+            if not config.run.resume:
+                shown("measuring this machine's speed")
+                speed = calibrate(outline, machine, budget_s=_MEASURED_S)
+                search.run_s = speed.train_s + speed.evaluate_s
+        search.tell_plan(outline)
+        try:
+            search.work()
+        except KeyboardInterrupt:
+            stopped = Interrupted(signal.SIGINT, 0, f"go on with {search.again}")
+            stopped.what = "interrupted; every trial is kept as it was saved last"
+            raise stopped from None
+    return search.finish()
+
+
+def _fresh(config: SearchConfig) -> SearchConfig:
+    if config.run.overwrite:
+        raise UsageError(
+            "a search is not overwritten: it holds many runs",
+            where="overwrite",
+            next_step="remove the directory yourself, or give another --output",
+        )
+    output = config.run.output
+    if (output / SEARCH).exists():
+        raise UsageError(
+            f"{output} holds a search already",
+            where="output",
+            next_step="go on with it, or join in, with --resume; or give another directory",
+        )
+    with opened(output, resume=False, overwrite=False):
+        return config
+
+
+def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
+    """The stored options, with those that may change taken from what is given now."""
+    path = given.run.output / SEARCH
+    if not path.exists():
+        raise UsageError(f"there is no search in {given.run.output}", where="output", next_step="leave out --resume")
+    stored = tables_as(SearchConfig, read_table(path), str(path))
+    differences, parts = [], {}
+    for part, default in vars(SearchConfig()).items():
+        changed: dict[str, Any] = {}
+        for name, usual in vars(default).items():
+            value, before = getattr(getattr(given, part), name), getattr(getattr(stored, part), name)
+            if part == "run" and name in _CHANGEABLE[part]:
+                changed[name] = value
+            elif value == before or (value == usual and name not in typed):
+                continue
+            elif name in _CHANGEABLE.get(part, ()):
+                changed[name] = value
+            else:
+                differences.append(f"{name}: {before!r} in the search, {value!r} given")
+        parts[part] = replace(getattr(stored, part), **changed)
+    if differences:
+        raise UsageError(
+            "the search cannot be gone on with: " + "; ".join(differences),
+            where=str(given.run.output),
+            why="its trials would not be comparable; only trials, hours and seeds may change",
+            next_step="leave these options out, or give another --output",
+        )
+    return SearchConfig(**parts)
+
+
+@dataclass
+class Search:
+    """A search in its directory, as one process works on it.
+
+    Attributes:
+        config: of the search.
+        shared: what all trials have in common.
+        rows: training rows.
+        run_s: what a run takes from beginning to end, as far as it is known.
+    """
+
+    config: SearchConfig
+    shared: Shared = field(default_factory=Shared)
+    rows: int = 0
+    run_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.directory = self.config.run.output
+        dimensions = self.config.search.dimensions
+        given = {one.name: one.of(self.config) for one in dimensions}
+        self.schedule = Schedule(self.config.search, dimensions, given, self.config.run.seed)
+        assert self.schedule.count  # a grid that is too large is told before anything is written
+        self.study = Study(self.directory, dimensions, given)
+        self.began = time.monotonic()
+        self._console = console(stderr=True, quiet=self.config.run.quiet, soft_wrap=True)
+
+    @property
+    def again(self) -> str:
+        """The command that goes on, or joins in."""
+        return f"backhand search --resume --output {shlex.quote(str(self.directory))}"
+
+    def look_at(self, outline: Outline) -> None:
+        """Take from the largest trial what all of them have alike, and write it down.
+
+        Raises:
+            UsageError: no rows are held out, or they are not those that the search began with.
+        """
+        if outline.held_out is None:
+            raise UsageError(
+                "a search compares held-out losses, and no rows are held out",
+                where="eval_fraction",
+                next_step="give --eval-fraction 0.1, or --eval-data",
+            )
+        self.rows = len(outline.train.examples)
+        digests = {"data": outline.train.digest, "held_out": outline.held_out.digest}
+        path = self.directory / "rows.json"
+        if path.exists() and json.loads(read_settings(path)) != digests:
+            raise UsageError(
+                "the rows are not those that the search began with",
+                where=str(self.directory),
+                why="trials before and after would not be comparable",
+                next_step="put the rows back, or give another --output",
+            )
+        memory = outline.memory
+        model = replace(self.config.model, base=memory.base, recompute=memory.recompute)
+        self.config = replace(self.config, model=model)
+        if not self.config.run.resume:
+            make_directory(self.directory)
+            write_atomically(self.directory / SEARCH, dump_config(self.config).encode())
+        write_atomically(path, json.dumps(digests, indent=1).encode())
+
+    def tell_plan(self, outline: Outline) -> None:
+        """Say what is about to happen."""
+        options, schedule = self.config.search, self.schedule
+        varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
+        runs = schedule.runs()
+        time_s = "" if self.run_s is None else f", about {duration(runs * self.run_s)}"
+        what = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
+        lines = [
+            f"{what}; as many steps as {runs:.1f} runs{time_s}",
+            f"memory: about {in_words(outline.memory.peak_bytes)}, one model for all trials",
+            f"rows: {self.rows:,} to train on, {len(outline.held_out.examples) if outline.held_out else 0:,} held out",
+        ]
+        if options.hours is not None:
+            lines.append(f"budget: {duration(options.hours * 3600)}; no trial begins that would not leave time to end")
+        for line in lines:
+            self._console.print(line)
+
+    @contextmanager
+    def showing(self, text: str) -> Iterator[Any]:
+        """`terminal.working`, unless nothing is to be shown."""
+        if self.config.run.quiet:
+            yield lambda _: None
+            return
+        with working(text) as say_now:
+            yield say_now
+
+    def work(self) -> None:
+        """Do what is to be done until nothing is left, or what is left is others' work and done as well."""
+        while True:
+            with self.study.locked():
+                trial = self.schedule.next(self.study, may_begin=self._may_begin())
+            if trial is None:
+                return
+            if trial == "wait":
+                with self.showing("other processes are at work on the last trials"):
+                    time.sleep(_POLL_S)
+                continue
+            try:
+                self._run(trial)
+            finally:
+                self.study.let_go(trial)
+
+    def _run(self, trial: Trial) -> None:
+        """Bring a trial to its goal, a stage at a time."""
+        config = self.trial_config(trial)
+        began, failed = time.monotonic(), None
+        stage = trial.goal
+        pause_at = None if stage == self.schedule.last else self.step_of(config, stage)
+        observer = _TrialObserver(self, trial)
+        try:
+            with self.showing(observer.text(0)) as observer.show:
+                train(_as_typed(config), callbacks=[observer], shared=self.shared, pause_at=pause_at)
+        except Interrupted as error:
+            if error.exit_code != _PAUSED:
+                raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
+        except BackhandError as error:
+            if trial.number == 0 and not isinstance(error, CheckError):
+                raise  # something is wrong with the run as it was given
+            failed = error.one_line
+        losses = self._losses(config, stage)
+        spent_s = trial.spent_s + time.monotonic() - began
+        found: dict[str, Any] = {"losses": losses, "done": stage, "spent_s": round(spent_s, 3)}
+        found["steps"] = self.step_of(config, stage)
+        if failed is not None or not losses or not math.isfinite(losses[-1]):
+            found = {"failed": failed or "its held-out loss is not finite", "spent_s": found["spent_s"]}
+        with self.study.locked():
+            self.study.write(trial.number, found, over=stage == self.schedule.last)
+            trials = self.study.trials()
+        self.run_s = _run_s(trials, self.steps(self.config)) or self.run_s
+        if stage == self.schedule.last and failed is None:
+            write_report(config.run.output)
+        self._tell(trials, trials[trial.number])
+
+    def trial_config(self, trial: Trial) -> TrainConfig:
+        """The run of a trial: everything that is not varied is as the search has it."""
+        config = applied(self.config.run_config, self.schedule.dimensions, trial.values)
+        output = self.directory / TRIALS / trial.name
+        run = config.run
+        return replace(
+            config,
+            run=replace(
+                run,
+                output=output,
+                resume=(output / CONFIG).exists(),
+                quiet=True,
+                seed=trial.seed,
+                keep=1 if run.keep == 2 else run.keep,
+                eval_every=run.eval_every or max(1, -(-self.steps(config) // EVALUATIONS)),
+            ),
+        )
+
+    def steps(self, config: TrainConfig) -> int:
+        """Steps of a run."""
+        sampler = Sampler(self.rows, config.optimization.batch_rows, config.run.seed)
+        return config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
+
+    def step_of(self, config: TrainConfig, stage: int) -> int:
+        """The evaluation that a stage ends with."""
+        total = self.steps(config)
+        if stage == self.schedule.last:
+            return total
+        every = config.run.eval_every or 1
+        return min(total, every * max(1, round(self.schedule.stages[stage - 1].share * total / every)))
+
+    def _losses(self, config: TrainConfig, stage: int) -> list[float]:
+        """The best held-out loss until each stage up to this one; cut short where there is none."""
+        found: list[float] = []
+        records = _records(config.run.output / METRICS)
+        for number in range(1, stage + 1):
+            until = self.step_of(config, number)
+            there = [
+                float(one["eval_loss"])
+                for one in records
+                if one.get("eval_loss") is not None and 0 < one["step"] <= until
+            ]
+            if not there:
+                break
+            found.append(min(there))
+        return found
+
+    def _may_begin(self) -> bool:
+        """Whether one more trial leaves time to finish the best ones."""
+        hours = self.config.search.hours
+        if hours is None or self.run_s is None:
+            return True
+        schedule = self.schedule
+        chain = schedule.stages[0].share + sum(
+            later.share - before.share for before, later in zip(schedule.stages, schedule.stages[1:], strict=False)
+        )
+        needed = chain + 2 * (schedule.options.seeds - 1)
+        return time.monotonic() - self.began + needed * self.run_s <= hours * 3600
+
+    def _tell(self, trials: list[Trial], trial: Trial) -> None:
+        """A line about a trial that has come to the end of a stage."""
+        config = self.trial_config(trial)
+        if trial.failed is not None:
+            self._console.print(f"{self.named(trial)}: failed: {trial.failed}")
+            return
+        at = "to the end" if trial.done == self.schedule.last else f"to step {trial.steps} of {self.steps(config)}"
+        done = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
+        left_s = (self.schedule.runs() - done) * (self.run_s or 0.0)
+        left = f"  about {duration(left_s)} left" if left_s > 0 else ""
+        self._console.print(f"{self.named(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
+
+    def named(self, trial: Trial) -> str:
+        """A trial with its values."""
+        values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+        again = "" if trial.repeats is None else f", seed {trial.seed}"
+        what = "as given, " if trial.number == 0 else ""
+        return f"trial {trial.name} ({what}{values}{again})"
+
+    def finish(self) -> SearchResult:
+        """Publish the best adapter, write search.json and the page, and say what came of it."""
+        with self.study.locked():
+            trials = self.study.trials()
+            result = result_of(self.config, self.schedule, trials, self.steps(self.config))
+            target = write_result(result, self.config, self.schedule, trials)
+        if not self.config.run.quiet:
+            say(*result.lines(), f"Report: {target}")
+        return result
+
+
+_PAUSED = 128
+
+
+def _as_typed(config: TrainConfig) -> TrainConfig:
+    """The run to begin; or to go on with, whose options stand in its directory."""
+    run = config.run
+    return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
+
+
+def _records(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _run_s(trials: list[Trial], steps: int) -> float | None:
+    """Seconds of a run from beginning to end, from what trials took so far."""
+    known = [trial.spent_s / trial.steps for trial in trials if trial.steps and trial.failed is None]
+    return sum(known) / len(known) * steps if known else None
+
+
+class _TrialObserver(Observer):
+    """Shows where a trial is: on a terminal all the time, else where nothing was said for long."""
+
+    def __init__(self, search: Search, trial: Trial) -> None:
+        self._search, self._trial = search, trial
+        self.show: Any = None
+
+    def text(self, step: int) -> str:
+        """Where it is."""
+        total = self._search.steps(self._search.trial_config(self._trial))
+        return f"{self._search.named(self._trial)}: step {step} of {total}"
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """Show it."""
+        text = self.text(record["step"])
+        self.show(text)
+        if silent_for_s() > SILENCE_S / 2:
+            self._search._console.print(text)

@@ -1,0 +1,149 @@
+"""What came of a search: the best values, by how much they beat the options as given, the adapter and the page."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import CheckError
+from backhand.files import FileLayer, json_bytes, write_atomically
+from backhand.report.command import write_page
+from backhand.runs.directory import ADAPTER, CONFIG, REPORT, RunDirectory
+from backhand.search.options import SearchConfig
+from backhand.search.page import search_page
+from backhand.search.schedule import Schedule, best_of
+from backhand.search.space import Values
+from backhand.search.study import RESULT, TRIALS, Trial
+from backhand.words import count_of, duration
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What came of a search. `search.json` holds these fields, and every trial.
+
+    Attributes:
+        output, adapter: the directory of the search, and the best adapter in it.
+        best: number of the best trial.
+        values: its values.
+        loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
+            None where these came to no end.
+        differences: the second minus the first, for each seed.
+        sentence: what to use, and by how much it is better.
+        command: the command that repeats the best trial.
+        importance: of each option, in all 1; empty where that cannot be told.
+        trials, failed: trials of their own, and those of them that could not be finished.
+        runs: what all trials trained together, in runs from beginning to end.
+        spent_s: seconds that they took together.
+    """
+
+    output: str
+    adapter: str
+    best: int
+    values: Values
+    loss: float
+    given_loss: float | None
+    differences: tuple[float, ...]
+    sentence: str
+    command: str
+    importance: dict[str, float]
+    trials: int
+    failed: int
+    runs: float
+    spent_s: float
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        ranked = sorted(self.importance.items(), key=lambda one: -one[1])
+        importance = ", ".join(f"{name} {share:.0%}" for name, share in ranked)
+        return [
+            f"{count_of(self.trials, 'trial')}, as many steps as {self.runs:.1f} runs, in {duration(self.spent_s)}"
+            + (f"; {self.failed} failed" if self.failed else ""),
+            self.sentence,
+            *([f"What decided: {importance}."] if importance else []),
+            f"Adapter: {self.adapter}",
+            f"Again: {self.command}",
+        ]
+
+
+def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial], steps: int) -> SearchResult:
+    """Judge the trials.
+
+    Args:
+        steps: of a run with the options as given.
+
+    Raises:
+        CheckError: none of them came to its end.
+    """
+    best, given = best_of(trials, schedule.last), trials[0]
+    if best is None:
+        raise CheckError(
+            "no trial came to its end",
+            where=str(config.run.output),
+            why=next((trial.failed for trial in trials if trial.failed), None),
+            next_step="narrow the ranges of --over, or give a lower --learning-rate",
+        )
+    by_seed = [
+        {trial.seed: trial.loss_at(schedule.last) for trial in trials if one.number in (trial.number, trial.repeats)}
+        for one in (best, given)
+    ]
+    seeds = [seed for seed in by_seed[0] if by_seed[1].get(seed, math.inf) < math.inf] if not given.failed else []
+    differences = tuple(by_seed[1][seed] - by_seed[0][seed] for seed in seeds)
+    loss = statistics.mean(by_seed[0][seed] for seed in seeds or by_seed[0])
+    given_loss = statistics.mean(by_seed[1][seed] for seed in seeds) if seeds else None
+    output, own = config.run.output, [trial for trial in trials if trial.repeats is None]
+    path = output / TRIALS / best.name / CONFIG
+    return SearchResult(
+        output=str(output),
+        adapter=str(output / ADAPTER),
+        best=best.number,
+        values=best.values,
+        loss=loss,
+        given_loss=given_loss,
+        differences=differences,
+        sentence=_sentence(best, loss, given_loss, differences),
+        command=f"backhand train {shlex.quote(str(path))} --output runs/again",
+        importance=schedule.importance(trials),
+        trials=len(own),
+        failed=sum(trial.failed is not None for trial in own),
+        runs=round(sum(trial.steps for trial in trials) / steps, 3),
+        spent_s=round(sum(trial.spent_s for trial in trials), 1),
+    )
+
+
+def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float]) -> str:
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
+    if given_loss is None:
+        return f"Use {options}: held-out loss {loss:.4f}; with the options as given the run failed."
+    if best.number == 0:
+        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f})."
+    gain = given_loss - loss
+    share = gain / abs(given_loss) if given_loss else 0.0
+    said = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"
+    if len(differences) < 2:
+        return f"{said}, with one seed each; --resume --seeds 3 tells whether that is more than chance."
+    spread = statistics.stdev(differences)
+    kept = gain > 2 * spread / len(differences) ** 0.5
+    beyond = "more than" if kept else "within"
+    return f"{said}; the difference over {len(differences)} seeds is {gain:.4f} ± {spread:.4f}, {beyond} the spread."
+
+
+def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule, trials: Sequence[Trial]) -> Path:
+    """Publish the best adapter, write search.json and report.html; return the page's path.
+
+    Raises:
+        ResourceError: something cannot be written.
+    """
+    output = config.run.output
+    best = output / TRIALS / f"{result.best:03d}" / ADAPTER
+    contents = {path.name: path.read_bytes() for path in sorted(best.iterdir())}
+    RunDirectory(output.resolve(), FileLayer()).publish_adapter(contents)
+    table: dict[str, Any] = {**asdict(result), "all": [asdict(trial) for trial in trials]}
+    write_atomically(output / RESULT, json_bytes(table))
+    target = output / REPORT
+    write_page(target, search_page(output, result.sentence, result.importance, schedule, trials))
+    return target

@@ -1,0 +1,212 @@
+"""What a search varies: `--over` as dimensions, their values in a configuration, and values for a trial.
+
+    learning_rate=1e-4:1e-2:log     a range, even on a logarithmic scale
+    dropout=0:0.2                   a range
+    rank=8,16,32                    choices
+    layers=last:8,last:16           choices too: no number stands before the colon
+
+The first trials of `tpe` are spread evenly, whatever their number: point n of d dimensions is
+
+    x_j = frac(1/2 + n g^-j),  j = 1 … d,   with g^(d+1) = g + 1     [Roberts, the R_d sequence; g is golden for d = 1]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from backhand.errors import UsageError
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import config_from_table, config_table, nearest_option
+
+Value = float | int | str
+Values = dict[str, Value]
+_PARTS = ("adapter", "optimization")
+_RANGE = re.compile(r"\s*([-+.\deE]+)\s*:\s*([-+.\deE]+)\s*(:\s*log\s*)?")
+_LARGEST_GRID = 10_000
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One option that is varied.
+
+    Attributes:
+        name: of the option.
+        part: the part of the configuration that it stands in.
+        choices: values as they are typed; empty for a range.
+        low, high: of a range.
+        log: whether a range is even on a logarithmic scale.
+        whole: whether its values are whole numbers.
+    """
+
+    name: str
+    part: str
+    choices: tuple[Value, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """Values that must be allowed for all to be: both ends of a range, or every choice; the largest last."""
+        return tuple(map(self._number, (self.low, self.high))) if not self.choices else self.choices
+
+    def at(self, share: float) -> Value:
+        """The value at a share of the way, 0 to 1."""
+        if self.choices:
+            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = low + share * (high - low)
+        return self._number(math.exp(value) if self.log else value)
+
+    def holds(self, value: Value) -> bool:
+        """Whether a value is one of this dimension's."""
+        return value in self.choices if self.choices else self.low <= float(value) <= self.high
+
+    def rounded(self, value: Value) -> Value:
+        """A number of a range with as many digits as one would type."""
+        return value if self.choices else min(max(self._number(float(value)), self.low), self.high)
+
+    def _number(self, value: float) -> float:
+        return round(value) if self.whole else float(f"{value:.4g}")
+
+    def applied(self, config: TrainConfig, value: Value) -> TrainConfig:
+        """The configuration with this value. Raises UsageError for one of another type."""
+        hint = _hints()[self.name][1]
+        several = any(kind in str(hint) for kind in ("tuple", "Sequence"))
+        plain: Any = value.split("+") if several and isinstance(value, str) and value != "all-linear" else value
+        part = config_table(config)[self.part] | {self.name: plain}
+        table = config_from_table({self.part: part}, f"--over {self.name}")
+        return dataclasses.replace(config, **{self.part: getattr(table, self.part)})
+
+    def of(self, config: TrainConfig) -> Value:
+        """The value in a configuration, as it would be typed."""
+        value = getattr(getattr(config, self.part), self.name)
+        if isinstance(value, tuple | list):
+            return "+".join(map(str, value))
+        return value if isinstance(value, str | int | float) else str(value)
+
+
+def parse_dimensions(over: Sequence[str]) -> tuple[Dimension, ...]:
+    """`--over` words as dimensions.
+
+    Raises:
+        UsageError: not of one of the forms, an option that is none or decides what is compared, or one named twice.
+    """
+    found = [_dimension(word) for word in over]
+    names = [dimension.name for dimension in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{name} is given twice", where="over", next_step="give all of its values in one --over")
+    return tuple(found)
+
+
+def _hints() -> Mapping[str, tuple[str, Any]]:
+    """Option to (part, type)."""
+    parts = get_type_hints(TrainConfig)
+    return {name: (part, hint) for part in _PARTS for name, hint in get_type_hints(parts[part]).items()}
+
+
+def _dimension(word: str) -> Dimension:
+    name, equals, text = word.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    known = _hints()
+    if not equals or not text.strip():
+        raise UsageError(
+            f"{word!r} is not of the form NAME=VALUES",
+            where="over",
+            next_step="for example learning_rate=1e-4:1e-2:log, or rank=8,16,32",
+        )
+    if name not in known:
+        near = nearest_option(name, known)
+        raise UsageError(
+            f"{name!r} is not an option that can be searched over",
+            where="over",
+            why="options of the adapter and of the optimization can; others decide which losses are compared",
+            next_step=f"did you mean {near}?" if near else f"give one of {', '.join(sorted(known))}",
+        )
+    part, hint = known[name]
+    matched = _RANGE.fullmatch(text)
+    if matched is None or ":" not in text:
+        choices = tuple(dict.fromkeys(_value(one) for one in text.split(",") if one.strip()))
+        return _checked(Dimension(name, part, choices=choices), word)
+    try:
+        low, high = float(matched[1]), float(matched[2])
+    except ValueError:
+        low = high = math.nan
+    kinds = {hint, *get_args(hint)}
+    log, whole = matched[3] is not None, int in kinds and float not in kinds
+    if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
+        why = "a logarithmic range begins above 0" if log and low <= 0 else None
+        raise UsageError(f"{text!r} is no range of {name}", where="over", why=why, next_step="write LOW:HIGH, or A,B,C")
+    return _checked(Dimension(name, part, low=low, high=high, log=log, whole=whole), word)
+
+
+def _checked(dimension: Dimension, word: str) -> Dimension:
+    """Raise UsageError for values that the option does not take."""
+    for value in dimension.ends:
+        try:
+            dimension.applied(TrainConfig(), value)
+        except UsageError as error:
+            raise UsageError(f"{word!r}: {error.what}", where="over", next_step=error.next_step) from None
+    return dimension
+
+
+def _value(text: str) -> Value:
+    try:
+        value = json.loads(text.strip().lower() if text.strip().lower() in ("true", "false") else text)
+    except ValueError:
+        return text.strip()
+    return value if isinstance(value, int | float) else text.strip()
+
+
+def applied(config: TrainConfig, dimensions: Sequence[Dimension], values: Mapping[str, Value]) -> TrainConfig:
+    """The configuration with a trial's values."""
+    for dimension in dimensions:
+        if dimension.name in values:
+            config = dimension.applied(config, values[dimension.name])
+    return config
+
+
+def largest(config: TrainConfig, dimensions: Sequence[Dimension]) -> TrainConfig:
+    """The configuration with the largest number, or else the last choice, of every dimension."""
+    return applied(config, dimensions, {one.name: max(one.ends, key=_size) for one in dimensions})
+
+
+def _size(value: Value) -> float:
+    return value if isinstance(value, int | float) else 0.0
+
+
+def evenly(dimensions: Sequence[Dimension], number: int) -> Values:
+    """Point `number` of a sequence that is spread evenly at every length."""
+    g = 2.0
+    for _ in range(50):
+        g = (1 + g) ** (1 / (len(dimensions) + 1))
+    return {one.name: one.at((0.5 + number * g ** -(j + 1)) % 1) for j, one in enumerate(dimensions)}
+
+
+def grid(dimensions: Sequence[Dimension], trials: int) -> list[Values]:
+    """All choices and even steps of the ranges, as many steps as fit into so many trials.
+
+    Raises:
+        UsageError: there are more combinations of choices and of the ends of ranges than trials.
+    """
+    ranges = sum(not one.choices for one in dimensions)
+    choices = math.prod(len(one.choices) for one in dimensions if one.choices)
+    steps = int((trials / choices) ** (1 / max(1, ranges)) + 1e-9)
+    if steps < (2 if ranges else 1) or trials > _LARGEST_GRID:
+        needed = choices * 2**ranges
+        raise UsageError(
+            f"a grid has {needed} points or more, and there are {trials} trials",
+            where="trials",
+            next_step=f"give --trials {needed}, fewer values, or --sampler tpe",
+        )
+    sides = [one.choices or [one.at(step / (steps - 1)) for step in range(steps)] for one in dimensions]
+    return [dict(zip((one.name for one in dimensions), point, strict=True)) for point in itertools.product(*sides)]

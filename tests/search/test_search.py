@@ -1,0 +1,238 @@
+"""Searches of a tiny model: each trial is the run that it would be alone, and no process's end loses one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.errors import UsageError
+from backhand.files import FileLayer
+from backhand.nn.decoder import weights
+from backhand.runs.checkpoint import CheckpointStore
+from backhand.runs.interruption import Interrupted
+from backhand.search.command import search_command
+from backhand.search.options import SearchConfig, SearchOptions
+from backhand.search.result import SearchResult
+from backhand.search.study import Study
+from backhand.training import decoder_engine
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import dump_config, load_config
+from backhand.training.kept_states import StatesInMemory
+from backhand.training.run import train
+from backhand.training.state import STATE_FILE
+from support.tiny_run import TinyRun
+
+OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
+
+
+def search_config(tiny: TinyRun, output: Path, search: dict[str, Any] | None = None, **options: Any) -> SearchConfig:
+    config = tiny.config(output, answers=0, **options)
+    parts = {part.name: getattr(config, part.name) for part in fields(TrainConfig)}
+    return SearchConfig(**parts, search=SearchOptions(**{"over": OVER, "trials": 5, **(search or {})}))
+
+
+def result_bits(run: Path) -> dict[str, bytes]:
+    """Adapter, and the values and moments of the newest checkpoint."""
+    newest = CheckpointStore(run / "checkpoints", FileLayer(), print).newest_valid()
+    assert newest is not None
+    files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir() if path.suffix == ".safetensors"}
+    return files | {STATE_FILE: newest.contents[STATE_FILE]}
+
+
+@pytest.fixture(scope="module")
+def found(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    return search_command(search_config(tiny, tmp_path_factory.mktemp("searches") / "search"))
+
+
+def test_a_promoted_trial_is_bit_for_bit_the_run_made_alone(found: SearchResult, tmp_path: Path) -> None:
+    trial = Path(found.output) / "trials" / f"{found.best:03d}"
+    config = load_config(trial / "config.toml")
+    train(replace(config, run=replace(config.run, output=tmp_path / "alone")))
+    assert result_bits(trial) == result_bits(tmp_path / "alone")
+
+
+def test_a_trial_that_stopped_early_goes_on_by_the_ordinary_resume_to_the_bits_of_the_run_alone(
+    found: SearchResult, tmp_path: Path
+) -> None:
+    trials = json.loads((Path(found.output) / "search.json").read_text())["all"]
+    stopped = next(trial for trial in trials if trial["done"] == 1)
+    run = Path(found.output) / "trials" / f"{stopped['number']:03d}"
+    assert not (run / "summary.json").exists()
+    config = load_config(run / "config.toml")
+    run = Path(shutil.copytree(run, tmp_path / "trial"))
+    train(TrainConfig(run=replace(config.run, output=run, resume=True)))
+    train(replace(config, run=replace(config.run, output=tmp_path / "alone", resume=False)))
+    assert result_bits(run) == result_bits(tmp_path / "alone")
+
+
+def test_what_a_search_leaves(found: SearchResult) -> None:
+    output = Path(found.output)
+    best = output / "trials" / f"{found.best:03d}"
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        best / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert json.loads((output / "search.json").read_text())["best"] == found.best
+    assert found.loss < found.given_loss
+    assert f"{found.loss:.4f}" in found.sentence and "--learning-rate" in found.sentence
+    page = (output / "report.html").read_text()
+    for shown in (
+        found.sentence.split(":")[0],
+        "setting-rank",
+        "setting-learning_rate",
+        "side by side",
+        "000 as given",
+    ):
+        assert shown in page
+    assert str(best / "config.toml") in found.command
+    assert found.runs == pytest.approx(sum(_shares(output)), abs=1e-3)
+
+
+def _shares(output: Path) -> list[float]:
+    """The share of its steps that each trial trained, from what the runs themselves wrote."""
+    shares = []
+    for run in sorted((output / "trials").glob("[0-9][0-9][0-9]")):
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        shares.append(max(steps) / 6)
+    return shares
+
+
+def test_all_trials_share_one_reading_of_the_weights_and_the_rows(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    load = weights.load_weights
+    monkeypatch.setattr(
+        decoder_engine, "load_weights", lambda *args, **more: (read.append(more), load(*args, **more))[1]
+    )
+    search_command(search_config(tiny, tmp_path / "search", base="dense"))
+    assert len(read) == 1
+
+
+def test_hidden_states_below_the_lowest_adapted_layer_are_computed_once_for_all_trials(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    put = StatesInMemory.put
+    monkeypatch.setattr(
+        StatesInMemory, "put", lambda self, number, states: (kept.append(number), put(self, number, states))[1]
+    )
+    options = {"layers": "last:1", "cache_frozen": "memory"}
+    train(tiny.config(tmp_path / "alone", answers=0, **options))
+    alone = sorted(kept)
+    kept.clear()
+    search_command(search_config(tiny, tmp_path / "search", {"trials": 6}, **options))
+    assert sorted(kept) == alone
+
+
+def test_what_is_not_to_be_searched_is_refused_before_anything_is_written(tiny: TinyRun, tmp_path: Path) -> None:
+    config = search_config(tiny, tmp_path / "search", {"over": ("learning_rate=-1:1",)})
+    with pytest.raises(UsageError, match="learning_rate"):
+        search_command(config)
+    with pytest.raises(UsageError, match="no rows are held out"):
+        search_command(search_config(tiny, tmp_path / "search", eval_data=()))
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_search_goes_on_with_more_trials_and_refuses_other_options(tiny: TinyRun, tmp_path: Path) -> None:
+    config = search_config(tiny, tmp_path / "search", {"trials": 2})
+    first = search_command(config)
+    with pytest.raises(UsageError, match="--resume"):
+        search_command(config)
+    again = replace(config, run=replace(config.run, resume=True))
+    with pytest.raises(UsageError, match="batch_rows: 4 in the search, 2 given"):
+        search_command(replace(again, optimization=replace(again.optimization, batch_rows=2)))
+    more = search_command(replace(again, search=replace(again.search, trials=4)))
+    assert (first.trials, more.trials) == (2, 4)
+    text = tiny.rows.read_text()
+    tiny.rows.write_text(text.replace("json", "names"))
+    try:
+        with pytest.raises(UsageError, match="not those that the search began with"):
+            search_command(again)
+    finally:
+        tiny.rows.write_text(text)
+
+
+def test_a_trial_whose_run_fails_is_told_and_the_others_go_on(tiny: TinyRun, tmp_path: Path) -> None:
+    search = {"over": ("learning_rate=0.01,1e30",), "trials": 4, "prune": "none"}
+    found = search_command(search_config(tiny, tmp_path / "search", search, max_bad_steps=1))
+    trials = json.loads((Path(found.output) / "search.json").read_text())["all"]
+    failed = [trial for trial in trials if trial["failed"]]
+    assert len(failed) == found.failed and 0 < found.failed < 4
+    assert all(trial["values"]["learning_rate"] == 1e30 and "finite" in trial["failed"] for trial in failed)
+    assert found.values in ({"learning_rate": 0.01}, {"learning_rate": 0.003})
+
+
+def _started(config: SearchConfig) -> subprocess.Popen[bytes]:
+    """`backhand search` in a process of its own."""
+    file = config.run.output.parent / f"{config.run.output.name}.toml"
+    shown = replace(config, run=replace(config.run, quiet=False, resume=False))
+    file.write_text(dump_config(shown))
+    words = ["--resume"] if config.run.resume else []
+    return subprocess.Popen(
+        [sys.executable, "-m", "backhand", "search", str(file), *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def _wait_for_trials(output: Path, count: int) -> None:
+    until = time.monotonic() + 120
+    while len(list((output / "trials").glob("*/metrics.jsonl"))) < count:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_killed_at_any_time_it_goes_on_without_a_lost_trial(tiny: TinyRun, tmp_path: Path, found: SearchResult) -> None:
+    config = search_config(tiny, tmp_path / "search")
+    for trials in (1, 3):
+        process = _started(replace(config, run=replace(config.run, resume=trials > 1)))
+        _wait_for_trials(config.run.output, trials)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    ended = search_command(replace(config, run=replace(config.run, resume=True)))
+    assert (ended.values, ended.loss, ended.given_loss) == (found.values, found.loss, found.given_loss)
+    for number in range(found.trials):
+        name = f"trials/{number:03d}"
+        assert result_bits(Path(ended.output) / name) == result_bits(Path(found.output) / name)
+
+
+def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: Path, found: SearchResult) -> None:
+    config = search_config(tiny, tmp_path / "search", {"trials": 6, "sampler": "random"})
+    first = _started(config)
+    _wait_for_trials(config.run.output, 1)
+    second = _started(replace(config, run=replace(config.run, resume=True)))
+    said = [process.communicate(timeout=240)[1].decode() for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    told = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
+    assert len(told[0] | told[1]) == 6
+    config_ = replace(config, run=replace(config.run, resume=True))
+    study = Study(config.run.output, config_.search.dimensions, {"learning_rate": 3e-3, "rank": 3})
+    assert [trial.number for trial in study.trials()] == list(range(6))
+
+
+def test_ctrl_c_saves_the_trial_that_is_in_work_and_says_how_to_go_on(tiny: TinyRun, tmp_path: Path) -> None:
+    config = search_config(tiny, tmp_path / "search", epochs=40)
+    from backhand.training.observer import Observer
+
+    class Stop(Observer):
+        def stepped(self, record: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    import backhand.search.command as command
+
+    plain = command.train
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(command, "train", lambda *args, **more: plain(*args, **{**more, "callbacks": [Stop()]}))
+        with pytest.raises(Interrupted) as raised:
+            search_command(config)
+    assert raised.value.exit_code == 130
+    assert f"backhand search --resume --output {config.run.output}" in str(raised.value)
+    assert (config.run.output / "trials" / "000" / "checkpoints").is_dir()
