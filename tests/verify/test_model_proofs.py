@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 import re
 
 import numpy as np
@@ -250,9 +251,12 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
 
 def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
-    texts = [("what comes after one", " two"), ("what comes after night", " the day"), ("what comes after all", " it")]
+    long = "what comes after, and what is there before, and after that, of all things, " * 2
+    texts = [(long + "one", " two"), (long + "night", " the day"), (long + "all", " it")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
-    report = verify(options(models("llama"), rows))
+    asked = options(models("llama"), rows)
+    asked = replace(asked, verify=replace(asked.verify, max_tokens=512))
+    report = verify(asked)
     exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared prefix"))
     assert report.passed and exact.proof.endswith("float64")
     assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
@@ -263,7 +267,7 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
         return context._replace(runs=tuple(run._replace(before=()) for run in context.runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
-    assert exact.proof in _failed(verify(options(models("llama"), rows)))
+    assert exact.proof in _failed(verify(asked))
 
 
 def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path):

@@ -73,7 +73,7 @@ def reference_loss(
         adapter: its factors in the dtype of the weights.
         of_nats: another loss of the nats of the documents' supervised tokens, (supervised,).
     """
-    batch = batch.whole()
+    batch = batch.whole() if batch.parents else batch  # else in its own order, in which dropout's masks are drawn
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
@@ -82,7 +82,7 @@ def reference_loss(
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
         x = reference_block(x, layer, weights, config, batch.lengths, adapter, wanted, carried)
-    return reference_head(x, weights, config, batch.labels, adapter, of_nats)
+    return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:
