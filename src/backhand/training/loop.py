@@ -38,6 +38,7 @@ from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, rss_bytes
 from backhand.training.objectives.objective import Objective
 from backhand.training.observer import Observer
+from backhand.training.rewards.steps import RewardedSteps
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step
 from backhand.words import name_list
@@ -62,6 +63,7 @@ class TrainingLoop:
         kept: the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed
             in each step.
         objective: of the training rows; None for the loss of answers.
+        rewarded: samples, judges and trains on answers to the training rows; None where rows have their own.
     """
 
     model: Trainable
@@ -81,6 +83,7 @@ class TrainingLoop:
     processes: Processes = field(default_factory=Processes)
     kept: KeptStates | None = None
     objective: Objective | None = None
+    rewarded: RewardedSteps | None = None
 
     def __post_init__(self) -> None:
         self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
@@ -126,10 +129,13 @@ class TrainingLoop:
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
-        tokens = self.packer.tokens(rows)
-        if self.objective is not None:
-            self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
-        result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
+        if self.rewarded is not None:
+            result, tokens = self._rewarded_step(self.rewarded, rows, rate)
+        else:
+            tokens = self.packer.tokens(rows)
+            if self.objective is not None:
+                self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
+            result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
         self.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
         self._count(result, tokens, seconds)
@@ -138,6 +144,16 @@ class TrainingLoop:
         self._judge(result)
         if self.memory is not None:
             self.memory.after_step()
+
+    def _rewarded_step(self, rewarded: RewardedSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
+        """What the step did, and the tokens of its prompts and answers."""
+        step = self.state.progress.step
+        try:
+            rewarded.write(self.model, step, rows)
+        except CheckError:
+            self.save(False)  # nothing has moved yet
+            raise
+        return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
     def _work(self, rows: Sequence[int]) -> StepWork:
         groups, objective = self._groups(rows), self.objective
@@ -194,6 +210,8 @@ class TrainingLoop:
             several["waited_s"] = [round(waited, 4) for waited in result.waited_s]
             several["computed_tokens"] = list(result.computed_tokens)
         measured = {} if self.objective is None else self.objective.measured(self.processes)
+        if self.rewarded is not None:
+            measured = self.rewarded.measured
         return {
             "step": self.state.progress.step,
             "epoch": round(self.sampler.epochs_done(self.state.progress.step), 4),
@@ -213,7 +231,7 @@ class TrainingLoop:
         progress = self.state.progress
         if result.taken:
             progress.smooth_loss, warning = self._spike_guard.judge(result.loss, progress.smooth_loss)
-            if warning:
+            if warning and self.rewarded is None:
                 self.observer.noted(f"step {progress.step}: {warning}")
         else:
             self.observer.noted(
@@ -224,7 +242,8 @@ class TrainingLoop:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
-            for note in self.learning_guard.judge_if_due(attends=result.attends, taken=result.taken, last=last):
+            taken = result.taken and (self.rewarded is None or result.grad_norm > 0)
+            for note in self.learning_guard.judge_if_due(attends=result.attends, taken=taken, last=last):
                 self.observer.noted(note)
         if self.base_guard is not None and progress.step in self._sampled_steps:
             self.base_guard.sample()
@@ -320,6 +339,8 @@ class TrainingLoop:
             self._give_up()  # the last steps were skipped: that is no good end
         if self.base_guard is not None:
             self.base_guard.check()
+        if self.rewarded is not None:
+            self.rewarded.certificate.finished()
         progress.finished = True
         return True
 

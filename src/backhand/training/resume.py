@@ -321,6 +321,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         held_out=finished.held_out,
         processes=finished.processes,
         objective=finished.objective,
+        rewarded=finished.rewarded and finished.rewarded.repeated(),
     )
     try:
         completed = loop.run()

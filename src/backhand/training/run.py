@@ -34,7 +34,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import by_signal, status_kept
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.answers import answers_file
+from backhand.training.answers import answers_file, stop_ids
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import TerminalObserver, opening_facts
@@ -44,7 +44,7 @@ from backhand.training.keeping import Keeping, keeping
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
-from backhand.training.loop import StepPlan, TrainingLoop
+from backhand.training.loop import StepPlan, TrainingLoop, derived_seed
 from backhand.training.machine import resolve_machine
 from backhand.training.measuring import ForgettingMeter, HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
@@ -63,6 +63,11 @@ from backhand.training.resume import (
     resumed_config,
     state_digests,
 )
+from backhand.training.rewards.certificate import BOUNDS, Certificate
+from backhand.training.rewards.guards import RewardGuard
+from backhand.training.rewards.judge import Judge
+from backhand.training.rewards.rollout import Rollout
+from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
 from backhand.training.state import PROGRESS_FILE, Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 
@@ -123,13 +128,14 @@ class JobRun:
             digest, noted = base_guard.digest, self.observer.noted
             kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
             objective, of_held_out = self._objectives(state, kept, log)
+            rewarded = self._rewarded(places, log)
             loop = TrainingLoop(
                 job.bound.model,
                 state,
                 job.packer,
                 job.sampler,
                 plan,
-                held_out=self._held_out(kept, of_held_out),
+                held_out=self._held_out(kept, of_held_out, rewarded),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -140,6 +146,7 @@ class JobRun:
                 processes=self.processes,
                 kept=kept.train,
                 objective=objective,
+                rewarded=rewarded,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
@@ -303,10 +310,36 @@ class JobRun:
             noted=self.observer.noted,
         )
 
-    def _held_out(self, kept: Keeping, objective: Objective | None) -> HeldOut | None:
+    def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:
+        """What samples and judges answers, with its process of reward functions; None where rows have answers."""
+        job, processes = self.job, self.processes
+        if job.config.objective.purpose != "prompts":
+            return None
+        options, seed = job.config.rewards, job.config.run.seed
+        judge = Judge(options.reward, options.reward_timeout) if processes.leads else None
+        rollout = Rollout(
+            options,
+            None if judge is None else places.enter_context(judge),
+            job.source.tokenizer(),
+            stop_ids(job.source, job.config.data),
+            lambda step, row, number: derived_seed(seed, "answer", step, row, number),
+            processes,
+        )
+        return RewardedSteps(
+            rollout,
+            job.train.examples,
+            job.config.objective.strength,
+            job.memory.micro_batch_rows,
+            Certificate(BOUNDS[job.dtype], log),
+            RewardGuard(self.observer.noted),
+        )
+
+    def _held_out(self, kept: Keeping, objective: Objective | None, rewarded: RewardedSteps | None) -> HeldOut | None:
         job = self.job
         if job.held_out is None:
             return None
+        if rewarded is not None:
+            return HeldOutRewards(job.held_out.examples, rewarded.rollout)
         if objective is not None:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
