@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,20 +95,12 @@ def sample(
 
     def choose(numbers: Sequence[int], logits: Tensor) -> list[int]:
         require_finite(logits)
-        logits = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
-        log_p = torch.log_softmax(logits, dim=-1)
-        probabilities = log_p.exp()
-        entropies = -(probabilities * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-        if top_p < 1:
-            cut = SamplingOptions(temperature=1.0, top_p=top_p)
-            probabilities = torch.stack([kept_probabilities(row, cut) for row in logits])
-        drawn = _drawn(probabilities, [uniform[number][len(sampled[number].tokens)] for number in numbers])
-        found: list[int] = drawn.tolist()
-        said: list[float] = log_p.gather(1, drawn[:, None]).squeeze(1).tolist()
-        for number, value, entropy in zip(numbers, said, entropies.tolist(), strict=True):
-            sampled[number].log_p.append(value)
+        drawn = draw(logits, [uniform[number][len(sampled[number].tokens)] for number in numbers], top_p)
+        for number, log_p, entropy in zip(numbers, drawn.log_p.tolist(), drawn.entropies.tolist(), strict=True):
+            sampled[number].log_p.append(log_p)
             sampled[number].entropy += entropy
-        return found
+        tokens: list[int] = drawn.tokens.tolist()
+        return tokens
 
     def finished(number: int, token: int) -> bool:
         sampled[number].tokens.append(token)
@@ -131,8 +124,49 @@ def trained_head(decoder: Decoder, x: Tensor) -> Tensor:
     return decoder.head(x)
 
 
-def _drawn(probabilities: Tensor, uniform: Sequence[float]) -> Tensor:
-    """(rows,) int64: the token of each row, (rows, vocab), by its number in [0, 1)."""
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    targets = torch.tensor(uniform, dtype=torch.float64)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, targets, right=True).squeeze(1).clamp(max=probabilities.shape[1] - 1)
+class Drawn(NamedTuple):
+    """Tokens of rows, (rows,) int64, their log-probabilities, and the entropies of what they are drawn from."""
+
+    tokens: Tensor
+    log_p: Tensor
+    entropies: Tensor
+
+
+_BLOCK = 256
+
+
+def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
+    """A token for each row of logits, (rows, vocab), by its number in [0, 1).
+
+    With e = exp(z - max z) and S = Σ e: log p = z - max z - log S, and the entropy is log S - Σ e (z - max z) / S. The
+    distribution function is summed up over blocks of the vocabulary first, and then within one.
+    """
+    z = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
+    z.sub_(z.amax(-1, keepdim=True))
+    e = z.exp()
+    blocks = _blocks(e)
+    total = blocks[:, -1:]
+    entropies = total.log().squeeze(1) - torch.einsum("rv,rv->r", e, z) / total.squeeze(1)
+    if top_p < 1:
+        cut = SamplingOptions(temperature=1.0, top_p=top_p)
+        e = torch.stack([kept_probabilities(row, cut) for row in z])
+        blocks = _blocks(e)
+    targets = torch.tensor(uniform, dtype=torch.float64)[:, None] * blocks[:, -1:]
+    block = torch.searchsorted(blocks, targets, right=True).clamp(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
+    places = block * _BLOCK + torch.arange(_BLOCK)
+    inside = e.gather(1, places.clamp(max=e.shape[1] - 1)).double().masked_fill(places >= e.shape[1], 0.0)
+    within = torch.searchsorted(inside.cumsum(-1), targets - before, right=True)
+    # Rounding may leave the target behind the last token of its block that has any probability.
+    likely = (inside > 0).long().mul(torch.arange(_BLOCK)).amax(-1, keepdim=True)
+    tokens = (block * _BLOCK + torch.minimum(within, likely)).squeeze(1)
+    return Drawn(tokens, (z.gather(1, tokens[:, None]) - total.log()).squeeze(1), entropies)
+
+
+def _blocks(e: Tensor) -> Tensor:
+    """Sums of (rows, vocab) from the first token to the end of each block, (rows, blocks) float64."""
+    whole = e.shape[1] // _BLOCK * _BLOCK
+    sums = e[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < e.shape[1]:
+        sums = torch.cat((sums, e[:, whole:].sum(-1, keepdim=True)), dim=1)
+    return sums.double().cumsum(-1)

@@ -3,7 +3,7 @@
 An answer i with |i| tokens has an advantage A_i (`advantages`) and a weight w_i (`answer_weights`). With p_t = log π of
 a token, o_t the same when the answer was sampled, q_t under the reference, and clip(r) = min(max(r, 1 - ε), 1 + ε_h):
 
-    grpo, dr_grpo, dapo    y_i = w_i Σ_t (-min(r_t A_i, clip(r_t) A_i) + β k_t),   r_t = e^(p_t - o_t)
+    grpo, dr_grpo, dapo    y_i = w_i Σ_t (-min(r_t A_i, clip(r_t) A_i) + β r_t k_t),   r_t = e^(p_t - o_t)
                            k_t = e^(q_t - p_t) - (q_t - p_t) - 1                   [arXiv:2402.03300, eq. 3 and 4]
     rloo                   y_i = w_i (-min(R_i A_i, clip(R_i) A_i)),   R_i = e^(Σ_t (p_t - o_t))   [arXiv:2402.14740]
 
@@ -15,15 +15,17 @@ and the loss of a step with N answers of T tokens together is Σ_i y_i, where
     rloo      w_i = 1 / N,         A_i = R_i - mean of the others' = (R_i - mean) G / (G - 1)
               with β Σ_t (o_t - q_t) taken off R_i before                                [arXiv:2402.14740, eq. 8]
 
-R_i is the reward of answer i here, G the size of its group; std is the unbiased one. All of it as TRL computes it.
+R_i is the reward of answer i here, G the size of its group; std is the unbiased one. The factor r_t before k_t makes
+its gradient that of the divergence KL(π | reference) itself [arXiv:2512.02556, §3.1]. All of it as TRL computes it.
 
-Backward. Where the minimum is the clipped side, it is constant; a = [r A ≤ clip(r) A], and k' = 1 - e^(q - p), so
-    ∂L/∂p_t = G_i w_i (-a_t r_t A_i + β (1 - e^(q_t - p_t)))      (tokens,),    G = ∂L/∂y (answers,)
-    ∂L/∂p_t = -G_i w_i a_i R_i A_i                                of rloo, the same for all tokens of an answer.
+Backward. Where the minimum is the clipped side, it is constant; a = [r A ≤ clip(r) A]. With k' = 1 - e^(q - p) and
+r' = r, what stands beside β is r k + r k' = -r (q - p), so
+    ∂L/∂p_t = G_i w_i (-a_t r_t A_i + β r_t (p_t - q_t))      (tokens,),    G = ∂L/∂y (answers,)
+    ∂L/∂p_t = -G_i w_i a_i R_i A_i                            of rloo, the same for all tokens of an answer.
 
 With one update for each batch r = R = 1, and what is left of the first term is -w_i A_i: known before the forward pass.
 
-Saved: a r A of every token (of rloo, of every answer), e^(q - p), and what they belong to.
+Saved: a r A of every token (of rloo, of every answer), β r (p - q), and what they belong to.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class GRPORule(NamedTuple):
 
 
 class GRPOSaved(NamedTuple):
-    """What the forward keeps: a r A, (tokens,) or for rloo (answers,); β (1 - e^(q - p)) or None; w, owners, dtype."""
+    """What the forward keeps: a r A, (tokens,) or for rloo (answers,); β r (p - q) or None; w, owners, dtype."""
 
     pulled: Tensor
     d_divergence: Tensor | None
@@ -97,8 +99,8 @@ def grpo_forward(
     d_divergence = None
     if reference is not None and rule.beta and not by_answer:
         apart = reference.to(wide) - p
-        losses = losses + rule.beta * (apart.expm1() - apart)
-        d_divergence = -rule.beta * apart.expm1()
+        losses = losses + rule.beta * ratio * (apart.expm1() - apart)
+        d_divergence = -rule.beta * ratio * apart
     pulled = torch.where(free <= clipped, free, 0.0)
     y = weights * (losses if by_answer else _sums(losses, owners, len(advantages)))
     return y, GRPOSaved(pulled, d_divergence, weights, owners, by_answer, log_p.dtype)
@@ -132,7 +134,7 @@ def grpo_reference(
         loss = -torch.min(ratio * advantage, bounded * advantage)
         if reference is not None and rule.loss != "rloo":
             q_over_p = reference[own].exp() / log_p[own].exp()
-            loss = loss + rule.beta * (q_over_p - q_over_p.log() - 1)
+            loss = loss + rule.beta * ratio * (q_over_p - q_over_p.log() - 1)
         found.append(weight * loss.sum())
     return torch.stack(found) if found else log_p.sum()[None][:0]
 

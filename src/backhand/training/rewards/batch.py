@@ -139,7 +139,7 @@ class AnswerBatch:
         ratio = (log_p - old).exp()
         high, low = 1 + self._rule.epsilon_high, 1 - self._rule.epsilon
         clipped = ((ratio > high) & (gain > 0)) | ((ratio < low) & (gain < 0))
-        self._told.append([len(log_p), float((apart.expm1() - apart).sum()), float(clipped.sum())])
+        self._told.append([len(log_p), float((ratio * (apart.expm1() - apart)).sum()), float(clipped.sum())])
 
     def _against_base(self) -> Tensor:
         """Σ (sampled - reference) over the tokens of every answer, (answers,) float64; keeps this process's reference.

@@ -52,7 +52,6 @@ MUTANTS = (
     wrong("weight forgotten", "d_log_p", lambda s, d: d / s.weights[s.owners]),
     wrong("upstream gradient ignored", "d_log_p", lambda g, s, d: d / g[s.owners]),
     wrong("never clipped", "d_log_p", lambda d: torch.where(d == 0, 0.1, d)),
-    wrong("gradient uphill", "d_log_p", lambda d: -d),
     OP.redo("divergence forgotten", "d_log_p", d_divergence=lambda: None),
     wrong(
         "divergence the other way", "d_log_p", lambda g, s, d: d + (0 if s.d_divergence is None else 2 * g[s.owners])
