@@ -50,7 +50,8 @@ def hangs(completions, completion_ids, **_):
     return [float(ids[0] % 7) for ids in completion_ids]
 
 def nan(completions, completion_ids, **_):
-    return [math.nan if _third(completions) else float(ids[0] % 7) for ids in completion_ids]
+    third = _third(completions)
+    return [math.nan if third else float(ids[0] % 7) for ids in completion_ids]
 
 def leaves(completions, completion_ids, **_):
     if _third(completions):

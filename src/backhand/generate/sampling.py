@@ -169,4 +169,5 @@ def _blocks(e: Tensor) -> Tensor:
     sums = e[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
     if whole < e.shape[1]:
         sums = torch.cat((sums, e[:, whole:].sum(-1, keepdim=True)), dim=1)
-    return sums.double().cumsum(-1)
+    ends: Tensor = sums.double().cumsum(-1)
+    return ends

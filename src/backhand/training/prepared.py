@@ -18,6 +18,7 @@ from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.errors import UsageError
 from backhand.files import free_bytes
+from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
@@ -330,8 +331,17 @@ def _shapes(
         neutral=neutral,
     )
     ordered = config.run.reduce == "ordered"
+    at_once = longest = 0
+    if isinstance(packer, PromptPacker):
+        at_once = min(ROWS_AT_ONCE, batch_rows * config.rewards.group)
+        longest = packer.longest
     return {
-        rows: replace(shape, gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered))
+        rows: replace(
+            shape,
+            gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered),
+            sampled_rows=at_once,
+            sampled_tokens=longest,
+        )
         for rows, shape in shapes.items()
     }
 

@@ -359,6 +359,9 @@ class JobRun:
             name = self.job.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"
             card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
+            if name == "grpo":
+                card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
+                del card["held-out loss"]
         return card
 
     def left(self, *, back: bool) -> str:
