@@ -38,7 +38,7 @@ CASES = (
     OP.case("rloo", GRPORule("rloo", 0.2, 0.3)),
     OP.case("rloo, one update", GRPORule("rloo"), moved=0.0),
     OP.case("far apart", RULE, (3, 4), 1.5),
-    OP.case("one answer", RULE, (4,)),
+    OP.case("one token", RULE, (1,)),
     OP.case("no answers", RULE, ()),
     OP.case("training size", RULE, tuple(1 + number * 7 % 23 for number in range(64))),
 )
