@@ -28,11 +28,11 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help kernels kernels-sanitize demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help kernels kernels-sanitize wheels demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make kernels | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
+	@echo '  make kernels | wheels | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -72,6 +72,10 @@ $(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
+$(VENV)/.wheels: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@$(INSTALL) build hatchling ziglang twine auditwheel
+	@touch $@
+
 $(VENV)/.bench: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable '.[bench]'
 	@touch $@
@@ -84,6 +88,10 @@ kernels: | $(BIN)/python
 
 kernels-sanitize: | $(BIN)/python
 	@$(BIN)/python src/backhand/kernels/build.py --sanitize
+
+# One wheel a platform with its kernels in it, and the source distribution: dist/. Nothing but packages of PyPI.
+wheels: $(VENV)/.wheels
+	@$(BIN)/python tools/wheels.py
 
 # ---- use ---------------------------------------------------------------------------------------------------------
 

@@ -3,18 +3,29 @@
 With a compiler the wheel is one for this platform and every Python 3 (`py3-none-<platform>`): the library knows neither
 Python's headers nor torch's. Without, it is a pure one, in which everything goes through torch. BACKHAND_WHEEL_PLATFORM
 names another platform tag, such as manylinux_2_28_x86_64 when building where that holds; BACKHAND_KERNELS=none builds
-the pure wheel.
+the pure wheel. BACKHAND_WHEEL_TARGET, a key of TARGETS, compiles for another system with the compiler of the PyPI
+package ziglang (`make wheels`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+# Zig's name, the processor's family, `sys.platform`, the wheel's platform tag.
+TARGETS = {
+    "linux-x86_64": ("x86_64-linux-gnu.2.28", "x86_64", "linux", "manylinux_2_28_x86_64"),
+    "linux-aarch64": ("aarch64-linux-gnu.2.28", "aarch64", "linux", "manylinux_2_28_aarch64"),
+    "windows-x86_64": ("x86_64-windows-gnu", "x86_64", "win32", "win_amd64"),
+    "macos-arm64": ("aarch64-macos.11.0", "aarch64", "darwin", "macosx_11_0_arm64"),
+    "macos-x86_64": ("x86_64-macos.11.0", "x86_64", "darwin", "macosx_11_0_x86_64"),
+}
 
 
 def _builder(root: Path) -> Any:
@@ -44,16 +55,23 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
         if os.environ.get("BACKHAND_KERNELS") == "none":
             return
         builder = _builder(Path(self.root))
+        folder, toolchain, tag = builder.BUILT, None, os.environ.get("BACKHAND_WHEEL_PLATFORM")
+        if version != "editable" and (target := os.environ.get("BACKHAND_WHEEL_TARGET")):
+            triple, machine, system, tag = TARGETS[target]
+            folder = Path(self.root) / "build" / "kernels" / target
+            zig = (sys.executable, "-m", "ziglang", "c++", "-target", triple)
+            toolchain = builder.Toolchain(zig, machine, system, ("-s",))
+        system = toolchain.system if toolchain else sys.platform
         try:
-            names = builder.build(every=version != "editable")
+            names = builder.build(folder, every=version != "editable", toolchain=toolchain)
         except FileNotFoundError as error:
             self.app.display_warning(f"compiled kernels left out: {error}; everything works through torch, slower")
             return
         if version == "editable":
             return
-        platform = os.environ.get("BACKHAND_WHEEL_PLATFORM") or sysconfig.get_platform()
+        platform = tag or sysconfig.get_platform()
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-" + platform.replace("-", "_").replace(".", "_")
         for name in names:
-            for path in (builder.library_path(name), builder.stamp_path(name)):
+            for path in (builder.library_path(name, folder, system), builder.stamp_path(name, folder)):
                 build_data["force_include"][str(path)] = f"backhand/kernels/lib/{path.name}"

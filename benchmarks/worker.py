@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import PEERS, Workload
 
+from backhand.nn.compute import loaded_objects_frozen
 from backhand.nn.waiting import briefly_beside_others
 
 
@@ -55,7 +56,7 @@ def main() -> None:
     loaded = resident_bytes("VmRSS")
     reset_peak()
     print(json.dumps({"ready": True, "loaded_bytes": loaded, **ready}), flush=True)
-    with briefly_beside_others():
+    with briefly_beside_others(), loaded_objects_frozen():
         for _ in sys.stdin:
             start = time.perf_counter()
             loss, norm = peer.step()

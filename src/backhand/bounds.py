@@ -31,10 +31,6 @@ class Bound:
     """The range of a number; whether it is whole is said by the annotated type.
 
     Attributes:
-        at_least: lowest value allowed.
-        above: the value must be larger than this.
-        at_most: highest value allowed.
-        below: the value must be smaller than this.
         noun: what an error calls the value; the field's name if empty.
         why: why nothing larger is allowed.
         next_step: what to do about a larger one.
@@ -92,11 +88,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Several:
-    """A list that may not be too short.
-
-    Attributes:
-        at_least: how many elements there must be.
-    """
+    """A list that may not be too short."""
 
     at_least: int = 1
 
@@ -116,12 +108,7 @@ class Several:
 
 @dataclass(frozen=True)
 class Given:
-    """A text that may not be empty.
-
-    Attributes:
-        what: the error.
-        next_step: what to give.
-    """
+    """A text that may not be empty."""
 
     what: str
     next_step: str
@@ -167,11 +154,7 @@ class Also:
 
 @dataclass(frozen=True)
 class Words:
-    """How the command line, and a TOML file's one text, are read for a type that no command line knows.
-
-    Attributes:
-        parse: what makes a value of the words.
-    """
+    """How the command line, and a TOML file's one text, are read for a type that no command line knows."""
 
     parse: Parse
 
@@ -245,7 +228,6 @@ def check_value(where: str, value: Any, hint: Any) -> None:
 
     Args:
         where: the field's name; `name['key']` for a value of a mapping.
-        value: what was given.
         hint: the annotation, its `Annotated` kept.
 
     Raises:

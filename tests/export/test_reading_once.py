@@ -174,7 +174,7 @@ def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch)
     """What an adapter's record is compared with never stands in memory as a whole matrix."""
     found = Unpacked(monkeypatch)
     # For every thread: a context variable that is set holds for the thread that set it.
-    monkeypatch.setattr("backhand.ops.frozen_matrix._tile_bytes", ContextVar("small", default=64 * 64 * 4))
+    monkeypatch.setattr("backhand.ops.weight_tiles.TILES", ContextVar("small", default=64 * 64 * 4))
     source = open_model(base)
     record.base_digest(["model.layers.1.mlp.up_proj.weight"], source.load_in_pieces)
     assert found.times("base.gguf")["model.layers.1.mlp.up_proj.weight"] == 1.0

@@ -22,8 +22,8 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_targets
 from backhand.errors import UsageError
 from backhand.files import FileLayer
-from backhand.kernels import build, library
-from backhand.kernels.library import usable
+from backhand.kernels import build, builds
+from backhand.kernels.builds import usable
 from backhand.training.config import TrainConfig
 from backhand.training.run import train
 from backhand.training.state import Saver
@@ -90,12 +90,12 @@ def trained_with(folder: str, words: list[str], place: str) -> None:
     """In a process of its own: a command whose compiled libraries lie in another folder."""
     os.chdir(place)
     os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT, 0o600), 2)
-    library._chosen.cache_clear()
-    library.usable.cache_clear()
+    builds.chosen.cache_clear()
+    builds.usable.cache_clear()
     found = usable.__wrapped__
-    library.usable = lambda folder_=Path(folder): found(folder_)  # type: ignore[assignment]
-    loaded = library.load.__wrapped__
-    library.load = lambda name, folder_=Path(folder): loaded(name, folder_)  # type: ignore[assignment]
+    builds.usable = lambda folder_=Path(folder): found(folder_)  # type: ignore[assignment]
+    loaded = builds.load.__wrapped__
+    builds.load = lambda name, folder_=Path(folder): loaded(name, folder_)  # type: ignore[assignment]
     from backhand.cli.main import main
 
     code = main(words)

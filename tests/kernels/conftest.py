@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.kernels.library import load, proving_loops, using
+from backhand.kernels.builds import load, using
+from backhand.kernels.library import proving_loops
 from support.product_builds import ALIKE, PRODUCT_BUILDS, build_id
 
 

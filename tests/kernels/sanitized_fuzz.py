@@ -13,7 +13,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from sanitized_loops import LOOPS, Draw
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library, library_path, usable
+from backhand.kernels.builds import Library, library_path, usable
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER
 
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 _MATRIX = (POINTER, INT64)

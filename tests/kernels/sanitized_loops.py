@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Library
+from backhand.kernels.builds import Library
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER
 
 DTYPES = ((0, np.float32, np.float32), (1, np.uint16, np.float32), (2, np.float64, np.float64))
 """Number, how numbers are stored, and what is computed in."""

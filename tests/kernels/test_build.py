@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from backhand.kernels import build
-from backhand.kernels.library import INT, Library, usable
+from backhand.kernels.builds import Library, usable
+from backhand.kernels.library import INT
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import dense_product as module
+from backhand.kernels.builds import load, torch_form, usable, using
 from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop_workspace, is_taken
-from backhand.kernels.library import load, proving_loops, torch_form, usable, using
-from backhand.ops.frozen_matrix import drop_scratch, frozen_input_gradient, frozen_linear, takes_tiles
+from backhand.kernels.library import proving_loops
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, takes_tiles
+from backhand.ops.weight_tiles import drop_scratch
 from support.gapped import MARK, gapped, marks_intact
 from support.product_builds import PRODUCT_BUILDS, build_id
 

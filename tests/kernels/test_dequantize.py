@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backhand.errors import ArtifactError
+from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dequantize import block_shape, dequantize, is_compiled, type_name
-from backhand.kernels.library import load, usable, using
 
 COMPILED = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels import library
-from backhand.kernels.library import BUILDS, INT64, POINTER, VARIABLE, Declared, describe, load, usable, using
+from backhand.kernels import builds
+from backhand.kernels.builds import BUILDS, VARIABLE, describe, load, usable, using
+from backhand.kernels.library import INT64, POINTER, Declared
 
 COUNT = Declared("backhand_count", POINTER, INT64, INT64, INT64)
 
@@ -17,10 +18,10 @@ COUNT = Declared("backhand_count", POINTER, INT64, INT64, INT64)
 @pytest.fixture
 def fresh(monkeypatch):
     """The choice is made anew, and again after the test."""
-    library._chosen.cache_clear()
+    builds.chosen.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    library._chosen.cache_clear()
+    builds.chosen.cache_clear()
 
 
 @pytest.mark.parametrize("name", usable())
@@ -49,14 +50,14 @@ def test_usable_builds_are_in_order():
 
 def test_the_widest_is_chosen_and_said(fresh):
     fresh.delenv(VARIABLE, raising=False)
-    chosen = library.library()
+    chosen = builds.library()
     assert (chosen.name if chosen else None) == (usable()[-1] if usable() else None)
     assert describe() == f"compiled kernels: {chosen.name}" if chosen else "none" in describe()
 
 
 def test_none_is_torch_alone(fresh):
     fresh.setenv(VARIABLE, "none")
-    assert library.library() is None
+    assert builds.library() is None
     assert COUNT.function() is None
     assert describe() == "compiled kernels: none (BACKHAND_KERNELS=none); everything goes through torch, slower"
 
@@ -64,23 +65,23 @@ def test_none_is_torch_alone(fresh):
 def test_a_path_can_be_forced(fresh):
     for name in usable():
         fresh.setenv(VARIABLE, name)
-        library._chosen.cache_clear()
-        assert library.library().name == name
+        builds.chosen.cache_clear()
+        assert builds.library().name == name
         assert describe() == f"compiled kernels: {name} (BACKHAND_KERNELS={name})"
 
 
 def test_an_unknown_name_is_an_error_that_lists_them(fresh):
     fresh.setenv(VARIABLE, "avx3")
     with pytest.raises(UsageError, match="avx3") as caught:
-        library.library()
+        builds.library()
     assert "avx512bf16" in str(caught.value)
 
 
 def test_a_build_that_is_not_there_is_an_error(fresh):
-    fresh.setattr(library, "usable", lambda: ("baseline",))
+    fresh.setattr(builds, "usable", lambda: ("baseline",))
     fresh.setenv(VARIABLE, "avx2")
     with pytest.raises(ArtifactError, match="avx2") as caught:
-        library.library()
+        builds.library()
     assert "make kernels" in str(caught.value)
 
 
@@ -89,11 +90,11 @@ def test_an_empty_folder_has_no_builds(tmp_path):
 
 
 def test_a_file_that_is_no_library_counts_as_none(tmp_path):
-    library.library_path("baseline", tmp_path).write_text("no library")
+    builds.library_path("baseline", tmp_path).write_text("no library")
     assert usable(tmp_path) == ()
 
 
 def test_importing_the_library_loads_no_torch():
-    script = "import sys, backhand.kernels.library as l; l.usable(); sys.exit('torch' in sys.modules)"
+    script = "import sys, backhand.kernels.builds as l; l.usable(); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": "src"}, check=False)
     assert done.returncode == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from backhand.kernels import build
-from backhand.kernels.library import POINTER, Library, proving_loops, usable, using
+from backhand.kernels.builds import Library, usable, using
+from backhand.kernels.library import POINTER, proving_loops
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.kernels.library import load, loop, proving_loops, torch_form, usable, using
+from backhand.kernels.builds import load, torch_form, usable, using
+from backhand.kernels.library import loop, proving_loops
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward

@@ -13,11 +13,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.kernels.builds import usable
 from backhand.kernels.dense_product import MOST_PARTS, Term, dense_product
 from backhand.kernels.dequantize import block_shape
-from backhand.kernels.library import usable
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
-from backhand.ops import frozen_matrix
+from backhand.ops import weight_tiles
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from support.gapped import gapped, marks_intact
 
@@ -165,12 +165,12 @@ def problem(matrix):
 
 
 def test_nothing_is_unpacked_to_memory(dtype, monkeypatch):
-    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
     matrix = matrix_of(MIXED, 512, dtype)
     x, d_y = problem(matrix)
     found, wanted = both_ways(matrix, x, d_y), both_ways(matrix.dense(), x, d_y)
     assert all(map(torch.equal, found, wanted))
-    assert not frozen_matrix._KEPT.buffers
+    assert not weight_tiles._KEPT.buffers
     for start, stop in ((0, 5), (3, 40), (38, 136)):
         part = matrix.part(start, stop)
         assert torch.equal(frozen_linear(x, part), wanted[0][:, start:stop])

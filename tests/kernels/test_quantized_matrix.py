@@ -6,8 +6,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dequantize import block_shape
-from backhand.kernels.library import load, usable, using
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import frozen_linear
 

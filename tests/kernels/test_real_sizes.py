@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels import build
-from backhand.kernels.library import torch_form, usable, using
+from backhand.kernels.builds import torch_form, usable, using
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.verify import real_sizes
 from backhand.verify.measure import relative_error
@@ -22,7 +22,7 @@ SHOWN_IN = {
     "attention: naive sum": ("attention", "keys", "y"),
     "attention: naive sums of columns": ("attention", "keys", "d_q"),
     "few rows: naive sum": ("frozen_linear", "one row", "y"),
-    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A"),
+    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A 0"),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_every_naive_sum_of_a_loop_is_shown():
 def test_a_naive_sum_is_noticed(spoilable, mutant, monkeypatch):
     library, choose = spoilable
     op, word, tensor = SHOWN_IN[mutant]
-    (case,) = [case for case in real_sizes.real_sizes() if case.op == op and word in case.name]
+    (case,) = [one for one in real_sizes.real_sizes() if one.op.name == op and word in one.case.name]
     choose("")
     assert row_of(library, case, tensor, monkeypatch).passed
     choose(mutant)

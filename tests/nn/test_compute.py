@@ -1,12 +1,21 @@
-"""Which route float32 products take, and that asking changes nothing."""
+"""Which route float32 products take, that asking changes nothing, and what the garbage collector looks through."""
 
 from __future__ import annotations
+
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
-from backhand.nn.compute import medium_precision_pays
+from backhand.nn.compute import loaded_objects_frozen, medium_precision_pays
+
+
+class Cycle:
+    """Holds itself, so that only the garbage collector frees it."""
+
+    itself: Cycle
 
 
 def with_processor(monkeypatch: pytest.MonkeyPatch, capability: str, *, amx: bool = False) -> None:
@@ -37,3 +46,17 @@ def test_elsewhere_its_error_decides_and_the_setting_is_put_back(
     monkeypatch.setattr(torch.linalg, "vector_norm", norm)
     assert medium_precision_pays() is pays
     assert during == ["medium", "medium"] and torch.get_float32_matmul_precision() == before
+
+
+def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps() -> None:
+    """What is there at the start is frozen, what comes later is collected, and afterwards all is as it was."""
+    before = gc.get_freeze_count()
+    with loaded_objects_frozen():
+        assert gc.get_freeze_count() > before + 1_000
+        cycle = Cycle()
+        cycle.itself = cycle
+        seen = weakref.ref(cycle)
+        del cycle
+        gc.collect()
+        assert seen() is None
+    assert gc.get_freeze_count() == 0

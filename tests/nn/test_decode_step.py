@@ -7,7 +7,8 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
-from backhand.kernels.library import load, proving_loops, usable, using
+from backhand.kernels.builds import load, usable, using
+from backhand.kernels.library import proving_loops
 from backhand.nn.decoder.decode_step import decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder

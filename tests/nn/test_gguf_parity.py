@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 from torch import Tensor
 
-from backhand.kernels.library import torch_form
+from backhand.kernels.builds import torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from support.llama_cpp import FAMILIES, LlamaCpp

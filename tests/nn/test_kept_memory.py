@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from backhand.kernels.library import loops_are_there
+from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_forward
 from support.parity import decoder_like, supervise

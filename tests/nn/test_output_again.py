@@ -10,7 +10,8 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
-from backhand.kernels.library import loops_are_there, proving_loops, torch_form
+from backhand.kernels.builds import loops_are_there, torch_form
+from backhand.kernels.library import proving_loops
 from backhand.nn.decoder import attention_half
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config

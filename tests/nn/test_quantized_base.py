@@ -22,7 +22,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.frozen_matrix import frozen_dense, tiles_of
+from backhand.ops.weight_tiles import frozen_dense, tiles_of
 from support.parity import supervise
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import VARIANTS, VOCAB_SIZE, save_tiny, tiny_config, tiny_documents, tiny_model

@@ -11,16 +11,15 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels import large_pages
+from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dense_product import Term, is_taken
-from backhand.kernels.library import load, proving_loops, usable, using
+from backhand.kernels.library import proving_loops
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
-from backhand.ops import frozen_matrix
-from backhand.ops.frozen_matrix import (
+from backhand.ops import weight_tiles
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, frozen_rows
+from backhand.ops.weight_tiles import (
     column_tiles,
     frozen_dense,
-    frozen_input_gradient,
-    frozen_linear,
-    frozen_rows,
     frozen_split,
     frozen_tiles,
     row_tiles,
@@ -204,15 +203,15 @@ def test_the_cases_for_sums_over_rows_go_by_rows(name, dtype):
 
 def test_a_tile_stands_in_large_pages(monkeypatch):
     by_library(monkeypatch)
-    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
     quantized, dense = pair([("Q8_0", 2048)], 1024, torch.bfloat16)
     x = torch.randn(9, 1024).bfloat16()
     assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
-    (buffer,) = frozen_matrix._KEPT.buffers.values()
+    (buffer,) = weight_tiles._KEPT.buffers.values()
     assert buffer.shape == (2048 * 1024,)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert buffer.data_ptr() % (2 << 20) == 0
-    frozen_matrix.drop_scratch()
+    weight_tiles.drop_scratch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(large_pages.mmap, "mmap", _no_room)
         assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
@@ -224,10 +223,10 @@ def _no_room(*_arguments, **_options):
 
 def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):
     by_library(monkeypatch)
-    monkeypatch.setattr(frozen_matrix, "_KEPT", frozen_matrix._Scratch())
+    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
     quantized, _ = pair([("Q4_0", 512)], 2048, torch.bfloat16)
     with tiles_of(300_000):
         frozen_linear(torch.randn(3, 2048).bfloat16(), quantized)
         frozen_input_gradient(torch.randn(3, 512).bfloat16(), quantized)
-    (buffer,) = frozen_matrix._KEPT.buffers.values()
+    (buffer,) = weight_tiles._KEPT.buffers.values()
     assert buffer.numel() * 2 <= 300_000

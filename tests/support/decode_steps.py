@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import torch_form
+from backhand.kernels.builds import torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from support.parity import decoder_like

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from backhand.kernels.library import library
+from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import decoder as decoder_module
+from backhand.nn.decoder import passes as passes_module
 from backhand.nn.decoder.decoder import Decoder
 from backhand.training.config import TrainConfig
 from backhand.training.kept_states import KeptStates
@@ -80,7 +80,7 @@ class Computed:
 def watched() -> Iterator[Computed]:
     """Inside, what goes through the lower blocks is counted."""
     computed, in_step = Computed(), [False]
-    compute, step, block = KeptStates._compute, Decoder.loss_and_gradients, decoder_module.block_forward
+    compute, step, block = KeptStates._compute, Decoder.loss_and_gradients, passes_module.block_forward
     compared = KeptStates._compared
 
     def watched_compute(self: KeptStates, rows: list[int], batch: PackedBatch) -> Tensor:
@@ -116,7 +116,7 @@ def watched() -> Iterator[Computed]:
         patch.setattr(KeptStates, "_compared", watched_compared)
         patch.setattr(Decoder, "loss_and_gradients", watched_step)
         patch.setattr(Decoder, "from_source", watched_from_source)
-        patch.setattr(decoder_module, "block_forward", watched_block)
+        patch.setattr(passes_module, "block_forward", watched_block)
         yield computed
 
 

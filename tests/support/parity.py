@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import loops_are_there
+from backhand.kernels.builds import loops_are_there
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot

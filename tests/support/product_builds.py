@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from backhand.kernels.library import usable
+from backhand.kernels.builds import usable
 
 _WIDE = [name for name in usable() if name not in ("baseline", "avx2")]
 ALIKE = frozenset(_WIDE[:-1])

@@ -18,7 +18,7 @@ import torch.distributed
 
 from backhand.cli.main import main
 from backhand.nn.decoder.decoder import Decoder
-from backhand.training import distributed, leading, pulse
+from backhand.training import leading, meeting, pulse
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
 from backhand.training.distributed import Group
@@ -173,7 +173,7 @@ def _train_as_rank(
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.update(place)
     if patience is not None:
-        distributed.JOIN_S, pulse.SILENT_AFTER_S = patience
+        meeting.JOIN_S, pulse.SILENT_AFTER_S = patience
         pulse.BEAT_S, pulse.BROKEN_AFTER_S = 0.1, 2.0
     if at == ("adapter", "other"):
         before(AdapterOptimizer, "step", lambda optimizer, *_: optimizer.values[3].add_(1e-3))

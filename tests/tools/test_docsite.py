@@ -19,7 +19,7 @@ from backhand.ops.registry import OPS
 from backhand.training.config import TrainConfig
 
 PACKAGE = build.PACKAGE
-FILES = [*(f"ops/{file}.py" for file in sorted(set(OPS.values()))), "nn/decoder/block.py", "nn/decoder/decoder.py"]
+FILES = [*(f"ops/{file}.py" for file in sorted(set(OPS.values()))), "nn/decoder/block.py", "nn/decoder/passes.py"]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from backhand.errors import UsageError
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
-from backhand.training.run import JobRun, train
+from backhand.training.job_run import JobRun
+from backhand.training.run import train
 from support.fault_table import documented
 from support.faulty_runs import temporary
 from support.held_runs import PLACES, held_train
@@ -198,7 +199,7 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from backhand.runs.interruption import Interrupted
-    from backhand.training import run as job_run
+    from backhand.training import job_run
 
     said: list[str] = []
     original = job_run.prove_resume

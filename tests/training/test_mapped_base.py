@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
-from backhand.training import run as run_module
+from backhand.training import job_run as run_module
 from backhand.training.config import TrainConfig
 from backhand.training.memory.process import crowded_note
 from backhand.training.observer import Observer

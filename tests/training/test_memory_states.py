@@ -16,7 +16,7 @@ from backhand.cli.main import main
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import ResourceError, UsageError
-from backhand.kernels.library import library, torch_form
+from backhand.kernels.builds import library, torch_form
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model

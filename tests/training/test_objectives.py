@@ -20,12 +20,11 @@ from backhand.errors import UsageError
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.training.config import OptimizationOptions
-from backhand.training.loop import LearningRate
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.objectives.pairs import PairObjective
-from backhand.training.step import AdapterOptimizer, Processes, StepWork, training_step
+from backhand.training.step import AdapterOptimizer, LearningRate, Processes, StepWork, training_step
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.smollm2 import NAME, smollm2_decoder, smollm2_peft

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
 from backhand.errors import CheckError, ResourceError, UsageError
-from backhand.kernels.library import library, torch_form
+from backhand.kernels.builds import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder

@@ -13,8 +13,8 @@ from backhand.data.forms import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.training.config import TrainConfig
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.rewards.judge import Judge, Written
 from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess, Written
 from backhand.training.run import train
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
@@ -183,8 +183,8 @@ def answers(*texts: str, **columns: Any) -> list[Written]:
 
 
 def rewards_of(name: str, given: list[Written]) -> list[float]:
-    with Judge([name], 5.0) as judge:
-        return judge.rewards(given)[0]
+    with RewardProcess([name], 5.0) as process:
+        return process.rewards(given)[0]
 
 
 def test_built_in_rewards(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_built_in_rewards(tmp_path: Path) -> None:
 
 
 def test_several_functions_with_weights_and_none(functions: Path) -> None:
-    with Judge([f"{functions}:short", "length:4"], 5.0) as judge:
-        found = judge.rewards(answers("1234", "1" * 12))
+    with RewardProcess([f"{functions}:short", "length:4"], 5.0) as process:
+        found = process.rewards(answers("1234", "1" * 12))
     assert found[0][0] == 1 and found[0][1] != found[0][1] and found[1] == [1, 0]
 
 

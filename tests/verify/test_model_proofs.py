@@ -14,8 +14,8 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.nn.decoder import block, residual
-from backhand.nn.decoder import decoder as decoder_module
+from backhand.nn.decoder import block, projections, trained_ends
+from backhand.nn.decoder import passes as passes_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
@@ -133,12 +133,12 @@ def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monk
     """The step without dropout on the head: each part alone is right, the step's gradient is not."""
     adapted = attach_lora(tiny_model("llama"), target_modules=["lm_head"], dropout=0.3)
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    right = decoder_module.linear_cross_entropy_backward
+    right = trained_ends.linear_cross_entropy_backward
 
     def without(x, weight, targets, head=None, *others, **room):
         return right(x, weight, targets, head and head._replace(dropout=None), *others, **room)
 
-    monkeypatch.setattr(decoder_module, "linear_cross_entropy_backward", without)
+    monkeypatch.setattr(trained_ends, "linear_cross_entropy_backward", without)
     failed = _failed(verify(options(models("llama"), rows, adapter=tmp_path)))
     assert failed == {"a training step's gradient in float32 = float64's"}
 
@@ -170,9 +170,9 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
 
 
 def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
-    right = residual.rms_norm_backward
+    right = projections.rms_norm_backward
     monkeypatch.setattr(
-        residual,
+        projections,
         "rms_norm_backward",
         lambda *args, **kwargs: right(*args, **kwargs)._replace(d_x=1.001 * right(*args, **kwargs).d_x),
     )
@@ -195,14 +195,14 @@ def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
 
 def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):
     """Each block is right, but the step forgets what a block in the middle does to the gradient."""
-    right = decoder_module.block_backward
+    right = passes_module.block_backward
     calls = []
 
     def forgetful(d_x, *args, **kwargs):
         calls.append(1)
         return d_x if len(calls) % 3 == 2 else right(d_x, *args, **kwargs)
 
-    monkeypatch.setattr(decoder_module, "block_backward", forgetful)
+    monkeypatch.setattr(passes_module, "block_backward", forgetful)
     failed = _failed(verify(options(models("llama"), rows)))
     assert any("training step" in proof for proof in failed)
     assert not any("float64" in proof and "×" in proof for proof in failed)
@@ -233,7 +233,7 @@ def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, 
 
 
 def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
-    right = decoder_module.Decoder.contexts
+    right = passes_module.Passes.contexts
 
     def leaking(self, batch, rows=None, carried=None):
         return [
@@ -241,7 +241,7 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
             for context in right(self, batch, rows, carried)
         ]
 
-    monkeypatch.setattr(decoder_module.Decoder, "contexts", leaking)
+    monkeypatch.setattr(passes_module.Passes, "contexts", leaking)
     with pytest.raises(CheckError):
         verify_command(options(models("llama"), rows))
     assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))

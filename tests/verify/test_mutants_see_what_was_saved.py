@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backhand.kernels.library import proving_loops, torch_form
+from backhand.kernels.builds import torch_form
+from backhand.kernels.library import proving_loops
 from backhand.verify.measure import norm, relative_error
 from backhand.verify.runner import COMPILED, FLOAT64_BOUND, PROOF_FILES, forms, load_proofs, reject_mutants
 

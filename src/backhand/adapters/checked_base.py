@@ -72,7 +72,6 @@ def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: 
 
     Args:
         source: the base model; PEFT's files are read without it.
-        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UsageError: a GGUF file, and no base model.

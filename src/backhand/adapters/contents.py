@@ -82,11 +82,8 @@ class AdapterContents:
 
     Attributes:
         directory: the one with the files, a sub-folder perhaps of the one that was asked for.
-        described: from adapter_config.json.
         config_usable: whether `described` can be relied on.
         tensors: by their names in the file, on the CPU.
-        record: from backhand.json, if there is one.
-        problems: everything found wrong so far.
         stored_bytes: size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own.
         unusable: names of tensors that stand in the file and are left out for one of the problems; None if the file
             cannot be read at all, so that nothing can be said of single tensors.

@@ -28,14 +28,11 @@ class Injection:
     """What `inject` is going to do.
 
     Attributes:
-        config: as validated.
         targets: the modules to adapt, in the order of the model.
         kinds: the class that adapts each.
         shapes: what each has in an adapter's file.
         module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.
-        trained: the tensors trained as they are.
         token_modules: the input embedding and modules that share its weight, by path, where rows of it are trained.
-        notes: what may interest a person.
     """
 
     config: LoRAConfig
@@ -236,11 +233,7 @@ def _without_weight(module: nn.Module, skeleton: bool) -> str | None:
 def _token_modules(
     modules: dict[str, nn.Module], tied: dict[str, str], embedding: str | None, skeleton: bool
 ) -> dict[str, nn.Module]:
-    """The input embedding and the modules that share its weight, all of which must allow for trained rows.
-
-    Raises:
-        UsageError: one does not.
-    """
+    """The input embedding and the modules that share its weight, all of which must allow for trained rows."""
     names = [
         str(embedding),
         *(name.removesuffix(".weight") for name, of in tied.items() if of == f"{embedding}.weight"),

@@ -81,7 +81,6 @@ def match_adapter(
     """Hold what was read against a model.
 
     Args:
-        contents: of the directory, with the problems found so far.
         linear, heads: for `all-linear`, see `targets.resolve_targets`.
         differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
         trained: the tensors trained as they are, beside these targets.
@@ -161,15 +160,12 @@ class LoadedAdapter:
     """An adapter from files, checked completely against a model's modules.
 
     Attributes:
-        directory: where the files lie.
         described: configuration, base model and task as adapter_config.json has them.
         shapes: what each of them has in the file.
         factors: everything that was trained, by its name in `LoRAParameters`, on the CPU, in the dtype of the file.
         base_copies: whole base weights found beside factors of embeddings and heads, by module; to be compared with the
             base model by who has it.
-        record: backhand.json, if there is one.
         slots: for linear modules and embeddings, what `LoRAParameters` takes.
-        trained: the tensors trained as they are.
         forced: a sentence for each thing that is not as in training, where the user said to use the adapter anyway.
     """
 

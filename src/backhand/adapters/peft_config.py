@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from backhand.adapters.config import ALL_LINEAR, Alpha, Dropout, LoRAConfig, Modules, Rank, TokenIds
 from backhand.adapters.targets import Target, resolve_targets, targeted_parameters
@@ -20,12 +20,10 @@ class PEFTConfig:
     """What an adapter_config.json says.
 
     Attributes:
-        config: the adapter itself.
         base_model: `base_model_name_or_path`: a hub id or a path.
         task_type: `CAUSAL_LM` and the like, or None.
         revision: of the base model on the hub, or None.
         fan_in_fan_out: whether the adapted modules are GPT-2's Conv1D.
-        notes: what was read over and may interest a person.
     """
 
     config: LoRAConfig
@@ -92,14 +90,14 @@ def _judge_fields(raw: Mapping[str, Any], problems: list[str]) -> list[str]:
     """Notes on fields that are read over; problems for fields that change what the adapter computes."""
     notes = []
     for name, value in raw.items():
-        rule = PEFT_FIELDS.get(name)
-        if rule is None:
+        switched_off: tuple[Any, ...] = ("none", None) if name == "bias" else (None, False, "", [], {})
+        if name not in PEFT_FIELDS:
             if value in (None, False, "", [], {}):
                 notes.append(f"{name}: unknown, and off")
             else:
                 problems.append(f"{name}: unknown, and set to {_short(value)}; a newer PEFT may have written it")
-        elif rule.treatment == "refused" and not any(value is off or value == off for off in rule.off):
-            problems.append(f"{name}: {_short(value)} is not supported ({rule.reason})")
+        elif name in REFUSED and not any(value is off or value == off for off in switched_off):
+            problems.append(f"{name}: {_short(value)} is not supported ({REFUSED[name]})")
     return notes
 
 
@@ -207,7 +205,6 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     """adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        targets: the adapted modules, with what was resolved for each.
         module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
             that picks exactly the adapted ones.
     """
@@ -215,7 +212,7 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
     parameters = set(targeted_parameters(config, [target.name for target in targets]))
     names = [target.name for target in targets if target.name not in parameters]
     modules, exclude, layers = written_targets(config, names, module_names)
-    fields: dict[str, Any] = {name: None for name, rule in PEFT_FIELDS.items() if name != "runtime_config"}
+    fields: dict[str, Any] = {name: None for name in PEFT_FIELDS if name != "runtime_config"}
     fields |= {
         "peft_type": "LORA",
         "peft_version": FORMAT_VERSION,
@@ -301,82 +298,48 @@ def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else float(value)
 
 
-# What every field of PEFT's LoraConfig (0.21.2) means for us: handled, neutral, or refused.
-#
-# - handled: read into our configuration, or kept and written again;
-# - neutral: does not change what the trained adapter computes; read over, at whatever value;
-# - refused: changes what the adapter computes in a way we do not have; an error unless switched off.
-#
-# A test holds this table against PEFT's own list of fields.
+# What every field of PEFT's LoraConfig (0.21.2) means for us; a test holds these against PEFT's own list of fields.
 
 FORMAT_VERSION = "0.21.2"
 """The PEFT release whose format is written, and stands as peft_version in the file."""
 
+HANDLED = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "exclude_modules", "target_parameters", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora",
+    "lora_bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "layers_pattern",
+    # Written for GPT-2's Conv1D; on reading, the module says how its weight lies.
+    "fan_in_fan_out",
+    # Read over unless it names a method that changed the base model.
+    "init_lora_weights",
+)  # fmt: skip
+"""Read into our configuration, or kept and written again."""
 
-class FieldRule(NamedTuple):
-    """How a field is treated, why, and the values at which a refused field is switched off."""
+NEUTRAL = (
+    # Whether the factors are trainable, who wrote the file, and how PEFT runs, not what it computes.
+    "inference_mode", "peft_version", "runtime_config",
+    # Names of what is to be imported, which is never done.
+    "auto_mapping", "megatron_core",
+    # Of initialisation, where init_lora_weights decides or the base model is left alone; only read with use_qalora.
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+)  # fmt: skip
+"""Do not change what the trained adapter computes; read over, at whatever value."""
 
-    treatment: Literal["handled", "neutral", "refused"]
-    reason: str
-    off: tuple[Any, ...] = (None, False, "", [], {})
-
-
-def _handled(reason: str) -> FieldRule:
-    return FieldRule("handled", reason)
-
-
-def _neutral(reason: str) -> FieldRule:
-    return FieldRule("neutral", reason)
-
-
-def _refused(reason: str, *off: Any) -> FieldRule:
-    return FieldRule("refused", reason, off) if off else FieldRule("refused", reason)
-
-
-PEFT_FIELDS: Mapping[str, FieldRule] = {
-    "peft_type": _handled("must be LORA"),
-    "task_type": _handled("kept"),
-    "base_model_name_or_path": _handled("kept"),
-    "revision": _handled("kept"),
-    "r": _handled("rank"),
-    "lora_alpha": _handled("alpha"),
-    "lora_dropout": _handled("dropout"),
-    "target_modules": _handled("target_modules"),
-    "exclude_modules": _handled("exclude_modules"),
-    "target_parameters": _handled("target_parameters, of experts"),
-    "use_rslora": _handled("use_rslora"),
-    "rank_pattern": _handled("rank_pattern"),
-    "alpha_pattern": _handled("alpha_pattern"),
-    "use_dora": _handled("use_dora"),
-    "lora_bias": _handled("lora_bias"),
-    "modules_to_save": _handled("modules_to_save"),
-    "trainable_token_indices": _handled("trainable_token_indices, of the input embedding"),
-    "layers_to_transform": _handled("layers_to_transform"),
-    "layers_pattern": _handled("layers_pattern"),
-    "fan_in_fan_out": _handled("written for GPT-2's Conv1D; on reading, the module says how its weight lies"),
-    "init_lora_weights": _handled("read over unless it names a method that changed the base model"),
-    "inference_mode": _neutral("whether the factors are trainable"),
-    "auto_mapping": _neutral("names a class to import, which is never done"),
-    "peft_version": _neutral("who wrote the file"),
-    "runtime_config": _neutral("how PEFT runs, not what it computes"),
-    "megatron_core": _neutral("names a package to import, which is never done"),
-    "loftq_config": _neutral("of initialisation; init_lora_weights decides"),
-    "eva_config": _neutral("of initialisation; it leaves the base model alone"),
-    "corda_config": _neutral("of initialisation; init_lora_weights decides"),
-    "lora_ga_config": _neutral("of initialisation; init_lora_weights decides"),
-    "qalora_group_size": _neutral("only read with use_qalora"),
-    "bias": _refused("trained biases of the base model", "none", None),
-    "layer_replication": _refused("repeats layers of the base model"),
-    "megatron_config": _refused("modules of Megatron, split over processes"),
-    "alora_invocation_tokens": _refused("the adapter applies only behind certain tokens"),
-    "use_qalora": _refused("pools the input before lora_A"),
-    "use_bdlora": _refused("factors are block-diagonal"),
-    "arrow_config": _refused("routes between several adapters"),
-    "kasa_config": _refused("truncates the base weight and adds a diagonal between the factors"),
-    "monteclora_config": _refused("samples the factors"),
-    "velora_config": _refused("stores, beside the factors, by what it compressed activations in training"),
-    "ensure_weight_tying": _refused("shares factors between tied modules"),
+REFUSED: Mapping[str, str] = {
+    "bias": "trained biases of the base model",
+    "layer_replication": "repeats layers of the base model",
+    "megatron_config": "modules of Megatron, split over processes",
+    "alora_invocation_tokens": "the adapter applies only behind certain tokens",
+    "use_qalora": "pools the input before lora_A",
+    "use_bdlora": "factors are block-diagonal",
+    "arrow_config": "routes between several adapters",
+    "kasa_config": "truncates the base weight and adds a diagonal between the factors",
+    "monteclora_config": "samples the factors",
+    "velora_config": "stores, beside the factors, by what it compressed activations in training",
+    "ensure_weight_tying": "shares factors between tied modules",
 }
+"""Change what the adapter computes in a way we do not have, and why; an error unless switched off."""
+
+PEFT_FIELDS = (*HANDLED, *NEUTRAL, *REFUSED)
 
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that left the base model as it was."""

@@ -34,7 +34,6 @@ class FactorShapes:
 
     Attributes:
         lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module.
-        weight: shape of the frozen weight.
         embedding: whether the module is an embedding, whose factors have names of their own.
         experts: how many share the parameter, 0 for a module.
         interleaved: whether the rows of their lora_B are gate's and up's in turns.

@@ -43,7 +43,6 @@ def adapter_files(
     """The files of an adapter of linear modules, by name, in the order to write them.
 
     Args:
-        config: what `parameters` was built from.
         parameters: the trained factors; written in fp32.
         base_model: hub id or path that PEFT can open.
         record: origin and digests for backhand.json; package versions and file digests are added here.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 
 RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")

@@ -29,7 +29,6 @@ def resolve_trained(
     """The tensors that `config` trains as they are on a model.
 
     Args:
-        config: what to train.
         parameters: shape of every parameter by its name.
         embedding: path of the input embedding; None if the model has none.
         tied: names of parameters that are another one, by name.

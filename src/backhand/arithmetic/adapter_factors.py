@@ -37,13 +37,11 @@ class AdapterFactors:
         label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's; the
             name alone where it says the rank.
         directory: where its files lie; a GGUF file itself.
-        described: what adapter_config.json says.
         modules: by dotted path, in the order of the file.
         targets: rank, alpha and scaling of the same modules, as the configuration gives them.
         others: what the file holds besides factors, by its name there: base weights, magnitudes, whole modules.
         part_bytes: size of each tensor in the file, by its name there.
         stored_bytes: size of the file of factors.
-        record: what backhand.json says of its base, if there is one.
         dtype: that all factors have in the file; float32 where they differ.
     """
 
@@ -66,11 +64,6 @@ class AdapterFactors:
 
 def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle: bool = False) -> AdapterFactors:
     """Read an adapter, and check it as completely as that goes without its model.
-
-    Args:
-        path: of the adapter: a directory, or, where the model is at hand, a GGUF file.
-        source: the base model, by which GGUF files are read.
-        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UsageError: a GGUF file without the model.

@@ -33,13 +33,7 @@ from backhand.words import show_notes
 
 @dataclass(frozen=True)
 class Combination:
-    """What came of it.
-
-    Attributes:
-        adapter: the new one.
-        sources: what it was made of.
-        directory: where it was written.
-    """
+    """What came of it."""
 
     adapter: ComputedAdapter
     sources: tuple[AdapterFactors, ...]
@@ -49,10 +43,6 @@ class Combination:
 
 def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _: None) -> Combination:
     """Read the adapters, compute the new one, and write it.
-
-    Args:
-        options: validated here.
-        progress: told which module is being computed.
 
     Raises:
         UsageError: an option out of range, or `output` exists.

@@ -14,21 +14,8 @@ from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
-from backhand.arithmetic.computed_adapter import (
-    ComputedAdapter,
-    check_new_directory,
-    computed_files,
-    rounded_factors,
-)
-from backhand.arithmetic.findings import (
-    by_kind,
-    draw_map,
-    leave_findings,
-    new_figure,
-    png_bytes,
-    print_table,
-    spread,
-)
+from backhand.arithmetic.computed_adapter import ComputedAdapter, check_new_directory, computed_files, rounded_factors
+from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
 from backhand.arithmetic.look_options import CompressOptions
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
 from backhand.nn.loading.opening import open_model
@@ -62,9 +49,6 @@ class Compression:
     """What came of it.
 
     Attributes:
-        source: the adapter as it was.
-        adapter: the smaller one.
-        error: that was asked for.
         stored_bytes: size of the new file of tensors.
     """
 
@@ -104,13 +88,10 @@ def compress_command(options: CompressOptions) -> Compression:
     result = compress_adapter(options)
     leave_findings(
         "compress",
+        options,
         _summary(result, options),
         lambda: _print(result, options),
         lambda: draw_compression(result.source, result.adapter, result.error),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
-        keep_summary=False,
     )
     return result
 

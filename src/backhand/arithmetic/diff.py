@@ -12,15 +12,7 @@ from torch import Tensor
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.compatible import check_shapes, refuse_more_than_factors
-from backhand.arithmetic.findings import (
-    by_kind,
-    draw_map,
-    leave_findings,
-    new_figure,
-    png_bytes,
-    print_table,
-    spread,
-)
+from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
 from backhand.arithmetic.look_options import DiffOptions
 from backhand.arithmetic.low_rank import (
     UpdateDirections,
@@ -95,12 +87,10 @@ def diff_command(options: DiffOptions) -> Comparison:
     result = diff_adapters(options)
     leave_findings(
         "diff",
+        options,
         _summary(result),
         lambda: _print(result),
         lambda: draw_difference(result.found, result.first.label, result.second.label),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
     )
     largest = result.found.largest
     if options.error is not None and largest is not None and largest[1] > options.error:
@@ -207,7 +197,6 @@ class AdapterDifference:
     """Two adapters.
 
     Attributes:
-        modules: those that both have.
         only_first, only_second: ‖ΔW‖_F of the modules that one alone has.
     """
 

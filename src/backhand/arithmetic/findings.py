@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backhand.arithmetic.computed_adapter import ComputedAdapter
+from backhand.arithmetic.look_options import CompressOptions, DiffOptions, InspectOptions
 from backhand.files import make_directory, write_atomically
 from backhand.printing import say
 from backhand.words import show_notes
@@ -27,40 +28,34 @@ if TYPE_CHECKING:
 
 def leave_findings(
     name: str,
+    options: InspectOptions | DiffOptions | CompressOptions,
     summary: Mapping[str, object],
     print_tables: Callable[[], None],
     picture: Callable[[], bytes],
     *,
-    as_json: bool,
-    plot: bool,
-    output: Path | None,
     notes: Iterable[str] = (),
-    keep_summary: bool = True,
 ) -> None:
-    """Print, and write `<name>.json` and `<name>.png`.
+    """Print, and write `<name>.json` and `<name>.png` as the options say; an adapter is left in `output` alone.
 
     Args:
         picture: draws it; called only if it is wanted.
-        plot: write the picture, to `output` or the current directory.
-        output: directory for the picture and the summary; None for neither.
-        keep_summary: whether the summary goes into `output`, too.
 
     Raises:
         UsageError: `output` is a file.
         ResourceError: it cannot be written.
     """
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    written = []
-    if output is not None and keep_summary:
+    written, output = [], options.output
+    if output is not None and not isinstance(options, CompressOptions):
         make_directory(output)
         write_atomically(output / f"{name}.json", text.encode())
         written.append(output / f"{name}.json")
-    if plot:
+    if options.plot:
         path = (output or Path()) / f"{name}.png"
         write_atomically(path, picture())
         written.append(path)
     show_notes(notes)
-    if as_json:
+    if options.json:
         sys.stdout.write(text)
         return
     print_tables()

@@ -15,15 +15,7 @@ from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
 from backhand.arithmetic.compatible import BASE_COPY
-from backhand.arithmetic.findings import (
-    by_kind,
-    draw_map,
-    leave_findings,
-    new_figure,
-    png_bytes,
-    print_table,
-    spread,
-)
+from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
 from backhand.arithmetic.look_options import InspectOptions
 from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import ArtifactError
@@ -83,14 +75,7 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
-
-    Attributes:
-        adapter: its factors.
-        modules: one by one.
-        parts: of the file of tensors.
-        error: that the needed ranks are for.
-    """
+    """What was found."""
 
     adapter: AdapterFactors
     modules: tuple[ModuleInspection, ...]
@@ -156,12 +141,10 @@ def inspect_command(options: InspectOptions) -> Inspection:
 
     leave_findings(
         "inspect",
+        options,
         inspection_summary(result),
         lambda: _print(result),
         lambda: draw_inspection(result.modules, result.adapter.label, result.error),
-        as_json=options.json,
-        plot=options.plot,
-        output=options.output,
         notes=result.notes,
     )
     return result
@@ -247,7 +230,6 @@ class ModuleInspection:
 
     Attributes:
         shape: (out, in) of ΔW.
-        rank, alpha, scaling: as the configuration has them.
         norm: ‖ΔW‖_F.
         weight_norm: ‖W‖_F of the base weight; None without a base model.
         effective_rank: 0 for a zero update.

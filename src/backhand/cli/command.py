@@ -58,10 +58,8 @@ def command(
         options: dataclass whose fields, each with a docstring under it, are the options.
         call: gets the dataclass; a number that it returns is the exit code. As `module:function` it is imported,
             with all that it needs, when the command runs.
-        positional: fields that are given by position, in this order.
         load: reads a TOML file that may be named first; the command line wins over what it says.
         tell_typed: give `call` also the set of field names that were typed, as `typed`.
-        report_of: see `Prepared`.
     """
     by_name = {field.name: field for field in fields.option_fields(options)}
 

@@ -20,12 +20,9 @@ class Command:
     """One subcommand.
 
     Attributes:
-        name: as typed.
-        summary: what it does, in one sentence.
         example: a complete command line that works as it stands (with the user's own rows in rows.jsonl).
         options: `module:dataclass`, whose fields are the options.
         function: `module:function` that gets the dataclass.
-        positional: fields that are given by position, in this order.
         file: reads a TOML file that may be named first.
         tell_typed: whether the function also gets the names of the fields that were typed, as `typed`.
         report_of: the run, if any, about which the command proves something: its report is written again.

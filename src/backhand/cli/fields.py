@@ -29,7 +29,6 @@ class OptionField:
         name: the field's name, unique over all sections; `--` and dashes make it an option.
         section: names of the dataclass fields that lead to it, () at the top.
         title: heading of its section in the help: how the docstring of the section's dataclass begins.
-        hint: its resolved type.
         default: its default value, `dataclasses.MISSING` where it has none.
         help: the docstring under the field, and the range that stands beside it.
         parse: makes its value of the words given, for a type that no command line knows.

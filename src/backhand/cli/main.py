@@ -95,7 +95,6 @@ def run_prepared(prepared: Prepared, command: str = "", *, quiet: bool = False) 
     """Run what was parsed, and return its exit code; an error about an option says where it was written.
 
     Args:
-        prepared: what is to run.
         command: its name, for what is said of it while it says nothing itself.
         quiet: whether it may be silent for as long as it takes.
     """
@@ -258,7 +257,7 @@ def _verbose_version() -> str:
 
     import torch
 
-    from backhand.kernels.library import describe
+    from backhand.kernels.builds import describe
     from backhand.nn.compute import available_cores, default_dtype
 
     lines = [f"backhand {version('backhand')}", f"python {platform.python_version()}, {platform.platform()}"]

@@ -48,7 +48,6 @@ class Document:
         append_eos: the text does not end as a turn or a document does, so the end-of-sequence token is added to it,
             with loss if a span reaches the end.
         prefix: put the tokenizer's begin-of-sequence token first (a chat template writes its own).
-        source: where the row stands.
     """
 
     text: str

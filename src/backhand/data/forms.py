@@ -20,7 +20,6 @@ class Completion:
         prompt, completion: as the row has them; completion is None where the row only asks.
         separator: stands between them where no chat template does.
         system: a system message of the row's own.
-        source: where the row stands.
     """
 
     prompt: str

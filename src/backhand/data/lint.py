@@ -54,9 +54,7 @@ class Finding:
         kind: its name, stable for scripts.
         severity: `error` stops training (unless `--skip-bad`), `warning` does not.
         count: rows or documents concerned.
-        what: the problem in words.
         where: the first few places, `file:line`.
-        remedy: what to do.
     """
 
     kind: str
@@ -72,10 +70,8 @@ class LintReport:
     """Everything that `lint` found.
 
     Attributes:
-        train, held_out: what became of the rows.
         lengths: quantiles of the training documents' tokens, and of their supervised tokens.
         template: habits of the chat template, a sentence each.
-        findings: problems, errors first.
         not_checked: kinds of finding that could not be looked for, and why.
     """
 
@@ -115,11 +111,7 @@ def lint(
     """Prepare the rows as training would, leaving malformed ones out, and look at what comes of it.
 
     Args:
-        seed: draws the held-out rows.
         purpose: what the rows are for; None where their columns say it.
-
-    Returns:
-        The report, and the training examples (`data.examples.token_lines` shows them).
 
     Raises:
         UsageError, DataError: as `prepare`; a single malformed row is a finding instead.

@@ -43,7 +43,6 @@ class Conversation:
         messages: as the chat template reads them.
         supervised: for each message, whether it is an assistant turn that carries loss.
         tools: descriptions of functions the model may call, as the chat template reads them.
-        source: where the row stands.
     """
 
     messages: tuple[Message, ...]
@@ -56,9 +55,7 @@ def read_conversation(column: str, value: object, values: Mapping[str, Any], sou
     """A conversation from the column that holds its messages; `tools` and `system` are read from their own columns.
 
     Args:
-        column: its name, for errors.
         value: a list of messages, or the same as JSON text (as CSV files hold it).
-        source: where it stands.
 
     Raises:
         DataError: names the message and what is wrong with it.

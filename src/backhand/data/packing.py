@@ -148,7 +148,8 @@ class RowPacker:
         self.examples = examples
         self._share_prefixes = share_prefixes
         self._supervised = [example.supervised_tokens for example in examples]
-        ends = np.cumsum([len(example.documents) for example in examples], dtype=np.int64).tolist()
+        self._documents = [example.documents for example in examples]
+        ends = np.cumsum([len(documents) for documents in self._documents], dtype=np.int64).tolist()
         self._places = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self.by_document = self
         self.lengths: list[int] = []
@@ -166,7 +167,7 @@ class RowPacker:
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """The documents of these rows, and a filler where their tokens are not a round number (`filled_up`)."""
-        documents = [document for row in rows for document in self.examples[row].documents]
+        documents = [document for row in rows for document in self._documents[row]]
         return filled_up(pack(documents, shared=self.shared(rows), device=device))
 
     @cached_property
@@ -188,7 +189,7 @@ class RowPacker:
         """Tokens with which all documents of these rows begin, and which stand in their micro-batch once."""
         if not self._share_prefixes:
             return 0
-        return shared_tokens([document for row in rows for document in self.examples[row].documents])
+        return shared_tokens([document for row in rows for document in self._documents[row]])
 
     def may_share(self, count: int) -> bool:
         """Whether some micro-batch of at most `count` rows would have a shared prefix, whichever rows come together."""

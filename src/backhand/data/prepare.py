@@ -58,7 +58,6 @@ def prepare(
     `data` names their folder.
 
     Args:
-        seed: draws the held-out rows.
         purpose: what the rows are for; None where their columns say it, see `forms.detect`.
         bad: gets the malformed rows; made from `skip_bad` if not given.
         prompts: gets the rows of `data` that are in use as prompts, so that a pipe need not be read twice.
@@ -105,8 +104,6 @@ def read_examples(
 
     Args:
         held_out: a hub name without a split means its validation split.
-        purpose: see `prepare`.
-        bad: gets the malformed rows; made from `skip_bad` if not given.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -185,10 +182,6 @@ def prepare_prompts(
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """The rows of `data` as prompts with the replies they should get; rows without an answer are welcome.
 
-    Args:
-        rows: which rows; a `DataOptions` is one.
-        template: how conversations become text; a `DataOptions` is one.
-
     Raises:
         UsageError, DataError: as `prepare`.
     """
@@ -229,7 +222,6 @@ def _read_into(
 
     Args:
         teaches: only answers are learnt, so a file without any is an error.
-        purpose: see `prepare`.
     """
     forms: list[SourceForm] = []
     total = empty = 0

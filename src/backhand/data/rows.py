@@ -58,7 +58,6 @@ def checked_row(values: object, source: str, *, not_utf8: bool = False) -> RawRo
     """A row whose values are a table of well-formed text.
 
     Args:
-        values: what the file holds at `source`.
         not_utf8: halves of surrogate pairs stand for bytes that are not UTF-8 (Python's surrogateescape).
 
     Raises:

@@ -103,7 +103,6 @@ class TextEncoder:
 
         Args:
             value: a string, or lists and tables with strings in them.
-            mark: as `mark_for` gave it.
             written: also break what the template writes without its being special (`<tool_call>`, `<think>`). An
                 assistant's own text may hold these.
         """
@@ -117,8 +116,6 @@ class TextEncoder:
 
         Args:
             text: with marks in it, if `mark` is given.
-            source: where the row stands, for errors.
-            mark: as `mark_for` gave it.
             breaks: places in `text` that no token may straddle.
 
         Raises:

@@ -34,9 +34,6 @@ from backhand.terminal import console
 def export_command(options: ExportOptions) -> Path:
     """Export, and print what was proved.
 
-    Returns:
-        the output.
-
     Raises:
         UsageError: an option out of range, or `output` exists.
         ArtifactError: model and adapter cannot be read, do not belong together, or the format cannot express them.

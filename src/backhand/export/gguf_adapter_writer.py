@@ -23,12 +23,7 @@ from backhand.nn.decoder.delta_mixer import L2_EPS
 from backhand.nn.decoder.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
 from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import expert_of
-from backhand.nn.loading.gguf_families import (
-    EXAONE4_32B_LAYERS,
-    FULL_INTERVAL,
-    GPT_OSS_INTERVAL,
-    NO_ROPE_INTERVAL,
-)
+from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout
 from backhand.nn.loading.gguf_tensors import gguf_names
 
@@ -146,9 +141,6 @@ _LISTS_OF_FACTORS = ("llama3", "longrope")
 
 def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -> None:
     """Do nothing if llama.cpp can compute the model up to `context_length`.
-
-    Args:
-        where: the model, for errors.
 
     Raises:
         ArtifactError: lists what stands in the way.

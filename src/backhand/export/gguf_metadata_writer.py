@@ -18,7 +18,7 @@ from backhand.export.gguf_vocabulary import add_vocabulary
 from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies, llama3_factors, yarn_length
-from backhand.nn.loading.gguf_delta import DELTA_INTERVAL, RECURRENT_LAYERS
+from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import STILL
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
 from backhand.nn.loading.source import ModelSource

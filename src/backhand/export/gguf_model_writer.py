@@ -27,15 +27,11 @@ from backhand.kernels.dequantize import native_dtype
 from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import expert_of
-from backhand.nn.loading.gguf_delta import RECURRENT_LAYERS, own_prediction_blocks
+from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantized
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.gguf_tensors import (
-    gguf_architecture,
-    gguf_name,
-    is_skipped,
-)
+from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_name, is_skipped
 from backhand.nn.loading.source import HEAD_WEIGHT
 
 TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
@@ -75,7 +71,6 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
 
     Args:
         dtype: a key of `TYPES`, or `auto`.
-        description: general.description: what was merged into what.
 
     Returns:
         what people should know: matrices that the type cannot hold and that are float16, tokens that were left out,

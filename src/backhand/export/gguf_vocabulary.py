@@ -47,7 +47,6 @@ def add_vocabulary(
 
     Args:
         vocab_size: rows of the embedding; rows without a token get one that is marked unused.
-        where: the model, for errors.
 
     Returns:
         added tokens behind the last row, which the model cannot read and the file leaves out: llama.cpp opens no file

@@ -21,7 +21,7 @@ from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
 from backhand.export.probes import BlockWalk, layer_of
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.weight_tiles import FrozenMatrix
 
 _ROWS = 512
 Rounding = Callable[[Tensor], Tensor]
@@ -96,9 +96,6 @@ class MergedWeights:
         """The merged tensor in Hugging Face layout: float32 (float64 if the base is), or the base's own if unchanged.
 
         What it must read back as, and what rounding it loses, is noted.
-
-        Args:
-            name: one of `names`.
         """
         weight = self._load(self._base_name(name))
         if not self.is_merged(name):

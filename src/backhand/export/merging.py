@@ -43,9 +43,6 @@ _FLOAT32_NOISE = 3e-6
 def merge_command(options: MergeOptions) -> Path:
     """Merge, print per layer what rounding lost, and prove what was written.
 
-    Returns:
-        the output.
-
     Raises:
         UsageError: an option out of range, or `output` exists.
         ArtifactError: model and adapter cannot be read, or do not belong together.
@@ -67,7 +64,6 @@ def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bo
 
     Args:
         options: what to merge and how; `output` is not looked at.
-        path: where the model goes.
         gguf: whether it becomes a GGUF file, else a Hugging Face directory.
 
     Returns:

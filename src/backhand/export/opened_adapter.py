@@ -49,7 +49,6 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     """Open both and hold them against each other.
 
     Args:
-        model: as `open_model` takes it.
         force_base: use the adapter whatever its files say of its base.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 

@@ -122,9 +122,7 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -
     """Write `Modelfile` into a directory.
 
     Args:
-        directory: that the named files lie in.
         base: what follows FROM.
-        adapter: file name of the adapter, if it is one.
 
     Raises:
         UsageError: the base's name has several lines, of which the second would be an instruction of its own.

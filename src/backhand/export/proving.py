@@ -23,7 +23,6 @@ class Prover:
     """Collects what was checked about one output.
 
     Args:
-        command: `merge` or `export`.
         console: for people; None prints nothing.
     """
 

@@ -124,9 +124,6 @@ class Conversation:
         voices: who answers every turn, one after the other; None for the model as it is.
         write: given the answers' text; standard output if None.
         tell: given everything else; standard error if None.
-
-    Attributes:
-        voices: who answers, with what each was told and said.
     """
 
     def __init__(

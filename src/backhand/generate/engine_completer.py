@@ -225,9 +225,6 @@ def complete_greedily(
         max_new_tokens: at most so many tokens a completion, the stop token among them.
         on_done: told the number of each prompt when its completion is there.
         give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
-
-    Returns:
-        Token ids for each prompt, in the order of the prompts.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     stops = frozenset(stop_ids)

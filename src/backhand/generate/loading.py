@@ -29,7 +29,6 @@ class LoadedModel:
 
     Attributes:
         model: with the adapter, if one was asked for.
-        tokenizer: the model's transformers tokenizer.
         stop_ids: tokens that end an answer.
         notes: what a person should know, a sentence each: which way the model is computed, what the adapter's files
             say.

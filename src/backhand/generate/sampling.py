@@ -29,7 +29,7 @@ from backhand.generate.engine_completer import complete_batch
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import kept_probabilities
 from backhand.nn.decoder.decoder import Decoder
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 ROWS_AT_ONCE = 64
 

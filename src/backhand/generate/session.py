@@ -41,9 +41,6 @@ class Answer:
 class GenerationSession:
     """Asks one model.
 
-    Args:
-        loaded: the model, its tokenizer, and the tokens that end an answer.
-
     Raises:
         UsageError: the chat template cannot be read, or a system message is given where no template could take it.
     """
@@ -78,8 +75,6 @@ class GenerationSession:
         """Answer one prompt.
 
         Args:
-            prompt_ids: at least one token.
-            options: how tokens are chosen, and where the answer ends.
             on_text: given every piece of the answer as soon as it is certain.
 
         Raises:
@@ -102,14 +97,8 @@ class GenerationSession:
         """Answer prompts, many at once; each is drawn from its own generator, so that the others change nothing.
 
         Args:
-            prompts: at least one token each.
-            options: how tokens are chosen, and where answers end.
-            sources: where each prompt stands, for errors.
             on_text: given (number of the prompt, piece of its answer) as soon as a piece is certain.
             on_done: given the number of each prompt when its answer is complete.
-
-        Returns:
-            Answers in the order of the prompts.
 
         Raises:
             DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
@@ -152,9 +141,6 @@ class GenerationSession:
 
     def check(self, prompt: Sequence[int], source: str) -> None:
         """Whether a prompt can be answered.
-
-        Args:
-            source: where it stands.
 
         Raises:
             DataError: it is empty, leaves no room for an answer, or holds tokens that the model does not know.

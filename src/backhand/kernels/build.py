@@ -26,6 +26,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "native"
@@ -63,6 +64,15 @@ def machine() -> str:
     return _SAME_MACHINE.get(name, name)
 
 
+class Toolchain(NamedTuple):
+    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, linker flags."""
+
+    command: tuple[str, ...]
+    machine: str
+    system: str
+    link: tuple[str, ...] = ()
+
+
 def find_compiler() -> str | None:
     """The C++ compiler: $CXX, else the first that is there of those usual on this system."""
     wanted = os.environ.get("CXX")
@@ -73,9 +83,9 @@ def find_compiler() -> str | None:
     return None
 
 
-def library_path(name: str, folder: Path = BUILT) -> Path:
+def library_path(name: str, folder: Path = BUILT, system: str = sys.platform) -> Path:
     """Where the shared object of an instruction set lies."""
-    return folder / f"backhand_{name}.so"
+    return folder / f"backhand_{name}.{'dll' if system == 'win32' else 'so'}"
 
 
 def sources_digest() -> str | None:
@@ -85,12 +95,12 @@ def sources_digest() -> str | None:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest() if files else None
 
 
-def fault(name: str, folder: Path = BUILT) -> str | None:
+def fault(name: str, folder: Path = BUILT, system: str = sys.platform) -> str | None:
     """Why a shared object that is there must not be opened; None where it is as its stamp says, or is not there.
 
     One of other sources has other functions; a part of one ends the process when it is opened, or later.
     """
-    path, here = library_path(name, folder), sources_digest()
+    path, here = library_path(name, folder, system), sources_digest()
     if not path.exists():
         return None
     try:
@@ -110,8 +120,8 @@ def stamp_path(name: str, folder: Path = BUILT) -> Path:
     return folder / f"backhand_{name}.stamp"
 
 
-def _stamp(name: str, folder: Path) -> None:
-    data = library_path(name, folder).read_bytes()
+def _stamp(name: str, folder: Path, system: str) -> None:
+    data = library_path(name, folder, system).read_bytes()
     stamp = f"{sources_digest()} {len(data)} {hashlib.sha256(data).hexdigest()}\n"
     stamp_path(name, folder).write_text(stamp, encoding="ascii")
 
@@ -127,7 +137,14 @@ def processor_runs(library: Path) -> list[str]:
     return [name for place, name in enumerate(sets) if place == 0 or bits >> (place - 1) & 1]
 
 
-def build(folder: Path = BUILT, *, every: bool = False, sanitize: bool = False, force: bool = False) -> list[str]:
+def build(
+    folder: Path = BUILT,
+    *,
+    every: bool = False,
+    sanitize: bool = False,
+    force: bool = False,
+    toolchain: Toolchain | None = None,
+) -> list[str]:
     """Compile what has changed; returns the instruction sets that are there afterwards, the plainest first.
 
     An instruction set that the compiler does not know is left out, with its first complaint on standard error.
@@ -137,63 +154,66 @@ def build(folder: Path = BUILT, *, every: bool = False, sanitize: bool = False, 
         every: for other processors too, not only what this one runs.
         sanitize: with the address and the undefined-behaviour sanitizer in them.
         force: compile whether or not something has changed.
+        toolchain: for another system, then every instruction set; None for this one's compiler.
 
     Raises:
         FileNotFoundError: there is no compiler.
         RuntimeError: the sources do not compile at all.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
-    wanted = INSTRUCTION_SETS.get(machine(), {"baseline": ()})
+    every = every or toolchain is not None
+    if toolchain is None:
+        compiler = find_compiler()
+        if compiler is None:
+            raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
+        link = ("-static-libgcc", "-Wl,--as-needed") if sys.platform == "linux" and not sanitize else ()
+        toolchain = Toolchain((compiler,), machine(), sys.platform, link)
+    wanted = INSTRUCTION_SETS.get(toolchain.machine, {"baseline": ()})
     folder.mkdir(parents=True, exist_ok=True)
     if not every and len(wanted) > 1:
-        runs = _asked_processor(compiler, folder)
+        runs = _asked_processor(toolchain.command, folder)
         wanted = {name: flags for name, flags in wanted.items() if name in runs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         jobs = {
-            name: workers.submit(_build_one, compiler, name, flags, folder, sanitize, force)
+            name: workers.submit(_build_one, toolchain, name, flags, folder, sanitize, force)
             for name, flags in wanted.items()
         }
         complaints = {name: job.result() for name, job in jobs.items()}
     if complaints["baseline"] is not None:
-        raise RuntimeError(f"{compiler} cannot compile the library:\n{complaints['baseline']}")
+        raise RuntimeError(f"{' '.join(toolchain.command)} cannot compile the library:\n{complaints['baseline']}")
     for name, complaint in complaints.items():
         if complaint is not None:
-            library_path(name, folder).unlink(missing_ok=True)  # of older sources
+            library_path(name, folder, toolchain.system).unlink(missing_ok=True)  # of older sources
             print(f"kernels: left out {name}: {complaint.strip().splitlines()[0]}", file=sys.stderr)
     return [name for name, complaint in complaints.items() if complaint is None]
 
 
-def _asked_processor(compiler: str, folder: Path) -> list[str]:
+def _asked_processor(compiler: tuple[str, ...], folder: Path) -> list[str]:
     """`processor_runs` by the one small file that asks; all of them where it does not compile, which will say so."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         asking = Path(scratch) / "asking.so"
         defines = ("-O0", '-DBACKHAND_ISA=""', "-shared")
-        command = [compiler, *FLAGS, *defines, str(SOURCES / "library.cpp"), "-o", str(asking)]
+        command = [*compiler, *FLAGS, *defines, str(SOURCES / "library.cpp"), "-o", str(asking)]
         done = subprocess.run(command, capture_output=True, check=False)
         return list(INSTRUCTION_SETS[machine()]) if done.returncode else processor_runs(asking)
 
 
 def _build_one(
-    compiler: str, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
+    toolchain: Toolchain, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
 ) -> str | None:
     """None once the shared object is there, else what the compiler said."""
-    command = [compiler, *FLAGS, *flags, *(_SANITIZERS if sanitize else ()), f'-DBACKHAND_ISA="{name}"']
+    command = [*toolchain.command, *FLAGS, *flags, *(_SANITIZERS if sanitize else ()), f'-DBACKHAND_ISA="{name}"']
     sources = sorted(SOURCES.glob("*.cpp"))
-    digest = _digest(command, [*sources, *SOURCES.glob("*.h")])
-    target, stamp = library_path(name, folder), folder / f"backhand_{name}.digest"
+    digest = _digest(toolchain.command, command, [*sources, *SOURCES.glob("*.h")])
+    target, stamp = library_path(name, folder, toolchain.system), folder / f"backhand_{name}.digest"
     up_to_date = target.exists() and stamp.exists() and stamp.read_text() == digest
-    if up_to_date and not force and fault(name, folder) is None:
+    if up_to_date and not force and fault(name, folder, toolchain.system) is None:
         return None
     stamp.unlink(missing_ok=True)
     stamp_path(name, folder).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # Written elsewhere and moved: a process that has the old one mapped keeps it.
         fresh = Path(scratch) / target.name
-        link = ["-shared", *map(str, sources), "-o", str(fresh)]
-        if sys.platform == "linux" and not sanitize:
-            link += ["-static-libgcc", "-Wl,--as-needed"]
+        link = ["-shared", *map(str, sources), "-o", str(fresh), *toolchain.link]
         done = subprocess.run([*command, *link], capture_output=True, text=True, check=False)
         if done.returncode:
             return done.stderr or f"status {done.returncode}"
@@ -201,12 +221,12 @@ def _build_one(
             print(done.stderr, end="", file=sys.stderr)
         fresh.replace(target)
     stamp.write_text(digest)
-    _stamp(name, folder)
+    _stamp(name, folder, toolchain.system)
     return None
 
 
-def _digest(command: list[str], files: list[Path]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+def _digest(compiler: tuple[str, ...], command: list[str], files: list[Path]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [version, *command]
     for path in sorted(files):
         parts += [path.name, path.read_text(encoding="utf-8")]

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.kernels.library import INT, INT64, POINTER, library
+from backhand.kernels.builds import library
+from backhand.kernels.library import INT, INT64, POINTER
 
 _WATCH = ("backhand_watch_mapping", (POINTER, INT64, INT, POINTER, POINTER), INT)
 _FORGET = ("backhand_forget_mapping", (INT,))

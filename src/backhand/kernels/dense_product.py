@@ -21,17 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.builds import library
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import (
-    DOUBLE,
-    INT,
-    INT64,
-    POINTER,
-    Declared,
-    library,
-    loop,
-    loops_take_float64,
-)
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, loops_take_float64, matrix
 from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
 MOST_TERMS = MOST_PARTS = 8
@@ -164,11 +156,6 @@ def as_stored(factor: Tensor, transposed: bool = False) -> tuple[Tensor, bool]:
     """A matrix as it lies row by row, and whether that is its transpose, as it is if its transpose is given."""
     rows, columns = factor.stride()
     return (factor, transposed) if columns == 1 or rows != 1 else (factor.T, not transposed)
-
-
-def matrix(x: Tensor) -> tuple[int, int]:
-    """Address, and how far rows are apart."""
-    return x.data_ptr(), x.stride(0)
 
 
 class _Kept(threading.local):

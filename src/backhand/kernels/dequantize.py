@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.kernels.library import INT, INT64, POINTER, Declared, library
+from backhand.kernels.builds import library
+from backhand.kernels.library import INT, INT64, POINTER, Declared
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

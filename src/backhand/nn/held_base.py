@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from backhand.kernels.library import library
+from backhand.kernels.builds import library
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions

@@ -115,6 +115,7 @@ class LoRAParameters:
     Attributes:
         slots, trained: as given, by name.
         plain: whether there is nothing but lora_A and lora_B of linear modules.
+        compute_values: the buffer in the compute dtype of the last `refresh_compute`; another one where that changes.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class LoRAParameters:
         self.values = torch.zeros(offset, device=device, dtype=dtype)
         self.gradients = torch.zeros(offset, device=device, dtype=dtype)
         self._values, self._gradients = self._views(self.values), self._views(self.gradients)
-        self._compute, self._computed = self.values, self._values
+        self.compute_values, self._computed = self.values, self._values
 
     @property
     def layout(self) -> AdapterLayout:
@@ -177,7 +178,7 @@ class LoRAParameters:
                 rows = slot.rank * max(1, slot.experts)
                 drawn = torch.rand(rows, slot.in_features, generator=generator, device=generator.device)
                 self.lora_A(name).copy_((2 * drawn - 1) * bound)
-        self.refresh_compute(self._compute.dtype)
+        self.refresh_compute(self.compute_values.dtype)
 
     def start_at(self, base_tensor: Callable[[str], Tensor]) -> None:
         """Set what starts from the base model: magnitudes to its weights' lengths, trained tensors to its own.
@@ -192,27 +193,17 @@ class LoRAParameters:
         for name, tensor in self.trained.items():
             base = base_tensor(tensor.base_name)
             self.tensor(name).copy_(base if tensor.token_ids is None else base[list(tensor.token_ids)])
-        self.refresh_compute(self._compute.dtype)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of the last `refresh_compute`."""
-        return self._compute.dtype
-
-    @property
-    def compute_values(self) -> Tensor:
-        """The buffer in the compute dtype; another one where that dtype has changed."""
-        return self._compute
+        self.refresh_compute(self.compute_values.dtype)
 
     def refresh_compute(self, dtype: torch.dtype) -> None:
         """Cast everything to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
         if dtype == self.values.dtype:
-            self._compute, self._computed = self.values, self._values
-        elif self._compute.dtype == dtype:
-            self._compute.copy_(self.values)
+            self.compute_values, self._computed = self.values, self._values
+        elif self.compute_values.dtype == dtype:
+            self.compute_values.copy_(self.values)
         else:
-            self._compute = self.values.to(dtype)
-            self._computed = self._views(self._compute)
+            self.compute_values = self.values.to(dtype)
+            self._computed = self._views(self.compute_values)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of all tensors in a buffer, by name.

@@ -163,21 +163,13 @@ def _by_loop(
 
 def _sides(members: Sequence[Member], h: Tensor, d_h: Tensor, n: int) -> tuple[_Side, _Side]:
     """gate and up; zeros where there is no factor."""
-    gate, up, first = _Side(), _Side(), 0
+    sides, first = {0: _Side(), n: _Side()}, 0
     for member in members:
         rank = member.lora_B.shape[1]
-        side = _Side(
-            *(
-                _Matrix.of(h, first),
-                _Matrix.of(member.lora_B),
-                _Matrix.of(d_h, first),
-                _Matrix.of(member.d_lora_B),
-                rank,
-            )
-        )
+        places = (_Matrix.of(h, first), _Matrix.of(member.lora_B), _Matrix.of(d_h, first), _Matrix.of(member.d_lora_B))
+        sides[member.column] = _Side(*places, rank)
         first += rank
-        gate, up = (gate, side) if member.column == n else (side, up)
-    return gate, up
+    return sides[0], sides[n]
 
 
 def adapted_glu_reference(

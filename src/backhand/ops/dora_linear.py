@@ -25,9 +25,10 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import Term
 from backhand.ops.dora import DoRASaved, dora_backward, gain
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, multiplier, rows
 from backhand.ops.low_rank import down_projection
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class DoRALinearSaved(NamedTuple):

@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class ExpertFactors(NamedTuple):

@@ -202,16 +202,17 @@ def gated_delta_rule_reference(
     wide = torch.promote_types(v.dtype, torch.float32)
     group = v.shape[1] // k.shape[1]
     q, k = (x.to(wide).repeat_interleave(group, dim=1) for x in (q, k))
-    values, retained, rates = v.to(wide), decay.to(wide).exp(), beta.to(wide)
     begin = torch.zeros(*k.shape[1:], v.shape[2], dtype=wide, device=v.device)
-    outputs = [values[:0]]
+    outputs = [v.to(wide)[:0]]
+    # Apart, since the gradient of indexing a tensor is as large as the tensor, for each token.
+    q_t, k_t, v_t, retained, rates = (x.unbind() for x in (q, k, v.to(wide), decay.to(wide).exp(), beta.to(wide)))
     for start, stop in spans(runs, shared):
         state = begin
         for t in range(start, stop):
-            state = state * retained[t, :, None, None]
-            predicted = torch.einsum("hkv,hk->hv", state, k[t])
-            state = state + torch.einsum("hk,hv->hkv", k[t], rates[t, :, None] * (values[t] - predicted))
-            outputs.append(torch.einsum("hkv,hk->hv", state, q[t])[None])
+            state = state * retained[t][:, None, None]
+            predicted = torch.einsum("hkv,hk->hv", state, k_t[t])
+            state = state + torch.einsum("hk,hv->hkv", k_t[t], rates[t][:, None] * (v_t[t] - predicted))
+            outputs.append(torch.einsum("hkv,hk->hv", state, q_t[t])[None])
         if start == 0 and stop == shared:
             begin = state
     return torch.cat(outputs).to(v.dtype)

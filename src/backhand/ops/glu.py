@@ -6,11 +6,7 @@ Backward. dy = φ'(a) ⊙ u ⊙ da + φ(a) ⊙ du, so with G = ∂L/∂y
     ∂L/∂a = G ⊙ u ⊙ φ'(a)      (..., n)
     ∂L/∂u = G ⊙ φ(a)           (..., n)
 
-SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line from φ to 1 at σ.
-GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
-      φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
-σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
-
+φ and φ' are in `activation`.
 Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. The backward gives y again for little more than
 the writing, perhaps in G's place. What needs y before there is a G gets it from `glu_recompute`, in torch's form with φ
 and φ' beside it, so that the exponentials, the dearest part, are evaluated once for both. The kernels
@@ -26,17 +22,13 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.ops.activation import CUBIC, KAPPA, Activated, activate, activated
 
 _FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
 _BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
 # As in native/glu.cpp.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _NOWHERE = (0, 0)
-
-KAPPA = math.sqrt(2 / math.pi)
-CUBIC = 0.044715
-# GELU's many steps run on chunks of rows: what lies between two reads of memory then stays in the second-level cache.
-CHUNK_ELEMENTS = 1 << 16
 
 
 class GLUSaved(NamedTuple):
@@ -45,13 +37,6 @@ class GLUSaved(NamedTuple):
     gate: Tensor
     up: Tensor
     activation: str
-
-
-class Activated(NamedTuple):
-    """φ(a) and φ'(a), (..., n) each."""
-
-    value: Tensor
-    slope: Tensor
 
 
 class GLUGrads(NamedTuple):
@@ -72,7 +57,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
     """
     saved = GLUSaved(gate, up, activation)
     y = _compiled_forward(saved, out)
-    return (_activate(gate, activation, out).mul_(up) if y is None else y), saved
+    return (activate(gate, activation, out).mul_(up) if y is None else y), saved
 
 
 def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
@@ -94,57 +79,11 @@ def _operands(*tensors: Tensor) -> list[int] | None:
     """Address and distance of rows of each, or None where rows do not lie at equal distances."""
     found = []
     for tensor in tensors:
-        if tensor.dim() == 2:
-            found += [tensor.data_ptr(), tensor.stride(0)]
-        elif tensor.is_contiguous():
-            found += [tensor.data_ptr(), tensor.shape[-1]]
-        else:
-            leading = tensor.shape[:-1]
-            steps = [tensor.stride(-2) * math.prod(leading[axis + 1 :]) for axis in range(len(leading))]
-            if list(tensor.stride()[:-1]) != steps:
-                return None
-            found += [tensor.data_ptr(), tensor.stride(-2)]
+        matrix = tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+        if matrix.data_ptr() != tensor.data_ptr():
+            return None
+        found += [matrix.data_ptr(), matrix.stride(0)]
     return found
-
-
-def _activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
-    """φ(a), in `out` or a fresh tensor; torch.nn.functional has no `out`."""
-    if out is None:
-        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    if activation == "silu":
-        torch.ops.aten.silu.out(a, out=out)
-    elif activation == "gelu_tanh":
-        torch.ops.aten.gelu.out(a, approximate="tanh", out=out)
-    elif activation == "sigmoid":
-        torch.sigmoid(a, out=out)
-    else:
-        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
-    return out
-
-
-def activated(a: Tensor, activation: str) -> Activated:
-    """φ(a) and φ'(a), both fresh tensors, by the formulas of the module docstring."""
-    if activation == "silu":
-        sigmoid = torch.sigmoid(a)
-        value = a * sigmoid
-        # In bfloat16 lerp rounds once, where sum and product would round three times.
-        return Activated(value, torch.lerp(value, value.new_ones(()), sigmoid))
-    if activation == "sigmoid":
-        value = torch.sigmoid(a)
-        return Activated(value, torch.addcmul(value, value, value, value=-1))
-    if activation != "gelu_tanh":
-        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
-    result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
-    rows = a.flatten(0, -2)
-    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
-    for part, value, slope in zip(*(t.split(step) for t in (rows, *(t.flatten(0, -2) for t in result))), strict=True):
-        wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-        square = wide * wide
-        t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)
-        half = (1 + t) * 0.5
-        value.copy_(wide * half)
-        slope.copy_(half + 0.5 * KAPPA * wide * (1 - t * t) * (1 + 3 * CUBIC * square))
-    return result
 
 
 def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated | None]:

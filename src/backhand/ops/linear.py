@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient
+from backhand.ops.frozen_matrix import frozen_input_gradient
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LinearSaved(NamedTuple):

@@ -35,10 +35,11 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
-from backhand.ops import lora_linear
 from backhand.ops.cross_entropy import softmax_and_log_sum
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_tiles
-from backhand.ops.lora_linear import Dropout
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
+from backhand.ops.head_factors import AdaptedHead, HeadFactors
+from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 
 _SOFTMAX_LOSSES = Declared(
     "backhand_softmax_losses", INT, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT, result=INT
@@ -52,25 +53,6 @@ LONG_CHUNK_WIDTH = 3 * LONG_CHUNK_ROWS
 SOFTMAX_ELEMENTS = 3 << 19
 
 
-class HeadFactors(NamedTuple):
-    """The head's adapter: lora_A (rank, hidden), lora_B (vocab, rank), scaling, and its dropout in training."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: Dropout | None = None
-
-
-class LogitsRule(NamedTuple):
-    """What a family does to its logits: `scaling` γ, their multiplier, and `cap` κ, which none exceeds, or None."""
-
-    scaling: float = 1.0
-    cap: float | None = None
-
-
-PLAIN = LogitsRule()
-
-
 class LinearCrossEntropyGrads(NamedTuple):
     """Gradients of Σ w ℓ: d_x (rows, hidden); d_lora_A and d_lora_B, float32 at least, or None."""
 
@@ -79,40 +61,13 @@ class LinearCrossEntropyGrads(NamedTuple):
     d_lora_B: Tensor | None
 
 
-def _logits(
-    x: Tensor, weight: FrozenMatrix, head: HeadFactors | None, rule: LogitsRule, out: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Z of one chunk, (rows, vocab), written into `out`, and h (rows, rank) when the head is adapted."""
+def _logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> Tensor:
+    """γ Z of one chunk, (rows, vocab), by the frozen head, written into `out`."""
     if rule.scaling == 1.0:
-        frozen_linear(x, weight, out=out)
-    else:
-        for tile, dense in frozen_tiles(weight):
-            torch.addmm(out[:, tile], x, dense.T, beta=0, alpha=rule.scaling, out=out[:, tile])
-    if head is None:
-        return out, None
-    h = (x if mask is None else x * mask) @ head.lora_A.T
-    out.addmm_(h, head.lora_B.T, alpha=rule.scaling * head.scaling)
-    return out, h
-
-
-def capped(logits: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """Z' = κ T and T, both fresh, in float32 or wider."""
-    tanh = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap).tanh_()
-    return tanh * cap, tanh
-
-
-def ruled(logits: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
-    """Z' of a head's plain output (rows, vocab), which may be overwritten, and T where the rule has a cap."""
-    if rule.scaling != 1.0:
-        logits.mul_(rule.scaling)
-    return (logits, None) if rule.cap is None else capped(logits, rule.cap)
-
-
-def ruled_backward(d_logits: Tensor, tanh: Tensor | None, rule: LogitsRule) -> Tensor:
-    """γ (1 - T²) ⊙ ∂L/∂Z', (rows, vocab): the gradient of the head's plain output; d_logits may be overwritten."""
-    if tanh is not None:
-        d_logits = torch.ops.aten.tanh_backward(d_logits, tanh)
-    return d_logits if rule.scaling == 1.0 else d_logits.mul_(rule.scaling)
+        return frozen_linear(x, weight, out=out)
+    for tile, dense in frozen_tiles(weight):
+        torch.addmm(out[:, tile], x, dense.T, beta=0, alpha=rule.scaling, out=out[:, tile])
+    return out
 
 
 def _softmax_losses(
@@ -189,10 +144,11 @@ def linear_cross_entropy_forward(
         (rows,) losses in nats, float32 or wider.
     """
     logits, losses = _buffers(x, weight, logits)
-    mask = None if head is None else lora_linear.multiplier(x, head.dropout)
+    adapted = None if head is None else AdaptedHead(head, x)
     for part in chunks(x):
-        n = part.stop - part.start
-        chunk, _ = _logits(x[part], weight, head, rule, logits[:n], None if mask is None else mask[part])
+        chunk = _logits(x[part], weight, rule, logits[: part.stop - part.start])
+        if adapted is not None:
+            adapted.add_logits(chunk, part, rule.scaling)
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=False)
     return losses
 
@@ -227,33 +183,20 @@ def linear_cross_entropy_backward(
         multiplier = multiplier.to(torch.promote_types(x.dtype, torch.float32))[:, None]
     logits, losses = _buffers(x, weight, logits)
     d_x = torch.empty_like(x) if out is None else out
-    # What the chunks give adds up in float32, so that many round no more than few.
-    d_lora_A = None if head is None else torch.zeros_like(head.lora_A, dtype=losses.dtype)
-    d_lora_B = None if head is None else torch.zeros_like(head.lora_B, dtype=losses.dtype)
-    mask = None if head is None else lora_linear.multiplier(x, head.dropout)
+    adapted = None if head is None else AdaptedHead(head, x)
     multiplier = multiplier * rule.scaling
     for part in chunks(x):
-        n = part.stop - part.start
         w = multiplier if isinstance(multiplier, float) else multiplier[part]
-        chunk_mask = None if mask is None else mask[part]
-        chunk, h = _logits(x[part], weight, head, rule, logits[:n], chunk_mask)
+        chunk = _logits(x[part], weight, rule, logits[: part.stop - part.start])
+        h = None if adapted is None else adapted.add_logits(chunk, part, rule.scaling)
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=True)
         # D / (w γ) has taken the logits' place; w γ multiplies what is made from it, which has far fewer columns.
-        d_logits = chunk
-        frozen_input_gradient(d_logits, weight, out=d_x[part]).mul_(w)
-        if head is not None and h is not None and d_lora_A is not None and d_lora_B is not None:
-            d_h = (d_logits @ head.lora_B).mul_(head.scaling * w)
-            if chunk_mask is None:
-                d_x[part].addmm_(d_h, head.lora_A)
-                d_lora_A.add_(d_h.T @ x[part])
-            else:
-                d_x[part].addcmul_(chunk_mask, d_h @ head.lora_A)
-                d_lora_A.add_(d_h.T @ (x[part] * chunk_mask))
-            if isinstance(w, float):
-                d_lora_B.add_(d_logits.T @ h, alpha=head.scaling * w)
-            else:
-                d_lora_B.add_(d_logits.T @ h.mul_(w), alpha=head.scaling)
-    return losses, LinearCrossEntropyGrads(d_x, d_lora_A, d_lora_B)
+        frozen_input_gradient(chunk, weight, out=d_x[part]).mul_(w)
+        if adapted is not None and h is not None:
+            adapted.add_gradients(d_x[part], chunk, h, part, w)
+    if adapted is None:
+        return losses, LinearCrossEntropyGrads(d_x, None, None)
+    return losses, LinearCrossEntropyGrads(d_x, adapted.d_lora_A, adapted.d_lora_B)
 
 
 def linear_cross_entropy_reference(
@@ -261,10 +204,4 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """ℓ of every row with full logits and torch's cross-entropy."""
     full = weight if head is None else weight + head.scaling * (head.lora_B @ head.lora_A)
-    return torch.nn.functional.cross_entropy(_ruled(x @ full.T, rule), targets, reduction="none")
-
-
-def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
-    """The rule on plain logits, with the tanh as an exponential: e^2u = ∞ gives 1 as it should."""
-    z = rule.scaling * logits
-    return z if rule.cap is None else rule.cap * (2 * torch.sigmoid(2 * z / rule.cap) - 1)
+    return torch.nn.functional.cross_entropy(ruled_reference(x @ full.T, rule), targets, reduction="none")

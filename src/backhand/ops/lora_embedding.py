@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from backhand.ops.embedding import sums_by_id
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_rows
+from backhand.ops.frozen_matrix import frozen_rows
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LoRAEmbeddingSaved(NamedTuple):

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term
-from backhand.ops.frozen_matrix import FrozenMatrix, forms_h, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import forms_h, frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member, add_lora_A_gradients, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LoRAGroup(NamedTuple):
@@ -117,7 +118,7 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
 def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
     """Add ∂L/∂A_i as `group_A_gradients` does, and return ∂L/∂x of `group_input_gradient`; m is drawn once."""
     rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-    mask = multiplier(rows, group.dropout) if group.members else None
+    mask = None if group.dropout is None or not group.members else multiplier(rows, group.dropout)
     group_A_gradients(x, d_h, group, mask)
     return group_input_gradient(g, d_h, weight, group, mask)
 
@@ -143,7 +144,8 @@ def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m
         add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, receivers)
     elif receivers:
         x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-        mask = multiplier(x_rows, group.dropout) if mask is None else mask
+        if mask is None and group.dropout is not None:
+            mask = multiplier(x_rows, group.dropout)
         add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, receivers)
 
 

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
+from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class Dropout(NamedTuple):

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import matrix
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, library, loop
+from backhand.kernels.dense_product import is_taken
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, matrix
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
-_DOWN = Declared("backhand_low_rank_shrink", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
-_UP = Declared("backhand_low_rank_expand", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
+_DOWN = Declared("backhand_low_rank_down", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
+_UP = Declared("backhand_low_rank_up", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
 _GATHER = Declared(
     "backhand_low_rank_gather",
     *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT),
@@ -175,8 +175,7 @@ _ROWS_OF_PART, _MOST_PARTS = 256, 8
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
     """Whether threads divide the rows of x or G among them, or else columns, as for bfloat16 without tiles."""
-    build = library()
-    return dtype != torch.bfloat16 or (build is not None and build.name == "amx")
+    return dtype != torch.bfloat16 or is_taken(dtype)
 
 
 def parts_of_rows(rows: int) -> int:

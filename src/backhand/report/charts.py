@@ -118,10 +118,8 @@ def curve(
 
     Args:
         rows: {"step", "value", "series"}.
-        title: of the values, with their unit, under the pointer.
         height: in pixels.
         log: `auto` for a logarithmic axis where the values span more than a factor of 20.
-        zero: whether the value axis begins at zero.
         dots: the series, or `all`, whose values are few and marked.
         numbers: format of the value axis.
     """

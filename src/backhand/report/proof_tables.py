@@ -46,7 +46,6 @@ class ProofTable:
 
     Attributes:
         kind: key in KINDS.
-        command: what proves it.
         lines: empty where it was not run.
     """
 

@@ -25,8 +25,6 @@ class RunRecord:
     """One run as its files tell it.
 
     Attributes:
-        config: tables of config.toml.
-        config_text: config.toml itself.
         metrics, proofs, answers: lines of the files of these names.
         facts: facts.json, empty where there is none.
         summary: summary.json, empty until the run is over.

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from backhand.data.packing import micro_batches
-from backhand.kernels.library import describe, library
+from backhand.kernels.builds import describe, library
 from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console

@@ -18,77 +18,33 @@ import itertools
 import json
 import os
 import platform
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError, short_reason
+from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, short_reason
 from backhand.printing import going_on
 from backhand.runs.interruption import stop_word
+from backhand.training import meeting
 from backhand.training.config import Reduce
 from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
+from backhand.training.meeting import Place, all_joined, connected, torch_distributed
 from backhand.training.pulse import Pulse, StoppedElsewhere
 from backhand.training.step import GradientSum, Processes, StepSum
 from backhand.words import shorten
 
-JOIN_S = 120.0
 _BIT = 1 << 18
 """Elements of a message between two processes."""
 _NEVER = timedelta(days=30)
 """Timeout of a collective operation: `pulse` knows earlier, and a slow step is no fault."""
 _MEETINGS = itertools.count()
 """Of this process: a store that outlives a run still holds what was written for the run before."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the environment says that a process belongs."""
-
-    rank: int
-    size: int
-    host: str
-    port: int
-    local_rank: int
-    agent_store: bool
-    attempt: str
-
-    @classmethod
-    def of_environment(cls) -> _Place:
-        """Raises UsageError for an environment that says half of it."""
-        environment = os.environ
-        if not environment["WORLD_SIZE"].strip():
-            raise UsageError(
-                "WORLD_SIZE is empty",
-                where="environment",
-                next_step="set it to the number of processes, or unset it for a run of one",
-            )
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-        if missing:
-            raise UsageError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']}, and {', '.join(missing)} not set",
-                where="environment",
-                next_step="start the run with torchrun or --workers, set all four variables, or unset WORLD_SIZE",
-            )
-        numbers = {}
-        for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("MASTER_PORT", ""), ("LOCAL_RANK", "0")):
-            try:
-                numbers[name] = int(environment.get(name, default))
-            except ValueError:
-                raise UsageError(f"{name} is {environment.get(name)!r}, no number", where="environment") from None
-        rank, size, port = numbers["RANK"], numbers["WORLD_SIZE"], numbers["MASTER_PORT"]
-        if not 0 <= rank < size or not 0 < port < 1 << 16:
-            raise UsageError(f"RANK {rank} of WORLD_SIZE {size}, MASTER_PORT {port}: out of range", where="environment")
-        attempt = f"{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        agent_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(rank, size, environment["MASTER_ADDR"], port, numbers["LOCAL_RANK"], agent_store, attempt)
 
 
 @contextmanager
@@ -100,7 +56,7 @@ def joined(reduce: Reduce) -> Iterator[Group]:
         ResourceError: the others do not come, or one is lost.
         StoppedElsewhere: another process ended for a reason of its own.
     """
-    place = _Place.of_environment()
+    place = Place.of_environment()
     with going_on(f"waiting for the other processes at {place.host}:{place.port}"):
         group = Group(place, reduce)
     try:
@@ -114,9 +70,9 @@ def joined(reduce: Reduce) -> Iterator[Group]:
 class Group(Processes):
     """Several processes. Attributes and methods are those of `Processes`."""
 
-    def __init__(self, place: _Place, reduce: Reduce) -> None:
+    def __init__(self, place: Place, reduce: Reduce) -> None:
         super().__init__()
-        self._dist = dist = _torch_distributed()
+        self._dist = dist = torch_distributed()
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
         self._ordered = reduce == "ordered"
         self._signal = 0
@@ -127,13 +83,13 @@ class Group(Processes):
         point = f"{place.host}:{place.port}"
         meeting = f"{place.attempt}/{next(_MEETINGS)}"
         served = place.agent_store or self._connected_by_others
-        store = dist.PrefixStore(meeting, _connected(place, point, server=not served))
+        store = dist.PrefixStore(meeting, connected(place, point, server=not served))
         me = f"{platform.node()} {os.getpid()}"
         store.set(f"joined/{self.rank}", me)
-        there = _all_joined(store, self.size, point)
+        there = all_joined(store, self.size, point)
         self.names = [f"rank {rank} (process {name[1]} on {name[0]})" for rank, name in enumerate(there)]
         self.here = sum(name[0] == platform.node() for name in there)
-        beats = dist.PrefixStore(meeting, _connected(place, point, server=False))
+        beats = dist.PrefixStore(meeting, connected(place, point, server=False))
         self._pulse = Pulse(beats, self.rank, self.names, point)
         self._connect(store)
 
@@ -158,8 +114,8 @@ class Group(Processes):
         while thread.is_alive() and not failed:
             thread.join(0.05)
             self._pulse.check()
-            if time.monotonic() - began > JOIN_S:
-                failed.append(TimeoutError(f"no connection from each process to each within {JOIN_S:.0f} s"))
+            if time.monotonic() - began > meeting.JOIN_S:
+                failed.append(TimeoutError(f"no connection from each process to each within {meeting.JOIN_S:.0f} s"))
         if failed:
             raise ResourceError(
                 "the processes have met and cannot connect to each other",
@@ -373,94 +329,5 @@ def _end_now(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def _torch_distributed() -> Any:
-    """Half a second to import, and for several processes only."""
-    import torch.distributed
-
-    return torch.distributed
-
-
 def _short(value: object) -> str:
     return shorten("nothing" if value is None else str(value), 24)
-
-
-RESOLVE_S = 5.0
-
-
-def _check_name(host: str) -> None:
-    """Raise ResourceError for a name that no address is found for, before torch looks for one again and again."""
-    failed: list[OSError | UnicodeError] = []
-    found = threading.Event()
-
-    def look_up() -> None:
-        until = time.monotonic() + RESOLVE_S
-        while not found.is_set():  # where machines start together, a name may be there a moment later
-            try:
-                socket.getaddrinfo(host, None)
-                found.set()
-            except (OSError, UnicodeError) as error:
-                failed.append(error)
-                if time.monotonic() > until:
-                    return
-                time.sleep(0.5)
-
-    thread = threading.Thread(target=look_up, name="look up", daemon=True)  # the system's resolver has its own patience
-    thread.start()
-    thread.join(2 * RESOLVE_S)
-    if not found.is_set():
-        raise ResourceError(
-            f"the name {host!r} has no address",
-            where="MASTER_ADDR",
-            why=short_reason(failed[-1]) if failed else f"the resolver has not answered within {2 * RESOLVE_S:.0f} s",
-            next_step="correct it, or give the address of the machine that rank 0 runs on",
-        )
-
-
-def _connected(place: _Place, point: str, *, server: bool) -> Any:
-    """The shared store; the first process holds it, unless torchrun does. Raises UsageError, ResourceError."""
-    server = server and place.rank == 0
-    _check_name(place.host)
-    try:
-        return _torch_distributed().TCPStore(
-            place.host,
-            place.port,
-            is_master=server,
-            timeout=timedelta(seconds=JOIN_S),
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        if server:
-            raise UsageError(
-                f"port {place.port} cannot be used",
-                where="MASTER_PORT",
-                why=short_reason(error),
-                next_step="another run may hold it: give another MASTER_PORT, or torchrun another --master-port",
-            ) from None
-        raise ResourceError(
-            f"rank {place.rank} found nobody at {point} within {JOIN_S:.0f} s",
-            where="MASTER_ADDR",
-            why=short_reason(error),
-            next_step="start rank 0 there, and let this machine reach that port",
-        ) from None
-
-
-def _all_joined(store: Any, size: int, point: str) -> list[list[str]]:
-    """[machine, process] of every rank. Raises ResourceError naming those that do not come."""
-    keys = [f"joined/{rank}" for rank in range(size)]
-    began = time.monotonic()
-    try:
-        while not store.check(keys):
-            if time.monotonic() - began > JOIN_S:
-                missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-                raise ResourceError(
-                    f"{size - len(missing)} of {size} processes came to {point} within {JOIN_S:.0f} s",
-                    where="WORLD_SIZE",
-                    why=f"nothing is heard of rank {', '.join(missing)}",
-                    next_step="start all of them, each with its own RANK",
-                )
-            time.sleep(0.05)
-        return [store.get(key).decode().rsplit(" ", 1) for key in keys]
-    except RuntimeError as error:
-        raise ResourceError(
-            f"the meeting point {point} is gone", why=short_reason(error), next_step="look what rank 0 says"
-        ) from None

@@ -23,7 +23,7 @@ from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.weight_tiles import FrozenMatrix
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below

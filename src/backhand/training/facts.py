@@ -18,7 +18,7 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.data.examples import DataReport, Example, PreparedData, documents_of
-from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
 from backhand.runs.summary import RunSummary
 from backhand.training.memory.process import peak_rss_bytes

@@ -18,7 +18,7 @@ from torch import Tensor
 from backhand.errors import CheckError
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_tiles
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 from backhand.runs.directory import Proof, ProofLog
 from backhand.training.engine import Trainable
 from backhand.training.step import AdapterOptimizer

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from backhand.data.packing import RowPacker, micro_batches, round_size
 from backhand.files import FileLayer, remove_tree
-from backhand.kernels.library import describe
+from backhand.kernels.builds import describe
 from backhand.runs.directory import STATES, ProofLog, RunDirectory
 from backhand.runs.record_file import RecordFile
 from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore

@@ -23,11 +23,10 @@ from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
-from backhand.ops.frozen_matrix import drop_scratch
+from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.engine import BoundModel, Engine, ShortModel
-from backhand.training.loop import default_warmup_steps
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.bases import BaseChoice, choose_base
@@ -43,6 +42,7 @@ from backhand.training.resume import Identity
 from backhand.training.rewards.planned import PromptPacker
 from backhand.training.starting import adapter_config, set_values, start_notes
 from backhand.training.step import Processes
+from backhand.training.step_plan import default_warmup_steps
 
 _STEPS_LOOKED_AT = 2000
 

@@ -22,6 +22,7 @@ from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import config_from_table, config_table, load_config
+from backhand.training.judging import Judge
 from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
 from backhand.training.step import AdapterOptimizer
@@ -312,14 +313,11 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     values, gradients = lora.values.clone(), lora.gradients.clone()
     again = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
     again.restore(checkpoint, finished.model.dtype)
+    model, plan, processes = finished.model, finished.plan, finished.processes
+    judge = Judge(model, again, plan, held_out=finished.judge.held_out, processes=processes)
     loop = TrainingLoop(
-        finished.model,
-        again,
-        finished.packer,
-        finished.sampler,
-        finished.plan,
-        held_out=finished.held_out,
-        processes=finished.processes,
+        *(model, again, finished.packer, finished.sampler, plan, judge),
+        processes=processes,
         objective=finished.objective,
         rewarded=finished.rewarded and finished.rewarded.repeated(),
     )

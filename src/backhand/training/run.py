@@ -1,384 +1,45 @@
-"""A job from its first step, or the one it was stopped at, to its summary.
+"""`backhand train`: one run from its configuration to its summary, or from where it was stopped.
 
-directory made ready → guards → loop, with evaluations and checkpoints → summary → proof of resuming → answers
+run directory locked → configuration → job (rows, model, adapter) → `JobRun`: loop → summary
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import compute_settings
 from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import (
-    ANSWERS,
-    CONFIG,
-    FACTS,
     OWNED,
     SUMMARY,
-    Proof,
-    ProofLog,
     RunDirectory,
     opened,
-    proof_log,
 )
-from backhand.runs.interruption import Interrupted, Interruption
-from backhand.runs.status import by_signal, status_kept
+from backhand.runs.interruption import Interruption
+from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.answers import answers_file, stop_ids
 from backhand.training.config import RunOptions, TrainConfig
-from backhand.training.config_file import config_table, dump_config
-from backhand.training.console import TerminalObserver, opening_facts
-from backhand.training.facts import run_facts, summarise
-from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
-from backhand.training.keeping import Keeping, keeping
+from backhand.training.console import TerminalObserver
+from backhand.training.job_run import JobRun
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
-from backhand.training.loop import StepPlan, TrainingLoop, derived_seed
 from backhand.training.machine import resolve_machine
-from backhand.training.measuring import ForgettingMeter, HeldOut
-from backhand.training.memory.process import MemoryKeeper, crowded_note
-from backhand.training.objectives.objective import HeldOutObjective, Objective
-from backhand.training.objectives.reference import run_objectives
-from backhand.training.observer import Callback, Observer, Observers, RunStart, as_observers, metrics_file
-from backhand.training.prepared import Job, build_job
+from backhand.training.observer import Callback, Observer, Observers, as_observers, metrics_file
+from backhand.training.prepared import build_job
 from backhand.training.resume import (
-    BaseCheck,
     begun_from,
-    check_same_frozen,
-    check_same_run,
     decisive_settings,
-    proof_begin,
-    prove_resume,
     resumed_config,
-    state_digests,
 )
-from backhand.training.rewards.certificate import BOUNDS, Certificate
-from backhand.training.rewards.guards import RewardGuard
-from backhand.training.rewards.judge import Judge
-from backhand.training.rewards.rollout import Rollout
-from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.training.state import PROGRESS_FILE, Progress, RunState, Saver
-from backhand.training.step import AdapterOptimizer, Processes
-
-
-@dataclass
-class JobRun:
-    """A job in its directory.
-
-    Attributes:
-        job: model, adapter, rows and every choice.
-        directory: of the run, locked; where another process leads, only its name.
-        observer: is told how it goes.
-        interruption: whether somebody asked to stop.
-        checkpoint: to go on from; None for a run that begins.
-        processes: that share the run; the first one writes.
-        begun: whether what lies in the directory is this run's.
-    """
-
-    job: Job
-    directory: RunDirectory
-    observer: Observers
-    interruption: Interruption
-    checkpoint: Checkpoint | None
-    processes: Processes
-    begun: bool = False
-    _frozen_digest: str | None = None
-
-    def train(self) -> RunSummary:
-        """Run to the end. Returns and raises what the function `train` does."""
-        job, config = self.job, self.job.config
-        optimizer = AdapterOptimizer(job.bound.lora, config.optimization)
-        state = RunState(job.bound.lora, optimizer, Progress())
-        plan = StepPlan.of(config, job.total_steps)
-        memory = MemoryKeeper(job.memory.peak_bytes) if config.model.tune_allocator else None
-        with self.interruption.graceful(), ExitStack() as places:
-            store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
-            begin = self._proof_begin(store)
-            saver = Saver(
-                self.directory,
-                store,
-                state,
-                lambda: job.bound.adapter_files(job.identity.record(), self._card(state.progress)),
-                self._facts,
-                keep=config.run.keep,
-                best_only=job.held_out is not None,
-                protected=frozenset(() if begin is None else {begin}),
-                make_room=memory.make_room if memory else lambda: None,
-            )
-            if self.processes.leads and (self.checkpoint is None or self.checkpoint.step < job.total_steps):
-                saver.require_room()
-            self._begin(store, state, saver)
-            self.begun = True
-            finished_before = state.progress.finished
-            log = proof_log(self.directory) if self.processes.leads else _unwritten
-            base_guard = self._guard_base(log)
-            self._check_same(state)
-            save = self._saving(saver, state)
-            digest, noted = base_guard.digest, self.observer.noted
-            kept = places.enter_context(keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted))
-            objective, of_held_out = self._objectives(state, kept, log)
-            rewarded = self._rewarded(places, log)
-            loop = TrainingLoop(
-                job.bound.model,
-                state,
-                job.packer,
-                job.sampler,
-                plan,
-                held_out=self._held_out(kept, of_held_out, rewarded),
-                meter=self._meter(),
-                base_guard=base_guard,
-                learning_guard=LearningGuard(job.bound.lora, optimizer, log),
-                check_files=self._check_files(),
-                observer=self.observer,
-                memory=memory,
-                save=save,
-                processes=self.processes,
-                kept=kept.train,
-                objective=objective,
-                rewarded=rewarded,
-            )
-            if memory is not None:
-                memory.make_room()  # loading and digests leave gaps behind
-            shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
-            with shown if self.processes.leads else nullcontext():
-                self.observer.started(self._start(state.progress.step))
-                if not self._run_loop(loop, save, begin):
-                    raise self._interrupted(state, f"continue with {self._resume_command()}")
-                summary = self._summary(state, keep=finished_before)
-                if begin is not None:
-                    self._prove(loop, store, begin, log)
-                kept.finished = True
-                self._answer()
-        self.observer.ended(summary)
-        return summary
-
-    def _proof_begin(self, store: CheckpointStore) -> int | None:
-        """See `resume.proof_begin`; the first process has the checkpoints."""
-        begin = None
-        if self.processes.leads:
-            begin = proof_begin(store, self.checkpoint, self.job.config.run.prove_resume, self.job.total_steps)
-        found: int | None = json.loads(self.processes.follow(json.dumps(begin).encode()))
-        return found
-
-    def _check_same(self, state: RunState) -> None:
-        """What the processes have read and are about to change must be equal. Raises ArtifactError."""
-        identity = self.job.identity.facts()
-        facts = {name: value for name, value in identity.items() if name.endswith("_digest")}
-        del facts["settings_digest"]  # its parts tell more
-        facts |= alike(identity["settings"])
-        self.processes.same({**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]})
-
-    def _saving(self, saver: Saver, state: RunState) -> Callable[[bool], None]:
-        """Checkpoints by the first process, of an adapter that all of them have."""
-
-        def save(better: bool) -> None:
-            self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
-            if self.processes.leads:
-                saver.save(better)
-                self.directory.settle()
-
-        return save
-
-    def _start(self, step: int) -> RunStart:
-        table = config_table(self.job.config)
-        options = {f"{part}.{name}": value for part, values in table.items() for name, value in values.items()}
-        facts = opening_facts(self.job, continued=self.checkpoint is not None, processes=self.processes)
-        return RunStart(self.job.total_steps, step, facts, self.directory.path, options)
-
-    def _answer(self) -> None:
-        """Let base and adapter answer a few held-out rows; what is attached afterwards is the adapter in `adapter/`."""
-        job = self.job
-        if job.held_out is None or not job.config.run.answers or not self.processes.leads:
-            return
-        if self.interruption.requested is not None:
-            self.observer.noted("asked to stop: no held-out rows are answered for the report")
-            return
-        job.bound.fill(str(self.directory.adapter))
-        self.directory.write(ANSWERS, answers_file(job.bound, job.source, job.held_out.examples, job.config))
-
-    def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
-        """Make the directory ready, and the state what it was where the run is continued."""
-        job, config = self.job, self.job.config
-        if not self.processes.leads:
-            if self.checkpoint is not None:
-                state.restore(self.checkpoint, job.bound.model.dtype)
-            return
-        if not config.run.resume:
-            if config.run.overwrite:
-                self.directory.put_aside()
-            self.directory.write(CONFIG, dump_config(config))
-            self.directory.make_checkpoints()
-            self._write_facts()
-            return
-        if self.checkpoint is not None:
-            check_same_run(self.checkpoint.facts, job.identity, self._base_check())
-        self.directory.mend()
-        self.directory.make_checkpoints()
-        self._write_facts()
-        store.clean()
-        if self.checkpoint is None:
-            self.observer.noted("there is no checkpoint yet; the run begins at its first step")
-            self.directory.forget_after(-1)
-            return
-        state.restore(self.checkpoint, job.bound.model.dtype)
-        saver.restored(self.checkpoint.contents)
-        self.directory.forget_after(self.checkpoint.step)
-
-    def _write_facts(self) -> None:
-        self.directory.write(FACTS, json.dumps(run_facts(self.job), indent=1) + "\n")
-
-    def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
-        """Run to the end, with a checkpoint where the proof of resuming is to begin."""
-        if begin is not None and loop.state.progress.step <= begin:
-            if not loop.run(until_step=begin):
-                return False
-            save(False)
-        return loop.run()
-
-    def _guard_base(self, log: ProofLog) -> BaseGuard:
-        """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
-        guard = BaseGuard(self.job.bound.model, log)
-        self._frozen_digest = guard.digest
-        if self.checkpoint is not None and self.processes.leads:
-            check_same_frozen(self.checkpoint.facts, guard.digest, self._base_check())
-        return guard
-
-    def _check_files(self) -> Callable[[], None]:
-        """Asked at every step: are the base's mapped files as they were? Warns where they do not fit into memory."""
-        source = self.job.source
-        if not reads_its_files(self.job.bound.model):
-            return lambda: None
-        note = crowded_note(source.mapped_bytes, available_bytes())
-        if note is not None:
-            self.observer.noted(note)
-        return source.check_unchanged
-
-    def _base_check(self) -> BaseCheck:
-        return BaseCheck(self.directory.path, self.job.config.model.force_base, self.observer.noted)
-
-    def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
-        return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
-
-    def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
-        """Written now; of a run that was finished before, as it stands."""
-        path = self.directory.path / SUMMARY
-        if keep and (there := read_summary(path)) is not None:
-            return there
-        summary = summarise(self.job, state, self.directory, self.processes.size)
-        if self.processes.leads:
-            self.directory.write(SUMMARY, summary.to_json())
-        return summary
-
-    def _prove(self, loop: TrainingLoop, store: CheckpointStore, begin: int, log: ProofLog) -> None:
-        if loop.state.progress.step < self.job.total_steps:
-            self.observer.noted("the run ended early; the proof of resuming is left out")
-            return
-        checkpoint = shared_checkpoint(store.load(begin) if self.processes.leads else None, self.processes)
-        assert checkpoint is not None
-        if not prove_resume(loop, checkpoint, log):
-            again = f"{self._resume_command()} --prove-resume {self.job.config.run.prove_resume}"
-            raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
-        self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
-
-    def _objectives(self, state: RunState, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
-        """Of training and of held-out rows, with what the model that the run starts from says of them."""
-        assert self._frozen_digest is not None
-        started_from = self.job.config.run.from_adapter
-        if self.job.config.run.resume and self.processes.leads:
-            started_from = begun_from(self.directory.path)
-        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
-        return run_objectives(
-            self.job,
-            self.directory,
-            self.processes,
-            self._frozen_digest,
-            kept,
-            started_from,
-            fresh=state.progress.step == 0,
-            log=log,
-            noted=self.observer.noted,
-        )
-
-    def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:
-        """What samples and judges answers, with its process of reward functions; None where rows have answers."""
-        job, processes = self.job, self.processes
-        if job.config.objective.purpose != "prompts":
-            return None
-        options, seed = job.config.rewards, job.config.run.seed
-        judge = Judge(options.reward, options.reward_timeout) if processes.leads else None
-        rollout = Rollout(
-            options,
-            None if judge is None else places.enter_context(judge),
-            job.source.tokenizer(),
-            stop_ids(job.source, job.config.data),
-            lambda step, row, number: derived_seed(seed, "answer", step, row, number),
-            processes,
-        )
-        return RewardedSteps(
-            rollout,
-            job.train.examples,
-            job.config.objective.strength,
-            job.memory.micro_batch_rows,
-            Certificate(BOUNDS[job.dtype], log),
-            RewardGuard(self.observer.noted),
-        )
-
-    def _held_out(self, kept: Keeping, objective: Objective | None, rewarded: RewardedSteps | None) -> HeldOut | None:
-        job = self.job
-        if job.held_out is None:
-            return None
-        if rewarded is not None:
-            return HeldOutRewards(job.held_out.examples, rewarded.rollout)
-        if objective is not None:
-            return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
-        return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
-
-    def _meter(self) -> ForgettingMeter | None:
-        if self.job.held_out is None and self.job.config.run.max_forgetting is None:
-            return None
-        return ForgettingMeter.for_tokenizer(self.job.source.tokenizer())
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        identity = self.job.identity.facts()
-        return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
-
-    def _card(self, progress: Progress) -> dict[str, object]:
-        card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
-        if progress.eval_loss is not None and progress.base_eval_loss is not None:
-            name = self.job.config.objective.objective
-            unit = "nats per token" if name == "sft" else f"({name})"
-            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
-            if name == "grpo":
-                card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
-                del card["held-out loss"]
-        return card
-
-    def left(self, *, back: bool) -> str:
-        """What a run leaves that was stopped at once; `back` tells that the run that it was to replace is back."""
-        if back:
-            return "stopped at once, before the first checkpoint; the run that was here before is back"
-        steps = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted).steps()
-        after = f"after the checkpoint of step {steps[-1]}: continue" if steps else "before the first checkpoint: begin"
-        return f"stopped at once, {after} with {self._resume_command()}"
-
-    def _resume_command(self) -> str:
-        return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
-
-
-# `backhand train`: one run from its configuration to its summary, or from where it was stopped.
-#
-# run directory locked → configuration → job (rows, model, adapter) → `JobRun`: loop → summary
+from backhand.training.state import PROGRESS_FILE, Progress
+from backhand.training.step import Processes
 
 
 def train(
@@ -491,10 +152,6 @@ def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> I
         return
     with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
         yield directory
-
-
-def _unwritten(_proof: Proof) -> None:
-    """The first process writes proofs down."""
 
 
 def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoint | None:

@@ -16,7 +16,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel, Engine
-from backhand.training.loop import derived_seed
+from backhand.training.step_plan import derived_seed
 
 _FREE = frozenset({"dropout"})  # a run's own: no value of the adapter depends on it
 

@@ -61,9 +61,16 @@ class RunState:
         """
         contents = checkpoint.contents
         tensors = _tensors(contents)
-        values = tensors.get("values")
-        if values is None or values.shape != self.lora.values.shape or values.dtype != self.lora.values.dtype:
-            raise ArtifactError("the checkpoint holds the values of another adapter", where=STATE_FILE)
+        own = {"values": self.lora.values, **self.optimizer.moments()}
+        for name, tensor in own.items():
+            given = tensors.get(name)
+            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
+                found = "nothing" if given is None else f"{tuple(given.shape)} {given.dtype}"
+                raise ArtifactError(
+                    "the checkpoint is one of another adapter",
+                    where=STATE_FILE,
+                    why=f"its {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
+                )
         progress = Progress.from_json(_file(contents, PROGRESS_FILE))
         if progress.step != checkpoint.step:
             raise ArtifactError(
@@ -71,8 +78,8 @@ class RunState:
                 where=PROGRESS_FILE,
             )
         self.progress = progress
-        self.optimizer.load_moments(tensors)
-        self.lora.values.copy_(values)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
         self.lora.gradients.zero_()
         self.lora.refresh_compute(dtype)
 

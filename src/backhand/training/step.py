@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from backhand.errors import ArtifactError, CheckError
+from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.interruption import Interruption
-from backhand.training.config import OptimizationOptions
+from backhand.training.config import OptimizationOptions, Schedule
 from backhand.training.engine import Trainable
 
 
@@ -46,21 +46,15 @@ class StepResult:
     Attributes:
         loss: mean nats per supervised token, or the mean loss of a row.
         grad_norm: of the whole adapter's gradient, before clipping.
-        supervised_tokens: in all micro-batches.
-        attends: whether some supervised position of the step has one before it.
         taken: whether the optimizer moved the adapter; a non-finite loss or gradient is skipped.
-        computed_s: seconds that each process spent on its micro-batches.
-        waited_s: seconds that each had waited in the exchange before, see `StepSum`.
-        computed_tokens: positions that each computed.
+        found: what all processes together found.
+        computed_tokens: positions that each process computed.
     """
 
     loss: float
     grad_norm: float
-    supervised_tokens: int
-    attends: bool
     taken: bool
-    computed_s: tuple[float, ...]
-    waited_s: tuple[float, ...]
+    found: StepSum
     computed_tokens: tuple[int, ...]
 
 
@@ -103,7 +97,6 @@ def training_step(
     Raises:
         CheckError: the micro-batches hold another number of supervised tokens than the step.
     """
-    supervised_tokens = work.supervised_tokens
     optimizer.clear()
     shares = processes.shared_out(work.positions)
     added = processes.gradient_sum(optimizer.gradients, shares)
@@ -114,10 +107,10 @@ def training_step(
         nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
         added.add(number, nats, batch.supervised_tokens, attends=batch.attends)
     found = processes.total(added, time.perf_counter() - began)
-    if found.supervised_tokens != supervised_tokens:
+    if found.supervised_tokens != work.supervised_tokens:
         raise CheckError(
             f"the micro-batches of a step hold {found.supervised_tokens:,} supervised tokens, "
-            f"its rows {supervised_tokens:,}",
+            f"its rows {work.supervised_tokens:,}",
             next_step="report this; it should not happen",
         )
     nats = left_sum(found.nats)
@@ -126,16 +119,8 @@ def training_step(
     if taken:
         optimizer.step(learning_rate)
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
-    return StepResult(
-        loss=nats / work.mean_over,
-        grad_norm=norm,
-        supervised_tokens=supervised_tokens,
-        attends=found.attends,
-        taken=taken,
-        computed_s=found.computed_s,
-        waited_s=found.waited_s,
-        computed_tokens=tuple(sum(work.positions[number] for number in share) for share in shares),
-    )
+    computed_tokens = tuple(sum(work.positions[number] for number in share) for share in shares)
+    return StepResult(nats / work.mean_over, norm, taken, found, computed_tokens)
 
 
 def left_sum(values: Iterable[float]) -> float:
@@ -161,6 +146,41 @@ def flat_norm(values: Tensor) -> float:
     pieces = torch.linalg.vector_norm(values[:whole].view(-1, _NORM_PIECE), dim=1)
     rest = torch.linalg.vector_norm(values[whole:])
     return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of every step: a rise over the warm-up steps, then constant, linear or cosine.
+
+    With w warm-up steps of n in all, step s = 0, 1, …, n - 1 has the rate `highest` times
+        (s + 1) / (w + 1)                          for s < w: above zero from the first step on, 1 at s = w
+        1                                          constant
+        (n - s) / (n - w)                          linear: the last step still moves, zero would come after it
+        (1 + cos(π (s - w) / (n - w))) / 2         cosine
+
+    Attributes:
+        highest: the rate at the end of warm-up.
+        schedule: what happens after it.
+        warmup_steps: w above.
+        total_steps: n above.
+    """
+
+    highest: float
+    schedule: Schedule
+    warmup_steps: int
+    total_steps: int
+
+    def at(self, step: int) -> float:
+        """The rate of this step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.highest * (step + 1) / (self.warmup_steps + 1)
+        span = max(1, self.total_steps - self.warmup_steps)
+        after = step - self.warmup_steps
+        if self.schedule == "linear":
+            return self.highest * max(0, span - after) / span
+        if self.schedule == "cosine":
+            return self.highest * (1 + math.cos(math.pi * min(after, span) / span)) / 2
+        return self.highest
 
 
 # Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does; steps agree with PyTorch's.
@@ -221,20 +241,6 @@ class AdapterOptimizer:
     def moments(self) -> dict[str, Tensor]:
         """`mean` and `squares` (elements,) float32, and `updates`, 0-d: everything AdamW remembers."""
         return {"mean": self.mean, "squares": self.squares, "updates": self.updates}
-
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        """Continue from what `moments` returned. Raises ArtifactError: tensors missing or of another shape or dtype."""
-        expected = self.moments()
-        for name, tensor in expected.items():
-            given = moments.get(name)
-            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                found = "missing" if given is None else f"{tuple(given.shape)} {given.dtype}"
-                raise ArtifactError(
-                    f"the optimizer state {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
-                    where=name,
-                )
-        for name, tensor in expected.items():
-            tensor.copy_(moments[name])
 
 
 class Processes:

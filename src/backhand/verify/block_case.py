@@ -113,10 +113,7 @@ def block_case(
     """A block of a tiny decoder on random documents, all its tensors drawn by `name`.
 
     Args:
-        name: of the case.
         family: as in `family_of`.
-        layer: which of its layers.
-        documents: their lengths, tokens.
         targets: ends of the adapted modules' names, None for all of them.
         dropout: in front of lora_A.
         recompute: as in `block_forward`.

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import PackedBatch, Scratch
-from backhand.nn.decoder.adapted_group import block_adapter
+from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import angles, scaled_for_queries
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.verify.case import Tensors
 from backhand.verify.pair_loss import PairLoss
 
@@ -37,7 +37,6 @@ class BlockwiseStep:
         decoder: with an adapter of nothing but factors.
         batch: the packed documents, on the decoder's device.
         dropout_seed: draws the masks; None for no dropout.
-        loss_scaling: the factor of the summed loss.
         pair_loss: the loss where documents are pairs; None for Σ nats.
 
     Attributes:

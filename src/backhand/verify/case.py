@@ -34,7 +34,6 @@ class Case:
     """One input set.
 
     Attributes:
-        name: what is special about it.
         tensors: inputs by name, float64 (other dtypes pass unchanged), `d_y` among them; the loss is Σ d_y ⊙ y.
         by_hand: the op's forward and the given backward on such tensors in any dtype.
         reference: y by the op's reference, for autograd to differentiate.
@@ -59,7 +58,6 @@ class Mutant:
     """A deliberately wrong backward: the right one, except that one gradient is worked out wrongly.
 
     Attributes:
-        name: the mistake.
         gradient: the field of the backward's result that it spoils, e.g. `d_lora_A`.
         value: (d_y, saved, right gradients) → the wrong value of that field.
     """
@@ -86,9 +84,6 @@ class OpProof:
     """Everything that is proved about one op.
 
     Attributes:
-        op: its name.
-        backward: the backward pass on trial.
-        cases: the input sets.
         mutants: the wrong backwards, each of which must be rejected by value in some case.
         loops: whether the compiled library has loops under the op, which are then proved like torch's form.
     """
@@ -155,7 +150,6 @@ def again(name: str, gradients: str, redo: Callable[[Tensor, Any], Any], **chang
     """Mutants by the right backward on something else.
 
     Args:
-        name, gradients: as in `wrong`.
         redo: (d_y, saved) → the right gradients.
         changes: what takes the place of saved values, of d_y if it is called `g`, and of all that was saved if it is
             called `s`; or functions of `g` and `s` that make it.

@@ -48,10 +48,6 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
 def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
     """Prove what is asked, silently.
 
-    Args:
-        options: what to prove.
-        say: told what is being worked on.
-
     Raises:
         UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
     """
@@ -146,9 +142,9 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
 
     report = VerifyReport()
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
-        for case in real_sizes():
-            say(f"{case.op}: {case.name}")
-            for one in prove_real_size(case):
+        for size in real_sizes():
+            say(f"{size.op.name}: {size.case.name}")
+            for one in prove_real_size(size):
                 if isinstance(one, Row):
                     report.rows.append(one)
                 else:

@@ -6,7 +6,7 @@ would vary it, leave lora_A and lora_B out in those cases; `dora_linear` tries t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,17 +87,42 @@ def per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Ten
     return tuple(gradient / max(inputs.batch.supervised_tokens, 1) for gradient in gradients)
 
 
-def _slots(
-    config: DecoderConfig, targets: tuple[str, ...] | None, dropout: float, use_dora: bool, lora_bias: bool
-) -> dict[str, LoRASlot]:
-    slots = {
-        name: slot if slot.experts else replace(slot, use_dora=use_dora, lora_bias=lora_bias)
-        for name, slot in adapter_slots(config, targets, dropout).items()
-    }
-    if targets is not None and EMBEDDING.endswith(targets):
-        vocab, hidden = config.vocab_size, config.hidden_size
-        slots[EMBEDDING] = LoRASlot(EMBEDDING, vocab, hidden, 3, 1.3, 0.0, use_dora, embedding=True)
-    return slots
+@dataclass(frozen=True)
+class Trained:
+    """What a step trains.
+
+    Attributes:
+        targets: ends of the adapted modules' names, None for all but the head.
+        whole: ends of the names of tensors that are trained as they are.
+        tokens: rows of the embedding that are trained.
+        use_dora, lora_bias: of every adapted module but experts.
+        dropout: as in a run.
+    """
+
+    targets: tuple[str, ...] | None = None
+    whole: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    use_dora: bool = False
+    lora_bias: bool = False
+    dropout: float = 0.0
+
+    def slots(self, config: DecoderConfig) -> dict[str, LoRASlot]:
+        """Those of modules that are not trained in full."""
+        slots = {
+            name: slot if slot.experts else replace(slot, use_dora=self.use_dora, lora_bias=self.lora_bias)
+            for name, slot in adapter_slots(config, self.targets, self.dropout).items()
+        }
+        if self.targets is not None and EMBEDDING.endswith(self.targets):
+            vocab, hidden = config.vocab_size, config.hidden_size
+            slots[EMBEDDING] = LoRASlot(EMBEDDING, vocab, hidden, 3, 1.3, 0.0, self.use_dora, embedding=True)
+        return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(self.whole)}
+
+    def tensors(self, config: DecoderConfig) -> tuple[TrainedTensor, ...]:
+        """Those trained as they are."""
+        parameters = module_shapes(config).parameters
+        whole = [TrainedTensor(name, shape) for name, shape in parameters.items() if name.endswith(self.whole)]
+        rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(self.tokens), config.hidden_size), self.tokens)
+        return (*whole, rows) if self.tokens else tuple(whole)
 
 
 def _random_values(trained: tuple[TrainedTensor, ...], weights: Tensors, draw: Draw) -> Tensors:
@@ -116,39 +141,23 @@ def decoder_case(
     family: str,
     *,
     documents: tuple[int, ...] = DOCUMENTS,
-    targets: tuple[str, ...] | None = None,
-    whole: tuple[str, ...] = (),
-    tokens: tuple[int, ...] = (),
-    use_dora: bool = False,
-    lora_bias: bool = False,
-    dropout: float = 0.0,
-    recompute: str = "none",
-    padding_id: int | None = None,
-    supervised: bool = True,
     shared: int = 0,
+    recompute: str = "none",
+    supervised: bool = True,
+    **of: Any,
 ) -> Case:
     """A step of a tiny decoder, all its tensors drawn by `seed` and `name`.
 
     Args:
-        seed, name: of the case.
         family: as in `family_of`.
         documents, shared: lengths of the documents and of the prefix that they share, tokens.
-        targets: ends of the adapted modules' names, None for all but the head.
-        whole: ends of the names of tensors that are trained as they are.
-        tokens: rows of the embedding that are trained.
-        use_dora, lora_bias: of every adapted module but experts.
-        dropout, recompute, padding_id: as in a run.
+        recompute: as in a run.
         supervised: False masks every label.
+        of: fields of `Trained`.
     """
     draw = Draw(f"{seed}: {name}")
-    config = replace(family_of(family), padding_id=padding_id)
-    parameters = module_shapes(config).parameters
-    trained = tuple(TrainedTensor(key, shape) for key, shape in parameters.items() if key.endswith(whole))
-    instead = {tensor.name for tensor in trained}
-    slots = _slots(config, targets, dropout, use_dora, lora_bias)
-    slots = {key: slot for key, slot in slots.items() if f"{key}.weight" not in instead}
-    if tokens:
-        trained += (TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens),)
+    config, what = family_of(family), Trained(**of)
+    trained, slots = what.tensors(config), what.slots(config)
     batch = random_batch(config, documents, draw, shared)
     if not supervised:
         batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
@@ -160,7 +169,7 @@ def decoder_case(
         **_random_values(trained, weights, draw),
         "d_y": torch.tensor(LOSS_SCALING, dtype=torch.float64),
     }
-    dropout_seed = DROPOUT_SEED if dropout else None
+    dropout_seed = DROPOUT_SEED if what.dropout else None
 
     def base(t: Tensors) -> Tensors:
         return {key.removeprefix("base "): value for key, value in t.items() if key.startswith("base ")}
@@ -181,5 +190,5 @@ def decoder_case(
         adapter = ReferenceAdapter(slots, factors, dropout_seed, {tensor.name: tensor for tensor in trained})
         return reference_loss(base(t), config, batch.to(t[f"base {EMBEDDING}.weight"].device), adapter)
 
-    constant_norm = tuple(f"{key}.{part}" for key in slots for part in ("lora_A", "lora_B")) if use_dora else ()
+    constant_norm = tuple(f"{key}.{part}" for key in slots for part in ("lora_A", "lora_B")) if what.use_dora else ()
     return Case(name, tensors, by_hand, reference, pooled=True, exempt=constant_norm)

@@ -26,13 +26,7 @@ NOTHING = 1e-6
 def autograd_gradients(
     function: Callable[[Tensors], Tensor], tensors: Tensors, names: Iterable[str]
 ) -> tuple[Tensor, Tensors]:
-    """y = function(tensors), and ∂(Σ d_y ⊙ y)/∂tensor for each name by autograd; zeros where y does not depend on it.
-
-    Args:
-        function: differentiable by autograd.
-        tensors: the inputs and `d_y`.
-        names: the inputs to differentiate for.
-    """
+    """y = function(tensors), and ∂(Σ d_y ⊙ y)/∂tensor for each name by autograd; zeros where y has none of it."""
     names = tuple(names)
     leaves = {name: tensors[name].detach().clone().requires_grad_() for name in names}
     with torch.enable_grad():
@@ -57,9 +51,7 @@ def difference_error(
 
     Args:
         function: y from tensors, in float64 and smooth around them.
-        tensors: the inputs and `d_y`.
         gradients: the gradients on trial, by the name of their input; all these inputs vary together.
-        seed: of the random directions.
 
     Returns:
         0 for inputs without elements; NaN if anything is not finite.

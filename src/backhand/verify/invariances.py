@@ -22,18 +22,19 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import common_tokens, pack
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import block_adapter
+from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
 from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
-from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.rms_norm import rms_norm_forward
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, UNITS_OF_ROUNDING, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.verify.runner import UNITS_OF_ROUNDING
 
 MICRO_BATCHES = 3
 
@@ -42,7 +43,6 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     """One proof a line.
 
     Args:
-        decoder: with its adapter attached.
         examples: documents, each with a supervised token; a single one can be packed with nothing.
         rounding_bound: how far a gradient may be from float64's.
     """
@@ -52,43 +52,32 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     if len(examples) > 1:
         exact = _exact_gradient(decoder, [whole])
         one_by_one = [pack([example], device=decoder.device) for example in examples]
-        yield ModelProof(
-            "packed = unpacked, gradient, float64",
-            relative_error(_exact_gradient(decoder, one_by_one), exact),
-            FLOAT64_BOUND,
-            f"{len(examples)} documents in one batch, and one by one",
-            "invariances",
-        )
-        alone = _gradient(decoder, one_by_one)
-        yield ModelProof(
-            "packed = unpacked, gradient",
-            relative_error(alone, together),
-            bound,
-            kind="invariances",
-        )
+        statement, how = "packed = unpacked, gradient", f"{len(examples)} documents in one batch, and one by one"
+        yield _same(f"{statement}, float64", _exact_gradient(decoder, one_by_one), exact, FLOAT64_BOUND, how)
+        yield _same(statement, _gradient(decoder, one_by_one), together, bound)
         shared = common_tokens(examples) if decoder.shares_prefixes else 0
         if shared:
             once = pack(examples, shared=shared, device=decoder.device)
             statement = "shared prefix = a prefix in each row, gradient"
-            yield ModelProof(
-                f"{statement}, float64",
-                relative_error(_exact_gradient(decoder, [once]), exact),
-                FLOAT64_BOUND,
-                f"the first {shared} tokens of each computed once",
-                "invariances",
-            )
-            difference = relative_error(_gradient(decoder, [once]), together)
-            yield ModelProof(statement, difference, bound, kind="invariances")
+            how = f"the first {shared} tokens of each computed once"
+            yield _same(f"{statement}, float64", _exact_gradient(decoder, [once]), exact, FLOAT64_BOUND, how)
+            yield _same(statement, _gradient(decoder, [once]), together, bound)
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
         accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
-        yield ModelProof(
-            "accumulated = one batch, gradient",
-            relative_error(accumulated, together),
-            bound,
-            f"{len(parts)} micro-batches",
-            "invariances",
-        )
-    yield from _recomputation(decoder, whole, bound)
+        yield _same("accumulated = one batch, gradient", accumulated, together, bound, f"{len(parts)} micro-batches")
+    before = decoder.recompute
+    try:
+        decoder.recompute = "none"
+        kept = _gradient(decoder, [whole])
+        for mode in ("mlp", "block"):
+            decoder.recompute = mode
+            yield _same(f"recomputed ({mode}) = kept, gradient", _gradient(decoder, [whole]), kept, bound)
+    finally:
+        decoder.recompute = before
+
+
+def _same(statement: str, measured: Tensor, expected: Tensor, bound: float, detail: str = "") -> ModelProof:
+    return ModelProof(statement, relative_error(measured, expected), bound, detail, "invariances")
 
 
 def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
@@ -111,19 +100,6 @@ def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     return lora.gradients.clone()
 
 
-def _recomputation(decoder: Decoder, batch: PackedBatch, bound: float) -> Iterator[ModelProof]:
-    before = decoder.recompute
-    try:
-        decoder.recompute = "none"
-        kept = _gradient(decoder, [batch])
-        for mode in ("mlp", "block"):
-            decoder.recompute = mode
-            measured = relative_error(_gradient(decoder, [batch]), kept)
-            yield ModelProof(f"recomputed ({mode}) = kept, gradient", measured, bound, kind="invariances")
-    finally:
-        decoder.recompute = before
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # merged = unmerged: W + s B A in place of W and an adapter, on a model and its rows, without dropout.
 #
@@ -142,11 +118,7 @@ SMALLEST_BOUND = 1e-5
 
 @torch.no_grad()
 def prove_merging(step: BlockwiseStep) -> Iterator[ModelProof]:
-    """Two proofs; they leave the decoder merged, so that it is of no further use.
-
-    Args:
-        step: of the decoder with its adapter attached.
-    """
+    """Two proofs; they leave the decoder merged, so that it is of no further use."""
     inputs = step.forward(None)
     unmerged = _exact_logits(step, inputs[-1], merged=False)
     errors = {f"layer {layer}": _block_error(step, layer, *inputs[layer : layer + 2]) for layer in step.layers}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,8 +32,6 @@ def relative_error(measured: Tensor, truth: Tensor, zero_scale: float = 0.0) -> 
     one element of either is NaN or infinite, so that no bound accepts it.
 
     Args:
-        measured: on trial.
-        truth: to compare with.
         zero_scale: what stands for ‖truth‖ where that is exactly zero. A gradient that is zero by nature (of the query
             of a one-token document, say) comes out as a sum that cancels to rounding, which is small against this only.
     """
@@ -44,6 +44,13 @@ def relative_error(measured: Tensor, truth: Tensor, zero_scale: float = 0.0) -> 
     if difference == 0.0:
         return 0.0
     return difference / size if size else math.inf
+
+
+def typical(errors: Sequence[float]) -> float:
+    """The geometric mean of errors of near inputs; NaN where one of them is."""
+    if any(math.isnan(error) for error in errors):
+        return math.nan
+    return statistics.geometric_mean(max(error, 1e-300) for error in errors)
 
 
 def norm(tensor: Tensor) -> float:

@@ -13,7 +13,6 @@ values decide, as they do for the ops.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,15 +21,16 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import KeysAndValues
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.weights import named_views
-from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense
 from backhand.verify.case import Tensors
-from backhand.verify.measure import relative_error
+from backhand.verify.measure import relative_error, typical
 from backhand.verify.pair_loss import pair_loss
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
@@ -41,12 +41,10 @@ from backhand.verify.reference_decoder import (
     reference_inputs,
     reference_loss,
 )
+from backhand.verify.runner import NEIGHBOURS, TIMES_AUTOGRAD, UNITS_OF_ROUNDING
 
 # What every gradient stays below in float64, and the rule for lower precision.
 FLOAT64_BOUND = 1e-9
-TIMES_AUTOGRAD = 2.0
-UNITS_OF_ROUNDING = 4.0
-NEIGHBOURS = 7
 NEIGHBOURHOOD = 0.05
 
 
@@ -55,11 +53,8 @@ class ModelProof:
     """One proof about a model.
 
     Attributes:
-        proof: the statement.
         measured: the relative error, or relative difference, that was found.
-        bound: what it may be.
         detail: where it is largest, or what it compares with.
-        kind: what it is about.
     """
 
     proof: str
@@ -120,7 +115,7 @@ class GradientProofs:
         detail = "autograd's own error"
         if measured > max(TIMES_AUTOGRAD * own, floor):
             several = [(measured, own), *self._neighbours()]
-            measured, own = (_typical(errors) for errors in zip(*several, strict=True))
+            measured, own = (typical(errors) for errors in zip(*several, strict=True))
             detail = f"means of {len(several)}; autograd's own"
         self.rounding_bound = max(TIMES_AUTOGRAD * own, floor) if math.isfinite(own) else 0.0
         return ModelProof(
@@ -310,10 +305,3 @@ class GradientProofs:
             worst = max(names, key=lambda name: (math.isnan(self._errors[name]), self._errors[name]))
             what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
             yield ModelProof(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
-
-
-def _typical(errors: Sequence[float]) -> float:
-    """The geometric mean; NaN where one of them is."""
-    if any(math.isnan(error) for error in errors):
-        return math.nan
-    return statistics.geometric_mean(max(error, 1e-300) for error in errors)

@@ -27,7 +27,7 @@ from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions
-from backhand.ops.frozen_matrix import frozen_dense
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.measure import norm
 
 ADAPTER_SEED = 0
@@ -48,7 +48,6 @@ class ModelSetup:
         decoder: in the compute dtype.
         examples: documents with supervised tokens, long ones cut.
         dropout_seed: of the masks, None where the adapter has no dropout.
-        notes: what was chosen, a sentence each.
         pairs: the same documents two by two, where the rows are pairs.
     """
 

@@ -14,9 +14,7 @@ from torch.nn import functional
 
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, block_seed, group_of, group_seed
-from backhand.nn.decoder.family import (
-    PER_LAYER_MODEL,
-)
+from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.ops.dropout import dropout_multiplier
 
@@ -29,7 +27,6 @@ class ReferenceAdapter:
     """An adapter for the reference.
 
     Attributes:
-        slots: the adapted modules by name.
         factors: everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for.
         dropout_seed: of the step, or None for no dropout.
         trained: the tensors trained as they are, by name.

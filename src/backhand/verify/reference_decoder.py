@@ -69,7 +69,6 @@ def reference_loss(
 
     Args:
         weights: every frozen tensor by its Hugging Face name, all in one dtype.
-        config: the family.
         batch: the packed documents; a prefix that they share is computed for each of them.
         adapter: its factors in the dtype of the weights.
         of_nats: another loss of the supervised positions' nats, (supervised,).

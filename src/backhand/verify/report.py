@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,15 +20,7 @@ COMMAND = "verify"
 
 @dataclass
 class VerifyReport:
-    """Everything that was proved, or not.
-
-    Attributes:
-        rows: proofs of ops, blocks and decoders on their cases.
-        rejections: what became of the mutants.
-        model: proofs about the user's own model.
-        notes: about the model.
-        time_s: how long it took.
-    """
+    """Everything that was proved, or not."""
 
     rows: list[Row] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
@@ -118,14 +110,13 @@ _COLUMNS = (
 )
 
 _SHOWN_FAILURES = 20
+_WRONG_VERSIONS = "Deliberately wrong versions, which must be rejected"
 
 
 def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) -> None:
     """Tables of what was proved, then what failed, then the sum.
 
     Args:
-        console: where to.
-        report: what was found.
         every_mutant: a line for each mutant; else one for each gradient that lists them.
     """
     for note in report.notes:
@@ -140,14 +131,17 @@ def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) 
     console.print(_summary(report))
 
 
+def _table(title: str, columns: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in columns:
+        table.add_column(heading, justify="right" if heading in numbers else "left")
+    return table
+
+
 def _cases(rows: Iterable[Row]) -> Table:
     """A line a case: the largest relative error over its output and gradients in each dtype."""
-    table = Table(title="Gradients by hand: largest relative error", title_justify="left")
-    table.add_column("op")
-    table.add_column("case")
-    for heading, _, _ in _COLUMNS:
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    numbers = tuple(heading for heading, _, _ in _COLUMNS)
+    table = _table("Gradients by hand: largest relative error", ("op", "case", *numbers, "verdict"), numbers)
     by_case: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         by_case.setdefault((_named(row), row.case), []).append(row)
@@ -182,9 +176,7 @@ def _worst(rows: list[Row]) -> Text:
 
 def _mutants(report: VerifyReport) -> Table:
     """A line a gradient: its wrong versions by name, and how many of them were rejected."""
-    table = Table(title="Deliberately wrong versions, which must be rejected", title_justify="left")
-    for heading in ("op", "gradient", "rejected", "mistakes"):
-        table.add_column(heading, justify="right" if heading == "rejected" else "left")
+    table = _table(_WRONG_VERSIONS, ("op", "gradient", "rejected", "mistakes"), ("rejected",))
     groups: dict[tuple[str, str], list[tuple[str, bool]]] = {}
     for one in report.rejections:
         groups.setdefault((_named(one), one.gradient), []).append((one.mutant, one.passed))
@@ -200,9 +192,8 @@ def _mutants(report: VerifyReport) -> Table:
 
 
 def _every_mutant(report: VerifyReport) -> Table:
-    table = Table(title="Deliberately wrong versions, which must be rejected", title_justify="left")
-    for heading in ("op", "gradient", "mistake", "relative error", "first case that rejects it", "verdict"):
-        table.add_column(heading, justify="right" if heading == "relative error" else "left")
+    columns = ("op", "gradient", "mistake", "relative error", "first case that rejects it", "verdict")
+    table = _table(_WRONG_VERSIONS, columns, ("relative error",))
     for one in report.rejections:
         verdict = Text("rejected", style="green") if one.passed else Text("NOT REJECTED", style="bold red")
         table.add_row(_named(one), one.gradient, one.mutant, _number(one.error), one.case, verdict)
@@ -210,9 +201,8 @@ def _every_mutant(report: VerifyReport) -> Table:
 
 
 def _model(report: VerifyReport) -> Table:
-    table = Table(title="The model on its rows", title_justify="left")
-    for heading in ("proof", "measured", "bound", "verdict", "detail"):
-        table.add_column(heading, justify="right" if heading in ("measured", "bound") else "left")
+    columns = ("proof", "measured", "bound", "verdict", "detail")
+    table = _table("The model on its rows", columns, ("measured", "bound"))
     for proof in report.model:
         table.add_row(proof.proof, _number(proof.measured), _number(proof.bound), _verdict(proof.passed), proof.detail)
     return table
@@ -222,9 +212,9 @@ def _print_failures(console: Console, report: VerifyReport) -> None:
     """Every failed proof in full, the worst row named."""
     if not report.failed_rows:
         return
-    table = Table(title="Failed", title_justify="left", title_style="bold red")
-    for heading in ("op", "case", "dtype", "tensor", "relative error", "bound", "worst row"):
-        table.add_column(heading, justify="right" if heading in ("relative error", "bound") else "left")
+    columns = ("op", "case", "dtype", "tensor", "relative error", "bound", "worst row")
+    table = _table("Failed", columns, ("relative error", "bound"))
+    table.title_style = "bold red"
     for row in report.failed_rows[:_SHOWN_FAILURES]:
         dtype = row.dtype if row.check == AUTOGRAD else "float64, differences"
         table.add_row(_named(row), row.case, dtype, row.tensor, _number(row.error), _number(row.bound), row.worst)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import loops_are_there, proving_loops, torch_form
+from backhand.kernels.builds import loops_are_there, torch_form
+from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
 from backhand.verify.case import Case, Mutant, OpProof, Tensors, kind
 from backhand.verify.differentiate import autograd_gradients, difference_error
-from backhand.verify.measure import norm, relative_error, worst_row
+from backhand.verify.measure import norm, relative_error, typical, worst_row
 
 # Beside the ops: what is built of them.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
@@ -47,7 +48,6 @@ class Row:
     """One proof: one tensor of one case in one dtype.
 
     Attributes:
-        op, case: which input set of which op.
         dtype: `float64`, `float32` or `bfloat16`.
         check: `autograd`, or `differences` for finite differences.
         tensor: `y`, or `d_` and the name of the input whose gradient it is.
@@ -78,9 +78,7 @@ class Rejection:
     """What became of one mutant.
 
     Attributes:
-        op, mutant, gradient: which mistake in which gradient of which op.
         error: the largest finite relative error in float64, in the first case tried that rejects it.
-        case: that case.
         bound: what its error must exceed.
         form: of the backward that the mistake is put into, `torch` or `compiled`.
     """
@@ -208,7 +206,9 @@ def _low_precision_rows(
             _rounding_errors(proof, case, near, dtype, autograd, number)
             for number, near in enumerate(_neighbours(exact), start=1)
         ]
-        found = {name: _typical([errors, *(other[name] for other in more)]) for name, errors in found.items()}
+        for name, errors in found.items():
+            by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
+            found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
     for name, errors in found.items():
         yield Row(proof.op, case.name, dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
 
@@ -227,9 +227,7 @@ def _rounding_errors(
     """The errors of y and of each group of gradients, with the inputs rounded to the dtype on both sides.
 
     Args:
-        proof, case, dtype: what is measured.
         exact: the case's tensors, or near ones.
-        autograd: of this case.
         number: which of the tensors these are, 0 the case's own.
     """
     rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
@@ -263,19 +261,6 @@ def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
             else tensor
             for name, tensor in tensors.items()
         }
-
-
-def _typical(several: Sequence[Errors]) -> Errors:
-    """The geometric means; NaN where one is."""
-
-    def mean(values: list[float]) -> float:
-        if any(math.isnan(value) for value in values):
-            return math.nan
-        return math.exp(math.fsum(math.log(max(value, 1e-300)) for value in values) / len(values))
-
-    return Errors(
-        mean([errors.by_hand for errors in several]), mean([errors.by_autograd for errors in several]), several[0].worst
-    )
 
 
 def grouped(gradients: Tensors, case: Case) -> dict[str, Tensors]:

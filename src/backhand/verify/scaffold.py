@@ -107,7 +107,6 @@ class Op:
     """An op to be proved.
 
     Args:
-        name: of the op in the registry.
         inputs: every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in
             `"*lead inputs"`, for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of
             `draw`, options and the inputs before it, which may also make several, by name. An axis is an option, a
@@ -147,10 +146,7 @@ class Op:
         """A case, its inputs drawn from a generator that is seeded by op and name.
 
         Args:
-            name: what is special about it.
             sizes: the first options in their order; the inputs where the op has none.
-            exempt: see `Case`.
-            options: the others.
         """
         inputs, settings = self._inputs_and_options(name, sizes, options)
         given = Given({**settings, "draw": Draw(f"{self.name}: {name}")}, self.made)

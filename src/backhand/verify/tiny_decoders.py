@@ -42,7 +42,7 @@ from backhand.nn.decoder.family import (
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.clamped_glu import Clamp
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 from backhand.verify.case import Draw, Tensors
 
 WINDOW = 4

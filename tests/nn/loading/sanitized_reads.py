@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from backhand.kernels.library import INT, INT64, POINTER, Library, library_path, usable
+from backhand.kernels.builds import Library, library_path, usable
+from backhand.kernels.library import INT, INT64, POINTER
 
 TYPES = (INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT)
 

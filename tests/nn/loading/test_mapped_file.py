@@ -15,7 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.errors import ArtifactError
-from backhand.kernels.library import usable
+from backhand.kernels.builds import usable
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.mapped_file import MappedFile
 from support.fault_table import documented

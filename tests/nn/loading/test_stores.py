@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
-from backhand.kernels.library import library, torch_form
+from backhand.kernels.builds import library, torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import models_on_this_machine, stored_path

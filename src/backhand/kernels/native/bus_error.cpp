@@ -3,6 +3,14 @@
 // the process with that file's message in place of the system's silence. It touches nothing but the stack and the table.
 #include "common.h"
 
+#if defined(_WIN32)
+
+// Windows knows no such signal, and keeps a mapped file from being cut: nothing is watched.
+BACKHAND_EXPORT int backhand_watch_mapping(const void*, int64_t, int, const char*, const char*) { return -1; }
+BACKHAND_EXPORT void backhand_forget_mapping(int) {}
+
+#else
+
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -89,3 +97,5 @@ BACKHAND_EXPORT int backhand_watch_mapping(const void* address, int64_t length, 
 BACKHAND_EXPORT void backhand_forget_mapping(int place) {
   mappings[place].begin.store(0, std::memory_order_release);
 }
+
+#endif

@@ -8,9 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(_WIN32)
+#define BACKHAND_EXPORT extern "C" __declspec(dllexport)
+#else
 #define BACKHAND_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
-// torch's own threads. The pointer is handed in when the library is loaded (kernels/library.py); without it every loop
+// torch's own threads. The pointer is handed in when the library is loaded (kernels/builds.py); without it every loop
 // runs on the calling thread.
 typedef void (*BackhandRange)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*BackhandParallelFor)(int64_t begin, int64_t end, int64_t grain, BackhandRange range, void* context);

@@ -1,7 +1,7 @@
 // One new token through all blocks of a decoder, against the keys and values of those before it: the forward of
 // nn/decoder/block.py for a Llama-like family, by the loops of its ops, in one region of threads (crew.h).
 //
-//     n₁ = norm(x)     [q k v] = n₁ Wᵀ     q, k normed and turned; k, v into the cache
+//     n₁ = norm(x)     [q k v] = n₁ Wᵀ     q, k normed and rotated; k, v into the cache
 //     o  = softmax(c q Kᵀ) V               x += m · norm(o Wᵀ)
 //     n₂ = norm(x)     [a u] = n₂ Wᵀ       x += m · norm((φ(a) ⊙ u) Wᵀ)
 //
@@ -64,12 +64,12 @@ constexpr int64_t KEYS_A_SUM = 128;
 
 // What a pass works in.
 template <class T>
-struct Room {
+struct Workspace {
   T *normed, *qkv, *attended, *h, *gate_up, *product, *joined;
   Wide<T> *factors, *scores;
   Phase* phases;
 
-  Room(Arena& arena, const Model& m, int64_t tokens)
+  Workspace(Arena& arena, const Model& m, int64_t tokens)
       : normed(arena.take<T>(m.hidden)),
         qkv(arena.take<T>((m.heads + 2 * m.kv_heads) * m.head_dim)),
         attended(arena.take<T>(m.heads * m.head_dim)),
@@ -185,14 +185,14 @@ template <class T>
 struct Step {
   typedef Wide<T> C;
   const Model& model;
-  const Room<T>& room;
+  const Workspace<T>& workspace;
   int64_t position;
   T* x;
 
   static const T* of(const void* place) { return static_cast<const T*>(place); }
 
   void norm(const T* in, const void* weight, int64_t rows, int64_t n, T* out) const {
-    rms_norm_forward(in, Strides{1, n, 0}, of(weight), out, room.factors, false, rows, n, model.eps, model.offset);
+    rms_norm_forward(in, Strides{1, n, 0}, of(weight), out, workspace.factors, false, rows, n, model.eps, model.offset);
   }
 
   static int64_t tasks_of(int64_t outputs, int64_t each) { return (outputs + each - 1) / each; }
@@ -211,7 +211,7 @@ struct Step {
         }
         const StoredRows factor = {-1, static_cast<const uint8_t*>(p.adapters[a].lora_A),
                                    p.inputs * static_cast<int64_t>(sizeof(T)), nullptr, p.adapters[a].rank};
-        rows_of(factor, p.inputs, in, nullptr, nullptr, room.h + before, task * SIDE_BY_SIDE, SIDE_BY_SIDE);
+        rows_of(factor, p.inputs, in, nullptr, nullptr, workspace.h + before, task * SIDE_BY_SIDE, SIDE_BY_SIDE);
       });
     }
     worker.phase(tasks, [=, &p](int64_t task) {
@@ -223,7 +223,7 @@ struct Step {
       const int64_t start = task * each;
       const int64_t count = rows_of(p.parts[part], p.inputs, in, bias == nullptr ? nullptr : bias + first,
                                     more == nullptr ? nullptr : more + first, y + first, start, each);
-      const T* h = room.h;
+      const T* h = workspace.h;
       for (int64_t a = 0; a < p.adapter_count; h += p.adapters[a++].rank) {
         if (MUTATED("decode step: adapter forgotten", false, true)) continue;
         expand(p.adapters[a], h, first + start, first + start + count, y);
@@ -258,7 +258,7 @@ struct Step {
   void join(Worker& worker, const Projection& p, const T* in, const void* after) const {
     const C m = static_cast<C>(model.residual_multiplier);
     if (after == nullptr && m == 1) return project(worker, p, in, x, x);
-    T* y = room.joined;
+    T* y = workspace.joined;
     project(worker, p, in, nullptr, y);
     worker.phase(1, [=](int64_t) {
       if (after != nullptr) norm(y, after, 1, model.hidden, y);
@@ -271,8 +271,8 @@ struct Step {
 
   const T* entered(Worker& worker, const void* weight) const {
     if (weight == nullptr) return x;
-    worker.phase(1, [=](int64_t) { norm(x, weight, 1, model.hidden, room.normed); });
-    return room.normed;
+    worker.phase(1, [=](int64_t) { norm(x, weight, 1, model.hidden, workspace.normed); });
+    return workspace.normed;
   }
 
   void turn(T* heads, int64_t count, const void* cosines, const void* sines, int64_t pairs) const {
@@ -281,10 +281,10 @@ struct Step {
            static_cast<const C*>(cosines), static_cast<const C*>(sines), 1, count, pairs, false);
   }
 
-  // q and k normed and turned in their place, k and v into the cache.
+  // q and k normed and rotated in their place, k and v into the cache.
   void prepare(const Layer& layer) const {
     const int64_t d = model.head_dim, queries = model.heads * d, keys = model.kv_heads * d;
-    T *q = room.qkv, *k = q + queries, *v = k + keys;
+    T *q = workspace.qkv, *k = q + queries, *v = k + keys;
     const bool over = model.norm_over_heads != 0;
     if (layer.q_norm != nullptr) norm(q, layer.q_norm, over ? 1 : model.heads, over ? queries : d, q);
     if (layer.k_norm != nullptr) norm(k, layer.k_norm, over ? 1 : model.kv_heads, over ? keys : d, k);
@@ -304,29 +304,29 @@ struct Step {
     const int64_t window = MUTATED("decode step: window ignored", layer.window, int64_t{0});
     const int64_t first = window > 0 && window < seen ? seen - window : 0;
 
-    project(worker, layer.input, entered(worker, layer.attention_norm), nullptr, room.qkv);
+    project(worker, layer.input, entered(worker, layer.attention_norm), nullptr, workspace.qkv);
     worker.phase(1, [=, &layer](int64_t) { prepare(layer); });
     worker.phase(model.heads, [=, &layer](int64_t head) {
       const int64_t lender = MUTATED("decode step: heads of a group apart", head / group, head % model.kv_heads);
       const int64_t place = (lender * model.capacity + first) * d;
-      attend(room.qkv + head * d, of(layer.keys) + place, of(layer.values) + place,
+      attend(workspace.qkv + head * d, of(layer.keys) + place, of(layer.values) + place,
              MUTATED("decode step: the token does not see itself", seen - first, seen - first - 1), d,
              static_cast<C>(model.attention_scaling), static_cast<C>(model.attention_cap),
-             room.scores + head * seen, room.attended + head * d);
+             workspace.scores + head * seen, workspace.attended + head * d);
     });
-    join(worker, layer.output, room.attended, layer.after_attention_norm);
+    join(worker, layer.output, workspace.attended, layer.after_attention_norm);
 
-    project(worker, layer.gate_up, entered(worker, layer.mlp_norm), nullptr, room.gate_up);
+    project(worker, layer.gate_up, entered(worker, layer.mlp_norm), nullptr, workspace.gate_up);
     worker.phase((width + GLU_PIECE - 1) / GLU_PIECE, [=](int64_t piece) {
       const int64_t from = piece * GLU_PIECE, count = width - from < GLU_PIECE ? width - from : GLU_PIECE;
       const auto run = model.activation == SILU ? glu_forward<SILU, T> : glu_forward<GELU_TANH, T>;
-      run(room.gate_up + from, 0, room.gate_up + width + from, 0, room.product + from, 0, 1, count);
+      run(workspace.gate_up + from, 0, workspace.gate_up + width + from, 0, workspace.product + from, 0, 1, count);
     });
-    join(worker, layer.down, room.product, layer.after_mlp_norm);
+    join(worker, layer.down, workspace.product, layer.after_mlp_norm);
   }
 
   void operator()(int64_t, int64_t) const {
-    Worker worker(room.phases);
+    Worker worker(workspace.phases);
     for (int64_t layer = 0; layer < model.layer_count; ++layer) block(worker, model.layers[layer]);
   }
 };
@@ -349,9 +349,9 @@ BACKHAND_EXPORT int backhand_decode_step(int dtype, const Model* model, void* x,
     Arena arena(static_cast<size_t>(narrow) * sizeof(T) + static_cast<size_t>(wide) * sizeof(Wide<T>) +
                 static_cast<size_t>(model->layer_count * PHASES_A_LAYER) * sizeof(Phase) + 64 * 16);
     if (!arena.there()) return 2;
-    const Room<T> room(arena, *model, seen);
-    for (int64_t i = 0; i < model->layer_count * PHASES_A_LAYER; ++i) new (room.phases + i) Phase;
-    const Step<T> step = {*model, room, position, static_cast<T*>(x)};
+    const Workspace<T> workspace(arena, *model, seen);
+    for (int64_t i = 0; i < model->layer_count * PHASES_A_LAYER; ++i) new (workspace.phases + i) Phase;
+    const Step<T> step = {*model, workspace, position, static_cast<T*>(x)};
     parallel(threads > 0 ? threads : 1, 1, step);
   });
   return 0;

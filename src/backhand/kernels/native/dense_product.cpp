@@ -23,7 +23,7 @@ template <class Op, class T>
 inline Cut<Op> cut_of(const DenseProduct<T>& p, const Shares& shares, int64_t term_steps) {
   const int64_t own = shares.each * BLOCK;
   return Cut<Op>(p.w, shares.by_columns ? p.m : std::min(p.m, own), shares.by_columns ? std::min(p.n, own) : p.n, p.k,
-                 term_steps, p.shrunk(), shares.count);
+                 term_steps, p.down_ranks(), shares.count);
 }
 
 // The parts of a stored matrix (rows, columns) of the table below; false for what cannot be.
@@ -44,12 +44,12 @@ inline bool stored_rows(const int64_t* table, int64_t count, int64_t rows, int64
 }
 
 template <class T>
-inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operands<T>>& cut, char* room) {
+inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operands<T>>& cut, char* workspace) {
   const int64_t apart = rounded_up(static_cast<int64_t>(cut.bytes()), 64);
   parallel(shares.count, 1, [=](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       const int64_t first = share * shares.each * BLOCK, last = first + shares.each * BLOCK;
-      char* own = room + share * apart;
+      char* own = workspace + share * apart;
       if (shares.by_columns) {
         dense_part<Operands<T>, T>(p, 0, p.m, first, std::min(p.n, last), cut, own);
       } else {
@@ -61,7 +61,7 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
 
 }  // namespace
 
-// y (m, n) = residual + x W + bias + Σ scalingᵢ hᵢ Fᵢᵀ, with x (m, k) and W (k, n), or (n, k) if `turned`.
+// y (m, n) = residual + x W + bias + Σ scalingᵢ hᵢ Fᵢᵀ, with x (m, k) and W (k, n), or (n, k) if `transposed`.
 //
 //   w         numbers, w_row apart; not read where there are stored parts
 //   stored    of a W in blocks 6 numbers a part, one below the other as W lies: ggml's type, address, bytes of a row, how
@@ -69,20 +69,20 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
 //   residual  (m, n), or null; may be y itself.    bias  (n), or null
 //   table     10 numbers a term: first column, n and rank; address and row of h (m, rank); of F, (n, rank), or of its
 //             transpose if the number behind them is not 0; of A (rank, k), if h is to be written, x Aᵀ, else 0 and 0
-//   room      of `room_bytes`, for what threads work with
+//   workspace   of `workspace_bytes`, for what threads work with
 //
-// Returns the bytes of room that it needs where it was given fewer, and then does nothing; else 0; -1 for too many terms
-// or parts, -2 for a part of a type it does not know, or with rows or columns that are not there.
+// Returns the bytes of workspace that it needs where it was given fewer, and then does nothing; else 0; -1 for too many
+// terms or parts, -2 for a part of a type it does not know, or with rows or columns that are not there.
 BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                                               int turned, int64_t part_count, const int64_t* stored, void* y,
+                                               int transposed, int64_t part_count, const int64_t* stored, void* y,
                                                int64_t y_row, const void* residual, int64_t residual_row,
                                                const void* bias, int64_t term_count, const int64_t* table,
                                                const double* scalings, int64_t m, int64_t n, int64_t k,
-                                               int64_t threads, void* room, int64_t room_bytes) {
+                                               int64_t threads, void* workspace, int64_t workspace_bytes) {
   constexpr int64_t MOST_TERMS = 8, NUMBERS = 10, MOST_PARTS = 8;
   if (term_count > MOST_TERMS || part_count > MOST_PARTS) return -1;
   StoredRows parts[MOST_PARTS];
-  if (!stored_rows(stored, part_count, turned ? n : k, turned ? k : n, parts)) return -2;
+  if (!stored_rows(stored, part_count, transposed ? n : k, transposed ? k : n, parts)) return -2;
   BY_DTYPE(dtype, T, {
     typedef Operands<T> Op;
     Term<T> terms[MOST_TERMS];
@@ -94,15 +94,15 @@ BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t
                   {reinterpret_cast<const T*>(table[8]), table[9]}, scalings[i]};
       term_steps += steps_of<Op>(terms[i]);
     }
-    const RightOperand<T> right{{static_cast<const T*>(w), w_row}, turned != 0, parts, part_count};
+    const RightOperand<T> right{{static_cast<const T*>(w), w_row}, transposed != 0, parts, part_count};
     const DenseProduct<T> product{{static_cast<const T*>(x), x_row}, right, {static_cast<T*>(y), y_row},
                                   static_cast<const T*>(residual), residual_row, static_cast<const T*>(bias), terms,
                                   term_count, m, n, k};
     const Shares shares = shares_of(right.stored(), m, n, k, threads);
     const Cut<Op> cut = cut_of<Op>(product, shares, term_steps);
     const int64_t needed = shares.count * static_cast<int64_t>(rounded_up(static_cast<int64_t>(cut.bytes()), 64));
-    if (needed > room_bytes) return needed;
-    if (m > 0 && n > 0) run<T>(product, shares, cut, static_cast<char*>(room));
+    if (needed > workspace_bytes) return needed;
+    if (m > 0 && n > 0) run<T>(product, shares, cut, static_cast<char*>(workspace));
     return 0;
   });
 }

@@ -31,7 +31,7 @@ struct Term {
   int64_t first, n, rank;
   Factor<T> factor;
   Matrix<T> h;
-  Matrix<const T> shrink;
+  Matrix<const T> lora_A;
   double scaling;
 };
 
@@ -47,9 +47,9 @@ struct DenseProduct {
   int64_t term_count, m, n, k;
 
   // Columns of all h that are made on the way, side by side.
-  int64_t shrunk() const {
+  int64_t down_ranks() const {
     int64_t ranks = 0;
-    for (const Term<T>* term = terms; term < terms + term_count; ++term) ranks += term->shrink.data ? term->rank : 0;
+    for (const Term<T>* term = terms; term < terms + term_count; ++term) ranks += term->lora_A.data ? term->rank : 0;
     return ranks;
   }
 };
@@ -71,11 +71,11 @@ struct Cut {
   int64_t part, parts;    // places of K at a time, in elements, and how often
   int64_t columns, edge;  // of a panel, and at what multiples one ends
   int64_t rows;           // that wait at a time
-  int64_t term_steps, shrunk;
+  int64_t term_steps, down_ranks;
 
   template <class T>
   Cut(const RightOperand<T>& w, int64_t m, int64_t n, int64_t k, int64_t steps, int64_t ranks, int64_t threads)
-      : edge(w.column_edge()), term_steps(steps), shrunk(rounded_up(ranks, BLOCK)) {
+      : edge(w.column_edge()), term_steps(steps), down_ranks(rounded_up(ranks, BLOCK)) {
     const int64_t step = w.k_edge(STEP_UNITS * Op::PACK);
     parts = std::max<int64_t>(1, (k + LONGEST_PART - 1) / LONGEST_PART);
     part = std::max(step, rounded_up((k + parts - 1) / parts, step));
@@ -93,15 +93,15 @@ struct Cut {
   int64_t term_units() const { return columns * term_steps * STEP_UNITS; }
   size_t bytes() const {
     const int64_t units = right_units() + term_units() + BLOCK * (part / Op::PACK + term_steps * STEP_UNITS) +
-                          shrunk * (part / Op::PACK);
-    const int64_t waiting = (parts == 1 ? 0 : rows * columns) + rows * shrunk;
+                          down_ranks * (part / Op::PACK);
+    const int64_t waiting = (parts == 1 ? 0 : rows * columns) + rows * down_ranks;
     return static_cast<size_t>(units) * sizeof(typename Op::Unit) +
            static_cast<size_t>(waiting) * sizeof(typename Op::Sum) + 8 * 64;
   }
 };
 
-// Pieces of room that somebody else owns, each on a cache line of its own.
-struct Room {
+// Pieces of workspace that somebody else owns, each on a cache line of its own.
+struct Workspace {
   char* next;
   template <class U>
   U* take(int64_t count) {
@@ -135,7 +135,7 @@ inline void end_of_stores() {}
 
 // Sums (32, 32) on their way to y: with the residual and the bias, rounded once.
 template <class T>
-struct Leaving {
+struct Epilogue {
   const Wide<T>* sums = nullptr;
   T* y = nullptr;
   const T *residual = nullptr, *bias = nullptr;
@@ -185,7 +185,7 @@ struct Leaving {
 };
 
 // Rows of x that come next: a line of each is asked for at every step.
-struct Coming {
+struct Prefetch {
   const char* place = nullptr;
   int64_t row_bytes = 0, rows = 0;
 
@@ -199,7 +199,7 @@ struct Coming {
 template <class Op, class T>
 inline void block(int64_t steps, const typename Op::Unit* left, const typename Op::Unit* right, int64_t term_steps,
                   const typename Op::Unit* term_left, const typename Op::Unit* term_right, typename Op::Sum* sums,
-                  bool add, Leaving<T>& leaving, const Coming& coming) {
+                  bool add, Epilogue<T>& epilogue, const Prefetch& prefetch) {
   typedef typename Op::Unit U;
   constexpr int64_t STEP = STEP_UNITS * BLOCK;
 #if defined(__AMX_BF16__)
@@ -228,12 +228,12 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
     };
     for (int64_t s = 0; s < steps; ++s, left += STEP, right += STEP) {
       step(left, right);
-      coming.ask(s);
-      if (leaving.done < leaving.rows) leaving.one_row();
-      if (leaving.done < leaving.rows) leaving.one_row();
+      prefetch.ask(s);
+      if (epilogue.done < epilogue.rows) epilogue.one_row();
+      if (epilogue.done < epilogue.rows) epilogue.one_row();
     }
     for (int64_t s = 0; s < term_steps; ++s, term_left += STEP, term_right += STEP) step(term_left, term_right);
-    leaving.all_rows();
+    epilogue.all_rows();
     _tile_stored(0, sums, ROW_BYTES);
     _tile_stored(1, sums + TILE, ROW_BYTES);
     _tile_stored(2, sums + HALF, ROW_BYTES);
@@ -242,8 +242,8 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
     return;
   }
 #endif
-  (void)coming;  // the processor's own guesses do
-  leaving.all_rows();
+  (void)prefetch;  // the processor's own guesses do
+  epilogue.all_rows();
   const auto along_steps = [=](int64_t count, const U* a, const U* b, bool onto) {
     for (int64_t s = 0; s < count; ++s, a += STEP, b += STEP, onto = true)
       product<Op>(BLOCK, BLOCK, STEP_UNITS, a, STEP_UNITS, b, BLOCK, sums, BLOCK, onto);
@@ -285,7 +285,7 @@ inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, c
   int64_t column = 0;
   for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
     const C s = static_cast<C>(MUTATED("dense_product: scaling forgotten", term->scaling, 1.0));
-    const bool two = summands_of<Op>(term->scaling) == 2, make = term->shrink.data != nullptr;
+    const bool two = summands_of<Op>(term->scaling) == 2, make = term->lora_A.data != nullptr;
     const auto place = [=](int64_t y, int64_t k) {
       return reinterpret_cast<E*>(to + (k / LENGTH * BLOCK + y) * STEP_UNITS) + k % LENGTH;
     };
@@ -318,7 +318,7 @@ inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, c
 
 // Of all A, one below another, the places k0 … k0 + length - 1: (units, 32) for 32 ranks each.
 template <class Op, class T>
-inline void pack_shrinks(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t ranks, typename Op::Unit* to,
+inline void pack_down(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t ranks, typename Op::Unit* to,
                          int64_t block_units) {
   typedef typename Op::Unit U;
   typedef typename Op::Element E;
@@ -329,9 +329,9 @@ inline void pack_shrinks(const DenseProduct<T>& p, int64_t k0, int64_t length, i
       std::fill(rows, rows + BLOCK * LENGTH, E(0));
       int64_t before = 0;
       for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
-        if (term->shrink.data == nullptr) continue;
+        if (term->lora_A.data == nullptr) continue;
         for (int64_t r = std::max<int64_t>(0, from - before); r < std::min(term->rank, from + BLOCK - before); ++r)
-          copy_row<Op>(term->shrink.at(r, k0 + k), std::min(LENGTH, length - k), rows + (before + r - from) * LENGTH,
+          copy_row<Op>(term->lora_A.at(r, k0 + k), std::min(LENGTH, length - k), rows + (before + r - from) * LENGTH,
                        LENGTH);
         before += term->rank;
       }
@@ -379,17 +379,17 @@ inline void pack_factors(const DenseProduct<T>& p, int64_t j, int64_t all_steps,
 // The rows row_begin … row_end - 1 and the columns column_begin … column_end - 1.
 template <class Op, class T>
 void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
-                const Cut<Op>& cut, char* room) {
+                const Cut<Op>& cut, char* workspace) {
   typedef typename Op::Unit U;
   typedef typename Op::Sum C;
-  Room pieces{room};
+  Workspace pieces{workspace};
   U *right = pieces.take<U>(cut.right_units()), *term_right = pieces.take<U>(cut.term_units());
   const int64_t of_terms = cut.term_steps * STEP_UNITS * BLOCK;
   U *left = pieces.take<U>(BLOCK * (cut.part / Op::PACK)), *term_left = pieces.take<U>(of_terms);
   C* waiting = pieces.take<C>(cut.parts == 1 ? 0 : cut.rows * cut.columns);
-  const int64_t shrunk_blocks = cut.shrunk / BLOCK;
-  U* shrink_right = pieces.take<U>(cut.shrunk * (cut.part / Op::PACK));
-  C* made = pieces.take<C>(cut.rows * cut.shrunk);  // x Aᵀ of all rows at hand, for every panel
+  const int64_t down_blocks = cut.down_ranks / BLOCK;
+  U* down_right = pieces.take<U>(cut.down_ranks * (cut.part / Op::PACK));
+  C* made = pieces.take<C>(cut.rows * cut.down_ranks);  // x Aᵀ of all rows at hand, for every panel
   alignas(64) C sums[BLOCK * BLOCK];
   const TilesOf<Op> tiles;
   // Written past the caches, y need not be read before: what stays in none of them anyway.
@@ -411,44 +411,44 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
         const bool add = MUTATED("dense_product: first part of a sum lost", k0 > 0, false), last = k0 + cut.part >= p.k;
         const int64_t block_units = steps * STEP_UNITS * BLOCK;
         pack_panel<Op>(p.w, k0, length, j, columns, right, block_units);
-        const bool make = shrunk_blocks > 0 && j == column_begin;
-        if (make) pack_shrinks<Op>(p, k0, length, cut.shrunk, shrink_right, block_units);
-        Leaving<T> leaving;
+        const bool make = down_blocks > 0 && j == column_begin;
+        if (make) pack_down<Op>(p, k0, length, cut.down_ranks, down_right, block_units);
+        Epilogue<T> epilogue;
         for (int64_t i = top; i < bottom; i += BLOCK) {
           const int64_t count = std::min(BLOCK, bottom - i);
           pack_rows<Op>(p, i, count, k0, length, left);
-          C* of_rows = made + (i - top) * cut.shrunk;
-          for (int64_t q = 0; make && q < shrunk_blocks; ++q)
-            block<Op, T>(steps, left, shrink_right + q * block_units, 0, nullptr, nullptr,
-                         of_rows + q * BLOCK * BLOCK, add, leaving, Coming());
+          C* of_rows = made + (i - top) * cut.down_ranks;
+          for (int64_t q = 0; make && q < down_blocks; ++q)
+            block<Op, T>(steps, left, down_right + q * block_units, 0, nullptr, nullptr,
+                         of_rows + q * BLOCK * BLOCK, add, epilogue, Prefetch());
           if (last && cut.term_steps > 0)
             pack_term_rows<Op>(p, i, count, of_rows, j == 0, term_left, cut.term_steps);
           const int64_t next = std::max<int64_t>(0, std::min(BLOCK, bottom - i - BLOCK)), at_once = (next + blocks - 1) / blocks;
           for (int64_t q = 0; q < blocks; ++q) {
             C* place = cut.parts == 1 ? sums : waiting + ((i - top) / BLOCK * blocks + q) * BLOCK * BLOCK;
             const Reach terms = last ? reach[q] : Reach{0, 0};
-            Coming coming;
-            coming.rows = std::min(at_once, next - q * at_once);
-            coming.row_bytes = p.x.row * static_cast<int64_t>(sizeof(T));
-            if (coming.rows > 0) coming.place = reinterpret_cast<const char*>(p.x.at(i + BLOCK + q * at_once, k0));
+            Prefetch prefetch;
+            prefetch.rows = std::min(at_once, next - q * at_once);
+            prefetch.row_bytes = p.x.row * static_cast<int64_t>(sizeof(T));
+            if (prefetch.rows > 0) prefetch.place = reinterpret_cast<const char*>(p.x.at(i + BLOCK + q * at_once, k0));
             block<Op, T>(steps, left, right + q * block_units, terms.steps,
-                         term_left + terms.first_step * STEP_UNITS * BLOCK, term_right + q * of_terms, place, add, leaving,
-                         coming);
+                         term_left + terms.first_step * STEP_UNITS * BLOCK, term_right + q * of_terms, place, add, epilogue,
+                         prefetch);
             if (!last) continue;
             const int64_t column = j + q * BLOCK;
-            leaving = Leaving<T>();
-            leaving.sums = place;
-            leaving.y = p.y.at(i, column);
-            leaving.y_row = p.y.row;
-            if (p.residual != nullptr) leaving.residual = p.residual + i * p.residual_row + column;
-            leaving.residual_row = p.residual_row;
-            if (p.bias != nullptr) leaving.bias = p.bias + column;
-            leaving.rows = count;
-            leaving.past = past;
-            leaving.columns = std::min(BLOCK, columns - q * BLOCK);
+            epilogue = Epilogue<T>();
+            epilogue.sums = place;
+            epilogue.y = p.y.at(i, column);
+            epilogue.y_row = p.y.row;
+            if (p.residual != nullptr) epilogue.residual = p.residual + i * p.residual_row + column;
+            epilogue.residual_row = p.residual_row;
+            if (p.bias != nullptr) epilogue.bias = p.bias + column;
+            epilogue.rows = count;
+            epilogue.past = past;
+            epilogue.columns = std::min(BLOCK, columns - q * BLOCK);
           }
         }
-        leaving.all_rows();
+        epilogue.all_rows();
       }
     }
   end_of_stores();

@@ -1,11 +1,11 @@
 // Products with the factors of an adapter, whose rank is small beside all else: the formulas of ops/low_rank.py.
-//     shrink   H = V F          (rows, rank)
-//     expand   Y += s H Fᵀ      (rows, n)
-//     gather   += Hᵀ V          (rank, n)
+//     down_projection   H = V F          (rows, rank)
+//     up_projection     Y += s H Fᵀ      (rows, n)
+//     gather            += Hᵀ V          (rank, n)
 // V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (ρ H)ᵀ X ⊙ (c + w), and V is never made.
-// F of shrink is stored as its transpose, (rank, n), as lora_A is; that of expand so or as (n, rank), as lora_B is. V and
-// Y are large and are read (and written) once; a sum is rounded once, when it is whole, and does not depend on the number
-// of threads.
+// F of a down-projection is stored as its transpose, (rank, n), as lora_A is; that of an up-projection so or as (n, rank),
+// as lora_B is. V and Y are large and are read (and written) once; a sum is rounded once, when it is whole, and does not
+// depend on the number of threads.
 #include "low_rank.h"
 
 namespace {
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t EXPANDED_ROWS = 24, EXPANDED_COLUMNS = 64;
 
 template <class Op, class T>
-int shrink(Matrix<const T> v, Matrix<const T> factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
+int down_projection(Matrix<const T> v, Matrix<const T> factor, Matrix<T> h, int64_t rows, int64_t n, int64_t rank) {
   typedef typename Op::Sum C;
   const int64_t width = rounded_up(rank, lanes<C>);
   Arena arena(bytes_of_units<Op>(n, width));
@@ -27,7 +27,7 @@ int shrink(Matrix<const T> v, Matrix<const T> factor, Matrix<T> h, int64_t rows,
 
 // Rows begin … end - 1 of y += s h Fᵀ, with Fᵀ as units (rank / PACK, width).
 template <class Op, class T>
-inline void expand_rows(Matrix<T> y, Rows<typename Op::Unit> left, const typename Op::Unit* packed, int64_t width,
+inline void up_projection_rows(Matrix<T> y, Rows<typename Op::Unit> left, const typename Op::Unit* packed, int64_t width,
                         int64_t begin, int64_t end, int64_t n, int64_t rank, Vector<typename Op::Sum> s) {
   typedef typename Op::Sum C;
   const int64_t whole = n / lanes<C> * lanes<C>;
@@ -42,7 +42,7 @@ inline void expand_rows(Matrix<T> y, Rows<typename Op::Unit> left, const typenam
     alignas(64) C sums[TILE * EXPANDED_COLUMNS];
     for (int64_t i = begin; i < end; i += TILE)
       for (int64_t j = 0; j < n; j += EXPANDED_COLUMNS) {
-        expand_tiles(left.row / TILE, left.from(i), packed + j, width, sums);
+        up_projection_tiles(left.row / TILE, left.from(i), packed + j, width, sums);
         const int64_t full = std::min(EXPANDED_COLUMNS, whole - j);
         for (int64_t line = 0; line < std::min(TILE, end - i); ++line) {
           T* place = y.at(i + line, j);
@@ -69,36 +69,36 @@ inline void expand_rows(Matrix<T> y, Rows<typename Op::Unit> left, const typenam
 }
 
 template <class Op, class T>
-int expand(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64_t rows, int64_t n, int64_t rank,
+int up_projection(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64_t rows, int64_t n, int64_t rank,
            double scaling) {
   typedef typename Op::Sum C;
   typedef typename Op::Element E;
   typedef typename Op::Unit U;
-  const int64_t units = units_of<Op>(rank), room = rounded_up(units, by_tiles<Op> ? TILE : 1);
+  const int64_t units = units_of<Op>(rank), padded = rounded_up(units, by_tiles<Op> ? TILE : 1);
   const int64_t width = rounded_up(n, by_tiles<Op> ? EXPANDED_COLUMNS : lanes<C>);
-  const int64_t copied = rounded_up(rows, TILE) * room;
-  Arena arena(static_cast<size_t>(room * width + copied) * sizeof(U) + 192);
-  U *packed = arena.take<U>(room * width), *copy = arena.take<U>(copied);
+  const int64_t copied = rounded_up(rows, TILE) * padded;
+  Arena arena(static_cast<size_t>(padded * width + copied) * sizeof(U) + 192);
+  U *packed = arena.take<U>(padded * width), *copy = arena.take<U>(copied);
   if (!arena.there()) return 1;
   if (factor.transposed) {
     interleave<Op>(factor.stored.data, factor.stored.row, rank, n, packed, width);
   } else {
     turn<Op>(factor.stored, n, rank, packed, width);
   }
-  std::fill(packed + units * width, packed + room * width, U(0));
-  Rows<U> left{copy, room};
+  std::fill(packed + units * width, packed + padded * width, U(0));
+  Rows<U> left{copy, padded};
   if constexpr (by_tiles<Op>) {
     // Of each 16 rows one tile behind another.
     for (int64_t i = 0; i < rows; i += TILE)
-      for (int64_t k = 0; k < room; k += TILE)
+      for (int64_t k = 0; k < padded; k += TILE)
         copy_tile(h.at(i, k * Op::PACK), h.row, std::min(TILE, rows - i),
-                  std::min(TILE_LENGTH, rank - k * Op::PACK), reinterpret_cast<E*>(copy + i * room + k * TILE));
+                  std::min(TILE_LENGTH, rank - k * Op::PACK), reinterpret_cast<E*>(copy + i * padded + k * TILE));
   } else {
     left = rows_as_units<Op>(h, rows, rank, reinterpret_cast<E*>(copy));
   }
   const Vector<C> s = all<C>(static_cast<C>(MUTATED("low_rank: scaling of y forgotten", scaling, 1)));
   by_rows<Op>(rows, n * rank, [=](int64_t begin, int64_t end) {
-    expand_rows<Op>(y, left, packed, width, begin, end, n, rank, s);
+    up_projection_rows<Op>(y, left, packed, width, begin, end, n, rank, s);
   });
   return 0;
 }
@@ -227,21 +227,21 @@ int gather_parts(Matrix<const T> v, Matrix<const T> h, int64_t count, void* cons
 
 // h (rows, rank) = v factorᵀ, v (rows, n), factor (rank, n). Rows of each are so many numbers apart. Returns 1 when there
 // is no memory, else 0, as do the others.
-BACKHAND_EXPORT int backhand_low_rank_shrink(int dtype, const void* v, int64_t v_row, const void* factor,
+BACKHAND_EXPORT int backhand_low_rank_down(int dtype, const void* v, int64_t v_row, const void* factor,
                                              int64_t factor_row, void* h, int64_t h_row, int64_t rows, int64_t n,
                                              int64_t rank) {
   BY_DTYPE(dtype, T, {
-    return shrink<Operands<T>, T>({static_cast<const T*>(v), v_row}, {static_cast<const T*>(factor), factor_row},
+    return down_projection<Operands<T>, T>({static_cast<const T*>(v), v_row}, {static_cast<const T*>(factor), factor_row},
                                   {static_cast<T*>(h), h_row}, rows, n, rank);
   });
 }
 
 // y (rows, n) += scaling · h Fᵀ, h (rows, rank); the factor F is (n, rank), or stored as its transpose.
-BACKHAND_EXPORT int backhand_low_rank_expand(int dtype, void* y, int64_t y_row, const void* h, int64_t h_row,
+BACKHAND_EXPORT int backhand_low_rank_up(int dtype, void* y, int64_t y_row, const void* h, int64_t h_row,
                                              const void* factor, int64_t factor_row, int transposed, int64_t rows,
                                              int64_t n, int64_t rank, double scaling) {
   BY_DTYPE(dtype, T, {
-    return expand<Operands<T>, T>({static_cast<T*>(y), y_row}, {static_cast<const T*>(h), h_row},
+    return up_projection<Operands<T>, T>({static_cast<T*>(y), y_row}, {static_cast<const T*>(h), h_row},
                                   {{static_cast<const T*>(factor), factor_row}, transposed != 0}, rows, n, rank,
                                   scaling);
   });

@@ -42,16 +42,16 @@ inline int64_t units_of(int64_t elements) {
   return (elements + Op::PACK - 1) / Op::PACK;
 }
 
-// The first n elements of a row, zeros behind them up to `room`.
+// The first n elements of a row, zeros behind them up to `padded`.
 template <class Op, class T>
-inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t room) {
+inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t padded) {
   typedef typename Op::Element E;
   if constexpr (sizeof(E) == sizeof(T)) {
     if (n > 0) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(E));
   } else {
     for (int64_t j = 0; j < n; ++j) to[j] = widened(from[j]);
   }
-  for (int64_t j = n; j < room; ++j) to[j] = E(0);
+  for (int64_t j = n; j < padded; ++j) to[j] = E(0);
 }
 
 // Rows of n elements as units: where they lie, if they can be read as that, else a copy.
@@ -62,8 +62,8 @@ inline Rows<typename Op::Unit> rows_as_units(Matrix<const T> x, int64_t rows, in
     const bool whole = reinterpret_cast<uintptr_t>(x.data) % sizeof(U) == 0 && x.row % Op::PACK == 0;
     if (whole && n % Op::PACK == 0) return {reinterpret_cast<const U*>(x.data), x.row / Op::PACK};
   }
-  const int64_t units = units_of<Op>(n), room = units * Op::PACK;
-  for (int64_t i = 0; i < rows; ++i) copy_row<Op>(x.at(i), n, copy + i * room, room);
+  const int64_t units = units_of<Op>(n), padded = units * Op::PACK;
+  for (int64_t i = 0; i < rows; ++i) copy_row<Op>(x.at(i), n, copy + i * padded, padded);
   return {reinterpret_cast<const U*>(copy), units};
 }
 
@@ -108,7 +108,7 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
   typedef typename Op::Unit U;
   constexpr int64_t STEP = 16, LENGTH = STEP * Op::PACK;
   alignas(64) E square[STEP * LENGTH];
-  alignas(64) U turned[STEP * STEP];
+  alignas(64) U transposed[STEP * STEP];
   const int64_t units = units_of<Op>(columns);
   for (int64_t i = 0; i < to_row; i += STEP)
     for (int64_t k = 0; k < units; k += STEP) {
@@ -125,14 +125,14 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
 #endif
         copy_row<Op>(x.data + (n > 0 ? (i + y) * x.row + k * Op::PACK : 0), n, square + y * LENGTH, LENGTH);
       }
-      transpose(reinterpret_cast<const U*>(square), STEP, STEP, STEP, turned, STEP);
+      transpose(reinterpret_cast<const U*>(square), STEP, STEP, STEP, transposed, STEP);
       const int64_t width = std::min(STEP, to_row - i), last = std::min(STEP, units - k);
       for (int64_t y = 0; y < last; ++y) {
         U* place = to + (k + y) * to_row + i;
         if (width == STEP) {
-          std::memcpy(place, turned + y * STEP, STEP * sizeof(U));
+          std::memcpy(place, transposed + y * STEP, STEP * sizeof(U));
         } else {
-          std::copy(turned + y * STEP, turned + y * STEP + width, place);
+          std::copy(transposed + y * STEP, transposed + y * STEP + width, place);
         }
       }
     }
@@ -142,15 +142,15 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
 template <class Op, class T>
 inline typename Op::Unit* units_along_n(const Factor<T>& factor, int64_t n, int64_t rank, int64_t width, Arena& arena) {
   typedef typename Op::Unit U;
-  const int64_t units = units_of<Op>(n), room = rounded_up(units, by_tiles<Op> ? SIDE : 1);
-  U* packed = arena.there() ? arena.take<U>(room * width) : nullptr;
+  const int64_t units = units_of<Op>(n), padded = rounded_up(units, by_tiles<Op> ? SIDE : 1);
+  U* packed = arena.there() ? arena.take<U>(padded * width) : nullptr;
   if (packed == nullptr) return nullptr;
   if (factor.transposed) {
     turn<Op>(factor.stored, rank, n, packed, width);
   } else {
     interleave<Op>(factor.stored.data, factor.stored.row, n, rank, packed, width);
   }
-  std::fill(packed + units * width, packed + room * width, U(0));
+  std::fill(packed + units * width, packed + padded * width, U(0));
   return packed;
 }
 
@@ -198,7 +198,7 @@ inline void shrink_rows(Matrix<const T> v, const typename Op::Unit* packed, int6
   }
 }
 
-// Hᵀ as the left operand of a gathered product: units along the rows, of one rank after another or, for tiles, turned.
+// Hᵀ as the left operand of a gathered product: units along the rows, of one rank after another or, for tiles, transposed.
 template <class Op>
 struct Left {
   const typename Op::Unit* data;
@@ -216,12 +216,12 @@ inline Left<Op> left_of(Matrix<const T> h, int64_t rows, int64_t rank, Arena& ar
   typedef typename Op::Unit U;
   const int64_t units = units_of<Op>(rows);
   if constexpr (by_tiles<Op>) {
-    const int64_t high = rounded_up(rank, TILE), room = rounded_up(units, TILE);
-    U *by_place = arena.take<U>(room * high), *turned = arena.take<U>(room * high);
+    const int64_t high = rounded_up(rank, TILE), padded = rounded_up(units, TILE);
+    U *by_place = arena.take<U>(padded * high), *transposed = arena.take<U>(padded * high);
     interleave<Op>(h.data, h.row, rows, rank, by_place, high);
-    std::fill(by_place + units * high, by_place + room * high, U(0));
-    transpose(by_place, high, room, high, turned, room);
-    return {turned, room, rank};
+    std::fill(by_place + units * high, by_place + padded * high, U(0));
+    transpose(by_place, high, padded, high, transposed, padded);
+    return {transposed, padded, rank};
   } else {
     U* by_place = arena.take<U>(units * rank);
     interleave<Op>(h.data, h.row, rows, rank, by_place, rank);
@@ -309,10 +309,10 @@ inline void gather_block(Matrix<const T> v, const Left<Op>& left, int64_t t, int
   const int64_t units = units_of<Op>(count);
   if constexpr (by_tiles<Op>) {
     interleave_block(v.at(t, j), v.row, count, std::min(wide, n - j), next, right);
-    const int64_t room = rounded_up(units, TILE);
-    std::fill(right + units * GATHERED_COLUMNS, right + room * GATHERED_COLUMNS, U(0));
+    const int64_t padded = rounded_up(units, TILE);
+    std::fill(right + units * GATHERED_COLUMNS, right + padded * GATHERED_COLUMNS, U(0));
     for (int64_t r = 0; r < left.rank; r += TILE)
-      gather_tiles(room / TILE, left.data + r * left.row + t / Op::PACK, left.row, right, sums + r * width + j,
+      gather_tiles(padded / TILE, left.data + r * left.row + t / Op::PACK, left.row, right, sums + r * width + j,
                    width, wide > FEWEST_COLUMNS, add);
   } else {
     interleave<Op>(v.at(t, j), v.row, count, std::min(wide, n - j), right, GATHERED_COLUMNS);

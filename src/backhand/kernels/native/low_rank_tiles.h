@@ -87,7 +87,7 @@ inline void shrink_tile(const bfloat16* v, int64_t row, int64_t count, int64_t n
 }
 
 // sums (16, 64) = h Fᵀ of 16 rows: h as `steps` tiles one behind another, Fᵀ as units (16 · steps, width).
-inline void expand_tiles(int64_t steps, const uint32_t* h, const uint32_t* units, int64_t width, float* sums) {
+inline void up_projection_tiles(int64_t steps, const uint32_t* h, const uint32_t* units, int64_t width, float* sums) {
   const int64_t unit_bytes = width * 4;
   _tile_zero(0);
   _tile_zero(1);

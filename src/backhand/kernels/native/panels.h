@@ -43,7 +43,7 @@ struct StoredRows {
 template <class T>
 struct RightOperand {
   Matrix<const T> numbers;
-  bool turned;  // it lies as (n, k)
+  bool transposed;  // it lies as (n, k)
   const StoredRows* parts;
   int64_t part_count;
 
@@ -55,11 +55,11 @@ struct RightOperand {
     return part;
   }
   // Where parts of K may begin, and panels should: at whole blocks.
-  int64_t k_edge(int64_t step) const { return stored() && turned ? UNPACKED : step; }
+  int64_t k_edge(int64_t step) const { return stored() && transposed ? UNPACKED : step; }
   int64_t column_edge() const {
     int64_t values = 1;
     for (const StoredRows* part = parts; part < parts + part_count; ++part) values = std::max(values, part->kind->values);
-    return turned || values <= BLOCK ? BLOCK : UNPACKED;
+    return transposed || values <= BLOCK ? BLOCK : UNPACKED;
   }
 };
 
@@ -68,7 +68,7 @@ template <class Op, class T>
 inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, int64_t j, int64_t columns,
                          typename Op::Unit* to, int64_t block_units) {
   const int64_t units = units_of<Op>(length);
-  if (w.turned) {
+  if (w.transposed) {
     for (int64_t i = 0; i < columns; i += BLOCK, to += block_units)
       turn<Op>(Matrix<const T>{w.numbers.at(j + i, k0), w.numbers.row}, std::min(BLOCK, columns - i), length, to, BLOCK);
     return;
@@ -87,7 +87,7 @@ inline void pack_stored(const RightOperand<T>& w, int64_t k0, int64_t length, in
                         typename Op::Unit* to, int64_t block_units) {
   alignas(64) T rows[BLOCK * UNPACKED_ROW];
   const StoredRows* part = w.parts;
-  if (w.turned) {
+  if (w.transposed) {
     for (int64_t i = 0; i < columns; i += BLOCK, to += block_units)
       for (int64_t k = 0; k < length; k += UNPACKED) {
         const int64_t values = std::min(UNPACKED, length - k), count = std::min(BLOCK, columns - i);
@@ -129,9 +129,9 @@ inline void pack_panel(const RightOperand<T>& w, int64_t k0, int64_t length, int
   } else {
     pack_numbers<Op>(w, k0, length, j, columns, to, block_units);
   }
-  const int64_t units = units_of<Op>(length), room = rounded_up(units, STEP_UNITS);
+  const int64_t units = units_of<Op>(length), padded = rounded_up(units, STEP_UNITS);
   for (int64_t i = 0; i < columns; i += BLOCK, to += block_units)
-    std::fill(to + units * BLOCK, to + room * BLOCK, U(0));
+    std::fill(to + units * BLOCK, to + padded * BLOCK, U(0));
 }
 
 }  // namespace

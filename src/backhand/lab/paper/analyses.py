@@ -35,11 +35,6 @@ class PaperResult:
     """What was found; None where an analysis was not asked for.
 
     Attributes:
-        adapters: the one or two that were read.
-        similarity: of every module that both adapt.
-        amplification: of every module, for each adapter.
-        merging, memory: of the first adapter.
-        updates, paths: the two claims about the optimizer.
         notes: what a person should know: where an adapter does not belong to the base, and was used by force.
     """
 
@@ -56,10 +51,6 @@ class PaperResult:
 
 def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _: None) -> PaperResult:
     """Run the chosen analyses.
-
-    Args:
-        options: validated here.
-        progress: told what is being done.
 
     Raises:
         UsageError: an option out of range, or adapters with no module in common.

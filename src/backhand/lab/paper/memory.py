@@ -32,7 +32,6 @@ class StepMemory:
     """One way of training.
 
     Attributes:
-        trained: numbers that are trained.
         computed_bytes: what the tensors hold.
         measured_bytes: what the process grew by, one value a run; empty where memory does not suffice to try.
     """

@@ -50,7 +50,6 @@ class ModuleSimilarity:
     """φ between two adapters on one module, for one factor.
 
     Attributes:
-        factor: `lora_A` or `lora_B`.
         similarity: (r, r′).
         random: the same for random subspaces of the same sizes.
         dimension: of the space they lie in.

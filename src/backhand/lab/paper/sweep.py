@@ -46,7 +46,6 @@ class SweepPoint:
 
     Attributes:
         targets: as given, such as `q_proj,v_proj`.
-        rank: of every adapted module.
         trained_parameters: what that makes on this model.
         ranks: whether it belongs to the comparison of ranks.
         budget: whether it belongs to the comparison at a fixed budget.
@@ -131,9 +130,7 @@ def run_sweep(
     """Train and evaluate every point that is not done yet.
 
     Args:
-        options: validated.
         directory: `sweep/`, where the runs are.
-        progress: told what is being done.
 
     Raises:
         UsageError: a target set that the model does not have, no held-out rows, or a run of other settings in the way.

@@ -44,12 +44,10 @@ class CheckRow:
     Attributes:
         part: `base` or `lora`.
         epoch: counted from 0; before its update.
-        name, formula, shape: of the gradient.
         exact: every element equal.
         approximate: every element within torch.allclose's tolerances.
         largest_difference: over all elements.
         relative_error: ‖by hand − autograd‖ / ‖autograd‖.
-        passed: whether that is within the bound.
     """
 
     part: str

@@ -74,10 +74,6 @@ class SineResult:
 def run_sine(options: SineOptions, progress: Callable[[str], None] = lambda _: None) -> SineResult:
     """Run part 1, part 2 and the second experiment.
 
-    Args:
-        options: validated here.
-        progress: told what is being trained.
-
     Raises:
         UsageError: an option out of range.
         DataError: `target` or `start` name a file that cannot be used.

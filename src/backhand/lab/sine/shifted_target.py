@@ -94,7 +94,6 @@ def run_shifted_target(
 
     Args:
         seed: of the first base; the next ones count up.
-        progress: told what is being trained.
 
     Raises:
         CheckError: a loss is not finite.

@@ -189,9 +189,7 @@ def train(
     """Run the loop: forward, backward, update, `epochs` times.
 
     Args:
-        trained: what is trained; changed in place.
         observe: called with the epoch after its backward and before its update, for `observe_epochs`.
-        observe_epochs: where to call it.
 
     Returns:
         (epochs,) the loss of each epoch, before its update.

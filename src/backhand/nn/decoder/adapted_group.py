@@ -1,8 +1,8 @@
-"""Linear modules that share an input, with their adapters; which modules of a block have one, and of what kind.
+"""Which linear modules of a decoder have an adapter, and of what kind: groups of those that share an input.
 
 The groups of a block are its mixer's input (with attention q, k and v) and output; gate and up; down
-(`nn.decoder.family`); the head is a group of its own. Each is one stacked product, by `ops.lora_group`, whose members
-name the views of the flat buffer to which the gradients of their factors are added.
+(`nn.decoder.family`); the head is a group of its own. Each is one stacked product (`nn.decoder.projections`), whose
+members name the views of the flat buffer to which the gradients of their factors are added.
 
 Most adapters are factors of linear modules and nothing else; a group of these has no `extras`. What else PEFT can train
 (DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of its group (`group_extras`), and trained
@@ -34,14 +34,13 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.decoder.group_extras import GroupExtras, group_extras
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.ops.frozen_matrix import FrozenMatrix
-from backhand.ops.lora_group import LoRAGroup, LoRAGroupSaved, lora_group_backward, lora_group_forward
+from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.low_rank import Member
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
+from backhand.ops.weight_tiles import FrozenMatrix
 
 INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, BEFORE_BLOCKS = range(7)
-EMBEDDING = "model.embed_tokens"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 _GROUP_OF = {
     part: index
@@ -81,52 +80,6 @@ class BlockAdapter(NamedTuple):
     down: GroupAdapter
     norms: Mapping[str | None, Tensor] = _NO_NORMS
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
-
-
-def group_forward(
-    x: Tensor, weight: FrozenMatrix, bias: Tensor | None, adapter: GroupAdapter, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """[y_1 | … | y_n] for the modules, and the h of those that are adapted, side by side.
-
-    Args:
-        x: (positions, in).
-        weight: (Σ out_i, in), the modules' weights stacked.
-        bias: (Σ out_i,) or None.
-        adapter: of the group.
-        residual: (positions, Σ out_i) added to the result, or None.
-
-    Returns:
-        y (positions, Σ out_i) and h (positions, Σ rank); no columns without an adapter.
-    """
-    if adapter.extras is not None:
-        return adapter.extras.forward(x, weight, bias, residual)
-    y, saved = lora_group_forward(x, weight, bias, adapter.group, residual)
-    return y, saved.h
-
-
-def group_backward(
-    d_y: Tensor,
-    x: Tensor | RMSNormSaved,
-    weight: FrozenMatrix,
-    adapter: GroupAdapter,
-    h: Tensor,
-    *,
-    input_gradient: bool,
-) -> Tensor | None:
-    """∂L/∂x, (positions, in), or None when not asked for; everything trained has its gradient added.
-
-    For any group, where x is there before ∂L/∂y.
-
-    Args:
-        d_y: ∂L/∂y, (positions, Σ out_i).
-        x, weight, adapter: as in the forward; for x also what the norm saved that gave it.
-        h: what the forward returned, (positions, Σ rank).
-        input_gradient: whether anything below needs ∂L/∂x.
-    """
-    if adapter.extras is not None:
-        formed = rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x
-        return adapter.extras.backward(d_y, formed, weight, h, input_gradient=input_gradient)
-    return lora_group_backward(d_y, LoRAGroupSaved(x, weight, adapter.group, h), input_gradient=input_gradient).d_x
 
 
 # Each norm of a block: the group below the one whose input gradient its own gradient needs.

@@ -6,7 +6,7 @@
     p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              (likewise)
 
 W_qkv and W_gu are projections stacked (`nn.decoder.weights`), a and u the gate and up halves, φ the activation.
-The norm and the sum of either half are in `nn.decoder.residual`, attention between its projections in
+The norm and the sum of either half are in `nn.decoder.projections`, attention between its projections in
 `nn.decoder.attention_half`, and norms of q and k, and gates, in `nn.decoder.attention_extras`.
 Sandwich norms are norms also behind attention and MLP, as in Gemma 3. OLMo 2 has norms there alone: n₁ = x₀, n₂ = x₁.
 The T tokens of all documents are one axis. In some layers another mixer stands in attention's place, between other
@@ -41,7 +41,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, OUTPUT, BlockAdapter, group_backward, group_forward
+from backhand.nn.decoder.adapted_group import GATE_UP, INPUT, OUTPUT, BlockAdapter
 from backhand.nn.decoder.attention_half import ATTENTION_MIXER
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsKept, experts_half_backward, experts_half_forward
@@ -54,23 +54,21 @@ from backhand.nn.decoder.family import (
     VALUE_NORMED,
     DecoderConfig,
 )
-from backhand.nn.decoder.mixer import (
-    BlockContext,
-    MixingKept,
-    MLPKept,
-    kept_gate_up,
-    output_place,
-    select,
-    spread,
-)
+from backhand.nn.decoder.mixer import BlockContext, MixingKept, MLPKept
 from backhand.nn.decoder.other_halves import other_mixing_half_backward, other_mlp_half_backward
 from backhand.nn.decoder.per_layer_input import EndKept, end_backward, end_forward
-from backhand.nn.decoder.residual import (
+from backhand.nn.decoder.projections import (
+    group_backward,
+    group_forward,
+    kept_gate_up,
+    output_place,
     pre_norm_backward,
     pre_norm_forward,
     pre_norm_saved,
     residual_backward,
     residual_forward,
+    select,
+    spread,
 )
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION

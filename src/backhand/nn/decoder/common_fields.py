@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import DecoderConfig, LayerConfig, RotaryConfig
+from backhand.nn.decoder.family import DecoderConfig, DeltaSizes, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
 from backhand.nn.loading.source import token_ids
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000
 MOST_ELEMENTS = 2**40
@@ -78,6 +79,23 @@ def common_fields(
     )
 
 
+def window_everywhere(fields: ConfigFields, window: int | None, **own: Any) -> DecoderConfig:
+    """`common_fields` of a family whose layers all have the same window, or none."""
+    one_layer_type(fields, FULL if window is None else SLIDING)
+    return common_fields(fields, window=window, is_sliding=lambda _: window is not None, **own)
+
+
+def with_biases(fields: ConfigFields, decoder: DecoderConfig, default: bool = False) -> DecoderConfig:
+    """With `attention_bias` on q, k, v and o alike."""
+    bias = fields.flag("attention_bias", default)
+    return replace(decoder, qkv_bias=bias, output_bias=bias)
+
+
+def stated_window(fields: ConfigFields) -> int | None:
+    """No window where the field is null or absent."""
+    return None if fields.value("sliding_window") is None else fields.integer("sliding_window")
+
+
 def window_size(fields: ConfigFields) -> int | None:
     """No window where the field is null; that of the class where it is absent: 4096, in gpt-oss 128."""
     if fields.stated("sliding_window") and fields.value("sliding_window") is None:
@@ -124,3 +142,25 @@ def nearest_float32(value: float) -> float:
 def number_or_none(fields: ConfigFields, key: str) -> float | None:
     """None where the field is null; where it is absent, the default of the class."""
     return None if fields.stated(key) and fields.value(key) is None else fields.number(key)
+
+
+def delta_sizes(fields: ConfigFields) -> DeltaSizes:
+    """Heads, widths and taps; where the fields are absent the class's defaults.
+
+    Raises:
+        ArtifactError: a value is no positive integer, or key heads cannot serve equally many value heads.
+    """
+    sizes = DeltaSizes(
+        key_heads=fields.integer("linear_num_key_heads"),
+        value_heads=fields.integer("linear_num_value_heads"),
+        key_width=fields.integer("linear_key_head_dim"),
+        value_width=fields.integer("linear_value_head_dim"),
+        taps=fields.integer("linear_conv_kernel_dim"),
+    )
+    if sizes.value_heads % sizes.key_heads:
+        raise ArtifactError(
+            f"{sizes.value_heads} value heads cannot share {sizes.key_heads} key heads",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+    return sizes

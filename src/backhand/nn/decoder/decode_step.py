@@ -23,8 +23,8 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.ops.frozen_matrix import FrozenMatrix
 from backhand.ops.rotary import RotaryTable
+from backhand.ops.weight_tiles import FrozenMatrix
 
 _STEP = Declared("backhand_decode_step", INT, POINTER, POINTER, INT64, INT64, result=INT)
 # As in native/glu.h.

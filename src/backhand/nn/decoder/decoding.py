@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from backhand.kernels.library import loops_are_there
+from backhand.kernels.builds import loops_are_there
 from backhand.nn.batch import Scratch, document_runs
-from backhand.nn.decoder.adapted_group import group_forward
 from backhand.nn.decoder.attention_half import gated_output
 from backhand.nn.decoder.block import MIXERS, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
@@ -40,12 +39,12 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
-from backhand.nn.decoder.residual import pre_norm_forward, residual_forward
+from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import attention_blocks_forward
 from backhand.ops.frozen_matrix import frozen_rows
-from backhand.ops.linear_cross_entropy import capped, ruled
+from backhand.ops.logits_rule import capped, ruled
 from backhand.ops.rms_norm import rms_norm_forward
 
 # New tokens that one pass of `extend` computes at most: bounds its memory, costs nothing in speed.

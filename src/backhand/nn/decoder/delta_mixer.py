@@ -26,7 +26,7 @@ from torch import Tensor
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
-from backhand.nn.decoder.residual import norm_backward
+from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward

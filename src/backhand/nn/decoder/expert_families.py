@@ -20,17 +20,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import MOST_ELEMENTS, common_fields, one_layer_type, window_size
+from backhand.nn.decoder.common_fields import (
+    MOST_ELEMENTS,
+    common_fields,
+    stated_window,
+    window_everywhere,
+    window_size,
+    with_biases,
+)
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
-from backhand.nn.decoder.rotary import FULL, SLIDING
 from backhand.ops.clamped_glu import Clamp
 
 
 def mixtral(fields: ConfigFields) -> DecoderConfig:
     """Mixtral: experts in every layer."""
-    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
-    decoder = _experts_everywhere(fields, window)
+    decoder = _experts_everywhere(fields, stated_window(fields))
     return replace(decoder, mixture=_mixture(fields, "num_local_experts", decoder.intermediate_size))
 
 
@@ -38,8 +43,7 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     """Qwen3-MoE: perhaps some layers without experts."""
     slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
     fields.neutral("sliding_window")
-    bias = fields.flag("attention_bias", False)
-    decoder = _experts_everywhere(fields, window_size(fields) if slides else None)
+    decoder = with_biases(fields, _experts_everywhere(fields, window_size(fields) if slides else None))
     step, count = fields.integer("decoder_sparse_step"), len(decoder.layers)
     dense = fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
@@ -49,13 +53,14 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
     return replace(
         decoder,
-        qkv_bias=bias,
-        output_bias=bias,
         qk_norm="head",
         mixture=mixture if any(sparse) else None,
         layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
     )
 
+
+_MOST_EXPERTS = 2**16
+"""A garbled number must not fill the memory with names."""
 
 _GPT_OSS_THETA = 150_000.0
 _GPT_OSS_ROTARY = {
@@ -75,7 +80,6 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _GPT_OSS_ROTARY)
     fields.assume("rope_theta", _GPT_OSS_THETA)
-    bias = fields.flag("attention_bias", True)
     decoder = common_fields(
         fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
     )
@@ -83,9 +87,7 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
     return replace(
-        decoder,
-        qkv_bias=bias,
-        output_bias=bias,
+        with_biases(fields, decoder, default=True),
         sinks=True,
         mixture=mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True),
         layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
@@ -95,8 +97,7 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
 def _experts_everywhere(fields: ConfigFields, window: int | None) -> DecoderConfig:
     """What Mixtral and Qwen3-MoE have alike."""
     fields.must_equal("hidden_act", "silu")
-    one_layer_type(fields, FULL if window is None else SLIDING)
-    decoder = common_fields(fields, window=window, is_sliding=lambda _: window is not None)
+    decoder = window_everywhere(fields, window)
     return replace(decoder, layers=tuple(replace(layer, experts=True) for layer in decoder.layers))
 
 
@@ -104,7 +105,7 @@ def _mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:
     """Number of experts, by the one of its two names that is there, and of those that a token goes to."""
     stated = [name for name in ("num_experts", "num_local_experts") if fields.value(name) is not None]
     experts, chosen = fields.integer(stated[0] if stated else declared), fields.integer("num_experts_per_tok")
-    if chosen > experts or experts * width > MOST_ELEMENTS:
+    if chosen > experts or experts > _MOST_EXPERTS or experts * width > MOST_ELEMENTS:
         raise ArtifactError(
             f"{chosen} of {experts} experts of width {width} is no mixture",
             where="config.json",

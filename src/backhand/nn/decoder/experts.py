@@ -30,7 +30,7 @@ from torch import Tensor
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
-from backhand.nn.decoder.residual import (
+from backhand.nn.decoder.projections import (
     formed,
     pre_norm_backward,
     pre_norm_forward,
@@ -40,6 +40,7 @@ from backhand.nn.decoder.residual import (
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import expert_factors, in_turns
+from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
 from backhand.ops.expert_linear import (
@@ -60,10 +61,11 @@ from backhand.ops.expert_rows import (
     weigh_backward,
     weigh_forward,
 )
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_part
-from backhand.ops.glu import Activated, GLUSaved, glu_backward, glu_forward, glu_recompute
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.router import RouterSaved, router_backward, router_forward
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 
 
 class ExpertsKept(NamedTuple):
@@ -84,7 +86,6 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
 
     Args:
         stack: (experts · out, in).
-        experts: how many.
     """
 
     def __init__(self, stack: FrozenMatrix, experts: int) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from backhand.ops.clamped_glu import Clamp
-from backhand.ops.linear_cross_entropy import PLAIN, LogitsRule
+from backhand.ops.logits_rule import PLAIN, LogitsRule
 
 ATTENTION, SHORT_CONV, GATED_DELTA = "attention", "short_conv", "gated_delta"
 VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "shared_keys"

@@ -44,7 +44,10 @@ from backhand.nn.decoder.common_fields import (
     nearest_float32,
     number_or_none,
     one_layer_type,
+    stated_window,
+    window_everywhere,
     window_size,
+    with_biases,
     with_multipliers,
 )
 from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
@@ -62,7 +65,6 @@ from backhand.nn.decoder.gemma4_fields import gemma4_text
 from backhand.nn.decoder.mixed_families import granite4, lfm2, qwen3_5
 from backhand.nn.decoder.rotary import (
     FULL,
-    SLIDING,
     gemma_rotary,
     glm_rotary,
     ministral3_rotary,
@@ -70,7 +72,7 @@ from backhand.nn.decoder.rotary import (
     phi3_rotary,
     query_scaling,
 )
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 
 def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
@@ -156,10 +158,8 @@ def _unknown_family(config: Mapping[str, object], model_type: object) -> Unsuppo
 
 def _llama(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
-    bias = fields.flag("attention_bias", False)
     one_layer_type(fields, FULL)
-    decoder = common_fields(fields)
-    return replace(decoder, qkv_bias=bias, output_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+    return replace(with_biases(fields, common_fields(fields)), mlp_bias=fields.flag("mlp_bias", False))
 
 
 def _granite(fields: ConfigFields) -> DecoderConfig:
@@ -168,9 +168,7 @@ def _granite(fields: ConfigFields) -> DecoderConfig:
 
 def _mistral(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
-    window = window_size(fields)
-    one_layer_type(fields, FULL if window is None else SLIDING)
-    return common_fields(fields, window=window, is_sliding=lambda _: window is not None)
+    return window_everywhere(fields, window_size(fields))
 
 
 def _qwen(fields: ConfigFields) -> DecoderConfig:
@@ -191,13 +189,11 @@ def _qwen2(fields: ConfigFields) -> DecoderConfig:
 
 
 def _qwen3(fields: ConfigFields) -> DecoderConfig:
-    bias = fields.flag("attention_bias", False)
-    return replace(_qwen(fields), qkv_bias=bias, output_bias=bias, qk_norm="head")
+    return replace(with_biases(fields, _qwen(fields)), qk_norm="head")
 
 
 def _smollm3(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
-    bias = fields.flag("attention_bias", False)
     slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
     fields.neutral("sliding_window")
     layers = fields.integer("num_hidden_layers")
@@ -209,9 +205,7 @@ def _smollm3(fields: ConfigFields) -> DecoderConfig:
         reads_layer_types=True,
     )
     return replace(
-        decoder,
-        qkv_bias=bias,
-        output_bias=bias,
+        with_biases(fields, decoder),
         mlp_bias=fields.flag("mlp_bias", False),
         layers=tuple(
             layer if turns(index) else replace(layer, rotary=None) for index, layer in enumerate(decoder.layers)
@@ -250,8 +244,7 @@ def _olmo3(fields: ConfigFields) -> DecoderConfig:
 def _olmo(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
     """What both have: norms after the halves alone, and over the whole of q and of k."""
     fields.must_equal("hidden_act", "silu")
-    bias = fields.flag("attention_bias", False)
-    return replace(decoder, qkv_bias=bias, output_bias=bias, norms=NORMS_AFTER, qk_norm="width")
+    return replace(with_biases(fields, decoder), norms=NORMS_AFTER, qk_norm="width")
 
 
 def _exaone4(fields: ConfigFields) -> DecoderConfig:
@@ -277,9 +270,7 @@ def _exaone4(fields: ConfigFields) -> DecoderConfig:
 
 def _phi3(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
-    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
-    one_layer_type(fields, FULL if window is None else SLIDING)
-    decoder = common_fields(fields, window=window, is_sliding=lambda _: window is not None, rotary_sets=phi3_rotary)
+    decoder = window_everywhere(fields, stated_window(fields), rotary_sets=phi3_rotary)
     return replace(decoder, groups=((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3]))
 
 
@@ -299,11 +290,7 @@ def _ministral3(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _MINISTRAL3_ROTARY)
-    window = None if fields.value("sliding_window") is None else fields.integer("sliding_window")
-    one_layer_type(fields, FULL if window is None else SLIDING)
-    decoder = common_fields(
-        fields, window=window, is_sliding=lambda _: window is not None, rotary_sets=ministral3_rotary
-    )
+    decoder = window_everywhere(fields, stated_window(fields), rotary_sets=ministral3_rotary)
     return replace(decoder, query_scaling=query_scaling(fields, decoder.rotary[0]))
 
 
@@ -350,15 +337,12 @@ def _gemma(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
     """What all of Gemma has."""
     fields.must_equal("hidden_activation", "gelu_pytorch_tanh")
     fields.must_equal("use_bidirectional_attention", False)
-    bias = fields.flag("attention_bias", False)
     return replace(
-        decoder,
+        with_biases(fields, decoder),
         attention_scaling=fields.number("query_pre_attn_scalar", 256) ** -0.5,
         norm_offset=1.0,
         norms=SANDWICH_NORMS,
         activation="gelu_tanh",
-        qkv_bias=bias,
-        output_bias=bias,
         embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
     )
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, nearest_float32, number_or_none
+from backhand.nn.decoder.common_fields import common_fields, nearest_float32, number_or_none, with_biases
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import (
     KEYS_AS_VALUES,
@@ -31,7 +31,7 @@ from backhand.nn.decoder.family import (
     PerLayerInput,
 )
 from backhand.nn.decoder.rotary import gemma4_rotary
-from backhand.ops.linear_cross_entropy import LogitsRule
+from backhand.ops.logits_rule import LogitsRule
 
 _PATTERN = 6
 _GLOBAL_HEAD_DIM = 512
@@ -48,7 +48,6 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("enable_moe_block", False, reason="the engine has no experts beside an MLP, as 26B-A4B has them")
     for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         fields.value(key)  # read by layers of experts alone
-    bias = fields.flag("attention_bias", False)
     decoder = common_fields(
         fields,
         window=fields.integer("sliding_window"),
@@ -80,14 +79,12 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
             )
         )
     return replace(
-        decoder,
+        with_biases(fields, decoder),
         layers=tuple(layers),
         attention_scaling=1.0,
         norms=SANDWICH_NORMS,
         qk_norm="head",
         activation="gelu_tanh",
-        qkv_bias=bias,
-        output_bias=bias,
         embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
         logits=LogitsRule(cap=number_or_none_if_absent(fields, "final_logit_softcapping")),
         value_norm=True,

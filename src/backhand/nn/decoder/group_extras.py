@@ -18,11 +18,12 @@ from torch import Tensor
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dora import dora_norm
 from backhand.ops.dora_linear import DoRALinearSaved, dora_linear_backward, dora_linear_forward
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_input_gradient, frozen_linear, frozen_split
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.linear import LinearSaved, linear_backward
 from backhand.ops.lora_bias import LoRABiasSaved, lora_bias_backward, lora_bias_forward
 from backhand.ops.lora_group import LoRAGroup, LoRAGroupSaved, lora_group_backward, lora_group_forward
 from backhand.ops.low_rank import Member
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_split
 
 
 class Magnitude(NamedTuple):

@@ -31,8 +31,6 @@ class KVCache:
         config: number of layers and head sizes.
         rows: how many sequences fit at once.
         capacity: tokens of room a row has at first; it grows when needed.
-        dtype: of keys and values, the compute dtype.
-        device: where they live.
 
     Attributes:
         lengths: tokens in each row in use; their number is the number of rows in use.

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import block_adapter
+from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.rms_norm import rms_norm_forward
+from backhand.ops.weight_tiles import frozen_dense
 
 
 @torch.no_grad()

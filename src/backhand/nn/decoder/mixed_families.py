@@ -32,9 +32,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, with_multipliers
+from backhand.nn.decoder.common_fields import common_fields, delta_sizes, with_biases, with_multipliers
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.delta_fields import delta_sizes
 from backhand.nn.decoder.family import (
     GATED_DELTA,
     GRANITE4_GROUPS,
@@ -131,16 +130,13 @@ def granite4(fields: ConfigFields) -> DecoderConfig:
     if not isinstance(types, list) or any(kind not in (FULL, _ATTENTION) for kind in types):
         fields.problem("layer_types", f"the engine has {FULL} alone in this family, and no Mamba layers")
     fields.neutral(*UNREAD_WHERE_DENSE)
-    bias = fields.flag("attention_bias", False)
-    decoder = with_multipliers(fields, common_fields(fields))
+    decoder = with_biases(fields, with_multipliers(fields, common_fields(fields)))
     turns = fields.or_declared("position_embedding_type") == "rope"
     return replace(
         decoder,
         intermediate_size=fields.integer("shared_intermediate_size"),
         layers=decoder.layers if turns else tuple(replace(layer, rotary=None) for layer in decoder.layers),
         groups=GRANITE4_GROUPS,
-        qkv_bias=bias,
-        output_bias=bias,
     )
 
 
@@ -149,14 +145,12 @@ def qwen3_5(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("hidden_act", "silu")
     fields.must_equal("attn_output_gate", True)
     fields.neutral("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
-    bias, sizes = fields.flag("attention_bias", False), delta_sizes(fields)
-    decoder = common_fields(fields, rotary_sets=qwen35_rotary)
+    sizes = delta_sizes(fields)
+    decoder = with_biases(fields, common_fields(fields, rotary_sets=qwen35_rotary))
     linear = _linear_layers(fields, len(decoder.layers))
     return replace(
         decoder,
         norm_offset=1.0,
-        qkv_bias=bias,
-        output_bias=bias,
         qk_norm="head",
         attention_gate=True,
         delta=sizes,

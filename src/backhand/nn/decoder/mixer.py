@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import BlockAdapter, group_forward
+from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
-from backhand.nn.decoder.residual import formed
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved
@@ -106,29 +105,3 @@ class Mixer(NamedTuple):
     attending: Callable[[Tensor, BlockWeights, BlockContext], tuple[Any, ...]] | None = None
     recomputes_output: Callable[[Tensor, DecoderConfig], bool] = _keeps_output
     output: Callable[[MixingKept, BlockWeights, BlockContext], Tensor] | None = None
-
-
-def output_place(kept: MixingKept, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
-    """The mixer's output where it is kept; else a place for it, of `like`'s shape, if a factor's gradient needs it."""
-    if kept.output is not None or not adapter.output.group.members:
-        return kept.output
-    return context.scratch.take("attended", like.shape, like)
-
-
-def kept_gate_up(
-    kept: MLPKept, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
-) -> tuple[Tensor, Tensor]:
-    """[a | u], (T, 2f), and the group's h, recomputed from n₂ where they are not kept."""
-    if kept.gate_up is not None and kept.h_gate_up is not None:
-        return kept.gate_up, kept.h_gate_up
-    return group_forward(formed(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)
-
-
-def select(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """These positions of x; all without a choice."""
-    return x if wanted is None else x.index_select(0, wanted)
-
-
-def spread(d_x: Tensor, wanted: Tensor | None, whole: Tensor) -> Tensor:
-    """The gradient of all positions, as many as `whole` has: zero where none is wanted."""
-    return d_x if wanted is None else d_x.new_zeros(len(whole), d_x.shape[1]).index_copy_(0, wanted, d_x)

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, INPUT, OUTPUT, BlockAdapter, group_backward
+from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, INPUT, OUTPUT, BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, MLPKept, kept_gate_up, select, spread
-from backhand.nn.decoder.residual import pre_norm_backward, pre_norm_saved, residual_backward
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, MLPKept
+from backhand.nn.decoder.projections import (
+    group_backward,
+    kept_gate_up,
+    pre_norm_backward,
+    pre_norm_saved,
+    residual_backward,
+    select,
+    spread,
+)
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
 

@@ -35,14 +35,12 @@ from backhand.nn.decoder.adapted_group import (
     BlockAdapter,
     GroupAdapter,
     before_blocks_adapter,
-    group_backward,
-    group_forward,
     trains_embedding,
 )
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig, PerLayerInput
 from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.residual import residual_backward, residual_forward
+from backhand.nn.decoder.projections import group_backward, group_forward, residual_backward, residual_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.frozen_matrix import frozen_rows

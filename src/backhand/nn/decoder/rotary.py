@@ -1,4 +1,8 @@
-"""Rotary parameters from a Hugging Face config, of transformers 5 or older, and the frequencies that follow."""
+"""Rotary parameters from a Hugging Face config, of transformers 5 or older, and the frequencies that follow.
+
+What reads a config raises ArtifactError for a value that is no number, or no list of as many as pairs turn, where one
+is needed.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,6 @@ def rotary(
     """One set of angles for all layers: `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     Args:
-        fields: the config.
         head_dim: features of a head.
         max_position_embeddings: the longest document.
         partial: the share of them that turns where the config is silent; None where it must be all.
@@ -87,11 +90,7 @@ def rotary(
 
 
 def phi3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """Phi-3's: part of the features, by the default rule or by longrope, which older configs call su or yarn.
-
-    Raises:
-        ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
-    """
+    """Phi-3's: part of the features, by the default rule or by longrope, which older configs call su or yarn."""
     older = {"su": "longrope", "yarn": "longrope"}
     found = rotary(fields, head_dim, max_position_embeddings, partial=1.0, older_names=older)
     rule = dict(found.scaling or ()).get("rope_type", "default")
@@ -101,40 +100,24 @@ def phi3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: in
 
 
 def glm_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """GLM's: neighbouring features are pairs, and half of them turn where a config is silent.
-
-    Raises:
-        ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
-    """
+    """GLM's: neighbouring features are pairs, and half of them turn where a config is silent."""
     return replace(rotary(fields, head_dim, max_position_embeddings, partial=0.5), interleaved=True)
 
 
 def qwen35_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """Qwen3.5's: a quarter of the features turn where a config is silent; how an image's places share them is beside.
-
-    Raises:
-        ArtifactError: for a value that is no number, where one is needed.
-    """
+    """Qwen3.5's: a quarter of the features turn where a config is silent; how images share them is read over."""
     beside = ("mrope_section", "mrope_interleaved")
     return rotary(fields, head_dim, max_position_embeddings, partial=0.25, read_elsewhere=beside)
 
 
 def ministral3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own.
-
-    Raises:
-        ArtifactError: for a value that is no number, where one is needed.
-    """
+    """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own."""
     beside = ("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings")
     return rotary(fields, head_dim, max_position_embeddings, read_elsewhere=beside)
 
 
 def query_scaling(fields: ConfigFields, found: RotaryConfig) -> QueryScaling | None:
-    """What grows with a query's position, from the rotary parameters; None without it.
-
-    Raises:
-        ArtifactError: for a value that is no number.
-    """
+    """What grows with a query's position, from the rotary parameters; None without it."""
     parameters = fields.mapping("rope_scaling") or fields.mapping("rope_parameters")
     beta = None if parameters is None else _unless_zero(parameters, "llama_4_scaling_beta")
     if parameters is None or beta is None:
@@ -148,11 +131,7 @@ def query_scaling(fields: ConfigFields, found: RotaryConfig) -> QueryScaling | N
 def gemma_rotary(
     fields: ConfigFields, head_dim: int, max_position_embeddings: int
 ) -> tuple[RotaryConfig, RotaryConfig]:
-    """Gemma 3's two sets of angles: of full attention and of sliding attention; older configs scale only the former.
-
-    Raises:
-        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
-    """
+    """Gemma 3's two sets of angles: of full attention and of sliding attention; older configs scale only the former."""
     theta = {
         FULL: fields.number("rope_theta", _GEMMA_THETA[FULL]),
         SLIDING: fields.number("rope_local_base_freq", _GEMMA_THETA[SLIDING]),
@@ -163,11 +142,7 @@ def gemma_rotary(
 def olmo3_rotary(
     fields: ConfigFields, head_dim: int, max_position_embeddings: int
 ) -> tuple[RotaryConfig, RotaryConfig]:
-    """OLMo 3's two sets of angles, as Gemma 3's; of an older config's `rope_theta` the full layers alone have it.
-
-    Raises:
-        ArtifactError: for a value that is no number, or no list of head_dim / 2 numbers, where one is needed.
-    """
+    """OLMo 3's two sets of angles, as Gemma 3's; of an older config's `rope_theta` the full layers alone have it."""
     theta = {FULL: fields.number("rope_theta", _OLMO_THETA), SLIDING: _OLMO_THETA}
     return _by_kind(fields, theta, head_dim, max_position_embeddings)
 
@@ -175,11 +150,7 @@ def olmo3_rotary(
 def gemma4_rotary(
     fields: ConfigFields, head_dim: int, max_position_embeddings: int
 ) -> tuple[RotaryConfig, RotaryConfig]:
-    """Gemma 4's two sets of angles: a quarter of the pairs turns in full attention, all do in sliding attention.
-
-    Raises:
-        ArtifactError: for a value that is no number, where one is needed.
-    """
+    """Gemma 4's two sets of angles: a quarter of the pairs turns in full attention, all do in sliding attention."""
     parameters = fields.mapping("rope_parameters")
     found = []
     for kind in (FULL, SLIDING):
@@ -339,7 +310,6 @@ def inverse_frequencies(
     """Frequencies in radians a token.
 
     Args:
-        config: the base and the scaling rule.
         head_dim: features of a head; even where all of them turn.
         device: where the result goes; the computation is on the CPU on every device.
         length: of the document, by which longrope with two lists chooses one.

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.ops.frozen_matrix import frozen_tiles, library_product, takes_tiles
+from backhand.ops.frozen_matrix import library_product, takes_tiles
+from backhand.ops.weight_tiles import frozen_tiles
 
 _ENOUGH = 1 << 18
 """Of so many elements of two classes some differ, where one in ten thousand does: all but certainly."""

@@ -36,7 +36,7 @@ from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
-from backhand.nn.decoder.residual import norm_backward
+from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward

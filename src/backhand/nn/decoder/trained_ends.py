@@ -1,25 +1,85 @@
-"""A decoder's embedding and head with what an adapter may train in them, beside the plain factors of a head.
+"""A decoder's embedding and head with what an adapter may train in them.
 
-Plain runs never come here: their embedding is frozen, and their head is `ops.linear_cross_entropy`.
+A plain step never comes here: its embedding and its head are frozen, and the latter is `ops.linear_cross_entropy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import EMBEDDING, GroupAdapter, group_backward, group_forward
+from backhand.nn.decoder.adapted_group import (
+    EMBEDDING,
+    HEAD,
+    GroupAdapter,
+    group_adapter,
+    group_seed,
+    lowest_trained_group,
+    trains_embedding,
+)
 from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.dora import dora_backward, dora_forward, dora_norm
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense
-from backhand.ops.linear_cross_entropy import CHUNK_ROWS, PLAIN, LogitsRule, ruled, ruled_backward
+from backhand.ops.head_factors import HeadFactors
+from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
+from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
 from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
 from backhand.ops.token_rows import TokenEmbeddingSaved, token_embedding_backward, token_places, without_padding
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
+
+
+class Trained(NamedTuple):
+    """What of a decoder an adapter trains, as far as its passes ask; the same as long as it is attached.
+
+    lowest: (layer, group) below which no gradient is needed. below_blocks: whether something before the first block is
+    trained, embedding: whether that is the embedding, embedding_factors: by factors. head: whether anything is trained
+    in the head, plain_head: whether nothing but factors, head_rows: name of the trained rows of a table that is the
+    embedding's too. d_final_norm: what that norm's gradient is added to. dora, drops: whether anything has DoRA, or
+    dropout.
+    """
+
+    lowest: tuple[int, int]
+    below_blocks: bool
+    embedding: bool
+    embedding_factors: bool
+    head: bool
+    plain_head: bool
+    head_rows: str | None
+    d_final_norm: Tensor | None
+    dora: bool
+    drops: bool
+
+
+def trained_by(lora: LoRAParameters | None, config: DecoderConfig) -> Trained:
+    """What this adapter trains; nothing without one."""
+    layers = len(config.layers)
+    if lora is None:
+        return Trained((layers, 0), False, False, False, False, True, None, None, False, False)
+    slots, slot = lora.slots.values(), lora.slots.get(HEAD)
+    rows, norm = f"{EMBEDDING}.{TOKENS}", f"{config.final_norm}.weight"
+    head_rows = rows if config.tied_head and rows in lora.trained else None
+    more = head_rows is not None or any(name.startswith(f"{HEAD}.") for name in lora.trained)
+    more = more or (slot is not None and (slot.use_dora or slot.lora_bias))
+    lowest = lowest_trained_group(lora.layout, layers)
+    return Trained(
+        lowest,
+        below_blocks=lowest == (0, -1),
+        embedding=trains_embedding(lora),
+        embedding_factors=EMBEDDING in lora,
+        head=more or slot is not None,
+        plain_head=not more,
+        head_rows=head_rows,
+        d_final_norm=lora.gradient(norm) if norm in lora.trained else None,
+        dora=any(one.use_dora for one in slots),
+        drops=any(one.dropout for one in slots),
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedding: with low-rank factors (`ops.lora_embedding`, perhaps with DoRA's magnitude, `ops.dora`), or trained
@@ -96,67 +156,127 @@ def _factors_backward(
 #
 #     Z = head(X),   L = Σ_i cross-entropy(rule(Z)_i, t_i)
 #
-# with the family's rule for logits (`linear_cross_entropy.ruled`), and the head as `adapted_group` computes it: trained
+# with the family's rule for logits (`ops.logits_rule`), and the head as `projections` computes it: trained
 # in full, with DoRA, with a bias of lora_B, or a table with trained rows because it is the embedding's too. As in
 # `ops.linear_cross_entropy`, all logits are never held at once; the loss is the root of the graph, so each chunk's
 # gradient follows its forward at once and nothing is saved. Each chunk of rows has a dropout mask of its own.
 
 
-AdapterOf = Callable[[int], GroupAdapter]
-"""(number of a chunk) → the head's adapter, with that chunk's dropout."""
+class Head(NamedTuple):
+    """The head in one pass.
+
+    weight: (vocab, hidden), as the adapter has it. adapter_of: a chunk's number → the adapter, with that chunk's
+    dropout. plain: whether nothing but factors is trained, if anything is. rule: of the logits. token_rows: name of
+    trained rows of `weight`, where the head is tied to an embedding that has some.
+    """
+
+    weight: FrozenMatrix
+    adapter_of: Callable[[int], GroupAdapter]
+    plain: bool
+    rule: LogitsRule
+    token_rows: str | None
 
 
-def head_losses(
-    x: Tensor, weight: FrozenMatrix, targets: Tensor, adapter_of: AdapterOf, rule: LogitsRule = PLAIN
-) -> Tensor:
-    """(rows,) losses in nats, without gradients; x (rows, hidden), weight (vocab, hidden), targets (rows,)."""
+def head_of(
+    weight: FrozenMatrix,
+    config: DecoderConfig,
+    lora: LoRAParameters | None,
+    trained: Trained,
+    dropout_seed: int | None,
+) -> Head:
+    """The head of a pass; no dropout without a seed."""
+    fixed = None if dropout_seed is not None else head_adapter(weight, config, lora)  # DoRA's norm is taken once
+
+    def adapter_of(chunk: int) -> GroupAdapter:
+        return head_adapter(weight, config, lora, dropout_seed, chunk) if fixed is None else fixed
+
+    return Head(weight, adapter_of, trained.plain_head, config.logits, trained.head_rows)
+
+
+def head_adapter(
+    weight: FrozenMatrix,
+    config: DecoderConfig,
+    lora: LoRAParameters | None,
+    dropout_seed: int | None = None,
+    chunk: int = 0,
+) -> GroupAdapter:
+    """The head's adapter in the compute dtype; no dropout without a seed, one of its own for each chunk."""
+    seed = None if dropout_seed is None else group_seed(dropout_seed, len(config.layers), chunk)
+    return group_adapter(lora, (HEAD,), (config.vocab_size,), seed, (weight,))
+
+
+def head_factors(adapter: GroupAdapter) -> HeadFactors | None:
+    """The factors of a head with nothing else, if it has any."""
+    if not adapter.group.members:
+        return None
+    (own,) = adapter.group.members
+    return HeadFactors(own.lora_A, own.lora_B, own.scaling, adapter.group.dropout)
+
+
+def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = None) -> Tensor:
+    """(rows,) losses in nats, without gradients.
+
+    Args:
+        x: (rows, hidden), the supervised rows, normed.
+        targets: (rows,) int64.
+        head: of the pass.
+        logits: of `chunk_shape`, to work in where the head is plain, or None.
+    """
+    if head.plain:
+        factors = head_factors(head.adapter_of(0))
+        return linear_cross_entropy_forward(x, head.weight, targets, factors, head.rule, logits=logits)
     losses = []
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
         part = slice(start, start + CHUNK_ROWS)
-        logits, _ = group_forward(x[part], weight, None, adapter_of(number))
-        losses.append(cross_entropy_forward(ruled(logits, rule)[0], targets[part])[0])
+        z, _ = group_forward(x[part], head.weight, None, head.adapter_of(number))
+        losses.append(cross_entropy_forward(ruled(z, head.rule)[0], targets[part])[0])
     return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def head_loss_and_gradients(
     x: Tensor,
-    weight: FrozenMatrix,
     targets: Tensor,
-    adapter_of: AdapterOf,
+    head: Head,
     lora: LoRAParameters,
     multiplier: float | Tensor,
-    rule: LogitsRule = PLAIN,
-    token_rows: str | None = None,
+    logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Losses, and the gradients of Σ multiplier · loss, which are added to `lora.gradients`.
 
     Args:
         x: (rows, hidden), the supervised rows, normed.
-        weight: (vocab, hidden), as the adapter has it.
         targets: (rows,) int64.
-        adapter_of: of the head.
+        head: of the pass.
         lora: whose gradient buffer receives.
         multiplier: of every loss, or of each its own, (rows,).
-        rule: the logits' multiplier and cap.
-        token_rows: name of trained rows of `weight`, where the head is tied to an embedding that has some.
+        logits: as in `head_losses`.
 
     Returns:
         (rows,) losses in nats, and ∂L/∂x (rows, hidden).
     """
+    if head.plain:
+        factors = head_factors(head.adapter_of(0))
+        losses, grads = linear_cross_entropy_backward(
+            x, head.weight, targets, factors, multiplier, head.rule, logits=logits
+        )
+        if grads.d_lora_A is not None and grads.d_lora_B is not None:
+            lora.d_lora_A(HEAD).add_(grads.d_lora_A)
+            lora.d_lora_B(HEAD).add_(grads.d_lora_B)
+        return losses, grads.d_x
     d_x = torch.empty_like(x)
     losses = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     d_losses = multiplier if isinstance(multiplier, Tensor) else torch.full_like(losses, multiplier)
     for number, start in enumerate(range(0, x.shape[0], CHUNK_ROWS)):
-        part, adapter = slice(start, start + CHUNK_ROWS), adapter_of(number)
-        logits, h = group_forward(x[part], weight, None, adapter)
-        seen, tanh = ruled(logits, rule)
+        part, adapter = slice(start, start + CHUNK_ROWS), head.adapter_of(number)
+        z, h = group_forward(x[part], head.weight, None, adapter)
+        seen, tanh = ruled(z, head.rule)
         losses[part], saved = cross_entropy_forward(seen, targets[part])
-        del logits, seen
+        del z, seen
         d_seen = cross_entropy_backward(d_losses[part], saved).d_logits
-        d_logits = ruled_backward(d_seen, tanh, rule).to(x.dtype)
-        d_x_part = group_backward(d_logits, x[part], weight, adapter, h, input_gradient=True)
+        d_logits = ruled_backward(d_seen, tanh, head.rule).to(x.dtype)
+        d_x_part = group_backward(d_logits, x[part], head.weight, adapter, h, input_gradient=True)
         assert d_x_part is not None
         d_x[part] = d_x_part
-        if token_rows is not None:
-            lora.gradient(token_rows).add_(d_logits[:, lora.token_ids(token_rows)].T @ x[part])
+        if head.token_rows is not None:
+            lora.gradient(head.token_rows).add_(d_logits[:, lora.token_ids(head.token_rows)].T @ x[part])
     return losses, d_x

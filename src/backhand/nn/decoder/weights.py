@@ -32,7 +32,7 @@ from backhand.nn.loading.expert_tensors import expert_of, matrices_of
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes
-from backhand.ops.frozen_matrix import FrozenMatrix, frozen_dense, frozen_split
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense, frozen_split
 
 
 @dataclass
@@ -240,9 +240,6 @@ def load_weights(
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Args:
-        source: an opened model.
-        config: the family.
-        dtype: the compute dtype.
         device: where products run.
         quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
 
@@ -368,13 +365,7 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
 
 
 class TrainedWeights:
-    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are.
-
-    Args:
-        base: the frozen weights.
-        config: the family.
-        lora: the adapter.
-    """
+    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are."""
 
     def __init__(self, base: DecoderWeights, config: DecoderConfig, lora: LoRAParameters) -> None:
         self._base = base

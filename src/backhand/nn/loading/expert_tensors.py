@@ -77,7 +77,6 @@ def experts_within(name: str, shape: tuple[int, ...], model_type: object = None)
 
     Args:
         name: as a Hugging Face directory has it.
-        shape: of the tensor.
         model_type: of the model, by which stacks lie in one way or another.
     """
     match = _STACK.fullmatch(name)
@@ -103,7 +102,6 @@ def matrices_of(
 
     Args:
         parameter: its path, which ends in `gate_up_proj` or `down_proj`.
-        experts: how many.
         out_features: rows of each expert's matrix in it.
         interleaved: whether the rows of two linear modules take turns.
     """
@@ -171,8 +169,6 @@ def stack_shape(model_type: object, stack: str, members: int, one: tuple[int, ..
     """Shape of a stack on the hub.
 
     Args:
-        model_type: of the model.
-        stack: its name there.
         members: how many matrices or biases lie in it.
         one: shape of one of them, (out, in) or (out,).
     """

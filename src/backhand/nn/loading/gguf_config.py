@@ -26,10 +26,8 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
-from backhand.nn.loading.gguf_delta import delta_shapes, own_prediction_blocks
-from backhand.nn.loading.gguf_families import FAMILY_PARTS
+from backhand.nn.loading.gguf_families import FAMILY_PARTS, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_gemma4 import gemma4_shapes
 from backhand.nn.loading.gguf_metadata import Metadata, share_of, shown
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
 from backhand.nn.loading.wrappers import CAUSAL_CLASSES
@@ -89,7 +87,6 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
     FAMILY_PARTS[architecture](config, metadata, file)
     config["architectures"] = [CAUSAL_CLASSES[config["model_type"]]]
-    _check_sizes(file, config)
     unread, foreign = metadata.left()
     if value_length != head_dim:
         unread[f"{architecture}.attention.value_length"] = value_length
@@ -184,76 +181,6 @@ def _token_id(file: GGUFFile, role: str, vocab_size: int) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size):
         return value
     raise ArtifactError(f"{key} = {shown(value)} is none of {vocab_size} tokens", where=str(file.path))
-
-
-def _check_sizes(file: GGUFFile, config: dict[str, Any]) -> None:
-    """Hold the tensors against what the metadata says of them, before anything is made of that size.
-
-    Raises:
-        ArtifactError: names the first tensor of another shape.
-    """
-    hidden, inner, dimension = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries = config["num_attention_heads"] * dimension
-    keys = config["num_key_value_heads"] * dimension
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_q.weight": (queries, hidden),
-        "attn_k.weight": (keys, hidden),
-        "attn_v.weight": (keys, hidden),
-        "attn_output.weight": (hidden, queries),
-        "ffn_gate.weight": (inner, hidden),
-        "ffn_up.weight": (inner, hidden),
-        "ffn_down.weight": (hidden, inner),
-        "attn_qkv.weight": (queries + 2 * keys, hidden),
-        "attn_q.bias": (queries,),
-        "attn_k.bias": (keys,),
-        "attn_v.bias": (keys,),
-        **dict.fromkeys(("attn_norm.weight", "ffn_norm.weight", "attn_output.bias", "ffn_down.bias"), (hidden,)),
-        **dict.fromkeys(("post_attention_norm.weight", "post_ffw_norm.weight"), (hidden,)),
-        **dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (dimension,)),
-    }
-    if config["model_type"] in ("phi3", "glm", "glm4"):
-        shapes["ffn_up.weight"] = (2 * inner, hidden)
-    if "linear_num_value_heads" in config:
-        shapes |= delta_shapes(config)
-    if config["model_type"] == "lfm2":
-        shapes |= {
-            "shortconv.in_proj.weight": (3 * hidden, hidden),
-            "shortconv.conv.weight": (hidden, config["conv_L_cache"]),
-            "shortconv.out_proj.weight": (hidden, hidden),
-        }
-    if config["model_type"].startswith("olmo"):
-        shapes |= {"attn_q_norm.weight": (queries,), "attn_k_norm.weight": (keys,)}
-    experts = config.get("num_local_experts", config.get("num_experts"))
-    if experts is not None:
-        width = config.get("moe_intermediate_size", inner)
-        shapes |= {
-            "ffn_gate_inp.weight": (experts, hidden),
-            **dict.fromkeys(("ffn_gate_exps.weight", "ffn_up_exps.weight"), (experts, width, hidden)),
-            "ffn_down_exps.weight": (experts, hidden, width),
-            "ffn_gate_inp.bias": (experts,),
-            **dict.fromkeys(("ffn_gate_exps.bias", "ffn_up_exps.bias"), (experts, width)),
-            "ffn_down_exps.bias": (experts, hidden),
-            "attn_sinks.weight": (config["num_attention_heads"],),
-        }
-    whole: dict[str, tuple[int, ...]] = {"output_norm.weight": (hidden,), "token_embd_norm.weight": (hidden,)}
-    whole |= {
-        "output.weight": file.tensors["token_embd.weight"].shape,
-        "token_embd.weight": (config["vocab_size"], hidden),
-    }
-    own: list[dict[str, tuple[int, ...]]] = []
-    if config["model_type"] == "gemma4_text":
-        of_model, own = gemma4_shapes(config)
-        whole |= of_model
-    of_layer = {str(layer): shapes | more for layer, more in enumerate(own)}
-    for name, tensor in file.tensors.items():
-        layer, _, part = name.removeprefix("blk.").partition(".")
-        expected = of_layer.get(layer, shapes).get(part) if name.startswith("blk.") else whole.get(name)
-        if expected is not None and tensor.shape != expected:
-            raise ArtifactError(
-                f"the tensor {name} has the shape {tensor.shape}, where the metadata says {expected}",
-                where=str(file.path),
-                next_step="fetch the file again",
-            )
 
 
 def _unknown_tensors(file: GGUFFile, architecture: str) -> dict[str, Any]:

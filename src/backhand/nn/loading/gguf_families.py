@@ -11,7 +11,9 @@ Each part gets the config in the making, with what every family has, the metadat
 - gpt-oss: every second layer slides, the first one does; files say neither that nor the numbers of the experts' gated
   unit, 1.702 and 7, which llama.cpp has in its code.
 - A layer of LFM2 with 0 key/value heads is a convolution.
-- Qwen3.5: see `gguf_delta`. Gemma 4: see `gguf_gemma4`.
+- A layer of Qwen3.5 has the gated delta rule but for every fourth, or as `full_attention_interval` or
+  `attention.recurrent_layers` say. Blocks behind the model's own, which predict further tokens, are left out.
+- Gemma 4: see `gguf_gemma4`.
 - Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config. OLMo 3 files
   have architecture `olmo2` and a sliding window, in whose layers rotary scaling does not count.
 """
@@ -23,7 +25,6 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family import GPT_OSS_CLAMP
-from backhand.nn.loading.gguf_delta import delta_config
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
 from backhand.nn.loading.gguf_metadata import Metadata, sliding_layers
@@ -40,6 +41,10 @@ GPT_OSS_INTERVAL = 2
 """Nor from those of architecture gpt-oss: every second one is full."""
 EXAONE4_32B_LAYERS = 64
 """llama.cpp has the windows of EXAONE 4 in models of so many layers alone."""
+RECURRENT_LAYERS = "attention.recurrent_layers"
+"""Which layers have a state; the gguf package has no name for it, and llama.cpp reads it."""
+DELTA_INTERVAL = 4
+"""Where a file says nothing, every fourth layer has attention."""
 
 
 def _llama(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
@@ -95,6 +100,46 @@ def _gpt_oss(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None
         "swiglu_alpha": GPT_OSS_CLAMP.gain,
         "swiglu_limit": GPT_OSS_CLAMP.limit,
     }
+
+
+def own_prediction_blocks(file: GGUFFile, architecture: str) -> int:
+    """How many blocks behind those of the model predict further tokens: Qwen3.5's alone may have some."""
+    key = "nextn_predict_layers"
+    return (Metadata(file, architecture).optional(key, int) or 0) if architecture == "qwen35" else 0
+
+
+def _qwen35(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
+    """The gated delta rule and its layers: value heads are as wide together as `ssm.inner_size`."""
+    layers = config["num_hidden_layers"]
+    value_heads, inner = metadata.integer("ssm.time_step_rank"), metadata.integer("ssm.inner_size")
+    if inner % value_heads:
+        raise ArtifactError(f"{value_heads} value heads cannot be {inner} wide together", where=str(file.path))
+    metadata.get("rope.dimension_sections")  # of no other use than to images
+    config |= {
+        "model_type": "qwen3_5_text",
+        "attention_bias": any(name.endswith("attn_output.bias") for name in file.tensors),
+        # A quarter of the features turns where a config is silent.
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
+        "layer_types": ["linear_attention" if here else "full_attention" for here in _recurrent(metadata, layers)],
+        "linear_num_key_heads": metadata.integer("ssm.group_count"),
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": metadata.integer("ssm.state_size"),
+        "linear_value_head_dim": inner // value_heads,
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+    }
+    if predicted := metadata.optional("nextn_predict_layers", int):
+        config["mtp_num_hidden_layers"] = predicted
+
+
+def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
+    """Which layers have the delta rule: as the file lists them, or all but every so-manieth."""
+    listed = metadata.get(RECURRENT_LAYERS)
+    interval = metadata.integer("full_attention_interval", DELTA_INTERVAL)
+    if isinstance(listed, bool):
+        return [listed] * layers
+    if isinstance(listed, list) and len(listed) >= layers:
+        return [bool(item) for item in listed[:layers]]
+    return [bool((layer + 1) % interval) for layer in range(layers)]
 
 
 def _granite(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
@@ -235,7 +280,7 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "llama": _llama,
     "qwen2": _qwen,
     "qwen3": _qwen,
-    "qwen35": delta_config,
+    "qwen35": _qwen35,
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
     "granite": _granite,

@@ -50,8 +50,6 @@ class GGUFTensor:
         name: as the file has it, e.g. `blk.0.attn_q.weight`.
         shape: slowest dimension first, as torch has it; the file has the reverse.
         type_id: ggml's number of the storage type.
-        offset: of the first byte in the file.
-        byte_count: bytes of data.
     """
 
     name: str

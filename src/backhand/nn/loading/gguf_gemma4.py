@@ -124,38 +124,3 @@ def _add_widths(config: dict[str, Any], metadata: Metadata) -> None:
     config["use_double_wide_mlp"] = doubled = widths != [first] * layers
     if doubled and widths != [first] * own + [2 * first] * (layers - own):
         metadata.not_understood(key)
-
-
-def gemma4_shapes(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], list[dict[str, tuple[int, ...]]]]:
-    """Shapes of the tensors that Gemma 4 alone has, or has in another shape: outside of the blocks, and in each."""
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    p, own = config["hidden_size_per_layer_input"], layers - config["num_kv_shared_layers"]
-    blocks: list[dict[str, tuple[int, ...]]] = []
-    for layer, kind in enumerate(config["layer_types"]):
-        slides = kind == "sliding_attention"
-        size = config["head_dim" if slides else "global_head_dim"]
-        kv_heads = config["num_key_value_heads"]
-        keys = size * (kv_heads if slides else config.get("num_global_key_value_heads", kv_heads))
-        inner = config["intermediate_size"] * (2 if config["use_double_wide_mlp"] and layer >= own else 1)
-        blocks.append(
-            {
-                "attn_q.weight": (heads * size, hidden),
-                "attn_q.bias": (heads * size,),
-                "attn_output.weight": (hidden, heads * size),
-                **dict.fromkeys(("attn_k.weight", "attn_v.weight"), (keys, hidden)),
-                **dict.fromkeys(("attn_k.bias", "attn_v.bias"), (keys,)),
-                **dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (size,)),
-                **dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), (inner, hidden)),
-                "ffn_down.weight": (hidden, inner),
-                "inp_gate.weight": (p, hidden),
-                "proj.weight": (hidden, p),
-                "post_norm.weight": (hidden,),
-                "layer_output_scale.weight": (1,),
-            }
-        )
-    whole = {
-        _TABLE: (config["vocab_size_per_layer_input"], layers * p),
-        "per_layer_model_proj.weight": (layers * p, hidden),
-        "per_layer_proj_norm.weight": (p,),
-    }
-    return whole, blocks

@@ -17,14 +17,8 @@ from backhand.kernels.dequantize import is_compiled, native_dtype, type_name
 from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.loading.expert_tensors import expert_of
 from backhand.nn.loading.gguf_config import huggingface_config
-from backhand.nn.loading.gguf_delta import own_prediction_blocks
-from backhand.nn.loading.gguf_file import (
-    GGUFFile,
-    GGUFTensor,
-    dequantize_into,
-    dequantized,
-    is_readable,
-)
+from backhand.nn.loading.gguf_families import own_prediction_blocks
+from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantize_into, dequantized, is_readable
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
     ARCHITECTURES,
@@ -104,7 +98,7 @@ class GGUFModel(ModelSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in Hugging Face layout."""
-        return self._layout(name).shape(self._tensor(name).shape)
+        return layout(self.architecture, name, self._sizes).shape(self._tensor(name).shape)
 
     def load(self, name: str) -> Tensor:
         """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
@@ -192,7 +186,10 @@ class GGUFModel(ModelSource):
         self._place_of[tensor.name].forget(tensor)
 
     def _layout(self, name: str) -> Layout:
-        return layout(self.architecture, name, self._sizes)
+        found, tensor = layout(self.architecture, name, self._sizes), self._tensor(name)
+        if (misfit := found.misfit(tensor.shape)) is not None:
+            raise ArtifactError(f"{tensor.name}: {misfit}", where=str(self.path), next_step="fetch the file again")
+        return found
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._stored:

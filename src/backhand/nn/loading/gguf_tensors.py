@@ -163,7 +163,6 @@ def gguf_name(architecture: str, name: str) -> str | None:
     """The name in a file of the tensor that Hugging Face calls `name`, None if the architecture has no such tensor.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
         name: such as `model.layers.0.self_attn.q_proj.weight`; an expert's matrix, or bias, is in a tensor of all.
     """
     if (expert := expert_of(name)) is not None:
@@ -199,7 +198,6 @@ def gguf_names(architecture: str, module: str) -> tuple[str, ...]:
     Several hold equally many of its rows each, in this order.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
         module: such as `model.layers.0.self_attn.q_proj`.
     """
     block, _, part = module.rpartition(".shared_mlp.")
@@ -210,11 +208,7 @@ def gguf_names(architecture: str, module: str) -> tuple[str, ...]:
 
 
 def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> list[str]:
-    """The Hugging Face names of what lies in a tensor, in its order: of every expert's matrix, or of the tensor alone.
-
-    Args:
-        architecture: one of `ARCHITECTURES`.
-    """
+    """The Hugging Face names of what lies in a tensor, in its order: every expert's matrix, or the tensor alone."""
     match = _OF_EXPERTS.fullmatch(name)
     dimensions = {"weight": 3, "bias": 2 if architecture in _WITH_EXPERT_BIASES else None}
     if match is None or architecture not in _WITH_EXPERTS or len(shape) != dimensions[match["kind"]]:
@@ -225,11 +219,7 @@ def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> lis
 
 
 def huggingface_name(architecture: str, name: str) -> str | None:
-    """The Hugging Face name of a tensor that is one here too, None if the architecture has no such tensor.
-
-    Args:
-        architecture: one of `ARCHITECTURES`.
-    """
+    """The Hugging Face name of a tensor that is one here too, None if the architecture has no such tensor."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if match is not None and (whole_name := _WHOLE_NAMES.get(architecture, {}).get(match[2])) is not None:
         return f"model.layers.{match[1]}.{whole_name}"

@@ -67,13 +67,7 @@ class PackedMatrix(NamedTuple):
 
 
 def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, PackedMatrix]]:
-    """What a parameter of experts holds: (name inside Backhand, which matrix) each.
-
-    Args:
-        parameter: its path.
-        blocks: shape of its blocks.
-        model_type: of the model.
-    """
+    """What a parameter of experts holds: (name inside Backhand, which matrix) each."""
     turns = stack_layout(model_type).interleaved
     for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=turns):
         yield f"{module}.weight", PackedMatrix(piece)

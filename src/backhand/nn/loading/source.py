@@ -15,7 +15,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.nn.loading.wrappers import Wrapper
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.ops.weight_tiles import FrozenMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,6 +27,8 @@ _NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
 class ModelSource(ABC):
     """An opened base model.
+
+    What reads a tensor or the tokenizer raises ArtifactError where there is none, none of that shape, or none to read.
 
     Attributes:
         config: Hugging Face configuration keys, as config.json has them.
@@ -55,17 +57,10 @@ class ModelSource(ABC):
         """A tensor in Hugging Face layout, on the CPU, in the dtype it is stored in or, if quantized, in float32.
 
         It may be a view of the mapped file.
-
-        Raises:
-            ArtifactError: if there is no such tensor, or its data cannot be read.
         """
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of what `load` gives; nothing is unpacked for it.
-
-        Raises:
-            ArtifactError: if there is no such tensor.
-        """
+        """The dtype of what `load` gives; nothing is unpacked for it."""
         return self.load(name).dtype
 
     def check_unchanged(self) -> None:  # noqa: B027 - most kinds of files are read once
@@ -84,32 +79,20 @@ class ModelSource(ABC):
         """Give the memory of mapped files back; they are read again when they are needed again."""
 
     def load_into(self, name: str, destination: Tensor) -> None:
-        """Write a tensor into a contiguous one of the same shape, any floating dtype and device: one rounding, no copy.
-
-        Raises:
-            ArtifactError: if there is no such tensor or it has another shape, or its data cannot be read.
-        """
+        """Write a tensor into a contiguous one of its shape, any floating dtype and device: one rounding, no copy."""
         if self.shape(name) != tuple(destination.shape):
             raise ArtifactError(mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         destination.copy_(self.load(name))
 
     def stored_rows(self, name: str) -> StoredRows:
-        """A matrix as it is stored, its rows in Hugging Face's order; mapped where the source maps its files.
-
-        Raises:
-            ArtifactError: if there is no such tensor, or its data cannot be read.
-        """
+        """A matrix as it is stored, its rows in Hugging Face's order; mapped where the source maps its files."""
         tensor = self.load(name).detach().cpu().contiguous()
         if tensor.dtype not in _NATIVE_TYPES:
             tensor = tensor.float()
         return StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])
 
     def load_in_pieces(self, name: str) -> FrozenMatrix:
-        """What `load` gives, a matrix as one in float32 that is unpacked piece by piece.
-
-        Raises:
-            ArtifactError: if there is no such tensor, or its data cannot be read.
-        """
+        """What `load` gives, a matrix as one in float32 that is unpacked piece by piece."""
         return (
             QuantizedMatrix([self.stored_rows(name)], torch.float32) if len(self.shape(name)) == 2 else self.load(name)
         )
@@ -137,11 +120,7 @@ class ModelSource(ABC):
         return {}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The model's fast tokenizer with its chat template; the same object at every call.
-
-        Raises:
-            ArtifactError: if there is none, or it cannot be read.
-        """
+        """The model's fast tokenizer with its chat template; the same object at every call."""
         return self._tokenizer
 
     @cached_property
@@ -152,11 +131,7 @@ class ModelSource(ABC):
     def _read_tokenizer(self) -> PreTrainedTokenizerFast: ...
 
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids after which a generated answer is complete: ends of text and of a turn, ascending.
-
-        Raises:
-            ArtifactError: if there is no tokenizer, or it cannot be read.
-        """
+        """Ids after which a generated answer is complete: ends of text and of a turn, ascending."""
         return stop_token_ids(self.tokenizer(), self._stated_stop_ids())
 
     def _stated_stop_ids(self) -> list[int]:

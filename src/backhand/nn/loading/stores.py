@@ -43,7 +43,6 @@ class StoredModel:
 
     Attributes:
         name: what `--model` takes.
-        path: the GGUF file, or the directory.
         store: whose it is, for people.
     """
 

@@ -31,7 +31,6 @@ def load_transformers_model(
 
     Args:
         source: a Hugging Face directory, or anything else whose tensors have Hugging Face names.
-        device: where to.
 
     Raises:
         ArtifactError: transformers does not know the model, its code cannot be had without running code of the model's

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backhand.ops.frozen_matrix import drop_scratch
+from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
 from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, fixed_parts, parts_of

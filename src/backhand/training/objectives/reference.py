@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.errors import CheckError
-from backhand.kernels.library import describe
+from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel

@@ -4,7 +4,7 @@
 
 reads a line of JSON with the names of the functions, and answers with one that tells whether all of them are there;
 then a line for each batch of answers, and answers with a line as soon as a function begins and one with all rewards.
-What a function prints goes to standard error. `judge.Judge` is the other side. This file imports no torch.
+What a function prints goes to standard error. `process.RewardProcess` is the other side. This file imports no torch.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from backhand.errors import CheckError
 from backhand.generate.sampling import Sampled, sample
 from backhand.generate.session import decode
 from backhand.nn.decoder.decoder import Decoder
-from backhand.training.rewards.judge import Judge, Written
 from backhand.training.rewards.names import shown_names
 from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess, Written
 from backhand.training.step import Processes
 
 
@@ -43,7 +43,7 @@ class Rollout:
 
     Attributes:
         options: resolved.
-        judge: holds the reward functions; None in processes other than the first.
+        functions: holds the reward functions; None in processes other than the first.
         tokenizer: decodes answers.
         stop_ids: that end an answer.
         seed_of: (step, row, number in its group) → an answer's seed.
@@ -51,7 +51,7 @@ class Rollout:
     """
 
     options: RewardOptions
-    judge: Judge | None
+    functions: RewardProcess | None
     tokenizer: Any
     stop_ids: Collection[int]
     seed_of: Callable[[int, int, int], int]
@@ -83,14 +83,14 @@ class Rollout:
         """
         texts = [decode(self.tokenizer, one.tokens) for one in answers]
         told: dict[str, Any] = {}
-        if self.judge is not None:
+        if self.functions is not None:
             written = [
                 Written(example.asked, text, one.tokens)
                 for example, text, one in zip(examples, texts, answers, strict=True)
                 if example.asked is not None
             ]
             try:
-                told = {"rewards": self.judge.rewards(written)}
+                told = {"rewards": self.functions.rewards(written)}
             except CheckError as error:
                 told = {"error": [error.what, error.where, error.why, error.next_step]}
         told = json.loads(self.processes.follow(json.dumps(told).encode()))
@@ -103,11 +103,11 @@ class Rollout:
 
     def measured(self, judged: Judged) -> dict[str, float]:
         """What metrics tell of answers and rewards."""
-        functions = zip(shown_names(self.options.reward), judged.rewards, strict=True)
+        by_name = zip(shown_names(self.options.reward), judged.rewards, strict=True)
         lengths = [len(one.tokens) for one in judged.answers]
         return {
             "reward": float(judged.totals.mean()),
-            **{f"rewards/{name}/mean": float(values.nanmean()) for name, values in functions},
+            **{f"rewards/{name}/mean": float(values.nanmean()) for name, values in by_name},
             "completion_tokens": sum(lengths) / len(lengths),
             "clipped_answers": sum(not one.stopped for one in judged.answers) / len(lengths),
         }

@@ -24,10 +24,10 @@ from backhand.training.rewards.batch import AnswerBatch
 from backhand.training.rewards.certificate import Certificate
 from backhand.training.rewards.guards import RewardGuard
 from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
-from backhand.training.step import AdapterOptimizer, Processes, StepResult, training_step
+from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, training_step
 
 _AT_ONCE = 64
-_NOT_TRAINED = StepResult(0.0, 0.0, 0, attends=False, taken=True, computed_s=(), waited_s=(), computed_tokens=())
+_NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), (), 0), computed_tokens=())
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class RewardedSteps:
         self.measured |= batch.measured() | self.certificate.of_step(step + 1, processes)
         if self.guard is not None:
             self.guard.judge(step + 1, self.measured)
-        return results[0] if results else _NOT_TRAINED
+        return results[0] if results and results[0].grad_norm != 0 else _NOT_TRAINED
 
     def repeated(self) -> RewardedSteps:
         """The same for steps that were guarded before: what is found is told to nobody."""

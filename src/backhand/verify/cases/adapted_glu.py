@@ -1,4 +1,4 @@
-"""Gated units between the factors of an adapter: cases and mutants."""
+"""Gated units between the factors of an adapter: cases and mutants. Of three ranks the last is the factor behind."""
 
 from __future__ import annotations
 
@@ -19,25 +19,11 @@ from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.verify.case import (
-    Backward,
-    ByHand,
-    Case,
-    Draw,
-    OpProof,
-    Tensors,
-    again,
-    flat_rows,
-    mean_mutants,
-    rows_reversed,
-    standard_mutants,
-    wrong,
-)
+from backhand.verify.case import Backward, Draw, Tensors, flat_rows, mean_mutants, rows_reversed, wrong
 from backhand.verify.cases.glu import usual_unit
 from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import START, receiver
+from backhand.verify.scaffold import Given, Op, receiver
 
-SCALINGS = {"gate": 1.7, "up": -0.6, "both": 1.3}
 Receivers = tuple[list[Tensor], list[Tensor]]
 
 
@@ -69,112 +55,113 @@ def _backward(
     return adapted_glu_backward(d_y.clone(), saved._replace(gate_up=place), out=place)
 
 
-def _case(
-    name: str,
-    activation: str,
-    lead: tuple[int, ...],
-    n: int = 7,
-    ranks: tuple[int, int, int] = (3, 2, 4),
-    *,
-    in_place: bool = False,
-    fused: int = 0,
-    dropout: Dropout | None = None,
-) -> Case:
-    """The output compared is [p | t]; ranks of gate's, up's and the factor behind, 0 for none.
+def sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
+    """(scaling, first column, outputs, rank) of each factor in front; `fused` is the rank of one for gate and up."""
+    gate, up, _ = ranks
+    sides = [(1.7, 0, n, 0 if fused else gate), (-0.6, n, n, 0 if fused else up), (1.3, 0, 2 * n, fused)]
+    return [side for side in sides if side[3]]
 
-    fused: rank of one factor of gate and up together, in place of theirs. dropout: of what is behind.
-    """
-    draw = Draw(f"adapted_glu: {name}")
-    gate, up, behind = ranks
-    sizes = {"gate": (0, n, 0 if fused else gate), "up": (n, n, 0 if fused else up), "both": (0, 2 * n, fused)}
-    front = {key: place for key, place in sizes.items() if place[2]}
-    tensors = {
-        "gate_up": draw.normal(*lead, 2 * n),
-        "h": draw.normal(*lead, sum(rank for _, _, rank in front.values())),
-        "d_y": draw.normal(*lead, n + behind),
-    }
-    tensors |= {
-        f"lora_B {i}": draw.normal(outputs, rank, size=0.5) for i, (_, outputs, rank) in enumerate(front.values())
-    }
-    tensors |= {} if not behind else {"lora_A 0": draw.normal(behind, n, size=0.5)}
 
-    def in_front(t: Tensors) -> LoRAGroup:
-        members = []
-        for i, (key, (column, _, rank)) in enumerate(front.items()):
-            lora_B = t[f"lora_B {i}"]
-            unread = lora_B.new_zeros(rank, 0)
-            members.append(Member(column, unread, lora_B, SCALINGS[key], unread, torch.zeros_like(lora_B)))
-        return LoRAGroup(tuple(members))
+def _factors(draw: Draw, sides: list[tuple[float, int, int, int]], n: int, ranks: tuple[int, int, int]) -> Tensors:
+    drawn = {f"lora_B {i}": draw.normal(outputs, rank, size=0.5) for i, (*_, outputs, rank) in enumerate(sides)}
+    return drawn | ({"lora_A 0": draw.normal(ranks[2], n, size=0.5)} if ranks[2] else {})
 
-    def after(t: Tensors) -> LoRAGroup:
-        if "lora_A 0" not in t:
-            return LoRAGroup((), dropout)
-        lora_A = t["lora_A 0"]
-        unread = lora_A.new_zeros(0, behind)
-        return LoRAGroup((Member(0, lora_A, unread, 1.0, torch.zeros_like(lora_A), unread),), dropout)
 
-    def joined(p: Tensor, t: Tensor | None) -> Tensor:
-        return p if t is None else torch.cat([p, t], dim=-1)
+def _front(given: Given) -> LoRAGroup:
+    members = []
+    for i, (scaling, column, _, rank) in enumerate(given["sides"]):
+        lora_B = given[f"lora_B {i}"]
+        unread = lora_B.new_zeros(rank, 0)
+        members.append(Member(column, unread, lora_B, scaling, unread, torch.zeros_like(lora_B)))
+    return LoRAGroup(tuple(members))
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        (p, product), saved = adapted_glu_forward(t["gate_up"], activation, in_front(t), t["h"], after(t))
-        d_p = t["d_y"][..., :n]
-        if behind:
-            saved = saved._replace(d_t=t["d_y"][..., n:])
-            d_p = d_p + dropped(t["d_y"][..., n:] @ t["lora_A 0"], dropout)
-        into = None
-        if in_place:
-            into = (
-                [receiver(member.lora_B) for member in saved.front.members],
-                [receiver(member.lora_A) for member in saved.behind.members],
-            )
-        before = START if in_place else 0.0
-        grads = backward(d_p, saved, into=into, in_place=in_place)
-        gradients = {"gate_up": grads.d_gate_up, "h": grads.d_h}
-        gradients |= {f"lora_B {i}": gradient - before for i, gradient in enumerate(grads.d_lora_B)}
-        gradients |= {f"lora_A {i}": gradient - before for i, gradient in enumerate(grads.d_lora_A)}
-        return ByHand(joined(p, product), gradients)
 
-    def reference(t: Tensors) -> Tensor:
-        mask = multiplier(t["gate_up"][..., :n], dropout)
-        return joined(*adapted_glu_reference(t["gate_up"], activation, in_front(t), t["h"], after(t), mask))
+def _behind(given: Given) -> LoRAGroup:
+    if "lora_A 0" not in given:
+        return LoRAGroup((), given["dropout"])
+    lora_A = given["lora_A 0"]
+    unread = lora_A.new_zeros(0, len(lora_A))
+    return LoRAGroup((Member(0, lora_A, unread, 1.0, torch.zeros_like(lora_A), unread),), given["dropout"])
 
-    def usual(t: Tensors) -> Tensor:
-        whole, first = t["gate_up"], 0
-        for i, (key, (column, outputs, rank)) in enumerate(front.items()):
-            added = SCALINGS[key] * functional.linear(t["h"][..., first : first + rank], t[f"lora_B {i}"])
-            whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
-            first += rank
-        p = usual_unit(whole[..., :n], whole[..., n:], activation)
-        return joined(p, functional.linear(dropped(p, dropout), t["lora_A 0"]) if behind else None)
 
-    return Case(name, tensors, by_hand, reference, usual)
+def _into(front: LoRAGroup, behind: LoRAGroup, in_place: bool) -> Receivers | None:
+    if not in_place:
+        return None
+    return [receiver(one.lora_B) for one in front.members], [receiver(one.lora_A) for one in behind.members]
 
+
+def _joined(p: Tensor, t: Tensor | None) -> Tensor:
+    """The output that is compared, [p | t]."""
+    return p if t is None else torch.cat([p, t], dim=-1)
+
+
+def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, AdaptedGLUGrads]:
+    (p, product), saved = t.call(adapted_glu_forward)
+    d_p, d_t = t["d_y"].split([t["n"], t["d_y"].shape[-1] - t["n"]], dim=-1)
+    if product is not None:
+        saved = saved._replace(d_t=d_t)
+        d_p = d_p + dropped(d_t @ t["lora_A 0"], t["dropout"])
+    return _joined(p, product), backward(d_p, saved, **OP.arguments(t))
+
+
+def _reference(gate_up: Tensor, n: int, dropout: Dropout | None, given: Given) -> Tensor:
+    return _joined(*given.call(adapted_glu_reference, mask=multiplier(gate_up[..., :n], dropout)))
+
+
+def _usual(given: Given) -> Tensor:
+    whole, n, first = given["gate_up"], given["n"], 0
+    for i, (scaling, column, outputs, rank) in enumerate(given["sides"]):
+        added = scaling * functional.linear(given["h"][..., first : first + rank], given[f"lora_B {i}"])
+        whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
+        first += rank
+    p = usual_unit(whole[..., :n], whole[..., n:], given["activation"])
+    behind = "lora_A 0" in given
+    return _joined(p, functional.linear(dropped(p, given["dropout"]), given["lora_A 0"]) if behind else None)
+
+
+OP = Op(
+    "adapted_glu",
+    dict(gate_up="*lead both", h="*lead ranks_in_front", d_y="*lead outputs", factors=_factors),
+    dict(activation=..., lead=..., n=7, ranks=(3, 2, 4), in_place=False, fused=0, dropout=None, by_hand=True),
+    usual=_usual,
+    made={
+        "both": lambda n: 2 * n,
+        "ranks_in_front": lambda sides: sum(rank for *_, rank in sides),
+        "outputs": lambda n, ranks: n + ranks[2],
+        "sides": sides,
+        "front": _front,
+        "behind": _behind,
+        "into": _into,
+    },
+    ways={"by_hand": _by_hand},
+    backward=_backward,
+    reference=_reference,
+)
 
 CASES = (
-    _case("SwiGLU", "silu", (6,)),
-    _case("GeGLU, documents and rows", "gelu_tanh", (2, 6)),
-    _case("GLU", "sigmoid", (6,)),
-    _case("SwiGLU, in place", "silu", (6,), in_place=True),
-    _case("GeGLU, in place", "gelu_tanh", (2, 6), 19, in_place=True),
-    _case("gate alone adapted", "silu", (6,), ranks=(3, 0, 0)),
-    _case("up alone adapted", "silu", (6,), ranks=(0, 3, 0), in_place=True),
-    _case("gate and up adapted", "gelu_tanh", (6,), ranks=(2, 3, 0)),
-    _case("gate and up of one rank", "silu", (6,), ranks=(3, 3, 2)),
-    _case("gate and what is behind adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
-    _case("only what is behind adapted", "silu", (6,), ranks=(0, 0, 3)),
-    _case("none adapted", "silu", (6,), ranks=(0, 0, 0)),
-    _case("gate and up as one", "silu", (6,), fused=5),
-    _case("gate and up as one, in place", "gelu_tanh", (6,), fused=3, in_place=True),
-    _case("dropout behind", "silu", (2, 6), dropout=Dropout(0.4, 17)),
-    _case("dropout behind, in place", "gelu_tanh", (13,), 19, in_place=True, dropout=Dropout(0.4, 3)),
-    _case("ranks of whole registers", "silu", (9,), 32, (16, 16, 16), in_place=True),
-    _case("ranks above a block", "gelu_tanh", (13,), 70, (19, 35, 17)),
-    _case("several blocks", "silu", (101,), 141, (5, 3, 6), in_place=True),
-    _case("several parts of rows", "gelu_tanh", (541,), 67, (4, 2, 3), in_place=True),
-    _case("one row", "silu", (1,)),
-    _case("no rows", "silu", (0,)),
-    _case("no rows, in place", "gelu_tanh", (2, 0), in_place=True),
+    OP.case("SwiGLU", "silu", (6,)),
+    OP.case("GeGLU, documents and rows", "gelu_tanh", (2, 6)),
+    OP.case("GLU", "sigmoid", (6,)),
+    OP.case("SwiGLU, in place", "silu", (6,), in_place=True),
+    OP.case("GeGLU, in place", "gelu_tanh", (2, 6), 19, in_place=True),
+    OP.case("gate alone adapted", "silu", (6,), ranks=(3, 0, 0)),
+    OP.case("up alone adapted", "silu", (6,), ranks=(0, 3, 0), in_place=True),
+    OP.case("gate and up adapted", "gelu_tanh", (6,), ranks=(2, 3, 0)),
+    OP.case("gate and up of one rank", "silu", (6,), ranks=(3, 3, 2)),
+    OP.case("gate and what is behind adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
+    OP.case("only what is behind adapted", "silu", (6,), ranks=(0, 0, 3)),
+    OP.case("none adapted", "silu", (6,), ranks=(0, 0, 0)),
+    OP.case("gate and up as one", "silu", (6,), fused=5),
+    OP.case("gate and up as one, in place", "gelu_tanh", (6,), fused=3, in_place=True),
+    OP.case("dropout behind", "silu", (2, 6), dropout=Dropout(0.4, 17)),
+    OP.case("dropout behind, in place", "gelu_tanh", (13,), 19, in_place=True, dropout=Dropout(0.4, 3)),
+    OP.case("ranks of whole registers", "silu", (9,), 32, (16, 16, 16), in_place=True),
+    OP.case("ranks above a block", "gelu_tanh", (13,), 70, (19, 35, 17)),
+    OP.case("several blocks", "silu", (101,), 141, (5, 3, 6), in_place=True),
+    OP.case("several parts of rows", "gelu_tanh", (541,), 67, (4, 2, 3), in_place=True),
+    OP.case("one row", "silu", (1,)),
+    OP.case("no rows", "silu", (0,)),
+    OP.case("no rows, in place", "gelu_tanh", (2, 0), in_place=True),
 )
 
 
@@ -230,18 +217,17 @@ def _undropped(s: AdaptedGLUSaved) -> LoRAGroup:
 
 
 MUTANTS = (
-    *standard_mutants("d_gate_up", "d_h", "d_lora_B", "d_lora_A"),
-    *wrong("up forgotten", "d_gate_up", _without_up),
-    *wrong("gate and up swapped", "d_gate_up", _halves_swapped),
-    *again("scaling forgotten", "d_h d_lora_B", _backward, front=_unscaled),
-    *wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
-    *wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
-    *wrong("gate and up swapped", "d_lora_B", _backwards_if_alike),
-    *wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
-    *wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
-    *wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(_product(s)), right)),
-    *again("mask ignored", "d_lora_A", _backward, behind=_undropped),
-    *mean_mutants("d_lora_B", "d_lora_A"),
+    wrong("up forgotten", "d_gate_up", _without_up),
+    wrong("gate and up swapped", "d_gate_up", _halves_swapped),
+    OP.redo("scaling forgotten", "d_h d_lora_B", front=_unscaled),
+    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
+    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
+    wrong("gate and up swapped", "d_lora_B", _backwards_if_alike),
+    wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
+    wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
+    wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(_product(s)), right)),
+    OP.redo("mask ignored", "d_lora_A", behind=_undropped),
+    mean_mutants("d_lora_B", "d_lora_A"),
 )
 
-PROOFS = (OpProof("adapted_glu", _backward, CASES, MUTANTS, loops=True),)
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

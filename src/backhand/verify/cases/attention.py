@@ -17,33 +17,27 @@ from backhand.verify.scaffold import PACKED, Given, Op
 SCALING = 0.37
 
 
-def _usual(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: tuple[int, ...],
-    window: int | None,
-    shared: int,
-    cap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    ends = list(accumulate(documents, initial=shared))
+def _usual(given: Given) -> Tensor:
+    q, shared, rest = given["q"], given["shared"], (given["cap"], given.get("sinks"), given["scaling"])
+    ends = list(accumulate(given["documents"], initial=shared))
     outputs = [q[:0] * 0]
     for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
         seen = list(own) if own.start < shared else [*range(shared), *own]
-        parts = [part[seen].transpose(0, 1)[None] for part in (q, k, v)]
-        attended = usual_attention(parts, visible(len(seen), window, q.device), cap, sinks)
+        parts = [given[name][seen].transpose(0, 1)[None] for name in "qkv"]
+        attended = usual_attention(parts, visible(len(seen), given["window"], q.device), *rest)
         outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
     return torch.cat(outputs)
 
 
-def usual_attention(parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+def usual_attention(
+    parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
+) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
     q, k, v = parts
     if cap is None and sinks is None:
-        return functional.scaled_dot_product_attention(q, k, v, mask, scale=SCALING, enable_gqa=True)
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * SCALING
+    scores = q @ k.mT * scaling
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~mask, float("-inf"))

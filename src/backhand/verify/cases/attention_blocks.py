@@ -12,14 +12,14 @@ from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
 from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Given, Op
 
 
-def _usual(q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None, sinks: Tensor | None) -> Tensor:
-    n, m = k.shape[1], q.shape[1]
-    mask = attention.visible(n, window, q.device)[n - m :]
-    parts = [part.transpose(1, 2) for part in (q, k, v)]
-    return attention.usual_attention(parts, mask, cap, sinks).transpose(1, 2)
+def _usual(given: Given) -> Tensor:
+    n, q, rest = given["k"].shape[1], given["q"], (given["cap"], given.get("sinks"), given["scaling"])
+    mask = attention.visible(n, given["window"], q.device)[n - q.shape[1] :]
+    parts = [given[name].transpose(1, 2) for name in "qkv"]
+    return attention.usual_attention(parts, mask, *rest).transpose(1, 2)
 
 
 OP = Op(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.decoder import HEAD, Decoder
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig, RotaryConfig
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.linear_cross_entropy import PLAIN
+from backhand.ops.logits_rule import PLAIN
 from backhand.verify.block_case import rotated_where_alike
 from backhand.verify.case import Mutant, OpProof, again, standard_mutants, wrong
 from backhand.verify.decoder_case import DecoderGrads, DecoderInputs, decoder_case, decoder_step, per_token, step_of

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from backhand.ops.dora import dora_norm
 from backhand.ops.dora_linear import DoRALinearSaved
-from backhand.ops.frozen_matrix import frozen_dense
 from backhand.ops.lora_linear import Dropout, multiplier
+from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.case import rows_reversed, transposed_if_square, transposed_mutants, wrong
 from backhand.verify.cases.lora_linear import dropped
 from backhand.verify.scaffold import SCALING, Given, Op

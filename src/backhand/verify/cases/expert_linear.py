@@ -11,7 +11,7 @@ from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Op, receiver
+from backhand.verify.scaffold import SCALING, Given, Op, receiver
 
 
 def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_stored: bool) -> ExpertFactors | None:
@@ -28,28 +28,17 @@ def _receivers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tens
     return (receiver(factors.lora_A), receiver(factors.lora_B)) if added and factors is not None else None
 
 
-def _forward(
-    x: Tensor,
-    weights: Tensor,
-    counts: tuple[int, ...],
-    factors: ExpertFactors | None,
-    biases: Tensor | None,
-    dropout: Dropout | None,
-    as_stored: bool,
-) -> tuple[Tensor, ExpertLinearSaved]:
-    return expert_linear_forward(x, weights if as_stored else list(weights), counts, factors, biases, dropout)
+def _forward(given: Given) -> tuple[Tensor, ExpertLinearSaved]:
+    weights = given["weights"] if given["as_stored"] else list(given["weights"])
+    y, saved = given.call(expert_linear_forward, weights=weights)
+    return y, saved
 
 
-def _usual(
-    x: Tensor,
-    weights: Tensor,
-    counts: tuple[int, ...],
-    factors: ExpertFactors | None,
-    biases: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def _usual(given: Given) -> Tensor:
+    x, weights, biases, mask = given["x"], given["weights"], given.get("biases"), given["mask"]
+    factors: ExpertFactors | None = given["factors"]
     outputs = [x @ weights[0].T][:0]
-    parts = (part.split(counts) for part in (x, x if mask is None else x * mask))
+    parts = (part.split(given["counts"]) for part in (x, x if mask is None else x * mask))
     for expert, (own, low) in enumerate(zip(*parts, strict=True)):
         y = own @ weights[expert].T
         if biases is not None:

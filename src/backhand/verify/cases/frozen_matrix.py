@@ -16,16 +16,8 @@ from torch.nn import functional
 
 from backhand.kernels.dequantize import Bytes, block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
-from backhand.ops.frozen_matrix import (
-    FrozenLinearGrads,
-    FrozenLinearSaved,
-    FrozenMatrix,
-    column_tiles,
-    frozen_dense,
-    frozen_linear_forward,
-    row_tiles,
-    tiles_of,
-)
+from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved, frozen_linear_forward
+from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
 from backhand.verify.case import Backward, Draw, transposed_if_square, wrong
 from backhand.verify.scaffold import Given, Op
 

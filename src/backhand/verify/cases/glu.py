@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.glu import CHUNK_ELEMENTS, GLUGrads, GLUSaved, glu_forward
+from backhand.ops.activation import CHUNK_ELEMENTS
+from backhand.ops.glu import GLUGrads, GLUSaved, glu_forward
 from backhand.verify.case import Backward, wrong
 from backhand.verify.scaffold import Given, Op
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from backhand.verify.case import (
-    flat_rows,
-    mean_mutants,
-    rows_reversed,
-    transposed_if_square,
-    transposed_mutants,
-    wrong,
-)
+from backhand.verify.case import flat_rows, mean_mutants, rows_reversed, transposed_if_square, transposed_mutants, wrong
 from backhand.verify.scaffold import Op
 
 OP = Op(

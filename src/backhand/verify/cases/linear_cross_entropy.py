@@ -10,19 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.nn.batch import IGNORE_INDEX
+from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import (
     CHUNK_ROWS,
     LONG_CHUNK_ROWS,
     LONG_CHUNK_WIDTH,
-    PLAIN,
-    HeadFactors,
     LinearCrossEntropyGrads,
-    LogitsRule,
     chunk_rows,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     linear_cross_entropy_reference,
 )
+from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.case import Backward, Draw, wrong
@@ -98,19 +97,13 @@ def _supervised(labels: Tensor) -> Tensor:
     return (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def _inputs(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    dropout: Dropout | None,
-    rule: LogitsRule,
-    d_y: Tensor,
-) -> _Inputs:
-    places = _supervised(labels)
-    head = None if lora_A is None or lora_B is None else HeadFactors(lora_A, lora_B, SCALING, dropout)
-    return _Inputs(x[places], weight, labels[places], head, d_y if d_y.dim() else float(d_y), rule)
+def _inputs(given: Given) -> _Inputs:
+    labels, d_y = given["labels"], given["d_y"]
+    places, head = _supervised(labels), None
+    if "lora_A" in given:
+        head = HeadFactors(given["lora_A"], given["lora_B"], SCALING, given["dropout"])
+    multiplier = d_y if d_y.dim() else float(d_y)
+    return _Inputs(given["x"][places], given["weight"], labels[places], head, multiplier, given["rule"])
 
 
 def _d_y(draw: Draw, labels: Tensor, multiplier: float, weighted: bool) -> Tensor:

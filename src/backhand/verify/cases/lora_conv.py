@@ -11,7 +11,7 @@ from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, convolution
 from backhand.ops.lora_linear import Dropout
 from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
@@ -20,20 +20,14 @@ def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
     return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
 
 
-def _usual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    geometry: ConvGeometry,
-    mask: Tensor | None,
-) -> Tensor:
+def _usual(given: Given) -> Tensor:
+    x, geometry, mask = given["x"], given["geometry"], given["mask"]
     ones = (1,) * (x.ndim - 2)
-    h = convolution(x if mask is None else x * mask, lora_A, None, geometry._replace(groups=1))
+    h = convolution(x if mask is None else x * mask, given["lora_A"], None, geometry._replace(groups=1))
     at_one_place = ConvGeometry(ones, (0,) * len(ones), ones, geometry.groups)
-    return convolution(x, weight, bias, geometry) + scaling * convolution(h, lora_B, None, at_one_place)
+    y: Tensor = convolution(x, given["weight"], given.get("bias"), geometry)
+    y = y + given["scaling"] * convolution(h, given["lora_B"], None, at_one_place)
+    return y
 
 
 def _geometry(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +19,21 @@ from backhand.ops.lora_group import (
 )
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.ops.rms_norm import (
-    RMSNormSaved,
-    rms_norm_apply,
-    rms_norm_backward,
-    rms_norm_forward,
-    rms_norm_reference,
-)
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from backhand.verify.case import (
     Backward,
-    ByHand,
     Case,
     Draw,
-    OpProof,
     Tensors,
-    again,
     flat_rows,
     mean_mutants,
     rows_reversed,
-    standard_mutants,
     transposed_if_square,
     transposed_mutants,
     wrong,
 )
-from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import START, receiver
+from backhand.verify.cases.lora_linear import dropped, every_second_column, outputs_first
+from backhand.verify.scaffold import Given, Op, receiver
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
@@ -63,135 +54,108 @@ def _backward(
     return lora_group_backward(d_y, saved, input_gradient=input_gradient)
 
 
-def _usual_input(t: Tensors) -> Tensor:
-    """x as transformers would have it: of a norm, if there is one in front."""
-    if "norm" not in t:
-        return t["x"]
-    wide = t["x"].float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-    return ((t["norm"].float() + OFFSET) * normed).to(t["x"].dtype)
+def _adapted(sizes: tuple[int, ...], ranks: tuple[int | None, ...]) -> list[tuple[int, int, int, float]]:
+    """(first column, outputs, rank, scaling) of each adapted layer."""
+    return [(sum(sizes[:i]), sizes[i], rank, SCALINGS[i]) for i, rank in enumerate(ranks) if rank is not None]
 
 
-def _reference_input(t: Tensors) -> Tensor:
-    return rms_norm_reference(t["x"], t["norm"], EPS, OFFSET) if "norm" in t else t["x"]
-
-
-def _input(t: Tensors) -> tuple[Tensor, RMSNormSaved | None]:
-    """x by hand, and the norm that it comes from, if it does."""
-    return rms_norm_forward(t["x"], t["norm"], EPS, OFFSET) if "norm" in t else (t["x"], None)
-
-
-def _case(
-    name: str,
-    lead: tuple[int, ...],
-    sizes: tuple[int, ...] = (6, 4, 9),
-    ranks: tuple[int | None, ...] = (3, 2, 5),
-    inputs: int = 7,
-    *,
-    bias: bool = False,
-    residual: bool = False,
-    dropout: Dropout | None = None,
-    input_gradient: bool = True,
-    strided: bool = False,
-    accumulated: bool = False,
-    of_norm: bool = False,
-) -> Case:
-    draw = Draw(f"lora_group: {name}")
-    outputs = sum(sizes)
-    tensors = {
-        "x": draw.normal(*lead, 2 * inputs)[..., ::2] if strided else draw.normal(*lead, inputs),
-        "weight": draw.normal(outputs, inputs),
-        "d_y": draw.normal(outputs, *lead).movedim(0, -1) if strided else draw.normal(*lead, outputs),
-    }
-    if bias:
-        tensors["bias"] = draw.normal(outputs)
-    if residual:
-        tensors["residual"] = draw.normal(*lead, outputs)
-    if of_norm:
-        tensors["norm"] = draw.normal(inputs)
-    adapted = [(sum(sizes[:i]), sizes[i], rank, SCALINGS[i]) for i, rank in enumerate(ranks) if rank is not None]
+def _factors(draw: Draw, adapted: list[tuple[int, int, int, float]], inputs: int) -> Tensors:
+    drawn: Tensors = {}
     for i, (_, size, rank, _) in enumerate(adapted):
-        tensors |= {f"lora_A {i}": draw.normal(rank, inputs), f"lora_B {i}": draw.normal(size, rank)}
-
-    def group(t: Tensors) -> LoRAGroup:
-        members = []
-        for i, (column, _, _, scaling) in enumerate(adapted):
-            factors = t[f"lora_A {i}"], t[f"lora_B {i}"]
-            members.append(Member(column, *factors, scaling, *map(torch.zeros_like, factors)))
-        return LoRAGroup(tuple(members), dropout)
-
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        (x, norm), own = _input(t), group(t)
-        y, saved = lora_group_forward(x, t["weight"], t.get("bias"), own, t.get("residual"))
-        saved = saved if norm is None else saved._replace(x=norm)
-        into = [(receiver(member.lora_A), receiver(member.lora_B)) for member in own.members] if accumulated else None
-        grads = backward(t["d_y"], saved, input_gradient=input_gradient, into=into)
-        before = START if accumulated else 0.0
-        gradients: Tensors = {}
-        if input_gradient:
-            through = None if norm is None else rms_norm_backward(grads.d_x, norm, weight_gradient=False)
-            gradients["x"] = grads.d_x if through is None else through.d_x
-        for i, (d_A, d_B) in enumerate(zip(grads.d_lora_A, grads.d_lora_B, strict=True)):
-            gradients |= {f"lora_A {i}": d_A - before, f"lora_B {i}": d_B - before}
-        return ByHand(y, gradients)
-
-    def reference(t: Tensors) -> Tensor:
-        x = _reference_input(t)
-        mask = multiplier(x, dropout)
-        return lora_group_reference(x, t["weight"], t.get("bias"), group(t), t.get("residual"), mask)
-
-    def usual(t: Tensors) -> Tensor:
-        frozen_x = _usual_input(t)
-        x = dropped(frozen_x, dropout)
-        y = functional.linear(frozen_x, t["weight"], t.get("bias"))
-        for i, (column, size, _, scaling) in enumerate(adapted):
-            delta = functional.linear(functional.linear(x, t[f"lora_A {i}"]), t[f"lora_B {i}"]) * scaling
-            y = y + functional.pad(delta, (column, outputs - column - size))
-        return y + t["residual"] if "residual" in t else y
-
-    return Case(name, tensors, by_hand, reference, usual)
+        drawn |= {f"lora_A {i}": draw.normal(rank, inputs), f"lora_B {i}": draw.normal(size, rank)}
+    return drawn
 
 
-def _lone(
-    name: str,
-    lead: tuple[int, ...],
-    inputs: int = 7,
-    outputs: int = 11,
-    rank: int = 3,
-    *,
-    dropout: Dropout | None = None,
-    **options: bool,
-) -> Case:
-    return _case(f"one alone: {name}", lead, (outputs,), (rank,), inputs, dropout=dropout, **options)
+def _group(given: Given) -> LoRAGroup:
+    members = []
+    for i, (column, _, _, scaling) in enumerate(given["adapted"]):
+        factors = given[f"lora_A {i}"], given[f"lora_B {i}"]
+        members.append(Member(column, *factors, scaling, *map(torch.zeros_like, factors)))
+    return LoRAGroup(tuple(members), given["dropout"])
+
+
+def _of_norm(t: Given, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
+    """x is what a norm gives, and the backward has what the norm saved in its place."""
+    x, norm = rms_norm_forward(t["x"], t["norm"], EPS, OFFSET)
+    y, saved = t.call(lora_group_forward, x=x)
+    grads = backward(t["d_y"], saved._replace(x=norm), **OP.arguments(t))
+    return y, grads._replace(d_x=rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x)
+
+
+def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, given: Given) -> Tensor:
+    x = x if norm is None else rms_norm_reference(x, norm, EPS, OFFSET)
+    y: Tensor = given.call(lora_group_reference, x=x, mask=multiplier(x, dropout))
+    return y
+
+
+def _usual(given: Given) -> Tensor:
+    """The norm in front as transformers has it."""
+    frozen_x, weight = given["x"], given["weight"]
+    if "norm" in given:
+        wide = frozen_x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+        frozen_x = ((given["norm"].float() + OFFSET) * normed).to(frozen_x.dtype)
+    x = dropped(frozen_x, given["dropout"])
+    y = functional.linear(frozen_x, weight, given.get("bias"))
+    for i, (column, size, _, scaling) in enumerate(given["adapted"]):
+        delta = functional.linear(functional.linear(x, given[f"lora_A {i}"]), given[f"lora_B {i}"]) * scaling
+        y = y + functional.pad(delta, (column, len(weight) - column - size))
+    return y + given["residual"] if "residual" in given else y
+
+
+OP = Op(
+    "lora_group",
+    dict(x=every_second_column, weight="outputs inputs", d_y=outputs_first, bias="outputs")
+    | dict(residual="*lead outputs", norm=lambda draw, inputs, of_norm: draw.normal(inputs) if of_norm else None)
+    | dict(factors=_factors),
+    dict(lead=..., sizes=(6, 4, 9), ranks=(3, 2, 5), inputs=7, bias=False, residual=False, dropout=None)
+    | dict(input_gradient=True, strided=False, accumulated=False, of_norm=False),
+    usual=_usual,
+    made={
+        "outputs": lambda sizes: sum(sizes),
+        "adapted": _adapted,
+        "group": _group,
+        "into": lambda group, accumulated: (
+            [(receiver(one.lora_A), receiver(one.lora_B)) for one in group.members] if accumulated else None
+        ),
+    },
+    ways={"of_norm": _of_norm},
+    backward=_backward,
+    reference=_reference,
+)
+
+
+def _lone(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 11, rank: int = 3, **options: Any) -> Case:
+    return OP.case(f"one alone: {name}", lead, (outputs,), (rank,), inputs, **options)
 
 
 CASES = (
-    _case("three members", (5,)),
-    _case("documents and rows", (2, 5)),
-    _case("bias", (5,), bias=True),
-    _case("residual", (5,), residual=True),
-    _case("dropout", (5,), dropout=Dropout(0.4, 17)),
-    _case("dropout, bias", (2, 5), bias=True, dropout=Dropout(0.25, 99)),
-    _case("only the last adapted", (5,), ranks=(None, None, 4), dropout=Dropout(0.4, 3)),
-    _case("first and last adapted", (5,), ranks=(3, None, 2)),
-    _case("none adapted", (5,), ranks=(None, None, None), bias=True, dropout=Dropout(0.4, 3)),
-    _case("members of one shape", (5,), sizes=(6, 6), ranks=(3, 3)),
-    _case("no input gradient", (5,), input_gradient=False, dropout=Dropout(0.4, 4)),
-    _case("one row", (1,)),
-    _case("no rows", (0,), bias=True, dropout=Dropout(0.4, 4)),
-    _case("training size", (67,), sizes=(96, 40, 48), ranks=(8, 6, 4), inputs=88, dropout=Dropout(0.1, 5)),
-    _case("members within a block", (37,), sizes=(45, 7, 13), ranks=(3, 16, 1), inputs=61, bias=True),
-    _case("members over blocks", (19,), sizes=(33, 70, 40), ranks=(40, None, 3), inputs=64),
-    _case("the one in the middle adapted", (70,), sizes=(5, 59, 33), ranks=(None, 16, None), inputs=35),
-    _case("dropout, long sums", (37,), sizes=(45, 7), ranks=(3, 16), inputs=141, dropout=Dropout(0.4, 17)),
-    _case("sums in parts", (9,), sizes=(20, 30, 17), ranks=(2, 1, None), inputs=1539),
-    _case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
-    _case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
-    _case("added, several parts of rows", (541,), sizes=(33, 4), ranks=(4, None), inputs=5, accumulated=True),
-    _case("of a norm", (2, 5), of_norm=True),
-    _case("of a norm, dropout", (5,), ranks=(3, None, 2), of_norm=True, dropout=Dropout(0.4, 17)),
-    _case("of a norm, none adapted", (5,), ranks=(None, None, None), of_norm=True),
-    _case("of a norm, several blocks", (139,), sizes=(35, 4), ranks=(3, 16), inputs=141, of_norm=True),
+    OP.case("three members", (5,)),
+    OP.case("documents and rows", (2, 5)),
+    OP.case("bias", (5,), bias=True),
+    OP.case("residual", (5,), residual=True),
+    OP.case("dropout", (5,), dropout=Dropout(0.4, 17)),
+    OP.case("dropout, bias", (2, 5), bias=True, dropout=Dropout(0.25, 99)),
+    OP.case("only the last adapted", (5,), ranks=(None, None, 4), dropout=Dropout(0.4, 3)),
+    OP.case("first and last adapted", (5,), ranks=(3, None, 2)),
+    OP.case("none adapted", (5,), ranks=(None, None, None), bias=True, dropout=Dropout(0.4, 3)),
+    OP.case("members of one shape", (5,), sizes=(6, 6), ranks=(3, 3)),
+    OP.case("no input gradient", (5,), input_gradient=False, dropout=Dropout(0.4, 4)),
+    OP.case("one row", (1,)),
+    OP.case("no rows", (0,), bias=True, dropout=Dropout(0.4, 4)),
+    OP.case("training size", (67,), sizes=(96, 40, 48), ranks=(8, 6, 4), inputs=88, dropout=Dropout(0.1, 5)),
+    OP.case("members within a block", (37,), sizes=(45, 7, 13), ranks=(3, 16, 1), inputs=61, bias=True),
+    OP.case("members over blocks", (19,), sizes=(33, 70, 40), ranks=(40, None, 3), inputs=64),
+    OP.case("the one in the middle adapted", (70,), sizes=(5, 59, 33), ranks=(None, 16, None), inputs=35),
+    OP.case("dropout, long sums", (37,), sizes=(45, 7), ranks=(3, 16), inputs=141, dropout=Dropout(0.4, 17)),
+    OP.case("sums in parts", (9,), sizes=(20, 30, 17), ranks=(2, 1, None), inputs=1539),
+    OP.case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
+    OP.case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
+    OP.case("added, several parts of rows", (541,), sizes=(33, 4), ranks=(4, None), inputs=5, accumulated=True),
+    OP.case("of a norm", (2, 5), of_norm=True),
+    OP.case("of a norm, dropout", (5,), ranks=(3, None, 2), of_norm=True, dropout=Dropout(0.4, 17)),
+    OP.case("of a norm, none adapted", (5,), ranks=(None, None, None), of_norm=True),
+    OP.case("of a norm, several blocks", (139,), sizes=(35, 4), ranks=(3, 16), inputs=141, of_norm=True),
     _lone("documents and rows", (2, 5)),
     _lone("residual", (5,), residual=True),
     _lone("bias and residual", (5,), bias=True, residual=True),
@@ -275,21 +239,20 @@ def _transposed_B(s: LoRAGroupSaved) -> LoRAGroup:
 
 
 MUTANTS = (
-    *standard_mutants("d_x", "d_lora_A", "d_lora_B"),
-    *again("scaling forgotten", "d_x d_lora_A d_lora_B", _backward, group=_unscaled),
-    *again("one scaling for all", "d_lora_A d_lora_B", _backward, group=_first_scaling),
-    *wrong("low-rank terms missing", "d_x", lambda g, s: g @ s.weight),
-    *wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
-    *wrong("first member's low-rank term only", "d_x", _one_member_only),
-    *again("lora_B transposed", "d_x", _backward, group=_transposed_B),
-    *transposed_mutants("d_lora_A", "d_lora_B"),
-    *wrong("members swapped", "d_lora_A d_lora_B", _backwards_if_alike),
-    *again("rows reversed", "d_lora_A d_lora_B", _backward, g=lambda g: rows_reversed(g).view(g.shape)),
-    *again("mask ignored", "d_x d_lora_A", _backward, group=_without_dropout),
-    *again("mask of another seed", "d_x d_lora_A", _backward, group=_next_seed),
-    *wrong("half of h", "d_lora_B", _of_input),
-    *wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
-    *mean_mutants("d_lora_A", "d_lora_B"),
+    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=_unscaled),
+    OP.redo("one scaling for all", "d_lora_A d_lora_B", group=_first_scaling),
+    wrong("low-rank terms missing", "d_x", lambda g, s: g @ s.weight),
+    wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
+    wrong("first member's low-rank term only", "d_x", _one_member_only),
+    OP.redo("lora_B transposed", "d_x", group=_transposed_B),
+    transposed_mutants("d_lora_A", "d_lora_B"),
+    wrong("members swapped", "d_lora_A d_lora_B", _backwards_if_alike),
+    OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
+    OP.redo("mask ignored", "d_x d_lora_A", group=_without_dropout),
+    OP.redo("mask of another seed", "d_x d_lora_A", group=_next_seed),
+    wrong("half of h", "d_lora_B", _of_input),
+    wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
+    mean_mutants("d_lora_A", "d_lora_B"),
 )
 
-PROOFS = (OpProof("lora_group", _backward, CASES, MUTANTS, loops=True),)
+PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

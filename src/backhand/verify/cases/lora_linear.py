@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_linear import Dropout, LoRASaved, multiplier
 from backhand.verify.case import (
-    Case,
+    Draw,
     flat_rows,
     mean_mutants,
     rows_reversed,
@@ -18,7 +16,7 @@ from backhand.verify.case import (
     transposed_mutants,
     wrong,
 )
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -27,76 +25,52 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _usual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: Dropout | None,
-) -> Tensor:
-    h = functional.linear(dropped(x, dropout), lora_A)
-    return functional.linear(x, weight, bias) + functional.linear(h, lora_B) * scaling
+def _usual(given: Given) -> Tensor:
+    h = functional.linear(dropped(given["x"], given["dropout"]), given["lora_A"])
+    y: Tensor = functional.linear(given["x"], given["weight"], given.get("bias"))
+    y = y + functional.linear(h, given["lora_B"]) * given["scaling"]
+    return y
 
 
-OP = Op("lora_linear", usual=_usual, made={"mask": lambda x, dropout: multiplier(x, dropout)})
+def every_second_column(draw: Draw, lead: tuple[int, ...], inputs: int, strided: bool) -> Tensor:
+    """x (*lead, inputs); strided: each second column of a wider tensor."""
+    return draw.normal(*lead, 2 * inputs)[..., ::2] if strided else draw.normal(*lead, inputs)
 
 
-def _case(
-    name: str,
-    lead: tuple[int, ...],
-    inputs: int = 7,
-    outputs: int = 11,
-    rank: int = 3,
-    *,
-    bias: bool = False,
-    dropout: Dropout | None = None,
-    input_gradient: bool = True,
-    strided: bool = False,
-) -> Case:
-    x: Any = (*lead, inputs)
-    d_y: Any = (*lead, outputs)
-    if strided:
-        x, d_y = _every_second(*lead, inputs), _outputs_first(*lead, outputs)
-    drawn = {
-        "x": x,
-        "weight": (outputs, inputs),
-        "lora_A": (rank, inputs),
-        "lora_B": (outputs, rank),
-        "d_y": d_y,
-        "bias": (outputs,) if bias else None,
-    }
-    return OP.case(name, drawn, scaling=SCALING, dropout=dropout, input_gradient=input_gradient)
+def outputs_first(draw: Draw, lead: tuple[int, ...], outputs: int, strided: bool) -> Tensor:
+    """d_y (*lead, outputs); strided: with the outputs as the slowest axis in memory."""
+    return draw.normal(outputs, *lead).movedim(0, -1) if strided else draw.normal(*lead, outputs)
 
 
-def _every_second(*shape: int) -> Any:
-    return lambda draw: draw.normal(*shape[:-1], 2 * shape[-1])[..., ::2]
-
-
-def _outputs_first(*shape: int) -> Any:
-    return lambda draw: draw.normal(shape[-1], *shape[:-1]).movedim(0, -1)
-
+OP = Op(
+    "lora_linear",
+    dict(x=every_second_column, weight="outputs inputs", lora_A="rank inputs", lora_B="outputs rank")
+    | dict(d_y=outputs_first, bias="outputs"),
+    dict(lead=..., inputs=7, outputs=11, rank=3, bias=False, dropout=None, input_gradient=True, strided=False)
+    | dict(scaling=SCALING),
+    usual=_usual,
+    made={"mask": lambda x, dropout: multiplier(x, dropout)},
+)
 
 CASES = (
-    _case("rows", (5,)),
-    _case("documents and rows", (2, 5)),
-    _case("bias", (5,), bias=True),
-    _case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
-    _case("dropout, bias", (5,), bias=True, dropout=Dropout(0.25, 2**40)),
-    _case("rank 1", (5,), rank=1),
-    _case("rank above both sizes", (6,), 4, 3, 5),
-    _case("square weight", (5,), 7, 7),
-    _case("square factors", (5,), 3, 3),
-    _case("no input gradient", (5,), input_gradient=False),
-    _case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
-    _case("strided x and d_y", (5,), strided=True),
-    _case("one row", (1,), bias=True),
-    _case("no rows", (0,), bias=True),
-    _case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
-    _case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
-    _case("more rows, odd sizes", (37,), 61, 45, bias=True),
-    _case("more rows, rank 1", (9,), 33, 150, 1, bias=True),
+    OP.case("rows", (5,)),
+    OP.case("documents and rows", (2, 5)),
+    OP.case("bias", (5,), bias=True),
+    OP.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+    OP.case("dropout, bias", (5,), bias=True, dropout=Dropout(0.25, 2**40)),
+    OP.case("rank 1", (5,), rank=1),
+    OP.case("rank above both sizes", (6,), 4, 3, 5),
+    OP.case("square weight", (5,), 7, 7),
+    OP.case("square factors", (5,), 3, 3),
+    OP.case("no input gradient", (5,), input_gradient=False),
+    OP.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
+    OP.case("strided x and d_y", (5,), strided=True),
+    OP.case("one row", (1,), bias=True),
+    OP.case("no rows", (0,), bias=True),
+    OP.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
+    OP.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
+    OP.case("more rows, odd sizes", (37,), 61, 45, bias=True),
+    OP.case("more rows, rank 1", (9,), 33, 150, 1, bias=True),
 )
 
 

@@ -50,7 +50,7 @@ class _Failed(Exception):
         self.function, self.how, self.hangs = function, how, hangs
 
 
-class Judge:
+class RewardProcess:
     """Holds the process with the reward functions; a context manager.
 
     Args:
@@ -63,7 +63,7 @@ class Judge:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> RewardProcess:
         """Start the process. Raises UsageError: a function is not there, or its file cannot be run."""
         try:
             self._start()

@@ -1,6 +1,7 @@
-"""The residual connection around either half of a block: a norm before its first group, a sum behind its last one.
+"""A block's projections with their adapters, and what stands around them: norm before, sum behind, the rows wanted.
 
     n  = norm(x)                       n = x in families with no norm there
+    z  = … [n W₁ᵀ | … ] (+ LoRA) …     several modules of one input are one group (`group_forward`)
     x' = x + m · norm(z Wᵀ (+ LoRA))   of z that the half has computed from n; with no norm there in most families
 
 x is the residual stream, (T, hidden), and m the family's residual multiplier, 1 in most.
@@ -9,7 +10,7 @@ Backward, from G = ∂L/∂x', which goes both ways:
     ∂L/∂(z Wᵀ) = (norm's backward of m G)             (T, hidden)
     ∂L/∂x = G + (norm's backward of ∂L/∂n)            (T, hidden)
 
-Between the two stands the half (`nn.decoder.block`, `nn.decoder.experts`). A norm's factor is kept in place of n, which
+The halves themselves are in `nn.decoder.block` and `nn.decoder.experts`. A norm's factor is kept in place of n, which
 is recomputed from it; of a norm behind a half its input as well. A trained norm's weight has its gradient added to the
 flat buffer, as factors have theirs.
 """
@@ -19,10 +20,59 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import GroupAdapter, group_forward
+from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.ops.frozen_matrix import FrozenMatrix
+from backhand.nn.decoder.mixer import BlockContext, MixingKept, MLPKept
+from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.lora_group import LoRAGroupSaved, lora_group_backward, lora_group_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.weight_tiles import FrozenMatrix
+
+
+def group_forward(
+    x: Tensor, weight: FrozenMatrix, bias: Tensor | None, adapter: GroupAdapter, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[y_1 | … | y_n] for the modules, and the h of those that are adapted, side by side.
+
+    Args:
+        x: (positions, in).
+        weight: (Σ out_i, in), the modules' weights stacked.
+        bias: (Σ out_i,) or None.
+        adapter: of the group.
+        residual: (positions, Σ out_i) added to the result, or None.
+
+    Returns:
+        y (positions, Σ out_i) and h (positions, Σ rank); no columns without an adapter.
+    """
+    if adapter.extras is not None:
+        return adapter.extras.forward(x, weight, bias, residual)
+    y, saved = lora_group_forward(x, weight, bias, adapter.group, residual)
+    return y, saved.h
+
+
+def group_backward(
+    d_y: Tensor,
+    x: Tensor | RMSNormSaved,
+    weight: FrozenMatrix,
+    adapter: GroupAdapter,
+    h: Tensor,
+    *,
+    input_gradient: bool,
+) -> Tensor | None:
+    """∂L/∂x, (positions, in), or None when not asked for; everything trained has its gradient added.
+
+    For any group, where x is there before ∂L/∂y.
+
+    Args:
+        d_y: ∂L/∂y, (positions, Σ out_i).
+        x, weight, adapter: as in the forward; for x also what the norm saved that gave it.
+        h: what the forward returned, (positions, Σ rank).
+        input_gradient: whether anything below needs ∂L/∂x.
+    """
+    if adapter.extras is not None:
+        formed = rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x
+        return adapter.extras.backward(d_y, formed, weight, h, input_gradient=input_gradient)
+    return lora_group_backward(d_y, LoRAGroupSaved(x, weight, adapter.group, h), input_gradient=input_gradient).d_x
 
 
 def pre_norm_forward(
@@ -124,3 +174,29 @@ def norm_backward(
     if d_weight is not None and grads.d_weight is not None:
         d_weight.add_(grads.d_weight)
     return grads.d_x
+
+
+def output_place(kept: MixingKept, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
+    """The mixer's output where it is kept; else a place for it, of `like`'s shape, if a factor's gradient needs it."""
+    if kept.output is not None or not adapter.output.group.members:
+        return kept.output
+    return context.scratch.take("attended", like.shape, like)
+
+
+def kept_gate_up(
+    kept: MLPKept, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
+) -> tuple[Tensor, Tensor]:
+    """[a | u], (T, 2f), and the group's h, recomputed from n₂ where they are not kept."""
+    if kept.gate_up is not None and kept.h_gate_up is not None:
+        return kept.gate_up, kept.h_gate_up
+    return group_forward(formed(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)
+
+
+def select(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """These positions of x; all without a choice."""
+    return x if wanted is None else x.index_select(0, wanted)
+
+
+def spread(d_x: Tensor, wanted: Tensor | None, whole: Tensor) -> Tensor:
+    """The gradient of all positions, as many as `whole` has: zero where none is wanted."""
+    return d_x if wanted is None else d_x.new_zeros(len(whole), d_x.shape[1]).index_copy_(0, wanted, d_x)

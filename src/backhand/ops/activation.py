@@ -1,0 +1,70 @@
+"""What gates in a gated linear unit, φ, and its derivative φ': SiLU, GELU in its tanh form, and σ.
+
+SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line from φ to 1 at σ.
+GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
+      φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
+σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
+
+The op that has an input for φ takes φ' (`glu`, whose cases prove both); its kernels hold neither. In torch's form the
+exponentials, the dearest part, are evaluated once for both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KAPPA = math.sqrt(2 / math.pi)
+CUBIC = 0.044715
+# GELU's many steps run on chunks of rows: what lies between two reads of memory then stays in the second-level cache.
+CHUNK_ELEMENTS = 1 << 16
+
+
+class Activated(NamedTuple):
+    """φ(a) and φ'(a), (..., n) each."""
+
+    value: Tensor
+    slope: Tensor
+
+
+def activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
+    """φ(a), in `out` or a fresh tensor; torch.nn.functional has no `out`."""
+    if out is None:
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    if activation == "silu":
+        torch.ops.aten.silu.out(a, out=out)
+    elif activation == "gelu_tanh":
+        torch.ops.aten.gelu.out(a, approximate="tanh", out=out)
+    elif activation == "sigmoid":
+        torch.sigmoid(a, out=out)
+    else:
+        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
+    return out
+
+
+def activated(a: Tensor, activation: str) -> Activated:
+    """φ(a) and φ'(a), both fresh tensors, by the formulas of the module docstring."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(a)
+        value = a * sigmoid
+        # In bfloat16 lerp rounds once, where sum and product would round three times.
+        return Activated(value, torch.lerp(value, value.new_ones(()), sigmoid))
+    if activation == "sigmoid":
+        value = torch.sigmoid(a)
+        return Activated(value, torch.addcmul(value, value, value, value=-1))
+    if activation != "gelu_tanh":
+        raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
+    result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
+    rows = a.flatten(0, -2)
+    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
+    for part, value, slope in zip(*(t.split(step) for t in (rows, *(t.flatten(0, -2) for t in result))), strict=True):
+        wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+        square = wide * wide
+        t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)
+        half = (1 + t) * 0.5
+        value.copy_(wide * half)
+        slope.copy_(half + 0.5 * KAPPA * wide * (1 - t * t) * (1 + 3 * CUBIC * square))
+    return result

@@ -1,0 +1,78 @@
+"""The resolved numbers of a run's steps: how many there are, what is due when, rates and seeds.
+
+They follow from the configuration and the step alone, so that a resumed run needs no other state than the adapter, its
+moments and a count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from backhand.training.config import TrainConfig
+from backhand.training.step import LearningRate
+
+DEFAULT_WARMUP_SHARE = 0.03
+
+
+def default_warmup_steps(total_steps: int) -> int:
+    """3 % of all steps, rounded up, but never the whole of a one-step run."""
+    return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
+
+
+def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """An independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step.
+
+    All of them come from the run's one seed, so nothing random has a state that a checkpoint would have to keep.
+    """
+    text = "/".join(str(part) for part in (seed, purpose, *numbers))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The resolved numbers that the loop uses.
+
+    Attributes:
+        eval_every, save_every: in steps.
+        micro_batch_rows: rows per forward and backward pass.
+        rate: the learning rate of every step.
+        seed: of dropout.
+        early_stopping: evaluations in a row without improvement; None to go on.
+        max_bad_steps: skipped steps in a row.
+        max_forgetting: nats per token; None for no limit.
+        log_every: steps between two records.
+    """
+
+    total_steps: int
+    eval_every: int
+    save_every: int
+    micro_batch_rows: int
+    rate: LearningRate
+    seed: int
+    early_stopping: int | None
+    max_bad_steps: int
+    max_forgetting: float | None
+    log_every: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, total_steps: int) -> StepPlan:
+        """From a resolved configuration, in which nothing is left to choose."""
+        options, run = config.optimization, config.run
+        chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
+        if any(value is None for value in chosen):
+            raise ValueError(f"the configuration is not resolved: {chosen}")
+        eval_every, save_every, micro_batch_rows, warmup_steps = (int(value or 0) for value in chosen)
+        return cls(
+            total_steps=total_steps,
+            eval_every=eval_every,
+            save_every=save_every,
+            micro_batch_rows=micro_batch_rows,
+            rate=LearningRate(options.learning_rate, options.schedule, warmup_steps, total_steps),
+            seed=run.seed,
+            early_stopping=run.early_stopping,
+            max_bad_steps=run.max_bad_steps,
+            max_forgetting=run.max_forgetting,
+            log_every=run.log_every,
+        )
