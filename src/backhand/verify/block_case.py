@@ -77,16 +77,6 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     )
 
 
-def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each module's gradient put in the place of the next one of the same shape."""
-    result = list(gradients)
-    for shape in {gradient.shape for gradient in gradients}:
-        places = [place for place, gradient in enumerate(gradients) if gradient.shape == shape]
-        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
-            result[place] = gradients[neighbour]
-    return tuple(result)
-
-
 def lora_parameters(
     slots: dict[str, LoRASlot], tensors: Tensors, dtype: torch.dtype, trained: tuple[TrainedTensor, ...] = ()
 ) -> LoRAParameters:

@@ -207,6 +207,16 @@ def transposed_if_square(d: Tensor) -> Tensor:
     return d.mT if d.shape[-1] == d.shape[-2] else d
 
 
+def rotated_where_alike(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each gradient of several put in the place of the next one of the same shape."""
+    result = list(gradients)
+    for shape in {gradient.shape for gradient in gradients}:
+        places = [place for place, gradient in enumerate(gradients) if gradient.shape == shape]
+        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
+            result[place] = gradients[neighbour]
+    return tuple(result)
+
+
 def overwritten(rows: int, places: Tensor, values: Tensor) -> Tensor:
     """Each row of values, (…, n), put at its place in (rows, n) instead of added; those at places below 0 left out."""
     table = values.new_zeros(rows, values.shape[-1])

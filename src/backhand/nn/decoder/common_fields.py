@@ -9,7 +9,7 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import DecoderConfig, DeltaSizes, LayerConfig, RotaryConfig
+from backhand.nn.decoder.family import DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
 from backhand.nn.loading.source import token_ids
 from backhand.ops.logits_rule import LogitsRule
@@ -142,25 +142,3 @@ def nearest_float32(value: float) -> float:
 def number_or_none(fields: ConfigFields, key: str) -> float | None:
     """None where the field is null; where it is absent, the default of the class."""
     return None if fields.stated(key) and fields.value(key) is None else fields.number(key)
-
-
-def delta_sizes(fields: ConfigFields) -> DeltaSizes:
-    """Heads, widths and taps; where the fields are absent the class's defaults.
-
-    Raises:
-        ArtifactError: a value is no positive integer, or key heads cannot serve equally many value heads.
-    """
-    sizes = DeltaSizes(
-        key_heads=fields.integer("linear_num_key_heads"),
-        value_heads=fields.integer("linear_num_value_heads"),
-        key_width=fields.integer("linear_key_head_dim"),
-        value_width=fields.integer("linear_value_head_dim"),
-        taps=fields.integer("linear_conv_kernel_dim"),
-    )
-    if sizes.value_heads % sizes.key_heads:
-        raise ArtifactError(
-            f"{sizes.value_heads} value heads cannot share {sizes.key_heads} key heads",
-            where="config.json",
-            next_step="fetch the model again",
-        )
-    return sizes

@@ -32,8 +32,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, delta_sizes, with_biases, with_multipliers
+from backhand.nn.decoder.common_fields import common_fields, with_biases, with_multipliers
 from backhand.nn.decoder.config_fields import ConfigFields
+from backhand.nn.decoder.delta_fields import delta_sizes
 from backhand.nn.decoder.family import (
     GATED_DELTA,
     GRANITE4_GROUPS,

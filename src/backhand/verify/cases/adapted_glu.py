@@ -19,7 +19,16 @@ from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.verify.case import Backward, Draw, Tensors, flat_rows, mean_mutants, rows_reversed, wrong
+from backhand.verify.case import (
+    Backward,
+    Draw,
+    Tensors,
+    flat_rows,
+    mean_mutants,
+    rotated_where_alike,
+    rows_reversed,
+    wrong,
+)
 from backhand.verify.cases.glu import usual_unit
 from backhand.verify.cases.lora_linear import dropped
 from backhand.verify.scaffold import Given, Op, receiver
@@ -203,11 +212,6 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, right: AdaptedGLUGrads) -> Adapte
     return right._replace(d_h=torch.cat(h, dim=-1) if h else right.d_h, d_lora_B=tuple(found))
 
 
-def _backwards_if_alike(whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """up's gradient for gate's, where no shape gives it away."""
-    return whole[::-1] if len({gradient.shape for gradient in whole}) == 1 else whole
-
-
 def _product(s: AdaptedGLUSaved) -> Tensor:
     return glu_forward(*_unit(s))[0]
 
@@ -222,7 +226,7 @@ MUTANTS = (
     OP.redo("scaling forgotten", "d_h d_lora_B", front=_unscaled),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
-    wrong("gate and up swapped", "d_lora_B", _backwards_if_alike),
+    wrong("gate and up swapped", "d_lora_B", lambda whole: rotated_where_alike(whole)),
     wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
     wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(_product(s)), right)),

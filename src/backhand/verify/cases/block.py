@@ -16,8 +16,8 @@ from backhand.nn.decoder.family import ATTENTION, Mixture
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
-from backhand.verify.block_case import BlockInputs, block_case, block_gradients, rotated_where_alike
-from backhand.verify.case import Mutant, OpProof, again, standard_mutants, wrong
+from backhand.verify.block_case import BlockInputs, block_case, block_gradients
+from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, standard_mutants, wrong
 from backhand.verify.tiny_decoders import FAMILIES
 
 CASES = (

@@ -18,8 +18,7 @@ from backhand.nn.decoder.family import DecoderConfig, RotaryConfig
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.logits_rule import PLAIN
-from backhand.verify.block_case import rotated_where_alike
-from backhand.verify.case import Mutant, OpProof, again, standard_mutants, wrong
+from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, standard_mutants, wrong
 from backhand.verify.decoder_case import DecoderGrads, DecoderInputs, decoder_case, decoder_step, per_token, step_of
 from backhand.verify.tiny_decoders import FAMILIES, WINDOW
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.decoder import Decoder
-from backhand.verify.block_case import rotated_where_alike
-from backhand.verify.case import OpProof, again, standard_mutants, wrong
+from backhand.verify.case import OpProof, again, rotated_where_alike, standard_mutants, wrong
 from backhand.verify.decoder_case import (
     KINDS,
     DecoderGrads,

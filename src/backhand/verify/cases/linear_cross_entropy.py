@@ -25,6 +25,7 @@ from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.case import Backward, Draw, wrong
+from backhand.verify.cases.lora_linear import next_seed
 from backhand.verify.scaffold import SCALING, Given, Op
 
 
@@ -208,9 +209,7 @@ def _first_chunks_mask(s: _Inputs) -> Tensor:
 
 
 def _next_seed(s: _Inputs) -> _Inputs:
-    if s.head is None or s.head.dropout is None:
-        return s
-    return s._replace(head=s.head._replace(dropout=s.head.dropout._replace(seed=s.head.dropout.seed + 1)))
+    return s if s.head is None else s._replace(head=s.head._replace(dropout=next_seed(s.head)))
 
 
 def _last_chunk(s: _Inputs) -> _Inputs:

@@ -11,6 +11,7 @@ from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, convolution
 from backhand.ops.lora_linear import Dropout
 from backhand.verify.case import wrong
+from backhand.verify.cases.lora_linear import next_seed
 from backhand.verify.scaffold import SCALING, Given, Op
 
 
@@ -83,10 +84,6 @@ def _kernel_flipped(tensor: Tensor) -> Tensor:
     return tensor.flip(*range(2, tensor.ndim))
 
 
-def _next_seed(s: LoRAConvSaved) -> Dropout | None:
-    return s.dropout and s.dropout._replace(seed=s.dropout.seed + 1)
-
-
 def _places(s: LoRAConvSaved) -> int:
     return max(s.h[:, 0].numel(), 1)
 
@@ -104,7 +101,7 @@ MUTANTS = (
     wrong("kernel flipped", "d_lora_A", lambda d: _kernel_flipped(d)),
     wrong("height and width swapped", "d_lora_A", lambda d: _last_two_swapped(d)),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask of another seed", "d_lora_A", dropout=lambda s: _next_seed(s)),
+    OP.redo("mask of another seed", "d_lora_A", dropout=next_seed),
     wrong("mean for sum", "d_lora_A d_lora_B", lambda s, d: d / _places(s)),
     OP.redo("batch reversed", "d_lora_A", g=lambda g: g.flip(0)),
     OP.redo("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),

@@ -27,12 +27,13 @@ from backhand.verify.case import (
     Tensors,
     flat_rows,
     mean_mutants,
+    rotated_where_alike,
     rows_reversed,
     transposed_if_square,
     transposed_mutants,
     wrong,
 )
-from backhand.verify.cases.lora_linear import dropped, every_second_column, outputs_first
+from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
 from backhand.verify.scaffold import Given, Op, receiver
 
 SCALINGS = (1.7, 0.6, 2.3)
@@ -206,18 +207,12 @@ def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     return _backward(g, s._replace(group=s.group._replace(members=first), h=h)).d_x
 
 
-def _backwards_if_alike(whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The members' gradients in reverse order, where no shape gives it away."""
-    return whole[::-1] if len({gradient.shape for gradient in whole}) == 1 else whole
-
-
 def _without_dropout(s: LoRAGroupSaved) -> LoRAGroup:
     return s.group._replace(dropout=None)
 
 
 def _next_seed(s: LoRAGroupSaved) -> LoRAGroup:
-    dropout = s.group.dropout
-    return s.group._replace(dropout=dropout and dropout._replace(seed=dropout.seed + 1))
+    return s.group._replace(dropout=next_seed(s.group))
 
 
 def _of_input(g: Tensor, s: LoRAGroupSaved) -> tuple[Tensor, ...]:
@@ -246,7 +241,7 @@ MUTANTS = (
     wrong("first member's low-rank term only", "d_x", _one_member_only),
     OP.redo("lora_B transposed", "d_x", group=_transposed_B),
     transposed_mutants("d_lora_A", "d_lora_B"),
-    wrong("members swapped", "d_lora_A d_lora_B", _backwards_if_alike),
+    wrong("members swapped", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     OP.redo("mask ignored", "d_x d_lora_A", group=_without_dropout),
     OP.redo("mask of another seed", "d_x d_lora_A", group=_next_seed),

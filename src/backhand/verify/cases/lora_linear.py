@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -80,8 +82,10 @@ def _unscaled_mask(g: Tensor, s: LoRASaved) -> Tensor:
     return d_h.T @ flat_rows(s.x * (dropped(s.x, s.dropout) != 0))
 
 
-def _next_seed(s: LoRASaved) -> Dropout | None:
-    return s.dropout and s.dropout._replace(seed=s.dropout.seed + 1)
+def next_seed(s: Any) -> Dropout | None:
+    """The dropout of what was saved, drawn from another seed."""
+    dropout: Dropout | None = s.dropout
+    return dropout and dropout._replace(seed=dropout.seed + 1)
 
 
 MUTANTS = (
@@ -96,7 +100,7 @@ MUTANTS = (
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     mean_mutants("d_lora_A", "d_lora_B"),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask of another seed", "d_x", dropout=_next_seed),
+    OP.redo("mask of another seed", "d_x", dropout=next_seed),
     wrong("mask not scaled up", "d_lora_A", _unscaled_mask),
     wrong("x for h", "d_lora_B", lambda g, s: s.scaling * flat_rows(g).T @ flat_rows(s.x) @ s.lora_A.T),
     wrong("last row missing", "d_lora_B", lambda g, s: s.scaling * flat_rows(g)[:-1].T @ flat_rows(s.h)[:-1]),
