@@ -78,7 +78,7 @@ def sides(lengths: tuple[int, ...]) -> tuple[Callable[[], Any], Callable[[], Any
         conv=module.conv1d.weight, log_rate=module.A_log, rate_bias=module.dt_bias, delta_norm=module.norm.weight
     )
     options: Any = SimpleNamespace(delta=sizes, norm_eps=config.rms_norm_eps)
-    context: Any = SimpleNamespace(config=options, runs=document_runs(lengths), shared=0)
+    context: Any = SimpleNamespace(config=options, runs=document_runs(lengths))
     adapter: Any = SimpleNamespace(norms={})
 
     @torch.no_grad()

@@ -181,17 +181,24 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
     return result
 
 
-def token_counts(model: str, data: str) -> dict[str, int]:
-    """Tokens of the pairs' prompts, once each, and of their answers."""
+def token_counts(model: str, data: str, batch_rows: int) -> dict[str, int]:
+    """Tokens of the pairs' prompts, once each, and of their answers; and those of an epoch, by what is shared.
+
+    `whole_tokens` has each answer behind its prompt, `computed_tokens` what a batch computes, shared beginnings once.
+    """
     from backhand.data.options import DataOptions
+    from backhand.data.packing import RowPacker, Sampler
     from backhand.data.prepare import prepare
     from backhand.nn.loading import open_model
 
     train, _ = prepare(DataOptions(data=(data,)), open_model(model).tokenizer(), purpose="pairs")
+    packer, batches = RowPacker(train.examples, share_prefixes=True), Sampler(len(train.examples), batch_rows, 1)
     return {
         "pairs": len(train.examples),
         "prompt_tokens": sum(example.prompt_tokens for example in train.examples),
         "answer_tokens": sum(example.supervised_tokens for example in train.examples),
+        "whole_tokens": sum(packer.lengths),
+        "computed_tokens": sum(packer.positions(batches.rows_of(step)) for step in range(batches.steps_per_epoch)),
     }
 
 
@@ -232,7 +239,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "machine": describe_machine(arguments.instructions),
         "workload": {"model": arguments.model, "dtype": arguments.dtype, "batch_rows": arguments.batch_rows}
-        | token_counts(model, str(data)),
+        | token_counts(model, str(data), arguments.batch_rows),
         "peers": peers,
         "ratios": ratios,
     }

@@ -18,7 +18,7 @@ def example(ids: list[int], supervised: list[int]) -> Example:
 
 def test_labels_are_the_next_tokens_of_the_same_document() -> None:
     batch = pack([example([10, 11, 12, 13], [2, 3]), example([20, 21, 22, 23, 24], [1, 3])])
-    assert batch.document_lengths == (3, 3)
+    assert batch.lengths == (3, 3)
     assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 22]
     assert batch.labels.tolist() == [IGNORE_INDEX, 12, 13, 21, IGNORE_INDEX, 23]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
@@ -28,7 +28,7 @@ def test_labels_are_the_next_tokens_of_the_same_document() -> None:
 def test_what_cannot_change_the_loss_is_left_out() -> None:
     assert trained_length(example([1, 2, 3, 4], [1])) == 1
     assert trained_length(example([1, 2], [])) == 0
-    assert pack([example([1, 2], [])]).document_lengths == ()
+    assert pack([example([1, 2], [])]).lengths == ()
     assert pack([]).input_ids.shape == (0,)
 
 
@@ -45,10 +45,10 @@ supervised_examples = st.integers(1, 12).flatmap(
 def test_every_supervised_token_is_a_label_behind_its_own_past(examples: list[Example]) -> None:
     batch = pack(examples)
     assert batch.supervised_tokens == sum(int(e.supervised.sum()) for e in examples)
-    assert list(batch.document_lengths) == sorted(batch.document_lengths)
+    assert list(batch.lengths) == sorted(batch.lengths)
     pasts = []
     start = 0
-    for length in batch.document_lengths:
+    for length in batch.lengths:
         ids, labels = batch.input_ids[start : start + length], batch.labels[start : start + length]
         pasts += [(*ids[: i + 1].tolist(), int(labels[i])) for i in range(length) if labels[i] != IGNORE_INDEX]
         start += length

@@ -140,14 +140,15 @@ def test_both_sides_stand_in_one_batch_and_the_prompt_once(tmp_path: Path) -> No
     examples = prepared(tmp_path / "rows.jsonl", [long, {**long, "chosen": [BAD], "rejected": [GOOD]}])
     packer = RowPacker(examples, share_prefixes=True)
     batch = packer.packed([1], "cpu")
-    assert batch.shared_prefix == packer.shared([1]) >= 60
+    assert batch.lengths[0] >= 60
+    assert batch.parents == (-1, 0, 0, -1)[: len(batch.lengths)]
     assert batch.supervised_tokens == packer.supervised_tokens([1]) == examples[1].supervised_tokens
     assert packer.documents([1, 0]) == [2, 3, 0, 1]
-    assert packer.in_order([1]) == [3, 2]  # the shorter one first
-    assert packer.positions([1]) == packer.lengths[1] - packer.shared([1])
-    assert sum(packer.document_lengths([1])) + packer.shared([1]) == packer.positions([1])
+    assert batch.documents == (2, 1)  # the shorter one first
+    assert packer.positions([1]) == packer.lengths[1] - batch.lengths[0]
+    assert sum(packer.forest([1]).lengths) == packer.positions([1])
     alone = pack(examples[1].documents)
-    assert sum(alone.document_lengths) == packer.lengths[1]
+    assert sum(alone.lengths) == packer.lengths[1]
 
 
 def test_a_pair_goes_whole_where_a_side_has_nothing_left(tmp_path: Path) -> None:

@@ -60,12 +60,16 @@ class Draw:
         memory = _stored(numbers, dtype)
         return Array(memory, (memory.ctypes.data + first * memory.itemsize, by_token, by_head))
 
-    def documents(self, most: int = 40) -> tuple[Any, Any, int, int]:
-        """Starts, lengths, tokens that are shared before them, and tokens in all."""
-        lengths = np.array([self.size(0, most) for _ in range(int(self.random.integers(0, 4)))], np.int64)
-        shared = self.size(0, most) if self.chance() else 0
-        starts = shared + np.cumsum(lengths) - lengths
-        return starts.astype(np.int64), lengths, shared, shared + int(lengths.sum())
+    def segments(self, most: int = 40) -> Any:
+        """(3, segments): starts, lengths and parents of documents, which may be empty, or of trees of segments."""
+        count, trees = int(self.random.integers(0, 7)), self.chance()
+        lengths = np.array([self.size(int(trees), most) for _ in range(count)], np.int64)
+        parents, path = [], list[int]()
+        for number in range(count):
+            path = path[: int(self.random.integers(0, len(path) + 1))] if trees else []
+            parents.append(path[-1] if path else -1)
+            path.append(number)
+        return np.array([np.cumsum(lengths) - lengths, lengths, parents], np.int64).reshape(3, count)
 
 
 def _stored(numbers: Any, dtype: Any) -> Any:
@@ -193,14 +197,15 @@ def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
     """Convolutions as they are, with SiLU, and gated."""
     number, dtype, _ = DTYPES[draw.random.integers(3)]
     mode, channels, taps = int(draw.random.integers(3)), draw.size(0, 70), int(draw.random.integers(1, 9))
-    starts, lengths, shared, tokens = draw.documents()
+    table = draw.segments()
+    tokens = int(table[1].sum())
     inputs = 3 * channels if mode == 2 else channels
     x, d_x = draw.array(dtype, tokens, inputs), draw.array(dtype, tokens, inputs)
     y, d_y = draw.array(dtype, tokens, channels), draw.array(dtype, tokens, channels)
     weight, bias = draw.array(dtype, channels, taps), draw.array(dtype, 1, channels)
-    where = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, channels, taps)
+    where = (table.ctypes.data, table.shape[1], channels, taps)
     given = (*x.rows, *weight.rows, bias.place[0] if draw.chance() else None, *where)
-    problem = (INT, INT, *_MATRIX, *_MATRIX, POINTER, POINTER, POINTER, *(INT64,) * 4)
+    problem = (INT, INT, *_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
     for build in builds:
         build.function("backhand_causal_conv_forward", (*problem, *_MATRIX), None)(number, mode, *given, *y.rows)
         backward = build.function("backhand_causal_conv_backward", (*problem, *_MATRIX, *_MATRIX), None)
@@ -209,17 +214,18 @@ def causal_conv(builds: Sequence[Library], draw: Draw) -> None:
 
 
 def attention(builds: Sequence[Library], draw: Draw) -> None:
-    """Documents behind a prefix, windows, sinks, heads that share keys and values; the output once more or not."""
+    """Trees of segments, windows, sinks, heads that share keys and values; the output once more or not."""
     number, dtype, _ = DTYPES[draw.random.integers(3)]
     kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 70))
-    starts, lengths, shared, tokens = draw.documents(70)
+    table = draw.segments(70)
+    tokens = int(table[1].sum())
     window = int(draw.random.integers(1, 20)) if draw.chance() else tokens + 1
     heads = kv_heads * group
     q, output, again, d_y, d_q = (draw.array(dtype, tokens, head_dim, heads) for _ in range(5))
     k, v, d_k, d_v = (draw.array(dtype, tokens, head_dim, kv_heads) for _ in range(4))
     sinks = draw.random.normal(size=heads)
-    where = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, heads, kv_heads, head_dim, window)
-    problem = (POINTER, POINTER, *(INT64,) * 6, DOUBLE, POINTER)
+    where = (table.ctypes.data, table.shape[1], heads, kv_heads, head_dim, window)
+    problem = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
     given = (*where, 0.3, sinks.ctypes.data if draw.chance() else None)
     nowhere = (None, 0, 0)
     for build in builds:
@@ -232,13 +238,13 @@ def attention(builds: Sequence[Library], draw: Draw) -> None:
 
 
 def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
-    """Documents behind a prefix, or from states of their own; forward and backward in the memory that was asked for."""
+    """Trees of segments, or documents from states of their own, in the memory that was asked for."""
     number, dtype, wide = DTYPES[draw.random.integers(3)]
     key_heads, group = (int(draw.random.integers(1, 4)) for _ in range(2))
     key_width, value_width = draw.size(1, 24), draw.size(1, 24)
-    starts, lengths, shared, tokens = draw.documents()
-    heads, longest = key_heads * group, int(lengths.max(initial=0))
-    chunk = max(1, min(int(draw.random.choice((1, 3, 8, 64))), max(longest, shared)))
+    table = draw.segments()
+    tokens, heads = int(table[1].sum()), key_heads * group
+    chunk = max(1, min(int(draw.random.choice((1, 3, 8, 64))), int(table[1].max(initial=0))))
     sizes = (INT64 * 5)(key_heads, group, key_width, value_width, chunk)
     small = key_width**-0.5
 
@@ -256,16 +262,16 @@ def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
 
     given, found = inputs(), inputs()
     output, d_y = (draw.array(dtype, tokens, value_width, heads) for _ in range(2))
-    begun = shared == 0 and draw.chance()
-    states = draw.random.uniform(-1, 1, len(lengths) * heads * key_width * value_width).astype(wide)
+    begun = bool((table[2] < 0).all()) and draw.chance()
+    states = draw.random.uniform(-1, 1, table.shape[1] * heads * key_width * value_width).astype(wide)
     workers = int(draw.random.integers(1, 3))
-    where = (POINTER, POINTER, INT64, INT64, POINTER, INT64)
+    where = (POINTER, INT64, POINTER, INT64)
     types = (INT, POINTER, POINTER, POINTER, *_HEADS)
     for build in builds:
-        needed = build.function("backhand_gated_delta_rule_memory", (INT, INT, POINTER, INT64, INT64), INT64)
+        needed = build.function("backhand_gated_delta_rule_memory", (INT, INT, POINTER, POINTER, INT64), INT64)
         for backward in (0, 1):
-            memory = np.zeros(workers * needed(number, backward, sizes, shared, longest), wide)
-            rest = (starts.ctypes.data, lengths.ctypes.data, len(lengths), shared, memory.ctypes.data, workers)
+            memory = np.zeros(workers * needed(number, backward, sizes, table.ctypes.data, table.shape[1]), wide)
+            rest = (table.ctypes.data, table.shape[1], memory.ctypes.data, workers)
             if backward:
                 run = build.function("backhand_gated_delta_rule_backward", (*types, POINTER, POINTER, *where), None)
                 run(number, sizes, *places(given), *d_y.place, *places(found), *rest)

@@ -318,16 +318,31 @@ def test_what_is_not_finite_shows(build, value, dtype):
     assert not y[0].isfinite().all()
 
 
+TREES = (3, 4, 2, 5, 5, 1, 2, 6, 3), (-1, -1, 1, 2, 2, 1, -1, 6, 6)
+CHAINS = (1, 1, 1, 2, 1, 3, 12), (-1, 0, 1, 2, 1, 0, -1)
+
+
+def runs_of(lengths, shared):
+    """Documents behind so many shared tokens, or segments by their parents."""
+    if isinstance(shared, tuple):
+        return document_runs(lengths, shared)
+    return document_runs((shared, *lengths), (-1, *(0,) * len(lengths))) if shared else document_runs(lengths)
+
+
+def tokens_of(runs):
+    return sum(run.number * run.length for run in runs)
+
+
 def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, shared=0):
     """A function that runs it, forward and backward, on tensors cast by its argument."""
-    tokens = shared + sum(documents)
+    runs = runs_of(documents, shared)
+    tokens = tokens_of(runs)
     qkv = gapped((tokens, heads + 2 * kv_heads, head_dim), dtype, 0)
     d_y = gapped((tokens, heads, head_dim), dtype, 1)
-    runs = document_runs(documents, shared)
 
     def compute(cast):
         q, k, v = cast(qkv).split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, 0.2, window, shared)
+        y, saved = attention_forward(q, k, v, runs, 0.2, window)
         return y, *attention_backward(cast(d_y), saved)
 
     return compute
@@ -349,6 +364,10 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
         ((2065,), 2, 1, 16, 300, 0),
         ((641, 3), 3, 1, 48, None, 0),
         ((513, 2, 130), 4, 2, 64, None, 470),
+        (TREES[0], 3, 1, 33, None, TREES[1]),
+        (CHAINS[0], 2, 1, 16, 7, CHAINS[1]),
+        ((70, 65, 33, 140, 40, 90, 3, 66), 4, 2, 64, None, (-1, 0, 1, 1, 0, -1, 5, 5)),
+        ((200, 90, 80) * 5, 2, 1, 32, 100, tuple(p for n in range(0, 15, 3) for p in (-1, n, n))),
     ],
 )
 def test_attention_of_any_shape(build, dtype, documents, heads, kv_heads, head_dim, window, shared):
@@ -360,12 +379,12 @@ def test_attention_writes_nothing_but_its_results(build):
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, d_y = (gapped((35, heads, 24), dtype, seed) for seed, heads in enumerate((4, 2, 2, 4)))
         out = gapped((35, 8, 24), dtype, 5)
-        _, saved = attention_forward(q, k, v, document_runs((30, 5), 0), 0.2)
+        _, saved = attention_forward(q, k, v, document_runs((30, 5)), 0.2)
         attention_backward(d_y, saved, out=out)
         assert marks_intact(out)
 
 
-DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((), 3)]
+DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((), 3), TREES, CHAINS]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -373,7 +392,8 @@ DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((
 @pytest.mark.parametrize(("channels", "width"), [(1, 1), (5, 3), (16, 4), (259, 4), (530, 8), (33, 11)])
 def test_convolutions_of_any_shape(build, dtype, documents, shared, channels, width):
     """More taps than the loops take too."""
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
+    runs = runs_of(documents, shared)
+    tokens = tokens_of(runs)
     x, d_y, bcx = (gapped((tokens, n), dtype, n) for n in (channels, channels, 3 * channels))
     weight, bias = gapped((channels, width), dtype, 1), gapped((1, channels), dtype, 2)[0]
     out, out_gated = gapped((tokens, channels), dtype, 3), gapped((tokens, 3 * channels), dtype, 4)
@@ -381,9 +401,9 @@ def test_convolutions_of_any_shape(build, dtype, documents, shared, channels, wi
     def compute(cast):
         results, taps = [], Taps(cast(weight), cast(bias))
         for silu in (False, True):
-            y, saved = causal_conv_forward(cast(x), taps, runs, shared, silu=silu)
+            y, saved = causal_conv_forward(cast(x), taps, runs, silu=silu)
             results += [y, causal_conv_backward(cast(d_y), saved, out=cast(out)).d_x.clone()]
-        y, gated = gated_conv_forward(cast(bcx), Taps(cast(weight)), runs, shared)
+        y, gated = gated_conv_forward(cast(bcx), Taps(cast(weight)), runs)
         return *results, y, gated_conv_backward(cast(d_y), gated, out=cast(out_gated)).d_bcx
 
     assert_close(*both_forms(compute), dtype)
@@ -405,7 +425,8 @@ def test_a_convolution_goes_on(build, dtype):
 
 def delta_rule_of(documents, heads, group, widths, dtype, *, shared=0, chunk=64, states=False):
     """A function that runs it, forward and backward, on tensors cast by its argument."""
-    tokens, runs = shared + sum(documents), document_runs(documents, shared)
+    runs = runs_of(documents, shared)
+    tokens = tokens_of(runs)
     wide = torch.promote_types(dtype, torch.float32)
     q, k = (gapped((tokens, heads, widths[0]), wide, seed, size=widths[0] ** -0.5) for seed in range(2))
     v, d_y = (gapped((tokens, heads * group, widths[1]), dtype, seed) for seed in (2, 3))
@@ -415,7 +436,7 @@ def delta_rule_of(documents, heads, group, widths, dtype, *, shared=0, chunk=64,
     def compute(cast):
         inputs = [cast(x) for x in (q, k, v, decay, beta)]
         own = cast(begin).clone() if states else None
-        y, saved = gated_delta_rule_forward(*inputs, runs, shared, states=own, chunk=chunk)
+        y, saved = gated_delta_rule_forward(*inputs, runs, states=own, chunk=chunk)
         return (y, own) if own is not None else (y, *gated_delta_rule_backward(cast(d_y), saved))
 
     return compute
@@ -452,7 +473,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
 
     def everything():
         results = [tensor for compute in attend for tensor in compute(lambda t: t)]
-        y, conv = causal_conv_forward(wide, taps, document_runs((90, 180), 30), 30, silu=True)
+        y, conv = causal_conv_forward(wide, taps, document_runs((30, 90, 180), (-1, 0, 0)), silu=True)
         results += [y, *causal_conv_backward(wide, conv)]
         y, saved = rms_norm_forward(x, x[0], 1e-5)
         results += [y, *rms_norm_backward(x, saved, residual=y)]

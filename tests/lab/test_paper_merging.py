@@ -48,7 +48,7 @@ def test_each_round_times_the_base_the_adapter_beside_it_and_the_merged_weights(
     timed = []
 
     def watching(model: Decoder, batch: PackedBatch) -> float:
-        assert batch.document_lengths == (5, 5)
+        assert batch.lengths == (5, 5)
         timed.append((model is merged, model.lora))
         return float(len(timed))
 

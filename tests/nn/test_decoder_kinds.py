@@ -145,7 +145,7 @@ def test_logits_loss_and_every_gradient_equal_pefts(name: str, tmp_path: Path) -
     with torch.no_grad():
         theirs = torch.cat([adapted(input_ids=document[None]).logits[0] for document in documents])
     with autograd_raises():
-        assert relative_error(decoder.logits(batch.input_ids, batch.document_lengths), theirs) <= 1e-5
+        assert relative_error(decoder.logits(batch.input_ids, batch.lengths), theirs) <= 1e-5
     loss = peft_loss(adapted, batch)
     (loss / batch.supervised_tokens).backward()
     with autograd_raises():

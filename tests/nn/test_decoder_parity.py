@@ -33,7 +33,7 @@ def adapted_pair(variant: str, **options):
 def test_logits_equal_transformers_and_peft(variant):
     adapted, decoder, batch = adapted_pair(variant)
     with autograd_raises():
-        ours = decoder.logits(batch.input_ids, batch.document_lengths)
+        ours = decoder.logits(batch.input_ids, batch.lengths)
     with torch.no_grad():
         theirs = torch.cat([adapted(input_ids=d[None]).logits[0] for d in tiny_documents(LENGTHS)])
     assert relative_error(ours, theirs) <= 1e-5
@@ -90,10 +90,10 @@ def test_dropout_changes_the_gradient_and_follows_the_seed():
 def test_one_adapter_serves_decoders_of_two_dtypes():
     adapted, decoder, batch = adapted_pair("llama")
     wide = decoder_like(adapted, SCALING, dtype=torch.float64)
-    expected = decoder.logits(batch.input_ids, batch.document_lengths)
+    expected = decoder.logits(batch.input_ids, batch.lengths)
     wide.attach(decoder.lora)
-    assert relative_error(wide.logits(batch.input_ids, batch.document_lengths), expected) <= 1e-5
-    assert torch.equal(decoder.logits(batch.input_ids, batch.document_lengths), expected)
+    assert relative_error(wide.logits(batch.input_ids, batch.lengths), expected) <= 1e-5
+    assert torch.equal(decoder.logits(batch.input_ids, batch.lengths), expected)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     packed = decoder.lora.gradients.clone()
     decoder.lora.gradients.zero_()
     start, separate = 0, torch.zeros((), dtype=torch.float64)
-    for length in batch.document_lengths:
+    for length in batch.lengths:
         part = slice(start, start + length)
         separate += decoder.loss_and_gradients(PackedBatch(batch.input_ids[part], batch.labels[part], (length,)), 0.1)
         start += length
@@ -116,11 +116,9 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
 def test_no_prefix_is_shared_where_angles_depend_on_the_length():
     _, decoder, batch = adapted_pair("phi3-longrope")
     assert not decoder.shares_prefixes and adapted_pair("phi3")[1].shares_prefixes
-    lengths = batch.document_lengths
-    labels = batch.labels.clone()
-    labels[:4] = -100
-    shared = PackedBatch(batch.input_ids, labels, (lengths[0] - 4, *lengths[1:]), 4)
-    with pytest.raises(ValueError, match="shared prefix"):
+    lengths = batch.lengths
+    shared = PackedBatch(batch.input_ids, batch.labels, (4, lengths[0] - 4, *lengths[1:]), (-1, *(0,) * len(lengths)))
+    with pytest.raises(ValueError, match="what documents share"):
         decoder.loss(shared)
 
 
@@ -195,7 +193,7 @@ def test_a_shared_prefix_with_convolutions_equals_whole_documents(variant, share
     apart = PackedBatch(torch.cat(whole), torch.cat(labels), tuple(len(one) for one in whole))
     ids = torch.cat([prefix, *endings])
     own = torch.cat([labels[0][:shared], *(each[shared:] for each in labels)])
-    together = PackedBatch(ids, own, tuple(len(one) for one in endings), shared)
+    together = PackedBatch(ids, own, (shared, *(len(one) for one in endings)), (-1, 0, 0, 0))
     found = []
     for batch in (apart, together):
         decoder.lora.gradients.zero_()
@@ -221,7 +219,7 @@ def test_what_stands_around_the_delta_rule_cannot_be_trained():
 
 def test_without_supervised_tokens_the_gradient_is_zero():
     _, decoder, batch = adapted_pair("llama")
-    nothing = PackedBatch(batch.input_ids, torch.full_like(batch.labels, -100), batch.document_lengths)
+    nothing = PackedBatch(batch.input_ids, torch.full_like(batch.labels, -100), batch.lengths)
     assert decoder.loss_and_gradients(nothing, 1.0).item() == 0.0
     assert torch.count_nonzero(decoder.lora.gradients) == 0
     empty = PackedBatch(batch.input_ids[:0], batch.labels[:0], ())

@@ -48,8 +48,8 @@ def test_a_shared_prefix_is_the_same_as_its_copies(variant: str, shared: int) ->
     prefix, *rest = tiny_documents((shared, 70, 3, 3, 1))
     together = supervise(rest)
     labels = torch.cat([torch.full_like(prefix, IGNORE_INDEX), together.labels])
-    once = PackedBatch(torch.cat([prefix, together.input_ids]), labels, together.document_lengths, shared)
-    pieces = zip(rest, together.labels.split(list(together.document_lengths)), strict=True)
+    once = PackedBatch(torch.cat([prefix, together.input_ids]), labels, (shared, *together.lengths), (-1, 0, 0, 0, 0))
+    pieces = zip(rest, together.labels.split(list(together.lengths)), strict=True)
     copies = [(torch.cat([prefix, ids]), torch.cat([labels[:shared], own])) for ids, own in pieces]
     apart = PackedBatch(
         torch.cat([ids for ids, _ in copies]),

@@ -73,7 +73,8 @@ def test_a_shared_prefix_equals_whole_documents(variant: str, shared: int) -> No
     labels = [torch.cat([torch.full((shared,), -100), supervise([ending], share=1.0).labels]) for ending in endings]
     apart = PackedBatch(torch.cat(whole), torch.cat(labels), tuple(len(one) for one in whole))
     own = torch.cat([labels[0][:shared], *(each[shared:] for each in labels)])
-    together = PackedBatch(torch.cat([prefix, *endings]), own, tuple(len(one) for one in endings), shared)
+    lengths = (shared, *(len(one) for one in endings))
+    together = PackedBatch(torch.cat([prefix, *endings]), own, lengths, (-1, 0, 0, 0))
     found = []
     for batch in (apart, together):
         decoder.lora.gradients.zero_()

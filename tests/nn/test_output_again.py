@@ -19,6 +19,7 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import lora_group
 from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
+from backhand.ops.document_groups import Run
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
 from backhand.ops.low_rank import Member, hidden_gradient
@@ -26,7 +27,7 @@ from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
 
 needs_loops = pytest.mark.skipif(not loops_are_there(), reason="no compiled kernels here")
-RUNS = ((0, 2, 9), (18, 1, 5))
+RUNS = (Run(0, 2, 9), Run(18, 1, 5))
 
 
 def gradients(

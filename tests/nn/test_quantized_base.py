@@ -108,14 +108,12 @@ def _adapter(decoder: Decoder, config: LoRAConfig) -> LoRAParameters:
 
 
 def _batch(shared: int = 0) -> PackedBatch:
-    """Documents, perhaps with a shared prefix."""
+    """Documents, perhaps as a tree of segments."""
     batch = supervise(tiny_documents([shared + 11, 3, 23]))
     if not shared:
         return batch
-    lengths = (batch.document_lengths[0] - shared, *batch.document_lengths[1:])
-    labels = batch.labels.clone()
-    labels[:shared] = -100
-    return PackedBatch(batch.input_ids, labels, lengths, shared)
+    lengths = (shared, batch.lengths[0] - shared, *batch.lengths[1:])
+    return PackedBatch(batch.input_ids, batch.labels, lengths, (-1, 0, 0, 2))
 
 
 def _measured(decoder: Decoder, config: LoRAConfig, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

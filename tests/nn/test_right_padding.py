@@ -128,7 +128,7 @@ def _adapted(model: nn.Module) -> TransformersModel:
 
 
 def _one_by_one(batch: PackedBatch) -> list[PackedBatch]:
-    ids, labels = batch.input_ids.split(batch.document_lengths), batch.labels.split(batch.document_lengths)
+    ids, labels = batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths)
     return [PackedBatch(a, b, (len(a),)) for a, b in zip(ids, labels, strict=True)]
 
 

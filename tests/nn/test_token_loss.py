@@ -29,7 +29,7 @@ def _token_loss(log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _peft_log_p(adapted, batch) -> torch.Tensor:
     found = []
-    ids, labels = batch.input_ids.split(batch.document_lengths), batch.labels.split(batch.document_lengths)
+    ids, labels = batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths)
     for document, targets in zip(ids, labels, strict=True):
         log_p = torch.log_softmax(adapted(input_ids=document[None]).logits[0].float(), -1)
         there = targets != -100

@@ -85,8 +85,8 @@ def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64)
     documents = zip(
-        batch.input_ids.split(list(batch.document_lengths)),
-        batch.labels.split(list(batch.document_lengths)),
+        batch.input_ids.split(list(batch.lengths)),
+        batch.labels.split(list(batch.lengths)),
         strict=True,
     )
     for ids, labels in documents:

@@ -48,7 +48,7 @@ def packed(*, share_prefixes: bool) -> PackedBatch:
 
 def test_a_micro_batch_holds_a_shared_prefix_once() -> None:
     once, each = packed(share_prefixes=True), packed(share_prefixes=False)
-    assert (once.shared_prefix, each.shared_prefix) == (PROMPT, 0)
+    assert once.lengths[0] == PROMPT and once.parents[:6] == (-1, 0, 0, 0, 0, 0) and not each.parents
     tokens = sum(PROMPT + own for own in OWN)
     assert len(each.input_ids) == round_size(tokens)
     assert len(once.input_ids) == round_size(tokens - (len(OWN) - 1) * PROMPT)
@@ -73,15 +73,15 @@ def test_loss_and_gradients_of_a_shared_prefix_equal_pefts_of_whole_rows(variant
 
 def test_transformers_refuses_a_shared_prefix() -> None:
     model = TransformersModel(tiny_model("llama"))
-    with pytest.raises(ValueError, match="shared prefix"):
+    with pytest.raises(ValueError, match="must not share tokens"):
         model.loss(packed(share_prefixes=True))
 
 
-def test_a_filler_follows_the_prefix_and_carries_no_loss() -> None:
-    batch = PackedBatch(torch.arange(20), torch.full((20,), -100), (9, 6), shared_prefix=5)
+def test_a_filler_is_no_document_and_carries_no_loss() -> None:
+    batch = PackedBatch(torch.arange(20), torch.full((20,), -100), (5, 9, 6), (-1, 0, 0))
     filled = filled_up(batch)
-    assert (filled.document_lengths, filled.shared_prefix) == ((9, 6, 12), 5)
-    assert filled.positions[-12:].tolist() == list(range(5, 17))
+    assert (filled.lengths, filled.parents, filled.ends) == ((5, 9, 6, 12), (-1, 0, 0, -1), (1, 2))
+    assert filled.positions[-12:].tolist() == list(range(12))
     assert filled.supervised_tokens == 0
 
 
@@ -89,7 +89,7 @@ def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
     rows = rows_with_a_system_prompt()
     packer = RowPacker(rows, share_prefixes=True)
     every = range(len(rows))
-    given = Rows(packer.lengths, [3] * len(rows), packer.shared)
+    given = Rows(packer.lengths, [3] * len(rows), packer.forest)
     shapes = largest_shapes([every], given, [1, len(rows)])
     assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
     assert shapes[1].tokens == round_size(max(packer.lengths))
@@ -104,12 +104,13 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
     instruction = "answer in json with a list of names and one number for what the user asks and is a list of names: "
     lines = [json.loads(line) for line in tiny.rows.read_text().splitlines()]
     tiny.rows.write_text("".join(json.dumps({**row, "prompt": instruction + row["prompt"]}) + "\n" for row in lines))
-    shared: list[int] = []
-    pack, shared = batches.pack, []
+    shared: list[bool] = []
+    pack = batches.pack
 
     def watched(examples: Iterable[Example], **options: Any) -> PackedBatch:
-        shared.append(options["shared"])
-        return pack(examples, **options)
+        batch = pack(examples, **options)
+        shared.append(bool(batch.parents))
+        return batch
 
     monkeypatch.setattr(batches, "pack", watched)
     opening: list[str] = []
@@ -121,7 +122,7 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
     shared.clear()
     train(tiny.config(tmp_path / "masked", eval_data=(), dropout=0.1))
     assert shared and not any(shared), "dropout draws a mask for each row"
-    monkeypatch.setattr(batches, "shared_tokens", lambda _examples: 0)
+    monkeypatch.setattr(batches, "MIN_SAVED_TOKENS", 1 << 40)
     opening.clear()
     train(tiny.config(tmp_path / "each", eval_data=()), callbacks=[watch])
     assert not any("computed once" in line for line in opening)

@@ -359,7 +359,7 @@ def test_only_what_is_missing_goes_along() -> None:
     kept, _, _ = kept_of(lower, at_once=1000)
     states_of(kept.packed([0, 1]))
     states_of(kept.packed([1, 2], [[0, 3]]))
-    assert lower.seen[1].document_lengths[:2] == (39, 49), "rows 2 and 3"
+    assert lower.seen[1].lengths[:2] == (39, 49), "rows 2 and 3"
 
     def asked() -> Iterator[list[int]]:
         pytest.fail("nothing is missing")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from backhand.data.packing import Forest
 from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
 from backhand.training.config import Recompute
@@ -117,16 +119,28 @@ def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, micro_batches=2, sizes=4, neutral_tokens=30)
 
 
+def _sharing(shared: int, own: int) -> Callable[[Sequence[int]], Forest]:
+    """Rows of so many tokens of their own behind so many that several share."""
+
+    def forest(group: Sequence[int]) -> Forest:
+        if len(group) == 1:
+            return Forest((shared + own,), (), (0,), [])
+        return Forest((shared, *(own,) * len(group)), (-1, *(0,) * len(group)), (), [])
+
+    return forest
+
+
 def test_a_shared_prefix_is_counted_once() -> None:
-    rows = Rows(lengths=[200, 200, 200], supervised=[1] * 3, shared=lambda group: 136 if len(group) > 1 else 0)
+    rows = Rows(lengths=[200, 200, 200], supervised=[1] * 3, forest=_sharing(136, 64))
     shapes = largest_shapes([range(3)], rows, [1, 3])
-    assert (shapes[1].tokens, shapes[1].shared_tokens) == (208, 0)
-    assert (shapes[3].tokens, shapes[3].lengths, shapes[3].shared_tokens) == (336, (64, 64, 64, 8), 136)
+    assert (shapes[1].tokens, shapes[1].lengths, shapes[1].parents) == (208, (200, 8), ())
+    assert (shapes[3].tokens, shapes[3].lengths) == (336, (136, 64, 64, 64, 8))
+    assert shapes[3].parents == (-1, 0, 0, 0, -1)
 
 
 def test_rows_that_share_a_long_prefix_come_together() -> None:
     """As many as their own tokens allow, not as many as they would be without the prefix."""
-    rows = Rows([3100] * 8, [1] * 8, lambda group: 3000 if len(group) > 1 else 0)
+    rows = Rows([3100] * 8, [1] * 8, _sharing(3000, 100))
     apart = Rows([3100] * 8, [1] * 8)
     for given, taken in ((rows, 8), (apart, 1)):
         shapes = largest_shapes([range(8)], given, [1, 2, 4, 8])

@@ -32,7 +32,7 @@ SHAPES = {
     "short-rows": StepShape(160, 60, (40,) * 4),
     "long-row": StepShape(192, 180, (192,)),
     "unlike": StepShape(176, 30, (16, 60, 100)),
-    "shared": StepShape(144, 40, (48,) * 2, 48),
+    "shared": StepShape(144, 40, (48, 32, 16, 30, 18), (-1, 0, 0, -1, 3)),
 }
 PLAIN = LoRAConfig(rank=8)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -161,8 +161,8 @@ def test_a_shape_is_cut_to_whole_documents(shape: StepShape, limit: int) -> None
     cut = shape.cut(limit)
     batch = cut.batch(7, torch.device("cpu"))
     assert len(batch.input_ids) == cut.tokens <= max(limit, 1) and int(batch.input_ids.max()) < 7
-    assert batch.supervised_tokens == cut.supervised_tokens <= shape.supervised_tokens
-    assert cut.shared_tokens + sum(cut.lengths) == cut.tokens
+    assert len(batch.supervised_positions) == cut.supervised_tokens <= shape.supervised_tokens
+    assert sum(cut.lengths) == cut.tokens
     assert cut is shape if shape.tokens <= limit else cut.tokens > limit // 3
 
 

@@ -57,7 +57,7 @@ def test_a_family_hides_nothing(config):
     for name, factor in random_factors(adapter_slots(config, None), draw).items():
         assert (factor != 0).all(), name
     batch = random_batch(config, (9, 5, 1), draw)
-    assert max(batch.document_lengths) > WINDOW
+    assert max(batch.lengths) > WINDOW
     assert 0 < batch.supervised_tokens < len(batch.labels)
 
 

@@ -19,6 +19,7 @@ from backhand.nn.decoder import passes as passes_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
+from backhand.ops.document_groups import Run
 from backhand.verify import blockwise_step
 from backhand.verify import invariances as merged_model
 from backhand.verify.blockwise_step import BlockwiseStep
@@ -237,7 +238,7 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
 
     def leaking(self, batch, rows=None, carried=None):
         return [
-            context._replace(runs=((0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
+            context._replace(runs=(Run(0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
             for context in right(self, batch, rows, carried)
         ]
 
@@ -258,7 +259,8 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     right = BlockwiseStep.context
 
     def unread(self, layer, wanted=None):
-        return right(self, layer, wanted)._replace(shared=0)
+        context = right(self, layer, wanted)
+        return context._replace(runs=tuple(run._replace(before=()) for run in context.runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
     assert exact.proof in _failed(verify(options(models("llama"), rows)))

@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and how they become packed batches, without padding and with a shared prefix only once.
+"""Which rows a step trains on, and how they become packed batches, without padding, what documents share once.
 
     step ── Sampler ──► rows ── micro_batches ──► groups of rows ── RowPacker.packed: pack, filled_up ──► PackedBatch
 
@@ -9,10 +9,12 @@ step; a conversation may become several.)
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from backhand.data.split import random_order
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
-def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(examples: Iterable[Example], *, share: bool = False, device: torch.device | str = "cpu") -> PackedBatch:
     """Documents behind one another, shortest first, so that equal lengths are neighbours.
 
     labels[i] is token i + 1 of the same document where that token is supervised. Attention is causal, so nothing behind
@@ -31,35 +33,28 @@ def pack(examples: Iterable[Example], *, shared: int = 0, device: torch.device |
     no positions at all.
 
     Args:
-        examples: any number, in any order; documents of equal length keep theirs.
-        shared: tokens, none of which predicts a supervised one, with which all of them begin: they stand in the batch
-            once.
+        examples: any number, in any order, which the batch's `ends` keep.
+        share: whether tokens with which several of them begin stand in the batch once, where that saves enough.
         device: where the tensors go.
 
     Returns:
-        input_ids and labels (tokens,) int64, and the length of each document behind what is shared.
-
-    Raises:
-        ValueError: not all documents begin with the same `shared` tokens, or one of these predicts a supervised token.
+        input_ids and labels (tokens,) int64, and the segments that the documents consist of.
     """
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    prefix = np.zeros(0, dtype=np.int64)
-    for example in sorted(examples, key=trained_length):
-        length = trained_length(example)
-        if length:
-            targets = example.input_ids[1 : length + 1].astype(np.int64)
-            beginning = example.input_ids[:shared].astype(np.int64)
-            if example.supervised[: shared + 1].any() or (ids and not np.array_equal(beginning, prefix)):
-                raise ValueError(f"{example.source}: the first {shared} tokens are not shared, or carry loss")
-            prefix = beginning
-            ids.append(example.input_ids[shared:length].astype(np.int64))
-            labels.append(np.where(example.supervised[1 : length + 1], targets, IGNORE_INDEX)[shared:])
+    documents = list(examples)
+    forest = _forest(documents, [trained_length(document) for document in documents], share=share)
+    ids = [np.zeros(0, dtype=np.int64)]
+    labels = [np.zeros(0, dtype=np.int64)]
+    for number, begin, end in forest.sources:
+        example = documents[number]
+        ids.append(example.input_ids[begin:end].astype(np.int64))
+        targets = example.input_ids[begin + 1 : end + 1].astype(np.int64)
+        labels.append(np.where(example.supervised[begin + 1 : end + 1], targets, IGNORE_INDEX))
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([prefix, *ids])).to(device),
-        labels=torch.from_numpy(np.concatenate([np.full_like(prefix, IGNORE_INDEX), *labels])).to(device),
-        document_lengths=tuple(len(document) for document in ids),
-        shared_prefix=len(prefix),
+        input_ids=torch.from_numpy(np.concatenate(ids)).to(device),
+        labels=torch.from_numpy(np.concatenate(labels)).to(device),
+        lengths=forest.lengths,
+        parents=forest.parents,
+        documents=forest.ends,
     )
 
 
@@ -99,44 +94,116 @@ def micro_batches(
     return groups
 
 
-# The shared prefix: what a chat template, a system prompt or an instruction puts before each row.
+# What documents begin with in common: a system prompt, a prompt, the first words of two answers to it.
 #
-# Attention is causal, so rows that begin with the same tokens have the same hidden states there. A micro-batch holds
-# those tokens once (`PackedBatch.shared_prefix`), as long as none of them predicts a supervised token.
+# Attention is causal, so documents that begin with the same tokens have the same hidden states there. A micro-batch
+# holds those tokens once, as a segment that all of them continue (`PackedBatch`). Positions are the same where their
+# tokens and their labels are: a token before which answers part ways predicts another one in each, and stands in each.
 
-# Fewer tokens than this are not worth the copies of keys and values that a shared prefix costs.
 MIN_SAVED_TOKENS = 32
+"""Fewer tokens than this are not worth what a segment costs: copies of keys and values, and gradients to add up."""
 
 
-def common_tokens(examples: Sequence[Example]) -> int:
-    """The length of the longest shared prefix of these examples, none of whose tokens predicts a supervised one."""
-    if not examples:
-        return 0
-    first = examples[0].input_ids
-    common = len(first)
-    for example in examples:
-        # Token i - 1 predicts token i; the first token is never supervised.
-        common = min(common, max(int(example.supervised.argmax()) - 1, 0))
-        # Most rows begin alike, and comparing bytes is faster than searching for the first difference.
-        if example.input_ids[:common].tobytes() != first[:common].tobytes():
-            common = int(np.argmax(example.input_ids[:common] != first[:common]))
-    return common
+class Forest(NamedTuple):
+    """Documents as segments.
+
+    Attributes:
+        lengths, parents, ends: as in `PackedBatch`, where `ends` are `documents`.
+        sources: where each segment's tokens are found: a document, its first position, and the end.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    ends: tuple[int, ...]
+    sources: list[tuple[int, int, int]]
 
 
-def shared_tokens(examples: Sequence[Example]) -> int:
-    """How many tokens these examples are to share in one micro-batch; 0 where that saves too little."""
-    if len(examples) < 2:
-        return 0  # a common case that needs no comparison
-    common = common_tokens(examples)
-    return common if common * (len(examples) - 1) >= MIN_SAVED_TOKENS else 0
+def _forest(documents: Sequence[Example], lengths: Sequence[int], *, share: bool) -> Forest:
+    """Documents of so many positions each: sorted, so that those that begin alike are neighbours, then divided.
+
+    A beginning of some neighbours is a segment where it saves `MIN_SAVED_TOKENS`: its own tokens, behind those of the
+    segment before it, in all documents but one.
+    """
+    there = [number for number, length in enumerate(lengths) if length]
+    together = _alike(documents, there) if share else []
+    alone = sorted({*there}.difference(*together), key=lambda number: (lengths[number], number))
+    found = [(number, 0, lengths[number]) for number in alone]  # of each segment: a document, begin and end
+    parents = [-1] * len(found)
+    end_of = {number: place for place, number in enumerate(alone)}
+    for group in together:
+        order = sorted(group, key=lambda number: _as_bytes(documents[number], lengths[number]))
+        pairs = itertools.pairwise(order)
+        common = [0, *(_common_positions(documents[a], documents[b], min(lengths[a], lengths[b])) for a, b in pairs)]
+        waiting = [(0, len(order), 0, -1)]  # of `order` from … to, who have so many positions in segments up to one
+        while waiting:
+            first, last, done, parent = waiting.pop()
+            depth = min(common[first + 1 : last], default=lengths[order[first]])
+            alone_here = last - first == 1
+            if (alone_here and depth > done) or (depth - done) * (last - first - 1) >= MIN_SAVED_TOKENS:
+                parents.append(parent)
+                found.append((min(order[first:last]), done, depth))
+                done, parent = depth, len(found) - 1
+            if alone_here:
+                end_of[order[first]] = parent
+                continue
+            cuts = [first, *(place for place in range(first + 1, last) if common[place] <= depth), last]
+            waiting += [(begin, end, done, parent) for begin, end in itertools.pairwise(cuts)]
+    return _in_order(found, parents, [end_of.get(number, -1) for number in range(len(documents))])
+
+
+def _alike(documents: Sequence[Example], there: Sequence[int]) -> list[list[int]]:
+    """Those of several that begin with the same tokens, so many as they need to have in common to share any."""
+    if len(there) < 2:
+        return []
+    needed = -(-MIN_SAVED_TOKENS // (len(there) - 1))
+    groups: dict[bytes, list[int]] = {}
+    for number in there:
+        groups.setdefault(documents[number].input_ids[:needed].tobytes(), []).append(number)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _common_positions(one: Example, other: Example, most: int) -> int:
+    """How many positions of two documents, at most so many, have the same tokens and labels."""
+    ids, others = one.input_ids[: most + 1], other.input_ids[: most + 1]
+    supervised, too = one.supervised[1 : most + 1], other.supervised[1 : most + 1]
+    different = ids != others
+    parting = different[:-1] | (supervised != too) | (different[1:] & supervised)
+    return int(parting.argmax()) if parting.any() else most
+
+
+def _in_order(found: list[tuple[int, int, int]], parents: list[int], ends: list[int]) -> Forest:
+    """Segments in the order of a batch: each behind its parent, shortest first, what none continues before the rest."""
+    children: dict[int, list[int]] = {}
+    for number, parent in enumerate(parents):
+        children.setdefault(parent, []).append(number)
+
+    def rank(number: int) -> tuple[bool, int, int]:
+        document, begin, end = found[number]
+        return number in children, end - begin, document
+
+    order: list[int] = []
+    waiting = sorted(children.get(-1, ()), key=rank, reverse=True)
+    while waiting:
+        number = waiting.pop()
+        order.append(number)
+        waiting += sorted(children.get(number, ()), key=rank, reverse=True)
+    place_of = {number: place for place, number in enumerate(order)} | {-1: -1}
+    sources = [found[number] for number in order]
+    continued = tuple(place_of[parents[number]] for number in order)
+    return Forest(
+        tuple(end - begin for _, begin, end in sources),
+        continued if len(children) > 1 else (),
+        tuple(place_of[end] for end in ends),
+        sources,
+    )
 
 
 class RowPacker:
-    """The rows of a run, to be packed into micro-batches with their shared prefix once and a filler at the end.
+    """The rows of a run, to be packed into micro-batches, what documents share once and a filler at the end.
 
     Args:
-        share_prefixes: whether tokens with which all rows of a micro-batch begin stand in it once; not where dropout
-            draws a mask for each row, since their hidden states differ then.
+        share_prefixes: whether tokens with which several documents of a micro-batch begin stand in it once; not where
+            dropout draws a mask for each row, since their hidden states differ then.
 
     Attributes:
         examples: the rows.
@@ -166,45 +233,44 @@ class RowPacker:
         return [place for row in rows for place in self._places[row]]
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
-        """The documents of these rows, and a filler where their tokens are not a round number (`filled_up`)."""
+        """The documents of these rows, and a filler where their tokens are not a round number (`filled_up`).
+
+        The batch's documents are those of `documents`, in their order.
+        """
         documents = [document for row in rows for document in self._documents[row]]
-        return filled_up(pack(documents, shared=self.shared(rows), device=device))
+        return filled_up(pack(documents, share=self._share_prefixes, device=device))
+
+    def forest(self, rows: Sequence[int]) -> Forest:
+        """The segments of these rows' micro-batch, without a filler."""
+        places, whole = self.documents(rows), self.by_document
+        lengths = [whole.lengths[place] for place in places]
+        return _forest([whole.examples[place] for place in places], lengths, share=self._share_prefixes)
 
     @cached_property
     def common(self) -> int:
-        """Tokens with which all rows of the run begin, and which every micro-batch of several of them shares."""
-        return self.shared(range(len(self.lengths)))
-
-    def in_order(self, rows: Iterable[int]) -> list[int]:
-        """Places of these rows' documents as they stand in a micro-batch, without those that have no place in it."""
-        lengths = self.by_document.lengths
-        return sorted((place for place in self.documents(rows) if lengths[place]), key=lengths.__getitem__)
-
-    def document_lengths(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of each document of these rows, what is shared left out."""
-        lengths, shared = self.by_document.lengths, self.shared(rows)
-        return [lengths[place] - shared for place in self.documents(rows)]
-
-    def shared(self, rows: Sequence[int]) -> int:
-        """Tokens with which all documents of these rows begin, and which stand in their micro-batch once."""
-        if not self._share_prefixes:
+        """Positions with which all documents of the run begin; 0 where that saves too little to be kept once."""
+        whole = self.by_document
+        if not self._share_prefixes or len(whole.lengths) < 2:
             return 0
-        return shared_tokens([document for row in rows for document in self._documents[row]])
+        first, common = whole.examples[0], whole.lengths[0]
+        for document, length in zip(whole.examples, whole.lengths, strict=True):
+            common = _common_positions(first, document, min(common, length))
+        return common if common * (len(whole.lengths) - 1) >= MIN_SAVED_TOKENS else 0
 
     def may_share(self, count: int) -> bool:
-        """Whether some micro-batch of at most `count` rows would have a shared prefix, whichever rows come together."""
+        """Whether documents of some micro-batch of at most `count` rows would share tokens, whichever come together."""
         if not self._share_prefixes:
             return False
-        documents = self.by_document.examples
+        documents, lengths = self.by_document.examples, self.by_document.lengths
         count *= max((len(places) for places in self._places), default=1)
         looked_at = 0
         for together in range(2, min(count, len(documents)) + 1):
             needed = -(-MIN_SAVED_TOKENS // (together - 1))
             if needed != looked_at:
                 beginnings = Counter(
-                    document.input_ids[:needed].tobytes()
-                    for document in documents
-                    if common_tokens([document]) >= needed
+                    _as_bytes(document, needed)
+                    for document, length in zip(documents, lengths, strict=True)
+                    if length >= needed
                 )
                 if max(beginnings.values(), default=0) >= together:
                     return True
@@ -213,7 +279,7 @@ class RowPacker:
 
     def positions(self, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch of these rows computes, without a filler."""
-        return self.tokens(rows) - (len(self.documents(rows)) - 1) * self.shared(rows)
+        return sum(self.forest(rows).lengths)
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         """Supervised tokens of these rows."""
@@ -222,6 +288,12 @@ class RowPacker:
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows, each counted as often as it is trained on."""
         return sum(self.lengths[row] for row in rows)
+
+
+def _as_bytes(document: Example, positions: int) -> bytes:
+    """Token and label of each of its first positions: documents that begin alike do so here, and sort together."""
+    ids, supervised = document.input_ids[: positions + 1], document.supervised[1 : positions + 1]
+    return np.stack((ids[:-1], np.where(supervised, ids[1:], IGNORE_INDEX)), axis=1).tobytes()
 
 
 def filled_up(batch: PackedBatch) -> PackedBatch:
@@ -239,7 +311,9 @@ def filled_up(batch: PackedBatch) -> PackedBatch:
         batch,
         input_ids=torch.cat((batch.input_ids, batch.input_ids.new_zeros(missing))),
         labels=torch.cat((batch.labels, batch.labels.new_full((missing,), IGNORE_INDEX))),
-        document_lengths=(*batch.document_lengths, missing),
+        lengths=(*batch.lengths, missing),
+        parents=(*batch.parents, -1) if batch.parents else (),
+        documents=batch.ends,
     )
 
 

@@ -42,7 +42,7 @@ class Completer(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
+        """Whether documents of a batch may share what they begin with."""
         ...
 
     @property

@@ -140,14 +140,19 @@ def loops_take_float64() -> bool:
 
 # Every layer asks for the same ones.
 @functools.lru_cache(maxsize=16)
-def starts_and_lengths(runs: tuple[tuple[int, int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Start and length of each document, (documents,) int64, as kernels take them.
+def segment_table(runs: tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...]) -> Tensor:
+    """Starts, lengths and parents of all segments, (3, segments) int64, as kernels take them; no parent is -1.
 
     Args:
-        runs: (first token, documents behind one another, tokens of each).
+        runs: (first token, segments behind one another, tokens of each, spans of the segments before each).
     """
     import torch
 
-    own = [(first + place * length, length) for first, count, length in runs for place in range(count)]
-    starts, lengths = torch.tensor(own, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    return starts, lengths
+    rows: list[tuple[int, int, int]] = []
+    number_of: dict[int, int] = {}  # by a segment's end
+    for first, count, length, before in runs:
+        parent = number_of[before[-1][1]] if before else -1
+        for start in (first + place * length for place in range(count)):
+            number_of[start + length] = len(rows)
+            rows.append((start, length, parent))
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T.contiguous()

@@ -42,10 +42,10 @@ def supervised_losses(model: nn.Module, batch: PackedBatch, pads: Callable[[], b
 
     Args:
         model: a causal language model of transformers, in evaluation mode, with an adapter or without.
-        batch: documents behind one another, without a shared prefix.
+        batch: documents behind one another, of which none shares anything.
         pads: whether rows of unequal length may stand together, see `why_equal_lengths`; asked where there are some.
     """
-    padded = len(set(batch.document_lengths)) > 1 and pads()
+    padded = len(set(batch.lengths)) > 1 and pads()
     for input_ids, labels in rows_together(batch, padded=padded):
         losses = _losses(model, input_ids, labels)
         if losses is not None:
@@ -75,17 +75,17 @@ def rows_together(batch: PackedBatch, *, padded: bool) -> Iterator[tuple[Tensor,
     """Documents of a batch as (documents, longest) ids and labels, in their order; those without a label are left out.
 
     Args:
-        batch: documents behind one another, without a shared prefix.
+        batch: documents behind one another, of which none shares anything.
         padded: whether neighbours of unequal length may stand together; what is added has no label.
 
     Raises:
-        ValueError: the batch has a shared prefix.
+        ValueError: documents of the batch share tokens.
     """
-    if batch.shared_prefix:
-        raise ValueError("transformers takes each document whole: the batch must not have a shared prefix")
-    ids, labels = batch.input_ids.split(batch.document_lengths), batch.labels.split(batch.document_lengths)
+    if batch.parents:
+        raise ValueError("transformers takes each document whole: those of a batch must not share tokens")
+    ids, labels = batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths)
     supervised = (batch.labels != IGNORE_INDEX).cumsum(0).tolist()
-    ends = torch.tensor(batch.document_lengths).cumsum(0).tolist()
+    ends = torch.tensor(batch.lengths).cumsum(0).tolist()
     counted = [0, *(supervised[end - 1] if end else 0 for end in ends)]
     left = [number for number in range(len(ids)) if counted[number + 1] > counted[number]]
     for group in _groups([len(ids[number]) for number in left], padded=padded):

@@ -5,10 +5,10 @@ For one document of n tokens and one query head (which shares its key/value head
 with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
 elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no query meets a key of another one.
 
-Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a shared
-prefix stands once at the front, attends to itself as a document of its own, and every other document is attended with
-the prefix's K and V before its own: queries at its own positions only. By the chain rule the prefix's ∂L/∂K and ∂L/∂V
-are the sums over all documents that saw it.
+Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a common
+beginning stands once, as a segment that others continue: a segment's queries are its own tokens, its K and V those of
+all segments before it in its documents, then its own. By the chain rule ∂L/∂K and ∂L/∂V of a segment are the sums over
+all that saw it, itself among them.
 
 Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P ⊙ dS)):
     ∂L/∂V = Pᵀ G                                     (n, head_dim), summed over the group
@@ -28,8 +28,8 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula a
 
 Two ways to carry this out, for one group of documents after another (`document_groups`):
 - by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
-- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with no
-  prefix before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
+- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with
+  nothing before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
   float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
   products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
   take the short ones too.
@@ -50,7 +50,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, starts_and_lengths
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, segment_table
 from backhand.ops.attention_blocks import (
     AttentionBlocksGrads,
     AttentionBlocksSaved,
@@ -59,8 +59,10 @@ from backhand.ops.attention_blocks import (
 )
 from backhand.ops.document_groups import (
     Run,
+    continued_end,
     groups,
     keys_of,
+    segments,
     set_keys,
     set_part,
     takes_blocks,
@@ -68,7 +70,7 @@ from backhand.ops.document_groups import (
 )
 
 _HEADS = (POINTER, INT64, INT64)
-_PROBLEM = (POINTER, POINTER, *(INT64,) * 6, DOUBLE, POINTER)
+_PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
 _FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
 _BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
@@ -92,7 +94,6 @@ class AttentionSaved(NamedTuple):
     runs: tuple[Run, ...]
     scaling: float
     window: int | None
-    shared: int = 0
     cap: float | None = None
     sinks: Tensor | None = None
 
@@ -126,7 +127,6 @@ def attention_forward(
     runs: tuple[Run, ...],
     scaling: float,
     window: int | None = None,
-    shared: int = 0,
     cap: float | None = None,
     sinks: Tensor | None = None,
     *,
@@ -138,10 +138,9 @@ def attention_forward(
         q: (tokens, heads, head_dim).
         k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
         v: of k's shape.
-        runs: neighbouring documents of equal length, covering all tokens behind the shared prefix.
+        runs: the segments of all documents, covering all tokens, each behind those it continues.
         scaling: c, the multiplier of query-key products.
         window: a query sees itself and window - 1 tokens before it; None for all before it.
-        shared: tokens at the front with which every document begins.
         cap: κ, which no score exceeds, or None.
         sinks: σ, (heads,), frozen, or None.
         out: of q's shape and dtype, to receive the output, or None.
@@ -151,14 +150,14 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    saved = AttentionSaved(q, k, v, output, _none(wide, q.device), runs, scaling, window, shared, cap, sinks)
+    saved = AttentionSaved(q, k, v, output, _none(wide, q.device), runs, scaling, window, cap, sinks)
     run = loop(_FORWARD, q, k, v) if cap is None else None
     if run is not None:
         problem, _held = _problem(saved)
         _check(run(*_heads(q, k, v, output), *problem))
         return output, saved
     kernels = saved.known_to_kernels
-    attended_together = groups(runs, shared, q, kernels)
+    attended_together = groups(runs, q, kernels)
     kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, kernels))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
@@ -197,7 +196,7 @@ def attention_backward(
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
         again: (tokens, heads, head_dim) to receive O, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scaling, window, shared, cap, sinks = saved
+    q, k, v, output, log_sum_exp, runs, scaling, window, cap, sinks = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
@@ -210,16 +209,16 @@ def attention_backward(
         return grads
     if again is not None:
         if output is None:
-            output, _ = attention_forward(q, k, v, runs, scaling, window, shared, cap, sinks)
+            output, _ = attention_forward(q, k, v, runs, scaling, window, cap, sinks)
         again.copy_(output)
-    # What the documents add to the prefix's gradients; rounded once.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    prefix_k, prefix_v = (torch.zeros(shared, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
+    # What segments add to the gradients of those before them; rounded once.
+    wide, continued = torch.promote_types(q.dtype, torch.float32), continued_end(runs)
+    shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled = 0
     # Attended by the kernel, which keeps none: blocks need none either.
     no_log_sum_exp = log_sum_exp.numel() == 0
     kernels = saved.known_to_kernels
-    for group in groups(runs, shared, q, kernels):
+    for group in groups(runs, q, kernels):
         q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
         g_group = together(d_y, group, zero_behind=True)
         if no_log_sum_exp or takes_blocks(q, group, kernels):
@@ -230,8 +229,8 @@ def attention_backward(
             results = attention_blocks_backward(g_group, in_blocks, out=in_place)
             if in_place is None:
                 set_part(results.d_q, group, grads.d_q)
-                set_keys(results.d_k, group, grads.d_k, prefix_k)
-                set_keys(results.d_v, group, grads.d_v, prefix_v)
+                set_keys(results.d_k, group, grads.d_k, shares_k)
+                set_keys(results.d_v, group, grads.d_v, shares_v)
             continue
         lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
         filled += lse.numel()
@@ -241,8 +240,8 @@ def attention_backward(
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):
             set_part(result.transpose(1, 2), group, gradient)
-    grads.d_k[:shared] += prefix_k
-    grads.d_v[:shared] += prefix_v
+    grads.d_k[:continued] += shares_k
+    grads.d_v[:continued] += shares_v
     return grads
 
 
@@ -256,13 +255,11 @@ def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | 
 
     Without a window, one that reaches further than any document.
     """
-    q, k, runs, shared = saved.q, saved.k, saved.runs, saved.shared
-    starts, lengths = starts_and_lengths(runs)
+    q, k, table = saved.q, saved.k, segment_table(saved.runs)
     reach = q.shape[0] + 1 if saved.window is None else saved.window
     sinks = None if saved.sinks is None else saved.sinks.to(torch.float64).contiguous()
-    where = (starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared)
-    sizes = (q.shape[1], k.shape[1], q.shape[2], reach, saved.scaling)
-    return (*where, *sizes, None if sinks is None else sinks.data_ptr()), sinks
+    sizes = (table.shape[1], q.shape[1], k.shape[1], q.shape[2], reach, saved.scaling)
+    return (table.data_ptr(), *sizes, None if sinks is None else sinks.data_ptr()), sinks
 
 
 def _check(outcome: int) -> None:
@@ -294,24 +291,21 @@ def attention_reference(
     runs: tuple[Run, ...],
     scaling: float,
     window: int | None = None,
-    shared: int = 0,
     cap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The same output, document by document and head by head, with an explicit softmax over visible keys only."""
-    prefix = [] if shared == 0 else [range(shared)]
-    own = [range(first, first + n) for start, count, n in runs for first in range(start, start + count * n, n)]
+    """The same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
     documents = []
     group = q.shape[1] // k.shape[1]
-    for tokens in (*prefix, *own):
-        seen = list(tokens) if tokens.start < shared else [*range(shared), *tokens]
+    for (start, stop), before in segments(runs):
+        seen = [*before, *range(start, stop)]
         visible = torch.ones(len(seen), len(seen), dtype=torch.bool, device=q.device).tril()
         if window is not None:
             visible = visible & ~visible.tril(-window)
-        visible = visible[-len(tokens) :]
+        visible = visible[len(before) :]
         heads = []
         for head in range(q.shape[1]):
-            scores = scaling * q[tokens.start : tokens.stop, head] @ k[seen, head // group].T
+            scores = scaling * q[start:stop, head] @ k[seen, head // group].T
             if cap is not None:
                 scores = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
             scores = scores.masked_fill(~visible, float("-inf"))

@@ -4,12 +4,12 @@
 
 for every channel on its own, w_s the tap for the token s places back. (Stored weights, (channels, 1, J), have the tap
 of the token itself last: w_s is column J-1-s.) Nothing reaches across documents: x_{t-s} is zero before a document's
-begin, or the shared prefix's where there is one, since every document continues it.
+begin. Where documents begin alike, their common beginning is a segment that others continue (`document_groups`).
 
 Backward, w and b being frozen. With G = ∂L/∂y and C = G, or C = G ⊙ φ'(c), φ'(c) = σ + c σ (1 - σ):
     dc_t = Σ_s w_s ⊙ dx_{t-s},   hence   ∂L/∂x_t = Σ_s w_s ⊙ C_{t+s}     (tokens, channels)
-where C_{t+s} is zero behind the document's end: the same taps, read forward in time. A token near the prefix's end is
-read by the first tokens of every document, and its gradient is the sum over all of them.
+where C_{t+s} is zero behind the document's end: the same taps, read forward in time. A token near a segment's end is
+read by the first tokens of every segment that continues it, and its gradient is the sum over all of them.
 
 Saved: x; c is recomputed where SiLU's slope needs it, for J multiplications an element. The kernels
 (native/causal_conv.cpp) read each number once and round each sum once; torch's passes go over tiles of so many tokens
@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, starts_and_lengths
-from backhand.ops.document_groups import Run, spans
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
+from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
 from backhand.ops.elementwise import SiLUSaved, silu_backward
 
 _MATRIX = (POINTER, INT64)
-_PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, POINTER, *(INT64,) * 4)
+_PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
 _FORWARD = Declared("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
 _BACKWARD = Declared("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
 # As in native/causal_conv.cpp: what stands around the convolution, and the most taps.
@@ -48,12 +48,11 @@ class Taps(NamedTuple):
 
 
 class CausalConvSaved(NamedTuple):
-    """x (tokens, channels), the taps, the documents, the shared prefix's tokens, and whether SiLU follows."""
+    """x (tokens, channels), the taps, the documents' segments, and whether SiLU follows."""
 
     x: Tensor
     taps: Taps
     runs: tuple[Run, ...]
-    shared: int
     silu: bool
 
 
@@ -64,26 +63,25 @@ class CausalConvGrads(NamedTuple):
 
 
 def causal_conv_forward(
-    x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0, *, silu: bool = False
+    x: Tensor, taps: Taps, runs: tuple[Run, ...], *, silu: bool = False
 ) -> tuple[Tensor, CausalConvSaved]:
     """Convolve within each document.
 
     Args:
         x: (tokens, channels).
         taps: weight and bias.
-        runs: neighbouring documents of equal length, covering all tokens behind the shared prefix.
-        shared: tokens at the front with which every document begins.
+        runs: the segments of all documents, covering all tokens, each behind those it continues.
         silu: whether y = c σ(c), else y = c.
 
     Returns:
         y (tokens, channels) in x's dtype, and what backward needs.
     """
-    saved = CausalConvSaved(x, taps, runs, shared, silu)
+    saved = CausalConvSaved(x, taps, runs, silu)
     c = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if compiled_conv(WITH_SILU if silu else PLAIN, x, taps, runs, shared, c):
+    if compiled_conv(WITH_SILU if silu else PLAIN, x, taps, runs, c):
         return c, saved
-    for tile in _tiles(x, runs, shared):
-        part = _convolve(x, taps, tile, shared, tile.of(c))
+    for tile in _tiles(x, runs):
+        part = _convolve(x, taps, tile, tile.of(c))
         if silu:
             torch.nn.functional.silu(part, inplace=True)
     return c, saved
@@ -97,20 +95,20 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
         saved: from the forward pass.
         out: (tokens, channels) to receive d_x, or None.
     """
-    x, taps, runs, shared, silu = saved
+    x, taps, runs, silu = saved
     out = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device) if out is None else out
-    if compiled_conv_back(WITH_SILU if silu else PLAIN, d_y, x, taps, runs, shared, out):
+    if compiled_conv_back(WITH_SILU if silu else PLAIN, d_y, x, taps, runs, out):
         return CausalConvGrads(out)
     d_c = d_y
     if silu:
         d_c = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device)
-        for tile in _tiles(x, runs, shared):
-            c = _convolve(x, taps, tile, shared, torch.empty_like(tile.of(x)))
+        for tile in _tiles(x, runs):
+            c = _convolve(x, taps, tile, torch.empty_like(tile.of(x)))
             tile.of(d_c).copy_(silu_backward(tile.of(d_y), SiLUSaved(c)).d_x)
-    return CausalConvGrads(_convolve_back(d_c, taps, runs, shared, out))
+    return CausalConvGrads(_convolve_back(d_c, taps, runs, out))
 
 
-def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, y: Tensor) -> bool:
+def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], y: Tensor) -> bool:
     """Whether the kernel applied; y (tokens, channels) is then filled.
 
     Args:
@@ -118,34 +116,31 @@ def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], share
         x: the input.
         taps: weight and bias.
         runs: the documents.
-        shared: tokens of the prefix.
         y: to receive the result.
     """
     run = loop(_FORWARD, x, *taps, y)
     if run is None or taps.weight.shape[1] > MOST_TAPS:
         return False
-    run(mode, *_problem(x, taps, runs, shared), y.data_ptr(), y.stride(0))
+    run(mode, *_problem(x, taps, runs), y.data_ptr(), y.stride(0))
     return True
 
 
-def compiled_conv_back(
-    mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, d_x: Tensor
-) -> bool:
+def compiled_conv_back(mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> bool:
     """Whether the kernel applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
     run = loop(_BACKWARD, d_y, x, *taps, d_x)
     if run is None or taps.weight.shape[1] > MOST_TAPS:
         return False
     places = (d_y.data_ptr(), d_y.stride(0), d_x.data_ptr(), d_x.stride(0))
-    run(mode, *_problem(x, taps, runs, shared), *places)
+    run(mode, *_problem(x, taps, runs), *places)
     return True
 
 
-def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> tuple[int | None, ...]:
+def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[int | None, ...]:
     """Input, taps and documents as the kernels take them."""
-    (weight, bias), (starts, lengths) = taps, starts_and_lengths(runs)
+    (weight, bias), table = taps, segment_table(runs)
     return (
         *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr()),
-        *(starts.data_ptr(), lengths.data_ptr(), starts.numel(), shared, *weight.shape),
+        *(table.data_ptr(), table.shape[1], *weight.shape),
     )
 
 
@@ -165,45 +160,47 @@ def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = F
     documents, before = seen.shape[:2]
     # The last tokens and the new ones are a document, of which the new ones' part is wanted.
     own = torch.cat([seen, x], dim=1)
-    whole = convolved(own.flatten(0, 1), taps, ((0, documents, own.shape[1]),), 0)
+    whole = convolved(own.flatten(0, 1), taps, (Run(0, documents, own.shape[1]),))
     c = whole.unflatten(0, (documents, own.shape[1]))[:, before:]
     seen.copy_(own[:, x.shape[1] :])
     return torch.nn.functional.silu(c) if silu else c
 
 
-def convolved(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
+def convolved(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
     """c, (tokens, channels), a fresh tensor."""
-    return causal_conv_forward(x, taps, runs, shared)[0]
+    return causal_conv_forward(x, taps, runs)[0]
 
 
-def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
+def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
     """∂L/∂x from ∂L/∂c, (tokens, channels), a fresh tensor."""
-    return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, shared, silu=False)).d_x
+    return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, silu=False)).d_x
 
 
-def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, d_x: Tensor) -> Tensor:
+def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> Tensor:
     """Write ∂L/∂x from ∂L/∂c to d_x, (tokens, channels), and return it."""
-    weight = taps.weight
-    # What the documents add to the prefix's gradient; rounded once.
-    d_prefix = torch.zeros(shared, d_c.shape[1], dtype=torch.promote_types(d_c.dtype, torch.float32), device=d_c.device)
-    for tile in _tiles(d_c, runs, shared):
+    weight, continued = taps.weight, continued_end(runs)
+    # What segments add to the gradients of those before them; rounded once.
+    wide = torch.promote_types(d_c.dtype, torch.float32)
+    shares = torch.zeros(continued, d_c.shape[1], dtype=wide, device=d_c.device)
+    for tile in _tiles(d_c, runs):
         gradients, part = tile.documents(d_c), torch.mul(tile.of(d_c), _tap(weight, 0), out=tile.of(d_x))
         for s in range(1, weight.shape[1]):
             last = min(tile.last, tile.length - s)
             if last > tile.first:
                 part[:, : last - tile.first].addcmul_(gradients[:, tile.first + s : last + s], _tap(weight, s))
-            own, before = _in_prefix(s, tile, shared)
-            if tile.prefixed:
-                d_prefix[before].addcmul_(gradients[:, own].sum(0, dtype=d_prefix.dtype), _tap(weight, s))
-    d_x[:shared] += d_prefix
+            own, before = _before(s, tile)
+            if before:
+                share = gradients[:, own].sum(0, dtype=wide) * _tap(weight, s)
+                shares.index_add_(0, torch.tensor(before, device=d_c.device), share)
+    d_x[:continued] += shares
     return d_x
 
 
 class _Tile(NamedTuple):
-    """Some tokens of some neighbouring documents of one length.
+    """Some tokens of some neighbouring segments of one length.
 
     start: the first document's first token. number: of documents. length: of each. first, last: which tokens of each.
-    prefixed: whether the shared prefix stands before them.
+    before: what stands before each of them.
     """
 
     start: int
@@ -211,7 +208,7 @@ class _Tile(NamedTuple):
     length: int
     first: int
     last: int
-    prefixed: bool
+    before: tuple[Span, ...]
 
     def documents(self, x: Tensor) -> Tensor:
         """x (tokens, channels) of the documents: (number, length, channels)."""
@@ -224,19 +221,18 @@ class _Tile(NamedTuple):
         return self.documents(x)[:, self.first : self.last]
 
 
-def _tiles(x: Tensor, runs: tuple[Run, ...], shared: int) -> Iterator[_Tile]:
-    """All tokens of x (tokens, channels), the shared prefix first: several documents at a time, or a part of one."""
+def _tiles(x: Tensor, runs: tuple[Run, ...]) -> Iterator[_Tile]:
+    """All tokens of x (tokens, channels): several segments at a time, or a part of one."""
     most = max(1, TILE_ELEMENTS // max(x.shape[1], 1)) if x.device.type == "cpu" else max(1, x.shape[0])
-    for start, count, length in ((0, 1, shared), *runs):
-        prefixed = start > 0 and shared > 0
+    for start, count, length, before in runs:
         at_once = max(1, most // max(length, 1))
         for document in range(0, count, at_once):
             there = start + document * length, min(at_once, count - document)
             for first in range(0, length, most):
-                yield _Tile(*there, length, first, min(first + most, length), prefixed)
+                yield _Tile(*there, length, first, min(first + most, length), before)
 
 
-def _convolve(x: Tensor, taps: Taps, tile: _Tile, shared: int, out: Tensor) -> Tensor:
+def _convolve(x: Tensor, taps: Taps, tile: _Tile, out: Tensor) -> Tensor:
     """Write c of a tile to `out`, (number, last - first, channels), and return it."""
     weight, bias = taps
     inputs = tile.documents(x)
@@ -247,8 +243,8 @@ def _convolve(x: Tensor, taps: Taps, tile: _Tile, shared: int, out: Tensor) -> T
         first = max(tile.first, s)
         if first < tile.last:
             out[:, first - tile.first :].addcmul_(inputs[:, first - s : tile.last - s], _tap(weight, s))
-        own, before = _in_prefix(s, tile, shared)
-        if tile.prefixed:
+        own, before = _before(s, tile)
+        if before:
             out[:, own.start - tile.first : own.stop - tile.first].addcmul_(x[before], _tap(weight, s))
     return out
 
@@ -258,23 +254,20 @@ def _tap(weight: Tensor, s: int) -> Tensor:
     return weight[:, weight.shape[1] - 1 - s]
 
 
-def _in_prefix(s: int, tile: _Tile, shared: int) -> tuple[slice, slice]:
-    """Which of a document's tokens in the tile have the token s places back in the prefix, and where that stands."""
-    first = max(tile.first, s - shared)
+def _before(s: int, tile: _Tile) -> tuple[slice, list[int]]:
+    """Which of a segment's tokens in the tile have the token s places back before the segment, and those tokens."""
+    before = tokens_of(tile.before)
+    first = max(tile.first, s - len(before))
     last = max(first, min(s, tile.last))
-    return slice(first, last), slice(shared + first - s, shared + last - s)
+    return slice(first, last), before[len(before) + first - s : len(before) + last - s]
 
 
-def causal_conv_reference(
-    x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0, *, silu: bool = False
-) -> Tensor:
-    """The same y by torch's convolution, document by document, each with the prefix before it."""
+def causal_conv_reference(x: Tensor, taps: Taps, runs: tuple[Run, ...], *, silu: bool = False) -> Tensor:
+    """The same y by torch's convolution, segment by segment, each with all that stands before it."""
     channels, width = taps.weight.shape
     outputs = [x[:0] * taps.weight.sum()]
-    for start, stop in spans(runs, shared):
-        if start == stop:
-            continue
-        own = x[start:stop] if start < shared else torch.cat([x[:shared], x[start:stop]])
+    for (start, stop), before in segments(runs):
+        own = torch.cat([x[before], x[start:stop]])
         padded = torch.nn.functional.pad(own.T[None], (width - 1, 0))
         c = torch.nn.functional.conv1d(padded, taps.weight[:, None], taps.bias, groups=channels)[0].T
         outputs.append(c[len(own) - (stop - start) :])

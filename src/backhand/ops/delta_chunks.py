@@ -18,8 +18,8 @@ from backhand.ops.delta_steps import (
     GatedDeltaRuleSaved,
     Step,
     gather,
+    levels_of,
     scatter,
-    steps_of,
 )
 
 # How many key heads are taken at once, at least one: many small products run at a poor rate, but a step's tensors, of
@@ -124,27 +124,41 @@ def forward_in_chunks(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Te
     """Write o, (tokens, value heads, value width), to `out`; see `gated_delta_rule_forward`."""
     group = saved.v.shape[1] // saved.k.shape[1]
     for part in _head_parts(saved):
-        values = slice(part.start * group, part.stop * group)
-        prefix, documents = steps_of(saved.runs, saved.shared, saved.chunk, saved.v.device)
-        own = None if states is None else states[:, values]
-        begin = _scan(saved, prefix, part, out, None, keep_last=bool(documents)) if saved.shared else None
-        _scan(saved, documents, part, out, begin, states=own)
+        if states is not None:
+            own = states[:, part.start * group : part.stop * group]
+            for level in levels_of(saved.runs, saved.chunk, saved.v.device):
+                _scan(saved, level.steps, part, out, own, own)
+        else:
+            _scan_levels(saved, part, out)
 
 
 def backward_in_chunks(d_y: Tensor, saved: GatedDeltaRuleSaved, grads: GatedDeltaRuleGrads) -> None:
     """Write the gradients of d_y, (tokens, value heads, value width), to `grads`."""
+    levels = levels_of(saved.runs, saved.chunk, d_y.device)
     for part in _head_parts(saved):
-        prefix, documents = steps_of(saved.runs, saved.shared, saved.chunk, d_y.device)
-        kept_prefix: list[_Kept] = []
-        kept: list[_Kept] = []
-        begin = None
-        if saved.shared:
-            begin = _scan(saved, prefix, part, None, None, keep_last=bool(documents), kept=kept_prefix)
-        _scan(saved, documents, part, None, begin, kept=kept)
-        d_state = _scan_back(d_y, saved, kept, part, grads, None)
-        if kept_prefix:
-            d_begin = None if d_state is None else d_state.sum(0, keepdim=True)
-            _scan_back(d_y, saved, kept_prefix, part, grads, d_begin)
+        kept: list[list[_Kept]] = [[] for _ in levels]
+        _scan_levels(saved, part, None, kept)
+        d_ends = None
+        for depth in reversed(range(len(levels))):
+            d_begin, parents = _scan_back(d_y, saved, kept[depth], part, grads, d_ends), levels[depth].parents
+            if parents is not None and d_begin is not None:
+                d_ends = d_begin.new_zeros(levels[depth - 1].segments, *d_begin.shape[1:])
+                d_ends.index_add_(0, parents[kept[depth][0].step.order], d_begin)
+
+
+def _scan_levels(
+    saved: GatedDeltaRuleSaved, part: slice, out: Tensor | None, kept: list[list[_Kept]] | None = None
+) -> None:
+    """Run through all segments, each from the last state of the one that it continues."""
+    levels = levels_of(saved.runs, saved.chunk, saved.v.device)
+    heads = (part.stop - part.start) * (saved.v.shape[1] // saved.k.shape[1])
+    wide = torch.promote_types(saved.v.dtype, torch.float32)
+    sizes, before = (heads, saved.k.shape[2], saved.v.shape[2]), saved.v.new_empty(0)
+    for depth, level in enumerate(levels):
+        begin = None if level.parents is None else before.index_select(0, level.parents)
+        ends = saved.v.new_empty(level.segments, *sizes, dtype=wide) if depth + 1 < len(levels) else None
+        _scan(saved, level.steps, part, out, begin, ends, None if kept is None else kept[depth])
+        before = before if ends is None else ends
 
 
 def _head_parts(saved: GatedDeltaRuleSaved) -> list[slice]:
@@ -152,8 +166,8 @@ def _head_parts(saved: GatedDeltaRuleSaved) -> list[slice]:
     heads, key_width, value_width = saved.k.shape[1], saved.k.shape[2], saved.v.shape[2]
     group = saved.v.shape[1] // heads
     kept = bytes_of_a_head(HeadSizes(heads, group, key_width, value_width), saved.v.dtype, saved.chunk).kept
-    _, documents = steps_of(saved.runs, saved.shared, saved.chunk, saved.v.device)
-    tokens = max((step.documents * step.length for step in documents), default=saved.chunk)
+    levels = levels_of(saved.runs, saved.chunk, saved.v.device)
+    tokens = max((step.documents * step.length for level in levels for step in level.steps), default=saved.chunk)
     on_cpu = saved.v.device.type == "cpu"
     width = group * max(key_width, value_width)
     at_once = heads_at_once(heads, saved.v.shape[0], tokens, width, kept, on_cpu=on_cpu)
@@ -165,32 +179,28 @@ def _scan(
     steps: list[Step],
     part: slice,
     out: Tensor | None,
-    state: Tensor | None,
-    *,
-    states: Tensor | None = None,
-    keep_last: bool = False,
+    begin: Tensor | None,
+    ends: Tensor | None,
     kept: list[_Kept] | None = None,
-) -> Tensor | None:
-    """Run through steps that follow one another; the state behind the last of them if `keep_last`.
+) -> None:
+    """Run through steps that follow one another.
 
     Args:
         saved: the op's inputs.
-        steps: of documents that all begin with `state`.
+        steps: of some documents.
         part: which key heads.
         out: o of all heads, to be written; or None.
-        state: (1, h, r, key width, value width), or None for zero.
-        states: (documents, value heads of the part, …), read at the begin and written at the end; or None.
-        keep_last: whether anybody needs the last state.
+        begin: (documents, value heads of the part, key width, value width), the states before the documents; None for
+            zero.
+        ends: of begin's shape, perhaps begin, to receive those behind them; or None.
         kept: a list to receive what backward needs, or None.
     """
     group = saved.v.shape[1] // saved.k.shape[1]
+    state = None
     for index, step in enumerate(steps):
-        if index == 0 and states is not None:
-            order = step.order
-            state = states.index_select(0, order).unflatten(1, (-1, group))
+        if index == 0 and begin is not None:
+            state = begin.index_select(0, step.order).unflatten(1, (-1, group))
         chunk = _chunk(saved, step, part)
-        if state is not None and state.shape[0] != step.documents:
-            state = state.expand(step.documents, -1, -1, -1, -1)
         solved, read = _solve(chunk, state, reading=out is not None)
         if kept is not None:
             kept.append(_Kept(step, chunk, solved, state))
@@ -200,13 +210,10 @@ def _scan(
                 o.addcmul_(chunk.to_here, read)
             scatter(o.flatten(1, 2), step, out[:, part.start * group : part.stop * group])
         following = steps[index + 1].documents if index + 1 < len(steps) else 0
-        if states is not None or (keep_last and not following):
-            following = step.documents
-        state = _next_state(chunk, solved, state, following)
-        if states is not None and state is not None:
-            states.index_copy_(0, order[: step.documents], state.flatten(1, 2))
-            state = state[: steps[index + 1].documents] if index + 1 < len(steps) else state
-    return state
+        state = _next_state(chunk, solved, state, following if ends is None else step.documents)
+        if ends is not None and state is not None:
+            ends.index_copy_(0, step.order, state.flatten(1, 2))
+            state = state[:following]
 
 
 def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
@@ -277,12 +284,19 @@ def _scan_back(
     kept: list[_Kept],
     part: slice,
     grads: GatedDeltaRuleGrads,
-    d_state: Tensor | None,
+    d_ends: Tensor | None,
 ) -> Tensor | None:
-    """Back through steps that follow one another: from S̄ behind the last to that before the first, None for zero."""
+    """Back through steps that follow one another: S̄ before the first step's documents, None where S is zero there.
+
+    d_ends: S̄ behind each document, by its number; None for zero.
+    """
     group = saved.v.shape[1] // saved.k.shape[1]
     values = slice(part.start * group, part.stop * group)
+    d_state = None
     for step, chunk, solved, state in reversed(kept):
+        if d_ends is not None:
+            here = d_ends.index_select(0, step.order[0 if d_state is None else len(d_state) :])
+            d_state = here if d_state is None else torch.cat([d_state, here])
         g = _of_values(d_y[:, values], step, group, chunk.v.dtype)
         d_qk, d_v, d_decay, d_beta, d_before = _chunk_back(g, chunk, solved, state, d_state)
         for gradient, target in zip(d_qk.split(step.length, dim=2), grads[:2], strict=True):

@@ -3,6 +3,7 @@
 A document's chunks follow one another, but documents are independent: step i takes chunk i of every document that has
 one. Documents stand in order of their length, longest first, so that those with a chunk in the next step are always the
 first ones of this step. What lies behind a document's end is zero, and changes neither its state nor any gradient.
+Where documents begin alike, this holds of the segments of each level of their trees: those behind as many others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.document_groups import Places, Run, spans
+from backhand.ops.document_groups import Places, Run, Span
 
 CHUNK_TOKENS = 64
 
@@ -28,7 +29,6 @@ class GatedDeltaRuleSaved(NamedTuple):
     decay: Tensor
     beta: Tensor
     runs: tuple[Run, ...]
-    shared: int
     chunk: int = CHUNK_TOKENS
 
 
@@ -45,7 +45,7 @@ class GatedDeltaRuleGrads(NamedTuple):
 class Step(NamedTuple):
     """One chunk of each of some documents, (documents, length).
 
-    order: the documents' numbers in the pack, longest first.
+    order: the documents' numbers in their level, longest first.
     start, stride: the first token of the first chunk, and from there to that of the next, where chunks are evenly
     spaced and full, as those of documents of one length: the step is then a view of the tokens.
     places: where they are not; else None.
@@ -59,16 +59,37 @@ class Step(NamedTuple):
     places: Places | None
 
 
-def steps_of(runs: tuple[Run, ...], shared: int, chunk: int, device: torch.device) -> tuple[list[Step], list[Step]]:
-    """The shared prefix's steps, and those of the documents behind it; documents without tokens are in none."""
-    return _steps(runs, shared, chunk, device)
+class Level(NamedTuple):
+    """The steps of segments that continue as many others.
+
+    segments: how many they are. parents: of each, the number of that which it continues in the level before; None in
+    the first one.
+    """
+
+    steps: list[Step]
+    segments: int
+    parents: Tensor | None
 
 
 # Every layer asks for the same steps, forward and backward; a few micro-batches in turn at most.
 @functools.lru_cache(maxsize=4)
-def _steps(runs: tuple[Run, ...], shared: int, chunk: int, device: torch.device) -> tuple[list[Step], list[Step]]:
-    prefix, *documents = spans(runs, shared)
-    return _steps_of([prefix], chunk, device), _steps_of(documents, chunk, device)
+def levels_of(runs: tuple[Run, ...], chunk: int, device: torch.device) -> list[Level]:
+    """The levels, from the segments that begin documents on."""
+    spans: list[list[Span]] = []
+    parents: list[list[int]] = []
+    number_of: dict[int, int] = {}  # by a segment's end
+    for start, count, length, before in runs:
+        while len(spans) <= len(before):
+            spans.append([])
+            parents.append([])
+        for first in (start + place * length for place in range(count)):
+            number_of.setdefault(first + length, len(spans[len(before)]))  # not of an empty one behind
+            spans[len(before)].append((first, first + length))
+            parents[len(before)].append(number_of[before[-1][1]] if before else -1)
+    return [
+        Level(_steps_of(own, chunk, device), len(own), torch.tensor(above, device=device) if depth else None)
+        for depth, (own, above) in enumerate(zip(spans, parents, strict=True))
+    ]
 
 
 def _steps_of(documents: list[tuple[int, int]], chunk: int, device: torch.device) -> list[Step]:

@@ -2,14 +2,16 @@
 
 Attention is computed for (documents, length) at once. Neighbouring documents of one length are a view of the packed
 tokens; short ones of about one length are copied, each with some token of its own repeated behind its end. Causality
-hides what stands there from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient. A prefix that
-all documents share is a document of its own, and its keys and values stand before those of each other document.
+hides what stands there from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient.
+
+Documents that begin alike are a tree of segments (`Run`): the queries of a segment are its own tokens, its keys those
+of all segments before it on the way from the root, then its own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +19,22 @@ from torch import Tensor
 
 from backhand.ops.attention_blocks import ALIGNMENT
 
-# (start token, number of documents, tokens of each): neighbouring documents of equal length.
-Run = tuple[int, int, int]
+Span = tuple[int, int]
+"""First token and end."""
+
+
+class Run(NamedTuple):
+    """Neighbouring segments of equal length that continue the same tokens; each is a document where none continues it.
+
+    start: the first one's first token. number: how many they are. length: tokens of each. before: what stands before
+    them in their documents, segment by segment from the first token on; empty where documents begin.
+    """
+
+    start: int
+    number: int
+    length: int
+    before: tuple[Span, ...] = ()
+
 
 # Groups of fewer tokens go to torch's kernels.
 FEW_TOKENS = 128
@@ -29,14 +45,23 @@ ADDED_SHARE = 0.35
 FLOAT32_BYTES = 4
 
 
-def spans(runs: tuple[Run, ...], shared: int) -> list[tuple[int, int]]:
-    """(first token, end) of the shared prefix, which may be empty, and of each document behind it."""
-    own = [
-        (start + index * length, start + (index + 1) * length)
-        for start, count, length in runs
-        for index in range(count)
+def segments(runs: tuple[Run, ...]) -> list[tuple[Span, list[int]]]:
+    """Every segment, (first token, end), with the tokens before it in its documents."""
+    return [
+        ((start + index * length, start + (index + 1) * length), tokens_of(before))
+        for start, number, length, before in runs
+        for index in range(number)
     ]
-    return [(0, shared), *own]
+
+
+def tokens_of(spans: Iterable[Span]) -> list[int]:
+    """All of their tokens, in order."""
+    return [token for begin, end in spans for token in range(begin, end)]
+
+
+def continued_end(runs: tuple[Run, ...]) -> int:
+    """The end of the last segment that another one continues; 0 where none is."""
+    return max((run.before[-1][1] for run in runs if run.before), default=0)
 
 
 class Places(NamedTuple):
@@ -52,81 +77,76 @@ class Places(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Neighbouring documents attended together as (documents, length); what they hold is `tokens` from `start` on.
+    """Neighbouring segments attended together as (documents, length); what they hold is `tokens` from `start` on.
 
-    places: where its documents do not fill documents · length places; else None.
-    keys: (documents · (before + length),) the token of each key, where `before` tokens of the shared prefix stand
-    before each document; else None.
+    before: what stands before each of them. places: where they do not fill documents · length places; else None.
+    keys: (documents · (tokens before + length),) the token of each key where something stands before; else None.
     """
 
     start: int
     tokens: int
     documents: int
     length: int
-    before: int
+    before: tuple[Span, ...]
     places: Places | None
     keys: Tensor | None
 
 
-def groups(runs: tuple[Run, ...], shared: int, like: Tensor, kernels: bool = True) -> tuple[Group, ...]:
-    """The shared prefix, then the runs, with short ones of about one length together where blocks attend them.
+def groups(runs: tuple[Run, ...], like: Tensor, kernels: bool = True) -> tuple[Group, ...]:
+    """The runs, with short ones of about one length behind the same tokens together where blocks attend them.
 
     kernels: whether torch's kernels can attend: they know neither a cap nor sinks.
-
-    The prefix comes first: its gradients are set before those of the documents that saw it are added.
     """
-    aligned = like.element_size() < FLOAT32_BYTES
-    return _groups(runs, shared, _few_tokens(like, kernels), aligned, like.device)
+    return _groups(runs, _few_tokens(like, kernels), like.element_size() < FLOAT32_BYTES, like.device)
 
 
 # Every layer asks for the same groups, forward and backward; a few micro-batches in turn at most.
 @functools.lru_cache(maxsize=4)
-def _groups(
-    runs: tuple[Run, ...], shared: int, few_tokens: int, aligned: bool, device: torch.device
-) -> tuple[Group, ...]:
+def _groups(runs: tuple[Run, ...], few_tokens: int, aligned: bool, device: torch.device) -> tuple[Group, ...]:
     joined: list[list[Run]] = []
     for run in runs:
-        if joined and _may_join(joined[-1], run):
+        if joined and joined[-1][0].before == run.before and _may_join(joined[-1], run):
             joined[-1].append(run)
         else:
             joined.append([run])
-    found = [_group([(0, 1, shared)], 0, False, device)] if shared else []
+    found: list[Group] = []
     for neighbours in joined:
-        if shared or _tokens(neighbours) >= few_tokens:
-            found.append(_group(neighbours, shared, aligned, device))
+        if neighbours[0].before or _tokens(neighbours) >= few_tokens:
+            found.append(_group(neighbours, aligned, device))
         else:
-            found.extend(_group([run], 0, False, device) for run in neighbours)
+            found.extend(_group([run], False, device) for run in neighbours)
     return tuple(found)
 
 
 def _tokens(runs: Sequence[Run]) -> int:
-    return sum(count * length for _, count, length in runs)
+    return sum(run.number * run.length for run in runs)
 
 
 def _may_join(neighbours: list[Run], run: Run) -> bool:
     runs = [*neighbours, run]
-    longest, documents = max(length for _, _, length in runs), sum(count for _, count, _ in runs)
+    longest, documents = max(run.length for run in runs), sum(run.number for run in runs)
     return longest <= JOINED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(runs)
 
 
-def _group(runs: Sequence[Run], before: int, aligned: bool, device: torch.device) -> Group:
+def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
     """One group, its documents' common length aligned where that adds little."""
-    start, documents, tokens = runs[0][0], sum(count for _, count, _ in runs), _tokens(runs)
-    length = max(longest for _, _, longest in runs)
-    rounded = -(-(before + length) // ALIGNMENT) * ALIGNMENT - before
+    start, documents, tokens = runs[0].start, sum(run.number for run in runs), _tokens(runs)
+    before = tokens_of(runs[0].before)
+    length = max(run.length for run in runs)
+    rounded = -(-(len(before) + length) // ALIGNMENT) * ALIGNMENT - len(before)
     if aligned and length <= JOINED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
         length = rounded
     token_at, places = torch.arange(tokens, device=device), None
     if tokens != documents * length:
-        lengths = torch.tensor([own for _, count, own in runs for _ in range(count)], device=device)
+        lengths = torch.tensor([run.length for run in runs for _ in range(run.number)], device=device)
         inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
         token_at = inside.cumsum(0) - 1
         places = Places(inside.nonzero().squeeze(1), token_at, (~inside).nonzero().squeeze(1))
     keys = None
     if before:
-        prefix = torch.arange(before, device=device).expand(documents, before)
-        keys = torch.cat([prefix, start + token_at.view(documents, length)], dim=1).flatten()
-    return Group(start, tokens, documents, length, before, places, keys)
+        seen = torch.tensor(before, device=device).expand(documents, -1)
+        keys = torch.cat([seen, start + token_at.view(documents, length)], dim=1).flatten()
+    return Group(start, tokens, documents, length, runs[0].before, places, keys)
 
 
 def takes_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
@@ -161,7 +181,7 @@ def keys_of(x: Tensor, group: Group) -> Tensor:
     """k or v of all that the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
     if group.keys is None:
         return together(x, group)
-    documents: Tensor = x.index_select(0, group.keys).unflatten(0, (group.documents, group.before + group.length))
+    documents: Tensor = x.index_select(0, group.keys).unflatten(0, (group.documents, -1))
     return documents
 
 
@@ -174,15 +194,17 @@ def set_part(x: Tensor, group: Group, out: Tensor) -> None:
         torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
 
 
-def set_keys(x: Tensor, group: Group, out: Tensor, prefix: Tensor) -> None:
-    """The same for a gradient of `keys_of`; the shared prefix's part of it is added to `prefix`.
+def set_keys(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
+    """The same for a gradient of `keys_of`; the part of what stands before is added to `shares`.
 
     Args:
         x: (documents, before + length, key/value heads, head_dim).
-        group: of documents that saw the prefix, or no prefix at all.
+        group: of the documents.
         out: (tokens, key/value heads, head_dim).
-        prefix: (before, key/value heads, head_dim), float32 or wider: where the documents' shares add up.
+        shares: (tokens that others continue, key/value heads, head_dim), float32 or wider, where they add up.
     """
-    if group.before:
-        prefix += x[:, : group.before].sum(0, dtype=prefix.dtype)
-    set_part(x[:, group.before :], group, out)
+    place = 0
+    for begin, end in group.before:
+        shares[begin:end] += x[:, place : place + end - begin].sum(0, dtype=shares.dtype)
+        place += end - begin
+    set_part(x[:, place:], group, out)

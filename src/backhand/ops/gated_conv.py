@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from backhand.ops.causal_conv import GATED, Taps, compiled_conv, compiled_conv_back, convolved, convolved_back
-from backhand.ops.document_groups import Run, spans
+from backhand.ops.document_groups import Run, segments
 
 
 class GatedConvSaved(NamedTuple):
-    """bcx (tokens, 3 channels), the taps, the documents, the shared prefix's tokens."""
+    """bcx (tokens, 3 channels), the taps, the documents' segments."""
 
     bcx: Tensor
     taps: Taps
     runs: tuple[Run, ...]
-    shared: int
 
 
 class GatedConvGrads(NamedTuple):
@@ -39,26 +38,23 @@ class GatedConvGrads(NamedTuple):
     d_bcx: Tensor
 
 
-def gated_conv_forward(
-    bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0
-) -> tuple[Tensor, GatedConvSaved]:
+def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[Tensor, GatedConvSaved]:
     """y = C ⊙ conv(B ⊙ x).
 
     Args:
         bcx: [B | C | x] side by side, (tokens, 3 channels).
         taps: weight (channels, J) and bias of the convolution.
         runs: the documents, as in `causal_conv_forward`.
-        shared: tokens at the front with which every document begins.
 
     Returns:
         y (tokens, channels) in bcx's dtype, and what backward needs.
     """
     b, c, x = bcx.chunk(3, dim=-1)
-    saved = GatedConvSaved(bcx, taps, runs, shared)
+    saved = GatedConvSaved(bcx, taps, runs)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if compiled_conv(GATED, bcx, taps, runs, shared, y):
+    if compiled_conv(GATED, bcx, taps, runs, y):
         return y, saved
-    return torch.mul(convolved(b * x, taps, runs, shared), c, out=y), saved
+    return torch.mul(convolved(b * x, taps, runs), c, out=y), saved
 
 
 def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | None = None) -> GatedConvGrads:
@@ -69,27 +65,26 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
         saved: from the forward pass.
         out: (tokens, 3 channels) to receive [d_B | d_C | d_x], or None.
     """
-    bcx, taps, runs, shared = saved
+    bcx, taps, runs = saved
     b, c, x = bcx.chunk(3, dim=-1)
     out = torch.empty_like(bcx) if out is None else out
-    if compiled_conv_back(GATED, d_y, bcx, taps, runs, shared, out):
+    if compiled_conv_back(GATED, d_y, bcx, taps, runs, out):
         return GatedConvGrads(out)
     d_b, d_c, d_x = out.chunk(3, dim=-1)
-    torch.mul(d_y, convolved(b * x, taps, runs, shared), out=d_c)
-    d_z = convolved_back(d_y * c, taps, runs, shared)
+    torch.mul(d_y, convolved(b * x, taps, runs), out=d_c)
+    d_z = convolved_back(d_y * c, taps, runs)
     torch.mul(d_z, x, out=d_b)
     torch.mul(d_z, b, out=d_x)
     return GatedConvGrads(out)
 
 
-def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int = 0) -> Tensor:
+def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
     """The same y token by token, from the sum that defines the convolution."""
     channels, width = taps.weight.shape
     b, c, x = bcx.unflatten(-1, (3, channels)).unbind(1)
     z = b * x
     outputs = [z[:0]]
-    for start, stop in spans(runs, shared):
-        before = list(range(shared)) if start >= shared else []
+    for (start, stop), before in segments(runs):
         places = [*before, *range(start, stop)]
         for t in range(len(before), len(places)):
             seen = z[places[max(0, t - width + 1) : t + 1]]

@@ -27,8 +27,8 @@ E = P ⊙ dP + L ⊙ dL and F = rowsum(Q ⊙ (e^c ⊙ G) Sᵀ) - rowsum(K ⊙ (e
 where the first sum is Σ_{a ≥ i} (rowsum(E) - colsum(E))_a: a difference in which all but what it means cancels, and
 exactly so only where sums are exact. They are taken in float64.
 
-Documents never meet: each begins with a zero state, or with that behind the shared prefix, whose S̄ is then the sum over
-the documents.
+Documents never meet: each begins with a zero state. A segment that others continue (`document_groups`) hands its last
+state to all of them, and its S̄ is the sum over them.
 
 Saved: the inputs. Backward runs the chunks forward again and keeps, until it is through, the state before each chunk, a
 state in `chunk` tokens and never one a token. All in float32 or wider.
@@ -44,17 +44,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, starts_and_lengths
-from backhand.ops.delta_chunks import HeadSizes, backward_in_chunks, forward_in_chunks
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
+from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
-from backhand.ops.document_groups import Run, spans
+from backhand.ops.document_groups import Run, segments
 
 _INPUTS = (POINTER, POINTER, POINTER)
 _OUTPUT = (POINTER, INT64, INT64)
-_WHERE = (POINTER, POINTER, INT64, INT64, POINTER, INT64)
+_WHERE = (POINTER, INT64, POINTER, INT64)
 _FORWARD = Declared("backhand_gated_delta_rule_forward", INT, *_INPUTS, *_OUTPUT, POINTER, *_WHERE)
 _BACKWARD = Declared("backhand_gated_delta_rule_backward", INT, *_INPUTS, *_OUTPUT, POINTER, POINTER, *_WHERE)
-_MEMORY = Declared("backhand_gated_delta_rule_memory", INT, INT, POINTER, INT64, INT64, result=INT64)
+_MEMORY = Declared("backhand_gated_delta_rule_memory", INT, INT, POINTER, POINTER, INT64, result=INT64)
 
 
 def gated_delta_rule_forward(
@@ -64,7 +64,6 @@ def gated_delta_rule_forward(
     decay: Tensor,
     beta: Tensor,
     runs: tuple[Run, ...],
-    shared: int = 0,
     *,
     states: Tensor | None = None,
     chunk: int = CHUNK_TOKENS,
@@ -77,20 +76,19 @@ def gated_delta_rule_forward(
         v: (tokens, value heads, value width); value heads is a multiple of key heads.
         decay: g ≤ 0, (tokens, value heads).
         beta: β, (tokens, value heads).
-        runs: neighbouring documents of equal length, covering all tokens behind the shared prefix.
-        shared: tokens at the front with which every document begins.
+        runs: the segments of all documents, covering all tokens, each behind those it continues.
         states: (documents, value heads, key width, value width), float32 or wider: the states before the first token of
-            each document, overwritten by those behind the last one; for generation, without a shared prefix. None
+            each document, overwritten by those behind the last one; for generation, where none continues another. None
             begins with zeros and forgets the end.
         chunk: tokens of a chunk.
 
     Returns:
         o (tokens, value heads, value width) in v's dtype, and what backward needs.
     """
-    if states is not None and shared:
-        raise ValueError("a shared prefix begins with no state of its own")
+    if states is not None and any(run.before for run in runs):
+        raise ValueError("a segment that continues another begins with no state of its own")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    saved = GatedDeltaRuleSaved(q, k, v, decay, beta, runs, shared, chunk)
+    saved = GatedDeltaRuleSaved(q, k, v, decay, beta, runs, chunk)
     if not _compiled_forward(saved, states, out):
         forward_in_chunks(saved, states, out)
     return out, saved
@@ -157,17 +155,16 @@ class _Problem(NamedTuple):
 
 
 def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -> _Problem:
-    """The documents and the prefix, and as much memory as the kernels need for them."""
-    k, v = saved.k, saved.v
-    starts, lengths = starts_and_lengths(saved.runs)
-    longest = max((length for _, _, length in saved.runs), default=0)
-    group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, max(longest, saved.shared)))
+    """The segments, and as much memory as the kernels need for them."""
+    k, v, table = saved.k, saved.v, segment_table(saved.runs)
+    longest = max((run.length for run in saved.runs), default=0)
+    group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
     sizes = (INT64 * 5)(k.shape[1], group, k.shape[2], v.shape[2], chunk)
     memory_of = loop(_MEMORY, v)
     assert memory_of is not None
-    workers = _workers(k.shape[1] * (1 if saved.shared else starts.numel()))
-    memory = torch.empty(workers * memory_of(backward, sizes, saved.shared, longest), dtype=wide)
-    where = (starts.data_ptr(), lengths.data_ptr(), starts.numel(), saved.shared, memory.data_ptr(), workers)
+    workers = _workers(k.shape[1] * int((table[2] < 0).sum()))
+    memory = torch.empty(workers * memory_of(backward, sizes, table.data_ptr(), table.shape[1]), dtype=wide)
+    where = (table.data_ptr(), table.shape[1], memory.data_ptr(), workers)
     return _Problem(sizes, where, memory)
 
 
@@ -175,44 +172,23 @@ def _workers(tasks: int) -> int:
     return max(1, min(torch.get_num_threads(), tasks))
 
 
-def bytes_in_loops(
-    sizes: HeadSizes, longest: int, dtype: torch.dtype, chunk: int = CHUNK_TOKENS, *, shared: int = 0
-) -> int | None:
-    """What the backward's compiled kernels work in at most, or None where torch's form does: an area for each thread.
-
-    Args:
-        sizes: of the rule's heads.
-        longest: tokens of the longest document, with what is shared before it.
-        dtype: of v.
-        chunk: tokens of a chunk.
-        shared: of these tokens, what is shared.
-    """
-    memory_of = loop(_MEMORY, torch.empty(0, dtype=dtype))
-    if memory_of is None:
-        return None
-    own = longest - shared
-    numbers: int = memory_of(True, (INT64 * 5)(*sizes, max(1, min(chunk, max(own, shared)))), shared, own)
-    return torch.get_num_threads() * numbers * torch.promote_types(dtype, torch.float32).itemsize
-
-
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: tuple[Run, ...], shared: int = 0
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: tuple[Run, ...]
 ) -> Tensor:
     """The same o by the recurrence, token by token, in float32 or wider."""
     wide = torch.promote_types(v.dtype, torch.float32)
     group = v.shape[1] // k.shape[1]
     q, k = (x.to(wide).repeat_interleave(group, dim=1) for x in (q, k))
-    begin = torch.zeros(*k.shape[1:], v.shape[2], dtype=wide, device=v.device)
+    behind = {-1: torch.zeros(*k.shape[1:], v.shape[2], dtype=wide, device=v.device)}  # by the last token
     outputs = [v.to(wide)[:0]]
     # Apart, since the gradient of indexing a tensor is as large as the tensor, for each token.
     q_t, k_t, v_t, retained, rates = (x.unbind() for x in (q, k, v.to(wide), decay.to(wide).exp(), beta.to(wide)))
-    for start, stop in spans(runs, shared):
-        state = begin
+    for (start, stop), before in segments(runs):
+        state = behind[before[-1] if before else -1]
         for t in range(start, stop):
             state = state * retained[t][:, None, None]
             predicted = torch.einsum("hkv,hk->hv", state, k_t[t])
             state = state + torch.einsum("hk,hv->hkv", k_t[t], rates[t][:, None] * (v_t[t] - predicted))
             outputs.append(torch.einsum("hkv,hk->hv", state, q_t[t])[None])
-        if start == 0 and stop == shared:
-            begin = state
+        behind[stop - 1] = state
     return torch.cat(outputs).to(v.dtype)

@@ -49,7 +49,7 @@ class Trainable(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
+        """Whether documents of a batch may share what they begin with."""
         ...
 
     def attach(self, lora: LoRAParameters) -> None:
@@ -208,7 +208,7 @@ class Engine(Protocol):
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether batches may have a shared prefix."""
+        """Whether documents of a batch may share what they begin with."""
         ...
 
     @property

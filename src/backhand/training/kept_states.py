@@ -4,10 +4,12 @@
 
 Nothing below c is trained and no dropout is drawn there, so x of a row is the same in every epoch. In a packed batch a
 document is computed by itself in every op; what it is packed with decides nothing but the number of rows of the matrix
-products. Where these give each row the same bits whatever their number, and attention the same whatever stands in front
-as shared prefix, x is a function of the row alone, to the bit, and may be put together from the rows of any batches:
+products. Where these give each row the same bits whatever their number, and attention the same into whatever segments a
+document is divided, x is a function of the row alone, to the bit, and may be put together from rows of any batches:
 
-    x(batch) = [x(row_1)[:shared] | x(row_1)[shared:] | x(row_2)[shared:] | … | 0 for the filler]
+    x(batch) = [x(row of segment 1)[its positions] | x(row of segment 2)[its positions] | … | 0 for the filler]
+
+Of the rows that share a segment, any will do.
 
 The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
 rows. So the products of each number of tokens are compared with those of the usual number before it is first used
@@ -178,7 +180,8 @@ class KeptStates:
         batch = self._rows.packed(rows, "cpu")
         if self._store is None or not self._agrees(batch):
             return batch
-        rows = self._rows.in_order(rows)  # from here on each document is one
+        # From here on each document is one, as they stand in the batch's `ends`.
+        rows = [row for row in self._rows.documents(rows) if self._packer.lengths[row]]
         kept = {row: self._store.get(self._first + row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
         beginning = self._kept_beginning()
@@ -226,7 +229,7 @@ class KeptStates:
         if len(wanted) == len(missing):
             return None
         together = self._packer.packed(wanted, "cpu")
-        return (self._packer.in_order(wanted), together) if self._keeps(together) else None
+        return (wanted, together) if self._keeps(together) else None
 
     def _agrees(self, batch: PackedBatch) -> bool:
         """Whether products of the batch's size give a row the bits that it has in other batches."""
@@ -247,37 +250,33 @@ class KeptStates:
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
-        """The states of these rows, in the batch's order, (tokens, hidden); they are put into the store."""
-        store, g, shared = self._store, self._beginning, batch.shared_prefix
+        """The states of the batch, whose documents these rows are, (tokens, hidden); theirs are put into the store."""
+        store, g, starts = self._store, self._beginning, batch.starts
         assert store is not None
         states = self._model.entering(batch, self._layer)
         beginning = self._first + len(self._packer.lengths)
-        if g and store.get(beginning) is None:
-            store.put(beginning, states[:g])  # of the shared prefix, which is no shorter, or of the first row
-        place = shared
-        for row in rows:
-            own = self._packer.lengths[row] - shared
-            parts = [states[min(g, shared) : shared], states[place + max(0, g - shared) : place + own]]
-            store.put(self._first + row, torch.cat(parts))
-            place += own
+        for row, end in zip(rows, _ends(batch), strict=True):
+            own = torch.cat([states[starts[one] : starts[one + 1]] for one in batch.path(end)])
+            if g and store.get(beginning) is None:
+                store.put(beginning, own[:g])
+            store.put(self._first + row, own[g:])
         return states
 
     def _joined(
         self, batch: PackedBatch, rows: Sequence[int], kept: dict[int, Tensor | None], beginning: Tensor | None
     ) -> Tensor | None:
         """The states of the batch, (tokens, hidden), from those of its rows; None where some are not there."""
-        g, shared = self._beginning, batch.shared_prefix
-        parts: list[Tensor] = []
-        for place, row in enumerate(rows):
+        g, parts = self._beginning, dict[int, list[Tensor]]()
+        for row, end in zip(rows, _ends(batch), strict=True):
             own = kept[row]
             if own is None:
                 return None
-            if beginning is not None and (place == 0 or not shared):
-                parts.append(beginning)
-            parts.append(own if place == 0 else own[max(0, shared - g) :])
-        width, there = parts[0].shape[1], sum(part.shape[0] for part in parts)
-        parts.append(parts[0].new_zeros(batch.input_ids.shape[0] - there, width))
-        return torch.cat(parts)
+            for one in batch.path(end):
+                first, last = batch.begins[one], batch.begins[one] + batch.lengths[one]
+                before = [] if beginning is None else [beginning[first:last]]
+                parts.setdefault(one, [*before, own[max(0, first - g) : max(0, last - g)]])
+        states = torch.cat([part for one in sorted(parts) for part in parts[one]])
+        return torch.cat([states, states.new_zeros(batch.input_ids.shape[0] - states.shape[0], states.shape[1])])
 
     def _compared(self, batch: PackedBatch, states: Tensor, there: int) -> Tensor:
         """The states that the batch comes to now; those of its first `there` positions are held against the kept ones.
@@ -307,6 +306,11 @@ class KeptStates:
 
 _LOOK_EVERY = 32
 """Of the batches that are put together the 1st, 32nd, 1024th … is computed as well."""
+
+
+def _ends(batch: PackedBatch) -> list[int]:
+    """The segment that each document ends with, of those with positions."""
+    return [end for end in batch.ends if end >= 0]
 
 
 def _bits(states: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from backhand.training.step import Processes, left_sum
 
 
 class _Packed(NamedTuple):
-    """Rows by their numbers and as they stand in the batch, and the batch."""
+    """Rows by their numbers, their documents, and the batch."""
 
     rows: Sequence[int]
     examples: list[Example]
@@ -71,15 +71,15 @@ class HeldOut:
         """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
         for _, examples, batch in self._packed(model.shares_prefixes):
             losses = model.token_losses(batch.to(model.device)).cpu()
-            counts = [int(example.supervised.sum()) for example in examples]
-            yield from zip(examples, losses.split(counts), strict=True)
+            documents = zip(examples, losses.split(batch.document_tokens), strict=True)
+            yield from ((example, own) for example, own in documents if own.numel())
 
     def _packed(self, share_prefixes: bool) -> list[_Packed]:
         if not self._batches:
             packer = RowPacker(self._examples, share_prefixes=share_prefixes)
             groups = micro_batches(range(len(self._examples)), packer.lengths, max_rows=self._micro_batch_rows)
             for group in groups:
-                examples = [packer.by_document.examples[place] for place in packer.in_order(group)]
+                examples = [packer.by_document.examples[place] for place in packer.documents(group)]
                 self._batches.append(_Packed(group, examples, packer.packed(group, "cpu")))
         return self._batches
 

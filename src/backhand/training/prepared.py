@@ -348,7 +348,7 @@ def _shapes(
 
 def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
     supervised = [packer.supervised_tokens([row]) for row in range(len(examples))]
-    return Rows(packer.lengths, supervised, packer.shared, packer.document_lengths)
+    return Rows(packer.lengths, supervised, packer.forest)
 
 
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.

@@ -149,7 +149,7 @@ class TransformersModel:
         total = torch.zeros((), dtype=torch.float64)
         with _dropout(self._injected(), dropout_seed, self.device), torch.enable_grad():
             if token_loss is not None:
-                log_p = -joined(self._losses(batch), self.device)
+                log_p = -batch.of_documents(joined(self._losses(batch), self.device))
                 loss, d_log_p = token_loss(log_p.detach())
                 if log_p.requires_grad:
                     log_p.backward((loss_scaling * d_log_p).to(log_p.dtype))
@@ -170,8 +170,8 @@ class TransformersModel:
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, in the order of the positions."""
-        return joined(self._losses(batch), self.device)
+        """(supervised tokens,) losses in nats, document by document."""
+        return batch.of_documents(joined(self._losses(batch), self.device))
 
     def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:
         return supervised_losses(self.model, batch, lambda: self.why_equal_lengths is None)
@@ -188,7 +188,7 @@ class TransformersModel:
         return torch.cat(
             [
                 self._logits(input_ids[start : start + count * length].view(count, length)).flatten(0, 1)
-                for start, count, length in document_runs(lengths)
+                for start, count, length, _ in document_runs(lengths)
             ]
         )
 

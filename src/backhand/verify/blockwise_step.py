@@ -128,16 +128,18 @@ class BlockwiseStep:
             factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
         normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
         head, loss = float64_dense(weights.head), None
-        multiplier: float | Tensor = self.loss_scaling
+        times = self.batch.weights
+        multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
         if self.pair_loss is not None:
             nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
-            loss, d_log_p = self.pair_loss.token_loss(-nats)
-            multiplier = -self.loss_scaling * d_log_p
+            loss, d_log_p = self.pair_loss.token_loss(-self.batch.of_documents(nats))
+            multiplier = -self.loss_scaling * self.batch.at_positions(d_log_p)
         losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
         if grads.d_lora_A is not None and grads.d_lora_B is not None:
             self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
             self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
-        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, losses.sum() if loss is None else loss
+        loss = self.batch.of_documents(losses).sum() if loss is None else loss
+        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, loss
 
     @torch.no_grad()
     def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
@@ -185,7 +187,6 @@ class BlockwiseStep:
             Scratch(),
             queries,
             wanted,
-            self.batch.shared_prefix,
             layer,
             self.carried,
         )

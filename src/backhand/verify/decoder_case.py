@@ -142,6 +142,7 @@ def decoder_case(
     *,
     documents: tuple[int, ...] = DOCUMENTS,
     shared: int = 0,
+    parents: tuple[int, ...] = (),
     recompute: str = "none",
     supervised: bool = True,
     **of: Any,
@@ -150,7 +151,8 @@ def decoder_case(
 
     Args:
         family: as in `family_of`.
-        documents, shared: lengths of the documents and of the prefix that they share, tokens.
+        documents, parents: the segments, as in `PackedBatch`.
+        shared: tokens of one more segment, which all of them continue.
         recompute: as in a run.
         supervised: False masks every label.
         of: fields of `Trained`.
@@ -158,7 +160,9 @@ def decoder_case(
     draw = Draw(f"{seed}: {name}")
     config, what = family_of(family), Trained(**of)
     trained, slots = what.tensors(config), what.slots(config)
-    batch = random_batch(config, documents, draw, shared)
+    if shared:
+        documents, parents = (shared, *documents), (-1, *(0,) * len(documents))
+    batch = random_batch(config, documents, draw, parents)
     if not supervised:
         batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
     weights = random_weights(config, draw)

@@ -1,7 +1,7 @@
 """What must not change the result, measured on a model and its rows in the dtype that training uses.
 
 - packed = unpacked: documents in one batch, or each in its own;
-- shared prefix = a prefix in each row: the tokens with which all documents begin computed once, or in each of them;
+- shared prefix = a prefix in each row: the tokens with which documents begin alike computed once, or in each of them;
 - accumulated = one batch: the same documents in several micro-batches;
 - recomputed = kept: `recompute` none, mlp and block.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import common_tokens, pack
+from backhand.data.packing import pack
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
@@ -55,11 +55,11 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         statement, how = "packed = unpacked, gradient", f"{len(examples)} documents in one batch, and one by one"
         yield _same(f"{statement}, float64", _exact_gradient(decoder, one_by_one), exact, FLOAT64_BOUND, how)
         yield _same(statement, _gradient(decoder, one_by_one), together, bound)
-        shared = common_tokens(examples) if decoder.shares_prefixes else 0
-        if shared:
-            once = pack(examples, shared=shared, device=decoder.device)
+        once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
+        saved = len(whole.input_ids) - len(once.input_ids)
+        if saved:
             statement = "shared prefix = a prefix in each row, gradient"
-            how = f"the first {shared} tokens of each computed once"
+            how = f"{saved} of {len(whole.input_ids)} tokens not computed again"
             yield _same(f"{statement}, float64", _exact_gradient(decoder, [once]), exact, FLOAT64_BOUND, how)
             yield _same(statement, _gradient(decoder, [once]), together, bound)
         parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
@@ -176,7 +176,7 @@ def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     assert lora is not None
 
     def logits() -> Tensor:
-        return decoder.logits(batch.input_ids, batch.document_lengths).double()
+        return decoder.logits(batch.input_ids, batch.lengths).double()
 
     adapted = logits()
     decoder.detach()

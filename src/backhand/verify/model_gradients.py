@@ -211,7 +211,7 @@ class GradientProofs:
                 layer,
                 reference_weights,
                 step.decoder.config,
-                step.batch.document_lengths,
+                step.batch.lengths,
                 self._adapter(leaves),
                 wanted,
                 carried := self._reference_carried(layer, leaves),

@@ -69,11 +69,11 @@ def reference_loss(
 
     Args:
         weights: every frozen tensor by its Hugging Face name, all in one dtype.
-        batch: the packed documents; a prefix that they share is computed for each of them.
+        batch: the packed documents; what they share is computed for each of them.
         adapter: its factors in the dtype of the weights.
-        of_nats: another loss of the supervised positions' nats, (supervised,).
+        of_nats: another loss of the nats of the documents' supervised tokens, (supervised,).
     """
-    batch = _whole_documents(batch)
+    batch = batch.whole()
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
@@ -81,21 +81,8 @@ def reference_loss(
     for layer in range(layers):
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
-        x = reference_block(x, layer, weights, config, batch.document_lengths, adapter, wanted, carried)
+        x = reference_block(x, layer, weights, config, batch.lengths, adapter, wanted, carried)
     return reference_head(x, weights, config, batch.labels, adapter, of_nats)
-
-
-def _whole_documents(batch: PackedBatch) -> PackedBatch:
-    """The same documents, each with the shared prefix in it."""
-    shared = batch.shared_prefix
-    if not shared:
-        return batch
-    lengths = list(batch.document_lengths)
-    parts = [
-        torch.cat([piece for own in tokens[shared:].split(lengths) for piece in (tokens[:shared], own)] or [tokens[:0]])
-        for tokens in (batch.input_ids, batch.labels)
-    ]
-    return PackedBatch(parts[0], parts[1], tuple(shared + length for length in lengths))
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:

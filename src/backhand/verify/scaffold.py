@@ -18,13 +18,15 @@ must get one. The standard mutants of every gradient are added.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from backhand.nn.batch import document_runs
+from backhand.ops.document_groups import Run
 from backhand.ops.registry import op_module
 from backhand.verify.case import (
     Backward,
@@ -54,10 +56,49 @@ SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
 """Options that leave out a gradient when they are False, and whose."""
 
 PACKED: dict[str, Function] = {
-    "runs": lambda documents, shared: document_runs(documents, shared),  # noqa: PLW0108 - by these names
-    "tokens": lambda documents, shared: shared + sum(documents),
+    "runs": lambda documents, parents: document_runs(documents, parents),  # noqa: PLW0108 - by these names
+    "tokens": lambda documents: sum(documents),  # noqa: PLW0108 - likewise
 }
-"""What is made of the lengths of packed documents and of the prefix that they share."""
+"""What is made of the lengths of packed documents, or of their segments and parents."""
+
+
+class Placed(NamedTuple):
+    """Where packed tokens stand to one another; the matrices are (tokens, tokens).
+
+    position: (tokens,) of each in its documents. held: whether the second is in the first's segment, or before it.
+    beside: whether the two continue the same segment side by side. once: as `held`, but of several segments that
+    continue one by the first alone.
+    """
+
+    position: Tensor
+    held: Tensor
+    beside: Tensor
+    once: Tensor
+
+
+def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:
+    """Of the tokens of these segments."""
+    spans = [
+        ((start, start + run.length), run.before)
+        for run in runs
+        for start in range(run.start, run.start + run.number * run.length, run.length)
+    ]
+    tokens = spans[-1][0][1] if spans else 0
+    position = torch.zeros(tokens, dtype=torch.int64)
+    held, beside, once = (torch.zeros(tokens, tokens, dtype=torch.bool) for _ in range(3))
+    first: dict[tuple[int, int], tuple[int, int]] = {}
+    for own, before in spans:
+        rows = slice(*own)
+        position[rows] = sum(end - begin for begin, end in before) + torch.arange(own[1] - own[0])
+        path = (*before, own)
+        held[rows, rows] = once[rows, rows] = True
+        for above, below in itertools.pairwise(path):
+            held[rows, slice(*above)] = True
+            once[rows, slice(*above)] = first.setdefault(above, below) == below
+        for other, behind in spans:
+            if other != own and before and behind == before:
+                beside[rows, slice(*other)] = True
+    return Placed(*(x.to(device) for x in (position, held, beside, once)))
 
 
 class Given(dict[str, Any]):

@@ -354,13 +354,13 @@ def random_factors(slots: dict[str, LoRASlot], draw: Draw) -> Tensors:
 
 
 def random_batch(
-    config: DecoderConfig, document_lengths: tuple[int, ...], draw: Draw, shared_prefix: int = 0
+    config: DecoderConfig, lengths: tuple[int, ...], draw: Draw, parents: tuple[int, ...] = ()
 ) -> PackedBatch:
-    """Random documents, about a third of their positions without loss, the last one of each and the prefix always."""
-    input_ids = draw.integers(config.vocab_size, shared_prefix + sum(document_lengths))
-    labels = [torch.full_like(input_ids[:shared_prefix], IGNORE_INDEX)]
-    for document in input_ids[shared_prefix:].split(list(document_lengths)):
-        targets = torch.full_like(document, IGNORE_INDEX)
-        targets[:-1] = document[1:]
-        labels.append(targets.masked_fill(draw.integers(3, len(document)) == 0, IGNORE_INDEX))
-    return PackedBatch(input_ids, torch.cat(labels), document_lengths, shared_prefix)
+    """Random segments, about a third of their positions without loss, and always the last one of each."""
+    input_ids = draw.integers(config.vocab_size, sum(lengths))
+    labels = [input_ids[:0]]
+    for segment in input_ids.split(list(lengths)):
+        targets = torch.full_like(segment, IGNORE_INDEX)
+        targets[:-1] = segment[1:]
+        labels.append(targets.masked_fill(draw.integers(3, len(segment)) == 0, IGNORE_INDEX))
+    return PackedBatch(input_ids, torch.cat(labels), lengths, parents)

@@ -28,4 +28,32 @@ class Arena {
   size_t bytes_, used_ = 0;
 };
 
+// Numbers, or structs of them, one behind the other; a std::vector that needs no C++ library where it is loaded.
+template <class T>
+class List {
+ public:
+  List() = default;
+  List(int64_t count, T value) {
+    for (int64_t i = 0; i < count; ++i) push_back(value);
+  }
+  ~List() { std::free(data_); }
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* data() const { return data_; }
+  int64_t size() const { return size_; }
+  void push_back(T value) {
+    if (size_ == room_) {
+      room_ = room_ * 2 + 64;
+      data_ = static_cast<T*>(std::realloc(data_, static_cast<size_t>(room_) * sizeof(T)));
+      if (data_ == nullptr) std::abort();  // a few numbers for each segment or token
+    }
+    data_[size_++] = value;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0, room_ = 0;
+};
+
 }  // namespace

@@ -1,14 +1,15 @@
 // Causal grouped-query attention over packed documents, forward and backward: the formulas of ops/attention.py.
 //
-// One task is one document and one key/value head with the query heads that share it (or one of these, where tasks are
+// One task is one segment and one key/value head with the query heads that share it (or one of these, where tasks are
 // few). It packs the keys and values once, then takes block by block of queries: the block's scores against all keys
 // that it sees, their softmax, and the products that follow, while all of it lies in the second-level cache. Keys
 // behind the block's last query, and before its window, are never multiplied. The backward normalises P afresh and
 // works on transposed blocks (keys, queries), so that every product finds its operands as packed, and sums over keys
 // run down the lanes. Where it is asked to, it gives O once more from the same P, for one product in six.
 //
-// Results do not depend on the number of threads: each task writes places of its own, and what several add up (the
-// shared prefix's ∂L/∂K and ∂L/∂V, and those of a group whose heads are tasks) goes to buffers, added in a fixed order.
+// Results do not depend on the number of threads: each task writes places of its own, and what several add up (∂L/∂K and
+// ∂L/∂V of segments that others continue, and those of a group whose heads are tasks) goes to buffers, added in a fixed
+// order.
 #include <algorithm>
 #include <cstdlib>
 
@@ -120,69 +121,102 @@ struct Forward {
 
 // ------------------------------------------------------------------------------------------------------------ tasks
 
-// Which documents and heads one task takes; documents -1 is the shared prefix as a document of its own.
-struct Task {
-  int64_t first_document, last_document, kv_head, first_head, last_head, buffer;
-};
-
-constexpr int64_t FEW_TASKS = 8, MOST_CHUNKS = 8;
+constexpr int64_t FEW_TASKS = 8, MOST_PIECES = 8;
 constexpr int64_t SPLIT_BYTES = int64_t{1} << 28;
-
-inline int64_t longest(const Shape& shape) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < shape.documents; ++i) most = std::max(most, shape.lengths[i]);
-  return most + shape.shared;
-}
 
 template <class Op, class T>
 int forward(const Forward<Op, T>& run) {
   const Shape& shape = run.shape;
-  const int64_t first = shape.shared > 0 ? -1 : 0, documents = shape.documents - first;
-  const int64_t parts = documents * shape.kv_heads < FEW_TASKS ? shape.group() : 1;
+  const Documents documents(shape.segments);
+  const int64_t count = shape.segments.count;
+  const int64_t parts = count * shape.kv_heads < FEW_TASKS ? shape.group() : 1;
   const int64_t heads = shape.group() / parts;
-  const size_t bytes = run.scratch(longest(shape));
+  const size_t bytes = run.scratch(documents.longest());
   std::atomic<bool> enough{true};
-  by_turns(documents * shape.kv_heads * parts, [&](std::atomic<int64_t>& next) {
+  by_turns(count * shape.kv_heads * parts, [&](std::atomic<int64_t>& next) {
     Arena arena(bytes);
     if (!arena.there()) {
       enough = false;
       return;
     }
     const Tiles tiles;
-    for (int64_t task = next++; task < documents * shape.kv_heads * parts; task = next++) {
+    for (int64_t task = next++; task < count * shape.kv_heads * parts; task = next++) {
       const int64_t kv_head = task / parts % shape.kv_heads, head = kv_head * shape.group() + task % parts * heads;
-      run.task(document(shape, first + task / parts / shape.kv_heads), kv_head, head, head + heads, arena);
+      run.task(documents[task / parts / shape.kv_heads], kv_head, head, head + heads, arena);
     }
   });
   return enough ? 0 : 1;
 }
 
+// Neighbouring segments of one tree that a task takes. It adds up ∂L/∂K and ∂L/∂V of the tree's continued segments, of
+// so many rows, in a buffer of its own; so many rows of buffers stand before it.
+struct Piece {
+  int64_t first, last, rows, place;
+};
+
+// A token of a continued segment, its row in the buffers, and the pieces of its tree.
+struct Continued {
+  int64_t token, row, first_piece, last_piece;
+};
+
+struct Plan {
+  List<Piece> pieces;
+  List<Continued> continued;
+  List<int64_t> row_of;  // of each token, -1 where nothing continues its segment
+  int64_t rows = 0;      // of all buffers
+
+  explicit Plan(const Segments& segments) {
+    int64_t trees = 0;
+    for (int64_t i = 0; i < segments.count; ++i) {
+      trees += segments.parent(i) < 0 && segments.continued(i);
+      while (row_of.size() < segments.start(i) + segments.length(i)) row_of.push_back(-1);
+    }
+    for (int64_t first = 0, last; first < segments.count; first = last) {
+      last = segments.tree_end(first);
+      // Few trees: several tasks for each.
+      const int64_t count = std::min(last - first, std::max<int64_t>(1, MOST_PIECES / std::max<int64_t>(trees, 1)));
+      const int64_t piece = pieces.size();
+      int64_t own = 0;
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; segments.continued(i) && j < segments.length(i); ++j) {
+          row_of[segments.start(i) + j] = own;
+          continued.push_back({segments.start(i) + j, own++, piece, piece + count});
+        }
+      for (int64_t j = 0; j < count; ++j) {
+        pieces.push_back({first + (last - first) * j / count, first + (last - first) * (j + 1) / count, own, rows});
+        rows += own;
+      }
+    }
+  }
+};
+
 template <class Op, class T>
 int backward(const Backward<Op, T>& run) {
   typedef typename Op::Sum C;
   const Shape& shape = run.shape;
-  const int64_t width = shape.width(), group = shape.group(), most_keys = longest(shape);
-  const int64_t padded = rounded_up(most_keys, KEYS);
-  int64_t tokens = 0;
-  for (int64_t i = 0; i < shape.documents; ++i) tokens += shape.lengths[i];
+  const Documents documents(shape.segments);
+  const Plan plan(shape.segments);
+  const int64_t width = shape.width(), group = shape.group(), most_keys = documents.longest();
+  const int64_t padded = rounded_up(most_keys, KEYS), tokens = plan.row_of.size();
+  const int64_t pieces = plan.pieces.size();
   // Few tasks: each head of a group is one, with a buffer of its own for all tokens.
-  const bool split = shape.shared == 0 && group > 1 && shape.documents * shape.kv_heads < FEW_TASKS &&
+  const bool split = plan.rows == 0 && group > 1 && pieces * shape.kv_heads < FEW_TASKS &&
                      tokens * shape.heads * width * 2 * static_cast<int64_t>(sizeof(C)) <= SPLIT_BYTES;
-  // With a prefix: neighbouring documents are one task, and add up their shares of its gradient in a buffer.
-  const int64_t chunks = shape.shared > 0 ? std::min(shape.documents, MOST_CHUNKS) : shape.documents;
   const int64_t heads = split ? 1 : group, parts = split ? group : 1;
-  const int64_t prefix_tasks = shape.shared > 0 ? shape.kv_heads : 0;
-  const int64_t tasks = prefix_tasks + chunks * shape.kv_heads * parts;
-  const int64_t buffer_rows = split ? tokens : shape.shared;
-  const int64_t buffers = split ? shape.heads : (shape.shared > 0 ? (chunks + 1) * shape.kv_heads : 0);
+  const int64_t tasks = pieces * shape.kv_heads * parts;
+  const int64_t all_rows = split ? shape.heads * tokens : shape.kv_heads * plan.rows;
   C* shares = nullptr;
-  if (buffers * buffer_rows > 0) {
-    shares = static_cast<C*>(std::malloc(static_cast<size_t>(buffers * buffer_rows * width * 2) * sizeof(C)));
+  if (all_rows > 0) {
+    shares = static_cast<C*>(std::malloc(static_cast<size_t>(all_rows * width * 2) * sizeof(C)));
     if (shares == nullptr) return 1;
   }
-  const auto shares_of = [=](int64_t buffer) {
-    C* d_k = shares + buffer * buffer_rows * width * 2;
-    return Accumulated<C>{d_k, d_k + buffer_rows * width};
+  // A buffer of so many rows behind others.
+  const auto buffer = [=](int64_t before, int64_t rows) {
+    C* d_k = shares + before * width * 2;
+    return Accumulated<C>{d_k, d_k + rows * width};
+  };
+  const auto shares_of = [&](const Piece& piece, int64_t kv_head) {
+    return buffer(piece.place * shape.kv_heads + kv_head * piece.rows, piece.rows);
   };
   const size_t bytes = run.scratch(most_keys) + static_cast<size_t>(2 * padded * width) * sizeof(C) + 256;
   std::atomic<bool> enough{true};
@@ -194,68 +228,68 @@ int backward(const Backward<Op, T>& run) {
     }
     const Tiles tiles;
     for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t own = task - prefix_tasks, chunk = own < 0 ? 0 : own / parts / shape.kv_heads;
-      const int64_t kv_head = own < 0 ? task : own / parts % shape.kv_heads;
-      const int64_t head = kv_head * group + (own < 0 ? 0 : own % parts) * heads;
-      int64_t index = own < 0 ? -1 : chunk, last = own < 0 ? 0 : chunk + 1;
-      Accumulated<C> prefix{nullptr, nullptr};
-      if (shape.shared > 0) {
-        prefix = shares_of((own < 0 ? 0 : chunk + 1) * shape.kv_heads + kv_head);
-        std::fill(prefix.d_k, prefix.d_k + 2 * shape.shared * width, C(0));
-        if (own >= 0) {
-          index = shape.documents * chunk / chunks;
-          last = shape.documents * (chunk + 1) / chunks;
-        }
+      const Piece& piece = plan.pieces[task / parts / shape.kv_heads];
+      const int64_t kv_head = task / parts % shape.kv_heads, head = kv_head * group + task % parts * heads;
+      Accumulated<C> mine{nullptr, nullptr};
+      if (piece.rows > 0) {
+        mine = shares_of(piece, kv_head);
+        std::fill(mine.d_k, mine.d_k + 2 * piece.rows * width, C(0));
       }
-      for (; index < last; ++index) {
-        const Document doc = document(shape, index);
+      const auto add = [=](int64_t row, const C* d_k, const C* d_v) {
+        for (int64_t c = 0; c < width; ++c) {
+          mine.d_k[row * width + c] += d_k[c];
+          mine.d_v[row * width + c] += d_v[c];
+        }
+      };
+      for (int64_t index = piece.first; index < piece.last; ++index) {
+        const Document doc = documents[index];
         const int64_t n = rounded_up(doc.keys(), KEYS);
         arena.clear();
         Accumulated<C> into{arena.take<C>(n * width), arena.take<C>(n * width)};
         std::fill(into.d_k, into.d_k + n * width, C(0));
         std::fill(into.d_v, into.d_v + n * width, C(0));
         run.task(doc, kv_head, head, head + heads, arena, into);
-        if (index < 0) {  // the prefix itself: added up with what the documents give
-          std::copy(into.d_k, into.d_k + shape.shared * width, prefix.d_k);
-          std::copy(into.d_v, into.d_v + shape.shared * width, prefix.d_v);
-          continue;
-        }
-        for (int64_t i = 0; i < doc.before * width; ++i) {
-          prefix.d_k[i] += MUTATED("attention: prefix's share missing", into.d_k[i], C(0));
-          prefix.d_v[i] += into.d_v[i];
-        }
+        for (int64_t key = 0; key < MUTATED("attention: prefix's share missing", doc.before, int64_t{0}); ++key)
+          add(plan.row_of[doc.earlier[key]], into.d_k + key * width, into.d_v + key * width);
         for (int64_t i = 0; i < doc.length; ++i) {
-          const int64_t key = doc.before + i, token = doc.start + i;
-          if (split) {
-            const Accumulated<C> buffer = shares_of(head);
-            const int64_t place = (token - shape.starts[0]) * width;
-            std::copy(into.d_k + key * width, into.d_k + (key + 1) * width, buffer.d_k + place);
-            std::copy(into.d_v + key * width, into.d_v + (key + 1) * width, buffer.d_v + place);
+          const int64_t token = doc.start + i;
+          const C *d_k = into.d_k + (doc.before + i) * width, *d_v = into.d_v + (doc.before + i) * width;
+          if (plan.row_of[token] >= 0) {
+            add(plan.row_of[token], d_k, d_v);
+          } else if (split) {
+            const Accumulated<C> of_head = buffer(head * tokens, tokens);
+            std::copy(d_k, d_k + width, of_head.d_k + token * width);
+            std::copy(d_v, d_v + width, of_head.d_v + token * width);
           } else {
-            write_row<C>(into.d_k + key * width, run.d_k.at(token, kv_head), shape.head_dim);
-            write_row<C>(into.d_v + key * width, run.d_v.at(token, kv_head), shape.head_dim);
+            write_row<C>(d_k, run.d_k.at(token, kv_head), shape.head_dim);
+            write_row<C>(d_v, run.d_v.at(token, kv_head), shape.head_dim);
           }
         }
       }
     }
   });
   if (enough && shares != nullptr) {
-    // Σ over the heads of a group, or over the prefix and the chunks of documents, in their order.
-    const int64_t count = split ? group : chunks + 1, first_token = split ? shape.starts[0] : 0;
-    parallel(buffer_rows * shape.kv_heads, 16, [&](int64_t begin, int64_t end) {
+    // Σ over the heads of a group, or over the pieces of a tree, in their order.
+    const int64_t sums = split ? tokens : plan.continued.size();
+    parallel(sums * shape.kv_heads, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i / shape.kv_heads, kv_head = i % shape.kv_heads, place = row * width;
-        for (int64_t j = 1; j < count; ++j) {
-          const Accumulated<C> into = shares_of(split ? kv_head * group : kv_head);
-          const Accumulated<C> more = shares_of(split ? kv_head * group + j : j * shape.kv_heads + kv_head);
+        const int64_t kv_head = i % shape.kv_heads;
+        const Continued one = split ? Continued{i / shape.kv_heads, i / shape.kv_heads, 0, group}
+                                    : plan.continued[i / shape.kv_heads];
+        const auto part = [&](int64_t j) {
+          return split ? buffer((kv_head * group + j) * tokens, tokens) : shares_of(plan.pieces[j], kv_head);
+        };
+        const Accumulated<C> total = part(one.first_piece);
+        const int64_t place = one.row * width;
+        for (int64_t j = one.first_piece + 1; j < one.last_piece; ++j) {
+          const Accumulated<C> more = part(j);
           for (int64_t c = 0; c < width; ++c) {
-            into.d_k[place + c] += MUTATED("attention: first head of the group only", more.d_k[place + c], C(0));
-            into.d_v[place + c] += more.d_v[place + c];
+            total.d_k[place + c] += MUTATED("attention: first head of the group only", more.d_k[place + c], C(0));
+            total.d_v[place + c] += more.d_v[place + c];
           }
         }
-        const Accumulated<C> total = shares_of(split ? kv_head * group : kv_head);
-        write_row<C>(total.d_k + place, run.d_k.at(first_token + row, kv_head), shape.head_dim);
-        write_row<C>(total.d_v + place, run.d_v.at(first_token + row, kv_head), shape.head_dim);
+        write_row<C>(total.d_k + place, run.d_k.at(one.token, kv_head), shape.head_dim);
+        write_row<C>(total.d_v + place, run.d_v.at(one.token, kv_head), shape.head_dim);
       }
     });
   }
@@ -266,15 +300,14 @@ int backward(const Backward<Op, T>& run) {
 }  // namespace
 
 // output (tokens, heads, head_dim) from q, k and v, each given by its address and the distances of its tokens and of
-// its heads. starts and lengths: of the documents behind the shared prefix, which is the first `shared` tokens. A query
-// sees itself and window - 1 keys before it. sinks: (heads,) or null. Returns 1 when there is no memory, else 0.
+// its heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it. sinks: (heads,) or
+// null. Returns 1 when there is no memory, else 0.
 BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                                                int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
                                                int64_t v_head, void* output, int64_t output_token, int64_t output_head,
-                                               const int64_t* starts, const int64_t* lengths, int64_t documents,
-                                               int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                                               int64_t window, double scaling, const double* sinks) {
-  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling, sinks};
+                                               const int64_t* table, int64_t segments, int64_t heads, int64_t kv_heads,
+                                               int64_t head_dim, int64_t window, double scaling, const double* sinks) {
+  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks};
   BY_DTYPE(dtype, T, {
     const Forward<Operands<T>, T> run{shape,
                                       {static_cast<const T*>(q), q_token, q_head},
@@ -291,10 +324,9 @@ BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
-    int64_t d_v_head, void* again, int64_t again_token, int64_t again_head, const int64_t* starts,
-    const int64_t* lengths, int64_t documents, int64_t shared, int64_t heads, int64_t kv_heads, int64_t head_dim,
-    int64_t window, double scaling, const double* sinks) {
-  const Shape shape{starts, lengths, documents, shared, heads, kv_heads, head_dim, window, scaling, sinks};
+    int64_t d_v_head, void* again, int64_t again_token, int64_t again_head, const int64_t* table, int64_t segments,
+    int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks) {
+  const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks};
   BY_DTYPE(dtype, T, {
     const Backward<Operands<T>, T> run{shape,
                                        {static_cast<const T*>(q), q_token, q_head},

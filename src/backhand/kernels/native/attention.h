@@ -3,31 +3,59 @@
 
 #include <algorithm>
 
+#include "arena.h"
 #include "causal_products.h"
 #include "heads.h"
+#include "segments.h"
 
 namespace {
 
 struct Shape {
-  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
-  int64_t documents, shared, heads, kv_heads, head_dim, window;
+  Segments segments;
+  int64_t heads, kv_heads, head_dim, window;
   double scaling;
   const double* sinks;  // of each head one more term of the softmax's sum, whose key has no value; or null
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return rounded_up(head_dim, SIDE); }
 };
 
-// One document: queries at positions before … before + length - 1; key j is token j, or start + j - before.
+// One segment: queries at positions before … before + length - 1; key j is the token earlier[j], or start + j - before.
 struct Document {
   int64_t start, length, before;
+  const int64_t* earlier;
   int64_t keys() const { return before + length; }
-  int64_t token(int64_t key) const { return key < before ? key : start + key - before; }
+  int64_t token(int64_t key) const { return key < before ? earlier[key] : start + key - before; }
 };
 
-inline Document document(const Shape& shape, int64_t index) {
-  if (index < 0) return {0, shape.shared, 0};
-  return {shape.starts[index], shape.lengths[index], shape.shared};
-}
+// Every segment with the tokens before it.
+class Documents {
+ public:
+  explicit Documents(const Segments& segments)
+      : segments_(segments), ends_(segments.count, 0), reach_(segments.count, 0) {
+    for (int64_t i = 0; i < segments.count; ++i) {
+      const int64_t parent = segments.parent(i), length = segments.length(i);
+      const int64_t before = parent < 0 ? 0 : reach_[parent];
+      longest_ = std::max(longest_, before + length);
+      reach_[i] = before + length;
+      if (!segments.continued(i)) continue;
+      // The parent's tokens, then its own, for those that continue it.
+      for (int64_t j = 0; j < before; ++j) tokens_.push_back(tokens_[ends_[parent] - before + j]);
+      for (int64_t j = 0; j < length; ++j) tokens_.push_back(segments.start(i) + j);
+      ends_[i] = tokens_.size();
+    }
+  }
+  Document operator[](int64_t i) const {
+    const int64_t parent = segments_.parent(i), start = segments_.start(i), length = segments_.length(i);
+    if (parent < 0) return {start, length, 0, nullptr};
+    return {start, length, reach_[parent], tokens_.data() + ends_[parent] - reach_[parent]};
+  }
+  int64_t longest() const { return longest_; }
+
+ private:
+  Segments segments_;
+  List<int64_t> tokens_, ends_, reach_;  // paths behind one another; of each segment the end of its path, and its tokens
+  int64_t longest_ = 0;
+};
 
 // Keys are padded to a multiple of this with zeros.
 constexpr int64_t KEYS = 32;

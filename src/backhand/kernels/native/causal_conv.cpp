@@ -2,12 +2,14 @@
 // formulas of ops/causal_conv.py, or between two gates, by those of ops/gated_conv.py.
 //
 // A piece of work is a block of channels of all documents, token by token: of the input the last few rows are at work,
-// of the backward's C as many, and both stay in the first-level cache. Sums are rounded once. What documents add to the
-// shared prefix's gradient is added in their order.
+// of the backward's C as many, and both stay in the first-level cache. Sums are rounded once. What segments add to the
+// gradient of the one that they continue is added in their order.
 #include <algorithm>
 
 #include "activations.h"
+#include "arena.h"
 #include "dtypes.h"
+#include "segments.h"
 
 namespace {
 
@@ -21,8 +23,14 @@ struct Convolution {
   const T* weight;  // (channels, taps), the tap of the token itself last
   int64_t weight_row;
   const T* bias;  // or null
-  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
-  int64_t documents, shared, channels, taps;
+  Segments segments;
+  int64_t channels, taps;
+};
+
+// A segment, and the tokens so many places before its first one, as many as there are and taps reach.
+struct Place {
+  int64_t number, start, length, before;
+  int64_t earlier[MOST_TAPS];
 };
 
 template <class T>
@@ -58,11 +66,11 @@ class Block {
   }
 
   void forward(Rows<T> y) {
-    for_documents([&](int64_t start, int64_t length, int64_t before) {
-      for (int64_t t = 0; t < length; ++t) {
-        T* out = y.at(start + t) + first_;
-        const T* gates = row(start + t) + op_.channels;
-        summed(start, t, before, [=](int64_t j, int64_t count, Vector<C> c) {
+    for_segments([&](const Place& place) {
+      for (int64_t t = 0; t < place.length; ++t) {
+        T* out = y.at(place.start + t) + first_;
+        const T* gates = row(place.start + t) + op_.channels;
+        summed(place, t, [=](int64_t j, int64_t count, Vector<C> c) {
           if constexpr (mode == WITH_SILU) c = divided<T, C>(c, 1 + power_of<SILU, T, C>(c));
           if constexpr (mode == GATED) c = c * get<C>(gates + j, count);
           set<C>(out + j, c, count);
@@ -73,48 +81,69 @@ class Block {
 
   void backward(Rows<const T> d_y, Rows<T> d_x) {
     const int64_t reach = op_.taps - 1;
-    std::fill(&tail_[0][0], &tail_[0][0] + MOST_TAPS * CHANNELS, C(0));
-    for_documents([&](int64_t start, int64_t length, int64_t before) {
-      const bool prefix = op_.shared > 0 && start == 0;
+    const Segments& segments = op_.segments;
+    // Gradients of the last tokens of continued segments, which end with row taps - 2.
+    List<int64_t> tail_of(segments.count, -1);
+    int64_t continued = 0;
+    for (int64_t i = 0; i < segments.count; ++i) tail_of[i] = segments.continued(i) ? continued++ : -1;
+    List<C> tails(continued * MOST_TAPS * CHANNELS, C(0));
+    const auto tail = [&](int64_t number, int64_t row) {
+      return tails.data() + (tail_of[number] * MOST_TAPS + row) * CHANNELS;
+    };
+    for_segments([&](const Place& place) {
+      const int64_t start = place.start, length = place.length;
       for (int64_t t = 0; t < length + reach; ++t) {
         if (t < length) {
-          through_activation(d_y, d_x, start, t, before);
-          // Tokens of the prefix that this one reads.
-          for (int64_t s = t + 1; s < op_.taps && s - t <= before; ++s)
-            add(s, d_c_[t % op_.taps], tail_[reach + t - s]);
+          through_activation(d_y, d_x, place, t);
+          // Tokens before the segment that this one reads.
+          for (int64_t s = t + 1; s < op_.taps && s - t <= place.before; ++s) {
+            int64_t distance = s - t, number = segments.parent(place.number);
+            for (; distance > segments.length(number); number = segments.parent(number))
+              distance -= segments.length(number);
+            add(s, d_c_[t % op_.taps], tail(number, reach - distance));
+          }
         }
         const int64_t at = t - reach;
         if (at < 0) continue;
-        const bool kept = prefix && at >= length - reach;  // until all documents have been there
-        C* sum = kept ? tail_[reach + at - length] : sum_;
+        // Until all that continue it have been there.
+        const bool kept = tail_of[place.number] >= 0 && at >= length - reach;
+        C* sum = kept ? tail(place.number, reach + at - length) : sum_;
         if (!kept) std::fill(sum_, sum_ + CHANNELS, C(0));
         for (int64_t s = 0; s < op_.taps && at + s < length; ++s)
           add(MUTATED("causal_conv: taps not turned round", s, op_.taps - 1 - s), d_c_[(at + s) % op_.taps], sum);
         if (!kept) write(d_x, start + at, sum);
       }
     });
-    for (int64_t token = std::max<int64_t>(0, op_.shared - reach); token < op_.shared; ++token)
-      write(d_x, token, tail_[reach + token - op_.shared]);
+    for (int64_t i = 0; i < segments.count; ++i) {
+      const int64_t length = segments.length(i);
+      for (int64_t at = std::max<int64_t>(0, length - reach); tail_of[i] >= 0 && at < length; ++at)
+        write(d_x, segments.start(i) + at, tail(i, reach + at - length));
+    }
   }
 
  private:
-  // body(start, length, tokens before it) of the prefix, then of each document.
   template <class Body>
-  void for_documents(const Body& body) const {
-    if (op_.shared > 0) body(int64_t{0}, op_.shared, int64_t{0});
-    for (int64_t i = 0; i < op_.documents; ++i)
-      body(op_.starts[i], op_.lengths[i], MUTATED("causal_conv: prefix not seen", op_.shared, int64_t{0}));
+  void for_segments(const Body& body) const {
+    const Segments& segments = op_.segments;
+    for (int64_t i = 0; i < segments.count; ++i) {
+      Place place{i, segments.start(i), segments.length(i), 0, {}};
+      for (int64_t p = segments.parent(i); p >= 0; p = segments.parent(p))
+        for (int64_t at = segments.length(p) - 1; at >= 0 && place.before < op_.taps - 1; --at)
+          place.earlier[place.before++] = segments.start(p) + at;
+      place.before = MUTATED("causal_conv: prefix not seen", place.before, int64_t{0});
+      body(place);
+    }
   }
 
   const T* row(int64_t token) const { return op_.x + token * op_.x_row + first_; }
 
-  // finish(j, count, c) for the channels j … of the block, c at place t of a document.
+  // finish(j, count, c) for the channels j … of the block, c at token t of a segment.
   template <class Finish>
-  void summed(int64_t start, int64_t t, int64_t before, const Finish& finish) const {
+  void summed(const Place& place, int64_t t, const Finish& finish) const {
     const T* rows[MOST_TAPS];
     int64_t seen = 0;
-    for (int64_t s = 0; s < op_.taps && s <= t + before; ++s)
-      rows[seen++] = row(s <= t ? start + t - s : op_.shared + t - s);
+    for (int64_t s = 0; s < op_.taps && s <= t + place.before; ++s)
+      rows[seen++] = row(s <= t ? place.start + t - s : place.earlier[s - t - 1]);
     if (seen == 4) return summed_of<4>(rows, seen, finish);
     if (seen == 3) return summed_of<3>(rows, seen, finish);
     summed_of<0>(rows, seen, finish);
@@ -135,8 +164,9 @@ class Block {
     }
   }
 
-  // ∂L/∂c at place t, into its row of d_c_; and what the gate behind the convolution gets.
-  void through_activation(Rows<const T> d_y, Rows<T> d_x, int64_t start, int64_t t, int64_t before) {
+  // ∂L/∂c at token t, into its row of d_c_; and what the gate behind the convolution gets.
+  void through_activation(Rows<const T> d_y, Rows<T> d_x, const Place& place, int64_t t) {
+    const int64_t start = place.start;
     const T* up = d_y.at(start + t) + first_;
     C* out = d_c_[t % op_.taps];
     if constexpr (mode == PLAIN) {
@@ -144,7 +174,7 @@ class Block {
     } else {
       const T* gates = row(start + t) + op_.channels;
       T* d_gates = d_x.at(start + t) + op_.channels + first_;
-      summed(start, t, before, [=](int64_t j, int64_t count, Vector<C> c) {
+      summed(place, t, [=](int64_t j, int64_t count, Vector<C> c) {
         const Vector<C> g = get<C>(up + j, count);
         if constexpr (mode == WITH_SILU) {
           store(out + j, g * MUTATED("causal_conv: slope forgotten", (activated<SILU, T, C>(c).slope), all<C>(1)));
@@ -181,10 +211,10 @@ class Block {
 
   const Convolution<T>& op_;
   const int64_t first_, width_;
-  // Taps by distance, ∂L/∂c of the last tokens, and gradients of the prefix's last tokens, which end with row taps - 2.
+  // Taps by distance, and ∂L/∂c of the last tokens.
   alignas(64) C w_[MOST_TAPS][CHANNELS] = {};
   alignas(64) C bias_[CHANNELS] = {};
-  alignas(64) C d_c_[MOST_TAPS][CHANNELS], tail_[MOST_TAPS][CHANNELS], sum_[CHANNELS];
+  alignas(64) C d_c_[MOST_TAPS][CHANNELS], sum_[CHANNELS];
 };
 
 template <class T, class Body>
@@ -209,14 +239,14 @@ void by_mode(int mode, const Convolution<T>& op, const Body& body) {
 }  // namespace
 
 // y (tokens, channels) of x (tokens, channels), or (tokens, 3 channels) with mode 2; rows of each so many numbers
-// apart. At most eight taps.
+// apart. table: (3, segments), see segments.h. At most eight taps.
 BACKHAND_EXPORT void backhand_causal_conv_forward(int dtype, int mode, const void* x, int64_t x_row, const void* weight,
-                                                  int64_t weight_row, const void* bias, const int64_t* starts,
-                                                  const int64_t* lengths, int64_t documents, int64_t shared,
-                                                  int64_t channels, int64_t taps, void* y, int64_t y_row) {
+                                                  int64_t weight_row, const void* bias, const int64_t* table,
+                                                  int64_t segments, int64_t channels, int64_t taps, void* y,
+                                                  int64_t y_row) {
   BY_DTYPE(dtype, T, {
     const Convolution<T> op{static_cast<const T*>(x), x_row, static_cast<const T*>(weight), weight_row,
-                            static_cast<const T*>(bias), starts, lengths, documents, shared, channels, taps};
+                            static_cast<const T*>(bias), {table, segments}, channels, taps};
     by_mode(mode, op, [=](auto& block) { block.forward({static_cast<T*>(y), y_row}); });
   });
 }
@@ -224,12 +254,12 @@ BACKHAND_EXPORT void backhand_causal_conv_forward(int dtype, int mode, const voi
 // d_x, shaped as x; tokens that are in no document get nothing.
 BACKHAND_EXPORT void backhand_causal_conv_backward(int dtype, int mode, const void* x, int64_t x_row,
                                                    const void* weight, int64_t weight_row, const void* bias,
-                                                   const int64_t* starts, const int64_t* lengths, int64_t documents,
-                                                   int64_t shared, int64_t channels, int64_t taps, const void* d_y,
-                                                   int64_t d_y_row, void* d_x, int64_t d_x_row) {
+                                                   const int64_t* table, int64_t segments, int64_t channels,
+                                                   int64_t taps, const void* d_y, int64_t d_y_row, void* d_x,
+                                                   int64_t d_x_row) {
   BY_DTYPE(dtype, T, {
     const Convolution<T> op{static_cast<const T*>(x), x_row, static_cast<const T*>(weight), weight_row,
-                            static_cast<const T*>(bias), starts, lengths, documents, shared, channels, taps};
+                            static_cast<const T*>(bias), {table, segments}, channels, taps};
     by_mode(mode, op, [=](auto& block) {
       block.backward({static_cast<const T*>(d_y), d_y_row}, {static_cast<T*>(d_x), d_x_row});
     });

@@ -1,15 +1,17 @@
 // The gated delta rule in chunks, forward and backward: the formulas of ops/gated_delta_rule.py.
 //
-// One task is a document and a key head with the value heads that it serves; where documents share a prefix, a key head
-// and all documents one after the other. It takes chunk by chunk, while all matrices of one lie in the second-level
+// One task is a document and a key head with the value heads that it serves; where documents begin alike, a key head and
+// all segments of the tree, one after the other. It takes chunk by chunk, while all matrices of one lie in the second-level
 // cache. The backward first runs forward and keeps the state before each chunk and its solution Y; what else it needs
 // is made again. Workers bring no memory: each has a part of what is handed in, however many tasks it takes.
 //
-// Results do not depend on the number of threads: each task writes places of its own, and sums over documents are taken
+// Results do not depend on the number of threads: each task writes places of its own, and sums over segments are taken
 // in their order.
 #include <atomic>
 
+#include "arena.h"
 #include "delta_chunk.h"
+#include "segments.h"
 
 namespace {
 
@@ -21,25 +23,40 @@ struct DeltaRule {
   Heads<const T> v;
   Heads<const C> decay;
   Heads<const T> beta;
-  const int64_t *starts, *lengths;  // of the documents; the shared prefix is none of them
-  int64_t documents, shared;
+  Segments segments;
 
-  int64_t chunks(int64_t length) const { return (length + sizes.chunk - 1) / sizes.chunk; }
-  int64_t longest() const {
+  int64_t chunks(int64_t i) const { return (segments.length(i) + sizes.chunk - 1) / sizes.chunk; }
+  // Segments and chunks of the document that has the most.
+  int64_t most_segments() const {
     int64_t most = 0;
-    for (int64_t i = 0; i < documents; ++i) most = std::max(most, lengths[i]);
+    for (int64_t i = 0; i < segments.count; ++i) {
+      int64_t here = 1;
+      for (int64_t p = segments.parent(i); p >= 0; p = segments.parent(p)) ++here;
+      most = std::max(most, here);
+    }
     return most;
   }
-  int64_t tasks() const { return sizes.key_heads * (shared > 0 ? 1 : documents); }
+  int64_t most_chunks() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < segments.count; ++i) {
+      int64_t here = 0;
+      for (int64_t p = i; p >= 0; p = segments.parent(p)) here += chunks(p);
+      most = std::max(most, here);
+    }
+    return most;
+  }
 
-  // of(key head, first document, last) for each task, by workers with `each` numbers of memory.
+  // of(key head, first segment, last) of each tree, by workers with `each` numbers of memory.
   template <class Of>
   void by_turns(C* memory, int64_t workers, int64_t each, const Of& of) const {
+    List<int64_t> roots;
+    for (int64_t i = 0; i < segments.count; i = segments.tree_end(i)) roots.push_back(i);
+    const int64_t tasks = sizes.key_heads * roots.size();
     std::atomic<int64_t> next{0};
     parallel(workers, 1, [&](int64_t worker, int64_t) {
-      for (int64_t task = next++; task < tasks(); task = next++) {
-        const int64_t own = task / sizes.key_heads;
-        of(memory + worker * each, task % sizes.key_heads, own, shared > 0 ? documents : own + 1);
+      for (int64_t task = next++; task < tasks; task = next++) {
+        const int64_t root = roots[task / sizes.key_heads];
+        of(memory + worker * each, task % sizes.key_heads, root, segments.tree_end(root));
       }
     });
   }
@@ -56,13 +73,13 @@ struct DeltaForward {
 
   struct Memory {
     Chunk<C> chunk;
-    C *begin, *state, *missing, *result;
+    C *ends, *state, *missing, *result;  // the states behind the segments before one's own; the others
   };
 
   Memory lay_out(Pieces<C>& pieces) const {
     Memory m;
     m.chunk.lay_out(pieces, rule.sizes);
-    m.begin = pieces.take(rule.shared > 0 ? rule.sizes.state() : 0);
+    m.ends = pieces.take((rule.most_segments() - 1) * rule.sizes.state());
     m.state = pieces.take(rule.sizes.state());
     m.missing = pieces.take(rule.sizes.chunk * rule.sizes.values());
     m.result = pieces.take(rule.sizes.chunk * rule.sizes.values());
@@ -111,19 +128,22 @@ struct DeltaForward {
       }
   }
 
-  void task(C* memory, int64_t key_head, int64_t document, int64_t last) const {
+  void task(C* memory, int64_t key_head, int64_t i, int64_t last) const {
     Pieces<C> pieces(memory);
     Memory m = lay_out(pieces);
-    const bool prefixed = rule.shared > 0;
-    if (prefixed) scan(m, key_head, 0, rule.shared, nullptr, m.begin, document < last);
-    const C* begin = prefixed ? MUTATED("gated_delta_rule: prefix forgotten", m.begin, nullptr) : nullptr;
-    for (; document < last; ++document) {
-      const int64_t length = rule.lengths[document];
-      if (length == 0) continue;
-      if (states != nullptr) move_state(m, document, key_head, true);
-      scan(m, key_head, rule.starts[document], length, states != nullptr ? m.state : begin, m.state,
-           states != nullptr);
-      if (states != nullptr) move_state(m, document, key_head, false);
+    const Segments& segments = rule.segments;
+    const int64_t root = i, size = rule.sizes.state();
+    List<int64_t> depth(last - i, 0);
+    for (; i < last; ++i) {
+      const int64_t parent = segments.parent(i), own = parent < 0 ? 0 : depth[parent - root] + 1;
+      depth[i - root] = own;
+      const C* begin = own == 0 ? nullptr : m.ends + (own - 1) * size;
+      begin = MUTATED("gated_delta_rule: prefix forgotten", begin, static_cast<const C*>(nullptr));
+      const bool continued = segments.continued(i);
+      if (states != nullptr) move_state(m, i, key_head, true);
+      scan(m, key_head, segments.start(i), segments.length(i), states != nullptr ? m.state : begin,
+           continued ? m.ends + own * size : m.state, continued || states != nullptr);
+      if (states != nullptr) move_state(m, i, key_head, false);
     }
   }
 };
@@ -143,7 +163,7 @@ struct DeltaBackward {
   struct Memory {
     Chunk<C> chunk;
     C *states, *missing;        // before each chunk but the first, and Y of each chunk; by value heads
-    C *d_state, *d_begin;       // S̄, and its sum over the documents behind a prefix
+    C *d_state, *d_ends;        // S̄, and its sum over those that continue a segment, by their depth
     C *g_and_d_v;               // [G; dV] (2n, values)
     C *w;                       // W, then dU (n, values)
     C *sides;                   // Yᵀ, Sᵀ or S̄ᵀ
@@ -154,18 +174,17 @@ struct DeltaBackward {
     C* by_sent;                 // U · what U gets from S' (tokens)
   };
 
-  int64_t kept_chunks() const { return rule.chunks(rule.shared) + rule.chunks(rule.longest()); }
-
   Memory lay_out(Pieces<C>& pieces) const {
     const DeltaSizes& sizes = rule.sizes;
     const int64_t most = sizes.chunk, keys = sizes.keys(), values = sizes.values(), tokens = sizes.tokens();
     const int64_t doubles = static_cast<int64_t>(sizeof(double) / sizeof(C));
     Memory m;
     m.chunk.lay_out(pieces, sizes);
-    m.states = pieces.take(kept_chunks() * sizes.state());
-    m.missing = pieces.take(kept_chunks() * sizes.group * most * values);
+    const int64_t chunks = rule.most_chunks();
+    m.states = pieces.take(chunks * sizes.state());
+    m.missing = pieces.take(chunks * sizes.group * most * values);
     m.d_state = pieces.take(sizes.state());
-    m.d_begin = pieces.take(rule.shared > 0 ? sizes.state() : 0);
+    m.d_ends = pieces.take((rule.most_segments() - 1) * sizes.state());
     m.g_and_d_v = pieces.take(2 * most * values);
     m.w = pieces.take(most * values);
     m.sides = pieces.take(values * std::max(keys, tokens));
@@ -211,7 +230,7 @@ struct DeltaBackward {
   // first, where there is a state.
   void scan_back(Memory& m, int64_t key_head, int64_t start, int64_t length, int64_t number, bool following) const {
     const DeltaSizes& sizes = rule.sizes;
-    for (int64_t c = rule.chunks(length) - 1; c >= 0; --c) {
+    for (int64_t c = (length + sizes.chunk - 1) / sizes.chunk - 1; c >= 0; --c) {
       const int64_t first = c * sizes.chunk, count = std::min(sizes.chunk, length - first), at = start + first;
       Chunk<C>& chunk = m.chunk;
       chunk.read_keys(sizes, rule.q, rule.k, key_head, at, count);
@@ -348,29 +367,30 @@ struct DeltaBackward {
       m.d_sums[i] -= MUTATED("gated_delta_rule: decay of earlier tokens forgotten", m.columns[i], 0.0);
   }
 
-  void task(C* memory, int64_t key_head, int64_t document, int64_t last) const {
+  void task(C* memory, int64_t key_head, int64_t root, int64_t) const {
     Pieces<C> pieces(memory);
     Memory m = lay_out(pieces);
-    const int64_t before = rule.chunks(rule.shared), size = rule.sizes.state();
-    if (before > 0) {
-      scan(m, key_head, 0, rule.shared, 0, rule.longest() > 0);  // there is no place for a state that nobody reads
-      std::fill(m.d_begin, m.d_begin + size, C(0));
+    subtree(m, key_head, root, 0, 0);
+  }
+
+  // A segment and all that continue it, behind so many chunks and segments; returns the next segment. m.d_state then
+  // holds S̄ before it.
+  int64_t subtree(Memory& m, int64_t key_head, int64_t i, int64_t number, int64_t depth) const {
+    const Segments& segments = rule.segments;
+    const int64_t start = segments.start(i), length = segments.length(i), size = rule.sizes.state();
+    const bool continued = segments.continued(i);
+    scan(m, key_head, start, length, number, continued);
+    C* sum = m.d_ends + depth * size;
+    if (continued) std::fill(sum, sum + size, C(0));
+    int64_t next = i + 1;
+    while (next < segments.count && segments.parent(next) == i) {
+      next = subtree(m, key_head, next, number + rule.chunks(i), depth + 1);
+      for (int64_t j = 0; j < size; ++j)
+        sum[j] = MUTATED("gated_delta_rule: last document's share", sum[j], C(0)) + m.d_state[j];
     }
-    bool continued = false;
-    for (; document < last; ++document) {
-      const int64_t start = rule.starts[document], length = rule.lengths[document];
-      if (length == 0) continue;
-      scan(m, key_head, start, length, before, false);
-      scan_back(m, key_head, start, length, before, false);
-      if (before > 0)
-        for (int64_t i = 0; i < size; ++i)
-          m.d_begin[i] = MUTATED("gated_delta_rule: last document's share", m.d_begin[i], C(0)) + m.d_state[i];
-      continued = true;
-    }
-    if (before > 0) {
-      std::copy(m.d_begin, m.d_begin + size, m.d_state);
-      scan_back(m, key_head, 0, rule.shared, 0, continued);
-    }
+    if (continued) std::copy(sum, sum + size, m.d_state);
+    scan_back(m, key_head, start, length, number, continued);
+    return next;
   }
 };
 
@@ -382,24 +402,24 @@ inline int64_t numbers_of(const Run& run) {
 }
 
 template <class T>
-DeltaRule<T> rule_of(const DeltaSizes& sizes, const void* const* inputs, const int64_t* rows, const int64_t* starts,
-                     const int64_t* lengths, int64_t documents, int64_t shared) {
+DeltaRule<T> rule_of(const DeltaSizes& sizes, const void* const* inputs, const int64_t* rows, const int64_t* table,
+                     int64_t segments) {
   typedef Wide<T> C;
   const int64_t* by = rows;
   const auto wide = [=](int i) { return Heads<const C>{static_cast<const C*>(inputs[i]), by[2 * i], by[2 * i + 1]}; };
   const auto kept = [=](int i) { return Heads<const T>{static_cast<const T*>(inputs[i]), by[2 * i], by[2 * i + 1]}; };
-  return {sizes, wide(0), wide(1), kept(2), wide(3), kept(4), starts, lengths, documents, shared};
+  return {sizes, wide(0), wide(1), kept(2), wide(3), kept(4), {table, segments}};
 }
 
 }  // namespace
 
 // How many numbers of the type that is computed in (float, or double for double) each worker needs.
-BACKHAND_EXPORT int64_t backhand_gated_delta_rule_memory(int dtype, int backward, const int64_t* sizes, int64_t shared,
-                                                         int64_t longest) {
+BACKHAND_EXPORT int64_t backhand_gated_delta_rule_memory(int dtype, int backward, const int64_t* sizes,
+                                                         const int64_t* table, int64_t segments) {
   const DeltaSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  const int64_t start = shared;
+  if (segments == 0) return 0;
   BY_DTYPE(dtype, T, {
-    const DeltaRule<T> rule{all, {}, {}, {}, {}, {}, &start, &longest, 1, shared};
+    const DeltaRule<T> rule{all, {}, {}, {}, {}, {}, {table, segments}};
     if (backward) return numbers_of(DeltaBackward<T>{rule, {}, {}, {}, {}, {}, {}});
     return numbers_of(DeltaForward<T>{rule, {}, nullptr});
   });
@@ -407,17 +427,17 @@ BACKHAND_EXPORT int64_t backhand_gated_delta_rule_memory(int dtype, int backward
 
 // sizes: key heads, value heads of each, key width, value width, tokens of a chunk. inputs: q, k, v, decay, beta, where
 // q, k and decay are float (double for double); rows: for each in turn the distances of its tokens and of its heads.
-// states: (documents, value heads, key width, value width), of the type of q, or null. memory:
+// states: (segments, value heads, key width, value width), of the type of q, or null; then none continues another.
+// table: (3, segments), see segments.h. memory:
 // `workers` times as many numbers as backhand_gated_delta_rule_memory says.
 BACKHAND_EXPORT void backhand_gated_delta_rule_forward(int dtype, const int64_t* sizes, const void* const* inputs,
                                                        const int64_t* rows, void* output, int64_t output_token,
-                                                       int64_t output_head, void* states, const int64_t* starts,
-                                                       const int64_t* lengths, int64_t documents, int64_t shared,
-                                                       void* memory, int64_t workers) {
+                                                       int64_t output_head, void* states, const int64_t* table,
+                                                       int64_t segments, void* memory, int64_t workers) {
   const DeltaSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   BY_DTYPE(dtype, T, {
     typedef Wide<T> C;
-    const DeltaForward<T> run{rule_of<T>(all, inputs, rows, starts, lengths, documents, shared),
+    const DeltaForward<T> run{rule_of<T>(all, inputs, rows, table, segments),
                               {static_cast<T*>(output), output_token, output_head},
                               static_cast<C*>(states)};
     run.rule.by_turns(static_cast<C*>(memory), workers, numbers_of(run),
@@ -429,14 +449,13 @@ BACKHAND_EXPORT void backhand_gated_delta_rule_forward(int dtype, const int64_t*
 BACKHAND_EXPORT void backhand_gated_delta_rule_backward(int dtype, const int64_t* sizes, const void* const* inputs,
                                                         const int64_t* rows, const void* d_y, int64_t d_y_token,
                                                         int64_t d_y_head, void* const* gradients,
-                                                        const int64_t* gradient_rows, const int64_t* starts,
-                                                        const int64_t* lengths, int64_t documents, int64_t shared,
-                                                        void* memory, int64_t workers) {
+                                                        const int64_t* gradient_rows, const int64_t* table,
+                                                        int64_t segments, void* memory, int64_t workers) {
   const DeltaSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   const int64_t* by = gradient_rows;
   BY_DTYPE(dtype, T, {
     typedef Wide<T> C;
-    const DeltaBackward<T> run{rule_of<T>(all, inputs, rows, starts, lengths, documents, shared),
+    const DeltaBackward<T> run{rule_of<T>(all, inputs, rows, table, segments),
                                {static_cast<const T*>(d_y), d_y_token, d_y_head},
                                {static_cast<C*>(gradients[0]), by[0], by[1]},
                                {static_cast<C*>(gradients[1]), by[2], by[3]},

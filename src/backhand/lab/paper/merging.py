@@ -123,8 +123,8 @@ def _forward_times(
             if number >= WARM_UP_ROUNDS:
                 found[name].append(took)
     return ForwardTimes(
-        len(batch.document_lengths),
-        batch.document_lengths[0],
+        len(batch.lengths),
+        batch.lengths[0],
         statistics.median(found["base"]),
         Ratio.of(found["adapter"], found["base"]),
         Ratio.of(found["merged"], found["base"]),
@@ -133,7 +133,7 @@ def _forward_times(
 
 def _timed(decoder: Decoder, batch: PackedBatch) -> float:
     """Seconds of one forward pass with the logits of every document's last token."""
-    last = torch.tensor(batch.document_lengths, device=decoder.device).cumsum(0) - 1
+    last = torch.tensor(batch.lengths, device=decoder.device).cumsum(0) - 1
     start = time.perf_counter()
     logits: Tensor = decoder.head(decoder.hidden_states(batch)[last])
     logits.sum().item()  # waits for a device that computes on its own

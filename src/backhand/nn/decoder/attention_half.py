@@ -63,10 +63,10 @@ def output_by_itself(kept: MixingKept, weights: BlockWeights, context: BlockCont
 
 def attention_setting(
     weights: BlockWeights, context: BlockContext
-) -> tuple[tuple[Run, ...], float, int | None, int, float | None, Tensor | None]:
+) -> tuple[tuple[Run, ...], float, int | None, float | None, Tensor | None]:
     """What attention takes behind q, k and v."""
     config, layer = context.config, context.layer
-    return context.runs, config.attention_scaling, layer.window, context.shared, config.attention_cap, weights.sinks
+    return context.runs, config.attention_scaling, layer.window, config.attention_cap, weights.sinks
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:

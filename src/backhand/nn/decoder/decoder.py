@@ -135,11 +135,11 @@ class Decoder(Passes):
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, in the order of the positions, without gradients and without dropout."""
+        """(supervised tokens,) losses in nats, document by document, without gradients and without dropout."""
         supervised = batch.supervised_positions
         normed, _ = self._final_norm(self._passed(batch, len(self.config.layers), supervised))
-        return head_losses(normed, batch.labels[supervised], self._head_of(None))
+        return batch.of_documents(head_losses(normed, batch.labels[supervised], self._head_of(None)))
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Σ nats over supervised positions, 0-d float64, without gradients and without dropout."""
+        """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)

@@ -31,6 +31,7 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
 from backhand.ops.delta_steps import GatedDeltaRuleSaved
+from backhand.ops.document_groups import Run
 from backhand.ops.elementwise import SigmoidSaved, sigmoid_backward, sigmoid_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
@@ -65,9 +66,9 @@ def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tu
     """y, (T, value heads · value width), from [q k v | z | b | a], within each document."""
     sizes = _sizes(context.config)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
-    convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, context.shared, silu=True)
+    convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
-    o, _ = gated_delta_rule_forward(*rule[:5], context.runs, context.shared)
+    o, _ = gated_delta_rule_forward(*rule[:5], context.runs)
     return _gated(o, z, weights, context.config)
 
 
@@ -93,9 +94,9 @@ def delta_backward(
     d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
-    convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, context.shared, silu=True)
+    convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
-    saved = GatedDeltaRuleSaved(*rule[:5], context.runs, context.shared)
+    saved = GatedDeltaRuleSaved(*rule[:5], context.runs)
     d_q, d_k, d_v, d_decay, d_beta = gated_delta_rule_backward(d_o, saved)
     del saved, d_o
     d_b.copy_(sigmoid_backward(d_beta, rule.rate).d_x)
@@ -143,7 +144,7 @@ def delta_continued(
         by_row = qkv[tokens].unflatten(0, (count, new))
         convolved = causal_conv_continued(by_row, _taps(weights), seen[there], silu=True).flatten(0, 1)
         rule = _rule_inputs(convolved, b[tokens], a[tokens], weights, sizes)
-        o[tokens] = gated_delta_rule_forward(*rule[:5], ((0, count, new),), states=state[there])[0]
+        o[tokens] = gated_delta_rule_forward(*rule[:5], (Run(0, count, new),), states=state[there])[0]
     return _gated(o, z, weights, config)[0]
 
 

@@ -34,11 +34,10 @@ class BlockContext(NamedTuple):
     config: DecoderConfig  # with the layer's sizes
     layer: LayerConfig  # its mixer, and attention's window
     rotary: RotaryTable | None  # of the tokens' positions; None where nothing turns
-    runs: tuple[Run, ...]  # neighbouring documents of equal length: (first token, documents, length)
+    runs: tuple[Run, ...]  # the documents' segments
     scratch: Scratch  # one for all blocks of a pass, for what none of them keeps
     query_rotary: RotaryTable | None = None  # of queries, where these are scaled by their position
     wanted: Tensor | None = None  # (wanted,) int64: the positions of x₂ that are read; None for all
-    shared: int = 0  # tokens of the shared prefix
     number: int = 0  # of the layer
     carried: Carried | None = None  # what layers have beside the stream, in families where they have anything
 

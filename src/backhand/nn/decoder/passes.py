@@ -55,7 +55,7 @@ class Passes:
         dtype: the compute dtype.
         device: where the weights live.
         recompute: `none`, `mlp` or `block`: what the backward pass computes again instead of keeping it.
-        shares_prefixes: whether batches may have a shared prefix; not where angles depend on a document's length.
+        shares_prefixes: whether documents of a batch may share any; not where angles depend on a document's length.
     """
 
     def __init__(self, config: DecoderConfig, weights: DecoderWeights, *, recompute: str = "none") -> None:
@@ -132,12 +132,12 @@ class Passes:
 
         What the pass carries is made here where it is not given and the family has anything.
         """
-        if batch.shared_prefix and not self.shares_prefixes:
-            raise ValueError("a shared prefix would be rotated by the length of one document alone")
+        if batch.parents and not self.shares_prefixes:
+            raise ValueError("what documents share would be rotated by the length of one document alone")
         tables, scratch = self.rotary_tables(batch.positions, batch.reach), Scratch()
         carried = carried or self.carried(batch.input_ids)[0]
         contexts = [
-            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, batch.shared_prefix, number, carried)
+            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, carried)
             for number, (sized, layer, (table, queries)) in enumerate(
                 zip(self._sized, self.config.layers, tables, strict=True)
             )
@@ -192,7 +192,7 @@ class Passes:
                 gradient the head computes along with it.
 
         Returns:
-            The loss, 0-d float64: Σ nats over supervised positions, or what `token_loss` says.
+            The loss, 0-d float64: Σ nats over supervised tokens, or what `token_loss` says.
 
         Raises:
             ValueError: without an attached adapter, or for a batch that enters above something trained.
@@ -267,12 +267,13 @@ class Passes:
         logits = (
             scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x) if trained.plain_head else None
         )
-        multiplier: float | Tensor = loss_scaling
+        times, wide = batch.weights, torch.promote_types(normed.dtype, torch.float32)
+        multiplier: float | Tensor = loss_scaling if times is None else (loss_scaling * times).to(wide)
         loss: Tensor | None = None
         if token_loss is not None:
             nats = head_losses(normed, targets, self._head_of(dropout_seed), logits)
-            loss, d_log_p = token_loss(-nats)
-            multiplier = -loss_scaling * d_log_p  # of the nats
+            loss, d_log_p = token_loss(batch.of_documents(-nats))
+            multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
         # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
         if trained.head:
             head = self._head_of(dropout_seed)
@@ -283,7 +284,7 @@ class Passes:
             )
         scratch.let_go(room=True)
         d_x = norm_backward(d_normed, norm, trained.d_final_norm)
-        return d_x, losses.sum(dtype=torch.float64) if loss is None else loss
+        return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
 
     def _head_of(self, dropout_seed: int | None) -> Head:
         return head_of(self.active.head, self.config, self.lora, self._trained, dropout_seed)

@@ -77,7 +77,7 @@ def shared_attention_forward(
     config = context.config
     q, k, v, factors = _prepared(z, weights, context)
     output, attended = attention_forward(
-        q, k, v, context.runs, config.attention_scaling, context.layer.window, context.shared, config.attention_cap
+        q, k, v, context.runs, config.attention_scaling, context.layer.window, config.attention_cap
     )
     return output.flatten(1), SharedAttentionKept(attended.log_sum_exp, *factors)
 
@@ -141,7 +141,6 @@ def shared_attention_backward(
         context.runs,
         config.attention_scaling,
         context.layer.window,
-        context.shared,
         config.attention_cap,
     )
     by_head = torch.empty(len(q), heads + 2 * kv_heads, config.head_dim, dtype=q.dtype, device=q.device)

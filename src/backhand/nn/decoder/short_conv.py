@@ -25,7 +25,7 @@ from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_c
 
 def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, None]:
     """y, (T, channels), from [B | C | x], (T, 3 channels), within each document."""
-    return gated_conv_forward(bcx, _taps(weights), context.runs, context.shared)[0], None
+    return gated_conv_forward(bcx, _taps(weights), context.runs)[0], None
 
 
 def short_conv_backward(
@@ -37,7 +37,7 @@ def short_conv_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[B | C | x], (T, 3 channels), from ∂L/∂y, (T, channels)."""
-    saved = GatedConvSaved(kept.input, _taps(weights), context.runs, context.shared)
+    saved = GatedConvSaved(kept.input, _taps(weights), context.runs)
     return gated_conv_backward(d_y, saved).d_bcx
 
 

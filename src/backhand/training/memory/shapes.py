@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from backhand.data.packing import micro_batches, round_size
+from backhand.data.packing import Forest, micro_batches, round_size
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -19,8 +19,8 @@ class StepShape:
 
     Attributes:
         tokens, supervised_tokens: of the largest one, at most.
-        lengths: of the largest one's documents behind what they share, shortest first; a filler counts as well.
-        shared_tokens: that stand before all documents of the largest one.
+        lengths: of the largest one's segments; a filler counts as well.
+        parents: of these segments, as in `PackedBatch`.
         mean_tokens: of all of them.
         micro_batches: how many they are, of the steps that were looked at.
         sizes: how many numbers of tokens, or of supervised tokens where these are more, they come in.
@@ -32,7 +32,7 @@ class StepShape:
     tokens: int
     supervised_tokens: int
     lengths: tuple[int, ...] = ()
-    shared_tokens: int = 0
+    parents: tuple[int, ...] = ()
     mean_tokens: float = 0.0
     micro_batches: int = 1
     sizes: int = 1
@@ -42,26 +42,33 @@ class StepShape:
     sampled_tokens: int = 0
 
     def cut(self, limit: int) -> StepShape:
-        """The longest documents that come to no more than so many tokens, or a part of the longest one."""
+        """The longest documents that come to no more than so many tokens, or a part of the longest one.
+
+        Of documents that share segments, all of these, each as much shorter.
+        """
         if self.tokens <= limit:
             return self
-        shared = min(self.shared_tokens, limit // 2)
-        left, taken = limit - shared, list[int]()
+        if self.parents and len(self.lengths) <= limit:
+            lengths = [max(1, length * (limit - len(self.lengths)) // self.tokens) for length in self.lengths]
+            lengths[0] += limit - sum(lengths)
+            supervised = min(self.supervised_tokens, limit)
+            return replace(self, tokens=limit, supervised_tokens=supervised, lengths=tuple(lengths))
+        left, taken = limit, list[int]()
         for length in sorted(self.lengths or (self.tokens,), reverse=True):
             if length <= left:
                 taken.append(length)
                 left -= length
-        lengths = tuple(sorted(taken)) or (left,)
-        tokens = shared + sum(lengths)
-        supervised = min(self.supervised_tokens, tokens - shared)
-        return replace(self, tokens=tokens, supervised_tokens=supervised, lengths=lengths, shared_tokens=shared)
+        lengths = sorted(taken) or [left]
+        tokens = sum(lengths)
+        supervised = min(self.supervised_tokens, tokens)
+        return replace(self, tokens=tokens, supervised_tokens=supervised, lengths=tuple(lengths), parents=())
 
     def batch(self, vocab_size: int, device: torch.device) -> PackedBatch:
         """Such a micro-batch, of tokens one like another; its last positions carry loss."""
         ids = torch.arange(self.tokens, device=device) % vocab_size
         labels = torch.full_like(ids, IGNORE_INDEX)
-        labels[self.tokens - min(self.supervised_tokens, self.tokens - self.shared_tokens) :] = 0
-        return PackedBatch(ids, labels, self.lengths or (self.tokens,), self.shared_tokens)
+        labels[self.tokens - min(self.supervised_tokens, self.tokens) :] = 0
+        return PackedBatch(ids, labels, self.lengths or (self.tokens,), self.parents)
 
     def kernels_bytes(self, left: int) -> int:
         """Of all kernels that are compiled, where a micro-batch of a size of its own leaves so many bytes."""
@@ -98,14 +105,12 @@ class Rows:
     Attributes:
         lengths: tokens of each that enter the model.
         supervised: of each.
-        shared: tokens with which all of some rows begin, and which stand in their micro-batch once.
-        documents: lengths of these rows' documents without what is shared; None where each row is one.
+        forest: the segments of these rows' micro-batch; None where nothing is shared and each row is one.
     """
 
     lengths: Sequence[int]
     supervised: Sequence[int]
-    shared: Callable[[Sequence[int]], int] = lambda _rows: 0
-    documents: Callable[[Sequence[int]], Sequence[int]] | None = None
+    forest: Callable[[Sequence[int]], Forest] | None = None
 
 
 NO_ROWS = Rows((), ())
@@ -139,7 +144,7 @@ def _shape(steps: Iterable[Sequence[int]], rows: Rows, count: int, held_out: Row
         tokens=largest.tokens,
         supervised_tokens=max(one.supervised_tokens for one in trained),
         lengths=largest.lengths,
-        shared_tokens=largest.shared,
+        parents=largest.parents,
         mean_tokens=sum(one.tokens for one in trained) / len(trained),
         micro_batches=len(trained),
         sizes=max(len({*(one.tokens for one in every), *neutral}), len({one.supervised_tokens for one in every})),
@@ -148,23 +153,25 @@ def _shape(steps: Iterable[Sequence[int]], rows: Rows, count: int, held_out: Row
 
 
 class _MicroBatch(NamedTuple):
-    """Tokens, those supervised, the shared prefix, and the documents' lengths behind it; a filler counts as well."""
+    """Tokens, those supervised, and the segments; a filler counts as well."""
 
     tokens: int
     supervised_tokens: int
-    shared: int
     lengths: tuple[int, ...]
+    parents: tuple[int, ...]
 
 
 def _cut(step: Sequence[int], rows: Rows, count: int) -> list[_MicroBatch]:
     """The micro-batches of a step, of so many rows each."""
     cut = []
     for group in micro_batches(step, rows.lengths, max_rows=count):
-        shared = rows.shared(group)
-        own = rows.documents(group) if rows.documents else [rows.lengths[row] - shared for row in group]
-        lengths = sorted(own)
-        tokens = shared + sum(lengths)
+        lengths, parents = tuple(sorted(rows.lengths[row] for row in group)), tuple[int, ...]()
+        if rows.forest is not None:
+            lengths, parents, *_ = rows.forest(group)
+        tokens = sum(lengths)
         filler = round_size(tokens) - tokens
-        supervised = sum(rows.supervised[row] for row in group)
-        cut.append(_MicroBatch(tokens + filler, supervised, shared, (*lengths, filler) if filler else tuple(lengths)))
+        supervised = min(sum(rows.supervised[row] for row in group), tokens)
+        if filler:
+            lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
+        cut.append(_MicroBatch(tokens + filler, supervised, lengths, parents))
     return cut

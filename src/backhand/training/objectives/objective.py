@@ -158,12 +158,9 @@ class HeldOutObjective(HeldOut):
 
 def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Whose each supervised token of the rows' batch is, (supervised,), among their documents; tokens of each."""
-    places = packer.documents(rows)
     examples = packer.by_document.examples
-    counts = torch.tensor([examples[place].supervised_tokens for place in places], dtype=torch.int64)
-    position = {place: number for number, place in enumerate(places)}
-    order = torch.tensor([position[place] for place in packer.in_order(rows)], dtype=torch.int64)
-    return order.repeat_interleave(counts[order]), counts.double()
+    counts = torch.tensor([examples[place].supervised_tokens for place in packer.documents(rows)], dtype=torch.int64)
+    return torch.arange(len(counts)).repeat_interleave(counts), counts.double()
 
 
 def document_sums(

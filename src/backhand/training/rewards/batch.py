@@ -115,13 +115,12 @@ class AnswerBatch:
     def _token_loss(self, number: int) -> TokenLoss:
         rows = self._micro_batches[number]
         owners, _ = token_owners(self._packer, rows)
-        in_order = self._packer.in_order(rows)
-        reference = torch.cat([self._reference[row] for row in in_order]) if self._reference else None
+        reference = torch.cat([self._reference[row] for row in rows]) if self._reference else None
 
         def loss(log_p: Tensor) -> tuple[Tensor, Tensor]:
             found = log_p.double().cpu()
             if number not in self._old:
-                sampled = torch.tensor([p for row in in_order for p in self._answers[row].log_p], dtype=torch.float64)
+                sampled = torch.tensor([p for row in rows for p in self._answers[row].log_p], dtype=torch.float64)
                 if not self._certificate.compare(sampled, found):
                     return torch.tensor(torch.nan, dtype=torch.float64), torch.zeros_like(log_p)  # no update is made
                 self._old[number] = found
@@ -155,10 +154,9 @@ class AnswerBatch:
             for number in shares[self._processes.rank]:
                 rows = self._micro_batches[number]
                 log_p = -model.token_losses(self._packer.packed(rows, model.device)).double().cpu()
-                in_order = self._packer.in_order(rows)
-                parts = log_p.split([len(self._answers[row].tokens) for row in in_order])
-                self._reference |= dict(zip(in_order, parts, strict=True))
-                for row, part in zip(in_order, parts, strict=True):
+                parts = log_p.split([len(self._answers[row].tokens) for row in rows])
+                self._reference |= dict(zip(rows, parts, strict=True))
+                for row, part in zip(rows, parts, strict=True):
                     mine.append([row, float((torch.tensor(self._answers[row].log_p, dtype=part.dtype) - part).sum())])
         finally:
             model.attach(lora)

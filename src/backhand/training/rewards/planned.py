@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from backhand.data.examples import Example
-from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, common_tokens
+from backhand.data.packing import MIN_SAVED_TOKENS, Forest, RowPacker
 
 
 class PromptPacker(RowPacker):
@@ -29,15 +29,27 @@ class PromptPacker(RowPacker):
         """The row of every answer."""
         return [row for row in rows for _ in range(self._group)]
 
-    def document_lengths(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of each answer with its prompt, what is shared left out."""
-        shared = self.shared(rows)
-        return [self._each[row] - shared for row in self.documents(rows)]
+    def forest(self, rows: Sequence[int]) -> Forest:
+        """Each prompt but for its last token, which predicts another one in each answer, and the answers behind it."""
+        lengths: list[int] = []
+        parents: list[int] = []
+        ends: list[int] = []
+        for row in rows:
+            prompt = self._each[row] - self._new
+            shares = self._share_prefixes and prompt * (self._group - 1) >= MIN_SAVED_TOKENS
+            parent = len(lengths) if shares else -1
+            if shares:
+                lengths.append(prompt)
+                parents.append(-1)
+            ends += range(len(lengths), len(lengths) + self._group)
+            lengths += [self._new if shares else self._each[row]] * self._group
+            parents += [parent] * self._group
+        return Forest(tuple(lengths), tuple(parents) if max(parents, default=-1) >= 0 else (), tuple(ends), [])
 
-    def shared(self, rows: Sequence[int]) -> int:
-        """Tokens with which all answers begin."""
-        common = common_tokens([self.examples[row] for row in rows]) if self._share_prefixes else 0
-        return common if common * (self._group * len(rows) - 1) >= MIN_SAVED_TOKENS else 0
+    @property
+    def common(self) -> int:
+        """Nothing: no hidden states are kept of what is written anew."""
+        return 0
 
     def may_share(self, count: int) -> bool:  # noqa: ARG002 - the answers to one prompt do
         """Yes, if anything may."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,21 +10,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
+from backhand.ops.document_groups import segments, tokens_of
 from backhand.verify.case import Backward, Mutant, wrong
-from backhand.verify.scaffold import PACKED, Given, Op
+from backhand.verify.scaffold import PACKED, Given, Op, placed
 
 SCALING = 0.37
 
 
 def _usual(given: Given) -> Tensor:
-    q, shared, rest = given["q"], given["shared"], (given["cap"], given.get("sinks"), given["scaling"])
-    ends = list(accumulate(given["documents"], initial=shared))
+    q, rest = given["q"], (given["cap"], given.get("sinks"), given["scaling"])
     outputs = [q[:0] * 0]
-    for own in (range(shared), *(range(start, end) for start, end in pairwise(ends))):
-        seen = list(own) if own.start < shared else [*range(shared), *own]
+    for (start, stop), before in segments(given["runs"]):
+        seen = [*before, *range(start, stop)]
         parts = [given[name][seen].transpose(0, 1)[None] for name in "qkv"]
         attended = usual_attention(parts, visible(len(seen), given["window"], q.device), *rest)
-        outputs.append(attended[0].transpose(0, 1)[len(seen) - len(own) :])
+        outputs.append(attended[0].transpose(0, 1)[len(before) :])
     return torch.cat(outputs)
 
 
@@ -79,7 +78,7 @@ OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": S
 OP = Op(
     "attention",
     attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
-    {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "shared": 0, "side_by_side": False, **OPTIONS},
+    {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "parents": (), "side_by_side": False, **OPTIONS},
     usual=_usual,
     made=PACKED,
     ways={"side_by_side": _side_by_side},
@@ -105,21 +104,45 @@ CASES = (
     OP.case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
     OP.case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
     OP.case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
-    OP.case("shared prefix", (4, 4, 2, 1), shared=3),
-    OP.case("shared prefix, window", (9, 6, 6, 1), shared=5, window=4, side_by_side=True),
-    OP.case("shared prefix of one document", (7,), shared=2, heads=3, kv_heads=1),
-    OP.case("shared prefix longer than the window", (3, 2), shared=8, window=3),
-    OP.case("shared prefix, long documents", (170, 33), heads=2, kv_heads=1, head_dim=8, shared=40, window=60),
-    OP.case("shared prefix of many groups", (161, 163, 165, 167, 169), heads=2, kv_heads=1, head_dim=4, shared=9),
-    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("shared prefix", (3, 4, 4, 2, 1), parents=(-1, 0, 0, 0, 0)),
+    OP.case("shared prefix, window", (5, 9, 6, 6, 1), parents=(-1, 0, 0, 0, 0), window=4, side_by_side=True),
+    OP.case("shared prefix of one document", (2, 7), parents=(-1, 0), heads=3, kv_heads=1),
+    OP.case("shared prefix longer than the window", (8, 3, 2), parents=(-1, 0, 0), window=3),
+    OP.case(
+        "shared prefix, long documents", (40, 170, 33), heads=2, kv_heads=1, head_dim=8, parents=(-1, 0, 0), window=60
+    ),
+    OP.case(
+        "shared prefix of many groups",
+        (9, 161, 163, 165, 167, 169),
+        heads=2,
+        kv_heads=1,
+        head_dim=4,
+        parents=(-1, 0, 0, 0, 0, 0),
+    ),
+    OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6)),
+    OP.case("segments of a token, window", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), window=3),
+    OP.case("chain of segments, sinks", (2, 3, 1, 4), parents=(-1, 0, 1, 2), sinks=0.3, side_by_side=True),
+    OP.case(
+        "trees of levels, capped", (4, 3, 3, 2, 5), parents=(-1, 0, 0, 2, 2), cap=0.9, size=2.0, heads=3, kv_heads=1
+    ),
+    OP.case("pairs of long answers", (66, 40, 70, 35, 33, 40), parents=(-1, 0, 0, -1, 3, 3), heads=2, kv_heads=1),
     OP.case("capped scores", (4, 4, 7, 1), cap=1.3, size=2.0),
     OP.case("capped scores, window, side by side", (9, 3, 6), cap=0.8, size=2.0, window=4, side_by_side=True),
-    OP.case("capped scores, shared prefix", (5, 4, 2), heads=3, kv_heads=1, cap=0.8, size=2.0, shared=3, window=4),
+    OP.case(
+        "capped scores, shared prefix",
+        (3, 5, 4, 2),
+        heads=3,
+        kv_heads=1,
+        cap=0.8,
+        size=2.0,
+        parents=(-1, 0, 0, 0),
+        window=4,
+    ),
     OP.case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
     OP.case("capped scores, one token", (1,), cap=1.3),
     OP.case("sinks", (4, 4, 7, 1), sinks=0.5),
     OP.case("sinks, window, side by side", (9, 3, 6), sinks=0.5, window=4, side_by_side=True),
-    OP.case("sinks, shared prefix", (5, 4, 2), heads=3, kv_heads=1, sinks=0.0, shared=3, window=4),
+    OP.case("sinks, shared prefix", (3, 5, 4, 2), heads=3, kv_heads=1, sinks=0.0, parents=(-1, 0, 0, 0), window=4),
     OP.case("sinks above all scores", (6, 3), sinks=8.0),
     OP.case("sinks below all scores, sharp", (6, 3), sinks=-4.0, size=3.0),
     OP.case("sinks, one token", (1,), sinks=0.5),
@@ -149,7 +172,13 @@ class _Dense(NamedTuple):
 
 
 def _dense(
-    g: Tensor, s: AttentionSaved, *, documents_apart: bool = True, window: bool = True, causal: bool = True
+    g: Tensor,
+    s: AttentionSaved,
+    *,
+    documents_apart: bool = True,
+    siblings_apart: bool = True,
+    window: bool = True,
+    causal: bool = True,
 ) -> _Dense:
     """P and the gradients around it, where asked with a mask that leaves something out."""
     group = s.q.shape[1] // s.k.shape[1]
@@ -157,20 +186,15 @@ def _dense(
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, s.output, g))
     k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (s.k, s.v))
     tokens = s.q.shape[0]
-    lengths = [s.shared] + [length for _, count, length in s.runs for _ in range(count)]
-    document = torch.repeat_interleave(torch.tensor(lengths)).to(g.device)
-    firsts = [0] + [s.shared] * (len(lengths) - 1)
-    position = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]).to(
-        g.device
-    )
+    where = placed(s.runs, g.device)
     # Without documents apart, the order in the pack is all there is.
-    place = position if documents_apart else torch.arange(tokens, device=g.device)
+    place = where.position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
         seen = (distance >= 0) & (distance < (s.window if window and s.window is not None else tokens))
     if documents_apart:
-        seen = seen & ((document[:, None] == document[None, :]) | (document[None, :] == 0))
+        seen = seen & (where.held if siblings_apart else where.held | where.beside)
     scores = s.scaling * q @ k.mT
     slope = torch.ones_like(scores)
     if s.cap is not None:
@@ -221,11 +245,16 @@ def _worked(
 
 
 def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
-    """As if the last document had not seen the shared prefix."""
+    """As if the last segment had not seen those before it."""
     p = d.p.clone()
-    length = s.runs[-1][2] if s.runs else 0
-    p[:, p.shape[1] - length :, : s.shared] = 0
+    if s.runs:
+        p[:, p.shape[1] - s.runs[-1].length :, tokens_of(s.runs[-1].before)] = 0
     return d._replace(p=p)
+
+
+def _once(d: _Dense, s: AttentionSaved) -> _Dense:
+    """As if of several segments that continue one the first alone had seen it."""
+    return d._replace(p=d.p * placed(s.runs, d.p.device).once)
 
 
 MUTANTS = (
@@ -244,6 +273,7 @@ MUTANTS = (
     _worked("a sink's P in δ", "d_q d_k", lambda d, _s: d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))),
     _worked("δ of another row", "d_q", lambda d, _s: d._replace(delta=d.delta.flip(1))),
     _worked("documents see each other", "d_q d_v", documents_apart=False),
+    _worked("a segment sees the one beside it", "d_q d_v", siblings_apart=False),
     _worked("window ignored", "d_k d_v", window=False),
     _worked("causal mask ignored", "d_q d_v", causal=False, window=False),
     wrong("∂L/∂S transposed", "d_q", lambda g, s: (s.scaling * _dense(g, s).d_s().mT @ _dense(g, s).k).transpose(0, 1)),
@@ -251,6 +281,7 @@ MUTANTS = (
     _worked("first head of the group only", "d_k d_v", how="first"),
     _worked("mean over the group", "d_v", how="mean"),
     _worked("prefix's share missing", "d_k d_v", _off_prefix),
+    _worked("share of one taken for that of all", "d_k d_v", _once),
     wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
+from backhand.ops.document_groups import Run
 from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
 from backhand.verify.scaffold import Given, Op
@@ -75,7 +76,7 @@ def _packed(
         q, g, d_q = (functional.pad(x, (0, 0, 0, 0, n - m, 0)) for x in (s.q, d_y, right.d_q))
         output = attention_blocks_reference(q, s.k, s.v, s.scaling, s.window, s.cap, s.sinks)
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
-        runs = ((0, documents, n),)
+        runs = (Run(0, documents, n),)
         packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scaling, s.window, cap=s.cap, sinks=s.sinks)
         given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
         apart: Tensor = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
@@ -84,12 +85,13 @@ def _packed(
     return spoiled
 
 
-# Documents here have no shared prefix: it is part of their keys.
+# Documents here share nothing: what stands before their queries is part of their keys.
 MUTANTS = tuple(
     (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
     for several in attention.MUTANTS
     for one in several
-    if one.name != "prefix's share missing"
+    if one.name
+    not in ("prefix's share missing", "share of one taken for that of all", "a segment sees the one beside it")
 )
 
 

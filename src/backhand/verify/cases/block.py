@@ -165,7 +165,7 @@ def _not_turned(s: BlockInputs) -> RotaryTable | None:
 def _one_document(s: BlockInputs) -> tuple[Run, ...]:
     """All documents as one, where no attention has kept what it knew of them."""
     alone = s.context.layer.mixer != ATTENTION
-    return ((0, 1, len(s.saved.x0)),) if alone else s.context.runs
+    return (Run(0, 1, len(s.saved.x0)),) if alone else s.context.runs
 
 
 def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,18 +13,18 @@ from torch.nn import functional
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
 from backhand.ops.document_groups import Run
 from backhand.verify.case import wrong
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import PACKED, Op, Placed, placed
 
 
-def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int, silu: bool) -> Tensor:
-    c = causal_conv_reference(x, taps, runs, shared)
+def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:
+    c = causal_conv_reference(x, taps, runs)
     return functional.silu(c) if silu else c
 
 
 OP = Op(
     "causal_conv",
     {"x": "size: tokens channels", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
-    {"documents": ..., "channels": 5, "width": 4, "shared": 0, "silu": True, "bias": False, "size": 1.0},
+    {"documents": ..., "channels": 5, "width": 4, "parents": (), "silu": True, "bias": False, "size": 1.0},
     usual=_usual,
     made={"taps": Taps, **PACKED},
 )
@@ -32,10 +36,11 @@ CASES = (
     OP.case("three taps", (6, 3, 7), width=3, silu=False),
     OP.case("one tap", (6, 3), width=1),
     OP.case("documents shorter than the taps", (1, 2, 3, 1), width=6),
-    OP.case("shared prefix", (5, 5, 1, 2), shared=7),
-    OP.case("shared prefix shorter than the taps", (5, 1, 6), shared=2, bias=True),
-    OP.case("shared prefix, no activation", (4, 3), shared=3, silu=False),
-    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("shared prefix", (7, 5, 5, 1, 2), parents=(-1, 0, 0, 0, 0)),
+    OP.case("shared prefix shorter than the taps", (2, 5, 1, 6), parents=(-1, 0, 0, 0), bias=True),
+    OP.case("shared prefix, no activation", (3, 4, 3), parents=(-1, 0, 0), silu=False),
+    OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6), bias=True),
+    OP.case("segments shorter than the taps", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), width=6),
     OP.case("large numbers", (5, 4), size=30.0),
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
@@ -43,27 +48,28 @@ CASES = (
 )
 
 
-def documents_of(tokens: int, runs: tuple[tuple[int, int, int], ...], shared: int) -> Tensor:
-    """For each token its document's number, (tokens,); the prefix is 0."""
-    lengths = [shared] + [n for _, count, n in runs for _ in range(count)]
-    assert sum(lengths) == tokens
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+Sight = Callable[[Placed], Tensor] | None
+"""Which tokens, (tokens, tokens), see which others where the distance is right; None for all."""
+RIGHT: Sight = operator.attrgetter("held")
+OTHERS: tuple[tuple[str, Sight], ...] = (
+    ("documents see each other", None),
+    ("prefix's share missing", lambda where: where.held & where.held.T),
+    ("share of one taken for that of all", operator.attrgetter("once")),
+    ("a segment sees the one beside it", lambda where: where.held | where.beside),
+)
+"""Mutants' sights."""
 
 
-def conv_matrices(saved: CausalConvSaved, *, apart: bool = True, prefix: bool = True) -> Tensor:
+def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT) -> Tensor:
     """∂c/∂x for each channel, (channels, tokens, tokens): what the mutants get wrong stands here in the open."""
-    x, (weight, _), runs, shared, _ = saved
+    x, (weight, _), runs, _ = saved
     tokens, width = x.shape[0], weight.shape[1]
-    document = documents_of(tokens, runs, shared)
-    starts = [0] + [shared] * int(document.max() if tokens else 0)
-    place = torch.cat([start + torch.arange(int((document == d).sum())) for d, start in enumerate(starts)])
-    if not apart:
-        place = torch.arange(tokens)
+    where = placed(runs, torch.device("cpu"))
+    place = where.position if seen_by is not None else torch.arange(tokens)
     distance = place[:, None] - place[None, :]
     seen = (distance >= 0) & (distance < width)
-    if apart:
-        same = document[:, None] == document[None, :]
-        seen &= same | (document[None, :] == 0) if prefix else same
+    if seen_by is not None:
+        seen &= seen_by(where)
     columns = (width - 1 - distance).clamp(0, width - 1)
     return weight[:, columns.to(weight.device)] * seen.to(weight.device)
 
@@ -71,7 +77,7 @@ def conv_matrices(saved: CausalConvSaved, *, apart: bool = True, prefix: bool = 
 def _slope(saved: CausalConvSaved) -> Tensor:
     if not saved.silu:
         return torch.ones_like(saved.x)
-    c = convolved(saved.x, saved.taps, saved.runs, saved.shared)
+    c = convolved(saved.x, saved.taps, saved.runs)
     sigmoid = torch.sigmoid(c)
     return sigmoid * (1 + c * (1 - sigmoid))
 
@@ -80,12 +86,15 @@ def _through(d_c: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("tc,cts->sc", d_c, matrices)
 
 
+def _seen_by(sight: Sight, g: Tensor, s: CausalConvSaved) -> Tensor:
+    return _through(g * _slope(s), conv_matrices(s, sight))
+
+
 MUTANTS = (
     wrong("slope forgotten", "d_x", lambda g, s: _through(g, conv_matrices(s))),
     wrong("slope at x", "d_x", lambda g, s: _through(functional.silu(s.x) * g, conv_matrices(s))),
-    wrong("documents see each other", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, apart=False))),
+    *(wrong(name, "d_x", partial(_seen_by, sight)) for name, sight in OTHERS),
     wrong("taps not turned round", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
-    wrong("prefix's share missing", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s, prefix=False))),
     wrong("its own tap alone", "d_x", lambda g, s: g * _slope(s) * s.taps.weight[:, -1]),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from backhand.verify.tiny_decoders import FAMILIES, WINDOW
 
 ALL_LINEAR_AND_HEAD = ("_proj", HEAD)
 _case = partial(decoder_case, "decoder")
+TREES: dict[str, Any] = {"documents": (3, 4, 2, 5, 5, 1, 2, 6, 3), "parents": (-1, -1, 1, 2, 2, 1, -1, 6, 6)}
 
 CASES = (
     *(_case(family, family) for family in FAMILIES),
@@ -52,6 +53,13 @@ CASES = (
     _case("shared prefix, short convolutions", "lfm2, short", shared=5, recompute="block"),
     _case("shared prefix shorter than the taps", "lfm2, biases", shared=2),
     _case("documents shorter than the taps", "lfm2, biases", documents=(2, 1, 7, 2), shared=4),
+    _case("trees", "llama", **TREES),
+    _case("trees, recompute block", "gemma3", recompute="block", **TREES),
+    _case("trees, capped", "gemma2", targets=ALL_LINEAR_AND_HEAD, **TREES),
+    _case("trees, short convolutions", "lfm2, biases", recompute="mlp", **TREES),
+    _case("trees, keys of other layers", "gemma4, shared", **TREES),
+    _case("a tree, sinks", "gpt-oss", documents=(4, 6, 3, 5), parents=(-1, 0, 0, 2)),
+    _case("trees, delta rule", "qwen3.5", **TREES),
     _case("short convolutions, out of one alone", "lfm2, short", targets=("2.conv.out_proj",)),
     _case("short convolutions, w2 and in of one", "lfm2, short", targets=("1.feed_forward.w2", "2.conv.in_proj")),
     _case("shared keys, k of the lender alone", "gemma4, shared", targets=("0.self_attn.k_proj",)),
@@ -227,9 +235,34 @@ def _carrying(name: str, gradients: str, kind: type[Carried]) -> tuple[Mutant, .
     return again(name, gradients, step)
 
 
-def _prefix_apart(batch: PackedBatch) -> dict[str, Any]:
-    """The shared prefix as a document that no other sees."""
-    return {"document_lengths": (batch.shared_prefix, *batch.document_lengths), "shared_prefix": 0}
+def _beside_seen(batch: PackedBatch) -> dict[str, Any]:
+    """Segments that continue the one beside them in place of what both continue, at their own positions."""
+    parents = list(batch.parents)
+    beside: dict[int, int] = {}
+    for number, parent in enumerate(batch.parents):
+        parents[number] = beside.get(parent, parent) if parent >= 0 else parent
+        beside[parent] = number
+    return {"parents": tuple(parents), "documents": batch.ends}
+
+
+def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
+    """The step on the batch with something else made of its segments."""
+    other = type("Other", (PackedBatch,), {key: property(make) for key, make in properties.items()})
+
+    def batch(s: DecoderInputs) -> PackedBatch:
+        made: PackedBatch = other(**{part.name: getattr(s.batch, part.name) for part in fields(PackedBatch)})
+        return made
+
+    return _step(name, gradients, batch=batch)
+
+
+def _restarting(batch: PackedBatch) -> Tensor:
+    """Positions from 0 in each segment."""
+    return torch.cat([torch.arange(0), *(torch.arange(n) for n in batch.lengths)]).to(batch.input_ids.device)
+
+
+def _one_document(batch: PackedBatch) -> dict[str, Any]:
+    return {"lengths": (sum(batch.lengths),), "parents": (), "documents": None}
 
 
 def _all_supervised(batch: PackedBatch) -> dict[str, Any]:
@@ -250,10 +283,13 @@ BOTH = "d_lora_A d_lora_B"
 MUTANTS = (
     _step("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
     wrong("mean for sum", "d_lora_B", lambda s, whole: per_token(whole, s)),
-    _batch("documents see each other", BOTH, lambda batch: {"document_lengths": (sum(batch.document_lengths),)}),
+    _batch("documents see each other", BOTH, _one_document),
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
-    _batch("prefix unseen", BOTH, _prefix_apart),
+    _batch("prefix unseen", BOTH, lambda batch: {"parents": (), "documents": batch.ends}),
+    _batch("a segment sees the one beside it", BOTH, _beside_seen),
+    _as_if("positions from 0 in each segment", BOTH, positions=_restarting),
+    _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),
     _step("dropout ignored", "d_lora_A", dropout_seed=None),
     _step("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     again("head's dropout ignored", BOTH, _head_without_dropout),

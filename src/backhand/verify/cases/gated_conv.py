@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,19 +11,19 @@ from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_referenc
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
 from backhand.verify.case import wrong
-from backhand.verify.cases.causal_conv import conv_matrices
+from backhand.verify.cases.causal_conv import OTHERS, RIGHT, Sight, conv_matrices
 from backhand.verify.scaffold import PACKED, Op
 
 
-def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...], shared: int) -> Tensor:
+def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
     b, c, x = bcx.chunk(3, dim=-1)
-    return c * causal_conv_reference(b * x, taps, runs, shared)
+    return c * causal_conv_reference(b * x, taps, runs)
 
 
 OP = Op(
     "gated_conv",
     {"bcx": "tokens wide", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
-    {"documents": ..., "channels": 5, "width": 3, "shared": 0, "bias": False, "into_buffer": False},
+    {"documents": ..., "channels": 5, "width": 3, "parents": (), "bias": False, "into_buffer": False},
     usual=_usual,
     made={
         "taps": Taps,
@@ -37,9 +39,10 @@ CASES = (
     OP.case("four taps", (6, 7), width=4),
     OP.case("one tap", (6, 3), width=1),
     OP.case("documents shorter than the taps", (1, 2, 3, 1), width=6),
-    OP.case("shared prefix", (5, 5, 1, 2), shared=7),
-    OP.case("shared prefix shorter than the taps", (5, 1, 6), shared=1, bias=True),
-    OP.case("nothing but a prefix", (), shared=4),
+    OP.case("shared prefix", (7, 5, 5, 1, 2), parents=(-1, 0, 0, 0, 0)),
+    OP.case("shared prefix shorter than the taps", (1, 5, 1, 6), parents=(-1, 0, 0, 0), bias=True),
+    OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6), bias=True),
+    OP.case("segments shorter than the taps", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), width=6),
     OP.case("into a used buffer", (5, 3), into_buffer=True),
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
@@ -52,9 +55,13 @@ def _parts(s: GatedConvSaved) -> tuple[Tensor, Tensor, Tensor]:
     return b, c, x
 
 
-def _matrices(s: GatedConvSaved, *, apart: bool = True, prefix: bool = True) -> Tensor:
+def _matrices(s: GatedConvSaved, sight: Sight = RIGHT) -> Tensor:
     b, _, x = _parts(s)
-    return conv_matrices(CausalConvSaved(b * x, s.taps, s.runs, s.shared, False), apart=apart, prefix=prefix)
+    return conv_matrices(CausalConvSaved(b * x, s.taps, s.runs, False), sight)
+
+
+def _seen_by(sight: Sight, g: Tensor, s: GatedConvSaved) -> Tensor:
+    return _gradient(g, s, _matrices(s, sight))
 
 
 def _gradient(g: Tensor, s: GatedConvSaved, matrices: Tensor, *, gated: bool = True) -> Tensor:
@@ -79,8 +86,7 @@ def _input_gate_alone(right: Tensor) -> Tensor:
 
 MUTANTS = (
     wrong("output gate not in d_z", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s), gated=False)),
-    wrong("documents see each other", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s, apart=False))),
-    wrong("prefix's share missing", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s, prefix=False))),
+    *(wrong(name, "d_bcx", partial(_seen_by, sight)) for name, sight in OTHERS),
     wrong("taps not turned round", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s).mT)),
     wrong("gate and input exchanged", "d_bcx", lambda d: _exchanged(d)),
     wrong("output gate's gradient missing", "d_bcx", lambda d: _input_gate_alone(d)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
-from backhand.ops.document_groups import spans
+from backhand.ops.document_groups import segments
 from backhand.verify.case import Mutant, wrong
 from backhand.verify.scaffold import PACKED, Op
 
@@ -16,6 +16,7 @@ STATE_MISTAKES = (
     "state held constant",
     "correction held constant",
     "prefix's share missing",
+    "share of one taken for that of all",
 )
 # Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
 OP = Op(
@@ -26,7 +27,7 @@ OP = Op(
     | dict(decay=lambda draw, tokens, heads, forgetting: -forgetting * draw.normal(tokens, heads).abs())
     | dict(beta=lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)))
     | dict(d_y="tokens heads width"),
-    dict(documents=..., key_heads=2, group=3, key_width=5, width=7, shared=0, forgetting=0.3, chunk=3),
+    dict(documents=..., key_heads=2, group=3, key_width=5, width=7, parents=(), forgetting=0.3, chunk=3),
     made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
 )
 
@@ -39,10 +40,10 @@ CASES = (
     OP.case("one chunk", (9,), chunk=9),
     OP.case("chunks of one token", (5, 3), chunk=1),
     OP.case("the usual chunks", (CHUNK_TOKENS + 3, 4), key_heads=1, group=2, key_width=3, width=4, chunk=CHUNK_TOKENS),
-    OP.case("shared prefix", (5, 5, 1, 2), shared=4),
-    OP.case("shared prefix of several chunks", (4, 7, 4), key_heads=1, group=2, shared=7),
-    OP.case("nothing but a prefix", (), shared=5),
-    OP.case("a prefix before empty documents", (0, 0), shared=5),
+    OP.case("shared prefix", (4, 5, 5, 1, 2), parents=(-1, 0, 0, 0, 0)),
+    OP.case("shared prefix of several chunks", (7, 4, 7, 4), key_heads=1, group=2, parents=(-1, 0, 0, 0)),
+    OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6)),
+    OP.case("chain of segments", (7, 4, 1, 5, 2), key_heads=1, group=2, parents=(-1, 0, 1, 2, 0)),
     OP.case("strong forgetting", (9, 4), forgetting=8.0),
     OP.case("no forgetting", (9, 4), forgetting=0.0),
     OP.case("empty documents between", (3, 0, 2)),
@@ -57,13 +58,18 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
     group = s.v.shape[1] // s.k.shape[1]
     q, k = (inputs[name].repeat_interleave(group, dim=1) for name in ("q", "k"))
     v, decay, beta = (inputs[name] for name in ("v", "decay", "beta"))
-    begin = v.new_zeros(*k.shape[1:], v.shape[2])
-    documents = spans(s.runs, s.shared)
+    documents = segments(s.runs)
     if mistake == "documents see each other":
-        documents = [(0, 0), (0, v.shape[0])]
+        documents = [((0, v.shape[0]), [])]
+    behind = {-1: v.new_zeros(*k.shape[1:], v.shape[2])}  # by the last token
+    continued: set[int] = set()
     outputs = [v[:0]]
-    for start, stop in documents:
-        state = begin.detach() if mistake == "prefix's share missing" else begin
+    for (start, stop), before in documents:
+        last = before[-1] if before else -1
+        state = behind[last]
+        if mistake == "prefix's share missing" or (mistake.startswith("share of one") and last in continued):
+            state = state.detach()
+        continued.add(last)
         for t in range(start, stop):
             if mistake == "state cut between chunks" and (t - start) % s.chunk == 0:
                 state = state.detach()
@@ -76,8 +82,7 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
             update = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", seen, asked))
             state = state + torch.einsum("hk,hv->hkv", written, update)
             outputs.append(torch.einsum("hkv,hk->hv", state, q[t])[None])
-        if start == 0 and stop == s.shared:
-            begin = state
+        behind[stop - 1] = state
     return torch.cat(outputs)
 
 
