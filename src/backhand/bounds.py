@@ -135,6 +135,24 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Also:
+    """Another name of an option on the command line, as users of other programs know it.
+
+    Attributes:
+        name: as a field would have it.
+    """
+
+    name: str
+
+    sentence = ""
+
+    @property
+    def option(self) -> str:
+        """As it is typed."""
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
 class Words:
     """How the command line, and a TOML file's one text, are read for a type that no command line knows."""
 
@@ -223,7 +241,7 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         check_value(where, value, members[0])
         return
     for rule in rules:
-        if not isinstance(rule, Bound | Words):
+        if not isinstance(rule, Bound | Words | Also):
             rule.check(where, value)
     bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
     origin = get_origin(plain)

@@ -49,7 +49,7 @@ class TinyRun:
 def with_options(config: TrainConfig, **options: Any) -> TrainConfig:
     """The configuration with options replaced, each in the part that has a field of its name."""
     for name, value in options.items():
-        parts = ("model", "data", "adapter", "optimization", "run", "objective")
+        parts = ("model", "data", "adapter", "optimization", "run", "objective", "rewards")
         part = next(part for part in parts if hasattr(getattr(config, part), name))
         config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
     return config

@@ -153,6 +153,7 @@ def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
     silent = field.default in (None, (), {}, "") or field.default is MISSING or field.default is False
     parameter = Parameter(
+        name=(field.option, *field.also) if field.also else None,
         help=_help(field, names),
         group=group,
         # A flag that is off by default is turned off again, over a TOML file, with --flag=false.

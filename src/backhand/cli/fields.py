@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_origin
 
 from docstring_parser import parse_from_object
 
-from backhand.bounds import Parse, hints_of, parse_of, sentence_of, union_members
+from backhand.bounds import Also, Parse, hints_of, parse_of, sentence_of, split_hint, union_members
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class OptionField:
         default: its default value, `dataclasses.MISSING` where it has none.
         help: the docstring under the field, and the range that stands beside it.
         parse: makes its value of the words given, for a type that no command line knows.
+        also: other names that the command line takes for it, as they are typed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class OptionField:
     default: Any
     help: str
     parse: Parse | None
+    also: tuple[str, ...] = ()
 
     @property
     def option(self) -> str:
@@ -69,7 +71,8 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
         default = field.default_factory() if callable(field.default_factory) else field.default
         said = hints_of(options)[field.name]
         text = f"{docs[field.name]} {sentence_of(said)}".rstrip()
-        found.append(OptionField(field.name, section, title, hint, default, text, parse_of(said)))
+        also = tuple(rule.option for rule in split_hint(said)[1] if isinstance(rule, Also))
+        found.append(OptionField(field.name, section, title, hint, default, text, parse_of(said), also))
     names = [field.name for field in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.chat import Document
+from backhand.data.forms import Asked
 from backhand.data.options import DataOptions
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
@@ -28,6 +30,7 @@ class Example:
         source: where its row stands.
         rejected: of a pair, whose chosen answer this is, the document with the other answer; None elsewhere.
         desirable: of an answer that is labelled, the label; None elsewhere.
+        asked: of a prompt whose answers are rewarded, its row; the one supervised token behind it then stands for them.
     """
 
     input_ids: TokenIds
@@ -35,6 +38,7 @@ class Example:
     source: str
     rejected: Example | None = None
     desirable: bool | None = None
+    asked: Asked | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -64,6 +68,8 @@ class Example:
         """The same for two examples exactly if tokens, supervision and label are equal."""
         parts = [part for document in self.documents for part in (document.input_ids, document.supervised)]
         label = [] if self.desirable is None else [b"desirable" if self.desirable else b"undesirable"]
+        if self.asked is not None:
+            label.append(json.dumps([self.asked.prompt, self.asked.columns], sort_keys=True, default=str).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 

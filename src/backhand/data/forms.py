@@ -1,4 +1,4 @@
-"""The forms rows come in: told apart by their columns, per file, and made into one of five kinds of row."""
+"""The forms rows come in: told apart by their columns, per file, and made into one of six kinds of row."""
 
 from __future__ import annotations
 
@@ -55,10 +55,36 @@ class Labelled:
     source: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the answers to which are rewarded.
+
+    Attributes:
+        question: as it is rendered.
+        prompt: as reward functions are given it: text, or a list of messages.
+        columns: all others of the row, by name.
+        source: where the row stands.
+    """
+
+    question: Conversation | Completion
+    prompt: Any
+    columns: Mapping[str, Any]
+    source: str
+
+    @property
+    def reference(self) -> str | None:
+        """What the row itself says that the answer is, if it says so in a column of a usual name."""
+        found = next((self.columns[name] for name in REFERENCES if self.columns.get(name) is not None), None)
+        return None if found is None else str(found)
+
+
+REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
+"""Columns in which the right answer to a prompt is looked for, in this order."""
+
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | Labelled
-Purpose = Literal["answers", "pairs", "labels"]
-"""What rows are read for: answers to learn, pairs of answers, or answers with a label."""
+Row = OneText | Pair | Labelled | Asked
+Purpose = Literal["answers", "pairs", "labels", "prompts"]
+"""What rows are read for: answers to learn, pairs of answers, answers with a label, or prompts to answer."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +163,7 @@ LABELLED_FORMS = (Form(("prompt", "completion", "label"), "labelled"),)
 _SPECIAL: dict[Purpose, tuple[tuple[Form, ...], str]] = {
     "pairs": (PAIR_FORMS, "a row of pairs has prompt, chosen and rejected, or chosen and rejected that begin alike"),
     "labels": (LABELLED_FORMS, "a labelled row has prompt, completion and label"),
+    "prompts": (ASKING_FORMS, "a row to be answered has prompt, question, or instruction and input"),
 }
 
 
@@ -229,7 +256,7 @@ class FormReader:
         form = self.form or detect(raw, may_ask=self._may_ask, purpose=self._purpose)
         if self.form is not None:
             self._check_same(raw)
-        row = _read(form, raw)
+        row = _asked(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self.form is None:
             self.form, self._first_source = form, raw.source
         if not self.columns.keys() >= raw.values.keys():
@@ -273,7 +300,7 @@ def has_empty_answer(row: Row) -> bool:
 
     Of a pair, whether one side is so.
     """
-    if isinstance(row, PlainText):
+    if isinstance(row, PlainText | Asked):
         return False
     if isinstance(row, Pair):
         return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
@@ -305,6 +332,14 @@ def _read(form: Form, raw: RawRow) -> Row:
         answer = _read_completion(form.columns[:2], values, source)
         return Labelled(answer, _label(values[form.answers], form.answers, source), source)
     return _read_completion(form.columns, values, source)
+
+
+def _asked(form: Form, raw: RawRow) -> Asked:
+    question = _read(form, raw)
+    assert isinstance(question, Conversation | Completion)
+    prompt = question.prompt if isinstance(question, Completion) else raw.values[form.columns[0]]
+    columns = {name: value for name, value in raw.values.items() if name not in (form.columns[0], "prompt")}
+    return Asked(question, prompt, columns, raw.source)
 
 
 def _read_completion(columns: Sequence[str], values: Mapping[str, Any], source: str) -> Conversation | Completion:

@@ -91,7 +91,8 @@ class RowSources:
 
     data: Sources = ()
     """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
-    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`)."""
+    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`); or the
+    tasks of `reasoning_gym:TASK:size=200,seed=1` (`backhand[rewards]`)."""
 
     max_rows: Count | None = None
     """Read no more than this many rows, the first ones."""

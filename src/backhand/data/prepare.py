@@ -8,10 +8,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from backhand.bounds import check_fields
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
-from backhand.data.forms import FormReader, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
+from backhand.data.forms import Asked, FormReader, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
 from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.rows import BadRows
@@ -118,6 +120,17 @@ def read_examples(
             cut_here.dropped_unsupervised.append(row.source)
         return [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
 
+    def asking_for(row: Asked) -> list[Example]:
+        document, _ = renderer.prompt(row.question)
+        ids = encode_document(document, renderer.encoder).input_ids
+        if not len(ids):
+            raise DataError("the prompt is empty", where=row.source)
+        if len(ids) >= options.max_length:
+            cut_here.dropped_long.append(row.source)
+            return []
+        stands_for_answers = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
+        return [Example(*stands_for_answers, row.source, asked=row)]
+
     def made_of(row: Row) -> tuple[OneText, list[Example]]:
         if isinstance(row, Pair):
             chosen, rejected = (_only(kept(side), row) for side in (row.chosen, row.rejected))
@@ -126,6 +139,8 @@ def read_examples(
         if isinstance(row, Labelled):
             answer = _only(kept(row.answer), row)
             return row.answer, [] if answer is None else [replace(answer, desirable=row.desirable)]
+        if isinstance(row, Asked):
+            return row.question, asking_for(row)
         return row, kept(row)
 
     def add(row: Row) -> None:
@@ -134,7 +149,7 @@ def read_examples(
         if prompts is not None and asking is not None and made:
             prompts.append(_prompt(asking, asked))
 
-    teaches = options.train_on == "completions"
+    teaches = options.train_on == "completions" and purpose != "prompts"
     report = _read_into(add, names, options, bad, held_out=held_out, teaches=teaches, purpose=purpose)
     report = replace(
         report,
@@ -176,7 +191,7 @@ def prepare_prompts(
     prompts: list[Prompt] = []
 
     def add(row: Row) -> None:
-        assert not isinstance(row, Pair | Labelled)  # of these nothing is asked
+        assert not isinstance(row, Pair | Labelled | Asked)  # of these nothing is asked
         prompts.append(_prompt(renderer, row))
 
     report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
@@ -228,18 +243,20 @@ def _read_into(
             break
         reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask, purpose=purpose), bad.count, None
         rows = answered = 0
-        conversation = False
+        conversation = rewarded = False
         for row in islice(good_rows(name, reader), left):
             rows += 1
             answered += not has_empty_answer(row)
             one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
+            rewarded |= isinstance(row, Asked)
             conversation |= isinstance(one, Conversation)
         if reader.form is None:
             raise _no_rows(name, bad, bad.count - bad_before)
         if teaches and rows and not answered:
             raise _no_answers(name, reader, rows)
         empty += rows - answered
-        unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
+        if not rewarded:  # reward functions are given every column
+            unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
     notes = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_rows(name: str, bad: BadRows, *, held_out: bool = False) -> Iterator[Ra
     it is not (CSV or JSON).
 
     Args:
-        name: a file, or a hub data set as `owner/name[@config][:split]`.
+        name: a file, a hub data set as `owner/name[@config][:split]`, or `reasoning_gym:TASK[:NAME=VALUE,…]`.
         held_out: a hub name without a split means its validation split, not its training split.
 
     Raises:
@@ -57,6 +58,9 @@ def read_rows(name: str, bad: BadRows, *, held_out: bool = False) -> Iterator[Ra
         UsageError: an optional package is missing.
     """
     path = Path(name)
+    if name.startswith(GYM):
+        yield from read_gym(name)
+        return
     if not path.exists() and _is_hub(name):
         yield from read_hub(name, bad, HELD_OUT_STEMS + _TEST_STEMS if held_out else TRAINING_STEMS)
         return
@@ -88,6 +92,8 @@ def data_suffix(path: Path) -> str:
 
 def _expand_one(name: str) -> list[str]:
     path = Path(name)
+    if name.startswith(GYM):
+        return [name]
     if path.is_dir():
         files = _data_files(path)
         if not files:
@@ -125,6 +131,50 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _with_stem(files: Sequence[Path], stems: Sequence[str]) -> list[Path]:
     return [file for file in files if file.name.lower().split(".")[0] in stems]
+
+
+GYM = "reasoning_gym:"
+
+
+def read_gym(name: str) -> Iterator[RawRow]:
+    """Rows of a generator of the package reasoning_gym: prompt, answer, and what its verifier needs.
+
+    Args:
+        name: `reasoning_gym:TASK`, perhaps with `:size=200,seed=1` and other settings of the task behind it.
+
+    Raises:
+        UsageError: the package is missing.
+        DataError: there is no such task, or it has no such setting.
+    """
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UsageError(
+            "these rows need the package reasoning_gym, which is not installed",
+            where=name,
+            next_step="pip install 'backhand[rewards]'",
+        ) from None
+    task, _, given = name.removeprefix(GYM).partition(":")
+    settings: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except ValueError:
+            settings[key.strip()] = value
+    try:
+        entries = reasoning_gym.create_dataset(task, **{"seed": 0, "size": 500, **settings})
+        for number in range(len(entries)):
+            entry = entries[number]
+            values = {"prompt": entry["question"], "answer": entry["answer"], "metadata": entry["metadata"]}
+            yield RawRow(json.loads(json.dumps(values, default=str)), f"{name} row {number + 1}")
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "reasoning_gym cannot make these rows",
+            where=name,
+            why=first_line(error),
+            next_step="tasks and their settings are listed by the package; write reasoning_gym:TASK:size=200,seed=1",
+        ) from None
 
 
 BATCH_ROWS = 1024

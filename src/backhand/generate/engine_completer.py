@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
+import torch
 from torch import Tensor
 
 from backhand.generate.completer import Choose, Completer, Finished
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.decoding import IncrementalDecoder
+from backhand.nn.decoder.decoding import Head, IncrementalDecoder, head_logits
 from backhand.nn.decoder.kv_cache import bytes_per_row
 
 
@@ -97,13 +98,18 @@ def complete_batch(
     *,
     max_new_tokens: int,
     batch_rows: int = 64,
+    head: Head = head_logits,
 ) -> None:
     """Continue every prompt; see `completer.Completer.complete`.
 
-    A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows.
+    A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows. Equal prompts that
+    stand side by side are computed once, where they begin together.
+
+    Args:
+        head: makes the logits that `choose` is given.
     """
     if prompts and max_new_tokens > 0:
-        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows).run()
+        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, head).run()
 
 
 class _Batch:
@@ -115,6 +121,7 @@ class _Batch:
         finished: Finished,
         max_new_tokens: int,
         batch_rows: int,
+        head: Head,
     ) -> None:
         longest = max(map(len, prompts))
         most = CACHE_BYTES // bytes_per_row(decoder.config, decoder.dtype, longest + max_new_tokens)
@@ -122,7 +129,7 @@ class _Batch:
         self.prompts, self.choose, self.finished = prompts, choose, finished
         self.max_new_tokens = max_new_tokens
         # Answers are usually far shorter than they may be: room grows when it is needed.
-        self.state = IncrementalDecoder(decoder, rows=rows, capacity=longest + min(max_new_tokens, 64))
+        self.state = IncrementalDecoder(decoder, rows=rows, capacity=longest + min(max_new_tokens, 64), head=head)
         self.shared = _shared_prefix(decoder, prompts)
         # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
@@ -149,7 +156,17 @@ class _Batch:
         self.in_row += numbers
         self.last_token += [0] * count
         self.answered += [0] * count
-        self._take(rows, self.state.extend(rows, [self.prompts[number][seen:] for number in numbers]))
+        firsts = [place for place in range(count) if not place or not self._alike(numbers[place - 1], numbers[place])]
+        new = [self.prompts[numbers[place]][seen:] for place in firsts]
+        logits = self.state.extend([rows[place] for place in firsts], new)
+        copies = [end - begin for begin, end in zip(firsts, [*firsts[1:], count], strict=True)]
+        for place, several in zip(firsts, copies, strict=True):
+            if several > 1:
+                self.state.cache.copy_row(self.state.cache, rows[place], rows[place + 1 : place + several])
+        self._take(rows, logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0))
+
+    def _alike(self, one: int, other: int) -> bool:
+        return self.prompts[one] is self.prompts[other] or self.prompts[one] == self.prompts[other]
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
         """Choose the next token of these rows, and drop those that are complete with it."""

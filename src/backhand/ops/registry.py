@@ -50,6 +50,7 @@ OPS: dict[str, str] = {
     "simpo": "simpo",
     "orpo": "orpo",
     "kto": "kto",
+    "grpo": "grpo",
 }
 
 

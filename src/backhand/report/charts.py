@@ -64,8 +64,19 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         run.evaluations, "forgetting_kl_nats", "KL from the base"
     )
     unit = "nats per supervised token" if run.objective == "sft" else "loss of a row"
+    if run.objective == "grpo":
+        losses = []  # near zero in every step, whatever is learnt
+    functions = [name for name in (run.steps or [{}])[0] if name.startswith("rewards/") and name.endswith("/mean")]
+    each = [row for name in functions for row in _series(run.steps, name, name.split("/")[1])]
+    divergence = _series(run.steps, "kl", "divergence from the base") + _series(run.steps, "entropy", "entropy")
     charts = {
         "loss": curve(losses, unit, height=280, log="auto", dots="held-out rows"),
+        "reward": curve(_both(run, "reward"), "reward", height=280, dots="held-out rows"),
+        "reward-functions": curve(each, "reward", zero=True),
+        "answer-length": curve(_both(run, "completion_tokens"), "tokens", zero=True, dots="held-out rows"),
+        "divergence": curve(divergence, "nats per token", zero=True),
+        "no-gradient": curve(_series(run.steps, "no_gradient_groups", "groups"), "share of groups", zero=True),
+        "sampling-gap": curve(_series(run.steps, "sampling_gap", "largest gap"), "nats", zero=True),
         "margins": curve(_both(run, "rewards/margins"), "reward", dots="held-out rows"),
         "accuracies": curve(_both(run, "rewards/accuracies"), "share of pairs", zero=True, dots="held-out rows"),
         "rewards": curve(

@@ -365,9 +365,15 @@ def _outcome(run: RunRecord) -> str:
     if base is None or best is None:
         return "; nothing was held out, so whether it helped is not known" if not run.held_out_losses() else ""
     change = f"the loss on held-out rows went from {base:.3f} to {best:.3f}"
+    if run.objective == "grpo":
+        return f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}"
     nats = f"nats per token (perplexity {_exp(base)} to {_exp(best)})"
     named = nats if run.objective == "sft" else f"({run.objective})"
-    return f": {change} {named}, so it {'helped' if best < base else 'did not help'}"
+    return f": {change} {named}, so it {_verdict(base, best)}"
+
+
+def _verdict(base: float, best: float) -> str:
+    return "helped" if best < base else "did not help"
 
 
 def _where(run: RunRecord) -> str:

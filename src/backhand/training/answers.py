@@ -16,6 +16,7 @@ import numpy as np
 
 from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.examples import Example
+from backhand.data.options import TemplateOptions
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
 from backhand.nn.loading.source import ModelSource
@@ -54,17 +55,20 @@ def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Exam
     Args:
         bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
     """
-    tokenizer, data = source.tokenizer(), config.data
+    answers = held_out_answers(bound, examples, source.tokenizer(), stop_ids(source, config.data), config.run.answers)
+    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+
+
+def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
+    """Tokens that end an answer."""
+    tokenizer = source.tokenizer()
     ends_of_roles = stopping_role_ids(
         tokenizer,
-        read_template(data.chat_template, tokenizer),
-        from_option=data.chat_template is not None,
-        template_args=data.template_args,
+        read_template(template.chat_template, tokenizer),
+        from_option=template.chat_template is not None,
+        template_args=template.template_args,
     )
-    answers = held_out_answers(
-        bound, examples, tokenizer, (*source.stop_token_ids(), *ends_of_roles), config.run.answers
-    )
-    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+    return (*source.stop_token_ids(), *ends_of_roles)
 
 
 def held_out_answers(
@@ -89,11 +93,14 @@ def held_out_answers(
         said = [reference[:new_tokens].tolist(), of_base, of_adapted]
         if example.rejected is not None:
             said.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
+        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+        if example.asked is not None:
+            decoded[0] = example.asked.reference or ""
         yield HeldOutAnswer(
             example.source,
             str(tokenizer.decode(prompt.tolist())),
             _prompt_parts(tokenizer, prompt.tolist()),
-            *(str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said),
+            *decoded,
         )
 
 

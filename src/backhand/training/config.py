@@ -16,6 +16,7 @@ from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.rewards.options import RewardOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -236,6 +237,7 @@ class TrainConfig(Options):
         optimization: steps, rates, batches.
         run: directory, evaluation, checkpoints.
         objective: what is minimised.
+        rewards: of answers that the model writes itself.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -244,10 +246,12 @@ class TrainConfig(Options):
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    rewards: RewardOptions = field(default_factory=RewardOptions)
 
     def _check_together(self) -> None:
-        for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective):
+        for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)
+        self._check_rewards()
         if self.data.train_on == "all" and self.objective.objective != "sft":
             raise UsageError(
                 f"train_on 'all' would compare prompts, and {self.objective.objective} compares answers",
@@ -260,6 +264,30 @@ class TrainConfig(Options):
                 f"early_stopping {self.run.early_stopping} needs held-out rows, and there are none",
                 where="early_stopping",
                 next_step="give eval_data or eval_fraction as well, or leave it out",
+            )
+
+    def _check_rewards(self) -> None:
+        rewarded, given = self.objective.objective == "grpo", self.rewards.given()
+        if given and not rewarded and not self.run.resume:
+            raise UsageError(
+                f"{given[0]} is given, and {self.objective.objective} has no rewards",
+                where=given[0],
+                next_step="leave it out, or give --objective grpo",
+            )
+        if rewarded and not self.rewards.reward and not self.run.resume:
+            raise UsageError("grpo rewards nothing", where="reward", next_step="give --reward, see docs/rewards.md")
+        if rewarded and self.adapter.dropout:
+            raise UsageError(
+                f"dropout {self.adapter.dropout} would train another model than the one that samples",
+                where="dropout",
+                next_step="leave out --dropout",
+            )
+        if rewarded and self.model.engine == "transformers":
+            raise UsageError(
+                "answers are sampled and trained on by the backhand engine alone",
+                where="engine",
+                why="its sampler and its training pass are one computation, which every step proves",
+                next_step="leave out --engine",
             )
 
 

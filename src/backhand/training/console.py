@@ -85,8 +85,8 @@ class TerminalObserver(Observer):
     def stepped(self, record: Mapping[str, Any]) -> None:
         """Move the bar; or print a line now and then, and where nothing was said for long."""
         self._step = record["step"]
-        if record["loss"] is not None:
-            self._losses.append(record["loss"])
+        if (shown := record.get("reward", record["loss"])) is not None:
+            self._losses.append(shown)
         facts = _facts(record, self._eval_loss)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
@@ -106,6 +106,8 @@ class TerminalObserver(Observer):
         """Show the held-out loss."""
         self._eval_loss = record.get("eval_loss", self._eval_loss)
         parts = [f"held-out loss {_number(record['eval_loss'])}"] if "eval_loss" in record else []
+        if "eval_reward" in record:
+            parts = [f"held-out reward {_number(record['eval_reward'])}"]
         if "forgetting_nats" in record:
             rise, divergence = record["forgetting_nats"], record["forgetting_kl_nats"]
             change = "not finite" if rise is None else f"{rise:+.3f} nats"
@@ -152,6 +154,14 @@ def _facts(record: Mapping[str, Any], eval_loss: float | None) -> str:
         f"{record['tokens_per_s']:,.0f} tokens/s",
         in_words(record["rss_bytes"]),
     ]
+    if "reward" in record:  # the loss of an on-policy step is near 0, whatever is learnt
+        cut_off, flat = record["clipped_answers"], record["no_gradient_groups"]
+        parts[0] = f"reward {_number(record['reward'])}  {record['completion_tokens']:.0f} tokens an answer"
+        parts[0] += f" ({cut_off:.0%} cut off)" if cut_off else ""
+        parts[0] += f"  {flat:.0%} of groups alike" if flat else ""
+        if "sampling_gap" in record:
+            parts[0] += f"  gap {record['sampling_gap']:.1g}"
+        eval_loss = None
     if eval_loss is not None:
         parts.insert(1, f"held-out {_number(eval_loss)}")
     return "  ".join(parts)
@@ -196,6 +206,11 @@ def _improvement(summary: RunSummary) -> str:
             "(--eval-fraction 0.05 would tell what it is worth on other rows)."
         )
     change = "better" if best < base else "not better"
+    if summary.objective == "grpo":
+        return (
+            f"Held-out reward {-base:.4f} → {-best:.4f} ({change}) on {summary.held_out_rows:,} rows, best after step "
+            f"{summary.best_step}."
+        )
     nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
     return (
         f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "

@@ -28,7 +28,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.answers import answers_file
+from backhand.training.answers import answers_file, stop_ids
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
@@ -52,10 +52,15 @@ from backhand.training.resume import (
     prove_resume,
     state_digests,
 )
+from backhand.training.rewards.certificate import BOUNDS, Certificate
+from backhand.training.rewards.guards import RewardGuard
+from backhand.training.rewards.process import RewardProcess
+from backhand.training.rewards.rollout import Rollout
+from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
 from backhand.training.shared import Shared
 from backhand.training.state import Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
-from backhand.training.step_plan import StepPlan
+from backhand.training.step_plan import StepPlan, derived_seed
 
 
 @dataclass
@@ -119,11 +124,12 @@ class JobRun:
             keeps = keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted, shared=self.shared)
             kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(state, kept, log)
+            rewarded = self._rewarded(places, log)
             judge = Judge(
                 job.bound.model,
                 state,
                 plan,
-                held_out=self._held_out(kept, of_held_out),
+                held_out=self._held_out(kept, of_held_out, rewarded),
                 meter=self._meter(),
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
@@ -139,6 +145,7 @@ class JobRun:
                 processes=self.processes,
                 kept=kept.train,
                 objective=objective,
+                rewarded=rewarded,
             )
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
@@ -147,6 +154,8 @@ class JobRun:
                 self.observer.started(self._start(state.progress.step))
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
+                if rewarded is not None and not finished_before:
+                    rewarded.certificate.finished()
                 summary = self._summary(state, keep=finished_before)
                 if begin is not None:
                     self._prove(loop, store, begin, log)
@@ -308,10 +317,36 @@ class JobRun:
             noted=self.observer.noted,
         )
 
-    def _held_out(self, kept: Keeping, objective: Objective | None) -> HeldOut | None:
+    def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:
+        """What samples and judges answers, with its process of reward functions; None where rows have answers."""
+        job, processes = self.job, self.processes
+        if job.config.objective.purpose != "prompts":
+            return None
+        options, seed = job.config.rewards, job.config.run.seed
+        functions = RewardProcess(options.reward, options.reward_timeout) if processes.leads else None
+        rollout = Rollout(
+            options,
+            None if functions is None else places.enter_context(functions),
+            job.source.tokenizer(),
+            stop_ids(job.source, job.config.data),
+            lambda step, row, number: derived_seed(seed, "answer", step, row, number),
+            processes,
+        )
+        return RewardedSteps(
+            rollout,
+            job.train.examples,
+            job.config.objective.strength,
+            job.memory.micro_batch_rows,
+            Certificate(BOUNDS[job.dtype], log),
+            RewardGuard(self.observer.noted),
+        )
+
+    def _held_out(self, kept: Keeping, objective: Objective | None, rewarded: RewardedSteps | None) -> HeldOut | None:
         job = self.job
         if job.held_out is None:
             return None
+        if rewarded is not None:
+            return HeldOutRewards(job.held_out.examples, rewarded.rollout)
         if objective is not None:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
@@ -331,6 +366,9 @@ class JobRun:
             name = self.job.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"
             card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
+            if name == "grpo":
+                card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
+                del card["held-out loss"]
         return card
 
     def left(self, *, back: bool) -> str:

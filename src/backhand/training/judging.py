@@ -144,7 +144,8 @@ class Judge:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
-            for note in self.learning_guard.judge_if_due(attends=result.found.attends, taken=result.taken, last=last):
+            taken = result.taken and result.found.supervised_tokens > 0  # of rewards there may be nothing to learn from
+            for note in self.learning_guard.judge_if_due(attends=result.found.attends, taken=taken, last=last):
                 self.observer.noted(note)
         if self.base_guard is not None and progress.step in self._sampled_steps:
             self.base_guard.sample()

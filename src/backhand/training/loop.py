@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
+from backhand.errors import CheckError
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
@@ -21,8 +22,9 @@ from backhand.training.kept_states import KeptStates
 from backhand.training.memory.process import MemoryKeeper
 from backhand.training.objectives.objective import Objective
 from backhand.training.observer import Observer
+from backhand.training.rewards.steps import RewardedSteps
 from backhand.training.state import RunState
-from backhand.training.step import Processes, StepWork, training_step
+from backhand.training.step import Processes, StepResult, StepWork, training_step
 from backhand.training.step_plan import StepPlan, derived_seed
 
 
@@ -40,6 +42,7 @@ class TrainingLoop:
         kept: the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed
             in each step.
         objective: of the training rows; None for the loss of answers.
+        rewarded: samples, judges and trains on answers to the training rows; None where rows have their own.
     """
 
     model: Trainable
@@ -54,6 +57,7 @@ class TrainingLoop:
     processes: Processes = field(default_factory=Processes)
     kept: KeptStates | None = None
     objective: Objective | None = None
+    rewarded: RewardedSteps | None = None
 
     def __post_init__(self) -> None:
         self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
@@ -86,20 +90,34 @@ class TrainingLoop:
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
-        tokens = self.packer.tokens(rows)
-        if self.objective is not None:
-            self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
-        result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
+        if self.rewarded is not None:
+            result, tokens = self._rewarded_step(self.rewarded, rows, rate)
+        else:
+            tokens = self.packer.tokens(rows)
+            if self.objective is not None:
+                self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
+            result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
         self.judge.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
         self.judge.count(result, tokens, seconds)
         if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             measured = {} if self.objective is None else self.objective.measured(self.processes)
+            measured = measured if self.rewarded is None else self.rewarded.measured
             self.observer.stepped(self.judge.record(result, rate, tokens, seconds, epoch, measured))
         self.judge.judge(result)
         if self.memory is not None:
             self.memory.after_step()
+
+    def _rewarded_step(self, rewarded: RewardedSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
+        """What the step did, and the tokens of its prompts and answers."""
+        step = self.state.progress.step
+        try:
+            rewarded.write(self.model, step, rows)
+        except CheckError:
+            self.judge.save(False)  # nothing has moved yet
+            raise
+        return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
     def _work(self, rows: Sequence[int]) -> StepWork:
         groups, objective = self._groups(rows), self.objective

@@ -16,14 +16,16 @@ from backhand.adapters.targets import in_numbers
 from backhand.data.examples import Example, PreparedData, check_vocabulary, documents_of, summed
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
+from backhand.errors import UsageError
 from backhand.files import free_bytes
+from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
-from backhand.training.decoder_engine import choose_engine
+from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
@@ -37,6 +39,7 @@ from backhand.training.memory.speed import times_as_long
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
 from backhand.training.quantized_loss import quantization_notes
 from backhand.training.resume import Identity
+from backhand.training.rewards.planned import PromptPacker
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, set_values, start_notes
 from backhand.training.step import Processes
@@ -125,7 +128,7 @@ def outline_run(
     _check_tokens(engine, train, held_out, neutral, tokenizer)
     process = shared.process = shared.process or ProcessBytes(machine.dtype)
     answering = process.now if watched else None  # it takes no step
-    packer = _packer(train.examples, engine, layout)
+    packer = _packer(config, train.examples, engine, layout)
     sizes = {base: engine.size(layout, base) for base in engine.bases}
     shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
 
@@ -205,7 +208,7 @@ def outline_run(
         share_prefixes=engine.shares_prefixes and below.whole is None,
     )
     states = keep_states(
-        config.model.cache_frozen,
+        "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
         below,
         again,
         choice.chosen,
@@ -286,9 +289,28 @@ def _check_tokens(
     check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
 
 
-def _packer(examples: Sequence[Example], engine: Engine, layout: AdapterLayout) -> RowPacker:
+def _packer(config: TrainConfig, examples: Sequence[Example], engine: Engine, layout: AdapterLayout) -> RowPacker:
     drops = any(slot.dropout > 0 for slot in layout.slots)
-    return RowPacker(examples, share_prefixes=engine.shares_prefixes and not drops)
+    shares = engine.shares_prefixes and not drops
+    if config.objective.purpose != "prompts":
+        return RowPacker(examples, share_prefixes=shares)
+    if not isinstance(engine, DecoderEngine):
+        raise UsageError(
+            "this model's answers cannot be sampled and trained on by one computation",
+            where="objective",
+            why=engine.note,
+            next_step="take a model that the backhand engine computes (backhand models)",
+        )
+    options = config.rewards
+    packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=shares)
+    context = engine.config.max_position_embeddings
+    if packer.longest > context:
+        raise UsageError(
+            f"the longest prompt and an answer come to {packer.longest:,} tokens, and the model takes {context:,}",
+            where="max_new_tokens",
+            next_step="give a lower --max-new-tokens, or --max-length with --long-rows drop",
+        )
+    return packer
 
 
 def _assumed_rows(config: TrainConfig) -> PreparedData:
@@ -330,14 +352,23 @@ def _shapes(
         neutral=neutral,
     )
     ordered = config.run.reduce == "ordered"
+    at_once = longest = 0
+    if isinstance(packer, PromptPacker):
+        at_once = min(ROWS_AT_ONCE, batch_rows * config.rewards.group)
+        longest = packer.longest
     return {
-        rows: replace(shape, gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered))
+        rows: replace(
+            shape,
+            gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered),
+            sampled_rows=at_once,
+            sampled_tokens=longest,
+        )
         for rows, shape in shapes.items()
     }
 
 
 def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
-    supervised = [example.supervised_tokens for example in examples]
+    supervised = [packer.supervised_tokens([row]) for row in range(len(examples))]
     return Rows(packer.lengths, supervised, packer.forest)
 
 
@@ -444,4 +475,5 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
         objective=config.objective.resolved(),
+        rewards=config.rewards.resolved(),
     )

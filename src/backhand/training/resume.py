@@ -319,6 +319,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
         *(model, again, finished.packer, finished.sampler, plan, judge),
         processes=processes,
         objective=finished.objective,
+        rewarded=finished.rewarded and finished.rewarded.repeated(),
     )
     try:
         completed = loop.run()

@@ -53,6 +53,8 @@ CHUNK_TOKENS = 4096
 EXACT_CANDIDATES = 16
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim); k and v are then in the cache."""
+Head = Callable[[Decoder, Tensor], Tensor]
+"""(decoder, its last block's output (rows, hidden)) → logits, (rows, vocab)."""
 
 
 class _Piece(NamedTuple):
@@ -75,13 +77,15 @@ class IncrementalDecoder:
         decoder: base weights and, if one is attached, the adapter, as of now: make a new one after attach or detach.
         rows: how many sequences there can be at once.
         capacity: tokens of room a row has at first; it grows when needed.
+        head: makes logits; `head_logits` if not given.
 
     Attributes:
         cache: keys and values; rows are taken into use and dropped there.
     """
 
-    def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256) -> None:
+    def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256, head: Head | None = None) -> None:
         self.decoder = decoder
+        self._head = head or head_logits
         self.cache = KVCache(decoder.config, rows, capacity, dtype=decoder.dtype, device=decoder.device)
         decoder.refresh()
         self._adapters = decoder.block_adapters(None)
@@ -123,7 +127,7 @@ class IncrementalDecoder:
             self.cache.arrive([piece.row for piece in pieces], [piece.new for piece in pieces])
             for (index, _, _), piece in zip(chunk, pieces, strict=True):
                 last[index] = x[piece.start + piece.new - 1]
-        return head_logits(self.decoder, last)
+        return self._head(self.decoder, last)
 
     def _begin(self, row: int, new: Sequence[int]) -> Sequence[int]:
         """The tokens to compute so that the row ends with `new`: these, or all of it where its angles change."""
@@ -188,7 +192,7 @@ class IncrementalDecoder:
         if x is None:
             x = self._blocks(ids, positions, positions + 1, attend, rows)
         self.cache.arrive(range(len(lengths)), [1] * len(lengths))
-        return head_logits(self.decoder, x)
+        return self._head(self.decoder, x)
 
     def _whole(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """The last block's output, (1, hidden), for the only row's new token by one call, or None where it needs more.

@@ -10,6 +10,7 @@ from backhand.bounds import CountFromZero, check_fields
 from backhand.data.options import DataOptions
 from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.rewards.options import RewardOptions
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class PlanOptions:
         optimization: steps, rates, batches.
         run: evaluation and checkpoints; nothing is written.
         objective: what is minimised.
+        rewards: of answers that the model writes itself.
     """
 
     plan: PlanRunOptions = field(default_factory=PlanRunOptions)
@@ -50,6 +52,7 @@ class PlanOptions:
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    rewards: RewardOptions = field(default_factory=RewardOptions)
 
     def validate(self) -> PlanOptions:
         """Check every field; return self. Raises UsageError naming field, value and range."""
@@ -60,7 +63,7 @@ class PlanOptions:
     @property
     def config(self) -> TrainConfig:
         """The run itself."""
-        return TrainConfig(self.model, self.data, self.adapter, self.optimization, self.run, self.objective)
+        return TrainConfig(**{part.name: getattr(self, part.name) for part in fields(TrainConfig)})
 
     @classmethod
     def of(cls, config: TrainConfig) -> PlanOptions:

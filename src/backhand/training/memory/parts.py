@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from backhand.generate.engine_completer import CACHE_BYTES
 from backhand.training.config import Recompute
 from backhand.training.memory.shapes import StepShape
 
@@ -16,6 +17,7 @@ _COPIES_OF_ADAPTER = 5
 # a checkpoint's adapter and its state (values and moments), each as tensors' bytes and once more as a file
 _CHECKPOINT_COPIES = 8
 # logits with and without the adapter
+_SAMPLING_COPIES = 8  # of the logits of what is sampled at once
 _NEUTRAL_COPIES = 2
 
 
@@ -93,7 +95,10 @@ def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> di
 def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: int) -> dict[str, int]:
     """Bytes by part at the moment of a run when most is held; they add up to the peak."""
     checkpoint = size.adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
-    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes) - step.kept
+    # Keys and values that grow are there twice for a moment.
+    cached = min(shape.sampled_rows * shape.sampled_tokens * size.cache_bytes, CACHE_BYTES) * 3 // 2
+    sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
+    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.kept
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between

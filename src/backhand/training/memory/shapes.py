@@ -26,6 +26,7 @@ class StepShape:
         sizes: how many numbers of tokens, or of supervised tokens where these are more, they come in.
         gradient_copies: buffers that adding up the micro-batches of a step takes.
         neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
+        sampled_rows, sampled_tokens: answers that are sampled at once, and tokens of the longest with its prompt.
     """
 
     tokens: int
@@ -37,6 +38,8 @@ class StepShape:
     sizes: int = 1
     gradient_copies: int = 0
     neutral_tokens: int = 0
+    sampled_rows: int = 0
+    sampled_tokens: int = 0
 
     def cut(self, limit: int) -> StepShape:
         """The longest documents that come to no more than so many tokens, or a part of the longest one.

@@ -12,7 +12,7 @@ from backhand.bounds import Bound, NotNegative, Options, Positive
 from backhand.data.forms import Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo"]
 LossType = Literal[
     "sigmoid",
     "sigmoid_norm",
@@ -38,8 +38,9 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "orpo": ("beta",),
     "simpo": ("beta", "simpo_gamma", "label_smoothing"),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+    "grpo": ("beta",),
 }
-_USUAL_BETA = {"simpo": 2.0}
+_USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 _SMOOTHED = ("exo_pair", "robust")
 
 
@@ -50,11 +51,12 @@ class ObjectiveOptions(Options):
     objective: ObjectiveName = "sft"
     """What to train for: `sft`, the answers of the rows; with pairs of answers `dpo` (arXiv 2305.18290), `ipo`
     (2310.12036), `orpo` (2403.07691) or `simpo` (2405.14734); with answers that are desirable or not `kto`
-    (2402.01306)."""
+    (2402.01306); with rewards of answers that the model writes itself `grpo` (2402.03300, and its kin: `loss`)."""
 
-    beta: Positive | None = None
+    beta: NotNegative | None = None
     """How close the model stays to the one it starts from, the more the higher (`dpo`, `kto`; of `ipo` the paper's τ);
-    of `orpo` the paper's λ, the weight of the odds; of `simpo` the rewards' factor. Not given: 0.1, of `simpo` 2."""
+    of `orpo` the paper's λ, the weight of the odds; of `simpo` the rewards' factor; of `grpo` the weight of
+    the divergence from the base model. Not given: 0.1, of `simpo` 2, of `grpo` 0."""
 
     loss_type: LossType | None = None
     """Form of the loss of `dpo`, as in TRL's DPOConfig (not given: `sigmoid`), or of `kto`: `kto` or
@@ -88,6 +90,8 @@ class ObjectiveOptions(Options):
                 where=name,
                 next_step=f"leave it out, or give --objective {' or '.join(having)}",
             )
+        if self.beta == 0 and self.objective != "grpo":
+            raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
         if self.loss_type is not None and (self.loss_type in _KTO_TYPES) != (self.objective == "kto"):
             raise UsageError(
                 f"loss_type {self.loss_type!r} is none of {self.objective}",
@@ -124,7 +128,8 @@ class ObjectiveOptions(Options):
     @property
     def purpose(self) -> Purpose:
         """What the rows are read for."""
-        return "answers" if self.objective == "sft" else "labels" if self.objective == "kto" else "pairs"
+        special: dict[str, Purpose] = {"sft": "answers", "kto": "labels", "grpo": "prompts"}
+        return special.get(self.objective, "pairs")
 
     @property
     def has_reference(self) -> bool:

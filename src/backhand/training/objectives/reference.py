@@ -73,7 +73,7 @@ def run_objectives(
         CheckError: what was kept is not what is computed now.
     """
     options = job.config.objective
-    if options.purpose == "answers":
+    if options.purpose in ("answers", "prompts"):
         return None, None
     sets = {"train": _Set(job.packer, kept.train)}
     if job.held_out is not None:

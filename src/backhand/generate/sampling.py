@@ -1,0 +1,173 @@
+"""Several answers to each of many prompts, drawn with the log-probability of every token, as training will see it.
+
+A token is drawn by inverting the distribution function, from one number of the answer's own generator:
+
+    token = min {v : Σ_{w ≤ v} p_w > u Σ_w p_w},   p = softmax(z / T),   u uniform in [0, 1)
+
+so an answer is a function of its prompt, its seed and the logits; what is computed beside it decides no more than the
+last bits of these. Logits are those of the training pass, rounded to the compute dtype as there (`Decoder.head`), and
+the temperature is part of the model on both sides (`at_temperature`): with the multiplier γ and the cap κ of a family's
+logits,
+
+    κ tanh(γ z / κ) / T = κ' tanh(γ' z / κ'),   γ' = γ / T,   κ' = κ / T
+
+Where top-p cuts, tokens are drawn from what is left; the log-probability is that of all tokens, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.generate.completer import require_finite
+from backhand.generate.engine_completer import complete_batch
+from backhand.generate.options import SamplingOptions
+from backhand.generate.session import kept_probabilities
+from backhand.nn.decoder.decoder import Decoder
+from backhand.ops.logits_rule import LogitsRule
+
+ROWS_AT_ONCE = 64
+
+
+@dataclass
+class Sampled:
+    """One answer.
+
+    Attributes:
+        tokens: its ids, the stop token among them.
+        log_p: of each, when it was drawn.
+        entropy: Σ over its tokens of the entropy of what each was drawn from, in nats.
+        stopped: whether it ended with a stop token.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_p: list[float] = field(default_factory=list)
+    entropy: float = 0.0
+    stopped: bool = False
+
+
+@contextmanager
+def at_temperature(decoder: Decoder, temperature: float) -> Iterator[None]:
+    """Inside, the model is the one whose logits are divided by the temperature, in sampling and in training alike."""
+    config, rule = decoder.config, decoder.config.logits
+    cap = None if rule.cap is None else rule.cap / temperature
+    decoder.config = replace(config, logits=LogitsRule(rule.scaling / temperature, cap))
+    try:
+        yield
+    finally:
+        decoder.config = config
+
+
+def sample(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    top_p: float = 1.0,
+    batch_rows: int = ROWS_AT_ONCE,
+) -> list[Sampled]:
+    """An answer to every prompt; equal prompts side by side are computed once.
+
+    Args:
+        decoder: at its temperature, with the adapter if one is attached.
+        prompts: token ids, at least one each.
+        seeds: of each answer.
+        max_new_tokens: at most so many tokens an answer, the stop token among them.
+        stop_ids: that end an answer.
+        top_p: of the likeliest tokens to draw from.
+        batch_rows: answers at once; finished ones leave, and the next prompts take their places.
+
+    Raises:
+        CheckError: the model computes NaN or infinity.
+    """
+    stops, sampled = frozenset(stop_ids), [Sampled() for _ in prompts]
+    uniform = [
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+        for seed in seeds
+    ]
+
+    def choose(numbers: Sequence[int], logits: Tensor) -> list[int]:
+        require_finite(logits)
+        drawn = draw(logits, [uniform[number][len(sampled[number].tokens)] for number in numbers], top_p)
+        for number, log_p, entropy in zip(numbers, drawn.log_p.tolist(), drawn.entropies.tolist(), strict=True):
+            sampled[number].log_p.append(log_p)
+            sampled[number].entropy += entropy
+        tokens: list[int] = drawn.tokens.tolist()
+        return tokens
+
+    def finished(number: int, token: int) -> bool:
+        sampled[number].tokens.append(token)
+        sampled[number].stopped = token in stops
+        return sampled[number].stopped
+
+    complete_batch(
+        decoder,
+        prompts,
+        choose,
+        finished,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        head=trained_head,
+    )
+    return sampled
+
+
+def trained_head(decoder: Decoder, x: Tensor) -> Tensor:
+    """Logits of the last block's output as the training pass computes them, (rows, vocab) in the compute dtype."""
+    return decoder.head(x)
+
+
+class Drawn(NamedTuple):
+    """Tokens of rows, (rows,) int64, their log-probabilities, and the entropies of what they are drawn from."""
+
+    tokens: Tensor
+    log_p: Tensor
+    entropies: Tensor
+
+
+_BLOCK = 256
+
+
+def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
+    """A token for each row of logits, (rows, vocab), by its number in [0, 1).
+
+    With e = exp(z - max z) and S = Σ e: log p = z - max z - log S, and the entropy is log S - Σ e (z - max z) / S. The
+    distribution function is summed up over blocks of the vocabulary first, and then within one.
+    """
+    z = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
+    z.sub_(z.amax(-1, keepdim=True))
+    e = z.exp()
+    blocks = _blocks(e)
+    total = blocks[:, -1:]
+    entropies = total.log().squeeze(1) - torch.einsum("rv,rv->r", e, z) / total.squeeze(1)
+    if top_p < 1:
+        cut = SamplingOptions(temperature=1.0, top_p=top_p)
+        e = torch.stack([kept_probabilities(row, cut) for row in z])
+        blocks = _blocks(e)
+    targets = torch.tensor(uniform, dtype=torch.float64)[:, None] * blocks[:, -1:]
+    block = torch.searchsorted(blocks, targets, right=True).clamp(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
+    places = block * _BLOCK + torch.arange(_BLOCK)
+    inside = e.gather(1, places.clamp(max=e.shape[1] - 1)).double().masked_fill(places >= e.shape[1], 0.0)
+    within = torch.searchsorted(inside.cumsum(-1), targets - before, right=True)
+    # Rounding may leave the target behind the last token of its block that has any probability.
+    likely = (inside > 0).long().mul(torch.arange(_BLOCK)).amax(-1, keepdim=True)
+    tokens = (block * _BLOCK + torch.minimum(within, likely)).squeeze(1)
+    return Drawn(tokens, (z.gather(1, tokens[:, None]) - total.log()).squeeze(1), entropies)
+
+
+def _blocks(e: Tensor) -> Tensor:
+    """Sums of (rows, vocab) from the first token to the end of each block, (rows, blocks) float64."""
+    whole = e.shape[1] // _BLOCK * _BLOCK
+    sums = e[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < e.shape[1]:
+        sums = torch.cat((sums, e[:, whole:].sum(-1, keepdim=True)), dim=1)
+    ends: Tensor = sums.double().cumsum(-1)
+    return ends

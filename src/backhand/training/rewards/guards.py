@@ -1,0 +1,93 @@
+"""What goes wrong with rewards in practice, each named with a remedy: said once, or the end of the run.
+
+rewards that never vary    no group of the first steps has two answers of different reward: nothing can be learnt
+answers at the limit       most of them are cut off, and they were not before
+divergence                 the model leaves the base: k₃ above a nat a token, and above ten the run ends
+entropy                    answers of a group are nearly the same, long before they are right
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from backhand.errors import CheckError
+
+FLAT_STEPS = 10
+_MANY_CUT, _FEW_CUT = 0.5, 0.25
+_FAR, _TOO_FAR = 1.0, 10.0
+_FEW_CHOICES = 0.05
+
+
+class RewardGuard:
+    """Looks at every step of a process.
+
+    Args:
+        noted: told a warning.
+    """
+
+    def __init__(self, noted: Callable[[str], None]) -> None:
+        self._noted = noted
+        self._said: set[str] = set()
+        self._flat = 0
+        self._varied = False
+        self._first: Mapping[str, float] | None = None
+
+    def judge(self, step: int, measured: Mapping[str, float]) -> None:
+        """Look at what was measured in step `step`, counted from 1.
+
+        Raises:
+            CheckError: the run would learn nothing, or has left its base altogether.
+        """
+        first = self._first = self._first or measured
+        self._never_varying(step, measured)
+        cut_off, before = measured["clipped_answers"], first["clipped_answers"]
+        if cut_off > _MANY_CUT and before < _FEW_CUT:
+            self._once(
+                "length",
+                f"step {step}: {cut_off:.0%} of the answers run to their limit, {before:.0%} did at first: reward "
+                "brevity as well (--reward … length:TOKENS), take --loss dr_grpo or dapo, or raise --max-new-tokens",
+            )
+        divergence = measured.get("kl", 0.0)
+        if not math.isfinite(divergence) or divergence > _TOO_FAR:
+            raise CheckError(
+                f"after step {step} the model is {divergence:.3g} nats a token away from its base",
+                why="what it writes is no longer language that the base would write",
+                next_step="go back to the checkpoint before, with a lower --learning-rate or a higher --beta",
+            )
+        if divergence > _FAR:
+            self._once(
+                "kl",
+                f"step {step}: the model is {divergence:.2f} nats a token away from its base: lower --learning-rate or "
+                "raise --beta",
+            )
+        if measured["entropy"] < _FEW_CHOICES * first["entropy"] and measured["no_gradient_groups"] > _MANY_CUT:
+            self._once(
+                "entropy",
+                f"step {step}: the entropy of a token has fallen from {first['entropy']:.3f} to "
+                f"{measured['entropy']:.4f} nats, and most groups have one answer: raise --temperature, lower "
+                "--learning-rate, or stop here (--early-stopping)",
+            )
+
+    def _never_varying(self, step: int, measured: Mapping[str, float]) -> None:
+        flat = measured["no_gradient_groups"] == 1
+        self._flat = self._flat + 1 if flat else 0
+        self._varied |= not flat
+        if self._flat < FLAT_STEPS:
+            return
+        found = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
+        if self._varied:
+            self._once("flat", f"step {step}: {found}: nothing is left to learn here, stop or give harder rows")
+            return
+        raise CheckError(
+            f"{found}: nothing can be learnt from them",
+            where="reward",
+            why="the model is never rewarded or always: between 5 and 95 % of its answers should be",
+            next_step="give easier rows, a reward with steps in between, a larger --group, a higher --temperature, or "
+            "train on a few right answers first (--objective sft, then --from-adapter)",
+        )
+
+    def _once(self, name: str, text: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            self._noted(text)

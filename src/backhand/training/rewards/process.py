@@ -1,0 +1,205 @@
+"""Rewards of answers, by functions in a process of their own (`functions`): what hangs there is ended, not waited for.
+
+A function that raises, takes too long, ends its process, or gives NaN or a wrong number of rewards ends the run. Which
+answer it was is found by asking again, one answer at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from backhand.data.forms import Asked
+from backhand.errors import CheckError, UsageError
+from backhand.safe_path import python_words, safe_environment
+from backhand.words import count_of, shorten
+
+_START_S = 120.0
+_ALONE_S = 5.0
+"""How long a function that took too long for all answers may take for one."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer as reward functions are given it.
+
+    Attributes:
+        asked: the row that it answers.
+        text: without control tokens.
+        token_ids: of it, the stop token among them.
+    """
+
+    asked: Asked
+    text: str
+    token_ids: Sequence[int]
+
+
+class _Failed(Exception):
+    """A function did not give its rewards: which one, how it ended, and whether it was waited for in vain."""
+
+    def __init__(self, function: str, how: str, *, hangs: bool = False) -> None:
+        super().__init__(how)
+        self.function, self.how, self.hangs = function, how, hangs
+
+
+class RewardProcess:
+    """Holds the process with the reward functions; a context manager.
+
+    Args:
+        names: of the functions.
+        timeout_s: that a function may take for a batch of answers.
+    """
+
+    def __init__(self, names: Sequence[str], timeout_s: float) -> None:
+        self.names, self.timeout_s = tuple(names), timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def __enter__(self) -> RewardProcess:
+        """Start the process. Raises UsageError: a function is not there, or its file cannot be run."""
+        try:
+            self._start()
+        except _Failed as failed:
+            self.close()
+            raise UsageError(
+                f"the reward function {failed.function} cannot be loaded",
+                where="reward",
+                why=failed.how,
+                next_step=_remedy(failed),
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def rewards(self, answers: Sequence[Written]) -> list[list[float]]:
+        """(functions, answers) rewards; NaN where a function says None, that it does not judge this answer.
+
+        Raises:
+            CheckError: names the function and the row.
+        """
+        try:
+            found = self._asked(answers, self.timeout_s)
+        except _Failed as failed:
+            raise self._error(failed, answers) from None
+        for name, values in zip(self.names, found, strict=True):
+            if len(values) != len(answers):
+                raise _refused(name, f"gave {count_of(len(values), 'reward')} for {len(answers)} answers", None)
+            for value, answer in zip(values, answers, strict=True):
+                if value is not None and not math.isfinite(value):
+                    raise _refused(name, f"gave {value}", answer)
+        for number, answer in enumerate(answers):
+            if all(values[number] is None for values in found):
+                raise _refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
+        return [[math.nan if value is None else value for value in values] for values in found]
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process, self._buffer = self._process, None, b""
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            python_words("backhand.training.rewards.functions"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **safe_environment()},
+        )
+        self._send(list(self.names))
+        self._received(time.monotonic() + _START_S, self.names[0])
+
+    def _asked(self, answers: Sequence[Written], timeout_s: float) -> list[list[float | None]]:
+        if self._process is None:
+            self._start()
+        self._send(_batch(answers))
+        function = self.names[0]
+        while True:
+            said = self._received(time.monotonic() + timeout_s, function)
+            if "rewards" in said:
+                rewards: list[list[float | None]] = said["rewards"]
+                return rewards
+            function = said["begins"]
+
+    def _error(self, failed: _Failed, answers: Sequence[Written]) -> CheckError:
+        """The same by one answer after the other, until it happens again."""
+        seconds = min(self.timeout_s, _ALONE_S) if failed.hangs else self.timeout_s
+        for answer in answers:
+            try:
+                self._asked([answer], seconds)
+            except _Failed as again:
+                return _refused(again.function, failed.how, answer)
+        return _refused(failed.function, f"{failed.how}, with all answers of a step and with none alone", answers[0])
+
+    def _send(self, value: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended: that is seen where it should answer
+            self._process.stdin.write(json.dumps(value).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _received(self, deadline: float, function: str) -> dict[str, Any]:
+        """The next line. Raises _Failed, after which a new process is started."""
+        assert self._process is not None and self._process.stdout is not None
+        source = self._process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([source], [], [], left)[0]:
+                self.close()
+                raise _Failed(function, "did not come to an end in time", hangs=True)
+            data = os.read(source, 1 << 16)
+            if not data:
+                code = self._process.wait()
+                self.close()
+                raise _Failed(function, f"ended its process with exit code {code}")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        said: dict[str, Any] = json.loads(line)
+        if "error" in said:
+            raise _Failed(said["function"], said["error"])
+        return said
+
+
+def _batch(answers: Sequence[Written]) -> dict[str, Any]:
+    names = dict.fromkeys(name for answer in answers for name in answer.asked.columns)
+    conversational = [not isinstance(answer.asked.prompt, str) for answer in answers]
+    return {
+        "prompts": [answer.asked.prompt for answer in answers],
+        "completions": [
+            [{"role": "assistant", "content": answer.text}] if turns else answer.text
+            for answer, turns in zip(answers, conversational, strict=True)
+        ],
+        "completion_ids": [list(answer.token_ids) for answer in answers],
+        "references": [answer.asked.reference for answer in answers],
+        "columns": {name: [answer.asked.columns.get(name) for answer in answers] for name in names},
+    }
+
+
+def _refused(function: str, how: str, answer: Written | None) -> CheckError:
+    said = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
+    return CheckError(
+        f"the reward function {function} {how}{said}",
+        where=None if answer is None else answer.asked.source,
+        why="a reward is a finite number, or None where the function does not judge an answer",
+        next_step="correct the function and go on with --resume; the run has a checkpoint from before this step",
+    )
+
+
+def _remedy(failed: _Failed) -> str:
+    package = next((name for name in ("reasoning_gym", "jsonschema") if f"'{name}'" in failed.how), None)
+    if package is not None:
+        return "pip install 'backhand[rewards]'"
+    return "correct its file or its name; the current directory is no place to import from: name a file.py:function"

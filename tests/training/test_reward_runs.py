@@ -1,0 +1,259 @@
+"""Whole runs on rewards: learnt, resumed, shared out, and ended by functions that fail; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.forms import Asked, Completion
+from backhand.errors import CheckError, DataError, UsageError
+from backhand.training.config import TrainConfig
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess, Written
+from backhand.training.run import train
+from support.ranks import bits_of_several, start_ranks
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+
+FUNCTIONS = """
+import math, os, time
+calls = 0
+
+def evens(prompts, completions, completion_ids, **columns):
+    print("said while judging")
+    assert len(prompts) == len(columns["completion"])
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+def short(completion_ids):
+    return [1.0 if len(ids) < 9 else None for ids in completion_ids]
+
+def level(completions, **_):
+    return [1.0] * len(completions)
+
+def _third(completions):
+    global calls
+    calls += 1
+    return calls > 2
+
+def raises(completions, completion_ids, **_):
+    if _third(completions):
+        raise KeyError("boo")
+    return [float(ids[0] % 7) for ids in completion_ids]
+
+def hangs(completions, completion_ids, **_):
+    while _third(completions):
+        time.sleep(0.1)
+    return [float(ids[0] % 7) for ids in completion_ids]
+
+def nan(completions, completion_ids, **_):
+    third = _third(completions)
+    return [math.nan if third else float(ids[0] % 7) for ids in completion_ids]
+
+def leaves(completions, completion_ids, **_):
+    if _third(completions):
+        os._exit(3)
+    return [float(ids[0] % 7) for ids in completion_ids]
+
+def few(completions, **_):
+    return [1.0]
+
+def none(completions, **_):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture(scope="session")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("functions") / "rewards.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def config(tiny: TinyRun, functions: Path, output: Path, function: str = "evens", **options: Any) -> TrainConfig:
+    """Two epochs of three steps of four prompts with six answers each."""
+    made = tiny.config(output, answers=2, eval_every=3, save_every=1, learning_rate=3e-2, max_length=64)
+    rewards = RewardOptions(reward=(f"{functions}:{function}",), group=6, max_new_tokens=10, reward_timeout=9.0)
+    return with_options(replace(made, objective=ObjectiveOptions(objective="grpo"), rewards=rewards), **options)
+
+
+def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def straight(tiny: TinyRun, functions: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    place = tmp_path_factory.mktemp("straight") / "run"
+    made = config(tiny, functions, place, num_iterations=2, beta=0.02, prove_resume=2, epochs=4)
+    train(made)
+    return made
+
+
+def test_a_run_learns_what_is_rewarded(straight: TrainConfig) -> None:
+    run = straight.run.output
+    steps = [line for line in lines(run) if "loss" in line]
+    evaluations = [line for line in lines(run) if "eval_loss" in line]
+    shown = {"reward", "rewards/evens/mean", "kl", "completion_tokens", "no_gradient_groups", "sampling_gap", "entropy"}
+    assert all(step.keys() >= shown for step in steps)
+    assert steps[-1]["reward"] > steps[0]["reward"] + 0.2
+    assert steps[0]["clip_ratio"] >= 0 and steps[-1]["kl"] > steps[0]["kl"] >= 0
+    assert all(0 < step["sampling_gap"] < 1e-4 for step in steps)
+    assert evaluations[-1]["eval_reward"] == -evaluations[-1]["eval_loss"] > evaluations[0]["eval_reward"]
+    stored = (run / "config.toml").read_text()
+    assert 'loss = "dapo"' in stored and 'scale_rewards = "group"' in stored and "epsilon_high = 0.2" in stored
+    proofs = {line["proof"]: line for line in lines(run, "proofs.jsonl")}
+    gap = proofs["every sampled token has the log-probability that the training pass gives it (nats)"]
+    assert gap["passed"] and gap["value"] == max(step["sampling_gap"] for step in steps) and gap["bound"] == 1e-4
+    assert any("end in the same bits" in proof and line["passed"] for proof, line in proofs.items())
+    held_out = lines(run, "answers.jsonl")
+    assert held_out and all(answer["reference"] for answer in held_out)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
+    made = with_options(straight, output=tmp_path / "run", prove_resume=None)
+    with pytest.raises(StopAfter.Stopped):
+        train(made, callbacks=[StopAfter(4)])
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    ours, theirs = (final_bits(run) for run in (tmp_path / "run", straight.run.output))
+    assert _without_times(ours) == _without_times(theirs)
+
+
+def _without_times(bits: dict[str, bytes]) -> dict[str, Any]:
+    metrics = [{k: v for k, v in line.items() if k != "sampling_s"} for line in json.loads(bits["metrics"])]
+    return {name: data for name, data in bits.items() if name not in ("README.md", "metrics")} | {"metrics": metrics}
+
+
+@pytest.mark.parametrize("loss", ["grpo", "rloo"])
+def test_two_processes_write_the_answers_of_one(loss: str, tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    options = {"micro_batch_rows": 1, "recompute": "none", "answers": 0, "epochs": 1, "loss": loss, "beta": 0.02}
+    made = config(tiny, functions, tmp_path / "one", **options)
+    train(made)
+    ranks = start_ranks([with_options(made, output=tmp_path / "two")] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
+    same = ("reward", "completion_tokens", "supervised_tokens", "no_gradient_groups")
+    assert [[step[name] for name in same] for step in two] == [[step[name] for name in same] for step in one]
+    if loss == "grpo":  # rloo's rewards hold log-probabilities as sampled, and so their last bits
+        assert bits_of_several(tmp_path / "two")["state"] == bits_of_several(tmp_path / "one")["state"]
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("raises", "raised KeyError: 'boo'"),
+        ("hangs", "did not come to an end in time"),
+        ("nan", "gave nan"),
+        ("leaves", "ended its process with exit code 3"),
+        ("few", "gave 1 reward for 4 answers"),
+        ("none", "nothing judges the answer"),
+    ],
+)
+def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
+    function: str, says: str, tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError, match=says) as raised:
+        train(config(tiny, functions, tmp_path / "run", function, eval_every=6))
+    assert function in raised.value.what and raised.value.exit_code == 6
+    if function == "few":  # before the first step: held-out rows are judged first
+        assert not (tmp_path / "run" / "summary.json").exists()
+        return
+    assert function == "none" or (raised.value.where or "").startswith((str(tiny.rows), str(tiny.held_out)))
+    if function != "none":
+        steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
+        saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
+        assert steps == [1] and saved[-1] == "step-1"
+
+
+def test_rewards_that_never_vary_end_the_run(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="nothing can be learnt") as raised:
+        train(config(tiny, functions, tmp_path / "run", "level", epochs=9))
+    assert "--from-adapter" in str(raised.value.next_step)
+    assert {line["no_gradient_groups"] for line in lines(tmp_path / "run") if "loss" in line} == {1.0}
+
+
+def answers(*texts: str, **columns: Any) -> list[Written]:
+    def asked(number: int) -> Asked:
+        question = Completion("how many?", None, "", None, f"rows:{number}")
+        return Asked(question, "how many?", {"answer": "7 of 12", **columns}, f"rows:{number}")
+
+    return [Written(asked(number), text, list(range(len(text)))) for number, text in enumerate(texts)]
+
+
+def rewards_of(name: str, given: list[Written]) -> list[float]:
+    with RewardProcess([name], 5.0) as process:
+        return process.rewards(given)[0]
+
+
+def test_built_in_rewards(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "required": ["a"], "additionalProperties": false, "properties": {"a": {}}}')
+    assert rewards_of("exact", answers("7 of 12", " 7 of 12\n", "7 of 1")) == [1, 1, 0]
+    assert rewards_of("number", answers("it is 12", "12.0 or 7", "1,2", "none", "12.00")) == [1, 0, 1, 0, 1]
+    assert rewards_of("regex:^[0-9]+$", answers("12", "12 ", "x12")) == [1, 0, 0]
+    assert rewards_of(f"json:{schema}", answers('{"a": 1}', '{"b": 1}', "{", "[" * 99_999)) == [1, 0, 0, 0]
+    assert rewards_of("length:4", answers("1234", "123456", "12345678", "1" * 20)) == [1, 0.5, 0, 0]
+    entry = {"metadata": {"source_dataset": "spell_backward"}}
+    assert rewards_of("reasoning_gym:spell_backward", answers("7 of 12", "no", **entry)) == [1, 0]
+
+
+def test_several_functions_with_weights_and_none(functions: Path) -> None:
+    with RewardProcess([f"{functions}:short", "length:4"], 5.0) as process:
+        found = process.rewards(answers("1234", "1" * 12))
+    assert found[0][0] == 1 and found[0][1] != found[0][1] and found[1] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing", "neither a built-in"),
+        ("regex:(", "not a regular expression"),
+        ("length:x", "not a number of tokens"),
+        ("json:missing.json", "there is no file"),
+        ("missing.py:f", "there is no file"),
+        ("exact:x", "takes nothing"),
+        ("module:not a name", "neither a built-in"),
+    ],
+)
+def test_names_are_checked_before_anything_is_read(name: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        RewardOptions(reward=(name,)).validate()
+
+
+def test_the_current_directory_is_no_place_to_import_from(
+    functions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(functions.parent)
+    with pytest.raises(UsageError, match="cannot be loaded") as raised:
+        rewards_of("rewards:evens", answers("a"))
+    assert "ModuleNotFoundError" in str(raised.value.why)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        rewards_of(f"{functions}:missing", answers("a"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"objective": "sft"}, "has no rewards"),
+        ({"reward": ()}, "grpo rewards nothing"),
+        ({"dropout": 0.1}, "another model than the one that samples"),
+        ({"engine": "transformers"}, "by the backhand engine alone"),
+        ({"reward_weights": (1.0, 2.0)}, "2 weights for 1"),
+        ({"group": 1}, "group 1 is"),
+        ({"beta": -1.0}, "beta"),
+        ({"max_new_tokens": 5000}, "and the model takes"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(
+    options: dict[str, Any], says: str, tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        train(config(tiny, functions, tmp_path / "run", **options))
+
+
+def test_rows_without_a_prompt_are_refused(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "no question"}\n')
+    with pytest.raises(DataError, match="not those of prompts"):
+        train(config(tiny, functions, tmp_path / "run", data=(str(tmp_path / "text.jsonl"),)))
