@@ -69,7 +69,8 @@ def _row(parameter: inspect.Parameter, hint: Any, said: Parameter) -> str:
     names = _several(said.name) or [parameter.name.upper()]
     name = names[0] if positional else "--" + parameter.name.replace("_", "-")
     default = "" if parameter.default is inspect.Parameter.empty else _default(parameter.default)
-    shown = f"`{name}`" if _kind(hint) in ("", "flag") else f"`{name}` {_kind(hint)}"
+    others = [] if positional else [f"`{other}`" for other in names if other.startswith("--") and other != name]
+    shown = ", ".join([f"`{name}`", *others]) + ("" if _kind(hint) in ("", "flag") else f" {_kind(hint)}")
     return f"| {shown} | {default} | {_cell(said.help or '')} |"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from backhand.generate.completer import Choose, Completer, Finished
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.decoding import Head, IncrementalDecoder, head_logits
+from backhand.nn.decoder.decoding import Head, IncrementalDecoder
 from backhand.nn.decoder.kv_cache import bytes_per_row
 
 
@@ -98,7 +98,7 @@ def complete_batch(
     *,
     max_new_tokens: int,
     batch_rows: int = 64,
-    head: Head = head_logits,
+    head: Head | None = None,
 ) -> None:
     """Continue every prompt; see `completer.Completer.complete`.
 

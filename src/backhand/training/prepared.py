@@ -475,5 +475,5 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
         objective=config.objective.resolved(),
-        rewards=config.rewards.resolved(),
+        rewards=config.rewards.resolved() if config.rewards.reward else config.rewards,
     )
