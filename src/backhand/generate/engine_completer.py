@@ -121,7 +121,7 @@ class _Batch:
         finished: Finished,
         max_new_tokens: int,
         batch_rows: int,
-        head: Head,
+        head: Head | None,
     ) -> None:
         longest = max(map(len, prompts))
         most = CACHE_BYTES // bytes_per_row(decoder.config, decoder.dtype, longest + max_new_tokens)
