@@ -1,7 +1,7 @@
 """`make wheels`: one wheel a platform with its kernels in it, and the source distribution, all from this machine.
 
 The compiler of the PyPI package ziglang knows every system, so that nothing but packages is needed. Times in the
-archives are those of the last commit (SOURCE_DATE_EPOCH): the same sources give the same bytes.
+archives are those of the last commit (SOURCE_DATE_EPOCH), so that the same sources can give the same bytes.
 
     python tools/wheels.py [TARGET ...] [--output dist]
 """
@@ -38,8 +38,8 @@ def main() -> None:
         parser.error(f"no target: {', '.join(sorted(unknown))}")
     log = ("git", "log", "-1", "--format=%ct")
     committed = subprocess.run(log, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    python, before = sys.executable, set(options.output.glob("backhand-*"))
-    for path in before:
+    python = sys.executable
+    for path in options.output.glob("backhand-*"):
         path.unlink()
     build = (python, "-m", "build", "--no-isolation", "--outdir", str(options.output))
     run(*build, "--sdist", SOURCE_DATE_EPOCH=committed)

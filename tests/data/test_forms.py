@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from backhand.data.forms import Completion, FormReader, PlainText, Row
+from backhand.data.forms import FormReader
 from backhand.data.messages import Conversation
+from backhand.data.row_kinds import Completion, PlainText, Row
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError
 

@@ -136,5 +136,5 @@ def test_the_files_of_one_step_are_those_that_a_reader_is_sent_through(size: Mod
     first, *others = [target for _, target in seven]
     assert first == "ops/lora_linear.py", "the idea; a step takes its formulas from the next"
     assert "ops/lora_group.py" in way
-    # What an adapter trains is found once, when it is attached.
+    # A plain step finds what this file makes kept from the pass before it.
     assert set(others) - set(way) == {"nn/decoder/adapted_group.py"}

@@ -27,6 +27,7 @@ from backhand.training.config import ModelOptions, Recompute, TrainConfig
 from backhand.training.evaluate import evaluate
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.guards import BaseGuard
+from backhand.training.job import build_job
 from backhand.training.machine import resolve_machine
 from backhand.training.memory import bases
 from backhand.training.memory.bases import choose_base
@@ -34,7 +35,6 @@ from backhand.training.memory.command import plan
 from backhand.training.memory.options import PlanOptions, PlanRunOptions
 from backhand.training.memory.plan import HeldBase, MemoryPlan
 from backhand.training.memory.shapes import StepShape
-from backhand.training.prepared import build_job
 from backhand.training.run import train
 from backhand.training.step import Processes
 from backhand.verify.command import verify

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backhand.data.forms import Asked, Completion
+from backhand.data.row_kinds import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.training.config import TrainConfig
 from backhand.training.objectives.options import ObjectiveOptions

@@ -8,9 +8,9 @@ from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.examples import encode_document
-from backhand.data.forms import Completion, OneText, PlainText
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
+from backhand.data.row_kinds import Completion, OneText, PlainText
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of

@@ -4,87 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from backhand.data.messages import Conversation, read_conversation, read_turns
+from backhand.data.row_kinds import Asked, Completion, Labelled, Pair, PlainText, Purpose, Row
 from backhand.data.rows import BadRows, RawRow, describe
 from backhand.errors import DataError
 from backhand.words import name_list
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and what is to follow it.
-
-    Attributes:
-        prompt, completion: as the row has them; completion is None where the row only asks.
-        separator: stands between them where no chat template does.
-        system: a system message of the row's own.
-    """
-
-    prompt: str
-    completion: str | None
-    separator: str
-    system: str | None
-    source: str
-
-
-@dataclass(frozen=True)
-class PlainText:
-    """A whole document, every token of which is supervised."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, the first better than the second: prompt and answer each."""
-
-    chosen: Conversation | Completion
-    rejected: Conversation | Completion
-    source: str
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A prompt and an answer that is desirable or not."""
-
-    answer: Conversation | Completion
-    desirable: bool
-    source: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, the answers to which are rewarded.
-
-    Attributes:
-        question: as it is rendered.
-        prompt: as reward functions are given it: text, or a list of messages.
-        columns: all others of the row, by name.
-        source: where the row stands.
-    """
-
-    question: Conversation | Completion
-    prompt: Any
-    columns: Mapping[str, Any]
-    source: str
-
-    @property
-    def reference(self) -> str | None:
-        """What the row itself says that the answer is, if it says so in a column of a usual name."""
-        found = next((self.columns[name] for name in REFERENCES if self.columns.get(name) is not None), None)
-        return None if found is None else str(found)
-
-
-REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
-"""Columns in which the right answer to a prompt is looked for, in this order."""
-
-OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | Labelled | Asked
-Purpose = Literal["answers", "pairs", "labels", "prompts"]
-"""What rows are read for: answers to learn, pairs of answers, answers with a label, or prompts to answer."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 
 from backhand.data.chat import ChatRenderer, read_template
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, documents_of
-from backhand.data.forms import Purpose
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
+from backhand.data.row_kinds import Purpose
 from backhand.data.rows import BadRows
 from backhand.data.split import overlap
 from backhand.data.text_encoder import TextEncoder

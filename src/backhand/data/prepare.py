@@ -13,9 +13,10 @@ import numpy as np
 from backhand.bounds import check_fields
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
-from backhand.data.forms import Asked, FormReader, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
+from backhand.data.forms import FormReader, has_empty_answer
 from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split

@@ -114,14 +114,9 @@ def sample(
         finished,
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
-        head=trained_head,
+        head=Decoder.head,  # as the training pass computes logits, in the compute dtype
     )
     return sampled
-
-
-def trained_head(decoder: Decoder, x: Tensor) -> Tensor:
-    """Logits of the last block's output as the training pass computes them, (rows, vocab) in the compute dtype."""
-    return decoder.head(x)
 
 
 class Drawn(NamedTuple):

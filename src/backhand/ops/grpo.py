@@ -1,11 +1,11 @@
 """Rewards of sampled answers: the clipped policy loss of GRPO and its kin, as a function of the tokens' log p.
 
-An answer i with |i| tokens has an advantage A_i (`advantages`) and a weight w_i (`answer_weights`). With p_t = log π of
-a token, o_t the same when the answer was sampled, q_t under the reference, and clip(r) = min(max(r, 1 - ε), 1 + ε_h):
+An answer i with |i| tokens has an advantage A_i (`group_advantages`) and a weight w_i (`answer_weights`). With p_t the
+log π of a token, o_t the same when it was sampled, q_t under the reference, and clip(r) = min(max(r, 1 - ε), 1 + ε_h):
 
     grpo, dr_grpo, dapo    y_i = w_i Σ_t (-min(r_t A_i, clip(r_t) A_i) + β r_t k_t),   r_t = e^(p_t - o_t)
                            k_t = e^(q_t - p_t) - (q_t - p_t) - 1                   [arXiv:2402.03300, eq. 3 and 4]
-    rloo                   y_i = w_i (-min(R_i A_i, clip(R_i) A_i)),   R_i = e^(Σ_t (p_t - o_t))   [arXiv:2402.14740]
+    rloo                   y_i = w_i (-min(ρ_i A_i, clip(ρ_i) A_i)),   ρ_i = e^(Σ_t (p_t - o_t))   [arXiv:2402.14740]
 
 and the loss of a step with N answers of T tokens together is Σ_i y_i, where
 
@@ -15,15 +15,15 @@ and the loss of a step with N answers of T tokens together is Σ_i y_i, where
     rloo      w_i = 1 / N,         A_i = R_i - mean of the others' = (R_i - mean) G / (G - 1)
               with β Σ_t (o_t - q_t) taken off R_i before                                [arXiv:2402.14740, eq. 8]
 
-R_i is the reward of answer i here, G the size of its group; std is the unbiased one. The factor r_t before k_t makes
+R_i is the reward of answer i, G the size of its group; std is the unbiased one. The factor r_t before k_t makes
 its gradient that of the divergence KL(π | reference) itself [arXiv:2512.02556, §3.1]. All of it as TRL computes it.
 
 Backward. Where the minimum is the clipped side, it is constant; a = [r A ≤ clip(r) A]. With k' = 1 - e^(q - p) and
 r' = r, what stands beside β is r k + r k' = -r (q - p), so
     ∂L/∂p_t = G_i w_i (-a_t r_t A_i + β r_t (p_t - q_t))      (tokens,),    G = ∂L/∂y (answers,)
-    ∂L/∂p_t = -G_i w_i a_i R_i A_i                            of rloo, the same for all tokens of an answer.
+    ∂L/∂p_t = -G_i w_i a_i ρ_i A_i                            of rloo, the same for all tokens of an answer.
 
-With one update for each batch r = R = 1, and what is left of the first term is -w_i A_i: known before the forward pass.
+With one update for each batch r = ρ = 1, and what is left of the first term is -w_i A_i: known before the forward pass.
 
 Saved: a r A of every token (of rloo, of every answer), β r (p - q), and what they belong to.
 """

@@ -169,18 +169,9 @@ def _are_wide(receivers: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
     return first == wide if alike and first in (dtype, wide) else None
 
 
-# As in native/low_rank.h.
-_ROWS_OF_PART, _MOST_PARTS = 256, 8
-
-
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
     """Whether threads divide the rows of x or G among them, or else columns, as for bfloat16 without tiles."""
     return dtype != torch.bfloat16 or is_taken(dtype)
-
-
-def parts_of_rows(rows: int) -> int:
-    """Into how many parts so many rows are divided, whatever the number of threads."""
-    return max(1, min(_MOST_PARTS, -(-rows // _ROWS_OF_PART)))
 
 
 def _checked(without_memory: int) -> None:

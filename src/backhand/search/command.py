@@ -318,11 +318,7 @@ class Search:
         hours = self.config.search.hours
         if hours is None or self.run_s is None:
             return True
-        schedule = self.schedule
-        chain = schedule.stages[0].share + sum(
-            later.share - before.share for before, later in zip(schedule.stages, schedule.stages[1:], strict=False)
-        )
-        needed = chain + 2 * (schedule.options.seeds - 1)
+        needed = 1 + 2 * (self.schedule.options.seeds - 1)
         return time.monotonic() - self.began + needed * self.run_s <= hours * 3600
 
     def _tell(self, trials: list[Trial], trial: Trial) -> None:

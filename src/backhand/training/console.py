@@ -18,8 +18,8 @@ from backhand.kernels.builds import describe, library
 from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console
+from backhand.training.job import Job
 from backhand.training.observer import Observer, RunStart
-from backhand.training.prepared import Job
 from backhand.training.step import Processes
 from backhand.words import count_of, duration, in_words, labelled
 

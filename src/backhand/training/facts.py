@@ -21,8 +21,8 @@ from backhand.data.examples import DataReport, Example, PreparedData, documents_
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
 from backhand.runs.summary import RunSummary
+from backhand.training.job import Job
 from backhand.training.memory.process import peak_rss_bytes
-from backhand.training.prepared import Job
 from backhand.training.state import RunState
 
 SHOWN_ROWS = 3

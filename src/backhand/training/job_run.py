@@ -33,6 +33,7 @@ from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
+from backhand.training.job import Job
 from backhand.training.judging import Judge
 from backhand.training.keeping import Keeping, keeping
 from backhand.training.leading import alike, shared_checkpoint
@@ -42,7 +43,6 @@ from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
 from backhand.training.observer import Observers, RunStart
-from backhand.training.prepared import Job
 from backhand.training.resume import (
     BaseCheck,
     begun_from,

@@ -18,9 +18,9 @@ from backhand.files import FileLayer, remove_tree
 from backhand.kernels.builds import describe
 from backhand.runs.directory import STATES, ProofLog, RunDirectory
 from backhand.runs.record_file import RecordFile
+from backhand.training.job import Job
 from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.leading import versions
-from backhand.training.prepared import Job
 from backhand.training.shared import Shared
 
 

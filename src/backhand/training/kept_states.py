@@ -69,11 +69,6 @@ class StatesInMemory:
         self._states[self._starts[number] : self._starts[number + 1]].copy_(states)
         self._there[number] = True
 
-    def close(self, *, remove: bool) -> None:  # noqa: ARG002 - nothing would be found again
-        """Let go of everything."""
-        self._there = [False] * len(self._there)
-        self._states = self._states.new_empty(0, self._states.shape[1])
-
 
 @dataclass(eq=False)
 class StatesOnDisk:

@@ -1,8 +1,7 @@
-"""A run before its first step: all that is known before a weight is read, memory too; then the job with weights."""
+"""A run before a weight is read: all that can be decided by then, memory too."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from backhand.adapters.targets import in_numbers
 from backhand.data.examples import Example, PreparedData, check_vocabulary, documents_of, summed
@@ -26,7 +24,7 @@ from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.engine import BoundModel, Engine, ShortModel
+from backhand.training.engine import Engine, ShortModel
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.bases import BaseChoice, choose_base
@@ -37,13 +35,9 @@ from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
 from backhand.training.memory.speed import times_as_long
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
-from backhand.training.quantized_loss import quantization_notes
-from backhand.training.resume import Identity
 from backhand.training.rewards.planned import PromptPacker
 from backhand.training.shared import Shared
-from backhand.training.starting import adapter_config, set_values, start_notes
-from backhand.training.step import Processes
-from backhand.training.step_plan import default_warmup_steps
+from backhand.training.starting import adapter_config, start_notes
 
 _STEPS_LOOKED_AT = 2000
 
@@ -375,105 +369,3 @@ def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
 # From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
 #
 # What costs little is checked first: options, targets, rows and memory come before the weights are read.
-
-_EVALUATIONS = 5
-
-
-@dataclass(kw_only=True)
-class Job(Outline):
-    """A run before its first step; nothing in its configuration is left to choose."""
-
-    bound: BoundModel
-    identity: Identity
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self.bound.model.dtype
-
-
-def build_job(
-    config: TrainConfig,
-    machine: Machine,
-    typed: frozenset[str] = frozenset(),
-    processes: Processes | None = None,
-    shared: Shared | None = None,
-) -> Job:
-    """Everything up to the first step; nothing is written.
-
-    Args:
-        config: validated; of a resumed run, as it is stored.
-        machine: from `resolve_machine`.
-        typed: names of options that were given even where they have their default value.
-        processes: of the run; the first one says how a step is cut and the base is held, before any has read its
-            weights.
-        shared: with other runs of this process.
-
-    Raises:
-        UsageError, DataError, ArtifactError, ResourceError: each says what to do.
-    """
-    shared = shared or Shared()
-    processes = Processes() if processes is None else processes
-    if not processes.leads:
-        config = _cut_as(config, *json.loads(processes.follow(b"")))
-    outline = outline_run(config, machine, typed=typed, shared=shared)
-    source, memory = outline.source, outline.memory
-    if processes.leads:
-        processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
-    bound = outline.engine.load(
-        outline.config.adapter,
-        base_model=source.hub_id or str(source.path.resolve()),
-        device=machine.device,
-        recompute=memory.recompute,
-        base=memory.base,
-        shared=shared,
-    )
-    assert shared.process is not None
-    shared.process.final = True
-    resolved = _resolved(outline, machine)
-    set_values(resolved, bound)
-    train, held_out = outline.train, outline.held_out
-    measured = documents_of((*(() if held_out is None else held_out.examples), *train.examples))
-    quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
-    return Job(
-        **vars(outline)
-        | {
-            "config": resolved,
-            "bound": bound,
-            "identity": Identity(resolved, source, list(bound.lora.slots), train, held_out),
-            "notes": (*outline.notes, *quantized, *bound.notes),
-        }
-    )
-
-
-def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, base: HeldBase) -> TrainConfig:
-    optimization = replace(config.optimization, micro_batch_rows=micro_batch_rows)
-    return replace(config, optimization=optimization, model=replace(config.model, recompute=recompute, base=base))
-
-
-def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
-    """The configuration with everything written down that was chosen."""
-    config, memory, total_steps = outline.config, outline.memory, outline.total_steps
-    often = max(1, -(-total_steps // _EVALUATIONS))
-    warmup = config.optimization.warmup_steps
-    return replace(
-        config,
-        model=replace(
-            config.model,
-            engine=outline.engine.name,
-            dtype="bfloat16" if machine.dtype == torch.bfloat16 else "float32",
-            device=str(machine.device),
-            threads=machine.threads,
-            recompute=memory.recompute,
-            base=memory.base,
-            cache_frozen=outline.states.where,
-        ),
-        optimization=replace(
-            config.optimization,
-            micro_batch_rows=memory.micro_batch_rows,
-            warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
-        ),
-        run=replace(config.run, eval_every=config.run.eval_every or often, save_every=config.run.save_every or often),
-        objective=config.objective.resolved(),
-        rewards=config.rewards.resolved() if config.rewards.reward else config.rewards,
-    )

@@ -26,13 +26,13 @@ from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.console import TerminalObserver
+from backhand.training.job import build_job
 from backhand.training.job_run import JobRun
 from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
 from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
 from backhand.training.loggers import chosen_loggers
 from backhand.training.machine import resolve_machine
 from backhand.training.observer import Callback, Observer, Observers, as_observers, metrics_file
-from backhand.training.prepared import build_job
 from backhand.training.resume import (
     begun_from,
     decisive_settings,

@@ -26,13 +26,13 @@ from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
+from backhand.training.job import Job
 from backhand.training.keeping import Keeping
 from backhand.training.kept_states import KeptStates
 from backhand.training.leading import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective
-from backhand.training.prepared import Job
 from backhand.training.step import Processes
 
 
