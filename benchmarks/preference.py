@@ -7,7 +7,7 @@ peers take turns. A prompt is about three times as long as an answer. What is co
 trainer's begin to its end: the reference's log-probabilities are part of it, whoever computes them when. `trl` is as
 users run it, `trl-precomputed-tuned` at its best here (reference computed beforehand, no checkpointing, the allocator
 and float32 route of ours), `backhand-answers` trains on as many tokens as answers, for the memory. `0.5b` is a model of
-Qwen2's shape with random weights. Results go to benchmarks/results/preference.json.
+Qwen2's shape with random weights. Results are added to benchmarks/results/preference.json.
 """
 
 from __future__ import annotations
@@ -275,8 +275,10 @@ def main() -> None:
         )
     for name, value in result["ratios"].items():
         print(f"  {name:48} {value:6.2f}")
+    stored = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else []
+    stored = [run for run in stored if (run["machine"], run["workload"]) != (result["machine"], result["workload"])]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.output.write_text(json.dumps({"runs": [*stored, result]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

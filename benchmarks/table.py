@@ -24,6 +24,10 @@ _NAMES = {
     "trl-no-checkpointing-tuned": "TRL, checkpointing off, allocator tuned",
     "trl-no-checkpointing-tuned-openmp": "TRL, the same with this project's OpenMP setting",
     "trl-packing-tuned": "TRL, allocator tuned, with packing",
+    "trl-precomputed": "TRL, reference precomputed, checkpointing off",
+    "trl-precomputed-tuned": "TRL, reference precomputed, checkpointing off, allocator tuned",
+    "trl-precomputed-tuned-openmp": "TRL, the same with this project's OpenMP setting",
+    "backhand-answers": "Backhand, as many tokens of answers (`sft`)",
 }
 
 
@@ -117,7 +121,13 @@ _QUANTIZED_NAMES = {
     "peft-nf4": "PEFT on bitsandbytes' NF4, scales quantized too",
     "peft-nf4-checkpointing": "the same with gradient checkpointing",
 }
-_MODELS = {"smollm2": "SmolLM2-135M (Q4_1)", "1.5b": "the shape of a Qwen2 of 1.5 billion (Q4_K_M)", "8b": "8B"}
+_MODELS = {
+    "smollm2-135m": "SmolLM2-135M",
+    "0.5b": "the shape of a Qwen2 of 0.5 billion",
+    "smollm2": "SmolLM2-135M (Q4_1)",
+    "1.5b": "the shape of a Qwen2 of 1.5 billion (Q4_K_M)",
+    "8b": "8B",
+}
 
 
 def quantized_section() -> str:
@@ -209,12 +219,41 @@ def section() -> str:
         other = finetune["machine"] != step["machine"]
         lines += [*step_section(step), *(["", machine_line(finetune["machine"])] if other else [])]
         lines += finetune_section(finetune)
+    if (HERE / "results" / "preference.json").exists():
+        lines += pairs_section(_read("preference.json"))
     if (HERE / "results" / "shapes.json").exists():
         lines += shapes_section(_read("shapes.json"))
     if (HERE / "results" / "upper_layers.json").exists():
         for results in _read("upper_layers.json")["places"]:
             lines += upper_layers_section(results)
     return "\n".join(lines).strip()
+
+
+def pairs_section(results: dict[str, Any]) -> list[str]:
+    """The tables of `preference.json`: DPO on the same pairs."""
+    lines = ["", "## Pairs (DPO)", "", "`python benchmarks/preference.py`; a reference's log-probabilities included."]
+    head = ["", "pairs/s", "training, median (min to max)", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    for run in results["runs"]:
+        workload, peers = run["workload"], run["peers"]
+        ours = peers["backhand"]
+        name = _MODELS.get(workload["model"], workload["model"])
+        lines += [
+            "",
+            machine_line(run["machine"]),
+            "",
+            f"{name}, {workload['pairs']} pairs of {workload['whole_tokens']:,}",
+        ]
+        lines[-1] += f" tokens in all, {workload['computed_tokens']:,} with each beginning once, {workload['dtype']}:"
+        rows = []
+        for peer, row in peers.items():
+            times = "{median:.1f} s ({min:.1f} to {max:.1f})".format(**row["train_s"])
+            speed, share = ours["pairs_per_s"] / row["pairs_per_s"], ours["peak_rss_bytes"] / row["peak_rss_bytes"]
+            compared = ["", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB", ""]
+            if peer != "backhand":
+                compared[0], compared[2] = f"{speed:.2f} ×", f"{share:.2f}"
+            rows.append([_NAMES[peer], f"{row['pairs_per_s']:.2f}", times, *compared])
+        lines += ["", *table(head, rows)]
+    return lines
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:
