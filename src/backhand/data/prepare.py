@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from backhand.bounds import check_fields
+from backhand.data.columns import ColumnReader
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
 from backhand.data.forms import FormReader, has_empty_answer
 from backhand.data.messages import Conversation
-from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
 from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
@@ -151,7 +153,8 @@ def read_examples(
             prompts.append(_prompt(asking, asked))
 
     teaches = options.train_on == "completions" and purpose != "prompts"
-    report = _read_into(add, names, options, bad, held_out=held_out, teaches=teaches, purpose=purpose)
+    columns = partial(ColumnReader, options, options.system, guess=purpose in ("answers", None))
+    report = _read_into(add, names, options, bad, columns, held_out=held_out, teaches=teaches, purpose=purpose)
     report = replace(
         report,
         truncated=len(cut_here.truncated),
@@ -179,9 +182,12 @@ def _only(made: list[Example], row: Pair | Labelled) -> Example | None:
 
 
 def prepare_prompts(
-    rows: RowSources, template: TemplateOptions, tokenizer: Any
+    rows: RowSources, template: TemplateOptions, tokenizer: Any, named: NamedColumns | None = None
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """The rows of `data` as prompts with the replies they should get; rows without an answer are welcome.
+
+    Args:
+        named: columns by name.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -195,8 +201,9 @@ def prepare_prompts(
         assert not isinstance(row, Pair | Labelled | Asked)  # of these nothing is asked
         prompts.append(_prompt(renderer, row))
 
-    report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
-    return tuple(prompts), replace(report, notes=renderer.notes())
+    columns = partial(ColumnReader, named or NamedColumns(), template.system, guess=True)
+    report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), columns, may_ask=True)
+    return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 
 def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
@@ -206,6 +213,8 @@ def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
 
 
 _FEW_EMPTY_LINES = 1000
+_CLASSES = ("label", "labels", "class", "category", "intent", "sentiment", "target")
+"""Columns that, beside a text, are mostly there to be learnt."""
 
 
 def _read_into(
@@ -213,6 +222,7 @@ def _read_into(
     names: Sequence[str],
     options: RowSources,
     bad: BadRows,
+    columns: Callable[[], ColumnReader],
     *,
     held_out: bool = False,
     may_ask: bool = False,
@@ -222,15 +232,17 @@ def _read_into(
     """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way.
 
     Args:
+        columns: makes the reader of a file's columns.
         teaches: only answers are learnt, so a file without any is an error.
     """
     forms: list[SourceForm] = []
     total = empty = 0
     unread: dict[str, None] = {}
+    notes: list[str] = []
     skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
 
-    def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
-        for row in reader.read_all(read_rows(name, bad, held_out=held_out), bad):
+    def good_rows(name: str, reader: FormReader, named: ColumnReader) -> Iterator[Row]:
+        for row in reader.read_all(named.rows(read_rows(name, bad, held_out=held_out), bad), bad):
             try:
                 add(row)
             except DataError as error:
@@ -243,9 +255,9 @@ def _read_into(
         if left == 0:
             break
         reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask, purpose=purpose), bad.count, None
-        rows = answered = 0
+        named, rows, answered = columns(), 0, 0
         conversation = rewarded = False
-        for row in islice(good_rows(name, reader), left):
+        for row in islice(good_rows(name, reader, named), left):
             rows += 1
             answered += not has_empty_answer(row)
             one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
@@ -257,12 +269,18 @@ def _read_into(
             raise _no_answers(name, reader, rows)
         empty += rows - answered
         if not rewarded:  # reward functions are given every column
-            unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
+            others = [column for column in reader.columns if column not in named.used]
+            unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
+        if named.note is not None:
+            notes.append(named.note)
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
-    notes = []
     if unread:
-        notes.append(f"not read: the column{'s' if len(unread) > 1 else ''} {name_list(map(shorten, unread))}")
+        names = list(unread)
+        taught = ""
+        if {form.form for form in forms} == {"text"} and len(names) == 1 and names[0].lower() in _CLASSES:
+            taught = f"; to learn it as the answer: --prompt text --completion {shlex.quote(names[0])}"
+        notes.append(f"not read: the column{'s' if len(names) > 1 else ''} {name_list(map(shorten, names))}{taught}")
     empty_lines = bad.empty_lines - empty_lines_before
     if empty_lines > max(_FEW_EMPTY_LINES, total):
         notes.append(f"{empty_lines:,} empty lines were passed over")

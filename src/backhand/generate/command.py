@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from backhand.data.options import NamedColumns
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.rows import BadRows
 from backhand.errors import DataError, UsageError
@@ -40,7 +41,7 @@ def generate_command(options: GenerateOptions) -> None:
         inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
         inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
         refuse_inputs_inside(answer.output, {**inputs, "chat_template": options.template.chat_template})
-    prompt = _read_prompt(answer.prompt)
+    prompt = None if options.rows.data else _read_prompt(answer.prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows another one; the answer goes on.
         sys.stdout.reconfigure(errors="replace")
@@ -128,7 +129,9 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
         ResourceError: the file cannot be written.
     """
-    read, report = prepare_prompts(options.rows, options.template, loaded.tokenizer)
+    read, report = prepare_prompts(
+        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
+    )
     session = GenerationSession(loaded, options.template)
     # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
     bad = BadRows(options.rows.skip_bad)
