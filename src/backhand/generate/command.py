@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     write_atomically(options.answer.output, text.encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
-        say(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}")
+        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
 
 
 def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:
