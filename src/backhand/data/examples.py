@@ -20,7 +20,7 @@ from backhand.errors import DataError
 from backhand.words import count_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One document, ready to be packed.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from backhand.bounds import check_fields
+from backhand.data import kept_rows
 from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
 from backhand.data.documents import RowRenderer
@@ -122,10 +123,28 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
+    if prompts is None and cut_rows is None and bad is None:
+        make = partial(
+            _read_examples, options, names, tokenizer, held_out, purpose, BadRows(options.skip_bad), CutRows()
+        )
+        return kept_rows.kept(make, options, expand(names), tokenizer, names, purpose)
+    bad = BadRows(options.skip_bad) if bad is None else bad
+    return _read_examples(options, names, tokenizer, held_out, purpose, bad, cut_rows or CutRows(), prompts)
+
+
+def _read_examples(
+    options: DataOptions,
+    names: Sequence[str],
+    tokenizer: Any,
+    held_out: bool,
+    purpose: Purpose | None,
+    bad: BadRows,
+    cut_rows: CutRows,
+    prompts: list[Prompt] | None = None,
+) -> PreparedData:
     asked_of = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
-    bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
     def kept(made: list[Example], source: str) -> list[Example]:
@@ -184,8 +203,7 @@ def read_examples(
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
         notes=(*renderer.notes(), *_about_empty(report), *report.notes),
     )
-    if cut_rows is not None:
-        cut_rows.add(cut_here)
+    cut_rows.add(cut_here)
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)
