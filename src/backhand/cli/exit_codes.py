@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
@@ -163,17 +163,7 @@ def _usage(error: CycloptsError) -> str:
             return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
         if meant := ours(written, as_option):
             return f"Unknown option: {written}. `backhand train` has it: {meant}."
-        if initials := _by_initials(written, options):
-            return f"Unknown option: {written}. Did you mean {' or '.join(initials)}?"
     return str(error).strip()
-
-
-def _by_initials(written: str, options: Iterable[str]) -> list[str]:
-    """Options whose words begin with these letters."""
-    letters = written.removeprefix("--").lower()
-    if len(letters) < 2:
-        return []
-    return sorted(name for name in options if "".join(word[:1] for word in name[2:].split("-")) == letters)
 
 
 def _explain_os_error(error: OSError) -> str:

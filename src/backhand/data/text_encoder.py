@@ -84,6 +84,7 @@ class TextEncoder:
         self.special = _any_of(special)
         self._breaks_special = _starts_of(special)
         self._breaks_written = _starts_of(written | special.keys())
+        self._written = _any_of(written | special.keys())
         unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
         # A tokenizer with a token for unknown characters may write that one for any text.
         self._guarded_ids = frozenset(index for token, index in special.items() if token != unknown)
@@ -94,7 +95,7 @@ class TextEncoder:
 
     def mark_for(self, *values: object) -> str | None:
         """A mark that stands nowhere in `values`, if any of their strings has to be protected; else None."""
-        if not any(self._breaks_written.search(text) for value in values for text in strings_of(value)):
+        if not any(map(self._written.search, strings_of(values))):
             return None
         return unused_mark(strings_of(values))
 

@@ -12,7 +12,6 @@ options may also stand without their tables. This file imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import re
@@ -27,7 +26,7 @@ from backhand.errors import UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.training.config import TrainConfig
 from backhand.training.other_names import NOT_NEEDED, ours
-from backhand.words import name_list
+from backhand.words import name_list, nearest_names
 
 Table = Mapping[str, Any]
 
@@ -196,12 +195,6 @@ def dump_config(config: TrainConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def nearest_option(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that looks most like this one, if any does."""
-    found = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
         name = prefix.rstrip(".")
@@ -255,14 +248,10 @@ def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
 
     if (meant := ours(key, with_place)) is not None:
         return f"here it is {meant}" if not meant.startswith(NOT_NEEDED) else meant
-    near = nearest_option(key, [*hints, *places])
-    if near is None:
-        return "backhand train --help names all there are"
-    return (
-        f"did you mean {prefix + near!r}?"
-        if near in hints
-        else f"did you mean {near!r}, in the table [{places[near]}]?"
-    )
+    for near in nearest_names(name, [*hints, *places], count=1):
+        where = "" if near in hints else f", in the table [{places[near]}]"
+        return f"did you mean {prefix * (near in hints) + near!r}{where}?"
+    return "backhand train --help names all there are"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

@@ -50,6 +50,7 @@ _NAMES = {
     "`epochs`": "num_train_epochs num_epochs n_epochs",
     "`max_steps`": "iters num_iters num_steps total_steps",
     "`learning_rate`": "lr",
+    "`weight_decay`": "wd",
     "`schedule`": "lr_scheduler_type lr_scheduler lr_schedule",
     "`warmup_steps`, a number of steps; 3 % of them unless given": "warmup_ratio warmup",
     "`max_grad_norm`": "gradient_clipping grad_clip clip_grad_norm",
