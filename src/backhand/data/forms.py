@@ -148,7 +148,7 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
     columns = ", ".join(sorted(raw.values)) or "none"
     small = {name.strip().lower() for name in present}
     meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
-    near = [form.name for form in FORMS if present.intersection(form.columns)] or [form.name for form in FORMS]
+    near = [form.name for form in FORMS if present.intersection(form.columns)] or _USUAL_FORMS
     names = [name for name in raw.values if name.strip().lower() not in COUNTING]
     by_name = _by_name(names[:-1], names[-1:])
     raise DataError(
@@ -156,7 +156,7 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
         where=raw.source,
         next_step=f"write {' and '.join(meant.columns)} in small letters"
         if meant is not None
-        else f"a row has {', or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else ""),
+        else f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else ""),
     )
 
 
@@ -164,6 +164,8 @@ def fits(raw: RawRow) -> bool:
     """Whether the columns of a row are those of any form, null or not."""
     return any(raw.values.keys() >= {*form.columns} for form in (*FORMS, *PAIR_FORMS, *LABELLED_FORMS))
 
+
+_USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
 
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
 """Names, in small letters, of columns that tell rows apart and say nothing."""

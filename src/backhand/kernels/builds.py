@@ -92,9 +92,13 @@ def load(name: str, folder: Path = BUILT) -> Library:
     return loaded
 
 
-_IN_A_TREE = (Path(__file__).parents[3] / "Makefile").is_file()
-REMEDY = "`make kernels`" if _IN_A_TREE else f"`python {shlex.quote(str(Path(__file__).with_name('build.py')))}`"
-"""What builds the kernels here, which takes a C++ compiler: an installed package has no Makefile."""
+BUILDER = Path(__file__).with_name("build.py")
+
+
+def remedy(build: Path = BUILDER) -> str:
+    """What builds the kernels here, where there is a C++ compiler: an installed package has no Makefile."""
+    in_a_tree = (build.parents[3] / "Makefile").is_file()
+    return "`make kernels`" if in_a_tree else f"`python {shlex.quote(str(build))}`"
 
 
 @functools.cache
@@ -116,7 +120,7 @@ def _is_whole(name: str, folder: Path) -> bool:
     wrong = fault(name, folder)
     if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
         instead = "torch computes" if name == "baseline" else "plainer ones compute"
-        show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until {REMEDY}"])
+        show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until {remedy()}"])
     return wrong is None and library_path(name, folder).exists()
 
 
@@ -129,8 +133,8 @@ def describe() -> str:
     if wanted == "none":
         return f"compiled kernels: none ({VARIABLE}=none); everything goes through torch, slower"
     if (wrong := fault("baseline")) is not None:
-        return f"compiled kernels: none ({wrong}: {REMEDY}); everything goes through torch, slower"
-    return f"compiled kernels: none (not built for this machine: {REMEDY}); everything goes through torch, slower"
+        return f"compiled kernels: none ({wrong}: {remedy()}); everything goes through torch, slower"
+    return f"compiled kernels: none (not built for this machine: {remedy()}); everything goes through torch, slower"
 
 
 @functools.cache
@@ -152,7 +156,7 @@ def chosen() -> Library | None:
             f"the compiled kernels for {wanted} cannot be used",
             where=VARIABLE,
             why=f"here are: {', '.join(able) or 'none'}",
-            next_step=f"run {REMEDY}, or unset {VARIABLE}",
+            next_step=f"run {remedy()}, or unset {VARIABLE}",
         )
     return load(wanted)
 
