@@ -84,7 +84,14 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    read = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, cut_rows=cut_rows)
+    more = {"purpose": purpose, "bad": bad, "cut_rows": cut_rows}
+
+    def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
+        make = partial(read_examples, options, names, tokenizer, held_out=held_out, prompts=prompts, **more)
+        if not (prompts is bad is cut_rows is None):
+            return make()  # more than examples is wanted
+        return kept_rows.kept(make, options, expand(names), tokenizer, names, purpose)
+
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
     if options.eval_data:
@@ -123,28 +130,10 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    if prompts is None and cut_rows is None and bad is None:
-        make = partial(
-            _read_examples, options, names, tokenizer, held_out, purpose, BadRows(options.skip_bad), CutRows()
-        )
-        return kept_rows.kept(make, options, expand(names), tokenizer, names, purpose)
-    bad = BadRows(options.skip_bad) if bad is None else bad
-    return _read_examples(options, names, tokenizer, held_out, purpose, bad, cut_rows or CutRows(), prompts)
-
-
-def _read_examples(
-    options: DataOptions,
-    names: Sequence[str],
-    tokenizer: Any,
-    held_out: bool,
-    purpose: Purpose | None,
-    bad: BadRows,
-    cut_rows: CutRows,
-    prompts: list[Prompt] | None = None,
-) -> PreparedData:
     asked_of = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
+    bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
     def kept(made: list[Example], source: str) -> list[Example]:
@@ -203,7 +192,8 @@ def _read_examples(
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
         notes=(*renderer.notes(), *_about_empty(report), *report.notes),
     )
-    cut_rows.add(cut_here)
+    if cut_rows is not None:
+        cut_rows.add(cut_here)
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)
