@@ -87,10 +87,9 @@ class TerminalObserver(Observer):
         self._step = record["step"]
         if (shown := record.get("reward", record["loss"])) is not None:
             self._losses.append(shown)
-        facts = _facts(record)
+        facts = _facts(record) + self._evaluated
         if self._bar is not None:
-            shown = facts + self._evaluated
-            self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=shown)
+            self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
         elif (
             record["step"] % self._plain_every == 0
             or record["step"] in (1, self._total)
