@@ -96,7 +96,7 @@ class ColumnReader:
         doubtful = small.keys() - _PROMPTS - _ANSWERS - COUNTING or len(small) < len(row.values)
         if doubtful or len(prompts) != 1 or len(answers) != 1 or fits(row):
             return
-        prompt, answer = small[prompts.pop()], small[answers.pop()]
+        prompt, answer = (small[name] for name in (*prompts, *answers))
         self._given = {"prompt": prompt, "completion": answer}
         self.note = (
             f"the column {prompt} is read as the prompt and {answer} as its completion; "

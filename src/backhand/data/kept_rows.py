@@ -109,7 +109,7 @@ def _bytes(data: PreparedData) -> bytes:
         "sources": np.frombuffer("\0".join(document.source for document in documents).encode(), dtype=np.uint8),
     }
     report = json.dumps(asdict(replace(data.report, bad_rows=())))
-    body = save(arrays, metadata={"report": report})
+    body: bytes = save(arrays, metadata={"report": report})
     return hashlib.sha256(body).digest() + body
 
 

@@ -84,11 +84,11 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    more = {"purpose": purpose, "bad": bad, "cut_rows": cut_rows}
+    examples_of = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, cut_rows=cut_rows)
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
-        make = partial(read_examples, options, names, tokenizer, held_out=held_out, prompts=prompts, **more)
-        if not (prompts is bad is cut_rows is None):
+        make = partial(examples_of, names, held_out=held_out, prompts=prompts)
+        if prompts is not None or bad is not None or cut_rows is not None:
             return make()  # more than examples is wanted
         return kept_rows.kept(make, options, expand(names), tokenizer, names, purpose)
 
