@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from backhand.data.examples import DataReport, Example, PreparedData, SourceForm, documents_of
 from backhand.data.options import DataOptions
 from backhand.errors import BackhandError
-from backhand.files import make_directory, write_atomically
+from backhand.files import staged
 from backhand.words import in_words
 
 VARIABLE = "BACKHAND_ROWS_CACHE"
@@ -50,12 +51,12 @@ def kept(
     made = make()
     if made.report.skipped_bad or any(example.asked is not None for example in made.examples):
         return made
-    data = _bytes(made)
     with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
-        make_directory(place.parent)
-        write_atomically(place, data)
+        place.unlink(missing_ok=True)
+        _write(place, made)
         _make_room(place.parent)
-        return _noted(made, f"kept as they are prepared, for the next run, in {place} ({in_words(len(data))})")
+        size = in_words(place.stat().st_size)
+        return _noted(made, f"kept as they are prepared, for the next run, in {place} ({size})")
     return made
 
 
@@ -96,53 +97,80 @@ def _code() -> bytes:
     return digest.digest()
 
 
-def _bytes(data: PreparedData) -> bytes:
-    from safetensors.numpy import save
+_DIGEST_BYTES = 32
+_ALIGNED = 64
 
+
+def _write(place: Path, data: PreparedData) -> None:
+    """A line of JSON, filled up to a multiple of 64 bytes; the arrays it counts; a digest of all before it.
+
+    The arrays: token ids and supervision of every document, their lengths; for each example whether a rejected
+    document follows, and its label; the documents' sources, with zero bytes between them. Written document by document.
+    """
     documents = documents_of(data.examples)
-    arrays = {
-        "ids": np.concatenate([document.input_ids for document in documents]),
-        "supervised": np.concatenate([document.supervised for document in documents]),
-        "lengths": np.array([len(document) for document in documents], dtype=np.int64),
-        "pairs": np.array([example.rejected is not None for example in data.examples]),
-        "labels": np.array([_LABELS.index(example.desirable) for example in data.examples], dtype=np.int8),
-        "sources": np.frombuffer("\0".join(document.source for document in documents).encode(), dtype=np.uint8),
+    sources = "\0".join(document.source for document in documents).encode()
+    header = {
+        "report": asdict(replace(data.report, bad_rows=())),
+        "tokens": sum(map(len, documents)),
+        "documents": len(documents),
+        "examples": len(data.examples),
     }
-    report = json.dumps(asdict(replace(data.report, bad_rows=())))
-    body: bytes = save(arrays, metadata={"report": report})
-    return hashlib.sha256(body).digest() + body
+    line = json.dumps(header).encode()
+    line += b" " * (-(len(line) + 1) % _ALIGNED) + b"\n"
+    digest = hashlib.sha256()
+    parts = chain(
+        [line],
+        (document.input_ids.tobytes() for document in documents),
+        [np.array([len(document) for document in documents], dtype=np.int32).tobytes()],
+        (document.supervised.tobytes() for document in documents),
+        [np.array([example.rejected is not None for example in data.examples]).tobytes()],
+        [np.array([_LABELS.index(example.desirable) for example in data.examples], dtype=np.int8).tobytes()],
+        [sources],
+    )
+    with staged(place) as path, path.open("wb") as file:
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
 
 
 def _read(place: Path) -> PreparedData | None:
-    from safetensors.numpy import load
-
+    """The rows that a file holds, their tokens where they lie in it; None where it is not as it was written."""
     try:
-        data = place.read_bytes()
-        body = memoryview(data)[32:]
-        if hashlib.sha256(body).digest() != data[:32]:
+        mapped = np.memmap(place, dtype=np.uint8, mode="c")
+        if hashlib.sha256(mapped[:-_DIGEST_BYTES]).digest() != mapped[-_DIGEST_BYTES:].tobytes():
             return None
-        arrays = load(bytes(body))
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")].tobytes())
-        report = json.loads(header["__metadata__"]["report"])
-    except (OSError, ValueError, KeyError):
+        line = bytes(mapped[: 2**20]).partition(b"\n")[0]
+        header = json.loads(line)
+    except (OSError, ValueError):
         return None
     with suppress(OSError):
         os.utime(place)  # the last to be let go
-    report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
-    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes")}
-    ends = np.cumsum(arrays["lengths"]).tolist()
-    sources = arrays["sources"].tobytes().decode().split("\0")
-    ids, supervised = arrays["ids"], arrays["supervised"]
+    position = len(line) + 1
+
+    def array(dtype: Any, count: int) -> Any:
+        nonlocal position
+        position += count * np.dtype(dtype).itemsize
+        return np.asarray(mapped[position - count * np.dtype(dtype).itemsize : position]).view(dtype)
+
+    ids, lengths = array(np.int32, header["tokens"]), array(np.int32, header["documents"])
+    supervised = array(np.bool_, header["tokens"])
+    pairs, labels = (array(np.int8, header["examples"]).tolist() for _ in range(2))
+    sources = mapped[position:-_DIGEST_BYTES].tobytes().decode().split("\0")
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
     documents = (
         Example(ids[start:end], supervised[start:end], source)
         for start, end, source in zip([0, *ends], ends, sources, strict=False)
     )
     examples = []
-    for pair, label in zip(arrays["pairs"].tolist(), arrays["labels"].tolist(), strict=True):
+    for pair, label in zip(pairs, labels, strict=True):
         example = next(documents)
         if pair or label:
             example = replace(example, rejected=next(documents) if pair else None, desirable=_LABELS[label])
         examples.append(example)
+    report = header["report"]
+    report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
+    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes")}
     return PreparedData(tuple(examples), DataReport(**report))
 
 
