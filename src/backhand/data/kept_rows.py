@@ -138,7 +138,7 @@ def _read(place: Path) -> PreparedData | None:
     """The rows that a file holds, their tokens where they lie in it; None where it is not as it was written."""
     try:
         mapped = np.memmap(place, dtype=np.uint8, mode="c")
-        if hashlib.sha256(memoryview(mapped)[:-_DIGEST_BYTES]).digest() != mapped[-_DIGEST_BYTES:].tobytes():
+        if hashlib.sha256(mapped.data[:-_DIGEST_BYTES]).digest() != mapped[-_DIGEST_BYTES:].tobytes():
             return None
         line = bytes(mapped[: 2**20]).partition(b"\n")[0]
         header = json.loads(line)
