@@ -54,7 +54,7 @@ class TerminalObserver(Observer):
         self._total = start.total_steps
         self._step = start.step
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
-        self._silent.enter_context(going_on(lambda: f"step {self._step + 1} of {self._total}"))
+        self._silent.enter_context(going_on(self._doing))
         if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -70,6 +70,11 @@ class TerminalObserver(Observer):
                 self._bar.start()
             except OSError:
                 self._fall_silent()
+
+    def _doing(self) -> str:
+        if self._step < self._total:
+            return f"step {self._step + 1} of {self._total}"
+        return "the last evaluation, and what the run leaves"
 
     def _print(self, text: str) -> None:
         """A line, unless nobody is left to read it: a closed terminal or a closed pipe does not end a run."""
