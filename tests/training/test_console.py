@@ -60,6 +60,15 @@ def test_one_step_is_not_called_steps(tiny: TinyRun, tmp_path: Path, capsys: pyt
     assert "plan: 1 step of 1 row, " in captured.err and " rows: 1 step, " in captured.out
 
 
+def test_the_card_names_base_data_and_licence(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", max_steps=1)
+    train(config)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    data = Path(config.data.data[0]).name.replace("_", "\\_")
+    assert re.search(r"\| base as trained \| .*, dense, computed in float32 \|", card) and f"| data | {data} |" in card
+    assert "| licence | not said" in card and "license: unknown" in card
+
+
 def test_quiet_prints_nothing(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, quiet=True) == ""
     train(tiny.config(tmp_path / "run", max_steps=1))
