@@ -8,6 +8,7 @@ import signal
 # Before anything imports huggingface_hub, tokenizers or torch.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["BACKHAND_ROWS_CACHE"] = "off"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
+    from backhand.adapters.trainer_callback import AdapterCallback
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.report.train import train
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "AdapterCallback": "backhand.adapters.trainer_callback",
     "BackhandError": "backhand.errors",
     "DataOptions": "backhand.data.options",
     "EvaluateOptions": "backhand.training.evaluate_options",
@@ -58,6 +60,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterCallback",
     "BackhandError",
     "DataOptions",
     "EvaluateOptions",

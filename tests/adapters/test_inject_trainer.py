@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject, inject_from
+from backhand.adapters.trainer_callback import AdapterCallback
 from backhand.nn.modules import functions as lora_functions
 
 
@@ -39,12 +42,12 @@ def classifier() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def trainer(model: nn.Module, directory: Path, **arguments: Any) -> Any:
+def trainer(model: nn.Module, directory: Path, callbacks: Any = None, **arguments: Any) -> Any:
     return transformers.Trainer(
         model=cast("Any", model),
+        callbacks=callbacks,
         args=transformers.TrainingArguments(
             output_dir=str(directory),
-            max_steps=40,
             per_device_train_batch_size=16,
             learning_rate=2e-2,
             logging_steps=1,
@@ -52,7 +55,7 @@ def trainer(model: nn.Module, directory: Path, **arguments: Any) -> Any:
             disable_tqdm=True,
             use_cpu=True,
             seed=3,
-            **{"save_strategy": "no", **arguments},
+            **{"save_strategy": "no", "max_steps": 40, **arguments},
         ),
         train_dataset=cast("Any", rows(64)),
     )
@@ -90,6 +93,35 @@ def test_the_loss_falls_and_only_the_adapter_moves(checkpointing: bool, tmp_path
     ids = torch.stack([row["input_ids"] for row in rows(8)])
     with torch.no_grad():
         assert torch.equal(again.module.eval()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_with_the_callback_checkpoints_are_the_adapter_and_resume_to_the_same_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(directory: Path, resume: bool = False, **arguments: Any) -> tuple[Any, list[float]]:
+        model = classifier()
+        adapter = inject(model, LoRAConfig(rank=4, alpha=8))
+        given = {"save_strategy": "steps", "save_steps": 10, "max_steps": 20, **arguments}
+        done = trainer(model, directory, [AdapterCallback(adapter, base_model="any/bert")], **given)
+        done.train(resume_from_checkpoint=resume)
+        return adapter, losses(done)
+
+    whole, all_losses = run(tmp_path / "whole")
+    parts = tmp_path / "parts"
+    run(parts)
+    shutil.rmtree(parts / "checkpoint-20")
+    caplog.clear()
+    resumed, later = run(parts, resume=True)
+    assert "missing keys" not in caplog.text
+    assert later[-10:] == all_losses[-10:]
+    for (name, one), (_, other) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    checkpoint = parts / "checkpoint-20"
+    assert set(load_file(checkpoint / "model.safetensors")) == {name for name, _ in resumed.named_parameters()}
+    again = inject_from(classifier(), checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), resumed.parameters(), strict=True))
+    assert json.loads((parts / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "any/bert"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

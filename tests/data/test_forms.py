@@ -259,7 +259,7 @@ def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:
 def test_a_row_without_an_answer_names_its_other_columns() -> None:
     with pytest.raises(DataError) as raised:
         read({"question": "q", "reply_text": "a", "id": 3, "note": None})
-    assert raised.value.why == "its other columns: id, reply_text"
+    assert raised.value.why == "its other columns: reply_text, id"
     with pytest.raises(DataError) as raised:
         read({"question": "q"})
     assert raised.value.why is None

@@ -85,6 +85,12 @@ def test_a_build_that_is_not_there_is_an_error(fresh):
     assert "make kernels" in str(caught.value)
 
 
+def test_an_installed_package_is_not_sent_to_a_makefile(tmp_path):
+    build = tmp_path / "site packages" / "backhand" / "kernels" / "build.py"
+    assert builds.remedy() == "`make kernels`"
+    assert builds.remedy(build) == f"`python '{build}'`"
+
+
 def test_an_empty_folder_has_no_builds(tmp_path):
     assert usable(tmp_path) == ()
 

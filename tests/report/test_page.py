@@ -8,12 +8,13 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
-from backhand.report.page import SECTIONS, run_page
+from backhand.report.page import SECTIONS, run_page, use_commands
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
@@ -227,3 +228,14 @@ def test_many_steps_are_thinned_by_averaging(finished: Path) -> None:
             file.write(json.dumps(step | {"step": number, "loss": float(number)}) + "\n")
     values = Page(run_page(read_run(finished))).charts["loss"]["data"]["values"]
     assert len(values) == 1000 and values[0] == {"step": 5, "value": 3.0, "series": "training rows"}
+
+
+def test_llama_cpp_is_given_the_file_that_there_is() -> None:
+    def typed(model: dict[str, str]) -> str:
+        run: Any = SimpleNamespace(
+            facts={"model": model}, config={"model": {"model": "hub/name"}}, adapter=Path("my run/adapter")
+        )
+        return dict(use_commands(run))["llama.cpp"]
+
+    assert typed({"file": "/some where/b.gguf"}).endswith("llama-cli -m '/some where/b.gguf' --lora adapter.gguf")
+    assert "--adapter 'my run/adapter' --merge --to gguf" in typed({}) and typed({}).endswith("-m merged.gguf")

@@ -58,7 +58,12 @@ def test_any_text_and_number_survives(text: str, number: float, seed: int) -> No
         ("data = ['a.jsonl']", 'write [data], and in a line below it data = ["…"]'),
         ("model = 'x'", 'write [model], and in a line below it model = "…"'),
         ("[data]\ndata = 'a.jsonl'", 'write it in brackets: ["a.jsonl"]'),
-        ("[run]\nzzzzzz = 1", "known keys are"),
+        ("[run]\nzzzzzz = 1", "backhand train --help names all there are"),
+        ("[optimization]\nlr = 1e-4", "next: here it is learning_rate"),
+        (
+            "num_train_epochs = 3\nlora_r = 8",
+            "- num_train_epochs: here it is epochs in [optimization]\n    - lora_r: here",
+        ),
         ("[run]\nseed = 1.5", "1.5 is a number, expected a whole number"),
         ("[run]\nseed = true", "True is true or false, expected a whole number"),
         ("[run]\nquiet = 1", "1 is a whole number, expected true or false"),
@@ -78,6 +83,56 @@ def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None
         load_config(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+AXOLOTL = """\
+base_model: NousResearch/Llama-3.2-1B
+adapter: lora
+datasets:
+  - path: teknium/GPT4-LLM-Cleaned
+    type: alpaca
+val_set_size: 0.1
+sequence_len: 2048
+sample_packing: true
+lora_r: 16
+lora_alpha: 32
+learning_rate: 2e-4
+wandb_project:
+"""
+
+
+def test_yaml_is_read_and_other_tools_keys_are_answered_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: smollm2-135m\nrank: 8\nlearning_rate: 2e-4\nrun:\n  seed: 3\nquantize:\n")
+    config = load_config(path)
+    assert (config.model.model, config.adapter.rank, config.run.seed) == ("smollm2-135m", 8, 3)
+    assert config.optimization.learning_rate == 2e-4 and config.model.quantize is None
+    path.write_text(AXOLOTL)
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    said = str(caught.value)
+    for answer in ("base_model: here it is model", "lora_r: here it is rank", "sample_packing: nothing is to be given"):
+        assert answer in said
+    assert "learning_rate" not in said and "wandb" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", "alias"),
+        ("- a", "it is a list"),
+        ("a: [", "not YAML"),
+        ("a: 1\n---\nb: 2", "not YAML"),
+        ("adapter: lora", "`from_adapter`"[1:-1]),
+        ("!!python/object/apply:os.system [ls]", "not YAML"),
+    ],
+)
+def test_what_is_wrong_with_yaml_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert message in str(caught.value)
 
 
 def test_a_whole_number_is_a_rate_too() -> None:

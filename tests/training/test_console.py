@@ -36,8 +36,8 @@ def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
 def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys).splitlines()
     assert lines[0] == "model: tiny" and "\x1b" not in "".join(lines)
-    assert lines[-3].endswith("900 tokens/s  1.5 GB  1 min 20 s left")
-    assert lines[-1] == "step 6/6  loss 0.3333  held-out 2.5000  lr 1.0e-04  900 tokens/s  1.5 GB"
+    assert lines[-3].endswith("900 tokens/s  1.5 GB  eval 2.5000 @ step 0  1 min 20 s left")
+    assert lines[-1] == "step 6/6  loss 0.3333  lr 1.0e-04  900 tokens/s  1.5 GB  eval 2.5000 @ step 0"
     assert len([line for line in lines if line.startswith("step")]) == 7
 
 
@@ -58,6 +58,15 @@ def test_one_step_is_not_called_steps(tiny: TinyRun, tmp_path: Path, capsys: pyt
     train(tiny.config(tmp_path / "run", max_steps=1, batch_rows=1, quiet=False))
     captured = capsys.readouterr()
     assert "plan: 1 step of 1 row, " in captured.err and " rows: 1 step, " in captured.out
+
+
+def test_the_card_names_base_data_and_licence(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", max_steps=1)
+    train(config)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    data = Path(config.data.data[0]).name.replace("_", "\\_")
+    assert re.search(r"\| base as trained \| .*, dense, computed in float32 \|", card) and f"| data | {data} |" in card
+    assert "| licence | not said" in card and "license: unknown" in card
 
 
 def test_quiet_prints_nothing(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ def model_card(
         facts: further rows of the table, such as losses and data, in the order they should stand.
     """
     base = described.base_model or ""
-    header = ["library_name: peft"]
+    header = ["library_name: peft", "license: unknown"]
     if base:
         header.insert(0, f"base_model: {json.dumps(base)}")
     if described.task_type == "CAUSAL_LM":
@@ -143,6 +143,7 @@ def model_card(
         "scaling": _range(target.scaling for target in targets),
         "trained parameters": f"{parameters:,}",
         **{_text(name): _text(value) for name, value in facts.items()},
+        "licence": "not said yet: name one in the head of this file; the base model's terms hold as well",
     }
     rows = [f"| {name} | {value} |" for name, value in table.items()]
     return "\n".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,7 @@ def _print(result: Compression, options: CompressOptions) -> None:
     if options.output is None:
         console.print("Nothing is written: give --output for the smaller adapter.")
     else:
-        console.print(f"written: {options.output}", soft_wrap=True)
+        console.print(f"written: {shlex.quote(str(options.output))}", soft_wrap=True)
 
 
 def compressed(adapter: AdapterFactors, error: float) -> ComputedAdapter:

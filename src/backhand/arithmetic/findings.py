@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def leave_findings(
         return
     print_tables()
     for path in written:
-        say(f"written: {path}", file=sys.stdout)
+        say(f"written: {shlex.quote(str(path))}", file=sys.stdout)
 
 
 _DPI = 110

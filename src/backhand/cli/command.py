@@ -25,7 +25,7 @@ from backhand.words import shorten
 
 Options = TypeVar("Options")
 CONFIG_FILE = "config_file"
-_CONFIG_FILE_HELP = "TOML file of options, in tables as in a run's config.toml; the command line wins over it."
+_CONFIG_FILE_HELP = "TOML or .yaml file of options, in tables as in a run's config.toml; the command line wins over it."
 _DEBUG_HELP = "Show a traceback with an error."
 
 

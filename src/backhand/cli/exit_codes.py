@@ -15,7 +15,7 @@ from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.printing import bounded
 
 if TYPE_CHECKING:
-    from cyclopts import CycloptsError, UnknownOptionError
+    from cyclopts import CycloptsError
 
 BUG = 1
 USAGE = 2
@@ -144,24 +144,26 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _usage(error: CycloptsError) -> str:
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
+    from backhand.cli.fields import as_option
+    from backhand.training.other_names import COMMANDS, NOT_NEEDED, ours
+
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
         return f"Unexpected {' '.join(map(repr, words))}: there is no place for it."
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
-    if isinstance(error, UnknownOptionError) and (meant := _by_initials(error)):
-        return f"Unknown option: {error.token.keyword or error.token.value}. Did you mean {' or '.join(meant)}?"
+    if isinstance(error, UnknownCommandError) and words and (same := COMMANDS.get(words[0].lower())):
+        return f"Unknown command: {words[0]}. Here that is: {same}."
+    if isinstance(error, UnknownOptionError):
+        written = (error.token.keyword or error.token.value or "").partition("=")[0]
+        options = {name for argument in error.argument_collection if argument.parse for name in argument.names}
+        if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}):
+            said = f"Did you mean {meant}?" if meant in options else f"Here it is {meant}."
+            return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
+        if meant := ours(written, as_option):
+            return f"Unknown option: {written}. `backhand train` has it: {meant}."
     return str(error).strip()
-
-
-def _by_initials(error: UnknownOptionError) -> list[str]:
-    """Options whose words begin with these letters: `--lr` looks more like --layers than what it means."""
-    letters = (error.token.keyword or error.token.value or "").partition("=")[0].removeprefix("--").lower()
-    names = {name for argument in error.argument_collection if argument.parse for name in argument.names}
-    if len(letters) < 2:
-        return []
-    return sorted(name for name in names if "".join(word[:1] for word in name[2:].split("-")) == letters)
 
 
 def _explain_os_error(error: OSError) -> str:

@@ -47,7 +47,12 @@ class OptionField:
     @property
     def option(self) -> str:
         """The field as an option of the command line."""
-        return "--" + self.name.replace("_", "-")
+        return as_option(self.name)
+
+
+def as_option(name: str) -> str:
+    """A field's name as an option of the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionField, ...]:

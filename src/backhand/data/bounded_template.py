@@ -74,6 +74,7 @@ class BoundedTemplate:
         self._environment = _Environment()
         try:
             self._template = self._environment.from_string(source)
+            self._template.globals = dict(self._template.globals)  # a chain of tables is slow, and read at every render
         except (RecursionError, MemoryError):
             raise TemplateLimitError("it is nested too deeply") from None
         except SyntaxError as error:  # of the Python that it is compiled to: too many blocks in one another
@@ -119,7 +120,7 @@ def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is str or value is None or kind is bool or kind is int or kind is float:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]

@@ -137,6 +137,7 @@ class ChatRenderer:
         self._from_option = from_option
         self.template_args = dict(template_args or {})
         self._system = system
+        self._special_tokens = dict(tokenizer.special_tokens_map)
         self._compiled_templates: dict[str, BoundedTemplate] = {}
         self.leading_replies = 0
         self.split_conversations = 0
@@ -354,7 +355,7 @@ class ChatRenderer:
     ) -> str:
         tools = None if conversation.tools is None else list(conversation.tools)
         variables = {
-            **self._tokenizer.special_tokens_map,
+            **self._special_tokens,
             "messages": list(messages),
             "tools": tools,
             "documents": None,

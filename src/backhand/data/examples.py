@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from backhand.errors import DataError
 from backhand.words import count_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One document, ready to be packed.
 
@@ -178,16 +179,27 @@ class CutRows:
         self.dropped_unsupervised += other.dropped_unsupervised
 
 
-def encode_document(document: Document, encoder: TextEncoder) -> Example:
+def encode_documents(documents: Sequence[Document], encoder: TextEncoder) -> list[Callable[[], Example]]:
+    """As `encode_document`, several at once on all cores; each is made, or its error raised, when it is called."""
+    return [
+        partial(encode_document, document, encoder, encoding)
+        for document, encoding in zip(documents, encoder.encode_plain(documents), strict=True)
+    ]
+
+
+def encode_document(document: Document, encoder: TextEncoder, encoding: Any = None) -> Example:
     """Token ids of a document, with those supervised that end inside a span.
 
     A token that would straddle the beginning or the end of a span is made to end there, as it does at generation.
+
+    Args:
+        encoding: what `TextEncoder.encode_plain` gives for it.
 
     Raises:
         DataError: an end-of-sequence token is needed and the tokenizer has none.
     """
     places = sorted({place for span in document.spans for place in span if 0 < place < len(document.text)})
-    encoded = encoder.encode(document.text, source=document.source, mark=document.mark)
+    encoded = encoder.encode(document.text, source=document.source, mark=document.mark, encoding=encoding)
     if (breaks := _straddled(document.text, encoded.ends, places)) != []:
         encoded = encoder.encode(document.text, source=document.source, mark=document.mark, breaks=breaks)
     supervised = np.zeros(len(encoded.input_ids), dtype=np.bool_)

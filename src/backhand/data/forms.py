@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,11 +134,12 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
     if asking is not None:
         answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
         meant_so = sorted(present & ({form.answers for form in FORMS if len(form.columns) > 1} - {answer}))
+        others = [name for name in raw.values if name in present and name not in asking.columns]
         raise DataError(
             f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
             where=raw.source,
-            why=f"its other columns: {name_list(others)}" if (others := sorted(present - {*asking.columns})) else None,
-            next_step=f"call the column {meant_so[0]} {answer}" if meant_so else None,
+            why=f"its other columns: {name_list(others)}" if others else None,
+            next_step=f"call the column {meant_so[0]} {answer}" if meant_so else _by_name(asking.columns, others),
         )
     for form in FORMS:
         empty = [name for name in form.columns if name in raw.values and name not in present]
@@ -146,13 +148,36 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
     columns = ", ".join(sorted(raw.values)) or "none"
     small = {name.strip().lower() for name in present}
     meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
+    near = [form.name for form in FORMS if present.intersection(form.columns)] or _USUAL_FORMS
+    names = [name for name in raw.values if name.strip().lower() not in COUNTING]
+    by_name = _by_name(names[:-1], names[-1:])
     raise DataError(
         f"the columns fit no form of row: {columns}",
         where=raw.source,
         next_step=f"write {' and '.join(meant.columns)} in small letters"
         if meant is not None
-        else "a row has messages, or prompt and completion, or instruction, input and output, or text",
+        else f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else ""),
     )
+
+
+def fits(raw: RawRow) -> bool:
+    """Whether the columns of a row are those of any form, null or not."""
+    return any(raw.values.keys() >= {*form.columns} for form in (*FORMS, *PAIR_FORMS, *LABELLED_FORMS))
+
+
+_USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
+
+COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
+"""Names, in small letters, of columns that tell rows apart and say nothing."""
+
+
+def _by_name(prompts: Sequence[str], answers: Sequence[str]) -> str | None:
+    """Options that would read these columns, to be pasted; None where there are none."""
+    answers = [name for name in answers if name.strip().lower() not in COUNTING]
+    if not prompts or not answers:
+        return None
+    template = "\\n".join(f"{{{name}}}" for name in prompts[:4])
+    return f"--prompt {shlex.quote(template)} --completion {shlex.quote(answers[-1])}"
 
 
 class FormReader:

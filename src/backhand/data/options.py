@@ -6,6 +6,7 @@ This file imports no torch: the command line reads the fields and their docstrin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -82,6 +83,15 @@ def _check_names(where: str, args: Any) -> None:
         raise UsageError(f"{name!r} is given to the template by the data, not by {where}", where=where)
 
 
+PIECES = re.compile(r"\{\{|\}\}|\\[nt]|\{([^{}]*)\}")
+"""What is more than text in a text with columns: doubled braces, a line break, a tab, a column in braces."""
+
+
+def has_places(text: str) -> bool:
+    """Whether a text has the name of a column in braces."""
+    return any(match[1] is not None for match in PIECES.finditer(text))
+
+
 Sources = Annotated[tuple[str, ...], Check(check_sources)]
 
 
@@ -102,6 +112,21 @@ class RowSources:
 
 
 @dataclass(frozen=True)
+class NamedColumns:
+    """Which columns are what, where their names do not say it."""
+
+    prompt: Text | None = None
+    """The column that holds the prompt, or a text with columns in braces: `'{subject}\\n{body}'`, where `\\n` is a line
+    break and `{{` a brace."""
+
+    completion: Text | None = None
+    """The column that holds the completion, or a text with columns in braces as for `prompt`."""
+
+    messages: Text | None = None
+    """The column that holds a conversation as a list of messages."""
+
+
+@dataclass(frozen=True)
 class TemplateOptions:
     """How a conversation becomes text."""
 
@@ -115,11 +140,12 @@ class TemplateOptions:
     """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
 
     system: Text | None = None
-    """A system message put before every conversation that does not begin with one of its own."""
+    """A system message put before every conversation that does not begin with one of its own. With `prompt`, columns in
+    braces are filled in as there."""
 
 
 @dataclass(frozen=True)
-class DataOptions(TemplateOptions, RowSources, Options):
+class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
     """The rows, and how they become token ids with some of them supervised.
 
     Raises:
@@ -143,6 +169,12 @@ class DataOptions(TemplateOptions, RowSources, Options):
     Plain `text` rows are always supervised as a whole."""
 
     def _check_together(self) -> None:
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
+            raise UsageError(
+                "messages hold prompt and completion already",
+                where="messages",
+                next_step="give --messages COLUMN, or --prompt and --completion",
+            )
         if self.eval_data and self.eval_fraction:
             raise UsageError(
                 f"eval_data is given, and eval_fraction {self.eval_fraction!r} would hold out rows of data as well",

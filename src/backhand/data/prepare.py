@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,16 +12,29 @@ from typing import Any
 import numpy as np
 
 from backhand.bounds import check_fields
+from backhand.data import kept_rows
+from backhand.data.chat import Document
+from backhand.data.columns import ColumnReader
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import CutRows, DataReport, Example, PreparedData, SourceForm, cut, encode_document, summed
+from backhand.data.examples import (
+    CutRows,
+    DataReport,
+    Example,
+    PreparedData,
+    SourceForm,
+    cut,
+    encode_document,
+    encode_documents,
+    summed,
+)
 from backhand.data.forms import FormReader, has_empty_answer
 from backhand.data.messages import Conversation
-from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
 from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split
-from backhand.data.text_encoder import TokenIds
+from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten
 
@@ -70,7 +84,14 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    read = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, cut_rows=cut_rows)
+    examples_of = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, cut_rows=cut_rows)
+
+    def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
+        make = partial(examples_of, names, held_out=held_out, prompts=prompts)
+        if prompts is not None or bad is not None or cut_rows is not None:
+            return make()  # more than examples is wanted
+        return kept_rows.kept(make, options, expand(names), tokenizer, names, purpose)
+
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
     if options.eval_data:
@@ -109,21 +130,18 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
-    asking = None if prompts is None else RowRenderer(tokenizer, options)
+    asked_of = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     examples: list[Example] = []
     bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
-    def kept(row: OneText) -> list[Example]:
-        made = [encode_document(document, renderer.encoder) for document in renderer.documents(row)]
+    def kept(made: list[Example], source: str) -> list[Example]:
         if not made:
-            cut_here.dropped_unsupervised.append(row.source)
+            cut_here.dropped_unsupervised.append(source)
         return [example for example in (cut(example, options, cut_here) for example in made) if example is not None]
 
-    def asking_for(row: Asked) -> list[Example]:
-        document, _ = renderer.prompt(row.question)
-        ids = encode_document(document, renderer.encoder).input_ids
+    def asking_for(row: Asked, ids: TokenIds) -> list[Example]:
         if not len(ids):
             raise DataError("the prompt is empty", where=row.source)
         if len(ids) >= options.max_length:
@@ -132,26 +150,41 @@ def read_examples(
         stands_for_answers = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
         return [Example(*stands_for_answers, row.source, asked=row)]
 
-    def made_of(row: Row) -> tuple[OneText, list[Example]]:
+    def made_of(row: Row, encoded: list[Example], firsts: int) -> tuple[OneText, list[Example]]:
         if isinstance(row, Pair):
-            chosen, rejected = (_only(kept(side), row) for side in (row.chosen, row.rejected))
+            chosen, rejected = (_only(kept(side, row.source), row) for side in (encoded[:firsts], encoded[firsts:]))
             both = chosen is not None and rejected is not None
             return row.chosen, [replace(chosen, rejected=rejected)] if chosen is not None and both else []
         if isinstance(row, Labelled):
-            answer = _only(kept(row.answer), row)
+            answer = _only(kept(encoded, row.source), row)
             return row.answer, [] if answer is None else [replace(answer, desirable=row.desirable)]
         if isinstance(row, Asked):
-            return row.question, asking_for(row)
-        return row, kept(row)
+            return row.question, asking_for(row, encoded[0].input_ids)
+        return row, kept(encoded, row.source)
 
-    def add(row: Row) -> None:
-        asked, made = made_of(row)
-        examples.extend(made)
-        if prompts is not None and asking is not None and made:
-            prompts.append(_prompt(asking, asked))
+    def begin(row: Row) -> Begun:
+        if isinstance(row, Asked):
+            documents = [renderer.prompt(row.question)[0]]
+        else:
+            first = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
+            documents = renderer.documents(first)
+        firsts = len(documents)
+        if isinstance(row, Pair):
+            documents = documents + renderer.documents(row.rejected)
+
+        def finish(encoded: list[Example]) -> None:
+            asked, made = made_of(row, encoded, firsts)
+            examples.extend(made)
+            if prompts is not None and asked_of is not None and made:
+                prompts.append(_prompt(asked_of, asked))
+
+        return documents, finish
 
     teaches = options.train_on == "completions" and purpose != "prompts"
-    report = _read_into(add, names, options, bad, held_out=held_out, teaches=teaches, purpose=purpose)
+    columns = partial(ColumnReader, options, options.system, guess=purpose in ("answers", None))
+    report = _read_into(
+        begin, renderer.encoder, names, options, bad, columns, held_out=held_out, teaches=teaches, purpose=purpose
+    )
     report = replace(
         report,
         truncated=len(cut_here.truncated),
@@ -179,9 +212,12 @@ def _only(made: list[Example], row: Pair | Labelled) -> Example | None:
 
 
 def prepare_prompts(
-    rows: RowSources, template: TemplateOptions, tokenizer: Any
+    rows: RowSources, template: TemplateOptions, tokenizer: Any, named: NamedColumns | None = None
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """The rows of `data` as prompts with the replies they should get; rows without an answer are welcome.
+
+    Args:
+        named: columns by name.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -191,61 +227,110 @@ def prepare_prompts(
     renderer = RowRenderer(tokenizer, template)
     prompts: list[Prompt] = []
 
-    def add(row: Row) -> None:
+    def begin(row: Row) -> Begun:
         assert not isinstance(row, Pair | Labelled | Asked)  # of these nothing is asked
-        prompts.append(_prompt(renderer, row))
+        document, reply = renderer.prompt(row)
+        return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply))
 
-    report = _read_into(add, rows.data, rows, BadRows(rows.skip_bad), may_ask=True)
-    return tuple(prompts), replace(report, notes=renderer.notes())
+    columns = partial(ColumnReader, named or NamedColumns(), template.system, guess=True)
+    report = _read_into(begin, renderer.encoder, rows.data, rows, BadRows(rows.skip_bad), columns, may_ask=True)
+    return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 
 def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
     document, reply = renderer.prompt(row)
+    return _as_prompt(document, encode_document(document, renderer.encoder).input_ids, reply)
+
+
+def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None) -> Prompt:
     text = document.text if document.mark is None else document.text.replace(document.mark, "")
-    return Prompt(encode_document(document, renderer.encoder).input_ids, text, reply, document.source)
+    return Prompt(input_ids, text, reply, document.source)
 
 
 _FEW_EMPTY_LINES = 1000
+_CLASSES = ("label", "labels", "class", "category", "intent", "sentiment", "target")
+"""Columns that, beside a text, are mostly there to be learnt."""
+
+
+Begun = tuple[list[Document], Callable[[list[Example]], None]]
+"""The documents of a row, and what takes them once they are encoded."""
+
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 2**17
+"""Encoded at once, on all cores; a tokenizer takes some three hundred bytes a character."""
+
+
+def _in_batches(
+    rows: Iterator[Row], most: int | None, begin: Callable[[Row], Begun], encoder: TextEncoder, bad: BadRows
+) -> Iterator[Row]:
+    """The first `most` good rows, each after its documents were given to what takes them.
+
+    Errors come in the order of the rows where the first one ends the reading.
+    """
+    failure: DataError | None = None
+    done, more = 0, True
+    while more and failure is None and done != most:
+        waiting: list[tuple[Row, Begun]] = []
+        characters = 0
+        try:
+            for _ in range(_BATCH_ROWS if most is None else min(_BATCH_ROWS, most - done)):
+                if characters > _BATCH_CHARACTERS or not (more := (row := next(rows, None)) is not None):
+                    break
+                assert row is not None
+                try:
+                    waiting.append((row, begin(row)))
+                    characters += sum(len(document.text) for document in waiting[-1][1][0])
+                except DataError as error:
+                    bad.add(error)
+        except DataError as error:
+            failure = error  # of a row behind those that wait
+        encoded = iter(encode_documents([document for _, (documents, _) in waiting for document in documents], encoder))
+        for row, (documents, finish) in waiting:
+            mine = list(islice(encoded, len(documents)))
+            try:
+                finish([example() for example in mine])
+            except DataError as error:
+                bad.add(error)
+                continue
+            done += 1
+            yield row
+    if failure is not None:
+        raise failure
 
 
 def _read_into(
-    add: Callable[[Row], None],
+    begin: Callable[[Row], Begun],
+    encoder: TextEncoder,
     names: Sequence[str],
     options: RowSources,
     bad: BadRows,
+    columns: Callable[[], ColumnReader],
     *,
     held_out: bool = False,
     may_ask: bool = False,
     teaches: bool = False,
     purpose: Purpose | None = "answers",
 ) -> DataReport:
-    """Give every good row to `add`, whose DataErrors count as a bad row; what was found on the way.
+    """Give every good row's documents to what takes them; a DataError counts as a bad row. What was found on the way.
 
     Args:
+        columns: makes the reader of a file's columns.
         teaches: only answers are learnt, so a file without any is an error.
     """
     forms: list[SourceForm] = []
     total = empty = 0
     unread: dict[str, None] = {}
+    notes: list[str] = []
     skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
-
-    def good_rows(name: str, reader: FormReader) -> Iterator[Row]:
-        for row in reader.read_all(read_rows(name, bad, held_out=held_out), bad):
-            try:
-                add(row)
-            except DataError as error:
-                bad.add(error)
-                continue
-            yield row
 
     for name in expand(names):
         left = None if options.max_rows is None else options.max_rows - total
         if left == 0:
             break
         reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask, purpose=purpose), bad.count, None
-        rows = answered = 0
+        named, rows, answered = columns(), 0, 0
         conversation = rewarded = False
-        for row in islice(good_rows(name, reader), left):
+        read = reader.read_all(named.rows(read_rows(name, bad, held_out=held_out), bad), bad)
+        for row in _in_batches(read, left, begin, encoder, bad):
             rows += 1
             answered += not has_empty_answer(row)
             one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
@@ -257,12 +342,18 @@ def _read_into(
             raise _no_answers(name, reader, rows)
         empty += rows - answered
         if not rewarded:  # reward functions are given every column
-            unread |= dict.fromkeys(reader.form.unread(reader.columns, conversation=conversation))
+            others = [column for column in reader.columns if column not in named.used]
+            unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
+        if named.note is not None:
+            notes.append(named.note)
         forms.append(SourceForm(name, reader.form.name, rows))
         total += rows
-    notes = []
     if unread:
-        notes.append(f"not read: the column{'s' if len(unread) > 1 else ''} {name_list(map(shorten, unread))}")
+        names = list(unread)
+        taught = ""
+        if {form.form for form in forms} == {"text"} and len(names) == 1 and names[0].lower() in _CLASSES:
+            taught = f"; to learn it as the answer: --prompt text --completion {shlex.quote(names[0])}"
+        notes.append(f"not read: the column{'s' if len(names) > 1 else ''} {name_list(map(shorten, names))}{taught}")
     empty_lines = bad.empty_lines - empty_lines_before
     if empty_lines > max(_FEW_EMPTY_LINES, total):
         notes.append(f"{empty_lines:,} empty lines were passed over")

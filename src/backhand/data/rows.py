@@ -98,8 +98,8 @@ def strings_of(value: object) -> Iterator[str]:
         item = waiting.pop()
         if isinstance(item, str):
             yield item
-        elif isinstance(item, Mapping):
-            waiting.extend(item.keys())
+        elif isinstance(item, dict | Mapping):  # dict alone is what nearly all are, and quick to tell
+            waiting.extend(item)
             waiting.extend(item.values())
         elif isinstance(item, list | tuple):
             waiting.extend(item)

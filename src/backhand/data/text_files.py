@@ -234,9 +234,11 @@ def read_csv(
         delimiter = max(_DELIMITERS, key=lambda candidate: (header_text.count(candidate), candidate == ","))
     lines = io.TextIOWrapper(reader, encoding="utf-8", errors="surrogateescape", newline="")
     cells = csv.reader(lines, delimiter=delimiter, strict=True)
-    with going_on(lambda: f"reading {path}, line {cells.line_num:,}"):
-        yield from _csv_rows(cells, path, bad)
-    lines.detach()
+    try:
+        with going_on(lambda: f"reading {path}, line {cells.line_num:,}"):
+            yield from _csv_rows(cells, path, bad)
+    finally:
+        lines.detach()
 
 
 def _csv_rows(cells: Any, path: str | Path, bad: BadRows) -> Iterator[RawRow]:

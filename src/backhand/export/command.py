@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from backhand.adapters.checked_base import read_adapter
@@ -9,7 +10,7 @@ from backhand.adapters.contents import UnusableAdapterError, read_adapter_direct
 from backhand.adapters.loading import match_linear_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
-from backhand.errors import UsageError
+from backhand.errors import ResourceError, UsageError, short_reason
 from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
 from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
 from backhand.export.merging import merge_adapter
@@ -37,7 +38,7 @@ def export_command(options: ExportOptions) -> Path:
     Raises:
         UsageError: an option out of range, or `output` exists.
         ArtifactError: model and adapter cannot be read, do not belong together, or the format cannot express them.
-        ResourceError: the output cannot be written.
+        ResourceError: the output cannot be written, or not be uploaded; then it stays.
         CheckError: what was written does not compute what the adapter does; it is removed.
     """
     options.validate()
@@ -52,8 +53,30 @@ def export_command(options: ExportOptions) -> Path:
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
         _export_adapter(options, opened, output, prover)
     prover.write()
-    prover.say(f"written: {output}")
+    prover.say(f"written: {shlex.quote(str(output))}")
+    if options.push is not None:
+        _push(output, options.push)
+        prover.say(f"uploaded: https://huggingface.co/{options.push}")
     return output
+
+
+def _push(output: Path, repository: str) -> None:
+    """Upload a directory or a file. Raises ResourceError, with the command to type, where the hub refuses."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        if output.is_dir():
+            hub.upload_folder(repo_id=repository, folder_path=output)
+        else:
+            hub.upload_file(repo_id=repository, path_or_fileobj=output, path_in_repo=output.name)
+    except Exception as error:  # noqa: BLE001 - the library raises what its network stack raises
+        raise ResourceError(
+            f"{output} is written, and could not be uploaded to {repository}",
+            why=short_reason(error),
+            next_step=f"hf auth login, then: hf upload {repository} {shlex.quote(str(output))}",
+        ) from None
 
 
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def merge_command(options: MergeOptions) -> Path:
     with staged(output) as path:
         merge_adapter(options, path, prover, gguf=output.suffix == ".gguf")
     prover.write()
-    prover.say(f"written: {output}")
+    prover.say(f"written: {shlex.quote(str(output))}")
     return output
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from backhand.bounds import BaseModel, Count, NotNegative, Options
+from backhand.bounds import BaseModel, Check, Count, NotNegative, Options, Text
 from backhand.errors import UsageError
 from backhand.nn.model_options import AdapterReading
 
@@ -17,6 +18,11 @@ MergedType = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q5_1", "
 FLOATING: tuple[MergedType, ...] = ("float32", "float16", "bfloat16")
 FLOAT32_TOLERANCE = 1e-3
 ROUNDED_TOLERANCE = 0.1
+
+
+def _check_repository(where: str, value: object) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        raise UsageError(f"{value!r} is no repository of the hub", where=where, next_step="give OWNER/NAME")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ class ExportOptions(Options):
 
     max_shard_bytes: Count = 5_000_000_000
     """With `merge`: most bytes of one safetensors file; a larger model is written as several."""
+
+    push: Annotated[Text, Check(_check_repository)] | None = None
+    """Upload what was written to this repository of the Hugging Face hub, OWNER/NAME, with the token of
+    `hf auth login`; a new one is private."""
 
     force_base: bool = False
     """Export for a base model other than the one the adapter was trained on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from backhand.data.options import NamedColumns
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.rows import BadRows
 from backhand.errors import DataError, UsageError
@@ -40,7 +42,7 @@ def generate_command(options: GenerateOptions) -> None:
         inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
         inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
         refuse_inputs_inside(answer.output, {**inputs, "chat_template": options.template.chat_template})
-    prompt = _read_prompt(answer.prompt)
+    prompt = None if options.rows.data else _read_prompt(answer.prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows another one; the answer goes on.
         sys.stdout.reconfigure(errors="replace")
@@ -128,7 +130,9 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
         ResourceError: the file cannot be written.
     """
-    read, report = prepare_prompts(options.rows, options.template, loaded.tokenizer)
+    read, report = prepare_prompts(
+        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
+    )
     session = GenerationSession(loaded, options.template)
     # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
     bad = BadRows(options.rows.skip_bad)
@@ -150,7 +154,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     write_atomically(options.answer.output, text.encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
-        say(f"{len(lines)} rows answered in {took_s:.1f} s: {options.answer.output}")
+        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
 
 
 def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:

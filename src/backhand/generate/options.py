@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from backhand.bounds import Bound, Check, Count, Given, NotNegative, Options, Seed, Text
-from backhand.data.options import RowSources, TemplateOptions
+from backhand.data.options import RowSources, TemplateOptions, has_places
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 
@@ -81,7 +81,8 @@ class AnswerOptions(AdapterOptions):
     """What is asked, and where the answers go."""
 
     prompt: Text | None = None
-    """What to answer; `-` reads it from standard input. A model without a chat template continues it as it stands."""
+    """What to answer; `-` reads it from standard input. A model without a chat template continues it as it stands. With
+    `data`, a text with columns in braces, `'{subject}\\n{body}'`: the prompt of each row."""
 
     output: Path | None = None
     """With `data`: JSON Lines file for the answers, one line a row in the order of the rows; not given: standard
@@ -118,10 +119,13 @@ class GenerateOptions(Options):
     def _check_together(self) -> None:
         self.answer.check_compare()
         prompt, data = self.answer.prompt, self.rows.data
-        if (prompt is None) == (not data):
+        if (prompt is None and not data) or (prompt is not None and data and not has_places(prompt)):
             what = "there is nothing to answer" if prompt is None else "prompt and data are both given"
             raise UsageError(
-                what, where="prompt", next_step="give --prompt TEXT (or - for standard input) or --data FILE"
+                what,
+                where="prompt",
+                next_step="give --prompt TEXT (or - for standard input), or --data FILE, whose "
+                "prompts --prompt '{column}' may name",
             )
         if data and self.answer.output is None and self.answer.overwrite:
             raise UsageError("overwrite is given without output", where="overwrite", next_step="give --output FILE")

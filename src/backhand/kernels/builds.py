@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,15 @@ def load(name: str, folder: Path = BUILT) -> Library:
     return loaded
 
 
+BUILDER = Path(__file__).with_name("build.py")
+
+
+def remedy(build: Path = BUILDER) -> str:
+    """What builds the kernels here, where there is a C++ compiler: an installed package has no Makefile."""
+    in_a_tree = (build.parents[3] / "Makefile").is_file()
+    return "`make kernels`" if in_a_tree else f"`python {shlex.quote(str(build))}`"
+
+
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
     """The builds that are there and that this processor can run, the plainest first, up to what VARIABLE names."""
@@ -110,7 +120,7 @@ def _is_whole(name: str, folder: Path) -> bool:
     wrong = fault(name, folder)
     if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
         instead = "torch computes" if name == "baseline" else "plainer ones compute"
-        show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until `make kernels`"])
+        show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until {remedy()}"])
     return wrong is None and library_path(name, folder).exists()
 
 
@@ -123,8 +133,8 @@ def describe() -> str:
     if wanted == "none":
         return f"compiled kernels: none ({VARIABLE}=none); everything goes through torch, slower"
     if (wrong := fault("baseline")) is not None:
-        return f"compiled kernels: none ({wrong}: `make kernels`); everything goes through torch, slower"
-    return "compiled kernels: none (not built for this machine: `make kernels`); everything goes through torch, slower"
+        return f"compiled kernels: none ({wrong}: {remedy()}); everything goes through torch, slower"
+    return f"compiled kernels: none (not built for this machine: {remedy()}); everything goes through torch, slower"
 
 
 @functools.cache
@@ -146,7 +156,7 @@ def chosen() -> Library | None:
             f"the compiled kernels for {wanted} cannot be used",
             where=VARIABLE,
             why=f"here are: {', '.join(able) or 'none'}",
-            next_step=f"run `make kernels`, or unset {VARIABLE}",
+            next_step=f"run {remedy()}, or unset {VARIABLE}",
         )
     return load(wanted)
 

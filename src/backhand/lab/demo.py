@@ -236,8 +236,8 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
             f"The adapter in PEFT: logits differ by {result.peft.relative:.1e} of their size "
             f"(largest {result.peft.largest:.1e}); the adapter itself changes them by {result.peft.effect:.2f}."
         )
-    console.print(f"Picture of the loss: {options.output / 'loss.png'}")
-    console.print(f"Everything about the run on one page: {Path(result.run.output) / 'report.html'}")
+    console.print(f"Picture of the loss: {shlex.quote(str(options.output / 'loss.png'))}")
+    console.print(f"Everything about the run on one page: {shlex.quote(str(Path(result.run.output) / 'report.html'))}")
     console.print(f"The demo took {result.demo_s / 60:.1f} minutes. Try the adapter yourself:")
     console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
 

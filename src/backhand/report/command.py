@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def report_command(options: ReportOptions) -> Path:
     target = usual if options.output is None else options.output
     make_directory(target.parent)
     write_page(target, page)
-    say(f"Report: {target}", file=sys.stdout)
+    say(f"Report: {shlex.quote(str(target))}", file=sys.stdout)
     return target
 
 

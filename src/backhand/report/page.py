@@ -403,10 +403,17 @@ def use_commands(run: RunRecord) -> list[tuple[str, str]]:
     return [
         ("Backhand", f"backhand chat --model {shlex.quote(named)} --adapter {typed}"),
         ("PEFT", _peft(base, adapter)),
-        ("llama.cpp", f"{export} --to gguf --output adapter.gguf\nllama-cli -m BASE.gguf --lora adapter.gguf"),
+        ("llama.cpp", _llama_cpp(export, str(model.get("file") or named))),
         ("vLLM", f"vllm serve {hub} --enable-lora --lora-modules mine={typed}{room}"),
         ("Ollama", f"{export} --to ollama --output ollama\nollama create mine -f ollama/Modelfile"),
     ]
+
+
+def _llama_cpp(export: str, base: str) -> str:
+    """With the base's own GGUF file where it is one, else with the merged model as one."""
+    if not base.endswith(".gguf"):
+        return f"{export} --merge --to gguf --output merged.gguf\nllama-cli -m merged.gguf"
+    return f"{export} --to gguf --output adapter.gguf\nllama-cli -m {shlex.quote(base)} --lora adapter.gguf"
 
 
 def _peft(base: str, adapter: str) -> str:

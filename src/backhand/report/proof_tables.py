@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -75,7 +76,7 @@ def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str)
         ProofTable(
             kind,
             title,
-            command.format(run=run, adapter=adapter),
+            command.format(run=shlex.quote(run), adapter=shlex.quote(adapter)),
             tuple(ProofLine.of(line) for (of_kind, _), line in newest.items() if of_kind == kind),
         )
         for kind, (title, command) in KINDS.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -39,7 +40,7 @@ class _ReportWriter(Observer):
         except (BackhandError, OSError) as error:
             said, out = f"the report could not be written: {error}", sys.stderr
         else:
-            said, out = visible(f"Report: {target}"), sys.stdout
+            said, out = visible(f"Report: {shlex.quote(str(target))}"), sys.stdout
         if out is sys.stderr or not self._quiet:
             with suppress(OSError):  # nobody is left to read it; what ended the run is what is told
                 say(*said.split("\n"), file=out)

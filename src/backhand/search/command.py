@@ -347,7 +347,7 @@ class Search:
             result = result_of(self.config, self.schedule, trials, self.steps(self.config))
             target = write_result(result, self.config, self.schedule, trials)
         if not self.config.run.quiet:
-            say(*result.lines(), f"Report: {target}")
+            say(*result.lines(), f"Report: {shlex.quote(str(target))}")
         return result
 
 

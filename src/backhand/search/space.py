@@ -23,7 +23,8 @@ from typing import Any, get_args, get_type_hints
 
 from backhand.errors import UsageError
 from backhand.training.config import TrainConfig
-from backhand.training.config_file import config_from_table, config_table, nearest_option
+from backhand.training.config_file import config_from_table, config_table
+from backhand.words import nearest_names
 
 Value = float | int | str
 Values = dict[str, Value]
@@ -125,12 +126,12 @@ def _dimension(word: str) -> Dimension:
             next_step="for example learning_rate=1e-4:1e-2:log, or rank=8,16,32",
         )
     if name not in known:
-        near = nearest_option(name, known)
+        near = nearest_names(name.replace("-", "_"), known, count=1)
         raise UsageError(
             f"{name!r} is not an option that can be searched over",
             where="over",
             why="options of the adapter and of the optimization can; others decide which losses are compared",
-            next_step=f"did you mean {near}?" if near else f"give one of {', '.join(sorted(known))}",
+            next_step=f"did you mean {near[0]}?" if near else f"give one of {', '.join(sorted(known))}",
         )
     part, hint = known[name]
     matched = _RANGE.fullmatch(text)

@@ -5,25 +5,28 @@
     [optimization]
     learning_rate = 2e-4
 
-TOML has no null: an option that is not given is left out. This file imports no torch.
+TOML has no null: an option that is not given is left out. A file whose name ends in .yaml or .yml is YAML, where
+options may also stand without their tables. This file imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import json
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from backhand.errors import UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.training.config import TrainConfig
+from backhand.training.other_names import NOT_NEEDED, ours
+from backhand.words import name_list, nearest_names
 
 Table = Mapping[str, Any]
 
@@ -38,9 +41,11 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The TOML file as nested tables. Raises UsageError: not readable or not TOML."""
+    """The file as nested tables, TOML or, by its ending, YAML. Raises UsageError: not readable, or neither."""
+    yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
-        return parse_toml(read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
+        text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
+        return _in_tables(parse_yaml(text)) if yaml else parse_toml(text)
     except OSError as error:
         raise UsageError(
             "the configuration cannot be read",
@@ -60,10 +65,12 @@ def read_table(path: Path) -> dict[str, Any]:
         RecursionError,
     ) as error:  # a number of 6,000 digits is no TOMLDecodeError
         raise UsageError(
-            "the configuration is not TOML",
+            f"the configuration is not {'YAML' if yaml else 'TOML'}",
             where=str(path),
             why=str(error),
-            next_step="write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
+            next_step="write options as learning_rate: 1.0e-4, a line each"
+            if yaml
+            else "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
         ) from None
 
 
@@ -89,6 +96,60 @@ def parse_toml(text: str) -> dict[str, Any]:
             line = text.count("\n", 0, token.start()) + 1
             raise ValueError(f"a key has more than {_MOST_PARTS} parts (at line {line})")
     return tomllib.loads(text)
+
+
+MAX_YAML_BYTES = 2**18
+_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][-+]?\d+)?\Z")
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """Nested tables; what is null is left out, and 1e-4 is a number, which YAML 1.1 does not say.
+
+    Raises:
+        ValueError: it is not YAML, or holds what no configuration needs (aliases, several documents).
+    """
+    import yaml
+
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it holds an alias (*name), which is not read")
+        read = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(read, dict | None):
+        raise ValueError(f"it is {_kind(read)}, not options with their values")
+    return dict(_without_nulls(read or {}))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return float(value) if isinstance(value, str) and "e" in value.lower() and _NUMBER.match(value) else value
+
+
+def _in_tables(read: dict[str, Any]) -> dict[str, Any]:
+    """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
+    tables: dict[str, Any] = {}
+    for key, value in read.items():
+        part = key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
+        if part is None:
+            tables[key] = value
+        else:
+            tables.setdefault(part, {})[key] = value
+    return tables
+
+
+@functools.cache
+def _places() -> dict[str, str]:
+    """Every option, and the table that it stands in."""
+    return {
+        option: part
+        for part, hint in typing.get_type_hints(TrainConfig).items()
+        for option in typing.get_type_hints(hint)
+        if option != part
+    }
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
@@ -134,12 +195,6 @@ def dump_config(config: TrainConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def nearest_option(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that looks most like this one, if any does."""
-    found = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
         name = prefix.rstrip(".")
@@ -147,13 +202,15 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
         raise UsageError(
             f"{name} is {_kind(table)}, expected a table",
             where=origin,
-            next_step=f"write [{name}], and in a line below it {name} = {_example(inner)}" if inner else None,
+            next_step=f"write [{name}], and in a line below it {name} = {_example(inner)}"
+            if inner
+            else ours(name, str),
         )
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
+    if unknown := [key for key in table if key not in hints]:
+        raise _unknown_keys(unknown, prefix, hints, origin)
     for key, value in table.items():
-        if key not in hints:
-            raise UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=_suggestion(key, prefix, hints))
         where = f"{origin}: {prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _dataclass_from(hints[key], value, origin, f"{prefix}{key}.")
@@ -166,24 +223,35 @@ def _example(hint: Any) -> str:
     return '["…"]' if tuple in (get_origin(hint), *map(get_origin, get_args(hint))) else '"…"'
 
 
+def _unknown_keys(keys: Sequence[str], prefix: str, hints: Mapping[str, Any], origin: str) -> UsageError:
+    """One error for all of a table, with what each is here."""
+    if len(keys) == 1:
+        return UsageError(
+            f"unknown key {prefix + keys[0]!r}", where=origin, next_step=_suggestion(keys[0], prefix, hints)
+        )
+    lines = [f"{key}: {_suggestion(key, prefix, hints)}" for key in keys]
+    return UsageError(
+        f"unknown keys {name_list([repr(prefix + key) for key in keys])}",
+        where=origin,
+        next_step="\n    - ".join(["", *lines]),
+    )
+
+
 def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    """Where a key belongs that stands elsewhere; else the nearest one, here before in other tables."""
-    name = key.replace("-", "_")
-    places = {
-        option: part
-        for part, hint in typing.get_type_hints(TrainConfig).items()
-        for option in typing.get_type_hints(hint)
-    }
+    """Where a key belongs that stands elsewhere; what another tool's is here; else the nearest, this table's first."""
+    name, places = key.replace("-", "_"), _places()
     if name in places and name not in hints:
         return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
-    near = nearest_option(key, [*hints, *places])
-    if near is None:
-        return f"known keys are {', '.join(sorted(hints))}"
-    return (
-        f"did you mean {prefix + near!r}?"
-        if near in hints
-        else f"did you mean {near!r}, in the table [{places[near]}]?"
-    )
+
+    def with_place(option: str) -> str:
+        return option if option in hints or option not in places else f"{option} in [{places[option]}]"
+
+    if (meant := ours(key, with_place)) is not None:
+        return f"here it is {meant}" if not meant.startswith(NOT_NEEDED) else meant
+    for near in nearest_names(name, [*hints, *places], count=1):
+        where = "" if near in hints else f", in the table [{places[near]}]"
+        return f"did you mean {prefix * (near in hints) + near!r}{where}?"
+    return "backhand train --help names all there are"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

@@ -45,7 +45,7 @@ class TerminalObserver(Observer):
         self._losses: deque[float] = deque(maxlen=_SPARK_WIDTH)
         self._plain_every = 1
         self._step = self._total = 0
-        self._eval_loss: float | None = None
+        self._evaluated = ""
 
     def started(self, start: RunStart) -> None:
         """Say what is about to happen, and begin the bar."""
@@ -54,7 +54,7 @@ class TerminalObserver(Observer):
         self._total = start.total_steps
         self._step = start.step
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
-        self._silent.enter_context(going_on(lambda: f"step {self._step + 1} of {self._total}"))
+        self._silent.enter_context(going_on(self._doing))
         if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -70,6 +70,11 @@ class TerminalObserver(Observer):
                 self._bar.start()
             except OSError:
                 self._fall_silent()
+
+    def _doing(self) -> str:
+        if self._step < self._total:
+            return f"step {self._step + 1} of {self._total}"
+        return "the last evaluation, and what the run leaves"
 
     def _print(self, text: str) -> None:
         """A line, unless nobody is left to read it: a closed terminal or a closed pipe does not end a run."""
@@ -87,7 +92,7 @@ class TerminalObserver(Observer):
         self._step = record["step"]
         if (shown := record.get("reward", record["loss"])) is not None:
             self._losses.append(shown)
-        facts = _facts(record, self._eval_loss)
+        facts = _facts(record) + self._evaluated
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
         elif (
@@ -104,7 +109,8 @@ class TerminalObserver(Observer):
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""
-        self._eval_loss = record.get("eval_loss", self._eval_loss)
+        if "eval_loss" in record and "eval_reward" not in record:
+            self._evaluated = f"  eval {_number(record['eval_loss'])} @ step {record['step']}"
         parts = [f"held-out loss {_number(record['eval_loss'])}"] if "eval_loss" in record else []
         if "eval_reward" in record:
             parts = [f"held-out reward {_number(record['eval_reward'])}"]
@@ -147,7 +153,7 @@ def sparkline(losses: deque[float]) -> str:
     return "".join(_BARS[round((loss - low) / span * (len(_BARS) - 1))] for loss in losses)
 
 
-def _facts(record: Mapping[str, Any], eval_loss: float | None) -> str:
+def _facts(record: Mapping[str, Any]) -> str:
     parts = [
         f"loss {_number(record['loss'])}",
         f"lr {record['learning_rate']:.1e}",
@@ -161,9 +167,6 @@ def _facts(record: Mapping[str, Any], eval_loss: float | None) -> str:
         parts[0] += f"  {flat:.0%} of groups alike" if flat else ""
         if "sampling_gap" in record:
             parts[0] += f"  gap {record['sampling_gap']:.1g}"
-        eval_loss = None
-    if eval_loss is not None:
-        parts.insert(1, f"held-out {_number(eval_loss)}")
     return "  ".join(parts)
 
 
@@ -190,7 +193,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
     return [
         *lines,
-        f"Adapter: {summary.adapter}",
+        f"Adapter: {adapter}",
         f"Next: backhand generate --model {model} --adapter {adapter} --compare --prompt '…'",
         f"      backhand evaluate --model {model} --adapter {adapter} --data FILE",
     ]

@@ -18,6 +18,7 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.data.examples import DataReport, Example, PreparedData, documents_of
+from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
 from backhand.runs.summary import RunSummary
@@ -44,6 +45,7 @@ def run_facts(job: Job) -> dict[str, Any]:
             "name": job.config.model.model,
             "origin": job.source.origin,
             "hub_id": job.source.hub_id,
+            "file": str(job.source.path) if isinstance(job.source, GGUFModel) else None,
             "architecture": _architecture(job.source.config),
             "engine": job.engine.name,
             "note": job.engine.note,

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from backhand.nn.available_memory import available_bytes
@@ -61,6 +62,7 @@ from backhand.training.shared import Shared
 from backhand.training.state import Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 from backhand.training.step_plan import StepPlan, derived_seed
+from backhand.words import name_list
 
 
 @dataclass
@@ -361,7 +363,16 @@ class JobRun:
         return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
 
     def _card(self, progress: Progress) -> dict[str, object]:
-        card: dict[str, object] = {"training rows": f"{len(self.job.train.examples):,}", "steps": f"{progress.step:,}"}
+        model = self.job.config.model
+        kept = "kept quantized" if self.job.memory.base == "quantized" else "dense"
+        kept += f", quantized to {model.quantize} on reading" if model.quantize else ""
+        base = _shown(self.job.source.origin or model.model)
+        card: dict[str, object] = {
+            "base as trained": f"{base}, {kept}, computed in {model.dtype}",
+            "data": name_list(map(_shown, self.job.config.data.data)),
+            "training rows": f"{len(self.job.train.examples):,}",
+            "steps": f"{progress.step:,}",
+        }
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
             name = self.job.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"
@@ -381,6 +392,11 @@ class JobRun:
 
     def _resume_command(self) -> str:
         return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
+
+
+def _shown(name: str) -> str:
+    """A path by its last part, since cards are published; what is no path, such as a hub id, as it is."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _unwritten(_proof: Proof) -> None:

@@ -1,0 +1,133 @@
+r"""Columns by name: `--prompt '{subject}\n{body}' --completion team`, and a spreadsheet's usual names without it.
+
+A row is renamed before its form is told (`data.forms`): what an option names becomes `prompt`, `completion`, `system`
+or `messages`. The columns stay beside these, since reward functions and labels read them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from backhand.data.forms import COUNTING, fits
+from backhand.data.options import PIECES, NamedColumns, has_places
+from backhand.data.rows import BadRows, RawRow
+from backhand.errors import DataError, UsageError
+from backhand.words import name_list, nearest_names
+
+_WRITTEN = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t"}
+_DECIDING = ("messages", "conversations", "conversation")
+"""Columns that would be taken before a prompt."""
+
+_PROMPTS = frozenset(("prompt", "question", "query", "instruction", "input", "request", "user"))
+_ANSWERS = frozenset(("completion", "answer", "response", "output", "reply", "assistant"))
+"""In small letters, as what they are read where each stands alone, beside nothing but a row's number."""
+
+
+class ColumnReader:
+    """The rows of one file under the names that `data.forms` knows.
+
+    Args:
+        system: what `--system` says; filled in where it holds the name of a column in braces.
+        guess: whether names of a spreadsheet may be understood.
+
+    Attributes:
+        used: columns that something was made of.
+        note: what was guessed, in words; None if nothing was.
+    """
+
+    def __init__(self, named: NamedColumns, system: str | None = None, *, guess: bool = False) -> None:
+        self._given: dict[str, str] = {
+            name: text for name in ("prompt", "completion", "messages") if (text := getattr(named, name)) is not None
+        }
+        self._system = system if self._given and system is not None and has_places(system) else None
+        self._guess = guess and not self._given
+        self.used: frozenset[str] = frozenset()
+        self.note: str | None = None
+
+    def rows(self, raws: Iterator[RawRow], bad: BadRows) -> Iterator[RawRow]:
+        """Every row, renamed.
+
+        Raises:
+            UsageError: the first row has no column of a name that was given.
+        """
+        first = next(raws, None)
+        if first is None:
+            return
+        if self._guess:
+            self._guess_from(first)
+        for option, text in self._given.items():
+            self._check(option, text, first)
+        self.used = frozenset(name for text in (*self._given.values(), self._system or "") for name in _names(text))
+        for raw in chain([first], raws):
+            try:
+                yield self._renamed(raw) if self._given else raw
+            except DataError as error:
+                bad.add(error)
+
+    def _renamed(self, raw: RawRow) -> RawRow:
+        values = {name: value for name, value in raw.values.items() if name not in _DECIDING}
+        for option, text in self._given.items():
+            values[option] = _filled(option, text, raw)
+        if isinstance(values.get("prompt"), list) and isinstance(answer := values.get("completion"), str):
+            values["completion"] = [{"role": "assistant", "content": answer}]
+        if self._system is not None:
+            values["system"] = PIECES.sub(lambda match: _piece(match, raw.values, keep=True), self._system)
+        return RawRow(values, raw.source)
+
+    def _check(self, option: str, text: str, row: RawRow) -> None:
+        for name in _names(text):
+            if name not in row.values:
+                near = nearest_names(name, row.values)
+                raise UsageError(
+                    f"there is no column {name!r}",
+                    where=option,
+                    why=f"{row.source} has {name_list(row.values)}",
+                    next_step=(f"did you mean {' or '.join(near)}? " if near else "")
+                    + "A column is named in braces; braces of the text itself are doubled: {{ and }}",
+                )
+
+    def _guess_from(self, row: RawRow) -> None:
+        small = {name.strip().lower(): name for name in row.values}
+        prompts, answers = _PROMPTS & small.keys(), _ANSWERS & small.keys()
+        doubtful = small.keys() - _PROMPTS - _ANSWERS - COUNTING or len(small) < len(row.values)
+        if doubtful or len(prompts) != 1 or len(answers) != 1 or fits(row):
+            return
+        prompt, answer = (small[name] for name in (*prompts, *answers))
+        self._given = {"prompt": prompt, "completion": answer}
+        self.note = (
+            f"the column {prompt} is read as the prompt and {answer} as its completion; "
+            "--prompt and --completion name others"
+        )
+
+
+def _names(text: str) -> list[str]:
+    """The columns that a text names: those in braces; without any the text is a column's name."""
+    return [match[1] for match in PIECES.finditer(text) if match[1] is not None] or [text] * bool(text)
+
+
+def _filled(option: str, text: str, raw: RawRow) -> Any:
+    names = _names(text)
+    if missing := [name for name in names if name not in raw.values]:
+        raise DataError(f"there is no {missing[0]} in this row", where=raw.source)
+    if all(raw.values[name] in (None, "") for name in names):
+        raise DataError(f"{name_list(names)} {'is' if len(names) == 1 else 'are'} empty: no {option}", where=raw.source)
+    if text in (names[0], f"{{{names[0]}}}"):
+        value = raw.values[names[0]]
+        return value if isinstance(value, list) else _as_text(value)
+    return PIECES.sub(lambda match: _piece(match, raw.values), text)
+
+
+def _piece(match: re.Match[str], values: Mapping[str, Any], *, keep: bool = False) -> str:
+    """What stands for a piece of a template. With `keep`, braces around anything but a column stay."""
+    if match[1] is None:
+        return _WRITTEN[match[0]]
+    return match[0] if keep and match[1] not in values else _as_text(values[match[1]])
+
+
+def _as_text(value: Any) -> str:
+    """A cell as text: nothing for null, numbers and the rest as JSON writes them."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

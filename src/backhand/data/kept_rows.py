@@ -1,0 +1,184 @@
+"""Prepared rows of large files, kept under a digest of all that made them: the next run has them in seconds.
+
+A file of a million short rows takes minutes to become tokens. What comes of it is decided by the files' bytes, the
+options of the data, the tokenizer, its chat template, and this package's code; a digest over these is its name in the
+cache, so nothing there is ever out of date. A file that is not as it was written is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backhand.data.examples import DataReport, Example, PreparedData, SourceForm, documents_of
+from backhand.data.options import DataOptions
+from backhand.errors import BackhandError
+from backhand.files import staged
+from backhand.words import in_words
+
+VARIABLE = "BACKHAND_ROWS_CACHE"
+"""Where they are kept, a directory, or `off`; `~/.cache/backhand/rows` if it is not set."""
+LEAST_BYTES = 2**22
+"""Of the files: smaller ones are prepared in seconds."""
+MOST_KEPT_BYTES = 2**32
+_LABELS = (None, False, True)
+
+
+def kept(
+    make: Callable[[], PreparedData], options: DataOptions, names: Sequence[str], tokenizer: Any, *further: object
+) -> PreparedData:
+    """What `make` gives, from the cache if it is there.
+
+    Args:
+        names: files, expanded; anything else, such as a pipe or a hub data set, is always made.
+        further: whatever else decides the rows.
+    """
+    place = _place(options, names, tokenizer, further)
+    if place is None:
+        return make()
+    if (found := _read(place)) is not None:
+        return _noted(found, f"taken as they were prepared before, from {place}")
+    made = make()
+    if made.report.skipped_bad or any(example.asked is not None for example in made.examples):
+        return made
+    with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
+        place.unlink(missing_ok=True)
+        _write(place, made)
+        _make_room(place.parent)
+        size = in_words(place.stat().st_size)
+        return _noted(made, f"kept as they are prepared, for the next run, in {place} ({size})")
+    return made
+
+
+def _noted(data: PreparedData, note: str) -> PreparedData:
+    return replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
+
+
+def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: Sequence[object]) -> Path | None:
+    """The file that these rows would be kept in; None where that is no use, or not certain."""
+    where = os.environ.get(VARIABLE) or str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "backhand" / "rows")
+    template = options.chat_template or tokenizer.chat_template
+    if where == "off" or options.max_rows is not None or "strftime_now" in str(template):
+        return None
+    files = [Path(name) for name in names]
+    try:
+        if not all(file.is_file() for file in files) or sum(file.stat().st_size for file in files) < LEAST_BYTES:
+            return None
+        digest = hashlib.sha256(_code())
+        for part in (options, names, further, tokenizer.chat_template, tokenizer.special_tokens_map):
+            digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
+        if options.chat_template is not None and Path(options.chat_template).is_file():
+            digest.update(Path(options.chat_template).read_bytes())
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        for file in files:
+            with file.open("rb") as reader:
+                digest.update(hashlib.file_digest(reader, "sha256").digest())
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Path(where).expanduser() / f"{digest.hexdigest()}.rows"
+
+
+@cache
+def _code() -> bytes:
+    """A digest of this package's sources."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.digest()
+
+
+_DIGEST_BYTES = 32
+_ALIGNED = 64
+
+
+def _write(place: Path, data: PreparedData) -> None:
+    """A line of JSON, filled up to a multiple of 64 bytes; the arrays it counts; a digest of all before it.
+
+    The arrays: token ids and supervision of every document, their lengths; for each example whether a rejected
+    document follows, and its label; the documents' sources, with zero bytes between them. Written document by document.
+    """
+    documents = documents_of(data.examples)
+    sources = "\0".join(document.source for document in documents).encode()
+    header = {
+        "report": asdict(replace(data.report, bad_rows=())),
+        "tokens": sum(map(len, documents)),
+        "documents": len(documents),
+        "examples": len(data.examples),
+    }
+    line = json.dumps(header).encode()
+    line += b" " * (-(len(line) + 1) % _ALIGNED) + b"\n"
+    digest = hashlib.sha256()
+    parts = chain(
+        [line],
+        (document.input_ids.tobytes() for document in documents),
+        [np.array([len(document) for document in documents], dtype=np.int32).tobytes()],
+        (document.supervised.tobytes() for document in documents),
+        [np.array([example.rejected is not None for example in data.examples]).tobytes()],
+        [np.array([_LABELS.index(example.desirable) for example in data.examples], dtype=np.int8).tobytes()],
+        [sources],
+    )
+    with staged(place) as path, path.open("wb") as file:
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
+
+
+def _read(place: Path) -> PreparedData | None:
+    """The rows that a file holds, their tokens where they lie in it; None where it is not as it was written."""
+    try:
+        mapped = np.memmap(place, dtype=np.uint8, mode="c")
+        if hashlib.sha256(mapped.data[:-_DIGEST_BYTES]).digest() != mapped[-_DIGEST_BYTES:].tobytes():
+            return None
+        line = bytes(mapped[: 2**20]).partition(b"\n")[0]
+        header = json.loads(line)
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError):
+        os.utime(place)  # the last to be let go
+    position = len(line) + 1
+
+    def array(dtype: Any, count: int) -> Any:
+        nonlocal position
+        position += count * np.dtype(dtype).itemsize
+        return np.asarray(mapped[position - count * np.dtype(dtype).itemsize : position]).view(dtype)
+
+    ids, lengths = array(np.int32, header["tokens"]), array(np.int32, header["documents"])
+    supervised = array(np.bool_, header["tokens"])
+    pairs, labels = (array(np.int8, header["examples"]).tolist() for _ in range(2))
+    sources = mapped[position:-_DIGEST_BYTES].tobytes().decode().split("\0")
+    ends = np.cumsum(lengths, dtype=np.int64).tolist()
+    documents = (
+        Example(ids[start:end], supervised[start:end], source)
+        for start, end, source in zip([0, *ends], ends, sources, strict=False)
+    )
+    examples = []
+    for pair, label in zip(pairs, labels, strict=True):
+        example = next(documents)
+        if pair or label:
+            example = replace(example, rejected=next(documents) if pair else None, desirable=_LABELS[label])
+        examples.append(example)
+    report = header["report"]
+    report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
+    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes")}
+    return PreparedData(tuple(examples), DataReport(**report))
+
+
+def _make_room(folder: Path) -> None:
+    """Let go of what was not used for longest, until the rest has no more than `MOST_KEPT_BYTES`."""
+    files = sorted(folder.glob("*.rows"), key=lambda file: -file.stat().st_mtime)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > MOST_KEPT_BYTES:
+            file.unlink()

@@ -1,0 +1,175 @@
+"""What other tools call things, and what it is here: options, keys and commands of PEFT, TRL, Unsloth, Axolotl, mlx-lm.
+
+One table for the command line, TOML and YAML. Names are in small letters with underscores; options of ours stand in
+backquotes. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+NOT_NEEDED = "nothing is to be given: "
+"""How an answer begins where there is no option of ours."""
+_STEP_ROWS = "`batch_rows`, the rows of a whole step over all its micro-batches; `micro_batch_rows` are those of one"
+_PACKED = NOT_NEEDED + "rows are always packed, without padding and without seeing each other"
+_LOSS_ON = "`train_on`: completions (the default) or all"
+_TOOLS = "`report_to` names a tracker"
+_PUSH = "`backhand export --adapter runs/mine/adapter --to peft --push OWNER/NAME` uploads the adapter afterwards"
+_ATTENTION = NOT_NEEDED + "the engine has one form of attention, exact and by blocks"
+_LAUNCH = NOT_NEEDED + "`workers` starts several processes, or torchrun does"
+
+_NAMES = {
+    "`rank`": "r lora_r lora_rank",
+    "`alpha`": "lora_alpha",
+    "`dropout`": "lora_dropout",
+    "`target_modules`": "lora_target_modules lora_target",
+    "`target_modules`; every linear layer is adapted unless it names some": "lora_target_linear",
+    "`target_parameters`": "lora_target_parameters",
+    "`modules_to_save`": "lora_modules_to_save",
+    "`layers_to_transform`": "lora_layers_to_transform peft_layers_to_transform",
+    "`use_dora`": "peft_use_dora lora_use_dora",
+    "`use_rslora`": "peft_use_rslora lora_use_rslora",
+    "`lora_bias`": "bias",
+    "`layers`, as in last:16": "num_layers lora_layers",
+    "`rank`, `dropout`, and `alpha`, which is mlx-lm's scale times the rank": "lora_parameters scale lora_scale",
+    "`model`": "model_name_or_path base_model model_name model_id pretrained_model_name_or_path",
+    "`model` as a directory of that revision": "model_revision revision",
+    "`data`": "dataset_name dataset datasets train_file train_dataset dataset_path dataset_dir",
+    "`data` as owner/name@config:split": "dataset_config dataset_config_name dataset_train_split",
+    "`eval_data`": "eval_dataset test_datasets validation_file dataset_test_split val_data",
+    "`eval_fraction`": "val_set_size validation_split test_size val_size",
+    "`messages` for a column of conversations, `prompt` and `completion` for others; plain text stands in text": (
+        "dataset_text_field field_messages formatting_func"
+    ),
+    "`chat_template`": "chat_template_path chat_template_jinja",
+    "`template_args`": "chat_template_kwargs",
+    "`max_length`": (
+        "max_seq_length max_seq_len sequence_len model_max_length cutoff_len block_size max_prompt_length max_tokens"
+    ),
+    "`epochs`": "num_train_epochs num_epochs n_epochs",
+    "`max_steps`": "iters num_iters num_steps total_steps",
+    "`learning_rate`": "lr",
+    "`weight_decay`": "wd",
+    "`schedule`": "lr_scheduler_type lr_scheduler lr_schedule",
+    "`warmup_steps`, a number of steps; 3 % of them unless given": "warmup_ratio warmup",
+    "`max_grad_norm`": "gradient_clipping grad_clip clip_grad_norm",
+    "`micro_batch_rows`; `batch_rows` counts the rows of a whole step": (
+        "per_device_train_batch_size micro_batch_size per_gpu_train_batch_size"
+    ),
+    "`micro_batch_rows`, which evaluation takes as well": "per_device_eval_batch_size eval_batch_size",
+    _STEP_ROWS: "gradient_accumulation_steps grad_accumulation_steps gradient_accumulation",
+    "`batch_rows`": "batch_size train_batch_size",
+    "`output`": "output_dir adapter_path out_dir save_path",
+    "`save_every`, in steps": "save_steps save_strategy saves_per_epoch save_interval",
+    "`eval_every`, in steps": "eval_steps eval_strategy evaluation_strategy steps_per_eval evals_per_epoch do_eval",
+    "`log_every`, in steps": "logging_steps steps_per_report logging_strategy",
+    "`keep`": "save_total_limit",
+    "`resume` with the same `output`": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "`from_adapter`": "resume_adapter_file lora_model_dir adapter_name_or_path",
+    "`early_stopping`": "early_stopping_patience",
+    "`seed`": "random_state data_seed",
+    "`dtype`": "torch_dtype bf16 fp16 tf32 float16 bfloat16",
+    "`recompute`": (
+        "gradient_checkpointing use_gradient_checkpointing grad_checkpoint activation_offloading "
+        "gradient_checkpointing_kwargs activation_checkpointing"
+    ),
+    "`base` quantized, which keeps a GGUF file's blocks; "
+    "`quantize` Q4_0 (or another type of GGUF) quantizes the base on reading": (
+        "load_in_4bit load_in_8bit qlora bnb_4bit_quant_type bnb_4bit_compute_dtype quantization_bit "
+        "quantization_config load_in_16bit"
+    ),
+    "`device`": "device_map use_cpu no_cuda",
+    "`memory`": "gpu_memory_limit max_memory",
+    "`objective`": "rl rlhf stage train_type",
+    "`reward`": "reward_funcs reward_model_name_or_path",
+    "`workers`": "nproc_per_node num_processes num_gpus",
+    _LOSS_ON: (
+        "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt "
+        "train_on_responses_only roles_to_train train_on_eos"
+    ),
+    _TOOLS: (
+        "wandb_project wandb_entity wandb_name wandb_run_id wandb_watch project_name run_name wandb_log_model use_wandb"
+    ),
+    _PUSH: "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo",
+    _PACKED: (
+        "packing sample_packing pad_to_sequence_len padding_free group_by_length eval_packing eval_sample_packing "
+        "packing_strategy pad_to_multiple_of padding dataloader_drop_last"
+    ),
+    _ATTENTION: (
+        "flash_attention attn_implementation use_flash_attention_2 xformers_attention sdp_attention flash_attn "
+        "use_liger_kernel torch_compile use_cache fast_inference"
+    ),
+    _LAUNCH: "deepspeed fsdp fsdp_config ddp_find_unused_parameters local_rank",
+    NOT_NEEDED + "AdamW is the optimizer; `adam_beta1`, `adam_beta2`, `weight_decay` and `loraplus_lr_ratio` are its": (
+        "optim optimizer optimizer_config"
+    ),
+    NOT_NEEDED + "the best adapter by held-out loss is always what adapter/ holds": (
+        "load_best_model_at_end metric_for_best_model greater_is_better save_only_model"
+    ),
+    NOT_NEEDED + "an adapter is trained always, and `from_adapter` begins with one": (
+        "adapter use_peft fine_tune_type train full_finetuning do_train finetuning_type peft_type"
+    ),
+    NOT_NEEDED + "the adapter is written as PEFT's for a causal language model": (
+        "task_type lora_task_type inference_mode fan_in_fan_out lora_fan_in_fan_out auto_mapping"
+    ),
+    NOT_NEEDED + "lora_A is drawn as PEFT draws it and lora_B is zero; `from_adapter` begins elsewhere": (
+        "init_lora_weights loftq_config peft_init_lora_weights"
+    ),
+    NOT_NEEDED + "the model's own files say it, and no code of theirs is run": (
+        "trust_remote_code model_type tokenizer_type tokenizer_name special_tokens eos_token pad_token token"
+    ),
+    NOT_NEEDED + "rows are prepared at once, on all cores": (
+        "dataset_num_proc dataloader_num_workers dataset_prepared_path remove_unused_columns "
+        "dataloader_pin_memory preprocessing_num_workers"
+    ),
+    NOT_NEEDED + "all held-out rows are evaluated; `backhand evaluate` measures others": (
+        "val_batches test_batches test do_predict"
+    ),
+    NOT_NEEDED + "keys are checked always": "strict",
+    "there is none: neither noise on embeddings nor the like": "neftune_noise_alpha",
+}
+_OF: dict[str, str] = {name: ours for ours, names in _NAMES.items() for name in names.split()}
+
+_TRAIN = "backhand train --data rows.jsonl --output runs/mine"
+COMMANDS = {
+    **dict.fromkeys(("sft", "finetune", "fine-tune", "lora", "tune", "fit", "run", "lora_finetune"), _TRAIN),
+    **{name: f"{_TRAIN} --objective {name}" for name in ("dpo", "ipo", "orpo", "simpo", "kto")},
+    **dict.fromkeys(("grpo", "ppo"), f"{_TRAIN} --objective grpo --reward exact"),
+    "rloo": f"{_TRAIN} --objective grpo --loss rloo --reward exact",
+    **dict.fromkeys(("reward", "rm"), f"{_TRAIN} --objective grpo --reward MODULE:FUNCTION"),
+    **dict.fromkeys(("push", "upload", "push-to-hub"), _PUSH.split("`")[1]),
+    **dict.fromkeys(
+        ("serve", "vllm-serve", "server", "api"),
+        "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf, for llama-server, or "
+        "vllm serve --enable-lora, which takes runs/mine/adapter as it is",
+    ),
+    **dict.fromkeys(("fuse", "merge-lora", "merge_lora"), "backhand merge --adapter runs/mine/adapter --output merged"),
+    **dict.fromkeys(("convert", "quantize"), "backhand train --quantize Q4_0, which quantizes a base on reading it"),
+    **dict.fromkeys(("eval", "test", "benchmark", "lm-eval"), "backhand evaluate --data rows.jsonl"),
+    **dict.fromkeys(("infer", "inference", "predict", "complete"), "backhand generate --prompt TEXT"),
+    **dict.fromkeys(("preprocess", "prepare", "check", "validate"), "backhand lint --data rows.jsonl"),
+    **dict.fromkeys(("env", "info", "doctor"), "backhand --version --verbose"),
+    **dict.fromkeys(("sweep", "tune-lr", "hpo"), "backhand search --data rows.jsonl --output runs/search"),
+    **dict.fromkeys(
+        ("list", "ls", "download", "pull", "fetch"), "backhand models; a hub id is fetched when it is first used"
+    ),
+}
+"""Commands of other tools, and what does the same here."""
+
+
+def ours(name: str, shown: Callable[[str], str], known: Iterable[str] | None = None) -> str | None:
+    """What an option of another tool is here; None if it is nobody's.
+
+    Args:
+        name: as it was written, with dashes or underscores.
+        shown: how a field of ours is written there: an option, or a key.
+        known: fields that there are; None for all.
+    """
+    text = _OF.get(name.strip("-").replace("-", "_").lower())
+    if text is None:
+        return None
+    fields = re.findall(r"`(\w+)`", text)
+    if known is not None and fields and not text.startswith(NOT_NEEDED) and fields[0] not in known:
+        return None
+    return re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)

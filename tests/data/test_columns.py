@@ -1,0 +1,99 @@
+"""Columns by name: what is made of them, what is refused, and what a spreadsheet's names leave no doubt of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.forms import detect
+from backhand.data.options import DataOptions, NamedColumns
+from backhand.data.prepare import Prompt, prepare, prepare_prompts
+from backhand.data.rows import RawRow
+from backhand.errors import DataError, UsageError
+from support.tokenizer_kinds import byte_level
+
+
+def asked(path: Path, **given: Any) -> tuple[list[Prompt], tuple[str, ...]]:
+    prompts: list[Prompt] = []
+    train, _ = prepare(DataOptions(data=(str(path),), **given), byte_level(), prompts=prompts)
+    return prompts, train.report.notes
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+TICKETS = "id,subject,body,team\n7,Late,Where is it?,shipping\n8,Bill,,billing\n"
+
+
+def test_columns_of_a_spreadsheet_by_name(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", TICKETS)
+    prompts, notes = asked(path, prompt=r"{subject}\n{body} {{x}}", completion="team")
+    assert ["Late\nWhere is it? {x}" in one.text for one in prompts] == [True, False]
+    assert [one.reply for one in prompts] == ["shipping", "billing"]
+    assert notes[-1] == "not read: the column id"
+    prompts, _ = asked(path, prompt="subject", completion="{team}!", system="{body}, in {curly} braces")
+    assert prompts[0].reply == "shipping!" and "Where is it?, in {curly} braces" in prompts[0].text
+
+
+def test_a_prompt_of_one_column_may_be_messages_and_numbers_are_text(tmp_path: Path) -> None:
+    row = {"turns": [{"role": "user", "content": "hi"}], "score": 5, "messages": None, "label": "x"}
+    path = written(tmp_path / "t.jsonl", json.dumps(row) + "\n")
+    prompts, _ = asked(path, prompt="turns", completion="score")
+    assert "hi" in prompts[0].text and prompts[0].reply == "5"
+    row["talk"] = [*row["turns"], {"role": "assistant", "content": "yes"}]  # type: ignore[misc]
+    prompts, _ = asked(written(path, json.dumps(row) + "\n"), messages="talk")
+    assert prompts[0].reply == "yes"
+
+
+def test_generate_asks_by_name_and_needs_no_answer(tmp_path: Path) -> None:
+    rows = DataOptions(data=(str(written(tmp_path / "t.csv", TICKETS)),))
+    prompts, _ = prepare_prompts(rows, rows, byte_level(), NamedColumns(prompt="About {subject}"))
+    assert "About Late" in prompts[0].text and prompts[0].reply is None
+
+
+def test_an_unknown_column_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", TICKETS)
+    with pytest.raises(UsageError) as raised:
+        asked(path, prompt="{subjct}", completion="team")
+    assert raised.value.where == "prompt" and "did you mean subject?" in (raised.value.next_step or "")
+
+
+def test_a_refused_row_says_which_forms_fit_and_how_to_name_columns() -> None:
+    with pytest.raises(DataError) as raised:
+        detect(RawRow({"subject": "a", "body": "b", "the team": "c"}, "f:1"))
+    assert r"--prompt '{subject}\n{body}' --completion 'the team'" in (raised.value.next_step or "")
+    with pytest.raises(DataError) as raised:
+        detect(RawRow({"instruction": "a", "category": "c"}, "f:1"))
+    assert (raised.value.next_step or "") == r"--prompt '{instruction}' --completion category"
+
+
+@pytest.mark.parametrize(
+    ("header", "understood"),
+    [
+        ("Question,Reply", True),
+        ("id,Prompt,Output", True),
+        ("Question,Answer,Reply", False),
+        ("Question,Answer,Comment", False),
+        ("Subject,Reply", False),
+    ],
+)
+def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, header: str, understood: bool) -> None:
+    cells = ",".join("abc"[: header.count(",") + 1])
+    path = written(tmp_path / "t.csv", f"{header}\n{cells}\n")
+    if not understood:
+        with pytest.raises(DataError):
+            asked(path)
+        return
+    prompts, notes = asked(path)
+    assert prompts[0].reply == cells[-1]
+    assert any("is read as the prompt" in note for note in notes)
+
+
+def test_text_beside_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
+    _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"))
+    assert notes[-1].endswith("not read: the column label; to learn it as the answer: --prompt text --completion label")

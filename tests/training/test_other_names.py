@@ -1,0 +1,121 @@
+"""The ten commonest names of each of five tools, and that they are those tools' own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from backhand.cli.fields import option_fields
+from backhand.cli.main import main
+from backhand.training.config import TrainConfig
+from backhand.training.other_names import _NAMES, ours
+
+PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "bias": "lora_bias",
+    "task_type": "",
+    "init_lora_weights": "",
+    "fan_in_fan_out": "",
+    "inference_mode": "",
+    "revision": "model",
+    "loftq_config": "",
+}
+TRL = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "output_dir": "output",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_rows",
+    "gradient_accumulation_steps": "batch_rows",
+    "lora_r": "rank",
+    "lr_scheduler_type": "schedule",
+    "logging_steps": "log_every",
+    "packing": "",
+}
+MLX = {
+    "iters": "max_steps",
+    "batch_size": "batch_rows",
+    "num_layers": "layers",
+    "adapter_path": "output",
+    "max_seq_length": "max_length",
+    "steps_per_eval": "eval_every",
+    "grad_checkpoint": "recompute",
+    "mask_prompt": "train_on",
+    "resume_adapter_file": "from_adapter",
+    "fine_tune_type": "",
+}
+UNSLOTH = {
+    "model_name": "model",
+    "max_seq_length": "max_length",
+    "load_in_4bit": "base",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_gradient_checkpointing": "recompute",
+    "random_state": "seed",
+    "dataset_text_field": "messages",
+    "train_on_responses_only": "train_on",
+    "optim": "",
+}
+AXOLOTL = {
+    "base_model": "model",
+    "datasets": "data",
+    "sequence_len": "max_length",
+    "val_set_size": "eval_fraction",
+    "micro_batch_size": "micro_batch_rows",
+    "num_epochs": "epochs",
+    "lora_target_linear": "target_modules",
+    "sample_packing": "",
+    "train_on_inputs": "train_on",
+    "flash_attention": "",
+}
+FIELDS = {field.name for field in option_fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("tool", [PEFT, TRL, MLX, UNSLOTH, AXOLOTL])
+def test_the_ten_commonest_names_are_answered(tool: dict[str, str]) -> None:
+    assert len(tool) == 10
+    for name, meant in tool.items():
+        answer = ours(name, lambda field: f"<{field}>")
+        assert answer is not None and (f"<{meant}>" in answer if meant else answer.startswith("nothing is to be"))
+
+
+def test_the_names_are_the_tools_own() -> None:
+    from mlx_lm.lora import CONFIG_DEFAULTS
+    from peft import LoraConfig
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    assert {field.name for field in dataclasses.fields(LoraConfig)} >= PEFT.keys()
+    assert {field.name for kind in (SFTConfig, ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)} >= (
+        TRL.keys()
+    )
+    assert CONFIG_DEFAULTS.keys() >= MLX.keys()
+
+
+def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -> None:
+    import re
+
+    for answer, names in _NAMES.items():
+        assert not FIELDS.intersection(names.split())
+        assert set(re.findall(r"`(\w+)`", answer)) <= FIELDS
+    every = [name for names in _NAMES.values() for name in names.split()]
+    assert len(every) == len(set(every))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--lora-r", "8"], "Unknown option: --lora-r. Did you mean --rank?"),
+        (["train", "--num_train_epochs", "3"], "Did you mean --epochs?"),
+        (["train", "--grad-accumulation-steps", "3"], "Here it is --batch-rows, the rows of a whole step"),
+        (["train", "--packing"], "--packing; nothing is to be given"),
+        (["evaluate", "--lora-r", "8"], "`backhand train` has it: --rank."),
+        (["dpo"], "Here that is: backhand train --data rows.jsonl --output runs/mine --objective dpo."),
+        (["serve"], "vllm serve --enable-lora"),
+    ],
+)
+def test_the_command_line_answers(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
