@@ -112,12 +112,9 @@ def spread(rows: int, count: int) -> list[int]:
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Token ids of what is asked, its last `longest` ones, and of what should be answered."""
-    ids, supervised = example.input_ids, example.supervised
-    places = np.flatnonzero(supervised)
-    end = int(places[-1]) + 1
-    gaps = np.flatnonzero(~supervised[:end])
-    begin = int(gaps[-1]) + 1 if len(gaps) else 0
-    if begin <= 1:  # at most the first token, which never is supervised: plain text
+    ids, (begin, end) = example.input_ids, example.last_answer
+    if not end:
+        end = int(np.flatnonzero(example.supervised)[-1]) + 1
         begin = end // 2
     return ids[max(0, begin - longest) : begin], ids[begin:end]
 
