@@ -162,11 +162,14 @@ def compared(
     return with_pairs
 
 
-def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
+def score(
+    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool, answered: int = 64
+) -> Score:
     """Measure one model on the rows.
 
     Args:
         rows: from `evaluation_rows` of the same model.
+        answered: rows answered at once.
 
     Raises:
         CheckError: the loss is not finite.
@@ -185,9 +188,9 @@ def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *,
     if rows.prompts:
         open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
         if rows.labels:
-            exact_match, labels = _judged(loaded, rows, run, open_prompts)
+            exact_match, labels = _judged(loaded, rows, run, open_prompts, answered)
         else:
-            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens)
+            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered)
             exact_match = right / len(rows.prompts)
     return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
 
@@ -197,7 +200,7 @@ _BEHIND_LABELS = 8
 
 
 def _judged(
-    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, open_prompts: Sequence[Prompt]
+    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, open_prompts: Sequence[Prompt], answered: int
 ) -> tuple[float, LabelScore]:
     """Exact match of free answers, of which those to `open_prompts` have to be decoded, and what labels are given."""
     longest = max(map(len, rows.labels.values())) + _BEHIND_LABELS
@@ -206,6 +209,7 @@ def _judged(
         [prompt.input_ids.tolist() for prompt in open_prompts],
         max_new_tokens=min(longest, run.max_new_tokens),
         stop_ids=loaded.stop_ids,
+        batch_size=answered,
     )
     right = [(prompt.reply or "").strip() for prompt in rows.prompts]
     decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, said, strict=True)}
@@ -246,8 +250,8 @@ def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """How many of the prompts the model, as it is, completes greedily with exactly the reply."""
+def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64) -> int:
+    """How many of the prompts, so many of them at once, the model completes greedily with exactly the reply."""
     replies = [(prompt.reply or "").strip() for prompt in prompts]
 
     def already_wrong(number: int, ids: Sequence[int]) -> bool:
@@ -261,6 +265,7 @@ def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens
         [prompt.input_ids.tolist() for prompt in prompts],
         max_new_tokens=max_new_tokens,
         stop_ids=loaded.stop_ids,
+        batch_size=at_once,
         give_up=None if tidies else already_wrong,
     )
     return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
