@@ -84,7 +84,8 @@ def test_figures_are_those_worked_by_hand_and_scikit_learns() -> None:
 
         assert score.f1_macro == pytest.approx(f1_score(RIGHT, GIVEN, average="macro", zero_division=0))
         theirs = precision_recall_fscore_support(RIGHT, GIVEN, labels=list("abcde"), zero_division=0)
-        assert [list(one.values()) for one in score.per_label.values()] == pytest.approx(np.array(theirs).T.tolist())
+        ours = [list(one.values()) for one in score.per_label.values()]
+        assert np.allclose(ours, np.array(theirs).T, rtol=1e-12)
 
 
 LABELS = ("json", "names", "a list of names", "number one")
@@ -102,7 +103,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
         rows.append({"prompt": asked, "completion": label})
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 12, "learning_rate": 2e-2, "rank": 8}
+    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 20, "learning_rate": 1e-2, "rank": 8}
     train(tiny.config(place / "run", **options))
     return tiny, path, place / "run"
 
@@ -187,7 +188,7 @@ def test_generate_answers_with_a_label_and_its_probability(
 
     generate(prompt="json json the user asks for", adapter=run / "adapter", labels=("auto",))
     said = capsys.readouterr()
-    assert said.out == "json\n" and said.err.startswith("json 0.9")
+    assert said.out == "json\n" and said.err.startswith(("json 1.000, ", "json 0.9"))
     output = tmp_path / "answers.jsonl"
     generate(data=(str(path),), adapter=run / "adapter", labels=("auto",), output=output, quiet=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
