@@ -17,7 +17,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions, RowSources
 from backhand.errors import DataError, UsageError
 from backhand.generate.command import generate_command
-from backhand.generate.labels import choose_labels, found_labels, label_log_probabilities
+from backhand.generate.labels import choose_labels, found_labels, label_log_probabilities, written_label
 from backhand.generate.loading import loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions
 from backhand.nn.model_options import BaseModelOptions
@@ -203,3 +203,31 @@ def test_generate_answers_with_a_label_and_its_probability(
     for wrong in (("one",), ("one", "one"), ("one", "")):
         with pytest.raises(UsageError):
             generate(prompt="json", labels=wrong)
+
+
+@pytest.mark.smollm2
+def test_smollm2s_labels_are_as_rows_have_them_and_as_probable_as_transformers_says(tmp_path: Path) -> None:
+    from backhand.data.documents import RowRenderer
+    from backhand.data.prepare import prepare
+    from backhand.nn.loading import open_model
+    from backhand.nn.loading.transformers_model import load_transformers_model
+
+    names = ("billing", "not spam", "spam", "shipping and returns")
+    rows = [{"prompt": f"Message: I was charged {n} times.\nCategory:", "completion": names[n % 4]} for n in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataOptions(data=(str(path),))
+    with loaded_model(BaseModelOptions(dtype="float32")) as loaded:
+        examples = prepare(data, loaded.tokenizer)[0].examples
+        labels = found_labels(examples, loaded.tokenizer, loaded.stop_ids)
+        renderer = RowRenderer(loaded.tokenizer, data)
+        assert labels == {name: written_label(renderer, name) for name in names}
+        prompts = [example.input_ids[: example.last_answer[0]].tolist() for example in examples[:2]]
+        ours = label_log_probabilities(loaded.model, prompts, labels)
+    model = load_transformers_model(open_model("smollm2-135m"), dtype=torch.float32)
+    for row, prompt in enumerate(prompts):
+        for column, ending in enumerate(labels.values()):
+            ids = torch.tensor([[*prompt, *ending]])
+            with torch.no_grad():
+                log_p = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            assert abs(ours[row, column] - log_p.gather(1, ids[0, len(prompt) :, None]).sum()) < 1e-4

@@ -6,8 +6,9 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from backhand.generate.options import AnswerOptions, GenerateOptions, compared_l
 from backhand.generate.session import PROMPT, Answer, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
+from backhand.terminal import working
 from backhand.words import count_of, show_notes
 
 STDIN = "-"
@@ -211,37 +213,23 @@ def _lines(
 
 
 def _answers(
-    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, label: str, labels: Labels
-) -> Iterator[dict[str, Any]]:
-    asked = [prompt.input_ids.tolist() for prompt in prompts]
-    if labels:
-        for chosen in choose_labels(session.model, asked, labels):
-            text, probability = next(iter(chosen.items()))
-            yield {"completion": text, "probability": probability, "probabilities": chosen}
-        return
-    with _progress(label, len(prompts), shown=not options.answer.quiet) as advance:
+    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
+) -> list[dict[str, Any]]:
+    asked, done = [prompt.input_ids.tolist() for prompt in prompts], count(1)
+    quiet = nullcontext(lambda _: None)
+    with quiet if options.answer.quiet else working(f"{key}: {count_of(len(asked), 'row')}") as tell:
+        if labels:
+            chosen = choose_labels(session.model, asked, labels)
+            usual = [(row, *next(iter(row.items()))) for row in chosen]
+            return [{"completion": one, "probability": p, "probabilities": row} for row, one, p in usual]
         answers = session.answer_all(
             asked,
             options.sampling,
             sources=[prompt.source for prompt in prompts],
             batch_rows=options.answer.batch_rows,
-            on_done=lambda _: advance(),
+            on_done=lambda _: tell(f"{key}: {next(done)} of {count_of(len(asked), 'row')}"),
         )
-    yield from ({"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers)
-
-
-@contextmanager
-def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, if that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from backhand.terminal import console
-
-    shown_on = console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=shown_on, transient=True, disable=not (shown and shown_on.is_terminal)) as progress:
-        task = progress.add_task(label, total=rows)
-        yield lambda: progress.advance(task)
+    return [{"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
 
 
 def read_text(read: Callable[[], str], what: str) -> str:

@@ -38,23 +38,30 @@ RULE = (
 )
 
 
-def found_labels(examples: Iterable[Example], tokenizer: Any, stop_ids: Collection[int]) -> dict[str, tuple[int, ...]]:
+def found_labels(
+    examples: Iterable[Example], tokenizer: Any, stop_ids: Collection[int], names: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """The labels of rows whose last answers are labels by `RULE`, sorted; none where they are not.
 
     An answer that was cut before its end is passed over.
+
+    Args:
+        names: of labels that are looked for, whatever the rule says.
     """
     counts: Counter[tuple[int, ...]] = Counter()
     for example in examples:
         begin, end = example.last_answer
         ids = example.input_ids[begin:end].tolist()
         stop = next((place for place, token in enumerate(ids) if token in stop_ids), None)
-        if not ids or len(counts) > 2 * MOST_LABELS:
+        if not ids or (len(counts) > 2 * MOST_LABELS and not names):
             return {}
         if stop is not None:
             counts[tuple(ids[: stop + 1])] += 1
     labels: dict[str, tuple[int, ...]] = {}
     for answer, _ in counts.most_common():  # of two ways to write a label, the usual one
         labels.setdefault(str(tokenizer.decode(answer[:-1], skip_special_tokens=True)).strip(), answer)
+    if names:
+        return {name: labels[name] for name in names if name in labels}
     few = 2 <= len(labels) <= MOST_LABELS and ROWS_A_LABEL * len(labels) <= counts.total()
     short = all(text and len(text) <= LONGEST_LABEL and "\n" not in text for text in labels)
     return dict(sorted(labels.items())) if few and short else {}

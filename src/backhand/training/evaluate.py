@@ -123,8 +123,9 @@ def _labels(
     """The labels to judge by. Raises DataError where some are asked for that rows do not answer with."""
     if tuple(names) == (NONE,) or not prompts:
         return {}
-    found = found_labels(examples, loaded.tokenizer, loaded.stop_ids)
-    if names and tuple(names) != (AUTO,):
+    named = () if tuple(names) == (AUTO,) else names
+    found = found_labels(examples, loaded.tokenizer, loaded.stop_ids, named)
+    if named:
         candidates = [named_labels(names, {**found, **loaded.labels}, lambda: RowRenderer(loaded.tokenizer, data))]
     else:
         candidates = [loaded.labels, found]
