@@ -103,7 +103,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
         rows.append({"prompt": asked, "completion": label})
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 20, "learning_rate": 1e-2, "rank": 8}
+    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 12, "learning_rate": 2e-2, "rank": 8}
     train(tiny.config(place / "run", **options))
     return tiny, path, place / "run"
 
