@@ -23,7 +23,9 @@ from backhand.generate.options import AnswerOptions, GenerateOptions
 from backhand.nn.model_options import BaseModelOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
+from backhand.runs.summary import read_summary
 from backhand.training.config import ModelOptions
+from backhand.training.console import closing_lines
 from backhand.training.evaluate import evaluate, evaluate_command
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import label_score, mistaken_for
@@ -138,6 +140,8 @@ def test_a_run_judges_its_labels_and_writes_them_down(labelled: tuple[TinyRun, P
     score = summary["adapted_labels"]
     assert summary["adapted_exact_match"] > 0.9 < score["accuracy"] and score["invented"] <= 1
     assert list(score["per_label"]) == sorted(LABELS) and summary["base_labels"]["invented"] == 32
+    told = read_summary(run / "summary.json")
+    assert told is not None and any("accuracy 2" in line and "macro F1" in line for line in closing_lines(told))
     record = json.loads((run / "adapter" / "backhand.json").read_text())
     assert list(record["labels"]) == sorted(LABELS)
     page = Page(run_page(read_run(run)))
