@@ -108,8 +108,8 @@ def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     if name == "config":
         return isinstance(value, dict)
     if name == "labels":
-        lists = isinstance(value, dict) and all(isinstance(ids, list) for ids in value.values())
-        return lists and all(isinstance(token, int) and token >= 0 for ids in value.values() for token in ids)
+        lists = list(value.values()) if isinstance(value, dict) else [None]
+        return all(isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids) for ids in lists)
     if name in ("packages", "files"):
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return value is None or isinstance(value, str)

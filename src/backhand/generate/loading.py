@@ -34,7 +34,7 @@ class LoadedModel:
         stop_ids: tokens that end an answer.
         notes: what a person should know, a sentence each: which way the model is computed, what the adapter's files
             say.
-        labels: that the adapter's record names, see `labels`.
+        labels: that the adapter's record names, see `labels`; none where they are no tokens of this model.
     """
 
     model: Completer
@@ -84,7 +84,9 @@ def loaded_model(
             *source.stop_token_ids(),
             *stopping_role_ids(tokenizer, template, from_option=chat_template is not None, template_args=template_args),
         )
-        yield LoadedModel(model, tokenizer, stop_ids, notes, {} if record is None else record.labels)
+        labels = {} if record is None else record.labels
+        known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {})
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]
