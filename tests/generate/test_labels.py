@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions, RowSources
-from backhand.errors import DataError, UsageError
+from backhand.errors import ArtifactError, DataError, UsageError
 from backhand.generate.command import generate_command
 from backhand.generate.labels import choose_labels, found_labels, label_log_probabilities, written_label
 from backhand.generate.loading import loaded_model
@@ -204,6 +205,12 @@ def test_generate_answers_with_a_label_and_its_probability(
     assert capsys.readouterr().out.strip() in ("one", "for")
     with pytest.raises(UsageError, match="names no labels"):
         generate(prompt="json", labels=("auto",))
+    for tokens, error in (([1 << 20, 2], UsageError), (["json"], ArtifactError), ([], ArtifactError)):
+        tampered = Path(shutil.copytree(run / "adapter", tmp_path / str(tokens)))
+        record = json.loads((tampered / "backhand.json").read_text()) | {"labels": {"json": tokens}}
+        (tampered / "backhand.json").write_text(json.dumps(record))
+        with pytest.raises(error):
+            generate(prompt="json", adapter=tampered, labels=("auto",))
     for wrong in (("one",), ("one", "one"), ("one", "")):
         with pytest.raises(UsageError):
             generate(prompt="json", labels=wrong)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from backhand.report import charts
-from backhand.report.label_table import label_table
 from backhand.report.module_changes import ModuleChange, changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
@@ -54,7 +53,8 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "tiles": _tiles(run, tables),
         "commands": use_commands(run) if run.adapter.is_dir() else [],
         "answers": [_answer(line) for line in run.answers],
-        "labels": label_table(run),
+        "labels": run.summary.get("adapted_labels"),
+        "base_labels": run.summary.get("base_labels"),
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "objective": run.objective,
