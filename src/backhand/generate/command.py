@@ -23,7 +23,7 @@ from backhand.generate.session import PROMPT, Answer, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import working
-from backhand.words import count_of, show_notes
+from backhand.words import count_of, name_list, show_notes
 
 STDIN = "-"
 
@@ -114,7 +114,7 @@ def _answer_one(
         (chosen,) = choose_labels(session.model, [prompt_ids], labels)
         write_answer(f"{next(iter(chosen))}\n")
         if not options.answer.quiet:
-            say(", ".join(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
+            say(name_list(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
         return
     answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
     if not answer.text.endswith("\n"):
@@ -202,9 +202,8 @@ def _lines(
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
     if not options.answer.compare:
-        for line, answer in zip(lines, _answers(session, prompts, options, "answers", labels), strict=True):
-            line |= answer
-        return lines
+        answers = _answers(session, prompts, options, "answers", labels)
+        return [line | answer for line, answer in zip(lines, answers, strict=True)]
     for key, with_adapter in (("base", False), ("adapted", True)):
         loaded.model.use_adapter(with_adapter)
         for line, answer in zip(lines, _answers(session, prompts, options, key, labels), strict=True):
