@@ -18,6 +18,7 @@ from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.examples import Example
 from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
+from backhand.errors import CheckError
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import Labels
@@ -152,6 +153,8 @@ def measured_answers(
     try:
         # No more rows at once than a training step has, whose memory is planned.
         base, adapted = (score(loaded, rows, run, adapter=one, answered=run.micro_batch_rows) for one in (False, True))
+    except CheckError:  # nothing finite: the run has said so, and is over
+        return {}
     finally:
         bound.model.attach(bound.lora)
     return {
