@@ -54,7 +54,7 @@ class TerminalObserver(Observer):
         self._total = start.total_steps
         self._step = start.step
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
-        self._silent.enter_context(going_on(lambda: f"step {self._step + 1} of {self._total}"))
+        self._silent.enter_context(going_on(self._going_on))
         if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 MofNCompleteColumn(),
@@ -77,6 +77,9 @@ class TerminalObserver(Observer):
             self._console.print(text)
         except OSError:
             self._fall_silent()
+
+    def _going_on(self) -> str:
+        return f"step {self._step + 1} of {self._total}" if self._step < self._total else "behind the last step"
 
     def _fall_silent(self) -> None:
         self._console.quiet = True
