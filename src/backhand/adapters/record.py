@@ -37,6 +37,7 @@ class AdapterRecord:
         config: every option of the run that decided the trained numbers, by `table.name`.
         packages: versions that wrote the adapter.
         files: digest of each file beside the record.
+        labels: of rows whose answers are labels, each label's token ids, the one that ends it among them.
     """
 
     origin: str | None = None
@@ -48,6 +49,7 @@ class AdapterRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     packages: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
@@ -71,6 +73,8 @@ def installed_packages() -> dict[str, str]:
 def record_bytes(record: AdapterRecord) -> bytes:
     """backhand.json; the same record gives the same bytes."""
     contents = {"format_version": RECORD_VERSION, **asdict(record)}
+    if not record.labels:
+        del contents["labels"]
     return (json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 
 
@@ -87,7 +91,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
             where=where,
             next_step="upgrade Backhand",
         )
-    raw = {"config": {}, **raw}  # the first files of this format had none
+    raw = {"config": {}, "labels": {}, **raw}  # the first files of this format had neither
     known = {one.name for one in fields(AdapterRecord)}
     wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
     if version != RECORD_VERSION or wrong:
@@ -103,6 +107,9 @@ def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
     if name == "config":
         return isinstance(value, dict)
+    if name == "labels":
+        lists = list(value.values()) if isinstance(value, dict) else [None]
+        return all(isinstance(ids, list) and ids and all(isinstance(one, int) for one in ids) for ids in lists)
     if name in ("packages", "files"):
         return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     return value is None or isinstance(value, str)

@@ -138,7 +138,7 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "Measure loss, perplexity and exact match on rows, for the base model and with an adapter.",
+        "Measure loss, perplexity, exact match and labels on rows, for the base model and with an adapter.",
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
         "backhand.training.evaluate_options:EvaluateOptions",
         "backhand.training.evaluate:evaluate_command",

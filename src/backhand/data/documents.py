@@ -52,6 +52,7 @@ class RowRenderer:
 
     Attributes:
         encoder: turns the documents into token ids.
+        has_template: whether conversations can be rendered.
 
     Raises:
         UsageError: the chat template cannot be read, or a system message is given where no template could take it.
@@ -61,6 +62,7 @@ class RowRenderer:
         template = read_template(options.chat_template, tokenizer)
         self._tokenizer = tokenizer
         self._template = template
+        self.has_template = template is not None
         self._rendered_already = (options.chat_template or "").strip().lower() == NO_TEMPLATE
         self._train_on_all = train_on_all
         self._system = options.system

@@ -60,6 +60,14 @@ class Example:
         return int(self.supervised.argmax())
 
     @property
+    def last_answer(self) -> tuple[int, int]:
+        """Where its last supervised stretch begins and ends; (0, 0) of plain text, supervised from the start."""
+        places = np.flatnonzero(self.supervised)
+        gaps = np.flatnonzero(~self.supervised[: places[-1]]) if len(places) else places
+        begin = int(gaps[-1]) + 1 if len(gaps) else 0
+        return (begin, int(places[-1]) + 1) if begin > 1 else (0, 0)
+
+    @property
     def token_key(self) -> bytes:
         """The same for two examples exactly if their tokens are equal."""
         return hashlib.sha256(b"|".join(document.input_ids.tobytes() for document in self.documents)).digest()

@@ -7,8 +7,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.rows import BadRows
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
+from backhand.generate.labels import AUTO, NONE, RULE, Labels, choose_labels, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions, compared_labels
-from backhand.generate.session import Answer, GenerationSession
-from backhand.printing import say, write_answer
+from backhand.generate.session import PROMPT, Answer, GenerationSession
+from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
-from backhand.words import count_of, show_notes
+from backhand.terminal import working
+from backhand.words import count_of, name_list, show_notes
 
 STDIN = "-"
 
@@ -73,18 +76,48 @@ def _read_prompt(prompt: str | None) -> str | None:
 def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -> None:
     session = GenerationSession(loaded, options.template)
     prompt_ids = session.prompt_ids(prompt)
+    labels = _labels(options, loaded, session)
     if not options.answer.compare:
-        _stream(session, prompt_ids, options)
+        _answer_one(session, prompt_ids, options, labels)
         return
     for label, with_adapter in compared_labels(options.answer.adapter):
         write_answer(f"{label}:\n")
         loaded.model.use_adapter(with_adapter)
-        _stream(session, prompt_ids, options)
+        _answer_one(session, prompt_ids, options, labels)
         if not with_adapter:
             write_answer("\n")
 
 
-def _stream(session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions) -> None:
+def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSession) -> Labels:
+    """Those that answers are to be chosen from; nothing where they are free.
+
+    Raises:
+        UsageError: they are to be the adapter's, and its record names none.
+    """
+    names = options.answer.labels
+    if names != (AUTO,):
+        return named_labels(() if names == (NONE,) else names, loaded.labels, lambda: session.renderer)
+    if not loaded.labels:
+        raise UsageError(
+            "the adapter's record names no labels",
+            where="labels",
+            why=f"it names them where training rows have them: {RULE}",
+            next_step="name them: --labels A,B,…",
+        )
+    return loaded.labels
+
+
+def _answer_one(
+    session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions, labels: Labels
+) -> None:
+    """An answer as it comes; or the most probable label, and on standard error how probable each of them is."""
+    if labels:
+        session.check(prompt_ids, PROMPT)
+        (chosen,) = choose_labels(session.model, [prompt_ids], labels)
+        write_answer(f"{next(iter(chosen))}\n")
+        if not options.answer.quiet:
+            say(name_list(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
+        return
     answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
     if not answer.text.endswith("\n"):
         write_answer("\n")
@@ -123,8 +156,9 @@ def check_output(options: AnswerOptions) -> None:
 def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     """Answer every row of `data` and write a line for each: prompt, reference, completion and finish_reason.
 
-    `prompt` is the text as the model saw it, `reference` the row's own last reply or null. With `compare`, `base` and
-    `adapted` hold a completion and its finish_reason each. The file appears when all answers are there.
+    `prompt` is the text as the model saw it, `reference` the row's own last reply or null. With `labels`, `completion`
+    is one of them, and in place of finish_reason stand its `probability` and the `probabilities` of all. With
+    `compare`, `base` and `adapted` hold what is there otherwise. The file appears when all answers are there.
 
     Raises:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
@@ -134,6 +168,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
     )
     session = GenerationSession(loaded, options.template)
+    labels = _labels(options, loaded, session)
     # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
     bad = BadRows(options.rows.skip_bad)
     prompts = [prompt for prompt in read if _can_be_answered(prompt, session, bad)]
@@ -146,7 +181,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
             notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")
         show_notes(notes)
     started = time.perf_counter()
-    lines = _lines(options, loaded, session, prompts)
+    lines = _lines(options, loaded, session, prompts, labels)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.answer.output is None:
         write_answer(text)
@@ -167,49 +202,37 @@ def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -
 
 
 def _lines(
-    options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt]
+    options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt], labels: Labels
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
     if not options.answer.compare:
-        for line, answer in zip(lines, _answers(session, prompts, options, "answers"), strict=True):
-            line |= _entry(answer)
-        return lines
+        answers = _answers(session, prompts, options, "answers", labels)
+        return [line | answer for line, answer in zip(lines, answers, strict=True)]
     for key, with_adapter in (("base", False), ("adapted", True)):
         loaded.model.use_adapter(with_adapter)
-        for line, answer in zip(lines, _answers(session, prompts, options, key), strict=True):
-            line[key] = _entry(answer)
+        for line, answer in zip(lines, _answers(session, prompts, options, key, labels), strict=True):
+            line[key] = answer
     return lines
 
 
-def _entry(answer: Answer) -> dict[str, str]:
-    return {"completion": answer.text, "finish_reason": answer.finish_reason}
-
-
 def _answers(
-    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, label: str
-) -> list[Answer]:
-    with _progress(label, len(prompts), shown=not options.answer.quiet) as advance:
-        return session.answer_all(
-            [prompt.input_ids.tolist() for prompt in prompts],
+    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
+) -> list[dict[str, Any]]:
+    asked, done = [prompt.input_ids.tolist() for prompt in prompts], count(1)
+    quiet = nullcontext(lambda _: None)
+    with quiet if options.answer.quiet else working(f"{key}: {count_of(len(asked), 'row')}") as tell:
+        if labels:
+            chosen = choose_labels(session.model, asked, labels)
+            usual = [(row, *next(iter(row.items()))) for row in chosen]
+            return [{"completion": one, "probability": p, "probabilities": row} for row, one, p in usual]
+        answers = session.answer_all(
+            asked,
             options.sampling,
             sources=[prompt.source for prompt in prompts],
             batch_rows=options.answer.batch_rows,
-            on_done=lambda _: advance(),
+            on_done=lambda _: tell(f"{key}: {next(done)} of {count_of(len(asked), 'row')}"),
         )
-
-
-@contextmanager
-def _progress(label: str, rows: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, if that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from backhand.terminal import console
-
-    shown_on = console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=shown_on, transient=True, disable=not (shown and shown_on.is_terminal)) as progress:
-        task = progress.add_task(label, total=rows)
-        yield lambda: progress.advance(task)
+    return [{"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
 
 
 def read_text(read: Callable[[], str], what: str) -> str:

@@ -72,7 +72,7 @@ class Completer(Protocol):
         ...
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, in the order of the positions, without gradients."""
+        """(supervised tokens,) losses in nats, document by document in the batch's order, without gradients."""
         ...
 
     def use_adapter(self, wanted: bool) -> None:

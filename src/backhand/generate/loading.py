@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
+from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
@@ -32,12 +34,14 @@ class LoadedModel:
         stop_ids: tokens that end an answer.
         notes: what a person should know, a sentence each: which way the model is computed, what the adapter's files
             say.
+        labels: that the adapter's record names, see `labels`; none where they are no tokens of this model.
     """
 
     model: Completer
     tokenizer: Any
     stop_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    labels: Labels = field(default_factory=dict)
 
 
 @contextmanager
@@ -69,18 +73,24 @@ def loaded_model(
         template = read_template(chat_template, tokenizer)
         asked = _Asked(options, source, adapter, template, template_args, dtype, device, one_at_a_time)
         try:
-            model, notes = _by_transformers(asked) if options.engine == "transformers" else _by_engine(asked)
+            model, notes, record = _by_transformers(asked) if options.engine == "transformers" else _by_engine(asked)
         except UnsupportedModel as error:
             if options.engine == "backhand":
                 raise
-            model, notes = _by_transformers(asked)
+            model, notes, record = _by_transformers(asked)
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         stop_ids = (
             *source.stop_token_ids(),
             *stopping_role_ids(tokenizer, template, from_option=chat_template is not None, template_args=template_args),
         )
-        yield LoadedModel(model, tokenizer, stop_ids, notes)
+        labels = {} if record is None else record.labels
+        known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {})
+
+
+_Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]
+"""The model, its notes, and the adapter's record."""
 
 
 class _Asked(NamedTuple):
@@ -102,19 +112,19 @@ class _Asked(NamedTuple):
         return {"chat_template": self.template, "template_args": args, "force_base": force}
 
 
-def _by_engine(asked: _Asked) -> tuple[Completer, tuple[str, ...]]:
+def _by_engine(asked: _Asked) -> _Loaded:
     options, source, dtype, device = asked.options, asked.source, asked.dtype, asked.device
     quantized = stays_quantized(options, source, dtype, device, one_at_a_time=asked.one_at_a_time)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
     if asked.adapter is None:
-        return EngineCompleter(decoder), ()
+        return EngineCompleter(decoder), (), None
     pickle, shapes = options.allow_pickle, decoder.module_shapes()
     loaded = load_adapter_for(source, asked.adapter, shapes, **asked.record_options, allow_pickle=pickle)
     decoder.attach(loaded.parameters(device=device))
-    return EngineCompleter(decoder), loaded.notes
+    return EngineCompleter(decoder), loaded.notes, loaded.record
 
 
-def _by_transformers(asked: _Asked) -> tuple[Completer, tuple[str, ...]]:
+def _by_transformers(asked: _Asked) -> _Loaded:
     from backhand.adapters.inject import inject_contents
     from backhand.generate.transformers_completer import TransformersCompleter
     from backhand.nn.loading.transformers_model import load_transformers_model
@@ -122,9 +132,9 @@ def _by_transformers(asked: _Asked) -> tuple[Completer, tuple[str, ...]]:
     source, adapter = asked.source, asked.adapter
     model = load_transformers_model(source, dtype=asked.dtype, device=asked.device)
     if adapter is None:
-        return TransformersCompleter(model), ()
+        return TransformersCompleter(model), (), None
     contents = read_adapter(adapter, source, allow_pickle=asked.options.allow_pickle)
     injected = inject_contents(model, contents)
     names = [target.name for target in injected.targets]
     forced = check_source(contents.record, str(adapter), source, names, **asked.record_options)
-    return TransformersCompleter(model, injected), (*forced, *injected.notes)
+    return TransformersCompleter(model, injected), (*forced, *injected.notes), contents.record

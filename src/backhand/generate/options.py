@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Bound, Check, Count, Given, NotNegative, Options, Seed, Text
+from backhand.adapters.config import parse_names
+from backhand.bounds import Bound, Check, Count, Given, NotNegative, Options, Seed, Text, Words
 from backhand.data.options import RowSources, TemplateOptions, has_places
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
@@ -25,6 +26,17 @@ def _check_temperature(where: str, value: object) -> None:
             why=f"logits divided by less than {LOWEST_TEMPERATURE:f} are infinite",
             next_step="give 0, which always takes the likeliest token",
         )
+
+
+def _check_labels(where: str, names: object) -> None:
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UsageError(f"{names!r} is no list of labels", where=where)
+    if len(set(names)) < len(names) or (len(names) == 1 and names[0] not in ("auto", "none")):
+        what = f"{names[0]!r} is the only label" if len(names) == 1 else "a label is given twice"
+        raise UsageError(what, where=where, next_step="give two or more different ones, such as yes,no")
+
+
+LabelNames = Annotated[tuple[str, ...], Check(_check_labels), Words(parse_names)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,10 @@ class AnswerOptions(AdapterOptions):
     output: Path | None = None
     """With `data`: JSON Lines file for the answers, one line a row in the order of the rows; not given: standard
     output."""
+
+    labels: LabelNames = ()
+    """Answer with the most probable of these labels, such as `yes,no`, and tell its probability; nothing is sampled.
+    `auto` takes those that the adapter was trained on."""
 
     overwrite: bool = False
     """Replace the file `output` if it exists."""

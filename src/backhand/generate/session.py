@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from backhand.data.chat import read_template
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import encode_document
 from backhand.data.messages import Conversation, Message
@@ -50,8 +49,8 @@ class GenerationSession:
         self.model: Completer = loaded.model
         self.tokenizer: Any = loaded.tokenizer
         self.stop_ids = frozenset(loaded.stop_ids)
-        self.has_template = read_template(template.chat_template, loaded.tokenizer) is not None
-        self._renderer = RowRenderer(loaded.tokenizer, template)
+        self.renderer = RowRenderer(loaded.tokenizer, template)
+        self.has_template = self.renderer.has_template
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of one user turn and the beginning of its reply; without a chat template, of the text as it stands.
@@ -133,8 +132,8 @@ class GenerationSession:
         return [Answer(reply.stream.text, reply.tokens, reply.finish_reason or "length") for reply in replies]
 
     def _encode(self, row: OneText) -> list[int]:
-        document, _ = self._renderer.prompt(row)
-        ids: list[int] = encode_document(document, self._renderer.encoder).input_ids.tolist()
+        document, _ = self.renderer.prompt(row)
+        ids: list[int] = encode_document(document, self.renderer.encoder).input_ids.tolist()
         if not ids:
             raise DataError("the prompt is empty", where=row.source)
         return ids

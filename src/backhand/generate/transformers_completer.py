@@ -79,7 +79,7 @@ class TransformersCompleter:
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats; see `completer.Completer`."""
         with self._as_wanted():
-            return joined(supervised_losses(self.model, batch, self._may_pad), self.device)
+            return batch.of_documents(joined(supervised_losses(self.model, batch, self._may_pad), self.device))
 
     def _may_pad(self) -> bool:
         if self._pads is None:

@@ -130,7 +130,7 @@ def demo_command(options: DemoOptions) -> DemoResult:
     console.print(_proved(run_directory))
     save_loss_picture(run_directory / "metrics.jsonl", options.output / "loss.png")
     result = DemoResult(base, shown, adapted, run, parity, time.perf_counter() - start)
-    _write_summary(run_directory, result)
+    _write_summary(run_directory, result, options.held_out_rows)
     write_report(run_directory)
     _print_result(console, options, result)
     if parity is not None and not parity.passed:
@@ -200,13 +200,14 @@ def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[str]:
     return [str(loaded.tokenizer.decode(ids)).strip() for ids in completions]
 
 
-def _write_summary(run_directory: Path, result: DemoResult) -> None:
+def _write_summary(run_directory: Path, result: DemoResult, held_out_rows: int) -> None:
     """The run's summary.json with what the demo adds."""
     path = run_directory / "summary.json"
     added: dict[str, Any] = {
         "base_exact_match": result.base.exact_match,
         "few_shot_exact_match": result.few_shot.exact_match,
         "adapted_exact_match": result.adapted.exact_match,
+        "exact_match_rows": held_out_rows,
         "few_shot_eval_loss": result.few_shot.loss,
         "demo_s": round(result.demo_s, 1),
     }

@@ -53,6 +53,8 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "tiles": _tiles(run, tables),
         "commands": use_commands(run) if run.adapter.is_dir() else [],
         "answers": [_answer(line) for line in run.answers],
+        "labels": run.summary.get("adapted_labels"),
+        "base_labels": run.summary.get("base_labels"),
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "objective": run.objective,

@@ -39,6 +39,9 @@ class RunSummary:
         stopped_because: why the run ended before its last step, or None.
         world_size: processes that ended the run; each has such a peak of memory.
         objective: what was minimised, as `--objective` has it.
+        base_exact_match, adapted_exact_match: share of so many held-out rows, `exact_match_rows`, that the base model
+            and the adapter answer exactly right; None where answers are long, or nothing was held out.
+        base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels.
     """
 
     output: str
@@ -69,6 +72,11 @@ class RunSummary:
     base: str = "dense"
     world_size: int = 1
     objective: str = "sft"
+    base_exact_match: float | None = None
+    adapted_exact_match: float | None = None
+    exact_match_rows: int | None = None
+    base_labels: dict[str, Any] | None = None
+    adapted_labels: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of summary.json."""

@@ -1,7 +1,7 @@
-"""answers.jsonl: a few held-out rows, answered by the base model and with the adapter, for people to compare.
+"""Held-out rows, answered at the end of a run: a few for people to compare, and how many are right.
 
-A row is asked up to where its last supervised stretch begins, and that stretch is what it should say. Of plain text,
-where everything is supervised, the first half is given and the second half is what comes next.
+In answers.jsonl a row is asked up to where its last supervised stretch begins, and that stretch is what it should say.
+Of plain text, where everything is supervised, the first half is given and the second half is what comes next.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ import numpy as np
 from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.examples import Example
 from backhand.data.options import TemplateOptions
+from backhand.data.prepare import Prompt
+from backhand.errors import CheckError
 from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.labels import Labels
+from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource
 from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
+from backhand.training.evaluate import EvaluationRows, score
+from backhand.training.evaluate_options import EvaluateRunOptions
+from backhand.training.measuring import HeldOut
 
 MAX_NEW_TOKENS = 64
 _LONGEST_PROMPT = 1024
@@ -104,6 +111,61 @@ def held_out_answers(
         )
 
 
+_SHORT_TOKENS = 128
+_FEWEST_ROWS, _MOST_ROWS = 16, 500
+_SHARE_OF_TRAINING = 4
+"""Rows are asked for one in so many of the tokens trained on, less than their evaluations take during the run."""
+
+
+def measured_answers(
+    bound: BoundModel,
+    source: ModelSource,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    labels: Labels,
+    trained_tokens: int,
+) -> dict[str, Any]:
+    """Exact match of the base model and with the adapter, and their labels if rows have them, as summary.json has it.
+
+    Measured on held-out rows with short answers, evenly spread over all; nothing where some answer is long, or rows are
+    plain text or no answers to learn.
+
+    Args:
+        bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
+        labels: of the training rows; nothing where these have none.
+        trained_tokens: of the run, which bounds how many rows are asked.
+    """
+    spans = [example.last_answer for example in examples]
+    if config.objective.objective != "sft" or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
+        return {}
+    affordable = trained_tokens * len(examples) // (_SHARE_OF_TRAINING * sum(map(len, examples)))
+    places = spread(len(examples), min(_MOST_ROWS, max(_FEWEST_ROWS, affordable)))
+    chosen, tokenizer = [examples[place] for place in places], source.tokenizer()
+    prompts = []
+    for example in chosen:
+        begin, end = example.last_answer
+        reply = str(tokenizer.decode(example.input_ids[begin:end].tolist(), skip_special_tokens=True)).strip()
+        prompts.append(Prompt(example.input_ids[:begin], "", reply, example.source))
+    labels = labels if all(prompt.reply in labels for prompt in prompts) else {}
+    run = EvaluateRunOptions(max_new_tokens=_SHORT_TOKENS, micro_batch_rows=config.optimization.micro_batch_rows or 1)
+    rows = EvaluationRows(HeldOut(chosen, run.micro_batch_rows), len(chosen), tuple(prompts), labels=labels)
+    loaded = LoadedModel(bound.completer(), tokenizer, stop_ids(source, config.data))
+    try:
+        # No more rows at once than a training step has, whose memory is planned.
+        base, adapted = (score(loaded, rows, run, adapter=one, answered=run.micro_batch_rows) for one in (False, True))
+    except CheckError:  # nothing finite: the run has said so, and is over
+        return {}
+    finally:
+        bound.model.attach(bound.lora)
+    return {
+        "exact_match_rows": len(chosen),
+        "base_exact_match": base.exact_match,
+        "adapted_exact_match": adapted.exact_match,
+        "base_labels": asdict(base.labels) if base.labels else None,
+        "adapted_labels": asdict(adapted.labels) if adapted.labels else None,
+    }
+
+
 def spread(rows: int, count: int) -> list[int]:
     """Up to `count` different places among so many rows, the first one among them."""
     count = min(rows, count)
@@ -112,12 +174,9 @@ def spread(rows: int, count: int) -> list[int]:
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Token ids of what is asked, its last `longest` ones, and of what should be answered."""
-    ids, supervised = example.input_ids, example.supervised
-    places = np.flatnonzero(supervised)
-    end = int(places[-1]) + 1
-    gaps = np.flatnonzero(~supervised[:end])
-    begin = int(gaps[-1]) + 1 if len(gaps) else 0
-    if begin <= 1:  # at most the first token, which never is supervised: plain text
+    ids, (begin, end) = example.input_ids, example.last_answer
+    if not end:
+        end = int(np.flatnonzero(example.supervised)[-1]) + 1
         begin = end // 2
     return ids[max(0, begin - longest) : begin], ids[begin:end]
 

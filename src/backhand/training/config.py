@@ -192,7 +192,8 @@ class RunOptions(Options):
     """At the end, repeat the last so many steps from a checkpoint and compare every bit."""
 
     answers: CountFromZero = 4
-    """Held-out rows that base and adapter answer at the end, for the report to show side by side; 0 for none."""
+    """Held-out rows that base and adapter answer at the end, for the report to show side by side; 0 for none, and then
+    none is counted as right or wrong either."""
 
     report_to: tuple[Logger, ...] = ()
     """Also log to `tensorboard`, `wandb` (offline unless WANDB_MODE is set), `mlflow` or `trackio`, each an extra to

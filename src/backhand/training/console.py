@@ -183,7 +183,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines += [_improvement(summary), _memory(summary)]
+    lines += [_improvement(summary), *_right(summary), _memory(summary)]
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
@@ -219,6 +219,23 @@ def _improvement(summary: RunSummary) -> str:
         f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "
         f"on {summary.held_out_rows:,} rows, best after step {summary.best_step}."
     )
+
+
+def _right(summary: RunSummary) -> list[str]:
+    """How many held-out answers are exactly right, and of labels the accuracy."""
+    base, adapted = summary.base_exact_match, summary.adapted_exact_match
+    if base is None or adapted is None or summary.exact_match_rows is None:
+        return []
+    lines = [
+        f"Exactly right answers {base:.1%} → {adapted:.1%} of {count_of(summary.exact_match_rows, 'held-out row')}."
+    ]
+    if summary.base_labels and summary.adapted_labels:
+        before, after = summary.base_labels, summary.adapted_labels
+        lines[0] += (
+            f" By the most probable of {len(after['per_label'])} labels: accuracy {before['accuracy']:.1%} → "
+            f"{after['accuracy']:.1%}, macro F1 {before['f1_macro']:.3f} → {after['f1_macro']:.3f}."
+        )
+    return lines
 
 
 def _memory(summary: RunSummary) -> str:

@@ -87,7 +87,7 @@ class Trainable(Protocol):
         ...
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, in the order of the positions, likewise."""
+        """(supervised tokens,) losses in nats, document by document in the batch's order, likewise."""
         ...
 
     def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:

@@ -1,9 +1,10 @@
-"""`backhand evaluate`: loss, perplexity and exact match on rows, of the base model and of the adapted one.
+"""`backhand evaluate`: loss, perplexity, exact match and labels on rows, of the base model and of the adapted one.
 
 loss        = Σ nats / supervised tokens,   perplexity = e^loss
 exact match = share of rows whose greedy completion, stripped, equals the row's last completion, which of a chat is all
               that the template writes of the last reply; the losses tell it of most rows that are right
               (`certain_replies`), only the others are decoded
+labels      = the most probable of a few, where these are all that rows answer (`label_scores`)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,21 +21,24 @@ from rich.table import Table
 from torch import Tensor
 
 from backhand.bounds import check_kind
+from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, prepare
-from backhand.errors import CheckError
+from backhand.errors import CheckError, DataError
 from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.terminal import console_for_tables, working
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
 from backhand.training.objectives.objective import document_sums, means
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import Processes
-from backhand.words import count_of, show_notes
+from backhand.words import count_of, name_list, shorten, show_notes
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Score:
         perplexity: e^loss.
         exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
         supervised_tokens: over which the loss is the mean.
+        labels: of rows that answer with labels; None elsewhere.
         pairs: of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides'
             answers, and of an adapted model the rewards against the base, under TRL's names; None elsewhere.
     """
@@ -54,6 +59,7 @@ class Score:
     perplexity: float
     exact_match: float | None
     supervised_tokens: int
+    labels: LabelScore | None = None
     pairs: dict[str, float] | None = None
 
 
@@ -75,6 +81,7 @@ class EvaluationRows:
         prompts: of the rows that end in a reply.
         notes: what of the rows is not measured, a sentence each.
         pairs: the rows, where they are pairs.
+        labels: that all prompts are answered with; nothing where these are no labels.
     """
 
     held_out: HeldOut
@@ -82,6 +89,7 @@ class EvaluationRows:
     prompts: tuple[Prompt, ...]
     notes: tuple[str, ...] = ()
     pairs: tuple[Example, ...] = ()
+    labels: Labels = field(default_factory=dict)
 
 
 def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
@@ -104,7 +112,36 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     rows = len({example.source for example in examples.examples})
     pairs = tuple(example for example in examples.examples if example.rejected is not None)
     answers = [replace(example, rejected=None) for example in examples.examples]
-    return EvaluationRows(HeldOut(answers, run.micro_batch_rows), rows, prompts, tuple(notes), pairs)
+    held_out = HeldOut(answers, run.micro_batch_rows)
+    labels = {} if pairs else _labels(run.labels, data, loaded, answers, prompts)
+    return EvaluationRows(held_out, rows, prompts, tuple(notes), pairs, labels)
+
+
+def _labels(
+    names: Sequence[str], data: DataOptions, loaded: LoadedModel, examples: Sequence[Example], prompts: Sequence[Prompt]
+) -> Labels:
+    """The labels to judge by. Raises DataError where some are asked for that rows do not answer with."""
+    if tuple(names) == (NONE,) or not prompts:
+        return {}
+    named = () if tuple(names) == (AUTO,) else names
+    found = found_labels(examples, loaded.tokenizer, loaded.stop_ids, named)
+    if named:
+        candidates = [named_labels(names, {**found, **loaded.labels}, lambda: RowRenderer(loaded.tokenizer, data))]
+    else:
+        candidates = [loaded.labels, found]
+    other = None
+    for labels in filter(None, candidates):
+        other = next((one for one in prompts if (one.reply or "").strip() not in labels), None)
+        if other is None:
+            return labels
+    if not names:
+        return {}
+    raise DataError(
+        "the rows have no labels" if other is None else f"the answer {shorten(other.reply or '')!r} is no label",
+        where="labels" if other is None else other.source,
+        why=f"the labels are {name_list(map(shorten, candidates[0]))}" if candidates[0] else RULE,
+        next_step="name all that rows answer with (--labels A,B,…), or leave --labels out",
+    )
 
 
 def compared(
@@ -126,11 +163,14 @@ def compared(
     return with_pairs
 
 
-def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool) -> Score:
+def score(
+    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *, adapter: bool, answered: int = 64
+) -> Score:
     """Measure one model on the rows.
 
     Args:
         rows: from `evaluation_rows` of the same model.
+        answered: rows answered at once.
 
     Raises:
         CheckError: the loss is not finite.
@@ -145,12 +185,41 @@ def score(loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, *,
             if adapter
             else "try --dtype float32, or load the model again from its source",
         )
-    exact_match = None
+    exact_match = labels = None
     if rows.prompts:
         open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
-        right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens)
-        exact_match = right / len(rows.prompts)
-    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens)
+        if rows.labels:
+            exact_match, labels = _judged(loaded, rows, run, open_prompts, answered)
+        else:
+            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered)
+            exact_match = right / len(rows.prompts)
+    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
+
+
+_BEHIND_LABELS = 8
+"""Tokens of a free answer that may follow where the longest label ends, so that people see what was invented."""
+
+
+def _judged(
+    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, open_prompts: Sequence[Prompt], answered: int
+) -> tuple[float, LabelScore]:
+    """Exact match of free answers, of which those to `open_prompts` have to be decoded, and what labels are given."""
+    longest = max(map(len, rows.labels.values())) + _BEHIND_LABELS
+    said = complete_greedily(
+        loaded.model,
+        [prompt.input_ids.tolist() for prompt in open_prompts],
+        max_new_tokens=min(longest, run.max_new_tokens),
+        stop_ids=loaded.stop_ids,
+        batch_size=answered,
+    )
+    right = [(prompt.reply or "").strip() for prompt in rows.prompts]
+    decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, said, strict=True)}
+    free = [decoded.get(id(one), reply) for one, reply in zip(rows.prompts, right, strict=True)]
+    prompts = [prompt.input_ids.tolist() for prompt in rows.prompts]
+    found = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
+    names = list(rows.labels)
+    score = label_score(right, [names[place] for place in found.argmax(1).tolist()], names, free)
+    return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score
 
 
 def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> tuple[float, list[bool]]:
@@ -182,8 +251,8 @@ def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """How many of the prompts the model, as it is, completes greedily with exactly the reply."""
+def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64) -> int:
+    """How many of the prompts, so many of them at once, the model completes greedily with exactly the reply."""
     replies = [(prompt.reply or "").strip() for prompt in prompts]
 
     def already_wrong(number: int, ids: Sequence[int]) -> bool:
@@ -197,6 +266,7 @@ def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens
         [prompt.input_ids.tolist() for prompt in prompts],
         max_new_tokens=max_new_tokens,
         stop_ids=loaded.stop_ids,
+        batch_size=at_once,
         give_up=None if tidies else already_wrong,
     )
     return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
@@ -231,23 +301,29 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation:
     if options.run.json:
         result = evaluate(options)
         told = asdict(result)
-        for found in (told["base"], told["adapted"]):
-            if found is not None and found["pairs"] is None:
-                del found["pairs"]
+        for found in filter(None, (told["base"], told["adapted"])):
+            for name in ("labels", "pairs"):
+                if found[name] is None:
+                    del found[name]
         sys.stdout.write(json.dumps(told) + "\n")
         return result
     with working("evaluating"):
         result = evaluate(options)
     table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
-    for column in ("model", "loss (nats per token)", "perplexity", "exact match"):
+    labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
+    for column in ("model", "loss (nats per token)", "perplexity", "exact match", *labelled):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name, found in (("base", result.base), ("adapted", result.adapted)):
-        if found is not None:
-            match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
-            table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match)
+    measured = [(name, found) for name, found in (("base", result.base), ("adapted", result.adapted)) if found]
+    for name, found in measured:
+        match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
+        judged = found.labels
+        of_labels = (f"{judged.accuracy:.1%}", f"{judged.f1_macro:.3f}", f"{judged.invented:,}") if judged else ()
+        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
     console_for_tables().print(table)
-    for name, found in (("base", result.base), ("adapted", result.adapted)):
-        if found is not None and found.pairs is not None:
+    if judged := measured[-1][1].labels:
+        print_labels(measured[-1][0], judged)
+    for name, found in measured:
+        if found.pairs is not None:
             said = ", ".join(f"{what} {value:.4g}" for what, value in found.pairs.items())
             console_for_tables().print(f"pairs, {name}: {said}", soft_wrap=True)
     return result

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from backhand.bounds import Count, Options
 from backhand.data.options import DataOptions
+from backhand.generate.options import LabelNames
 from backhand.training.config import ModelOptions
 
 
@@ -26,6 +27,10 @@ class EvaluateRunOptions:
 
     completions: bool = True
     """Also answer every row and compare: exact match. Off, only the losses are measured."""
+
+    labels: LabelNames = ()
+    """Judge answers as labels, such as `yes,no`; `auto` takes those of the adapter's training rows, or where these had
+    none, those of the rows, if they are few and short. Not given: as `auto`, where there are any; `none`: not."""
 
     json: bool = False
     """Print one JSON object in place of the table."""

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.answers import answers_file, stop_ids
+from backhand.training.answers import answers_file, measured_answers, stop_ids
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
@@ -162,7 +162,7 @@ class JobRun:
                 if begin is not None:
                     self._prove(loop, store, begin, log)
                 kept.finished = True
-                self._answer()
+                summary = self._answer(summary)
         self.observer.ended(summary)
         return summary
 
@@ -199,16 +199,27 @@ class JobRun:
         facts = opening_facts(self.job, continued=self.checkpoint is not None, processes=self.processes)
         return RunStart(self.job.total_steps, step, facts, self.directory.path, options)
 
-    def _answer(self) -> None:
-        """Let base and adapter answer a few held-out rows; what is attached afterwards is the adapter in `adapter/`."""
+    def _answer(self, summary: RunSummary) -> RunSummary:
+        """Let base and adapter answer held-out rows; what is attached afterwards is the adapter in `adapter/`.
+
+        Returns:
+            the summary, with how many answers were right.
+        """
         job = self.job
         if job.held_out is None or not job.config.run.answers or not self.processes.leads:
-            return
+            return summary
         if self.interruption.requested is not None:
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
-            return
+            return summary
         job.bound.fill(str(self.directory.adapter))
-        self.directory.write(ANSWERS, answers_file(job.bound, job.source, job.held_out.examples, job.config))
+        asked = job.bound, job.source, job.held_out.examples, job.config
+        self.directory.write(ANSWERS, answers_file(*asked))
+        if summary.adapted_exact_match is None and (
+            measured := measured_answers(*asked, job.identity.labels, summary.tokens)
+        ):
+            summary = replace(summary, **measured)
+            self.directory.write(SUMMARY, summary.to_json())
+        return summary
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""

@@ -17,9 +17,11 @@ from backhand.adapters.record import AdapterRecord, base_digest, text_digest, to
 from backhand.data.chat import read_template
 from backhand.data.examples import PreparedData
 from backhand.errors import CheckError, UsageError
+from backhand.generate.labels import Labels, found_labels
 from backhand.nn.loading.source import ModelSource
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
+from backhand.training.answers import stop_ids
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import config_from_table, config_table, load_config
 from backhand.training.judging import Judge
@@ -115,7 +117,15 @@ class Identity:
             data_digest=f"sha256:{self.data}",
             run_digest=self.settings,
             config=self.decisive_settings,
+            labels=self.labels,
         )
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Of the training rows, where these are learnt as answers and have labels."""
+        if self.config.objective.objective != "sft":
+            return {}
+        return found_labels(self.train.examples, self.source.tokenizer(), stop_ids(self.source, self.config.data))
 
 
 def decisive_settings(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Answers that are one of a few labels: which these are, and how probable a model holds each.
+
+    log p(label | prompt) = Σ log p(token | all before it),   over the label's tokens and the one that ends the answer
+    p(label)              = p(label | prompt) / Σ p(other | prompt) over all labels
+
+The sum is not divided by the number of tokens: it is the probability that the model answers with this label and
+nothing else, so that the p are what sampling would give if all other answers were thrown away. The ending token is in
+it, or `good` would be as probable as all that begins with it.
+
+A prompt is computed once for all labels, and what labels begin with in common once for these: the documents of a
+prompt share it (`data.packing`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import Example, encode_document
+from backhand.data.packing import filled_up, micro_batches, pack
+from backhand.data.row_kinds import Completion
+from backhand.generate.completer import Completer, require_finite
+
+Labels = Mapping[str, Sequence[int]]
+"""By its text, stripped, the tokens of each label, the one that ends the answer last."""
+
+AUTO, NONE = "auto", "none"
+MOST_LABELS, LONGEST_LABEL, ROWS_A_LABEL = 64, 60, 3
+RULE = (
+    f"answers are labels where they are 2 to {MOST_LABELS} different lines of at most {LONGEST_LABEL} characters, "
+    f"each of them the answer of {ROWS_A_LABEL} rows in the mean"
+)
+
+
+def found_labels(
+    examples: Iterable[Example], tokenizer: Any, stop_ids: Collection[int], names: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The labels of rows whose last answers are labels by `RULE`, sorted; none where they are not.
+
+    An answer that was cut before its end is passed over.
+
+    Args:
+        names: of labels that are looked for, whatever the rule says.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    for example in examples:
+        begin, end = example.last_answer
+        ids = example.input_ids[begin:end].tolist()
+        stop = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        if not ids or (len(counts) > 2 * MOST_LABELS and not names):
+            return {}
+        if stop is not None:
+            counts[tuple(ids[: stop + 1])] += 1
+    labels: dict[str, tuple[int, ...]] = {}
+    for answer, _ in counts.most_common():  # of two ways to write a label, the usual one
+        labels.setdefault(str(tokenizer.decode(answer[:-1], skip_special_tokens=True)).strip(), answer)
+    if names:
+        return {name: labels[name] for name in names if name in labels}
+    few = 2 <= len(labels) <= MOST_LABELS and ROWS_A_LABEL * len(labels) <= counts.total()
+    short = all(text and len(text) <= LONGEST_LABEL and "\n" not in text for text in labels)
+    return dict(sorted(labels.items())) if few and short else {}
+
+
+def written_label(renderer: RowRenderer, text: str) -> tuple[int, ...]:
+    """The tokens of a label that no row has; without a chat template a space stands before it."""
+    answer = text if renderer.has_template else f" {text}"
+    (document,) = renderer.documents(Completion("?", answer, "", None, "labels"))
+    example = encode_document(document, renderer.encoder)
+    begin, end = example.last_answer
+    return tuple(example.input_ids[begin:end].tolist())
+
+
+def named_labels(names: Sequence[str], known: Labels, renderer: Callable[[], RowRenderer]) -> Labels:
+    """The labels of these names, each as it is known, or else as the model's template writes it."""
+    return {name: known[name] if name in known else written_label(renderer(), name) for name in names}
+
+
+def label_log_probabilities(
+    model: Completer, prompts: Sequence[Sequence[int]], labels: Labels, *, batch_rows: int = 16
+) -> Tensor:
+    """(prompts, labels) log-probabilities in nats, float64, on the CPU, in the order of both.
+
+    Args:
+        prompts: token ids, at least one each.
+        batch_rows: prompts in a pass; where documents share nothing, so many times a prompt with one label.
+
+    Raises:
+        CheckError: the model computes NaN or infinity.
+    """
+    endings = [np.asarray(ids, dtype=np.int32) for ids in labels.values()]
+    together = len(endings) if model.shares_prefixes else 1
+    parts = [endings[start : start + together] for start in range(0, len(endings), together)]
+    units = [(number, part) for number in range(len(prompts)) for part in range(len(parts))]
+    lengths = [len(prompts[number]) + sum(map(len, parts[part])) for number, part in units]
+    found = torch.zeros(len(units), together, dtype=torch.float64)
+    for group in micro_batches(range(len(units)), lengths, max_rows=batch_rows):
+        documents = [_asked(prompts[units[one][0]], ending) for one in group for ending in parts[units[one][1]]]
+        batch = filled_up(pack(documents, share=model.shares_prefixes)).to(model.device)
+        nats = model.token_losses(batch).double().cpu().split(batch.document_tokens)
+        found[group] = -torch.stack([one.sum() for one in nats]).view(len(group), together)
+    require_finite(found)
+    return found.view(len(prompts), len(endings))
+
+
+def choose_labels(model: Completer, prompts: Sequence[Sequence[int]], labels: Labels) -> list[dict[str, float]]:
+    """For each prompt the probability of every label, the most probable first; they sum to 1."""
+    probabilities = label_log_probabilities(model, prompts, labels).softmax(1).tolist()
+    named = (dict(zip(labels, row, strict=True)) for row in probabilities)
+    return [dict(sorted(row.items(), key=lambda label: -label[1])) for row in named]
+
+
+def _asked(prompt: Sequence[int], ending: np.ndarray[Any, Any]) -> Example:
+    ids = np.concatenate((np.asarray(prompt, dtype=np.int32), ending))
+    return Example(ids, np.arange(len(ids)) >= len(prompt), "")
