@@ -21,7 +21,13 @@ from backhand.export.granite4_parts import in_parts
 from backhand.export.huggingface_writer import write_huggingface
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
-from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions, given
+from backhand.export.options import (
+    FLOAT32_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    AdaptedModelOptions,
+    MergeOptions,
+    given,
+)
 from backhand.export.probes import BlockWalk, difference
 from backhand.export.proving import Prover
 from backhand.files import staged
@@ -59,7 +65,7 @@ def merge_command(options: MergeOptions) -> Path:
     return output
 
 
-def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
+def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
     """Write the merged model at `path`, which does not exist, and prove it; `export --merge` calls this too.
 
     Args:
@@ -126,7 +132,7 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
 
 
 def _prove(
-    options: MergeOptions,
+    options: AdaptedModelOptions,
     opened: OpenedAdapter,
     weights: MergedWeights,
     path: Path,

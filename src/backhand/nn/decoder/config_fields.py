@@ -8,14 +8,8 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_classes import config_class
 
 UNREAD = "unread of the GGUF file"
-
-
 """Field of a config made from a GGUF file: metadata and tensors, by name, that are not understood."""
-
-
 FOREIGN = "foreign in the GGUF file"
-
-
 """Field of a config made from a GGUF file: names of metadata that no model has."""
 
 

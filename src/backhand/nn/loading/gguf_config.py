@@ -26,7 +26,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
-from backhand.nn.loading.gguf_families import FAMILY_PARTS, own_prediction_blocks
+from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import Metadata, share_of, shown
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
@@ -85,7 +85,9 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     if rotated != head_dim:
         config["partial_rotary_factor"] = share_of(rotated, head_dim)
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
-    FAMILY_PARTS[architecture](config, metadata, file)
+    biases(config, architecture, file)
+    if (own := FAMILY_PARTS.get(architecture)) is not None:
+        own(config, metadata, file)
     config["architectures"] = [CAUSAL_CLASSES[config["model_type"]]]
     unread, foreign = metadata.left()
     if value_length != head_dim:
