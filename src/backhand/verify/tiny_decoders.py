@@ -220,25 +220,21 @@ def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
     return weights
 
 
-def adapter_slots(config: DecoderConfig, targets: tuple[str, ...] | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
+def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
     """A slot for every module that ends in one of the targets (None: all but the head), of mixed ranks and scalings.
 
+    Targets are apart by blanks.
     Parameters of experts are among them, without dropout.
     """
     shapes = module_shapes(config)
-    modules = [(name, 0, *sides) for name, sides in shapes.items()]
+    modules = {name: (0, *sides) for name, sides in shapes.items()} | shapes.experts
     slots: dict[str, LoRASlot] = {}
-    for index, (name, experts, out_features, in_features) in enumerate(
-        [*modules, *((name, *sides) for name, sides in shapes.experts.items())]
-    ):
-        wanted = name != "lm_head" if targets is None else name.endswith(targets)
+    for index, (name, (experts, out_features, in_features)) in enumerate(modules.items()):
+        wanted = name != "lm_head" if targets is None else name.endswith(tuple(targets.split()))
         if wanted:
             rank, scaling = 2 + index % 3, (1.7, 0.6, 2.3)[index % 3]
-            own = 0.0 if experts else dropout
-            turns = name in shapes.interleaved
-            slots[name] = LoRASlot(
-                name, in_features, out_features, rank, scaling, own, experts=experts, interleaved=turns
-            )
+            slot = LoRASlot(name, in_features, out_features, rank, scaling, 0.0 if experts else dropout)
+            slots[name] = replace(slot, experts=experts, interleaved=name in shapes.interleaved)
     return slots
 
 

@@ -22,7 +22,7 @@ from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, st
 from backhand.verify.decoder_case import DecoderGrads, DecoderInputs, decoder_case, decoder_step, per_token, step_of
 from backhand.verify.tiny_decoders import FAMILIES, WINDOW
 
-ALL_LINEAR_AND_HEAD = ("_proj", HEAD)
+ALL_LINEAR_AND_HEAD = "_proj lm_head"
 _case = partial(decoder_case, "decoder")
 TREES: dict[str, Any] = {"documents": (3, 4, 2, 5, 5, 1, 2, 6, 3), "parents": (-1, -1, 1, 2, 2, 1, -1, 6, 6)}
 
@@ -36,12 +36,12 @@ CASES = (
     _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
     _case("granite; tied head adapted", "granite, four", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
     _case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    _case("tied head alone, dropout", "gemma3", targets=(HEAD,), dropout=0.3),
-    _case("head alone", "llama 3", targets=(HEAD,)),
-    _case("fused q, k and v alone", "phi3", targets=("qkv_proj",), dropout=0.2),
-    _case("q and v, dropout", "qwen2", targets=("q_proj", "v_proj"), dropout=0.2),
-    _case("top block's down alone", "gemma3", targets=("2.mlp.down_proj",)),
-    _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
+    _case("tied head alone, dropout", "gemma3", targets="lm_head", dropout=0.3),
+    _case("head alone", "llama 3", targets="lm_head"),
+    _case("fused q, k and v alone", "phi3", targets="qkv_proj", dropout=0.2),
+    _case("q and v, dropout", "qwen2", targets="q_proj v_proj", dropout=0.2),
+    _case("top block's down alone", "gemma3", targets="2.mlp.down_proj"),
+    _case("upper block's o and up", "llama", targets="1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
     _case("one document", "gemma3", documents=(13,)),
     _case("one-token documents", "llama", documents=(1, 1)),
     _case("shared prefix", "llama", shared=5),
@@ -60,28 +60,28 @@ CASES = (
     _case("trees, keys of other layers", "gemma4, shared", **TREES),
     _case("a tree, sinks", "gpt-oss", documents=(4, 6, 3, 5), parents=(-1, 0, 0, 2)),
     _case("trees, delta rule", "qwen3.5", **TREES),
-    _case("short convolutions, out of one alone", "lfm2, short", targets=("2.conv.out_proj",)),
-    _case("short convolutions, w2 and in of one", "lfm2, short", targets=("1.feed_forward.w2", "2.conv.in_proj")),
-    _case("shared keys, k of the lender alone", "gemma4, shared", targets=("0.self_attn.k_proj",)),
+    _case("short convolutions, out of one alone", "lfm2, short", targets="2.conv.out_proj"),
+    _case("short convolutions, w2 and in of one", "lfm2, short", targets="1.feed_forward.w2 2.conv.in_proj"),
+    _case("shared keys, k of the lender alone", "gemma4, shared", targets="0.self_attn.k_proj"),
     _case(
         "shared keys, v of the lender alone, recompute block",
         "gemma4, shared",
-        targets=("1.self_attn.v_proj",),
+        targets="1.self_attn.v_proj",
         recompute="block",
     ),
     _case("shared prefix, shared keys", "gemma4, shared", shared=5, recompute="block"),
-    _case("users of lent keys alone", "gemma4, shared", targets=("4.self_attn.q_proj",)),
+    _case("users of lent keys alone", "gemma4, shared", targets="4.self_attn.q_proj"),
     _case(
         "inputs of layers, their gates and projections alone",
         "gemma4, shared",
-        targets=("per_layer_input_gate", "per_layer_projection"),
+        targets="per_layer_input_gate per_layer_projection",
         dropout=0.2,
     ),
-    _case("inputs of layers, last projection alone", "gemma4, shared", targets=("5.per_layer_projection",)),
+    _case("inputs of layers, last projection alone", "gemma4, shared", targets="5.per_layer_projection"),
     _case(
         "inputs of layers, what makes them alone",
         "gemma4, shared",
-        targets=("per_layer_model_projection",),
+        targets="per_layer_model_projection",
         dropout=0.2,
         recompute="mlp",
     ),
@@ -90,7 +90,7 @@ CASES = (
     _case("shared prefix, delta rule", "qwen3.5", shared=5, recompute="block"),
     _case("shared prefix shorter than the delta rule's taps", "qwen3.5", shared=1),
     _case("several chunks of the delta rule", "qwen3.5", documents=(70, 5), shared=3),
-    _case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets=("2.linear_attn.in_proj_a",)),
+    _case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets="2.linear_attn.in_proj_a"),
     _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
     _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
