@@ -218,22 +218,10 @@ def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
 
 def merge_card(opened: OpenedAdapter, base: str) -> str:
     """README.md of a merged model."""
-    header = ["---", "library_name: transformers", 'tags: ["lora", "backhand"]']
-    if opened.source.hub_id:
-        header.insert(1, f"base_model: {opened.source.hub_id}")
-    return "\n".join(
-        [
-            *header,
-            "---",
-            "",
-            "# Merged model",
-            "",
-            f"Base: {' '.join(base.split())}.",
-            "",
-            f"Adapter: {len(opened.factors)} modules, folded into the weights by Backhand.",
-            "",
-        ]
-    )
+    hub_id, adapted = opened.source.hub_id, f"{len(opened.factors)} modules, folded into the weights by Backhand"
+    of = f"base_model: {hub_id}\n" if hub_id else ""
+    header = f'---\n{of}library_name: transformers\ntags: ["lora", "backhand"]\n---\n'
+    return f"{header}\n# Merged model\n\nBase: {' '.join(base.split())}.\n\nAdapter: {adapted}.\n"
 
 
 def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
