@@ -215,16 +215,11 @@ def _grouped(per_head: Tensor, s: AttentionSaved, how: str) -> Tensor:
     return by_group.mean(2) if how == "mean" else by_group.sum(2)
 
 
-def _d_q(d: _Dense, s: AttentionSaved, _how: str) -> Tensor:
-    return (s.scaling * d.d_s() @ d.k).transpose(0, 1)
-
-
-def _d_k(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
-    return _grouped(s.scaling * d.d_s().mT @ d.q, s, how)
-
-
-def _d_v(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
-    return _grouped(d.p.mT @ d.g, s, how)
+_LAST: dict[str, Callable[[_Dense, AttentionSaved, str], Tensor]] = {
+    "d_q": lambda d, s, _how: (s.scaling * d.d_s() @ d.k).transpose(0, 1),
+    "d_k": lambda d, s, how: _grouped(s.scaling * d.d_s().mT @ d.q, s, how),
+    "d_v": lambda d, s, how: _grouped(d.p.mT @ d.g, s, how),
+}
 
 
 def _worked(
@@ -238,7 +233,7 @@ def _worked(
     """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way."""
 
     def mutant(gradient: str) -> Mutant:
-        last = {"d_q": _d_q, "d_k": _d_k, "d_v": _d_v}[gradient]
+        last = _LAST[gradient]
         return Mutant(name, gradient, lambda g, s, _right: last(spoil(_dense(g, saved(s), **masks), s), s, how))
 
     return tuple(mutant(gradient) for gradient in gradients.split())
@@ -250,11 +245,6 @@ def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     if s.runs:
         p[:, p.shape[1] - s.runs[-1].length :, tokens_of(s.runs[-1].before)] = 0
     return d._replace(p=p)
-
-
-def _once(d: _Dense, s: AttentionSaved) -> _Dense:
-    """As if of several segments that continue one the first alone had seen it."""
-    return d._replace(p=d.p * placed(s.runs, d.p.device).once)
 
 
 MUTANTS = (
@@ -281,7 +271,11 @@ MUTANTS = (
     _worked("first head of the group only", "d_k d_v", how="first"),
     _worked("mean over the group", "d_v", how="mean"),
     _worked("prefix's share missing", "d_k d_v", _off_prefix),
-    _worked("share of one taken for that of all", "d_k d_v", _once),
+    _worked(
+        "share of one taken for that of all",
+        "d_k d_v",
+        lambda d, s: d._replace(p=d.p * placed(s.runs, d.p.device).once),
+    ),
     wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )
 

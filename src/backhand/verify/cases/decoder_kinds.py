@@ -12,7 +12,6 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.verify.case import OpProof, again, rotated_where_alike, standard_mutants, wrong
 from backhand.verify.decoder_case import (
     KINDS,
-    DecoderGrads,
     DecoderInputs,
     decoder_case,
     decoder_step,
@@ -120,14 +119,6 @@ def _as(s: DecoderInputs, **changes: Any) -> Decoder:
     return Decoder(replace(s.decoder.config, **changes), s.decoder.weights, recompute=s.decoder.recompute)
 
 
-def _untied(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-    return step_of(s, _as(s, tied_head=False))
-
-
-def _padded(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-    return step_of(s, _as(s, padding_id=3))
-
-
 def _unscaled_bias(s: DecoderInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     scalings = [slot.scaling for slot in s.lora.slots.values() if slot.lora_bias]
     return tuple(gradient / scaling for gradient, scaling in zip(whole, scalings, strict=True))
@@ -140,8 +131,8 @@ MUTANTS = (
     *wrong("gradients of the next module", "d_lora_magnitude d_weight", lambda whole: rotated_where_alike(whole)),
     *wrong("scaling forgotten", "d_lora_bias", _unscaled_bias),
     *again("dropout ignored", "d_lora_magnitude d_lora_B", decoder_step, dropout_seed=None),
-    *again("padding token left out", "d_lora_A d_weight", _padded),
-    *again("of the embedding alone", "d_trainable_tokens", _untied),
+    *again("padding token left out", "d_lora_A d_weight", lambda _g, s: step_of(s, _as(s, padding_id=3))),
+    *again("of the embedding alone", "d_trainable_tokens", lambda _g, s: step_of(s, _as(s, tied_head=False))),
     *wrong("order lost", "d_trainable_tokens", lambda d: d.flip(0)),
     *wrong("rows reversed", "d_bias", lambda d: d.flip(0)),
 )
