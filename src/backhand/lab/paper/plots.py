@@ -170,7 +170,8 @@ def draw_sweep(result: SweepResult) -> bytes:
     ranks, budget = figure.subplots(1, 2)
     targets = list(dict.fromkeys(row.point.targets for row in result.rows))
     for name, style in zip(targets, _STYLES * len(targets), strict=False):
-        of_target = sorted((r for r in result.rows if r.point.targets == name and r.point.ranks), key=_rank_of)
+        of_target = [row for row in result.rows if row.point.targets == name and row.point.ranks]
+        of_target.sort(key=lambda row: row.point.rank)
         xs = [row.point.rank for row in of_target]
         ranks.plot(xs, [row.eval_loss for row in of_target], style, color="black", label=name)
     base = next((row.base_eval_loss for row in result.rows if row.base_eval_loss is not None), None)
@@ -196,11 +197,6 @@ def draw_sweep(result: SweepResult) -> bytes:
     budget.set_xlabel("held-out loss (nats per token)")
     budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
     return png_bytes(figure)
-
-
-def _rank_of(row: Any) -> int:
-    rank: int = row.point.rank
-    return rank
 
 
 def _chance(rows: Sequence[ModuleSimilarity]) -> str:
