@@ -33,8 +33,7 @@ from dataclasses import replace
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import common_fields, still_where, with_biases, with_multipliers
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.delta_fields import delta_sizes
+from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
 from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, LayerConfig, ShortConv
 from backhand.nn.decoder.rotary import FULL, qwen35_rotary
 
