@@ -30,7 +30,7 @@ from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, own_predicti
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import Metadata, share_of, shown
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
-from backhand.nn.loading.wrappers import CAUSAL_CLASSES
+from backhand.nn.loading.wrappers import causal_class
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -88,7 +88,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     biases(config, architecture, file)
     if (own := FAMILY_PARTS.get(architecture)) is not None:
         own(config, metadata, file)
-    config["architectures"] = [CAUSAL_CLASSES[config["model_type"]]]
+    config["architectures"] = causal_class(config["model_type"])
     unread, foreign = metadata.left()
     if value_length != head_dim:
         unread[f"{architecture}.attention.value_length"] = value_length
