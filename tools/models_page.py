@@ -9,7 +9,7 @@ from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, QUANTIZED, decod
 from backhand.nn.decoder.rotary import SCALING_RULES
 from backhand.nn.loading.gguf_file import is_readable
 from backhand.nn.loading.gguf_tensors import gguf_architecture
-from backhand.nn.loading.wrappers import causal_class, WRAPPERS, unwrapped
+from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrapped
 from backhand.training.decoder_engine import COST
 
 _SIZES = {
