@@ -9,7 +9,7 @@ from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, QUANTIZED, decod
 from backhand.nn.decoder.rotary import SCALING_RULES
 from backhand.nn.loading.gguf_file import is_readable
 from backhand.nn.loading.gguf_tensors import gguf_architecture
-from backhand.nn.loading.wrappers import CAUSAL_CLASSES, WRAPPERS, unwrapped
+from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrapped
 from backhand.training.decoder_engine import COST
 
 _SIZES = {
@@ -66,7 +66,7 @@ def families_section() -> str:
         architecture = gguf_architecture({"model_type": family})
         stored = f"`{architecture}`" if architecture else "none that is read"
         named, particular = _KNOWN_AS[family], _particular(family, config)
-        rows.append(f"| `{family}` | {named} | `{CAUSAL_CLASSES[family]}` | {stored} | {particular} |")
+        rows.append(f"| `{family}` | {named} | `{causal_class(family)[0]}` | {stored} | {particular} |")
     rules = ", ".join(f"`{rule}`" for rule in SCALING_RULES)
     return "\n".join([*rows, "", f"Rotary angles by the rules {rules}."])
 

@@ -18,7 +18,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError, UsageError
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import row_products
+from backhand.nn.decoder import lower_layers
 from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
 from backhand.runs.record_file import RecordFile
@@ -228,7 +228,7 @@ def test_one_epoch_keeps_the_held_out_rows_alone(four: TinyRun, tmp_path: Path) 
 def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> ProductsByRows:
     library_by_rows = ProductsByRows(bounds=(48, 80))
     by_library(monkeypatch)
-    for module in (frozen_matrix, row_products):
+    for module in (frozen_matrix, lower_layers):
         monkeypatch.setattr(module, "library_product", library_by_rows)
     return library_by_rows
 

@@ -145,48 +145,19 @@ def model_card(
         **{_text(name): _text(value) for name, value in facts.items()},
         "licence": "not said yet: name one in the head of this file; the base model's terms hold as well",
     }
-    rows = [f"| {name} | {value} |" for name, value in table.items()]
-    return "\n".join(
-        [
-            "---",
-            *header,
-            "---",
-            "",
-            "# LoRA adapter",
-            "",
-            "Written by Backhand; the files are in PEFT's format.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            *_usage(described, wrapper),
-            "",
-        ]
-    )
+    rows = (f"| {name} | {value} |" for name, value in table.items())
+    parts = ("---", *header, "---\n", "# LoRA adapter\n", "Written by Backhand; the files are in PEFT's format.\n")
+    return "\n".join((*parts, "| | |", "|---|---|", *rows, "", _usage(described, wrapper)))
 
 
-def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> list[str]:
-    auto_class = _AUTO_CLASSES.get(described.task_type or "")
-    if wrapper is not None:
-        auto_class = "AutoModelForImageTextToText"
-    if auto_class is None or not described.base_model:
-        return [
-            "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
-            "```",
-        ]
-    return [
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {auto_class}",
-        "",
-        f"base = {auto_class}.from_pretrained({json.dumps(described.base_model)})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
-        "```",
-    ]
+def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
+    auto_class = _AUTO_CLASSES.get(described.task_type or "") if wrapper is None else "AutoModelForImageTextToText"
+    imported = base = ""
+    if auto_class is not None and described.base_model:
+        imported = f"from transformers import {auto_class}\n"
+        base = f"base = {auto_class}.from_pretrained({json.dumps(described.base_model)})\n"
+    model = 'model = PeftModel.from_pretrained(base, "path/to/this/directory")'
+    return f"```python\nfrom peft import PeftModel\n{imported}\n{base}{model}\n```\n"
 
 
 def _range(values: Iterable[float]) -> str:

@@ -103,34 +103,20 @@ def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], co
     embedding = embeddings_of(module_shapes).get(target.name)
     stacked = experts_of(module_shapes).get(target.name)
     if stacked is not None:
-        experts, out_features, in_features = stacked
-        turns = takes_turns(module_shapes, target.name)
-        return LoRASlot(
-            target.name,
-            in_features,
-            out_features,
-            target.rank,
-            target.scaling,
-            experts=experts,
-            interleaved=turns,
-        )
-    if embedding is not None:
-        if config.lora_bias:
-            raise no_embedding_bias(target.name)
+        _, out_features, in_features = stacked
+    elif embedding is not None:
         in_features, out_features = embedding
     else:
         out_features, in_features = module_shapes[target.name]
-    return LoRASlot(
-        target.name,
-        in_features,
-        out_features,
-        target.rank,
-        target.scaling,
-        config.dropout if embedding is None else 0.0,
-        config.use_dora,
-        config.lora_bias,
-        embedding is not None,
-    )
+    slot = LoRASlot(target.name, in_features, out_features, target.rank, target.scaling)
+    if stacked is not None:
+        return replace(slot, experts=stacked[0], interleaved=takes_turns(module_shapes, target.name))
+    slot = replace(slot, use_dora=config.use_dora, lora_bias=config.lora_bias)
+    if embedding is None:
+        return replace(slot, dropout=config.dropout)
+    if config.lora_bias:
+        raise no_embedding_bias(target.name)
+    return replace(slot, embedding=True)
 
 
 def no_embedding_bias(name: str) -> UsageError:

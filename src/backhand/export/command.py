@@ -15,7 +15,7 @@ from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adap
 from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
 from backhand.export.merging import merge_adapter
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
-from backhand.export.options import ExportOptions, MergeOptions, given
+from backhand.export.options import ExportOptions, given
 from backhand.export.other_formats import (
     ADAPTER_FILE,
     MODEL_FILE,
@@ -157,19 +157,10 @@ def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: P
 def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:
     if options.to == "kohya":
         raise UsageError("kohya's format holds adapters only", where="merge", next_step="leave out --merge")
-    merging = MergeOptions(
-        adapter=options.adapter,
-        model=options.model,
-        dtype=options.dtype,
-        tolerance=options.tolerance,
-        max_shard_bytes=options.max_shard_bytes,
-        force_base=options.force_base,
-        reading=options.reading,
-    )
     with staged(output) as path:
         if options.to == "ollama":
             path.mkdir()
-            merge_adapter(merging, path / MODEL_FILE, prover, gguf=True)
+            merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
             write_modelfile(path, f"./{MODEL_FILE}")
         else:
-            merge_adapter(merging, path, prover, gguf=options.to == "gguf")
+            merge_adapter(options, path, prover, gguf=options.to == "gguf")

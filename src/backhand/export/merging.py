@@ -22,7 +22,13 @@ from backhand.export.granite4_parts import in_parts
 from backhand.export.huggingface_writer import write_huggingface
 from backhand.export.merged_weights import MergedWeights, ModuleLoss
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
-from backhand.export.options import FLOAT32_TOLERANCE, ROUNDED_TOLERANCE, MergeOptions, given
+from backhand.export.options import (
+    FLOAT32_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    AdaptedModelOptions,
+    MergeOptions,
+    given,
+)
 from backhand.export.probes import BlockWalk, difference
 from backhand.export.proving import Prover
 from backhand.files import staged
@@ -60,7 +66,7 @@ def merge_command(options: MergeOptions) -> Path:
     return output
 
 
-def merge_adapter(options: MergeOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
+def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
     """Write the merged model at `path`, which does not exist, and prove it; `export --merge` calls this too.
 
     Args:
@@ -127,7 +133,7 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
 
 
 def _prove(
-    options: MergeOptions,
+    options: AdaptedModelOptions,
     opened: OpenedAdapter,
     weights: MergedWeights,
     path: Path,
@@ -213,22 +219,10 @@ def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
 
 def merge_card(opened: OpenedAdapter, base: str) -> str:
     """README.md of a merged model."""
-    header = ["---", "library_name: transformers", 'tags: ["lora", "backhand"]']
-    if opened.source.hub_id:
-        header.insert(1, f"base_model: {opened.source.hub_id}")
-    return "\n".join(
-        [
-            *header,
-            "---",
-            "",
-            "# Merged model",
-            "",
-            f"Base: {' '.join(base.split())}.",
-            "",
-            f"Adapter: {len(opened.factors)} modules, folded into the weights by Backhand.",
-            "",
-        ]
-    )
+    hub_id, adapted = opened.source.hub_id, f"{len(opened.factors)} modules, folded into the weights by Backhand"
+    of = f"base_model: {hub_id}\n" if hub_id else ""
+    header = f'---\n{of}library_name: transformers\ntags: ["lora", "backhand"]\n---\n'
+    return f"{header}\n# Merged model\n\nBase: {' '.join(base.split())}.\n\nAdapter: {adapted}.\n"
 
 
 def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:

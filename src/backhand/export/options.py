@@ -26,38 +26,43 @@ def _check_repository(where: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class MergeOptions(Options):
-    """A merged model."""
+class AdaptedModelOptions:
+    """A base model, an adapter, and what is written of both."""
 
     adapter: Path | None = None
-    """Adapter to merge: the directory that training or PEFT wrote, or a GGUF file."""
+    """Adapter to merge or export: the directory that training or PEFT wrote, or a GGUF file."""
 
     output: Path | None = None
-    """Where the model goes: a directory in Hugging Face's format, or a GGUF file if the name ends in .gguf. It must not
-    exist."""
+    """Where it goes; it must not exist. A merged model: a directory in Hugging Face's format, or a GGUF file if the
+    name ends in .gguf. An export: a directory, or a file for `gguf` and `kohya`."""
 
     model: BaseModel = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
+    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`; `kohya` reads none."""
 
     dtype: MergedType = "auto"
-    """How weights are stored: `float32`, `float16`, `bfloat16`, or, in a GGUF file, `q8_0`, `q5_1`, `q5_0`, `q4_1`,
-    `q4_0`. `auto` keeps what the base has; where that is quantized, merged weights are float32, and in a GGUF file all
-    others stay as they are."""
+    """How a merged model's weights are stored: `float32`, `float16`, `bfloat16`, or, in a GGUF file, `q8_0`, `q5_1`,
+    `q5_0`, `q4_1`, `q4_0`. `auto` keeps what the base has; where that is quantized, merged weights are float32, and in
+    a GGUF file all others stay as they are."""
 
     tolerance: NotNegative | None = None
-    """How far the merged model's logits may be from those of base and adapter, as a share of what the adapter changes
+    """How far a merged model's logits may be from those of base and adapter, as a share of what the adapter changes
     in them; beyond that the command fails and leaves nothing. Not given: 0.001 in float32, 0.1 in other types."""
 
     max_shard_bytes: Count = 5_000_000_000
-    """Most bytes of one safetensors file; a larger model is written as several."""
+    """Most bytes of one safetensors file; a larger merged model is written as several."""
 
     force_base: bool = False
-    """Merge into a base model other than the one the adapter was trained on."""
+    """Use a base model other than the one the adapter was trained on."""
 
     quiet: bool = False
     """Print errors only."""
 
     reading: AdapterReading = field(default_factory=AdapterReading)
+
+
+@dataclass(frozen=True)
+class MergeOptions(AdaptedModelOptions, Options):
+    """A merged model."""
 
     def _check_together(self) -> None:
         given("adapter", self.adapter)
@@ -71,20 +76,11 @@ class MergeOptions(Options):
 
 
 @dataclass(frozen=True)
-class ExportOptions(Options):
-    """An adapter, or a model with the adapter merged into it, in another program's format."""
-
-    adapter: Path | None = None
-    """Adapter to export: the directory that training or PEFT wrote, or a GGUF file."""
+class _Export:
+    """What only an export can be told."""
 
     to: Format | None = None
     """For which program: `peft` (and vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
-
-    output: Path | None = None
-    """Where it goes: a directory, or a file for `gguf` and `kohya`. It must not exist."""
-
-    model: BaseModel = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. `kohya` reads none."""
 
     uniform: bool = False
     """With `peft`: one rank and one scaling for all modules, as vLLM needs it: smaller ranks are filled up with zeros,
@@ -97,39 +93,23 @@ class ExportOptions(Options):
     merge: bool = False
     """Merge the adapter into the model, and export that."""
 
-    dtype: MergedType = "auto"
-    """With `merge`: how weights are stored, see `backhand merge --help`."""
-
-    tolerance: NotNegative | None = None
-    """With `merge`: how far the merged model's logits may be from those of base and adapter, as a share of what the
-    adapter changes in them. Not given: 0.001 in float32, 0.1 in other types."""
-
-    max_shard_bytes: Count = 5_000_000_000
-    """With `merge`: most bytes of one safetensors file; a larger model is written as several."""
-
     push: Annotated[Text, Check(_check_repository)] | None = None
     """Upload what was written to this repository of the Hugging Face hub, OWNER/NAME, with the token of
     `hf auth login`; a new one is private."""
 
-    force_base: bool = False
-    """Export for a base model other than the one the adapter was trained on."""
 
-    quiet: bool = False
-    """Print errors only."""
-
-    reading: AdapterReading = field(default_factory=AdapterReading)
+@dataclass(frozen=True)
+class ExportOptions(_Export, AdaptedModelOptions, Options):
+    """An adapter, or a model with the adapter merged into it, in another program's format."""
 
     def _check_together(self) -> None:
         given("adapter", self.adapter)
         new_output(self.output)
         if self.to is None:
             raise UsageError("no format is given", where="to", next_step=f"give one of {', '.join(FORMATS)}")
-        if self.uniform and (self.to != "peft" or self.merge):
-            raise UsageError("uniform is of adapters in PEFT's format", where="uniform", next_step="give --to peft")
-        if self.text_model and (self.to != "peft" or self.merge):
-            raise UsageError(
-                "text_model is of adapters in PEFT's format", where="text_model", next_step="give --to peft"
-            )
+        for name in ("uniform", "text_model"):
+            if getattr(self, name) and (self.to != "peft" or self.merge):
+                raise UsageError(f"{name} is of adapters in PEFT's format", where=name, next_step="give --to peft")
         if not self.merge:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:

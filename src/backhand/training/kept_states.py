@@ -13,7 +13,7 @@ Of the rows that share a segment, any will do.
 
 The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
 rows. So the products of each number of tokens are compared with those of the usual number before it is first used
-(`nn.decoder.row_products`), and batches of a size that differs are computed as without cached states.
+(`nn.decoder.lower_layers`), and batches of a size that differs are computed as without cached states.
 Besides, the 1st, 32nd, 1024th … batch that
 is put together is computed as well, through all layers below c, and compared bit by bit.
 

@@ -95,7 +95,7 @@ def block_case(
     *,
     layer: int = 0,
     documents: tuple[int, ...] = DOCUMENTS,
-    targets: tuple[str, ...] | None = None,
+    targets: str | None = None,
     dropout: float = 0.0,
     recompute: str = "none",
     rows: tuple[int, ...] | None = None,
@@ -104,7 +104,7 @@ def block_case(
 
     Args:
         family: as in `family_of`.
-        targets: ends of the adapted modules' names, None for all of them.
+        targets: ends of the adapted modules' names, apart by blanks; None for all of them.
         dropout: in front of lora_A.
         recompute: as in `block_forward`.
         rows: numbers of the rows that somebody reads, (n,), None for all.

@@ -92,15 +92,15 @@ class Trained:
     """What a step trains.
 
     Attributes:
-        targets: ends of the adapted modules' names, None for all but the head.
-        whole: ends of the names of tensors that are trained as they are.
+        targets: ends of the adapted modules' names, apart by blanks; None for all but the head.
+        whole: ends of the names of tensors that are trained as they are, likewise.
         tokens: rows of the embedding that are trained.
         use_dora, lora_bias: of every adapted module but experts.
         dropout: as in a run.
     """
 
-    targets: tuple[str, ...] | None = None
-    whole: tuple[str, ...] = ()
+    targets: str | None = None
+    whole: str = ""
     tokens: tuple[int, ...] = ()
     use_dora: bool = False
     lora_bias: bool = False
@@ -112,15 +112,17 @@ class Trained:
             name: slot if slot.experts else replace(slot, use_dora=self.use_dora, lora_bias=self.lora_bias)
             for name, slot in adapter_slots(config, self.targets, self.dropout).items()
         }
-        if self.targets is not None and EMBEDDING.endswith(self.targets):
+        if self.targets is not None and EMBEDDING.endswith(tuple(self.targets.split())):
             vocab, hidden = config.vocab_size, config.hidden_size
             slots[EMBEDDING] = LoRASlot(EMBEDDING, vocab, hidden, 3, 1.3, 0.0, self.use_dora, embedding=True)
-        return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(self.whole)}
+        return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(tuple(self.whole.split()))}
 
     def tensors(self, config: DecoderConfig) -> tuple[TrainedTensor, ...]:
         """Those trained as they are."""
         parameters = module_shapes(config).parameters
-        whole = [TrainedTensor(name, shape) for name, shape in parameters.items() if name.endswith(self.whole)]
+        whole = [
+            TrainedTensor(name, shape) for name, shape in parameters.items() if name.endswith(tuple(self.whole.split()))
+        ]
         rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(self.tokens), config.hidden_size), self.tokens)
         return (*whole, rows) if self.tokens else tuple(whole)
 

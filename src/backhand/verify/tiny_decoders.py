@@ -7,27 +7,19 @@ documents longer than the sliding window and than the original rope length, diff
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
 from backhand.nn.decoder.family import (
-    FUSED_GATE_UP,
-    FUSED_QKV,
     GATED_DELTA,
-    GLM4_NORMS,
-    GRANITE4_GROUPS,
-    GROUPS,
     KEYS_AS_VALUES,
     LAYER_SCALAR,
-    LFM2_GROUPS,
-    LFM2_NORMS,
-    LFM2_QK_NORMS,
-    NORMS_AFTER,
-    SANDWICH_NORMS,
     SHARED_KEYS,
     SHORT_CONV,
+    TRAITS,
     VALUE_NORMED,
     DecoderConfig,
     DeltaSizes,
@@ -90,180 +82,15 @@ LLAMA = DecoderConfig(
     max_position_embeddings=64,
 )
 
-FAMILIES: dict[str, DecoderConfig] = {
-    "llama": LLAMA,
-    "llama 3, tied head": replace(LLAMA, tied_head=True, rotary=(RotaryConfig(500.0, _LLAMA3),)),
-    "llama, biases everywhere": replace(LLAMA, qkv_bias=True, output_bias=True, mlp_bias=True),
-    "mistral, window": replace(LLAMA, family="mistral", layers=(_SLIDING, _SLIDING)),
-    "qwen2, qkv bias, tied head": replace(
-        LLAMA, family="qwen2", qkv_bias=True, tied_head=True, layers=(_FULL, _SLIDING)
-    ),
-    "qwen3, q/k norm": replace(LLAMA, family="qwen3", qk_norm="head", num_heads=6, num_key_value_heads=3),
-    # Which experts are chosen is a step function: what is drawn under these names lies where no difference crosses it.
-    "mixtral, two of five experts": replace(
-        LLAMA,
-        family="mixtral",
-        mixture=Mixture(5, 2, 18),
-        layers=(LayerConfig(experts=True), LayerConfig(experts=True)),
-    ),
-    "qwen3-moe, shares of all, a dense layer": replace(
-        LLAMA,
-        family="qwen3_moe",
-        tied_head=True,
-        qk_norm="head",
-        num_heads=6,
-        num_key_value_heads=3,
-        mixture=Mixture(7, 3, 9, of_all=True),
-        layers=(LayerConfig(window=WINDOW, experts=True), _FULL),
-    ),
-    "gpt-oss, sinks, biased experts": replace(
-        LLAMA,
-        family="gpt_oss",
-        qkv_bias=True,
-        output_bias=True,
-        sinks=True,
-        rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3),),
-        mixture=Mixture(5, 2, 7, router="mlp.router", bias=True, clamp=Clamp(1.4, 2.6), interleaved=True),
-        layers=(LayerConfig(window=WINDOW, experts=True), LayerConfig(experts=True)),
-    ),
-    "granite, four multipliers": replace(
-        LLAMA,
-        family="granite",
-        tied_head=True,
-        embedding_scaling=2.9,
-        residual_multiplier=0.37,
-        logits=LogitsRule(1 / 1.7),
-    ),
-    "granite 4, fused, no rotary": replace(
-        LLAMA,
-        family="granitemoehybrid",
-        groups=GRANITE4_GROUPS,
-        embedding_scaling=2.9,
-        residual_multiplier=0.37,
-        logits=LogitsRule(1 / 1.7),
-        layers=(LayerConfig(rotary=None), LayerConfig(rotary=None)),
-    ),
-    "smollm3, a layer without rotary": replace(
-        LLAMA, family="smollm3", tied_head=True, layers=(LayerConfig(window=WINDOW, rotary=None), _FULL)
-    ),
-    "olmo2, norms after, q/k norm over all heads": replace(
-        LLAMA, family="olmo2", norms=NORMS_AFTER, qk_norm="width", num_heads=6, num_key_value_heads=3
-    ),
-    "olmo3, yarn": replace(
-        LLAMA,
-        family="olmo3",
-        norms=NORMS_AFTER,
-        qk_norm="width",
-        layers=(LayerConfig(window=WINDOW, rotary=1), LayerConfig(rotary=0)),
-        rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3), RotaryConfig(50.0)),
-    ),
-    "exaone4, norms after, a layer without rotary": replace(
-        LLAMA,
-        family="exaone4",
-        tied_head=True,
-        norms=NORMS_AFTER,
-        qk_norm="head",
-        layers=(LayerConfig(rotary=None), _SLIDING),
-        rotary=(RotaryConfig(500.0, _LLAMA3),),
-    ),
-    "phi3, fused, longrope, part of the features": replace(
-        LLAMA,
-        family="phi3",
-        groups=((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3]),
-        rotary=(RotaryConfig(100.0, _LONGROPE, attention_factor=1.2, features=4),),
-    ),
-    "ministral3, scaled queries": replace(
-        LLAMA,
-        family="ministral3",
-        query_scaling=QueryScaling(0.4, 3),
-        rotary=(RotaryConfig(100.0, _YARN, attention_factor=0.9),),
-    ),
-    "glm4, neighbours turned": replace(
-        LLAMA,
-        family="glm4",
-        qkv_bias=True,
-        groups=(*GROUPS[:2], (FUSED_GATE_UP,), GROUPS[3]),
-        norms=GLM4_NORMS,
-        rotary=(RotaryConfig(100.0, features=4, interleaved=True),),
-    ),
-    "qwen3.5, delta rule and gated attention": replace(
-        LLAMA,
-        family="qwen3_5_text",
-        num_heads=6,
-        num_key_value_heads=3,
-        norm_eps=0.02,
-        norm_offset=1.0,
-        qk_norm="head",
-        attention_gate=True,
-        delta=DeltaSizes(key_heads=2, value_heads=4, key_width=5, value_width=7, taps=3),
-        layers=(_DELTA, _FULL, _DELTA),
-        rotary=(RotaryConfig(100.0, features=4),),
-    ),
-    "lfm2, short convolutions": replace(
-        LLAMA,
-        family="lfm2",
-        tied_head=True,
-        groups=LFM2_GROUPS,
-        norms=LFM2_NORMS,
-        final_norm="model.embedding_norm",
-        qk_norm="head",
-        qk_norms=LFM2_QK_NORMS,
-        short_conv=ShortConv(taps=3),
-        layers=(_CONVOLVED, _FULL, _CONVOLVED),
-    ),
-    "lfm2, biases, attention above": replace(
-        LLAMA,
-        family="lfm2",
-        groups=LFM2_GROUPS,
-        norms=LFM2_NORMS,
-        final_norm="model.embedding_norm",
-        qk_norm="head",
-        qk_norms=LFM2_QK_NORMS,
-        short_conv=ShortConv(taps=4, bias=True),
-        layers=(_CONVOLVED, _FULL),
-    ),
-    "gemma2, capped": replace(
-        LLAMA,
-        family="gemma2",
-        tied_head=True,
-        layers=(_SLIDING, _FULL),
-        norm_offset=1.0,
-        norms=SANDWICH_NORMS,
-        activation="gelu_tanh",
-        attention_cap=0.9,
-        logits=LogitsRule(cap=2.3),
-        embedding_scaling=1.9,
-    ),
-    "gemma3": replace(
-        LLAMA,
-        family="gemma3_text",
-        tied_head=True,
-        layers=(LayerConfig(window=WINDOW, rotary=1), LayerConfig(rotary=0), LayerConfig(window=WINDOW, rotary=1)),
-        rotary=(RotaryConfig(1000.0, (("rope_type", "linear"), ("factor", 2.0))), RotaryConfig(10.0)),
-        norm_offset=1.0,
-        norms=SANDWICH_NORMS,
-        qk_norm="head",
-        activation="gelu_tanh",
-        embedding_scaling=3.7,
-    ),
-}
+_EXPERTS = LayerConfig(experts=True)
+_SLIDING_EXPERTS = LayerConfig(window=WINDOW, experts=True)
+_SLIDING_BY_THE_OTHER = LayerConfig(window=WINDOW, rotary=1)
+_STILL = LayerConfig(rotary=None)
 
 
-_GEMMA4 = replace(
-    LLAMA,
-    family="gemma4_text",
-    tied_head=True,
-    norms=SANDWICH_NORMS,
-    qk_norm="head",
-    activation="gelu_tanh",
-    attention_scaling=0.55,
-    norm_eps=0.05,
-    embedding_scaling=3.7,
-    logits=LogitsRule(cap=2.3),
-    rotary=(RotaryConfig(1000.0, (("rope_type", "proportional"), ("share", 0.5), ("factor", 1.0))), RotaryConfig(10.0)),
-    value_norm=True,
-    layer_scalar=True,
-)
+def _tiny(family: str, **own: Any) -> DecoderConfig:
+    """What the family has by its name, and what is said."""
+    return replace(LLAMA, family=family, **(TRAITS.get(family, {}) | own))
 
 
 def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, keys_of: int | None = None) -> LayerConfig:
@@ -271,24 +98,96 @@ def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, keys_of: int | Non
     return LayerConfig(WINDOW if slides else None, int(slides), mixer=mixer, sizes=sizes, keys_of=keys_of)
 
 
-FAMILIES |= {
+def _gemma4(**own: Any) -> DecoderConfig:
+    own |= {"tied_head": True, "attention_scaling": 0.55, "norm_eps": 0.05, "embedding_scaling": 3.7}
+    full = RotaryConfig(1000.0, (("rope_type", "proportional"), ("share", 0.5), ("factor", 1.0)))
+    return _tiny("gemma4_text", logits=LogitsRule(cap=2.3), rotary=(full, RotaryConfig(10.0)), **own)
+
+
+_THREES = {"num_heads": 6, "num_key_value_heads": 3}
+_GRANITE = {"embedding_scaling": 2.9, "residual_multiplier": 0.37, "logits": LogitsRule(1 / 1.7)}
+
+FAMILIES: dict[str, DecoderConfig] = {
+    "llama": LLAMA,
+    "llama 3, tied head": _tiny("llama", tied_head=True, rotary=(RotaryConfig(500.0, _LLAMA3),)),
+    "llama, biases everywhere": _tiny("llama", qkv_bias=True, output_bias=True, mlp_bias=True),
+    "mistral, window": _tiny("mistral", layers=(_SLIDING, _SLIDING)),
+    "qwen2, qkv bias, tied head": _tiny("qwen2", tied_head=True, layers=(_FULL, _SLIDING)),
+    "qwen3, q/k norm": _tiny("qwen3", **_THREES),
+    # Which experts are chosen is a step function: what is drawn under these names lies where no difference crosses it.
+    "mixtral, two of five experts": _tiny("mixtral", mixture=Mixture(5, 2, 18), layers=(_EXPERTS, _EXPERTS)),
+    "qwen3-moe, shares of all, a dense layer": _tiny(
+        "qwen3_moe", tied_head=True, mixture=Mixture(7, 3, 9, of_all=True), layers=(_SLIDING_EXPERTS, _FULL), **_THREES
+    ),
+    "gpt-oss, sinks, biased experts": _tiny(
+        "gpt_oss",
+        qkv_bias=True,
+        output_bias=True,
+        rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3),),
+        mixture=Mixture(5, 2, 7, router="mlp.router", bias=True, clamp=Clamp(1.4, 2.6), interleaved=True),
+        layers=(_SLIDING_EXPERTS, _EXPERTS),
+    ),
+    "granite, four multipliers": _tiny("granite", tied_head=True, **_GRANITE),
+    "granite 4, fused, no rotary": _tiny("granitemoehybrid", layers=(_STILL, _STILL), **_GRANITE),
+    "smollm3, a layer without rotary": _tiny("smollm3", tied_head=True, layers=(replace(_SLIDING, rotary=None), _FULL)),
+    "olmo2, norms after, q/k norm over all heads": _tiny("olmo2", **_THREES),
+    "olmo3, yarn": _tiny(
+        "olmo3",
+        layers=(_SLIDING_BY_THE_OTHER, _FULL),
+        rotary=(RotaryConfig(500.0, _YARN, attention_factor=1.3), RotaryConfig(50.0)),
+    ),
+    "exaone4, norms after, a layer without rotary": _tiny(
+        "exaone4", tied_head=True, layers=(_STILL, _SLIDING), rotary=(RotaryConfig(500.0, _LLAMA3),)
+    ),
+    "phi3, fused, longrope, part of the features": _tiny(
+        "phi3", rotary=(RotaryConfig(100.0, _LONGROPE, attention_factor=1.2, features=4),)
+    ),
+    "ministral3, scaled queries": _tiny(
+        "ministral3",
+        query_scaling=QueryScaling(0.4, 3),
+        rotary=(RotaryConfig(100.0, _YARN, attention_factor=0.9),),
+    ),
+    "glm4, neighbours turned": _tiny(
+        "glm4", qkv_bias=True, rotary=(RotaryConfig(100.0, features=4, interleaved=True),)
+    ),
+    "qwen3.5, delta rule and gated attention": _tiny(
+        "qwen3_5_text",
+        norm_eps=0.02,
+        delta=DeltaSizes(key_heads=2, value_heads=4, key_width=5, value_width=7, taps=3),
+        layers=(_DELTA, _FULL, _DELTA),
+        rotary=(RotaryConfig(100.0, features=4),),
+        **_THREES,
+    ),
+    "lfm2, short convolutions": _tiny(
+        "lfm2", tied_head=True, short_conv=ShortConv(taps=3), layers=(_CONVOLVED, _FULL, _CONVOLVED)
+    ),
+    "lfm2, biases, attention above": _tiny("lfm2", short_conv=ShortConv(taps=4, bias=True), layers=(_CONVOLVED, _FULL)),
+    "gemma2, capped": _tiny(
+        "gemma2",
+        tied_head=True,
+        layers=(_SLIDING, _FULL),
+        attention_cap=0.9,
+        logits=LogitsRule(cap=2.3),
+        embedding_scaling=1.9,
+    ),
+    "gemma3": _tiny(
+        "gemma3_text",
+        tied_head=True,
+        layers=(_SLIDING_BY_THE_OTHER, _FULL, _SLIDING_BY_THE_OTHER),
+        rotary=(RotaryConfig(1000.0, (("rope_type", "linear"), ("factor", 2.0))), RotaryConfig(10.0)),
+        embedding_scaling=3.7,
+    ),
     # The keys and values of either kind of layer have two users.
-    "gemma4, shared keys, inputs of layers": replace(
-        _GEMMA4,
+    "gemma4, shared keys, inputs of layers": _gemma4(
         per_layer=PerLayerInput(5, 6, LLAMA.vocab_size),
         layers=(
             _gemma4_layer(slides=True),
             _gemma4_layer(slides=False),
-            _gemma4_layer(slides=True, mixer=SHARED_KEYS, keys_of=0),
-            _gemma4_layer(slides=False, mixer=SHARED_KEYS, keys_of=1),
-            _gemma4_layer(slides=True, mixer=SHARED_KEYS, keys_of=0),
-            _gemma4_layer(slides=False, mixer=SHARED_KEYS, keys_of=1),
+            *(_gemma4_layer(slides=not source, mixer=SHARED_KEYS, keys_of=source) for source in (0, 1, 0, 1)),
         ),
     ),
-    "gemma4, values made of keys": replace(
-        _GEMMA4,
-        qkv_bias=True,
-        layers=(_gemma4_layer(slides=False, mixer=KEYS_AS_VALUES), _gemma4_layer(slides=True)),
+    "gemma4, values made of keys": _gemma4(
+        qkv_bias=True, layers=(_gemma4_layer(slides=False, mixer=KEYS_AS_VALUES), _gemma4_layer(slides=True))
     ),
 }
 
@@ -321,25 +220,21 @@ def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
     return weights
 
 
-def adapter_slots(config: DecoderConfig, targets: tuple[str, ...] | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
+def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
     """A slot for every module that ends in one of the targets (None: all but the head), of mixed ranks and scalings.
 
+    Targets are apart by blanks.
     Parameters of experts are among them, without dropout.
     """
     shapes = module_shapes(config)
-    modules = [(name, 0, *sides) for name, sides in shapes.items()]
+    modules = {name: (0, *sides) for name, sides in shapes.items()} | shapes.experts
     slots: dict[str, LoRASlot] = {}
-    for index, (name, experts, out_features, in_features) in enumerate(
-        [*modules, *((name, *sides) for name, sides in shapes.experts.items())]
-    ):
-        wanted = name != "lm_head" if targets is None else name.endswith(targets)
+    for index, (name, (experts, out_features, in_features)) in enumerate(modules.items()):
+        wanted = name != "lm_head" if targets is None else name.endswith(tuple(targets.split()))
         if wanted:
             rank, scaling = 2 + index % 3, (1.7, 0.6, 2.3)[index % 3]
-            own = 0.0 if experts else dropout
-            turns = name in shapes.interleaved
-            slots[name] = LoRASlot(
-                name, in_features, out_features, rank, scaling, own, experts=experts, interleaved=turns
-            )
+            slot = LoRASlot(name, in_features, out_features, rank, scaling, 0.0 if experts else dropout)
+            slots[name] = replace(slot, experts=experts, interleaved=name in shapes.interleaved)
     return slots
 
 

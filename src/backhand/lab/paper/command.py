@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from backhand.lab.paper.plots import (
     draw_sweep,
 )
 from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap, similarity_maps
-from backhand.lab.paper.sweep import SweepResult, SweepRow
+from backhand.lab.paper.sweep import SweepResult
 from backhand.lab.sine.tables import print_files
 from backhand.terminal import console_for_tables, working
 from backhand.words import show_notes
@@ -99,7 +99,11 @@ def write_paper(directory: Path, result: PaperResult) -> list[str]:
     if result.sweep is not None:
         files["sweep.png"] = draw_sweep(result.sweep)
         header = ("targets", "rank", "trained_parameters", "base_eval_loss", "eval_loss", "exact_match", "train_s")
-        files["sweep.csv"] = csv_bytes(header, (_sweep_line(row) for row in result.sweep.rows))
+        lines_of = (
+            (row.point.targets, row.point.rank, row.point.trained_parameters, *astuple(row)[1:])
+            for row in result.sweep.rows
+        )
+        files["sweep.csv"] = csv_bytes(header, lines_of)
     names = [*files, "summary.json"]
     files["summary.json"] = json_bytes(paper_summary(result) | {"files": names})
     for name, data in files.items():
@@ -180,13 +184,8 @@ def _updates(result: PaperResult) -> dict[str, Any]:
     apart = largest_disagreement(result.updates)
     return {
         "ranks": [
-            {
-                "rank": update.rank,
-                "mean": update.mean,
-                "standard_error": update.standard_error,
-                "standard_deviation": update.deviation,
-            }
-            for update in result.updates
+            {"rank": of.rank, "mean": of.mean, "standard_error": of.standard_error, "standard_deviation": of.deviation}
+            for of in result.updates
         ],
         "seeds": len(result.updates[0].along_descent),
         "largest_disagreement_in_standard_errors": apart,
@@ -196,12 +195,6 @@ def _updates(result: PaperResult) -> dict[str, Any]:
             for path in result.paths
         ],
     }
-
-
-def _sweep_line(row: SweepRow) -> tuple[object, ...]:
-    point = row.point
-    measured = row.base_eval_loss, row.eval_loss, row.exact_match, row.train_s
-    return point.targets, point.rank, point.trained_parameters, *measured
 
 
 def _finite(value: float) -> float | None:

@@ -20,6 +20,10 @@ from backhand.lab.paper.similarity import FloatMap, ModuleSimilarity, Similarity
 from backhand.lab.paper.sweep import SweepResult
 
 _MEBIBYTE = 2**20
+_WHITE: dict[str, Any] = {"color": "#ffffff", "edgecolor": "black"}
+_HATCHED: dict[str, Any] = {"color": "#9a9a9a", "edgecolor": "black", "hatch": "//"}
+_BLACK: dict[str, Any] = {"color": "#2b2b2b", "edgecolor": "black"}
+_GREY: dict[str, Any] = {"color": "#c8c8c8", "edgecolor": "black"}
 _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
@@ -78,13 +82,13 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
     places = np.arange(len(kinds))
     sets = (
-        ("directions of W", "along_weight", "#ffffff", ""),
-        ("directions of ΔW", "along_update", "#9a9a9a", "//"),
-        ("random directions", "along_random", "#2b2b2b", ""),
+        ("directions of W", "along_weight", _WHITE),
+        ("directions of ΔW", "along_update", _HATCHED),
+        ("random directions", "along_random", _BLACK),
     )
-    for number, (name, attribute, color, hatch) in enumerate(sets):
+    for number, (name, attribute, style) in enumerate(sets):
         means = [np.mean([getattr(row, attribute) for row in rows if kind_of(row.module) == kind]) for kind in kinds]
-        bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, color=color, edgecolor="black", hatch=hatch)
+        bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, **style)
     bars.set_yscale("log")
     low, high = bars.get_ylim()
     bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
@@ -100,22 +104,13 @@ def draw_merging(result: MergeResult) -> bytes:
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     places = np.arange(len(result.times))
-    for number, (name, color, hatch) in enumerate((("adapter", "#9a9a9a", "//"), ("merged", "#ffffff", ""))):
+    ways = ("adapter", "adapter beside the weights", _HATCHED), ("merged", "merged into the weights", _WHITE)
+    for number, (name, label, style) in enumerate(ways):
         ratios = [getattr(times, name) for times in result.times]
         medians = np.array([ratio.median for ratio in ratios])
         spread = [medians - [ratio.lower for ratio in ratios], [ratio.upper for ratio in ratios] - medians]
-        label = "adapter beside the weights" if name == "adapter" else "merged into the weights"
-        axes.bar(
-            places + 0.36 * (number - 0.5),
-            medians,
-            0.34,
-            yerr=spread,
-            capsize=4,
-            label=label,
-            color=color,
-            edgecolor="black",
-            hatch=hatch,
-        )
+        at = places + 0.36 * (number - 0.5)
+        axes.bar(at, medians, 0.34, yerr=spread, capsize=4, label=label, **style)
     axes.axhline(1, color="black", linestyle=":", label="base")
     axes.set_xticks(places, [f"{times.documents} × {times.tokens} tokens" for times in result.times])
     axes.set_ylabel("time over the base's (median, quartiles)")
@@ -132,27 +127,18 @@ def draw_memory(result: MemoryResult) -> bytes:
     ways = (result.adapter, result.full)
     places, names = np.arange(2), ["adapter", "every weight"]
     computed = np.array([way.computed_bytes for way in ways]) / _MEBIBYTE
-    step.bar(places - 0.18, computed, 0.34, label="what the tensors hold", color="#ffffff", edgecolor="black")
+    step.bar(places - 0.18, computed, 0.34, label="what the tensors hold", **_WHITE)
     measured = [(place, way) for place, way in zip(places, ways, strict=True) if way.measured_bytes and way.bytes]
     heights = np.array([way.bytes for _, way in measured]) / _MEBIBYTE
     lows, highs = (np.array([bound(way.measured_bytes) for _, way in measured]) / _MEBIBYTE for bound in (min, max))
-    step.bar(
-        [place + 0.18 for place, _ in measured],
-        heights,
-        0.34,
-        yerr=[heights - lows, highs - heights],
-        capsize=4,
-        label="measured (median, range)",
-        color="#9a9a9a",
-        edgecolor="black",
-        hatch="//",
-    )
+    at, spread = [place + 0.18 for place, _ in measured], [heights - lows, highs - heights]
+    step.bar(at, heights, 0.34, yerr=spread, capsize=4, label="measured (median, range)", **_HATCHED)
     step.set(ylabel="MiB", ylim=(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max()))
     ratio = "" if result.memory_ratio is None else f": {result.memory_ratio:.1f} times"
     step.set_title(f"Memory of an optimizer step, no activations{ratio}", fontsize="medium")
     step.legend(fontsize="small", loc="upper left")
     sizes = np.array([result.adapter_stored_bytes, result.full_stored_bytes]) / _MEBIBYTE
-    stored.bar(places, sizes, 0.5, color="#c8c8c8", edgecolor="black")
+    stored.bar(places, sizes, 0.5, **_GREY)
     stored.set(yscale="log", ylim=(sizes.min() / 4, sizes.max() * 4))
     for place, size in zip(places, sizes, strict=True):
         stored.text(place, 1.1 * size, f"{size:,.1f} MiB", ha="center", va="bottom", fontsize="small")
@@ -170,7 +156,8 @@ def draw_sweep(result: SweepResult) -> bytes:
     ranks, budget = figure.subplots(1, 2)
     targets = list(dict.fromkeys(row.point.targets for row in result.rows))
     for name, style in zip(targets, _STYLES * len(targets), strict=False):
-        of_target = sorted((r for r in result.rows if r.point.targets == name and r.point.ranks), key=_rank_of)
+        of_target = [row for row in result.rows if row.point.targets == name and row.point.ranks]
+        of_target.sort(key=lambda row: row.point.rank)
         xs = [row.point.rank for row in of_target]
         ranks.plot(xs, [row.eval_loss for row in of_target], style, color="black", label=name)
     base = next((row.base_eval_loss for row in result.rows if row.base_eval_loss is not None), None)
@@ -183,11 +170,10 @@ def draw_sweep(result: SweepResult) -> bytes:
     low, high = ranks.get_ylim()
     ranks.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the lines
     ranks.legend(fontsize="small", title="target modules", title_fontsize="small", loc="upper center", ncols=2)
-    at_budget = sorted(
-        (row for row in result.rows if row.point.budget), key=lambda row: targets.index(row.point.targets)
-    )
+    at_budget = [row for row in result.rows if row.point.budget]
+    at_budget.sort(key=lambda row: targets.index(row.point.targets))
     places = np.arange(len(at_budget))
-    budget.barh(places, [row.eval_loss for row in at_budget], color="#c8c8c8", edgecolor="black")
+    budget.barh(places, [row.eval_loss for row in at_budget], **_GREY)
     for place, row in zip(places, at_budget, strict=True):
         match = "" if row.exact_match is None else f", {row.exact_match:.0%} exact"
         budget.text(row.eval_loss, place, f" {row.eval_loss:.3f}{match}", va="center", fontsize="small")
@@ -196,11 +182,6 @@ def draw_sweep(result: SweepResult) -> bytes:
     budget.set_xlabel("held-out loss (nats per token)")
     budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
     return png_bytes(figure)
-
-
-def _rank_of(row: Any) -> int:
-    rank: int = row.point.rank
-    return rank
 
 
 def _chance(rows: Sequence[ModuleSimilarity]) -> str:

@@ -39,8 +39,13 @@ class _Walk:
         self.point, self.unit = (int(place) for place in np.unravel_index(np.argmax(busy), busy.shape))
         self.section = "forward"
 
-    def add(self, name: str, formula: str, value: FloatArray, worked: str) -> None:
-        self.lines.append(WalkLine(self.section, name, formula, value.shape, worked))
+    def add(
+        self, name: str, formula: str, value: FloatArray, place: tuple[int, ...], terms: str = "", note: str = ""
+    ) -> None:
+        """`name = formula`, and of the number at this place of the value what it is made of."""
+        label = f"{name}[{','.join(map(str, place))}]" if place else name
+        worked = " = ".join(part for part in (label, terms, number(value[place].item())) if part)
+        self.lines.append(WalkLine(self.section, name, formula, value.shape, worked + note))
 
 
 def walk_base(training: BaseTraining, points: Points, learning_rate: float) -> list[WalkLine]:
@@ -51,18 +56,16 @@ def walk_base(training: BaseTraining, points: Points, learning_rate: float) -> l
     weight, bias = network.weights[0], network.bias
     x = points.x
     o1 = x @ weight.T
-    worked = f"o1[{i},{j}] = X[{i}]·l0w[{j}] = {number(x[i, 0])}·{number(weight[j, 0])} = {number(o1[i, j])}"
-    walk.add("o1", "X @ l0wᵀ", o1, worked)
+    walk.add("o1", "X @ l0wᵀ", o1, (i, j), f"X[{i}]·l0w[{j}] = {number(x[i, 0])}·{number(weight[j, 0])}")
     _add_bias(walk, head, "o1", o1, bias)
     _add_head_forward(walk, head, network, points)
     walk.section = "backward"
-    by_hand = {gradient.name: gradient for gradient in base_by_hand(training, points)}
-    _add_head_backward(walk, head, network, {name: gradient.value for name, gradient in by_hand.items()})
+    by_hand = {gradient.name: gradient.value for gradient in base_by_hand(training, points)}
+    _add_head_backward(walk, head, network, by_hand)
     do2 = head.d_pre[0]
-    d_bias, d_weight = by_hand["dl0bias"].value, by_hand["dl0w"].value
-    walk.add("dl0bias", "do2.sum(0)", d_bias, f"dl0bias[{j}] = {summed(do2[:, j])} = {number(d_bias[j])}")
-    walk.add("do1", "do2", do2, f"do1[{i},{j}] = {number(do2[i, j])}")
-    walk.add("dl0w", "do1ᵀ @ X", d_weight, f"dl0w[{j}] = {products(do2[:, j], x[:, 0])} = {number(d_weight[j, 0])}")
+    walk.add("dl0bias", "do2.sum(0)", by_hand["dl0bias"], (j,), summed(do2[:, j]))
+    walk.add("do1", "do2", do2, (i, j))
+    walk.add("dl0w", "do1ᵀ @ X", by_hand["dl0w"], (j,), products(do2[:, j], x[:, 0]))
     walk.section = "update"
     _add_update(walk, f"l0w[{j}]", weight, (j, 0), gradients.weights[0], learning_rate)
     _add_update(walk, f"l0bias[{j}]", bias, (j,), gradients.bias, learning_rate)
@@ -84,20 +87,10 @@ def walk_adapter(training: AdapterTraining, network: Network, points: Points, le
     z = scaling * (x @ B)
     lora_o1 = z @ A
     h = o1 + lora_o1
-    walk.add("o1", "X @ l0wᵀ  (frozen)", o1, f"o1[{i},{j}] = {number(o1[i, j])}, the same in every epoch")
-    walk.add(
-        "z",
-        "s · X @ B",
-        z,
-        f"z[{i},0] = {number(scaling)}·{number(x[i, 0])}·{number(B[0, 0])} = {number(z[i, 0])}",
-    )
-    walk.add(
-        "lora_o1",
-        "z @ A",
-        lora_o1,
-        f"lora_o1[{i},{j}] = {products(z[i], A[:, j])} = {number(lora_o1[i, j])}",
-    )
-    walk.add("h", "o1 + lora_o1", h, f"h[{i},{j}] = {number(o1[i, j])} + {number(lora_o1[i, j])} = {number(h[i, j])}")
+    walk.add("o1", "X @ l0wᵀ  (frozen)", o1, (i, j), note=", the same in every epoch")
+    walk.add("z", "s · X @ B", z, (i, 0), f"{number(scaling)}·{number(x[i, 0])}·{number(B[0, 0])}")
+    walk.add("lora_o1", "z @ A", lora_o1, (i, j), products(z[i], A[:, j]))
+    walk.add("h", "o1 + lora_o1", h, (i, j), f"{number(o1[i, j])} + {number(lora_o1[i, j])}")
     _add_bias(walk, head, "h", h, network.bias)
     _add_head_forward(walk, head, network, points)
     walk.section = "backward"
@@ -105,17 +98,12 @@ def walk_adapter(training: AdapterTraining, network: Network, points: Points, le
     _add_head_backward(walk, head, network, by_hand)
     d_h = head.d_pre[0]
     for name, above in (("dh", "do2"), ("do1", "dh"), ("dlora_o1", "dh")):
-        walk.add(name, above, d_h, f"{name}[{i},{j}] = {number(d_h[i, j])}")
+        walk.add(name, above, d_h, (i, j))
     d_A, d_B = by_hand["dA"], by_hand["dB"]
     d_z = d_h @ A.T
-    walk.add("dA", "zᵀ @ dlora_o1", d_A, f"dA[0,{j}] = {products(z[:, 0], d_h[:, j])} = {number(d_A[0, j])}")
-    walk.add("dz", "dlora_o1 @ Aᵀ", d_z, f"dz[{i},0] = {products(d_h[i], A[0])} = {number(d_z[i, 0])}")
-    walk.add(
-        "dB",
-        "s · Xᵀ @ dz",
-        d_B,
-        f"dB[0,0] = {number(scaling)}·({products(x[:, 0], d_z[:, 0])}) = {number(d_B[0, 0])}",
-    )
+    walk.add("dA", "zᵀ @ dlora_o1", d_A, (0, j), products(z[:, 0], d_h[:, j]))
+    walk.add("dz", "dlora_o1 @ Aᵀ", d_z, (i, 0), products(d_h[i], A[0]))
+    walk.add("dB", "s · Xᵀ @ dz", d_B, (0, 0), f"{number(scaling)}·({products(x[:, 0], d_z[:, 0])})")
     walk.section = "update"
     _add_update(walk, f"A[0,{j}]", A, (0, j), d_A, learning_rate)
     _add_update(walk, "B[0,0]", B, (0, 0), d_B, learning_rate)
@@ -124,61 +112,50 @@ def walk_adapter(training: AdapterTraining, network: Network, points: Points, le
 
 def _add_bias(walk: _Walk, head: Head, before: str, value: FloatArray, bias: FloatArray) -> None:
     i, j = walk.point, walk.unit
-    worked = f"o2[{i},{j}] = {number(value[i, j])} + {number(bias[j])} = {number(head.pre[0][i, j])}"
-    walk.add("o2", f"{before} + l0bias", head.pre[0], worked)
+    walk.add("o2", f"{before} + l0bias", head.pre[0], (i, j), f"{number(value[i, j])} + {number(bias[j])}")
 
 
 def _add_head_forward(walk: _Walk, head: Head, network: Network, points: Points) -> None:
     i, count = walk.point, len(points.y)
     for layer, (pre, post) in enumerate(zip(head.pre, head.post, strict=True)):
-        name = f"o{2 * layer + 2}"
+        name, above = f"o{2 * layer + 2}", f"o{2 * layer + 3}"
         j = walk.unit % pre.shape[1]
         if layer:
-            below, weight = head.post[layer - 1], network.weights[layer]
-            worked = f"{name}[{i},{j}] = {products(below[i], weight[j])} = {number(pre[i, j])}"
-            walk.add(name, f"o{2 * layer + 1} @ l{2 * layer}wᵀ", pre, worked)
-        worked = f"o{2 * layer + 3}[{i},{j}] = max({number(pre[i, j])}, 0) = {number(post[i, j])}"
-        walk.add(f"o{2 * layer + 3}", f"max({name}, 0)", post, worked)
+            terms = products(head.post[layer - 1][i], network.weights[layer][j])
+            walk.add(name, f"o{2 * layer + 1} @ l{2 * layer}wᵀ", pre, (i, j), terms)
+        walk.add(above, f"max({name}, 0)", post, (i, j), f"max({number(pre[i, j])}, 0)")
     last, weight = f"o{2 * len(head.post) + 1}", network.weights[-1]
-    worked = f"outputs[{i}] = {products(head.post[-1][i], weight[0])} = {number(head.outputs[i, 0])}"
-    walk.add("outputs", f"{last} @ l{2 * len(head.post)}wᵀ", head.outputs, worked)
-    diff = head.diff
-    worked = f"diff[{i}] = {number(head.outputs[i, 0])} − {number(points.y[i, 0])} = {number(diff[i, 0])}"
-    walk.add("diff", "outputs − y", diff, worked)
+    outputs, diff = head.outputs, head.diff
+    walk.add("outputs", f"{last} @ l{2 * len(head.post)}wᵀ", outputs, (i,), products(head.post[-1][i], weight[0]))
+    walk.add("diff", "outputs − y", diff, (i,), f"{number(outputs[i, 0])} − {number(points.y[i, 0])}")
     squared = diff**2
-    walk.add("squared_diff", "diff²", squared, f"squared_diff[{i}] = {number(squared[i, 0])}")
+    walk.add("squared_diff", "diff²", squared, (i,))
     o_seven = squared.sum(0)
-    walk.add("o_seven", "squared_diff.sum(0)", o_seven, f"o_seven = {summed(squared[:, 0])} = {number(o_seven[0])}")
-    loss = o_seven / count
-    walk.add("loss", "o_seven / n", loss, f"loss = {number(o_seven[0])} / {count} = {number(loss[0])}")
+    walk.add("o_seven", "squared_diff.sum(0)", o_seven, (), summed(squared[:, 0]))
+    walk.add("loss", "o_seven / n", o_seven / count, (), f"{number(o_seven[0])} / {count}")
 
 
 def _add_head_backward(walk: _Walk, head: Head, network: Network, by_hand: dict[str, FloatArray]) -> None:
     i, count = walk.point, len(head.y)
-    walk.add("dL", "1", by_hand["dL"], "dL = 1")
-    d_o_seven, d_squared = by_hand["do_seven"], by_hand["dsquared_diff"]
-    walk.add("do_seven", "dL / n", d_o_seven, f"do_seven = 1 / {count} = {number(d_o_seven[0])}")
-    worked = f"dsquared_diff[{i}] = {number(d_squared[i, 0])}"
-    walk.add("dsquared_diff", "do_seven · ones(n, 1)", d_squared, worked)
-    d_diff = by_hand["ddiff"]
-    worked = f"ddiff[{i}] = {number(d_squared[i, 0])}·2·{number(head.diff[i, 0])} = {number(d_diff[i, 0])}"
-    walk.add("ddiff", "dsquared_diff · 2 diff", d_diff, worked)
-    walk.add("doutputs", "ddiff", head.d_outputs, f"doutputs[{i}] = {number(head.d_outputs[i, 0])}")
+    d_squared = by_hand["dsquared_diff"]
+    walk.add("dL", "1", by_hand["dL"], ())
+    walk.add("do_seven", "dL / n", by_hand["do_seven"], (), f"1 / {count}")
+    walk.add("dsquared_diff", "do_seven · ones(n, 1)", d_squared, (i,))
+    terms = f"{number(d_squared[i, 0])}·2·{number(head.diff[i, 0])}"
+    walk.add("ddiff", "dsquared_diff · 2 diff", by_hand["ddiff"], (i,), terms)
+    walk.add("doutputs", "ddiff", head.d_outputs, (i,))
     above_name, above = "doutputs", head.d_outputs
     for layer in range(len(head.pre) - 1, -1, -1):
         post, pre, weight = f"o{2 * layer + 3}", f"o{2 * layer + 2}", f"l{2 * layer + 2}w"
         values = network.weights[layer + 1]
         d_post, d_pre = head.d_post[layer], head.d_pre[layer]
         j = walk.unit % d_post.shape[1]
-        worked = f"d{post}[{i},{j}] = {products(above[i], values[:, j])} = {number(d_post[i, j])}"
-        walk.add(f"d{post}", f"{above_name} @ {weight}", d_post, worked)
+        walk.add(f"d{post}", f"{above_name} @ {weight}", d_post, (i, j), products(above[i], values[:, j]))
         if f"d{weight}" in by_hand:
-            d_weight = by_hand[f"d{weight}"]
-            worked = f"d{weight}[0,{j}] = {products(above[:, 0], head.post[layer][:, j])} = {number(d_weight[0, j])}"
-            walk.add(f"d{weight}", f"{above_name}ᵀ @ {post}", d_weight, worked)
+            terms = products(above[:, 0], head.post[layer][:, j])
+            walk.add(f"d{weight}", f"{above_name}ᵀ @ {post}", by_hand[f"d{weight}"], (0, j), terms)
         passes = "1" if head.pre[layer][i, j] > 0 else "0"
-        worked = f"d{pre}[{i},{j}] = {number(d_post[i, j])}·{passes} = {number(d_pre[i, j])}"
-        walk.add(f"d{pre}", f"d{post} · ({pre} > 0)", d_pre, worked)
+        walk.add(f"d{pre}", f"d{post} · ({pre} > 0)", d_pre, (i, j), f"{number(d_post[i, j])}·{passes}")
         above_name, above = f"d{pre}", d_pre
 
 
@@ -187,9 +164,8 @@ def _add_update(
 ) -> None:
     before, slope = value[place], gradient[place]
     plain = name.split("[", maxsplit=1)[0]
-    after = before - learning_rate * slope
-    worked = f"{name} = {number(before)} − {learning_rate:g}·{number(slope)} = {number(after)}"
-    walk.add(plain, f"{plain} − lr · d{plain}", value, worked)
+    worked = f"{name} = {number(before)} − {learning_rate:g}·{number(slope)} = {number(before - learning_rate * slope)}"
+    walk.lines.append(WalkLine(walk.section, plain, f"{plain} − lr · d{plain}", value.shape, worked))
 
 
 def number(value: float | np.floating[Any]) -> str:

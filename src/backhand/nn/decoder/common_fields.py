@@ -9,12 +9,14 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import DecoderConfig, LayerConfig, RotaryConfig
+from backhand.nn.decoder.family import TRAITS, DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
 from backhand.nn.loading.source import token_ids
 from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000
+SILU, GELU = ("hidden_act", "silu"), ("hidden_activation", "gelu_pytorch_tanh")
+"""Where a family's config has its activation, and the one with which the engine computes it."""
 MOST_ELEMENTS = 2**40
 """A garbled number must not fill the memory with layers."""
 
@@ -23,12 +25,22 @@ def common_fields(
     fields: ConfigFields,
     *,
     window: int | None = None,
-    is_sliding: Callable[[int], bool] = lambda _: False,
-    reads_layer_types: bool = False,
+    slides: Callable[[int], bool] | None = None,
     rotary_sets: Callable[[ConfigFields, int, int], RotaryConfig | tuple[RotaryConfig, RotaryConfig]] = rotary,
     norm_eps: str = "rms_norm_eps",
+    activation: tuple[str, str] | None = SILU,
 ) -> DecoderConfig:
-    """Read what every family has; `norm_eps` is the name of that field."""
+    """Read what every family has, with the family's own traits.
+
+    Args:
+        window: of the layers that slide.
+        slides: which layers do where `layer_types` does not say it; None where none does.
+        rotary_sets: reads the angles.
+        norm_eps: the name of that field.
+        activation: the name of that field and what it must be; None where there is none.
+    """
+    if activation is not None:
+        fields.must_equal(*activation)
     heads = fields.integer("num_attention_heads")
     # Null, or absent where the class has no number either: every head has its own key and value.
     key_value_heads = fields.integer("num_key_value_heads", heads)
@@ -52,15 +64,14 @@ def common_fields(
             f"{heads} heads of {head_dim}, {max_positions} positions",
             next_step="fetch the model again",
         )
-    sliding = [is_sliding(index) for index in range(layers)]
-    if reads_layer_types:
-        sliding = sliding_layers(fields, sliding)
+    sliding = [False] * layers if slides is None else _sliding_layers(fields, [slides(n) for n in range(layers)])
     if any(sliding) and window is None:
         fields.problem("sliding_window", "there are sliding layers, but no window is in use")
     found = rotary_sets(fields, head_dim, max_positions)
     angles: tuple[RotaryConfig, ...] = (found,) if isinstance(found, RotaryConfig) else found
-    return DecoderConfig(
-        family=str(fields.value("model_type")),
+    family = str(fields.value("model_type"))
+    config = DecoderConfig(
+        family=family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -68,21 +79,31 @@ def common_fields(
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         norm_eps=fields.number(norm_eps, 1e-6),
-        layers=tuple(
-            LayerConfig(window if slides else None, rotary=int(slides and len(angles) > 1)) for slides in sliding
-        ),
+        layers=tuple(LayerConfig(window if here else None, rotary=int(here and len(angles) > 1)) for here in sliding),
         rotary=angles,
         attention_scaling=head_dim**-0.5,
         tied_head=fields.flag("tie_word_embeddings", False),
         max_position_embeddings=max_positions,
         eos_token_ids=tuple(token_ids(fields.value("eos_token_id"))),
     )
+    return replace(config, **TRAITS.get(family, {}))
+
+
+def all_but_every(interval: int) -> Callable[[int], bool]:
+    """Layers of which every so-manieth has full attention, and no other."""
+    return lambda index: (index + 1) % interval != 0
+
+
+def still_where(decoder: DecoderConfig, still: Callable[[int], bool]) -> DecoderConfig:
+    """Without rotary embedding in these layers."""
+    layers = (replace(layer, rotary=None) if still(n) else layer for n, layer in enumerate(decoder.layers))
+    return replace(decoder, layers=tuple(layers))
 
 
 def window_everywhere(fields: ConfigFields, window: int | None, **own: Any) -> DecoderConfig:
     """`common_fields` of a family whose layers all have the same window, or none."""
     one_layer_type(fields, FULL if window is None else SLIDING)
-    return common_fields(fields, window=window, is_sliding=lambda _: window is not None, **own)
+    return common_fields(fields, window=window, slides=None if window is None else lambda _: True, **own)
 
 
 def with_biases(fields: ConfigFields, decoder: DecoderConfig, default: bool = False) -> DecoderConfig:
@@ -96,6 +117,14 @@ def stated_window(fields: ConfigFields) -> int | None:
     return None if fields.value("sliding_window") is None else fields.integer("sliding_window")
 
 
+def used_window(fields: ConfigFields) -> int | None:
+    """No window where the field is null or absent, or `use_sliding_window` is false."""
+    if fields.flag("use_sliding_window", False):
+        return stated_window(fields)
+    fields.neutral("sliding_window")
+    return None
+
+
 def window_size(fields: ConfigFields) -> int | None:
     """No window where the field is null; that of the class where it is absent: 4096, in gpt-oss 128."""
     if fields.stated("sliding_window") and fields.value("sliding_window") is None:
@@ -103,7 +132,7 @@ def window_size(fields: ConfigFields) -> int | None:
     return fields.integer("sliding_window")
 
 
-def sliding_layers(fields: ConfigFields, sliding: list[bool]) -> list[bool]:
+def _sliding_layers(fields: ConfigFields, sliding: list[bool]) -> list[bool]:
     """Which layers have a window by `layer_types`; as given where the field is not there."""
     stated = fields.value("layer_types")
     if stated is None:

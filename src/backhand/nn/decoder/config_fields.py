@@ -6,16 +6,11 @@ from collections.abc import Collection, Mapping
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_classes import config_class
+from backhand.nn.decoder.family import DeltaSizes
 
 UNREAD = "unread of the GGUF file"
-
-
 """Field of a config made from a GGUF file: metadata and tensors, by name, that are not understood."""
-
-
 FOREIGN = "foreign in the GGUF file"
-
-
 """Field of a config made from a GGUF file: names of metadata that no model has."""
 
 
@@ -225,6 +220,28 @@ class ConfigFields:
             where="config.json",
             next_step="fetch the model again",
         )
+
+
+def delta_sizes(fields: ConfigFields) -> DeltaSizes:
+    """The gated delta rule's heads, widths and taps; where the fields are absent the class's defaults.
+
+    Raises:
+        ArtifactError: a value is no positive integer, or key heads cannot serve equally many value heads.
+    """
+    sizes = DeltaSizes(
+        key_heads=fields.integer("linear_num_key_heads"),
+        value_heads=fields.integer("linear_num_value_heads"),
+        key_width=fields.integer("linear_key_head_dim"),
+        value_width=fields.integer("linear_value_head_dim"),
+        taps=fields.integer("linear_conv_kernel_dim"),
+    )
+    if sizes.value_heads % sizes.key_heads:
+        raise ArtifactError(
+            f"{sizes.value_heads} value heads cannot share {sizes.key_heads} key heads",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+    return sizes
 
 
 def _shown(value: object) -> str:

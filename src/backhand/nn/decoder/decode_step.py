@@ -108,7 +108,7 @@ class DecodeStep:
                 setattr(place, name, _address(getattr(block, name)))
         for place, layer in zip(self._layers, config.layers, strict=True):
             place.window = layer.window or 0
-        ranks = [_ranks(getattr(adapter, name)) for adapter in adapters for name in _GROUPS]
+        groups = [getattr(adapter, name).group for adapter in adapters for name in _GROUPS]
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
             layer_count=len(config.layers),
@@ -120,7 +120,7 @@ class DecodeStep:
             norm_over_heads=config.qk_norm == "width",
             activation=_ACTIVATIONS[config.activation],
             capacity=0,
-            most_ranks=max(ranks),
+            most_ranks=max(sum(len(member.lora_A) for member in group.members) for group in groups),
             eps=config.norm_eps,
             offset=config.norm_offset,
             attention_scaling=config.attention_scaling,
@@ -246,7 +246,3 @@ def _lies_dense(tensor: Tensor) -> bool:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _ranks(adapter: GroupAdapter) -> int:
-    return sum(len(member.lora_A) for member in adapter.group.members)

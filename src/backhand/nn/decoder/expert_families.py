@@ -22,8 +22,10 @@ from dataclasses import replace
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import (
     MOST_ELEMENTS,
+    all_but_every,
     common_fields,
     stated_window,
+    used_window,
     window_everywhere,
     window_size,
     with_biases,
@@ -41,9 +43,7 @@ def mixtral(fields: ConfigFields) -> DecoderConfig:
 
 def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     """Qwen3-MoE: perhaps some layers without experts."""
-    slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
-    fields.neutral("sliding_window")
-    decoder = with_biases(fields, _experts_everywhere(fields, window_size(fields) if slides else None))
+    decoder = with_biases(fields, _experts_everywhere(fields, used_window(fields)))
     step, count = fields.integer("decoder_sparse_step"), len(decoder.layers)
     dense = fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
@@ -53,7 +53,6 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
     return replace(
         decoder,
-        qk_norm="head",
         mixture=mixture if any(sparse) else None,
         layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
     )
@@ -76,19 +75,15 @@ _GPT_OSS_ROTARY = {
 
 def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     """gpt-oss: experts in every layer, attention with sinks."""
-    fields.must_equal("hidden_act", "silu")
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _GPT_OSS_ROTARY)
     fields.assume("rope_theta", _GPT_OSS_THETA)
-    decoder = common_fields(
-        fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
-    )
+    decoder = common_fields(fields, window=window_size(fields), slides=all_but_every(2))
     mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
     return replace(
         with_biases(fields, decoder, default=True),
-        sinks=True,
         mixture=mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True),
         layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
     )
@@ -96,7 +91,6 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
 
 def _experts_everywhere(fields: ConfigFields, window: int | None) -> DecoderConfig:
     """What Mixtral and Qwen3-MoE have alike."""
-    fields.must_equal("hidden_act", "silu")
     decoder = window_everywhere(fields, window)
     return replace(decoder, layers=tuple(replace(layer, experts=True) for layer in decoder.layers))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import PLAIN, LogitsRule
@@ -91,24 +91,14 @@ The first two belong to its mixer, which stands between them; these are attentio
 FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 """The first and the third group as one module each: a matrix of its own, with one pair of factors for all of it."""
 
-LFM2_GROUPS: tuple[tuple[str, ...], ...] = (
-    GROUPS[0],
-    ("self_attn.out_proj",),
-    ("feed_forward.w1", "feed_forward.w3"),
-    ("feed_forward.w2",),
-)
+LFM2_GROUPS = (GROUPS[0], ("self_attn.out_proj",), ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))
 """By LFM2's names."""
 
-GRANITE4_GROUPS: tuple[tuple[str, ...], ...] = (
-    *GROUPS[:2],
-    ("shared_mlp.input_linear",),
-    ("shared_mlp.output_linear",),
-)
+GRANITE4_GROUPS = (*GROUPS[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",))
 """By Granite 4's names: gate and up in one module."""
 
 SHORT_CONV_GROUPS: tuple[tuple[str, ...], ...] = (("conv.in_proj",), ("conv.out_proj",))
 """The two groups of the gated short convolution; the first is [B | C | x] in one module."""
-
 
 PER_LAYER_GROUPS: tuple[tuple[str, ...], ...] = (("per_layer_input_gate",), ("per_layer_projection",))
 """Gemma 4's groups behind the MLP, in this order."""
@@ -182,8 +172,6 @@ class DeltaSizes(NamedTuple):
 
 
 ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
-
-
 GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
 """Of the models that there are."""
 
@@ -236,21 +224,43 @@ class NormNames(NamedTuple):
 NORMS_BEFORE = NormNames("input_layernorm", None, "post_attention_layernorm", None)
 """Llama and most others."""
 
-NORMS_AFTER = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-"""OLMo 2 and EXAONE 4: the stream enters as it is, and what is added to it is normed."""
-
-SANDWICH_NORMS = NormNames(
+_NORMS_AFTER = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_SANDWICH_NORMS = NormNames(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
-"""Gemma 2 and 3: both."""
+_GLM4_NORMS = NormNames("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+_GLM_GROUPS = (*GROUPS[:2], (FUSED_GATE_UP,), GROUPS[3])
+_GEMMA: dict[str, Any] = {"norm_offset": 1.0, "norms": _SANDWICH_NORMS, "activation": "gelu_tanh"}
+_OLMO: dict[str, Any] = {"norms": _NORMS_AFTER, "qk_norm": "width"}
+_QK_NORM: dict[str, Any] = {"qk_norm": "head"}
 
-
-GLM4_NORMS = NormNames("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
-"""GLM-4 of 2025: both too, by other names."""
-
-LFM2_NORMS = NormNames("operator_norm", None, "ffn_norm", None)
-LFM2_QK_NORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
-"""LFM2: as Llama's and Qwen3's, by other names."""
+TRAITS: dict[str, dict[str, Any]] = {
+    "exaone4": {"norms": _NORMS_AFTER, "qk_norm": "head"},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA | _QK_NORM,
+    "gemma4_text": _GEMMA
+    | _QK_NORM
+    | {"norm_offset": 0.0, "attention_scaling": 1.0, "value_norm": True, "layer_scalar": True},
+    "glm": {"groups": _GLM_GROUPS},
+    "glm4": {"groups": _GLM_GROUPS, "norms": _GLM4_NORMS},
+    "gpt_oss": {"sinks": True},
+    "granitemoehybrid": {"groups": GRANITE4_GROUPS},
+    "lfm2": {
+        "groups": LFM2_GROUPS,
+        "norms": NormNames("operator_norm", None, "ffn_norm", None),
+        "final_norm": "model.embedding_norm",
+        "qk_norm": "head",
+        "qk_norms": ("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    },
+    "olmo2": _OLMO,
+    "olmo3": _OLMO,
+    "phi3": {"groups": ((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3])},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": _QK_NORM,
+    "qwen3_5_text": {"norm_offset": 1.0, "qk_norm": "head", "attention_gate": True},
+    "qwen3_moe": _QK_NORM,
+}
+"""By model_type: in what every model of a family differs from Llama, by fields of `DecoderConfig`."""
 
 
 @dataclass(frozen=True)

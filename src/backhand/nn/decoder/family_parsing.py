@@ -37,14 +37,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import (
+    GELU,
+    all_but_every,
     common_fields,
     nearest_float32,
     number_or_none,
     one_layer_type,
     stated_window,
+    still_where,
+    used_window,
     window_everywhere,
     window_size,
     with_biases,
@@ -52,15 +57,7 @@ from backhand.nn.decoder.common_fields import (
 )
 from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
 from backhand.nn.decoder.expert_families import gpt_oss, mixtral, qwen3_moe
-from backhand.nn.decoder.family import (
-    FUSED_GATE_UP,
-    FUSED_QKV,
-    GLM4_NORMS,
-    GROUPS,
-    NORMS_AFTER,
-    SANDWICH_NORMS,
-    DecoderConfig,
-)
+from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.gemma4_fields import gemma4_text
 from backhand.nn.decoder.mixed_families import granite4, lfm2, qwen3_5
 from backhand.nn.decoder.rotary import (
@@ -157,7 +154,6 @@ def _unknown_family(config: Mapping[str, object], model_type: object) -> Unsuppo
 
 
 def _llama(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
     one_layer_type(fields, FULL)
     return replace(with_biases(fields, common_fields(fields)), mlp_bias=fields.flag("mlp_bias", False))
 
@@ -167,50 +163,26 @@ def _granite(fields: ConfigFields) -> DecoderConfig:
 
 
 def _mistral(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
     return window_everywhere(fields, window_size(fields))
 
 
-def _qwen(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
+def _qwen2(fields: ConfigFields) -> DecoderConfig:
     first_sliding = fields.integer("max_window_layers", minimum=0)
     window = window_size(fields) if fields.flag("use_sliding_window", False) else None
     fields.neutral("sliding_window")
-    return common_fields(
-        fields,
-        window=window,
-        is_sliding=lambda index: window is not None and index >= first_sliding,
-        reads_layer_types=True,
-    )
-
-
-def _qwen2(fields: ConfigFields) -> DecoderConfig:
-    return replace(_qwen(fields), qkv_bias=True)
+    return common_fields(fields, window=window, slides=lambda index: window is not None and index >= first_sliding)
 
 
 def _qwen3(fields: ConfigFields) -> DecoderConfig:
-    return replace(with_biases(fields, _qwen(fields)), qk_norm="head")
+    return with_biases(fields, _qwen2(fields))
 
 
 def _smollm3(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
-    slides = fields.flag("use_sliding_window", False) and fields.value("sliding_window") is not None
-    fields.neutral("sliding_window")
-    layers = fields.integer("num_hidden_layers")
-    turns = _turning_layers(fields, layers)
-    decoder = common_fields(
-        fields,
-        window=window_size(fields) if slides else None,
-        is_sliding=lambda index: slides and not turns(index),
-        reads_layer_types=True,
-    )
-    return replace(
-        with_biases(fields, decoder),
-        mlp_bias=fields.flag("mlp_bias", False),
-        layers=tuple(
-            layer if turns(index) else replace(layer, rotary=None) for index, layer in enumerate(decoder.layers)
-        ),
-    )
+    window = used_window(fields)
+    turns = _turning_layers(fields, fields.integer("num_hidden_layers"))
+    decoder = common_fields(fields, window=window, slides=lambda index: window is not None and not turns(index))
+    decoder = replace(with_biases(fields, decoder), mlp_bias=fields.flag("mlp_bias", False))
+    return still_where(decoder, lambda index: not turns(index))
 
 
 def _turning_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
@@ -226,68 +198,35 @@ def _turning_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
 
 def _olmo2(fields: ConfigFields) -> DecoderConfig:
     one_layer_type(fields, FULL)
-    return _olmo(fields, common_fields(fields))
+    return with_biases(fields, common_fields(fields))
 
 
 def _olmo3(fields: ConfigFields) -> DecoderConfig:
-    # Every fourth layer has full attention.
-    decoder = common_fields(
-        fields,
-        window=window_size(fields),
-        is_sliding=lambda index: (index + 1) % 4 != 0,
-        reads_layer_types=True,
-        rotary_sets=olmo3_rotary,
-    )
-    return _olmo(fields, decoder)
-
-
-def _olmo(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
-    """What both have: norms after the halves alone, and over the whole of q and of k."""
-    fields.must_equal("hidden_act", "silu")
-    return replace(with_biases(fields, decoder), norms=NORMS_AFTER, qk_norm="width")
+    decoder = common_fields(fields, window=window_size(fields), slides=all_but_every(4), rotary_sets=olmo3_rotary)
+    return with_biases(fields, decoder)
 
 
 def _exaone4(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
     window = window_size(fields)
     # A file may say LLLG for it; then it lists layer_types too, which decide.
     stated = fields.value("layer_types") is not None
     fields.neutral("sliding_window_pattern")
     pattern = 1 if stated or window is None else fields.integer("sliding_window_pattern", 4)
-    decoder = common_fields(
-        fields, window=window, is_sliding=lambda index: (index + 1) % pattern != 0, reads_layer_types=True
-    )
-    return replace(
-        decoder,
-        norms=NORMS_AFTER,
-        qk_norm="head",
-        layers=tuple(
-            layer if window is None or layer.window is not None else replace(layer, rotary=None)
-            for layer in decoder.layers
-        ),
-    )
+    decoder = common_fields(fields, window=window, slides=all_but_every(pattern))
+    return still_where(decoder, lambda index: window is not None and decoder.layers[index].window is None)
 
 
 def _phi3(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
-    decoder = window_everywhere(fields, stated_window(fields), rotary_sets=phi3_rotary)
-    return replace(decoder, groups=((FUSED_QKV,), GROUPS[1], (FUSED_GATE_UP,), GROUPS[3]))
+    return window_everywhere(fields, stated_window(fields), rotary_sets=phi3_rotary)
 
 
 def _glm(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
     one_layer_type(fields, FULL)
     bias = fields.flag("attention_bias", True)
-    decoder = common_fields(fields, rotary_sets=glm_rotary)
-    return replace(decoder, qkv_bias=bias, groups=(*GROUPS[:2], (FUSED_GATE_UP,), GROUPS[3]))
-
-
-def _glm4(fields: ConfigFields) -> DecoderConfig:
-    return replace(_glm(fields), norms=GLM4_NORMS)
+    return replace(common_fields(fields, rotary_sets=glm_rotary), qkv_bias=bias)
 
 
 def _ministral3(fields: ConfigFields) -> DecoderConfig:
-    fields.must_equal("hidden_act", "silu")
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _MINISTRAL3_ROTARY)
     decoder = window_everywhere(fields, stated_window(fields), rotary_sets=ministral3_rotary)
@@ -307,12 +246,8 @@ _MINISTRAL3_ROTARY = {
 
 
 def _gemma2(fields: ConfigFields) -> DecoderConfig:
-    # Every second layer has full attention.
-    decoder = common_fields(
-        fields, window=window_size(fields), is_sliding=lambda index: index % 2 == 0, reads_layer_types=True
-    )
     return replace(
-        _gemma(fields, decoder),
+        _gemma(fields, all_but_every(2)),
         attention_cap=number_or_none(fields, "attn_logit_softcapping"),
         logits=LogitsRule(cap=number_or_none(fields, "final_logit_softcapping")),
     )
@@ -323,26 +258,16 @@ def _gemma3_text(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("final_logit_softcapping")
     # A config saved by transformers 5 has the pattern under a private name, beside layer_types, which wins.
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
-    decoder = common_fields(
-        fields,
-        window=window_size(fields),
-        is_sliding=lambda index: (index + 1) % pattern != 0,
-        reads_layer_types=True,
-        rotary_sets=gemma_rotary,
-    )
-    return replace(_gemma(fields, decoder), qk_norm="head")
+    return _gemma(fields, all_but_every(pattern), rotary_sets=gemma_rotary)
 
 
-def _gemma(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
-    """What all of Gemma has."""
-    fields.must_equal("hidden_activation", "gelu_pytorch_tanh")
+def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **own: Any) -> DecoderConfig:
+    """What Gemma 2 and 3 have."""
     fields.must_equal("use_bidirectional_attention", False)
+    decoder = common_fields(fields, window=window_size(fields), slides=slides, activation=GELU, **own)
     return replace(
         with_biases(fields, decoder),
         attention_scaling=fields.number("query_pre_attn_scalar", 256) ** -0.5,
-        norm_offset=1.0,
-        norms=SANDWICH_NORMS,
-        activation="gelu_tanh",
         embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
     )
 
@@ -353,7 +278,7 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
     "gemma3_text": _gemma3_text,
     "gemma4_text": gemma4_text,
     "glm": _glm,
-    "glm4": _glm4,
+    "glm4": _glm,
     "gpt_oss": gpt_oss,
     "granite": _granite,
     "granitemoehybrid": granite4,

@@ -18,11 +18,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, nearest_float32, number_or_none, with_biases
+from backhand.nn.decoder.common_fields import (
+    GELU,
+    all_but_every,
+    common_fields,
+    nearest_float32,
+    number_or_none,
+    with_biases,
+)
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import (
     KEYS_AS_VALUES,
-    SANDWICH_NORMS,
     SHARED_KEYS,
     VALUE_NORMED,
     DecoderConfig,
@@ -43,7 +49,6 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
     Raises:
         ArtifactError: for a value that no model has.
     """
-    fields.must_equal("hidden_activation", "gelu_pytorch_tanh")
     fields.must_equal("use_bidirectional_attention", "vision")
     fields.must_equal("enable_moe_block", False, reason="the engine has no experts beside an MLP, as 26B-A4B has them")
     for key in ("num_experts", "top_k_experts", "moe_intermediate_size"):
@@ -51,9 +56,9 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
     decoder = common_fields(
         fields,
         window=fields.integer("sliding_window"),
-        is_sliding=lambda index: (index + 1) % _PATTERN != 0,
-        reads_layer_types=True,
+        slides=all_but_every(_PATTERN),
         rotary_sets=gemma4_rotary,
+        activation=GELU,
     )
     count = len(decoder.layers)
     sliding = [layer.window is not None for layer in decoder.layers]
@@ -81,15 +86,9 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
     return replace(
         with_biases(fields, decoder),
         layers=tuple(layers),
-        attention_scaling=1.0,
-        norms=SANDWICH_NORMS,
-        qk_norm="head",
-        activation="gelu_tanh",
         embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
         logits=LogitsRule(cap=number_or_none_if_absent(fields, "final_logit_softcapping")),
-        value_norm=True,
         per_layer=_per_layer(fields, decoder, count),
-        layer_scalar=True,
     )
 
 

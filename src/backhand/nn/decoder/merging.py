@@ -44,7 +44,7 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
     if decoder.weights.per_layer is not None:
         weights[PER_LAYER_MODEL] = frozen_dense(decoder.weights.per_layer.projection)
     for name in lora.slots:
-        if _has_tied_weight(decoder, name):
+        if name == HEAD and decoder.config.tied_head:
             decoder.weights.head = merged_weight(frozen_dense(decoder.weights.head), lora, name)
         else:
             weight = weights[name]
@@ -102,10 +102,6 @@ def _carried(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tens
 def _check_plain(lora: LoRAParameters) -> None:
     if not lora.plain:
         raise ValueError("only factors of linear modules can be folded into the weights in memory")
-
-
-def _has_tied_weight(decoder: Decoder, name: str) -> bool:
-    return name == HEAD and decoder.config.tied_head
 
 
 def merged_weight(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:

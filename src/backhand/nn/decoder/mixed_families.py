@@ -32,20 +32,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, with_biases, with_multipliers
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.delta_fields import delta_sizes
-from backhand.nn.decoder.family import (
-    GATED_DELTA,
-    GRANITE4_GROUPS,
-    LFM2_GROUPS,
-    LFM2_NORMS,
-    LFM2_QK_NORMS,
-    SHORT_CONV,
-    DecoderConfig,
-    LayerConfig,
-    ShortConv,
-)
+from backhand.nn.decoder.common_fields import common_fields, still_where, with_biases, with_multipliers
+from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
+from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, LayerConfig, ShortConv
 from backhand.nn.decoder.rotary import FULL, qwen35_rotary
 
 _ATTENTION = "attention"
@@ -63,7 +52,7 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
             fields.put(key, value)
     fields.assume("rope_theta", _LFM2_THETA)
     attends = _attending_layers(fields, fields.integer("num_hidden_layers"))
-    decoder = common_fields(fields, norm_eps="norm_eps")
+    decoder = common_fields(fields, norm_eps="norm_eps", activation=None)
     return replace(
         decoder,
         intermediate_size=_width(fields, decoder.intermediate_size),
@@ -71,11 +60,6 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
             layer if attends(index) else LayerConfig(rotary=None, mixer=SHORT_CONV)
             for index, layer in enumerate(decoder.layers)
         ),
-        groups=LFM2_GROUPS,
-        norms=LFM2_NORMS,
-        final_norm="model.embedding_norm",
-        qk_norm="head",
-        qk_norms=LFM2_QK_NORMS,
         short_conv=ShortConv(fields.integer("conv_L_cache"), fields.flag("conv_bias", False)),
     )
 
@@ -122,7 +106,6 @@ UNREAD_WHERE_DENSE = (
 
 def granite4(fields: ConfigFields) -> DecoderConfig:
     """Granite 4 without experts and with attention in every layer."""
-    fields.must_equal("hidden_act", "silu")
     fields.must_equal("output_router_logits", False)
     if (experts := fields.integer("num_local_experts", minimum=0)) > 0:
         fields.put("num_local_experts", experts)
@@ -133,17 +116,12 @@ def granite4(fields: ConfigFields) -> DecoderConfig:
     fields.neutral(*UNREAD_WHERE_DENSE)
     decoder = with_biases(fields, with_multipliers(fields, common_fields(fields)))
     turns = fields.or_declared("position_embedding_type") == "rope"
-    return replace(
-        decoder,
-        intermediate_size=fields.integer("shared_intermediate_size"),
-        layers=decoder.layers if turns else tuple(replace(layer, rotary=None) for layer in decoder.layers),
-        groups=GRANITE4_GROUPS,
-    )
+    decoder = replace(decoder, intermediate_size=fields.integer("shared_intermediate_size"))
+    return still_where(decoder, lambda _: not turns)
 
 
 def qwen3_5(fields: ConfigFields) -> DecoderConfig:
     """Qwen3.5 and 3.6, dense."""
-    fields.must_equal("hidden_act", "silu")
     fields.must_equal("attn_output_gate", True)
     fields.neutral("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     sizes = delta_sizes(fields)
@@ -151,9 +129,6 @@ def qwen3_5(fields: ConfigFields) -> DecoderConfig:
     linear = _linear_layers(fields, len(decoder.layers))
     return replace(
         decoder,
-        norm_offset=1.0,
-        qk_norm="head",
-        attention_gate=True,
         delta=sizes,
         layers=tuple(
             LayerConfig(rotary=None, mixer=GATED_DELTA) if here else layer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -29,44 +30,44 @@ _READ_BY_A_RULE = (
     "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor",
     "mscale", "mscale_all_dim", "truncate", "mrope_section",
 )  # fmt: skip
-
-
 """What some `rope_type` of transformers reads."""
-
-
 _DEFAULT_THETA = 10_000.0
 _GEMMA_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 _OLMO_THETA = 500_000.0
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 _GEMMA4_SCALING = {FULL: (("rope_type", "proportional"), ("share", 0.25), ("factor", 1.0)), SLIDING: None}
 _NONE: Mapping[str, str] = MappingProxyType({})
+TwoSets = tuple[RotaryConfig, RotaryConfig]
+"""The angles of full attention and of sliding attention."""
 
 
 def rotary(
     fields: ConfigFields,
     head_dim: int,
     max_position_embeddings: int,
-    partial: float | None = None,
+    share: float | None = None,
     older_names: Mapping[str, str] = _NONE,
     read_elsewhere: Sequence[str] = (),
+    interleaved: bool = False,
 ) -> RotaryConfig:
     """One set of angles for all layers: `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     Args:
         head_dim: features of a head.
         max_position_embeddings: the longest document.
-        partial: the share of them that turns where the config is silent; None where it must be all.
+        share: of them that turns where the config is silent; None where it must be all.
         older_names: what older configs call a rule, with its name now.
         read_elsewhere: fields beside the rule's own that count for something else.
+        interleaved: whether neighbouring features are pairs.
 
     Raises:
         ArtifactError: for a value that is no number, or no list of as many as pairs turn, where one is needed.
     """
     theta = fields.number("rope_theta", _DEFAULT_THETA)
-    if partial is None:
+    if share is None:
         fields.must_equal("partial_rotary_factor", 1.0)
     else:
-        partial = fields.number("partial_rotary_factor", partial)
+        share = fields.number("partial_rotary_factor", share)
     scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if scaling and parameters and fields.value("rope_scaling") != fields.value("rope_parameters"):
         fields.problem("rope_scaling", "rope_parameters is there too and says something else")
@@ -78,42 +79,38 @@ def rotary(
     if stated_rule:
         stated_rule.neutral(*read_elsewhere)
     features = None
-    if partial is not None:
-        partial = stated_rule.number("partial_rotary_factor", partial) if stated_rule else partial
-        features = int(head_dim * partial)
+    if share is not None:
+        share = stated_rule.number("partial_rotary_factor", share) if stated_rule else share
+        features = int(head_dim * share)
         if features % 2 or not 0 < features <= head_dim:
             fields.problem("partial_rotary_factor", f"{features} features of {head_dim} are no pairs to turn")
     elif stated_rule:
         stated_rule.must_equal("partial_rotary_factor", 1.0)
     found = _rule(stated_rule, theta, original_length, features or head_dim, max_position_embeddings, older_names)
-    return replace(found, features=None if features == head_dim else features)
+    return replace(found, features=None if features == head_dim else features, interleaved=interleaved)
+
+
+glm_rotary = partial(rotary, share=0.5, interleaved=True)
+"""GLM's: neighbouring features are pairs, and half of them turn where a config is silent."""
+
+qwen35_rotary = partial(rotary, share=0.25, read_elsewhere=("mrope_section", "mrope_interleaved"))
+"""Qwen3.5's: a quarter of the features turn where a config is silent; how images share them is read over."""
+
+ministral3_rotary = partial(
+    rotary,
+    read_elsewhere=("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings"),
+)
+"""Ministral 3's: one set, beside whose parameters `query_scaling` finds its own."""
 
 
 def phi3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
     """Phi-3's: part of the features, by the default rule or by longrope, which older configs call su or yarn."""
     older = {"su": "longrope", "yarn": "longrope"}
-    found = rotary(fields, head_dim, max_position_embeddings, partial=1.0, older_names=older)
+    found = rotary(fields, head_dim, max_position_embeddings, share=1.0, older_names=older)
     rule = dict(found.scaling or ()).get("rope_type", "default")
     if rule not in ("default", "longrope"):
         fields.problem("rope_parameters", f"no model of this type has {rule} angles")
     return found
-
-
-def glm_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """GLM's: neighbouring features are pairs, and half of them turn where a config is silent."""
-    return replace(rotary(fields, head_dim, max_position_embeddings, partial=0.5), interleaved=True)
-
-
-def qwen35_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """Qwen3.5's: a quarter of the features turn where a config is silent; how images share them is read over."""
-    beside = ("mrope_section", "mrope_interleaved")
-    return rotary(fields, head_dim, max_position_embeddings, partial=0.25, read_elsewhere=beside)
-
-
-def ministral3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RotaryConfig:
-    """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own."""
-    beside = ("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings")
-    return rotary(fields, head_dim, max_position_embeddings, read_elsewhere=beside)
 
 
 def query_scaling(fields: ConfigFields, found: RotaryConfig) -> QueryScaling | None:
@@ -128,9 +125,7 @@ def query_scaling(fields: ConfigFields, found: RotaryConfig) -> QueryScaling | N
     return QueryScaling(beta, length)
 
 
-def gemma_rotary(
-    fields: ConfigFields, head_dim: int, max_position_embeddings: int
-) -> tuple[RotaryConfig, RotaryConfig]:
+def gemma_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> TwoSets:
     """Gemma 3's two sets of angles: of full attention and of sliding attention; older configs scale only the former."""
     theta = {
         FULL: fields.number("rope_theta", _GEMMA_THETA[FULL]),
@@ -139,17 +134,13 @@ def gemma_rotary(
     return _by_kind(fields, theta, head_dim, max_position_embeddings)
 
 
-def olmo3_rotary(
-    fields: ConfigFields, head_dim: int, max_position_embeddings: int
-) -> tuple[RotaryConfig, RotaryConfig]:
+def olmo3_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> TwoSets:
     """OLMo 3's two sets of angles, as Gemma 3's; of an older config's `rope_theta` the full layers alone have it."""
     theta = {FULL: fields.number("rope_theta", _OLMO_THETA), SLIDING: _OLMO_THETA}
     return _by_kind(fields, theta, head_dim, max_position_embeddings)
 
 
-def gemma4_rotary(
-    fields: ConfigFields, head_dim: int, max_position_embeddings: int
-) -> tuple[RotaryConfig, RotaryConfig]:
+def gemma4_rotary(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> TwoSets:
     """Gemma 4's two sets of angles: a quarter of the pairs turns in full attention, all do in sliding attention."""
     parameters = fields.mapping("rope_parameters")
     found = []
@@ -167,9 +158,7 @@ def gemma4_rotary(
     return full, sliding
 
 
-def _by_kind(
-    fields: ConfigFields, theta: Mapping[str, float], head_dim: int, max_position_embeddings: int
-) -> tuple[RotaryConfig, RotaryConfig]:
+def _by_kind(fields: ConfigFields, theta: Mapping[str, float], head_dim: int, max_position_embeddings: int) -> TwoSets:
     """The angles of full attention and of sliding attention; `theta` where the config's own rules are silent."""
     fields.must_equal("partial_rotary_factor", 1.0)
     parameters = fields.mapping("rope_parameters")
@@ -188,10 +177,8 @@ def _by_kind(
     for rule in rules.values():
         if rule is not None:
             rule.must_equal("partial_rotary_factor", 1.0)
-    full, sliding = (
-        _rule(rules[kind], theta[kind], None, head_dim, max_position_embeddings) for kind in (FULL, SLIDING)
-    )
-    return full, sliding
+    full, local = (_rule(rules[kind], theta[kind], None, head_dim, max_position_embeddings) for kind in (FULL, SLIDING))
+    return full, local
 
 
 def _rule(

@@ -26,11 +26,11 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
-from backhand.nn.loading.gguf_families import FAMILY_PARTS, own_prediction_blocks
+from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, own_prediction_blocks
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import Metadata, share_of, shown
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
-from backhand.nn.loading.wrappers import CAUSAL_CLASSES
+from backhand.nn.loading.wrappers import causal_class
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -85,8 +85,10 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     if rotated != head_dim:
         config["partial_rotary_factor"] = share_of(rotated, head_dim)
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
-    FAMILY_PARTS[architecture](config, metadata, file)
-    config["architectures"] = [CAUSAL_CLASSES[config["model_type"]]]
+    biases(config, architecture, file)
+    if (own := FAMILY_PARTS.get(architecture)) is not None:
+        own(config, metadata, file)
+    config["architectures"] = causal_class(config["model_type"])
     unread, foreign = metadata.left()
     if value_length != head_dim:
         unread[f"{architecture}.attention.value_length"] = value_length

@@ -27,7 +27,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.family import GPT_OSS_CLAMP
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
-from backhand.nn.loading.gguf_metadata import Metadata, sliding_layers
+from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, sliding_layers
 
 FamilyPart = Callable[[dict[str, Any], Metadata, GGUFFile], None]
 
@@ -47,56 +47,55 @@ DELTA_INTERVAL = 4
 """Where a file says nothing, every fourth layer has attention."""
 
 
-def _llama(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    window = metadata.optional("attention.sliding_window", int)
+OUTPUT_BIAS = "llama", "qwen3", "qwen3moe", "gpt-oss", "granite", "smollm3", "olmo2", "gemma4"
+"""Architectures whose q, k, v and o have biases where the file has one of o."""
+MLP_BIAS = "llama", "granite", "smollm3"
+
+
+def biases(config: dict[str, Any], architecture: str, file: GGUFFile) -> None:
+    """Add what a family's config says of biases, by what the file holds."""
+    if architecture in OUTPUT_BIAS:
+        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+    if architecture in MLP_BIAS:
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
+
+
+def _llama(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     if metadata.optional("expert_count", int):
+        del config["attention_bias"], config["mlp_bias"]
         config |= {
             "model_type": "mixtral",
             "num_local_experts": metadata.integer("expert_count"),
             "num_experts_per_tok": metadata.integer("expert_used_count"),
-            "sliding_window": window or None,
+            "sliding_window": metadata.window,
         }
-        return
-    if window:
-        config |= {"model_type": "mistral", "sliding_window": window}
-    _biases(config, file)
-
-
-def _qwen(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
-    if config["model_type"] == "qwen3":
-        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+    elif metadata.window:
+        config |= {"model_type": "mistral", "sliding_window": metadata.window}
 
 
 def _qwen3moe(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     width = metadata.optional("expert_feed_forward_length", int)
-    used = metadata.integer("expert_used_count")
+    used, layers = metadata.integer("expert_used_count"), range(config["num_hidden_layers"])
     config |= {
         "model_type": "qwen3_moe",
-        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "num_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": used,
         # As llama.cpp divides it where a file is silent.
         "moe_intermediate_size": width or config["intermediate_size"] // used,
         "norm_topk_prob": True,
-        "mlp_only_layers": [
-            layer
-            for layer in range(config["num_hidden_layers"])
-            if f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors
-        ],
+        "mlp_only_layers": [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors],
     }
 
 
-def _gpt_oss(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    slides = sliding_layers(metadata, config["num_hidden_layers"], GPT_OSS_INTERVAL)
+def _gpt_oss(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
     config |= {
         "model_type": "gpt_oss",
-        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
         "num_local_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
         "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
+        "layer_types": layer_kinds(sliding_layers(metadata, config["num_hidden_layers"], GPT_OSS_INTERVAL)),
         "swiglu_alpha": GPT_OSS_CLAMP.gain,
         "swiglu_limit": GPT_OSS_CLAMP.limit,
     }
@@ -142,8 +141,7 @@ def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
     return [bool((layer + 1) % interval) for layer in range(layers)]
 
 
-def _granite(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    _biases(config, file)
+def _granite(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     if metadata.get("rope.scaling.finetuned") is False:  # here it says that nothing turns, which no config of it can
         metadata.not_understood("rope.scaling.finetuned")
     config |= {
@@ -154,8 +152,7 @@ def _granite(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None
     }
 
 
-def _smollm3(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
-    _biases(config, file)
+def _smollm3(config: dict[str, Any], _metadata: Metadata, _file: GGUFFile) -> None:
     config["no_rope_layer_interval"] = NO_ROPE_INTERVAL
 
 
@@ -176,51 +173,42 @@ def _lfm2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     }
 
 
-def _olmo2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    layers = config["num_hidden_layers"]
-    config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-    window = metadata.optional("attention.sliding_window", int)
-    slides = sliding_layers(metadata, layers, FULL_INTERVAL)
-    if window:
-        local = {
-            "rope_type": "default",
-            "rope_theta": metadata.number("rope.freq_base_swa", config["rope_parameters"]["rope_theta"]),
-        }
+def _olmo2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
+    slides = sliding_layers(metadata, config["num_hidden_layers"], FULL_INTERVAL)
+    if metadata.window:
+        full = config["rope_parameters"]
         config |= {
             "model_type": "olmo3",
-            "sliding_window": window,
-            "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
-            "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+            "sliding_window": metadata.window,
+            "layer_types": layer_kinds(slides),
+            "rope_parameters": {"full_attention": full, "sliding_attention": metadata.local_angles(full["rope_theta"])},
         }
 
 
 def _exaone4(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     layers = config["num_hidden_layers"]
-    window = metadata.optional("attention.sliding_window", int)
-    if window is None and layers == EXAONE4_32B_LAYERS:
-        window = 4096
+    stated = metadata.optional("attention.sliding_window", int)
+    window = 4096 if stated is None and layers == EXAONE4_32B_LAYERS else metadata.window
     slides = sliding_layers(metadata, layers, FULL_INTERVAL)
     metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
-    config |= {
-        "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if window and here else "full_attention" for here in slides],
-    }
+    config |= {"sliding_window": window, "layer_types": layer_kinds(window is not None and here for here in slides)}
+
+
+def _original_length(config: dict[str, Any]) -> int:
+    length: int = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
+    return length
 
 
 def _phi3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    window = metadata.optional("attention.sliding_window", int)  # 0 is none
-    length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
     metadata.get("rope.scaling.original_context_length")  # of no other use than to longrope
-    config |= {"sliding_window": window or None, "original_max_position_embeddings": length}
+    config |= {"sliding_window": metadata.window, "original_max_position_embeddings": _original_length(config)}
 
 
 def _mistral3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    window = metadata.optional("attention.sliding_window", int)
-    beta = metadata.optional("attention.temperature_scale", float)
-    length = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
+    beta, length = metadata.optional("attention.temperature_scale", float), _original_length(config)
     metadata.agrees("attention.temperature_length", length)
     config["rope_parameters"] |= {"llama_4_scaling_beta": beta or 0.0, "original_max_position_embeddings": length}
-    config |= {"model_type": "ministral3", "sliding_window": window or None}
+    config |= {"model_type": "ministral3", "sliding_window": metadata.window}
 
 
 def _glm(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
@@ -232,44 +220,37 @@ def _glm(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
     }
 
 
-def _biases(config: dict[str, Any], file: GGUFFile) -> None:
-    config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-    config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-
-
-def _gemma2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    layers = config["num_hidden_layers"]
+def _gemma(config: dict[str, Any], *, largest: int) -> None:
+    """What Gemma 2 and 3 have; query scaling, which no file states, is of every size but the largest the head's."""
+    is_largest = config["num_hidden_layers"] == largest
+    scalar = config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
     del config["hidden_act"]
     config |= {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
+        "query_pre_attn_scalar": int(scalar),
+    }
+
+
+def _gemma2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
+    _gemma(config, largest=_GEMMA2_27B_LAYERS)
+    config |= {
         "sliding_window": metadata.integer("attention.sliding_window", 4096),
-        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
-        "query_pre_attn_scalar": _gemma_scalar(config, is_largest=layers == _GEMMA2_27B_LAYERS),
+        "layer_types": layer_kinds(layer % 2 == 0 for layer in range(config["num_hidden_layers"])),
         "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
     }
 
 
-def _gemma_scalar(config: dict[str, Any], *, is_largest: bool) -> int:
-    """Query scaling, which no file states: of every size but the largest it is the head's."""
-    scalar = config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
-    return int(scalar)
-
-
 def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    layers = config["num_hidden_layers"]
+    _gemma(config, largest=_GEMMA3_27B_LAYERS)
     window = metadata.optional("attention.sliding_window", int)
-    slides = sliding_layers(metadata, layers, 6)
-    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
-    del config["hidden_act"]
+    slides = sliding_layers(metadata, config["num_hidden_layers"], 6)
+    local = metadata.local_angles(10000.0)
     config |= {
         "model_type": "gemma3_text",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
         "sliding_window": window,
-        "layer_types": ["sliding_attention" if window and here else "full_attention" for here in slides],
-        "query_pre_attn_scalar": _gemma_scalar(config, is_largest=layers == _GEMMA3_27B_LAYERS),
+        "layer_types": layer_kinds(bool(window) and here for here in slides),
         "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         "final_logit_softcapping": metadata.optional("final_logit_softcapping", float),
         "attn_logit_softcapping": metadata.optional("attn_logit_softcapping", float),
@@ -278,8 +259,6 @@ def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
 
 FAMILY_PARTS: dict[str, FamilyPart] = {
     "llama": _llama,
-    "qwen2": _qwen,
-    "qwen3": _qwen,
     "qwen35": _qwen35,
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
@@ -296,4 +275,4 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "gemma3": _gemma3,
     "gemma4": gemma4_config,
 }
-"""By architecture: adds what a family's config has of its own to one in the making."""
+"""By architecture: adds what a family's config has of its own to one in the making; others have nothing."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_metadata import Metadata, share_of, sliding_layers
+from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, share_of, sliding_layers
 from backhand.nn.loading.gguf_tensors import ROPE_FACTORS
 
 STILL = 1e30
@@ -56,22 +56,20 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
     as_values = not any(
         f"blk.{layer}.attn_v.weight" in file.tensors for layer in range(layers - shared) if not slides[layer]
     )
-    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
     cap = metadata.optional("final_logit_softcapping", float)
     del config["hidden_act"]
     config |= {
         "model_type": "gemma4_text",
         "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "head_dim": size,
         "global_head_dim": full_size,
         "attention_k_eq_v": as_values and not all(slides),
         "num_kv_shared_layers": shared,
         "sliding_window": metadata.integer("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if here else "full_attention" for here in slides],
+        "layer_types": layer_kinds(slides),
         "rope_parameters": {
             "full_attention": _full_rotary(config["rope_parameters"], full_size, metadata, file),
-            "sliding_attention": local,
+            "sliding_attention": metadata.local_angles(10000.0),
         },
         "final_logit_softcapping": None if cap == 0 else 30.0 if cap is None else cap,
         "hidden_size_per_layer_input": width,

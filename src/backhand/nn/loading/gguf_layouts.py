@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.delta_fields import delta_sizes
+from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
 from backhand.nn.decoder.family import DeltaSizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -46,11 +46,8 @@ class Metadata:
     def checked(self, key: str, value: object) -> int:
         """This number, which is the key's or in its list; an ArtifactError where it is none from 1 on."""
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _TOO_LARGE:
-            raise ArtifactError(
-                f"{self._prefix}{key} = {shown(value)} is not a positive integer below {_TOO_LARGE}",
-                where=str(self._file.path),
-                why="models whose layers differ in size are not supported" if isinstance(value, list) else None,
-            )
+            why = "models whose layers differ in size are not supported" if isinstance(value, list) else None
+            raise self._wrong(key, f"= {shown(value)} is not a positive integer below {_TOO_LARGE}", why)
         return value
 
     def first(self, key: str, default: int | None = None) -> int:
@@ -64,18 +61,14 @@ class Metadata:
         if not isinstance(value, list):
             return [self.checked(key, value)] * layers
         if len(value) != layers:
-            raise ArtifactError(
-                f"{self._prefix}{key} has {len(value)} numbers for {layers} layers", where=str(self._file.path)
-            )
+            raise self._wrong(key, f"has {len(value)} numbers for {layers} layers")
         return [self.checked(key, item) for item in value]
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above zero; an ArtifactError where it is none."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ArtifactError(
-                f"{self._prefix}{key} = {shown(value)} is not a positive number", where=str(self._file.path)
-            )
+            raise self._wrong(key, f"= {shown(value)} is not a positive number")
         return float(value)
 
     def optional(self, key: str, kind: type[int] | type[float] | type[str]) -> Any:
@@ -83,10 +76,20 @@ class Metadata:
         value = self.get(key)
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if value is not None and not (fits and (kind is str or 0 <= value < _TOO_LARGE)):
-            raise ArtifactError(
-                f"{self._prefix}{key} = {shown(value)} is no {_KIND_NAMES[kind]}", where=str(self._file.path)
-            )
+            raise self._wrong(key, f"= {shown(value)} is no {_KIND_NAMES[kind]}")
         return value
+
+    def _wrong(self, key: str, what: str, why: str | None = None) -> ArtifactError:
+        return ArtifactError(f"{self._prefix}{key} {what}", where=str(self._file.path), why=why)
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, None where there is none, as 0 says too."""
+        return self.optional("attention.sliding_window", int) or None
+
+    def local_angles(self, theta: float) -> dict[str, Any]:
+        """The rotary parameters of sliding layers, with this base where the file is silent."""
+        return {"rope_type": "default", "rope_theta": self.number("rope.freq_base_swa", theta)}
 
     def agrees(self, key: str, expected: float) -> None:
         """Take a number that says what is known already; another one stays unread."""
@@ -123,6 +126,11 @@ def sliding_layers(metadata: Metadata, layers: int, interval: int) -> list[bool]
         return [bool(item) for item in pattern]
     period = metadata.integer("attention.sliding_window_pattern", interval)
     return [bool((layer + 1) % period) for layer in range(layers)]
+
+
+def layer_kinds(slides: Iterable[bool]) -> list[str]:
+    """`layer_types` by which layers slide."""
+    return ["sliding_attention" if here else "full_attention" for here in slides]
 
 
 def share_of(rotated: int, head_dim: int) -> float:

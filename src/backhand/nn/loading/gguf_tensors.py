@@ -123,27 +123,18 @@ _BLOCK_OF: dict[str, dict[str, str]] = {
 ARCHITECTURES = tuple(_BLOCK_OF)
 """Values of general.architecture that can be read."""
 
-_ARCHITECTURE_OF = {
-    "llama": "llama",
+_OF_ONE_NAME = "llama", "qwen2", "qwen3", "granite", "lfm2", "smollm3", "olmo2", "exaone4", "phi3", "glm4", "gemma2"
+"""What Hugging Face and ggml call alike."""
+_ARCHITECTURE_OF = {name: name for name in _OF_ONE_NAME} | {
     "mistral": "llama",
     "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
     "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
-    "granite": "granite",
     "granitemoehybrid": "granite",
-    "lfm2": "lfm2",
-    "smollm3": "smollm3",
-    "olmo2": "olmo2",
     "olmo3": "olmo2",
     "ministral3": "mistral3",
-    "exaone4": "exaone4",
-    "phi3": "phi3",
     "glm": "chatglm",
-    "glm4": "glm4",
-    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gemma4_text": "gemma4",
 }

@@ -38,7 +38,23 @@ class LoRALinear(LoRAModule):
         return _linear(self, x, weight, bias)
 
 
-class LoRAConv1D(LoRAModule):
+class _ByColumns(LoRAModule):
+    """A module whose weight lies the other way round: an output channel is a column."""
+
+    def weight_rows(self) -> Tensor:
+        """(out, in)."""
+        return self.weight.T
+
+    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """(in, out) with every column multiplied."""
+        return weight * gain
+
+    def delta_weight(self) -> Tensor:
+        """(in, out)."""
+        return self.scaling * (self.lora_B @ self.lora_A).T
+
+
+class LoRAConv1D(_ByColumns):
     """An adapted Conv1D of transformers (GPT-2): a linear layer whose weight lies the other way round, (in, out)."""
 
     @classmethod
@@ -53,24 +69,12 @@ class LoRAConv1D(LoRAModule):
         in_features, out_features = base_weight(module).shape
         return (rank, in_features), (out_features, rank)
 
-    def delta_weight(self) -> Tensor:
-        """(in, out)."""
-        return self.scaling * (self.lora_B @ self.lora_A).T
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
         if not self._adapts:
             return self._base_forward(x)
         x, weight, bias = self._cast(x)
         return _linear(self, x, weight.T, bias)
-
-    def weight_rows(self) -> Tensor:
-        """(out, in)."""
-        return self.weight.T
-
-    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """(in, out) with every column multiplied."""
-        return weight * gain
 
 
 def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,7 +89,7 @@ def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return y
 
 
-class LoRAEmbedding(LoRAModule):
+class LoRAEmbedding(_ByColumns):
     """An adapted nn.Embedding: y = W[ids] + scaling · lora_A[:, ids]ᵀ lora_Bᵀ, see `ops.lora_embedding`.
 
     As in PEFT there is no dropout here, and lora_A starts at zero and lora_B random.
@@ -119,18 +123,6 @@ class LoRAEmbedding(LoRAModule):
         self.lora_A.zero_()
         self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
         self.reset_beside()
-
-    def weight_rows(self) -> Tensor:
-        """(hidden, vocab): a channel is a column of the table."""
-        return self.weight.T
-
-    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """(vocab, hidden) with every column multiplied."""
-        return weight * gain
-
-    def delta_weight(self) -> Tensor:
-        """(vocab, hidden)."""
-        return self.scaling * (self.lora_B @ self.lora_A).T
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) ids → (..., hidden)."""

@@ -189,10 +189,6 @@ def _without_up(g: Tensor, s: AdaptedGLUSaved) -> Tensor:
     return torch.cat(glu_backward(g, unit._replace(up=torch.ones_like(unit.up))), dim=-1)
 
 
-def _halves_swapped(d: Tensor) -> Tensor:
-    return torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)
-
-
 def _behind_of(s: AdaptedGLUSaved, factor: Tensor, right: Any) -> tuple[Tensor, ...]:
     """∂L/∂A with something else, of p's shape, in p̃'s place."""
     return tuple(flat_rows(s.d_t).T @ flat_rows(factor) for _ in right.d_lora_A if s.d_t is not None)
@@ -212,25 +208,17 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, right: AdaptedGLUGrads) -> Adapte
     return right._replace(d_h=torch.cat(h, dim=-1) if h else right.d_h, d_lora_B=tuple(found))
 
 
-def _product(s: AdaptedGLUSaved) -> Tensor:
-    return glu_forward(*_unit(s))[0]
-
-
-def _undropped(s: AdaptedGLUSaved) -> LoRAGroup:
-    return s.behind._replace(dropout=None)
-
-
 MUTANTS = (
     wrong("up forgotten", "d_gate_up", _without_up),
-    wrong("gate and up swapped", "d_gate_up", _halves_swapped),
+    wrong("gate and up swapped", "d_gate_up", lambda d: torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)),
     OP.redo("scaling forgotten", "d_h d_lora_B", front=_unscaled),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
     wrong("gate and up swapped", "d_lora_B", lambda whole: rotated_where_alike(whole)),
     wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
-    wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(_product(s)), right)),
-    OP.redo("mask ignored", "d_lora_A", behind=_undropped),
+    wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
+    OP.redo("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
     mean_mutants("d_lora_B", "d_lora_A"),
 )
 

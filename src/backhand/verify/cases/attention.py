@@ -84,10 +84,14 @@ OP = Op(
     ways={"side_by_side": _side_by_side},
 )
 
+_PAIR: dict[str, Any] = {"heads": 2, "kv_heads": 1}
+_THREE: dict[str, Any] = {"heads": 3, "kv_heads": 1}
+_FOUR: dict[str, Any] = {"heads": 4, "kv_heads": 2}
+
 CASES = (
     OP.case("one document", (9,)),
     OP.case("packed documents", (4, 4, 7, 1, 2, 2, 2)),
-    OP.case("one key/value head", (4, 7), heads=3, kv_heads=1),
+    OP.case("one key/value head", (4, 7), **_THREE),
     OP.case("a key/value head for each", (4, 7), heads=3, kv_heads=3),
     OP.case("window inside the documents", (9, 3, 6, 6), window=4),
     OP.case("window of one token", (5, 3), window=1),
@@ -98,58 +102,38 @@ CASES = (
     OP.case("one-token documents", (1, 1, 1)),
     OP.case("no tokens", ()),
     OP.case("empty documents between", (3, 0, 2)),
-    OP.case("longer than a kernel block", (71, 40), heads=4, kv_heads=2, head_dim=16),
-    OP.case("several blocks side by side", (131, 64, 40), heads=4, kv_heads=2, head_dim=16, side_by_side=True),
+    OP.case("longer than a kernel block", (71, 40), head_dim=16, **_FOUR),
+    OP.case("several blocks side by side", (131, 64, 40), head_dim=16, side_by_side=True, **_FOUR),
     OP.case("few tasks side by side", (90,), heads=4, kv_heads=1, head_dim=16, side_by_side=True),
-    OP.case("short documents as one group", (50, 50, 46, 41), heads=4, kv_heads=2, head_dim=16),
-    OP.case("short documents as one group, window", (58, 50, 46), heads=4, kv_heads=2, head_dim=16, window=7),
-    OP.case("long document", (310,), heads=2, kv_heads=1, head_dim=16),
+    OP.case("short documents as one group", (50, 50, 46, 41), head_dim=16, **_FOUR),
+    OP.case("short documents as one group, window", (58, 50, 46), head_dim=16, window=7, **_FOUR),
+    OP.case("long document", (310,), head_dim=16, **_PAIR),
     OP.case("shared prefix", (3, 4, 4, 2, 1), parents=(-1, 0, 0, 0, 0)),
     OP.case("shared prefix, window", (5, 9, 6, 6, 1), parents=(-1, 0, 0, 0, 0), window=4, side_by_side=True),
-    OP.case("shared prefix of one document", (2, 7), parents=(-1, 0), heads=3, kv_heads=1),
+    OP.case("shared prefix of one document", (2, 7), parents=(-1, 0), **_THREE),
     OP.case("shared prefix longer than the window", (8, 3, 2), parents=(-1, 0, 0), window=3),
+    OP.case("shared prefix, long documents", (40, 170, 33), head_dim=8, parents=(-1, 0, 0), window=60, **_PAIR),
     OP.case(
-        "shared prefix, long documents", (40, 170, 33), heads=2, kv_heads=1, head_dim=8, parents=(-1, 0, 0), window=60
-    ),
-    OP.case(
-        "shared prefix of many groups",
-        (9, 161, 163, 165, 167, 169),
-        heads=2,
-        kv_heads=1,
-        head_dim=4,
-        parents=(-1, 0, 0, 0, 0, 0),
+        "shared prefix of many groups", (9, 161, 163, 165, 167, 169), head_dim=4, parents=(-1, 0, 0, 0, 0, 0), **_PAIR
     ),
     OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6)),
     OP.case("segments of a token, window", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), window=3),
     OP.case("chain of segments, sinks", (2, 3, 1, 4), parents=(-1, 0, 1, 2), sinks=0.3, side_by_side=True),
-    OP.case(
-        "trees of levels, capped", (4, 3, 3, 2, 5), parents=(-1, 0, 0, 2, 2), cap=0.9, size=2.0, heads=3, kv_heads=1
-    ),
-    OP.case("pairs of long answers", (66, 40, 70, 35, 33, 40), parents=(-1, 0, 0, -1, 3, 3), heads=2, kv_heads=1),
+    OP.case("trees of levels, capped", (4, 3, 3, 2, 5), parents=(-1, 0, 0, 2, 2), cap=0.9, size=2.0, **_THREE),
+    OP.case("pairs of long answers", (66, 40, 70, 35, 33, 40), parents=(-1, 0, 0, -1, 3, 3), **_PAIR),
     OP.case("capped scores", (4, 4, 7, 1), cap=1.3, size=2.0),
     OP.case("capped scores, window, side by side", (9, 3, 6), cap=0.8, size=2.0, window=4, side_by_side=True),
-    OP.case(
-        "capped scores, shared prefix",
-        (3, 5, 4, 2),
-        heads=3,
-        kv_heads=1,
-        cap=0.8,
-        size=2.0,
-        parents=(-1, 0, 0, 0),
-        window=4,
-    ),
+    OP.case("capped scores, shared prefix", (3, 5, 4, 2), cap=0.8, size=2.0, parents=(-1, 0, 0, 0), window=4, **_THREE),
     OP.case("capped scores far beyond the cap", (6, 3), cap=1.5, size=6.0),
     OP.case("capped scores, one token", (1,), cap=1.3),
     OP.case("sinks", (4, 4, 7, 1), sinks=0.5),
     OP.case("sinks, window, side by side", (9, 3, 6), sinks=0.5, window=4, side_by_side=True),
-    OP.case("sinks, shared prefix", (3, 5, 4, 2), heads=3, kv_heads=1, sinks=0.0, parents=(-1, 0, 0, 0), window=4),
+    OP.case("sinks, shared prefix", (3, 5, 4, 2), sinks=0.0, parents=(-1, 0, 0, 0), window=4, **_THREE),
     OP.case("sinks above all scores", (6, 3), sinks=8.0),
     OP.case("sinks below all scores, sharp", (6, 3), sinks=-4.0, size=3.0),
     OP.case("sinks, one token", (1,), sinks=0.5),
-    OP.case("sinks, long document", (310,), heads=2, kv_heads=1, head_dim=16, sinks=2.0),
-    OP.case(
-        "sinks, short documents as one group", (50, 46, 41), heads=4, kv_heads=2, head_dim=16, sinks=1.0, window=30
-    ),
+    OP.case("sinks, long document", (310,), head_dim=16, sinks=2.0, **_PAIR),
+    OP.case("sinks, short documents as one group", (50, 46, 41), head_dim=16, sinks=1.0, window=30, **_FOUR),
     OP.case("sinks, capped scores", (5, 3), sinks=0.5, cap=0.9, size=2.0),
     OP.case("sinks, no tokens", (), sinks=0.5),
 )
@@ -215,16 +199,11 @@ def _grouped(per_head: Tensor, s: AttentionSaved, how: str) -> Tensor:
     return by_group.mean(2) if how == "mean" else by_group.sum(2)
 
 
-def _d_q(d: _Dense, s: AttentionSaved, _how: str) -> Tensor:
-    return (s.scaling * d.d_s() @ d.k).transpose(0, 1)
-
-
-def _d_k(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
-    return _grouped(s.scaling * d.d_s().mT @ d.q, s, how)
-
-
-def _d_v(d: _Dense, s: AttentionSaved, how: str) -> Tensor:
-    return _grouped(d.p.mT @ d.g, s, how)
+_LAST: dict[str, Callable[[_Dense, AttentionSaved, str], Tensor]] = {
+    "d_q": lambda d, s, _how: (s.scaling * d.d_s() @ d.k).transpose(0, 1),
+    "d_k": lambda d, s, how: _grouped(s.scaling * d.d_s().mT @ d.q, s, how),
+    "d_v": lambda d, s, how: _grouped(d.p.mT @ d.g, s, how),
+}
 
 
 def _worked(
@@ -238,7 +217,7 @@ def _worked(
     """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way."""
 
     def mutant(gradient: str) -> Mutant:
-        last = {"d_q": _d_q, "d_k": _d_k, "d_v": _d_v}[gradient]
+        last = _LAST[gradient]
         return Mutant(name, gradient, lambda g, s, _right: last(spoil(_dense(g, saved(s), **masks), s), s, how))
 
     return tuple(mutant(gradient) for gradient in gradients.split())
@@ -250,11 +229,6 @@ def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     if s.runs:
         p[:, p.shape[1] - s.runs[-1].length :, tokens_of(s.runs[-1].before)] = 0
     return d._replace(p=p)
-
-
-def _once(d: _Dense, s: AttentionSaved) -> _Dense:
-    """As if of several segments that continue one the first alone had seen it."""
-    return d._replace(p=d.p * placed(s.runs, d.p.device).once)
 
 
 MUTANTS = (
@@ -281,7 +255,11 @@ MUTANTS = (
     _worked("first head of the group only", "d_k d_v", how="first"),
     _worked("mean over the group", "d_v", how="mean"),
     _worked("prefix's share missing", "d_k d_v", _off_prefix),
-    _worked("share of one taken for that of all", "d_k d_v", _once),
+    _worked(
+        "share of one taken for that of all",
+        "d_k d_v",
+        lambda d, s: d._replace(p=d.p * placed(s.runs, d.p.device).once),
+    ),
     wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )
 

@@ -64,15 +64,6 @@ def _through(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
     return d_y * gate * torch.sigmoid(s.clamp.gain * gate)
 
 
-def _lower_bound_too(s: ClampedGLUSaved, right: Tensor) -> Tensor:
-    """As if the gate were clamped from below as well."""
-    return right.masked_fill(s.gate < -s.clamp.limit, 0.0)
-
-
-def _upper_bound_alone(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
-    return _through(d_y, s).masked_fill(s.up > s.clamp.limit, 0.0)
-
-
 def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
     """As if y were û ⊙ â σ."""
     up = s.up.clamp(-s.clamp.limit, s.clamp.limit)
@@ -82,8 +73,8 @@ def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
 MUTANTS = (
     OP.redo("clamp ignored", "d_gate d_up", clamp=lambda s: Clamp(s.clamp.gain, math.inf)),
     wrong("bounds let the gradient through", "d_up", lambda g, s: _through(g, s)),
-    wrong("upper bound alone", "d_up", lambda g, s: _upper_bound_alone(g, s)),
-    wrong("gate clamped from below", "d_gate", lambda s, d: _lower_bound_too(s, d)),
+    wrong("upper bound alone", "d_up", lambda g, s: _through(g, s).masked_fill(s.up > s.clamp.limit, 0.0)),
+    wrong("gate clamped from below", "d_gate", lambda s, d: d.masked_fill(s.gate < -s.clamp.limit, 0.0)),
     wrong("one not added", "d_gate", lambda s, d: _without_one(s, d)),
     OP.redo("gain forgotten", "d_gate d_up", clamp=lambda s: Clamp(1.0, s.clamp.limit)),
     wrong("gate and up swapped", "d_up", lambda right: right.d_gate),

@@ -22,7 +22,7 @@ from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, st
 from backhand.verify.decoder_case import DecoderGrads, DecoderInputs, decoder_case, decoder_step, per_token, step_of
 from backhand.verify.tiny_decoders import FAMILIES, WINDOW
 
-ALL_LINEAR_AND_HEAD = ("_proj", HEAD)
+ALL_LINEAR_AND_HEAD = "_proj lm_head"
 _case = partial(decoder_case, "decoder")
 TREES: dict[str, Any] = {"documents": (3, 4, 2, 5, 5, 1, 2, 6, 3), "parents": (-1, -1, 1, 2, 2, 1, -1, 6, 6)}
 
@@ -36,12 +36,12 @@ CASES = (
     _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
     _case("granite; tied head adapted", "granite, four", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
     _case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    _case("tied head alone, dropout", "gemma3", targets=(HEAD,), dropout=0.3),
-    _case("head alone", "llama 3", targets=(HEAD,)),
-    _case("fused q, k and v alone", "phi3", targets=("qkv_proj",), dropout=0.2),
-    _case("q and v, dropout", "qwen2", targets=("q_proj", "v_proj"), dropout=0.2),
-    _case("top block's down alone", "gemma3", targets=("2.mlp.down_proj",)),
-    _case("upper block's o and up", "llama", targets=("1.self_attn.o_proj", "1.mlp.up_proj"), recompute="block"),
+    _case("tied head alone, dropout", "gemma3", targets="lm_head", dropout=0.3),
+    _case("head alone", "llama 3", targets="lm_head"),
+    _case("fused q, k and v alone", "phi3", targets="qkv_proj", dropout=0.2),
+    _case("q and v, dropout", "qwen2", targets="q_proj v_proj", dropout=0.2),
+    _case("top block's down alone", "gemma3", targets="2.mlp.down_proj"),
+    _case("upper block's o and up", "llama", targets="1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
     _case("one document", "gemma3", documents=(13,)),
     _case("one-token documents", "llama", documents=(1, 1)),
     _case("shared prefix", "llama", shared=5),
@@ -60,28 +60,28 @@ CASES = (
     _case("trees, keys of other layers", "gemma4, shared", **TREES),
     _case("a tree, sinks", "gpt-oss", documents=(4, 6, 3, 5), parents=(-1, 0, 0, 2)),
     _case("trees, delta rule", "qwen3.5", **TREES),
-    _case("short convolutions, out of one alone", "lfm2, short", targets=("2.conv.out_proj",)),
-    _case("short convolutions, w2 and in of one", "lfm2, short", targets=("1.feed_forward.w2", "2.conv.in_proj")),
-    _case("shared keys, k of the lender alone", "gemma4, shared", targets=("0.self_attn.k_proj",)),
+    _case("short convolutions, out of one alone", "lfm2, short", targets="2.conv.out_proj"),
+    _case("short convolutions, w2 and in of one", "lfm2, short", targets="1.feed_forward.w2 2.conv.in_proj"),
+    _case("shared keys, k of the lender alone", "gemma4, shared", targets="0.self_attn.k_proj"),
     _case(
         "shared keys, v of the lender alone, recompute block",
         "gemma4, shared",
-        targets=("1.self_attn.v_proj",),
+        targets="1.self_attn.v_proj",
         recompute="block",
     ),
     _case("shared prefix, shared keys", "gemma4, shared", shared=5, recompute="block"),
-    _case("users of lent keys alone", "gemma4, shared", targets=("4.self_attn.q_proj",)),
+    _case("users of lent keys alone", "gemma4, shared", targets="4.self_attn.q_proj"),
     _case(
         "inputs of layers, their gates and projections alone",
         "gemma4, shared",
-        targets=("per_layer_input_gate", "per_layer_projection"),
+        targets="per_layer_input_gate per_layer_projection",
         dropout=0.2,
     ),
-    _case("inputs of layers, last projection alone", "gemma4, shared", targets=("5.per_layer_projection",)),
+    _case("inputs of layers, last projection alone", "gemma4, shared", targets="5.per_layer_projection"),
     _case(
         "inputs of layers, what makes them alone",
         "gemma4, shared",
-        targets=("per_layer_model_projection",),
+        targets="per_layer_model_projection",
         dropout=0.2,
         recompute="mlp",
     ),
@@ -90,7 +90,7 @@ CASES = (
     _case("shared prefix, delta rule", "qwen3.5", shared=5, recompute="block"),
     _case("shared prefix shorter than the delta rule's taps", "qwen3.5", shared=1),
     _case("several chunks of the delta rule", "qwen3.5", documents=(70, 5), shared=3),
-    _case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets=("2.linear_attn.in_proj_a",)),
+    _case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets="2.linear_attn.in_proj_a"),
     _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
     _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
@@ -101,14 +101,16 @@ def _step(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
     return again(name, gradients, decoder_step, **changes)
 
 
+def _step_by(name: str, gradients: str, other: Callable[[Decoder], Decoder]) -> tuple[Mutant, ...]:
+    """The step of another decoder."""
+    return again(name, gradients, lambda _g, s: step_of(s, other(s.decoder)))
+
+
 def _family(name: str, gradients: str, change: Callable[[DecoderConfig], DecoderConfig]) -> tuple[Mutant, ...]:
     """The step of a decoder with the same weights that takes itself for something else."""
-
-    def step(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-        right = s.decoder
-        return step_of(s, Decoder(change(right.config), right.weights, recompute=right.recompute))
-
-    return again(name, gradients, step)
+    return _step_by(
+        name, gradients, lambda right: Decoder(change(right.config), right.weights, recompute=right.recompute)
+    )
 
 
 def _rotary(name: str, gradients: str, change: Callable[[RotaryConfig], RotaryConfig]) -> tuple[Mutant, ...]:
@@ -121,12 +123,11 @@ def _rotary(name: str, gradients: str, change: Callable[[RotaryConfig], RotaryCo
 def _blocks(name: str, gradients: str, change: Callable[[BlockWeights], BlockWeights]) -> tuple[Mutant, ...]:
     """The step with other weights in every block."""
 
-    def step(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-        right = s.decoder
+    def other(right: Decoder) -> Decoder:
         weights = replace(right.weights, blocks=[change(block) for block in right.weights.blocks])
-        return step_of(s, Decoder(right.config, weights, recompute=right.recompute))
+        return Decoder(right.config, weights, recompute=right.recompute)
 
-    return again(name, gradients, step)
+    return _step_by(name, gradients, other)
 
 
 def _batch(name: str, gradients: str, change: Callable[[PackedBatch], dict[str, Any]]) -> tuple[Mutant, ...]:
@@ -181,58 +182,36 @@ def _other_lender(config: DecoderConfig) -> DecoderConfig:
     return replace(config, layers=layers)
 
 
-class _LastUserAlone(Carried):
-    """Takes the gradient of one user of keys and values, the one that comes last, for that of all."""
-
-    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-        self.returned(layer)
-        super().give_back(layer, d_k, d_v)
+GiveBack = Callable[[Carried, int, Tensor, Tensor], None]
+"""A wrong `Carried.give_back`: of one user of keys and values, ∂L/∂k and ∂L/∂v."""
 
 
-class _FirstUserAlone(Carried):
-    """Likewise the one that comes first."""
-
-    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-        if self.held(layer) is None:
-            super().give_back(layer, d_k, d_v)
+def _last_user_alone(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    own.returned(layer)
+    Carried.give_back(own, layer, d_k, d_v)
 
 
-class _NoUser(Carried):
-    """The layer that made keys and values is taken for the only one that uses them."""
-
-    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-        pass
+def _first_user_alone(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    if own.held(layer) is None:
+        Carried.give_back(own, layer, d_k, d_v)
 
 
-class _KeysAlone(Carried):
-    """The gradient of shared values is forgotten."""
-
-    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-        super().give_back(layer, d_k, torch.zeros_like(d_v))
-
-
-class _LastLayersInput(Carried):
-    """The gradient of the layers' inputs is kept of one layer alone."""
-
-    def give_back(self, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-        super().give_back(layer, d_k, d_v)
-        if self.d_inputs is not None:
-            self.d_inputs[:, layer + 1 :] = 0.0
+def _last_layers_input(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    Carried.give_back(own, layer, d_k, d_v)
+    if own.d_inputs is not None:
+        own.d_inputs[:, layer + 1 :] = 0.0
 
 
-def _carrying(name: str, gradients: str, kind: type[Carried]) -> tuple[Mutant, ...]:
-    """The step with another way to carry what layers share."""
+def _carrying(name: str, gradients: str, give_back: GiveBack) -> tuple[Mutant, ...]:
+    """The step with another way to give back what layers share."""
+    kind = type("Other", (Carried,), {"give_back": give_back})
 
     class Other(Decoder):
         def carried(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[Carried | None, Any]:
             right, begin = super().carried(token_ids, dropout_seed)
             return (None if right is None else kind(right.lenders, right.inputs)), begin
 
-    def step(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-        right = s.decoder
-        return step_of(s, Other(right.config, right.weights, recompute=right.recompute))
-
-    return again(name, gradients, step)
+    return _step_by(name, gradients, lambda right: Other(right.config, right.weights, recompute=right.recompute))
 
 
 def _beside_seen(batch: PackedBatch) -> dict[str, Any]:
@@ -261,10 +240,6 @@ def _restarting(batch: PackedBatch) -> Tensor:
     return torch.cat([torch.arange(0), *(torch.arange(n) for n in batch.lengths)]).to(batch.input_ids.device)
 
 
-def _one_document(batch: PackedBatch) -> dict[str, Any]:
-    return {"lengths": (sum(batch.lengths),), "parents": (), "documents": None}
-
-
 def _all_supervised(batch: PackedBatch) -> dict[str, Any]:
     """Masked positions given the next token of the pack as their target."""
     return {"labels": torch.where(batch.labels == IGNORE_INDEX, batch.input_ids.roll(-1), batch.labels)}
@@ -283,7 +258,9 @@ BOTH = "d_lora_A d_lora_B"
 MUTANTS = (
     _step("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
     wrong("mean for sum", "d_lora_B", lambda s, whole: per_token(whole, s)),
-    _batch("documents see each other", BOTH, _one_document),
+    _batch(
+        "documents see each other", BOTH, lambda own: {"lengths": (sum(own.lengths),), "parents": (), "documents": None}
+    ),
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
     _batch("prefix unseen", BOTH, lambda batch: {"parents": (), "documents": batch.ends}),
@@ -296,11 +273,11 @@ MUTANTS = (
     _family("window off by one", "d_lora_A", _wider),
     _family("rotary bases swapped", "d_lora_A", lambda config: replace(config, rotary=config.rotary[::-1])),
     _blocks("taps reversed", "d_lora_A", lambda own: own if own.conv is None else replace(own, conv=own.conv.flip(2))),
-    _carrying("last user of keys alone", BOTH, _LastUserAlone),
-    _carrying("first user of keys alone", "d_lora_B", _FirstUserAlone),
-    _carrying("keys without users", "d_lora_A", _NoUser),
-    _carrying("users' values forgotten", "d_lora_B", _KeysAlone),
-    _carrying("inputs of some layers", "d_lora_A", _LastLayersInput),
+    _carrying("last user of keys alone", BOTH, _last_user_alone),
+    _carrying("first user of keys alone", "d_lora_B", _first_user_alone),
+    _carrying("keys without users", "d_lora_A", lambda _own, _layer, _d_k, _d_v: None),
+    _carrying("users' values forgotten", "d_lora_B", lambda own, n, d_k, _: Carried.give_back(own, n, d_k, 0 * d_k)),
+    _carrying("inputs of some layers", "d_lora_A", _last_layers_input),
     _family("windows of the other kind", "d_lora_A", _other_lender),
     _rotary("standing pairs turned", "d_lora_B", _all_standing_turned),
     _blocks("layer scalars ignored", "d_lora_A", lambda own: replace(own, layer_scalar=_ones(own.layer_scalar))),

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.embedding import EmbeddingSaved
 from backhand.verify.case import Draw, overwritten, wrong
 from backhand.verify.scaffold import Op
 
@@ -36,14 +35,14 @@ CASES = (
 )
 
 
-def _counts(s: EmbeddingSaved) -> Tensor:
-    return torch.bincount(s.ids.reshape(-1), minlength=s.vocab).clamp(min=1)[:, None]
-
-
 MUTANTS = (
     wrong("scaling forgotten", "d_weight", lambda s, d: d / s.scaling),
     wrong("overwritten instead of summed", "d_weight", lambda g, s: overwritten(s.vocab, s.ids, s.scaling * g)),
-    wrong("mean for sum", "d_weight", lambda s, d: d / _counts(s)),
+    wrong(
+        "mean for sum",
+        "d_weight",
+        lambda s, d: d / torch.bincount(s.ids.reshape(-1), minlength=s.vocab).clamp(min=1)[:, None],
+    ),
     OP.redo("tokens reversed", "d_weight", ids=lambda s: s.ids.reshape(-1).flip(0)),
     wrong("ids off by one", "d_weight", lambda d: d.roll(1, 0)),
 )

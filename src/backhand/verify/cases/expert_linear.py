@@ -129,17 +129,13 @@ def _own(s: ExpertLinearSaved) -> ExpertFactors:
     return s.factors
 
 
-def _scaling(s: ExpertLinearSaved) -> float:
-    return 1.0 if s.factors is None else s.factors.scaling
-
-
 MUTANTS = (
     wrong("low-rank term missing", "d_x", lambda g, s: _frozen_alone(g, s)),
     OP.redo("another expert's weight", "d_x", weights=lambda s: [*s.weights[1:], s.weights[0]]),
     wrong("mask ignored", "d_x", lambda g, s, d: _unmasked(g, s, d)),
     wrong("mask ignored", "d_lora_A", lambda g, s: _d_lora_A(g, s, s.x)),
     wrong("mask ignored", "d_lora_B", lambda g, s: _d_lora_B(g, s, s.x)),
-    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / _scaling(s)),
+    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / (1.0 if s.factors is None else s.factors.scaling)),
     wrong("experts exchanged", "d_lora_A d_lora_B", lambda d: d.roll(1, 0)),
     wrong("rows reversed", "d_lora_A", lambda g, s: _d_lora_A(g, s, (s.x * _mask(s)).flip(0))),
     wrong("rows reversed", "d_lora_B", lambda g, s: _d_lora_B(g, s, (s.x * _mask(s)).flip(0))),

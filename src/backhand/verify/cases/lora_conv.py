@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.lora_conv import ConvGeometry, LoRAConvSaved, convolution
+from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout
 from backhand.verify.case import wrong
 from backhand.verify.cases.lora_linear import next_seed
@@ -84,10 +84,6 @@ def _kernel_flipped(tensor: Tensor) -> Tensor:
     return tensor.flip(*range(2, tensor.ndim))
 
 
-def _places(s: LoRAConvSaved) -> int:
-    return max(s.h[:, 0].numel(), 1)
-
-
 def _other_group(d_lora_B: Tensor, groups: int) -> Tensor:
     """The groups' gradients in reverse order."""
     blocks = d_lora_B.reshape(groups, d_lora_B.shape[0] // groups, *d_lora_B.shape[1:])
@@ -102,7 +98,7 @@ MUTANTS = (
     wrong("height and width swapped", "d_lora_A", lambda d: _last_two_swapped(d)),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
     OP.redo("mask of another seed", "d_lora_A", dropout=next_seed),
-    wrong("mean for sum", "d_lora_A d_lora_B", lambda s, d: d / _places(s)),
+    wrong("mean for sum", "d_lora_A d_lora_B", lambda s, d: d / max(s.h[:, 0].numel(), 1)),
     OP.redo("batch reversed", "d_lora_A", g=lambda g: g.flip(0)),
     OP.redo("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),
     wrong("groups swapped", "d_lora_B", lambda s, d: _other_group(d, s.geometry.groups)),

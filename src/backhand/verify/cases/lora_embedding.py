@@ -46,14 +46,10 @@ def _overwritten(g: Tensor, s: LoRAEmbeddingSaved) -> Tensor:
     return overwritten(s.vocab, places, s.scaling * flat_rows(g) @ s.lora_B).T
 
 
-def _counts(s: LoRAEmbeddingSaved) -> Tensor:
-    return torch.bincount(s.ids, minlength=s.vocab).clamp(min=1)
-
-
 MUTANTS = (
     OP.redo("scaling forgotten", "d_lora_A d_lora_B", scaling=1.0),
     wrong("overwritten instead of summed", "d_lora_A", lambda g, s: _overwritten(g, s)),
-    wrong("mean for sum", "d_lora_A", lambda s, d: d / _counts(s)),
+    wrong("mean for sum", "d_lora_A", lambda s, d: d / torch.bincount(s.ids, minlength=s.vocab).clamp(min=1)),
     OP.redo("padding token learns", "d_lora_A", padding_id=None),
     OP.redo("tokens reversed", "d_lora_A", ids=lambda s: s.ids.flip(0)),
     OP.redo("lora_B transposed", "d_lora_A", lora_B=lambda s: transposed_if_square(s.lora_B)),

@@ -207,14 +207,6 @@ def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     return _backward(g, s._replace(group=s.group._replace(members=first), h=h)).d_x
 
 
-def _without_dropout(s: LoRAGroupSaved) -> LoRAGroup:
-    return s.group._replace(dropout=None)
-
-
-def _next_seed(s: LoRAGroupSaved) -> LoRAGroup:
-    return s.group._replace(dropout=next_seed(s.group))
-
-
 def _of_input(g: Tensor, s: LoRAGroupSaved) -> tuple[Tensor, ...]:
     """d_lora_B with an undropped x where its h belongs."""
     x = flat_rows(rms_norm_apply(*s.x) if isinstance(s.x, RMSNormSaved) else s.x)
@@ -225,26 +217,20 @@ def _of_input(g: Tensor, s: LoRAGroupSaved) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _unscaled(s: LoRAGroupSaved) -> LoRAGroup:
-    return _changed(s, scaling=lambda _member: 1.0)
-
-
-def _transposed_B(s: LoRAGroupSaved) -> LoRAGroup:
-    return _changed(s, lora_B=lambda member: transposed_if_square(member.lora_B))
-
-
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=_unscaled),
+    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=lambda s: _changed(s, scaling=lambda _member: 1.0)),
     OP.redo("one scaling for all", "d_lora_A d_lora_B", group=_first_scaling),
     wrong("low-rank terms missing", "d_x", lambda g, s: g @ s.weight),
     wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
     wrong("first member's low-rank term only", "d_x", _one_member_only),
-    OP.redo("lora_B transposed", "d_x", group=_transposed_B),
+    OP.redo(
+        "lora_B transposed", "d_x", group=lambda s: _changed(s, lora_B=lambda one: transposed_if_square(one.lora_B))
+    ),
     transposed_mutants("d_lora_A", "d_lora_B"),
     wrong("members swapped", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
-    OP.redo("mask ignored", "d_x d_lora_A", group=_without_dropout),
-    OP.redo("mask of another seed", "d_x d_lora_A", group=_next_seed),
+    OP.redo("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
+    OP.redo("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
     wrong("half of h", "d_lora_B", _of_input),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
     mean_mutants("d_lora_A", "d_lora_B"),

@@ -44,13 +44,9 @@ def _among_chosen(g: Tensor, s: RouterSaved) -> Tensor:
     return _placed(w * (g - (w * g).sum(-1, keepdim=True)), s)
 
 
-def _unweighted(g: Tensor, s: RouterSaved) -> Tensor:
-    return _placed(g - (_weights(s) * g).sum(-1, keepdim=True), s)
-
-
 MUTANTS = (
     wrong("sum forgotten", "d_logits", lambda g, s: _placed(_weights(s) * g, s)),
-    wrong("weights forgotten", "d_logits", lambda g, s: _unweighted(g, s)),
+    wrong("weights forgotten", "d_logits", lambda g, s: _placed(g - (_weights(s) * g).sum(-1, keepdim=True), s)),
     wrong("those not chosen left out", "d_logits", lambda g, s: _among_chosen(g, s)),
     wrong("choices reversed", "d_logits", lambda g, s: _among_chosen(g, s._replace(chosen=s.chosen.flip(1)))),
     wrong("experts in order", "d_logits", lambda d: d.sort(dim=-1).values),

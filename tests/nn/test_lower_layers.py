@@ -8,11 +8,10 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import dense_product
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import row_products
+from backhand.nn.decoder import lower_layers
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.lower_layers import LowerLayers
-from backhand.nn.decoder.row_products import disagreeing, keeps_rows
+from backhand.nn.decoder.lower_layers import LowerLayers, disagreeing, keeps_rows
 from backhand.nn.decoder.weights import empty_weights
 from backhand.ops import frozen_matrix
 from backhand.ops.frozen_matrix import frozen_linear, library_product
@@ -71,7 +70,7 @@ def test_what_is_not_looked_at_keeps_them(outputs, inputs, joined, dtype, monkey
         looked_at.append(tile)
         return []
 
-    monkeypatch.setattr(row_products, "disagreeing", looked)
+    monkeypatch.setattr(lower_layers, "disagreeing", looked)
     assert keeps_rows(weights, CONFIG, NUMBERS, 64)
     if not looked_at:
         weight = torch.randn(outputs, inputs).to(dtype)
@@ -95,7 +94,7 @@ def test_one_bit_of_one_row_of_one_product_is_seen(rows, product, place, monkeyp
             element.copy_(torch.nextafter(element, torch.tensor(torch.inf, dtype=y.dtype)))
         return y
 
-    monkeypatch.setattr(row_products, "library_product", other_among_many)
+    monkeypatch.setattr(lower_layers, "library_product", other_among_many)
     assert not keeps_rows(weights, CONFIG, [112, rows], 64)
     assert keeps_rows(weights, CONFIG, [112], 64)
 
@@ -125,7 +124,7 @@ def test_a_decoder_tells_for_which_batches_rows_keep_their_bits(monkeypatch):
             if isinstance(tensor, Tensor):
                 tensor.normal_(std=0.1, generator=torch.Generator().manual_seed(6))
     decoder, library = Decoder(config, weights), ProductsByRows(bounds=(48,))
-    for module in (frozen_matrix, row_products):
+    for module in (frozen_matrix, lower_layers):
         monkeypatch.setattr(module, "library_product", library)
     lower = LowerLayers(decoder)
     lower.compare_with(64)
