@@ -24,11 +24,16 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/nul
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# What is imported is compiled to bytecode when it is; most of what is installed never is. The kernels have a target of
+# their own, which can run meanwhile.
+INSTALL := BACKHAND_KERNELS=none $(PIP) install --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# What an instruction set can change; not what reads files or builds, nor wrong loops, which `make tests` has looked at.
+AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
+	$(addprefix tests/kernels/test_,dense_product.py loops.py panels.py quantized_matrix.py)
 
-.PHONY: help kernels kernels-sanitize wheels demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up kernels kernels-sanitize wheels demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -56,6 +61,14 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests'
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
+
+# What everything that CI does needs, by one call: each call looks through all of it once more.
+$(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo 'Installing Backhand with the packages of its tests, checks and documentation'
+	@$(INSTALL) --editable '.[demo,test,dev,docs]'
+	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
+
+set-up: $(VENV)/.everything $(VENV)/.model kernels
 
 # Playwright drives the system's Chromium; it downloads none of its own.
 $(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -117,12 +130,13 @@ test: $(VENV)/.test $(VENV)/.model kernels
 proofs: $(VENV)/.test kernels
 	@$(BIN)/backhand verify
 
+# Each process takes half of the tests, and then half of what another has left: what a file's tests share is made once.
 tests: $(VENV)/.test $(VENV)/.model kernels
-	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike.
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
-	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='tests/ops tests/nn tests/kernels $(PYTEST_ARGS)'
+	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
 
 # Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
 # a file's tests share, a trained run for one, is made once.
@@ -139,7 +153,7 @@ test-browser: $(VENV)/.browser $(VENV)/.model kernels
 
 # Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
 # A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
-fuzz: $(VENV)/.test
+fuzz: $(VENV)/.test kernels
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m fuzz --keep runs/fuzz $(FUZZ_ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST
 # A busy machine is no defect: neither an example nor drawing one has a time limit.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of garbage collections: most of a million objects, looked through often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
