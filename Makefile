@@ -138,10 +138,12 @@ tests: $(VENV)/.test $(VENV)/.model kernels
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
 	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
 
-# Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
+# Of the files that name the model: to collect all the others would take longer than some of its tests. Two files at a
+# time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
 # a file's tests share, a trained run for one, is made once.
 test-smollm2: $(VENV)/.test $(VENV)/.model kernels
-	$(PYTEST) -m 'smollm2 and not slow and not bench and not browser' -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m 'smollm2 and not slow and not bench and not browser' -n 2 --dist loadfile \
+		$(shell grep -rl --include='test_*.py' smollm2 tests) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
