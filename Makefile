@@ -22,11 +22,14 @@ CONSTRAINTS ?=
 # Two test processes at least, four at most; each computes with one thread, so that they do not fight for cores.
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
+# A module is compiled once, not by each of the hundreds of processes that import it, also where the environment says
+# otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# What is imported is compiled to bytecode when it is; most of what is installed never is. The kernels have a target of
-# their own, which can run meanwhile.
-INSTALL := BACKHAND_KERNELS=none $(PIP) install --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# The kernels have a target of their own, which can run meanwhile.
+INSTALL := BACKHAND_KERNELS=none $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What an instruction set can change; not what reads files or builds, nor wrong loops, which `make tests` has looked at.
@@ -62,10 +65,11 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
-# What everything that CI does needs, by one call: each call looks through all of it once more.
+# What everything that CI does needs, by one call: each call looks through all of it once more. Most of it is never
+# imported, and what is, is compiled then.
 $(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests, checks and documentation'
-	@$(INSTALL) --editable '.[demo,test,dev,docs]'
+	@$(INSTALL) --no-compile --editable '.[demo,test,dev,docs]'
 	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
 
 set-up: $(VENV)/.everything $(VENV)/.model kernels
@@ -134,9 +138,12 @@ proofs: $(VENV)/.test kernels
 tests: $(VENV)/.test $(VENV)/.model kernels
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike.
+# What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike. The proofs
+# take longer than these tests, and one core.
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
-	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
+	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests \
+		PYTEST_WORKERS=$(shell echo $$(($(PYTEST_WORKERS) > 2 ? $(PYTEST_WORKERS) - 1 : 1))) \
+		PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
 
 # Of the files that name the model: to collect all the others would take longer than some of its tests. Two files at a
 # time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
