@@ -22,13 +22,21 @@ CONSTRAINTS ?=
 # Two test processes at least, four at most; each computes with one thread, so that they do not fight for cores.
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
+# A module is compiled once, not by each of the hundreds of processes that import it, also where the environment says
+# otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# The kernels have a target of their own, which can run meanwhile.
+INSTALL := BACKHAND_KERNELS=none $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 BACKHAND_KERNELS=avx2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# What an instruction set can change; not what reads files or builds, nor wrong loops, which `make tests` has looked at.
+AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
+	$(addprefix tests/kernels/test_,dense_product.py loops.py panels.py quantized_matrix.py)
 
-.PHONY: help kernels kernels-sanitize wheels demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up kernels kernels-sanitize wheels demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -56,6 +64,15 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests'
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
+
+# What everything that CI does needs, by one call: each call looks through all of it once more. Most of it is never
+# imported, and what is, is compiled then.
+$(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo 'Installing Backhand with the packages of its tests, checks and documentation'
+	@$(INSTALL) --no-compile --editable '.[demo,test,dev,docs]'
+	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
+
+set-up: $(VENV)/.everything $(VENV)/.model kernels
 
 # Playwright drives the system's Chromium; it downloads none of its own.
 $(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -117,17 +134,23 @@ test: $(VENV)/.test $(VENV)/.model kernels
 proofs: $(VENV)/.test kernels
 	@$(BIN)/backhand verify
 
+# Each process takes half of the tests, and then half of what another has left: what a file's tests share is made once.
 tests: $(VENV)/.test $(VENV)/.model kernels
-	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike.
+# What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike. The proofs
+# take longer than these tests, and one core.
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
-	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests PYTEST_ARGS='tests/ops tests/nn tests/kernels $(PYTEST_ARGS)'
+	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests \
+		PYTEST_WORKERS=$(shell echo $$(($(PYTEST_WORKERS) > 2 ? $(PYTEST_WORKERS) - 1 : 1))) \
+		PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
 
-# Two files at a time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
+# Of the files that name the model: to collect all the others would take longer than some of its tests. Two files at a
+# time, each with whole models, two or three gigabytes: half of what they do keeps one thread busy. What
 # a file's tests share, a trained run for one, is made once.
 test-smollm2: $(VENV)/.test $(VENV)/.model kernels
-	$(PYTEST) -m 'smollm2 and not slow and not bench and not browser' -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m 'smollm2 and not slow and not bench and not browser' -n 2 --dist loadfile \
+		$(shell grep -rl --include='test_*.py' smollm2 tests) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.model kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow and not bench and not browser' $(PYTEST_ARGS)
@@ -139,7 +162,7 @@ test-browser: $(VENV)/.browser $(VENV)/.model kernels
 
 # Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
 # A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
-fuzz: $(VENV)/.test
+fuzz: $(VENV)/.test kernels
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m fuzz --keep runs/fuzz $(FUZZ_ARGS)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import load_weights
@@ -47,9 +48,15 @@ def test_pipes_as_options_and_rows(world: World, tmp_path: Path) -> None:
     assert limited([*lint, world.rows, "--chat-template", "pipe"], tmp_path).code == 2
     (tmp_path / "link").symlink_to("pipe")
     assert limited(world.ask("--model", "link"), tmp_path).code == 4
-    # Rows may come out of a pipe, if something does.
-    ended = limited([*lint, "pipe"], tmp_path)
-    assert ended.code == 3 and "nothing came out of it" in ended.errors
+
+
+def test_rows_may_come_out_of_a_pipe_if_something_does(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("backhand.reading._PIPE_WAIT_S", 0.3)
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["lint", "--model", str(world.model), "--data", str(tmp_path / "pipe")]) == 3
+    assert "nothing came out of it" in capsys.readouterr().err
 
 
 def test_a_file_that_says_it_is_short(world: World, tmp_path: Path) -> None:

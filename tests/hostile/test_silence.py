@@ -69,13 +69,13 @@ def flooded(place: Path, line: bytes, count: int, suffix: str = "jsonl.gz") -> P
 
 @pytest.mark.parametrize("line", [b"\n", b"\r\n", b" \t\n"])
 def test_empty_lines_are_passed_over_and_counted(line: bytes, world: World, tmp_path: Path) -> None:
-    """Ten million in a second or two; every line's number stays right."""
-    path, bad = flooded(tmp_path, line, 10_000_000), BadRows()
+    """Two million in a fraction of a second; every line's number stays right."""
+    path, bad = flooded(tmp_path, line, 2_000_000), BadRows()
     began = time.process_time()
     found = list(read_rows(str(path), bad))
     assert time.process_time() - began < 5
-    assert [row.source.rpartition(":")[2] for row in found] == ["1", "10000002"]
-    assert bad.empty_lines == 10_000_000
+    assert [row.source.rpartition(":")[2] for row in found] == ["1", "2000002"]
+    assert bad.empty_lines == 2_000_000
 
 
 def test_a_flood_of_empty_lines_is_told_of(world: World, tmp_path: Path) -> None:

@@ -149,10 +149,10 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
 @pytest.mark.parametrize("members", MEMBERS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_of_any_size(dtype, size, members, transposed):
+def test_of_any_size(dtype, size, members):
+    transposed = (SIZES.index(size) + list(MEMBERS).index(members)) % 2 == 0
     one = problem(*size, dtype, transposed=transposed, members=MEMBERS[members](size[1]))
     y = one()
     assert_right(y, one)

@@ -15,6 +15,7 @@ from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.decode_steps import adapted, stepped
+from support.made_once import made_once
 
 OPS_OF = {
     "rms_norm": ("rms_norm",),
@@ -49,14 +50,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled(target, sources, *defined, build_name=None):
+def compiled(factory, sources, *defined, build_name=None):
     """A build for this machine, or of that name, in which a wrong version can be put in force, and how to."""
     name = build_name or usable()[-1]
     flags = [*build.FLAGS, *build.INSTRUCTION_SETS[build.machine()][name], "-O1", f'-DBACKHAND_ISA="{name}"']
     defines = [f"-D{name}" for name in ("BACKHAND_MUTANTS", *defined)]
-    command = [build.find_compiler(), *flags, *defines, "-shared", *map(str, sources), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True)
-    library = Library(target)
+    command = [build.find_compiler(), *flags, *defines, "-shared", *map(str, sources), "-o"]
+
+    def make(folder):
+        subprocess.run([*command, str(folder / "mutants.so")], check=True, capture_output=True)
+
+    library = Library(made_once(factory, "-".join(["mutants", name, *defined]), make) / "mutants.so")
     choose = library.function("backhand_set_mutant", (POINTER,))
     return library, lambda mutant: choose(mutant.encode())
 
@@ -64,14 +68,14 @@ def compiled(target, sources, *defined, build_name=None):
 @pytest.fixture(scope="module")
 def spoilable(tmp_path_factory):
     """All loops."""
-    return compiled(tmp_path_factory.mktemp("mutants") / "mutants.so", sorted(build.SOURCES.glob("*.cpp")))
+    return compiled(tmp_path_factory, sorted(build.SOURCES.glob("*.cpp")))
 
 
 @pytest.fixture(scope="module")
 def spoilable_corners(tmp_path_factory):
     """Attention that leaves out corners in float64 as it does where AMX's tiles multiply bfloat16."""
     sources = [build.SOURCES / f"{name}.cpp" for name in ("attention", "library", "mutants")]
-    return compiled(tmp_path_factory.mktemp("corners") / "corners.so", sources, "BACKHAND_CORNERS")
+    return compiled(tmp_path_factory, sources, "BACKHAND_CORNERS")
 
 
 @pytest.fixture(scope="module")

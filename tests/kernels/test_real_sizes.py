@@ -32,9 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def spoilable(tmp_path_factory):
-    return compiled(
-        tmp_path_factory.mktemp("naive") / "naive.so", sorted(build.SOURCES.glob("*.cpp")), build_name="baseline"
-    )
+    return compiled(tmp_path_factory, sorted(build.SOURCES.glob("*.cpp")), build_name="baseline")
 
 
 def row_of(library, case, tensor, monkeypatch):

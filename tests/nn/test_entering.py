@@ -37,8 +37,11 @@ def upper_layers(variant: str, dropout: float = 0.0, recompute: str = "none") ->
     return decoder
 
 
-@pytest.mark.parametrize(("dropout", "recompute"), [(0.0, "block"), (0.3, "none")])
-@pytest.mark.parametrize("variant", VARIANTS)
+# Either way in every second variant.
+@pytest.mark.parametrize(
+    ("variant", "dropout", "recompute"),
+    [(variant, *((0.0, "block"), (0.3, "none"))[number % 2]) for number, variant in enumerate(VARIANTS)],
+)
 def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, recompute: str) -> None:
     decoder, batch = upper_layers(variant, dropout, recompute), supervise(tiny_documents((23, 9, 9, 1, 18)))
     assert decoder.lora is not None

@@ -76,16 +76,11 @@ def leave_faulty_saves(config: TrainConfig, calls: range, error: int | None, sto
             raise OSError(error, os.strerror(error))
 
     files.before = before
-    os.fsync = _not_waiting  # type: ignore[assignment] # no power is lost here, and waiting for the disk takes longest
     try:
         train(config, files=files)
     except Exception as raised:  # noqa: BLE001 - its exit code is what the parent looks at
         os._exit(getattr(raised, "exit_code", 1))
     os._exit(99)
-
-
-def _not_waiting(descriptor: int) -> None:
-    """In place of os.fsync."""
 
 
 def _forked_for_each(calls: range, error: int | None, output: Path, store: Path) -> int:

@@ -19,7 +19,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(scope="session")
 def finished_once(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(tmp_path_factory.mktemp("runs")) / "run"
-    train(tiny.config(run, epochs=4, learning_rate=1e-2))
+    train(tiny.config(run, epochs=4, learning_rate=1e-2, answers=4))
     return run
 
 

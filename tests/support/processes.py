@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 # Without transformers.modeling_utils, which tests' own models need, each process imported it for itself: in 1.2 s.
@@ -24,8 +25,14 @@ _PRELOADED = [
     "backhand.report.command",
     "backhand.training.distributed",
     "backhand.training.run",
+    "support.forked",
 ]
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 
 
 def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -151,11 +151,8 @@ def test_each_process_waits_by_its_own_clock(straight: TrainConfig, tmp_path: Pa
     assert third["computed_s"][1] + fourth["waited_s"][1] > 0.9 * PAUSE_S
 
 
-STOPPED = [
-    (number, code, size, rank, "step")
-    for number, code in (("interrupt", 130), ("terminate", 143))
-    for size, rank in ((2, 0), (2, 1), (3, 2))
-]
+# Either signal, either rank, of two and of three.
+STOPPED = [("interrupt", 130, 2, 0, "step"), ("terminate", 143, 2, 1, "step"), ("interrupt", 130, 3, 2, "step")]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +188,11 @@ def test_processes_that_are_interrupted_together_say_so_once(straight: TrainConf
     assert ranks.said() == ["interrupted\n", ""]
 
 
-@pytest.mark.parametrize(("rank", "place"), KILLED)
+# At each place one of the two, in turns; the other one in `make test-slow`.
+@pytest.mark.parametrize(
+    ("rank", "place"),
+    [pytest.param(*case, marks=pytest.mark.slow if n % 4 in (1, 2) else ()) for n, case in enumerate(KILLED)],
+)
 def test_a_killed_rank_is_named_and_the_run_goes_on(
     rank: int, place: str, straight: TrainConfig, tmp_path: Path
 ) -> None:

@@ -20,12 +20,6 @@ STEP = 4
 """Of the save that goes wrong. It follows saves of steps 1 to 3, publishes a better adapter, and removes step 2."""
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be lost is decided by the model of power loss; nothing is gained by waiting for this disk."""
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 class Straight:
     """A run that nothing happens to, and the calls of its save of step 4.
 

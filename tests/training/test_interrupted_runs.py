@@ -93,7 +93,17 @@ def continued(output: Path) -> dict[str, bytes]:
     return final_bits(output)
 
 
-@pytest.mark.parametrize(("place", "times", "number"), CASES, ids=NAMES)
+# At each place one signal once and the other twice; the other way round in `make test-slow`.
+QUICK = [(PLACES.index(place) + times) % 2 == (number == signal.SIGINT) for place, times, number in CASES]
+
+
+@pytest.mark.parametrize(
+    ("place", "times", "number"),
+    [
+        pytest.param(*case, id=name, marks=() if quick else pytest.mark.slow)
+        for case, name, quick in zip(CASES, NAMES, QUICK, strict=True)
+    ],
+)
 def test_signals(place: str, times: int, number: signal.Signals, straight: TrainConfig, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with held(with_options(straight, output=output), place) as run:

@@ -110,7 +110,8 @@ def test_a_quantized_base_ends_in_the_same_bits(
     adapters = set()
     for base_kind, where in (("quantized", "off"), ("quantized", "memory"), ("dense", "disk")):
         output = tmp_path / f"{base_kind}-{where}"
-        train(config_of(four, output, model=str(model), base=base_kind, cache_frozen=where, dtype="bfloat16"))
+        options = {"base": base_kind, "cache_frozen": where, "dtype": "bfloat16", "epochs": 2}
+        train(config_of(four, output, model=str(model), **options))
         adapters.add((output / "adapter" / "adapter_model.safetensors").read_bytes())
     assert len(adapters) == 1
 

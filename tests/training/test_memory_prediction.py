@@ -40,28 +40,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# By name; those that add least to the others take half a minute of every change, and are left to `make test-slow`.
+RUNS = {
+    "head-float32": ("large-vocabulary", "long", "--dtype float32 --recompute none --micro-batch-rows 8"),
+    "head-auto": ("large-vocabulary", "long-heads", "--dtype auto --recompute mlp --micro-batch-rows 4"),
+    "kept-auto": ("deep", "long", "--dtype auto --recompute none --micro-batch-rows 8"),
+    "recomputed": ("deep", "long", "--dtype float32 --recompute block --micro-batch-rows 4"),
+    "many-short-rows": ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
+    "gemma4": ("kinds-of-layers", "short", "--dtype auto"),
+    "gemma4-one": ("kinds-of-layers", "short", "--dtype auto --target-modules per_layer_model_projection"),
+    "experts": ("many-experts", "long", "--dtype auto"),
+    "adapted-experts": ("many-experts", "long", f"--dtype auto {ADAPTED_EXPERTS}"),
+    "experts-short-rows": ("many-experts", "short", "--dtype auto"),
+    "few-experts": ("few-experts", "long", "--dtype auto"),
+}
+SLOW = {"kept-auto", "many-short-rows", "gemma4-one", "experts", "experts-short-rows", "few-experts"}
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "options"),
-    [
-        ("large-vocabulary", "long", "--dtype float32 --recompute none --micro-batch-rows 8"),
-        ("large-vocabulary", "long-heads", "--dtype auto --recompute mlp --micro-batch-rows 4"),
-        ("deep", "long", "--dtype auto --recompute none --micro-batch-rows 8"),
-        ("deep", "long", "--dtype float32 --recompute block --micro-batch-rows 4"),
-        ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
-        ("kinds-of-layers", "short", "--dtype auto"),
-        ("kinds-of-layers", "short", "--dtype auto --target-modules per_layer_model_projection"),
-        ("many-experts", "long", "--dtype auto"),
-        ("many-experts", "long", f"--dtype auto {ADAPTED_EXPERTS}"),
-        ("many-experts", "short", "--dtype auto"),
-        ("few-experts", "long", "--dtype auto"),
-    ],
-    ids=[
-        *("head-float32", "head-auto", "kept-auto", "recomputed", "many-short-rows", "gemma4", "gemma4-one"),
-        *("experts", "adapted-experts", "experts-short-rows", "few-experts"),
-    ],
+    [pytest.param(*run, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, run in RUNS.items()],
 )
 def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
-    options += " --batch-rows 8 --max-steps 6"
+    options += " --batch-rows 8 --max-steps 3"
     predicted, measured = peak_of(folder / model, folder / f"{rows}.jsonl", options, tmp_path / "run")
     assert predicted == pytest.approx(measured, rel=WITHIN), f"{predicted / measured:.2f} of {measured >> 20} MB"
 

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,13 +62,17 @@ class AdapterRecord:
 
 def installed_packages() -> dict[str, str]:
     """Versions of Python and of the packages that decide what an adapter is."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = {package: _version(package) for package in _PACKAGES}
+    return {"python": platform.python_version()} | {name: one for name, one in versions.items() if one is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """Read once: every save of a run asks for it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def record_bytes(record: AdapterRecord) -> bytes:
