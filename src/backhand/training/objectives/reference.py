@@ -5,14 +5,15 @@ bits: every frozen tensor, every row, all options that decide a run, dtype, thre
 finds them there, and computes those of its first micro-batch again, to compare every bit; where the digest is another
 one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
 
-The model that a run starts from is the base, or the base with the adapter of `--from-adapter`.
+The model that a run starts from is the base, or the base with the adapter of `--from-adapter`, whose values have a
+digest of their own: if they changed since, the run cannot go on against what it began from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
+from backhand.training.guards import tensor_digest
 from backhand.training.job import Job
 from backhand.training.keeping import Keeping
 from backhand.training.kept_states import KeptStates
@@ -86,9 +88,9 @@ def run_objectives(
             sets[f"{name}_others"] = _Set(RowPacker(others, share_prefixes=job.engine.shares_prefixes))
     found: dict[str, Tensor] = {}
     if options.has_reference:
-        digest = _digest(job, frozen_digest, begun_from)
         with _started(job.bound, job.config.model.allow_pickle, begun_from, fresh=fresh):
-            found = _reference(job, directory, processes, sets, digest, log, noted)
+            start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
+            found = _reference(job, directory, processes, sets, (_digest(job, frozen_digest), start), log, noted)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
@@ -131,12 +133,11 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None, *, f
         lora.refresh_compute(bound.model.dtype)
 
 
-def _digest(job: Job, frozen_digest: str, begun_from: str | None) -> str:
+def _digest(job: Job, frozen_digest: str) -> str:
     facts = {
         "frozen": frozen_digest,
         "rows": [job.identity.data, job.identity.held_out],
         "settings": job.identity.settings,
-        "begun_from": begun_from,
         "dtype": str(job.dtype),
         "threads": job.config.model.threads,
         "versions": versions(),
@@ -150,12 +151,12 @@ def _reference(
     directory: RunDirectory,
     processes: Processes,
     sets: Mapping[str, _Set],
-    digest: str,
+    digests: tuple[str, str | None],
     log: ProofLog,
     noted: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
-    mine = _kept(directory, digest, noted) if processes.leads else None
+    mine = _kept(directory, digests, noted) if processes.leads else None
     there: dict[str, list[float]] | None = json.loads(processes.follow(json.dumps(mine).encode()))
     rows = job.memory.micro_batch_rows
     if there is not None:
@@ -170,11 +171,14 @@ def _reference(
         found[name] = sums
     if processes.leads:
         values = {name: sums.tolist() for name, sums in found.items()}
-        directory.write(REFERENCE, json.dumps({"digest": digest, "sum": _checksum(values), **values}) + "\n")
+        stored = {"start": digests[1], **values}
+        directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
     return found
 
 
-def _kept(directory: RunDirectory, digest: str, noted: Callable[[str], None]) -> dict[str, list[float]] | None:
+def _kept(
+    directory: RunDirectory, digests: tuple[str, str | None], noted: Callable[[str], None]
+) -> dict[str, list[float]] | None:
     """What `reference.json` holds, if it is of this run and whole."""
     path = directory.path / REFERENCE
     try:
@@ -184,14 +188,22 @@ def _kept(directory: RunDirectory, digest: str, noted: Callable[[str], None]) ->
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         found, stored, checksum = "", {}, ""
-    if found != digest or checksum != _checksum(stored):
-        why = "of another machine or run" if found and found != digest else "damaged"
+    whole = checksum == _checksum(stored)
+    if whole and stored.pop("start", None) != digests[1]:
+        raise CheckError(
+            "the adapter that the run began from is another one now",
+            where=str(path),
+            why="the rest of the run would be measured against something else than its first steps",
+            next_step="put back the adapter that the run was started from, or begin a new run",
+        )
+    if not whole or found != digests[0]:
+        why = "of another machine or run" if whole else "damaged"
         noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
         return None
     return stored
 
 
-def _checksum(values: Mapping[str, Sequence[float]]) -> str:
+def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,6 +219,6 @@ def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Processes, log: P
         raise CheckError(
             f"the reference's log-probabilities are off by {apart:.3g} nats from those that {REFERENCE} keeps",
             where=str(REFERENCE),
-            why="a kernel on this machine does not repeat its results, or the adapter that the run began from changed",
+            why="a kernel on this machine does not repeat its results, or the file was written to",
             next_step=f"remove {REFERENCE} from the run directory to compute them anew, and resume once more",
         )
