@@ -1,4 +1,9 @@
-"""Pairs: DPO in its forms, IPO, SimPO and ORPO, each from its op; what is shown of them has TRL's names."""
+"""Pairs: DPO in its forms, IPO, SimPO and ORPO, each from its op; what is shown of them has TRL's names.
+
+`aot` and `aot_unpaired` [arXiv:2406.05882] compare a step's pairs by their order: the k-th smallest margin with the
+reference's k-th smallest, or the k-th smallest rise of a chosen answer with that of a rejected one, by SimPO's formula
+without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients comes first.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
-from backhand.ops.orpo import orpo_backward, orpo_forward
+from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
 from backhand.ops.simpo import SimPORule, simpo_backward, simpo_forward
-from backhand.training.objectives.objective import Documents, Measured, Objective, RowLosses
-from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.engine import Trainable
+from backhand.training.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
+from backhand.training.objectives.options import SORTED, ObjectiveOptions
+from backhand.training.step import Processes
 
 
 @dataclass
@@ -22,11 +29,22 @@ class PairObjective(Objective):
 
     Attributes:
         options: which one, and its numbers.
+        of_step: loss and slopes of each row of the step that comes next, where pairs are sorted.
     """
 
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    of_step: dict[int, Tensor] = field(default_factory=dict)
 
-    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:  # noqa: ARG002 - told by their documents
+    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+        """Sort the pairs of the rows that come next, if the loss does."""
+        if self.options.form not in SORTED:
+            return
+        sums, reference = document_sums(model, self.packer, rows, micro_batch_rows, processes), self.reference
+        assert sums is not None and reference is not None
+        found = _sorted_loss(self.options, *_sides(sums), *_sides(reference[self.packer.documents(rows)]))
+        self.of_step = dict(zip(rows, found, strict=True))
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """See `Objective.losses`. Rewards are what each loss compares: β log ratios, or β mean log-probabilities."""
         options, (sums, counts, reference) = self.options, documents
         if options.objective in ("simpo", "orpo"):
@@ -37,7 +55,10 @@ class PairObjective(Objective):
             ratios = sums - reference
             divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
             seen, shown = ratios / divisor, sums
-        losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
+        if options.form in SORTED:
+            losses, d_chosen, d_rejected = torch.stack([self.of_step[row] for row in rows]).unbind(1)
+        else:
+            losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
         d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
         rewards = options.strength * (seen if reference is None else sums - reference)
         return RowLosses(losses, d_sums, _measured(rewards, shown) | _beside(options, seen))
@@ -64,6 +85,20 @@ def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[
     return losses, *dpo_backward(one, of_dpo)
 
 
+def _sorted_loss(options: ObjectiveOptions, c: Tensor, r: Tensor, ref_c: Tensor, ref_r: Tensor) -> Tensor:
+    """Loss, and slopes by c and r, of each pair, (pairs, 3)."""
+    paired = options.form == "aot"
+    one, other = (c - r, ref_c - ref_r) if paired else (c - ref_c, r - ref_r)
+    of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
+    rule = SimPORule(options.strength, 0.0, options.label_smoothing)
+    losses, saved = simpo_forward(one[of_one], other[of_other], rule)
+    d_one, d_other = simpo_backward(torch.ones_like(losses), saved)
+    found = torch.empty(len(c), 3, dtype=c.dtype)
+    found[of_one, 0], found[of_one, 1] = losses, d_one
+    found[of_one if paired else of_other, 2] = d_other
+    return found
+
+
 def _measured(rewards: Tensor, log_p: Tensor) -> Measured:
     (good, bad), (log_good, log_bad) = _sides(rewards), _sides(log_p)
     found = {
@@ -81,6 +116,6 @@ def _beside(options: ObjectiveOptions, seen: Tensor) -> Measured:
     if options.objective != "orpo":
         return {}
     chosen, rejected = _sides(seen)
-    log_odds = (chosen - rejected) - ((-chosen.expm1()).log() - (-rejected.expm1()).log())
-    found = {"nll_loss": -chosen, "log_odds_chosen": log_odds, "log_odds_ratio": logsigmoid(log_odds)}
+    odds = log_odds(chosen) - log_odds(rejected)
+    found = {"nll_loss": -chosen, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
     return {name: (float(values.sum()), len(values)) for name, values in found.items()}

@@ -53,21 +53,18 @@ def run_objectives(
     frozen_digest: str,
     kept: Keeping,
     begun_from: str | None,
-    *,
-    fresh: bool,
     log: ProofLog,
     noted: Callable[[str], None],
 ) -> tuple[Objective | None, Objective | None]:
     """The objectives of the training and of the held-out rows; None for the loss of answers, and without such rows.
 
     Args:
-        job: with its model and adapter, as the run goes on from it.
+        job: with its model and adapter, which stay as they are.
         directory: of the run.
         processes: that share the passes.
         frozen_digest: of all frozen tensors.
         kept: keeps hidden states.
         begun_from: the adapter that the run was started from, if any.
-        fresh: whether the run is at its first step.
         log: told that what was kept is what is computed.
         noted: told in a sentence where something is computed anew.
 
@@ -88,7 +85,7 @@ def run_objectives(
             sets[f"{name}_others"] = _Set(RowPacker(others, share_prefixes=job.engine.shares_prefixes))
     found: dict[str, Tensor] = {}
     if options.has_reference:
-        with _started(job.bound, job.config.model.allow_pickle, begun_from, fresh=fresh):
+        with _started(job.bound, job.config.model.allow_pickle, begun_from):
             start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
             found = _reference(job, directory, processes, sets, (_digest(job, frozen_digest), start), log, noted)
 
@@ -111,26 +108,20 @@ def run_objectives(
 
 
 @contextmanager
-def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None, *, fresh: bool) -> Iterator[None]:
+def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> Iterator[None]:
     """Inside, the model is the one that the run starts from."""
-    lora = bound.lora
-    if begun_from is None:
-        bound.model.detach()
-        try:
-            yield
-        finally:
-            bound.model.attach(lora)
-        return
-    if fresh:
-        yield
-        return
-    values = lora.values.clone()
+    lora, values = bound.lora, None if begun_from is None else bound.lora.values.clone()
     try:
-        bound.fill(begun_from, allow_pickle)
+        if begun_from is None:
+            bound.model.detach()
+        else:
+            bound.fill(begun_from, allow_pickle)
         yield
     finally:
-        lora.values.copy_(values)
-        lora.refresh_compute(bound.model.dtype)
+        bound.model.attach(lora)
+        if values is not None:
+            lora.values.copy_(values)
+            lora.refresh_compute(bound.model.dtype)
 
 
 def _digest(job: Job, frozen_digest: str) -> str:
