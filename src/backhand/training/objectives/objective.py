@@ -140,15 +140,8 @@ class HeldOutObjective(HeldOut):
         """The mean loss of a row; see `HeldOut.loss`."""
         objective, rows = self._objective, range(len(self._examples))
         objective.before(model, rows, processes, self._micro_batch_rows)
-        sums = document_sums(
-            model,
-            objective.packer,
-            rows,
-            self._micro_batch_rows,
-            processes,
-            kept=self._kept,
-            interruptible=interruptible,
-        )
+        size, kept = self._micro_batch_rows, self._kept
+        sums = document_sums(model, objective.packer, rows, size, processes, kept=kept, interruptible=interruptible)
         if sums is None:
             return None
         found = objective.of_sums(rows, sums)
@@ -172,7 +165,6 @@ def document_sums(
     *,
     kept: KeptStates | None = None,
     interruptible: bool = False,
-    groups: Sequence[Sequence[int]] | None = None,
 ) -> Tensor | None:
     """s of every document of these rows, (documents,) float64, the same with any number of processes.
 
@@ -184,10 +176,8 @@ def document_sums(
         processes: that share the passes.
         kept: keeps the rows' hidden states.
         interruptible: whether to come back with None where a process has been asked to stop.
-        groups: the rows of each pass, where they are known.
     """
-    if groups is None:
-        groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
+    groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
     shares = processes.shared_out([packer.positions(group) for group in groups])
     mine: dict[int, list[float]] = {}
     for number in shares[processes.rank]:
