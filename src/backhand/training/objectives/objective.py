@@ -81,14 +81,13 @@ class Objective(ABC):
 
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """The loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""
-        places = self.packer.documents(rows)
         owners, counts = token_owners(self.packer, rows)
 
         def loss(log_p: Tensor) -> tuple[Tensor, Tensor]:
             owner = owners.to(log_p.device)
-            sums = torch.zeros(len(places), dtype=torch.float64, device=log_p.device)
+            sums = torch.zeros(len(counts), dtype=torch.float64, device=log_p.device)
             sums.index_add_(0, owner, log_p.double())
-            found = self._of(rows, sums.cpu(), counts, places)
+            found = self.of_sums(rows, sums.cpu())
             self._found[number] = found.measured
             return found.losses.sum(), found.d_sums.to(log_p.device)[owner].to(log_p.dtype)
 
@@ -97,10 +96,7 @@ class Objective(ABC):
     def of_sums(self, rows: Sequence[int], sums: Tensor) -> RowLosses:
         """The same of all of some rows, from s of their documents, (documents,)."""
         _, counts = token_owners(self.packer, rows)
-        return self._of(rows, sums, counts, self.packer.documents(rows))
-
-    def _of(self, rows: Sequence[int], sums: Tensor, counts: Tensor, places: Sequence[int]) -> RowLosses:
-        reference = None if self.reference is None else self.reference[list(places)]
+        reference = None if self.reference is None else self.reference[self.packer.documents(rows)]
         return self.losses(rows, Documents(sums, counts, reference))
 
     def measured(self, processes: Processes) -> dict[str, float]:

@@ -61,7 +61,7 @@ class PairObjective(Objective):
             losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
         d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
         rewards = options.strength * (seen if reference is None else sums - reference)
-        return RowLosses(losses, d_sums, _measured(rewards, shown) | _beside(options, seen))
+        return RowLosses(losses, d_sums, _measured(options, rewards, shown))
 
 
 def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _sorted_loss(options: ObjectiveOptions, c: Tensor, r: Tensor, ref_c: Tensor,
     return found
 
 
-def _measured(rewards: Tensor, log_p: Tensor) -> Measured:
+def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Measured:
     (good, bad), (log_good, log_bad) = _sides(rewards), _sides(log_p)
     found = {
         "rewards/chosen": good,
@@ -108,14 +108,7 @@ def _measured(rewards: Tensor, log_p: Tensor) -> Measured:
         "logps/chosen": log_good,
         "logps/rejected": log_bad,
     }
-    return {name: (float(values.sum()), len(values)) for name, values in found.items()}
-
-
-def _beside(options: ObjectiveOptions, seen: Tensor) -> Measured:
-    """What ORPO shows beside."""
-    if options.objective != "orpo":
-        return {}
-    chosen, rejected = _sides(seen)
-    odds = log_odds(chosen) - log_odds(rejected)
-    found = {"nll_loss": -chosen, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
+    if options.objective == "orpo":
+        odds = log_odds(log_good) - log_odds(log_bad)
+        found |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
     return {name: (float(values.sum()), len(values)) for name, values in found.items()}

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +37,8 @@ from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import Processes
 
-
-@dataclass(frozen=True)
-class _Set:
-    """Rows whose documents the reference model is asked about."""
-
-    packer: RowPacker
-    kept: KeptStates | None = None
+_Set = tuple[RowPacker, KeptStates | None]
+"""Rows whose documents the reference model is asked about, and what keeps their hidden states."""
 
 
 def run_objectives(
@@ -74,15 +69,13 @@ def run_objectives(
     options = job.config.objective
     if options.purpose in ("answers", "prompts"):
         return None, None
-    sets = {"train": _Set(job.packer, kept.train)}
+    packed = partial(RowPacker, share_prefixes=job.engine.shares_prefixes)
+    sets: dict[str, _Set] = {"train": (job.packer, kept.train)}
     if job.held_out is not None:
-        held_out = RowPacker(job.held_out.examples, share_prefixes=job.engine.shares_prefixes)
-        sets["held_out"] = _Set(held_out, kept.held_out)
+        sets["held_out"] = packed(job.held_out.examples), kept.held_out
     if options.form == "kto":
-        length = job.config.data.max_length
-        for name, rows in list(sets.items()):
-            others = mismatched(rows.packer.examples, length)
-            sets[f"{name}_others"] = _Set(RowPacker(others, share_prefixes=job.engine.shares_prefixes))
+        for name, (rows, _) in list(sets.items()):
+            sets[f"{name}_others"] = packed(mismatched(rows.examples, job.config.data.max_length)), None
     found: dict[str, Tensor] = {}
     if options.has_reference:
         with _started(job.bound, job.config.model.allow_pickle, begun_from):
@@ -92,17 +85,11 @@ def run_objectives(
     def objective(name: str) -> Objective | None:
         if name not in sets:
             return None
-        packer, reference = sets[name].packer, found.get(name)
+        packer, reference, beside = sets[name][0], found.get(name), f"{name}_others"
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
-        others = sets.get(f"{name}_others")
-        return KTOObjective(
-            packer,
-            reference,
-            options=options,
-            others=None if others is None else others.packer,
-            others_reference=found.get(f"{name}_others"),
-        )
+        others, _ = sets.get(beside, (None, None))
+        return KTOObjective(packer, reference, options=options, others=others, others_reference=found.get(beside))
 
     return objective("train"), objective("held_out")
 
@@ -118,8 +105,9 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> I
             bound.fill(begun_from, allow_pickle)
         yield
     finally:
-        bound.model.attach(lora)
-        if values is not None:
+        if values is None:
+            bound.model.attach(lora)
+        else:
             lora.values.copy_(values)
             lora.refresh_compute(bound.model.dtype)
 
@@ -155,9 +143,9 @@ def _reference(
         _look_again(job, sets["train"], found["train"], processes, log)
         return found
     found = {}
-    for name, one in sets.items():
-        everything = range(len(one.packer.lengths))
-        sums = document_sums(job.bound.model, one.packer, everything, rows, processes, kept=one.kept)
+    for name, (packer, kept) in sets.items():
+        everything = range(len(packer.lengths))
+        sums = document_sums(job.bound.model, packer, everything, rows, processes, kept=kept)
         assert sums is not None
         found[name] = sums
     if processes.leads:
@@ -200,11 +188,11 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Processes, log: ProofLog) -> None:
     """Hold those of the first micro-batch against what the model that the run starts from says now."""
-    groups = micro_batches(range(len(rows.packer.lengths)), rows.packer.lengths, max_rows=job.memory.micro_batch_rows)
-    first = groups[0]
-    sums = document_sums(job.bound.model, rows.packer, first, len(first), processes, kept=rows.kept)
+    packer, states = rows
+    first = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=job.memory.micro_batch_rows)[0]
+    sums = document_sums(job.bound.model, packer, first, len(first), processes, kept=states)
     assert sums is not None
-    apart = float((sums - kept[rows.packer.documents(first)]).abs().max())
+    apart = float((sums - kept[packer.documents(first)]).abs().max())
     log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
     if apart:
         raise CheckError(
