@@ -389,6 +389,28 @@ def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     compare_gradients(decoder, adapted, 1e-9)
 
 
+def test_float64_equals_autograd_of_ktos_paper() -> None:
+    examples, _ = labelled(token_rows(5, seed=4))
+    adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    others = mismatched(examples, 100)
+    with without_float32_casts(adapted):
+        now = torch.stack([answer_log_p(adapted, one).sum() for one in examples])
+        of_others = torch.stack([answer_log_p(adapted, one).sum() for one in others]).detach()
+    reference, others_reference = now.detach() - torch.arange(5) / 3, of_others - 0.4
+    kl = (of_others - others_reference).mean()
+    good = torch.tensor([bool(one.desirable) for one in examples])
+    apart = 0.1 * (now - reference - kl)
+    theirs = torch.where(good, 1 - 1 / (1 + torch.exp(-apart)), 1 - 1 / (1 + torch.exp(apart))).mean()
+    theirs.backward()
+    packed = [RowPacker(rows, share_prefixes=True) for rows in (examples, others)]
+    options = ObjectiveOptions(objective="kto")
+    kto = KTOObjective(packed[0], reference, options=options, others=packed[1], others_reference=others_reference)
+    kto.before(decoder, range(5), Processes(), 2)
+    assert gradients_of(decoder, kto, [[0, 1], [2, 3, 4]]) == pytest.approx(theirs.item(), rel=1e-9)
+    compare_gradients(decoder, adapted, 1e-9)
+
+
 @pytest.mark.parametrize("form", ["sigmoid", "ipo", "nca_pair"])
 def test_what_cancels_in_a_margin_takes_no_gradient_of_the_head(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both answers' common beginning; where an answer counts by itself, or as a mean, it stays."""
