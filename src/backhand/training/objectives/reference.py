@@ -23,15 +23,13 @@ from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.errors import CheckError
-from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
 from backhand.training.guards import tensor_digest
 from backhand.training.job import Job
-from backhand.training.keeping import Keeping
+from backhand.training.keeping import Keeping, pass_digest
 from backhand.training.kept_states import KeptStates
-from backhand.training.leading import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective
@@ -80,7 +78,8 @@ def run_objectives(
     if options.has_reference:
         with _started(job.bound, job.config.model.allow_pickle, begun_from):
             start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
-            found = _reference(job, directory, processes, sets, (_digest(job, frozen_digest), start), log, noted)
+            digests = pass_digest(job, frozen_digest, settings=job.identity.settings), start
+            found = _reference(job, directory, processes, sets, digests, log, noted)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
@@ -110,19 +109,6 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> I
         else:
             lora.values.copy_(values)
             lora.refresh_compute(bound.model.dtype)
-
-
-def _digest(job: Job, frozen_digest: str) -> str:
-    facts = {
-        "frozen": frozen_digest,
-        "rows": [job.identity.data, job.identity.held_out],
-        "settings": job.identity.settings,
-        "dtype": str(job.dtype),
-        "threads": job.config.model.threads,
-        "versions": versions(),
-        "loops": describe(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _reference(
