@@ -82,10 +82,6 @@ def _sigmoid_slope(t: Tensor) -> Tensor:
     return sigmoid(t) * sigmoid(-t)
 
 
-def _sigmoid(u: Tensor, v: Tensor, _: DPORule) -> Parts:
-    return _of_margin(-logsigmoid(u - v), -sigmoid(v - u))
-
-
 def _exo_pair(u: Tensor, v: Tensor, rule: DPORule) -> Parts:
     z, right, wrong = u - v, math.log1p(-rule.label_smoothing), math.log(rule.label_smoothing)
     loss = sigmoid(z) * (logsigmoid(z) - right) + sigmoid(-z) * (logsigmoid(-z) - wrong)
@@ -112,8 +108,7 @@ def _nca_pair(u: Tensor, v: Tensor, _: DPORule) -> Parts:
 
 # ℓ, ∂ℓ/∂u and ∂ℓ/∂v of each form.
 _FORMS: dict[str, Callable[[Tensor, Tensor, DPORule], Parts]] = {
-    "sigmoid": _sigmoid,
-    "sigmoid_norm": _sigmoid,
+    "sigmoid": lambda u, v, _: _of_margin(-logsigmoid(u - v), -sigmoid(v - u)),
     "hinge": lambda u, v, _: _of_margin((1 - u + v).relu(), -(u - v < 1).to(u.dtype)),
     "ipo": lambda u, v, o: _of_margin(((u - v - 0.5) / o.beta) ** 2, 2 * (u - v - 0.5) / o.beta**2),
     "exo_pair": _exo_pair,
@@ -133,6 +128,7 @@ _FORMS: dict[str, Callable[[Tensor, Tensor, DPORule], Parts]] = {
         _sigmoid_slope(u - v),
     ),
 }
+_FORMS["sigmoid_norm"] = _FORMS["sigmoid"]
 
 
 def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor, DPOSaved]:

@@ -2,7 +2,7 @@
 
 `aot` and `aot_unpaired` [arXiv:2406.05882] compare a step's pairs by their order: the k-th smallest margin with the
 reference's k-th smallest, or the k-th smallest rise of a chosen answer with that of a rejected one, by SimPO's formula
-without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients comes first.
+without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients and dropout comes first.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class PairObjective(Objective):
 
     Attributes:
         options: which one, and its numbers.
-        of_step: loss and slopes of each row of the step that comes next, where pairs are sorted.
+        partners: of each row of the step that comes next what it meets where pairs are sorted: the other side's number
+            for its own, and for the other side's number its own side's, (2,).
     """
 
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    of_step: dict[int, Tensor] = field(default_factory=dict)
+    partners: dict[int, Tensor] = field(default_factory=dict)
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
         """Sort the pairs of the rows that come next, if the loss does."""
@@ -41,8 +42,11 @@ class PairObjective(Objective):
             return
         sums, reference = document_sums(model, self.packer, rows, micro_batch_rows, processes), self.reference
         assert sums is not None and reference is not None
-        found = _sorted_loss(self.options, *_sides(sums), *_sides(reference[self.packer.documents(rows)]))
-        self.of_step = dict(zip(rows, found, strict=True))
+        one, other = _compared(self.options, sums, reference[self.packer.documents(rows)])
+        of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
+        found = torch.empty(len(rows), 2, dtype=torch.float64)
+        found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
+        self.partners = dict(zip(rows, found, strict=True))
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """See `Objective.losses`. Rewards are what each loss compares: β log ratios, or β mean log-probabilities."""
@@ -55,8 +59,9 @@ class PairObjective(Objective):
             ratios = sums - reference
             divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
             seen, shown = ratios / divisor, sums
-        if options.form in SORTED:
-            losses, d_chosen, d_rejected = torch.stack([self.of_step[row] for row in rows]).unbind(1)
+        if options.form in SORTED and reference is not None:
+            partners = torch.stack([self.partners[row] for row in rows])
+            losses, d_chosen, d_rejected = _sorted_loss(options, *_compared(options, sums, reference), partners)
         else:
             losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
         d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
@@ -85,18 +90,22 @@ def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[
     return losses, *dpo_backward(one, of_dpo)
 
 
-def _sorted_loss(options: ObjectiveOptions, c: Tensor, r: Tensor, ref_c: Tensor, ref_r: Tensor) -> Tensor:
-    """Loss, and slopes by c and r, of each pair, (pairs, 3)."""
-    paired = options.form == "aot"
-    one, other = (c - r, ref_c - ref_r) if paired else (c - ref_c, r - ref_r)
-    of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
-    rule = SimPORule(options.strength, 0.0, options.label_smoothing)
-    losses, saved = simpo_forward(one[of_one], other[of_other], rule)
-    d_one, d_other = simpo_backward(torch.ones_like(losses), saved)
-    found = torch.empty(len(c), 3, dtype=c.dtype)
-    found[of_one, 0], found[of_one, 1] = losses, d_one
-    found[of_one if paired else of_other, 2] = d_other
-    return found
+def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sorted, (pairs,) each: the pairs' margins and the reference's, or both answers' rises."""
+    (c, r), (ref_c, ref_r) = _sides(sums), _sides(reference)
+    return (c - r, ref_c - ref_r) if options.form == "aot" else (c - ref_c, r - ref_r)
+
+
+def _sorted_loss(
+    options: ObjectiveOptions, one: Tensor, other: Tensor, partners: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_loss`, of what each pair meets on either side, (pairs, 2)."""
+    rule, upstream = SimPORule(options.strength, 0.0, options.label_smoothing), torch.ones_like(one)
+    losses, of_one = simpo_forward(one, partners[:, 0], rule)
+    d_one, _ = simpo_backward(upstream, of_one)
+    _, of_other = simpo_forward(partners[:, 1], other, rule)
+    _, d_other = simpo_backward(upstream, of_other)
+    return losses, d_one, -d_one if options.form == "aot" else d_other
 
 
 def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Measured:
