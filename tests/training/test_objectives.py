@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from backhand.data.prepare import prepare
 from backhand.errors import UsageError
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.training.config import OptimizationOptions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
@@ -45,6 +47,8 @@ FORMS = (
     ("sppo_hard", {}),
     ("apo_zero", {}),
     ("apo_down", {}),
+    ("aot", {"label_smoothing": 0.1}),
+    ("aot_unpaired", {}),
 )
 
 
@@ -153,6 +157,7 @@ def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path
     loss_type = {} if form == "ipo" else {"loss_type": form}
     options = ObjectiveOptions(objective=name, **loss_type, **numbers).validate()  # type: ignore[arg-type]
     objective = PairObjective(packer, reference, options=options)
+    objective.before(decoder, range(6), Processes(), 2)
     ours = gradients_of(decoder, objective, [[4, 0, 1], [2, 5, 3]])
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
     compare_gradients(decoder, adapted)
@@ -160,41 +165,98 @@ def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path
         assert value == pytest.approx(trainer._metrics["train"][shown][-1], rel=1e-4, abs=1e-5), shown
 
 
-def test_twenty_steps_equal_trl_dpo(tmp_path: Path) -> None:
-    """From an adapter that says something already: TRL keeps a copy of it as the reference, and so do we."""
-    rows, steps, rate = token_rows(8), 20, 2e-3
-    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
-    decoder = decoder_like(adapted, ALPHA / RANK)
-    packer = RowPacker(pair_examples(rows), share_prefixes=True)
-    trainer = trl_trainer("DPO", tmp_path, adapted, rows, max_steps=steps, learning_rate=rate, beta=0.3)
-    trainer.train()
-    theirs = [line for line in trainer.state.log_history if "loss" in line]
-    reference = document_sums(decoder, packer, range(8), 3, Processes())
-    objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo", beta=0.3))
+def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[tuple[float, dict[str, float]]]:
+    """Twenty steps on all rows, in micro-batches of three: the loss of each, and what is shown of it."""
+    packer, steps, rows = objective.packer, 20, range(len(objective.packer.examples))
     assert decoder.lora is not None
     optimizer = AdapterOptimizer(decoder.lora, OptimizationOptions(learning_rate=rate))
     schedule = LearningRate(rate, "linear", 0, steps)
-    groups = micro_batches(range(8), packer.lengths, max_rows=3)
+    groups = micro_batches(rows, packer.lengths, max_rows=3)
     for step in range(steps):
+        objective.before(decoder, rows, Processes(), 3)
         work = StepWork(
             lambda number: packer.packed(groups[number], "cpu"),
             [packer.positions(group) for group in groups],
-            packer.supervised_tokens(range(8)),
+            packer.supervised_tokens(rows),
             [None] * len(groups),
-            8,
+            len(rows),
             lambda number: objective.token_loss(number, groups[number]),
         )
         result = training_step(decoder, optimizer, work, Processes(), schedule.at(step))
-        measured = objective.measured(Processes())
-        assert result.loss == pytest.approx(theirs[step]["loss"], rel=2e-3, abs=2e-5), step
-        assert measured["rewards/margins"] == pytest.approx(theirs[step]["rewards/margins"], rel=2e-3, abs=2e-4), step
-    assert result.loss < 0.3 * theirs[0]["loss"]
+        yield result.loss, objective.measured(Processes())
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_twenty_steps_equal_trl(kind: str, tmp_path: Path) -> None:
+    """From an adapter that says something already: TRL keeps a copy of it as the reference, and so do we."""
+    pairs, rate = token_rows(8), 2e-3
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    examples, rows = (pair_examples(pairs), pairs) if kind == "DPO" else labelled(pairs)
+    trainer = trl_trainer(kind, tmp_path, adapted, rows, max_steps=20, learning_rate=rate, beta=0.3)
+    trainer.train()
+    theirs = [line for line in trainer.state.log_history if "loss" in line]
+    packer, objective = RowPacker(examples, share_prefixes=True), None
+    reference = document_sums(decoder, packer, range(8), 3, Processes())
+    options = ObjectiveOptions(objective=kind.lower(), beta=0.3)  # type: ignore[arg-type]
+    if kind == "DPO":
+        objective = PairObjective(packer, reference, options=options)
+    else:
+        others = RowPacker(mismatched(examples, 100), share_prefixes=True)
+        of_others = document_sums(decoder, others, range(8), 3, Processes())
+        objective = KTOObjective(packer, reference, options=options, others=others, others_reference=of_others)
+    losses = []
+    for step, (loss, shown) in enumerate(our_steps(decoder, objective, rate)):
+        losses.append(loss)
+        assert loss == pytest.approx(theirs[step]["loss"], rel=2e-3, abs=2e-5), step
+        for name in ("rewards/margins", *(("kl",) if kind == "KTO" else ())):
+            assert shown[name] == pytest.approx(theirs[step][name], rel=2e-3, abs=2e-4), (step, name)
+    assert losses[-1] < (0.3 if kind == "DPO" else 0.7) * losses[0]
+
+
+@pytest.mark.parametrize("name", ["ipo", "orpo", "simpo", "aot"])
+def test_twenty_steps_equal_autograd(name: str) -> None:
+    """The papers' formulas, torch's AdamW and clipping."""
+    rate, adapted = 2e-3, attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    packer = RowPacker(pair_examples(token_rows(4)), share_prefixes=True)
+    reference = document_sums(decoder, packer, range(4), 3, Processes())
+    assert reference is not None
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
+    objective = PairObjective(packer, reference, options=objective_of(name))
+    losses = []
+    for step, (loss, _) in enumerate(our_steps(decoder, objective, rate)):
+        sides = [[answer_log_p(adapted, document) for document in row.documents] for row in packer.examples]
+        theirs = paper_loss(name, sides, reference.float().view(-1, 2))
+        assert loss == pytest.approx(theirs.item(), rel=2e-3, abs=2e-5), step
+        optimizer.param_groups[0]["lr"] = rate * (20 - step) / 20
+        optimizer.zero_grad()
+        theirs.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def labelled(pairs: list[dict[str, Any]]) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The rejected answers as rows with a label, ours and TRL's."""
+    examples = [example(row["prompt_ids"], row["rejected_ids"], desirable=bool(n % 3)) for n, row in enumerate(pairs)]
+    rows = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": row["rejected_ids"],
+            "KL_completion_ids": pairs[n - 1]["rejected_ids"],
+            "label": bool(n % 3),
+        }
+        for n, row in enumerate(pairs)
+    ]
+    return examples, rows
 
 
 @pytest.mark.parametrize("form", ["kto", "apo_zero_unpaired"])
 def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
-    pairs = token_rows(7, seed=1)
-    examples = [example(row["prompt_ids"], row["rejected_ids"], desirable=bool(n % 3)) for n, row in enumerate(pairs)]
+    examples, rows = labelled(token_rows(7, seed=1))
     adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
     decoder = decoder_like(adapted, ALPHA / RANK)
     packer = RowPacker(examples, share_prefixes=True)
@@ -205,17 +267,8 @@ def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
         now = document_sums(decoder, one, range(7), 4, Processes())
         assert now is not None
         references.append(now - 0.7 + torch.randn(7, generator=draw, dtype=torch.float64))
-    rows = [
-        {
-            "prompt_ids": row["prompt_ids"],
-            "completion_ids": row["rejected_ids"],
-            "KL_completion_ids": pairs[n - 1]["rejected_ids"],
-            "label": bool(n % 3),
-            "ref_logps": float(references[0][n]),
-            "ref_KL_logps": float(references[1][n]),
-        }
-        for n, row in enumerate(pairs)
-    ]
+    for n, row in enumerate(rows):
+        row["ref_logps"], row["ref_KL_logps"] = (float(values[n]) for values in references)
     numbers = {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.6}
     trainer = trl_trainer("KTO", tmp_path, adapted, rows, loss_type=form, **numbers)
     trainer.precompute_ref_logps = True
@@ -291,7 +344,35 @@ def test_one_batch_equals_trl_without_a_reference(name: str) -> None:
 # The papers' formulas in float64.
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo"])
+def objective_of(name: str) -> ObjectiveOptions:
+    """Options of an objective; a form of DPO's is one by its own name here."""
+    given: dict[str, Any] = {"objective": "dpo", "loss_type": name} if "aot" in name else {"objective": name}
+    return ObjectiveOptions(**given).validate()
+
+
+def paper_loss(name: str, sides: list[list[Tensor]], reference: Tensor) -> Tensor:
+    """The mean loss of pairs, each two answers' log p of their tokens; the reference is (pairs, 2)."""
+    sums = torch.stack([torch.stack([side.sum() for side in row]) for row in sides])
+    means = torch.stack([torch.stack([side.mean() for side in row]) for row in sides])
+    counts = torch.tensor([[len(side) for side in row] for row in sides])
+    rises = sums - reference
+    margin = rises[:, 0] - rises[:, 1]
+    if name == "ipo":
+        apart = rises / counts
+        return ((apart[:, 0] - apart[:, 1] - 1 / 0.2) ** 2).mean()
+    if name == "simpo":
+        return -torch.log(1 / (1 + torch.exp(-(2 * (means[:, 0] - means[:, 1]) - 0.5)))).mean()
+    if name == "orpo":
+        odds = means.exp() / (1 - means.exp())
+        return (-means[:, 0] - 0.1 * torch.log(1 / (1 + odds[:, 1] / odds[:, 0]))).mean()
+    if name == "aot":
+        margin = (sums[:, 0] - sums[:, 1]).sort().values - (reference[:, 0] - reference[:, 1]).sort().values
+    if name == "aot_unpaired":
+        margin = rises[:, 0].sort().values - rises[:, 1].sort().values
+    return -torch.log(1 / (1 + torch.exp(-0.1 * margin))).mean()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "orpo", "simpo", "aot", "aot_unpaired"])
 def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     packer = RowPacker(pair_examples(token_rows(5, seed=4)), share_prefixes=True)
     adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
@@ -299,25 +380,62 @@ def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     with without_float32_casts(adapted):
         sides = [[answer_log_p(adapted, document) for document in row.documents] for row in packer.examples]
     reference = torch.tensor([[float(s.detach().sum()) - 0.3 - i for i, s in enumerate(row)] for row in sides]).double()
-    losses = []
-    for (good, bad), (of_good, of_bad) in zip(sides, reference, strict=True):
-        margin = (good.sum() - of_good) - (bad.sum() - of_bad)
-        if name == "dpo":
-            losses.append(-torch.log(1 / (1 + torch.exp(-0.1 * margin))))
-        elif name == "ipo":
-            apart = (good.sum() - of_good) / len(good) - (bad.sum() - of_bad) / len(bad)
-            losses.append((apart - 1 / 0.2) ** 2)
-        elif name == "simpo":
-            losses.append(-torch.log(1 / (1 + torch.exp(-(2 * (good.mean() - bad.mean()) - 0.5)))))
-        else:
-            odds = [side.mean().exp() / (1 - side.mean().exp()) for side in (good, bad)]
-            losses.append(-good.mean() - 0.1 * torch.log(1 / (1 + odds[1] / odds[0])))
-    theirs = torch.stack(losses).mean()
+    theirs = paper_loss(name, sides, reference)
     theirs.backward()
-    objective = PairObjective(packer, reference.flatten(), options=ObjectiveOptions(objective=name))  # type: ignore[arg-type]
+    objective = PairObjective(packer, reference.flatten(), options=objective_of(name))
+    objective.before(decoder, range(5), Processes(), 2)
     ours = gradients_of(decoder, objective, [[0, 1], [2, 3, 4]])
     assert ours == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
+
+
+def test_float64_equals_autograd_of_ktos_paper() -> None:
+    examples, _ = labelled(token_rows(5, seed=4))
+    adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    others = mismatched(examples, 100)
+    with without_float32_casts(adapted):
+        now = torch.stack([answer_log_p(adapted, one).sum() for one in examples])
+        of_others = torch.stack([answer_log_p(adapted, one).sum() for one in others]).detach()
+    reference, others_reference = now.detach() - torch.arange(5) / 3, of_others - 0.4
+    kl = (of_others - others_reference).mean()
+    good = torch.tensor([bool(one.desirable) for one in examples])
+    apart = 0.1 * (now - reference - kl)
+    theirs = torch.where(good, 1 - 1 / (1 + torch.exp(-apart)), 1 - 1 / (1 + torch.exp(apart))).mean()
+    theirs.backward()
+    packed = [RowPacker(rows, share_prefixes=True) for rows in (examples, others)]
+    options = ObjectiveOptions(objective="kto")
+    kto = KTOObjective(packed[0], reference, options=options, others=packed[1], others_reference=others_reference)
+    kto.before(decoder, range(5), Processes(), 2)
+    assert gradients_of(decoder, kto, [[0, 1], [2, 3, 4]]) == pytest.approx(theirs.item(), rel=1e-9)
+    compare_gradients(decoder, adapted, 1e-9)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "ipo", "nca_pair"])
+def test_what_cancels_in_a_margin_takes_no_gradient_of_the_head(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both answers' common beginning; where an answer counts by itself, or as a mean, it stays."""
+    draw = np.random.default_rng(1)
+    prompt, common = _ids(draw, 33), _ids(draw, 7)
+    rows = [{"prompt_ids": prompt, "chosen_ids": [*common, 3, 5, 4], "rejected_ids": [*common, 6]}]
+    seen: list[int] = []
+
+    def noting(x: Tensor, *more: Any, **options: Any) -> Any:
+        seen.append(len(x))
+        return linear_cross_entropy_backward(x, *more, **options)
+
+    monkeypatch.setattr("backhand.nn.decoder.passes.linear_cross_entropy_backward", noting)
+    found = []
+    for share in (True, False):
+        decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+        packer = RowPacker(pair_examples(rows), share_prefixes=share)
+        options = ObjectiveOptions(objective="dpo", loss_type=form)  # type: ignore[arg-type]
+        objective = PairObjective(packer, torch.tensor([-9.0, -7.0]).double(), options=options)
+        loss = gradients_of(decoder, objective, [[0]])
+        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Processes())))
+    assert seen == [4 + (0 if form == "sigmoid" else 7), 18]
+    (loss, gradients, shown), (other_loss, other_gradients, other_shown) = found
+    assert loss == pytest.approx(other_loss, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-5)
+    assert relative_error(gradients, other_gradients) <= 1e-5
 
 
 @pytest.mark.smollm2

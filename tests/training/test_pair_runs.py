@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import CheckError, DataError, UsageError
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
 from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.evaluate import evaluate_command
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
@@ -21,7 +24,10 @@ from backhand.training.run import train
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from support.kept_runs import config_of
+from support.page import Page
 from support.ranks import bits_of_several, start_ranks
+from support.tiny_gguf import write_tiny_gguf
+from support.tiny_models import tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
 
 KEPT = "the reference's log-probabilities, as kept, are those computed again"
@@ -88,6 +94,24 @@ def test_answers_stand_beside_both_sides(straight: TrainConfig, rows: dict[str, 
     assert answers and {(a["reference"], a["rejected"]) for a in answers} <= {
         (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in held_out
     }
+
+
+def test_the_page_has_margins_accuracies_and_both_answers(straight: TrainConfig) -> None:
+    page = Page(run_page(read_run(straight.run.output)))
+    assert {"margins", "accuracies", "rewards"} <= set(page.charts)
+    text = page.one("section", id="answers").text
+    assert "chosen" in text and "rejected" in text
+
+
+def test_a_quantized_base_gives_the_bits_of_the_dense_one(tiny: TinyRun, rows: dict[str, Path], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    model = tiny_model("llama", num_hidden_layers=2, **sizes)
+    path = str(write_tiny_gguf(model, tmp_path / "tiny.gguf", storage=lambda _: StorageType.Q8_0))
+    for base in ("dense", "quantized"):
+        train(config(tiny, rows, tmp_path / base, model=path, base=base, answers=0, epochs=1))
+    dense, quantized = (json.loads((tmp_path / base / "reference.json").read_text()) for base in ("dense", "quantized"))
+    assert quantized["train"] == dense["train"] and quantized["held_out"] == dense["held_out"]
+    assert final_bits(tmp_path / "quantized")["state"] == final_bits(tmp_path / "dense")["state"]
 
 
 @pytest.mark.parametrize("objective", ["ipo", "orpo", "simpo", "kto"])
@@ -169,6 +193,13 @@ def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: di
     assert json.loads(reference)["train"] != pytest.approx(of_base, abs=1e-3)
     with pytest.raises(StopAfter.Stopped):
         train(with_options(made, output=tmp_path / "again"), callbacks=[StopAfter(3)])
+    other = Path(shutil.copytree(straight.run.output / "adapter", tmp_path / "other"))
+    stood = Path(start).rename(tmp_path / "stood")
+    other.rename(start)
+    with pytest.raises(CheckError, match="the adapter that the run began from is another one now"):
+        train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
+    Path(start).rename(other)
+    stood.rename(start)
     (tmp_path / "again" / "reference.json").unlink()
     train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
     assert (tmp_path / "again" / "reference.json").read_bytes() == reference

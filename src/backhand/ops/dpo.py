@@ -28,7 +28,7 @@ Backward. σ'(t) = σ(t) σ(-t) and (log σ)'(t) = σ(-t), so ∂ℓ/∂z (then 
     apo_zero     -σ'(u),  σ'(v)               apo_down  σ'(u) - σ'(z),  σ'(z)
 and with G = ∂L/∂ℓ, (pairs,),   ∂L/∂c = β G ∂ℓ/∂u,   ∂L/∂r = β G ∂ℓ/∂v      (pairs,).
 
-Saved: u and v. Not here are those of TRL's forms that sort the pairs of a batch (`aot`), and `sft`, which is no pair's.
+Saved: u and v. Those of TRL's forms that sort the pairs of a batch (`aot`) are SimPO's formula of what is sorted.
 """
 
 from __future__ import annotations
@@ -70,79 +70,65 @@ class DPOGrads(NamedTuple):
 AVERAGED = frozenset({"ipo", "sigmoid_norm"})
 """Forms whose c and r are means over an answer's tokens."""
 
-Slopes = tuple[Tensor, Tensor]
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def _of_margin(
-    loss: Callable[[Tensor, DPORule], Tensor], slope: Callable[[Tensor, DPORule], Tensor]
-) -> tuple[Callable[[Tensor, Tensor, DPORule], Tensor], Callable[[Tensor, Tensor, DPORule], Slopes]]:
-    """A form of z alone."""
-
-    def slopes(u: Tensor, v: Tensor, rule: DPORule) -> Slopes:
-        d_z = slope(u - v, rule)
-        return d_z, -d_z
-
-    return lambda u, v, rule: loss(u - v, rule), slopes
+def _of_margin(loss: Tensor, d_z: Tensor) -> Parts:
+    return loss, d_z, -d_z
 
 
 def _sigmoid_slope(t: Tensor) -> Tensor:
     return sigmoid(t) * sigmoid(-t)
 
 
-def _exo_pair(z: Tensor, rule: DPORule) -> Tensor:
-    right, wrong = math.log1p(-rule.label_smoothing), math.log(rule.label_smoothing)
-    return sigmoid(z) * (logsigmoid(z) - right) + sigmoid(-z) * (logsigmoid(-z) - wrong)
+def _exo_pair(u: Tensor, v: Tensor, rule: DPORule) -> Parts:
+    z, right, wrong = u - v, math.log1p(-rule.label_smoothing), math.log(rule.label_smoothing)
+    loss = sigmoid(z) * (logsigmoid(z) - right) + sigmoid(-z) * (logsigmoid(-z) - wrong)
+    return _of_margin(loss, _sigmoid_slope(z) * (z - right + wrong))
 
 
-def _discopop_slope(z: Tensor, rule: DPORule) -> Tensor:
-    m, rest = sigmoid(z / rule.discopop_tau), sigmoid(-z / rule.discopop_tau)
-    return m * rest * ((-z).exp() + logsigmoid(z)) / rule.discopop_tau - rest * sigmoid(-z) - m * (-z).exp()
+def _robust(u: Tensor, v: Tensor, rule: DPORule) -> Parts:
+    z, eps, whole = u - v, rule.label_smoothing, 1 - 2 * rule.label_smoothing
+    loss = ((eps - 1) * logsigmoid(z) + eps * logsigmoid(-z)) / whole
+    return _of_margin(loss, ((eps - 1) * sigmoid(-z) - eps * sigmoid(z)) / whole)
 
 
-_SIGMOID = _of_margin(lambda z, _: -logsigmoid(z), lambda z, _: -sigmoid(-z))
+def _discopop(u: Tensor, v: Tensor, rule: DPORule) -> Parts:
+    z, tau = u - v, rule.discopop_tau
+    m, rest, decay = sigmoid(z / tau), sigmoid(-z / tau), (-z).exp()
+    d_z = m * rest * (decay + logsigmoid(z)) / tau - rest * sigmoid(-z) - m * decay
+    return _of_margin(m * decay - rest * logsigmoid(z), d_z)
 
-# Each form's loss and its slopes, both of (u, v, rule).
-_FORMS: dict[str, tuple[Callable[[Tensor, Tensor, DPORule], Tensor], Callable[[Tensor, Tensor, DPORule], Slopes]]] = {
-    "sigmoid": _SIGMOID,
-    "sigmoid_norm": _SIGMOID,
-    "hinge": _of_margin(lambda z, _: (1 - z).relu(), lambda z, _: -(z < 1).to(z.dtype)),
-    "ipo": _of_margin(lambda z, o: ((z - 0.5) / o.beta) ** 2, lambda z, o: 2 * (z - 0.5) / o.beta**2),
-    "exo_pair": _of_margin(
-        _exo_pair, lambda z, o: _sigmoid_slope(z) * (z - math.log((1 - o.label_smoothing) / o.label_smoothing))
+
+def _nca_pair(u: Tensor, v: Tensor, _: DPORule) -> Parts:
+    loss = -logsigmoid(u) - 0.5 * logsigmoid(-u) - 0.5 * logsigmoid(-v)
+    return loss, 0.5 * sigmoid(u) - sigmoid(-u), 0.5 * sigmoid(v)
+
+
+# ℓ, ∂ℓ/∂u and ∂ℓ/∂v of each form.
+_FORMS: dict[str, Callable[[Tensor, Tensor, DPORule], Parts]] = {
+    "sigmoid": lambda u, v, _: _of_margin(-logsigmoid(u - v), -sigmoid(v - u)),
+    "hinge": lambda u, v, _: _of_margin((1 - u + v).relu(), -(u - v < 1).to(u.dtype)),
+    "ipo": lambda u, v, o: _of_margin(((u - v - 0.5) / o.beta) ** 2, 2 * (u - v - 0.5) / o.beta**2),
+    "exo_pair": _exo_pair,
+    "robust": _robust,
+    "discopop": _discopop,
+    "nca_pair": _nca_pair,
+    "bco_pair": lambda u, v, _: (-logsigmoid(u) - logsigmoid(-v), -sigmoid(-u), sigmoid(v)),
+    "sppo_hard": lambda u, v, o: (
+        ((u - 0.5) ** 2 + (v + 0.5) ** 2) / o.beta**2,
+        2 * (u - 0.5) / o.beta**2,
+        2 * (v + 0.5) / o.beta**2,
     ),
-    "robust": _of_margin(
-        lambda z, o: (
-            ((o.label_smoothing - 1) * logsigmoid(z) + o.label_smoothing * logsigmoid(-z)) / (1 - 2 * o.label_smoothing)
-        ),
-        lambda z, o: (
-            ((o.label_smoothing - 1) * sigmoid(-z) - o.label_smoothing * sigmoid(z)) / (1 - 2 * o.label_smoothing)
-        ),
-    ),
-    "discopop": _of_margin(
-        lambda z, o: sigmoid(z / o.discopop_tau) * (-z).exp() - sigmoid(-z / o.discopop_tau) * logsigmoid(z),
-        _discopop_slope,
-    ),
-    "nca_pair": (
-        lambda u, v, _: -logsigmoid(u) - 0.5 * logsigmoid(-u) - 0.5 * logsigmoid(-v),
-        lambda u, v, _: (0.5 * sigmoid(u) - sigmoid(-u), 0.5 * sigmoid(v)),
-    ),
-    "bco_pair": (
-        lambda u, v, _: -logsigmoid(u) - logsigmoid(-v),
-        lambda u, v, _: (-sigmoid(-u), sigmoid(v)),
-    ),
-    "sppo_hard": (
-        lambda u, v, o: ((u - 0.5) ** 2 + (v + 0.5) ** 2) / o.beta**2,
-        lambda u, v, o: (2 * (u - 0.5) / o.beta**2, 2 * (v + 0.5) / o.beta**2),
-    ),
-    "apo_zero": (
-        lambda u, v, _: sigmoid(-u) + sigmoid(v),
-        lambda u, v, _: (-_sigmoid_slope(u), _sigmoid_slope(v)),
-    ),
-    "apo_down": (
-        lambda u, v, _: sigmoid(u) + sigmoid(v - u),
-        lambda u, v, _: (_sigmoid_slope(u) - _sigmoid_slope(u - v), _sigmoid_slope(u - v)),
+    "apo_zero": lambda u, v, _: (sigmoid(-u) + sigmoid(v), -_sigmoid_slope(u), _sigmoid_slope(v)),
+    "apo_down": lambda u, v, _: (
+        sigmoid(u) + sigmoid(v - u),
+        _sigmoid_slope(u) - _sigmoid_slope(u - v),
+        _sigmoid_slope(u - v),
     ),
 }
+_FORMS["sigmoid_norm"] = _FORMS["sigmoid"]
 
 
 def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor, DPOSaved]:
@@ -158,15 +144,14 @@ def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor
     """
     wide = torch.promote_types(chosen.dtype, torch.float32)
     u, v = rule.beta * chosen.to(wide), rule.beta * rejected.to(wide)
-    loss, _ = _FORMS[rule.loss_type]
-    return loss(u, v, rule), DPOSaved(u, v, rule, chosen.dtype)
+    losses, _, _ = _FORMS[rule.loss_type](u, v, rule)
+    return losses, DPOSaved(u, v, rule, chosen.dtype)
 
 
 def dpo_backward(d_y: Tensor, saved: DPOSaved) -> DPOGrads:
     """Map d_y, (pairs,), to the gradients derived in the module docstring."""
     u, v, rule, dtype = saved
-    _, slopes = _FORMS[rule.loss_type]
-    d_u, d_v = slopes(u, v, rule)
+    _, d_u, d_v = _FORMS[rule.loss_type](u, v, rule)
     return DPOGrads((rule.beta * d_y * d_u).to(dtype), (rule.beta * d_y * d_v).to(dtype))
 
 

@@ -10,8 +10,11 @@ Backward. (log odds)'(t) = 1 + eᵗ / (1 - eᵗ) = 1 / (1 - eᵗ), so with G = �
     ∂L/∂c = -G (1 + β σ(-o) / (1 - eᶜ)),     ∂L/∂r = β G σ(-o) / (1 - eʳ)      (pairs,)
 Where c nears 0, σ(-o) and 1 - eᶜ both vanish. With a = eᶜ (1 - eʳ) and b = eʳ (1 - eᶜ), o = log(a / b), so that
 σ(-o) = b / (a + b) and σ(-o) / (1 - eᶜ) = eʳ / (a + b), which stays finite.
+Where r nears 0, ℓ and its slope do grow without bounds, while what they are multiplied by, the token's 1 - p, vanishes
+likewise. Float32 knows no p between 1 - 2⁻²⁴ and 1, and nats of 0 are its rounding of such a p: so both c and r are
+taken to be -2⁻²⁴ at most, slopes included.
 
-Saved: c and r.
+Saved: c and r, so bounded.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+CERTAIN = 2.0**-24
+"""Nats of a token below which float32 has no more than 0."""
 
 
 class ORPOSaved(NamedTuple):
@@ -42,13 +48,14 @@ class ORPOGrads(NamedTuple):
 def orpo_forward(chosen: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, ORPOSaved]:
     """ℓ of every pair, (pairs,), float32 or wider, from mean log-probabilities c and r, (pairs,), below 0."""
     wide = torch.promote_types(chosen.dtype, torch.float32)
-    c, r = chosen.to(wide), rejected.to(wide)
-    log_odds = _log_odds(c) - _log_odds(r)
-    return -c - beta * logsigmoid(log_odds), ORPOSaved(c, r, beta, chosen.dtype)
+    c, r = (t.to(wide).clamp(max=-CERTAIN) for t in (chosen, rejected))
+    return -c - beta * logsigmoid(log_odds(c) - log_odds(r)), ORPOSaved(c, r, beta, chosen.dtype)
 
 
-def _log_odds(t: Tensor) -> Tensor:
-    return t - (-torch.expm1(t)).log()
+def log_odds(t: Tensor) -> Tensor:
+    """Of mean log-probabilities, as they are bounded."""
+    t = t.clamp(max=-CERTAIN)
+    return t - (-t.expm1()).log()
 
 
 def orpo_backward(d_y: Tensor, saved: ORPOSaved) -> ORPOGrads:
@@ -63,5 +70,6 @@ def orpo_backward(d_y: Tensor, saved: ORPOSaved) -> ORPOGrads:
 
 def orpo_reference(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """The same losses from the odds themselves."""
-    odds_c, odds_r = (t.exp() / (1 - t.exp()) for t in (chosen, rejected))
+    chosen, rejected = (t - (t.detach() + CERTAIN).relu() for t in (chosen, rejected))
+    odds_c, odds_r = (t.exp() / -t.expm1() for t in (chosen, rejected))
     return -chosen - beta * (odds_c / (odds_c + odds_r)).log()

@@ -125,7 +125,7 @@ class JobRun:
             digest, noted = base_guard.digest, self.observer.noted
             keeps = keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted, shared=self.shared)
             kept = places.enter_context(keeps)
-            objective, of_held_out = self._objectives(state, kept, log)
+            objective, of_held_out = self._objectives(kept, log)
             rewarded = self._rewarded(places, log)
             judge = Judge(
                 job.bound.model,
@@ -311,7 +311,7 @@ class JobRun:
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
         self.observer.noted(f"resumed at step {begin}, the run ended in the same bits")
 
-    def _objectives(self, state: RunState, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
+    def _objectives(self, kept: Keeping, log: ProofLog) -> tuple[Objective | None, Objective | None]:
         """Of training and of held-out rows, with what the model that the run starts from says of them."""
         assert self._frozen_digest is not None
         started_from = self.job.config.run.from_adapter
@@ -325,9 +325,8 @@ class JobRun:
             self._frozen_digest,
             kept,
             started_from,
-            fresh=state.progress.step == 0,
-            log=log,
-            noted=self.observer.noted,
+            log,
+            self.observer.noted,
         )
 
     def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:

@@ -132,6 +132,20 @@ def _lengths(packer: RowPacker) -> list[int]:
     return [max(0, length - packer.common) for length in packer.by_document.lengths] + [packer.common]
 
 
+def pass_digest(job: Job, frozen_digest: str, **more: object) -> str:
+    """SHA-256 over all that decides the bits of a forward pass of the base over the run's rows, and `more`."""
+    facts = {
+        "frozen": frozen_digest,
+        "rows": [job.identity.data, job.identity.held_out],
+        "dtype": str(job.dtype),
+        "threads": job.config.model.threads,
+        "versions": versions(),
+        "loops": describe(),
+        **more,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _store(
     job: Job,
     directory: RunDirectory,
@@ -143,18 +157,7 @@ def _store(
     shared: Shared,
 ) -> StateStore | None:
     width = job.states.below.width
-    facts = {
-        "frozen": frozen_digest,
-        "rows": [job.identity.data, job.identity.held_out],
-        "lengths": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
-        "layer": job.states.below.layer,
-        "tokens": tokens,
-        "dtype": str(job.dtype),
-        "threads": job.config.model.threads,
-        "versions": versions(),
-        "loops": describe(),
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = pass_digest(job, frozen_digest, lengths=lengths, layer=job.states.below.layer, tokens=tokens)
     if job.states.where == "memory":
         return shared.once("states", digest, lambda: StatesInMemory(lengths, width, job.dtype), only_newest=True)
     try:

@@ -13,8 +13,9 @@ from backhand.verify.measure import norm
 
 # Further out, a decoder's course is so bent that nothing is gained there: two wrong estimates once agreed by chance.
 FIRST_STEP = 0.05 / 32  # times the inputs' own size where that is above 1
-# Enough to come down to 3e-6: along its own gradient a whole decoder changes its course within 1e-4.
-LEVELS = 10
+# Enough to come down to 2e-7: along its own gradient a whole decoder changes its course within 1e-5, and experts
+# change places within 1e-4. What is straighter is done after a few.
+LEVELS = 14
 HIGHEST_ORDER = 5
 # Estimated error at which to stop: far below what any mistake makes.
 ACCURATE = 1e-10

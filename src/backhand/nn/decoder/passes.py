@@ -274,10 +274,17 @@ class Passes:
             nats = head_losses(normed, targets, self._head_of(dropout_seed), logits)
             loss, d_log_p = token_loss(batch.of_documents(-nats))
             multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
+            rows = multiplier.nonzero().squeeze(1)
         # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
         if trained.head:
             head = self._head_of(dropout_seed)
             losses, d_normed = head_loss_and_gradients(normed, targets, head, lora, multiplier, logits)
+        elif isinstance(multiplier, Tensor) and loss is not None and len(rows) < len(normed):
+            # What both answers of a pair begin with cancels in their margin: no more of the head for such positions.
+            _, (d_rows, *_) = linear_cross_entropy_backward(
+                *(normed[rows], self.active.head, targets[rows], None, multiplier[rows], config.logits), logits=logits
+            )
+            d_normed = normed.zero_().index_copy_(0, rows, d_rows)
         else:
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 *(normed, self.active.head, targets, None, multiplier, config.logits), out=normed, logits=logits

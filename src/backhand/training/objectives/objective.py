@@ -81,14 +81,13 @@ class Objective(ABC):
 
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """The loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""
-        places = self.packer.documents(rows)
         owners, counts = token_owners(self.packer, rows)
 
         def loss(log_p: Tensor) -> tuple[Tensor, Tensor]:
             owner = owners.to(log_p.device)
-            sums = torch.zeros(len(places), dtype=torch.float64, device=log_p.device)
+            sums = torch.zeros(len(counts), dtype=torch.float64, device=log_p.device)
             sums.index_add_(0, owner, log_p.double())
-            found = self._of(rows, sums.cpu(), counts, places)
+            found = self.of_sums(rows, sums.cpu())
             self._found[number] = found.measured
             return found.losses.sum(), found.d_sums.to(log_p.device)[owner].to(log_p.dtype)
 
@@ -97,10 +96,7 @@ class Objective(ABC):
     def of_sums(self, rows: Sequence[int], sums: Tensor) -> RowLosses:
         """The same of all of some rows, from s of their documents, (documents,)."""
         _, counts = token_owners(self.packer, rows)
-        return self._of(rows, sums, counts, self.packer.documents(rows))
-
-    def _of(self, rows: Sequence[int], sums: Tensor, counts: Tensor, places: Sequence[int]) -> RowLosses:
-        reference = None if self.reference is None else self.reference[list(places)]
+        reference = None if self.reference is None else self.reference[self.packer.documents(rows)]
         return self.losses(rows, Documents(sums, counts, reference))
 
     def measured(self, processes: Processes) -> dict[str, float]:
@@ -140,15 +136,8 @@ class HeldOutObjective(HeldOut):
         """The mean loss of a row; see `HeldOut.loss`."""
         objective, rows = self._objective, range(len(self._examples))
         objective.before(model, rows, processes, self._micro_batch_rows)
-        sums = document_sums(
-            model,
-            objective.packer,
-            rows,
-            self._micro_batch_rows,
-            processes,
-            kept=self._kept,
-            interruptible=interruptible,
-        )
+        size, kept = self._micro_batch_rows, self._kept
+        sums = document_sums(model, objective.packer, rows, size, processes, kept=kept, interruptible=interruptible)
         if sums is None:
             return None
         found = objective.of_sums(rows, sums)
@@ -172,7 +161,6 @@ def document_sums(
     *,
     kept: KeptStates | None = None,
     interruptible: bool = False,
-    groups: Sequence[Sequence[int]] | None = None,
 ) -> Tensor | None:
     """s of every document of these rows, (documents,) float64, the same with any number of processes.
 
@@ -184,10 +172,8 @@ def document_sums(
         processes: that share the passes.
         kept: keeps the rows' hidden states.
         interruptible: whether to come back with None where a process has been asked to stop.
-        groups: the rows of each pass, where they are known.
     """
-    if groups is None:
-        groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
+    groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
     shares = processes.shared_out([packer.positions(group) for group in groups])
     mine: dict[int, list[float]] = {}
     for number in shares[processes.rank]:

@@ -6,31 +6,19 @@ This file imports no torch: the command line reads the fields and their docstrin
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from backhand.bounds import Bound, NotNegative, Options, Positive
 from backhand.data.row_kinds import Purpose
 from backhand.errors import UsageError
 
 ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo"]
-LossType = Literal[
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "robust",
-    "discopop",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "kto",
-    "apo_zero_unpaired",
-]
+_OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
+_OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
+_Sorted = Literal["aot", "aot_unpaired"]
+_OfLabels = Literal["kto", "apo_zero_unpaired"]
+LossType = Literal[_OfMargin, _OfSides, _Sorted, _OfLabels]
 
-_KTO_TYPES = ("kto", "apo_zero_unpaired")
 _TAKEN: dict[str, tuple[str, ...]] = {
     "sft": (),
     "dpo": ("beta", "loss_type", "label_smoothing", "discopop_tau"),
@@ -41,7 +29,8 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "grpo": ("beta",),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
-_SMOOTHED = ("exo_pair", "robust")
+SORTED: tuple[str, ...] = get_args(_Sorted)
+_SMOOTHED = ("exo_pair", "robust", *SORTED)
 
 
 @dataclass(frozen=True)
@@ -60,11 +49,12 @@ class ObjectiveOptions(Options):
 
     loss_type: LossType | None = None
     """Form of the loss of `dpo`, as in TRL's DPOConfig (not given: `sigmoid`), or of `kto`: `kto` or
-    `apo_zero_unpaired`. What each is stands in `backhand.ops.dpo` and `backhand.ops.kto`."""
+    `apo_zero_unpaired`. What each is stands in `backhand.ops.dpo` and `backhand.ops.kto`; `aot` and `aot_unpaired`
+    (2406.05882) sort the pairs of a step."""
 
     label_smoothing: Annotated[float, Bound(at_least=0.0, below=1.0)] = 0.0
-    """How likely a pair is the wrong way round: `simpo`, and `dpo` with `robust` (below 0.5) or `exo_pair` (above
-    0)."""
+    """How likely a pair is the wrong way round: `simpo`, and `dpo` with `robust` (below 0.5), `exo_pair` (above
+    0), `aot` or `aot_unpaired`."""
 
     discopop_tau: Positive = 0.05
     """Temperature of `dpo` with `discopop`."""
@@ -92,7 +82,7 @@ class ObjectiveOptions(Options):
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
-        if self.loss_type is not None and (self.loss_type in _KTO_TYPES) != (self.objective == "kto"):
+        if self.loss_type is not None and (self.loss_type in get_args(_OfLabels)) != (self.objective == "kto"):
             raise UsageError(
                 f"loss_type {self.loss_type!r} is none of {self.objective}",
                 where="loss_type",

@@ -1,4 +1,9 @@
-"""Pairs: DPO in its forms, IPO, SimPO and ORPO, each from its op; what is shown of them has TRL's names."""
+"""Pairs: DPO in its forms, IPO, SimPO and ORPO, each from its op; what is shown of them has TRL's names.
+
+`aot` and `aot_unpaired` [arXiv:2406.05882] compare a step's pairs by their order: the k-th smallest margin with the
+reference's k-th smallest, or the k-th smallest rise of a chosen answer with that of a rejected one, by SimPO's formula
+without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients and dropout comes first.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
-from backhand.ops.orpo import orpo_backward, orpo_forward
+from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
 from backhand.ops.simpo import SimPORule, simpo_backward, simpo_forward
-from backhand.training.objectives.objective import Documents, Measured, Objective, RowLosses
-from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.engine import Trainable
+from backhand.training.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
+from backhand.training.objectives.options import SORTED, ObjectiveOptions
+from backhand.training.step import Processes
 
 
 @dataclass
@@ -22,11 +29,26 @@ class PairObjective(Objective):
 
     Attributes:
         options: which one, and its numbers.
+        partners: of each row of the step that comes next what it meets where pairs are sorted: the other side's number
+            for its own, and for the other side's number its own side's, (2,).
     """
 
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    partners: dict[int, Tensor] = field(default_factory=dict)
 
-    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:  # noqa: ARG002 - told by their documents
+    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+        """Sort the pairs of the rows that come next, if the loss does."""
+        if self.options.form not in SORTED:
+            return
+        sums, reference = document_sums(model, self.packer, rows, micro_batch_rows, processes), self.reference
+        assert sums is not None and reference is not None
+        one, other = _compared(self.options, sums, reference[self.packer.documents(rows)])
+        of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
+        found = torch.empty(len(rows), 2, dtype=torch.float64)
+        found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
+        self.partners = dict(zip(rows, found, strict=True))
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """See `Objective.losses`. Rewards are what each loss compares: β log ratios, or β mean log-probabilities."""
         options, (sums, counts, reference) = self.options, documents
         if options.objective in ("simpo", "orpo"):
@@ -37,10 +59,14 @@ class PairObjective(Objective):
             ratios = sums - reference
             divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
             seen, shown = ratios / divisor, sums
-        losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
+        if options.form in SORTED and reference is not None:
+            partners = torch.stack([self.partners[row] for row in rows])
+            losses, d_chosen, d_rejected = _sorted_loss(options, *_compared(options, sums, reference), partners)
+        else:
+            losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
         d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
         rewards = options.strength * (seen if reference is None else sums - reference)
-        return RowLosses(losses, d_sums, _measured(rewards, shown) | _beside(options, seen))
+        return RowLosses(losses, d_sums, _measured(options, rewards, shown))
 
 
 def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +90,25 @@ def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[
     return losses, *dpo_backward(one, of_dpo)
 
 
-def _measured(rewards: Tensor, log_p: Tensor) -> Measured:
+def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sorted, (pairs,) each: the pairs' margins and the reference's, or both answers' rises."""
+    (c, r), (ref_c, ref_r) = _sides(sums), _sides(reference)
+    return (c - r, ref_c - ref_r) if options.form == "aot" else (c - ref_c, r - ref_r)
+
+
+def _sorted_loss(
+    options: ObjectiveOptions, one: Tensor, other: Tensor, partners: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_loss`, of what each pair meets on either side, (pairs, 2)."""
+    rule, upstream = SimPORule(options.strength, 0.0, options.label_smoothing), torch.ones_like(one)
+    losses, of_one = simpo_forward(one, partners[:, 0], rule)
+    d_one, _ = simpo_backward(upstream, of_one)
+    _, of_other = simpo_forward(partners[:, 1], other, rule)
+    _, d_other = simpo_backward(upstream, of_other)
+    return losses, d_one, -d_one if options.form == "aot" else d_other
+
+
+def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Measured:
     (good, bad), (log_good, log_bad) = _sides(rewards), _sides(log_p)
     found = {
         "rewards/chosen": good,
@@ -73,14 +117,7 @@ def _measured(rewards: Tensor, log_p: Tensor) -> Measured:
         "logps/chosen": log_good,
         "logps/rejected": log_bad,
     }
-    return {name: (float(values.sum()), len(values)) for name, values in found.items()}
-
-
-def _beside(options: ObjectiveOptions, seen: Tensor) -> Measured:
-    """What ORPO shows beside."""
-    if options.objective != "orpo":
-        return {}
-    chosen, rejected = _sides(seen)
-    log_odds = (chosen - rejected) - ((-chosen.expm1()).log() - (-rejected.expm1()).log())
-    found = {"nll_loss": -chosen, "log_odds_chosen": log_odds, "log_odds_ratio": logsigmoid(log_odds)}
+    if options.objective == "orpo":
+        odds = log_odds(log_good) - log_odds(log_bad)
+        found |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
     return {name: (float(values.sum()), len(values)) for name, values in found.items()}

@@ -5,16 +5,17 @@ bits: every frozen tensor, every row, all options that decide a run, dtype, thre
 finds them there, and computes those of its first micro-batch again, to compare every bit; where the digest is another
 one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
 
-The model that a run starts from is the base, or the base with the adapter of `--from-adapter`.
+The model that a run starts from is the base, or the base with the adapter of `--from-adapter`, whose values have a
+digest of their own: if they changed since, the run cannot go on against what it began from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,26 +23,20 @@ from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.errors import CheckError
-from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
+from backhand.training.guards import tensor_digest
 from backhand.training.job import Job
-from backhand.training.keeping import Keeping
+from backhand.training.keeping import Keeping, pass_digest
 from backhand.training.kept_states import KeptStates
-from backhand.training.leading import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import Processes
 
-
-@dataclass(frozen=True)
-class _Set:
-    """Rows whose documents the reference model is asked about."""
-
-    packer: RowPacker
-    kept: KeptStates | None = None
+_Set = tuple[RowPacker, KeptStates | None]
+"""Rows whose documents the reference model is asked about, and what keeps their hidden states."""
 
 
 def run_objectives(
@@ -51,21 +46,18 @@ def run_objectives(
     frozen_digest: str,
     kept: Keeping,
     begun_from: str | None,
-    *,
-    fresh: bool,
     log: ProofLog,
     noted: Callable[[str], None],
 ) -> tuple[Objective | None, Objective | None]:
     """The objectives of the training and of the held-out rows; None for the loss of answers, and without such rows.
 
     Args:
-        job: with its model and adapter, as the run goes on from it.
+        job: with its model and adapter, which stay as they are.
         directory: of the run.
         processes: that share the passes.
         frozen_digest: of all frozen tensors.
         kept: keeps hidden states.
         begun_from: the adapter that the run was started from, if any.
-        fresh: whether the run is at its first step.
         log: told that what was kept is what is computed.
         noted: told in a sentence where something is computed anew.
 
@@ -75,74 +67,48 @@ def run_objectives(
     options = job.config.objective
     if options.purpose in ("answers", "prompts"):
         return None, None
-    sets = {"train": _Set(job.packer, kept.train)}
+    packed = partial(RowPacker, share_prefixes=job.engine.shares_prefixes)
+    sets: dict[str, _Set] = {"train": (job.packer, kept.train)}
     if job.held_out is not None:
-        held_out = RowPacker(job.held_out.examples, share_prefixes=job.engine.shares_prefixes)
-        sets["held_out"] = _Set(held_out, kept.held_out)
+        sets["held_out"] = packed(job.held_out.examples), kept.held_out
     if options.form == "kto":
-        length = job.config.data.max_length
-        for name, rows in list(sets.items()):
-            others = mismatched(rows.packer.examples, length)
-            sets[f"{name}_others"] = _Set(RowPacker(others, share_prefixes=job.engine.shares_prefixes))
+        for name, (rows, _) in list(sets.items()):
+            sets[f"{name}_others"] = packed(mismatched(rows.examples, job.config.data.max_length)), None
     found: dict[str, Tensor] = {}
     if options.has_reference:
-        digest = _digest(job, frozen_digest, begun_from)
-        with _started(job.bound, job.config.model.allow_pickle, begun_from, fresh=fresh):
-            found = _reference(job, directory, processes, sets, digest, log, noted)
+        with _started(job.bound, job.config.model.allow_pickle, begun_from):
+            start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
+            digests = pass_digest(job, frozen_digest, settings=job.identity.settings), start
+            found = _reference(job, directory, processes, sets, digests, log, noted)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
             return None
-        packer, reference = sets[name].packer, found.get(name)
+        packer, reference, beside = sets[name][0], found.get(name), f"{name}_others"
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
-        others = sets.get(f"{name}_others")
-        return KTOObjective(
-            packer,
-            reference,
-            options=options,
-            others=None if others is None else others.packer,
-            others_reference=found.get(f"{name}_others"),
-        )
+        others, _ = sets.get(beside, (None, None))
+        return KTOObjective(packer, reference, options=options, others=others, others_reference=found.get(beside))
 
     return objective("train"), objective("held_out")
 
 
 @contextmanager
-def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None, *, fresh: bool) -> Iterator[None]:
+def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> Iterator[None]:
     """Inside, the model is the one that the run starts from."""
-    lora = bound.lora
-    if begun_from is None:
-        bound.model.detach()
-        try:
-            yield
-        finally:
-            bound.model.attach(lora)
-        return
-    if fresh:
-        yield
-        return
-    values = lora.values.clone()
+    lora, values = bound.lora, None if begun_from is None else bound.lora.values.clone()
     try:
-        bound.fill(begun_from, allow_pickle)
+        if begun_from is None:
+            bound.model.detach()
+        else:
+            bound.fill(begun_from, allow_pickle)
         yield
     finally:
-        lora.values.copy_(values)
-        lora.refresh_compute(bound.model.dtype)
-
-
-def _digest(job: Job, frozen_digest: str, begun_from: str | None) -> str:
-    facts = {
-        "frozen": frozen_digest,
-        "rows": [job.identity.data, job.identity.held_out],
-        "settings": job.identity.settings,
-        "begun_from": begun_from,
-        "dtype": str(job.dtype),
-        "threads": job.config.model.threads,
-        "versions": versions(),
-        "loops": describe(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        if values is None:
+            bound.model.attach(lora)
+        else:
+            lora.values.copy_(values)
+            lora.refresh_compute(bound.model.dtype)
 
 
 def _reference(
@@ -150,12 +116,12 @@ def _reference(
     directory: RunDirectory,
     processes: Processes,
     sets: Mapping[str, _Set],
-    digest: str,
+    digests: tuple[str, str | None],
     log: ProofLog,
     noted: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
-    mine = _kept(directory, digest, noted) if processes.leads else None
+    mine = _kept(directory, digests, noted) if processes.leads else None
     there: dict[str, list[float]] | None = json.loads(processes.follow(json.dumps(mine).encode()))
     rows = job.memory.micro_batch_rows
     if there is not None:
@@ -163,18 +129,21 @@ def _reference(
         _look_again(job, sets["train"], found["train"], processes, log)
         return found
     found = {}
-    for name, one in sets.items():
-        everything = range(len(one.packer.lengths))
-        sums = document_sums(job.bound.model, one.packer, everything, rows, processes, kept=one.kept)
+    for name, (packer, kept) in sets.items():
+        everything = range(len(packer.lengths))
+        sums = document_sums(job.bound.model, packer, everything, rows, processes, kept=kept)
         assert sums is not None
         found[name] = sums
     if processes.leads:
         values = {name: sums.tolist() for name, sums in found.items()}
-        directory.write(REFERENCE, json.dumps({"digest": digest, "sum": _checksum(values), **values}) + "\n")
+        stored = {"start": digests[1], **values}
+        directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
     return found
 
 
-def _kept(directory: RunDirectory, digest: str, noted: Callable[[str], None]) -> dict[str, list[float]] | None:
+def _kept(
+    directory: RunDirectory, digests: tuple[str, str | None], noted: Callable[[str], None]
+) -> dict[str, list[float]] | None:
     """What `reference.json` holds, if it is of this run and whole."""
     path = directory.path / REFERENCE
     try:
@@ -184,29 +153,37 @@ def _kept(directory: RunDirectory, digest: str, noted: Callable[[str], None]) ->
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         found, stored, checksum = "", {}, ""
-    if found != digest or checksum != _checksum(stored):
-        why = "of another machine or run" if found and found != digest else "damaged"
+    whole = checksum == _checksum(stored)
+    if whole and stored.pop("start", None) != digests[1]:
+        raise CheckError(
+            "the adapter that the run began from is another one now",
+            where=str(path),
+            why="the rest of the run would be measured against something else than its first steps",
+            next_step="put back the adapter that the run was started from, or begin a new run",
+        )
+    if not whole or found != digests[0]:
+        why = "of another machine or run" if whole else "damaged"
         noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
         return None
     return stored
 
 
-def _checksum(values: Mapping[str, Sequence[float]]) -> str:
+def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Processes, log: ProofLog) -> None:
     """Hold those of the first micro-batch against what the model that the run starts from says now."""
-    groups = micro_batches(range(len(rows.packer.lengths)), rows.packer.lengths, max_rows=job.memory.micro_batch_rows)
-    first = groups[0]
-    sums = document_sums(job.bound.model, rows.packer, first, len(first), processes, kept=rows.kept)
+    packer, states = rows
+    first = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=job.memory.micro_batch_rows)[0]
+    sums = document_sums(job.bound.model, packer, first, len(first), processes, kept=states)
     assert sums is not None
-    apart = float((sums - kept[rows.packer.documents(first)]).abs().max())
+    apart = float((sums - kept[packer.documents(first)]).abs().max())
     log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
     if apart:
         raise CheckError(
             f"the reference's log-probabilities are off by {apart:.3g} nats from those that {REFERENCE} keeps",
             where=str(REFERENCE),
-            why="a kernel on this machine does not repeat its results, or the adapter that the run began from changed",
+            why="a kernel on this machine does not repeat its results, or the file was written to",
             next_step=f"remove {REFERENCE} from the run directory to compute them anew, and resume once more",
         )

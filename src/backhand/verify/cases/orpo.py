@@ -6,23 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from backhand.ops.orpo import CERTAIN
 from backhand.verify.case import Draw, wrong
 from backhand.verify.scaffold import Op
 
 
 def _usual(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    c, r = chosen.float(), rejected.float()
+    c, r = (t.float() - (t.detach().float() + CERTAIN).relu() for t in (chosen, rejected))
     return -c - beta * logsigmoid((c - r) - (torch.log1p(-c.exp()) - torch.log1p(-r.exp())))
 
 
-def _below_zero(draw: Draw, pairs: int, size: float) -> Tensor:
-    return -0.05 * size - draw.normal(pairs, size=size).abs()
+def _below_zero(draw: Draw, pairs: int, size: float, certain: bool) -> Tensor:
+    """Some of them 0, as float32 has it of what is certain."""
+    drawn = -0.05 * size - draw.normal(pairs, size=size).abs()
+    return drawn * draw.integers(2, pairs) if certain else drawn
 
 
 OP = Op(
     "orpo",
     {"chosen": _below_zero, "rejected": _below_zero, "d_y": "pairs"},
-    {"pairs": 6, "beta": 0.7, "size": 1.0},
+    {"pairs": 6, "beta": 0.7, "size": 1.0, "certain": False},
     usual=_usual,
 )
 
@@ -31,6 +34,8 @@ CASES = (
     OP.case("small beta", beta=0.1),
     OP.case("nearly certain", size=1e-2),
     OP.case("unlikely", size=5.0),
+    # No difference is small enough to tell the slope there, which goes on below where float32 ends.
+    OP.case("certain", 9, certain=True, exempt=("chosen", "rejected")),
     OP.case("one row", 1),
     OP.case("no pairs", 0),
     OP.case("training size", 97),
