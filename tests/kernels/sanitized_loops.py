@@ -304,6 +304,7 @@ _Projection = _structure(
     bias=POINTER,
     ins=INT64,
     outs=INT64,
+    apart=INT64,
 )
 _Layer = _structure(
     "_Layer",
@@ -343,7 +344,7 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
         held.extend((parts, adapters))
         ranks.append(rank)
         places = ctypes.addressof(parts), 1, ctypes.addressof(adapters), int(draw.chance())
-        return _Projection(*places, perhaps(lambda: numbers(outs)), ins, outs)
+        return _Projection(*places, perhaps(lambda: numbers(outs)), ins, outs, int(draw.chance()))
 
     ranks: list[int] = []
     layers = (_Layer * int(draw.random.integers(1, 3)))()

@@ -46,7 +46,7 @@ def test_a_token_is_the_same_as_block_by_block(build: str, variant: str) -> None
     assert relative_error(stepped(decoder, whole=True), stepped(decoder, whole=False)) < 1e-12
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "gemma3_text", "qwen3"])
 def test_rows_of_several_lengths_step_together(build: str, variant: str) -> None:
     """More than one pass over a matrix takes, and fewer in the end."""
     decoder = adapted(variant)
@@ -63,7 +63,7 @@ def test_rows_of_several_lengths_step_together(build: str, variant: str) -> None
 
 
 @pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
-@pytest.mark.parametrize(("variant", "scaling"), [("llama", 1.7), ("gemma3", 0.5), ("qwen3", 2.0)])
+@pytest.mark.parametrize(("variant", "scaling"), [("llama", 1.7), ("gemma3_text", 0.5), ("qwen3", 2.0)])
 def test_with_amx_a_row_has_the_bits_of_a_long_pass(variant: str, scaling: float) -> None:
     decoder = decoder_like(peft_model(variant), scaling, dtype=torch.bfloat16)
     lengths = [3, 40, 41, 70, 12]

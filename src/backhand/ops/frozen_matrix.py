@@ -176,7 +176,12 @@ def forms_h(x: Tensor, outputs: int, ranks: int) -> bool:
     """
     if x.dtype == torch.float32:
         return False
-    return x.shape[0] > MOST_ROWS and takes_tiles(x) and ranks * torch.get_num_threads() * 4 <= outputs
+    return x.shape[0] > MOST_ROWS and takes_tiles(x) and h_within(outputs, ranks)
+
+
+def h_within(outputs: int, ranks: int) -> bool:
+    """Whether h is little beside what a thread multiplies."""
+    return ranks * torch.get_num_threads() * 4 <= outputs
 
 
 def _product(

@@ -38,6 +38,7 @@ struct Projection {  // modules that share an input, one below the other
   int64_t adapter_count;
   const void* bias;
   int64_t inputs, outputs;
+  int64_t apart;  // whether a training pass makes h by itself
 };
 
 struct Layer {
@@ -246,7 +247,8 @@ struct Step {
         for (int64_t i = 0; i < a; ++i) before += p.adapters[i].rank;
         const StoredRows factor = {-1, static_cast<const uint8_t*>(p.adapters[a].lora_A),
                                    p.inputs * static_cast<int64_t>(sizeof(T)), nullptr, p.adapters[a].rank};
-        rows_of(factor, p.inputs, in, nullptr, nullptr, 0, workspace.h + before, ranks, task * SIDE, SIDE, Tiled{}, 0);
+        rows_of(factor, p.inputs, in, nullptr, nullptr, 0, workspace.h + before, ranks, task * SIDE, SIDE, Tiled{}, 0,
+                p.apart != 0);
       });
       if (TILES) tiled = turned_terms(worker, p, ranks);
     }
@@ -258,7 +260,7 @@ struct Step {
       const int64_t start = task * each;
       const int64_t count = rows_of(p.parts[part], p.inputs, in, bias == nullptr ? nullptr : bias + first,
                                     residual == nullptr ? nullptr : residual + first, p.outputs, y + first, p.outputs,
-                                    start, each, tiled, first);
+                                    start, each, tiled, first, false);
       if (TILES) return;
       const T* h = workspace.h;
       for (int64_t a = 0; a < p.adapter_count; h += p.adapters[a++].rank) {
@@ -301,10 +303,12 @@ struct Step {
     return tiled;
   }
   template <class U>
-  void multiply_by_tiles(const FewRows<U>& product, const Tiled& tiled, int64_t before, int64_t start) const {
+  void multiply_by_tiles(const FewRows<U>& product, const Tiled& tiled, int64_t before, int64_t start,
+                         bool apart) const {
     if constexpr (sizeof(U) == 2) {
       const TiledRows rows_of_tiles = {product, workspace.turned, tiled.terms, tiled.count, before};
-      rows_of_tiles(start / TILE, (product.outputs + TILE - 1) / TILE);
+      const int64_t begin = start / TILE, end = (product.outputs + TILE - 1) / TILE;
+      apart ? rows_of_tiles.by_turns(begin, end) : rows_of_tiles(begin, end);
     }
   }
 #else
@@ -320,13 +324,13 @@ struct Step {
   // outputs stand before the part.
   int64_t rows_of(const StoredRows& part, int64_t inputs, const T* in, const T* bias, const T* residual,
                   int64_t residual_row, T* y, int64_t y_row, int64_t start, int64_t count, const Tiled& tiled,
-                  int64_t before) const {
+                  int64_t before, bool apart) const {
     const int64_t end = start + count < part.outputs ? start + count : part.outputs;
     const FewRows<T> product = {part.type < 0 ? nullptr : kind_of(static_cast<int>(part.type)),
                                 part.weight, part.row_bytes, part.row_ids, end, inputs, in, inputs, rows, bias, residual,
                                 residual_row, y, y_row};
     if (TILES) {
-      multiply_by_tiles(product, tiled, before, start);
+      multiply_by_tiles(product, tiled, before, start, apart);
     } else {
       product(start / SIDE_BY_SIDE, (end + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE);
     }

@@ -160,6 +160,46 @@ struct TiledRows {
     }
   }
 
+  // The same of a factor A whose h is made by itself in a training pass: four sums take turns, as in `shrink_tile`.
+  void by_turns(int64_t begin, int64_t end) const {
+    alignas(64) bfloat16 room[TILE * TILE_LENGTH];
+    alignas(64) float parts[4 * TILE * TILE];
+    const int64_t steps = tile_steps(p.columns);
+    for (int64_t group = begin; group < end; ++group)
+      for (int64_t row = 0; row < p.rows; row += TILE) {
+        const int64_t first = group * TILE, count = p.outputs - first < TILE ? p.outputs - first : TILE;
+        const uint32_t* x = turned + row / TILE * steps * TILE * TILE;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t k = s * TILE_LENGTH, left = p.columns - k;
+          copy_tile(reinterpret_cast<const bfloat16*>(p.row_of(first)) + k, p.weight_row / 2, count,
+                    left < TILE_LENGTH ? left : TILE_LENGTH, room);
+          LOAD_TILE(4, room, 64);
+          LOAD_TILE(5, x + s * TILE * TILE, 64);
+          switch (s % 4) {
+            case 0: _tile_dpbf16ps(0, 4, 5); break;
+            case 1: _tile_dpbf16ps(1, 4, 5); break;
+            case 2: _tile_dpbf16ps(2, 4, 5); break;
+            default: _tile_dpbf16ps(3, 4, 5);
+          }
+        }
+        _tile_stored(0, parts, 64);
+        _tile_stored(1, parts + TILE * TILE, 64);
+        _tile_stored(2, parts + 2 * TILE * TILE, 64);
+        _tile_stored(3, parts + 3 * TILE * TILE, 64);
+        __asm__ volatile("" ::: "memory");
+        for (int64_t i = 0; i < TILE * TILE; i += TILE) {
+          const Vector<float> even = load<float>(parts + i) + load<float>(parts + 2 * TILE * TILE + i);
+          const Vector<float> odd = load<float>(parts + TILE * TILE + i) + load<float>(parts + 3 * TILE * TILE + i);
+          store(parts + i, even + odd);
+        }
+        write(parts, first, count, row);
+      }
+  }
+
   // `length` numbers of an output from `start` on, zeros behind them up to `row`.
   void unpack(int64_t output, int64_t length, int64_t start, int64_t row, bfloat16* to) const {
     if (length > 0 && p.kind != nullptr) {

@@ -26,6 +26,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.frozen_matrix import h_within
 from backhand.ops.rotary import RotaryTable
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -57,7 +58,7 @@ class _LowRank(ctypes.Structure):
 class _Projection(ctypes.Structure):
     _fields_ = (
         *(("parts", POINTER), ("part_count", INT64), ("adapters", POINTER), ("adapter_count", INT64)),
-        *(("bias", POINTER), ("inputs", INT64), ("outputs", INT64)),
+        *(("bias", POINTER), ("inputs", INT64), ("outputs", INT64), ("apart", INT64)),
     )
 
 
@@ -196,6 +197,7 @@ class DecodeStep:
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
+            not h_within(weight.shape[0], _ranks(adapter)),
         )
 
 
