@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,11 @@ def test_built_in_rewards(tmp_path: Path) -> None:
     assert rewards_of("length:4", answers("1234", "123456", "12345678", "1" * 20)) == [1, 0.5, 0, 0]
     entry = {"metadata": {"source_dataset": "spell_backward"}}
     assert rewards_of("reasoning_gym:spell_backward", answers("7 of 12", "no", **entry)) == [1, 0]
+
+
+def test_what_interrupts_a_run_does_not_reach_the_functions() -> None:
+    with RewardProcess(["exact"], 5.0) as process:
+        assert process._process is not None and os.getsid(process._process.pid) == process._process.pid
 
 
 def test_several_functions_with_weights_and_none(functions: Path) -> None:

