@@ -20,6 +20,7 @@ _NAMES = {
     "peft-checkpointing": "PEFT with gradient checkpointing",
     "products-alone": "the matrix products alone (ceiling)",
     "trl": "TRL as users run it",
+    "trl-tuned": "TRL, checkpointing off, allocator tuned",
     "trl-no-checkpointing": "TRL, checkpointing off",
     "trl-no-checkpointing-tuned": "TRL, checkpointing off, allocator tuned",
     "trl-no-checkpointing-tuned-openmp": "TRL, the same with this project's OpenMP setting",
@@ -221,6 +222,9 @@ def section() -> str:
         lines += finetune_section(finetune)
     if (HERE / "results" / "preference.json").exists():
         lines += pairs_section(_read("preference.json"))
+    for name, make in (("rewards", rewards_section), ("rewards_sampling", sampling_section)):
+        if (HERE / "results" / f"{name}.json").exists():
+            lines += make(_read(f"{name}.json"))
     if (HERE / "results" / "shapes.json").exists():
         lines += shapes_section(_read("shapes.json"))
     if (HERE / "results" / "upper_layers.json").exists():
@@ -254,6 +258,38 @@ def pairs_section(results: dict[str, Any]) -> list[str]:
             rows.append([_NAMES[peer], f"{row['pairs_per_s']:.2f}", times, *compared])
         lines += ["", *table(head, rows)]
     return lines
+
+
+def rewards_section(results: dict[str, Any]) -> list[str]:
+    """The table of `rewards.json`: a step of GRPO, sampling, judging and training."""
+    workload, peers = results["workload"], results["peers"]
+    lines = ["", "## Rewards (GRPO)", "", "`python benchmarks/rewards.py`", "", machine_line(results["machine"]), ""]
+    lines.append(
+        f"{workload['prompts']} prompts of about 100 tokens, {workload['group']} answers of at most "
+        f"{workload['new_tokens']} tokens each, {workload['dtype']}; compared by the seconds a token:"
+    )
+    ours, rows = peers["backhand"], []
+    for peer, row in peers.items():
+        answers = sum(run["answer_tokens"] for run in row["runs"]) / len(row["runs"])
+        speed, share = row["token_s"] / ours["token_s"], ours["peak_rss_bytes"] / row["peak_rss_bytes"]
+        compared = ["", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB", ""]
+        if peer != "backhand":
+            compared[0], compared[2] = f"{speed:.2f} ×", f"{share:.2f}"
+        rows.append([_NAMES[peer], f"{row['step_s']:.2f} s", f"{answers:.0f}", *compared])
+    head = ["", "a step", "tokens an answer", "Backhand is faster by", "peak memory", "of it Backhand's"]
+    return [*lines, "", *table(head, rows)]
+
+
+def sampling_section(results: dict[str, Any]) -> list[str]:
+    """The table of `rewards_sampling.json`."""
+    rows = [
+        [answers, *(f"{rate:.0f}" for rate in one["tokens_per_s"].values()), f"{one['ratio']:.2f}"]
+        for answers, one in results.items()
+        if answers.isdigit()
+    ]
+    head = ["answers at once", "Backhand, tokens/s", "llama.cpp, tokens/s", "ratio"]
+    about = "Answers to one prompt alone, from the same file (`--sampling`); medians of runs in turns:"
+    return ["", about, "", *table(head, rows)]
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:

@@ -282,7 +282,7 @@ def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One token through a decoder. The structures are those of nn/decoder/decode_step.py, which needs torch.
+# A token of each row through a decoder. The structures are those of nn/decoder/decode_step.py, which needs torch.
 
 
 def _structure(name: str, **members: Any) -> Any:
@@ -304,6 +304,7 @@ _Projection = _structure(
     bias=POINTER,
     ins=INT64,
     outs=INT64,
+    apart=INT64,
 )
 _Layer = _structure(
     "_Layer",
@@ -325,7 +326,7 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
     number, dtype, wide = DTYPES[draw.random.integers(3)]
     kv_heads, group, head_dim = (int(draw.random.integers(1, high)) for high in (4, 4, 20))
     heads, hidden, width = kv_heads * group, draw.size(1, 60), draw.size(1, 60)
-    capacity = draw.size(1, 40)
+    capacity, rows = draw.size(1, 40), int(draw.random.choice([1, 2, 9, 17, 70]))
     q, k = heads * head_dim, kv_heads * head_dim
     held: list[Any] = []
 
@@ -343,14 +344,14 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
         held.extend((parts, adapters))
         ranks.append(rank)
         places = ctypes.addressof(parts), 1, ctypes.addressof(adapters), int(draw.chance())
-        return _Projection(*places, perhaps(lambda: numbers(outs)), ins, outs)
+        return _Projection(*places, perhaps(lambda: numbers(outs)), ins, outs, int(draw.chance()))
 
     ranks: list[int] = []
     layers = (_Layer * int(draw.random.integers(1, 3)))()
     over_heads, turns = draw.chance(), draw.chance()
     pairs = int(draw.random.integers(1, head_dim // 2 + 1)) if turns and head_dim > 1 else 0
     for number_of, _ in enumerate(layers):
-        table = [numbers(pairs, kind=wide) for _ in range(4)]
+        table = [numbers(rows * pairs, kind=wide) for _ in range(4)]
         layers[number_of] = _Layer(
             projection(hidden, q + 2 * k),
             projection(q, hidden),
@@ -363,7 +364,7 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
                 else (None, None)
             ),
             *table,
-            *(numbers(k * capacity) for _ in range(2)),
+            *(numbers(rows * k * capacity) for _ in range(2)),
             pairs,
             int(draw.random.integers(1, 12)) if draw.chance() else 0,
         )
@@ -374,11 +375,13 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
     )
     held.append(model)
     for build in builds:
-        step = build.function("backhand_decode_step", (INT, POINTER, POINTER, INT64, INT64), INT)
-        x = draw.array(dtype, 1, hidden)
-        assert step(number, ctypes.addressof(model), x.place[0], capacity, 1) == 1, "there is no room"
-        position = int(draw.random.integers(capacity))
-        assert step(number, ctypes.addressof(model), x.place[0], position, int(draw.random.integers(1, 3))) == 0
+        step = build.function("backhand_decode_step", (INT, POINTER, POINTER, INT64, POINTER, INT64), INT)
+        x = draw.array(dtype, 1, rows * hidden)
+        positions = draw.random.integers(capacity, size=rows)
+        places = ctypes.addressof(model), x.place[0], rows, positions.ctypes.data
+        assert step(number, *places, int(draw.random.integers(1, 3))) == 0
+        positions[-1] = capacity
+        assert step(number, *places, 1) == 1, "there is no room"
         _finite(x)
 
 

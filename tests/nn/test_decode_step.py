@@ -13,10 +13,10 @@ from backhand.nn.decoder.decode_step import decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.lora_parameters import LoRAParameters
-from support.decode_steps import adapted, stepped
-from support.parity import relative_error
+from support.decode_steps import adapted, peft_model, stepped
+from support.parity import decoder_like, relative_error
 from support.product_builds import ALIKE
-from support.tiny_models import VARIANTS
+from support.tiny_models import VARIANTS, tiny_documents
 
 # Experts, sinks, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
 BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "gpt_oss", "qwen3_5", "lfm2", "glm", "gemma4", "granitemoehybrid-experts")
@@ -55,6 +55,41 @@ def test_a_token_is_the_same_as_block_by_block(build: str, variant: str) -> None
     assert relative_error(stepped(decoder, whole=True), stepped(decoder, whole=False)) < 1e-12
     decoder.detach()
     assert relative_error(stepped(decoder, whole=True), stepped(decoder, whole=False)) < 1e-12
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "gemma3_text", "qwen3"])
+def test_rows_of_several_lengths_step_together(build: str, variant: str) -> None:
+    """More than one pass over a matrix takes, and fewer in the end."""
+    decoder = adapted(variant)
+    documents = [one.tolist() for one in tiny_documents([3 + row % 11 for row in range(19)], seed=4)]
+    state = IncrementalDecoder(decoder, rows=19, capacity=4)
+    state.extend(state.cache.add_rows(19), [ids[:-2] for ids in documents])
+    state.step([ids[-2] for ids in documents])
+    assert state._whole_step is not None
+    for row in reversed(range(5, 19)):
+        state.cache.remove(row)
+    found = state.step([ids[-1] for ids in documents[:5]])
+    for row in range(5):
+        assert relative_error(found[row], decoder.logits(torch.tensor(documents[row]))[-1]) < 1e-12
+
+
+@pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
+@pytest.mark.parametrize(("variant", "scaling"), [("llama", 1.7), ("gemma3_text", 0.5), ("qwen3", 2.0)])
+def test_with_amx_a_row_has_the_bits_of_a_long_pass(variant: str, scaling: float) -> None:
+    decoder = decoder_like(peft_model(variant), scaling, dtype=torch.bfloat16)
+    lengths = [3, 40, 41, 70, 12]
+    documents = [one.tolist() for one in tiny_documents(lengths, seed=4)]
+    with using(load("amx")):
+        state = IncrementalDecoder(decoder, rows=5, capacity=4, head=Decoder.head)
+        found = [state.extend(state.cache.add_rows(5), [ids[:-2] for ids in documents])]
+        found += [state.step([ids[place] for ids in documents]) for place in (-2, -1)]
+        assert state._whole_step is not None
+        every = decoder.logits(torch.tensor([token for ids in documents for token in ids]), lengths)
+        alone = decoder.logits(torch.tensor(documents[1]))
+    ends = torch.tensor(lengths).cumsum(0)
+    for back, logits in zip((3, 2, 1), found, strict=True):
+        assert torch.equal(logits, every[ends - back])
+        assert torch.equal(logits[1], alone[-back])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

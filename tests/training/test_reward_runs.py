@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backhand.data.lint_command import lint_command
+from backhand.data.options import DataOptions, LintOptions, LintRunOptions
 from backhand.data.row_kinds import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
+from backhand.report.page import page_values, run_page
+from backhand.report.run_record import read_run
 from backhand.training.config import TrainConfig
+from backhand.training.evaluate import evaluate_command
+from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.memory.command import plan
+from backhand.training.memory.options import PlanOptions
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.process import RewardProcess, Written
@@ -33,6 +42,10 @@ def short(completion_ids):
 
 def level(completions, **_):
     return [1.0] * len(completions)
+
+def level_or_not(completions, completion_ids, **_):
+    held_out = len(completions) == 4
+    return [1.0 if held_out else float(ids[0] % 7) for ids in completion_ids]
 
 def _third(completions):
     global calls
@@ -110,6 +123,48 @@ def test_a_run_learns_what_is_rewarded(straight: TrainConfig) -> None:
     assert any("end in the same bits" in proof and line["passed"] for proof, line in proofs.items())
     held_out = lines(run, "answers.jsonl")
     assert held_out and all(answer["reference"] for answer in held_out)
+
+
+def test_its_page_shows_rewards_and_answers_over_time(straight: TrainConfig) -> None:
+    run = straight.run.output
+    evaluations = [line for line in lines(run) if "eval_loss" in line]
+    held_out = lines(run, "answers.jsonl")
+    assert all(line["answers"].keys() == {answer["source"] for answer in held_out} for line in evaluations)
+    values = page_values(read_run(run))
+    for shown in values["answers"]:
+        assert [step for step, _ in shown["over_time"]] == [line["step"] for line in evaluations]
+    assert run_page(read_run(run)).count(b"at every evaluation") == len(held_out) == 2
+    assert values["charts"].keys() >= {
+        *("reward", "reward-functions", "answer-length", "divergence", "no-gradient", "sampling-gap"),
+    }
+
+
+def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, capsys: Any) -> None:
+    run, data = straight.run, replace(straight.data, data=straight.data.eval_data, eval_data=())
+    asked = EvaluateRunOptions(
+        adapter=run.output / "adapter", reward=straight.rewards.reward, max_new_tokens=10, json=True
+    )
+    evaluate_command(EvaluateOptions(straight.model, data, asked))
+    told = json.loads(capsys.readouterr().out)
+    measured = [line["eval_reward"] for line in lines(run.output) if "eval_loss" in line]
+    assert told["rows"] == 4 and told["base"]["reward"] == measured[0]
+    assert told["adapted"]["reward"] == told["adapted"]["rewards/evens/mean"] == max(measured)
+
+
+def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "what?", "answer": "7"}\n{"text": "no question"}\n')
+    rows = DataOptions(data=(str(tmp_path / "asked.jsonl"),))
+    with pytest.raises(DataError, match="1 malformed row"):
+        lint_command(LintOptions(LintRunOptions(model=str(tiny.model), prompts=True, json=True), rows))
+    made = config(tiny, functions, tmp_path / "run", "missing")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        plan(PlanOptions.of(made))
+
+
+def test_it_stops_early_by_the_held_out_reward(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    train(config(tiny, functions, tmp_path / "run", "level_or_not", eval_every=1, early_stopping=2, epochs=9))
+    measured = [line["eval_reward"] for line in lines(tmp_path / "run") if "eval_reward" in line]
+    assert len(set(measured)) == 1 and len(measured) == 4  # before, the best one, and two that are no better
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
@@ -197,6 +252,11 @@ def test_built_in_rewards(tmp_path: Path) -> None:
     assert rewards_of("length:4", answers("1234", "123456", "12345678", "1" * 20)) == [1, 0.5, 0, 0]
     entry = {"metadata": {"source_dataset": "spell_backward"}}
     assert rewards_of("reasoning_gym:spell_backward", answers("7 of 12", "no", **entry)) == [1, 0]
+
+
+def test_what_interrupts_a_run_does_not_reach_the_functions() -> None:
+    with RewardProcess(["exact"], 5.0) as process:
+        assert process._process is not None and os.getsid(process._process.pid) == process._process.pid
 
 
 def test_several_functions_with_weights_and_none(functions: Path) -> None:

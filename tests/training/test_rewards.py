@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from backhand.data.examples import Example
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
+from backhand.kernels.builds import load, usable, using
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.training.rewards.batch import AnswerBatch
@@ -287,6 +288,21 @@ def test_an_answer_depends_on_nothing_beside_it(kind: str) -> None:
         assert [one.tokens for one in others] == [one.tokens for one in together]
         for one, other in zip(together, others, strict=True):
             assert one.log_p == pytest.approx(other.log_p, abs=1e-5)
+
+
+@pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_with_amx_there_is_no_gap(kind: str) -> None:
+    decoder = decoder_like(attach_lora(tiny_model(kind), rank=RANK, alpha=ALPHA), ALPHA / RANK, dtype=torch.bfloat16)
+    rows, gaps = prompts(6, seed=3), []
+    with using(load("amx")):
+        batch = batch_of(decoder, rows, written(decoder, rows), drawn_rewards(len(rows)), "dapo", 0.0)
+        with pytest.MonkeyPatch.context() as patch, at_temperature(decoder, TEMPERATURE):
+            patch.setattr(Certificate, "compare", lambda _, *both: gaps.append(both) or True)
+            gradients_of(decoder, batch)
+    # Eight tokens of answers or fewer in a micro-batch are multiplied with other sums.
+    found = [torch.equal(*both) for both in gaps if len(both[0]) > 8]
+    assert len(found) >= 2 and all(found)
 
 
 WRONG = ("temperature", "adapter", "another answer", "one step behind")

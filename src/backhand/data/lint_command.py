@@ -35,7 +35,7 @@ def lint_command(options: LintOptions) -> LintReport:
         options.data,
         tokenizer,
         seed=options.lint.seed,
-        purpose="labels" if options.lint.labels else None,
+        purpose="prompts" if options.lint.prompts else "labels" if options.lint.labels else None,
         context_length=context if isinstance(context, int) else None,
     )
     shown = documents_of(train.examples)[: options.lint.show]

@@ -198,6 +198,9 @@ class LintRunOptions:
     """The rows are answers with a label, `prompt`, `completion` and `label`, for `--objective kto`; pairs are known by
     their columns."""
 
+    prompts: bool = False
+    """The rows are prompts that the model is to answer itself, for `--objective grpo`."""
+
     show: CountFromZero = 0
     """Also print the first so many training documents token by token, a `*` before each token that carries loss."""
 

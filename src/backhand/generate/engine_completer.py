@@ -12,7 +12,7 @@ from torch import Tensor
 from backhand.generate.completer import Choose, Completer, Finished
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.decoding import Head, IncrementalDecoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import bytes_per_row
 
 
@@ -98,7 +98,7 @@ def complete_batch(
     *,
     max_new_tokens: int,
     batch_rows: int = 64,
-    head: Head | None = None,
+    as_trained: bool = False,
 ) -> None:
     """Continue every prompt; see `completer.Completer.complete`.
 
@@ -106,10 +106,11 @@ def complete_batch(
     stand side by side are computed once, where they begin together.
 
     Args:
-        head: makes the logits that `choose` is given.
+        as_trained: logits as the training pass computes them, in the compute dtype; what different prompts begin with
+            is then computed for each.
     """
     if prompts and max_new_tokens > 0:
-        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, head).run()
+        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, as_trained=as_trained).run()
 
 
 class _Batch:
@@ -121,7 +122,8 @@ class _Batch:
         finished: Finished,
         max_new_tokens: int,
         batch_rows: int,
-        head: Head | None,
+        *,
+        as_trained: bool,
     ) -> None:
         longest = max(map(len, prompts))
         most = CACHE_BYTES // bytes_per_row(decoder.config, decoder.dtype, longest + max_new_tokens)
@@ -129,8 +131,9 @@ class _Batch:
         self.prompts, self.choose, self.finished = prompts, choose, finished
         self.max_new_tokens = max_new_tokens
         # Answers are usually far shorter than they may be: room grows when it is needed.
+        head = Decoder.head if as_trained else None
         self.state = IncrementalDecoder(decoder, rows=rows, capacity=longest + min(max_new_tokens, 64), head=head)
-        self.shared = _shared_prefix(decoder, prompts)
+        self.shared = None if as_trained else _shared_prefix(decoder, prompts)
         # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         self.in_row: list[int] = []

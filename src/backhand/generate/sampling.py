@@ -29,6 +29,7 @@ from backhand.generate.engine_completer import complete_batch
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import kept_probabilities
 from backhand.nn.decoder.decoder import Decoder
+from backhand.ops.linear_cross_entropy import losses_of_logits
 from backhand.ops.logits_rule import LogitsRule
 
 ROWS_AT_ONCE = 64
@@ -114,7 +115,7 @@ def sample(
         finished,
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
-        head=Decoder.head,  # as the training pass computes logits, in the compute dtype
+        as_trained=True,
     )
     return sampled
 
@@ -133,19 +134,18 @@ _BLOCK = 256
 def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
     """A token for each row of logits, (rows, vocab), by its number in [0, 1).
 
-    With e = exp(z - max z) and S = Σ e: log p = z - max z - log S, and the entropy is log S - Σ e (z - max z) / S. The
-    distribution function is summed up over blocks of the vocabulary first, and then within one.
+    The log-probability is by the kernel that training takes. With p = softmax(z) and v the token drawn, the entropy is
+    log Σ e^z - Σ p z = z_v - log p_v - Σ p z. The distribution function is summed up over blocks of the vocabulary
+    first, and then within one.
     """
-    z = logits.to("cpu", torch.promote_types(logits.dtype, torch.float32), copy=True)
-    z.sub_(z.amax(-1, keepdim=True))
-    e = z.exp()
-    blocks = _blocks(e)
-    total = blocks[:, -1:]
-    entropies = total.log().squeeze(1) - torch.einsum("rv,rv->r", e, z) / total.squeeze(1)
+    logits = logits.cpu()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    e = torch.softmax(z, -1)
+    mean = (z * e).sum(-1)
     if top_p < 1:
         cut = SamplingOptions(temperature=1.0, top_p=top_p)
         e = torch.stack([kept_probabilities(row, cut) for row in z])
-        blocks = _blocks(e)
+    blocks = _blocks(e)
     targets = torch.tensor(uniform, dtype=torch.float64)[:, None] * blocks[:, -1:]
     block = torch.searchsorted(blocks, targets, right=True).clamp(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
@@ -155,7 +155,8 @@ def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
     # Rounding may leave the target behind the last token of its block that has any probability.
     likely = (inside > 0).long().mul(torch.arange(_BLOCK)).amax(-1, keepdim=True)
     tokens = (block * _BLOCK + torch.minimum(within, likely)).squeeze(1)
-    return Drawn(tokens, (z.gather(1, tokens[:, None]) - total.log()).squeeze(1), entropies)
+    log_p = -losses_of_logits(logits, tokens)
+    return Drawn(tokens, log_p, z.gather(1, tokens[:, None]).squeeze(1) - log_p - mean)
 
 
 def _blocks(e: Tensor) -> Tensor:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from backhand.kernels.dense_product import is_taken
 from backhand.kernels.dequantize import is_compiled
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
 
-MOST_ROWS = 8
-"""More are faster by a library's product, over a piece that is unpacked for all of them."""
+MOST_ROWS, MOST_TILED_ROWS = 8, 64
+"""More are faster by a library's product, over a piece that is unpacked for all of them; or, by AMX's tiles, by
+`dense_product`, which gives the same bits."""
 
 _FEW_ROWS = Declared(
     "backhand_few_rows",
@@ -25,6 +28,11 @@ _FEW_ROWS = Declared(
 )
 # Of a type that the kernel does not know, or with columns in another order, unpacked at a time.
 _ROWS_BY_PACKAGE = 4096
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """How many rows are few."""
+    return MOST_TILED_ROWS if dtype == torch.bfloat16 and is_taken(dtype) else MOST_ROWS
 
 
 class _Stored(NamedTuple):
@@ -43,7 +51,7 @@ def few_rows_product(
     """residual + x Wᵀ + bias, or None where the kernel does not apply.
 
     Args:
-        x: (rows, in), 1 to `MOST_ROWS` rows.
+        x: (rows, in), 1 to `most_rows`.
         weight: (out, in), of x's dtype.
         bias: (out,) or None.
         residual: (rows, out) or None.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term, dense_product, is_taken
-from backhand.kernels.few_rows import MOST_ROWS, few_rows_product
+from backhand.kernels.few_rows import MOST_ROWS, few_rows_product, most_rows
 from backhand.kernels.library import is_loopable
 from backhand.ops.low_rank import add_up_projection, down_projection
 from backhand.ops.weight_tiles import (
@@ -108,7 +108,7 @@ def frozen_linear(
         out: (rows, out) to write into; a new one if not given.
         terms: s h Fᵀ added to columns of the result, in their order; where `forms_h`, an h may be formed from its A.
     """
-    if 0 < x.shape[0] <= MOST_ROWS:
+    if 0 < x.shape[0] <= (MOST_ROWS if terms else most_rows(x.dtype)):
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
             return _with_terms(few, x, terms)
@@ -176,7 +176,12 @@ def forms_h(x: Tensor, outputs: int, ranks: int) -> bool:
     """
     if x.dtype == torch.float32:
         return False
-    return x.shape[0] > MOST_ROWS and takes_tiles(x) and ranks * torch.get_num_threads() * 4 <= outputs
+    return x.shape[0] > MOST_ROWS and takes_tiles(x) and h_within(outputs, ranks)
+
+
+def h_within(outputs: int, ranks: int) -> bool:
+    """Whether h is little beside what a thread multiplies."""
+    return ranks * torch.get_num_threads() * 4 <= outputs
 
 
 def _product(

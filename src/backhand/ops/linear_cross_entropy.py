@@ -39,7 +39,7 @@ from backhand.ops.cross_entropy import softmax_and_log_sum
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
 from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
-from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
+from backhand.ops.weight_tiles import FrozenMatrix
 
 _SOFTMAX_LOSSES = Declared(
     "backhand_softmax_losses", INT, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT, result=INT
@@ -63,11 +63,8 @@ class LinearCrossEntropyGrads(NamedTuple):
 
 def _logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> Tensor:
     """γ Z of one chunk, (rows, vocab), by the frozen head, written into `out`."""
-    if rule.scaling == 1.0:
-        return frozen_linear(x, weight, out=out)
-    for tile, dense in frozen_tiles(weight):
-        torch.addmm(out[:, tile], x, dense.T, beta=0, alpha=rule.scaling, out=out[:, tile])
-    return out
+    frozen_linear(x, weight, out=out)
+    return out if rule.scaling == 1.0 else out.mul_(rule.scaling)
 
 
 def _softmax_losses(
@@ -93,6 +90,13 @@ def _softmax_losses(
         if gradient:
             p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1))
             z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """ℓ, (rows,) float32 or wider, of logits (rows, vocab) that are there, bit by bit as of the head's own."""
+    losses = torch.empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    _softmax_losses(logits, targets, losses, gradient=False)
+    return losses
 
 
 def chunk_rows(hidden: int, dtype: torch.dtype) -> int:

@@ -52,7 +52,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "headline": headline(run),
         "tiles": _tiles(run, tables),
         "commands": use_commands(run) if run.adapter.is_dir() else [],
-        "answers": [_answer(line) for line in run.answers],
+        "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
         "labels": run.summary.get("adapted_labels"),
         "base_labels": run.summary.get("base_labels"),
         "max_new_tokens": MAX_NEW_TOKENS,
@@ -133,6 +133,12 @@ def _short(value: object) -> str:
 
 def _share(value: object) -> str:
     return f"{value:.0%}" if is_number(value) else NOT_KNOWN
+
+
+def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """(step, what was answered then) at every evaluation of a run on rewards."""
+    said = ((one["step"], (one.get("answers") or {}).get(line.get("source"))) for one in run.evaluations)
+    return [(step, str(text)) for step, text in said if text is not None]
 
 
 def _answer(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from backhand.training.measuring import HeldOut
 from backhand.training.objectives.objective import document_sums, means
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.objectives.pairs import PairObjective
+from backhand.training.rewards.evaluated import evaluate_rewards_command
 from backhand.training.step import Processes
 from backhand.words import count_of, name_list, shorten, show_notes
 
@@ -296,8 +297,10 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     return Evaluation(rows.rows, base, adapted)
 
 
-def evaluate_command(options: EvaluateOptions) -> Evaluation:
-    """`evaluate`, printed as a table, or as one JSON object with `json`."""
+def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
+    """`evaluate`, printed as a table, or as one JSON object with `json`; with `reward` what answers are worth."""
+    if options.run.reward:
+        return evaluate_rewards_command(options.validate())
     if options.run.json:
         result = evaluate(options)
         told = asdict(result)

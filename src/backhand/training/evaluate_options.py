@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from backhand.bounds import Count, Options
+from backhand.bounds import Check, Count, Options
 from backhand.data.options import DataOptions
 from backhand.generate.options import LabelNames
 from backhand.training.config import ModelOptions
+from backhand.training.rewards.options import check_names
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,10 @@ class EvaluateRunOptions:
     base model alone."""
 
     max_new_tokens: Count = 256
-    """Longest greedy completion that is compared with the row's last one."""
+    """Longest greedy completion that is compared with the row's last one, or rewarded."""
+
+    reward: Annotated[tuple[str, ...], Check(check_names)] = ()
+    """In place of losses: what greedy answers are rewarded by, as in training (`--objective grpo`)."""
 
     micro_batch_rows: Count = 16
     """Rows per forward pass."""

@@ -358,7 +358,7 @@ class JobRun:
         if job.held_out is None:
             return None
         if rewarded is not None:
-            return HeldOutRewards(job.held_out.examples, rewarded.rollout)
+            return HeldOutRewards(job.held_out.examples, rewarded.rollout, job.config.run.answers)
         if objective is not None:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)

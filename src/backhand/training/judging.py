@@ -184,6 +184,8 @@ class Judge:
         if loss is not None and self.held_out is not None:
             record["eval_loss"] = finite_or_none(loss)
             record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
+            if self.held_out.said:
+                record["answers"] = self.held_out.said
         if self.meter is not None:
             measured = self.meter.measure(self.model, self.state.lora, self.processes)
             record |= {

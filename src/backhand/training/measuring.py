@@ -37,11 +37,13 @@ class HeldOut:
 
     Attributes:
         measured: what the newest `loss` found beside, under the names of metrics.jsonl.
+        said: what the model said then, by where the row stands, of a few rows; where it is asked for answers.
     """
 
     def __init__(self, examples: Sequence[Example], micro_batch_rows: int, kept: KeptStates | None = None) -> None:
         self.supervised_tokens = sum(example.supervised_tokens for example in examples)
         self.measured: dict[str, float] = {}
+        self.said: dict[str, str] = {}
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._kept = kept

@@ -1,15 +1,17 @@
-// One new token through all blocks of a decoder, against the keys and values of those before it: the forward of
-// nn/decoder/block.py for a Llama-like family, by the loops of its ops, in one region of threads (crew.h).
+// A new token of each row through all blocks of a decoder, against the keys and values of those before it: the forward
+// of nn/decoder/block.py for a Llama-like family, by the loops of its ops, in one region of threads (crew.h).
 //
 //     n₁ = norm(x)     [q k v] = n₁ Wᵀ     q, k normed and rotated; k, v into the cache
 //     o  = softmax(c q Kᵀ) V               x += m · norm(o Wᵀ)
 //     n₂ = norm(x)     [a u] = n₂ Wᵀ       x += m · norm((φ(a) ⊙ u) Wᵀ)
 //
 // each W with its bias and its adapter, y += s (x Aᵀ) Bᵀ, norms where the family has them, m its residual multiplier.
-// What an op rounds to the storage type is rounded to it here too; scores and their softmax stay in `Wide` of it.
+// What an op rounds to the storage type is rounded to it here too; scores and their softmax stay in `Wide` of it. With
+// AMX products and attention are those of a training pass, and so are a row's bits.
 #include "arena.h"
+#include "attention_forward.h"
 #include "crew.h"
-#include "few_rows.h"
+#include "few_rows_tiles.h"
 #include "glu.h"
 #include "rms_norm.h"
 #include "rotary.h"
@@ -36,13 +38,14 @@ struct Projection {  // modules that share an input, one below the other
   int64_t adapter_count;
   const void* bias;
   int64_t inputs, outputs;
+  int64_t apart;  // whether a training pass makes h by itself
 };
 
 struct Layer {
   Projection input, output, gate_up, down;
   const void *attention_norm, *after_attention_norm, *mlp_norm, *after_mlp_norm, *q_norm, *k_norm;
-  const void *cosines, *sines, *query_cosines, *query_sines;  // (pairs) of the token's position
-  void *keys, *values;  // (key/value heads, capacity, head_dim)
+  const void *cosines, *sines, *query_cosines, *query_sines;  // (rows, pairs) of each token's position
+  void *keys, *values;  // (rows, key/value heads, capacity, head_dim)
   int64_t pairs, window;  // 0: nothing turns, everything is seen
 };
 
@@ -57,29 +60,45 @@ struct Model {
 namespace {
 
 constexpr int64_t TASK_VALUES = 1 << 14;
-constexpr int64_t PHASES_A_LAYER = 16;
+constexpr int64_t PHASES_A_LAYER = 24;
 constexpr int64_t GLU_PIECE = 512;
-// So many keys are added up before what they come to is added to what others have come to.
-constexpr int64_t KEYS_A_SUM = 128;
+constexpr int64_t MOST_MEMBERS = 4;  // adapters of one projection
 
-// What a pass works in.
+// What a pass works in, of all rows.
 template <class T>
 struct Workspace {
-  T *normed, *qkv, *attended, *h, *gate_up, *product, *joined;
-  Wide<T> *factors, *scores;
+  T *normed, *qkv, *attended, *h, *gate_up, *product, *joined, *scaled;
+  Wide<T>* factors;
+  uint32_t *turned, *turned_h;  // operands of AMX's tiles
+  int64_t* places;              // 0, 1, …: where keys lie in a row
   Phase* phases;
 
-  Workspace(Arena& arena, const Model& m, int64_t tokens)
-      : normed(arena.take<T>(m.hidden)),
-        qkv(arena.take<T>((m.heads + 2 * m.kv_heads) * m.head_dim)),
-        attended(arena.take<T>(m.heads * m.head_dim)),
-        h(arena.take<T>(m.most_ranks)),
-        gate_up(arena.take<T>(2 * m.width)),
-        product(arena.take<T>(m.width)),
-        joined(arena.take<T>(m.hidden)),
-        factors(arena.take<Wide<T>>(m.heads + m.kv_heads + 1)),
-        scores(arena.take<Wide<T>>(m.heads * tokens)),
-        phases(arena.take<Phase>(m.layer_count * PHASES_A_LAYER)) {}
+  static int64_t widest(const Model& m) {
+    int64_t most = m.heads * m.head_dim;
+    for (const int64_t n : {m.hidden, m.width}) most = n > most ? n : most;
+    return most;
+  }
+  // Numbers of s h as tiles take them, of a row.
+  static int64_t of_terms(const Model& m) { return 2 * m.most_ranks + MOST_MEMBERS * 2 * 32; }
+
+  // take(count, place) gives a piece of so many.
+  template <class Take>
+  Workspace(const Take& take, const Model& m, int64_t rows, int64_t keys) {
+    const int64_t blocks = rows + 15;  // whole tiles of 16 rows
+    take(rows * m.hidden, normed);
+    take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim, qkv);
+    take(rows * m.heads * m.head_dim, attended);
+    take(rows * m.most_ranks, h);
+    take(rows * 2 * m.width, gate_up);
+    take(rows * m.width, product);
+    take(rows * m.hidden, joined);
+    take(rows * of_terms(m), scaled);
+    take(rows * (m.heads + m.kv_heads + 1), factors);
+    take(sizeof(T) == 2 ? blocks * (widest(m) + 32) / 2 : 0, turned);
+    take(sizeof(T) == 2 ? blocks * of_terms(m) / 2 : 0, turned_h);
+    take(keys, places);
+    take(m.layer_count * PHASES_A_LAYER, phases);
+  }
 };
 
 // eˢ of scores s in place, scaled and perhaps capped, each relative to the largest; returns their sum.
@@ -184,61 +203,137 @@ void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t h
 template <class T>
 struct Step {
   typedef Wide<T> C;
+  static constexpr bool TILES = by_tiles<Operands<T>>;
   const Model& model;
   const Workspace<T>& workspace;
-  int64_t position;
+  int64_t rows;
+  const int64_t* positions;
   T* x;
+  std::atomic<int64_t>* there;  // threads that have memory to work in
+  int64_t longest;              // keys of a row
 
   static const T* of(const void* place) { return static_cast<const T*>(place); }
 
-  void norm(const T* in, const void* weight, int64_t rows, int64_t n, T* out) const {
-    rms_norm_forward(in, Strides{1, n, 0}, of(weight), out, workspace.factors, false, rows, n, model.eps, model.offset);
+  void norm(const T* in, const void* weight, int64_t count, int64_t n, T* out, C* factors) const {
+    rms_norm_forward(in, Strides{1, n, 0}, of(weight), out, factors, false, count, n, model.eps, model.offset);
   }
 
   static int64_t tasks_of(int64_t outputs, int64_t each) { return (outputs + each - 1) / each; }
 
+  // One of a few neighbours that `task` belongs to, each of so many tasks; what is left of `task` is its own number.
+  template <class Count>
+  static int64_t member_of(int64_t& task, const Count& count) {
+    int64_t member = 0;
+    for (; task >= count(member); ++member) task -= count(member);
+    return member;
+  }
+
   // y = residual + in Wᵀ + bias, and the adapters' s h Bᵀ on it, h = in Aᵀ.
   void project(Worker& worker, const Projection& p, const T* in, const T* residual, T* y) const {
-    const int64_t each = SIDE_BY_SIDE * (1 + TASK_VALUES / (SIDE_BY_SIDE * (p.inputs > 0 ? p.inputs : 1)));
-    int64_t ranks = 0, tasks = 0;
-    for (int64_t a = 0; a < p.adapter_count; ++a) ranks += tasks_of(p.adapters[a].rank, SIDE_BY_SIDE);
+    const int64_t unit = TILES ? 64 : SIDE_BY_SIDE;
+    const int64_t each = unit * (1 + TASK_VALUES / (unit * (p.inputs > 0 ? p.inputs : 1)));
+    int64_t ranks = 0, rank_tasks = 0, tasks = 0;
+    for (int64_t a = 0; a < p.adapter_count; ++a) {
+      ranks += p.adapters[a].rank;
+      rank_tasks += tasks_of(p.adapters[a].rank, SIDE);
+    }
     for (int64_t part = 0; part < p.part_count; ++part) tasks += tasks_of(p.parts[part].outputs, each);
+    Tiled tiled = {};
+    if (TILES) worker.phase(1, [=](int64_t) { turn(in, p.inputs, p.inputs, workspace.turned); });
     if (ranks > 0) {
-      worker.phase(ranks, [=, &p](int64_t task) {
-        int64_t a = 0, before = 0;
-        for (; task >= tasks_of(p.adapters[a].rank, SIDE_BY_SIDE); before += p.adapters[a++].rank) {
-          task -= tasks_of(p.adapters[a].rank, SIDE_BY_SIDE);
-        }
+      worker.phase(rank_tasks, [=, &p](int64_t task) {
+        const int64_t a = member_of(task, [&p](int64_t i) { return tasks_of(p.adapters[i].rank, SIDE); });
+        int64_t before = 0;
+        for (int64_t i = 0; i < a; ++i) before += p.adapters[i].rank;
         const StoredRows factor = {-1, static_cast<const uint8_t*>(p.adapters[a].lora_A),
                                    p.inputs * static_cast<int64_t>(sizeof(T)), nullptr, p.adapters[a].rank};
-        rows_of(factor, p.inputs, in, nullptr, nullptr, workspace.h + before, task * SIDE_BY_SIDE, SIDE_BY_SIDE);
+        rows_of(factor, p.inputs, in, nullptr, nullptr, 0, workspace.h + before, ranks, task * SIDE, SIDE, Tiled{}, 0,
+                p.apart != 0);
       });
+      if (TILES) tiled = turned_terms(worker, p, ranks);
     }
     worker.phase(tasks, [=, &p](int64_t task) {
-      int64_t part = 0, first = 0;
-      for (; task >= tasks_of(p.parts[part].outputs, each); first += p.parts[part++].outputs) {
-        task -= tasks_of(p.parts[part].outputs, each);
-      }
-      const T *bias = of(p.bias), *more = residual;
+      const int64_t part = member_of(task, [&p, each](int64_t i) { return tasks_of(p.parts[i].outputs, each); });
+      int64_t first = 0;
+      for (int64_t i = 0; i < part; ++i) first += p.parts[i].outputs;
+      const T* bias = of(p.bias);
       const int64_t start = task * each;
       const int64_t count = rows_of(p.parts[part], p.inputs, in, bias == nullptr ? nullptr : bias + first,
-                                    more == nullptr ? nullptr : more + first, y + first, start, each);
+                                    residual == nullptr ? nullptr : residual + first, p.outputs, y + first, p.outputs,
+                                    start, each, tiled, first, false);
+      if (TILES) return;
       const T* h = workspace.h;
       for (int64_t a = 0; a < p.adapter_count; h += p.adapters[a++].rank) {
         if (MUTATED("decode step: adapter forgotten", false, true)) continue;
-        expand(p.adapters[a], h, first + start, first + start + count, y);
+        for (int64_t row = 0; row < rows; ++row)
+          expand(p.adapters[a], h + row * ranks, first + start, first + start + count, y + row * p.outputs);
       }
     });
   }
 
-  // Outputs start … start + count of one part, or as many as there are; returns how many.
-  int64_t rows_of(const StoredRows& part, int64_t inputs, const T* in, const T* bias, const T* residual, T* y,
-                  int64_t start, int64_t count) const {
+#if defined(__AMX_BF16__)
+  struct Tiled {
+    TiledTerm terms[MOST_MEMBERS];
+    int64_t count;
+  };
+  template <class U>
+  void turn(const U* in, int64_t row, int64_t columns, uint32_t* to) const {
+    if constexpr (sizeof(U) == 2) turn_rows(in, row, rows, columns, to);
+  }
+  // s h of all adapters as tiles take it.
+  Tiled turned_terms(Worker& worker, const Projection& p, int64_t ranks) const {
+    Tiled tiled = {};
+    uint32_t* place = workspace.turned_h;
+    for (int64_t a = 0; a < p.adapter_count; ++a) {
+      const LowRank& adapter = p.adapters[a];
+      const double scaling = MUTATED("decode step: adapter forgotten", adapter.scaling, 0.0);
+      TiledTerm& term = tiled.terms[tiled.count++];
+      term = {adapter.first, adapter.outputs, adapter.rank, static_cast<const bfloat16*>(adapter.lora_B), scaling, place};
+      place += tile_blocks(rows) * tile_steps(term.columns()) * TILE * TILE;
+    }
+    worker.phase(1, [=](int64_t) {
+      const auto *h = reinterpret_cast<const bfloat16*>(workspace.h);
+      auto* scaled = reinterpret_cast<bfloat16*>(workspace.scaled);
+      for (int64_t a = 0; a < tiled.count; h += tiled.terms[a++].rank) {
+        const TiledTerm& term = tiled.terms[a];
+        for (int64_t row = 0; row < rows; ++row) term.scale(h + row * ranks, scaled + row * term.columns());
+        turn(scaled, term.columns(), term.columns(), const_cast<uint32_t*>(term.turned));
+      }
+    });
+    return tiled;
+  }
+  template <class U>
+  void multiply_by_tiles(const FewRows<U>& product, const Tiled& tiled, int64_t before, int64_t start,
+                         bool apart) const {
+    if constexpr (sizeof(U) == 2) {
+      const TiledRows rows_of_tiles = {product, workspace.turned, tiled.terms, tiled.count, before};
+      const int64_t begin = start / TILE, end = (product.outputs + TILE - 1) / TILE;
+      apart ? rows_of_tiles.by_turns(begin, end) : rows_of_tiles(begin, end);
+    }
+  }
+#else
+  struct Tiled {};
+  Tiled turned_terms(Worker&, const Projection&, int64_t) const { return {}; }
+  template <class... Others>
+  void turn(const Others&...) const {}
+  template <class... Others>
+  void multiply_by_tiles(const Others&...) const {}
+#endif
+
+  // Outputs start … start + count of one part, or as many as there are; returns how many. `before` of its projection's
+  // outputs stand before the part.
+  int64_t rows_of(const StoredRows& part, int64_t inputs, const T* in, const T* bias, const T* residual,
+                  int64_t residual_row, T* y, int64_t y_row, int64_t start, int64_t count, const Tiled& tiled,
+                  int64_t before, bool apart) const {
     const int64_t end = start + count < part.outputs ? start + count : part.outputs;
     const FewRows<T> product = {part.type < 0 ? nullptr : kind_of(static_cast<int>(part.type)),
-                                part.weight, part.row_bytes, part.row_ids, end, inputs, in, inputs, 1, bias, residual,
-                                end, y, end};
-    product(start / SIDE_BY_SIDE, (end + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE);
+                                part.weight, part.row_bytes, part.row_ids, end, inputs, in, inputs, rows, bias, residual,
+                                residual_row, y, y_row};
+    if (TILES) {
+      multiply_by_tiles(product, tiled, before, start, apart);
+    } else {
+      product(start / SIDE_BY_SIDE, (end + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE);
+    }
     return end - start;
   }
 
@@ -258,101 +353,158 @@ struct Step {
   void join(Worker& worker, const Projection& p, const T* in, const void* after) const {
     const C m = static_cast<C>(model.residual_multiplier);
     if (after == nullptr && m == 1) return project(worker, p, in, x, x);
-    T* y = workspace.joined;
-    project(worker, p, in, nullptr, y);
-    worker.phase(1, [=](int64_t) {
-      if (after != nullptr) norm(y, after, 1, model.hidden, y);
+    project(worker, p, in, nullptr, workspace.joined);
+    worker.phase(rows, [=](int64_t row) {
+      T *y = workspace.joined + row * model.hidden, *sum = x + row * model.hidden;
+      if (after != nullptr) norm(y, after, 1, model.hidden, y, workspace.factors + row);
       for (int64_t i = 0; i < model.hidden; ++i) {
         if (m != MUTATED("decode step: multiplier of the sum forgotten", C(1), m)) put(y + i, widened(y[i]) * m);
-        put(x + i, widened(x[i]) + widened(y[i]));
+        put(sum + i, widened(sum[i]) + widened(y[i]));
       }
     });
   }
 
   const T* entered(Worker& worker, const void* weight) const {
     if (weight == nullptr) return x;
-    worker.phase(1, [=](int64_t) { norm(x, weight, 1, model.hidden, workspace.normed); });
+    worker.phase(rows, [=](int64_t row) {
+      const int64_t place = row * model.hidden;
+      norm(x + place, weight, 1, model.hidden, workspace.normed + place, workspace.factors + row);
+    });
     return workspace.normed;
   }
 
-  void turn(T* heads, int64_t count, const void* cosines, const void* sines, int64_t pairs) const {
+  void rotated(T* heads, int64_t count, const void* cosines, const void* sines, int64_t pairs, int64_t row) const {
     if (pairs == 0) return;
     rotate(heads, count * model.head_dim, model.head_dim, heads, count * model.head_dim, model.head_dim,
-           static_cast<const C*>(cosines), static_cast<const C*>(sines), 1, count, pairs, false);
+           static_cast<const C*>(cosines) + row * pairs, static_cast<const C*>(sines) + row * pairs, 1, count, pairs,
+           false);
   }
 
-  // q and k normed and rotated in their place, k and v into the cache.
-  void prepare(const Layer& layer) const {
+  int64_t qkv_width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
+  // Where a row's keys or values of a head begin.
+  int64_t place_of(int64_t row, int64_t head) const {
+    return (row * model.kv_heads + head) * model.capacity * model.head_dim;
+  }
+
+  // q and k of a row normed and rotated in their place, k and v into the cache.
+  void prepare(const Layer& layer, int64_t row) const {
     const int64_t d = model.head_dim, queries = model.heads * d, keys = model.kv_heads * d;
-    T *q = workspace.qkv, *k = q + queries, *v = k + keys;
+    T *q = workspace.qkv + row * qkv_width(), *k = q + queries, *v = k + keys;
+    C* factors = workspace.factors + row * (model.heads + model.kv_heads);
     const bool over = model.norm_over_heads != 0;
-    if (layer.q_norm != nullptr) norm(q, layer.q_norm, over ? 1 : model.heads, over ? queries : d, q);
-    if (layer.k_norm != nullptr) norm(k, layer.k_norm, over ? 1 : model.kv_heads, over ? keys : d, k);
-    turn(q, model.heads, MUTATED("decode step: queries turned as keys", layer.query_cosines, layer.cosines),
-         layer.query_sines, layer.pairs);
-    turn(k, model.kv_heads, layer.cosines, layer.sines, layer.pairs);
+    if (layer.q_norm != nullptr) norm(q, layer.q_norm, over ? 1 : model.heads, over ? queries : d, q, factors);
+    if (layer.k_norm != nullptr) norm(k, layer.k_norm, over ? 1 : model.kv_heads, over ? keys : d, k, factors);
+    rotated(q, model.heads, MUTATED("decode step: queries turned as keys", layer.query_cosines, layer.cosines),
+         layer.query_sines, layer.pairs, row);
+    rotated(k, model.kv_heads, layer.cosines, layer.sines, layer.pairs, row);
     for (int64_t head = 0; head < model.kv_heads; ++head) {
-      const int64_t place = (head * model.capacity + position) * d;
+      const int64_t place = place_of(row, head) + positions[row] * d;
       std::memcpy(static_cast<T*>(layer.keys) + place, k + head * d, static_cast<size_t>(d) * sizeof(T));
       std::memcpy(static_cast<T*>(layer.values) + place, v + head * d, static_cast<size_t>(d) * sizeof(T));
     }
   }
 
-  void block(Worker& worker, const Layer& layer) const {
-    const int64_t d = model.head_dim, group = model.heads / model.kv_heads, width = model.width;
-    const int64_t seen = position + 1;
+  Shape shape_of(int64_t window) const {
+    return {{nullptr, 0}, model.heads, model.kv_heads, model.head_dim, window, model.attention_scaling, nullptr};
+  }
+  bool as_documents() const { return TILES && model.attention_cap == 0; }
+  // What a thread needs for a row of so many keys.
+  size_t bytes_for(int64_t keys) const {
+    if (!as_documents()) return static_cast<size_t>(keys) * sizeof(C) + 64;
+    return Forward<Operands<T>, T>{shape_of(keys), {}, {}, {}, {}}.scratch(keys);
+  }
+
+  // The queries of a row that share a key/value head.
+  void attend_row(const Layer& layer, int64_t row, int64_t kv_head, Arena& arena) const {
+    const int64_t d = model.head_dim, group = model.heads / model.kv_heads, seen = positions[row] + 1;
     const int64_t window = MUTATED("decode step: window ignored", layer.window, int64_t{0});
     const int64_t first = window > 0 && window < seen ? seen - window : 0;
+    const int64_t lender = MUTATED("decode step: heads of a group apart", kv_head, (kv_head + 1) % model.kv_heads);
+    const T *keys = of(layer.keys) + place_of(row, lender), *values = of(layer.values) + place_of(row, lender);
+    const T* queries = workspace.qkv + row * qkv_width();
+    T* attended = workspace.attended + row * model.heads * d;
+    const int64_t last = MUTATED("decode step: the token does not see itself", seen, seen - 1);
+    if (as_documents()) {
+      const Shape shape = shape_of(window > 0 ? window : seen + 1);
+      const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys, d, 0}, {values, d, 0}, {attended, 0, d}};
+      return run.task(Document{last - 1, 1, last - 1, workspace.places}, 0, kv_head * group,
+                      (kv_head + 1) * group, arena);
+    }
+    C* scores = arena.take<C>(seen);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      attend(queries + head * d, keys + first * d, values + first * d, last - first, d,
+             static_cast<C>(model.attention_scaling), static_cast<C>(model.attention_cap), scores, attended + head * d);
+  }
 
+  void block(Worker& worker, const Layer& layer, Arena& arena) const {
+    const int64_t width = model.width, pieces = (width + GLU_PIECE - 1) / GLU_PIECE;
     project(worker, layer.input, entered(worker, layer.attention_norm), nullptr, workspace.qkv);
-    worker.phase(1, [=, &layer](int64_t) { prepare(layer); });
-    worker.phase(model.heads, [=, &layer](int64_t head) {
-      const int64_t lender = MUTATED("decode step: heads of a group apart", head / group, head % model.kv_heads);
-      const int64_t place = (lender * model.capacity + first) * d;
-      attend(workspace.qkv + head * d, of(layer.keys) + place, of(layer.values) + place,
-             MUTATED("decode step: the token does not see itself", seen - first, seen - first - 1), d,
-             static_cast<C>(model.attention_scaling), static_cast<C>(model.attention_cap),
-             workspace.scores + head * seen, workspace.attended + head * d);
+    worker.phase(rows, [=, &layer](int64_t row) { prepare(layer, row); });
+    worker.phase(rows * model.kv_heads, [=, &layer, &arena](int64_t task) {
+      arena.clear();
+      attend_row(layer, task / model.kv_heads, task % model.kv_heads, arena);
     });
     join(worker, layer.output, workspace.attended, layer.after_attention_norm);
 
     project(worker, layer.gate_up, entered(worker, layer.mlp_norm), nullptr, workspace.gate_up);
-    worker.phase((width + GLU_PIECE - 1) / GLU_PIECE, [=](int64_t piece) {
-      const int64_t from = piece * GLU_PIECE, count = width - from < GLU_PIECE ? width - from : GLU_PIECE;
+    worker.phase(rows * pieces, [=](int64_t task) {
+      const int64_t row = task / pieces, from = task % pieces * GLU_PIECE;
+      const int64_t count = width - from < GLU_PIECE ? width - from : GLU_PIECE;
+      const T* gate = workspace.gate_up + row * 2 * width + from;
       const auto run = model.activation == SILU ? glu_forward<SILU, T> : glu_forward<GELU_TANH, T>;
-      run(workspace.gate_up + from, 0, workspace.gate_up + width + from, 0, workspace.product + from, 0, 1, count);
+      run(gate, 0, gate + width, 0, workspace.product + row * width + from, 0, 1, count);
     });
     join(worker, layer.down, workspace.product, layer.after_mlp_norm);
   }
 
   void operator()(int64_t, int64_t) const {
+    Arena arena(bytes_for(longest));
+    if (!arena.there()) return;  // the others do it
+    there->fetch_add(1);
+    const TilesOf<Operands<T>> tiles;
     Worker worker(workspace.phases);
-    for (int64_t layer = 0; layer < model.layer_count; ++layer) block(worker, model.layers[layer]);
+    for (int64_t layer = 0; layer < model.layer_count; ++layer) block(worker, model.layers[layer], arena);
   }
 };
 
 }  // namespace
 
-// x (hidden) = the last block's output of a token that has `position` ones before it in the cache.
+// x (rows, hidden) = the last block's output of a token of each row, which has so many before it in the cache.
 //
-//   x         what enters the first block
-//   threads   how many to ask for
+//   x          what enters the first block
+//   positions  (rows), of the tokens
+//   threads    how many to ask for
 //
-// Returns 0, or 1 where the cache has no room for the token, 2 where there is no memory to work in.
-BACKHAND_EXPORT int backhand_decode_step(int dtype, const Model* model, void* x, int64_t position, int64_t threads) {
-  if (position < 0 || position >= model->capacity) return 1;
+// Returns 0, or 1 where the cache has no room for a token, 2 where there is no memory to work in, 3 for a projection of
+// more adapters than it takes.
+BACKHAND_EXPORT int backhand_decode_step(int dtype, const Model* model, void* x, int64_t rows, const int64_t* positions,
+                                         int64_t threads) {
+  int64_t longest = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (positions[row] < 0 || positions[row] >= model->capacity) return 1;
+    longest = std::max(longest, positions[row] + 1);
+  }
+  for (const Layer* layer = model->layers; layer < model->layers + model->layer_count; ++layer)
+    for (const Projection* p : {&layer->input, &layer->output, &layer->gate_up, &layer->down})
+      if (p->adapter_count > MOST_MEMBERS) return 3;
   BY_DTYPE(dtype, T, {
-    const int64_t seen = position + 1, d = model->head_dim;
-    const int64_t narrow = 2 * model->hidden + (2 * model->heads + 2 * model->kv_heads) * d + model->most_ranks +
-                           3 * model->width;
-    const int64_t wide = model->heads * (seen + 1) + model->kv_heads + 1;
-    Arena arena(static_cast<size_t>(narrow) * sizeof(T) + static_cast<size_t>(wide) * sizeof(Wide<T>) +
-                static_cast<size_t>(model->layer_count * PHASES_A_LAYER) * sizeof(Phase) + 64 * 16);
+    size_t bytes = 64;
+    const auto count = [&bytes](int64_t number, auto& place) {
+      place = nullptr;
+      bytes += (static_cast<size_t>(number) * sizeof *place + 63) / 64 * 64;
+    };
+    (void)Workspace<T>(count, *model, rows, longest);
+    Arena arena(bytes);
     if (!arena.there()) return 2;
-    const Workspace<T> workspace(arena, *model, seen);
+    const auto take = [&arena](int64_t number, auto& place) {
+      place = arena.take<std::remove_reference_t<decltype(*place)>>(number);
+    };
+    const Workspace<T> workspace(take, *model, rows, longest);
     for (int64_t i = 0; i < model->layer_count * PHASES_A_LAYER; ++i) new (workspace.phases + i) Phase;
-    const Step<T> step = {*model, workspace, position, static_cast<T*>(x)};
+    for (int64_t i = 0; i < longest; ++i) workspace.places[i] = i;
+    std::atomic<int64_t> there{0};
+    const Step<T> step = {*model, workspace, rows, positions, static_cast<T*>(x), &there, longest};
     parallel(threads > 0 ? threads : 1, 1, step);
+    return there.load() > 0 ? 0 : 2;
   });
-  return 0;
 }

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int SIDE_BY_SIDE = 4;     // rows of W
-constexpr int MOST_ROWS = 8;        // of x
+constexpr int64_t MOST_ROWS = 8;    // of x, at a time
 
 // What is multiplied and added at a time, `STEP` numbers.
 template <class T>
@@ -90,10 +90,13 @@ struct FewRows {
   void operator()(int64_t begin, int64_t end) const {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * SIDE_BY_SIDE;
-      if (outputs - first >= SIDE_BY_SIDE) {
-        some_outputs<SIDE_BY_SIDE>(first);
-      } else {
-        for (int64_t output = first; output < outputs; ++output) some_outputs<1>(output);
+      for (int64_t row = 0; row < rows; row += MOST_ROWS) {
+        const int64_t some = rows - row < MOST_ROWS ? rows - row : MOST_ROWS;
+        if (outputs - first >= SIDE_BY_SIDE) {
+          some_outputs<SIDE_BY_SIDE>(first, row, some);
+        } else {
+          for (int64_t output = first; output < outputs; ++output) some_outputs<1>(output, row, some);
+        }
       }
     }
   }
@@ -104,7 +107,7 @@ struct FewRows {
 
   // A piece of rows at a time, as numbers in memory.
   template <int ROWS>
-  void sums_by_pieces(int64_t first, Vector<Wide<T>> (*sums)[ROWS]) const {
+  void sums_by_pieces(int64_t first, int64_t row, int64_t count_of_x, Vector<Wide<T>> (*sums)[ROWS]) const {
     alignas(64) T room[ROWS][PIECE];
     for (int64_t start = 0; start < columns; start += PIECE) {
       const int64_t count = columns - start < PIECE ? columns - start : PIECE;
@@ -120,16 +123,16 @@ struct FewRows {
         expand(*kind, blocks, count, room[r]);
         w[r] = room[r];
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        const T* part = x + i * x_row + start;
-        if (i == 0 && kind == nullptr) multiply<T, ROWS, true>(w, part, count, sums[i]);
+      for (int64_t i = 0; i < count_of_x; ++i) {
+        const T* part = x + (row + i) * x_row + start;
+        if (row + i == 0 && kind == nullptr) multiply<T, ROWS, true>(w, part, count, sums[i]);
         else multiply<T, ROWS>(w, part, count, sums[i]);
       }
     }
   }
 
   template <int ROWS>
-  void some_outputs(int64_t first) const {
+  void some_outputs(int64_t first, int64_t row, int64_t count_of_x) const {
     typedef Wide<T> C;
     Vector<C> sums[MOST_ROWS][ROWS] = {};
     bool added = false;
@@ -142,15 +145,15 @@ struct FewRows {
       }
     }
 #endif
-    if (!added) sums_by_pieces<ROWS>(first, sums);
-    for (int64_t i = 0; i < rows; ++i)
+    if (!added) sums_by_pieces<ROWS>(first, row, count_of_x, sums);
+    for (int64_t i = 0; i < count_of_x; ++i)
       for (int r = 0; r < ROWS; ++r) {
         C value = sum_of<C>(sums[i][r]);
         if (bias != nullptr) value += widened(MUTATED("few rows: bias of the first output", bias[first + r], bias[0]));
         if (residual != nullptr) {
-          value += widened(residual[MUTATED("few rows: first residual", i, 0) * residual_row + first + r]);
+          value += widened(residual[MUTATED("few rows: first residual", row + i, row) * residual_row + first + r]);
         }
-        put(y + i * y_row + first + r, value);
+        put(y + (row + i) * y_row + first + r, value);
       }
   }
 };

@@ -1,9 +1,12 @@
-"""One new token through all blocks by one compiled call (native/decode_step.cpp), for families that are Llama-like.
+"""A new token of each row through all blocks by one compiled call (native/decode_step.cpp), for Llama-like families.
 
 A token's products are small: between them, waking threads and calling ops cost more than the products themselves. Here
 threads are woken once a token, and one call computes what `nn.decoder.block` does, by the same ops' kernels: norms,
-projections with their adapters, rotation, attention over the KV cache, gated units. A decoder with anything else
-(another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
+projections with their adapters, rotation, attention over the KV cache, gated units. Weights are read once for all rows.
+A decoder with anything else (another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
+
+With AMX, in bfloat16, a row has the bits that a training pass gives it: its products are added up in the order of
+`kernels.dense_product`, and its attention is a task of `ops.attention`.
 """
 
 from __future__ import annotations
@@ -23,16 +26,19 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.ops.frozen_matrix import h_within
 from backhand.ops.rotary import RotaryTable
 from backhand.ops.weight_tiles import FrozenMatrix
 
-_STEP = Declared("backhand_decode_step", INT, POINTER, POINTER, INT64, INT64, result=INT)
+_STEP = Declared("backhand_decode_step", INT, POINTER, POINTER, INT64, POINTER, INT64, result=INT)
+# As in native/decode_step.cpp.
+_MOST_MEMBERS = 4
 # As in native/glu.h.
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 Tables = Sequence[tuple[RotaryTable | None, RotaryTable | None]]
-"""Of each layer the token's angles, and those of queries where they are others; None where nothing turns."""
+"""Of each layer the tokens' angles, and those of queries where they are others; None where nothing turns."""
 
 
 class _StoredRows(ctypes.Structure):
@@ -52,7 +58,7 @@ class _LowRank(ctypes.Structure):
 class _Projection(ctypes.Structure):
     _fields_ = (
         *(("parts", POINTER), ("part_count", INT64), ("adapters", POINTER), ("adapter_count", INT64)),
-        *(("bias", POINTER), ("inputs", INT64), ("outputs", INT64)),
+        *(("bias", POINTER), ("inputs", INT64), ("outputs", INT64), ("apart", INT64)),
     )
 
 
@@ -87,7 +93,7 @@ class DecodeStep:
     Args:
         decoder: one of which `decode_step` has found that it is computed.
         adapters: of its blocks, in the compute dtype.
-        cache: of one row.
+        cache: whose rows in use take a token each.
 
     Attributes:
         weights: the decoder's active ones, from which this was made; others need another one.
@@ -100,6 +106,7 @@ class DecodeStep:
         # What addresses are of, beside weights, cache and adapters.
         self._kept: list[Any] = [adapters]
         self._tables: dict[int, list[Tensor]] = {}
+        self._rows = 0
         self._layers = (_Layer * len(config.layers))()
         for place, block, adapter in zip(self._layers, self.weights.blocks, adapters, strict=True):
             for name in _GROUPS:
@@ -128,13 +135,13 @@ class DecodeStep:
             residual_multiplier=config.residual_multiplier,
         )
 
-    def __call__(self, x: Tensor, position: int, tables: Tables) -> bool:
-        """Put the token through all blocks, its keys and values into the cache's first row; False where no kernel is.
+    def __call__(self, x: Tensor, positions: Tensor, tables: Tables) -> bool:
+        """Put the tokens through all blocks, their keys and values into the cache; False where no kernel is.
 
         Args:
-            x: (1, hidden), what enters the first block; then the last one's output.
-            position: of the token, tokens before it in the row; the cache has room for it.
-            tables: the token's angles.
+            x: (rows in use, hidden), what enters the first block; then the last one's output.
+            positions: (rows in use,) int64, tokens before each in its row; the cache has room for it.
+            tables: the tokens' angles.
 
         Raises:
             MemoryError: there is none left to work in.
@@ -142,20 +149,23 @@ class DecodeStep:
         run = loop(_STEP, x)
         if run is None:
             return False
-        self._point(tables)
-        status: int = run(ctypes.addressof(self._model), x.data_ptr(), position, torch.get_num_threads())
+        self._point(len(x), tables)
+        where = ctypes.addressof(self._model), x.data_ptr(), len(x), positions.data_ptr()
+        status: int = run(*where, torch.get_num_threads())
         if status:
-            raise MemoryError("no memory left for a token" if status == 2 else f"no room for a token at {position}")
+            raise MemoryError("no memory left for a token" if status == 2 else f"no room at {positions.tolist()}")
         return True
 
-    def _point(self, tables: Tables) -> None:
+    def _point(self, rows: int, tables: Tables) -> None:
         """Set what changes: where keys and values lie, and the angles."""
         cache = self._cache
         if self._model.capacity != cache.capacity:
             self._model.capacity = cache.capacity
             for place, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
                 place.keys, place.values = keys.data_ptr(), values.data_ptr()
-        fresh = not self._tables
+        fresh = rows != self._rows
+        if fresh:
+            self._rows, self._tables = rows, {}
         copied: set[int] = set()
         for place, layer, (table, queries) in zip(self._layers, self._decoder.config.layers, tables, strict=True):
             if table is None or layer.rotary is None:
@@ -187,6 +197,7 @@ class DecodeStep:
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
+            not h_within(weight.shape[0], sum(len(member.lora_A) for member in adapter.group.members)),
         )
 
 
@@ -197,6 +208,8 @@ def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCac
     for block, adapter in zip(decoder.active.blocks, adapters, strict=True):
         for name in _GROUPS:
             group, weight = getattr(adapter, name), getattr(block, name)
+            if len(group.group.members) > _MOST_MEMBERS:
+                return None
             if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
                 return None
             if not all(_lies_dense(factor) for one in group.group.members for factor in (one.lora_A, one.lora_B)):

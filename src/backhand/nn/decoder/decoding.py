@@ -12,7 +12,7 @@ products. In `step`
 the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
 once, and rows of other lengths are masked.
 
-In families for which there is one, a single row's `step` is one compiled call for all blocks (`decode_step`).
+In families for which there is one, `step` is one compiled call for all blocks (`decode_step`).
 
 Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
 
@@ -90,7 +90,7 @@ class IncrementalDecoder:
         decoder.refresh()
         self._adapters = decoder.block_adapters(None)
         self._limits = decoder.config.length_limits
-        # One row's steps as a whole, if that can be had, and the weights for which it was looked for.
+        # Steps as a whole, if they can be had, and the weights for which that was looked for.
         self._whole_step: DecodeStep | None = None
         self._looked_for: DecoderWeights | None = None
 
@@ -163,6 +163,16 @@ class IncrementalDecoder:
             row.append(token)
         self.cache.reserve(max(lengths) + 1)
         device = self.decoder.device
+        ids, positions = torch.tensor(token_ids, device=device), torch.tensor(lengths, device=device)
+        x = self._whole(ids, positions)
+        if x is None:
+            x = self._blocks(ids, positions, positions + 1, self._attend_step(lengths), [Rows(0, len(lengths), 0, 1)])
+        self.cache.arrive(range(len(lengths)), [1] * len(lengths))
+        return self._head(self.decoder, x)
+
+    def _attend_step(self, lengths: Sequence[int]) -> Attend:
+        """The attention of one new token a row."""
+        device = self.decoder.device
         positions = torch.tensor(lengths, device=device)
         equal_length = lengths[0] if min(lengths) == max(lengths) else None
         masks = {
@@ -186,18 +196,12 @@ class IncrementalDecoder:
             output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
             return output.flatten(1, 2)
 
-        rows = [Rows(0, len(lengths), 0, 1)]
-        ids = torch.tensor(token_ids, device=device)
-        x = self._whole(ids, positions) if len(lengths) == 1 else None
-        if x is None:
-            x = self._blocks(ids, positions, positions + 1, attend, rows)
-        self.cache.arrive(range(len(lengths)), [1] * len(lengths))
-        return self._head(self.decoder, x)
+        return attend
 
     def _whole(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
-        """The last block's output, (1, hidden), for the only row's new token by one call, or None where it needs more.
+        """The last block's output, (rows, hidden), for a new token each by one call, or None where they need more.
 
-        Its keys and values are then cached.
+        Their keys and values are then cached.
         """
         decoder = self.decoder
         if not loops_are_there():
@@ -208,8 +212,8 @@ class IncrementalDecoder:
         if self._whole_step is None:
             return None
         x, tables = decoder.embed(token_ids), decoder.rotary_tables(positions, positions + 1)
-        self.cache.go_on([0])
-        return x if self._whole_step(x, self.cache.lengths[0], tables) else None
+        self.cache.go_on(range(len(token_ids)))
+        return x if self._whole_step(x, positions, tables) else None
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
         """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""

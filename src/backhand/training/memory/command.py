@@ -20,6 +20,7 @@ from backhand.training.memory.calibration import Speed, calibrate
 from backhand.training.memory.options import PlanOptions
 from backhand.training.memory.plan import LIVE_VIEW, HeldBase
 from backhand.training.prepared import Outline, outline_run
+from backhand.training.rewards.process import RewardProcess
 from backhand.words import duration, in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
@@ -96,6 +97,9 @@ def plan(options: PlanOptions) -> RunPlan:
         ResourceError: it does not fit; says what would.
     """
     config = options.validate().config
+    if config.rewards.reward:
+        with RewardProcess(config.rewards.reward, config.rewards.reward_timeout):
+            pass  # they are there
     machine = resolve_machine(config)
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
         outline = outline_run(config, machine, assumed_rows=True, watched=options.plan.watch)

@@ -18,7 +18,8 @@ ScaleRewards = Literal["group", "batch", "none"]
 _Clip = Annotated[float, Bound(above=0, below=1)]
 
 
-def _check_names(where: str, names: Any) -> None:
+def check_names(where: str, names: Any) -> None:
+    """Raise UsageError where not all of these are names of reward functions."""
     if not isinstance(names, tuple | list):
         raise UsageError(f"{names!r} is not a list of reward functions", where=where)
     for name in names:
@@ -29,7 +30,7 @@ def _check_names(where: str, names: Any) -> None:
 class RewardOptions(Options):
     """Rewards of answers that the model writes itself (`--objective grpo`)."""
 
-    reward: Annotated[tuple[str, ...], Check(_check_names)] = ()
+    reward: Annotated[tuple[str, ...], Check(check_names)] = ()
     """What answers are rewarded by, one or several: a function with TRL's signature as `module:function` or
     `file.py:function`; or `exact`, `number`, `regex:PATTERN`, `json:SCHEMA.json`, `length:TOKENS`,
     `reasoning_gym:TASK`. See docs/rewards.md."""

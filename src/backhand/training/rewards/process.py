@@ -119,6 +119,7 @@ class RewardProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **safe_environment()},
+            start_new_session=True,  # what interrupts the run is not for the functions
         )
         self._send(list(self.names))
         self._received(time.monotonic() + _START_S, self.names[0])

@@ -13,11 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from backhand.data.examples import Example
+from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
 from backhand.nn.decoder.decoder import Decoder
+from backhand.training.answers import spread
 from backhand.training.engine import Trainable
 from backhand.training.measuring import HeldOut
 from backhand.training.rewards.batch import AnswerBatch
@@ -123,15 +126,16 @@ class HeldOutRewards(HeldOut):
     Args:
         examples: at least one.
         rollout: judges.
+        shown: so many rows' answers are kept, for people to see how they change.
     """
 
-    def __init__(self, examples: Sequence[Example], rollout: Rollout) -> None:
+    def __init__(self, examples: Sequence[Example], rollout: Rollout, shown: int) -> None:
         super().__init__(examples, _AT_ONCE)
-        self._rollout = rollout
+        self._rollout, self._shown = rollout, spread(len(examples), shown)
 
-    def loss(self, model: Trainable, processes: Processes, *, interruptible: bool = True) -> float | None:
+    def loss(self, model: Trainable | Completer, processes: Processes, *, interruptible: bool = True) -> float | None:
         """Minus the mean reward; see `HeldOut.loss`."""
-        assert isinstance(model, Decoder)
+        answering = cast("Decoder | Completer", model)  # no other engine trains on rewards
         rollout, options = self._rollout, self._rollout.options
         parts = [
             range(first, min(first + _AT_ONCE, len(self._examples)))
@@ -143,7 +147,11 @@ class HeldOutRewards(HeldOut):
                 break
             prompts = [prompt_of(self._examples[row]) for row in parts[number]]
             found = complete_greedily(
-                model, prompts, max_new_tokens=options.max_new_tokens, stop_ids=rollout.stop_ids, batch_size=_AT_ONCE
+                answering,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
+                stop_ids=rollout.stop_ids,
+                batch_size=_AT_ONCE,
             )
             mine.append([number, found])
         there = dict(one for part in processes.gather(mine) for one in part)
@@ -152,5 +160,6 @@ class HeldOutRewards(HeldOut):
         tokens = [ids for number in range(len(parts)) for ids in there[number]]
         answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for ids in tokens]
         judged = rollout.judged(answers, self._examples)
+        self.said = {self._examples[row].source: judged.texts[row] for row in self._shown}
         self.measured = {f"eval_{name}": value for name, value in rollout.measured(judged).items()}
         return -self.measured["eval_reward"]

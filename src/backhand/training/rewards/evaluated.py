@@ -1,0 +1,66 @@
+"""`backhand evaluate --reward …`: what reward functions say of a model's answers, before training and after it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from backhand.data.prepare import prepare
+from backhand.generate.loading import loaded_model
+from backhand.terminal import console_for_tables, working
+from backhand.training.evaluate_options import EvaluateOptions
+from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess
+from backhand.training.rewards.rollout import Rollout
+from backhand.training.rewards.steps import HeldOutRewards
+from backhand.training.step import Processes
+from backhand.words import show_notes
+
+
+def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
+    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
+        CheckError: a reward function failed.
+    """
+    run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
+    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
+    with (
+        RewardProcess(run.reward, rewards.reward_timeout) as functions,
+        loaded_model(
+            options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
+        ) as loaded,
+    ):
+        show_notes(loaded.notes)
+        examples = prepare(data, loaded.tokenizer, purpose="prompts")[0].examples
+        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())
+        held_out = HeldOutRewards(examples, rollout, 0)
+        found = []
+        for adapter in (False, True)[: 1 if run.adapter is None else 2]:
+            loaded.model.use_adapter(adapter)
+            held_out.loss(loaded.model, Processes(), interruptible=False)
+            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
+    return len(examples), found
+
+
+def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
+    """The same, printed as a table or as one JSON object."""
+    if options.run.json:
+        rows, found = evaluate_rewards(options)
+        base, adapted = (*found, None)[:2]
+        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
+        return found
+    with working("evaluating"):
+        rows, found = evaluate_rewards(options)
+    table = Table(title=f"{rows:,} rows, each answered once")
+    for column in ("model", *found[0]):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, measured in zip(("base", "adapted"), found, strict=False):
+        table.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+    console_for_tables().print(table)
+    return found
