@@ -39,6 +39,7 @@ class RunSummary:
         stopped_because: why the run ended before its last step, or None.
         world_size: processes that ended the run; each has such a peak of memory.
         objective: what was minimised, as `--objective` has it.
+        advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing.
     """
 
     output: str
@@ -69,6 +70,8 @@ class RunSummary:
     base: str = "dense"
     world_size: int = 1
     objective: str = "sft"
+    advice: str | None = None
+    try_next: str | None = None
 
     def to_json(self) -> str:
         """The text of summary.json."""
