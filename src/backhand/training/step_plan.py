@@ -30,11 +30,11 @@ def chosen_rate(config: TrainConfig, total_steps: int) -> tuple[float, str | Non
     name = config.objective.objective
     if name != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {name}; another by --learning-rate"
-    rate = SHORT_RATE
+    rate = float(f"{min(HIGHEST_RATE, RATE_OF_ONE_STEP / math.sqrt(total_steps)):.2g}")
     return rate, f"{rate:g}, chosen for {count_of(total_steps, 'step')} (docs/rates.md); another by --learning-rate"
 
 
-SHORT_RATE = 2e-3
+RATE_OF_ONE_STEP, HIGHEST_RATE = 1e-2, 3e-3
 COMPARING_RATE = 2e-4
 
 
