@@ -173,10 +173,12 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
     config = TrainConfig()
     config = replace(
         config,
-        model=ModelOptions(model=model),
+        model=ModelOptions(model=model, base="dense", recompute="none", cache_frozen="off"),
         data=DataOptions(data=(str(paths[0]),), eval_data=(str(paths[1]),)),
         adapter=replace(config.adapter, rank=case.rank),
-        optimization=replace(config.optimization, epochs=case.epochs, batch_rows=case.batch_rows),
+        optimization=replace(
+            config.optimization, epochs=case.epochs, batch_rows=case.batch_rows, micro_batch_rows=case.batch_rows
+        ),
         run=replace(
             config.run, seed=case.seed, quiet=True, answers=0, overwrite=True, keep=1, eval_every=case.eval_every
         ),
@@ -272,6 +274,38 @@ def tell(stored: dict[str, Any]) -> None:
     )
 
 
+def tell_advice(stored: dict[str, Any]) -> None:
+    """How often what a run is told is right: by its own case's other rates, or by a longer run where there is one."""
+    from backhand.training.advice import Curves, judged
+
+    counts: dict[tuple[str, str], list[int]] = {}
+    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
+        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+        if len(found) < 3:
+            continue
+        best = min(found, key=lambda rate: found[rate]["best"])
+        for rate, run in found.items():
+            forgot = dict(zip((step for step, _ in run["evaluations"]), run["forgetting"], strict=True))
+            said = judged(
+                Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], forgot[run["best_step"]])
+            )
+            above = run["best"] / found[best]["best"] - 1
+            place = "right" if above <= 0.03 else "too low" if float(rate) < float(best) else "too high"
+            place = "long" if case.epochs > 3 and place == "right" else place
+            fits = {
+                "too low": said in ("hardly moved", "still falling"),
+                "too high": said in ("unsteady", "not better", "rose", "forgot"),
+                "right": said in ("fine", "still falling", "forgot"),
+                "long": said in ("rose", "fine", "forgot"),
+            }[place]
+            row = counts.setdefault((place, str(said)), [0, 0])
+            row[0] += 1
+            row[1] += fits
+            print(case.name, rate, place, said, f"{above:+.1%}", "" if fits else "WRONG")
+    for (place, said), (count, right) in sorted(counts.items()):
+        print(f"| {place} | {said} | {count} | {right} |")
+
+
 SHARED: dict[str, Any] = {}
 
 
@@ -294,6 +328,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "tell":
         tell(_stored())
+        tell_advice(_stored())
         return
     began = time.monotonic()
     for study in arguments.study:
