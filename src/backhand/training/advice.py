@@ -127,8 +127,7 @@ def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> 
             _more(config, rate < usual / 2, higher, total_steps),
         ),
         "forgot": (
-            f"It forgot much: {curves.forgotten_nats or 0.0:+.2f} nats a token on neutral texts. If it is to do more "
-            "than these rows ask, a lower rate keeps more.",
+            f"Neutral texts lost {curves.forgotten_nats or 0.0:.2f} nats a token, which is much; a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
         ),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
