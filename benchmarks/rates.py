@@ -236,7 +236,8 @@ def tell(stored: dict[str, Any]) -> None:
     from backhand.training.step_plan import chosen_rate
 
     print(
-        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times | old 2e-4 | auto |"
+        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times "
+        "| old 2e-4 | auto |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     held = {"old": 0, "auto": 0}
@@ -270,7 +271,8 @@ def tell(stored: dict[str, Any]) -> None:
             f"| {off[0.25]:+.1%}, {off[4]:+.1%} | {cells[0]} | {cells[1]} ({auto:g}) |"
         )
     print(
-        f"\nwithin 3 % of the best loss, or 3 points of the best exact match: old {held['old']}, auto {held['auto']}, of {counted}"
+        "\nwithin 3 % of the best loss, or 3 points of the best exact match: "
+        f"old {held['old']}, auto {held['auto']}, of {counted}"
     )
 
 

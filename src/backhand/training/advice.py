@@ -108,7 +108,7 @@ def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> 
     rate = float(config.optimization.learning_rate)
     auto = replace(config, optimization=replace(config.optimization, learning_rate="auto"))
     usual, _ = chosen_rate(auto, total_steps)
-    step = curves.best[0]
+    step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
     higher = f"--learning-rate {usual if rate < usual / 2 else 3 * rate:.2g}"
     lower = f"--learning-rate {usual if rate > 2 * usual else rate / 3:.2g}"
     said, options = {
@@ -127,7 +127,7 @@ def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> 
             _more(config, rate < usual / 2, higher, total_steps),
         ),
         "forgot": (
-            f"Neutral texts lost {curves.forgotten_nats or 0.0:.2f} nats a token, which is much; a lower rate keeps more.",
+            f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
         ),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
