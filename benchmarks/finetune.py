@@ -61,7 +61,7 @@ def held_out_loss(model: str, adapter: str | None, data: str, dtype: str) -> flo
     result = evaluate(
         EvaluateOptions(
             model=ModelOptions(model=model, dtype=dtype),
-            data=DataOptions(data=(data,)),
+            data=DataOptions(data=(data,), eval_fraction=0.0),
             run=EvaluateRunOptions(adapter=None if adapter is None else Path(adapter), completions=False),
         )
     )
@@ -75,7 +75,7 @@ def token_counts(model: str, data: str) -> dict[str, int]:
     from backhand.data.prepare import prepare
     from backhand.nn.loading import open_model
 
-    train, _ = prepare(DataOptions(data=(data,)), open_model(model).tokenizer())
+    train, _ = prepare(DataOptions(data=(data,), eval_fraction=0.0), open_model(model).tokenizer())
     return {
         "rows": len(train.examples),
         "tokens": sum(len(example.input_ids) for example in train.examples),

@@ -54,7 +54,7 @@ def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> d
     backhand.train(
         TrainConfig(
             model=ModelOptions(model=task.model, dtype=task.dtype, engine=engine),
-            data=DataOptions(data=(task.train,)),
+            data=DataOptions(data=(task.train,), eval_fraction=0.0),
             adapter=LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0),
             optimization=OptimizationOptions(
                 epochs=task.epochs,

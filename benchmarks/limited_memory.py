@@ -46,7 +46,7 @@ def train_under_limit(file: str, folder: Path, arguments: argparse.Namespace) ->
     fresh = ["--model", file, "--data", str(rows), "--base", "quantized", "--dtype", arguments.dtype]
     fresh += ["--max-steps", str(STEPS), "--batch-rows", str(arguments.rows), "--max-length", str(arguments.length)]
     fresh += ["--threads", str(arguments.threads), "--memory", f"{arguments.memory_limit}GB", "--save-every", "1"]
-    fresh += ["--log-every", "1", "--answers", "0"]
+    fresh += ["--log-every", "1", "--answers", "0", "--eval-fraction", "0", "--learning-rate", "2e-4"]
     _out_of_cache(file)
     with memory_limit(limit) as (enter, kind):
         first = _watched([*command, *fresh], enter, run, stop_after=STOPPED_AFTER)

@@ -85,7 +85,7 @@ def run_backhand(task: dict[str, Any], output: Path, *, answers: bool = False) -
     summary = backhand.train(
         TrainConfig(
             model=ModelOptions(model=task["model"], dtype=task["dtype"]),
-            data=DataOptions(data=(data,)),
+            data=DataOptions(data=(data,), eval_fraction=0.0),
             adapter=LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0),
             optimization=OptimizationOptions(
                 epochs=1, batch_rows=batch_rows, learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0
@@ -191,7 +191,7 @@ def token_counts(model: str, data: str, batch_rows: int) -> dict[str, int]:
     from backhand.data.prepare import prepare
     from backhand.nn.loading import open_model
 
-    train, _ = prepare(DataOptions(data=(data,)), open_model(model).tokenizer(), purpose="pairs")
+    train, _ = prepare(DataOptions(data=(data,), eval_fraction=0.0), open_model(model).tokenizer(), purpose="pairs")
     packer, batches = RowPacker(train.examples, share_prefixes=True), Sampler(len(train.examples), batch_rows, 1)
     return {
         "pairs": len(train.examples),

@@ -75,7 +75,7 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
     backhand.train(
         TrainConfig(
             model=ModelOptions(model=task["model"], dtype=task["dtype"]),
-            data=DataOptions(data=(task["data"],)),
+            data=DataOptions(data=(task["data"],), eval_fraction=0.0),
             adapter=LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0),
             optimization=OptimizationOptions(
                 max_steps=task["steps"], batch_rows=task["prompts"], learning_rate=LEARNING_RATE, warmup_steps=0

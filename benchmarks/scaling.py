@@ -100,7 +100,15 @@ def peers(rows_count: int, repeats: int) -> Iterator[dict[str, Any]]:
 
 def _train(rows: Path, output: Path, micro_batch_rows: int, **options: object) -> list[str]:
     """Words of `backhand` for an epoch on one thread."""
-    given = {"data": rows, "output": output, "epochs": 1, "batch-rows": BATCH_ROWS, "threads": 1, "answers": 0}
+    given = {
+        "data": rows,
+        "output": output,
+        "epochs": 1,
+        "batch-rows": BATCH_ROWS,
+        "threads": 1,
+        "answers": 0,
+        "eval-fraction": 0,
+    }
     return ["train", "--quiet", *_as_words({**given, "micro-batch-rows": micro_batch_rows, **options})]
 
 

@@ -28,7 +28,7 @@ def trainer(rows: str, output: str, batch_rows: int) -> None:
 
     torch.set_num_threads(1)
     source = open_model("smollm2-135m")
-    examples = prepare(DataOptions(data=(rows,)), source.tokenizer())[0].examples
+    examples = prepare(DataOptions(data=(rows,), eval_fraction=0.0), source.tokenizer())[0].examples
     ids = [torch.from_numpy(example.input_ids).long() for example in examples]
     labels = [
         torch.where(torch.from_numpy(example.supervised), tokens, -100)

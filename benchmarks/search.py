@@ -2,34 +2,49 @@
 
     python benchmarks/search.py time [--trials 12] [--rows 120] [--threads 2]
     python benchmarks/search.py grid [--tasks tickets pirate json arithmetic text] [--steps 48]
+    python benchmarks/search.py replay
 
 `time`: one `backhand search --prune none --sampler random` of twelve trials, then the same twelve runs as twelve
 commands, `backhand train trials/NAME/config.toml`. Each must leave the trial's adapter bit for bit before a time is
 believed. With the default pruning beside it. `grid`: on each task 16 rates from 1e-4 to 1e-2, every run to its end
 (they share one model, as trials do), and the default search of as many steps a run: by how much its best held-out
 loss is above the grid's, and how many runs' steps it had trained by then, the comparison with the options as given
-apart. Results go to benchmarks/results/search.json.
+apart. `replay`: the same question put to the curves that benchmarks/rates.py has stored, between whose rates losses are
+interpolated: the default search proposes, prunes and promotes as it does, and no model runs. Results go to
+benchmarks/results/search.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from environment import peer_environment
 from machine import describe_machine
 
+from backhand.search.command import ABOVE, BELOW
+from backhand.search.options import SearchOptions
+from backhand.search.schedule import Schedule, Stage
+from backhand.search.space import Values
+from backhand.search.study import Trial
+from backhand.training.config import TrainConfig
+from backhand.training.step_plan import chosen_rate
+
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "docs" / "recipes"
 TASKS = ("tickets", "pirate", "json", "arithmetic", "text")
 POINTS = 16
+LOWEST, HIGHEST = 1e-4, 1e-2
 
 
 def rows_of(task: str, folder: Path, rows: int) -> tuple[Path, Path]:
@@ -93,7 +108,7 @@ def measure_time(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def measure_grid(task: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the default search finds, against every point of a grid."""
     words = options(task, folder, arguments)
-    over = ["--over", "learning_rate=1e-4:1e-2:log"]
+    over = ["--over", f"learning_rate={LOWEST}:{HIGHEST}:log"]
     grid, found = folder / f"{task}-grid", folder / f"{task}-search"
     command("search", *words, *over, "--sampler", "grid", "--trials", POINTS, "--prune", "none", "--output", grid)
     command("search", *words, "--output", found)
@@ -114,13 +129,73 @@ def measure_grid(task: str, arguments: argparse.Namespace, folder: Path) -> dict
     }
 
 
+class Replayed:
+    """A study whose trials are read off the curves of a grid."""
+
+    def __init__(self, found: dict[str, Any], total: int, stages: Sequence[Stage]) -> None:
+        self.found, self.total, self.stages, self.all = found, total, stages, list[Trial]()
+
+    def trials(self) -> list[Trial]:
+        return list(self.all)
+
+    def hold(self, trial: Trial) -> bool:
+        return trial.number < len(self.all)
+
+    def begin(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
+        self.all.append(Trial(len(self.all), values, seed, repeats, goal))
+        return self.all[-1]
+
+    def write(self, number: int, attributes: dict[str, Any]) -> None:
+        self.all[number] = replace(self.all[number], **attributes)
+
+    def run(self, trial: Trial) -> None:
+        """Bring it to its goal."""
+        curve = curve_at(self.found, float(trial.values["learning_rate"]))
+        losses, steps = [], 0
+        for stage in self.stages[: trial.goal]:
+            steps = min(curve, key=lambda step: abs(step - stage.share * self.total))
+            losses.append(min(loss for step, loss in curve.items() if step <= steps))
+        self.write(trial.number, {"losses": tuple(losses), "done": trial.goal, "steps": steps})
+
+
+def curve_at(found: dict[str, Any], rate: float) -> dict[int, float]:
+    """Held-out losses by their steps, between the two rates of the grid that are next to this one."""
+    grid = sorted((float(one), run["evaluations"]) for one, run in found.items() if "evaluations" in run)
+    above = next((number for number, (one, _) in enumerate(grid) if one >= rate), len(grid) - 1)
+    (low, one), (high, other) = grid[max(0, above - 1)], grid[above]
+    part = 0.0 if low == high else min(max((math.log(rate / low)) / math.log(high / low), 0.0), 1.0)
+    pairs = zip(one, other, strict=True)
+    return {step: math.exp((1 - part) * math.log(x) + part * math.log(y)) for (step, x), (_, y) in pairs if step}
+
+
+def replay(found: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The default search on stored curves."""
+    total = max(run["steps"] for run in found.values())
+    rate, _ = chosen_rate(TrainConfig(), total)
+    search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
+    schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
+    study: Any = Replayed(found, total, schedule.stages)
+    while isinstance(trial := schedule.next(study, may_begin=True), Trial):
+        study.run(trial)
+    best = min(run["best"] for run in found.values())
+    ended = [trial for trial in study.all if trial.done == schedule.last]
+    chosen = min(ended, key=lambda trial: trial.losses[-1])
+    return {
+        "grid_best": best,
+        "auto": study.all[0].losses[-1] / best - 1,
+        "above": chosen.losses[-1] / best - 1,
+        "rate": chosen.values["learning_rate"],
+        "runs": sum(trial.steps for trial in study.all) / total,
+    }
+
+
 def _steps_at_first_stage(trial: dict[str, Any], steps: int) -> int:
     return -(-steps // 8) if trial["done"] == 3 else int(trial["steps"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "grid"))
+    parser.add_argument("what", choices=("time", "grid", "replay"))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=120)
@@ -128,6 +203,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.what == "replay":
+        curves = json.loads((HERE / "results" / "rates.json").read_text())["runs"]
+        for name, found in curves.items():
+            if len(found) == POINTS:
+                told = [replay(found, seed) for seed in range(5)]
+                print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
+        return
     target = HERE / "results" / "search.json"
     stored: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     stored["machine"] = describe_machine()

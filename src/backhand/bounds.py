@@ -237,8 +237,12 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     members = union_members(plain)
     if value is None and type(None) in get_args(plain):
         return
-    if len(members) == 1 and members != (plain,):
-        check_value(where, value, members[0])
+    words = [member for member in members if get_origin(member) is Literal]
+    others = [member for member in members if member not in words] or words
+    if isinstance(value, str) and any(value in get_args(member) for member in words):
+        return
+    if len(others) == 1 and others[0] is not plain:
+        check_value(where, value, others[0])
         return
     for rule in rules:
         if not isinstance(rule, Bound | Words | Also):
@@ -274,9 +278,9 @@ def sentence_of(hint: Any) -> str:
     """What the help says of the range an annotation allows, "" for nothing."""
     plain, rules = split_hint(hint)
     said = [rule.sentence for rule in rules if not isinstance(rule, Words)]
-    members = union_members(plain)
-    if len(members) == 1 and members != (plain,):
-        said.append(sentence_of(members[0]))
+    numbers = [member for member in union_members(plain) if get_origin(member) is not Literal]
+    if len(numbers) == 1 and numbers[0] is not plain:
+        said.append(sentence_of(numbers[0]))
     elif get_origin(plain) is tuple and (of_each := sentence_of(get_args(plain)[0])):
         said.append(f"Each {of_each[0].lower()}{of_each[1:]}")
     return " ".join(filter(None, said))

@@ -20,16 +20,17 @@ from backhand.files import FileLayer
 from backhand.nn.decoder import weights
 from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.interruption import Interrupted
-from backhand.search.command import search_command
+from backhand.search.command import ABOVE, BELOW, search_command
 from backhand.search.options import SearchConfig, SearchOptions
 from backhand.search.result import SearchResult
 from backhand.search.study import Study
 from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config, load_config
+from backhand.training.config_file import dump_config, load_config, read_table
 from backhand.training.kept_states import StatesInMemory
 from backhand.training.run import train
 from backhand.training.state import STATE_FILE
+from backhand.training.step_plan import chosen_rate
 from support.tiny_run import TinyRun
 
 OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
@@ -160,6 +161,21 @@ def test_a_search_goes_on_with_more_trials_and_refuses_other_options(tiny: TinyR
             search_command(again)
     finally:
         tiny.rows.write_text(text)
+
+
+def test_without_over_the_rate_is_searched_about_the_one_that_auto_chooses(tiny: TinyRun, tmp_path: Path) -> None:
+    config = search_config(tiny, tmp_path / "search", {"over": (), "trials": 2}, learning_rate="auto")
+    first = search_command(config)
+    rate, _ = chosen_rate(TrainConfig(), 6)
+    stored = read_table(tmp_path / "search" / "search.toml")
+    assert stored["optimization"]["learning_rate"] == rate
+    assert stored["search"]["over"] == [f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log"]
+    trials = json.loads((Path(first.output) / "search.json").read_text())["all"]
+    assert [trial["values"]["learning_rate"] == rate for trial in trials] == [True, False]
+    more = search_command(
+        replace(config, run=replace(config.run, resume=True), search=replace(config.search, trials=3))
+    )
+    assert more.trials == 3
 
 
 def test_a_trial_whose_run_fails_is_told_and_the_others_go_on(tiny: TinyRun, tmp_path: Path) -> None:

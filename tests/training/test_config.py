@@ -81,23 +81,6 @@ def test_contradictions_are_refused(part: Any) -> None:
         part.validate()
 
 
-def test_early_stopping_without_held_out_rows_is_refused() -> None:
-    stopping = RunOptions(early_stopping=2)
-    with pytest.raises(UsageError, match="needs held-out rows"):
-        TrainConfig(run=stopping).validate()
-    for data in (DataOptions(eval_fraction=0.1), DataOptions(eval_data=("held_out.jsonl",))):
-        TrainConfig(run=stopping, data=data).validate()
-
-
-def test_held_out_rows_may_lie_beside_the_training_rows(tmp_path: Path) -> None:
-    config = TrainConfig(run=RunOptions(early_stopping=2), data=DataOptions(data=(str(tmp_path),)))
-    (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(UsageError, match="needs held-out rows"):
-        config.validate()
-    (tmp_path / "valid.jsonl").write_text("")
-    config.validate()
-
-
 @pytest.mark.parametrize(
     ("part", "named"),
     [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
@@ -174,6 +174,9 @@ def _metavar(field: OptionField) -> str | None:
     """What stands for the value in the help, where it is not the name of the type that is converted to."""
     if fields.is_mapping(field.hint):
         return "NAME=VALUE"
+    words = [word for member in get_args(field.hint) for word in get_args(member) if get_origin(member) is Literal]
+    if float in get_args(field.hint) and words:
+        return "|".join(("NUMBER", *words))
     return "NUMBER..." if float in get_args(field.hint) and fields.takes_several(field.hint) else None
 
 

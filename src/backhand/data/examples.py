@@ -153,10 +153,15 @@ class DataReport:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples and what became of the rows they were made from."""
+    """Examples and what became of the rows they were made from.
+
+    Attributes:
+        held_out_share: of the rows that were there, drawn from the seed and no longer among these.
+    """
 
     examples: tuple[Example, ...]
     report: DataReport = field(default_factory=DataReport)
+    held_out_share: float = 0.0
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

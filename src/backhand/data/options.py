@@ -155,8 +155,9 @@ class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
     eval_data: Sources = ()
     """Held-out rows, named as in `data`. They are never trained on."""
 
-    eval_fraction: Share = 0.0
-    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`."""
+    eval_fraction: Share | None = None
+    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`; 0 for none. Not
+    given: a tenth, at most 500, of 50 rows or more; none where answers are rewarded."""
 
     max_length: Annotated[int, Bound(at_least=2)] = 2048
     """Longest document in tokens. What is longer is treated as `long_rows` says, and counted."""

@@ -33,7 +33,7 @@ from backhand.data.options import DataOptions, NamedColumns, RowSources, Templat
 from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
-from backhand.data.split import overlap, split
+from backhand.data.split import overlap, split, usual_share
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten
@@ -70,7 +70,7 @@ def prepare(
     """Training examples, and held-out ones if there are any.
 
     Held out are, in this order: `eval_data`; a share `eval_fraction` of `data`; the `valid.*` beside a `train.*` when
-    `data` names their folder.
+    `data` names their folder; where no share is given, the usual one, unless answers are rewarded.
 
     Args:
         purpose: what the rows are for; None where their columns say it, see `forms.detect`.
@@ -100,6 +100,10 @@ def prepare(
         train, held_out = split(train, options.eval_fraction, seed)
     elif beside := held_out_beside(options.data):
         held_out = read(beside, held_out=True)
+    elif options.eval_fraction is None and purpose != "prompts" and (share := usual_share(train)):
+        train, held_out = split(train, share, seed)
+        said = "drawn from the seed; --eval-fraction 0 trains on these as well"
+        held_out = replace(held_out, report=replace(held_out.report, notes=(*held_out.report.notes, said)))
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:

@@ -44,7 +44,22 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     trained_on, held_out = (len({example.source for example in side}) for side in sides)
     # What was left out or cut is told once, of the file it stands in.
     drawn = DataReport(rows=held_out, notes=(f"{held_out:,} of these {count_of(trained_on + held_out, 'row')}",))
-    return summed(sides[0], replace(data.report, rows=trained_on)), summed(sides[1], drawn)
+    train = replace(summed(sides[0], replace(data.report, rows=trained_on)), held_out_share=fraction)
+    return train, summed(sides[1], drawn)
+
+
+USUAL_SHARE = 0.1
+FEWEST_ROWS = 50
+MOST_HELD_OUT = 500
+
+
+def usual_share(data: PreparedData) -> float:
+    """The share to hold out where nobody says how much: a tenth, 500 rows at most, and none of fewer than 50 rows.
+
+    Five rows tell which evaluation of one run is the best. They do not tell well how good it is: see docs/rates.md.
+    """
+    distinct = len(set(_groups(data.examples)))
+    return 0.0 if distinct < FEWEST_ROWS else min(USUAL_SHARE, MOST_HELD_OUT / distinct)
 
 
 def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> list[Example]:

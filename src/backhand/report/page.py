@@ -50,6 +50,8 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "sections": list(SECTIONS.items())[1:],
         "state": _state(run),
         "headline": headline(run),
+        "advice": run.summary.get("advice"),
+        "try_next": run.summary.get("try_next"),
         "tiles": _tiles(run, tables),
         "commands": use_commands(run) if run.adapter.is_dir() else [],
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
@@ -377,11 +379,25 @@ def _outcome(run: RunRecord) -> str:
         return f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}"
     nats = f"nats per token (perplexity {_exp(base)} to {_exp(best)})"
     named = nats if run.objective == "sft" else f"({run.objective})"
-    return f": {change} {named}, so it {_verdict(base, best)}"
+    return f": {change} {named}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
 
 
 def _verdict(base: float, best: float) -> str:
     return "helped" if best < base else "did not help"
+
+
+def _by_how_much(run: RunRecord, base: float, best: float) -> str:
+    """In the measure that fits the rows: pairs, answers, or plain text, of which every token carries loss."""
+    if best >= base:
+        return ""
+    ordered = next((line.get("eval_rewards/accuracies") for line in run.metrics if line.get("eval_loss") == best), None)
+    if is_number(ordered):
+        return f": {ordered:.0%} of the held-out pairs are ordered rightly"
+    if run.objective != "sft":
+        return ""
+    if all(part["form"] == "text" for part in run.facts.get("data", {}).get("train", {}).get("sources") or ()):
+        return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
+    return f": a token of the right answer is given {math.exp(-best):.0%} in place of {math.exp(-base):.0%}"
 
 
 def _where(run: RunRecord) -> str:

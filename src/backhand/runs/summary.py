@@ -42,6 +42,7 @@ class RunSummary:
         base_exact_match, adapted_exact_match: share of so many held-out rows, `exact_match_rows`, that the base model
             and the adapter answer exactly right; None where answers are long, or nothing was held out.
         base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels.
+        advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing.
     """
 
     output: str
@@ -77,6 +78,8 @@ class RunSummary:
     exact_match_rows: int | None = None
     base_labels: dict[str, Any] | None = None
     adapted_labels: dict[str, Any] | None = None
+    advice: str | None = None
+    try_next: str | None = None
 
     def to_json(self) -> str:
         """The text of summary.json."""

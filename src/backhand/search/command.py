@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,13 @@ from backhand.training.observer import Observer
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.run import train
 from backhand.training.shared import Shared
+from backhand.training.step_plan import chosen_rate
 from backhand.words import count_of, duration, in_words
 
 SEARCH = "search.toml"
 _CHANGEABLE = {"search": ("trials", "hours", "seeds"), "run": ("output", "resume", "quiet", "debug")}
+BELOW, ABOVE = 8, 4
+"""How far the usual range goes from the rate that `auto` stands for; docs/rates.md."""
 _POLL_S = 1.0
 _MEASURED_S = 3.0
 
@@ -64,11 +67,11 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
     """
     optuna_installed()
     config = (_resumed(config, typed) if config.run.resume else _fresh(config)).validate()
-    search = Search(config)
-    machine = resolve_machine(config)
+    machine, shared = resolve_machine(config), Shared()
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-        with search.showing("planning") as shown:
-            outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=search.shared)
+        with _showing("planning", quiet=config.run.quiet) as shown:
+            outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=shared)
+            search = Search(decided(config, outline), shared)
             search.look_at(outline)
             if not config.run.resume:
                 shown("measuring this machine's speed")
@@ -82,6 +85,21 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
             stopped.what = "interrupted; every trial is kept as it was saved last"
             raise stopped from None
     return search.finish()
+
+
+def decided(config: SearchConfig, outline: Outline) -> SearchConfig:
+    """With the rows that are held out, and where the rate is varied with a number for `auto`.
+
+    Unless it is said where it is varied, that is about this number.
+    """
+    search, options = config.search, config.optimization
+    if any(one.name == "learning_rate" for one in search.dimensions):
+        auto = replace(config.run_config, optimization=replace(options, learning_rate="auto"))
+        rate, _ = chosen_rate(auto, outline.total_steps)
+        options = replace(options, learning_rate=chosen_rate(config.run_config, outline.total_steps)[0])
+        if not search.over:
+            search = replace(search, over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
+    return replace(config, search=search, optimization=options, data=outline.config.data)
 
 
 def _fresh(config: SearchConfig) -> SearchConfig:
@@ -144,7 +162,7 @@ class Search:
     """
 
     config: SearchConfig
-    shared: Shared = field(default_factory=Shared)
+    shared: Shared
     rows: int = 0
     run_s: float | None = None
 
@@ -210,15 +228,6 @@ class Search:
         for line in lines:
             self._console.print(line)
 
-    @contextmanager
-    def showing(self, text: str) -> Iterator[Any]:
-        """`terminal.working`, unless nothing is to be shown."""
-        if self.config.run.quiet:
-            yield lambda _: None
-            return
-        with working(text) as say_now:
-            yield say_now
-
     def work(self) -> None:
         """Do what is to be done until nothing is left, or what is left is others' work and done as well."""
         while True:
@@ -227,7 +236,7 @@ class Search:
             if trial is None:
                 return
             if trial == "wait":
-                with self.showing("other processes are at work on the last trials"):
+                with _showing("other processes are at work on the last trials", quiet=self.config.run.quiet):
                     time.sleep(_POLL_S)
                 continue
             try:
@@ -243,7 +252,7 @@ class Search:
         pause_at = None if stage == self.schedule.last else self.step_of(config, stage)
         observer = _TrialObserver(self, trial)
         try:
-            with self.showing(observer.text(0)) as observer.show:
+            with _showing(observer.text(0), quiet=self.config.run.quiet) as observer.show:
                 train(_as_typed(config), callbacks=[observer], shared=self.shared, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
@@ -352,6 +361,16 @@ class Search:
 
 
 _PAUSED = 128
+
+
+@contextmanager
+def _showing(text: str, *, quiet: bool) -> Iterator[Any]:
+    """`terminal.working`, unless nothing is to be shown."""
+    if quiet:
+        yield lambda _: None
+        return
+    with working(text) as say_now:
+        yield say_now
 
 
 def _as_typed(config: TrainConfig) -> TrainConfig:

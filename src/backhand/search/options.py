@@ -20,7 +20,8 @@ class SearchOptions(Options):
 
     over: tuple[str, ...] = ()
     """What to vary, as `NAME=LOW:HIGH`, `NAME=LOW:HIGH:log` or `NAME=A,B,C`, any option of the adapter and of the
-    optimization; the names in a list of modules are joined with +. Not given: `learning_rate` from 1e-4 to 1e-2."""
+    optimization; the names in a list of modules are joined with +. Not given: `learning_rate`, from an eighth to four
+    times of what `auto` chooses."""
 
     trials: Count = 9
     """Trials in all, the options as they are given among them."""

@@ -100,8 +100,9 @@ class OptimizationOptions(Options):
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever the epochs."""
 
-    learning_rate: Positive = 2e-4
-    """Highest learning rate of AdamW."""
+    learning_rate: Positive | Literal["auto"] = "auto"
+    """Highest learning rate of AdamW. `auto` chooses it by the number of steps, see docs/rates.md; what it chose stands
+    in config.toml."""
 
     loraplus_lr_ratio: Positive = 1.0
     """LoRA+ [arXiv:2402.12354]: every lora_B that starts at zero has so many times the learning rate of the rest; 1 for
@@ -259,13 +260,6 @@ class TrainConfig(Options):
                 where="train_on",
                 next_step="leave out --train-on, or give --objective sft",
             )
-        # A resumed run has the held-out rows it began with: what differs from its own options is told then.
-        if self.run.early_stopping is not None and not self.run.resume and not _holds_out(self.data):
-            raise UsageError(
-                f"early_stopping {self.run.early_stopping} needs held-out rows, and there are none",
-                where="early_stopping",
-                next_step="give eval_data or eval_fraction as well, or leave it out",
-            )
 
     def _check_rewards(self) -> None:
         rewarded, given = self.objective.objective == "grpo", self.rewards.given()
@@ -306,10 +300,3 @@ def _check_utf8(part: Any) -> None:
                     why="a run writes its options into config.toml, which is",
                     next_step="rename it, or give a link to it that has another name",
                 ) from None
-
-
-def _holds_out(data: DataOptions) -> bool:
-    """Whether some rows are kept from training: named, drawn, or lying beside the training rows."""
-    from backhand.data.sources import held_out_beside
-
-    return bool(data.eval_data or data.eval_fraction or held_out_beside(data.data))

@@ -3,7 +3,7 @@
     [model]
     model = "smollm2-135m"
     [optimization]
-    learning_rate = 2e-4
+    learning_rate = 1e-3
 
 TOML has no null: an option that is not given is left out. A file whose name ends in .yaml or .yml is YAML, where
 options may also stand without their tables. This file imports no torch.

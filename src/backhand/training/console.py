@@ -190,6 +190,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(f"{summary.malformed_rows:,} malformed rows were left out.")
     if summary.stopped_because:
         lines.append(f"Stopped early: {summary.stopped_because}.")
+    if summary.advice:
+        lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
     return [
         *lines,
@@ -206,9 +208,9 @@ def _improvement(summary: RunSummary) -> str:
             return "No step could be taken."
         return (
             f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; nothing was held out "
-            "(--eval-fraction 0.05 would tell what it is worth on other rows)."
+            "(--eval-data FILE would tell what it is worth on other rows)."
         )
-    change = "better" if best < base else "not better"
+    change = f"{1 - best / base:.0%} lower" if best < base and base > 0 else "better" if best < base else "not better"
     if summary.objective == "grpo":
         return (
             f"Held-out reward {-base:.4f} → {-best:.4f} ({change}) on {summary.held_out_rows:,} rows, best after step "

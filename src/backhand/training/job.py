@@ -18,7 +18,7 @@ from backhand.training.resume import Identity
 from backhand.training.shared import Shared
 from backhand.training.starting import set_values
 from backhand.training.step import Processes
-from backhand.training.step_plan import default_warmup_steps
+from backhand.training.step_plan import chosen_rate, default_warmup_steps
 
 _EVALUATIONS = 5
 
@@ -85,7 +85,7 @@ def build_job(
             "config": resolved,
             "bound": bound,
             "identity": Identity(resolved, source, list(bound.lora.slots), train, held_out),
-            "notes": (*outline.notes, *quantized, *bound.notes),
+            "notes": (*_rate_note(outline), *outline.notes, *quantized, *bound.notes),
         }
     )
 
@@ -93,6 +93,11 @@ def build_job(
 def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, base: HeldBase) -> TrainConfig:
     optimization = replace(config.optimization, micro_batch_rows=micro_batch_rows)
     return replace(config, optimization=optimization, model=replace(config.model, recompute=recompute, base=base))
+
+
+def _rate_note(outline: Outline) -> tuple[str, ...]:
+    _, reason = chosen_rate(outline.config, outline.total_steps)
+    return () if reason is None else (f"learning rate: {reason}",)
 
 
 def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
@@ -114,6 +119,7 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         optimization=replace(
             config.optimization,
+            learning_rate=chosen_rate(config, total_steps)[0],
             micro_batch_rows=memory.micro_batch_rows,
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),

@@ -20,6 +20,7 @@ from backhand.runs.directory import (
     ANSWERS,
     CONFIG,
     FACTS,
+    METRICS,
     SUMMARY,
     Proof,
     ProofLog,
@@ -29,6 +30,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
+from backhand.training.advice import Curves, advice
 from backhand.training.answers import answers_file, measured_answers, stop_ids
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
@@ -297,6 +299,9 @@ class JobRun:
             return there
         summary = summarise(self.job, state, self.directory, self.processes.size)
         if self.processes.leads:
+            curves = Curves.of(self.directory.lines(METRICS))
+            said = advice(self.job.config, curves, self.job.total_steps, self.directory.path)
+            summary = replace(summary, advice=said and said[0], try_next=said and said[1])
             self.directory.write(SUMMARY, summary.to_json())
         return summary
 

@@ -116,6 +116,13 @@ def outline_run(
             lambda: prepare(data, tokenizer, seed=seed, purpose=purpose),
             only_newest=True,
         )
+        config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
+    if config.run.early_stopping is not None and held_out is None:
+        raise UsageError(
+            f"early_stopping {config.run.early_stopping} needs held-out rows, and there are none",
+            where="early_stopping",
+            next_step="give eval_data or eval_fraction as well, or leave it out",
+        )
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     neutral = _neutral_texts(config, tokenizer, held_out)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from backhand.training.config import TrainConfig
 from backhand.training.step import LearningRate
+from backhand.words import count_of
 
 DEFAULT_WARMUP_SHARE = 0.03
 
@@ -19,6 +20,22 @@ DEFAULT_WARMUP_SHARE = 0.03
 def default_warmup_steps(total_steps: int) -> int:
     """3 % of all steps, rounded up, but never the whole of a one-step run."""
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
+
+
+def chosen_rate(config: TrainConfig, total_steps: int) -> tuple[float, str | None]:
+    """The learning rate of a run of so many steps, and why this one; None where it was given as a number."""
+    rate = config.optimization.learning_rate
+    if rate != "auto":
+        return rate, None
+    name = config.objective.objective
+    if name != "sft":
+        return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {name}; another by --learning-rate"
+    rate = float(f"{min(HIGHEST_RATE, RATE_OF_ONE_STEP / math.sqrt(total_steps)):.2g}")
+    return rate, f"{rate:g}, chosen for {count_of(total_steps, 'step')} (docs/rates.md); another by --learning-rate"
+
+
+RATE_OF_ONE_STEP, HIGHEST_RATE = 1e-2, 3e-3
+COMPARING_RATE = 2e-4
 
 
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
@@ -61,8 +78,8 @@ class StepPlan:
         """From a resolved configuration, in which nothing is left to choose."""
         options, run = config.optimization, config.run
         chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
-        if any(value is None for value in chosen):
-            raise ValueError(f"the configuration is not resolved: {chosen}")
+        if any(value is None for value in chosen) or options.learning_rate == "auto":
+            raise ValueError(f"the configuration is not resolved: {chosen}, {options.learning_rate}")
         eval_every, save_every, micro_batch_rows, warmup_steps = (int(value or 0) for value in chosen)
         return cls(
             total_steps=total_steps,

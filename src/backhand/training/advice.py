@@ -1,0 +1,146 @@
+"""What a run's own curves say of it: one sentence, and the command to try next.
+
+Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the lowest behind the first, and
+
+    gain = e_0 - e_b        what was learnt
+    rise = e_n - e_b        what was lost again
+    last = e_{n-1} - e_n    what the last stretch between two evaluations brought
+
+The first that holds of what `judged` asks, in its order, is said; docs/rates.md has it as a table.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from backhand.runs.directory import CONFIG
+from backhand.training.config import TrainConfig
+from backhand.training.step_plan import chosen_rate
+
+Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "fine"]
+
+LITTLE = 0.02
+"""Of e_0: a gain that is hardly any."""
+RISEN = 0.03
+"""Of e_b: a rise that is more than noise."""
+FALLING = 0.05
+"""Of the gain: a last stretch that brought so much would have been followed by more."""
+SPIKE = 1.3
+"""Times the loss of the first steps."""
+FORGOTTEN_NATS = 1.5
+"""On neutral texts, a token."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run measured.
+
+    Attributes:
+        held_out: (step, loss) of every evaluation, the first one before the first step.
+        training: the loss of every logged step.
+        forgotten_nats: how far the loss on neutral texts had risen at the best evaluation; None where not measured.
+    """
+
+    held_out: Sequence[tuple[int, float]]
+    training: Sequence[float]
+    forgotten_nats: float | None = None
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Step and loss of the lowest evaluation behind the first."""
+        return min(self.held_out[1:], key=lambda one: one[1])
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> Curves:
+        """Of the lines of metrics.jsonl."""
+        evaluations = [one for one in records if one.get("eval_loss") is not None]
+        held_out = [(one["step"], one["eval_loss"]) for one in evaluations]
+        best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
+        losses = [one["loss"] for one in records if one.get("loss") is not None]
+        return cls(held_out, losses, best.get("forgetting_nats"))
+
+
+def judged(curves: Curves) -> Finding | None:
+    """What is to be said first; None where nothing was held out, or not evaluated twice."""
+    if len(curves.held_out) < 3:
+        return None
+    losses = [loss for _, loss in curves.held_out]
+    base, best = losses[0], curves.best[1]
+    gain, rise, last = base - best, losses[-1] - best, losses[-2] - losses[-1]
+    if _spikes(curves.training):
+        return "unsteady"
+    if gain <= 0:
+        return "not better"
+    if gain < LITTLE * abs(base):
+        return "hardly moved"
+    if rise > RISEN * abs(best):
+        return "rose"
+    if last > FALLING * gain:
+        return "still falling"
+    if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
+        return "forgot"
+    return "fine"
+
+
+def _spikes(training: Sequence[float]) -> bool:
+    """Whether the loss has come back above where it began."""
+    few = max(1, len(training) // 10)
+    if len(training) < 4 * few:
+        return False
+    return max(training[2 * few :]) > SPIKE * statistics.mean(training[:few])
+
+
+def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> tuple[str, str | None] | None:
+    """A sentence about the run, and the command to try next, if there is one.
+
+    Args:
+        config: of the run, resolved.
+        run: its directory.
+    """
+    found = None if config.objective.objective == "grpo" else judged(curves)
+    if found is None:
+        return None
+    rate = float(config.optimization.learning_rate)
+    auto = replace(config, optimization=replace(config.optimization, learning_rate="auto"))
+    usual, _ = chosen_rate(auto, total_steps)
+    step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
+    higher = f"--learning-rate {usual if rate < usual / 2 else 3 * rate:.2g}"
+    lower = f"--learning-rate {usual if rate > 2 * usual else rate / 3:.2g}"
+    said, options = {
+        "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
+        "not better": (
+            "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
+            lower,
+        ),
+        "hardly moved": ("It hardly moved: the learning rate is too low, or the steps are too few.", higher),
+        "rose": (
+            f"The held-out loss rose after step {step}, whose adapter is kept: fewer steps would do.",
+            f"--max-steps {step}",
+        ),
+        "still falling": (
+            "The held-out loss was still falling at the end.",
+            _more(config, rate < usual / 2, higher, total_steps),
+        ),
+        "forgot": (
+            f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
+            f"--learning-rate {rate / 2:.2g}",
+        ),
+        "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
+    }[found]
+    if not options:
+        return said, None
+    again = run.with_name(f"{run.name}-again")
+    return said, f"backhand train {shlex.quote(str(run / CONFIG))} {options} --output {shlex.quote(str(again))}"
+
+
+def _more(config: TrainConfig, low: bool, higher: str, total_steps: int) -> str:
+    """A higher rate where it is low, which costs no time; else twice the steps."""
+    if low:
+        return higher
+    options = config.optimization
+    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"

@@ -1,0 +1,125 @@
+"""What a run does for a user who gives no options: the rate, the held-out rows, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.errors import UsageError
+from backhand.report.page import headline
+from backhand.report.run_record import read_run
+from backhand.runs.interruption import Interrupted
+from backhand.training.advice import Curves, advice, judged
+from backhand.training.config import OptimizationOptions, TrainConfig
+from backhand.training.config_file import config_from_table, load_config
+from backhand.training.observer import Observer, RunStart
+from backhand.training.run import train
+from backhand.training.step_plan import chosen_rate
+from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
+
+
+class Heard(Observer):
+    def started(self, start: RunStart) -> None:
+        self.facts = start.facts
+
+
+@pytest.mark.parametrize("kind", ["answers", "text", "pairs"])
+def test_a_tenth_of_fifty_rows_is_held_out(tiny: TinyRun, tmp_path: Path, kind: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_pairs(rows, 50) if kind == "pairs" else write_rows(rows, 50, seed=2, words=(8, 12))
+    if kind == "text":
+        texts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"data": (str(rows),), "eval_data": (), "objective": "dpo" if kind == "pairs" else "sft", "max_steps": 2}
+    heard = Heard()
+    summary = train(tiny.config(tmp_path / "run", **options), callbacks=[heard])
+    assert (summary.rows, summary.held_out_rows) == (45, 5) and summary.best_eval_loss is not None
+    assert "held out: 5 of these 50 rows" in heard.facts
+    assert any("--eval-fraction 0" in line for line in heard.facts)
+    assert load_config(tmp_path / "run" / "config.toml").data.eval_fraction == 0.1
+    assert train(tiny.config(tmp_path / "all", **options, eval_fraction=0.0)).held_out_rows == 0
+
+
+def test_few_rows_are_all_trained_on_and_many_lose_no_more_than_500(tiny: TinyRun, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", 49, seed=2, words=(8, 12))
+    summary = train(tiny.config(tmp_path / "run", data=(str(few),), eval_data=(), max_steps=1))
+    assert (summary.rows, summary.held_out_rows) == (49, 0)
+    assert load_config(tmp_path / "run" / "config.toml").data.eval_fraction == 0.0
+    many = write_rows(tmp_path / "many.jsonl", 6000, seed=3, words=(8, 12))
+    made = tiny.config(tmp_path / "many", data=(str(many),), eval_data=(), max_steps=1, batch_rows=1)
+    summary = train(made)
+    assert summary.held_out_rows == pytest.approx(500, abs=5) and summary.rows > 5000
+
+
+def test_early_stopping_without_held_out_rows_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs held-out rows"):
+        train(tiny.config(tmp_path / "run", eval_data=(), early_stopping=2))
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun, tmp_path: Path) -> None:
+    made = {"learning_rate": "auto", "epochs": 2}
+    heard = Heard()
+    train(tiny.config(tmp_path / "whole", **made), callbacks=[heard])
+    rate, reason = chosen_rate(TrainConfig(), 6)
+    assert f"note: learning rate: {reason}" in heard.facts
+    assert load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate == rate
+    with pytest.raises(Interrupted):
+        train(tiny.config(tmp_path / "parts", **made), pause_at=3)
+    train(tiny.config(tmp_path / "parts", **made, resume=True))
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_number_stays_and_other_words_are_refused() -> None:
+    assert chosen_rate(with_options(TrainConfig(), learning_rate=3e-5), 6) == (3e-5, None)
+    assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
+    for value in ("fast", True, 0.0):
+        with pytest.raises(UsageError, match="learning_rate"):
+            OptimizationOptions(learning_rate=value).validate()  # type: ignore[arg-type]
+
+
+FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
+
+
+@pytest.mark.parametrize(
+    ("finding", "losses", "more"),
+    [
+        ("fine", FALLING, {}),
+        ("still falling", [2.0, 1.8, 1.6, 1.4, 1.2, 1.0], {}),
+        ("hardly moved", [2.0, 1.999, 1.998, 1.997, 1.996, 1.995], {}),
+        ("rose", [2.0, 1.0, 0.6, 0.7, 0.8, 0.85], {}),
+        ("not better", [2.0, 3.0, 2.9, 2.8, 2.6, 2.4], {}),
+        ("unsteady", FALLING, {"training": [2.0, 1.9, 1.5, 1.0, 0.9, 0.8, 3.0, 0.7, 0.6, 0.5]}),
+        ("forgot", FALLING, {"forgotten_nats": 2.5}),
+        (None, [2.0, 1.0], {}),
+    ],
+)
+def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more: dict[str, Any]) -> None:
+    curves = Curves([(10 * number, loss) for number, loss in enumerate(losses)], **{"training": [], **more})
+    assert judged(curves) == finding
+
+
+def test_the_advice_stands_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
+    output = tmp_path / "a run"
+    summary = train(tiny.config(output, learning_rate=1e-7))
+    assert summary.advice is not None and "hardly moved" in summary.advice and summary.try_next is not None
+    assert summary.try_next.startswith(f"backhand train '{output}/config.toml' --learning-rate ")
+    assert json.loads((output / "summary.json").read_text())["try_next"] == summary.try_next
+    assert "a token of the right answer is given" in headline(read_run(output))
+
+
+def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:
+    curves = Curves([(number, 2.0 - 0.2 * number) for number in range(6)], [])
+    usual, _ = chosen_rate(TrainConfig(), 60)
+    low = with_options(TrainConfig(), learning_rate=usual / 10)
+    said = [
+        advice(config, curves, 60, tmp_path)
+        for config in (low, replace(low, optimization=OptimizationOptions(learning_rate=usual)))
+    ]
+    assert [one and one[1] and one[1].split()[3] for one in said] == ["--learning-rate", "--epochs"]
