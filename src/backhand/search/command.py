@@ -38,6 +38,7 @@ from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
 from backhand.training.observer import Observer
 from backhand.training.prepared import Outline, outline_run
+from backhand.training.resume import taken_over
 from backhand.training.run import train
 from backhand.training.shared import Shared
 from backhand.words import count_of, duration, in_words
@@ -108,28 +109,17 @@ def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
     if not path.exists():
         raise UsageError(f"there is no search in {given.run.output}", where="output", next_step="leave out --resume")
     stored = tables_as(SearchConfig, read_table(path), str(path))
-    differences, parts = [], {}
-    for part, default in vars(SearchConfig()).items():
-        changed: dict[str, Any] = {}
-        for name, usual in vars(default).items():
-            value, before = getattr(getattr(given, part), name), getattr(getattr(stored, part), name)
-            if part == "run" and name in _CHANGEABLE[part]:
-                changed[name] = value
-            elif value == before or (value == usual and name not in typed):
-                continue
-            elif name in _CHANGEABLE.get(part, ()):
-                changed[name] = value
-            else:
-                differences.append(f"{name}: {before!r} in the search, {value!r} given")
-        parts[part] = replace(getattr(stored, part), **changed)
+    config, differences = taken_over(given, stored, typed, lambda part, name: name in _CHANGEABLE.get(part, ()))
     if differences:
+        told = [f"{name}: {before!r} in the search, {value!r} given" for name, before, value in differences]
         raise UsageError(
-            "the search cannot be gone on with: " + "; ".join(differences),
+            "the search cannot be gone on with: " + "; ".join(told),
             where=str(given.run.output),
             why="its trials would not be comparable; only trials, hours and seeds may change",
             next_step="leave these options out, or give another --output",
         )
-    return SearchConfig(**parts)
+    own = {name: getattr(given.run, name) for name in _CHANGEABLE["run"]}
+    return replace(config, run=replace(config.run, **own))
 
 
 @dataclass

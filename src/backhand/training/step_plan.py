@@ -21,6 +21,11 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
+def five_times(total_steps: int) -> int:
+    """An interval at which something happens five times a run."""
+    return max(1, -(-total_steps // 5))
+
+
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
     """An independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step.
 

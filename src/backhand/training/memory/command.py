@@ -95,7 +95,7 @@ def plan(options: PlanOptions) -> RunPlan:
         UsageError, DataError, ArtifactError: as `train` would.
         ResourceError: it does not fit; says what would.
     """
-    config = options.validate().config
+    config = options.validate().run_config
     machine = resolve_machine(config)
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
         outline = outline_run(config, machine, assumed_rows=True, watched=options.plan.watch)

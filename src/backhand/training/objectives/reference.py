@@ -134,8 +134,8 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None, *, f
 def _digest(job: Job, frozen_digest: str, begun_from: str | None) -> str:
     facts = {
         "frozen": frozen_digest,
-        "rows": [job.identity.data, job.identity.held_out],
-        "settings": job.identity.settings,
+        "rows": [job.identity.facts["data_digest"], job.identity.facts["held_out_digest"]],
+        "settings": job.identity.facts["settings_digest"],
         "begun_from": begun_from,
         "dtype": str(job.dtype),
         "threads": job.config.model.threads,
