@@ -17,8 +17,8 @@ from backhand.adapters.contents import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
 from backhand.errors import BackhandError
-from backhand.reading import read_settings
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.checkpoint import latest_name
 from backhand.runs.directory import CHECKPOINTS
 
 # Part of a tensor's name in PEFT's files, and what it holds.
@@ -84,10 +84,7 @@ def trained_beside(others: Iterable[str]) -> tuple[str, ...]:
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
-    try:
-        name = read_settings(run / CHECKPOINTS / "latest").strip()
-    except OSError:
-        return None
+    name = latest_name(run / CHECKPOINTS)
     return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None
 
 

@@ -14,17 +14,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from backhand.data.packing import Sampler
 from backhand.errors import BackhandError, CheckError, UsageError
-from backhand.files import make_directory, write_atomically
+from backhand.files import FileLayer, make_directory, write_atomically
 from backhand.nn.compute import compute_settings
 from backhand.printing import SILENCE_S, say, silent_for_s
 from backhand.reading import read_settings
 from backhand.report.command import write_report
-from backhand.runs.directory import CONFIG, METRICS, opened
+from backhand.runs.directory import CONFIG, METRICS, RunDirectory, opened
 from backhand.runs.interruption import Interrupted
 from backhand.search.options import SearchConfig
 from backhand.search.result import SearchResult, result_of, write_result
@@ -290,7 +289,7 @@ class Search:
     def _losses(self, config: TrainConfig, stage: int) -> list[float]:
         """The best held-out loss until each stage up to this one; cut short where there is none."""
         found: list[float] = []
-        records = _records(config.run.output / METRICS)
+        records = RunDirectory(config.run.output, FileLayer()).lines(METRICS)
         for number in range(1, stage + 1):
             until = self.step_of(config, number)
             there = [
@@ -348,14 +347,6 @@ def _as_typed(config: TrainConfig) -> TrainConfig:
     """The run to begin; or to go on with, whose options stand in its directory."""
     run = config.run
     return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
-
-
-def _records(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _run_s(trials: list[Trial], steps: int) -> float | None:
