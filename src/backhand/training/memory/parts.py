@@ -117,9 +117,9 @@ def _kept_kernels() -> int:
     return int(stated) if stated.isdecimal() else 1024
 
 
-GAPS = 0.04
-_GAPS_BYTES = 8 << 20
-"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor."""
+GAPS = 0.08
+_GAPS_BYTES = 32 << 20
+"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor: at most."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
