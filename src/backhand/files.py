@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,12 @@ class FileLayer:
     def open_to_append(self, path: Path) -> int:
         """Open a file for appending, creating it if need be; return its descriptor."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def open_unnamed(self, directory: Path) -> int:
+        """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
+        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
+        os.unlink(name)  # noqa: PTH108 - a name, not a path
+        return descriptor
 
     def set_mode(self, descriptor: int, mode: int) -> None:
         """Give a file these permission bits."""
@@ -94,7 +101,7 @@ def write_file(files: FileLayer, path: Path, data: bytes, mode: int | None = Non
         raise OSError(errno.EIO, f"{written} bytes are there of {len(data)} written", str(path))
 
 
-def write_all(files: FileLayer, descriptor: int, data: bytes) -> None:
+def write_all(files: FileLayer, descriptor: int, data: bytes | memoryview) -> None:
     """Write every byte, in as many calls as it takes. Raises OSError."""
     rest = memoryview(data)
     while rest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -96,29 +95,6 @@ def test_a_segment_behind_another_has_to_save_enough_itself() -> None:
         rows = [example([*range(16), *[3] * more, 90 + row, 7], [more + 17]) for row in range(2)]
         batch = pack([*rows, example([*range(16), 80, 7], [17])], share=True)
         assert batch.lengths == ((16, 1, more, 1, 1) if shared else (16, 1, more + 1, more + 1))
-
-
-@given(
-    st.lists(
-        st.builds(
-            lambda alike, ids, last: example([*[5] * alike, *ids, 7, 7], [alike + len(ids) + 1] if last else []),
-            st.sampled_from([0, 5, 8, 15, 33]),
-            st.lists(st.integers(5, 6), max_size=3),
-            st.booleans(),
-        ),
-        max_size=7,
-    ),
-    st.integers(1, 7),
-)
-def test_whether_rows_may_share_is_known_before_they_are_put_together(rows: list[Example], count: int) -> None:
-    groups = [list(group) for size in range(count + 1) for group in combinations(rows, size)]
-    sharing = [bool(batch.parents) or len(set(batch.ends)) < len(batch.ends) for batch in map(_shared, groups)]
-    assert RowPacker(rows, share_prefixes=True).may_share(count) == any(sharing)
-    assert not RowPacker(rows, share_prefixes=False).may_share(count)
-
-
-def _shared(rows: list[Example]) -> PackedBatch:
-    return pack([row for row in rows if row.supervised.any()], share=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import passes as passes_module
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig
@@ -106,17 +107,26 @@ def watched() -> Iterator[Computed]:
             computed.lower[in_step[0]] += 1
         return block(x, weights, *rest)
 
+    def watched_look(self: LowerLayers, *arguments: Any) -> Tensor:
+        """Looking at a number of tokens is no batch."""
+        blocks = [watching.pop() for _ in list(watching)]
+        try:
+            return look(self, *arguments)
+        finally:
+            watching.extend(blocks)
+
     def watched_load(*arguments: Any, **named: Any) -> DecoderWeights:
         made = load(*arguments, **named)
         watching[:] = [made.blocks[0]]
         return made
 
     watching: list[Any] = []
-    load = decoder_engine.load_weights
+    load, look = decoder_engine.load_weights, LowerLayers._looked_at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeptStates, "_compute", watched_compute)
         patch.setattr(KeptStates, "_compared", watched_compared)
         patch.setattr(Decoder, "loss_and_gradients", watched_step)
+        patch.setattr(LowerLayers, "_looked_at", watched_look)
         patch.setattr(decoder_engine, "load_weights", watched_load)
         patch.setattr(passes_module, "block_forward", watched_block)
         yield computed

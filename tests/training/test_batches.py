@@ -15,7 +15,7 @@ from backhand.data import packing as batches
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, filled_up, round_size
 from backhand.nn.batch import PackedBatch
-from backhand.training.memory.shapes import Rows, largest_shapes
+from backhand.training.memory.shapes import largest_shapes
 from backhand.training.observer import Observer
 from backhand.training.run import train
 from backhand.training.transformers_engine import TransformersModel
@@ -89,8 +89,7 @@ def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
     rows = rows_with_a_system_prompt()
     packer = RowPacker(rows, share_prefixes=True)
     every = range(len(rows))
-    given = Rows(packer.lengths, [3] * len(rows), packer.forest)
-    shapes = largest_shapes([every], given, [1, len(rows)])
+    shapes = largest_shapes([every], packer, [1, len(rows)])
     assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
     assert shapes[1].tokens == round_size(max(packer.lengths))
 

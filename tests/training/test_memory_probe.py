@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,13 +18,12 @@ from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.config import Recompute
-from backhand.training.engine import MoreBlocks, ShortModel
+from backhand.training.engine import ShortModel
 from backhand.training.memory.coarse import decoder_size
-from backhand.training.memory.parts import estimated_step, second_model_bytes
-from backhand.training.memory.probe import MeasuredMemory, TensorBytes, left_behind, peak_of, step_bytes
+from backhand.training.memory.parts import estimated_step, parts_of, second_model_bytes
+from backhand.training.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
-from backhand.training.memory.speed import times_as_long
 from backhand.training.short_decoder import short_decoder
 from support.allocations import held_at_most
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
@@ -147,14 +147,6 @@ def test_tensors_are_counted_as_torch_allocates_them() -> None:
     assert counted.held == 0, "what was there before is not counted, nor views of it"
 
 
-def test_what_is_not_freed_is_left_behind() -> None:
-    kept: list[torch.Tensor] = []
-    if not left_behind(lambda: kept.append(torch.empty(3 << 20, dtype=torch.uint8))):
-        pytest.skip("the allocator does not tell")
-    assert left_behind(lambda: kept.append(torch.empty(5 << 20, dtype=torch.uint8))) == pytest.approx(5 << 20, rel=0.01)
-    assert left_behind(lambda: torch.empty(5 << 20, dtype=torch.uint8).zero_()) == 0
-
-
 @pytest.mark.parametrize("limit", [1000, 200, 64, 5])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_shape_is_cut_to_whole_documents(shape: StepShape, limit: int) -> None:
@@ -168,8 +160,12 @@ def test_a_shape_is_cut_to_whole_documents(shape: StepShape, limit: int) -> None
 
 def test_kernels_of_every_size_are_counted_as_far_as_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-    assert StepShape(16, 8, sizes=3).kernels_bytes(20_000_000) == 60_000_000
-    assert StepShape(16, 8, sizes=3000).kernels_bytes(20_000_000) == 120_000_000
+    config = config_of("llama")
+    size = replace(decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), torch.float32), kernels=16)
+    for sizes, kept in ((3, 48), (3000, 100)):
+        shape = replace(SHAPES["long-row"], sizes=sizes)
+        found = parts_of(size, shape, estimated_step(size, shape, "none"), 0)
+        assert found["compiled kernels"] == kept * 700_000
 
 
 @pytest.fixture
@@ -222,26 +218,6 @@ def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.
     assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text"))
     without = second_model_bytes(size, 1000, 0)
     assert second_model_bytes(size, 1000, 37) - without == 37 * size.cache_bytes
-
-
-def test_a_pass_takes_what_its_blocks_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: three blocks and four, of a model of thirty; the other's blocks take half as long."""
-    now = [0.0]
-    config = config_of("llama", num_hidden_layers=4)
-    layout = resolve_adapter(PLAIN, module_shapes(config))
-
-    def slow(decoder: Decoder, *_: object) -> None:
-        now[0] += 1 + len(decoder.config.layers) * (2 if decoder.recompute == "none" else 1)
-
-    monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
-    models = []
-    for recompute in ("none", "block"):
-        made = short_decoder(config, layout, torch.float32, torch.device("cpu"), recompute)
-        models.append(made._replace(more=[MoreBlocks(more.model, 30, 27) for more in made.more]))
-    batch = SHAPES["long-row"].batch(300, torch.device("cpu"))
-    plain, other = models
-    assert times_as_long(plain, other, batch, lambda: now[0]) == pytest.approx((1 + 60) / (1 + 30))
-    assert times_as_long(plain, other, batch, lambda: 7.0) == 1.0, "the clock cannot tell"
 
 
 def test_what_one_base_leaves_in_the_process_is_counted_for_the_other(

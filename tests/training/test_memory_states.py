@@ -25,12 +25,13 @@ from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.engine import MoreBlocks, ShortModel
 from backhand.training.memory import calibration
 from backhand.training.memory.plan import MemoryPlan
-from backhand.training.memory.speed import whole
+from backhand.training.memory.shapes import StepShape
+from backhand.training.memory.speed import mean_block, whole
 from backhand.training.memory.states import Below, keep_states, kept_tokens
 from support.tiny_models import WINDOW, save_tiny, tiny_model
 from support.tiny_run import TinyRun
 
-BELOW, STEP = Below(20, 576, 1152), MemoryPlan(4, "none", {"process": 1 << 30})
+BELOW, STEP = Below(20, 576, 1152), MemoryPlan(4, "none", StepShape(16, 8), {"process": 1 << 30})
 NEEDED = 1152 << 20
 
 
@@ -133,20 +134,19 @@ def test_what_all_rows_begin_with_is_counted_once() -> None:
     assert kept_tokens(RowPacker(rows, share_prefixes=False)) == 59 + 56
 
 
-def test_a_forward_pass_below_is_measured_and_not_guessed() -> None:
-    """Ten adapted blocks above twenty: each takes 0.5 s of a step with adapter and 0.1 of a forward pass without."""
+def test_blocks_below_take_half_of_those_above() -> None:
+    """Ten adapted blocks above twenty: each takes 0.5 s of a step."""
     model: Any = object()
     short = ShortModel(model, [MoreBlocks(model, 10, 9)], 20)
     assert whole(short, (1.0, 1.5)) == pytest.approx(1.0 + 9 * 0.5)
-    assert calibration._below(short, (0.2, 0.3)) == pytest.approx(20 * 0.1)
-    assert calibration._below(short, ()) == 0.0
-    assert whole(ShortModel(model), (1.0,)) == 1.0
+    assert mean_block(short, (1.0, 1.5)) == pytest.approx(0.5)
+    assert whole(ShortModel(model), (1.0,)) == 1.0 and mean_block(ShortModel(model), (1.0,)) == 0.0
 
 
 def test_speed_counts_what_is_spared(
     four: TinyRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock of its own: a block takes 3 ms of a token in a step, and 1 ms of one in a forward pass."""
+    """By a clock of its own: a block takes 2 ms of a token in a step, and so 1 ms of one in a forward pass."""
     now = [0.0]
 
     def takes(block_s: float) -> Any:
@@ -157,8 +157,7 @@ def test_speed_counts_what_is_spared(
 
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(calibration.calibrate, "__kwdefaults__", {"budget_s": 100.0})
-    monkeypatch.setattr(Decoder, "loss_and_gradients", takes(0.003))
-    monkeypatch.setattr(Decoder, "loss", takes(0.001))
+    monkeypatch.setattr(Decoder, "loss_and_gradients", takes(0.002))
     base = ["plan", "--model", str(four.model), "--dtype", "float32", "--threads", "1", "--data", str(four.rows)]
     found = {}
     for words in ("auto", "off"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +20,16 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
-from backhand.nn.model_options import Base, BaseModelOptions
+from backhand.nn.model_options import BaseModelOptions
 from backhand.runs.directory import Proof
-from backhand.training.config import ModelOptions, Recompute, TrainConfig
+from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.evaluate import evaluate
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.guards import BaseGuard
 from backhand.training.job import build_job
 from backhand.training.machine import resolve_machine
 from backhand.training.memory import bases
-from backhand.training.memory.bases import choose_base
+from backhand.training.memory.bases import choose_base, wanted_bases
 from backhand.training.memory.command import plan
 from backhand.training.memory.options import PlanOptions, PlanRunOptions
 from backhand.training.memory.plan import HeldBase, MemoryPlan
@@ -82,7 +81,7 @@ def test_a_quantized_run_goes_on_to_the_same_bits(tiny: TinyRun, tmp_path: Path)
 
 
 def _looked_at(config: TrainConfig) -> PlanOptions:
-    return replace(PlanOptions.of(config), plan=PlanRunOptions(calibrate=False))
+    return PlanOptions(**vars(config), plan=PlanRunOptions(calibrate=False))
 
 
 def test_the_plan_tells_both(tiny: TinyRun, tmp_path: Path) -> None:
@@ -115,9 +114,9 @@ class Following(Processes):
 def test_a_process_holds_the_base_as_the_first_one_does(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backhand.training.prepared.times_as_long", lambda *_: math.inf)
+    monkeypatch.setattr(bases, "ENOUGH_TOKENS", 1 << 20)
     config = tiny.config(tmp_path / "run")
-    assert build_job(config, resolve_machine(config)).memory.base == "dense", "by its own measurement"
+    assert build_job(config, resolve_machine(config)).memory.base == "dense", "by its own rule"
     job = build_job(config, resolve_machine(config), processes=Following())
     found = job.memory
     assert (found.micro_batch_rows, found.recompute, found.base) == (2, "mlp", "quantized")
@@ -128,70 +127,61 @@ def _shapes(tokens: int) -> dict[int, StepShape]:
     return {1: StepShape(tokens=tokens, supervised_tokens=tokens, mean_tokens=tokens)}
 
 
-@pytest.mark.parametrize(
-    ("times", "chosen"), [(1.10, "quantized"), (1.11, "dense"), (0.9, "quantized"), (math.inf, "dense")]
-)
-def test_the_base_is_quantized_where_that_costs_little(times: float, chosen: str) -> None:
-    asked = []
-
-    def times_as_long(shape: StepShape, recompute: Recompute) -> float:
-        asked.append((shape.tokens, recompute))
-        return times
-
-    def choice(base: Base, *, quantized_source: bool = True) -> HeldBase:
-        found = choose_base(
-            base,
-            ("dense", "quantized"),
-            _shapes(200),
-            lambda base: MemoryPlan(1, "none", base=base),
-            lambda base: MemoryPlan(1, "block", base=base),
-            quantized_source=quantized_source,
-            times_as_long=times_as_long,
-        )
-        return found.chosen.base
-
-    assert choice("auto") == chosen and asked == [(200, "none")]
-    assert choice("quantized") == "quantized" and choice("dense") == "dense"
-    assert choice("auto", quantized_source=False) == "dense"
-    assert len(asked) == 1, "where nothing depends on it nothing is measured"
-    assert bases.WORTH == 1.10
+@pytest.mark.skipif(library() is None, reason="the compiled library is not built")
+def test_blocks_are_kept_where_unpacking_them_costs_little(tiny: TinyRun) -> None:
+    source, cpu = open_model(tiny.model), torch.device("cpu")
+    blocks, dense = ["quantized", "dense"], ["dense", "quantized"]
+    assert wanted_bases("auto", source, cpu, _shapes(256)) == blocks
+    assert wanted_bases("auto", source, cpu, _shapes(255)) == dense
+    assert wanted_bases("auto", source, torch.device("meta"), _shapes(256)) == dense, "on a card"
+    with torch_form():
+        assert wanted_bases("auto", source, cpu, _shapes(256)) == dense, "unpacked slowly"
+    assert wanted_bases("dense", source, cpu, _shapes(256)) == ["dense"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "quantized_source", "fitting", "planned"),
+    ("wanted", "others", "fitting", "planned"),
     [
-        ("auto", False, ("dense", "quantized"), ["dense"]),
-        ("auto", False, ("quantized",), ["dense", "quantized"]),
-        ("auto", True, ("dense", "quantized"), ["dense", "quantized"]),
-        ("dense", True, ("dense", "quantized"), ["dense"]),
-        ("quantized", True, ("dense", "quantized"), ["quantized"]),
+        (("dense", "quantized"), (), ("dense", "quantized"), [("dense", True)]),
+        (("dense", "quantized"), (), ("quantized",), [("dense", True), ("quantized", True)]),
+        (("quantized",), (), ("dense", "quantized"), [("quantized", True)]),
+        (
+            ("quantized",),
+            ("dense", "quantized"),
+            ("quantized",),
+            [("quantized", True), ("dense", True), ("dense", False)],
+        ),
     ],
 )
 def test_a_run_plans_no_base_that_decides_nothing(
-    asked: Base, quantized_source: bool, fitting: tuple[HeldBase, ...], planned: list[HeldBase]
+    wanted: tuple[HeldBase, ...],
+    others: tuple[HeldBase, ...],
+    fitting: tuple[HeldBase, ...],
+    planned: list[tuple[HeldBase, bool]],
 ) -> None:
     """Planning measures passes: of a base that is not taken they cost time, and kernels that stay in the process."""
-    found: list[HeldBase] = []
+    found: list[tuple[HeldBase, bool]] = []
 
-    def plan(base: HeldBase) -> MemoryPlan:
-        found.append(base)
-        if base not in fitting:
+    def plan(base: HeldBase, limited: bool) -> MemoryPlan:
+        found.append((base, limited))
+        if limited and base not in fitting:
             raise ResourceError("too much")
-        return MemoryPlan(1, "none", base=base)
+        return MemoryPlan(1, "none", StepShape(16, 8), base=base)
 
-    choice = choose_base(
-        asked,
-        ("dense", "quantized"),
-        _shapes(200),
-        plan,
-        lambda base: pytest.fail(f"{base} is planned again"),
-        quantized_source=quantized_source,
-        times_as_long=lambda *_: math.inf,
-        others=False,
-    )
+    choice = choose_base(wanted, plan, others)
     assert found == planned
-    assert choice.chosen.base == next(base for base in planned if base in fitting)
-    assert set(choice.plans) == choice.fitting == {*planned} & {*fitting}
+    assert choice.chosen.base == next(base for base in wanted if base in fitting)
+    assert choice.fitting <= {*fitting} and set(choice.plans) == {
+        base for base, _ in planned if others or base in fitting
+    }
+
+
+def test_the_last_base_that_was_wanted_says_what_would_fit() -> None:
+    def plan(base: HeldBase, _limited: bool) -> MemoryPlan:
+        raise ResourceError(f"{base} takes too much")
+
+    with pytest.raises(ResourceError, match="quantized takes too much"):
+        choose_base(("dense", "quantized"), plan)
 
 
 def test_what_answers_is_dense_where_that_fits(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

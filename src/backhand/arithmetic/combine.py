@@ -22,7 +22,7 @@ from backhand.arithmetic.computed_adapter import (
     computed_files,
     rounded_factors,
 )
-from backhand.arithmetic.findings import computed_rows, print_table
+from backhand.arithmetic.findings import Figures, print_kinds
 from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
 from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
 from backhand.nn.loading.opening import open_model
@@ -83,8 +83,8 @@ def combined_module(options: CombineOptions, name: str, weighted: Weighted) -> C
     match options.operation:
         case "concatenate":
             return side_by_side(weighted)
-        case "scale" if options.rank is None:
-            return multiplied(*weighted[0])
+        case "scale" if options.rank is None:  # its one factor lora_A stays as it is
+            return side_by_side(weighted)
         case "ties" | "dare":
             return _by_entries(options, name, weighted)
     return reduced(weighted, options.rank)
@@ -124,8 +124,12 @@ def combine_command(options: CombineOptions) -> Combination:
         sys.stdout.write(json.dumps(_summary(result), indent=2, allow_nan=False) + "\n")
         return result
     console = console_for_tables()
-    columns = ("module", "modules", "rank", "‖ΔW‖", "relative error")
-    print_table(console, _description(options, result.sources), columns, computed_rows(result.adapter))
+    figures: dict[str, Figures[ComputedModule]] = {
+        "rank": lambda module: module.factors.rank,
+        "‖ΔW‖": lambda module: module.norm,
+        "relative error": lambda module: module.error,
+    }
+    print_kinds(console, _description(options, result.sources), result.adapter.modules, figures, error="{:.2g}")
     console.print(f"Relative error of all together: {result.adapter.error:.2g}")
     console.print(f"Written to {result.directory}", soft_wrap=True)
     return result
@@ -166,11 +170,6 @@ def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
     kept = directions.rank if rank is None else min(rank, directions.rank)
     lora_A, lora_B = writable_factors(directions, kept)
     return measured(weighted, rounded_factors(lora_A, lora_B, weighted[0][1]))
-
-
-def multiplied(weight: float, module: ModuleFactors) -> ComputedModule:
-    """weight · ΔW: lora_A as it is, lora_B times weight and scaling."""
-    return side_by_side([(weight, module)])
 
 
 def measured(weighted: Weighted, written: ModuleFactors) -> ComputedModule:

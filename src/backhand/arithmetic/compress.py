@@ -15,8 +15,14 @@ from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.combine import measured
 from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
-from backhand.arithmetic.computed_adapter import ComputedAdapter, check_new_directory, computed_files, rounded_factors
-from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
+from backhand.arithmetic.computed_adapter import (
+    ComputedAdapter,
+    ComputedModule,
+    check_new_directory,
+    computed_files,
+    rounded_factors,
+)
+from backhand.arithmetic.findings import Figures, draw_map, leave_findings, new_figure, png_bytes, print_kinds
 from backhand.arithmetic.look_options import CompressOptions
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
 from backhand.nn.loading.opening import open_model
@@ -118,20 +124,16 @@ def _summary(result: Compression, options: CompressOptions) -> dict[str, Any]:
 
 def _print(result: Compression, options: CompressOptions) -> None:
     console = console_for_tables()
-    before, after = result.source.modules, result.adapter.modules
-    rows = [
-        (
-            kind,
-            str(len(names)),
-            spread(before[name].rank for name in names),
-            spread(after[name].factors.rank for name in names),
-            spread(after[name].norm for name in names),
-            spread((after[name].error for name in names), digits=2),
-        )
-        for kind, names in by_kind(after).items()
-    ]
+    ranks = {name: module.rank for name, module in result.source.modules.items()}
+    figures: dict[str, Figures[tuple[str, ComputedModule]]] = {
+        "rank": lambda one: ranks[one[0]],
+        "new rank": lambda one: one[1].factors.rank,
+        "‖ΔW‖": lambda one: one[1].norm,
+        "error achieved": lambda one: one[1].error,
+    }
     title = f"{result.source.label}, each module off by at most {result.error:g}, least … greatest"
-    print_table(console, title, ("module", "modules", "rank", "new rank", "‖ΔW‖", "error achieved"), rows)
+    modules = {name: (name, module) for name, module in result.adapter.modules.items()}
+    print_kinds(console, title, modules, figures, achieved="{:.2g}")
     sizes = result.source.stored_bytes, result.stored_bytes
     console.print(
         f"All together: error {result.adapter.error:.2g}, "

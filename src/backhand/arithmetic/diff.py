@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,16 @@ from torch import Tensor
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
 from backhand.arithmetic.compatible import check_shapes, refuse_more_than_factors
-from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
+from backhand.arithmetic.findings import (
+    Figures,
+    by_kind,
+    draw_map,
+    leave_findings,
+    new_figure,
+    png_bytes,
+    print_kinds,
+    spread,
+)
 from backhand.arithmetic.look_options import DiffOptions
 from backhand.arithmetic.low_rank import (
     UpdateDirections,
@@ -116,27 +125,18 @@ def _summary(result: Comparison) -> dict[str, Any]:
 
 def _print(result: Comparison) -> None:
     console = console_for_tables()
-    of = {module.module: module for module in result.found.modules}
-    rows = []
-    for kind, names in by_kind(of).items():
-        modules = [of[name] for name in names]
-        rows.append(
-            (
-                kind,
-                str(len(names)),
-                spread(module.norms[0] for module in modules),
-                spread(module.norms[1] for module in modules),
-                spread(module.relative for module in modules),
-                spread(module.cosine for module in modules),
-                _degrees(angle for module in modules for angle in module.output_angles),
-                _degrees(angle for module in modules for angle in module.input_angles),
-            )
-        )
-    columns = ("module", "modules", "‖ΔW‖", "‖ΔW′‖", "difference", "cosine", "output angles", "input angles")
+    figures: dict[str, Figures[ModuleDifference]] = {
+        "‖ΔW‖": lambda module: module.norms[0],
+        "‖ΔW′‖": lambda module: module.norms[1],
+        "difference": lambda module: module.relative,
+        "cosine": lambda module: module.cosine,
+        "output angles": lambda module: module.output_angles,
+        "input angles": lambda module: module.input_angles,
+    }
     title = (
         f"ΔW of {result.first.label}, ΔW′ of {result.second.label}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
     )
-    print_table(console, title, columns, rows)
+    print_kinds(console, title, {module.module: module for module in result.found.modules}, figures, angles="{:.1f}°")
     for label, alone in (
         (result.first.label, result.found.only_first),
         (result.second.label, result.found.only_second),
@@ -146,13 +146,6 @@ def _print(result: Comparison) -> None:
             console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", soft_wrap=True)
     if (largest := result.found.largest) is not None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
-
-
-def _degrees(angles: Iterable[float]) -> str:
-    shown = [f"{angle:.1f}°" for angle in sorted(angles)]
-    if not shown:
-        return ""
-    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} … {shown[-1]}"
 
 
 # How two adapters differ, module by module: in size, and in the directions they read and write.

@@ -9,14 +9,13 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backhand.arithmetic.computed_adapter import ComputedAdapter
 from backhand.arithmetic.look_options import CompressOptions, DiffOptions, InspectOptions
 from backhand.files import make_directory, write_atomically
 from backhand.printing import say
@@ -137,29 +136,40 @@ def by_kind(modules: Iterable[str]) -> Mapping[str, list[str]]:
     return kinds
 
 
-def spread(values: Iterable[float | None], digits: int = 3) -> str:
-    """Values of several layers in one cell: the only one, or the least and the greatest; "" where there are none."""
-    shown = [f"{value:.{digits}g}" for value in sorted(value for value in values if value is not None)]
-    if not shown:
-        return ""
-    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} … {shown[-1]}"
+T = TypeVar("T")
+Figures = Callable[[T], float | tuple[float, ...] | None]
+"""One figure of a module, or several that stand in one cell."""
 
 
-def computed_rows(adapter: ComputedAdapter) -> Sequence[Sequence[str]]:
-    """Kind, number of modules, rank, ‖ΔW‖ and relative error of a computed adapter."""
-    rows = []
-    for kind, names in by_kind(adapter.modules).items():
-        modules = [adapter.modules[name] for name in names]
-        rows.append(
-            (
-                kind,
-                str(len(names)),
-                spread(module.factors.rank for module in modules),
-                spread(module.norm for module in modules),
-                spread((module.error for module in modules), digits=2),
-            )
+def print_kinds(
+    console: Console, title: str, modules: Mapping[str, T], figures: Mapping[str, Figures[T]], **formats: str
+) -> None:
+    """A table with a line for each kind of module: how many there are, and the least and greatest of every figure.
+
+    Args:
+        modules: by dotted path.
+        figures: by their headings.
+        formats: of figures, by the last word of the heading, as `str.format` takes them; three digits where none is.
+    """
+    rows = [
+        (
+            kind,
+            str(len(names)),
+            *(
+                spread((figure(modules[name]) for name in names), formats.get(heading.split()[-1], "{:.3g}"))
+                for heading, figure in figures.items()
+            ),
         )
-    return rows
+        for kind, names in by_kind(modules).items()
+    ]
+    print_table(console, title, ("module", "modules", *figures), rows)
+
+
+def spread(values: Iterable[float | tuple[float, ...] | None], form: str = "{:.3g}") -> str:
+    """Values of several layers in one cell: the only one, or the least and the greatest; "" where there are none."""
+    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,)) if one is not None]
+    shown = list(dict.fromkeys(form.format(value) for value in (sorted(flat)[:1] + sorted(flat)[-1:])))
+    return " … ".join(shown)
 
 
 def draw_map(

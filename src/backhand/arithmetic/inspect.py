@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,16 @@ from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
 from backhand.arithmetic.compatible import BASE_COPY
-from backhand.arithmetic.findings import by_kind, draw_map, leave_findings, new_figure, png_bytes, print_table, spread
+from backhand.arithmetic.findings import (
+    Figures,
+    by_kind,
+    draw_map,
+    leave_findings,
+    new_figure,
+    png_bytes,
+    print_kinds,
+    print_table,
+)
 from backhand.arithmetic.look_options import InspectOptions
 from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import ArtifactError
@@ -97,16 +106,16 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
     notes = list(adapter.described.notes)
     if base is not None:
         notes += _hold_against(base, adapter, force=options.force_base)
-        modules = inspect_modules(adapter, options.error, base)
+        modules = inspect_modules(adapter, options.error, _norms_in(base))
     else:
         try:
             base = _named_base(adapter)
             if base is not None:
                 _hold_against(base, adapter, force=options.force_base)
-            modules = inspect_modules(adapter, options.error, base)
+            modules = inspect_modules(adapter, options.error, _norms_in(base))
         except ArtifactError as error:
             notes.append(f"no norms of base weights: {error.what}{f' ({error.why})' if error.why else ''}")
-            modules = inspect_modules(adapter, options.error, None)
+            modules = inspect_modules(adapter, options.error, _norms_in(None))
     return Inspection(adapter, tuple(modules), tuple(file_parts(adapter)), options.error, tuple(notes))
 
 
@@ -171,26 +180,17 @@ def _print(result: Inspection) -> None:
     for name, fact in inspection_facts(result.adapter).items():
         shown = f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
         console.print(bounded(f"{name:>16}: {shown}"), soft_wrap=True)
-    of = {module.module: module for module in result.modules}
-    rows = []
-    for kind, names in by_kind(of).items():
-        modules = [of[name] for name in names]
-        rows.append(
-            (
-                kind,
-                str(len(names)),
-                spread(module.rank for module in modules),
-                spread(module.scaling for module in modules),
-                spread(module.norm for module in modules),
-                spread(module.relative_norm for module in modules),
-                spread(module.effective_rank for module in modules),
-                spread(module.needed_rank for module in modules),
-                spread(module.wasted_rank for module in modules),
-            )
-        )
-    columns = ("module", "modules", "rank", "scaling", "‖ΔW‖", "‖ΔW‖/‖W‖", "effective rank")
-    needed = f"rank for {result.error:g}"
-    print_table(console, f"{result.adapter.label}, least … greatest", (*columns, needed, "wasted"), rows)
+    figures: dict[str, Figures[ModuleInspection]] = {
+        "rank": lambda module: module.rank,
+        "scaling": lambda module: module.scaling,
+        "‖ΔW‖": lambda module: module.norm,
+        "‖ΔW‖/‖W‖": lambda module: module.relative_norm,
+        "effective rank": lambda module: module.effective_rank,
+        f"rank for {result.error:g}": lambda module: module.needed_rank,
+        "wasted": lambda module: module.wasted_rank,
+    }
+    modules = {module.module: module for module in result.modules}
+    print_kinds(console, f"{result.adapter.label}, least … greatest", modules, figures)
     total = result.adapter.stored_bytes
     print_table(
         console,
@@ -268,12 +268,12 @@ class Part:
     stored_bytes: int
 
 
-def inspect_modules(adapter: AdapterFactors, error: float, base: ModelSource | None) -> list[ModuleInspection]:
+def inspect_modules(adapter: AdapterFactors, error: float, weight_norm: WeightNorm) -> list[ModuleInspection]:
     """Every module, in the order of the file.
 
     Args:
         error: for the needed rank, relative to ‖ΔW‖.
-        base: the base model, for the norms of its weights.
+        weight_norm: ‖W‖ of a module's base weight, None where it is not known.
 
     Raises:
         ArtifactError: the base model has no weight of a module, or one of another shape.
@@ -291,13 +291,16 @@ def inspect_modules(adapter: AdapterFactors, error: float, base: ModelSource | N
                 target.alpha,
                 target.scaling,
                 float(torch.linalg.vector_norm(values)),
-                None if base is None else _norm(base, target.name, module),
+                weight_norm(target.name, module),
                 effective_rank(values),
                 directions.needed_rank(error),
                 tuple(values.tolist()),
             )
         )
     return found
+
+
+WeightNorm = Callable[[str, ModuleFactors], float | None]
 
 
 def effective_rank(values: Tensor) -> float:
@@ -309,8 +312,13 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def _norm(base: ModelSource, name: str, module: ModuleFactors) -> float:
-    return float(torch.linalg.vector_norm(base_weight(base, name, module), dtype=torch.float64))
+def _norms_in(base: ModelSource | None) -> WeightNorm:
+    def norm(name: str, module: ModuleFactors) -> float | None:
+        if base is None:
+            return None
+        return float(torch.linalg.vector_norm(base_weight(base, name, module), dtype=torch.float64))
+
+    return norm
 
 
 def file_parts(adapter: AdapterFactors) -> list[Part]:

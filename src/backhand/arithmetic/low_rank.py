@@ -95,21 +95,15 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * ratio, right * inverse[:, None]
 
 
-def balanced_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, Tensor]:
+def writable_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, Tensor]:
     """lora_A (rank, in) and lora_B (out, rank) of the best approximation of this rank, at scaling 1.
 
-    Each gets the root of the singular values, so that neither over- nor underflows in a narrow dtype.
+    Each gets the root of the singular values, so that neither over- nor underflows in a narrow dtype. A file holds no
+    rank of 0, so a zero update is a pair of zero factors of rank 1.
     """
-    roots = directions.values[:rank].sqrt()
-    return roots[:, None] * directions.right[:, :rank].T, directions.left[:, :rank] * roots
-
-
-def writable_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, Tensor]:
-    """As `balanced_factors`; a file holds no rank of 0, so a zero update is a pair of zero factors of rank 1."""
-    if rank > 0:
-        return balanced_factors(directions, rank)
-    lora_A, lora_B = balanced_factors(directions, 1)
-    return torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    kept = max(rank, 1)
+    roots = directions.values[:kept].sqrt() * (rank > 0)
+    return roots[:, None] * directions.right[:, :kept].T, directions.left[:, :kept] * roots
 
 
 def difference_norm(first: ModuleFactors, second: ModuleFactors) -> float:

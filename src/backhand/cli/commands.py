@@ -66,59 +66,56 @@ def _run_of_adapter(options: Any) -> Path | None:
     return run_of(options.adapter)
 
 
-def _training_config(path: Path) -> Any:
-    from backhand.training.config_file import load_config
+def _tables(options: str) -> Callable[[Path], Any]:
+    """Reads options from a TOML file in tables, as in a run's config.toml."""
 
-    return load_config(path)
+    def load(path: Path) -> Any:
+        from backhand.cli.command import imported
+        from backhand.training.config_file import read_table, tables_as
 
+        return tables_as(imported(options), read_table(path), str(path))
 
-def _search_config(path: Path) -> Any:
-    from backhand.search.options import SearchConfig
-    from backhand.training.config_file import read_table, tables_as
-
-    return tables_as(SearchConfig, read_table(path), str(path))
-
-
-def _plan_of_config(path: Path) -> Any:
-    from backhand.training.memory.options import PlanOptions
-
-    return PlanOptions.of(_training_config(path))
+    return load
 
 
 def _rows_of_config(path: Path) -> Any:
     """The rows, the model and the seed of a run's configuration; the rest of it has nothing to do with rows."""
     from backhand.data.options import LintOptions, LintRunOptions
 
-    config = _training_config(path)
+    config = _tables(_TRAIN)(path)
     return LintOptions(LintRunOptions(model=config.model.model, seed=config.run.seed), config.data)
 
+
+_TRAIN = "backhand.training.config:TrainConfig"
+_SEARCH = "backhand.search.options:SearchConfig"
+_PLAN = "backhand.training.memory.options:PlanOptions"
 
 COMMANDS = (
     Command(
         "train",
         "Fine-tune a language model on rows of text or chat, and leave an adapter that PEFT loads.",
         "backhand train --data rows.jsonl --output runs/mine",
-        "backhand.training.config:TrainConfig",
+        _TRAIN,
         "backhand.report.train:train",
-        file=_training_config,
+        file=_tables(_TRAIN),
         tell_typed=True,
     ),
     Command(
         "search",
         "Find the best learning rate, or any options, by runs that stop early where they are not the best.",
         "backhand search --data rows.jsonl --output runs/search",
-        "backhand.search.options:SearchConfig",
+        _SEARCH,
         "backhand.search.command:search_command",
-        file=_search_config,
+        file=_tables(_SEARCH),
         tell_typed=True,
     ),
     Command(
         "plan",
         "Tell what a run will take in memory and time, and how it will be cut to fit, before it is made.",
         "backhand plan --data rows.jsonl",
-        "backhand.training.memory.options:PlanOptions",
+        _PLAN,
         "backhand.training.memory.command:plan_command",
-        file=_plan_of_config,
+        file=_tables(_PLAN),
     ),
     Command(
         "models",

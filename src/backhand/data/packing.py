@@ -10,7 +10,6 @@ step; a conversation may become several.)
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -256,26 +255,6 @@ class RowPacker:
         for document, length in zip(whole.examples, whole.lengths, strict=True):
             common = _common_positions(first, document, min(common, length))
         return common if common * (len(whole.lengths) - 1) >= MIN_SAVED_TOKENS else 0
-
-    def may_share(self, count: int) -> bool:
-        """Whether documents of some micro-batch of at most `count` rows would share tokens, whichever come together."""
-        if not self._share_prefixes:
-            return False
-        documents, lengths = self.by_document.examples, self.by_document.lengths
-        count *= max((len(places) for places in self._places), default=1)
-        looked_at = 0
-        for together in range(2, min(count, len(documents)) + 1):
-            needed = -(-MIN_SAVED_TOKENS // (together - 1))
-            if needed != looked_at:
-                beginnings = Counter(
-                    _as_bytes(document, needed)
-                    for document, length in zip(documents, lengths, strict=True)
-                    if length >= needed
-                )
-                if max(beginnings.values(), default=0) >= together:
-                    return True
-            looked_at = needed
-        return False
 
     def positions(self, rows: Sequence[int]) -> int:
         """Tokens that a micro-batch of these rows computes, without a filler."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from backhand.report.module_changes import ModuleChange
+from backhand.arithmetic.findings import kind_of, layer_of
+from backhand.arithmetic.inspect import ModuleInspection
 from backhand.report.run_record import RunRecord, is_number
 
 Spec = dict[str, Any]
@@ -27,12 +28,8 @@ CONFIG: Spec = {
     "background": None,
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "view": {"stroke": None},
-    "axis": {
-        "labelColor": "currentColor",
-        "titleColor": "currentColor",
-        "domainColor": "currentColor",
-        "tickColor": "currentColor",
-        "gridColor": "currentColor",
+    "axis": dict.fromkeys((f"{part}Color" for part in ("label", "title", "domain", "tick", "grid")), "currentColor")
+    | {
         "gridOpacity": 0.12,
         "domainOpacity": 0.4,
         "tickOpacity": 0.4,
@@ -171,7 +168,7 @@ def curve(
     }
 
 
-def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, numbers: str) -> Spec:
+def module_heat_map(changes: Iterable[ModuleInspection], field: str, title: str, numbers: str) -> Spec:
     """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
     rows = [_change_row(change) for change in changes]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
@@ -180,19 +177,14 @@ def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, num
         **_base([row | {"layer": "–" if row["layer"] is None else str(row["layer"])} for row in rows], 22 * len(kinds)),
         "mark": {"type": "rect", "stroke": None},
         "encoding": {
-            "x": {
-                "field": "layer",
-                "type": "ordinal",
-                "title": "layer",
-                "sort": [*map(str, layers), "–"],
-                "axis": {"labelAngle": 0, "labelOverlap": True},
-            },
-            "y": {
-                "field": "kind",
-                "type": "nominal",
-                "title": None,
-                "sort": kinds,
-            },
+            "x": _choice(
+                "layer",
+                "layer",
+                type="ordinal",
+                sort=[*map(str, layers), "–"],
+                axis={"labelAngle": 0, "labelOverlap": True},
+            ),
+            "y": _choice("kind", None, sort=kinds),
             "color": {
                 "field": field,
                 "type": "quantitative",
@@ -201,8 +193,8 @@ def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, num
             },
             "tooltip": [
                 {"field": "name", "type": "nominal", "title": "module"},
-                {"field": "relative", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖", "format": ".3%"},
-                {"field": "update_norm", "type": "quantitative", "title": "‖ΔW‖", "format": ".4~g"},
+                {"field": "relative_norm", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖", "format": ".3%"},
+                {"field": "norm", "type": "quantitative", "title": "‖ΔW‖", "format": ".4~g"},
                 {"field": "effective_rank", "type": "quantitative", "title": "effective rank", "format": ".2f"},
                 {"field": "rank", "type": "quantitative", "title": "rank"},
             ],
@@ -210,10 +202,10 @@ def module_heat_map(changes: Iterable[ModuleChange], field: str, title: str, num
     }
 
 
-def spectra(changes: Sequence[ModuleChange]) -> Spec:
+def spectra(changes: Sequence[ModuleInspection]) -> Spec:
     """The singular values of every module's ΔW, largest first, a line a module."""
     rows = [
-        {"name": change.name, "kind": change.kind, "index": index + 1, "value": float(f"{value:.5g}")}
+        {"name": change.module, "kind": kind_of(change.module), "index": index + 1, "value": float(f"{value:.5g}")}
         for change in changes
         for index, value in enumerate(change.singular_values)
         if value > 0
@@ -240,12 +232,7 @@ def spectra(changes: Sequence[ModuleChange]) -> Spec:
                 "axis": {"format": ".6~g", "tickCount": 3},
             },
             "detail": {"field": "name"},
-            "color": {
-                "field": "kind",
-                "type": "nominal",
-                "scale": {"domain": kinds, "scheme": "tableau10"},
-                "legend": {"columns": 4},
-            },
+            "color": _choice("kind", None, scale={"domain": kinds, "scheme": "tableau10"}, legend={"columns": 4}),
             "tooltip": [
                 {"field": "name", "type": "nominal", "title": "module"},
                 {"field": "index", "type": "quantitative", "title": "number"},
@@ -267,6 +254,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
     scale = {"type": "log", "nice": False} if kind == "log" else {"zero": False}
     numbers: Spec = {"type": "quantitative", "scale": scale, "axis": {"format": ".2~g", "tickCount": 6}}
     choices: Spec = {"type": "nominal", "axis": {"labelAngle": 0}}
+    scale_of: Spec = {"domain": list(reached)}
     losses: Rows = [{"value": row["loss"]} for row in rows]
     y_scale: Spec = {"type": "log", "nice": False} if _spans(losses) else {"zero": False}
     return {
@@ -275,13 +263,8 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
         "encoding": {
             "x": {"field": "x", "title": name, **(choices if kind == "nominal" else numbers)},
             "y": {"field": "loss", "type": "quantitative", "title": None, "scale": y_scale, "axis": {"format": ".6~g"}},
-            "color": {
-                "field": "reached",
-                "type": "nominal",
-                "scale": {"domain": list(reached), "range": list(COLOURS[: len(reached)])},
-                "legend": {},
-            },
-            "shape": {"field": "reached", "type": "nominal", "scale": {"domain": list(reached)}, "legend": {}},
+            "color": _choice("reached", None, scale=scale_of | {"range": list(COLOURS[: len(reached)])}, legend={}),
+            "shape": _choice("reached", None, scale=scale_of, legend={}),
             "tooltip": [
                 {"field": "trial", "type": "nominal"},
                 {"field": "x", "type": "nominal", "title": name},
@@ -318,6 +301,11 @@ def _ticks(numbers: range) -> Spec:
     return {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}
 
 
+def _choice(field: str, title: str | None, **more: Any) -> Spec:
+    """What is told apart by name."""
+    return {"field": field, "type": "nominal", "title": title, **more}
+
+
 def _whole(field: str, title: str) -> Spec:
     """An axis of whole numbers."""
     return {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1, "format": ",d"}}
@@ -350,6 +338,7 @@ def _spans(rows: Rows) -> bool:
     return bool(values) and min(values) > 0 and max(values) > _LOG_FROM_RATIO * min(values)
 
 
-def _change_row(change: ModuleChange) -> dict[str, Any]:
-    fields = ("name", "layer", "kind", "rank", "update_norm", "relative", "effective_rank")
-    return {field: getattr(change, field) for field in fields}
+def _change_row(change: ModuleInspection) -> dict[str, Any]:
+    fields = ("rank", "norm", "relative_norm", "effective_rank")
+    place = {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
+    return place | {field: getattr(change, field) for field in fields}

@@ -1,7 +1,4 @@
-"""How far an adapter has moved each module, from its factors alone: see `arithmetic.low_rank`.
-
-    ‖ΔW‖ = √Σ σ²,   σ the singular values of ΔW = scaling · lora_B lora_A, which is never formed
-    effective rank = exp(-Σ p log p), p = σ / Σ σ      [Roy and Vetterli 2007, The effective rank]
+"""How far an adapter has moved each module, from its factors alone: see `arithmetic.inspect`.
 
 What an adapter trains beside its factors (DoRA's magnitudes, biases, whole modules, single rows of an embedding) is no
 part of ΔW, and is named beside it.
@@ -11,25 +8,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from backhand.adapters.contents import TENSOR_FILE
-from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.adapter_factors import read_factors
-from backhand.arithmetic.inspect import effective_rank
-from backhand.arithmetic.low_rank import update_directions
+from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
 from backhand.errors import BackhandError
-from backhand.reading import read_settings
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.checkpoint import latest_name
 from backhand.runs.directory import CHECKPOINTS
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 # Part of a tensor's name in PEFT's files, and what it holds.
 _BESIDE = (
@@ -37,29 +27,6 @@ _BESIDE = (
     (".lora_B.bias", "the bias of lora_B in {} module{}"),
     ("token_adapter.trainable_tokens", "single rows of {} embedding{}"),
 )
-
-
-@dataclass(frozen=True)
-class ModuleChange:
-    """One adapted module.
-
-    Attributes:
-        layer: number in the path, None where there is none.
-        kind: last part of the path.
-        update_norm: ‖ΔW‖.
-        relative: ‖ΔW‖ / ‖W‖; None where the base norm was not recorded.
-        singular_values: of ΔW, largest first, `rank` of them or fewer.
-        effective_rank: 0 where ΔW is 0.
-    """
-
-    name: str
-    layer: int | None
-    kind: str
-    rank: int
-    update_norm: float
-    relative: float | None
-    singular_values: tuple[float, ...]
-    effective_rank: float
 
 
 class AdapterChanges(NamedTuple):
@@ -71,7 +38,7 @@ class AdapterChanges(NamedTuple):
         beside: what else is trained that ΔW leaves out, a phrase each.
     """
 
-    modules: list[ModuleChange]
+    modules: list[ModuleInspection]
     source: str
     beside: tuple[str, ...] = ()
 
@@ -79,7 +46,7 @@ class AdapterChanges(NamedTuple):
 def changes_of(run: RunRecord) -> AdapterChanges:
     """The changes of a run's adapter: of `adapter/`, or of the newest checkpoint's until that is there."""
     recorded = run.facts.get("modules") or []
-    norms = tuple((module["name"], module.get("weight_norm")) for module in recorded)
+    norms = tuple((module["name"], _number(module.get("weight_norm"))) for module in recorded)
     for directory in (run.adapter, _newest_checkpoint(run.path)):
         if directory is None or not directory.is_dir():
             continue
@@ -95,13 +62,13 @@ def changes_of(run: RunRecord) -> AdapterChanges:
 @lru_cache(maxsize=4)
 def _read(
     directory: Path, _written_ns: int, norms: tuple[tuple[str, float | None], ...]
-) -> tuple[tuple[ModuleChange, ...], tuple[str, ...]]:
+) -> tuple[tuple[ModuleInspection, ...], tuple[str, ...]]:
     """The changes of the adapter in a directory; a page that is watched asks every few seconds for the same files."""
-    adapter = read_factors(directory)
+    adapter, recorded = read_factors(directory), dict(norms)
     # A file is sorted by name; the run has recorded its modules as they follow one another.
-    order = {name: number for number, (name, _) in enumerate(norms)}
-    names = sorted(adapter.modules, key=lambda name: order.get(name, len(order)))
-    changes = module_changes({name: adapter.modules[name] for name in names}, dict(norms))
+    order = {name: number for number, name in enumerate(recorded)}
+    changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name))
+    changes.sort(key=lambda change: order.get(change.module, len(order)))
     return tuple(changes), trained_beside(adapter.others)
 
 
@@ -116,34 +83,10 @@ def trained_beside(others: Iterable[str]) -> tuple[str, ...]:
     return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in found.items())
 
 
-def module_changes(
-    factors: Mapping[str, ModuleFactors], weight_norms: Mapping[str, float | None]
-) -> Iterable[ModuleChange]:
-    """The change of each module, in the order of `factors`.
-
-    Args:
-        weight_norms: ‖W‖ by module, None where it is not known.
-    """
-    for name, module in factors.items():
-        values = update_directions(module).values
-        norm = float(torch.linalg.vector_norm(values))
-        weight_norm = weight_norms.get(name)
-        numbers = _LAYER.findall(name)
-        yield ModuleChange(
-            name,
-            int(numbers[-1]) if numbers else None,
-            name.rpartition(".")[2],
-            module.rank,
-            norm,
-            norm / weight_norm if is_number(weight_norm) and weight_norm else None,
-            tuple(values.tolist()),
-            effective_rank(values),
-        )
-
-
 def _newest_checkpoint(run: Path) -> Path | None:
-    try:
-        name = read_settings(run / CHECKPOINTS / "latest").strip()
-    except OSError:
-        return None
+    name = latest_name(run / CHECKPOINTS)
     return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None
+
+
+def _number(value: object) -> float | None:
+    return value if is_number(value) else None

@@ -10,8 +10,9 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from backhand.arithmetic.inspect import ModuleInspection
 from backhand.report import charts
-from backhand.report.module_changes import ModuleChange, changes_of
+from backhand.report.module_changes import changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
 from backhand.report.run_record import RunRecord, is_number
@@ -62,7 +63,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "objective": run.objective,
         "memory_parts": _memory_parts(run),
         "processes": _processes(run),
-        "changes": sorted(changes, key=lambda one: -(one.relative or one.update_norm))[:_MOST_MOVED],
+        "changes": sorted(changes, key=lambda one: -(one.relative_norm or one.norm))[:_MOST_MOVED],
         "change_source": source,
         "beside": beside,
         "movement": _movement(changes),
@@ -167,11 +168,11 @@ def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:
         return [(str(line.get("prompt", "")), False)]
 
 
-def _adapter_charts(changes: Sequence[ModuleChange]) -> dict[str, charts.Spec]:
+def _adapter_charts(changes: Sequence[ModuleInspection]) -> dict[str, charts.Spec]:
     if not changes:
         return {}
-    relative = any(change.relative is not None for change in changes)
-    field, title, numbers = ("relative", "‖ΔW‖ / ‖W‖", ".2~%") if relative else ("update_norm", "‖ΔW‖", ".2~g")
+    relative = any(change.relative_norm is not None for change in changes)
+    field, title, numbers = ("relative_norm", "‖ΔW‖ / ‖W‖", ".2~%") if relative else ("norm", "‖ΔW‖", ".2~g")
     found = {
         "moved": charts.module_heat_map(changes, field, title, numbers),
         "effective-rank": charts.module_heat_map(changes, "effective_rank", "effective rank", ".1f"),
@@ -180,17 +181,17 @@ def _adapter_charts(changes: Sequence[ModuleChange]) -> dict[str, charts.Spec]:
     return found | ({"spectra": spectra} if spectra["data"]["values"] else {})
 
 
-def _movement(changes: Sequence[ModuleChange]) -> str:
+def _movement(changes: Sequence[ModuleInspection]) -> str:
     """Which modules moved, in a sentence."""
-    still = [change for change in changes if not change.update_norm]
+    still = [change for change in changes if not change.norm]
     moved = len(changes) - len(still)
     text = f"{moved} of {count_of(len(changes), 'module')} moved"
-    relative = [(change.relative, change.name) for change in changes if change.relative]
+    relative = [(change.relative_norm, change.module) for change in changes if change.relative_norm]
     if relative:
         (least, least_name), (most, most_name) = min(relative), max(relative)
         text += f", by {least:.2%} ({least_name}) to {most:.2%} ({most_name}) of the size of their weights"
     if still and moved:
-        text += f"; not moved: {', '.join(change.name for change in still[:_MOST_MOVED])}"
+        text += f"; not moved: {', '.join(change.module for change in still[:_MOST_MOVED])}"
     return text + "."
 
 

@@ -25,11 +25,10 @@ from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device
 from backhand.nn.held_base import held_bytes, stays_quantized
 from backhand.nn.loading import open_model
-from backhand.reading import read_settings
 from backhand.report.page import page_values
 from backhand.report.rendering import PAGE_SCRIPTS, render
 from backhand.report.run_record import read_run
-from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore, latest_name
 from backhand.runs.directory import ADAPTER, ANSWERS, CHECKPOINTS, CONFIG, FACTS, METRICS, PROOFS, STATUS, SUMMARY
 from backhand.runs.status import read_status
 from backhand.training.config_file import load_config
@@ -70,7 +69,7 @@ class PromptBox:
 
     def state(self) -> dict[str, Any]:
         """What the box says of itself: whether it can be asked, and a sentence."""
-        if not self._newest_name():
+        if not latest_name(self._run / CHECKPOINTS):
             every = self._config.run.save_every
             due = f": the first is due after step {every}" if every else ""
             return {"ready": False, "text": f"There is no checkpoint yet, so nothing to compare with the base{due}."}
@@ -157,12 +156,6 @@ class PromptBox:
     def _newest(self) -> Checkpoint | None:
         directory = self._run / CHECKPOINTS
         return CheckpointStore(directory, FileLayer(), lambda _: None).newest_valid() if directory.is_dir() else None
-
-    def _newest_name(self) -> str:
-        try:
-            return read_settings(self._run / CHECKPOINTS / "latest").strip()
-        except OSError:
-            return ""
 
     def _weigh(self) -> int:
         options = self._options

@@ -163,10 +163,7 @@ class CheckpointStore:
         raise ArtifactError(f"the checkpoint of step {step} is missing or damaged", where=str(self.directory))
 
     def _compare_pointer(self, step: int) -> None:
-        try:
-            named = read_settings(self.directory / LATEST).strip()
-        except OSError:
-            named = "nothing"
+        named = latest_name(self.directory) or "nothing"
         if named != f"step-{step}":
             self.warn(f"`latest` names {named:.60}; continuing from step-{step}, the newest checkpoint that is whole")
 
@@ -178,6 +175,14 @@ class CheckpointStore:
             if match and path.is_dir() and not path.is_symlink():
                 found.append((int(match[1]), match[2] is None, path))
         return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def latest_name(checkpoints: Path) -> str:
+    """What `latest` names; empty where there is none."""
+    try:
+        return read_settings(checkpoints / LATEST).strip()
+    except OSError:
+        return ""
 
 
 class NewerFormatError(ArtifactError):

@@ -38,7 +38,6 @@ STATUS = "status.json"
 ANSWERS = "answers.jsonl"
 REPORT = "report.html"
 LOGS = "logs"
-STATES = "states"
 REFERENCE = "reference.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
@@ -58,7 +57,6 @@ OWNED = (
     ANSWERS,
     REPORT,
     LOGS,
-    STATES,
     REFERENCE,
 )
 

@@ -14,17 +14,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from backhand.data.packing import Sampler
 from backhand.errors import BackhandError, CheckError, UsageError
-from backhand.files import make_directory, write_atomically
+from backhand.files import FileLayer, make_directory, write_atomically
 from backhand.nn.compute import compute_settings
 from backhand.printing import SILENCE_S, say, silent_for_s
 from backhand.reading import read_settings
 from backhand.report.command import write_report
-from backhand.runs.directory import CONFIG, METRICS, opened
+from backhand.runs.directory import CONFIG, METRICS, RunDirectory, opened
 from backhand.runs.interruption import Interrupted
 from backhand.search.options import SearchConfig
 from backhand.search.result import SearchResult, result_of, write_result
@@ -38,6 +37,7 @@ from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
 from backhand.training.observer import Observer
 from backhand.training.prepared import Outline, outline_run
+from backhand.training.resume import taken_over
 from backhand.training.run import train
 from backhand.training.shared import Shared
 from backhand.training.step_plan import chosen_rate
@@ -126,28 +126,17 @@ def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
     if not path.exists():
         raise UsageError(f"there is no search in {given.run.output}", where="output", next_step="leave out --resume")
     stored = tables_as(SearchConfig, read_table(path), str(path))
-    differences, parts = [], {}
-    for part, default in vars(SearchConfig()).items():
-        changed: dict[str, Any] = {}
-        for name, usual in vars(default).items():
-            value, before = getattr(getattr(given, part), name), getattr(getattr(stored, part), name)
-            if part == "run" and name in _CHANGEABLE[part]:
-                changed[name] = value
-            elif value == before or (value == usual and name not in typed):
-                continue
-            elif name in _CHANGEABLE.get(part, ()):
-                changed[name] = value
-            else:
-                differences.append(f"{name}: {before!r} in the search, {value!r} given")
-        parts[part] = replace(getattr(stored, part), **changed)
+    config, differences = taken_over(given, stored, typed, lambda part, name: name in _CHANGEABLE.get(part, ()))
     if differences:
+        told = [f"{name}: {before!r} in the search, {value!r} given" for name, before, value in differences]
         raise UsageError(
-            "the search cannot be gone on with: " + "; ".join(differences),
+            "the search cannot be gone on with: " + "; ".join(told),
             where=str(given.run.output),
             why="its trials would not be comparable; only trials, hours and seeds may change",
             next_step="leave these options out, or give another --output",
         )
-    return SearchConfig(**parts)
+    own = {name: getattr(given.run, name) for name in _CHANGEABLE["run"]}
+    return replace(config, run=replace(config.run, **own))
 
 
 @dataclass
@@ -309,7 +298,7 @@ class Search:
     def _losses(self, config: TrainConfig, stage: int) -> list[float]:
         """The best held-out loss until each stage up to this one; cut short where there is none."""
         found: list[float] = []
-        records = _records(config.run.output / METRICS)
+        records = RunDirectory(config.run.output, FileLayer()).lines(METRICS)
         for number in range(1, stage + 1):
             until = self.step_of(config, number)
             there = [
@@ -377,14 +366,6 @@ def _as_typed(config: TrainConfig) -> TrainConfig:
     """The run to begin; or to go on with, whose options stand in its directory."""
     run = config.run
     return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
-
-
-def _records(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _run_s(trials: list[Trial], steps: int) -> float | None:

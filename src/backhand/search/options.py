@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from backhand.bounds import Bound, Count, Options, Positive
@@ -56,11 +56,6 @@ class SearchConfig(TrainConfig):
     """
 
     search: SearchOptions = field(default_factory=SearchOptions)
-
-    @property
-    def run_config(self) -> TrainConfig:
-        """The run that is varied."""
-        return TrainConfig(**{part.name: getattr(self, part.name) for part in fields(TrainConfig)})
 
     def _check_together(self) -> None:
         super()._check_together()

@@ -250,6 +250,11 @@ class TrainConfig(Options):
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     rewards: RewardOptions = field(default_factory=RewardOptions)
 
+    @property
+    def run_config(self) -> TrainConfig:
+        """The run alone, of a command that can be told more."""
+        return TrainConfig(**{part.name: getattr(self, part.name) for part in fields(TrainConfig)})
+
     def _check_together(self) -> None:
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)

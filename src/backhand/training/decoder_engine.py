@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
 
 import torch
 
-from backhand.adapters.checked_base import load_adapter_for, read_adapter
+from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter
 from backhand.adapters.peft_saving import adapter_files
@@ -28,7 +27,7 @@ from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_sha
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
-from backhand.training.engine import BoundModel, Engine, ShortModel, wrapper_notes
+from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.memory.coarse import decoder_size
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
@@ -37,28 +36,35 @@ from backhand.training.shared import Shared
 from backhand.training.short_decoder import short_decoder
 
 
-class DecoderEngine:
-    """The decoder engine for one model; see `engine.Engine`.
+class DecoderEngine(Engine):
+    """The decoder engine for one model.
 
     Raises:
         UnsupportedModel: for a configuration that the engine does not compute exactly.
     """
 
-    name: Literal["backhand", "transformers"] = "backhand"
-    note: str | None = None
-    bases: tuple[HeldBase, ...] = ("dense", "quantized")
+    name = "backhand"
+    bases = ("dense", "quantized")
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+        super().__init__(source, dtype)
         self.config = config = decoder_config(source.config)
-        self._source = source
-        self._dtype = dtype
-        self.notes = (*wrapper_notes(source), *config.notes)
-        self.vocab_size, self.layers = config.vocab_size, len(config.layers)
+        self.notes = (*self.notes, *config.notes)
+        self.layers = len(config.layers)
         self.shares_prefixes = not config.length_limits  # angles would depend on how long the document is
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        return self.config.vocab_size
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
         """What the adapter will consist of."""
         return resolve_adapter(config, module_shapes(self.config))
+
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every linear module by dotted path."""
+        return module_shapes(self.config)
 
     def below(self, layout: AdapterLayout, longest: int) -> Below:
         """What lies below the lowest adapted layer.
@@ -77,14 +83,14 @@ class DecoderEngine:
             dependent = "with capped attention scores a row's last bits depend on the rows beside it"
         elif any(one.experts for one in self.config.layers[:layer]):
             dependent = "an expert takes the rows that chose it together, and their last bits depend on one another"
+        elif any(one.mixer == GATED_DELTA for one in self.config.layers[:layer]):
+            dependent = "the delta rule's chunks begin where a beginning that rows share ends"
         elif longest > min(windows, default=longest):
             dependent = (
                 f"rows are longer than a window of {min(windows)} tokens, and rows beside them share its beginning"
             )
         width = self.config.hidden_size
-        chunked = any(one.mixer == GATED_DELTA for one in self.config.layers[:layer])
-        whole = "the delta rule's chunks begin where a beginning that rows share ends" if chunked else None
-        return Below(layer, width, width * self._dtype.itemsize, dependent, whole)
+        return Below(layer, width, width * self._dtype.itemsize, dependent)
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
@@ -95,27 +101,6 @@ class DecoderEngine:
     def _quantized_bytes(self) -> int:
         source = self._source
         return sum(source.stored_bytes(name) for name in source.tensor_names() if len(source.shape(name)) == 2)
-
-    def start_notes(
-        self,
-        directory: str,
-        layout: AdapterLayout,  # noqa: ARG002 - the adapter's own modules are held against the model's
-        *,
-        chat_template: str | None,
-        template_args: Mapping[str, Any],
-        force_base: bool,
-        allow_pickle: bool,
-    ) -> tuple[str, ...]:
-        """Read the adapter to start from completely, and hold the model against its record."""
-        return load_adapter_for(
-            self._source,
-            directory,
-            module_shapes(self.config),
-            chat_template=chat_template,
-            template_args=template_args,
-            force_base=force_base,
-            allow_pickle=allow_pickle,
-        ).notes
 
     def load(
         self,

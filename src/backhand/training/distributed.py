@@ -3,8 +3,8 @@
     joined     every process meets the others where the environment says; nobody waits for ever
     same       what the processes have must be equal: base, rows, configuration, versions; then every adapter
     follow     the first process chooses, the others take over: configuration, micro-batches, checkpoint
-    total      once a step: the gradient, the loss, the counts, and whether somebody asked to stop (`gradient_sum`)
-    gather     evaluations and texts that are shared out
+    total      once a step: the gradient, the loss and the counts (`gradient_sum`)
+    gather     what each has found; from here on all know of a signal to one
 
 A process alone is `step.Processes`, and never comes here. Whoever starts the processes sets RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT, as torchrun and Kubeflow do. Ray Train has also connected them with torch: then the meeting
@@ -128,15 +128,6 @@ class Group(Processes):
         """Whether all processes know that one has been asked to stop."""
         return self._signal != 0
 
-    def _agree(self, signal: int) -> None:
-        self._signal = max(self._signal, signal)
-        if self._signal and self.interruption is not None:
-            self.interruption.heard_elsewhere(self._signal)
-
-    @property
-    def _asked_signal(self) -> int:
-        return 0 if self.interruption is None else self.interruption.requested or 0
-
     def shared_out(self, tokens: Sequence[int]) -> list[list[int]]:
         """For each process the numbers of its pieces, rising, of pieces of so many tokens; the longest come first."""
         return shared_out(tokens, self.size)
@@ -148,14 +139,14 @@ class Group(Processes):
     def total(self, added: GradientSum, computed_s: float) -> StepSum:
         """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
         began = time.perf_counter()
-        found = added.total(computed_s, self._waited_s, self._asked_signal)
+        found = added.total(computed_s, self._waited_s)
         self._waited_s = time.perf_counter() - began
-        self._agree(found.signal)
         return found
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, as JSON holds it."""
-        data = json.dumps([self._asked_signal, value]).encode()
+        asked = 0 if self.interruption is None else self.interruption.requested or 0
+        data = json.dumps([asked, value]).encode()
         lengths = self._gathered(torch.tensor([len(data)]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
@@ -164,7 +155,9 @@ class Group(Processes):
             bytes(piece[: int(length)].numpy()) for piece, length in zip(self._gathered(padded), lengths, strict=True)
         ]
         found = [json.loads(text) for text in texts]
-        self._agree(max(signal for signal, _ in found))
+        self._signal = max(self._signal, *(signal for signal, _ in found))
+        if self._signal and self.interruption is not None:
+            self.interruption.heard_elsewhere(self._signal)
         return [value for _, value in found]
 
     def _gathered(self, sent: Tensor) -> list[Tensor]:
@@ -203,8 +196,8 @@ class Group(Processes):
         received[self.rank].copy_(sent[self.rank])
         for away in range(1, self.size):
             there, back = (self.rank + away) % self.size, (self.rank - away) % self.size
-            pieces = [(dist.isend, piece, there) for piece in sent[there].split(_BIT)]
-            returns = [(dist.irecv, piece, back) for piece in received[back].split(_BIT)]
+            pieces = [(dist.isend, piece, there) for piece in sent[there].split(_BIT) if piece.numel()]
+            returns = [(dist.irecv, piece, back) for piece in received[back].split(_BIT) if piece.numel()]
             paired = itertools.zip_longest(pieces, returns)
             operations += [dist.P2POp(*one, group=self._group) for pair in paired for one in pair if one is not None]
         self._finish(lambda: [_Waited(dist.batch_isend_irecv(operations), sent[0].is_cuda)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -116,13 +116,11 @@ class ShortModel(NamedTuple):
         model: the head and a few blocks; or the whole.
         more: for each kind of block.
         below: blocks of the whole model under the lowest adapted one.
-        experts: whether products have other sizes in every pass, as those of experts do.
     """
 
     model: Trainable
     more: Sequence[MoreBlocks] = ()
     below: int = 0
-    experts: bool = False
 
 
 class BoundModel(ABC):
@@ -186,79 +184,61 @@ def wrapper_notes(source: ModelSource) -> tuple[str, ...]:
     return (f"{what}: its other parts are neither loaded nor counted; the adapter is named as {source.wrapper.prefix}",)
 
 
-class Engine(Protocol):
-    """A way to compute a model, known before its weights are read."""
+class Engine(ABC):
+    """A way to compute a model, known before its weights are read.
+
+    Attributes:
+        name: as `--engine` has it.
+        note: why not the decoder engine, what that costs and what would change it; None where it is taken, or
+            transformers was asked for.
+        notes: what a person should know of the model, such as fields of its configuration without effect.
+        shares_prefixes: whether documents of a batch may share what they begin with.
+        layers: blocks of the whole model; 1 where that is not known.
+        bases: how the frozen weights can be held.
+    """
+
+    name: Literal["backhand", "transformers"]
+    note: str | None = None
+    notes: tuple[str, ...]
+    shares_prefixes: bool = False
+    layers: int = 1
+    bases: tuple[HeldBase, ...] = ("dense",)
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+        self._source = source
+        self._dtype = dtype
+        self.notes = wrapper_notes(source)
 
     @property
-    def name(self) -> Literal["backhand", "transformers"]:
-        """As `--engine` has it."""
-        ...
-
-    @property
-    def note(self) -> str | None:
-        """Why not the decoder engine, what that costs and what would change it.
-
-        None where it is taken, or transformers was asked for.
-        """
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a person should know of the model, such as fields of its configuration without effect."""
-        ...
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether documents of a batch may share what they begin with."""
-        ...
-
-    @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Tokens that documents may hold: ids below this."""
-        ...
 
+    @abstractmethod
     def layout(self, config: LoRAConfig) -> AdapterLayout:
         """What the adapter will consist of.
 
         Raises:
             UsageError: a target matches nothing, or what is trained does not go together.
         """
-        ...
 
-    def below(self, layout: AdapterLayout, longest: int) -> Below:
+    def module_shapes(self) -> Mapping[str, tuple[int, int]] | None:
+        """(out, in) of every linear module by dotted path; None where the weights have to be there."""
+        return None
+
+    def below(self, layout: AdapterLayout, longest: int) -> Below:  # noqa: ARG002 - nothing is known of either
         """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
 
         Args:
             longest: tokens of the longest row.
         """
-        ...
+        return Below()
 
-    @property
-    def bases(self) -> tuple[HeldBase, ...]:
-        """How the frozen weights can be held."""
-        ...
-
+    @abstractmethod
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
-        ...
 
-    def start_notes(
-        self,
-        directory: str,
-        layout: AdapterLayout,
-        *,
-        chat_template: str | None,
-        template_args: Mapping[str, Any],
-        force_base: bool,
-        allow_pickle: bool,
-    ) -> tuple[str, ...]:
-        """Hold an adapter to start from against the base model; what a person should know of it.
-
-        Raises:
-            ArtifactError: it cannot be read, or was trained with another base model, tokenizer or chat template.
-        """
-        ...
-
+    @abstractmethod
     def load(
         self,
         config: LoRAConfig,
@@ -275,13 +255,7 @@ class Engine(Protocol):
             UsageError: a target matches nothing, or cannot be adapted.
             ArtifactError: the weights do not fit the configuration, or cannot be read.
         """
-        ...
 
+    @abstractmethod
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
         """A few of the model's blocks, to measure in place of the whole."""
-        ...
-
-    @property
-    def layers(self) -> int:
-        """Blocks of the whole model."""
-        ...

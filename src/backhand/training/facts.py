@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from backhand.adapters.record import installed_packages
-from backhand.data.examples import DataReport, Example, PreparedData, documents_of
+from backhand.data.examples import Example, PreparedData, documents_of
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
@@ -58,7 +59,7 @@ def run_facts(job: Job) -> dict[str, Any]:
             "train": _rows(job.train, tokenizer, shown=SHOWN_ROWS),
             "held_out": None if job.held_out is None else _rows(job.held_out, tokenizer, shown=0),
         },
-        "digests": job.identity.facts(),
+        "digests": job.identity.facts,
         "packages": installed_packages(),
         "machine": machine(),
     }
@@ -106,27 +107,13 @@ def _norm(weight: torch.Tensor) -> float:
 
 def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
     documents = documents_of(data.examples)
+    report = {name: value for name, value in vars(data.report).items() if name not in ("bad_rows", "empty_answers")}
     return {
-        **_counts(data.report),
+        **report,
+        "sources": [asdict(form) for form in data.report.sources],
         "lengths": _histogram([len(document) for document in documents]),
         "supervised": _histogram([int(document.supervised.sum()) for document in documents]),
         "shown": [_token_by_token(example, tokenizer) for example in documents[:shown]],
-    }
-
-
-def _counts(report: DataReport) -> dict[str, Any]:
-    return {
-        "sources": [{"source": form.source, "form": form.form, "rows": form.rows} for form in report.sources],
-        "rows": report.rows,
-        "documents": report.documents,
-        "tokens": report.tokens,
-        "supervised_tokens": report.supervised_tokens,
-        "longest": report.longest,
-        "truncated": report.truncated,
-        "dropped_long": report.dropped_long,
-        "dropped_unsupervised": report.dropped_unsupervised,
-        "skipped_bad": report.skipped_bad,
-        "notes": list(report.notes),
     }
 
 
@@ -172,7 +159,13 @@ def _memory_bytes() -> int | None:
 def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
     """The summary of a run that is over."""
     progress = state.progress
+    counted = {
+        name: value
+        for name, value in vars(progress).items()
+        if name in {field.name for field in fields(RunSummary)} and name != "train_s"
+    }
     return RunSummary(
+        **counted,
         output=str(directory.path),
         adapter=str(directory.adapter),
         model=job.config.model.model,
@@ -182,23 +175,14 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         base=job.memory.base,
         train_s=round(progress.train_s, 3),
         steps=progress.step,
-        skipped_steps=progress.skipped_steps,
-        tokens=progress.tokens,
-        supervised_tokens=progress.supervised_tokens,
         tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
         predicted_rss_bytes=job.memory.peak_bytes,
-        first_loss=progress.first_loss,
-        last_loss=progress.last_loss,
-        base_eval_loss=progress.base_eval_loss,
-        best_eval_loss=progress.best_eval_loss,
-        best_step=progress.best_step,
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
         rows=len(job.train.examples),
         held_out_rows=0 if job.held_out is None else len(job.held_out.examples),
         malformed_rows=job.train.report.skipped_bad,
-        stopped_because=progress.stopped_because,
         world_size=world_size,
         objective=job.config.objective.objective,
     )

@@ -12,9 +12,8 @@ Bytes that a process sends in a step, with mᵣ micro-batches of its own:
     ordered   4 N (W - 1) / W · (mᵣ + 1)        as much as an all-reduce where each process has one micro-batch
     sum       4 N (W - 1) / W · 2
 
-Beside the gradients travel each micro-batch's nats, as three floats that hold all bits of a float64, its supervised
-tokens and whether it attends; and of each process the seconds it computed and waited, and the signal that asked it
-to stop.
+Besides, the processes tell each other (`Exchange.gather`) what each micro-batch had of nats and supervised tokens,
+whether it attends, and the seconds that each computed and waited.
 
 Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same additions differ in each element by at most
 2 (m - 1) u Σᵢ |gᵢ| / (1 - (m - 1) u)      [Higham, Accuracy and Stability of Numerical Algorithms, §4.2]
@@ -22,17 +21,12 @@ Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from backhand.training.step import StepSum, zero_sum
-
-_OF_MICRO_BATCH = 5
-_OF_PROCESS = 3
 
 
 def shared_out(tokens: Sequence[int], processes: int) -> list[list[int]]:
@@ -72,9 +66,13 @@ class Exchange(Protocol):
         """Add up in place."""
         ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, as JSON holds it."""
+        ...
 
-class OrderedSum:
-    """`ordered` over several processes.
+
+class _SharedSum:
+    """What both sums know of their micro-batches.
 
     Args:
         gradients: the buffer, (elements,).
@@ -85,101 +83,59 @@ class OrderedSum:
         self._gradients = gradients
         self._shares = shares
         self._processes = processes
-        self._slice = -(-gradients.numel() // processes.size)
-        self._own = list(shares[processes.rank])
-        self._sent = gradients.new_zeros(processes.size, self._length(len(self._own)))
-
-    def _length(self, count: int) -> int:
-        return count * (self._slice + _OF_MICRO_BATCH) + _OF_PROCESS
+        self._own: list[tuple[int, float, int, bool]] = []
 
     def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
         """See `step.GradientSum.add`."""
-        begin = self._own.index(number) * (self._slice + _OF_MICRO_BATCH)
-        for process, piece in enumerate(self._gradients.split(self._slice)):
-            self._sent[process, begin : begin + piece.numel()] = piece
-        words = self._gradients.new_tensor([*_words(nats), supervised_tokens, float(attends)])
-        self._sent[:, begin + self._slice : begin + self._slice + _OF_MICRO_BATCH] = words
-        self._gradients.zero_()
+        self._own.append((number, nats, supervised_tokens, attends))
 
-    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
+    def _found(self, computed_s: float, waited_s: float) -> StepSum:
+        told = self._processes.gather([self._own, computed_s, waited_s])
+        found = sorted((one for own, _, _ in told for one in own), key=lambda one: int(one[0]))
+        return StepSum(
+            nats=tuple(nats for _, nats, _, _ in found),
+            supervised_tokens=sum(supervised for _, _, supervised, _ in found),
+            attends=any(attends for *_, attends in found),
+            computed_s=tuple(computed for _, computed, _ in told),
+            waited_s=tuple(waited for _, _, waited in told),
+        )
+
+
+class OrderedSum(_SharedSum):
+    """`ordered` over several processes."""
+
+    def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:
+        super().__init__(gradients, shares, processes)
+        self._slice = -(-gradients.numel() // processes.size)
+        self._sent = gradients.new_zeros(processes.size, len(shares[processes.rank]), self._slice)
+
+    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
+        """See `step.GradientSum.add`."""
+        for process, piece in enumerate(self._gradients.split(self._slice)):
+            self._sent[process, len(self._own), : piece.numel()] = piece
+        self._gradients.zero_()
+        super().add(number, nats, supervised_tokens, attends=attends)
+
+    def total(self, computed_s: float, waited_s: float) -> StepSum:
         """See `step.GradientSum.total`."""
-        processes, count = self._processes, sum(map(len, self._shares))
-        self._sent[:, -_OF_PROCESS:] = self._gradients.new_tensor([computed_s, waited_s, signal])
-        lengths = [self._length(len(share)) for share in self._shares]
-        received = self._gradients.new_empty(sum(lengths))
-        processes.all_to_all(received, self._sent.view(-1), lengths, [self._sent.shape[1]] * processes.size)
-        words: list[list[float]] = [[] for _ in range(count)]
-        slices: list[Tensor] = [received] * count
-        of_processes = []
-        for share, piece in zip(self._shares, received.split(lengths), strict=True):
-            for place, number in enumerate(share):
-                begin = place * (self._slice + _OF_MICRO_BATCH)
-                slices[number] = piece[begin : begin + self._slice]
-                words[number] = piece[begin + self._slice : begin + self._slice + _OF_MICRO_BATCH].tolist()
-            of_processes.append(piece[-_OF_PROCESS:].tolist())
+        processes, numbers = self._processes, [number for share in self._shares for number in share]
+        lengths = [len(share) * self._slice for share in self._shares]
+        received = self._gradients.new_empty(len(numbers), self._slice)
+        own = [lengths[processes.rank]] * processes.size
+        processes.all_to_all(received.view(-1), self._sent.view(-1), lengths, own)
         added = zero_sum(self._gradients, self._slice)
-        for piece in slices:
-            added.add_(piece)
+        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
+            added.add_(received[place])
         whole = self._gradients.new_empty(processes.size, self._slice)
         processes.all_gather(list(whole.unbind()), added.to(whole.dtype))
         self._gradients.copy_(whole.view(-1)[: self._gradients.numel()])
-        return _found(words, of_processes)
+        return self._found(computed_s, waited_s)
 
 
-class PlainSum:
-    """`sum` over several processes: one all-reduce.
+class PlainSum(_SharedSum):
+    """`sum` over several processes: the next gradient is added to this one where it stands, then one all-reduce."""
 
-    Args:
-        gradients: the buffer, (elements,).
-        shares: of every process, see `shared_out`.
-    """
-
-    def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:
-        self._gradients = gradients
-        self._processes = processes
-        self._count = sum(map(len, shares))
-        self._words = [[0.0] * _OF_MICRO_BATCH for _ in range(self._count)]
-
-    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
-        """See `step.GradientSum.add`; the next gradient is added to this one where it stands."""
-        self._words[number] = [*_words(nats), float(supervised_tokens), float(attends)]
-
-    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
-        """See `step.GradientSum.total`. Each place beside the gradient is written by one process; others add zero."""
-        processes, elements = self._processes, self._gradients.numel()
-        of_processes = [[0.0] * _OF_PROCESS for _ in range(processes.size)]
-        of_processes[processes.rank] = [computed_s, waited_s, float(signal)]
-        beside = [word for words in (*self._words, *of_processes) for word in words]
-        whole = torch.cat((self._gradients, self._gradients.new_tensor(beside)))
-        processes.all_reduce(whole)
-        self._gradients.copy_(whole[:elements])
-        words = whole[elements:].tolist()
-        end = self._count * _OF_MICRO_BATCH
-        return _found(_rows(words[:end], _OF_MICRO_BATCH), _rows(words[end:], _OF_PROCESS))
-
-
-def _words(nats: float) -> tuple[float, float, float]:
-    """Three float32 values whose sum is the float64: 24 bits each hold its 53. Not finite values stay so."""
-    if not math.isfinite(nats) or abs(nats) > _LARGEST:
-        return (math.nan if math.isnan(nats) else math.copysign(math.inf, nats), 0.0, 0.0)
-    high = float(torch.tensor(nats, dtype=torch.float32))
-    middle = float(torch.tensor(nats - high, dtype=torch.float32))
-    return high, middle, nats - high - middle
-
-
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def _rows(words: list[float], length: int) -> list[list[float]]:
-    return [words[begin : begin + length] for begin in range(0, len(words), length)]
-
-
-def _found(words: Sequence[Sequence[float]], of_processes: Sequence[Sequence[float]]) -> StepSum:
-    return StepSum(
-        nats=tuple(high + middle + low for high, middle, low, _, _ in words),
-        supervised_tokens=sum(int(supervised) for _, _, _, supervised, _ in words),
-        attends=any(attends for *_, attends in words),
-        computed_s=tuple(computed for computed, _, _ in of_processes),
-        waited_s=tuple(waited for _, waited, _ in of_processes),
-        signal=max(int(signal) for _, _, signal in of_processes),
-    )
+    def total(self, computed_s: float, waited_s: float) -> StepSum:
+        """See `step.GradientSum.total`."""
+        self._processes.all_reduce(self._gradients)
+        return self._found(computed_s, waited_s)

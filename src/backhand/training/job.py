@@ -18,9 +18,7 @@ from backhand.training.resume import Identity
 from backhand.training.shared import Shared
 from backhand.training.starting import set_values
 from backhand.training.step import Processes
-from backhand.training.step_plan import chosen_rate, default_warmup_steps
-
-_EVALUATIONS = 5
+from backhand.training.step_plan import chosen_rate, default_warmup_steps, five_times
 
 
 @dataclass(kw_only=True)
@@ -72,19 +70,16 @@ def build_job(
         base=memory.base,
         shared=shared,
     )
-    assert shared.process is not None
-    shared.process.final = True
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
-    train, held_out = outline.train, outline.held_out
-    measured = documents_of((*(() if held_out is None else held_out.examples), *train.examples))
+    measured = documents_of((*outline.held_out_rows, *outline.train.examples))
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
     return Job(
         **vars(outline)
         | {
             "config": resolved,
             "bound": bound,
-            "identity": Identity(resolved, source, list(bound.lora.slots), train, held_out),
+            "identity": Identity(resolved, source, list(bound.lora.slots), outline.train, outline.held_out),
             "notes": (*_rate_note(outline), *outline.notes, *quantized, *bound.notes),
         }
     )
@@ -103,7 +98,7 @@ def _rate_note(outline: Outline) -> tuple[str, ...]:
 def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
     """The configuration with everything written down that was chosen."""
     config, memory, total_steps = outline.config, outline.memory, outline.total_steps
-    often = max(1, -(-total_steps // _EVALUATIONS))
+    often = five_times(total_steps)
     warmup = config.optimization.warmup_steps
     return replace(
         config,

@@ -41,7 +41,7 @@ from backhand.training.judging import Judge
 from backhand.training.keeping import Keeping, keeping
 from backhand.training.leading import alike, shared_checkpoint
 from backhand.training.loop import TrainingLoop
-from backhand.training.measuring import ForgettingMeter, HeldOut
+from backhand.training.measuring import HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
@@ -125,7 +125,7 @@ class JobRun:
             self._check_same(state)
             save = self._saving(saver, state)
             digest, noted = base_guard.digest, self.observer.noted
-            keeps = keeping(job, self.directory, self.processes.rank, digest, log=log, noted=noted, shared=self.shared)
+            keeps = keeping(job, self.directory, digest, log=log, noted=noted, shared=self.shared)
             kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(kept, log)
             rewarded = self._rewarded(places, log)
@@ -134,7 +134,7 @@ class JobRun:
                 state,
                 plan,
                 held_out=self._held_out(kept, of_held_out, rewarded),
-                meter=self._meter(),
+                meter=job.neutral if job.neutral.documents else None,
                 base_guard=base_guard,
                 learning_guard=LearningGuard(job.bound.lora, optimizer, log),
                 check_files=self._check_files(),
@@ -163,7 +163,6 @@ class JobRun:
                 summary = self._summary(state, keep=finished_before)
                 if begin is not None:
                     self._prove(loop, store, begin, log)
-                kept.finished = True
                 summary = self._answer(summary)
         self.observer.ended(summary)
         return summary
@@ -178,7 +177,7 @@ class JobRun:
 
     def _check_same(self, state: RunState) -> None:
         """What the processes have read and are about to change must be equal. Raises ArtifactError."""
-        identity = self.job.identity.facts()
+        identity = self.job.identity.facts
         facts = {name: value for name, value in identity.items() if name.endswith("_digest")}
         del facts["settings_digest"]  # its parts tell more
         facts |= alike(identity["settings"])
@@ -368,13 +367,8 @@ class JobRun:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
 
-    def _meter(self) -> ForgettingMeter | None:
-        if self.job.held_out is None and self.job.config.run.max_forgetting is None:
-            return None
-        return ForgettingMeter.for_tokenizer(self.job.source.tokenizer())
-
     def _facts(self, step: int) -> dict[str, Any]:
-        identity = self.job.identity.facts()
+        identity = self.job.identity.facts
         return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
 
     def _card(self, progress: Progress) -> dict[str, object]:

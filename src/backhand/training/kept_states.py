@@ -12,10 +12,9 @@ document is divided, x is a function of the row alone, to the bit, and may be pu
 Of the rows that share a segment, any will do.
 
 The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
-rows. So the products of each number of tokens are compared with those of the usual number before it is first used
-(`nn.decoder.lower_layers`), and batches of a size that differs are computed as without cached states.
-Besides, the 1st, 32nd, 1024th … batch that
-is put together is computed as well, through all layers below c, and compared bit by bit.
+rows. So each number of tokens is compared with the usual number before it is first used
+(`nn.decoder.lower_layers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
+32nd, 1024th … batch that is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
 zeros stand for them.
@@ -26,20 +25,22 @@ batches that come next along, up to `at_once` tokens: each weight is read, unpac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
+from backhand.files import FileLayer, write_all
 from backhand.nn.batch import Entering, PackedBatch
 from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.runs.directory import Proof, ProofLog
-from backhand.runs.record_file import RecordFile
 
 
 class StatesInMemory:
@@ -51,9 +52,7 @@ class StatesInMemory:
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
-        self._starts = [0]
-        for length in lengths:
-            self._starts.append(self._starts[-1] + length)
+        self._starts = [0, *accumulate(lengths)]
         self._states = torch.empty(self._starts[-1], width, dtype=dtype)
         self._there = [False] * len(lengths)
 
@@ -70,60 +69,74 @@ class StatesInMemory:
         self._there[number] = True
 
 
-@dataclass(eq=False)
 class StatesOnDisk:
-    """Records of one file, in the compute dtype.
+    """The same in a file without a name, which is gone when the process is, however that ends.
 
-    A disk that takes no more ends the keeping and not the run: the file is removed, since checkpoints need the room.
+    A disk that takes no more ends the keeping and not the run: checkpoints need the room.
 
     Args:
-        file: the records; other states under its digest are there already.
-        lengths: tokens of each number.
-        width: hidden size.
+        directory: on whose disk it is.
+        noted: told in a sentence where it takes no more.
+
+    Raises:
+        OSError: there can be no such file.
     """
 
-    file: RecordFile | None
-    lengths: Sequence[int]
-    width: int
-    dtype: torch.dtype
-    noted: Callable[[str], None]
-    _told: bool = False
+    def __init__(
+        self,
+        files: FileLayer,
+        directory: Path,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        noted: Callable[[str], None],
+    ) -> None:
+        self._files, self._dtype, self._width, self._noted = files, dtype, width, noted
+        self._starts = [0, *(width * dtype.itemsize * tokens for tokens in accumulate(lengths))]
+        self._there: set[int] = set()
+        self._descriptor: int | None = files.open_unnamed(directory)
 
     def __contains__(self, number: int) -> bool:
-        return self.file is not None and number in self.file
+        return number in self._there
 
     def get(self, number: int) -> Tensor | None:
-        """The states, (tokens, hidden), to be read only; None where they are not there, or no longer whole."""
-        if self.file is None or number not in self.file:
+        """The states, (tokens, hidden), to be read only; None where they are not there, or cannot be read."""
+        if self._descriptor is None or number not in self._there:
             return None
-        data = self.file.read(number)
-        if data is None or len(data) != self.lengths[number] * self.width * self.dtype.itemsize:
-            if not self._told:
-                self.noted("kept hidden states have changed on the disk; those of such rows are computed again")
-            self._told = True
-            return None
-        return torch.frombuffer(data, dtype=self.dtype).view(self.lengths[number], self.width)
+        data = bytearray(self._starts[number + 1] - self._starts[number])
+        with suppress(OSError):
+            if os.preadv(self._descriptor, [data], self._starts[number]) == len(data):
+                return torch.frombuffer(data, dtype=self._dtype).view(-1, self._width)
+        return None
 
     def put(self, number: int, states: Tensor) -> None:
         """Keep a copy; without effect where nothing more can be kept."""
-        if self.file is None:
+        if self._descriptor is None:
             return
         try:
-            self.file.append(number, states.contiguous().view(-1).view(torch.uint8).numpy().data)
+            os.lseek(self._descriptor, self._starts[number], os.SEEK_SET)
+            write_all(self._files, self._descriptor, states.contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._there.add(number)
         except OSError as error:
-            self.noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
-            self.close(remove=True)
+            self._noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.close()
 
-    def close(self, *, remove: bool) -> None:
-        """Let go of everything; with `remove` of what would be found again as well."""
-        file, self.file = self.file, None
-        if file is not None:
+    def close(self) -> None:
+        """Let go of everything."""
+        descriptor, self._descriptor = self._descriptor, None
+        self._there.clear()
+        if descriptor is not None:
             with suppress(OSError):
-                file.close(remove=remove)
+                self._files.close(descriptor)
 
 
 StateStore = StatesInMemory | StatesOnDisk
-"""Hidden states by a row's number, (tokens, hidden) each."""
+"""Hidden states by a row's number, (tokens, hidden) each; behind the rows comes what all of them begin with."""
+
+
+def store_lengths(packer: RowPacker) -> list[int]:
+    """Tokens that are kept of each row, and behind them those that all rows begin with."""
+    return [max(0, length - packer.common) for length in packer.by_document.lengths] + [packer.common]
 
 
 class KeptStates:
@@ -131,8 +144,7 @@ class KeptStates:
 
     Args:
         layer: c, below which nothing is trained.
-        store: where they are kept.
-        first: the store's number of the set's first row; behind its rows comes what all of them begin with.
+        store: of `store_lengths`.
         at_once: tokens that a pass through the lower blocks may have where its own batch has fewer.
         log: told that what is kept was found to be what is computed.
         noted: told in a sentence where it is not.
@@ -145,7 +157,6 @@ class KeptStates:
         packer: RowPacker,
         store: StateStore,
         *,
-        first: int = 0,
         at_once: int = 0,
         log: ProofLog,
         noted: Callable[[str], None],
@@ -154,7 +165,6 @@ class KeptStates:
         self._layer = layer
         self._rows, self._packer = packer, packer.by_document
         self._store: StateStore | None = store
-        self._first = first
         self._at_once = at_once
         self._beginning = packer.common
         self._log = log
@@ -177,7 +187,7 @@ class KeptStates:
             return batch
         # From here on each document is one, as they stand in the batch's `ends`.
         rows = [row for row in self._rows.documents(rows) if self._packer.lengths[row]]
-        kept = {row: self._store.get(self._first + row) for row in rows}
+        kept = {row: self._store.get(row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
         beginning = self._kept_beginning()
         if self._beginning and beginning is None:
@@ -190,7 +200,7 @@ class KeptStates:
             if part is None and not self._agrees(together):
                 return batch
             self._compute(wanted, together)
-            kept |= {row: self._store.get(self._first + row) for row in missing}
+            kept |= {row: self._store.get(row) for row in missing}
             beginning = self._kept_beginning()
         states = self._joined(batch, rows, kept, beginning)
         if states is None:  # the store takes no more: without it, rows would be computed in vain from batch to batch
@@ -205,7 +215,7 @@ class KeptStates:
     def _kept_beginning(self) -> Tensor | None:
         """What all rows begin with, if they do and it is there."""
         assert self._store is not None
-        return self._store.get(self._first + len(self._packer.lengths)) if self._beginning else None
+        return self._store.get(len(self._packer.lengths)) if self._beginning else None
 
     def _with_coming(
         self, missing: Sequence[int], coming: Iterable[Sequence[int]]
@@ -216,7 +226,7 @@ class KeptStates:
         room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
         for row in chain.from_iterable(map(self._rows.documents, coming)) if room > 0 else ():
             own = self._packer.lengths[row] - self._beginning
-            if own > 0 and self._first + row not in store:
+            if own > 0 and row not in store:
                 room -= own
                 if room < 0:
                     break
@@ -241,7 +251,7 @@ class KeptStates:
         """The same, without telling anybody."""
         size = batch.input_ids.shape[0]
         if size not in self._agreeing:
-            self._agreeing[size] = self._model.keeps_rows(size)
+            self._agreeing[size] = self._model.keeps_rows(size, self._layer)
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
@@ -249,12 +259,12 @@ class KeptStates:
         store, g, starts = self._store, self._beginning, batch.starts
         assert store is not None
         states = self._model.entering(batch, self._layer)
-        beginning = self._first + len(self._packer.lengths)
+        beginning = len(self._packer.lengths)
         for row, end in zip(rows, _ends(batch), strict=True):
             own = torch.cat([states[starts[one] : starts[one + 1]] for one in batch.path(end)])
             if g and store.get(beginning) is None:
                 store.put(beginning, own[:g])
-            store.put(self._first + row, own[g:])
+            store.put(row, own[g:])
         return states
 
     def _joined(

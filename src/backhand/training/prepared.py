@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,24 +15,21 @@ from backhand.data.prepare import prepare
 from backhand.errors import UsageError
 from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
-from backhand.nn.compute import release_freed_memory
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
-from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.engine import Engine, ShortModel
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
-from backhand.training.memory.bases import BaseChoice, choose_base
+from backhand.training.memory.bases import BaseChoice, choose_base, wanted_bases
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
-from backhand.training.memory.probe import PROBED_TOKENS, MeasuredMemory
+from backhand.training.memory.probe import MeasuredMemory
 from backhand.training.memory.process import ProcessBytes
-from backhand.training.memory.shapes import Rows, StepShape, gradient_copies, largest_shapes
-from backhand.training.memory.speed import times_as_long
-from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states, not_kept
+from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
+from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
 from backhand.training.rewards.planned import PromptPacker
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, start_notes
@@ -43,18 +38,15 @@ _STEPS_LOOKED_AT = 2000
 
 
 @dataclass
-class Outline:
-    """A run before its weights are read.
+class Given:
+    """What a run is made of: model, adapter, rows and steps.
 
     Attributes:
         config: the adapter in it is as it will be; what else is left to choose stays.
         layout: what the adapter consists of.
         sampler: which rows a step trains on.
-        size: what the memory's formulas need of the model.
-        budget_bytes: what the process may take; None for no limit.
-        bases: what each way to hold the base would take.
-        states: where the hidden states that enter the lowest adapted layer are kept.
-        notes: what the files of the adapter to start from say, and a person should know.
+        neutral: measures forgetting; on nothing where it is not measured.
+        notes: what a person should know, of the adapter to start from as well.
     """
 
     config: TrainConfig
@@ -66,12 +58,31 @@ class Outline:
     packer: RowPacker
     sampler: Sampler
     total_steps: int
+    neutral: ForgettingMeter
+    notes: tuple[str, ...]
+
+    @property
+    def held_out_rows(self) -> Sequence[Example]:
+        """Those that are measured and not trained on."""
+        return () if self.held_out is None else self.held_out.examples
+
+
+@dataclass
+class Outline(Given):
+    """A run before its weights are read, with what it will take.
+
+    Attributes:
+        size: what the memory's formulas need of the model.
+        budget_bytes: what the process may take; None for no limit.
+        bases: what each way to hold the base would take.
+        states: where the hidden states that enter the lowest adapted layer are kept.
+    """
+
     size: ModelSize
     budget_bytes: int | None
     memory: MemoryPlan
     bases: BaseChoice
     states: StatesPlan
-    notes: tuple[str, ...] = ()
 
 
 def outline_run(
@@ -96,7 +107,42 @@ def outline_run(
     Raises:
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
-    shared, model = shared or Shared(), config.model
+    shared = shared or Shared()
+    given = _given(config, machine, typed, shared, assumed_rows=assumed_rows)
+    planner = _Planner(given, machine, _shapes(given, machine), shared, watched=watched)
+    engine, config = given.engine, given.config
+    bases = planner.chosen(others=engine.bases if assumed_rows else ())
+    memory, budget_bytes = bases.chosen, planner.budget(bases.chosen.base)
+    states = keep_states(
+        "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
+        _below(given, machine),
+        coming_again(
+            given.packer,
+            given.sampler,
+            given.total_steps,
+            given.held_out_rows,
+            share_prefixes=engine.shares_prefixes,
+        ),
+        memory,
+        budget_bytes=budget_bytes,
+        disk_bytes=free_bytes(config.run.output.absolute()),
+        processes_here=machine.here,
+    )
+    notes = (*given.notes, *_base_notes(given.source, memory), *([states.note] if states.note else []))
+    return Outline(
+        **vars(given) | {"notes": notes},
+        size=engine.size(given.layout, memory.base),
+        budget_bytes=budget_bytes,
+        memory=states.beside(memory),
+        bases=bases,
+        states=states,
+    )
+
+
+def _given(
+    config: TrainConfig, machine: Machine, typed: frozenset[str], shared: Shared, *, assumed_rows: bool
+) -> Given:
+    model = config.model
     source = shared.once(
         "source", (model.model, model.quantize), lambda: open_model(model.model, quantize=model.quantize)
     )
@@ -125,138 +171,80 @@ def outline_run(
         )
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
-    neutral = _neutral_texts(config, tokenizer, held_out)
-    _check_tokens(engine, train, held_out, neutral, tokenizer)
-    process = shared.process = shared.process or ProcessBytes(machine.dtype)
-    answering = process.now if watched else None  # it takes no step
+    measured = held_out is not None or config.run.max_forgetting is not None
+    neutral = ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
     packer = _packer(config, train.examples, engine, layout)
-    sizes = {base: engine.size(layout, base) for base in engine.bases}
-    shapes = _shapes(config, machine, engine, packer, train, held_out, sampler, total_steps, neutral.lengths)
+    given = Given(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes))
+    _check_tokens(given, tokenizer)
+    return given
 
-    def short(base: HeldBase, recompute: Recompute) -> ShortModel:
-        return engine.short(config.adapter, machine.device, recompute, base)
 
-    def budget(base: HeldBase) -> int | None:
-        mapped = min(source.mapped_bytes, sizes[base].weight_bytes) if base == "quantized" else 0
-        return shared.once(
+class _Planner:
+    """The memory of a run: how it is cut, and how its base is held.
+
+    Args:
+        shapes: the largest micro-batch for each number of rows in one.
+        watched: whether a second model answers beside it.
+    """
+
+    def __init__(
+        self, given: Given, machine: Machine, shapes: Mapping[int, StepShape], shared: Shared, *, watched: bool
+    ) -> None:
+        dtype = machine.dtype
+        process = shared.once("process", dtype, lambda: ProcessBytes(dtype, lambda: shared.holds_weights))
+        self._config, self._source, self._engine, self._layout = given.config, given.source, given.engine, given.layout
+        self._machine, self._shapes, self._shared, self._process = machine, shapes, shared, process
+        self._answering_bytes = process.now if watched else None  # it takes no step
+
+    def chosen(self, others: Sequence[HeldBase]) -> BaseChoice:
+        """The fastest way that fits; `others` are bases to be told of as well."""
+        model = self._config.model
+        asked = "quantized" if model.quantize else model.base
+        wanted = wanted_bases(asked, self._source, self._machine.device, self._shapes)
+        wanted = [base for base in wanted if base in self._engine.bases]
+        choose_base(wanted, self._plan, others)  # measures; only then is it known what this leaves in the process
+        return choose_base(wanted, self._plan, others)
+
+    def budget(self, base: HeldBase) -> int | None:
+        """What the process may take in all; None for no limit."""
+        size = self._engine.size(self._layout, base)
+        mapped = min(self._source.mapped_bytes, size.weight_bytes) if base == "quantized" else 0
+        return self._shared.once(
             "budget",
-            (base, model.memory),
-            lambda: memory_budget(config, machine, process.now, mapped),
-            renew=not shared.holds_weights,
+            (base, self._config.model.memory),
+            lambda: memory_budget(self._config, self._machine, self._process.now, mapped),
+            renew=not self._shared.holds_weights,
         )
 
-    def memory_of(base: HeldBase) -> MeasuredMemory:
-        forget, limit = source.forget_mapped, budget(base)
-        return MeasuredMemory(sizes[base], partial(short, base), engine.vocab_size, process, forget, limit)
+    def _measured(self, base: HeldBase) -> MeasuredMemory:
+        def short(recompute: Recompute) -> ShortModel:
+            return self._engine.short(self._config.adapter, self._machine.device, recompute, base)
 
-    measured = {
-        base: shared.once("measured", (base, config.adapter, config.objective), partial(memory_of, base))
-        for base in sizes
-    }
-    states = StatesPlan()
+        def made() -> MeasuredMemory:
+            size, vocab_size = self._engine.size(self._layout, base), self._engine.vocab_size
+            return MeasuredMemory(size, short, vocab_size, self._process, self._source.forget_mapped, self.budget(base))
 
-    def plan(
-        base: HeldBase, limited: bool = True, rows: int | None = None, recompute: Recompute | None = None
-    ) -> MemoryPlan:
-        states_bytes = states.bytes if states.where == "memory" else 0
-        return choose(
-            sizes[base],
-            partial(measured[base].parts, states_bytes=states_bytes),
-            shapes,
-            budget_bytes=budget(base) if limited else None,
-            micro_batch_rows=rows or config.optimization.micro_batch_rows,
-            recompute=recompute or config.model.recompute,
-            answering_bytes=answering,
-            base=base,
+        return self._shared.once("measured", (base, self._config.adapter, self._config.objective), made)
+
+    def _plan(self, base: HeldBase, limited: bool) -> MemoryPlan:
+        measured = self._measured(base)
+        found = choose(
+            measured.size,
+            measured.parts,
+            self._shapes,
+            budget_bytes=self.budget(base) if limited else None,
+            micro_batch_rows=self._config.optimization.micro_batch_rows,
+            recompute=self._config.model.recompute,
+            answering_bytes=self._answering_bytes,
         )
-
-    def smallest(base: HeldBase) -> MemoryPlan:
-        mode = list(sizes[base].kept_bytes)[-1] if config.model.recompute == "auto" else config.model.recompute
-        return plan(base, False, config.optimization.micro_batch_rows or min(shapes), mode)
-
-    @cache
-    def longer(shape: StepShape, recompute: Recompute) -> float:
-        if machine.device.type != "cpu":
-            return math.inf  # the processor unpacks, and the card would wait for it
-        batch = shape.cut(PROBED_TOKENS).batch(engine.vocab_size, machine.device)
-        try:
-            return times_as_long(short("quantized", recompute), short("dense", recompute), batch)
-        finally:
-            source.forget_mapped()
-            drop_scratch()
-            release_freed_memory()
-
-    def chosen() -> BaseChoice:
-        return choose_base(
-            "quantized" if config.model.quantize else config.model.base,
-            engine.bases,
-            shapes,
-            plan,
-            smallest,
-            quantized_source=source.quantized,
-            times_as_long=longer,
-            others=assumed_rows,
-        )
-
-    chosen()  # measures; only then is it known what all this measuring leaves in the process
-    choice = chosen()
-    below = _below(engine, layout, machine, packer, held_out, choice.chosen)
-    again = coming_again(
-        packer if below.whole is None else RowPacker(train.examples, share_prefixes=False),
-        sampler,
-        total_steps,
-        () if held_out is None else held_out.examples,
-        share_prefixes=engine.shares_prefixes and below.whole is None,
-    )
-    states = keep_states(
-        "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
-        below,
-        again,
-        choice.chosen,
-        budget_bytes=budget(choice.chosen.base),
-        disk_bytes=free_bytes(config.run.output.absolute()),
-        processes_here=machine.here,
-    )
-    if states.where == "memory":
-        choice = chosen()  # the same way, or where the base was the question perhaps another one, which fits as well
-        below = _below(engine, layout, machine, packer, held_out, choice.chosen)
-        if below.dependent is not None:  # of more rows in a micro-batch some begin alike
-            states = StatesPlan(below=below, note=not_kept(below, below.dependent))
-    memory, size = choice.chosen, sizes[choice.chosen.base]
-    return Outline(
-        config,
-        source,
-        engine,
-        layout,
-        train,
-        held_out,
-        packer,
-        sampler,
-        total_steps,
-        size,
-        budget(memory.base),
-        memory,
-        choice,
-        states,
-        (*notes, *_base_notes(source, memory), *([states.note] if states.note else [])),
-    )
+        return replace(found, base=base)
 
 
-def _below(
-    engine: Engine,
-    layout: AdapterLayout,
-    machine: Machine,
-    packer: RowPacker,
-    held_out: PreparedData | None,
-    memory: MemoryPlan,
-) -> Below:
+def _below(given: Given, machine: Machine) -> Below:
     """What lies below the lowest adapted layer, as this run computes it."""
-    beside = RowPacker(() if held_out is None else held_out.examples, share_prefixes=engine.shares_prefixes)
-    longest = max((*packer.by_document.lengths, *beside.by_document.lengths), default=0)
-    below = engine.below(layout, longest)
-    if below.whole is not None and below.dependent is None:
-        shared = any(rows.may_share(memory.micro_batch_rows) for rows in (packer, beside))
-        below = replace(below, dependent=below.whole if shared else None)
+    beside = RowPacker(given.held_out_rows, share_prefixes=given.engine.shares_prefixes)
+    lengths = (*given.packer.by_document.lengths, *beside.by_document.lengths)
+    below = given.engine.below(given.layout, max(lengths, default=0))
     if machine.device.type == "cpu" or below.dependent is not None:
         return below
     return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
@@ -270,24 +258,13 @@ def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
     return (f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower",)
 
 
-def _neutral_texts(config: TrainConfig, tokenizer: Any, held_out: PreparedData | None) -> ForgettingMeter:
-    """What the run will measure forgetting on; on nothing where it does not."""
-    measured = held_out is not None or config.run.max_forgetting is not None
-    return ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
-
-
-def _check_tokens(
-    engine: Engine,
-    train: PreparedData,
-    held_out: PreparedData | None,
-    neutral: ForgettingMeter,
-    tokenizer: Any,
-) -> None:
+def _check_tokens(given: Given, tokenizer: Any) -> None:
     """Raise DataError where the run would meet a token that the model does not have."""
-    vocab_size = engine.vocab_size
-    examples = documents_of((*train.examples, *(() if held_out is None else held_out.examples)))
+    vocab_size = given.engine.vocab_size
+    examples = documents_of((*given.train.examples, *given.held_out_rows))
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
-    check_vocabulary(((text.numpy(), "neutral_texts.txt") for text in neutral.documents), vocab_size, tokenizer)
+    texts = ((text.numpy(), "neutral_texts.txt") for text in given.neutral.documents)
+    check_vocabulary(texts, vocab_size, tokenizer)
 
 
 def _packer(config: TrainConfig, examples: Sequence[Example], engine: Engine, layout: AdapterLayout) -> RowPacker:
@@ -325,33 +302,17 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     return summed([row] * count, PreparedData(()).report)
 
 
-def _shapes(
-    config: TrainConfig,
-    machine: Machine,
-    engine: Engine,
-    packer: RowPacker,
-    train: PreparedData,
-    held_out: PreparedData | None,
-    sampler: Sampler,
-    total_steps: int,
-    neutral: Sequence[int],
-) -> Mapping[int, StepShape]:
+def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
     """What the run's micro-batches are like, for each number of rows that may be chosen."""
+    config, packer, sampler, total_steps = given.config, given.packer, given.sampler, given.total_steps
     options = config.optimization
-    most = min(options.batch_rows, len(train.examples))
+    most = min(options.batch_rows, len(given.train.examples))
     batch_rows = -(-most // machine.world_size)  # so that there is a micro-batch for each process
     rows_options = {1 << power for power in range(batch_rows.bit_length()) if 1 << power <= batch_rows} | {batch_rows}
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
-    held_out_examples = () if held_out is None else held_out.examples
-    shapes = largest_shapes(
-        [sampler.rows_of(step) for step in range(looked_at)],
-        _rows(train.examples, packer),
-        rows_options,
-        held_out=_rows(held_out_examples, RowPacker(held_out_examples, share_prefixes=engine.shares_prefixes)),
-        neutral=neutral,
-    )
+    shapes = largest_shapes([sampler.rows_of(step) for step in range(looked_at)], packer, rows_options)
     ordered = config.run.reduce == "ordered"
     at_once = longest = 0
     if isinstance(packer, PromptPacker):
@@ -361,18 +322,9 @@ def _shapes(
         rows: replace(
             shape,
             gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered),
+            neutral_tokens=max(given.neutral.lengths, default=0),
             sampled_rows=at_once,
             sampled_tokens=longest,
         )
         for rows, shape in shapes.items()
     }
-
-
-def _rows(examples: Sequence[Example], packer: RowPacker) -> Rows:
-    supervised = [packer.supervised_tokens([row]) for row in range(len(examples))]
-    return Rows(packer.lengths, supervised, packer.forest)
-
-
-# From a configuration to a job that is ready for its first step: model, adapter, rows, and every choice made.
-#
-# What costs little is checked first: options, targets, rows and memory come before the weights are read.

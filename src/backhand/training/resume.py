@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from backhand.adapters.checked_base import weight_names
 from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
@@ -29,7 +29,7 @@ from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
 from backhand.training.step import AdapterOptimizer
 
-# What a run is made of, as digests: base, tokenizer, template, rows, configuration; each computed when first needed.
+# What a run is made of, as digests: base, tokenizer, template, rows, configuration; computed when first needed.
 #
 # They stand in every checkpoint's manifest, where a resumed run compares them, and in the adapter's backhand.json.
 
@@ -54,69 +54,38 @@ class Identity:
     source: ModelSource
     modules: Sequence[str]
     train: PreparedData
-    held_out_rows: PreparedData | None
+    held_out: PreparedData | None
 
     @cached_property
-    def base(self) -> str | None:
-        """Of the adapted base tensors, see `adapters.record`; None where their names in the files are not known."""
-        names = list(weight_names(self.modules, self.source.tensor_names()))
-        try:
-            return base_digest(names, self.source.load_in_pieces) if names else None
-        finally:
-            self.source.forget_mapped()  # a run with a dense base reads it no more
-
-    @cached_property
-    def tokenizer(self) -> str:
-        """Of what turns text into tokens."""
-        return tokenizer_digest(self.source.tokenizer())
-
-    @cached_property
-    def chat_template(self) -> str | None:
-        """Of the chat template in use."""
-        return text_digest(read_template(self.config.data.chat_template, self.source.tokenizer()))
-
-    @cached_property
-    def data(self) -> str:
-        """Of every training token and its supervision, in order."""
-        return self.train.digest
-
-    @cached_property
-    def held_out(self) -> str | None:
-        """Likewise of the held-out rows."""
-        return None if self.held_out_rows is None else self.held_out_rows.digest
-
-    @cached_property
-    def settings(self) -> str:
-        """Of all options that decide the trained bits."""
-        return settings_digest(self.decisive_settings)
-
-    @cached_property
-    def decisive_settings(self) -> dict[str, Any]:
-        """All options that decide the trained bits, `table.name` to a value that JSON holds."""
-        return decisive_settings(self.config)
-
     def facts(self) -> dict[str, Any]:
-        """For a checkpoint's manifest."""
+        """For a checkpoint's manifest: all digests, and the options that decide the trained bits.
+
+        That of the base is of the adapted tensors (`adapters.record`); None where their names in the files are not
+        known. Those of the rows are of every token and its supervision, in order.
+        """
+        source, settings = self.source, decisive_settings(self.config)
+        names = list(weight_names(self.modules, source.tensor_names()))
+        base = base_digest(names, source.load_in_pieces) if names else None
+        source.forget_mapped()  # a run with a dense base reads it no more
         return {
-            "base_digest": self.base,
-            "tokenizer_digest": self.tokenizer,
-            "chat_template_digest": self.chat_template,
-            "data_digest": self.data,
-            "held_out_digest": self.held_out,
-            "settings_digest": self.settings,
-            "settings": self.decisive_settings,
+            "base_digest": base,
+            "tokenizer_digest": tokenizer_digest(source.tokenizer()),
+            "chat_template_digest": text_digest(read_template(self.config.data.chat_template, source.tokenizer())),
+            "data_digest": self.train.digest,
+            "held_out_digest": None if self.held_out is None else self.held_out.digest,
+            "settings_digest": settings_digest(settings),
+            "settings": settings,
         }
 
     def record(self) -> AdapterRecord:
         """For backhand.json."""
+        facts = self.facts
         return AdapterRecord(
             origin=self.source.origin,
-            base_digest=self.base,
-            tokenizer_digest=self.tokenizer,
-            chat_template_digest=self.chat_template,
-            data_digest=f"sha256:{self.data}",
-            run_digest=self.settings,
-            config=self.decisive_settings,
+            **{name: facts[name] for name in ("base_digest", "tokenizer_digest", "chat_template_digest")},
+            data_digest=f"sha256:{facts['data_digest']}",
+            run_digest=facts["settings_digest"],
+            config=facts["settings"],
             labels=self.labels,
         )
 
@@ -169,27 +138,14 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
         UsageError: options are given that differ from the run's and decide its result; lists them all.
     """
     stored = _as_it_was(load_config(directory / CONFIG))
-    default = TrainConfig()
-    differences = []
-    parts: dict[str, Any] = {}
-    for part in dataclasses.fields(TrainConfig):
-        here, there, usual = (getattr(config, part.name) for config in (given, stored, default))
-        changed: dict[str, Any] = {}
-        for option in dataclasses.fields(there):
-            value, before, normal = (getattr(options, option.name) for options in (here, there, usual))
-            # What was left open when the run began was chosen then; to leave it open again asks for nothing.
-            if value in (before, *_LEFT_OPEN) or (value == normal and option.name not in typed):
-                continue
-            if f"{part.name}.{option.name}" in FREE_OPTIONS:
-                changed[option.name] = value
-            else:
-                differences.append(f"{option.name}: {before!r} in the run, {value!r} given")
-        parts[part.name] = dataclasses.replace(there, **changed)
+    config, differences = taken_over(given, stored, typed, lambda part, name: f"{part}.{name}" in FREE_OPTIONS)
     if differences:
-        raise _refused(differences, directory)
+        raise _refused(
+            [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences], directory
+        )
     # What this command is about is its own: the run's file says how the run began.
     run = dataclasses.replace(
-        parts["run"],
+        config.run,
         output=given.run.output,
         resume=True,
         overwrite=False,
@@ -199,7 +155,37 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
         debug=given.run.debug,
         prove_resume=given.run.prove_resume,
     )
-    return dataclasses.replace(stored, **{**parts, "run": run})
+    return dataclasses.replace(config, run=run)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def taken_over(
+    given: Config, stored: Config, typed: frozenset[str], may_change: Callable[[str, str], bool]
+) -> tuple[Config, list[tuple[str, Any, Any]]]:
+    """The stored configuration with what is given now of the options that may change, by their part and name.
+
+    What has its default value counts as not given, unless it is among those that were typed. What was left open when
+    the run began was chosen then; to leave it open again asks for nothing.
+
+    Returns:
+        with it name, stored and given value of every other option that is given otherwise.
+    """
+    differences, parts = [], {}
+    for part, usual in vars(type(stored)()).items():
+        here, there = getattr(given, part), getattr(stored, part)
+        changed: dict[str, Any] = {}
+        for name, normal in vars(usual).items():
+            value, before = getattr(here, name), getattr(there, name)
+            if value in (before, *_LEFT_OPEN) or (value == normal and name not in typed):
+                continue
+            if may_change(part, name):
+                changed[name] = value
+            else:
+                differences.append((name, before, value))
+        parts[part] = dataclasses.replace(there, **changed)
+    return dataclasses.replace(stored, **parts), differences
 
 
 def _as_it_was(stored: TrainConfig) -> TrainConfig:
@@ -242,7 +228,7 @@ def check_same_run(facts: Mapping[str, Any], identity: Identity, base: BaseCheck
     Raises:
         UsageError: lists everything that is not as it was.
     """
-    today = identity.facts()
+    today = identity.facts
     differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
     differences += _changed_settings(facts.get("settings"), today["settings"])

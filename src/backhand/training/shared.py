@@ -8,23 +8,15 @@ around them, with its adapter, is made for each run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from backhand.training.memory.process import ProcessBytes
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 class Shared:
-    """Things by kind and key.
-
-    Attributes:
-        process: what the process takes without any run's model; not measured again once weights are held.
-    """
+    """Things by kind and key."""
 
     def __init__(self) -> None:
-        self.process: ProcessBytes | None = None
         self._made: dict[str, dict[str, Any]] = {}
 
     def once(

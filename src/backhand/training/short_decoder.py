@@ -93,7 +93,7 @@ def short_decoder(
         there = sum(kinds[layer] == kind for layer in chosen)
         more.append(MoreBlocks(made(picked(kind)), blocks_of_kind, blocks_of_kind - there))
     below = sum(layer < lowest for layer in range(count) if layer not in lenders)
-    return ShortModel(made(picked()), more, below, any(config.layers[layer].experts for layer in chosen))
+    return ShortModel(made(picked()), more, below)
 
 
 def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:

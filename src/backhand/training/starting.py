@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from backhand.adapters.checked_base import read_adapter
+from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.data.chat import read_template
@@ -65,17 +66,23 @@ def _in_any_order(value: object) -> object:
 
 
 def start_notes(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> tuple[str, ...]:
-    """Hold the adapter to start from, if there is one, against the base model; what a person should know of it."""
+    """Hold the adapter to start from, if there is one, against the base model; what a person should know of it.
+
+    Raises:
+        ArtifactError: it cannot be read, or was trained with another base model, tokenizer or chat template.
+    """
     if config.run.from_adapter is None:
         return ()
-    return engine.start_notes(
-        config.run.from_adapter,
-        layout,
-        chat_template=read_template(config.data.chat_template, source.tokenizer()),
-        template_args=config.data.template_args,
-        force_base=config.model.force_base,
-        allow_pickle=config.model.allow_pickle,
-    )
+    checks: dict[str, Any] = {
+        "chat_template": read_template(config.data.chat_template, source.tokenizer()),
+        "template_args": config.data.template_args,
+        "force_base": config.model.force_base,
+    }
+    directory, pickle, shapes = config.run.from_adapter, config.model.allow_pickle, engine.module_shapes()
+    if shapes is not None:
+        return load_adapter_for(source, directory, shapes, **checks, allow_pickle=pickle).notes
+    record = read_adapter(directory, source, allow_pickle=pickle).record
+    return check_source(record, directory, source, [slot.name for slot in layout.slots], **checks)
 
 
 def set_values(config: TrainConfig, bound: BoundModel) -> None:

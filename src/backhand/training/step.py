@@ -303,7 +303,7 @@ class Processes:
 
     def total(self, added: GradientSum, computed_s: float) -> StepSum:
         """Put the whole step's gradient into the buffer; from here on all processes know of a signal to one of them."""
-        return added.total(computed_s, 0.0, 0)
+        return added.total(computed_s, 0.0)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, as JSON holds it."""
@@ -331,7 +331,6 @@ class StepSum:
         computed_s: seconds each process computed.
         waited_s: seconds each process took for the exchange before this one, the others' delay included, by its own
             clock; 0 in the first. How long this exchange takes is not known before it is over.
-        signal: the highest number of a signal that asked a process to stop, or 0.
     """
 
     nats: tuple[float, ...]
@@ -339,7 +338,6 @@ class StepSum:
     attends: bool
     computed_s: tuple[float, ...]
     waited_s: tuple[float, ...]
-    signal: int
 
 
 class GradientSum(Protocol):
@@ -349,7 +347,7 @@ class GradientSum(Protocol):
         """Take what the buffer holds as the gradient of micro-batch `number`; in the order of the numbers."""
         ...
 
-    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
+    def total(self, computed_s: float, waited_s: float) -> StepSum:
         """Put the whole step's gradient into the buffer; the others learn what this process gives of itself."""
         ...
 
@@ -388,8 +386,8 @@ class OneProcessSum:
             self._sum.add_(self._gradients)
             self._gradients.zero_()
 
-    def total(self, computed_s: float, waited_s: float, signal: int) -> StepSum:
+    def total(self, computed_s: float, waited_s: float) -> StepSum:
         """See `GradientSum.total`."""
         if self._sum is not None:
             self._gradients.copy_(self._sum)
-        return StepSum(tuple(self._nats), self._supervised, self._attends, (computed_s,), (waited_s,), signal)
+        return StepSum(tuple(self._nats), self._supervised, self._attends, (computed_s,), (waited_s,))

@@ -38,6 +38,11 @@ RATE_OF_ONE_STEP, HIGHEST_RATE = 1e-2, 3e-3
 COMPARING_RATE = 2e-4
 
 
+def five_times(total_steps: int) -> int:
+    """An interval at which something happens five times a run."""
+    return max(1, -(-total_steps // 5))
+
+
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
     """An independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step.
 

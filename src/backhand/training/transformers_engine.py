@@ -14,12 +14,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backhand.adapters.checked_base import check_source, read_adapter
+from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.adapters.injection_plan import plan_injection
@@ -31,11 +31,10 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
-from backhand.training.engine import BoundModel, ShortModel, wrapper_notes
+from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.memory.coarse import transformers_size
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import HeldBase
-from backhand.training.memory.states import Below
 from backhand.training.shared import Shared
 
 
@@ -224,22 +223,18 @@ def _dropout(injected: InjectedAdapter, seed: int | None, device: torch.device) 
                 module.training = False
 
 
-class TransformersEngine:
-    """transformers and autograd for one model; see `engine.Engine`.
+class TransformersEngine(Engine):
+    """transformers and autograd for one model, which is counted whole: what a block is, only its own code knows.
 
     Args:
         note: why not the decoder engine; None where transformers was asked for.
     """
 
-    name: Literal["backhand", "transformers"] = "transformers"
-    shares_prefixes = False
-    layers = 1  # counted whole: what a block is, only the model's own code knows
+    name = "transformers"
 
     def __init__(self, source: ModelSource, dtype: torch.dtype, note: str | None) -> None:
+        super().__init__(source, dtype)
         self.note = note
-        self.notes = wrapper_notes(source)
-        self._source = source
-        self._dtype = dtype
 
     @property
     def vocab_size(self) -> int:
@@ -253,16 +248,6 @@ class TransformersEngine:
         skeleton = transformers_skeleton(self._source, dtype=self._dtype)
         return plan_injection(skeleton, config, None, skeleton=True).layout
 
-    def below(
-        self,
-        layout: AdapterLayout,  # noqa: ARG002 - which of its modules come first, only the model's own code knows
-        longest: int,  # noqa: ARG002
-    ) -> Below:
-        """Nothing that could be computed by itself."""
-        return Below()
-
-    bases: tuple[HeldBase, ...] = ("dense",)
-
     def size(
         self,
         layout: AdapterLayout,
@@ -272,27 +257,6 @@ class TransformersEngine:
         source = self._source
         elements = sum(math.prod(source.shape(name)) for name in source.tensor_names())
         return transformers_size(source.config, elements, layout, self._dtype.itemsize)
-
-    def start_notes(
-        self,
-        directory: str,
-        layout: AdapterLayout,
-        *,
-        chat_template: str | None,
-        template_args: Mapping[str, Any],
-        force_base: bool,
-        allow_pickle: bool,
-    ) -> tuple[str, ...]:
-        """Hold the model against the record of the adapter to start from; its values are read with the weights."""
-        return check_source(
-            read_adapter(directory, self._source, allow_pickle=allow_pickle).record,
-            directory,
-            self._source,
-            [slot.name for slot in layout.slots],
-            chat_template=chat_template,
-            template_args=template_args,
-            force_base=force_base,
-        )
 
     def load(
         self,

@@ -1,8 +1,7 @@
 """How the base is held: dense in the compute dtype, or quantized in its file's own blocks.
 
 Unpacking a matrix takes its own time, whatever the number of rows it is multiplied with, so that its share of a step
-falls with the tokens of a micro-batch, and depends on processor, types and shapes by factors of two and more. Where
-both fit, short models of both kinds take turns on such a micro-batch (`memory.speed`).
+falls with the tokens of a micro-batch: from a few hundred on a step takes a few percent longer, in half the memory.
 """
 
 from __future__ import annotations
@@ -10,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from backhand.errors import ResourceError
+from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
-from backhand.training.config import Recompute
-from backhand.training.memory.plan import HeldBase, MemoryPlan, row_cost
+from backhand.training.memory.plan import HeldBase, MemoryPlan
 from backhand.training.memory.shapes import StepShape
 
-WORTH = 1.10
-"""A quantized base may take so many times as long as a dense one."""
+ENOUGH_TOKENS = 256
+"""Of a micro-batch, for unpacking to be little beside its products."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BaseChoice:
 
     Attributes:
         chosen: the plan of the run.
-        plans: of each base that there can be, as far as it was planned; of one that does not fit the smallest.
+        plans: of each base that was planned; of one that does not fit the fastest way there is.
         fitting: those that fit.
     """
 
@@ -35,53 +36,43 @@ class BaseChoice:
     fitting: frozenset[HeldBase]
 
 
+def wanted_bases(
+    asked: Base, source: ModelSource, device: torch.device, shapes: Mapping[int, StepShape]
+) -> list[HeldBase]:
+    """In this order: as asked for, or blocks that the source stores where they cost little."""
+    if asked != "auto":
+        return [asked]
+    # The processor unpacks, and a card would wait for it.
+    unpacks = source.quantized and not source.unpacked_slowly and device.type == "cpu"
+    enough = max(shape.mean_tokens for shape in shapes.values()) >= ENOUGH_TOKENS
+    return ["quantized", "dense"] if unpacks and enough else ["dense", "quantized"]
+
+
 def choose_base(
-    asked: Base,
-    bases: Sequence[HeldBase],
-    shapes: Mapping[int, StepShape],
-    plan: Callable[[HeldBase], MemoryPlan],
-    smallest: Callable[[HeldBase], MemoryPlan],
-    *,
-    quantized_source: bool,
-    times_as_long: Callable[[StepShape, Recompute], float],
-    others: bool = True,
+    wanted: Sequence[HeldBase], plan: Callable[[HeldBase, bool], MemoryPlan], others: Sequence[HeldBase] = ()
 ) -> BaseChoice:
-    """As asked for, or quantized where that costs little or nothing else fits.
+    """The first of those that are wanted that fits.
 
     Args:
-        asked: as the option has it.
-        bases: that the engine can hold.
-        shapes: the run's micro-batches for each number of rows.
-        plan: the fastest way that fits with a base; raises ResourceError where none does.
-        smallest: the way that takes the least memory.
-        quantized_source: whether the source stores blocks; what it does not, `auto` leaves dense.
-        times_as_long: measures how many times as long a pass of such a micro-batch takes with a quantized base as with
-            a dense one; asked only where the answer decides.
-        others: whether to tell what a base would take that decides nothing; else it is not planned, which may measure.
+        wanted: in order.
+        plan: the fastest way with a base; where it is to fit, raises ResourceError if none does.
+        others: to be told of as well; else what decides nothing is not planned, since that may measure.
 
     Raises:
-        ResourceError: neither base fits, or not the one that was asked for.
+        ResourceError: none fits; of the last one, which takes the least, since its advice is the nearest.
     """
     plans: dict[HeldBase, MemoryPlan] = {}
-    errors: dict[HeldBase, ResourceError] = {}
-    order: list[HeldBase] = ["dense", "quantized"] if asked == "auto" else [asked]
-    open_question = asked == "auto" and quantized_source
-    for base in bases if others else order:
-        if base not in bases or (plans and not others and not open_question):
-            continue
+    failed: ResourceError | None = None
+    for base in dict.fromkeys((*wanted, *others)):
+        if plans and base not in others:
+            break
         try:
-            plans[base] = plan(base)
+            plans[base] = plan(base, True)
         except ResourceError as error:
-            errors[base] = error
+            failed = error if base in wanted else failed
     fitting = frozenset(plans)
-    if open_question and fitting == {"dense", "quantized"}:
-        small = plans["quantized"]
-        longer = times_as_long(shapes[small.micro_batch_rows], small.recompute)
-        if longer * row_cost(small, shapes) <= WORTH * row_cost(plans["dense"], shapes):
-            order.reverse()
-    chosen = next((base for base in order if base in fitting), None)
+    chosen = next((plans[base] for base in wanted if base in plans), None)
     if chosen is None:
-        # Of the base that takes the least, since its advice is the nearest to what there is.
-        raise errors[next(base for base in reversed(order) if base in errors)]
-    told = bases if others else plans
-    return BaseChoice(plans[chosen], {base: plans.get(base) or smallest(base) for base in told}, fitting)
+        assert failed is not None
+        raise failed
+    return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)

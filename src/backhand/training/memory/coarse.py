@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import torch
 
+from backhand.kernels.dense_product import is_taken
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.kv_cache import bytes_per_row
@@ -62,11 +63,18 @@ def decoder_size(
         stream_bytes=d * b + 32,
         head_row_bytes=3 * d * b,
         chunk_rows=chunk_rows(d, dtype),
-        chunk_row_bytes=config.vocab_size * b,
         logits_bytes=config.vocab_size * b,
         cache_bytes=bytes_per_row(config, dtype, 1) - bytes_per_row(config, dtype, 0),
         mixer_state_bytes=bytes_per_row(config, dtype, 0),
+        kernels=0 if is_taken(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
     )
+
+
+def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
+    """Products of a pass that oneDNN compiles for its size; those of experts have another size in every pass."""
+    if dtype_bytes == FLOAT32_BYTES:
+        return 0
+    return 1 << 20 if experts else 16
 
 
 def mixer_width(config: DecoderConfig, layer: LayerConfig) -> int:
@@ -106,8 +114,8 @@ def transformers_size(
         stream_bytes=2 * d * dtype_bytes,
         head_row_bytes=vocabulary * (dtype_bytes + 3 * FLOAT32_BYTES),
         chunk_rows=0,
-        chunk_row_bytes=0,
         logits_bytes=vocabulary * dtype_bytes,
         cache_bytes=layers * 2 * d * dtype_bytes,
+        kernels=_kernels(dtype_bytes),
         measured=False,
     )

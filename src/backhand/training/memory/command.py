@@ -96,7 +96,7 @@ def plan(options: PlanOptions) -> RunPlan:
         UsageError, DataError, ArtifactError: as `train` would.
         ResourceError: it does not fit; says what would.
     """
-    config = options.validate().config
+    config = options.validate().run_config
     if config.rewards.reward:
         with RewardProcess(config.rewards.reward, config.rewards.reward_timeout):
             pass  # they are there

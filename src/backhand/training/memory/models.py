@@ -5,8 +5,8 @@ supervised, with the adapter that `train` makes if nothing else is said:
 
     memory   estimated (`memory.coarse`), with the recomputation that fits into what is free; a file in blocks stays in
              them, unless the kernels do not unpack its types
-    time     `token_seconds`, from products timed here in the model's own shapes, and what the recomputation adds;
-             unpacking blocks takes a few percent more
+    time     estimated (`token_seconds`), from a small model timed here, and what the recomputation adds; unpacking
+             blocks takes a few percent more
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.table import Table
@@ -33,12 +33,12 @@ from backhand.nn.loading.stores import StoredModel, models_on_this_machine
 from backhand.terminal import console_for_tables, working
 from backhand.training.config import ModelOptions, Recompute
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.memory.bases import choose_base
+from backhand.training.memory.bases import choose_base, wanted_bases
 from backhand.training.memory.options import ModelsOptions
 from backhand.training.memory.parts import estimated_step, parts_of
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
 from backhand.training.memory.process import settled_rss_bytes
-from backhand.training.memory.shapes import Rows, StepShape, largest_shapes
+from backhand.training.memory.shapes import StepShape
 from backhand.training.memory.token_seconds import ROW_TOKENS, ROWS, TokenSeconds
 from backhand.words import in_words, name_list
 
@@ -135,38 +135,24 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
 
 def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> tuple[MemoryPlan, bool]:
     """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
-    layout = engine.layout(LoRAConfig())
-    sizes = {base: engine.size(layout, base) for base in engine.bases}
-    shapes = largest_shapes([range(ROWS)], Rows((ROW_TOKENS,) * ROWS, (ROW_TOKENS,) * ROWS), (ROWS,))
-    free = available_bytes()
-    budget = None if free is None else free + process_bytes
+    layout, tokens, free = engine.layout(LoRAConfig()), ROWS * ROW_TOKENS, available_bytes()
+    shapes = {ROWS: StepShape(tokens, tokens, (ROW_TOKENS,) * ROWS, mean_tokens=tokens)}
 
-    def plan(base: HeldBase, limit: int | None = budget, recompute: Recompute = "auto") -> MemoryPlan:
+    def plan(base: HeldBase, limited: bool) -> MemoryPlan:
+        size = engine.size(layout, base)
+
         def parts(shape: StepShape, mode: Recompute) -> dict[str, int]:
-            return parts_of(sizes[base], shape, estimated_step(sizes[base], shape, mode), process_bytes)
+            return parts_of(size, shape, estimated_step(size, shape, mode), process_bytes)
 
-        return choose(
-            sizes[base], parts, shapes, budget_bytes=limit, micro_batch_rows=ROWS, recompute=recompute, base=base
-        )
+        budget = free + process_bytes if limited and free is not None else None
+        mode: Recompute = "auto" if limited else "block"
+        found = choose(size, parts, shapes, budget_bytes=budget, micro_batch_rows=ROWS, recompute=mode)
+        return replace(found, base=base)
 
-    def smallest(base: HeldBase) -> MemoryPlan:
-        return plan(base, None, "block")
-
-    # Measuring what unpacking costs would read the file: with so many tokens it is little, but for slow types.
-    longer = math.inf if source.unpacked_slowly else 1.0
     try:
-        choice = choose_base(
-            "auto",
-            engine.bases,
-            shapes,
-            plan,
-            smallest,
-            quantized_source=source.quantized,
-            times_as_long=lambda *_: longer,
-        )
-        return choice.chosen, True
+        return choose_base(wanted_bases("auto", source, torch.device("cpu"), shapes), plan).chosen, True
     except ResourceError:
-        return smallest("quantized" if source.quantized else "dense"), False
+        return plan("quantized" if source.quantized else "dense", False), False
 
 
 def models_command(options: ModelsOptions) -> list[ListedModel]:

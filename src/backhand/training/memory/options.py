@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from backhand.adapters.config import LoRAConfig
-from backhand.bounds import CountFromZero, check_fields
-from backhand.data.options import DataOptions
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.rewards.options import RewardOptions
+from backhand.bounds import CountFromZero
+from backhand.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -31,45 +27,14 @@ class PlanRunOptions:
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """A run to look at before it is made; its parts are those of `TrainConfig`.
+class PlanOptions(TrainConfig):
+    """A run to look at before it is made; its other parts are those of `TrainConfig`.
 
     Attributes:
-        plan: what to look at, and what to print.
-        model: the base model and how it is computed.
-        data: rows, template, lengths; without rows, rows of `max_length` tokens are assumed.
-        adapter: rank, alpha, targets.
-        optimization: steps, rates, batches.
-        run: evaluation and checkpoints; nothing is written.
-        objective: what is minimised.
-        rewards: of answers that the model writes itself.
+        plan: what to look at, and what to print; without rows, rows of `max_length` tokens are assumed.
     """
 
     plan: PlanRunOptions = field(default_factory=PlanRunOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    adapter: LoRAConfig = field(default_factory=LoRAConfig)
-    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    rewards: RewardOptions = field(default_factory=RewardOptions)
-
-    def validate(self) -> PlanOptions:
-        """Check every field; return self. Raises UsageError naming field, value and range."""
-        check_fields(self.plan)
-        self.config.validate()
-        return self
-
-    @property
-    def config(self) -> TrainConfig:
-        """The run itself."""
-        return TrainConfig(**{part.name: getattr(self, part.name) for part in fields(TrainConfig)})
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> PlanOptions:
-        """A look at this run."""
-        parts = {part.name: getattr(config, part.name) for part in fields(TrainConfig)}
-        return cls(PlanRunOptions(), **parts)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from backhand.training.config import Recompute
 from backhand.training.memory.shapes import StepShape
 
 FLOAT32_BYTES = 4
-STATES = "hidden states of frozen layers"
 # values, gradients, two moments, and the copy that the learning guard compares the values with
 _COPIES_OF_ADAPTER = 5
 # a checkpoint's adapter and its state (values and moments), each as tensors' bytes and once more as a file
@@ -33,11 +33,11 @@ class ModelSize:
         block_bytes: per token, of what is alive while a block's backward runs, by recompute mode.
         stream_bytes: per token, of the batch and the residual stream.
         head_row_bytes: per supervised token, of the head's input and its gradient.
-        chunk_rows, chunk_row_bytes: rows of a chunk of logits, and the bytes of one.
+        chunk_rows: of logits that are there at once in a training pass.
         logits_bytes: of one position's logits.
         cache_bytes: per token of a conversation, of keys and values.
         mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
-        states_bytes: of the hidden states of all rows that are kept in memory (`memory.states`).
+        kernels: that a library compiles for each size of a pass, at most; those that it keeps are counted.
         measured: whether a step's memory can be measured before the run.
     """
 
@@ -49,11 +49,10 @@ class ModelSize:
     stream_bytes: int
     head_row_bytes: int
     chunk_rows: int
-    chunk_row_bytes: int
     logits_bytes: int
     cache_bytes: int
     mixer_state_bytes: int = 0
-    states_bytes: int = 0
+    kernels: int = 0
     measured: bool = True
 
 
@@ -63,17 +62,15 @@ class StepBytes(NamedTuple):
     Attributes:
         kept: by the blocks, for the backward pass.
         workspace: at the fullest moment besides.
-        left: by a pass of a size that has not been before: compiled kernels.
     """
 
     kept: int
     workspace: int
-    left: int = 0
 
 
 def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> StepBytes:
     """Coarsely, from headers."""
-    chunk = min(shape.supervised_tokens, size.chunk_rows) * size.chunk_row_bytes
+    chunk = min(shape.supervised_tokens, size.chunk_rows) * size.logits_bytes
     head = shape.supervised_tokens * size.head_row_bytes + chunk
     at_work = max(head, shape.tokens * size.block_bytes[recompute])
     return StepBytes(shape.tokens * size.kept_bytes[recompute], shape.tokens * size.stream_bytes + at_work)
@@ -88,7 +85,6 @@ def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> di
         "base weights": size.weight_bytes,
         "adapter and gradients": size.adapter_elements * copies,
         "moments": size.adapter_elements * 2 * FLOAT32_BYTES,
-        **({STATES: size.states_bytes} if size.states_bytes else {}),
     }
 
 
@@ -106,14 +102,24 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.kept,
         fullest: most,
-        "compiled kernels": shape.kernels_bytes(step.left),
+        "compiled kernels": min(shape.sizes * size.kernels, _kept_kernels()) * _KERNEL_BYTES,
     }
     return {**found, "gaps between buffers": round(GAPS * (step.kept + most)) + _GAPS_BYTES}
 
 
-GAPS = 0.04
-_GAPS_BYTES = 8 << 20
-"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor."""
+_KERNEL_BYTES = 700_000
+"""Of a kernel that oneDNN keeps, with what those leave behind that were compiled before in its place."""
+
+
+def _kept_kernels() -> int:
+    """How many compiled kernels oneDNN keeps; 1,024 where the environment names no other limit."""
+    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    return int(stated) if stated.isdecimal() else 1024
+
+
+GAPS = 0.08
+_GAPS_BYTES = 32 << 20
+"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor: at most."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:

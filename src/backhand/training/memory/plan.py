@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from backhand.data.packing import round_size
@@ -30,6 +30,7 @@ class MemoryPlan:
     Attributes:
         micro_batch_rows: rows per forward and backward pass.
         recompute: what the backward pass computes again.
+        shape: the largest micro-batch of so many rows.
         parts: bytes by part, process included.
         beside_bytes: of another process that runs beside this one.
         base: how the frozen weights are held.
@@ -37,6 +38,7 @@ class MemoryPlan:
 
     micro_batch_rows: int
     recompute: Recompute
+    shape: StepShape
     parts: Mapping[str, int] = field(default_factory=dict)
     beside_bytes: int = 0
     base: HeldBase = "dense"
@@ -56,17 +58,16 @@ class MemoryPlan:
         """How many times as long a pass takes as one in which nothing is computed again."""
         return _RECOMPUTE_COST[self.recompute]
 
+    @property
+    def row_cost(self) -> float:
+        """Of a row, in tokens of a plain pass; rows that begin alike share tokens, the more of them the better."""
+        return self.recompute_cost * (self.shape.mean_tokens + TOKENS_LOST_PER_PASS) / self.micro_batch_rows
+
     def lines(self) -> list[str]:
         """The parts in words, largest first."""
         parts = {**self.parts, LIVE_VIEW: self.beside_bytes}
         ordered = sorted(parts.items(), key=lambda part: -part[1])
         return [f"{name}: {in_words(size)}" for name, size in ordered if size]
-
-
-def row_cost(plan: MemoryPlan, shapes: Mapping[int, StepShape]) -> float:
-    """Of a row, in tokens of a plain pass; rows that begin alike share tokens, the more of them the better."""
-    tokens = shapes[plan.micro_batch_rows].mean_tokens
-    return plan.recompute_cost * (tokens + TOKENS_LOST_PER_PASS) / plan.micro_batch_rows
 
 
 Parts = Callable[[StepShape, Recompute], Mapping[str, int]]
@@ -82,7 +83,6 @@ def choose(
     micro_batch_rows: int | None,
     recompute: Recompute,
     answering_bytes: int | None = None,
-    base: HeldBase = "dense",
 ) -> MemoryPlan:
     """The fastest way to cut a step that fits; slower ones are not looked at.
 
@@ -93,24 +93,21 @@ def choose(
         budget_bytes: what may be taken in all; None for no limit.
         micro_batch_rows, recompute: as asked for; None or `auto` to choose.
         answering_bytes: of a second process that answers beside it, before its model; None for no such process.
-        base: how the frozen weights of this size are held.
 
     Raises:
         ResourceError: nothing fits; shows the smallest way by part, and what to ask for instead.
     """
-
-    def plan(shape: StepShape, rows: int, mode: Recompute) -> MemoryPlan:
-        found = parts(shape, mode)
-        beside = 0 if answering_bytes is None else second_model_bytes(size, answering_bytes, WATCHED_TOKENS)
-        return MemoryPlan(rows, mode, found, beside, base)
+    beside = 0 if answering_bytes is None else second_model_bytes(size, answering_bytes, WATCHED_TOKENS)
 
     def fits(candidate: MemoryPlan) -> bool:
         return budget_bytes is None or candidate.total_bytes <= MARGIN * budget_bytes
 
+    def plan(way: MemoryPlan) -> MemoryPlan:
+        return replace(way, parts=parts(way.shape, way.recompute), beside_bytes=beside)
+
     def ways(rows_options: Iterable[int], modes: Iterable[Recompute]) -> Iterator[MemoryPlan]:
-        found = [MemoryPlan(rows, mode) for mode in modes for rows in rows_options]
-        for way in sorted(found, key=lambda way: row_cost(way, shapes)):
-            yield plan(shapes[way.micro_batch_rows], way.micro_batch_rows, way.recompute)
+        found = [MemoryPlan(rows, mode, shapes[rows]) for mode in modes for rows in rows_options]
+        return map(plan, sorted(found, key=lambda way: way.row_cost))
 
     rows_options = sorted(shapes) if micro_batch_rows is None else [micro_batch_rows]
     preferred = [rows for rows in rows_options if shapes[rows].mean_tokens <= PREFERRED_TOKENS] or rows_options[:1]
@@ -126,10 +123,9 @@ def choose(
     if smaller is not None:
         remedy = _as_options(smaller, asked)
     else:
-        least = min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
-        shape, rows = shapes[min(shapes)], min(shapes)
-        tokens = shape.tokens
-        while not fits(found := plan(shape.cut(tokens), rows, least)) and tokens > _SHORTEST_TOKENS:
+        rows, least = min(shapes), min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
+        tokens = shapes[rows].tokens
+        while not fits(found := plan(MemoryPlan(rows, least, shapes[rows].cut(tokens)))) and tokens > _SHORTEST_TOKENS:
             tokens = round_size(tokens // 2)
         remedy = _smaller_run(size, found, tokens) if fits(found) else _no_run(size, found, tokens)
     raise ResourceError(

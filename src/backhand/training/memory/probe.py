@@ -6,19 +6,17 @@ shapes alone, whatever else the machine does. They are affine in the number of b
 
     peak(model) = peak(short) + Σ_kinds missing (peak(short and one more) - peak(short))
 
-Where the run's largest micro-batch has more tokens than are worth measuring, passes of 1,024 and of half as many are
-measured in its place. What blocks take then grows with the tokens, by s a token (from passes with one supervised
-token, in which no head comes between), and what the head takes besides with the supervised ones, by r each:
+Where the run's largest micro-batch has more tokens than are worth measuring, 1,024 are measured in its place. What
+blocks take then grows with the tokens, by s each (from a pass with one supervised token, in which no head comes
+between), and what the head takes besides with the supervised ones, by r each:
 
-    peak(T, S) = peak(T₂, S₂) + (T - T₂) s + (S - S₂) r,    s = (peak(T₂, 1) - peak(T₁, 1)) / (T₂ - T₁)
+    peak(T, S) = peak(T₁, S₁) + (T - T₁) s + (S - S₁) r,    s = peak(T₁, 1) / T₁
 
 which is no less than it is, since the head is fullest while less is at work than in a block.
 """
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,9 +36,8 @@ from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 
 PROBED_TOKENS = 1024
-_LEAST_TOKENS = 64
 _FIRST = StepShape(16, 8)
-_SECOND = StepShape(48, 24)
+"""What is made once is made in a pass of its own."""
 _SURELY = 0.5
 """No step takes less than this share of what is estimated."""
 
@@ -107,81 +104,22 @@ def step_bytes(
         limit: tokens of a pass that is measured, at most.
     """
 
-    def peak(model: Trainable, *shapes: StepShape) -> int:
-        return peak_of(model, (_FIRST, *shapes), vocab_size)
+    def peak(model: Trainable, probed: StepShape) -> int:
+        return peak_of(model, (_FIRST, probed), vocab_size)
 
-    large = shape.cut(limit)
-    most, blocks_at = peak(short.model, large), large
-    left = left_behind(lambda: peak_of(short.model, [_another(large) if short.experts else _SECOND], vocab_size))
-    if large is not shape:
-        small, large_blocks = (replace(large.cut(tokens), supervised_tokens=1) for tokens in (limit // 2, limit))
-        of_small, of_large = (peak(short.model, one) for one in (small, large_blocks))
-        slope = (of_large - of_small) / max(1, large.tokens - small.tokens)
-        most += round((shape.tokens - large.tokens) * slope)
-        blocks_at = small
-        base = of_small
-    else:
-        base = peak(short.model, large)  # the first time there is also what is made once
+    whole = shape.cut(limit)
+    blocks = replace(whole, supervised_tokens=1)
+    most, of_blocks = peak(short.model, whole), peak(short.model, blocks)
+    most += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
     kept = of_last = 0
     for more in short.more:
-        block = max(0, peak(more.model, blocks_at) - base) * shape.tokens // blocks_at.tokens
+        block = max(0, peak(more.model, blocks) - of_blocks) * shape.tokens // whole.tokens
         most += more.missing * block
         kept += more.blocks * block
         of_last = max(of_last, block // shape.tokens)
     # Of supervised tokens alone the last block keeps all that the others keep of every one.
-    most += (shape.supervised_tokens - large.supervised_tokens) * (row_bytes + of_last)
-    return StepBytes(min(kept, most), most - min(kept, most), left)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a pass leaves behind: the kernels that oneDNN compiles for each product of each of its sizes. An expert's product
-# has as many rows as tokens go to it: there are the more sizes the more tokens there are.
-
-
-def _another(shape: StepShape) -> StepShape:
-    """Nearly as many tokens, in a number that has not been before."""
-    tokens = shape.tokens - max(1, shape.tokens // _FEWER)
-    return StepShape(tokens, min(shape.supervised_tokens, tokens))
-
-
-_FEWER = 9
-
-
-_MALLINFO2 = (
-    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-)
-
-
-class _Mallinfo2(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
-
-
-_LITTLE = 1 << 20
-"""Less than this is no kernel, or none that counts."""
-
-
-def left_behind(work: Callable[[], object]) -> int:
-    """Bytes that some work allocates and does not free, on Linux's glibc; 0 where it cannot be known."""
-    work_before = _allocated()
-    work()
-    left = _allocated() - work_before
-    return left if left > _LITTLE else 0
-
-
-def _allocated() -> int:
-    if platform.libc_ver()[0] != "glibc":
-        return 0
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
-        return 0
-    libc.mallinfo2.restype = _Mallinfo2
-    told = libc.mallinfo2()
-    return int(told.uordblks + told.hblkhd)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The memory of a run in any way to cut it, measured where the question is open.
+    most += (shape.supervised_tokens - whole.supervised_tokens) * (row_bytes + of_last)
+    return StepBytes(min(kept, most), most - min(kept, most))
 
 
 class MeasuredMemory:
@@ -213,21 +151,16 @@ class MeasuredMemory:
         self._budget_bytes = budget_bytes
         self._steps: dict[tuple[StepShape, Recompute], StepBytes] = {}
 
-    def parts(self, shape: StepShape, recompute: Recompute, states_bytes: int = 0) -> dict[str, int]:
+    def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
         """Bytes by part."""
-        size = replace(self.size, states_bytes=states_bytes)
+        size, key = self.size, (shape, recompute)
         estimate = estimated_step(size, shape, recompute)
-        fixed = sum(fixed_parts(size, shape.gradient_copies, self._process.now).values())
-        may_be = float("inf") if self._budget_bytes is None else MARGIN * self._budget_bytes
-        limit = PROBED_TOKENS
-        while limit > _LEAST_TOKENS and fixed + sum(estimated_step(size, shape.cut(limit), recompute)) > may_be:
-            limit //= 2
-        if not size.measured or fixed + _SURELY * sum(estimate) > may_be:
+        least = sum(fixed_parts(size, shape.gradient_copies, self._process.now).values()) + _SURELY * sum(estimate)
+        if not size.measured or (self._budget_bytes is not None and least > MARGIN * self._budget_bytes):
             return parts_of(size, shape, estimate, self._process.now)
-        key = shape, recompute
         if key not in self._steps:
             short = self._short(recompute)
-            self._steps[key] = step_bytes(short, shape, self._vocab_size, size.head_row_bytes, limit)
+            self._steps[key] = step_bytes(short, shape, self._vocab_size, size.head_row_bytes)
             del short
             self._forget()
             # What a step loads and compiles when it is first taken is there now, and the short model is not.

@@ -124,20 +124,20 @@ class ProcessBytes:
 
     Args:
         dtype: the compute dtype.
+        final: whether a run's weights are there, which are counted elsewhere.
 
     Attributes:
         now: bytes.
-        final: set once a run's weights are there, which are counted elsewhere.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, final: Callable[[], bool] = lambda: False) -> None:
         self._dtype = dtype
+        self._final = final
         self.now = settled_rss_bytes(dtype)
-        self.final = False
 
     def grown(self) -> None:
         """Look again, unless what was found is final."""
-        if not self.final:
+        if not self._final():
             self.now = max(self.now, settled_rss_bytes(self._dtype))
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
-from backhand.data.packing import Forest, micro_batches, round_size
+from backhand.data.packing import RowPacker, micro_batches, round_size
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -22,7 +20,6 @@ class StepShape:
         lengths: of the largest one's segments; a filler counts as well.
         parents: of these segments, as in `PackedBatch`.
         mean_tokens: of all of them.
-        micro_batches: how many they are, of the steps that were looked at.
         sizes: how many numbers of tokens, or of supervised tokens where these are more, they come in.
         gradient_copies: buffers that adding up the micro-batches of a step takes.
         neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
@@ -34,7 +31,6 @@ class StepShape:
     lengths: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     mean_tokens: float = 0.0
-    micro_batches: int = 1
     sizes: int = 1
     gradient_copies: int = 0
     neutral_tokens: int = 0
@@ -70,22 +66,6 @@ class StepShape:
         labels[self.tokens - min(self.supervised_tokens, self.tokens) :] = 0
         return PackedBatch(ids, labels, self.lengths or (self.tokens,), self.parents)
 
-    def kernels_bytes(self, left: int) -> int:
-        """Of all kernels that are compiled, where a micro-batch of a size of its own leaves so many bytes."""
-        return min(self.sizes * left, kept_kernels() * _KERNEL_BYTES)
-
-
-_KERNEL_BYTES = 1_200_000
-"""Of a kernel that oneDNN keeps, at most, with what those leave behind that were compiled before in its place."""
-_KEPT = 1024
-"""oneDNN's own limit, where the environment names no other."""
-
-
-def kept_kernels() -> int:
-    """How many compiled kernels oneDNN keeps."""
-    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    return int(stated) if stated.isdecimal() else _KEPT
-
 
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
     """How many buffers as large as the gradient a process holds beside it to add it up, at most.
@@ -98,80 +78,43 @@ def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int
     return 2 * own + 3 if ordered else 1
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows by their numbers.
-
-    Attributes:
-        lengths: tokens of each that enter the model.
-        supervised: of each.
-        forest: the segments of these rows' micro-batch; None where nothing is shared and each row is one.
-    """
-
-    lengths: Sequence[int]
-    supervised: Sequence[int]
-    forest: Callable[[Sequence[int]], Forest] | None = None
-
-
-NO_ROWS = Rows((), ())
-
-
 def largest_shapes(
-    steps: Sequence[Sequence[int]],
-    rows: Rows,
-    rows_options: Iterable[int],
-    *,
-    held_out: Rows = NO_ROWS,
-    neutral: Sequence[int] = (),
+    steps: Sequence[Sequence[int]], packer: RowPacker, rows_options: Iterable[int]
 ) -> dict[int, StepShape]:
     """For each number of rows per micro-batch, what micro-batches these steps will make.
 
     Args:
         steps: row numbers of each step.
-        rows: to train on.
+        packer: of the rows.
         rows_options: numbers of rows to look at.
-        held_out: rows that are measured in between.
-        neutral: tokens of the neutral texts, which are measured one by one.
     """
-    return {count: _shape(steps, rows, count, held_out, neutral) for count in rows_options}
+    supervised = [packer.supervised_tokens([row]) for row in range(len(packer.lengths))]
+
+    def shape(count: int) -> StepShape:
+        cut = [
+            _micro_batch(group, packer, supervised)
+            for step in steps
+            for group in micro_batches(step, packer.lengths, max_rows=count)
+        ]
+        return replace(
+            max(cut, key=lambda one: one.tokens),
+            supervised_tokens=max(one.supervised_tokens for one in cut),
+            mean_tokens=sum(one.tokens for one in cut) / len(cut),
+            sizes=_OTHER_SIZES + max(len({one.tokens for one in cut}), len({one.supervised_tokens for one in cut})),
+        )
+
+    return {count: shape(count) for count in rows_options}
 
 
-def _shape(steps: Iterable[Sequence[int]], rows: Rows, count: int, held_out: Rows, neutral: Sequence[int]) -> StepShape:
-    trained = [one for step in steps for one in _cut(step, rows, count)]
-    every = [*trained, *_cut(range(len(held_out.lengths)), held_out, count)]
-    largest = max(trained, key=lambda one: one.tokens)
-    return StepShape(
-        tokens=largest.tokens,
-        supervised_tokens=max(one.supervised_tokens for one in trained),
-        lengths=largest.lengths,
-        parents=largest.parents,
-        mean_tokens=sum(one.tokens for one in trained) / len(trained),
-        micro_batches=len(trained),
-        sizes=max(len({*(one.tokens for one in every), *neutral}), len({one.supervised_tokens for one in every})),
-        neutral_tokens=max(neutral, default=0),
-    )
+_OTHER_SIZES = 8
+"""Of held-out rows and neutral texts."""
 
 
-class _MicroBatch(NamedTuple):
-    """Tokens, those supervised, and the segments; a filler counts as well."""
-
-    tokens: int
-    supervised_tokens: int
-    lengths: tuple[int, ...]
-    parents: tuple[int, ...]
-
-
-def _cut(step: Sequence[int], rows: Rows, count: int) -> list[_MicroBatch]:
-    """The micro-batches of a step, of so many rows each."""
-    cut = []
-    for group in micro_batches(step, rows.lengths, max_rows=count):
-        lengths, parents = tuple(sorted(rows.lengths[row] for row in group)), tuple[int, ...]()
-        if rows.forest is not None:
-            lengths, parents, *_ = rows.forest(group)
-        tokens = sum(lengths)
-        filler = round_size(tokens) - tokens
-        supervised = min(sum(rows.supervised[row] for row in group), tokens)
-        if filler:
-            lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
-        cut.append(_MicroBatch(tokens + filler, supervised, lengths, parents))
-    return cut
+def _micro_batch(group: Sequence[int], packer: RowPacker, supervised: Sequence[int]) -> StepShape:
+    """Of these rows; a filler counts as well."""
+    lengths, parents, *_ = packer.forest(group)
+    tokens = sum(lengths)
+    filler = round_size(tokens) - tokens
+    if filler:
+        lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
+    return StepShape(tokens + filler, min(sum(supervised[row] for row in group), tokens), lengths, parents)

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import ShortModel, Trainable
 
-Clock = Callable[[], float]
 _ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
 """The fastest of so many passes over so long a time does not fall any more."""
-_ROUNDS_S = 1.0
 
 
-def _step(model: Trainable, batch: PackedBatch, number: int) -> None:
-    model.loss_and_gradients(batch, 1.0, number)
-
-
-def fastest(
-    models: Sequence[Trainable],
-    batches: Sequence[PackedBatch],
-    deadline: float,
-    run: Callable[[Trainable, PackedBatch, int], None] = _step,
-    clock: Clock | None = None,
-) -> list[float]:
-    """For each model the seconds of its fastest pass over the batches, of as many as fit, the first one left out.
+def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) -> list[float]:
+    """For each model the seconds of its fastest training pass, of as many as fit, the first one left out.
 
     Args:
         models: which take turns.
-        batches: of one pass.
         deadline: of `time.perf_counter`; two passes are made in any case.
-        run: what is timed.
-        clock: that is read; the time of day where none is given.
     """
-    clock = time.perf_counter if clock is None else clock
     best = [math.inf] * len(models)
     passes, round_s, start = 0, 0.0, time.perf_counter()
     while passes < 2 or time.perf_counter() + round_s < deadline:
@@ -45,12 +29,11 @@ def fastest(
             break
         began = time.perf_counter()
         for number, model in enumerate(models):
-            began_model = clock()
-            for place, batch in enumerate(batches):
-                run(model, batch, place)
+            began_model = time.perf_counter()
+            model.loss_and_gradients(batch, 1.0, 0)
             wait_for(model.device)
             if passes:
-                best[number] = min(best[number], clock() - began_model)
+                best[number] = min(best[number], time.perf_counter() - began_model)
         passes, round_s = passes + 1, time.perf_counter() - began
     return best
 
@@ -69,16 +52,8 @@ def whole(short: ShortModel, seconds: Sequence[float]) -> float:
     )
 
 
-def times_as_long(short: ShortModel, other: ShortModel, batch: PackedBatch, clock: Clock = time.process_time) -> float:
-    """How many times as long a pass of one model takes as one of another; 1 where the clock cannot tell.
-
-    Args:
-        short, other: of two models with blocks of the same kinds.
-        batch: of the pass.
-        clock: seconds of all threads together, so that a busy machine gives nearly the figures of a free one.
-    """
-    models = [[one.model, *(more.model for more in one.more)] for one in (short, other)]
-    deadline = time.perf_counter() + _ROUNDS_S
-    taken = fastest([*models[0], *models[1]], [batch], deadline, clock=clock)
-    own_s, others_s = whole(short, taken[: len(models[0])]), whole(other, taken[len(models[0]) :])
-    return own_s / others_s if others_s > 0 else 1.0
+def mean_block(short: ShortModel, seconds: Sequence[float]) -> float:
+    """Of one block, as the mean of those of the whole model."""
+    few_s, *more_s = seconds
+    of_all = sum(more.blocks * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True))
+    return of_all / max(1, sum(more.blocks for more in short.more))

@@ -9,7 +9,7 @@ no more than half of what is free on its disk: a row is read in a thousandth of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backhand.data.examples import Example
@@ -20,6 +20,7 @@ from backhand.training.memory.plan import MARGIN, MemoryPlan
 from backhand.words import in_words
 
 Kept = Literal["memory", "disk", "off"]
+STATES = "hidden states of frozen layers"
 _SHARE_OF_DISK = 0.5
 
 
@@ -32,15 +33,12 @@ class Below:
         width: hidden size.
         token_bytes: of one token's hidden states.
         dependent: why a row's hidden states may depend on the rows beside it; None where they do not.
-        whole: why they do where rows share a prefix; None where they do not. Such rows are kept only where no
-            micro-batch shares one, each by itself from its first token on.
     """
 
     layer: int = 0
     width: int = 0
     token_bytes: int = 0
     dependent: str | None = None
-    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,10 @@ class StatesPlan:
     def bytes(self) -> int:
         """Of all that is kept."""
         return 0 if self.where == "off" else self.tokens * self.below.token_bytes
+
+    def beside(self, memory: MemoryPlan) -> MemoryPlan:
+        """The plan of a step with what is kept in memory."""
+        return replace(memory, parts={**memory.parts, STATES: self.bytes}) if self.where == "memory" else memory
 
     def line(self) -> str | None:
         """In words; None where there is nothing to keep."""
@@ -126,7 +128,7 @@ def keep_states(
         return StatesPlan(below=below)
     impossible = "the lowest adapted layer is the first one" if not below.layer else below.dependent
     if asked == "auto" and impossible is not None:
-        return StatesPlan(below=below, note=not_kept(below, impossible))
+        return StatesPlan(below=below, note=_not_kept(below, impossible))
     if impossible is not None:
         upper = "" if below.layer else ", or adapt upper layers alone: --layers last:8"
         raise UsageError(
@@ -156,9 +158,9 @@ def keep_states(
     if asked == "disk" or (disk_bytes is not None and on_disk <= _SHARE_OF_DISK * disk_bytes):
         return StatesPlan("disk", below, tokens)
     why = f"neither memory nor disk have {in_words(needed)} free"
-    return StatesPlan(below=below, note=not_kept(below, why))
+    return StatesPlan(below=below, note=_not_kept(below, why))
 
 
-def not_kept(below: Below, why: str) -> str:
+def _not_kept(below: Below, why: str) -> str:
     """The note of a run that keeps nothing."""
     return f"the layers below {below.layer} are computed in each epoch: {why}"

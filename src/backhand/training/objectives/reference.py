@@ -23,13 +23,15 @@ from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.errors import CheckError
+from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
 from backhand.training.guards import tensor_digest
 from backhand.training.job import Job
-from backhand.training.keeping import Keeping, pass_digest
+from backhand.training.keeping import Keeping
 from backhand.training.kept_states import KeptStates
+from backhand.training.leading import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective
@@ -78,7 +80,7 @@ def run_objectives(
     if options.has_reference:
         with _started(job.bound, job.config.model.allow_pickle, begun_from):
             start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
-            digests = pass_digest(job, frozen_digest, settings=job.identity.settings), start
+            digests = _pass_digest(job, frozen_digest), start
             found = _reference(job, directory, processes, sets, digests, log, noted)
 
     def objective(name: str) -> Objective | None:
@@ -109,6 +111,20 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> I
         else:
             lora.values.copy_(values)
             lora.refresh_compute(bound.model.dtype)
+
+
+def _pass_digest(job: Job, frozen_digest: str) -> str:
+    """SHA-256 over all that decides the bits of a forward pass of the base over the rows, and over the settings."""
+    identity = job.identity.facts
+    facts = {
+        "frozen": frozen_digest,
+        **{name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")},
+        "dtype": str(job.dtype),
+        "threads": job.config.model.threads,
+        "versions": versions(),
+        "loops": describe(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _reference(

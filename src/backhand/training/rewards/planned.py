@@ -51,10 +51,6 @@ class PromptPacker(RowPacker):
         """Nothing: no hidden states are kept of what is written anew."""
         return 0
 
-    def may_share(self, count: int) -> bool:  # noqa: ARG002 - the answers to one prompt do
-        """Yes, if anything may."""
-        return self._share_prefixes
-
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         """Of all answers."""
         return self._group * self._new * len(rows)

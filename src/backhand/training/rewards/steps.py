@@ -30,7 +30,7 @@ from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
 from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, training_step
 
 _AT_ONCE = 64
-_NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), (), 0), computed_tokens=())
+_NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), ()), computed_tokens=())
 
 
 @dataclass(eq=False)
