@@ -28,7 +28,7 @@ from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.evaluate import EvaluationRows, score
 from backhand.training.evaluate_options import EvaluateRunOptions
-from backhand.training.measuring import HeldOut
+from backhand.training.measuring import HeldOut, spread
 
 MAX_NEW_TOKENS = 64
 _LONGEST_PROMPT = 1024
@@ -164,12 +164,6 @@ def measured_answers(
         "base_labels": asdict(base.labels) if base.labels else None,
         "adapted_labels": asdict(adapted.labels) if adapted.labels else None,
     }
-
-
-def spread(rows: int, count: int) -> list[int]:
-    """Up to `count` different places among so many rows, the first one among them."""
-    count = min(rows, count)
-    return [number * rows // count for number in range(count)]
 
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -159,3 +159,9 @@ def _compared(adapted: Tensor, base: Tensor, targets: Tensor) -> tuple[float, fl
     adapted, base = (torch.log_softmax(logits.float(), dim=-1) for logits in (adapted, base))
     rise = (base - adapted).gather(1, targets[:, None]).sum(dtype=torch.float64)
     return float(rise), float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """Up to `count` different places among so many rows, the first one among them."""
+    count = min(rows, count)
+    return [number * rows // count for number in range(count)]

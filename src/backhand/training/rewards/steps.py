@@ -20,9 +20,8 @@ from backhand.generate.completer import Completer
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
 from backhand.nn.decoder.decoder import Decoder
-from backhand.training.answers import spread
 from backhand.training.engine import Trainable
-from backhand.training.measuring import HeldOut
+from backhand.training.measuring import HeldOut, spread
 from backhand.training.rewards.batch import AnswerBatch
 from backhand.training.rewards.certificate import Certificate
 from backhand.training.rewards.guards import RewardGuard
