@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backhand.nn.decoder.config_fields import UnsupportedModel
-from backhand.report.page import headline
+from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.summary import read_summary

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from backhand.errors import UsageError
-from backhand.report.page import headline
+from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.training.advice import Curves, advice, judged

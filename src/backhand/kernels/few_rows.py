@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import is_taken
 from backhand.kernels.dequantize import is_compiled
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
@@ -30,11 +28,6 @@ _FEW_ROWS = Declared(
 _ROWS_BY_PACKAGE = 4096
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """How many rows are few."""
-    return MOST_TILED_ROWS if dtype == torch.bfloat16 and is_taken(dtype) else MOST_ROWS
-
-
 class _Stored(NamedTuple):
     """Rows as the kernel takes them: ggml's type or -1 for numbers as they are, and which row is which output."""
 
@@ -51,7 +44,7 @@ def few_rows_product(
     """residual + x Wᵀ + bias, or None where the kernel does not apply.
 
     Args:
-        x: (rows, in), 1 to `most_rows`.
+        x: (rows, in), 1 to `MOST_ROWS`, or `MOST_TILED_ROWS` by tiles.
         weight: (out, in), of x's dtype.
         bias: (out,) or None.
         residual: (rows, out) or None.

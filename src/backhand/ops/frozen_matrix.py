@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term, dense_product, is_taken
-from backhand.kernels.few_rows import MOST_ROWS, few_rows_product, most_rows
+from backhand.kernels.few_rows import MOST_ROWS, MOST_TILED_ROWS, few_rows_product
 from backhand.kernels.library import is_loopable
 from backhand.ops.low_rank import add_up_projection, down_projection
 from backhand.ops.weight_tiles import (
@@ -108,7 +108,8 @@ def frozen_linear(
         out: (rows, out) to write into; a new one if not given.
         terms: s h Fᵀ added to columns of the result, in their order; where `forms_h`, an h may be formed from its A.
     """
-    if 0 < x.shape[0] <= (MOST_ROWS if terms else most_rows(x.dtype)):
+    by_tiles = not terms and x.dtype == torch.bfloat16 and is_taken(x.dtype)
+    if 0 < x.shape[0] <= (MOST_TILED_ROWS if by_tiles else MOST_ROWS):
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
             return _with_terms(few, x, terms)

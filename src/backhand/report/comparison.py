@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from backhand.report import charts
-from backhand.report.page import base_and_best, differences, headline, prompt_parts
+from backhand.report.headline import base_and_best, headline
+from backhand.report.page import differences, prompt_parts
 from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, time_taken
 from backhand.report.run_record import RunRecord, is_number

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from backhand.arithmetic.inspect import ModuleInspection
 from backhand.report import charts
+from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.module_changes import changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
@@ -311,107 +310,6 @@ def _add(segments: Segments, differs: bool, text: str) -> None:
 
 
 _MAX_VLLM_RANK = 16
-
-
-def verdict(run: RunRecord) -> str:
-    """`helped`, `hurt` or `unknown`."""
-    base, best = base_and_best(run)
-    if base is None or best is None:
-        return "unknown"
-    return "helped" if best < base else "hurt"
-
-
-def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
-    """Held-out loss of the base model and the lowest after a step; None where it was not measured."""
-    losses = run.held_out_losses()
-    base = run.summary.get("base_eval_loss")
-    if not is_number(base):
-        base = next((loss for step, loss in losses if step == 0), None)
-    return base, min((loss for step, loss in losses if step > 0), default=None)
-
-
-def headline(run: RunRecord) -> str:
-    """One sentence."""
-    state = run.status.state if run.status else "finished" if run.summary else "killed"
-    return f"{model_name(run)} {_verb(run, state)} {_rows(run)}{_outcome(run)}{_where(run)}{_slower(run)}."
-
-
-def _slower(run: RunRecord) -> str:
-    """Where the decoder engine could not take the model."""
-    note = run.summary.get("engine_note") or run.facts.get("model", {}).get("note")
-    return f"; slower than it need be: {str(note).rstrip('.')}" if note else ""
-
-
-def model_name(run: RunRecord) -> str:
-    """The base model as people call it."""
-    model = run.facts.get("model", {})
-    name = str(model.get("hub_id") or run.config.get("model", {}).get("model") or "the base model")
-    return name.rstrip("/").rpartition("/")[2] or name
-
-
-def _verb(run: RunRecord, state: str) -> str:
-    written = run.status.step if run.status else 0
-    done = max([written, *(line["step"] for line in run.metrics)])
-    total = run.facts.get("total_steps")
-    of_all = f"{done:,} of {total:,} steps" if is_number(total) and done < total else count_of(done, "step")
-    verbs = {
-        "running": f"is being trained, {of_all} so far,",
-        "interrupted": f"was trained for {of_all} until it was interrupted,",
-        "failed": f"was trained for {of_all} until a check or an error stopped it,",
-        "killed": f"was trained for {of_all} until its process was killed,",
-    }
-    return verbs.get(state, f"was trained for {of_all}")
-
-
-def _rows(run: RunRecord) -> str:
-    sources = run.config.get("data", {}).get("data") or ()
-    names = ", ".join(Path(str(source)).name for source in sources)
-    rows = run.facts.get("data", {}).get("train", {}).get("documents")
-    counted = count_of(rows, "row") if is_number(rows) else "rows"
-    return f"on {counted} of {names}" if names else f"on {counted}"
-
-
-def _outcome(run: RunRecord) -> str:
-    base, best = base_and_best(run)
-    if base is None or best is None:
-        return "; nothing was held out, so whether it helped is not known" if not run.held_out_losses() else ""
-    change = f"the loss on held-out rows went from {base:.3f} to {best:.3f}"
-    if run.objective == "grpo":
-        return f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}"
-    nats = f"nats per token (perplexity {_exp(base)} to {_exp(best)})"
-    named = nats if run.objective == "sft" else f"({run.objective})"
-    return f": {change} {named}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
-
-
-def _verdict(base: float, best: float) -> str:
-    return "helped" if best < base else "did not help"
-
-
-def _by_how_much(run: RunRecord, base: float, best: float) -> str:
-    """In the measure that fits the rows: pairs, answers, or plain text, of which every token carries loss."""
-    if best >= base:
-        return ""
-    ordered = next((line.get("eval_rewards/accuracies") for line in run.metrics if line.get("eval_loss") == best), None)
-    if is_number(ordered):
-        return f": {ordered:.0%} of the held-out pairs are ordered rightly"
-    if run.objective != "sft":
-        return ""
-    if all(part["form"] == "text" for part in run.facts.get("data", {}).get("train", {}).get("sources") or ()):
-        return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
-    return f": a token of the right answer is given {math.exp(-best):.0%} in place of {math.exp(-base):.0%}"
-
-
-def _where(run: RunRecord) -> str:
-    if not run.adapter.is_dir():
-        return "; there is no adapter yet" if run.status and run.status.state == "running" else "; it left no adapter"
-    return f"; the adapter is in {run.adapter}"
-
-
-def _exp(loss: float) -> str:
-    value = math.exp(min(loss, 700.0))
-    if value >= 1e6:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def use_commands(run: RunRecord) -> list[tuple[str, str]]:
