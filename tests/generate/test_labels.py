@@ -83,10 +83,9 @@ def test_figures_are_those_worked_by_hand_and_scikit_learns() -> None:
     assert (score.invented, score.inventions) == (3, {"x": 2, "y": 1})
     assert (mistaken_for(score, "b"), mistaken_for(score, "e")) == ("d 1", "")
     if importlib.util.find_spec("sklearn"):
-        from sklearn.metrics import f1_score, precision_recall_fscore_support
-
-        assert score.f1_macro == pytest.approx(f1_score(RIGHT, GIVEN, average="macro", zero_division=0))
-        theirs = precision_recall_fscore_support(RIGHT, GIVEN, labels=list("abcde"), zero_division=0)
+        metrics = importlib.import_module("sklearn.metrics")
+        assert score.f1_macro == pytest.approx(metrics.f1_score(RIGHT, GIVEN, average="macro", zero_division=0))
+        theirs = metrics.precision_recall_fscore_support(RIGHT, GIVEN, labels=list("abcde"), zero_division=0)
         ours = [list(one.values()) for one in score.per_label.values()]
         assert np.allclose(ours, np.array(theirs).T, rtol=1e-12)
 
@@ -106,7 +105,14 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
         rows.append({"prompt": asked, "completion": label})
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 12, "learning_rate": 2e-2, "rank": 8}
+    options = {
+        "data": (str(path),),
+        "eval_data": (str(path),),
+        "epochs": 12,
+        "learning_rate": 2e-2,
+        "rank": 8,
+        "answers": 4,
+    }
     train(tiny.config(place / "run", **options))
     return tiny, path, place / "run"
 

@@ -19,7 +19,7 @@ from support.tiny_run import TinyRun
 
 @pytest.fixture
 def two(finished: Path, tiny: TinyRun, tmp_path: Path) -> tuple[Path, Path]:
-    train(tiny.config(tmp_path / "other", max_steps=2, learning_rate=1e-6))
+    train(tiny.config(tmp_path / "other", max_steps=2, learning_rate=1e-6, answers=4))
     return finished, tmp_path / "other"
 
 

@@ -72,7 +72,7 @@ def test_a_real_run_over_poisoned_rows_in_a_poisoned_place(tiny: TinyRun, tmp_pa
     model = Path(shutil.copytree(tiny.model, place / "model<b onclick=alert(5)>"))
     names = {"model": str(model), "data": (str(rows),), "eval_data": (str(rows),), "system": attack}
     run = place / "run<math onload=alert(6)>"
-    train(tiny.config(run, max_steps=1, report_to=("tensorboard",), **names))
+    train(tiny.config(run, max_steps=1, answers=4, report_to=("tensorboard",), **names))
     page = Page((run / "report.html").read_bytes())
     result = page.one("section", id="result").text
     assert run.name in result and model.name in result

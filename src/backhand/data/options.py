@@ -200,7 +200,7 @@ class LintRunOptions:
     their columns."""
 
     prompts: bool = False
-    """The rows are prompts that the model is to answer itself, for `--objective grpo`."""
+    """The rows are prompts for `--objective grpo`: the model answers them itself."""
 
     show: CountFromZero = 0
     """Also print the first so many training documents token by token, a `*` before each token that carries loss."""

@@ -11,9 +11,8 @@ bool by_tiles_of_rows(const FewRows<T>&, int64_t) {
   return false;
 }
 #if defined(__AMX_BF16__)
-// Several rows of bfloat16; false where there is no memory to turn them in. One alone is unpacked in registers.
+// Rows of bfloat16; false where there is no memory to turn them in.
 bool by_tiles_of_rows(const FewRows<bfloat16>& p, int64_t values) {
-  if (p.rows == 1 && p.kind != nullptr) return false;
   const int64_t units = tile_blocks(p.rows) * tile_steps(p.columns) * TILE * TILE;
   Arena arena(static_cast<size_t>(units) * sizeof(uint32_t));
   if (!arena.there()) return false;

@@ -39,6 +39,32 @@ WRAPPERS: tuple[str, ...] = tuple(_TEXT_PREFIXES)
 """Values of `model_type` of image models whose text model is opened alone. Without images each computes what its text
 model computes, which the tests show for every one whose text model the decoder engine knows."""
 
+_CAUSAL_CLASSES = {
+    "exaone4": "Exaone4ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+"""What transformers calls a language model, by its `model_type`; its own table takes a second to import."""
+
 _INSIDE = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?P<rest>.+)")
 _OLDER_TIE = "tie_embedding"
 """LFM2's older name for `tie_word_embeddings`, which wins."""
@@ -106,10 +132,8 @@ def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None
 
 def causal_class(model_type: object) -> list[str]:
     """What transformers calls a language model of this type, as a config lists it; empty where it has none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
-    return [found] if isinstance(found, str) else []
+    found = _CAUSAL_CLASSES.get(str(model_type))
+    return [] if found is None else [found]
 
 
 def _ties(config: Mapping[str, Any]) -> bool:
