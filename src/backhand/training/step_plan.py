@@ -34,7 +34,7 @@ def chosen_rate(config: TrainConfig, total_steps: int) -> tuple[float, str | Non
     return rate, f"{rate:g}, chosen for {count_of(total_steps, 'step')} (docs/rates.md); another by --learning-rate"
 
 
-RATE_OF_ONE_STEP, HIGHEST_RATE = 1e-2, 3e-3
+RATE_OF_ONE_STEP, HIGHEST_RATE = 1.4e-2, 4e-3
 COMPARING_RATE = 2e-4
 
 

@@ -66,7 +66,9 @@ def decoder_size(
         logits_bytes=config.vocab_size * b,
         cache_bytes=bytes_per_row(config, dtype, 1) - bytes_per_row(config, dtype, 0),
         mixer_state_bytes=bytes_per_row(config, dtype, 0),
-        kernels=0 if is_taken(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
+        kernels=sum(slot.experts for slot in layout.slots) // 3
+        if is_taken(dtype)
+        else _kernels(dtype.itemsize, experts=config.mixture is not None),
     )
 
 
