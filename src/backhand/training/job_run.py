@@ -232,7 +232,9 @@ class JobRun:
         if not config.run.resume:
             if config.run.overwrite:
                 self.directory.put_aside()
-            self.directory.write(CONFIG, dump_config(config))
+            # Whoever begins anew from this file must not be told to overwrite, or that a run is there.
+            kept = replace(config, run=replace(config.run, overwrite=False))
+            self.directory.write(CONFIG, dump_config(kept))
             self.directory.make_checkpoints()
             self._write_facts()
             return
