@@ -135,7 +135,7 @@ def _yaml_loader() -> Any:
     """Reads 1e-4 as a number unless it stands in quotes, and no key twice."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             pairs = node.value if isinstance(node, yaml.MappingNode) else ()
             counts = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
