@@ -106,7 +106,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
         rows.append({"prompt": asked, "completion": label})
     path = place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"data": (str(path),), "eval_data": (str(path),), "epochs": 12, "learning_rate": 2e-2, "rank": 8}
+    rows_of = {"data": (str(path),), "eval_data": (str(path),)}
+    options = {**rows_of, "answers": 1, "epochs": 12, "learning_rate": 2e-2, "rank": 8}
     train(tiny.config(place / "run", **options))
     return tiny, path, place / "run"
 
