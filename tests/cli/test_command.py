@@ -12,6 +12,8 @@ import pytest
 from backhand.cli.command import Prepared, command
 from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
+from backhand.training.config import TrainConfig
+from backhand.training.config_file import load_config
 from support import cli_commands
 from support.cli_commands import Files, Inner, Outer, end, files
 
@@ -52,6 +54,14 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert options(str(file)) == Outer(rate=0.25, careful=True, inner=Inner(5, ("a", "b"), {"x": 1}))
     typed = options(str(file), "--size", "6", "--careful=false", "--names", "c")
     assert typed == Outer(rate=0.25, careful=False, inner=Inner(6, ("c",), {"x": 1}))
+
+
+def test_typed_held_out_rows_win_over_a_share_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[data]\neval_fraction = 0.1\n")
+    seen: list[TrainConfig] = []
+    run(command(TrainConfig, seen.append, load=load_config), str(file), "--eval-data", "held.jsonl")
+    assert (seen[0].data.eval_data, seen[0].data.eval_fraction) == (("held.jsonl",), None)
 
 
 def test_an_option_typed_at_its_default_still_wins_over_the_file(tmp_path: Path) -> None:

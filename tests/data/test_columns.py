@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
 from backhand.data.options import DataOptions, NamedColumns
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
-from backhand.data.rows import RawRow
+from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
 from support.tokenizer_kinds import byte_level
 
@@ -97,3 +101,51 @@ def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, he
 def test_text_beside_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
     _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"))
     assert notes[-1].endswith("not read: the column label; to learn it as the answer: --prompt text --completion label")
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "missing"),
+    [
+        ({"question": "q", "answer": "a", "label": "l"}, {"completion": "label"}, "prompt"),
+        ({"text": "t", "label": "l"}, {"prompt": "text"}, "completion"),
+        ({"question": "q", "answer": "a"}, {"prompt": "{question}!"}, "completion"),
+    ],
+)
+def test_an_option_that_the_form_would_leave_unread_is_refused(
+    row: dict[str, Any], given: dict[str, str], missing: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="would not be used") as raised:
+        asked(written(tmp_path / "t.jsonl", json.dumps(row) + "\n"), **given)
+    assert f"with --{missing}" in (raised.value.next_step or "")
+
+
+def test_a_completion_is_not_passed_over_among_pairs() -> None:
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "x"}
+    assert detect(RawRow(pair, "f:1"), purpose=None, named=frozenset({"completion"})).name == "prompt/completion"
+    with pytest.raises(DataError, match="--completion would not be used"):
+        detect(RawRow(pair, "f:1"), purpose="pairs", named=frozenset({"completion"}))
+
+
+def test_one_option_is_used_where_the_row_fits_other_forms_too(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "text": "t", "completion": "c", "messages": []}
+    path = written(tmp_path / "t.jsonl", json.dumps(row) + "\n")
+    rows = DataOptions(data=(str(path),))
+    prompts, _ = prepare_prompts(rows, rows, byte_level(), NamedColumns(prompt="{question} Be brief:"))
+    assert "q Be brief:" in prompts[0].text
+    assert asked(path, prompt="{question}")[0][0].reply == "c"
+
+
+def test_a_row_keeps_its_own_system_message(tmp_path: Path) -> None:
+    rows = [{"q": "a", "a": "b", "system": own, "name": "Ann"} for own in ("mine", "")]
+    path = written(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    first, second = (one.text for one in asked(path, prompt="q", completion="a", system="for {name}")[0])
+    assert "mine" in first and "Ann" not in first and "for Ann" in second
+
+
+def test_cells_of_other_types_are_text_and_nan_is_empty(tmp_path: Path) -> None:
+    cells: list[Any] = [dt.date(2024, 5, 1), Decimal("1.50"), math.nan, b"x", [dt.date(2024, 5, 1)]]
+    raws = [RawRow({"q": "when", "a": cell}, f"f:{number}") for number, cell in enumerate(cells)]
+    bad = BadRows(skip_bad=True)
+    found = list(ColumnReader(NamedColumns(prompt="q", completion="{a}!")).rows(iter(raws), bad))
+    assert [row.values["completion"] for row in found] == ["2024-05-01!", "1.50!", '["2024-05-01"]!']
+    assert [error.where for error in bad.errors] == ["f:2", "f:3"]

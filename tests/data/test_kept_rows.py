@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,52 @@ def test_nothing_is_kept_where_it_is_turned_off_or_cannot_be(tmp_path: Path, mon
     for where in ("off", str(tmp_path / "file" / "cache")):
         monkeypatch.setenv(kept_rows.VARIABLE, where)
         assert not any("prepare" in note for note in prepared(tmp_path / "rows.jsonl", ROWS).report.notes)
+
+
+def test_what_is_kept_is_for_nobody_else_and_rows_held_out_do_not_matter(tmp_path: Path, cache: Path) -> None:
+    prepared(tmp_path / "rows.jsonl", ROWS)
+    (file,) = cache.iterdir()
+    assert cache.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
+    assert "prepared before" in prepared(tmp_path / "rows.jsonl", ROWS, eval_fraction=0.0).report.notes[-1]
+
+
+def test_rows_that_change_while_they_are_read_are_not_kept(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]))
+    made = prepare(DataOptions(data=(str(path),)), byte_level())[0]
+    for file in cache.iterdir():
+        file.unlink()
+
+    def make() -> Any:
+        path.write_text(json.dumps(ROWS[1]))
+        return made
+
+    kept_rows.kept(make, DataOptions(data=(str(path),)), [str(path)], byte_level())
+    assert not list(cache.iterdir())
+
+
+def test_a_template_that_tells_the_date_keeps_nothing(tmp_path: Path, cache: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    prepared(tmp_path / "rows.jsonl", ROWS, chat_template=str(template))
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_kept_and_what_was_left_goes(tmp_path: Path, cache: Path) -> None:
+    cache.mkdir()
+    (left := cache / ".x.rows.1.tmp").mkdir()
+    os.utime(left, (0, 0))
+    first, again = (prepared(tmp_path / os.fsdecode(b"r\xff.jsonl"), ROWS) for _ in range(2))
+    assert "prepared before" in again.report.notes[-1] and not left.exists()
+    assert [one.source for one in first.examples] == [one.source for one in again.examples]
+
+
+def test_an_empty_variable_means_the_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kept_rows.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepared(tmp_path / "rows.jsonl", ROWS)
+    assert list((tmp_path / ".cache" / "backhand" / "rows").iterdir())

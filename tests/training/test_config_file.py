@@ -135,6 +135,25 @@ def test_what_is_wrong_with_yaml_is_named(text: str, message: str, tmp_path: Pat
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1e-3\noptimization:\n  learning_rate: 2e-3", "learning_rate is given twice"),
+        ("rank: 8\nrank: 16", "rank is given twice"),
+        ("adapter: lora\nrank: 16", "from_adapter"),
+        ("optimization: 3\nepochs: 2", "optimization is a whole number, expected a table"),
+    ],
+)
+def test_yaml_loses_no_key(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-3\noptimization:\n  epochs: 3\nsystem: '1e-4'\n")
+    config = load_config(path)
+    assert (config.optimization.learning_rate, config.optimization.epochs, config.data.system) == (1e-3, 3, "1e-4")
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_config(path)
+
+
 def test_a_whole_number_is_a_rate_too() -> None:
     assert config_from_table({"optimization": {"learning_rate": 1}}, "x").optimization.learning_rate == 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,9 +106,15 @@ def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more:
     assert judged(curves) == finding
 
 
+def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:
+    records = [{"step": step, "eval_loss": loss} for step, loss in enumerate([2.0, 1.0, math.nan, 0.9])]
+    assert Curves.of(records).held_out == [(0, 2.0), (1, 1.0), (3, 0.9)]
+
+
 def test_the_advice_stands_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
     output = tmp_path / "a run"
-    summary = train(tiny.config(output, learning_rate=1e-7))
+    summary = train(tiny.config(output, learning_rate=1e-7, overwrite=True))
+    assert not load_config(output / "config.toml").run.overwrite
     assert summary.advice is not None and "hardly moved" in summary.advice and summary.try_next is not None
     assert summary.try_next.startswith(f"backhand train '{output}/config.toml' --learning-rate ")
     assert json.loads((output / "summary.json").read_text())["try_next"] == summary.try_next

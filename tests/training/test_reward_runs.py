@@ -151,6 +151,13 @@ def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, c
     assert told["adapted"]["reward"] == told["adapted"]["rewards/evens/mean"] == max(measured)
 
 
+def test_evaluate_refuses_answers_behind_the_context_before_any(straight: TrainConfig) -> None:
+    data = replace(straight.data, data=straight.data.eval_data, eval_data=())
+    asked = EvaluateRunOptions(reward=straight.rewards.reward, max_new_tokens=10**6)
+    with pytest.raises(UsageError, match="the longest prompt and an answer come to"):
+        evaluate_command(EvaluateOptions(straight.model, data, asked))
+
+
 def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"prompt": "what?", "answer": "7"}\n{"text": "no question"}\n')
     rows = DataOptions(data=(str(tmp_path / "asked.jsonl"),))

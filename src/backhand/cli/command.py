@@ -29,6 +29,10 @@ _CONFIG_FILE_HELP = "TOML or .yaml file of options, in tables as in a run's conf
 _DEBUG_HELP = "Show a traceback with an error."
 
 
+_YIELDS = {"eval_fraction": "eval_data"}
+"""What gives way in a file where another option is typed: a run's config.toml holds the share that the run chose."""
+
+
 class Prepared(NamedTuple):
     """A command line that was parsed: all that is left is to run it.
 
@@ -71,6 +75,11 @@ def command(
         name_origin = partial(_name_origin, by_name=by_name, typed=typed, base=base, file=file, positional=positional)
         try:
             values = {name: _parsed(value, by_name[name].parse) for name, value in typed.items()}
+            if base is not None:
+                yielding = [
+                    name for name, other in _YIELDS.items() if other in typed and name in by_name.keys() - typed
+                ]
+                values |= {name: by_name[name].default for name in yielding}
             built = fields.build(options, _words_in_file(base, by_name) | values, base)
             _check_paths(built, by_name)
             function: Callable[..., object] = imported(call) if isinstance(call, str) else call

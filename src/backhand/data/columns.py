@@ -35,6 +35,7 @@ class ColumnReader:
         guess: whether names of a spreadsheet may be understood.
 
     Attributes:
+        given: the options that name something.
         used: columns that something was made of.
         note: what was guessed, in words; None if nothing was.
     """
@@ -45,6 +46,7 @@ class ColumnReader:
         }
         self._system = system if self._given and system is not None and has_places(system) else None
         self._guess = guess and not self._given
+        self.given = frozenset(self._given)
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
@@ -74,8 +76,8 @@ class ColumnReader:
             values[option] = _filled(option, text, raw)
         if isinstance(values.get("prompt"), list) and isinstance(answer := values.get("completion"), str):
             values["completion"] = [{"role": "assistant", "content": answer}]
-        if self._system is not None:
-            values["system"] = PIECES.sub(lambda match: _piece(match, raw.values, keep=True), self._system)
+        if self._system is not None and (not values.get("system") or "system" in _names(self._system)):
+            values["system"] = PIECES.sub(lambda match: _piece(match, raw, keep=True), self._system)
         return RawRow(values, raw.source)
 
     def _check(self, option: str, text: str, row: RawRow) -> None:
@@ -113,21 +115,31 @@ def _filled(option: str, text: str, raw: RawRow) -> Any:
     names = _names(text)
     if missing := [name for name in names if name not in raw.values]:
         raise DataError(f"there is no {missing[0]} in this row", where=raw.source)
-    if all(raw.values[name] in (None, "") for name in names):
+    if all(_is_empty(raw.values[name]) for name in names):
         raise DataError(f"{name_list(names)} {'is' if len(names) == 1 else 'are'} empty: no {option}", where=raw.source)
     if text in (names[0], f"{{{names[0]}}}"):
         value = raw.values[names[0]]
-        return value if isinstance(value, list) else _as_text(value)
-    return PIECES.sub(lambda match: _piece(match, raw.values), text)
+        return value if isinstance(value, list) else _as_text(value, raw.source)
+    return PIECES.sub(lambda match: _piece(match, raw), text)
 
 
-def _piece(match: re.Match[str], values: Mapping[str, Any], *, keep: bool = False) -> str:
+def _piece(match: re.Match[str], raw: RawRow, *, keep: bool = False) -> str:
     """What stands for a piece of a template. With `keep`, braces around anything but a column stay."""
     if match[1] is None:
         return _WRITTEN[match[0]]
-    return match[0] if keep and match[1] not in values else _as_text(values[match[1]])
+    return match[0] if keep and match[1] not in raw.values else _as_text(raw.values[match[1]], raw.source)
 
 
-def _as_text(value: Any) -> str:
-    """A cell as text: nothing for null, numbers and the rest as JSON writes them."""
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+def _is_empty(value: Any) -> bool:
+    """Null, no text, or the NaN that stands for an empty cell of a table of numbers."""
+    return bool(value is None or value == "" or value != value)
+
+
+def _as_text(value: Any, source: str) -> str:
+    """A cell as text: nothing where it is empty, numbers, lists and tables as JSON writes them, dates as they print."""
+    if isinstance(value, bytes):
+        raise DataError("a cell holds bytes, which are no text", where=source, next_step="write the column as text")
+    if isinstance(value, str) or _is_empty(value):
+        return value if isinstance(value, str) else ""
+    plain = isinstance(value, int | float | list | tuple | Mapping)
+    return json.dumps(value, ensure_ascii=False, default=str) if plain else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from backhand.data.messages import Conversation, read_conversation, read_turns
@@ -94,23 +95,31 @@ _SPECIAL: dict[Purpose, tuple[tuple[Form, ...], str]] = {
 }
 
 
-def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "answers") -> Form:
+def detect(
+    raw: RawRow,
+    *,
+    may_ask: bool = False,
+    purpose: Purpose | None = "answers",
+    named: frozenset[str] = frozenset(),
+) -> Form:
     """The form of a row, by the names of its columns that are not null.
 
     Args:
         purpose: what the rows are for; None for pairs where the columns are those of pairs, else answers.
+        named: columns that options have named, which the form must read.
 
     Raises:
         DataError: its columns fit no form.
     """
-    present = {name for name, value in raw.values.items() if value is not None}
+    present = frozenset(name for name, value in raw.values.items() if value is not None)
     if purpose is None:
-        purpose = "pairs" if present.issuperset(_PREFERENCE) else "answers"
+        purpose = "pairs" if present.issuperset(_PREFERENCE) and named <= {"prompt"} else "answers"
     if purpose in _SPECIAL:
         forms, what = _SPECIAL[purpose]
-        found = next((form for form in forms if present.issuperset(form.columns)), None)
+        found = next((form for form in forms if named <= {*form.columns} <= present), None)
         if found is not None:
             return found
+        _check_named(named, forms, present, raw.source)
         raise DataError(
             f"the columns are not those of {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
@@ -118,10 +127,11 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
             next_step="name the columns so, or train on answers with --objective sft",
         )
     for form in FORMS + ASKING_FORMS if may_ask else FORMS:
-        if present.issuperset(form.columns):
-            if len(form.columns) == 1 and present.issuperset(_PREFERENCE):
+        if named <= {*form.columns} <= present:
+            if len(form.columns) == 1 and not named and present.issuperset(_PREFERENCE):
                 break
             return form
+    _check_named(named, FORMS, present, raw.source)
     if present.issuperset(_PREFERENCE):
         alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
         raise DataError(
@@ -160,6 +170,23 @@ def detect(raw: RawRow, *, may_ask: bool = False, purpose: Purpose | None = "ans
     )
 
 
+def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozenset[str], source: str) -> None:
+    """Raise DataError where rows have a form that would leave unread what an option names."""
+    form = next((form for form in forms if present.issuperset(form.columns)), None)
+    if not named or form is None:
+        return
+    unused = sorted(named.difference(form.columns)) or sorted(named)
+    other = {"prompt": "completion", "completion": "prompt"}.get(unused[0])
+    raise DataError(
+        f"--{unused[0]} would not be used",
+        where=source,
+        why=f"the row has the form {form.name}, which reads {name_list(form.columns)}",
+        next_step=f"name its {other} as well, with --{other}, or leave --{unused[0]} out"
+        if other is not None and other not in named
+        else f"leave out {name_list([f'--{name}' for name in unused])}",
+    )
+
+
 def fits(raw: RawRow) -> bool:
     """Whether the columns of a row are those of any form, null or not."""
     return any(raw.values.keys() >= {*form.columns} for form in (*FORMS, *PAIR_FORMS, *LABELLED_FORMS))
@@ -184,16 +211,18 @@ class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
 
     Args:
-        purpose: see `detect`.
+        purpose, named: see `detect`.
 
     Attributes:
         form: that form, or None before the first good row.
         columns: the names of all columns so far, in their order.
     """
 
-    def __init__(self, *, may_ask: bool = False, purpose: Purpose | None = "answers") -> None:
-        self._may_ask = may_ask
+    def __init__(
+        self, *, may_ask: bool = False, purpose: Purpose | None = "answers", named: frozenset[str] = frozenset()
+    ) -> None:
         self._purpose: Purpose | None = purpose
+        self._detect = partial(detect, may_ask=may_ask, purpose=purpose, named=named)
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
@@ -204,7 +233,7 @@ class FormReader:
         Raises:
             DataError: another form than the rows before it, a missing column, or a value of the wrong type.
         """
-        form = self.form or detect(raw, may_ask=self._may_ask, purpose=self._purpose)
+        form = self.form or self._detect(raw)
         if self.form is not None:
             self._check_same(raw)
         row = _asked(form, raw) if self._purpose == "prompts" else _read(form, raw)
@@ -230,7 +259,7 @@ class FormReader:
         if not missing:
             return
         try:
-            other = detect(raw, may_ask=self._may_ask, purpose=self._purpose)
+            other = self._detect(raw)
         except DataError:
             other = None
         if other is not None and other != self.form:

@@ -10,19 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from backhand.data.chat import read_template
 from backhand.data.examples import DataReport, Example, PreparedData, SourceForm, documents_of
 from backhand.data.options import DataOptions
-from backhand.errors import BackhandError
+from backhand.errors import BackhandError, UsageError
 from backhand.files import staged
 from backhand.words import in_words
 
@@ -31,6 +35,8 @@ VARIABLE = "BACKHAND_ROWS_CACHE"
 LEAST_BYTES = 2**22
 """Of the files: smaller ones are prepared in seconds."""
 MOST_KEPT_BYTES = 2**32
+_STALE_S = 86_400
+"""Half a file that was begun so long ago is never finished."""
 _LABELS = (None, False, True)
 
 
@@ -51,7 +57,12 @@ def kept(
     made = make()
     if made.report.skipped_bad or any(example.asked is not None for example in made.examples):
         return made
+    if _place(options, names, tokenizer, further) != place:  # written to while they were read
+        return made
     with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
+        if _read(place) is not None:  # another process was first
+            return made
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows may be private
         place.unlink(missing_ok=True)
         _write(place, made)
         _make_room(place.parent)
@@ -66,26 +77,27 @@ def _noted(data: PreparedData, note: str) -> PreparedData:
 
 def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: Sequence[object]) -> Path | None:
     """The file that these rows would be kept in; None where that is no use, or not certain."""
-    where = os.environ.get(VARIABLE) or str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "backhand" / "rows")
-    template = options.chat_template or tokenizer.chat_template
-    if where == "off" or options.max_rows is not None or "strftime_now" in str(template):
+    where = os.environ.get(VARIABLE) or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "backhand" / "rows")
+    if where == "off" or options.max_rows is not None:
         return None
+    options = replace(options, data=(), eval_data=(), eval_fraction=None)  # `names` are what is read
     files = [Path(name) for name in names]
     try:
         if not all(file.is_file() for file in files) or sum(file.stat().st_size for file in files) < LEAST_BYTES:
             return None
+        template = read_template(options.chat_template, tokenizer)
+        if "strftime_now" in (template or ""):
+            return None
         digest = hashlib.sha256(_code())
-        for part in (options, names, further, tokenizer.chat_template, tokenizer.special_tokens_map):
+        for part in (options, names, further, template, tokenizer.special_tokens_map, _versions()):
             digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
-        if options.chat_template is not None and Path(options.chat_template).is_file():
-            digest.update(Path(options.chat_template).read_bytes())
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         for file in files:
             with file.open("rb") as reader:
                 digest.update(hashlib.file_digest(reader, "sha256").digest())
-    except (OSError, ValueError, AttributeError):
+        return Path(where).expanduser() / f"{digest.hexdigest()}.rows"
+    except (OSError, ValueError, AttributeError, RuntimeError, UsageError):  # there may be no home
         return None
-    return Path(where).expanduser() / f"{digest.hexdigest()}.rows"
 
 
 @cache
@@ -95,6 +107,16 @@ def _code() -> bytes:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.digest()
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """Of the packages that read files and make tokens."""
+    found = []
+    for name in ("tokenizers", "transformers", "jinja2", "pyarrow"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return tuple(found)
 
 
 _DIGEST_BYTES = 32
@@ -108,7 +130,7 @@ def _write(place: Path, data: PreparedData) -> None:
     document follows, and its label; the documents' sources, with zero bytes between them. Written document by document.
     """
     documents = documents_of(data.examples)
-    sources = "\0".join(document.source for document in documents).encode()
+    sources = "\0".join(document.source for document in documents).encode(errors="surrogateescape")
     header = {
         "report": asdict(replace(data.report, bad_rows=())),
         "tokens": sum(map(len, documents)),
@@ -127,11 +149,13 @@ def _write(place: Path, data: PreparedData) -> None:
         [np.array([_LABELS.index(example.desirable) for example in data.examples], dtype=np.int8).tobytes()],
         [sources],
     )
-    with staged(place) as path, path.open("wb") as file:
-        for part in parts:
-            digest.update(part)
-            file.write(part)
-        file.write(digest.digest())
+    with staged(place) as path:
+        path.touch(mode=0o600)
+        with path.open("wb") as file:
+            for part in parts:
+                digest.update(part)
+                file.write(part)
+            file.write(digest.digest())
 
 
 def _read(place: Path) -> PreparedData | None:
@@ -156,7 +180,7 @@ def _read(place: Path) -> PreparedData | None:
     ids, lengths = array(np.int32, header["tokens"]), array(np.int32, header["documents"])
     supervised = array(np.bool_, header["tokens"])
     pairs, labels = (array(np.int8, header["examples"]).tolist() for _ in range(2))
-    sources = mapped[position:-_DIGEST_BYTES].tobytes().decode().split("\0")
+    sources = mapped[position:-_DIGEST_BYTES].tobytes().decode(errors="surrogateescape").split("\0")
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
     documents = (
         Example(ids[start:end], supervised[start:end], source)
@@ -178,6 +202,9 @@ def _make_room(folder: Path) -> None:
     """Let go of what was not used for longest, until the rest has no more than `MOST_KEPT_BYTES`."""
     files = sorted(folder.glob("*.rows"), key=lambda file: -file.stat().st_mtime)
     total = 0
+    for left in folder.glob(".*.rows.*.tmp"):
+        if left.stat().st_mtime < time.time() - _STALE_S:  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     for file in files:
         total += file.stat().st_size
         if total > MOST_KEPT_BYTES:

@@ -140,8 +140,9 @@ class TemplateOptions:
     """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
 
     system: Text | None = None
-    """A system message put before every conversation that does not begin with one of its own. With `prompt`, columns in
-    braces are filled in as there."""
+    """A system message put before every conversation that does not begin with one of its own. Where `prompt`,
+    `completion` or `messages` names a column, columns in braces are filled in as there, for rows without a `system`
+    column of their own."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
     """Held-out rows, named as in `data`. They are never trained on."""
 
     eval_fraction: Share | None = None
-    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`; 0 for none. Not
-    given: a tenth, at most 500, of 50 rows or more; none where answers are rewarded."""
+    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`; with 0 only a
+    `valid.*` beside a `train.*` is held out. Not given: a tenth, at most 500, of 50 rows or more; none where answers
+    are rewarded."""
 
     max_length: Annotated[int, Bound(at_least=2)] = 2048
     """Longest document in tokens. What is longer is treated as `long_rows` says, and counted."""

@@ -330,8 +330,9 @@ def _read_into(
         left = None if options.max_rows is None else options.max_rows - total
         if left == 0:
             break
-        reader, bad_before, bad.first_of_file = FormReader(may_ask=may_ask, purpose=purpose), bad.count, None
         named, rows, answered = columns(), 0, 0
+        reader = FormReader(may_ask=may_ask, purpose=purpose, named=named.given)
+        bad_before, bad.first_of_file = bad.count, None
         conversation = rewarded = False
         read = reader.read_all(named.rows(read_rows(name, bad, held_out=held_out), bad), bad)
         for row in _in_batches(read, left, begin, encoder, bad):

@@ -11,6 +11,7 @@ The first that holds of what `judged` asks, in its order, is said; docs/rates.md
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ class Curves:
     """What a run measured.
 
     Attributes:
-        held_out: (step, loss) of every evaluation, the first one before the first step.
+        held_out: (step, loss) of every finite evaluation, the first one before the first step.
         training: the loss of every logged step.
         forgotten_nats: how far the loss on neutral texts had risen at the best evaluation; None where not measured.
     """
@@ -58,11 +59,15 @@ class Curves:
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> Curves:
         """Of the lines of metrics.jsonl."""
-        evaluations = [one for one in records if one.get("eval_loss") is not None]
+        evaluations = [one for one in records if _is_finite(one.get("eval_loss"))]
         held_out = [(one["step"], one["eval_loss"]) for one in evaluations]
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
-        losses = [one["loss"] for one in records if one.get("loss") is not None]
+        losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         return cls(held_out, losses, best.get("forgetting_nats"))
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def judged(curves: Curves) -> Finding | None:

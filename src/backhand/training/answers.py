@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,6 +112,8 @@ def held_out_answers(
 
 
 _SHORT_TOKENS = 128
+_BEHIND_ANSWERS = 8
+"""Tokens behind the longest answer, so that one that goes on is told apart from one that ends."""
 _FEWEST_ROWS, _MOST_ROWS = 16, 500
 _SHARE_OF_TRAINING = 4
 """Rows are asked for one in so many of the tokens trained on, less than their evaluations take during the run."""
@@ -124,19 +126,27 @@ def measured_answers(
     config: TrainConfig,
     labels: Labels,
     trained_tokens: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Exact match of the base model and with the adapter, and their labels if rows have them, as summary.json has it.
 
-    Measured on held-out rows with short answers, evenly spread over all; nothing where some answer is long, or rows are
-    plain text or no answers to learn.
+    Measured on held-out rows with short answers, evenly spread over those that leave room for one; nothing where some
+    answer is long, or rows are plain text or no answers to learn.
 
     Args:
         bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
         labels: of the training rows; nothing where these have none.
         trained_tokens: of the run, which bounds how many rows are asked.
+        stopped: asked before each of the two models answers; where it is so, nothing is told.
     """
     spans = [example.last_answer for example in examples]
     if config.objective.objective != "sft" or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
+        return {}
+    model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _BEHIND_ANSWERS
+    examples = [
+        one for one, (begin, _) in zip(examples, spans, strict=True) if begin + new_tokens <= model.context_tokens
+    ]
+    if not examples:
         return {}
     affordable = trained_tokens * len(examples) // (_SHARE_OF_TRAINING * sum(map(len, examples)))
     places = spread(len(examples), min(_MOST_ROWS, max(_FEWEST_ROWS, affordable)))
@@ -147,12 +157,17 @@ def measured_answers(
         reply = str(tokenizer.decode(example.input_ids[begin:end].tolist(), skip_special_tokens=True)).strip()
         prompts.append(Prompt(example.input_ids[:begin], "", reply, example.source))
     labels = labels if all(prompt.reply in labels for prompt in prompts) else {}
-    run = EvaluateRunOptions(max_new_tokens=_SHORT_TOKENS, micro_batch_rows=config.optimization.micro_batch_rows or 1)
+    run = EvaluateRunOptions(max_new_tokens=new_tokens, micro_batch_rows=config.optimization.micro_batch_rows or 1)
     rows = EvaluationRows(HeldOut(chosen, run.micro_batch_rows), len(chosen), tuple(prompts), labels=labels)
-    loaded = LoadedModel(bound.completer(), tokenizer, stop_ids(source, config.data))
+    loaded = LoadedModel(model, tokenizer, stop_ids(source, config.data))
     try:
         # No more rows at once than a training step has, whose memory is planned.
-        base, adapted = (score(loaded, rows, run, adapter=one, answered=run.micro_batch_rows) for one in (False, True))
+        scores = []
+        for adapter in (False, True):
+            if stopped():
+                return {}
+            scores.append(score(loaded, rows, run, adapter=adapter, answered=run.micro_batch_rows))
+        base, adapted = scores
     except CheckError:  # nothing finite: the run has said so, and is over
         return {}
     finally:

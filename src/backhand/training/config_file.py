@@ -18,6 +18,7 @@ import re
 import tomllib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -45,7 +46,7 @@ def read_table(path: Path) -> dict[str, Any]:
     yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
-        return _in_tables(parse_yaml(text)) if yaml else parse_toml(text)
+        return _in_tables(parse_yaml(text), str(path)) if yaml else parse_toml(text)
     except OSError as error:
         raise UsageError(
             "the configuration cannot be read",
@@ -99,21 +100,21 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 MAX_YAML_BYTES = 2**18
-_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][-+]?\d+)?\Z")
+_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+\Z")
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
     """Nested tables; what is null is left out, and 1e-4 is a number, which YAML 1.1 does not say.
 
     Raises:
-        ValueError: it is not YAML, or holds what no configuration needs (aliases, several documents).
+        ValueError: it is not YAML, has a key twice, or holds what no configuration needs (aliases, several documents).
     """
     import yaml
 
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it holds an alias (*name), which is not read")
-        read = yaml.safe_load(text)
+        read = yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(read, dict | None):
@@ -126,18 +127,48 @@ def _without_nulls(value: Any) -> Any:
         return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
-    return float(value) if isinstance(value, str) and "e" in value.lower() and _NUMBER.match(value) else value
+    return value
 
 
-def _in_tables(read: dict[str, Any]) -> dict[str, Any]:
+@functools.cache
+def _yaml_loader() -> Any:
+    """Reads 1e-4 as a number unless it stands in quotes, and no key twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            counts = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in counts.items() if count > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+    return Loader
+
+
+def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
     """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
     tables: dict[str, Any] = {}
+    flat: list[tuple[str, str]] = []
     for key, value in read.items():
         part = key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
         if part is None:
             tables[key] = value
         else:
-            tables.setdefault(part, {})[key] = value
+            flat.append((part, key))
+    for part, key in flat:
+        table = tables.setdefault(part, {})
+        if not isinstance(table, dict):
+            continue  # refused as what it is, which is no table
+        if key in table:
+            raise UsageError(
+                f"{key} is given twice",
+                where=origin,
+                why=f"it stands in {part}, and outside of it",
+                next_step="keep one of them",
+            )
+        table[key] = read[key]
     return tables
 
 

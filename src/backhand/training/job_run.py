@@ -209,18 +209,21 @@ class JobRun:
         job = self.job
         if job.held_out is None or not job.config.run.answers or not self.processes.leads:
             return summary
-        if self.interruption.requested is not None:
+        if self._asked_to_stop():
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
             return summary
         job.bound.fill(str(self.directory.adapter))
         asked = job.bound, job.source, job.held_out.examples, job.config
         self.directory.write(ANSWERS, answers_file(*asked))
         if summary.adapted_exact_match is None and (
-            measured := measured_answers(*asked, job.identity.labels, summary.tokens)
+            measured := measured_answers(*asked, job.identity.labels, summary.tokens, self._asked_to_stop)
         ):
             summary = replace(summary, **measured)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
+
+    def _asked_to_stop(self) -> bool:
+        return self.interruption.requested is not None
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
@@ -232,7 +235,9 @@ class JobRun:
         if not config.run.resume:
             if config.run.overwrite:
                 self.directory.put_aside()
-            self.directory.write(CONFIG, dump_config(config))
+            # Whoever begins anew from this file must not be told to overwrite, or that a run is there.
+            kept = replace(config, run=replace(config.run, overwrite=False))
+            self.directory.write(CONFIG, dump_config(kept))
             self.directory.make_checkpoints()
             self._write_facts()
             return

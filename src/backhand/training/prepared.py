@@ -30,7 +30,7 @@ from backhand.training.memory.probe import MeasuredMemory
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
-from backhand.training.rewards.planned import PromptPacker
+from backhand.training.rewards.planned import PromptPacker, check_context
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, start_notes
 
@@ -281,13 +281,7 @@ def _packer(config: TrainConfig, examples: Sequence[Example], engine: Engine, la
         )
     options = config.rewards
     packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=shares)
-    context = engine.config.max_position_embeddings
-    if packer.longest > context:
-        raise UsageError(
-            f"the longest prompt and an answer come to {packer.longest:,} tokens, and the model takes {context:,}",
-            where="max_new_tokens",
-            next_step="give a lower --max-new-tokens, or --max-length with --long-rows drop",
-        )
+    check_context(packer.longest, engine.config.max_position_embeddings)
     return packer
 
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
 from backhand.generate.loading import loaded_model
 from backhand.terminal import console_for_tables, working
 from backhand.training.evaluate_options import EvaluateOptions
 from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.planned import check_context
 from backhand.training.rewards.process import RewardProcess
-from backhand.training.rewards.rollout import Rollout
+from backhand.training.rewards.rollout import Rollout, prompt_of
 from backhand.training.rewards.steps import HeldOutRewards
 from backhand.training.step import Processes
 from backhand.words import show_notes
@@ -37,7 +39,12 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         ) as loaded,
     ):
         show_notes(loaded.notes)
-        examples = prepare(data, loaded.tokenizer, purpose="prompts")[0].examples
+        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
+        show_notes(prepared.report.left_out())
+        examples = prepared.examples
+        check_vocabulary(((one.input_ids, one.source) for one in examples), loaded.model.vocab_size, loaded.tokenizer)
+        longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
+        check_context(longest, loaded.model.context_tokens)
         rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())
         held_out = HeldOutRewards(examples, rollout, 0)
         found = []

@@ -8,6 +8,17 @@ import numpy as np
 
 from backhand.data.examples import Example
 from backhand.data.packing import MIN_SAVED_TOKENS, Forest, RowPacker
+from backhand.errors import UsageError
+
+
+def check_context(longest: int, context: int) -> None:
+    """Raise UsageError where the longest prompt with an answer is more than a model takes."""
+    if longest > context:
+        raise UsageError(
+            f"the longest prompt and an answer come to {longest:,} tokens, and the model takes {context:,}",
+            where="max_new_tokens",
+            next_step="give a lower --max-new-tokens, or --max-length with --long-rows drop",
+        )
 
 
 class PromptPacker(RowPacker):

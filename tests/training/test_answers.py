@@ -1,0 +1,44 @@
+"""Which held-out rows are answered at the end of a run, and when that ends early."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backhand.data.examples import Example
+from backhand.training import answers
+from backhand.training.config import TrainConfig
+from backhand.training.evaluate import EvaluationRows
+from support.tiny_tokenizer import tiny_tokenizer
+
+
+def row(prompt: int) -> Example:
+    supervised = np.arange(prompt + 2) >= prompt
+    return Example(np.ones(prompt + 2, dtype=np.int32), supervised, f"f:{prompt}")
+
+
+@pytest.mark.parametrize(("stop_after", "asked"), [(9, ["base", "adapted"]), (1, ["base"]), (0, [])])
+def test_rows_that_leave_room_are_answered_until_asked_to_stop(
+    monkeypatch: pytest.MonkeyPatch, stop_after: int, asked: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def score(_loaded: Any, rows: EvaluationRows, _run: Any, *, adapter: bool, answered: int) -> Any:
+        assert [prompt.source for prompt in rows.prompts] == ["f:5", "f:190"]
+        seen.append("adapted" if adapter else "base")
+        return SimpleNamespace(exact_match=0.5, labels=None)
+
+    monkeypatch.setattr(answers, "score", score)
+    monkeypatch.setattr(answers, "stop_ids", lambda *_: ())
+    bound: Any = SimpleNamespace(
+        completer=lambda: SimpleNamespace(context_tokens=200),
+        model=SimpleNamespace(attach=lambda _: None),
+        lora=None,
+    )
+    source: Any = SimpleNamespace(tokenizer=tiny_tokenizer)
+    rows = [row(5), row(190), row(191)]
+    found = answers.measured_answers(bound, source, rows, TrainConfig(), {}, 10**6, lambda: len(seen) >= stop_after)
+    assert seen == asked and found.get("exact_match_rows") == (2 if len(asked) == 2 else None)
