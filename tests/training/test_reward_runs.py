@@ -163,7 +163,7 @@ def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functio
         lint_command(LintOptions(LintRunOptions(model=str(tiny.model), prompts=True, json=True), rows))
     made = config(tiny, functions, tmp_path / "run", "missing")
     with pytest.raises(UsageError, match="cannot be loaded"):
-        plan(PlanOptions.of(made))
+        plan(PlanOptions(**vars(made)))
 
 
 def test_it_stops_early_by_the_held_out_reward(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
