@@ -72,6 +72,11 @@ $(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --no-compile --editable '.[demo,test,dev,docs]'
 	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
 
+# Two installations at once would write into one environment.
+ifneq ($(filter set-up,$(MAKECMDGOALS)),)
+$(VENV)/.model: | $(VENV)/.everything
+endif
+
 set-up: $(VENV)/.everything $(VENV)/.model kernels
 
 # Playwright drives the system's Chromium; it downloads none of its own.

@@ -42,6 +42,23 @@ def test_a_short_write_of_numpy_is_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_saved_is_on_the_disk_before_it_is_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file and its directory's names by the layer, and all that is staged: the system is asked for each."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    files = FileLayer()
+    write_file(files, tmp_path / "state", b"x")
+    assert synced == [(tmp_path / "state").stat().st_ino]
+    files.sync_directory(tmp_path)
+    assert synced[1:] == [tmp_path.stat().st_ino]
+    synced.clear()
+    with staged(tmp_path / "model") as place:
+        place.mkdir()
+        (place / "weights").write_bytes(b"x")
+    model = tmp_path / "model"
+    assert synced == [path.stat().st_ino for path in (model / "weights", model, tmp_path)]
+
+
 def test_a_directory_that_is_gone_is_no_full_disk(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(ResourceError) as caught, saving("metrics.jsonl", run, 239):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 
@@ -60,7 +61,8 @@ def compiled(factory, sources, *defined, build_name=None):
     def make(folder):
         subprocess.run([*command, str(folder / "mutants.so")], check=True, capture_output=True)
 
-    library = Library(made_once(factory, "-".join(["mutants", name, *defined]), make) / "mutants.so")
+    digest = hashlib.sha256("\0".join(map(str, sources)).encode()).hexdigest()[:12]
+    library = Library(made_once(factory, "-".join(["mutants", name, *defined, digest]), make) / "mutants.so")
     choose = library.function("backhand_set_mutant", (POINTER,))
     return library, lambda mutant: choose(mutant.encode())
 

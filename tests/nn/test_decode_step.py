@@ -76,20 +76,40 @@ def test_rows_of_several_lengths_step_together(build: str, variant: str) -> None
 @pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
 @pytest.mark.parametrize(("variant", "scaling"), [("llama", 1.7), ("gemma3_text", 0.5), ("qwen3", 2.0)])
 def test_with_amx_a_row_has_the_bits_of_a_long_pass(variant: str, scaling: float) -> None:
+    """Documents of a few tokens and of many, together and alone."""
     decoder = decoder_like(peft_model(variant), scaling, dtype=torch.bfloat16)
-    lengths = [3, 40, 41, 70, 12]
+    lengths = [3, 40, 41, 70, 12, 5, 10, 3, 4, 9]
     documents = [one.tolist() for one in tiny_documents(lengths, seed=4)]
     with using(load("amx")):
-        state = IncrementalDecoder(decoder, rows=5, capacity=4, head=Decoder.head)
-        found = [state.extend(state.cache.add_rows(5), [ids[:-2] for ids in documents])]
-        found += [state.step([ids[place] for ids in documents]) for place in (-2, -1)]
-        assert state._whole_step is not None
         every = decoder.logits(torch.tensor([token for ids in documents for token in ids]), lengths)
-        alone = decoder.logits(torch.tensor(documents[1]))
-    ends = torch.tensor(lengths).cumsum(0)
-    for back, logits in zip((3, 2, 1), found, strict=True):
-        assert torch.equal(logits, every[ends - back])
-        assert torch.equal(logits[1], alone[-back])
+        right = every.split(lengths)
+        for chosen in (range(10), *([row] for row in range(10)), [7, 8], [0, 3]):
+            rows = [documents[row] for row in chosen]
+            packed = decoder.logits(torch.tensor([token for ids in rows for token in ids]), [len(ids) for ids in rows])
+            assert torch.equal(packed, torch.cat([right[row] for row in chosen])), chosen
+            state = IncrementalDecoder(decoder, rows=len(rows), capacity=4, head=Decoder.head)
+            found = [state.extend(state.cache.add_rows(len(rows)), [ids[:-2] for ids in rows])]
+            found += [state.step([ids[place] for ids in rows]) for place in (-2, -1)]
+            assert state._whole_step is not None
+            for back, logits in zip((3, 2, 1), found, strict=True):
+                assert torch.equal(logits, torch.stack([right[row][-back] for row in chosen])), (chosen, back)
+
+
+@pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
+@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
+def test_with_amx_a_token_far_behind_its_windows_beginning_has_the_bits_of_a_pass(variant: str) -> None:
+    """Keys before the window are left out by whole steps: at every offset within one."""
+    decoder = decoder_like(peft_model(variant), 1.7, dtype=torch.bfloat16)
+    longer, shorter = (one.tolist() for one in tiny_documents([150, 75], seed=5))
+    with using(load("amx")):
+        right = [decoder.logits(torch.tensor(ids)) for ids in (longer, shorter)]
+        state = IncrementalDecoder(decoder, rows=2, capacity=4, head=Decoder.head)
+        state.extend(state.cache.add_rows(2), [longer[:80], shorter[:5]])
+        for place in range(70):
+            logits = state.step([longer[80 + place], shorter[5 + place]])
+            assert torch.equal(logits[0], right[0][80 + place]), place
+            assert torch.equal(logits[1], right[1][5 + place]), place
+        assert state._whole_step is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         if not place.exists():
             fresh = place.with_suffix(f".{os.getpid()}")
             fresh.mkdir()
-            make(fresh)
+            try:
+                make(fresh)
+            except BaseException:
+                shutil.rmtree(fresh)
+                raise
             fresh.rename(place)
     return place

@@ -145,8 +145,10 @@ def _without_settings(bits: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in bits.items() if name != "README.md"}
 
 
-@pytest.mark.parametrize("how", ["lost", "damaged", "a list", "of another run"])
+@pytest.mark.parametrize("how", ["lost", "damaged", "a list", "of another run", "of an earlier version"])
 def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: TrainConfig, tmp_path: Path) -> None:
+    from backhand.training.objectives.reference import _checksum
+
     made = with_options(straight, output=tmp_path / "run", prove_resume=None)
     with pytest.raises(StopAfter.Stopped):
         train(made, callbacks=[StopAfter(3)])
@@ -158,6 +160,10 @@ def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: Trai
         path.write_bytes(fresh[: len(fresh) // 2])
     elif how == "a list":
         path.write_text("[]")
+    elif how == "of an earlier version":
+        stored = json.loads(fresh)
+        values = {name: stored[name] for name in stored if name not in ("digest", "sum", "start")}
+        path.write_text(json.dumps({"digest": stored["digest"], "sum": _checksum(values), **values}))
     else:
         path.write_text(json.dumps({**json.loads(fresh), "digest": "0" * 64}))
     train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -259,6 +264,51 @@ def test_built_in_rewards(tmp_path: Path) -> None:
     assert rewards_of("length:4", answers("1234", "123456", "12345678", "1" * 20)) == [1, 0.5, 0, 0]
     entry = {"metadata": {"source_dataset": "spell_backward"}}
     assert rewards_of("reasoning_gym:spell_backward", answers("7 of 12", "no", **entry)) == [1, 0]
+
+
+@pytest.mark.parametrize("hangs", ["re.match('(a+)+b', 'a' * 60)", "time.sleep(600)"])
+def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_path: Path) -> None:
+    """Also where it holds the interpreter's lock."""
+    (tmp_path / "hanging.py").write_text(
+        "import fcntl, pathlib, re, time\n"
+        "def hangs(completions, **_):\n"
+        "    global held\n"
+        "    held = open(pathlib.Path(__file__).with_name('lock'), 'w')\n"
+        "    fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "    pathlib.Path(__file__).with_name('begun').touch()\n"
+        f"    {hangs}\n"
+    )
+    script = (
+        "from backhand.data.row_kinds import Asked, Completion\n"
+        "from backhand.training.rewards.process import RewardProcess, Written\n"
+        "asked = Asked(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
+        f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"
+        "    process.rewards([Written(asked, 'a', [1])])\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.DEVNULL)
+    try:
+        _wait_until((tmp_path / "begun").exists)
+    finally:
+        run.kill()
+        run.wait()
+    with (tmp_path / "lock").open() as lock:
+        _wait_until(lambda: _is_free(lock))
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _is_free(lock: IO[str]) -> bool:
+    """The system frees what a process held when it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def test_what_interrupts_a_run_does_not_reach_the_functions() -> None:

@@ -12,7 +12,7 @@ sums where a kernel of ours multiplies (`kernels.dense_product`: bfloat16 with A
 A kernel of ours (`kernels.dense_product`) unpacks a quantized matrix itself, a few rows at a time where it packs its
 operand, and gives the bits of the dense one; float32 is a library's on every processor. A library's products are taken
 in tiles (`weight_tiles`), of which a small dense weight is one. Few rows of x, as of new tokens, go through a kernel of
-their own, which reads W once (`kernels.few_rows`), dense and quantized alike.
+their own, which reads W once (`kernels.few_rows`), dense and quantized alike; with AMX not those of an adapter.
 """
 
 from __future__ import annotations
@@ -108,8 +108,7 @@ def frozen_linear(
         out: (rows, out) to write into; a new one if not given.
         terms: s h Fᵀ added to columns of the result, in their order; where `forms_h`, an h may be formed from its A.
     """
-    by_tiles = not terms and x.dtype == torch.bfloat16 and is_taken(x.dtype)
-    if 0 < x.shape[0] <= (MOST_TILED_ROWS if by_tiles else MOST_ROWS):
+    if 0 < x.shape[0] <= _most_few_rows(x.dtype, bool(terms)):
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
             return _with_terms(few, x, terms)
@@ -144,6 +143,13 @@ def frozen_input_gradient(
     return tiled_input_gradient(_gradient_product, d_y, weight, out, terms)
 
 
+def _most_few_rows(dtype: torch.dtype, has_terms: bool) -> int:
+    """Rows that go through the kernel for few; with AMX none with terms, which would be rounded once more."""
+    if dtype == torch.bfloat16 and is_taken(dtype):
+        return 0 if has_terms else MOST_TILED_ROWS
+    return MOST_ROWS
+
+
 def frozen_rows(weight: FrozenMatrix, ids: Tensor) -> Tensor:
     """The rows with these ids, (..., in) for ids (...): an embedding, or the head's rows of a few candidates."""
     if isinstance(weight, Tensor):
@@ -159,7 +165,10 @@ def _in_one_tile(weight: FrozenMatrix, axis: int) -> TypeGuard[Tensor]:
 
 
 def takes_tiles(operand: FrozenMatrix) -> bool:
-    """Whether products of it go by a kernel of ours, in which a row's bits never depend on the others' number."""
+    """Whether products of it go by a kernel of ours, in which a row's bits do not depend on the others' number.
+
+    But for one row alone times a quantized W, with no terms: that is unpacked in registers, in sums of another order.
+    """
     if isinstance(operand, Tensor):
         return is_taken(operand.dtype) and is_loopable(operand)
     return is_taken(operand.dtype) and operand.device.type == "cpu"
@@ -177,7 +186,7 @@ def forms_h(x: Tensor, outputs: int, ranks: int) -> bool:
     """
     if x.dtype == torch.float32:
         return False
-    return x.shape[0] > MOST_ROWS and takes_tiles(x) and h_within(outputs, ranks)
+    return takes_tiles(x) and h_within(outputs, ranks)
 
 
 def h_within(outputs: int, ranks: int) -> bool:

@@ -425,10 +425,12 @@ struct Step {
     T* attended = workspace.attended + row * model.heads * d;
     const int64_t last = MUTATED("decode step: the token does not see itself", seen, seen - 1);
     if (as_documents()) {
+      // Without the whole steps of keys before the window, which a pass would not read either.
+      const int64_t skipped = first / KEYS * KEYS, token = last - 1 - skipped;
       const Shape shape = shape_of(window > 0 ? window : seen + 1);
-      const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys, d, 0}, {values, d, 0}, {attended, 0, d}};
-      return run.task(Document{last - 1, 1, last - 1, workspace.places}, 0, kv_head * group,
-                      (kv_head + 1) * group, arena);
+      const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys + skipped * d, d, 0},
+                                        {values + skipped * d, d, 0}, {attended, 0, d}};
+      return run.task(Document{token, 1, token, workspace.places}, 0, kv_head * group, (kv_head + 1) * group, arena);
     }
     C* scores = arena.take<C>(seen);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)

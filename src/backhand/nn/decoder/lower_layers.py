@@ -44,11 +44,15 @@ class LowerLayers:
 
         Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
         """
-        if tokens == self._usual or takes_tiles(self._decoder.weights.blocks[0].input):
+        fewer = min(tokens, self._usual)
+        if tokens == self._usual or (fewer > 1 and takes_tiles(self._decoder.weights.blocks[0].input)):
             return True
+        alike = fewer // _DOCUMENT * _DOCUMENT
+        if alike == 0:
+            return False  # without a whole document there is nothing to compare
         if self._of_usual is None:
             self._of_usual = self._looked_at(self._usual, layer)
-        found, alike = self._looked_at(tokens, layer), min(tokens, self._usual) // _DOCUMENT * _DOCUMENT
+        found = self._looked_at(tokens, layer)
         return torch.equal(found[:alike], self._of_usual[:alike])
 
     def _looked_at(self, tokens: int, layer: int) -> Tensor:

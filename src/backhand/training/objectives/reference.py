@@ -169,16 +169,17 @@ def _kept(
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         found, stored, checksum = "", {}, ""
-    whole = checksum == _checksum(stored)
-    if whole and stored.pop("start", None) != digests[1]:
+    whole, named = checksum == _checksum(stored), "start" in stored
+    start = stored.pop("start", None)
+    if whole and named and start != digests[1]:
         raise CheckError(
             "the adapter that the run began from is another one now",
             where=str(path),
             why="the rest of the run would be measured against something else than its first steps",
             next_step="put back the adapter that the run was started from, or begin a new run",
         )
-    if not whole or found != digests[0]:
-        why = "of another machine or run" if whole else "damaged"
+    if not whole or not named or found != digests[0]:  # files of earlier versions do not name the start
+        why = "damaged" if not whole else "of another machine or run" if named else "of an earlier version"
         noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
         return None
     return stored

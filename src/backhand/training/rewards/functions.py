@@ -5,6 +5,7 @@
 reads a line of JSON with the names of the functions, and answers with one that tells whether all of them are there;
 then a line for each batch of answers, and answers with a line as soon as a function begins and one with all rewards.
 What a function prints goes to standard error. `process.RewardProcess` is the other side. This file imports no torch.
+A process beside it ends it as soon as the other side is gone, also where a function hangs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import inspect
 import json
 import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -171,6 +174,26 @@ _BUILT_IN: Mapping[str, Callable[[str], Callable[[Answer], float]]] = {
 }
 
 
+def _end_with_the_run() -> None:
+    """Have a process beside this one kill it when standard input ends, whatever ended the run that holds it.
+
+    A thread would not do: what hangs in a function may hold the interpreter's lock, as a search by `re` does.
+    """
+    ours, held = os.pipe()  # ends with this process
+    served = os.getpid()
+    if os.fork():
+        os.close(ours)
+        return
+    os.close(held)
+    os.close(1)
+    ends = select.poll()
+    for descriptor in (0, ours):
+        ends.register(descriptor, 0)  # nothing but that the other end is closed
+    if ours not in dict(ends.poll()):
+        os.kill(served, signal.SIGKILL)
+    os._exit(0)
+
+
 def _serve() -> None:
     """Answer line by line until standard input ends."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
@@ -205,4 +228,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    _end_with_the_run()
     _serve()
