@@ -111,7 +111,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
         "epochs": 12,
         "learning_rate": 2e-2,
         "rank": 8,
-        "answers": 4,
+        "answers": 1,
     }
     train(tiny.config(place / "run", **options))
     return tiny, path, place / "run"

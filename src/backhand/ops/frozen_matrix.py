@@ -165,10 +165,7 @@ def _in_one_tile(weight: FrozenMatrix, axis: int) -> TypeGuard[Tensor]:
 
 
 def takes_tiles(operand: FrozenMatrix) -> bool:
-    """Whether products of it go by a kernel of ours, in which a row's bits do not depend on the others' number.
-
-    But for one row alone times a quantized W, with no terms: that is unpacked in registers, in sums of another order.
-    """
+    """Whether products of it go by a kernel of ours, in which a row's bits do not depend on the others' number."""
     if isinstance(operand, Tensor):
         return is_taken(operand.dtype) and is_loopable(operand)
     return is_taken(operand.dtype) and operand.device.type == "cpu"
