@@ -62,7 +62,7 @@ def test_ordinary_conversations_have_the_ids_of_transformers(tmp_path: Path) -> 
     path = tmp_path / "rows.jsonl"
     made = conversations(200)
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in made))
-    train, _ = prepare(DataOptions(data=(str(path),)), tokenizer())
+    train, _ = prepare(DataOptions(data=(str(path),), eval_fraction=0), tokenizer())
     newline = tokenizer().encode("\n")
     for messages, example in zip(made, train.examples, strict=True):
         ids = tokenizer().apply_chat_template(messages, return_dict=False)

@@ -103,7 +103,7 @@ COMMANDS = (
     Command(
         "search",
         "Find the best learning rate, or any options, by runs that stop early where they are not the best.",
-        "backhand search --data rows.jsonl --output runs/search",
+        "backhand search --data rows.jsonl --eval-fraction 0.2 --output runs/search",
         _SEARCH,
         "backhand.search.command:search_command",
         file=_tables(_SEARCH),
