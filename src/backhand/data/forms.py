@@ -275,26 +275,6 @@ class FormReader:
         )
 
 
-def has_empty_answer(row: Row) -> bool:
-    """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss.
-
-    Of a pair, whether one side is so.
-    """
-    if isinstance(row, PlainText | Asked):
-        return False
-    if isinstance(row, Pair):
-        return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
-    if isinstance(row, Labelled):
-        return has_empty_answer(row.answer)
-    if isinstance(row, Completion):
-        return row.completion is not None and not row.completion.strip()
-    replies = [message for message, carries in zip(row.messages, row.supervised, strict=True) if carries]
-    return bool(replies) and not any(
-        message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
-        for message in replies
-    )
-
-
 def _read(form: Form, raw: RawRow) -> Row:
     values, source = _under_usual_names(form, raw), raw.source
     if form.kind == "conversation":

@@ -27,10 +27,10 @@ from backhand.data.examples import (
     encode_documents,
     summed,
 )
-from backhand.data.forms import FormReader, has_empty_answer
+from backhand.data.forms import FormReader
 from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
+from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split, usual_share
