@@ -66,10 +66,11 @@ def step_over_many_keys(dtype):
     """Logits of a token before which the cache holds as many keys as a long prompt's."""
     state = IncrementalDecoder(adapted("llama", dtype), capacity=real_sizes.KEYS + 1)
     cache, generator = state.cache, torch.Generator().manual_seed(0)
-    cache.add_rows(1)
-    for keys, values in zip(cache.keys, cache.values, strict=True):
-        keys[:, :, : real_sizes.KEYS] = torch.randn(keys[:, :, 1:].shape, generator=generator)
-        values[:, :, : real_sizes.KEYS] = 1 + torch.randn(values[:, :, 1:].shape, generator=generator)
+    cache.reserve(cache.add_rows(1), [real_sizes.KEYS])
+    for layer, heads in enumerate(cache.keys):
+        shape = real_sizes.KEYS, heads.shape[0], heads.shape[2]
+        keys, values = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+        cache.write(layer, cache.places[0, : real_sizes.KEYS], keys, 1 + values)
     cache.lengths[0], cache.tokens[0] = real_sizes.KEYS, [3] * real_sizes.KEYS
     return state.step([5])
 

@@ -28,15 +28,14 @@ def adapted(variant: str, dtype: torch.dtype = torch.float64) -> Decoder:
 
 
 def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5) -> Tensor:
-    """Logits after each token behind the first `SEEN`, one by one, in a cache that has to grow."""
-    ids = tiny_documents([tokens], seed=2)[0].tolist()
-    state = IncrementalDecoder(decoder, capacity=4)
-    state.cache.add_rows(1)
+    """Logits after each token behind the first `SEEN`, one by one, beside another row, in a cache that has to grow."""
+    other, ids = (one.tolist() for one in tiny_documents([tokens, tokens], seed=2))
+    state = IncrementalDecoder(decoder, rows=2, capacity=4)
     with torch_form():
-        state.extend([0], [ids[:SEEN]])
+        state.extend(state.cache.add_rows(2), [other[:SEEN], ids[:SEEN]])
     if whole:
-        found = torch.cat([state.step([token]) for token in ids[SEEN:]])
+        found = torch.stack([state.step(pair)[1] for pair in zip(other[SEEN:], ids[SEEN:], strict=True)])
         assert state._whole_step is not None
         return found
     with torch_form():
-        return torch.cat([state.step([token]) for token in ids[SEEN:]])
+        return torch.stack([state.step(pair)[1] for pair in zip(other[SEEN:], ids[SEEN:], strict=True)])

@@ -14,7 +14,7 @@ from backhand.adapters.targets import resolve_adapter
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.kv_cache import KVCache
+from backhand.nn.decoder.kv_cache import PAGE, KVCache
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.config import Recompute
@@ -211,10 +211,10 @@ def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.
     """Of each token, and of a row as a whole; a model that answers beside the run holds them."""
     config = config_of(variant)
     size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), dtype)
-    cache = KVCache(config, 1, 37, dtype=dtype)
+    cache = KVCache(config, 1, 3 * PAGE, dtype=dtype)
     states = sum(state.nbytes for layer in cache.states for state in layer)
     held = sum(part.nbytes for part in (*cache.keys, *cache.values)) + states
-    assert 37 * size.cache_bytes + size.mixer_state_bytes == held
+    assert 4 * PAGE * size.cache_bytes + size.mixer_state_bytes == held  # with the page of zeros
     assert size.mixer_state_bytes == states and (states > 0) == (variant in ("lfm2", "qwen3_5_text"))
     without = second_model_bytes(size, 1000, 0)
     assert second_model_bytes(size, 1000, 37) - without == 37 * size.cache_bytes

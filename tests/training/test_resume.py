@@ -215,6 +215,43 @@ def test_other_settings_are_refused_with_a_list(
     assert "--keep" in str(caught.value) and "--from-adapter" in str(caught.value)
 
 
+# What a run stores otherwise than it is typed: chosen, counted, or written as words.
+RESOLVED = {
+    "layers": "--layers last:1",
+    "layers-mixed": "--layers 0,first:1",
+    "learning-rate": "--learning-rate auto",
+    "default-rate": "--learning-rate 3e-3 --alpha 5 --rank 3 --warmup-steps 0",
+    "modules": "--target-modules q_proj,v_proj --rank-pattern q_proj=2",
+    "machine": "--dtype float32 --device cpu --engine backhand --base auto --recompute auto --cache-frozen auto",
+    "micro-batch": "--micro-batch-rows 16",
+    "held-out": "--eval-fraction 0.3 --eval-every 2 --save-every 2",
+    "memory": "--memory 2GB",
+    "objective": "--objective sft --schedule linear",
+}
+
+
+@pytest.mark.parametrize("typed", RESOLVED.values(), ids=RESOLVED.keys())
+def test_the_command_of_a_run_resumes_it_as_it_was_typed(
+    typed: str, tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = {"--model": tiny.model, "--data": tiny.rows, "--output": tmp_path / "run", "--epochs": 2, "--answers": 0}
+    usual |= {} if "--eval" in typed else {"--eval-data": tiny.held_out}
+    command = ["train", *(str(word) for pair in usual.items() for word in pair), *typed.split()]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0, capsys.readouterr().err
+    assert "nothing left to do" in capsys.readouterr().err
+
+
+def test_layers_in_words_are_those_of_the_runs_model(tiny: TinyRun, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "straight", layers="last:1", save_every=1)
+    train(config)
+    stopped(with_options(config, output=tmp_path / "run"), 3)
+    with pytest.raises(UsageError, match=r"layers_to_transform: \(1,\) in the run, \(0,\) given"):
+        resumed(tmp_path / "run", layers="first:1")
+    train(with_options(config, output=tmp_path / "run", resume=True))  # all of them given again
+    assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")
+
+
 def test_what_is_proposed_can_be_typed_into_a_shell(tiny: TinyRun, tmp_path: Path) -> None:
     stopped(tiny.config(tmp_path / "a $run", save_every=1), 3)
     with pytest.raises(UsageError) as caught:

@@ -8,25 +8,29 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from torch import Tensor
 
 from backhand.data.lint_command import lint_command
 from backhand.data.options import DataOptions, LintOptions, LintRunOptions
 from backhand.data.row_kinds import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
+from backhand.generate import sampling
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
+from backhand.training import prepared
 from backhand.training.config import TrainConfig
 from backhand.training.evaluate import evaluate_command
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.memory.command import plan
 from backhand.training.memory.options import PlanOptions
 from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.observer import Observer
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.process import RewardProcess, Written
 from backhand.training.run import train
@@ -81,6 +85,9 @@ def few(completions, **_):
 
 def none(completions, **_):
     return [None] * len(completions)
+
+def lengthy(completion_ids, **_):
+    return [float(len(ids)) for ids in completion_ids]
 """
 
 
@@ -173,6 +180,24 @@ def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functio
         plan(PlanOptions(**vars(made)))
 
 
+def test_the_plan_counts_a_prompts_keys_and_values_once(
+    tiny: TinyRun, functions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    shapes = prepared._shapes
+
+    def seen(*arguments: Any) -> Any:
+        made = shapes(*arguments)
+        found.extend({shape.sampled_tokens for shape in made.values()})
+        return made
+
+    monkeypatch.setattr(prepared, "_shapes", seen)
+    for group in (6, 12):
+        plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run", group=group))))
+    six, twelve = found
+    assert twelve - six == 4 * 6 * 10 < six, "four prompts with six more answers of ten tokens each"
+
+
 def test_it_stops_early_by_the_held_out_reward(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     train(config(tiny, functions, tmp_path / "run", "level_or_not", eval_every=1, early_stopping=2, epochs=9))
     measured = [line["eval_reward"] for line in lines(tmp_path / "run") if "eval_reward" in line]
@@ -239,6 +264,72 @@ def test_rewards_that_never_vary_end_the_run(tiny: TinyRun, functions: Path, tmp
         train(config(tiny, functions, tmp_path / "run", "level", epochs=9))
     assert "--from-adapter" in str(raised.value.next_step)
     assert {line["no_gradient_groups"] for line in lines(tmp_path / "run") if "loss" in line} == {1.0}
+
+
+class Noted(Observer):
+    """Keeps what people are told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def noted(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_answers_that_run_to_their_limit_are_told_of(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    """The base has learnt to answer with three words, and is then rewarded for many."""
+    told, first = Noted(), tmp_path / "first"
+    train(tiny.config(first, epochs=12, learning_rate=3e-2, save_every=99))
+    options = {"max_new_tokens": 20, "temperature": 0.7, "eval_every": 99, "save_every": 99}
+    made = config(tiny, functions, tmp_path / "run", "lengthy", from_adapter=str(first / "adapter"), **options)
+    train(made, callbacks=[told])
+    (said,) = [text for text in told.said if "run to their limit" in text]
+    assert "length:TOKENS" in said and "--max-new-tokens" in said
+    cut_off = [line["clipped_answers"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert cut_off[0] < 0.25 and max(cut_off) > 0.5
+
+
+def test_a_model_that_leaves_its_base_is_told_of_and_ends(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    told, options = Noted(), {"beta": 1e-6, "eval_every": 99, "save_every": 99}
+    train(config(tiny, functions, tmp_path / "run", learning_rate=0.1, **options), callbacks=[told])
+    (said,) = [text for text in told.said if "away from its base" in text]
+    assert "lower --learning-rate or raise --beta" in said
+    options |= {"learning_rate": 1.0, "num_iterations": 8, "epsilon": 0.9, "epsilon_high": 99.0}
+    made = config(tiny, functions, tmp_path / "ended", **options)
+    with pytest.raises(CheckError, match="nats a token away from its base") as raised:
+        train(made)
+    assert "higher --beta" in str(raised.value.next_step) and raised.value.exit_code == 6
+    assert len([line for line in lines(tmp_path / "ended") if "loss" in line]) < 6
+
+
+def test_an_entropy_that_collapses_is_told_of(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    told, options = Noted(), {"epochs": 3, "eval_every": 99, "save_every": 99}
+    train(config(tiny, functions, tmp_path / "run", learning_rate=0.2, **options), callbacks=[told])
+    (said,) = [text for text in told.said if "entropy of a token has fallen" in text]
+    assert "raise --temperature" in said and "--early-stopping" in said
+
+
+@pytest.mark.parametrize(("tokens", "apart"), [(1, 5.0), (None, 0.3)], ids=["one token", "every token"])
+def test_the_certificate_ends_a_bfloat16_run(
+    tokens: int | None, apart: float, tiny: TinyRun, functions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where log-probabilities are not those of the training pass: of one token by much, or of all by a little."""
+    kept = sampling.draw
+
+    def wrong(logits: Tensor, uniform: Sequence[float], top_p: float) -> sampling.Drawn:
+        drawn = kept(logits, uniform, top_p)
+        drawn.log_p[:tokens] -= apart * (len(uniform) == 24)  # a step's answers, while all of them go on
+        return drawn
+
+    made = config(tiny, functions, tmp_path / "run", dtype="bfloat16")
+    train(with_options(made, output=tmp_path / "right"))
+    monkeypatch.setattr(sampling, "draw", wrong)
+    with pytest.raises(CheckError, match="apart between sampler and training pass") as raised:
+        train(made)
+    assert raised.value.where == "sampling_gap" and "two models" in str(raised.value.why)
+    (proof,) = [line for line in lines(tmp_path / "run", "proofs.jsonl") if "every sampled token" in line["proof"]]
+    assert not proof["passed"] and proof["value"] == pytest.approx(apart, abs=0.3)
+    assert not [line for line in lines(tmp_path / "run") if "loss" in line]
 
 
 def answers(*texts: str, **columns: Any) -> list[Written]:
@@ -368,6 +459,17 @@ def test_what_cannot_be_is_said_at_once(
 ) -> None:
     with pytest.raises(UsageError, match=says):
         train(config(tiny, functions, tmp_path / "run", **options))
+
+
+def test_a_held_out_prompt_beyond_the_context_is_refused_before_the_first_step(
+    tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a " * 60, "completion": "b"}) + "\n")
+    made = config(tiny, functions, tmp_path / "run", max_length=100, max_new_tokens=60)
+    train(with_options(made, output=tmp_path / "fits", max_steps=1))
+    with pytest.raises(UsageError, match="the longest prompt and an answer come to") as raised:
+        train(with_options(made, eval_data=(str(tmp_path / "long.jsonl"),)))
+    assert raised.value.where == "max_new_tokens"
 
 
 def test_rows_without_a_prompt_are_refused(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:

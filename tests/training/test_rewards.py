@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backhand.data.examples import Example
+from backhand.generate import engine_completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
 from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoding import IncrementalDecoder
+from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.training.rewards.batch import AnswerBatch
 from backhand.training.rewards.certificate import BOUNDS, Certificate
@@ -23,7 +26,7 @@ from backhand.training.rewards.options import RewardOptions
 from backhand.training.step import Processes
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
-from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_documents, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
 RANK, ALPHA, GROUP, LONGEST = 5, 8.5, 3, 7
@@ -288,6 +291,23 @@ def test_an_answer_depends_on_nothing_beside_it(kind: str) -> None:
         assert [one.tokens for one in others] == [one.tokens for one in together]
         for one, other in zip(together, others, strict=True):
             assert one.log_p == pytest.approx(other.log_p, abs=1e-5)
+
+
+def test_a_prompts_keys_and_values_are_there_once_for_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two prompts of 100 tokens and eight answers of 9 to each, copies would be eight times as much."""
+    decoder, made = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK), []
+
+    def caught(*arguments: Any, **options: Any) -> IncrementalDecoder:
+        made.append(IncrementalDecoder(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(engine_completer, "IncrementalDecoder", caught)
+    asked = [ids.tolist() for ids in tiny_documents([100, 100], seed=4) for _ in range(8)]
+    sample(decoder, asked, range(16), max_new_tokens=9, stop_ids=())
+    (state,) = made
+    tokens = 2 * 100 + 16 * 9
+    for buffer in (*state.cache.keys, *state.cache.values):
+        assert tokens <= buffer.shape[1] < tokens + (1 + 2 + 16) * PAGE
 
 
 @pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")

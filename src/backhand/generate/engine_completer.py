@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from backhand.generate.completer import Choose, Completer, Finished
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
-from backhand.nn.decoder.kv_cache import bytes_per_row
+from backhand.nn.decoder.kv_cache import bytes_per_token, state_bytes
 
 
 class EngineCompleter:
@@ -84,7 +84,7 @@ class EngineCompleter:
             logits = state.step([token])
 
 
-# Keys, values and states of all rows together stay below this, as long as one row does.
+# Keys, values and states of all rows together stay about below this, as long as one row does.
 CACHE_BYTES = 1 << 30
 # A prefix that all prompts share is computed once if it has at least so many tokens.
 SHORTEST_SHARED_PREFIX = 16
@@ -103,7 +103,7 @@ def complete_batch(
     """Continue every prompt; see `completer.Completer.complete`.
 
     A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows. Equal prompts that
-    stand side by side are computed once, where they begin together.
+    stand side by side are computed once, where they begin together, and their keys and values are there once.
 
     Args:
         as_trained: logits as the training pass computes them, in the compute dtype; what different prompts begin with
@@ -125,20 +125,24 @@ class _Batch:
         *,
         as_trained: bool,
     ) -> None:
-        longest = max(map(len, prompts))
-        most = CACHE_BYTES // bytes_per_row(decoder.config, decoder.dtype, longest + max_new_tokens)
-        rows = max(1, min(batch_rows, len(prompts), most))
         self.prompts, self.choose, self.finished = prompts, choose, finished
         self.max_new_tokens = max_new_tokens
-        # Answers are usually far shorter than they may be: room grows when it is needed.
-        head = Decoder.head if as_trained else None
-        self.state = IncrementalDecoder(decoder, rows=rows, capacity=longest + min(max_new_tokens, 64), head=head)
         self.shared = None if as_trained else _shared_prefix(decoder, prompts)
         # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         self.in_row: list[int] = []
         self.last_token: list[int] = []
         self.answered: list[int] = []
+        firsts = self._firsts(list(self.waiting))
+        longest = len(prompts[self.waiting[0]])
+        rows = rows_at_once(decoder, longest, max_new_tokens, len(prompts) / len(firsts))
+        rows = min(batch_rows, len(prompts), rows)
+        # Answers are usually far shorter than they may be: room grows when it is needed.
+        capacity = sum(len(prompts[self.waiting[place]]) for place in firsts if place < rows)
+        head = Decoder.head if as_trained else None
+        self.state = IncrementalDecoder(
+            decoder, rows=rows, capacity=capacity + rows * min(max_new_tokens, 64), head=head
+        )
 
     def run(self) -> None:
         rows = self.state.cache.rows
@@ -159,7 +163,7 @@ class _Batch:
         self.in_row += numbers
         self.last_token += [0] * count
         self.answered += [0] * count
-        firsts = [place for place in range(count) if not place or not self._alike(numbers[place - 1], numbers[place])]
+        firsts = self._firsts(numbers)
         new = [self.prompts[numbers[place]][seen:] for place in firsts]
         logits = self.state.extend([rows[place] for place in firsts], new)
         copies = [end - begin for begin, end in zip(firsts, [*firsts[1:], count], strict=True)]
@@ -167,6 +171,11 @@ class _Batch:
             if several > 1:
                 self.state.cache.copy_row(self.state.cache, rows[place], rows[place + 1 : place + several])
         self._take(rows, logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0))
+
+    def _firsts(self, numbers: Sequence[int]) -> list[int]:
+        """At which of these places stands another prompt than at the one before."""
+        neighbours = pairwise(numbers)
+        return [0, *(place for place, pair in enumerate(neighbours, 1) if not self._alike(*pair))]
 
     def _alike(self, one: int, other: int) -> bool:
         return self.prompts[one] is self.prompts[other] or self.prompts[one] == self.prompts[other]
@@ -187,6 +196,20 @@ class _Batch:
                 last = values.pop()
                 if moved is not None:
                     values[row] = last
+
+
+def rows_at_once(decoder: Decoder, prompt_tokens: int, new_tokens: int, answers: float) -> int:
+    """How many rows' keys, values and states stay below `CACHE_BYTES`, one at least.
+
+    Args:
+        decoder: whose they are.
+        prompt_tokens: of the longest prompt.
+        new_tokens: that an answer may have.
+        answers: to each prompt, whose keys and values are there once for them.
+    """
+    config, dtype = decoder.config, decoder.dtype
+    tokens = prompt_tokens / answers + new_tokens
+    return max(1, int(CACHE_BYTES / (tokens * bytes_per_token(config, dtype) + state_bytes(config, dtype))))
 
 
 def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> IncrementalDecoder | None:

@@ -31,6 +31,7 @@ from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
 from backhand.training.rewards.planned import PromptPacker, check_context
+from backhand.training.rewards.rollout import prompt_of
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, start_notes
 
@@ -173,7 +174,7 @@ def _given(
     total_steps = config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
     measured = held_out is not None or config.run.max_forgetting is not None
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
-    packer = _packer(config, train.examples, engine, layout)
+    packer = _packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout)
     given = Given(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes))
     _check_tokens(given, tokenizer)
     return given
@@ -267,7 +268,13 @@ def _check_tokens(given: Given, tokenizer: Any) -> None:
     check_vocabulary(texts, vocab_size, tokenizer)
 
 
-def _packer(config: TrainConfig, examples: Sequence[Example], engine: Engine, layout: AdapterLayout) -> RowPacker:
+def _packer(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    engine: Engine,
+    layout: AdapterLayout,
+) -> RowPacker:
     drops = any(slot.dropout > 0 for slot in layout.slots)
     shares = engine.shares_prefixes and not drops
     if config.objective.purpose != "prompts":
@@ -281,7 +288,8 @@ def _packer(config: TrainConfig, examples: Sequence[Example], engine: Engine, la
         )
     options = config.rewards
     packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=shares)
-    check_context(packer.longest, engine.config.max_position_embeddings)
+    longest = max((packer.longest, *(len(prompt_of(one)) + options.max_new_tokens for one in held_out)))
+    check_context(longest, engine.config.max_position_embeddings)
     return packer
 
 
@@ -308,17 +316,18 @@ def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
     shapes = largest_shapes([sampler.rows_of(step) for step in range(looked_at)], packer, rows_options)
     ordered = config.run.reduce == "ordered"
-    at_once = longest = 0
+    at_once = sampled = 0
     if isinstance(packer, PromptPacker):
         at_once = min(ROWS_AT_ONCE, batch_rows * config.rewards.group)
-        longest = packer.longest
+        answer = config.rewards.max_new_tokens
+        sampled = min(batch_rows, at_once) * (packer.longest - answer) + at_once * answer
     return {
         rows: replace(
             shape,
             gradient_copies=gradient_copies(-(-most // rows), machine.world_size, ordered=ordered),
             neutral_tokens=max(given.neutral.lengths, default=0),
             sampled_rows=at_once,
-            sampled_tokens=longest,
+            sampled_tokens=sampled,
         )
         for rows, shape in shapes.items()
     }

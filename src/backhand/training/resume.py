@@ -12,18 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from backhand.adapters.checked_base import weight_names
 from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
+from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template
 from backhand.data.examples import PreparedData
 from backhand.errors import CheckError, UsageError
 from backhand.generate.labels import Labels, found_labels
+from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
 from backhand.training.answers import stop_ids
-from backhand.training.config import TrainConfig
+from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.config_file import config_from_table, config_table, load_config
+from backhand.training.decoder_engine import choose_engine
 from backhand.training.judging import Judge
 from backhand.training.loop import TrainingLoop
 from backhand.training.state import Progress, RunState
@@ -132,13 +137,16 @@ _FROZEN_CHANGED = "base model: weights beside the adapted ones are not those the
 def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = frozenset()) -> TrainConfig:
     """The stored configuration, with the options that may change taken from what is given now.
 
-    What has its default value counts as not given, unless it is among those that were typed.
+    What has its default value counts as not given, unless it is among those that were typed. Layers in words are those
+    that they come to in the run's model.
 
     Raises:
         UsageError: options are given that differ from the run's and decide its result; lists them all.
     """
     stored = _as_it_was(load_config(directory / CONFIG))
-    config, differences = taken_over(given, stored, typed, lambda part, name: f"{part}.{name}" in FREE_OPTIONS)
+    config, differences = taken_over(
+        _with_numbers(given, stored, typed), stored, typed, lambda part, name: f"{part}.{name}" in FREE_OPTIONS
+    )
     if differences:
         raise _refused(
             [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences], directory
@@ -186,6 +194,27 @@ def taken_over(
                 differences.append((name, before, value))
         parts[part] = dataclasses.replace(there, **changed)
     return dataclasses.replace(stored, **parts), differences
+
+
+def _with_numbers(given: TrainConfig, stored: TrainConfig, typed: frozenset[str]) -> TrainConfig:
+    """What is given, as a run stores it: with the numbers that its words for layers come to in the run's model."""
+    adapter, model = given.adapter, given.model.model
+    if not adapter.layers:
+        return given
+    if model == ModelOptions().model and "model" not in typed:
+        model = stored.model.model
+    source = open_model(model, quantize=stored.model.quantize)
+    engine = choose_engine(stored.model, source, torch.float32)  # layers are the same in any dtype
+    parameters = adapter.target_parameters or stored.adapter.target_parameters
+    asked = dataclasses.replace(
+        stored.adapter, layers=adapter.layers, layers_to_transform=None, target_parameters=parameters
+    )
+    found = in_numbers(asked, [slot.name for slot in engine.layout(asked).slots])
+    named = found.target_parameters if adapter.target_parameters else ()
+    numbered = dataclasses.replace(
+        adapter, layers="", layers_to_transform=found.layers_to_transform, target_parameters=named
+    )
+    return dataclasses.replace(given, adapter=numbered)
 
 
 def _as_it_was(stored: TrainConfig) -> TrainConfig:

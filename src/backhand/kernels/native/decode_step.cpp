@@ -45,7 +45,7 @@ struct Layer {
   Projection input, output, gate_up, down;
   const void *attention_norm, *after_attention_norm, *mlp_norm, *after_mlp_norm, *q_norm, *k_norm;
   const void *cosines, *sines, *query_cosines, *query_sines;  // (rows, pairs) of each token's position
-  void *keys, *values;  // (rows, key/value heads, capacity, head_dim)
+  void *keys, *values;  // (key/value heads, places, head_dim)
   int64_t pairs, window;  // 0: nothing turns, everything is seen
 };
 
@@ -53,7 +53,10 @@ struct Model {
   const Layer* layers;
   int64_t layer_count, hidden, heads, kv_heads, head_dim, width;
   int64_t norm_over_heads;  // whether the q/k norms go over all heads at once
-  int64_t activation, capacity, most_ranks;
+  int64_t activation, most_ranks;
+  int64_t places;           // for tokens, of all rows together
+  const int64_t* place_of;  // of each row's tokens, where they lie: rows may share what they begin with
+  int64_t capacity;         // numbers of a row of that
   double eps, offset, attention_scaling, attention_cap, residual_multiplier;
 };
 
@@ -70,7 +73,6 @@ struct Workspace {
   T *normed, *qkv, *attended, *h, *gate_up, *product, *joined, *scaled;
   Wide<T>* factors;
   uint32_t *turned, *turned_h;  // operands of AMX's tiles
-  int64_t* places;              // 0, 1, …: where keys lie in a row
   Phase* phases;
 
   static int64_t widest(const Model& m) {
@@ -83,7 +85,7 @@ struct Workspace {
 
   // take(count, place) gives a piece of so many.
   template <class Take>
-  Workspace(const Take& take, const Model& m, int64_t rows, int64_t keys) {
+  Workspace(const Take& take, const Model& m, int64_t rows) {
     const int64_t blocks = rows + 15;  // whole tiles of 16 rows
     take(rows * m.hidden, normed);
     take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim, qkv);
@@ -96,7 +98,6 @@ struct Workspace {
     take(rows * (m.heads + m.kv_heads + 1), factors);
     take(sizeof(T) == 2 ? blocks * (widest(m) + 32) / 2 : 0, turned);
     take(sizeof(T) == 2 ? blocks * of_terms(m) / 2 : 0, turned_h);
-    take(keys, places);
     take(m.layer_count * PHASES_A_LAYER, phases);
   }
 };
@@ -146,22 +147,22 @@ C powers_of_scores(C* scores, int64_t count, C scaling, C cap) {
   return sum_of<C>(sum.sum) + rest;
 }
 
-// o = softmax(c q Kᵀ) V of one head; `scores` has room for as many numbers as there are keys.
+// o = softmax(c q Kᵀ) V of one head, whose keys lie at `places`; `scores` has room for a number of each.
 template <class T>
-void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t head_dim, Wide<T> scaling, Wide<T> cap,
-            Wide<T>* scores, T* out) {
+void attend(const T* q, const T* keys, const T* values, const int64_t* places, int64_t count, int64_t head_dim,
+            Wide<T> scaling, Wide<T> cap, Wide<T>* scores, T* out) {
   typedef Wide<T> C;
   constexpr int AT_ONCE = 4;
   int64_t j = 0;
   for (; j + AT_ONCE <= count; j += AT_ONCE) {
     const T* k[AT_ONCE];
     Vector<C> sums[AT_ONCE] = {};
-    for (int r = 0; r < AT_ONCE; ++r) k[r] = keys + (j + r) * head_dim;
+    for (int r = 0; r < AT_ONCE; ++r) k[r] = keys + places[j + r] * head_dim;
     multiply<T, AT_ONCE>(k, q, head_dim, sums);
     for (int r = 0; r < AT_ONCE; ++r) scores[j + r] = sum_of<C>(sums[r]);
   }
   for (; j < count; ++j) {
-    const T* k[1] = {keys + j * head_dim};
+    const T* k[1] = {keys + places[j] * head_dim};
     Vector<C> sum[1] = {};
     multiply<T, 1>(k, q, head_dim, sum);
     scores[j] = sum_of<C>(sum[0]);
@@ -179,7 +180,7 @@ void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t h
       Vector<C> sums[AT_ONCE] = {};
       for (int64_t k = begin; k < end; ++k)
         for (int n = 0; n < AT_ONCE; ++n) {
-          sums[n] = fma(all<C>(scores[k]), load<C>(values + k * head_dim + i + n * W), sums[n]);
+          sums[n] = fma(all<C>(scores[k]), load<C>(values + places[k] * head_dim + i + n * W), sums[n]);
         }
       for (int n = 0; n < AT_ONCE; ++n) totals[n].add(sums[n]);
     });
@@ -191,7 +192,7 @@ void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t h
     each_sum([&](int64_t begin, int64_t end) {
       Vector<C> sum = {};
       for (int64_t k = begin; k < end; ++k) {
-        const T* place = values + k * head_dim + i;
+        const T* place = values + places[k] * head_dim + i;
         sum = fma(all<C>(scores[k]), some == W ? load<C>(place) : load_some<C>(place, some), sum);
       }
       total.add(sum);
@@ -381,10 +382,9 @@ struct Step {
   }
 
   int64_t qkv_width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
-  // Where a row's keys or values of a head begin.
-  int64_t place_of(int64_t row, int64_t head) const {
-    return (row * model.kv_heads + head) * model.capacity * model.head_dim;
-  }
+  // Where a row's tokens lie, and where keys or values of a head begin.
+  const int64_t* places_of(int64_t row) const { return model.place_of + row * model.capacity; }
+  int64_t begin_of(int64_t head) const { return head * model.places * model.head_dim; }
 
   // q and k of a row normed and rotated in their place, k and v into the cache.
   void prepare(const Layer& layer, int64_t row) const {
@@ -398,7 +398,7 @@ struct Step {
          layer.query_sines, layer.pairs, row);
     rotated(k, model.kv_heads, layer.cosines, layer.sines, layer.pairs, row);
     for (int64_t head = 0; head < model.kv_heads; ++head) {
-      const int64_t place = place_of(row, head) + positions[row] * d;
+      const int64_t place = begin_of(head) + places_of(row)[positions[row]] * d;
       std::memcpy(static_cast<T*>(layer.keys) + place, k + head * d, static_cast<size_t>(d) * sizeof(T));
       std::memcpy(static_cast<T*>(layer.values) + place, v + head * d, static_cast<size_t>(d) * sizeof(T));
     }
@@ -420,7 +420,8 @@ struct Step {
     const int64_t window = MUTATED("decode step: window ignored", layer.window, int64_t{0});
     const int64_t first = window > 0 && window < seen ? seen - window : 0;
     const int64_t lender = MUTATED("decode step: heads of a group apart", kv_head, (kv_head + 1) % model.kv_heads);
-    const T *keys = of(layer.keys) + place_of(row, lender), *values = of(layer.values) + place_of(row, lender);
+    const T *keys = of(layer.keys) + begin_of(lender), *values = of(layer.values) + begin_of(lender);
+    const int64_t* places = places_of(MUTATED("decode step: keys of the first row", row, int64_t{0}));
     const T* queries = workspace.qkv + row * qkv_width();
     T* attended = workspace.attended + row * model.heads * d;
     const int64_t last = MUTATED("decode step: the token does not see itself", seen, seen - 1);
@@ -428,13 +429,13 @@ struct Step {
       // Without the whole steps of keys before the window, which a pass would not read either.
       const int64_t skipped = first / KEYS * KEYS, token = last - 1 - skipped;
       const Shape shape = shape_of(window > 0 ? window : seen + 1);
-      const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys + skipped * d, d, 0},
-                                        {values + skipped * d, d, 0}, {attended, 0, d}};
-      return run.task(Document{token, 1, token, workspace.places}, 0, kv_head * group, (kv_head + 1) * group, arena);
+      const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys, d, 0}, {values, d, 0}, {attended, 0, d}};
+      const Document document = {places[last - 1], 1, token, places + skipped};
+      return run.task(document, 0, kv_head * group, (kv_head + 1) * group, arena);
     }
     C* scores = arena.take<C>(seen);
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      attend(queries + head * d, keys + first * d, values + first * d, last - first, d,
+      attend(queries + head * d, keys, values, places + first, last - first, d,
              static_cast<C>(model.attention_scaling), static_cast<C>(model.attention_cap), scores, attended + head * d);
   }
 
@@ -495,15 +496,14 @@ BACKHAND_EXPORT int backhand_decode_step(int dtype, const Model* model, void* x,
       place = nullptr;
       bytes += (static_cast<size_t>(number) * sizeof *place + 63) / 64 * 64;
     };
-    (void)Workspace<T>(count, *model, rows, longest);
+    (void)Workspace<T>(count, *model, rows);
     Arena arena(bytes);
     if (!arena.there()) return 2;
     const auto take = [&arena](int64_t number, auto& place) {
       place = arena.take<std::remove_reference_t<decltype(*place)>>(number);
     };
-    const Workspace<T> workspace(take, *model, rows, longest);
+    const Workspace<T> workspace(take, *model, rows);
     for (int64_t i = 0; i < model->layer_count * PHASES_A_LAYER; ++i) new (workspace.phases + i) Phase;
-    for (int64_t i = 0; i < longest; ++i) workspace.places[i] = i;
     std::atomic<int64_t> there{0};
     const Step<T> step = {*model, workspace, rows, positions, static_cast<T*>(x), &there, longest};
     parallel(threads > 0 ? threads : 1, 1, step);

@@ -79,7 +79,8 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("layers", POINTER),
         *((name, INT64) for name in ("layer_count", "hidden", "heads", "kv_heads", "head_dim", "width")),
-        *((name, INT64) for name in ("norm_over_heads", "activation", "capacity", "most_ranks")),
+        *((name, INT64) for name in ("norm_over_heads", "activation", "most_ranks", "places")),
+        *(("place_of", POINTER), ("capacity", INT64)),
         *(
             (name, ctypes.c_double)
             for name in ("eps", "offset", "attention_scaling", "attention_cap", "residual_multiplier")
@@ -126,7 +127,7 @@ class DecodeStep:
             width=config.intermediate_size,
             norm_over_heads=config.qk_norm == "width",
             activation=_ACTIVATIONS[config.activation],
-            capacity=0,
+            places=0,
             most_ranks=max(sum(len(member.lora_A) for member in group.members) for group in groups),
             eps=config.norm_eps,
             offset=config.norm_offset,
@@ -159,8 +160,9 @@ class DecodeStep:
     def _point(self, rows: int, tables: Tables) -> None:
         """Set what changes: where keys and values lie, and the angles."""
         cache = self._cache
-        if self._model.capacity != cache.capacity:
-            self._model.capacity = cache.capacity
+        self._model.place_of, self._model.capacity = cache.places.data_ptr(), cache.places.shape[1]
+        if self._model.places != cache.keys[0].shape[1]:
+            self._model.places = cache.keys[0].shape[1]
             for place, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
                 place.keys, place.values = keys.data_ptr(), values.data_ptr()
         fresh = rows != self._rows

@@ -12,7 +12,8 @@ products. In `step`
 the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
 once, and rows of other lengths are masked.
 
-In families for which there is one, `step` is one compiled call for all blocks (`decode_step`).
+In families for which there is one, `step` is one compiled call for all blocks (`decode_step`), which reads keys where
+they lie; torch's kernel wants those of a row behind one another, and gets a copy of one layer's at a time.
 
 Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
 
@@ -76,7 +77,7 @@ class IncrementalDecoder:
     Args:
         decoder: base weights and, if one is attached, the adapter, as of now: make a new one after attach or detach.
         rows: how many sequences there can be at once.
-        capacity: tokens of room a row has at first; it grows when needed.
+        capacity: tokens for which there is room at first, of all rows together; it grows when needed.
         head: makes logits; `head_logits` if not given.
 
     Attributes:
@@ -112,7 +113,7 @@ class IncrementalDecoder:
             raise ValueError("every row needs at least one new token")
         tokens = [self._begin(row, new) for row, new in zip(rows, tokens, strict=True)]
         reach = [self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
-        self.cache.reserve(max(self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)))
+        self.cache.reserve(rows, [len(new) for new in tokens])
         last = torch.empty(
             len(rows), self.decoder.config.hidden_size, dtype=self.decoder.dtype, device=self.decoder.device
         )
@@ -161,7 +162,7 @@ class IncrementalDecoder:
             return self.extend(range(len(lengths)), [[token] for token in token_ids])
         for row, token in zip(self.cache.tokens, token_ids, strict=True):
             row.append(token)
-        self.cache.reserve(max(lengths) + 1)
+        self.cache.reserve(range(len(lengths)), [1] * len(lengths))
         device = self.decoder.device
         ids, positions = torch.tensor(token_ids, device=device), torch.tensor(lengths, device=device)
         x = self._whole(ids, positions)
@@ -172,9 +173,8 @@ class IncrementalDecoder:
 
     def _attend_step(self, lengths: Sequence[int]) -> Attend:
         """The attention of one new token a row."""
-        device = self.decoder.device
-        positions = torch.tensor(lengths, device=device)
-        equal_length = lengths[0] if min(lengths) == max(lengths) else None
+        device, places = self.decoder.device, self.cache.places[: len(lengths)]
+        new = places.gather(1, torch.tensor(lengths)[:, None]).squeeze(1)
         masks = {
             window: _step_mask(lengths, window, device)
             for window in {layer.window for layer in self.decoder.config.layers}
@@ -183,12 +183,11 @@ class IncrementalDecoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             source = self.decoder.config.layers[layer].keys_of
             if source is None:
-                self.cache.write_next(layer, positions if equal_length is None else equal_length, k, v)
+                self.cache.write(layer, new, k, v)
             held = layer if source is None else source
             first, mask = masks[self.decoder.config.layers[layer].window]
-            span = (slice(len(lengths)), slice(None), slice(first, max(lengths) + 1))
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
-            keys, values = self.cache.keys[held][span], self.cache.values[held][span]
+            keys, values = self.cache.read(held, places[:, first : max(lengths) + 1])
             scaling, cap = self.decoder.config.attention_scaling, self.decoder.config.attention_cap
             sinks = self.decoder.active.blocks[layer].sinks
             if cap is not None or sinks is not None:
@@ -222,12 +221,13 @@ class IncrementalDecoder:
         reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
         masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        places = self.cache.places
+        written = torch.cat([places[p.row, p.seen : p.seen + p.new] for p in pieces])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             source = config.layers[layer].keys_of
-            for piece in pieces if source is None else ():
-                span = slice(piece.start, piece.start + piece.new)
-                self.cache.write(layer, piece.row, piece.seen, k[span], v[span])
+            if source is None:
+                self.cache.write(layer, written, k, v)
             held = layer if source is None else source
             window, scaling, cap = config.layers[layer].window, config.attention_scaling, config.attention_cap
             sinks = self.decoder.active.blocks[layer].sinks
@@ -238,10 +238,7 @@ class IncrementalDecoder:
             for run in runs:
                 (_, piece), count = run[0], len(run)
                 span = slice(piece.start, piece.start + count * piece.new)
-                keys, values = (
-                    buffers[held][piece.row : piece.row + count, :, : piece.seen + piece.new]
-                    for buffers in (self.cache.keys, self.cache.values)
-                )
+                keys, values = self.cache.read(held, places[piece.row : piece.row + count, : piece.seen + piece.new])
                 if cap is not None or sinks is not None:
                     by_row = q[span].unflatten(0, (count, piece.new))
                     attended, _ = attention_blocks_forward(

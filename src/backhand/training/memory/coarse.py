@@ -19,7 +19,7 @@ import torch
 from backhand.kernels.dense_product import is_taken
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
-from backhand.nn.decoder.kv_cache import bytes_per_row
+from backhand.nn.decoder.kv_cache import bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import chunk_rows
@@ -64,8 +64,8 @@ def decoder_size(
         head_row_bytes=3 * d * b,
         chunk_rows=chunk_rows(d, dtype),
         logits_bytes=config.vocab_size * b,
-        cache_bytes=bytes_per_row(config, dtype, 1) - bytes_per_row(config, dtype, 0),
-        mixer_state_bytes=bytes_per_row(config, dtype, 0),
+        cache_bytes=bytes_per_token(config, dtype),
+        mixer_state_bytes=state_bytes(config, dtype),
         kernels=sum(slot.experts for slot in layout.slots) // 3
         if is_taken(dtype)
         else _kernels(dtype.itemsize, experts=config.mixture is not None),

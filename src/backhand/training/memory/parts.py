@@ -91,8 +91,8 @@ def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> di
 def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: int) -> dict[str, int]:
     """Bytes by part at the moment of a run when most is held; they add up to the peak."""
     checkpoint = size.adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
-    # Keys and values that grow are there twice for a moment.
-    cached = min(shape.sampled_rows * shape.sampled_tokens * size.cache_bytes, CACHE_BYTES) * 3 // 2
+    # Keys and values that grow take an eighth more than they must, and those of a layer are there twice for a moment.
+    cached = min(shape.sampled_tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
     sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
     between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.kept
     fullest, most = "workspace", step.workspace

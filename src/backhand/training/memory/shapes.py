@@ -23,7 +23,7 @@ class StepShape:
         sizes: how many numbers of tokens, or of supervised tokens where these are more, they come in.
         gradient_copies: buffers that adding up the micro-batches of a step takes.
         neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
-        sampled_rows, sampled_tokens: answers that are sampled at once, and tokens of the longest with its prompt.
+        sampled_rows, sampled_tokens: answers that are sampled at once, and their tokens, those of a prompt once.
     """
 
     tokens: int
