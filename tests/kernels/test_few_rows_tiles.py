@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dense_product import Term, dense_product
-from backhand.kernels.few_rows import few_rows_product
+from backhand.kernels.dequantize import block_shape
+from backhand.kernels.few_rows import QUICK_ROW, few_rows_product
+from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import frozen_linear
 from support.gapped import gapped, marks_intact
 
@@ -65,3 +69,23 @@ def test_few_rows_with_an_adapter_have_the_bits_that_they_have_among_many(inputs
             found, found_h = product(slice(start, start + count))
             assert torch.equal(found, every[start : start + count]), (count, start)
             assert torch.equal(found_h, every_h[start : start + count]), (count, start)
+
+
+def test_a_quick_row_of_a_quantized_matrix_is_right_and_leaves_others_their_bits():
+    """One row goes by dot products then; two keep the bits that they have among many."""
+    values, size = block_shape(int(StorageType.Q4_1))
+    blocks = np.random.default_rng(0).integers(0, 128, (40, 256 // values * size), dtype=np.uint8) & 0x3B
+    weight = QuantizedMatrix([StoredRows(blocks, int(StorageType.Q4_1))], NARROW)
+    x = gapped((16, 256), NARROW, 0)
+    every = frozen_linear(x, weight)
+    before = QUICK_ROW.set(True)
+    try:
+        assert torch.equal(frozen_linear(x[:2], weight), every[:2])
+        quick = frozen_linear(x[:1], weight)
+    finally:
+        QUICK_ROW.reset(before)
+    assert torch.equal(frozen_linear(x[:1], weight), every[:1])
+    right = x[:1].double() @ weight.dense().double().T
+    assert (quick.double() - right).abs().max() <= 2**-7 * right.abs().max()
+    with using(load("avx512bf16")):
+        assert torch.equal(quick, frozen_linear(x[:1], weight))

@@ -6,6 +6,7 @@ a few of its rows at a time are unpacked within the cache. A dense one of the sa
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,10 +19,16 @@ MOST_ROWS, MOST_TILED_ROWS = 8, 64
 """More are faster by a library's product, over a piece that is unpacked for all of them; or, by AMX's tiles, by
 `dense_product`, which gives the same bits."""
 
+QUICK_ROW: ContextVar[bool] = ContextVar("quick_row", default=False)
+"""Whether a single row of a quantized matrix need not have the bits that it has beside others.
+
+AMX's tiles, by which training multiplies, take longer for one row than dot products do.
+"""
+
 _FEW_ROWS = Declared(
     "backhand_few_rows",
     *(INT, INT, POINTER, INT64, INT64, POINTER, INT64, INT64),
-    *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64),
+    *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT),
     result=INT,
 )
 # Of a type that the kernel does not know, or with columns in another order, unpacked at a time.
@@ -57,6 +64,7 @@ def few_rows_product(
         return None
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     size = x.element_size()
+    tiles = isinstance(weight, Tensor) or x.shape[0] > 1 or not QUICK_ROW.get()
 
     def multiply(stored: _Stored, first: int, count: int) -> None:
         """Outputs first to first + count, from as many rows."""
@@ -65,7 +73,7 @@ def few_rows_product(
             *(None if stored.ids is None else stored.ids.data_ptr(), count, x.shape[1]),
             *(x.data_ptr(), x.stride(0), x.shape[0], None if bias is None else bias.data_ptr() + first * size),
             *((None, 0) if residual is None else (residual.data_ptr() + first * size, residual.stride(0))),
-            *(y.data_ptr() + first * size, y.stride(0)),
+            *(y.data_ptr() + first * size, y.stride(0), tiles),
         )
         if status:
             raise ValueError(f"a row outside the {stored.rows} of the stored matrix")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dense_product import Term, dense_product, is_taken
-from backhand.kernels.few_rows import MOST_ROWS, MOST_TILED_ROWS, few_rows_product
+from backhand.kernels.few_rows import MOST_ROWS, MOST_TILED_ROWS, QUICK_ROW, few_rows_product
 from backhand.kernels.library import is_loopable
 from backhand.ops.low_rank import add_up_projection, down_projection
 from backhand.ops.weight_tiles import (
@@ -144,9 +144,9 @@ def frozen_input_gradient(
 
 
 def _most_few_rows(dtype: torch.dtype, has_terms: bool) -> int:
-    """Rows that go through the kernel for few; with AMX none with terms, which would be rounded once more."""
+    """Rows that go through the kernel for few; with AMX none with terms, which it rounds once more, but a quick one."""
     if dtype == torch.bfloat16 and is_taken(dtype):
-        return 0 if has_terms else MOST_TILED_ROWS
+        return int(QUICK_ROW.get()) if has_terms else MOST_TILED_ROWS
     return MOST_ROWS
 
 

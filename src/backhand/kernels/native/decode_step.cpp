@@ -57,6 +57,7 @@ struct Model {
   int64_t places;           // for tokens, of all rows together
   const int64_t* place_of;  // of each row's tokens, where they lie: rows may share what they begin with
   int64_t capacity;         // numbers of a row of that
+  int64_t quick_row;        // whether a single row need not have the bits that it has beside others
   double eps, offset, attention_scaling, attention_cap, residual_multiplier;
 };
 
@@ -229,9 +230,15 @@ struct Step {
     return member;
   }
 
+  // A single row of a quantized matrix is sooner multiplied than brought into tiles.
+  bool by_tiles_of(const Projection& p) const {
+    return TILES && !(model.quick_row != 0 && rows == 1 && p.part_count > 0 && p.parts[0].type >= 0);
+  }
+
   // y = residual + in Wᵀ + bias, and the adapters' s h Bᵀ on it, h = in Aᵀ.
   void project(Worker& worker, const Projection& p, const T* in, const T* residual, T* y) const {
-    const int64_t unit = TILES ? 64 : SIDE_BY_SIDE;
+    const bool by_tiles = by_tiles_of(p);
+    const int64_t unit = by_tiles ? 64 : SIDE_BY_SIDE;
     const int64_t each = unit * (1 + TASK_VALUES / (unit * (p.inputs > 0 ? p.inputs : 1)));
     int64_t ranks = 0, rank_tasks = 0, tasks = 0;
     for (int64_t a = 0; a < p.adapter_count; ++a) {
@@ -239,8 +246,9 @@ struct Step {
       rank_tasks += tasks_of(p.adapters[a].rank, SIDE);
     }
     for (int64_t part = 0; part < p.part_count; ++part) tasks += tasks_of(p.parts[part].outputs, each);
-    Tiled tiled = {};
-    if (TILES) worker.phase(1, [=](int64_t) { turn(in, p.inputs, p.inputs, workspace.turned); });
+    Tiled tiled = {}, plain = {};
+    tiled.used = plain.used = by_tiles;
+    if (by_tiles) worker.phase(1, [=](int64_t) { turn(in, p.inputs, p.inputs, workspace.turned); });
     if (ranks > 0) {
       worker.phase(rank_tasks, [=, &p](int64_t task) {
         const int64_t a = member_of(task, [&p](int64_t i) { return tasks_of(p.adapters[i].rank, SIDE); });
@@ -248,10 +256,10 @@ struct Step {
         for (int64_t i = 0; i < a; ++i) before += p.adapters[i].rank;
         const StoredRows factor = {-1, static_cast<const uint8_t*>(p.adapters[a].lora_A),
                                    p.inputs * static_cast<int64_t>(sizeof(T)), nullptr, p.adapters[a].rank};
-        rows_of(factor, p.inputs, in, nullptr, nullptr, 0, workspace.h + before, ranks, task * SIDE, SIDE, Tiled{}, 0,
+        rows_of(factor, p.inputs, in, nullptr, nullptr, 0, workspace.h + before, ranks, task * SIDE, SIDE, plain, 0,
                 p.apart != 0);
       });
-      if (TILES) tiled = turned_terms(worker, p, ranks);
+      if (by_tiles) tiled = turned_terms(worker, p, ranks);
     }
     worker.phase(tasks, [=, &p](int64_t task) {
       const int64_t part = member_of(task, [&p, each](int64_t i) { return tasks_of(p.parts[i].outputs, each); });
@@ -262,7 +270,7 @@ struct Step {
       const int64_t count = rows_of(p.parts[part], p.inputs, in, bias == nullptr ? nullptr : bias + first,
                                     residual == nullptr ? nullptr : residual + first, p.outputs, y + first, p.outputs,
                                     start, each, tiled, first, false);
-      if (TILES) return;
+      if (by_tiles) return;
       const T* h = workspace.h;
       for (int64_t a = 0; a < p.adapter_count; h += p.adapters[a++].rank) {
         if (MUTATED("decode step: adapter forgotten", false, true)) continue;
@@ -276,6 +284,7 @@ struct Step {
   struct Tiled {
     TiledTerm terms[MOST_MEMBERS];
     int64_t count;
+    bool used;
   };
   template <class U>
   void turn(const U* in, int64_t row, int64_t columns, uint32_t* to) const {
@@ -284,6 +293,7 @@ struct Step {
   // s h of all adapters as tiles take it.
   Tiled turned_terms(Worker& worker, const Projection& p, int64_t ranks) const {
     Tiled tiled = {};
+    tiled.used = true;
     uint32_t* place = workspace.turned_h;
     for (int64_t a = 0; a < p.adapter_count; ++a) {
       const LowRank& adapter = p.adapters[a];
@@ -313,7 +323,9 @@ struct Step {
     }
   }
 #else
-  struct Tiled {};
+  struct Tiled {
+    bool used;
+  };
   Tiled turned_terms(Worker&, const Projection&, int64_t) const { return {}; }
   template <class... Others>
   void turn(const Others&...) const {}
@@ -330,7 +342,7 @@ struct Step {
     const FewRows<T> product = {part.type < 0 ? nullptr : kind_of(static_cast<int>(part.type)),
                                 part.weight, part.row_bytes, part.row_ids, end, inputs, in, inputs, rows, bias, residual,
                                 residual_row, y, y_row};
-    if (TILES) {
+    if (tiled.used) {
       multiply_by_tiles(product, tiled, before, start, apart);
     } else {
       product(start / SIDE_BY_SIDE, (end + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE);

@@ -38,12 +38,13 @@ bool by_tiles_of_rows(const FewRows<bfloat16>& p, int64_t values) {
 //   x, y          rows of `columns` and `outputs` numbers, x_row and y_row numbers apart
 //   bias          (outputs), or null
 //   residual      (rows, outputs), residual_row numbers apart, or null
+//   tiles         whether AMX's may be taken: of a few rows quicker, of a single one of a quantized W slower
 //
 // Returns 0, or 1 for a type it does not know, 2 for rows or columns that are not there; then nothing is written.
 BACKHAND_EXPORT int backhand_few_rows(int dtype, int type, const uint8_t* weight, int64_t weight_row,
                                       int64_t stored_rows, const int64_t* row_ids, int64_t outputs, int64_t columns,
                                       const void* x, int64_t x_row, int64_t rows, const void* bias,
-                                      const void* residual, int64_t residual_row, void* y, int64_t y_row) {
+                                      const void* residual, int64_t residual_row, void* y, int64_t y_row, int tiles) {
   const Kind* kind = type < 0 ? nullptr : kind_of(type);
   if (type >= 0 && kind == nullptr) return 1;
   if (rows < 0 || outputs < 0 || columns < 0) return 2;
@@ -57,7 +58,7 @@ BACKHAND_EXPORT int backhand_few_rows(int dtype, int type, const uint8_t* weight
     const FewRows<T> product = {kind, weight, weight_row, row_ids, outputs, columns, static_cast<const T*>(x), x_row,
                                 rows, static_cast<const T*>(bias), static_cast<const T*>(residual), residual_row,
                                 static_cast<T*>(y), y_row};
-    if (by_tiles_of_rows(product, columns > 0 ? columns : 1)) return 0;
+    if (tiles && by_tiles_of_rows(product, columns > 0 ? columns : 1)) return 0;
     const int64_t values = SIDE_BY_SIDE * (columns > 0 ? columns : 1);
     parallel((outputs + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE, (GRAIN_VALUES + values - 1) / values, product);
   });

@@ -5,8 +5,8 @@ threads are woken once a token, and one call computes what `nn.decoder.block` do
 projections with their adapters, rotation, attention over the KV cache, gated units. Weights are read once for all rows.
 A decoder with anything else (another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
 
-With AMX, in bfloat16, a row has the bits that a training pass gives it: its products are added up in the order of
-`kernels.dense_product`, and its attention is a task of `ops.attention`.
+With AMX, in bfloat16, a row has the bits that a training pass gives it, but for a `QUICK_ROW`: its products are added
+up in the order of `kernels.dense_product`, and its attention is a task of `ops.attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dequantize import is_compiled
+from backhand.kernels.few_rows import QUICK_ROW
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
 from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
@@ -80,7 +81,7 @@ class _Model(ctypes.Structure):
         ("layers", POINTER),
         *((name, INT64) for name in ("layer_count", "hidden", "heads", "kv_heads", "head_dim", "width")),
         *((name, INT64) for name in ("norm_over_heads", "activation", "most_ranks", "places")),
-        *(("place_of", POINTER), ("capacity", INT64)),
+        *(("place_of", POINTER), ("capacity", INT64), ("quick_row", INT64)),
         *(
             (name, ctypes.c_double)
             for name in ("eps", "offset", "attention_scaling", "attention_cap", "residual_multiplier")
@@ -151,6 +152,7 @@ class DecodeStep:
         if run is None:
             return False
         self._point(len(x), tables)
+        self._model.quick_row = QUICK_ROW.get()
         where = ctypes.addressof(self._model), x.data_ptr(), len(x), positions.data_ptr()
         status: int = run(*where, torch.get_num_threads())
         if status:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.kernels.builds import loops_are_there
+from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import Scratch, document_runs
 from backhand.nn.decoder.attention_half import gated_output
 from backhand.nn.decoder.block import MIXERS, mlp_half_forward
@@ -87,6 +88,8 @@ class IncrementalDecoder:
     def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256, head: Head | None = None) -> None:
         self.decoder = decoder
         self._head = head or head_logits
+        # A single answer that nothing is compared with.
+        self._quick = rows == 1 and head is None
         self.cache = KVCache(decoder.config, rows, capacity, dtype=decoder.dtype, device=decoder.device)
         decoder.refresh()
         self._adapters = decoder.block_adapters(None)
@@ -165,11 +168,16 @@ class IncrementalDecoder:
         self.cache.reserve(range(len(lengths)), [1] * len(lengths))
         device = self.decoder.device
         ids, positions = torch.tensor(token_ids, device=device), torch.tensor(lengths, device=device)
-        x = self._whole(ids, positions)
-        if x is None:
-            x = self._blocks(ids, positions, positions + 1, self._attend_step(lengths), [Rows(0, len(lengths), 0, 1)])
-        self.cache.arrive(range(len(lengths)), [1] * len(lengths))
-        return self._head(self.decoder, x)
+        before = QUICK_ROW.set(self._quick)
+        try:
+            x = self._whole(ids, positions)
+            if x is None:
+                attend = self._attend_step(lengths)
+                x = self._blocks(ids, positions, positions + 1, attend, [Rows(0, len(lengths), 0, 1)])
+            self.cache.arrive(range(len(lengths)), [1] * len(lengths))
+            return self._head(self.decoder, x)
+        finally:
+            QUICK_ROW.reset(before)
 
     def _attend_step(self, lengths: Sequence[int]) -> Attend:
         """The attention of one new token a row."""
