@@ -28,9 +28,9 @@ def chosen_rate(options: OptimizationOptions, objective: str, of: RateFacts) -> 
 
         rate = c g^¾ √(min(S, S₀) / n),   at most `HIGHEST_RATE`
 
-    Steps that are noise sum up to √n of one. A step that is the mean of S tokens is less noise by √S, up to where hardly
-    any is left [arXiv:2205.10287, square root scaling]. What an adapter adds to W x matters by its share of it, so that
-    larger frozen weights bear a higher rate. c, the power of g and S₀ were measured (docs/rates.md).
+    Steps that are noise sum up to √n of one. A step that is the mean of S tokens is less noise by √S, up to where
+    hardly any is left [arXiv:2205.10287, square root scaling]. What an adapter adds to W x matters by its share of it,
+    so that larger frozen weights bear a higher rate. c, the power of g and S₀ were measured (docs/rates.md).
     """
     rate = options.learning_rate
     if rate != "auto":
