@@ -105,7 +105,8 @@ def load_proofs(op: str | None = None) -> Iterator[OpProof]:
     """
     for name in PROOF_FILES if op is None else (op,):
         module = importlib.import_module(f"backhand.verify.cases.{PROOF_FILES[name]}")
-        yield from (proof for proof in module.PROOFS if proof.op == name)
+        proofs = getattr(module, "PROOFS", None) or [module.OP.proof(module.CASES, module.MUTANTS)]
+        yield from (proof for proof in proofs if proof.op == name)
 
 
 def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:
