@@ -29,8 +29,8 @@ from backhand.arithmetic.look_options import InspectOptions
 from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
-from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID
 from backhand.printing import bounded
 from backhand.terminal import console_for_tables
 from backhand.words import name_list
@@ -124,9 +124,9 @@ def _named_base(adapter: AdapterFactors) -> ModelSource | None:
     name = adapter.described.base_model
     if name is None:
         return None
-    if name == HUB_ID:
+    if name == SMOLLM2_HUB_ID:
         try:
-            return open_model(NAME)
+            return open_model(SMOLLM2)
         except ArtifactError:
             pass  # then perhaps from the hub's cache
     return open_model(name, revision=adapter.described.revision, fetch=False)

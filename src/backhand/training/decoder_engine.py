@@ -19,10 +19,9 @@ from backhand.generate.engine_completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder, LowerLayers
 from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters

@@ -20,7 +20,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch, TokenLoss
-from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.decoder import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix

@@ -28,10 +28,9 @@ from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PE
 from backhand.nn.decoder.weights import named_views
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind
-from backhand.verify.blockwise_step import BlockwiseStep, float64_dense
+from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
 from backhand.verify.case import Tensors
 from backhand.verify.measure import relative_error, typical
-from backhand.verify.pair_loss import pair_loss
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
     OfNats,
