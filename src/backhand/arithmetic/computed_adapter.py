@@ -30,17 +30,11 @@ from backhand.nn.loading.source import ModelSource
 
 @dataclass(frozen=True)
 class ComputedModule:
-    """One module.
+    """One module."""
 
-    Attributes:
-        factors: float32, or the narrower dtype they are written in; scaling 1.
-        norm: ‖ΔW‖_F of what was to be written.
-        lost: ‖ΔW − what is written‖_F, rounding included.
-    """
-
-    factors: ModuleFactors
-    norm: float
-    lost: float
+    factors: ModuleFactors  # float32, or the narrower dtype they are written in; scaling 1
+    norm: float  # ‖ΔW‖_F of what was to be written
+    lost: float  # ‖ΔW − what is written‖_F, rounding included
 
     @property
     def error(self) -> float:

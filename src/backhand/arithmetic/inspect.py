@@ -226,27 +226,18 @@ _HEADER = "header"
 
 @dataclass(frozen=True)
 class ModuleInspection:
-    """One module.
-
-    Attributes:
-        shape: (out, in) of ΔW.
-        norm: ‖ΔW‖_F.
-        weight_norm: ‖W‖_F of the base weight; None without a base model.
-        effective_rank: 0 for a zero update.
-        needed_rank: for the error asked for.
-        singular_values: of ΔW, descending, as many as the rank and the shape allow.
-    """
+    """One module."""
 
     module: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out, in) of ΔW
     rank: int
     alpha: float
     scaling: float
-    norm: float
-    weight_norm: float | None
-    effective_rank: float
-    needed_rank: int
-    singular_values: tuple[float, ...]
+    norm: float  # ‖ΔW‖_F
+    weight_norm: float | None  # ‖W‖_F of the base weight; None without a base model
+    effective_rank: float  # 0 for a zero update
+    needed_rank: int  # for the error asked for
+    singular_values: tuple[float, ...]  # of ΔW, descending, as many as the rank and the shape allow
 
     @property
     def relative_norm(self) -> float | None:

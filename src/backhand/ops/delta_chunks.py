@@ -76,15 +76,10 @@ class _Kept(NamedTuple):
 
 
 class HeadBytes(NamedTuple):
-    """What backward holds for each token and key head of those that are taken at once.
+    """What backward holds for each token and key head of those that are taken at once."""
 
-    Attributes:
-        kept: from the chunks' forward to their backward.
-        at_work: of a token in the step that is being differentiated, beside.
-    """
-
-    kept: int
-    at_work: int
+    kept: int  # from the chunks' forward to their backward
+    at_work: int  # of a token in the step that is being differentiated, beside
 
 
 class HeadSizes(NamedTuple):

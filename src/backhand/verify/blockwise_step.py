@@ -208,17 +208,11 @@ _BETA = 0.1
 
 @dataclass(frozen=True)
 class PairLoss:
-    """Σ of the losses of pairs, on both sides of the proof.
+    """Σ of the losses of pairs, on both sides of the proof."""
 
-    Attributes:
-        token_loss: by hand, see `Decoder.loss_and_gradients`.
-        owners: whose document's each supervised token is, (supervised,).
-        reference: what the sums of log-probabilities are measured against, (documents,).
-    """
-
-    token_loss: TokenLoss
-    owners: Tensor
-    reference: Tensor
+    token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
+    owners: Tensor  # whose document's each supervised token is, (supervised,)
+    reference: Tensor  # what the sums of log-probabilities are measured against, (documents,)
 
     def formula(self, nats: Tensor) -> Tensor:
         """The same loss of the tokens' nats, (supervised,), 0-d."""

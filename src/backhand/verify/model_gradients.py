@@ -49,17 +49,12 @@ NEIGHBOURHOOD = 0.05
 
 @dataclass(frozen=True)
 class ModelProof:
-    """One proof about a model.
-
-    Attributes:
-        measured: the relative error, or relative difference, that was found.
-        detail: where it is largest, or what it compares with.
-    """
+    """One proof about a model."""
 
     proof: str
-    measured: float
+    measured: float  # the relative error, or relative difference, that was found
     bound: float
-    detail: str = ""
+    detail: str = ""  # where it is largest, or what it compares with
     kind: ProofKind = "gradients"
 
     @property

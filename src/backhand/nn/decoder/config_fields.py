@@ -261,14 +261,10 @@ class ConfigClass:
     common code looks for in every config (`READ_BESIDE_FIELDS`), aliases of fields (`attribute_map`) and attributes of
     the class. Tests watch every attribute that transformers reads while it makes and runs a model of each family, so
     that a new version of it shows there what is not classed yet.
-
-    Attributes:
-        fields: every declared field with its default; None where it has none that JSON can say.
-        others: further names that mean something to transformers.
     """
 
-    fields: Mapping[str, object]
-    others: frozenset[str]
+    fields: Mapping[str, object]  # every declared field with its default; None where it has none that JSON can say
+    others: frozenset[str]  # further names that mean something to transformers
 
     def reads(self, key: str) -> bool:
         """Whether a config's field of this name can matter to transformers."""

@@ -30,15 +30,10 @@ _ONE = re.compile(
 
 
 class StackLayout(NamedTuple):
-    """How a stack of matrices lies in files and modules.
+    """How a stack of matrices lies in files and modules."""
 
-    Attributes:
-        transposed: each is (in, out).
-        interleaved: gate's and up's outputs take turns; else gate's come before up's.
-    """
-
-    transposed: bool = False
-    interleaved: bool = False
+    transposed: bool = False  # each is (in, out)
+    interleaved: bool = False  # gate's and up's outputs take turns; else gate's come before up's
 
 
 _LAYOUTS = {"gpt_oss": StackLayout(transposed=True, interleaved=True)}

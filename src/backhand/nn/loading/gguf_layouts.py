@@ -38,21 +38,13 @@ class StoredSizes(NamedTuple):
 
 
 class Tiled(NamedTuple):
-    """Value heads in the order of a file.
+    """Value heads in the order of a file."""
 
-    Attributes:
-        key_heads: heads that ggml repeats as a whole.
-        group: value heads of each.
-        width: rows, or columns, of a value head.
-        before: rows in front of the value heads' that keep their places.
-        axis: 0 for rows, 1 for columns.
-    """
-
-    key_heads: int
-    group: int
-    width: int
-    before: int = 0
-    axis: int = 0
+    key_heads: int  # heads that ggml repeats as a whole
+    group: int  # value heads of each
+    width: int  # rows, or columns, of a value head
+    before: int = 0  # rows in front of the value heads' that keep their places
+    axis: int = 0  # 0 for rows, 1 for columns
 
     def arranged(self, values: Tensor, first: int, second: int) -> Tensor:
         """Heads, counted `first` by `second`, the other way round."""
@@ -64,21 +56,13 @@ class Tiled(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What to do with stored values to get Hugging Face's.
+    """What to do with stored values to get Hugging Face's."""
 
-    Attributes:
-        pairs_per_head: head_dim / 2 where the rows of each head are interleaved pairs, else None.
-        offset: what was added to the values.
-        tiled: where value heads stand in another order, else None.
-        rate: the values are -e^A, and A is wanted.
-        taps: whether these are the taps of a convolution, which have an axis more here.
-    """
-
-    pairs_per_head: int | None = None
-    offset: float = 0.0
-    tiled: Tiled | None = None
-    rate: bool = False
-    taps: bool = False
+    pairs_per_head: int | None = None  # head_dim / 2 where the rows of each head are interleaved pairs, else None
+    offset: float = 0.0  # what was added to the values
+    tiled: Tiled | None = None  # where value heads stand in another order, else None
+    rate: bool = False  # the values are -e^A, and A is wanted
+    taps: bool = False  # whether these are the taps of a convolution, which have an axis more here
 
     @property
     def is_plain(self) -> bool:

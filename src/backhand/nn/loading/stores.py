@@ -41,16 +41,11 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in a store.
+    """A model in a store."""
 
-    Attributes:
-        name: what `--model` takes.
-        store: whose it is, for people.
-    """
-
-    name: str
+    name: str  # what `--model` takes
     path: Path
-    store: str
+    store: str  # whose it is, for people
 
 
 def stored_path(name: str) -> Path | None:

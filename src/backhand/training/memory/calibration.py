@@ -34,21 +34,13 @@ _FORWARD_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run will take.
+    """What a run will take."""
 
-    Attributes:
-        tokens_per_s: trained on, by all processes together, fillers not counted; without what they send each other.
-        train_s: all steps.
-        evaluate_s: all evaluations of the held-out rows.
-        measured_s: what the measurement took.
-        kept_s: that keeping hidden states spares; it is in neither of the other times.
-    """
-
-    tokens_per_s: float
-    train_s: float
-    evaluate_s: float
-    measured_s: float
-    kept_s: float = 0.0
+    tokens_per_s: float  # trained on, by all processes together, fillers not counted; without what they send each other
+    train_s: float  # all steps
+    evaluate_s: float  # all evaluations of the held-out rows
+    measured_s: float  # what the measurement took
+    kept_s: float = 0.0  # that keeping hidden states spares; it is in neither of the other times
 
 
 def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
