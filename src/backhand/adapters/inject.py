@@ -349,7 +349,6 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
     """Adapt `module` as the adapter in `directory` says, and load that.
 
     Args:
-        module: the base model.
         directory: in PEFT's format, by us or by PEFT.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 

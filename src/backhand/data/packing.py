@@ -34,7 +34,6 @@ def pack(examples: Iterable[Example], *, share: bool = False, device: torch.devi
     Args:
         examples: any number, in any order, which the batch's `ends` keep.
         share: whether tokens with which several of them begin stand in the batch once, where that saves enough.
-        device: where the tensors go.
 
     Returns:
         input_ids and labels (tokens,) int64, and the segments that the documents consist of.

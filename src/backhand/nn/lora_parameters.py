@@ -109,7 +109,6 @@ class LoRAParameters:
 
     Args:
         slots: the adapted modules; names must be unique.
-        device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
 
     Attributes:

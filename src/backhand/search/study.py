@@ -65,8 +65,6 @@ class Study:
     """The trials of one search; every method is to be called inside `locked`.
 
     Args:
-        directory: of the search.
-        dimensions: what is varied.
         given: the values of the options as they are given, which may lie outside.
 
     Raises:

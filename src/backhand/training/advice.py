@@ -105,7 +105,6 @@ def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> 
 
     Args:
         config: of the run, resolved.
-        run: its directory.
     """
     found = None if config.objective.objective == "grpo" else judged(curves)
     if found is None:

@@ -48,7 +48,6 @@ class StatesInMemory:
 
     Args:
         lengths: tokens of each number.
-        width: hidden size.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:

@@ -187,7 +187,6 @@ def quantization_notes(
 
     Args:
         examples: the run's rows, the held-out ones first.
-        device: where to compute.
     """
     if not isinstance(source, QuantizingSource):
         return ()

@@ -83,7 +83,6 @@ def outline_run(
 
     Args:
         config: validated; of a resumed run, as it is stored.
-        machine: where it computes.
         assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
         watched: count a second model beside it, which answers while this one trains.
         typed: names of options that were given even where they have their default value.

@@ -47,7 +47,6 @@ class ConfigFields:
     transformers might read it, and foreign if not.
 
     Args:
-        config: the mapping.
         model_type: whose configuration class decides, None for a mapping that belongs to no class.
 
     Attributes:

@@ -43,9 +43,6 @@ class Decoder(Passes):
         """Read the configuration and every tensor of a model source into the compute dtype.
 
         Args:
-            source: an opened model.
-            dtype: the compute dtype.
-            device: where to compute.
             recompute: see the class.
             quantized: leave the matrices as the source stores them.
 
@@ -158,9 +155,6 @@ class LowerLayers:
     bits among any number of rows. A library chooses kernels, blocks and threads by that number: with AVX-512 oneDNN and
     MKL keep to one order within a row's sums, with AMX or AVX2 not always. So it is looked at, by bits and never by the
     clock.
-
-    Args:
-        decoder: with whatever adapter.
     """
 
     def __init__(self, decoder: Decoder) -> None:

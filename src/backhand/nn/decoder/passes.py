@@ -185,7 +185,6 @@ class Passes:
         """One forward and backward pass: adds ∂(loss_scaling · loss)/∂(what is trained) to `lora.gradients`.
 
         Args:
-            batch: the packed documents.
             loss_scaling: e.g. 1 / supervised tokens of the whole step.
             dropout_seed: draws this micro-batch's dropout masks; None for no dropout.
             token_loss: the loss as a function of the supervised tokens' log-probabilities; None for Σ nats, whose

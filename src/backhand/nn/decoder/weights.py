@@ -240,7 +240,6 @@ def load_weights(
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Args:
-        device: where products run.
         quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
 
     Raises:

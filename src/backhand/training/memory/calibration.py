@@ -47,7 +47,6 @@ def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S)
     """Measure micro-batches of the run's first steps, and tell what all of it will take.
 
     Args:
-        outline: the run.
         machine: where it computes; the settings of `nn.compute.compute_settings` are in force.
         budget_s: seconds it may take; on a slow or busy machine fewer tokens are measured.
     """
@@ -155,7 +154,6 @@ def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) ->
     """For each model the seconds of its fastest training pass, of as many as fit, the first one left out.
 
     Args:
-        models: which take turns.
         deadline: of `time.perf_counter`; two passes are made in any case.
     """
     best = [math.inf] * len(models)

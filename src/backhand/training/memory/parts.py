@@ -105,7 +105,6 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
     """A process that answers with the base model and the newest adapter while this one trains.
 
     Args:
-        size: of model and adapter.
         process_bytes: interpreter, libraries and tokenizer.
         tokens: of the longest conversation.
     """

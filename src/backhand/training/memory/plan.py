@@ -78,7 +78,6 @@ def choose(
     """The fastest way to cut a step that fits; slower ones are not looked at.
 
     Args:
-        size: of model and adapter.
         parts: what a way takes.
         shapes: the run's largest micro-batch for each number of rows that may be chosen or proposed.
         budget_bytes: what may be taken in all; None for no limit.

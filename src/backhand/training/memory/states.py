@@ -75,11 +75,7 @@ def coming_again(
     """Tokens of the rows that a run computes more than once: training rows from the second epoch on, and held-out ones.
 
     Args:
-        packer: of the training rows.
-        sampler: that draws them.
-        total_steps: of the run.
         held_out: rows that are measured again and again.
-        share_prefixes: as they are packed.
     """
     trained = kept_tokens(packer) if total_steps > sampler.steps_per_epoch else 0
     return trained + kept_tokens(RowPacker(held_out, share_prefixes=share_prefixes))
@@ -99,9 +95,6 @@ def keep_states(
 
     Args:
         asked: as the option has it.
-        below: the lowest adapted layer.
-        tokens: that would be kept.
-        memory: the run without them.
         budget_bytes: what the process may take in all; None for no limit.
         disk_bytes: free in the run directory; None where that is not known.
         processes_here: that share the disk.

@@ -46,11 +46,7 @@ _MEASURED_S = 1.0
 
 
 class TokenSeconds:
-    """Measures once, when it is first asked.
-
-    Args:
-        dtype: the compute dtype.
-    """
+    """Measures once, when it is first asked."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

@@ -111,8 +111,6 @@ class HeldOutObjective(HeldOut):
     """Held-out rows under an objective.
 
     Args:
-        objective: of them.
-        micro_batch_rows: rows per forward pass.
         kept: keeps their hidden states from one `loss` to the next.
     """
 
@@ -154,10 +152,6 @@ def document_sums(
 
     Args:
         model: as it is, without gradients and without dropout.
-        packer: of the rows.
-        rows: by number.
-        micro_batch_rows: rows in one pass.
-        processes: that share the passes.
         kept: keeps the rows' hidden states.
         interruptible: whether to come back with None where a process has been asked to stop.
     """

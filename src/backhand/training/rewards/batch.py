@@ -37,7 +37,6 @@ class AnswerBatch:
         options: resolved.
         beta: weight of the divergence from the base.
         micro_batch_rows: groups in one micro-batch, at most.
-        processes: that share the passes.
         certificate: compares the first update's log-probabilities with the sampled ones.
 
     Attributes:

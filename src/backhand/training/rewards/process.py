@@ -48,7 +48,6 @@ class RewardProcess:
     """Holds the process with the reward functions; a context manager.
 
     Args:
-        names: of the functions.
         timeout_s: that a function may take for a batch of answers.
     """
 

@@ -113,7 +113,6 @@ class HeldOutRewards(HeldOut):
 
     Args:
         examples: at least one.
-        rollout: judges.
         shown: so many rows' answers are kept, for people to see how they change.
     """
 
