@@ -10,6 +10,7 @@ import torch
 from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import tied_notes
@@ -156,9 +157,8 @@ class _BoundDecoder(BoundModel):
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
         return adapter_files(
-            self.config,
+            PEFTConfig(self.config, self._base_model, "CAUSAL_LM"),
             self.lora,
-            base_model=self._base_model,
             record=record,
             card=card,
             module_names=list(self._decoder.module_shapes()),

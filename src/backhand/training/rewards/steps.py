@@ -82,12 +82,10 @@ class RewardedSteps:
             batch = AnswerBatch(
                 model,
                 self._prompts(rows),
-                judged.answers,
-                judged.totals,
-                options,
+                judged,
+                self.rollout,
                 self.beta,
                 micro_batch_rows=self.micro_batch_rows,
-                processes=processes,
                 certificate=self.certificate,
             )
             updates = options.num_iterations if batch.trained else 0
