@@ -288,7 +288,7 @@ class Passes:
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 *(normed, self.active.head, targets, None, multiplier, config.logits), out=normed, logits=logits
             )
-        scratch.let_go(room=True)
+        scratch.let_go(reserved=True)
         d_x = norm_backward(d_normed, norm, trained.d_final_norm)
         return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
 

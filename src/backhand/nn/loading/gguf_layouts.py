@@ -50,8 +50,8 @@ class Tiled(NamedTuple):
         """Heads, counted `first` by `second`, the other way round."""
         rows = values.movedim(self.axis, 0)
         heads = rows[self.before :].reshape(first, second, self.width, *rows.shape[1:])
-        turned = heads.transpose(0, 1).reshape(rows[self.before :].shape)
-        return torch.cat([rows[: self.before], turned]).movedim(0, self.axis)
+        reordered = heads.transpose(0, 1).reshape(rows[self.before :].shape)
+        return torch.cat([rows[: self.before], reordered]).movedim(0, self.axis)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Layout:
         return (shape[0], *shape[2:]) if self.taps else shape
 
     def restored(self, values: Tensor) -> Tensor:
-        """Values in the stored order, in the tensor's shape, turned into Hugging Face's; perhaps a view."""
+        """Values in the stored order, in the tensor's shape, in Hugging Face's; perhaps a view."""
         if self.pairs_per_head is not None:
             rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
@@ -115,7 +115,7 @@ class Layout:
         return (order, _PLAIN) if self.turns_columns else (_PLAIN, order)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a matrix of this shape cannot be turned; None if it can."""
+        """Why a matrix of this shape cannot be reordered; None if it can."""
         if self.pairs_per_head is not None and shape[0] % (2 * self.pairs_per_head):
             return f"{shape[0]} rows are no whole number of heads of {2 * self.pairs_per_head}"
         if self.tiled is not None:

@@ -39,7 +39,7 @@ class StatesPlan:
     """Where the hidden states that enter the lowest adapted layer are kept."""
 
     where: Kept = "off"  # in memory, on the disk, or not at all
-    below: Below = Below()  # what they spare a row that comes again
+    below: Below = Below()  # what they spare a row that is computed again
     tokens: int = 0  # that are kept, of training and held-out rows
     note: str | None = None  # why nothing is kept although rows come again, or None
 

@@ -95,6 +95,6 @@ MUTANTS = (
     wrong("slope forgotten", "d_x", lambda g, s: _through(g, conv_matrices(s))),
     wrong("slope at x", "d_x", lambda g, s: _through(functional.silu(s.x) * g, conv_matrices(s))),
     *(wrong(name, "d_x", partial(_seen_by, sight)) for name, sight in OTHERS),
-    wrong("taps not turned round", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
+    wrong("taps not reversed", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
     wrong("its own tap alone", "d_x", lambda g, s: g * _slope(s) * s.taps.weight[:, -1]),
 )
