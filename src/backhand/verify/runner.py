@@ -88,9 +88,14 @@ def load_proofs(op: str | None = None) -> Iterator[OpProof]:
         KeyError: for a name that is none of these.
     """
     for name in PROOF_FILES if op is None else (op,):
-        module = importlib.import_module(f"backhand.verify.cases.{PROOF_FILES[name]}")
-        proofs = getattr(module, "PROOFS", None) or [module.OP.proof(module.CASES, module.MUTANTS)]
-        yield from (proof for proof in proofs if proof.op == name)
+        yield from (proof for proof in proofs_in(PROOF_FILES[name]) if proof.op == name)
+
+
+def proofs_in(file: str) -> tuple[OpProof, ...]:
+    """What a file of `verify/cases` proves: its op on its cases, or each of its `PROOFS`."""
+    module = importlib.import_module(f"backhand.verify.cases.{file}")
+    proofs: tuple[OpProof, ...] = getattr(module, "PROOFS", ())
+    return proofs or (module.OP.proof(module.CASES, module.MUTANTS),)
 
 
 def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:
